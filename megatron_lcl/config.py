@@ -1,0 +1,403 @@
+"""The whole run in one typed, frozen tree: YAML in, dotted overrides on top, every field documented.
+
+`load(file, overrides)` merges a YAML file and overrides such as `{"train.steps": "100"}` over the defaults; a key that
+does not exist or has the wrong type is a `ValueError` that names the nearest real one. `describe()` yields what `--help` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True)
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Vision:
+    """CLIP-style vision transformer."""
+
+    image_size: Positive = Field(224, description="side of the square input image, pixels")
+    patch_size: Positive = Field(32, description="side of a patch, pixels; must divide image_size")
+    width: Positive = Field(768, description="hidden width")
+    layers: Positive = Field(12, description="number of blocks")
+    heads: Positive = Field(12, description="attention heads; must divide width")
+    mlp_width: Positive = Field(3072, description="hidden width of the feed-forward part")
+
+    def __post_init__(self) -> None:
+        _divides("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
+        _divides("model.vision.heads", self.heads, "model.vision.width", self.width)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image, and so placeholders per image in the token sequence."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Language:
+    """CLIP-style causal language model."""
+
+    context_length: Positive = Field(
+        2048, description="longest sequence, tokens and placeholders together (learned positions)"
+    )
+    vocab_size: Positive = Field(49411, description="token ids, special tokens included (CLIP byte-pair: 49,408 + 3)")
+    width: Positive = Field(512, description="hidden width; image latents and features have the same")
+    layers: Positive = Field(12, description="number of blocks")
+    heads: Positive = Field(8, description="attention heads; must divide width")
+    mlp_width: Positive = Field(2048, description="hidden width of the feed-forward part")
+
+    def __post_init__(self) -> None:
+        _divides("model.language.heads", self.heads, "model.language.width", self.width)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """Vision encoder, attention pool and language model."""
+
+    vision: Vision = Field(default_factory=Vision)
+    language: Language = Field(default_factory=Language)
+    pool_heads: Positive = Field(8, description="heads of the attention pool; must divide model.language.width")
+
+    def __post_init__(self) -> None:
+        _divides("model.pool_heads", self.pool_heads, "model.language.width", self.language.width)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Corpus:
+    """One corpus of a blend."""
+
+    path: str = Field(description="folder that `preprocess` wrote")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of the blend, counted in tokens")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    """Documents to packed batches."""
+
+    corpora: tuple[Corpus, ...] = Field((), description="corpora to blend: a list of {path, weight}, or one path")
+    tokens_per_pack: Positive = Field(2048, description="T: token places of a pack")
+    images_per_pack: Positive | None = Field(
+        None, description="I: image slots of a pack; null: chosen from the corpus so that both fill up"
+    )
+    min_similarity: float = Field(
+        0.24,
+        description="matched sources: leave out an image whose similarity to its segment is lower (reference: 0.24)",
+    )
+    max_images_per_segment: Positive = Field(
+        1, description="matched sources: images kept per text segment, drawn at random (reference: 1)"
+    )
+    max_images: Positive = Field(
+        6, description="matched sources: images kept per document, the first ones (reference: 6)"
+    )
+    min_images: Count = Field(
+        1, description="matched sources: leave out documents with fewer images after selection (reference: 1)"
+    )
+    image_first: Fraction = Field(
+        0.5, description="probability that a matched image, or a pair's image, stands before its text (reference: 0.5)"
+    )
+    pair_layout: Literal["document", "reference"] = Field(
+        "document",
+        description="image-text pairs: `<sot> … <eot>` around everything, or the reference's one-ended forms",
+    )
+    contrast_leading_images: bool = Field(
+        False,
+        description="contrast an image that no text of its sequence precedes (reference: true, unless its <soi> is the first token)",
+    )
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.9, 1.0), description="random resized crop: share of the image's area (reference: 0.9, 1.0)"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), description="random resized crop: width over height (reference: 3/4, 4/3)"
+    )
+    seed: int = Field(0, description="seed of shuffling, selection, placement and augmentation")
+    workers: Count = Field(2, description="loader processes per rank; 0: in the training process")
+    cache: str | None = Field(
+        None, description="folder for pack indices; null: megatron_lcl under the user's cache folder"
+    )
+    max_bad_images: Positive = Field(100, description="stop after so many images in a row that no longer decode")
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"data.{name} is [{low}, {high}]; give two positive numbers, the smaller first")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Objective:
+    """What is minimised."""
+
+    name: Literal["lcl", "clip", "generation"] = Field(
+        "lcl", description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast"
+    )
+    contrastive_weight: float = Field(0.1, description="weight of the contrastive loss (paper: 0.1)")
+    generation_weight: float = Field(1.0, description="weight of the generation loss (paper: 1.0)")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Contrast:
+    """How the contrast over the global batch is computed."""
+
+    initial_log_scale: Annotated[float, Field(ge=0, le=math.log(100))] = Field(
+        math.log(1 / 0.07),
+        description="log scale at the start (CLIP: ln(1/0.07)); it trains, and is clamped to [0, ln 100]",
+    )
+    strategy: Literal["retain", "recompute"] = Field(
+        "retain",
+        description="gradient accumulation: keep all graphs until the global-batch loss, or run each forward twice and keep none (ZeRO-3 must recompute)",
+    )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    """AdamW with warmup and cosine decay."""
+
+    name: Literal["adamw", "apex_fused_adam"] = Field(
+        "adamw", description="apex_fused_adam needs NVIDIA's apex (not PyPI's package of that name)"
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(
+        5e-4, description="peak learning rate (paper: 5e-4 pairs, 3e-4 interleaved)"
+    )
+    min_lr: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="learning rate at the end of the cosine (reference: 0)"
+    )
+    warmup: Count = Field(2000, description="steps of linear warmup (paper: 2000)")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="Adam's epsilon (paper: 1e-6)")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.2,
+        description="decay of parameters with two or more dimensions (paper: 0.2); others and the log scale have none",
+    )
+    clip_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="clip the global gradient norm to this; 0: no clipping (ours: the paper's value is not known)"
+    )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Parallel:
+    """How the model is spread over processes; data parallelism takes what is left."""
+
+    tensor: Positive = Field(1, description="tensor-parallel size")
+    pipeline: Positive = Field(1, description="pipeline-parallel size")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Zero:
+    """DeepSpeed's ZeRO."""
+
+    stage: Literal[1, 2, 3] = Field(
+        1, description="what is sharded over data-parallel ranks: 1 optimizer states, 2 and gradients, 3 and parameters"
+    )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Checkpoint:
+    """What is saved, how often, and what is kept."""
+
+    every: Count = Field(1000, description="save every so many steps (and at the end); 0: at the end only")
+    keep_last: Positive = Field(3, description="newest checkpoints kept")
+    keep_every: Count = Field(0, description="also keep those at multiples of so many steps; 0: none")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Train:
+    """The run."""
+
+    output: str = Field("runs/lcl", description="run folder: checkpoints, metrics, log, config")
+    steps: Positive = Field(1000, description="optimizer steps")
+    global_batch: Positive = Field(16, description="packs per step over all processes")
+    micro_batch: Positive = Field(1, description="packs per forward pass on one process")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
+    )
+    seed: int = Field(0, description="seed of the initial parameters")
+    log_every: Positive = Field(10, description="steps between lines in metrics.jsonl and TensorBoard")
+    progress: bool = Field(True, description="progress bar on the first process")
+    apex_layer_norm: bool = Field(False, description="NVIDIA apex's fused LayerNorm in place of torch's")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """A pre-training run."""
+
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    objective: Objective = Field(default_factory=Objective)
+    contrast: Contrast = Field(default_factory=Contrast)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    parallel: Parallel = Field(default_factory=Parallel)
+    zero: Zero = Field(default_factory=Zero)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    train: Train = Field(default_factory=Train)
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="passed on to DeepSpeed as it is; what this tree already decides is refused"
+    )
+
+
+def _divides(small: str, divisor: int, large: str, value: int) -> None:
+    if value % divisor:
+        below = next(d for d in range(min(divisor, value), 0, -1) if value % d == 0)
+        raise ValueError(
+            f"{small} = {divisor} does not divide {large} = {value}; the nearest smaller value that does is {below}"
+        )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config from a YAML file (or the defaults) with dotted overrides, e.g. {"train.steps": "100"}, on top.
+
+    Override values are YAML: `[1, 2]`, `null`, `true`. Raises ValueError naming the key, its value, and the nearest real key.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ValueError(f"no config file {file}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise ValueError(
+                f"{file} holds a {type(tree).__name__}; a config is a mapping of sections such as `train:` and `data:`"
+            )
+    for key, value in (overrides or {}).items():
+        _put(tree, key.replace("-", "_"), value)
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The config from nested dicts; the inverse of `to_dict`."""
+    tree = dict(tree)
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("corpora"), str):
+        tree["data"] = {**data, "corpora": [{"path": data["corpora"]}]}
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(e) for e in error.errors())) from None
+    except TypeError:  # a key that is not a string
+        raise ValueError(f"config keys must be words; got {list(tree)}") from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dicts of plain YAML values; `from_dict` gives the config back."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree as YAML, what `--print-config` prints."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def replace(config: Config, **dotted: Any) -> Config:
+    """A copy with dotted fields replaced, dots written as two underscores: `replace(c, train__steps=10)`."""
+    tree = to_dict(config)
+    for key, value in dotted.items():
+        *sections, name = key.split("__")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_dict(tree)
+
+
+# --- describing --------------------------------------------------------------------------------------------------
+
+
+def describe(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Every field as (dotted name, type, default, help), in order."""
+    for name, info in _fields(cls).items():
+        section = _section(info)
+        if section is not None:
+            yield from describe(section, f"{prefix}{name}.")
+        else:
+            default = info.get_default(call_default_factory=True) if not info.is_required() else "(required)"
+            yield f"{prefix}{name}", _type_name(info.annotation), _plain_text(default), info.description or ""
+
+
+def _fields(cls: type) -> dict[str, FieldInfo]:
+    return cls.__pydantic_fields__  # type: ignore[attr-defined]
+
+
+def _section(info: FieldInfo) -> type | None:
+    return info.annotation if isinstance(info.annotation, type) and dataclasses.is_dataclass(info.annotation) else None
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if getattr(annotation, "__origin__", None) is Literal:
+        return "|".join(map(str, arguments))
+    if arguments and type(None) in arguments:
+        return "|".join(_type_name(a) for a in arguments if a is not type(None)) + "|null"
+    if arguments and hasattr(annotation, "__metadata__"):
+        return _type_name(arguments[0])
+    if getattr(annotation, "__origin__", None) in (tuple, dict):
+        return "list" if annotation.__origin__ is tuple else "mapping"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _plain_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_plain_text(v) for v in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _put(tree: dict[str, Any], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"--{key}: {section} is not a section; {_nearest(key)}")
+        node = child
+    try:
+        node[name] = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        node[name] = value
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"there is no config key `{key}`; {_nearest(key)}"
+    if error["type"] == "missing":
+        return f"config key `{key}` is required"
+    if error["type"] == "value_error":  # our own, from __post_init__
+        return str(error["ctx"]["error"])
+    if error["type"] == "dataclass_type":
+        return f"config section `{key}` is {error['input']!r}; it must be a mapping of fields"
+    return f"config key `{key}` = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _nearest(key: str) -> str:
+    names = [name for name, *_ in describe()]
+    sections = sorted({name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)})
+    last = key.rsplit(".", 1)[-1]
+    same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == last]
+    close: Sequence[str] = same_leaf or difflib.get_close_matches(key, names + sections, n=1, cutoff=0.0)
+    return f"the nearest is `{close[0]}`"
