@@ -1,7 +1,8 @@
 """The whole run in one typed, frozen tree: YAML in, dotted overrides on top, every field documented.
 
-`load(file, overrides)` merges a YAML file and overrides such as `{"train.steps": "100"}` over the defaults; a key that
-does not exist or has the wrong type is a `ValueError` that names the nearest real one. `describe()` yields what `--help` prints.
+`load(file, overrides)` merges a YAML file and overrides such as `{"train.steps": "100"}` over the defaults; a key
+that does not exist or has the wrong type is a `ValueError` that names the nearest real one. `describe()` yields what
+`--help` prints.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Vision:
     """CLIP-style vision transformer."""
 
-    image_size: Positive = Field(224, description="side of the square input image, pixels")
-    patch_size: Positive = Field(32, description="side of a patch, pixels; must divide image_size")
-    width: Positive = Field(768, description="hidden width")
-    layers: Positive = Field(12, description="number of blocks")
-    heads: Positive = Field(12, description="attention heads; must divide width")
-    mlp_width: Positive = Field(3072, description="hidden width of the feed-forward part")
+    image_size: Positive = Field(default=224, description="side of the square input image, pixels")
+    patch_size: Positive = Field(default=32, description="side of a patch, pixels; must divide image_size")
+    width: Positive = Field(default=768, description="hidden width")
+    layers: Positive = Field(default=12, description="number of blocks")
+    heads: Positive = Field(default=12, description="attention heads; must divide width")
+    mlp_width: Positive = Field(default=3072, description="hidden width of the feed-forward part")
 
     def __post_init__(self) -> None:
         _divides("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
@@ -50,13 +51,15 @@ class Language:
     """CLIP-style causal language model."""
 
     context_length: Positive = Field(
-        2048, description="longest sequence, tokens and placeholders together (learned positions)"
+        default=2048, description="longest sequence, tokens and placeholders together (learned positions)"
     )
-    vocab_size: Positive = Field(49411, description="token ids, special tokens included (CLIP byte-pair: 49,408 + 3)")
-    width: Positive = Field(512, description="hidden width; image latents and features have the same")
-    layers: Positive = Field(12, description="number of blocks")
-    heads: Positive = Field(8, description="attention heads; must divide width")
-    mlp_width: Positive = Field(2048, description="hidden width of the feed-forward part")
+    vocab_size: Positive = Field(
+        default=49411, description="token ids, special tokens included (CLIP byte-pair: 49,408 + 3)"
+    )
+    width: Positive = Field(default=512, description="hidden width; image latents and features have the same")
+    layers: Positive = Field(default=12, description="number of blocks")
+    heads: Positive = Field(default=8, description="attention heads; must divide width")
+    mlp_width: Positive = Field(default=2048, description="hidden width of the feed-forward part")
 
     def __post_init__(self) -> None:
         _divides("model.language.heads", self.heads, "model.language.width", self.width)
@@ -66,9 +69,9 @@ class Language:
 class Model:
     """Vision encoder, attention pool and language model."""
 
-    vision: Vision = Field(default_factory=Vision)
-    language: Language = Field(default_factory=Language)
-    pool_heads: Positive = Field(8, description="heads of the attention pool; must divide model.language.width")
+    vision: Vision = Vision()
+    language: Language = Language()
+    pool_heads: Positive = Field(default=8, description="heads of the attention pool; must divide model.language.width")
 
     def __post_init__(self) -> None:
         _divides("model.pool_heads", self.pool_heads, "model.language.width", self.language.width)
@@ -79,54 +82,59 @@ class Corpus:
     """One corpus of a blend."""
 
     path: str = Field(description="folder that `preprocess` wrote")
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of the blend, counted in tokens")
+    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="share of the blend, counted in tokens")
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
     """Documents to packed batches."""
 
-    corpora: tuple[Corpus, ...] = Field((), description="corpora to blend: a list of {path, weight}, or one path")
-    tokens_per_pack: Positive = Field(2048, description="T: token places of a pack")
+    corpora: tuple[Corpus, ...] = Field(
+        default=(), description="corpora to blend: a list of {path, weight}, or one path"
+    )
+    tokens_per_pack: Positive = Field(default=2048, description="T: token places of a pack")
     images_per_pack: Positive | None = Field(
-        None, description="I: image slots of a pack; null: chosen from the corpus so that both fill up"
+        default=None, description="I: image slots of a pack; null: chosen from the corpus so that both fill up"
     )
     min_similarity: float = Field(
-        0.24,
+        default=0.24,
         description="matched sources: leave out an image whose similarity to its segment is lower (reference: 0.24)",
     )
     max_images_per_segment: Positive = Field(
-        1, description="matched sources: images kept per text segment, drawn at random (reference: 1)"
+        default=1, description="matched sources: images kept per text segment, drawn at random (reference: 1)"
     )
     max_images: Positive = Field(
-        6, description="matched sources: images kept per document, the first ones (reference: 6)"
+        default=6, description="matched sources: images kept per document, the first ones (reference: 6)"
     )
     min_images: Count = Field(
-        1, description="matched sources: leave out documents with fewer images after selection (reference: 1)"
+        default=1, description="matched sources: leave out documents with fewer images after selection (reference: 1)"
     )
     image_first: Fraction = Field(
-        0.5, description="probability that a matched image, or a pair's image, stands before its text (reference: 0.5)"
+        default=0.5,
+        description="probability that a matched image, or a pair's image, stands before its text (reference: 0.5)",
     )
     pair_layout: Literal["document", "reference"] = Field(
-        "document",
+        default="document",
         description="image-text pairs: `<sot> … <eot>` around everything, or the reference's one-ended forms",
     )
     contrast_leading_images: bool = Field(
-        False,
-        description="contrast an image that no text of its sequence precedes (reference: true, unless its <soi> is the first token)",
+        default=False,
+        description="contrast an image that no text of its sequence precedes (reference: true, but for <soi> first)",
     )
     crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.9, 1.0), description="random resized crop: share of the image's area (reference: 0.9, 1.0)"
+        default=(0.9, 1.0), description="random resized crop: share of the image's area (reference: 0.9, 1.0)"
     )
     crop_ratio: tuple[float, float] = Field(
-        (0.75, 4 / 3), description="random resized crop: width over height (reference: 3/4, 4/3)"
+        default=(0.75, 4 / 3), description="random resized crop: width over height (reference: 3/4, 4/3)"
     )
-    seed: int = Field(0, description="seed of shuffling, selection, placement and augmentation")
-    workers: Count = Field(2, description="loader processes per rank; 0: in the training process")
+    seed: int = Field(default=0, description="seed of shuffling, selection, placement and augmentation")
+    workers: Count = Field(default=2, description="loader processes per rank; 0: in the training process")
     cache: str | None = Field(
-        None, description="folder for pack indices; null: megatron_lcl under the user's cache folder"
+        default=None, description="folder for pack indices; null: megatron_lcl under the user's cache folder"
     )
-    max_bad_images: Positive = Field(100, description="stop after so many images in a row that no longer decode")
+    max_bad_images: Positive = Field(
+        default=100, description="stop after so many images in a row that no longer decode"
+    )
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
@@ -140,10 +148,11 @@ class Objective:
     """What is minimised."""
 
     name: Literal["lcl", "clip", "generation"] = Field(
-        "lcl", description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast"
+        default="lcl",
+        description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast",
     )
-    contrastive_weight: float = Field(0.1, description="weight of the contrastive loss (paper: 0.1)")
-    generation_weight: float = Field(1.0, description="weight of the generation loss (paper: 1.0)")
+    contrastive_weight: float = Field(default=0.1, description="weight of the contrastive loss (paper: 0.1)")
+    generation_weight: float = Field(default=1.0, description="weight of the generation loss (paper: 1.0)")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -151,12 +160,12 @@ class Contrast:
     """How the contrast over the global batch is computed."""
 
     initial_log_scale: Annotated[float, Field(ge=0, le=math.log(100))] = Field(
-        math.log(1 / 0.07),
+        default=math.log(1 / 0.07),
         description="log scale at the start (CLIP: ln(1/0.07)); it trains, and is clamped to [0, ln 100]",
     )
     strategy: Literal["retain", "recompute"] = Field(
-        "retain",
-        description="gradient accumulation: keep all graphs until the global-batch loss, or run each forward twice and keep none (ZeRO-3 must recompute)",
+        default="retain",
+        description="gradient accumulation: keep every graph until the loss, or run forwards twice (ZeRO-3 must)",
     )
 
 
@@ -165,23 +174,24 @@ class Optimizer:
     """AdamW with warmup and cosine decay."""
 
     name: Literal["adamw", "apex_fused_adam"] = Field(
-        "adamw", description="apex_fused_adam needs NVIDIA's apex (not PyPI's package of that name)"
+        default="adamw", description="apex_fused_adam needs NVIDIA's apex (not PyPI's package of that name)"
     )
     lr: Annotated[float, Field(gt=0)] = Field(
-        5e-4, description="peak learning rate (paper: 5e-4 pairs, 3e-4 interleaved)"
+        default=5e-4, description="peak learning rate (paper: 5e-4 pairs, 3e-4 interleaved)"
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="learning rate at the end of the cosine (reference: 0)"
+        default=0.0, description="learning rate at the end of the cosine (reference: 0)"
     )
-    warmup: Count = Field(2000, description="steps of linear warmup (paper: 2000)")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="Adam's epsilon (paper: 1e-6)")
+    warmup: Count = Field(default=2000, description="steps of linear warmup (paper: 2000)")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
+    eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="Adam's epsilon (paper: 1e-6)")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.2,
+        default=0.2,
         description="decay of parameters with two or more dimensions (paper: 0.2); others and the log scale have none",
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="clip the global gradient norm to this; 0: no clipping (ours: the paper's value is not known)"
+        default=1.0,
+        description="clip the global gradient norm to this; 0: no clipping (ours: the paper's value is not known)",
     )
 
 
@@ -189,8 +199,8 @@ class Optimizer:
 class Parallel:
     """How the model is spread over processes; data parallelism takes what is left."""
 
-    tensor: Positive = Field(1, description="tensor-parallel size")
-    pipeline: Positive = Field(1, description="pipeline-parallel size")
+    tensor: Positive = Field(default=1, description="tensor-parallel size")
+    pipeline: Positive = Field(default=1, description="pipeline-parallel size")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -198,7 +208,8 @@ class Zero:
     """DeepSpeed's ZeRO."""
 
     stage: Literal[1, 2, 3] = Field(
-        1, description="what is sharded over data-parallel ranks: 1 optimizer states, 2 and gradients, 3 and parameters"
+        default=1,
+        description="what is sharded over data-parallel ranks: 1 optimizer states, 2 and gradients, 3 and parameters",
     )
 
 
@@ -206,41 +217,41 @@ class Zero:
 class Checkpoint:
     """What is saved, how often, and what is kept."""
 
-    every: Count = Field(1000, description="save every so many steps (and at the end); 0: at the end only")
-    keep_last: Positive = Field(3, description="newest checkpoints kept")
-    keep_every: Count = Field(0, description="also keep those at multiples of so many steps; 0: none")
+    every: Count = Field(default=1000, description="save every so many steps (and at the end); 0: at the end only")
+    keep_last: Positive = Field(default=3, description="newest checkpoints kept")
+    keep_every: Count = Field(default=0, description="also keep those at multiples of so many steps; 0: none")
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Train:
     """The run."""
 
-    output: str = Field("runs/lcl", description="run folder: checkpoints, metrics, log, config")
-    steps: Positive = Field(1000, description="optimizer steps")
-    global_batch: Positive = Field(16, description="packs per step over all processes")
-    micro_batch: Positive = Field(1, description="packs per forward pass on one process")
+    output: str = Field(default="runs/lcl", description="run folder: checkpoints, metrics, log, config")
+    steps: Positive = Field(default=1000, description="optimizer steps")
+    global_batch: Positive = Field(default=16, description="packs per step over all processes")
+    micro_batch: Positive = Field(default=1, description="packs per forward pass on one process")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
+        default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
     )
-    seed: int = Field(0, description="seed of the initial parameters")
-    log_every: Positive = Field(10, description="steps between lines in metrics.jsonl and TensorBoard")
-    progress: bool = Field(True, description="progress bar on the first process")
-    apex_layer_norm: bool = Field(False, description="NVIDIA apex's fused LayerNorm in place of torch's")
+    seed: int = Field(default=0, description="seed of the initial parameters")
+    log_every: Positive = Field(default=10, description="steps between lines in metrics.jsonl and TensorBoard")
+    progress: bool = Field(default=True, description="progress bar on the first process")
+    apex_layer_norm: bool = Field(default=False, description="NVIDIA apex's fused LayerNorm in place of torch's")
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
     """A pre-training run."""
 
-    model: Model = Field(default_factory=Model)
-    data: Data = Field(default_factory=Data)
-    objective: Objective = Field(default_factory=Objective)
-    contrast: Contrast = Field(default_factory=Contrast)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
-    parallel: Parallel = Field(default_factory=Parallel)
-    zero: Zero = Field(default_factory=Zero)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    train: Train = Field(default_factory=Train)
+    model: Model = Model()
+    data: Data = Data()
+    objective: Objective = Objective()
+    contrast: Contrast = Contrast()
+    optimizer: Optimizer = Optimizer()
+    parallel: Parallel = Parallel()
+    zero: Zero = Zero()
+    checkpoint: Checkpoint = Checkpoint()
+    train: Train = Train()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="passed on to DeepSpeed as it is; what this tree already decides is refused"
     )
@@ -260,7 +271,8 @@ def _divides(small: str, divisor: int, large: str, value: int) -> None:
 def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
     """The config from a YAML file (or the defaults) with dotted overrides, e.g. {"train.steps": "100"}, on top.
 
-    Override values are YAML: `[1, 2]`, `null`, `true`. Raises ValueError naming the key, its value, and the nearest real key.
+    Override values are YAML: `[1, 2]`, `null`, `true`. Raises ValueError naming the key, its value, and the nearest
+    real key.
     """
     tree: dict[str, Any] = {}
     if file is not None:

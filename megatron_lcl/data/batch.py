@@ -1,7 +1,8 @@
 """PackedBatch: what one forward pass sees. Every shape is fixed by the config, for every rank and step.
 
-Shape legend: B packs of the micro-batch, T token places and I image slots of a pack, S sequences a pack can hold, P placeholders per image.
-Rows are the B*T token places in order, image slots the B*I images in order; indices below count rows of the whole micro-batch.
+Shape legend: B packs of the micro-batch, T token places and I image slots of a pack, S sequences a pack can hold,
+P placeholders per image. Rows are the B*T token places in order, image slots the B*I images in order; indices below
+count rows of the whole micro-batch.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class PackedBatch:
     positions: torch.Tensor
     """[B*T] position inside the own sequence, 0 past the last document"""
     cu_seqlens: torch.Tensor
-    """[B*(S+1)] starts of sequences, each pack's list padded by repeating its end; what lies past a pack's last document
-    thereby is a sequence of its own (or, in the last pack, none), and attention over it is finite and unused"""
+    """[B*(S+1)] starts of sequences, each pack's list padded by repeating its end; what lies past a pack's last
+    document thereby is a sequence of its own (or, in the last pack, none); attention over it is finite and unused"""
     targets: torch.Tensor
     """[B*T] id of the next token, -1 where there is no target"""
     target_positions: torch.Tensor
