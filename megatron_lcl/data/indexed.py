@@ -1,0 +1,175 @@
+"""One `.bin` and `.idx` pair: Megatron-Core's multimodal IndexedDataset, written and read byte for byte.
+
+`.bin` holds the sequences one after another; `.idx` (little-endian) holds
+
+    9 bytes "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype code | uint64 sequences S | uint64 document entries D+1
+    int32 lengths[S], elements | int64 pointers[S], bytes | int64 documents[D+1], sequence numbers | int8 modes[S]
+
+Source: megatron/core/datasets/indexed_dataset.py, which opens them with `IndexedDataset(prefix, multimodal=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
+_BUFFER = 1 << 20
+
+FileInfo = dict[str, int | str]
+"""{"size": bytes, "xxh3": 32 hex digits of XXH3-128}"""
+
+
+def map_file(path: Path) -> pa.Buffer:
+    """The file's bytes, memory-mapped; no file descriptor stays open, so thousands of shards can be."""
+    if path.stat().st_size == 0:
+        return pa.py_buffer(b"")
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+class HashingFile:
+    """Writes `path` under a temporary name; `finish` fsyncs, renames, and returns size and XXH3-128."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - closed by finish or abort
+        self._hash = xxhash.xxh3_128()
+        self._pending: list[bytes | memoryview] = []
+        self._num_pending = 0
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append; `data` must not change afterwards."""
+        self._pending.append(data)
+        self._num_pending += len(data)
+        self.size += len(data)
+        if self._num_pending >= _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        block = memoryview(b"".join(self._pending))
+        self._pending.clear()
+        self._num_pending = 0
+        self._hash.update(block)
+        while block:
+            block = block[self._file.write(block) :]
+
+    def finish(self) -> FileInfo:
+        self._flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        return {"size": self.size, "xxh3": self._hash.hexdigest()}
+
+    def abort(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class IndexedWriter:
+    """Streams sequences into `prefix.bin`; the index is small and kept until `finish`."""
+
+    def __init__(self, prefix: Path, dtype: type[np.int32] | type[np.uint8]) -> None:
+        self.prefix = prefix
+        self._dtype: np.dtype = np.dtype(dtype)
+        self._bin = HashingFile(prefix.with_name(prefix.name + ".bin"))
+        self._lengths = array("i")
+        self._modes = array("b")
+        self._documents = array("q", [0])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        return self._bin.size
+
+    def add(self, data: bytes | np.ndarray, mode: int) -> None:
+        """Append one sequence: `data` holds its elements in the container's dtype."""
+        block = data if isinstance(data, bytes) else np.ascontiguousarray(data, self._dtype).tobytes()
+        self._bin.write(block)
+        self._lengths.append(len(block) // self._dtype.itemsize)
+        self._modes.append(mode)
+
+    def end_document(self) -> None:
+        self._documents.append(len(self._lengths))
+
+    def finish(self) -> dict[str, FileInfo]:
+        """Write the index and put both files under their names; returns {file name: size and hash}."""
+        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+        pointers = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], out=pointers[1:])
+        pointers *= self._dtype.itemsize
+        info = {self._bin.path.name: self._bin.finish()}
+        index = HashingFile(self.prefix.with_name(self.prefix.name + ".idx"))
+        index.write(_HEADER.pack(MAGIC, 1, _CODES[self._dtype], len(lengths), len(self._documents)))
+        for part in (lengths, pointers, self._documents, self._modes):
+            index.write(part.tobytes())
+        info[index.path.name] = index.finish()
+        return info
+
+    def abort(self) -> None:
+        self._bin.abort()
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """A memory-mapped container of S sequences in D documents."""
+
+    lengths: np.ndarray
+    """int32 [S], elements of each sequence"""
+    pointers: np.ndarray
+    """int64 [S], where each starts in `.bin`, bytes"""
+    documents: np.ndarray
+    """int64 [D+1], sequence number where each document starts, and the end"""
+    modes: np.ndarray
+    """int8 [S]: 0 text, 1 image"""
+    data: np.ndarray
+    """all elements, in the container's dtype"""
+
+    def sequence(self, k: int) -> np.ndarray:
+        """Elements of sequence `k`, a read-only view."""
+        start = int(self.pointers[k]) // self.data.itemsize
+        return self.data[start : start + int(self.lengths[k])]
+
+
+def read_indexed(prefix: Path) -> Indexed:
+    """Map a container. ValueError names a file that is not one, or is cut."""
+    index_path, data_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
+    try:
+        index, data = map_file(index_path), map_file(data_path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename or error} is missing; the corpus is incomplete") from None
+    if index.size < _HEADER.size:
+        raise ValueError(f"{index_path} is cut: {index.size} bytes")
+    magic, version, code, num_sequences, num_entries = _HEADER.unpack_from(index)
+    dtypes = {code: dtype for dtype, code in _CODES.items()}
+    if magic != MAGIC or version != 1 or code not in dtypes:
+        raise ValueError(f"{index_path} is not an int32 or uint8 IndexedDataset of version 1")
+    if index.size != _HEADER.size + num_sequences * (4 + 8 + 1) + num_entries * 8:
+        raise ValueError(f"{index_path} has {index.size} bytes, not what its {num_sequences} sequences need")
+    arrays: list[np.ndarray] = []
+    start = _HEADER.size
+    for kind, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_entries), ("<i1", num_sequences)):
+        arrays.append(np.frombuffer(index, kind, count, start) if count else np.empty(0, kind))
+        start += arrays[-1].nbytes
+    lengths, pointers, documents, modes = arrays
+    dtype = dtypes[code]
+    elements = np.frombuffer(data, dtype) if data.size else np.empty(0, dtype)
+    return Indexed(lengths, pointers, documents, modes, elements)
