@@ -25,6 +25,14 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+def _divides(small: str, divisor: int, large: str, value: int) -> None:
+    if value % divisor:
+        below = next(d for d in range(min(divisor, value), 0, -1) if value % d == 0)
+        raise ValueError(
+            f"{small} = {divisor} does not divide {large} = {value}; the nearest smaller value that does is {below}"
+        )
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Vision:
     """CLIP-style vision transformer."""
@@ -255,14 +263,6 @@ class Config:
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="passed on to DeepSpeed as it is; what this tree already decides is refused"
     )
-
-
-def _divides(small: str, divisor: int, large: str, value: int) -> None:
-    if value % divisor:
-        below = next(d for d in range(min(divisor, value), 0, -1) if value % d == 0)
-        raise ValueError(
-            f"{small} = {divisor} does not divide {large} = {value}; the nearest smaller value that does is {below}"
-        )
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
