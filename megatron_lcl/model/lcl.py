@@ -1,0 +1,204 @@
+"""The model in one process, and its public face: images and padded token ids in, features and losses out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lcl.config import Model
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.losses.contrastive import contrastive_loss
+from megatron_lcl.model.block import Norm
+from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.open_clip_format import state_dict_open_clip
+from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.model.stages import (
+    Activations,
+    Head,
+    LanguageBlock,
+    Outputs,
+    Patches,
+    PoolInterleave,
+    VisionBlock,
+    build_stages,
+    unit_norm,
+)
+
+
+class StageList(nn.Sequential):
+    """All stages in one process; parameters are called `{index}.name`, as in a pipeline."""
+
+    def forward(self, batch: PackedBatch) -> Outputs:
+        x: Any = Activations.of(batch)
+        for stage in self:
+            x = stage(x)
+        return x
+
+
+class LCLOutput(NamedTuple):
+    """Losses (unweighted) and features of `LCL.forward`."""
+
+    contrastive_loss: torch.Tensor
+    """mean over the pairs, symmetric InfoNCE"""
+    generation_loss: torch.Tensor
+    """mean over the targets, nats"""
+    image_features: torch.Tensor
+    """[pairs, D] unit norm"""
+    text_features: torch.Tensor
+    """[pairs, D] unit norm"""
+    logit_scale: torch.Tensor
+    """exp of the log scale"""
+
+
+class LCL(nn.Module):
+    """Latent Compression Learning (NeurIPS 2024): vision encoder, attention pool and causal language model.
+
+    Parameters are drawn from `seed`; None leaves them as torch made them, to be loaded.
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        seed: int | None = 0,
+        initial_log_scale: float = math.log(1 / 0.07),
+        norm: Norm = nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.special = SpecialTokens.of(config.language.vocab_size)
+        stages = build_stages(config, initial_log_scale, norm)
+        if seed is not None:
+            initialise(stages, config, seed)
+        self.stages = StageList(*stages)
+
+    @property
+    def patches(self) -> Patches:
+        return self.stages[0]  # type: ignore[return-value]
+
+    @property
+    def vision_blocks(self) -> list[VisionBlock]:
+        return [stage for stage in self.stages if isinstance(stage, VisionBlock)]
+
+    @property
+    def pool(self) -> PoolInterleave:
+        return self.stages[1 + self.config.vision.layers]  # type: ignore[return-value]
+
+    @property
+    def language_blocks(self) -> list[LanguageBlock]:
+        return [stage for stage in self.stages if isinstance(stage, LanguageBlock)]
+
+    @property
+    def head(self) -> Head:
+        return self.stages[-1]  # type: ignore[return-value]
+
+    def vision_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W], normalised float or uint8 → vision blocks' output [N, 1+P, V], before the final norm."""
+        size = self.config.vision.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images have the shape {tuple(images.shape)}; the model takes [N, 3, {size}, {size}]")
+        hidden = self.patches.encode(images)
+        for block in self.vision_blocks:
+            hidden = block.encode(hidden)
+        return hidden
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W], normalised float or uint8 → image latents z [N, D], unit norm, float32."""
+        return unit_norm(self.pool.pool(self.vision_tokens(images))[0])
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, S], right-padded with 0 → context features [B, D], unit norm, float32.
+
+        Read at `<soi>`, which stands, in a copy, in place of each row's `<eot>`, or of its last token if it has none.
+        """
+        lengths = _lengths(token_ids)
+        if (lengths == 0).any():
+            raise ValueError("a row of token_ids is empty (all 0); every text needs at least one token")
+        is_end = token_ids == self.special.eot
+        ends = torch.where(is_end.any(1), is_end.int().argmax(1), lengths - 1)
+        asked = token_ids.scatter(1, ends[:, None], self.special.soi)
+        size = self.config.vision.image_size
+        batch = pack_padded(asked, ends + 1, token_ids.new_empty(0, 3, size, size, dtype=torch.uint8), self.config)
+        x: Any = Activations.of(batch)
+        for stage in list(self.stages)[:-1]:
+            x = stage(x)
+        return self.head.text_features(x.hidden[torch.cumsum(ends + 1, 0) - 1])
+
+    def state_dict_open_clip(self) -> dict[str, torch.Tensor]:
+        """The parameters under the reference's names and in its shapes; `from_open_clip` takes them back."""
+        return state_dict_open_clip(self)
+
+    def forward(self, images: torch.Tensor, token_ids: torch.Tensor) -> LCLOutput:
+        """Both losses of a batch of sequences.
+
+        images [N, 3, H, W], normalised float or uint8, in the order of the `<soi>` in token_ids [B, S] (int64,
+        right-padded with 0). Reference rules for the contrast: every image takes part unless its `<soi>` is its
+        sequence's first token. ValueError where images and placeholders do not fit each other.
+        """
+        batch = pack_padded(token_ids, _lengths(token_ids), images, self.config)
+        out = self.stages(batch)
+        pairs = (batch.image_soi >= 0).nonzero()[:, 0]
+        image_features, text_features = out.image_features[pairs], out.text_features[pairs]
+        contrast = contrastive_loss(image_features, text_features, out.log_scale)
+        return LCLOutput(
+            contrast.loss,
+            out.generation / max(batch.num_targets, 1),
+            image_features,
+            text_features,
+            out.log_scale[0].exp(),
+        )
+
+
+def pack_padded(token_ids: torch.Tensor, lengths: torch.Tensor, images: torch.Tensor, config: Model) -> PackedBatch:
+    """Padded sequences [B, S] with their lengths [B], and their images [N, 3, H, W] in order, as one pack.
+
+    Every image takes part in the contrast unless its `<soi>` is its sequence's first token (the reference's rule).
+    """
+    special = SpecialTokens.of(config.language.vocab_size)
+    if lengths.max() > config.language.context_length:
+        raise ValueError(
+            f"a sequence has {int(lengths.max())} tokens; the model's context_length is "
+            f"{config.language.context_length}"
+        )
+    column = torch.arange(token_ids.shape[1], device=token_ids.device)
+    valid = column < lengths[:, None]
+    tokens, positions = token_ids[valid], column.expand_as(token_ids)[valid]
+    following = token_ids.roll(-1, 1)[valid]
+    last = positions == lengths.repeat_interleave(lengths) - 1
+    targets = torch.where(last | (following == special.placeholder) | (following == special.eoi), -1, following)
+    soi = ((tokens == special.soi) & ~last & (following == special.placeholder)).nonzero()[:, 0]
+    num_placeholders = int((tokens == special.placeholder).sum())
+    run = soi[:, None] + 1 + torch.arange(config.vision.num_patches, device=soi.device)
+    fits = run.numel() == num_placeholders and (run < len(tokens)).all()
+    if len(soi) != len(images) or not fits or (tokens[run] != special.placeholder).any():
+        raise ValueError(
+            f"{len(images)} images, but token_ids hold {len(soi)} `<soi>` and {num_placeholders} placeholders; "
+            f"every image needs `<soi>`, {config.vision.num_patches} placeholders and `<eoi>`"
+        )
+    target_positions = (targets >= 0).nonzero()[:, 0]
+    image_soi = torch.where(positions[soi] > 0, soi, -1)
+    return PackedBatch(
+        tokens=tokens,
+        positions=positions,
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
+        targets=targets,
+        target_positions=target_positions,
+        images=images,
+        image_start=soi + 1,
+        image_soi=image_soi,
+        image_valid=torch.ones_like(soi),
+        num_targets=len(target_positions),
+        num_pairs=int((image_soi >= 0).sum()),
+        num_images=len(images),
+        num_tokens=len(tokens),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def _lengths(token_ids: torch.Tensor) -> torch.Tensor:
+    """Lengths [B] of rows right-padded with 0 (a 0 before the last other token is a token)."""
+    column = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device)
+    return torch.where(token_ids != 0, column, 0).amax(1)

@@ -1,0 +1,156 @@
+"""The reference's checkpoint format (open_clip with LCL's additions), both ways.
+
+Names and shapes are those of the published LCL checkpoints. Values are moved, never changed: a fused [q; k; v] is cut
+into its three parameters, the patch convolution [V, 3, p, p] is flattened to [V, 3·p·p], a 0-d log scale becomes [1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.model.special import SpecialTokens
+
+if TYPE_CHECKING:
+    from megatron_lcl.model.lcl import LCL
+
+_SPECIAL_NAMES = {
+    "sot": "<start_of_text>",
+    "eot": "<end_of_text>",
+    "placeholder": "<img_placehold>",
+    "soi": "<start_of_img>",
+    "eoi": "<end_of_img>",
+}
+
+
+def model_config(config: Mapping[str, Any]) -> Model:
+    """Sizes from a dict as in the reference's `model_configs/*.json`. ValueError names what is missing or not LCL's."""
+    try:
+        vision, text, pool = config["vision_cfg"], config["text_cfg"], config["pool_project_cfg"]
+        embed_dim = config["embed_dim"]
+        v = Vision(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["width"],
+            layers=vision["layers"],
+            heads=vision["width"] // vision.get("head_width", 64),
+            mlp_width=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+        )
+        t = Language(
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+            width=text["width"],
+            layers=text["layers"],
+            heads=text["heads"],
+            mlp_width=int(text["width"] * text.get("mlp_ratio", 4.0)),
+        )
+        heads = pool["attn_num_heads"]
+    except KeyError as error:
+        raise ValueError(f"the model config has no {error}; it must be one of the reference's model_configs") from None
+    if pool.get("pool_proj_type", "attn") != "attn":
+        raise ValueError(f"pool_project_cfg.pool_proj_type is {pool['pool_proj_type']!r}; only 'attn' is LCL's pool")
+    if embed_dim != t.width:
+        raise ValueError(f"embed_dim {embed_dim} and text_cfg.width {t.width} differ; LCL's are the same")
+    special = SpecialTokens.of(t.vocab_size)
+    given = config.get("special_token_ids", {})
+    for field, name in _SPECIAL_NAMES.items():
+        if given.get(name, getattr(special, field)) != getattr(special, field):
+            raise ValueError(
+                f"special_token_ids puts {name} at {given[name]}; it must be {getattr(special, field)}: "
+                "the special tokens are the vocabulary's last five ids"
+            )
+    return Model(vision=v, language=t, pool_heads=heads)
+
+
+def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Put a state dict in the reference's format into a model of the same sizes.
+
+    Raises ValueError naming tensors that are missing, unknown, or of the wrong shape.
+    """
+    expected = {name: tensor.shape for name, tensor in state_dict_open_clip(model).items()}
+    missing, unknown = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
+    wrong = [n for n in expected if n in state_dict and state_dict[n].shape != expected[n]]
+    faults = [f"lacks {_some(missing)}"] if missing else []
+    faults += [f"has the unknown {_some(unknown)}"] if unknown else []
+    faults += [f"has {n} of shape {tuple(state_dict[n].shape)}, not {tuple(expected[n])}" for n in wrong[:3]]
+    if faults:
+        raise ValueError(f"the checkpoint {' and '.join(faults)}; is it for another model config?")
+    ours = dict(model.stages.named_parameters())
+    with torch.no_grad():
+        for theirs, names in _names(model).items():
+            parts = state_dict[theirs].reshape(len(names), -1)
+            for name, part in zip(names, parts, strict=True):
+                parameter = ours[name]
+                value = part.view(parameter.shape[::-1]).t() if theirs in _TRANSPOSED else part.view(parameter.shape)
+                parameter.copy_(value)
+
+
+def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:
+    """The model's parameters under the reference's names and in its shapes (detached, the same values)."""
+    ours = {name: p.detach() for name, p in model.stages.named_parameters()}
+    v, p = model.config.vision, model.config.vision.patch_size
+    shapes = {
+        "logit_scale": (),
+        "visual.conv1.weight": (v.width, 3, p, p),
+        "pool_project.query_token": (1, 1, v.width),
+    }
+    result = {}
+    for theirs, names in _names(model).items():
+        tensors = [ours[name].t() if theirs in _TRANSPOSED else ours[name] for name in names]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        result[theirs] = tensor.reshape(shapes.get(theirs, tensor.shape)).contiguous()
+    assert sum(map(len, _names(model).values())) == len(ours), "a parameter of ours has no name in the format"
+    return result
+
+
+_TRANSPOSED = {"text.text_projection"}
+"""stored [in, out] there, as a linear layer's [out, in] here"""
+
+
+def _names(model: LCL) -> dict[str, list[str]]:
+    """Their name → our names, in the order in which ours are concatenated."""
+    index = {id(stage): str(i) for i, stage in enumerate(model.stages)}
+    patches, pool, head = (index[id(stage)] for stage in (model.patches, model.pool, model.head))
+    names = {
+        "logit_scale": [f"{head}.log_scale"],
+        "visual.class_embedding": [f"{patches}.class_embedding"],
+        "visual.positional_embedding": [f"{patches}.positions"],
+        "visual.conv1.weight": [f"{patches}.projection.weight"],
+        **_pairs("visual.ln_pre", f"{patches}.norm"),
+    }
+    for tower, blocks in (("visual", model.vision_blocks), ("text", model.language_blocks)):
+        for i, block in enumerate(blocks):
+            theirs, ours = f"{tower}.transformer.resblocks.{i}", index[id(block)]
+            names |= _pairs(f"{theirs}.ln_1", f"{ours}.norm1") | _pairs(f"{theirs}.ln_2", f"{ours}.norm2")
+            names |= _pairs(f"{theirs}.attn.out_proj", f"{ours}.attention.out")
+            names |= _pairs(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up") | _pairs(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down")
+            for kind in ("weight", "bias"):
+                names[f"{theirs}.attn.in_proj_{kind}"] = [f"{ours}.attention.{x}.{kind}" for x in "qkv"]
+        if tower == "visual":
+            names |= _pairs("visual.ln_post", f"{pool}.norm")
+    names |= {
+        "text.token_embedding.weight": [f"{pool}.embedding.weight"],
+        "text.positional_embedding": [f"{pool}.positions"],
+        "text.text_projection": [f"{head}.projection.weight"],
+        **_pairs("text.ln_final", f"{head}.norm"),
+        "pool_project.query_token": [f"{pool}.query"],
+        "pool_project.pooler.cross_attn.proj.weight": [f"{pool}.out.weight"],
+        **_pairs("lm_head.0", f"{head}.vocabulary_norm"),
+        "lm_head.1.weight": [f"{head}.vocabulary"],
+    }
+    for x in "qkv":
+        names |= _pairs(f"pool_project.pooler.norm1_{x}", f"{pool}.norm_{x}")
+        names[f"pool_project.pooler.cross_attn.{x}.weight"] = [f"{pool}.{x}.weight"]
+        names[f"pool_project.pooler.cross_attn.{x}_bias"] = [f"{pool}.{x}.bias"]
+    return names
+
+
+def _pairs(theirs: str, ours: str) -> dict[str, list[str]]:
+    return {f"{theirs}.{kind}": [f"{ours}.{kind}"] for kind in ("weight", "bias")}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,223 @@
+"""The model as ONE list of stages: [patches, ViT blocks…, pool + interleave, language blocks…, head].
+
+Every stage maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
+`nn.Sequential`, a pipeline as a `PipelineModule`; parameters are called `{index}.name` in both.
+
+Shape legend: N image slots, P patches of an image, V vision width, D language width, R = B*T token places.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lcl.attention import full_attention, packed_causal_attention
+from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.losses.generation import generation_loss
+from megatron_lcl.model.block import Block, Norm
+
+MAX_LOG_SCALE = math.log(100)
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Activations(NamedTuple):
+    """What one stage hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
+
+    hidden: torch.Tensor
+    """before the first stage: images [N, 3, H, W], uint8 or normalised float; in the vision encoder: [N, 1+P, V]; from
+    pool + interleave on: [R+N, D], token rows, then image latents"""
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    targets: torch.Tensor
+    target_positions: torch.Tensor
+    """only the rows that have a target"""
+    image_start: torch.Tensor
+    image_soi: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Activations:
+        x = cls(batch.images, *(getattr(batch, name) for name in cls._fields[1:]))
+        return x._replace(target_positions=x.target_positions[: batch.num_targets])
+
+
+class Outputs(NamedTuple):
+    """What the head gives."""
+
+    generation: torch.Tensor
+    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar"""
+    image_features: torch.Tensor
+    """[N, D] float32 unit-norm image latents z, of every slot"""
+    text_features: torch.Tensor
+    """[N, D] float32 unit-norm context features read at each slot's `<soi>` (meaningless where image_soi is -1)"""
+    log_scale: torch.Tensor
+    """[1] float32"""
+
+
+class Patches(nn.Module):
+    """Patch embedding, class token, learned positions, first norm."""
+
+    def __init__(self, vision: Vision, norm: Norm) -> None:
+        super().__init__()
+        self.patch_size = vision.patch_size
+        self.projection = nn.Linear(3 * vision.patch_size**2, vision.width, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(vision.width))
+        self.positions = nn.Parameter(torch.empty(1 + vision.num_patches, vision.width))
+        self.norm = norm(vision.width)
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        return x._replace(hidden=self.encode(x.hidden))
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W], uint8 or normalised float → [N, 1+P, V]."""
+        if images.dtype == torch.uint8:
+            images = normalise(images)
+        n, _, height, width = images.shape
+        p = self.patch_size
+        rows = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = self.projection(rows.to(self.projection.weight.dtype))
+        classes = self.class_embedding.expand(n, 1, -1)
+        return self.norm(torch.cat([classes, patches], 1) + self.positions)
+
+
+class VisionBlock(Block):
+    """Block in which every patch of an image sees every other."""
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        return x._replace(hidden=self.encode(x.hidden))
+
+    def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
+        return self.residual(hidden_NLV, _attend_images)
+
+
+def _attend_images(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return full_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+class PoolInterleave(nn.Module):
+    """Final vision norm; attention pool; token embedding; patch embeddings put at the images' placeholders.
+
+    The pool has one learned query; q, k and v have each a LayerNorm and a bias, the output projection has none. The
+    same v-norm, v-projection and output projection, applied to each patch, give the P embeddings of the placeholders.
+    """
+
+    def __init__(self, model: Model, norm: Norm) -> None:
+        super().__init__()
+        v, d = model.vision.width, model.language.width
+        self.heads = model.pool_heads
+        self.norm = norm(v)
+        self.query = nn.Parameter(torch.empty(1, v))
+        self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
+        self.q, self.k, self.v = nn.Linear(v, d), nn.Linear(v, d), nn.Linear(v, d)
+        self.out = nn.Linear(d, d, bias=False)
+        self.embedding = nn.Embedding(model.language.vocab_size, d)
+        self.positions = nn.Parameter(torch.empty(model.language.context_length, d))
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        latents_ND, patches_NPD = self.pool(x.hidden)
+        tokens_RD = self.embedding(x.tokens)
+        num_rows, num_patches = len(tokens_RD), patches_NPD.shape[1]
+        offsets = torch.arange(num_patches, device=x.hidden.device)
+        rows_NP = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
+        # an empty slot's embeddings go to one row too many, which is cut off again
+        rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
+        rows_RD = rows_RD + self.positions[x.positions]
+        return x._replace(hidden=torch.cat([rows_RD, latents_ND]))
+
+    def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
+        """The normed patch tokens [N, P, V], the features that LCL trains."""
+        return self.norm(hidden_NLV[:, 1:])
+
+    def pool(self, hidden_NLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ViT output [N, 1+P, V] → image latents z [N, D] (not normalised) and placeholder embeddings [N, P, D]."""
+        patches = self.patch_features(hidden_NLV)
+        q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
+        k = self.k(self.norm_k(patches))
+        v = self.v(self.norm_v(patches))
+        heads = [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v)]
+        pooled = full_attention(q.expand(len(patches), -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
+        return self.out(pooled), self.out(v)
+
+
+class LanguageBlock(Block):
+    """Block in which a row sees the rows before it in its sequence; the image latents behind the rows pass through."""
+
+    def __init__(self, language: Language, norm: Norm) -> None:
+        super().__init__(language.width, language.heads, language.mlp_width, norm)
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        num_rows = len(x.tokens)
+        rows_RD, latents_ND = x.hidden[:num_rows], x.hidden[num_rows:]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return packed_causal_attention(q, k, v, x.cu_seqlens, num_rows)
+
+        return x._replace(hidden=torch.cat([self.residual(rows_RD, attend), latents_ND]))
+
+
+class Head(nn.Module):
+    """Final norm and projection of the context features; language-model head with its own norm; the log scale."""
+
+    def __init__(self, language: Language, initial_log_scale: float, norm: Norm) -> None:
+        super().__init__()
+        self.initial_log_scale = initial_log_scale
+        self.norm = norm(language.width)
+        self.projection = nn.Linear(language.width, language.width, bias=False)
+        self.vocabulary_norm = norm(language.width)
+        self.vocabulary = nn.Parameter(torch.empty(language.vocab_size, language.width))
+        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+
+    def forward(self, inputs: Activations) -> Outputs:
+        x = Activations(*inputs)
+        num_rows = len(x.tokens)
+        rows_RD, latents_ND = x.hidden[:num_rows], x.hidden[num_rows:]
+        hidden = self.vocabulary_norm(rows_RD[x.target_positions])
+        nll = generation_loss(hidden, self.vocabulary, x.targets[x.target_positions])
+        contexts_ND = self.text_features(rows_RD[x.image_soi.clamp(min=0)])
+        return Outputs(nll, unit_norm(latents_ND), contexts_ND, self.log_scale)
+
+    @torch.no_grad()
+    def clamp_log_scale(self) -> None:
+        """Back into [0, ln 100], after each step (CLIP)."""
+        self.log_scale.clamp_(0, MAX_LOG_SCALE)
+
+    def text_features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Language-model outputs [N, D] → unit-norm context features [N, D], float32."""
+        return unit_norm(self.projection(self.norm(hidden_ND)))
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Language-model outputs [N, D] → logits [N, vocabulary]; for writing text, never in training."""
+        return F.linear(self.vocabulary_norm(hidden_ND), self.vocabulary)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB [N, 3, H, W] → float32, CLIP's mean and standard deviation."""
+    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def unit_norm(features: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to length one, in float32."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def build_stages(model: Model, initial_log_scale: float, norm: Norm = nn.LayerNorm) -> list[nn.Module]:
+    """The list of stages, parameters not yet initialised (see `initialise`)."""
+    vision, language = model.vision, model.language
+    return [
+        Patches(vision, norm),
+        *(VisionBlock(vision.width, vision.heads, vision.mlp_width, norm) for _ in range(vision.layers)),
+        PoolInterleave(model, norm),
+        *(LanguageBlock(language, norm) for _ in range(language.layers)),
+        Head(language, initial_log_scale, norm),
+    ]
