@@ -166,8 +166,10 @@ def read_indexed(prefix: Path) -> Indexed:
         raise ValueError(f"{index_path} has {index.size} bytes, not what its {num_sequences} sequences need")
     arrays: list[np.ndarray] = []
     start = _HEADER.size
-    for kind, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_entries), ("<i1", num_sequences)):
-        arrays.append(np.frombuffer(index, kind, count, start) if count else np.empty(0, kind))
+    layout = (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_entries), ("i1", num_sequences))
+    for name, count in layout:
+        kind = np.dtype(name)
+        arrays.append(np.frombuffer(index, kind, count, start) if count else np.zeros(0, kind))
         start += arrays[-1].nbytes
     lengths, pointers, documents, modes = arrays
     dtype = dtypes[code]

@@ -1,0 +1,325 @@
+"""One interface for SentencePiece models and CLIP's byte-pair encoding.
+
+Five special tokens follow the base vocabulary in the reference's order: `<start_of_text>`, `<end_of_text>`,
+`<img_placehold>`, `<start_of_img>`, `<end_of_img>`. No text ever encodes to one of them: such a string inside a text is
+text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import io
+import json
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain, groupby
+from pathlib import Path
+
+import numpy as np
+import regex
+import xxhash
+
+SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Special-token ids are `base_size` … `base_size + 4`."""
+
+    base_size: int
+    """ids of the base vocabulary: 0 … base_size-1"""
+    file_name: str
+    """the name under which a corpus keeps its copy"""
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids, special tokens included."""
+        return self.base_size + len(SPECIAL_TOKENS)
+
+    @property
+    def sot(self) -> int:
+        return self.base_size
+
+    @property
+    def eot(self) -> int:
+        return self.base_size + 1
+
+    @property
+    def placeholder(self) -> int:
+        return self.base_size + 2
+
+    @property
+    def soi(self) -> int:
+        return self.base_size + 3
+
+    @property
+    def eoi(self) -> int:
+        return self.base_size + 4
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text; special tokens come out under their names."""
+        return "".join(
+            "".join(SPECIAL_TOKENS[i - self.base_size] for i in run) if special else self._decode(list(run))
+            for special, run in groupby(map(int, ids), key=lambda i: i >= self.base_size)
+        )
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of base ids."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids."""
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write a file that `load` reads."""
+
+
+def load(source: str | Path) -> Tokenizer:
+    """A tokenizer from `"clip"`, a SentencePiece model, or a file that `save` wrote.
+
+    Raises ValueError where there is no such file or it is neither.
+    """
+    if str(source) == "clip":
+        return ClipTokenizer(_installed_merges())
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f'no tokenizer at {path} ({error.strerror}); give "clip" or a SentencePiece .model') from None
+    if path.suffix == ".json":
+        try:
+            return ClipTokenizer([tuple(pair.split(" ")) for pair in json.loads(data)["merges"]])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is not a tokenizer that megatron_lcl saved") from None
+    return SentencePieceTokenizer(data, str(path))
+
+
+# --- SentencePiece -----------------------------------------------------------------------------------------------
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Any SentencePiece model, given as its serialised bytes."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes, name: str = "model") -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        self._name = name
+        self._processor = SentencePieceProcessor()
+        try:
+            if not model:
+                raise RuntimeError("the file is empty")
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise ValueError(f"{name} is not a SentencePiece model") from None
+        self.base_size = self._processor.GetPieceSize()
+
+    def __reduce__(self) -> tuple[type, tuple[bytes, str]]:
+        return type(self), (self._model, self._name)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.Encode(list(texts), out_type=int, num_threads=1)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.Decode(ids)
+
+    @property
+    def fingerprint(self) -> str:
+        return "sentencepiece-" + xxhash.xxh3_128_hexdigest(self._model)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self._model)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, max_bytes: int = 100_000_000, max_piece_bytes: int = 4000
+) -> SentencePieceTokenizer:
+    """A unigram model trained on the first `max_bytes` of `texts`; the same texts give the same model.
+
+    `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
+    no normalisation, byte fallback for rare characters (only U+2581, SentencePiece's own mark for a space, comes back as
+    a space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. ValueError without text, or for a size that
+    cannot be.
+    """
+    import sentencepiece
+
+    smallest = 256 + 1 + 100  # bytes, <unk>, and room for an alphabet
+    if vocab_size - len(SPECIAL_TOKENS) < smallest:
+        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {smallest + len(SPECIAL_TOKENS)}")
+    model = io.BytesIO()
+    lines = _training_lines(texts, max_bytes, max_piece_bytes)
+    first = next(lines, None)
+    if first is None:
+        raise ValueError("no text to train a tokenizer on")
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=(line for part in ([first], lines) for line in part),
+            model_writer=model,
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            model_type="unigram",
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=max_piece_bytes + 8,
+            num_threads=1,  # sums depend on their order
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"cannot train a tokenizer of {vocab_size} ids on these texts: {error}") from None
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _training_lines(texts: Iterable[str], max_bytes: int, max_piece_bytes: int) -> Iterator[str]:
+    """Lines short enough for the trainer, which skips longer ones, cut at a space."""
+    for text in texts:
+        for line in text.splitlines():
+            line = line.replace("\0", " ")  # the trainer refuses it
+            while line.strip() and max_bytes > 0:
+                head = line[: max_piece_bytes // 4]  # UTF-8 has at most four bytes a character
+                if len(head) < len(line) and " " in head.strip():
+                    head = head[: head.rindex(" ")] or head
+                line = line[len(head) :]
+                max_bytes -= len(head.encode())
+                yield head
+        if max_bytes <= 0:
+            return
+
+
+# --- CLIP --------------------------------------------------------------------------------------------------------
+
+_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_NUM_MERGES = 49152 - 256 - 2
+
+
+def _installed_merges() -> list[tuple[str, ...]]:
+    """CLIP's merges from an installed package that ships them; only the file is read."""
+    for package in ("open_clip", "clip"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            file = Path(folder) / _MERGES_FILE
+            if file.is_file():
+                lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+                return [tuple(line.split()) for line in lines[1 : _NUM_MERGES + 1]]
+    raise ValueError(
+        f"CLIP's vocabulary ({_MERGES_FILE}) comes with the package open-clip-torch, which is not installed; "
+        "`pip install --no-deps open-clip-torch` is enough"
+    )
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in the vocabulary's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+_ASCII_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")  # the same for lower-case ASCII, faster
+_MAX_WORDS, _MAX_WORD_LENGTH = 200_000, 64
+
+
+class _WordIds(dict[str, list[int]]):
+    """Ids of words seen before; the Rust library encodes the others."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self._encode(word)
+        if len(word) <= _MAX_WORD_LENGTH:
+            if len(self) >= _MAX_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's lower-casing byte-pair encoding (Radford et al. 2021), ids as in open_clip's `SimpleTokenizer`.
+
+    Texts are cleaned as there: ftfy, HTML-unescaping twice, white space collapsed, lower case; so it is not lossless.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, merges: Sequence[tuple[str, ...]]) -> None:
+        self._merges = list(merges)
+        letters = list(_byte_alphabet().values())
+        vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in self._merges)]
+        self._vocabulary = vocabulary
+        self.base_size = len(vocabulary)
+
+    def __reduce__(self) -> tuple[type, tuple[list[tuple[str, ...]]]]:
+        return type(self), (self._merges,)
+
+    @cached_property
+    def _words(self) -> _WordIds:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        ids = {token: i for i, token in enumerate(self._vocabulary)}
+        encoder = Tokenizer(models.BPE(vocab=ids, merges=self._merges, end_of_word_suffix="</w>"))
+        encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return _WordIds(lambda word: encoder.encode(word).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        ids = self._words.__getitem__
+        return [list(chain.from_iterable(map(ids, _split(clip_clean(text))))) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        bytes_of = {letter: b for b, letter in _byte_alphabet().items()}
+        text = "".join(self._vocabulary[i] for i in ids).replace("</w>", " ")
+        return bytes(bytes_of.get(c, 32) for c in text).decode(errors="replace").rstrip(" ")
+
+    @property
+    def fingerprint(self) -> str:
+        return "clip-" + xxhash.xxh3_128_hexdigest("\n".join(map(" ".join, self._merges)))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps({"type": "clip", "merges": [" ".join(m) for m in self._merges]}), "utf-8")
+
+
+_QUOTES = str.maketrans(dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"'))
+# Characters on which ftfy or HTML-unescaping may act by themselves: entities, controls, odd line ends, ligatures, full
+# and half widths, surrogates, byte-order and interlinear marks.
+_UNCLEAN = re.compile(
+    "[&\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u2028-\u202e\u2066-\u206f\u3000"
+    "\ud800-\udfff\ufb00-\ufb06\ufe00-\ufe0f\ufeff\uff00-\uffff]"
+)
+
+
+def _split(text: str) -> list[str]:
+    return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
+
+
+def clip_clean(text: str) -> str:
+    """What the reference does before splitting: `ftfy.fix_text`, HTML-unescaping twice, white space, lower case."""
+    if not text.isascii() or _UNCLEAN.search(text):
+        import ftfy
+
+        if _UNCLEAN.search(text) or not unicodedata.is_normalized("NFC", text) or ftfy.is_bad(text):
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        else:
+            text = text.translate(_QUOTES)
+    return " ".join(text.split()).lower()
