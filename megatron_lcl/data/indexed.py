@@ -15,6 +15,7 @@ import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -166,9 +167,13 @@ def read_indexed(prefix: Path) -> Indexed:
         raise ValueError(f"{index_path} has {index.size} bytes, not what its {num_sequences} sequences need")
     arrays: list[np.ndarray] = []
     start = _HEADER.size
-    layout = (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_entries), ("i1", num_sequences))
-    for name, count in layout:
-        kind = np.dtype(name)
+    layout: list[tuple[Any, int]] = [
+        (np.int32, num_sequences),
+        (np.int64, num_sequences),
+        (np.int64, num_entries),
+        (np.int8, num_sequences),
+    ]
+    for kind, count in layout:
         arrays.append(np.frombuffer(index, kind, count, start) if count else np.zeros(0, kind))
         start += arrays[-1].nbytes
     lengths, pointers, documents, modes = arrays

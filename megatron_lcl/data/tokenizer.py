@@ -103,7 +103,7 @@ def load(source: str | Path) -> Tokenizer:
         raise ValueError(f'no tokenizer at {path} ({error.strerror}); give "clip" or a SentencePiece .model') from None
     if path.suffix == ".json":
         try:
-            return ClipTokenizer([tuple(pair.split(" ")) for pair in json.loads(data)["merges"]])
+            return ClipTokenizer([_pair(line) for line in json.loads(data)["merges"]])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a tokenizer that megatron_lcl saved") from None
     return SentencePieceTokenizer(data, str(path))
@@ -155,7 +155,7 @@ def train_sentencepiece(
 
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
     no normalisation, byte fallback for rare characters (only U+2581, SentencePiece's own mark for a space, comes back as
-    a space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. ValueError without text, or for a size that
+    space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. ValueError without text, or for a size that
     cannot be.
     """
     import sentencepiece
@@ -213,7 +213,7 @@ _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 49152 - 256 - 2
 
 
-def _installed_merges() -> list[tuple[str, ...]]:
+def _installed_merges() -> list[tuple[str, str]]:
     """CLIP's merges from an installed package that ships them; only the file is read."""
     for package in ("open_clip", "clip"):
         spec = importlib.util.find_spec(package)
@@ -221,11 +221,16 @@ def _installed_merges() -> list[tuple[str, ...]]:
             file = Path(folder) / _MERGES_FILE
             if file.is_file():
                 lines = gzip.decompress(file.read_bytes()).decode().split("\n")
-                return [tuple(line.split()) for line in lines[1 : _NUM_MERGES + 1]]
+                return [_pair(line) for line in lines[1 : _NUM_MERGES + 1]]
     raise ValueError(
         f"CLIP's vocabulary ({_MERGES_FILE}) comes with the package open-clip-torch, which is not installed; "
         "`pip install --no-deps open-clip-torch` is enough"
     )
+
+
+def _pair(line: str) -> tuple[str, str]:
+    left, right = line.split()
+    return left, right
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -264,14 +269,14 @@ class ClipTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
 
-    def __init__(self, merges: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
         self._merges = list(merges)
         letters = list(_byte_alphabet().values())
         vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in self._merges)]
         self._vocabulary = vocabulary
         self.base_size = len(vocabulary)
 
-    def __reduce__(self) -> tuple[type, tuple[list[tuple[str, ...]]]]:
+    def __reduce__(self) -> tuple[type, tuple[list[tuple[str, str]]]]:
         return type(self), (self._merges,)
 
     @cached_property
@@ -294,7 +299,7 @@ class ClipTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        return "clip-" + xxhash.xxh3_128_hexdigest("\n".join(map(" ".join, self._merges)))
+        return "clip-" + xxhash.xxh3_128_hexdigest("\n".join(map(" ".join, self._merges)).encode())
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps({"type": "clip", "merges": [" ".join(m) for m in self._merges]}), "utf-8")
