@@ -15,7 +15,6 @@ import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -165,18 +164,18 @@ def read_indexed(prefix: Path) -> Indexed:
         raise ValueError(f"{index_path} is not an int32 or uint8 IndexedDataset of version 1")
     if index.size != _HEADER.size + num_sequences * (4 + 8 + 1) + num_entries * 8:
         raise ValueError(f"{index_path} has {index.size} bytes, not what its {num_sequences} sequences need")
-    arrays: list[np.ndarray] = []
     start = _HEADER.size
-    layout: list[tuple[Any, int]] = [
-        (np.int32, num_sequences),
-        (np.int64, num_sequences),
-        (np.int64, num_entries),
-        (np.int8, num_sequences),
-    ]
-    for kind, count in layout:
-        arrays.append(np.frombuffer(index, kind, count, start) if count else np.zeros(0, kind))
-        start += arrays[-1].nbytes
-    lengths, pointers, documents, modes = arrays
+
+    def take(kind: np.dtype, count: int) -> np.ndarray:
+        nonlocal start
+        values = np.frombuffer(index, kind, count, start) if count else np.zeros(0, kind)  # type: ignore[call-overload]
+        start += values.nbytes
+        return values
+
+    lengths = take(np.dtype(np.int32), num_sequences)
+    pointers = take(np.dtype(np.int64), num_sequences)
+    documents = take(np.dtype(np.int64), num_entries)
+    modes = take(np.dtype(np.int8), num_sequences)
     dtype = dtypes[code]
     elements = np.frombuffer(data, dtype) if data.size else np.empty(0, dtype)
     return Indexed(lengths, pointers, documents, modes, elements)

@@ -154,9 +154,9 @@ def train_sentencepiece(
     """A unigram model trained on the first `max_bytes` of `texts`; the same texts give the same model.
 
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
-    no normalisation, byte fallback for rare characters (only U+2581, SentencePiece's own mark for a space, comes back as
-    space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. ValueError without text, or for a size that
-    cannot be.
+    no normalisation, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
+    space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. ValueError without text or for an impossible
+    size.
     """
     import sentencepiece
 
