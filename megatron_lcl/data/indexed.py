@@ -15,6 +15,7 @@ import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ import xxhash
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
+_CODES: dict[np.dtype, int] = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
 _BUFFER = 1 << 20
 
 FileInfo = dict[str, int | str]
@@ -153,22 +154,22 @@ def read_indexed(prefix: Path) -> Indexed:
     """Map a container. ValueError names a file that is not one, or is cut."""
     index_path, data_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     try:
-        index, data = map_file(index_path), map_file(data_path)
+        index, data = memoryview(map_file(index_path)), memoryview(map_file(data_path))
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename or error} is missing; the corpus is incomplete") from None
-    if index.size < _HEADER.size:
-        raise ValueError(f"{index_path} is cut: {index.size} bytes")
+    if index.nbytes < _HEADER.size:
+        raise ValueError(f"{index_path} is cut: {index.nbytes} bytes")
     magic, version, code, num_sequences, num_entries = _HEADER.unpack_from(index)
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     if magic != MAGIC or version != 1 or code not in dtypes:
         raise ValueError(f"{index_path} is not an int32 or uint8 IndexedDataset of version 1")
-    if index.size != _HEADER.size + num_sequences * (4 + 8 + 1) + num_entries * 8:
-        raise ValueError(f"{index_path} has {index.size} bytes, not what its {num_sequences} sequences need")
+    if index.nbytes != _HEADER.size + num_sequences * (4 + 8 + 1) + num_entries * 8:
+        raise ValueError(f"{index_path} has {index.nbytes} bytes, not what its {num_sequences} sequences need")
     start = _HEADER.size
 
-    def take(kind: np.dtype, count: int) -> np.ndarray:
+    def take(kind: Any, count: int) -> np.ndarray:
         nonlocal start
-        values = np.frombuffer(index, kind, count, start) if count else np.zeros(0, kind)  # type: ignore[call-overload]
+        values: np.ndarray = np.frombuffer(index, kind, count, start) if count else np.zeros(0, kind)
         start += values.nbytes
         return values
 
@@ -176,6 +177,6 @@ def read_indexed(prefix: Path) -> Indexed:
     pointers = take(np.dtype(np.int64), num_sequences)
     documents = take(np.dtype(np.int64), num_entries)
     modes = take(np.dtype(np.int8), num_sequences)
-    dtype = dtypes[code]
-    elements = np.frombuffer(data, dtype) if data.size else np.empty(0, dtype)
+    dtype: Any = dtypes[code]
+    elements = np.frombuffer(data, dtype) if data.nbytes else np.empty(0, dtype)
     return Indexed(lengths, pointers, documents, modes, elements)

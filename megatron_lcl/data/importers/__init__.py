@@ -1,0 +1,88 @@
+"""Source formats, one file each. An importer cuts its input into units and yields each unit's documents in order.
+
+Another package adds a format with an entry point in the group `megatron_lcl.importers`, whose name is the format's and
+whose object is an `Importer` class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megatron_lcl.data.document import Document
+from megatron_lcl.data.drops import Drops
+
+ENTRY_POINTS = "megatron_lcl.importers"
+_BUILT_IN = {
+    "html": "html:HtmlImporter",
+    "jsonl": "jsonl:JsonlImporter",
+    "mmc4": "mmc4:Mmc4Importer",
+    "obelics": "parquet:ObelicsImporter",
+    "omnicorpus": "parquet:OmniCorpusImporter",
+    "mint1t": "mint1t:Mint1tImporter",
+    "webdataset": "pairs:WebDatasetImporter",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of the input that one worker reads from start to end."""
+
+    name: str
+    size: int
+    """bytes on disk, images in other files not counted"""
+    payload: Any = None
+    """whatever the importer needs to find it again; picklable"""
+
+
+class Importer(ABC):
+    """Reads one source. Picklable: workers get a copy and one unit at a time."""
+
+    options: ClassVar[dict[str, str]] = {}
+    """keyword arguments besides `input` and `images`, with their description"""
+
+    @abstractmethod
+    def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:
+        """ValueError, with the remedy, where `input` holds nothing of this format."""
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """All units in the corpus's order; the same for the same input."""
+
+    @abstractmethod
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        """The unit's documents in order; what cannot be read is counted in `drops`, never raised."""
+
+
+def formats() -> list[str]:
+    """Names of all formats, those of other packages included."""
+    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def importer_class(format: str) -> type[Importer]:
+    """The importer of `format`. ValueError names the formats there are."""
+    if format in _BUILT_IN:
+        module, name = _BUILT_IN[format].split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == format:
+            return point.load()
+    raise ValueError(f"there is no format {format!r}; there are {', '.join(formats())}")
+
+
+def create(format: str, input: str | Path, images: str | Path | None, options: Mapping[str, Any]) -> Importer:
+    """An importer of `format` for `input`. ValueError for an unknown format or option, or input that is not there."""
+    cls = importer_class(format)
+    unknown = [name for name in options if name not in cls.options]
+    if unknown:
+        known = ", ".join(cls.options) or "none"
+        raise ValueError(f"format {format} has no option {unknown[0]!r}; it has: {known}")
+    for path in (input, images):
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{path} does not exist")
+    return cls(Path(input), None if images is None else Path(images), **options)
