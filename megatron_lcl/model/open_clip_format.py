@@ -65,19 +65,15 @@ def model_config(config: Mapping[str, Any]) -> Model:
     return Model(vision=v, language=t, pool_heads=heads)
 
 
-def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> None:
+def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: bool = False) -> None:
     """Put a state dict in the reference's format into a model of the same sizes.
 
-    Raises ValueError naming tensors that are missing, unknown, or of the wrong shape.
+    `assign`: parameters become views of the given tensors where they can, for a model made on the meta device; else
+    values are copied. Raises ValueError naming tensors that are missing, unknown, or of the wrong shape.
     """
     expected = {name: tensor.shape for name, tensor in state_dict_open_clip(model).items()}
-    missing, unknown = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-    wrong = [n for n in expected if n in state_dict and state_dict[n].shape != expected[n]]
-    faults = [f"lacks {_some(missing)}"] if missing else []
-    faults += [f"has the unknown {_some(unknown)}"] if unknown else []
-    faults += [f"has {n} of shape {tuple(state_dict[n].shape)}, not {tuple(expected[n])}" for n in wrong[:3]]
-    if faults:
-        raise ValueError(f"the checkpoint {' and '.join(faults)}; is it for another model config?")
+    if faults := name_faults(expected, state_dict):
+        raise ValueError(f"the checkpoint {faults}; is it for another model config?")
     ours = dict(model.stages.named_parameters())
     with torch.no_grad():
         for theirs, names in _names(model).items():
@@ -85,7 +81,11 @@ def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> None:
             for name, part in zip(names, parts, strict=True):
                 parameter = ours[name]
                 value = part.view(parameter.shape[::-1]).t() if theirs in _TRANSPOSED else part.view(parameter.shape)
-                parameter.copy_(value)
+                if assign:
+                    stage, _, leaf = name.rpartition(".")
+                    setattr(model.stages.get_submodule(stage), leaf, torch.nn.Parameter(value.float().contiguous()))
+                else:
+                    parameter.copy_(value)
 
 
 def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:
@@ -152,5 +152,16 @@ def _pairs(theirs: str, ours: str) -> dict[str, list[str]]:
     return {f"{theirs}.{kind}": [f"{ours}.{kind}"] for kind in ("weight", "bias")}
 
 
-def _some(names: list[str]) -> str:
+def name_faults(expected: Mapping[str, torch.Size], given: Mapping[str, torch.Tensor]) -> str:
+    """What is wrong with a state dict's names and shapes, in words; empty if nothing is."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    wrong = [name for name in expected if name in given and given[name].shape != expected[name]]
+    faults = [f"lacks {some(missing)}"] if missing else []
+    faults += [f"has the unknown {some(unknown)}"] if unknown else []
+    faults += [f"has {n} of shape {tuple(given[n].shape)}, not {tuple(expected[n])}" for n in wrong[:3]]
+    return " and ".join(faults)
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,88 @@
+"""What an export is checked by: both models run on the same images, and the differences are written down."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.stages import Patches, PoolInterleave, VisionBlock, normalise
+
+BOUND = 1e-5
+"""largest relative difference of an export"""
+
+
+class Features(NamedTuple):
+    """What LCL trains, of N images."""
+
+    patches: torch.Tensor
+    """[N, P, V] patch tokens after the final norm"""
+    latents: torch.Tensor
+    """[N, D] image latents z, not scaled to unit norm"""
+
+
+def check_images(size: int) -> torch.Tensor:
+    """Normalised images [4, 3, size, size], the same on every machine: noise of four scales, from pixels to blobs."""
+    generator = torch.Generator().manual_seed(0)
+    scales = [size, max(size // 4, 2), max(size // 16, 2), 2]
+    noise = [torch.randint(256, (1, 3, scale, scale), generator=generator).float() for scale in scales]
+    images = torch.cat([F.interpolate(x, (size, size), mode="bilinear", align_corners=True) for x in noise])
+    return normalise(images.to(torch.uint8))
+
+
+@torch.no_grad()
+def our_features(model: LCL, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> Features:
+    """The model's features, computed in float32 with parameters rounded to `dtype`, one stage at a time."""
+    hidden = images
+    for stage in model.stages:
+        with _rounded(stage, dtype):
+            if isinstance(stage, PoolInterleave):
+                return Features(stage.patch_features(hidden), stage.pool(hidden)[0])
+            assert isinstance(stage, Patches | VisionBlock)
+            hidden = stage.encode(hidden)
+    raise AssertionError("the list of stages has no pool")
+
+
+def compare(theirs: Features, ours: Features, rounded: Features) -> dict[str, Any]:
+    """Relative differences (Frobenius norms over all images) of an export from our model.
+
+    The bound is on the difference from our model with the same rounded weights: that is the conversion's own error.
+    Raises ValueError over the bound. What rounding the weights changed is told beside it.
+    """
+    facts: dict[str, Any] = {"bound": BOUND}
+    for name in Features._fields:
+        a, b, exact = (getattr(features, name) for features in (theirs, rounded, ours))
+        if a.shape != b.shape:
+            raise ValueError(f"the exported model's {name} have the shape {tuple(a.shape)}, ours {tuple(b.shape)}")
+        facts[name] = {
+            "relative_difference": _relative(a, b),
+            "largest_absolute_difference": float((a - b).abs().max()),
+            "relative_change_by_rounding": _relative(b, exact),
+        }
+        if not facts[name]["relative_difference"] <= BOUND:  # NaN too
+            raise ValueError(
+                f"the exported model's {name} differ from ours by {facts[name]['relative_difference']:.3g} "
+                f"(relative; the bound is {BOUND:g}); nothing was written"
+            )
+    return facts
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@contextlib.contextmanager
+def _rounded(stage: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    kept = [(p, p.data) for p in stage.parameters()] if dtype != torch.float32 else []
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype).float()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

@@ -1,0 +1,109 @@
+"""Checkpoints out of and into our format, each a function that one command calls."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.convert import hf
+from megatron_lcl.convert.card import Card
+from megatron_lcl.convert.certificate import check_images, compare, our_features
+from megatron_lcl.convert.folder import new_folder, write_record
+from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, find_checkpoint, load_model, read_config
+from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.model.lcl import LCL
+
+_FORMATS: dict[str, ModuleType] = {"hf": hf}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export(
+    checkpoint: str | Path,
+    format: str,
+    output: str | Path,
+    dtype: str = "float32",
+    image_size: int | None = None,
+    card: Card | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint in another library's format, run both models on the same images, return the certificate.
+
+    `checkpoint`: whatever `load_model` takes. `format`: hf. `dtype`: of the weights, float32 or bfloat16.
+    `image_size`: interpolate the position embedding to this size. The folder appears whole or not at all; ValueError
+    over the bound of 1e-5 (relative), or where `output` holds something else.
+    """
+    path = Path(checkpoint)
+
+    def load() -> tuple[LCL, Card]:
+        run = read_config(find_checkpoint(path)) if path.is_dir() else None
+        return load_model(path), card or Card(run=run)
+
+    return _export(load, format, Path(output), dtype, image_size)
+
+
+def export_hf(
+    model: LCL,
+    output: str | Path,
+    dtype: str = "float32",
+    image_size: int | None = None,
+    card: Card | None = None,
+) -> dict[str, Any]:
+    """`export` of a model in memory as a Hugging Face folder."""
+    return _export(lambda: (model, card or Card()), "hf", Path(output), dtype, image_size)
+
+
+def _export(
+    load: Callable[[], tuple[LCL, Card]], format: str, output: Path, dtype_name: str, image_size: int | None
+) -> dict[str, Any]:
+    if format not in _FORMATS:
+        raise ValueError(f"unknown export format {format!r}; there are {', '.join(_FORMATS)}")
+    if dtype_name not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype_name!r}; there are {', '.join(_DTYPES)}")
+    writer, dtype = _FORMATS[format], _DTYPES[dtype_name]
+    versions = {"torch": torch.__version__, **writer.require()}
+    with new_folder(output, format) as folder:
+        model, card = load()
+        if image_size is not None:
+            model = at_image_size(model, image_size)
+        size = model.config.vision.image_size
+        images = check_images(size)
+        ours = our_features(model, images)
+        rounded = our_features(model, images, dtype)
+        writer.write(model, folder, dtype, card)
+        del model  # one of the two models in memory at a time
+        gc.collect()
+        facts = compare(writer.features(folder, size), ours, rounded)
+        facts = {"dtype": dtype_name, "image_size": size, "num_images": len(images), "versions": versions, **facts}
+        write_record(folder, format, facts)
+    return {"format": format, **facts}
+
+
+def import_checkpoint(
+    format: str, input: str | Path, output: str | Path, model_config: str | Path | Mapping[str, Any] | None = None
+) -> LCL:
+    """A checkpoint in the reference's format as a folder of ours, which `load_model` and `train` read.
+
+    `model_config`: see `load_model`. Raises ValueError as it does, and where `output` holds something else.
+    """
+    if format != "open_clip":
+        raise ValueError(f"unknown import format {format!r}; there is open_clip")
+    if Path(input).is_dir():
+        raise ValueError(f"{input} is a folder; import takes a checkpoint file in open_clip's format")
+    with new_folder(Path(output), "import", MANIFEST) as folder:
+        model = load_model(input, model_config)
+        save_checkpoint(model, Config(model=model.config), folder)
+        write_record(folder, "import", {"source": Path(input).name}, MANIFEST)
+    return model
+
+
+def save_checkpoint(model: LCL, config: Config, folder: Path) -> None:
+    """`model.safetensors` and `config.yaml` into a folder."""
+    tensors = {name: p.detach().float().contiguous() for name, p in model.stages.named_parameters()}
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")

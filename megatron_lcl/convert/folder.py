@@ -1,0 +1,83 @@
+"""An export's folder: complete or not there, and never on top of something else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+CERTIFICATE = "certificate.json"
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[Path]:
+    """A temporary folder beside `output`, which takes its place when the block ends without an error.
+
+    An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
+    its `record` file lists it); such an export is replaced. Raises ValueError before any work otherwise.
+    """
+    refuse_foreign(output, kind, record)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        temporary.chmod(0o755)
+        fresh, old = temporary / "new", temporary / "old"
+        fresh.mkdir()
+        yield fresh
+        refuse_foreign(output, kind, record)
+        if output.exists():
+            output.rename(old)
+        fresh.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_record(folder: Path, kind: str, facts: dict[str, Any], record: str = CERTIFICATE) -> None:
+    """The `record` file: the facts, and every file of the folder with its XXH3 (128 bits)."""
+    files = {name: _hash(folder / name) for name in _files(folder)}
+    content = {"format": kind, **facts, "files": files}
+    (folder / record).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_foreign(output: Path, kind: str, record: str = CERTIFICATE) -> None:
+    """ValueError if writing an export of this kind to `output` would destroy something."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise ValueError(f"{output} exists and is not a folder; give another --output")
+    names = _files(output)
+    if not names and not any(output.iterdir()):
+        return
+    try:
+        content = json.loads((output / record).read_text(encoding="utf-8"))
+        same = content["format"] == kind
+        unchanged = set(names) == {*content["files"], record} and all(
+            _hash(output / name) == digest for name, digest in content["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = unchanged = False
+    if not same or not unchanged:
+        raise ValueError(
+            f"{output} holds something else than an unchanged {kind} export; give another --output or remove it"
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Export to Hugging Face: the vision tower as `CLIPVisionModel`, the attention pool beside it, a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_lcl.convert.card import Card, write_card
+from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
+
+KIND = "hf"
+
+
+def require() -> dict[str, str]:
+    """Version of transformers; ValueError where it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("format hf needs transformers: pip install 'megatron-lcl[hf]'") from None
+    return {"transformers": transformers.__version__}
+
+
+def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
+    """All files but the certificate."""
+    v = model.config.vision
+    tensors = {name: value.to(dtype).contiguous() for name, value in _tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_pool(model, folder, dtype)
+    config = {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_size": v.width,
+        "intermediate_size": v.mlp_width,
+        "num_hidden_layers": v.layers,
+        "num_attention_heads": v.heads,
+        "num_channels": 3,
+        "image_size": v.image_size,
+        "patch_size": v.patch_size,
+        "projection_dim": model.config.language.width,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": v.image_size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": v.image_size, "width": v.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", processor)
+    write_card(folder, KIND, model.config, card)
+
+
+def features(folder: Path, size: int) -> Features:
+    """What transformers, and the card's example, compute of the check images."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    tower = getattr(model, "vision_model", model)  # transformers 4 has one level more
+    with torch.no_grad():
+        patches = tower.post_layernorm(model(check_images(size)).last_hidden_state[:, 1:])
+        return Features(patches, attention_pool(patches, *read_pool(folder)))
+
+
+def _tensors(model: LCL) -> dict[str, torch.Tensor]:
+    """Our parameters under transformers' names; `vision_model.` in front, which 4 and 5 both read."""
+    patches, pool = model.patches, model.pool
+    p = model.config.vision.patch_size
+    tensors = {
+        "embeddings.class_embedding": patches.class_embedding,
+        "embeddings.patch_embedding.weight": patches.projection.weight.unflatten(1, (3, p, p)),
+        "embeddings.position_embedding.weight": patches.positions,
+    }
+    modules: dict[str, torch.nn.Module] = {"pre_layrnorm": patches.norm, "post_layernorm": pool.norm}
+    for i, block in enumerate(model.vision_blocks):
+        attention = block.attention
+        parts = {
+            "layer_norm1": block.norm1,
+            "self_attn.q_proj": attention.q,
+            "self_attn.k_proj": attention.k,
+            "self_attn.v_proj": attention.v,
+            "self_attn.out_proj": attention.out,
+            "layer_norm2": block.norm2,
+            "mlp.fc1": block.mlp.up,
+            "mlp.fc2": block.mlp.down,
+        }
+        modules |= {f"encoder.layers.{i}.{name}": module for name, module in parts.items()}
+    tensors |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
+    return {f"vision_model.{name}": value.detach() for name, value in tensors.items()}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

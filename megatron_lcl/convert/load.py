@@ -1,0 +1,238 @@
+"""Any LCL checkpoint as a model: a training run's, an imported one, or a file in the reference's format."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from megatron_lcl.config import Config, Model, from_dict
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
+
+WEIGHTS, CONFIG, MANIFEST, OPEN_CLIP_CONFIG = (
+    "model.safetensors",
+    "config.yaml",
+    "manifest.json",
+    "open_clip_config.json",
+)
+
+
+def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
+    """The model of a checkpoint, in float32 on the CPU, its weights mapped from the file where the format allows.
+
+    `path`: a folder with `model.safetensors` and `config.yaml`; a run folder, whose newest complete checkpoint is
+    taken; or a file (.pt, .pth, .bin, .safetensors) in the reference's open_clip format. For the last, `config` is a
+    dict as in the reference's `model_configs/*.json`, or the path of such a file; None takes `open_clip_config.json`
+    beside the checkpoint, or the published models' sizes where the shapes are theirs. Pickles are read with
+    `weights_only=True`. Raises ValueError, in one line, for whatever is not such a checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if config is not None:
+            raise ValueError(f"{path} is a folder with a config of its own; `config` is for open_clip files")
+        return _load_ours(find_checkpoint(path))
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    state = read_state_dict(path)
+    with torch.device("meta"):
+        model = LCL(model_config(_open_clip_config(path, state, config)), seed=None)
+    try:
+        load_open_clip(model, state, assign=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` is, or, if it is a run folder, the newest complete one inside."""
+    if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
+        return path
+    steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    complete = sorted(p.parent for p in steps.glob(f"step-*/{MANIFEST}") if (p.parent / WEIGHTS).is_file())
+    if not complete:
+        raise ValueError(
+            f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
+            f"or checkpoints/step-…/ with these and {MANIFEST}"
+        )
+    return complete[-1]
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The config of the run that wrote a checkpoint folder."""
+    try:
+        tree = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{checkpoint / CONFIG} cannot be read: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{checkpoint / CONFIG} is not a config: it holds a {type(tree).__name__}")
+    return from_dict(tree)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a file in the reference's format, without the wrappings of training checkpoints.
+
+    Takes off the keys `state_dict` and `model` and the prefix `module.`; floats of any precision stay as they are.
+    """
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict of named tensors")
+    strange = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path} is no state dict: {strange[0]!r} is a {type(loaded[strange[0]]).__name__}")
+    prefix = "module." if all(name.startswith("module.") for name in loaded) else ""
+    return {name.removeprefix(prefix): value for name, value in loaded.items()}
+
+
+def _load_ours(checkpoint: Path) -> LCL:
+    with torch.device("meta"):
+        model = LCL(read_config(checkpoint).model, seed=None)
+    state = _read_safetensors(checkpoint / WEIGHTS)
+    expected = {name: p.shape for name, p in model.stages.named_parameters()}
+    if faults := name_faults(expected, state):
+        raise ValueError(f"{checkpoint / WEIGHTS} {faults}; does {CONFIG} belong to it?")
+    model.stages.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        held = _foreign_objects(path, error)
+        if held:
+            raise ValueError(
+                f"{path} is refused: a checkpoint is data, and this pickle wants to build {some(held)}; "
+                "save its state dict alone, or as safetensors"
+            ) from None
+        raise ValueError(f"{path} is not a checkpoint of tensors: {_one_line(error)}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a PyTorch checkpoint: {_one_line(error)}") from None  # a damaged file
+
+
+def _foreign_objects(path: Path, error: UnpicklingError) -> list[str]:
+    """What a pickle names that is no tensor, read without running any of it."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
+        return sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))  # older than the zip format: the first one
+
+
+def _open_clip_config(
+    path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | str | Path | None
+) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    beside = path.with_name(OPEN_CLIP_CONFIG)
+    if config is None and not beside.is_file():
+        return _published_config(path, state)
+    file = beside if config is None else Path(config)
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model config {file} cannot be read: {_one_line(error)}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"the model config {file} holds a {type(loaded).__name__}, not a mapping")
+    return loaded.get("model_cfg", loaded)
+
+
+def _published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Sizes of a published LCL ViT-B checkpoint, from its shapes.
+
+    Shapes do not tell the numbers of heads; the published models (ViT-B/32 and B/16, CLIP's vocabulary) have heads of
+    64 features throughout, the pool's included.
+    """
+    vision, text = "visual.transformer.resblocks.", "text.transformer.resblocks."
+    try:
+        num_positions, vision_width = state["visual.positional_embedding"].shape
+        patch = state["visual.conv1.weight"].shape[-1]
+        context, width = state["text.positional_embedding"].shape
+        vocab = state["text.token_embedding.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
+    if (vision_width, vocab) != (768, 49411) or width not in (512, 768):
+        raise ValueError(
+            f"{path} has widths {vision_width} and {width} and {vocab} token ids, unlike the published models, and "
+            "shapes do not tell the numbers of heads; pass its model config (config=…, --model-config FILE.json)"
+        )
+    return {
+        "embed_dim": width,
+        "vision_cfg": {
+            "image_size": math.isqrt(num_positions - 1) * patch,
+            "layers": _count_blocks(state, vision),
+            "width": vision_width,
+            "patch_size": patch,
+        },
+        "text_cfg": {
+            "context_length": context,
+            "vocab_size": vocab,
+            "width": width,
+            "heads": width // 64,
+            "layers": _count_blocks(state, text),
+        },
+        "pool_project_cfg": {"pool_proj_type": "attn", "attn_num_heads": width // 64},
+    }
+
+
+def open_clip_config(model: Model) -> dict[str, Any]:
+    """Sizes as in the reference's `model_configs/*.json`; the inverse of `model_config`."""
+    v, t = model.vision, model.language
+    return {
+        "embed_dim": t.width,
+        "vision_cfg": {
+            "image_size": v.image_size,
+            "layers": v.layers,
+            "width": v.width,
+            "head_width": v.width // v.heads,
+            "patch_size": v.patch_size,
+            "mlp_ratio": _ratio(v.mlp_width, v.width),
+        },
+        "text_cfg": {
+            "context_length": t.context_length,
+            "vocab_size": t.vocab_size,
+            "width": t.width,
+            "heads": t.heads,
+            "layers": t.layers,
+            "mlp_ratio": _ratio(t.mlp_width, t.width),
+        },
+        "pool_project_cfg": {
+            "pool_proj_type": "attn",
+            "input_dim": v.width,
+            "output_dim": t.width,
+            "attn_num_heads": model.pool_heads,
+        },
+    }
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A ratio that gives `hidden` back by open_clip's int(width * ratio)."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
+
+
+def _count_blocks(state: Mapping[str, torch.Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,173 @@
+"""load_model: our folders, run folders, the reference's files, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron_lcl import LCL, load_model
+from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
+from megatron_lcl.convert.load import _published_config, open_clip_config
+from megatron_lcl.model.open_clip_format import model_config
+
+
+@pytest.fixture
+def ours(model: LCL, tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_checkpoint(model, Config(model=model.config), folder)
+    return folder
+
+
+def same(a: LCL, b: LCL) -> bool:
+    theirs = dict(b.stages.named_parameters())
+    pairs = [(value, theirs.pop(name)) for name, value in a.stages.named_parameters()]
+    return not theirs and a.config == b.config and all(torch.equal(x, y) and y.requires_grad for x, y in pairs)
+
+
+def test_our_folder(model: LCL, ours: Path) -> None:
+    loaded = load_model(ours)
+    assert same(model, loaded)
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    with torch.no_grad():  # weights mapped from the file may be changed without changing the file
+        loaded.pool.query.add_(1)
+    assert same(model, load_model(ours))
+
+
+def test_run_folder_gives_the_newest_complete_checkpoint(make_model: Callable[..., LCL], tmp_path: Path) -> None:
+    for step in (9, 10, 11):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        made = make_model(seed=step)
+        save_checkpoint(made, Config(model=made.config), folder)
+        if step < 11:  # 11 is incomplete
+            (folder / "manifest.json").write_text("{}")
+    assert same(make_model(seed=10), load_model(tmp_path))
+    assert same(make_model(seed=11), load_model(tmp_path / "checkpoints" / "step-00000011"))
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "module", "half", "safetensors", "legacy"])
+def test_open_clip_files(model: LCL, tmp_path: Path, wrap: str) -> None:
+    state: dict[str, Any] = model.state_dict_open_clip()
+    config, file = open_clip_config(model.config), tmp_path / "epoch_32.pt"
+    if wrap == "half":
+        state = {name: value.bfloat16() for name, value in state.items()}
+    if wrap == "safetensors":
+        file = file.with_suffix(".safetensors")
+        save_file(state, file)
+    elif wrap in ("state_dict", "module"):
+        prefix = "module." if wrap == "module" else ""
+        wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+        torch.save({"epoch": 32, "name": "run", "state_dict": wrapped, "optimizer": {"state": {}}}, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=wrap != "legacy")
+    loaded = load_model(file, config)
+    if wrap == "half":
+        assert all(p.dtype == torch.float32 for p in loaded.parameters())
+        assert all(torch.equal(v.bfloat16(), state[n]) for n, v in loaded.state_dict_open_clip().items())
+    else:
+        assert same(model, loaded)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(file, tmp_path / "config.json").config == model.config
+
+
+def test_reference_file(shared: Path, tmp_path: Path) -> None:
+    file = shared / "reference" / "lcl_tiny.safetensors"
+    with safe_open(file, "pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    tensors = load_file(file)
+    torch.save({f"module.{n[6:]}": v for n, v in tensors.items() if n.startswith("param/")}, tmp_path / "tiny.pt")
+    import_checkpoint("open_clip", tmp_path / "tiny.pt", tmp_path / "out", config)
+    import_checkpoint("open_clip", tmp_path / "tiny.pt", tmp_path / "out", config)  # twice is fine
+    model = load_model(tmp_path / "out")
+    pooled = model.pool.pool(model.vision_tokens(tensors["batch0/images"]))[0]
+    assert torch.allclose(pooled, tensors["out/pooled"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "heads"), [("LCL_ViT-B-16_laion", 12), ("LCL_ViT-B-32_mmc4", 8)])
+def test_published_checkpoints_need_no_config(shared: Path, tmp_path: Path, name: str, heads: int) -> None:
+    shapes = json.loads((shared / "reference" / f"{name}.shapes.json").read_text())
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    config = model_config(_published_config(tmp_path / "x.pt", state))
+    patch = 16 if "16" in name else 32
+    context = shapes["text.positional_embedding"][0]
+    text = Language(context, 49411, 64 * heads, 12, heads, 256 * heads)
+    assert config == Model(Vision(224, patch, 768, 12, 12, 3072), text, pool_heads=heads)
+
+
+def test_config_round_trip_for_widths_that_do_not_divide() -> None:
+    model = Model(Vision(224, 14, 1408, 1, 16, 6144), Language(64, 211, 48, 2, 4, 209), 4)
+    assert model_config(open_clip_config(model)) == model
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def refused(path: Path, *words: str, config: Any = None) -> None:
+    with pytest.raises(ValueError) as error:
+        load_model(path, config)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_hostile_pickles(model: LCL, tmp_path: Path) -> None:
+    for zipped in (True, False):
+        evil = {"state_dict": {}, "x": Evil(tmp_path / "ran")}
+        torch.save(evil, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        refused(tmp_path / "a.pt", "refused", "mkdir")
+        assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": model.state_dict_open_clip(), "args": argparse.Namespace()}, tmp_path / "b.pt")
+    refused(tmp_path / "b.pt", "argparse.Namespace", "safetensors")
+
+
+def test_bad_files(model: LCL, ours: Path, tmp_path: Path) -> None:
+    config = open_clip_config(model.config)
+    refused(tmp_path / "nowhere", "no checkpoint")
+    refused(tmp_path, "no complete checkpoint")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    refused(tmp_path / "text.pt", "text.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    refused(tmp_path / "empty.pt", "empty.pt")
+    (tmp_path / "cut.safetensors").write_bytes((ours / "model.safetensors").read_bytes()[:-100])
+    refused(tmp_path / "cut.safetensors", "safetensors")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused(tmp_path / "list.pt", "list")
+    torch.save({"a": 1}, tmp_path / "number.pt")
+    refused(tmp_path / "number.pt", "'a'", "int")
+
+    state = model.state_dict_open_clip()
+    torch.save(state, tmp_path / "tiny.pt")
+    refused(tmp_path / "tiny.pt", "--model-config")
+    refused(tmp_path / "tiny.pt", "cannot be read", config=tmp_path / "none.json")
+    state["visual.extra"] = state.pop("visual.ln_post.bias")
+    torch.save(state, tmp_path / "names.pt")
+    refused(tmp_path / "names.pt", "lacks visual.ln_post.bias", "unknown visual.extra", config=config)
+    torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt", "not an LCL checkpoint")
+
+
+def test_our_folder_with_the_wrong_tensors(model: LCL, ours: Path, tmp_path: Path) -> None:
+    state = load_file(ours / "model.safetensors")
+    state["9.extra"] = state.pop("0.positions")
+    save_file(state, ours / "model.safetensors")
+    refused(ours, "lacks 0.positions", "unknown 9.extra")
+    shutil.copy(ours / "config.yaml", tmp_path / "config.yaml")
+    (ours / "config.yaml").write_text("model: [1, 2")
+    refused(ours, "config.yaml")
