@@ -204,14 +204,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Parallel:
-    """How the model is spread over processes; data parallelism takes what is left."""
-
-    tensor: Positive = Field(default=1, description="tensor-parallel size")
-    pipeline: Positive = Field(default=1, description="pipeline-parallel size")
-
-
-@dataclass(frozen=True, config=_STRICT)
 class Zero:
     """DeepSpeed's ZeRO."""
 
@@ -256,7 +248,6 @@ class Config:
     objective: Objective = Objective()
     contrast: Contrast = Contrast()
     optimizer: Optimizer = Optimizer()
-    parallel: Parallel = Parallel()
     zero: Zero = Zero()
     checkpoint: Checkpoint = Checkpoint()
     train: Train = Train()

@@ -158,10 +158,10 @@ def pack_padded(token_ids: torch.Tensor, lengths: torch.Tensor, images: torch.Te
     Every image takes part in the contrast unless its `<soi>` is its sequence's first token (the reference's rule).
     """
     special = SpecialTokens.of(config.language.vocab_size)
-    if lengths.max() > config.language.context_length:
+    longest = int(lengths.max()) if len(lengths) else 0
+    if longest > config.language.context_length:
         raise ValueError(
-            f"a sequence has {int(lengths.max())} tokens; the model's context_length is "
-            f"{config.language.context_length}"
+            f"a sequence has {longest} tokens; the model's context_length is {config.language.context_length}"
         )
     column = torch.arange(token_ids.shape[1], device=token_ids.device)
     valid = column < lengths[:, None]
@@ -194,7 +194,7 @@ def pack_padded(token_ids: torch.Tensor, lengths: torch.Tensor, images: torch.Te
         num_pairs=int((image_soi >= 0).sum()),
         num_images=len(images),
         num_tokens=len(tokens),
-        max_seqlen=int(lengths.max()),
+        max_seqlen=longest,
     )
 
 

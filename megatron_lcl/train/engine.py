@@ -1,0 +1,139 @@
+"""DeepSpeed's engine around the stages: its config from ours, process groups, precision."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_lcl.config import Config
+from megatron_lcl.model.block import Norm
+from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.lcl import StageList
+from megatron_lcl.model.stages import build_stages
+from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def init_processes() -> Mesh:
+    """Join the process group that the launcher's variables describe (alone where there are none): NCCL or gloo."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    tame_deepspeed()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return Mesh.of_world()
+
+
+def tame_deepspeed() -> None:
+    """No information lines, which would tear the progress bar; and nothing compiled when processes meet.
+
+    On CPU DeepSpeed would build a shared-memory all-reduce with the machine's C++ compiler: a minute at first use, and
+    an error where there is none. gloo does the same sums.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def resolve_dtype(config: Config) -> str:
+    """`train.dtype` with `auto` decided."""
+    if config.train.dtype != "auto":
+        return config.train.dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def num_micro_batches(config: Config, data_parallel: int) -> int:
+    """Micro-batches of one process in a step. ValueError where the global batch does not divide."""
+    train, unit = config.train, config.train.micro_batch * data_parallel
+    if train.global_batch % unit:
+        nearest = max(unit, round(train.global_batch / unit) * unit)
+        raise ValueError(
+            f"train.global_batch = {train.global_batch} packs do not divide into {data_parallel} processes with "
+            f"train.micro_batch = {train.micro_batch}; the nearest that does is {nearest}"
+        )
+    return train.global_batch // unit
+
+
+def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
+    """DeepSpeed's config. ValueError where `deepspeed:` sets something that the rest of our config decides."""
+    dtype = resolve_dtype(config)
+    ours: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": num_micro_batches(config, data_parallel),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_optimization": {"stage": config.zero.stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31,
+    }
+    if config.objective.name == "lcl" and config.zero.stage == 3 and config.contrast.strategy == "retain":
+        raise ValueError(
+            "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
+            "set contrast.strategy to recompute"
+        )
+    return _merge(ours, config.deepspeed, "deepspeed")
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        if key not in ours:
+            merged[key] = value
+        elif isinstance(ours[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(ours[key], value, f"{path}.{key}")
+        else:
+            raise ValueError(
+                f"{path}.{key} = {value!r} is decided by the rest of the config ({ours[key]!r}); remove it"
+            )
+    return merged
+
+
+def layer_norm(config: Config) -> Norm:
+    """torch's LayerNorm, or apex's fused one where it is asked for. ValueError where NVIDIA's apex is absent."""
+    if not config.train.apex_layer_norm:
+        return nn.LayerNorm
+    try:
+        from apex.normalization import FusedLayerNorm
+    except ImportError:
+        raise ValueError(
+            "train.apex_layer_norm is set, but NVIDIA's apex is not installed (the package of that name on the "
+            "Python package index is something else); build it from NVIDIA's source, or leave it unset"
+        ) from None
+    return FusedLayerNorm
+
+
+def build_module(config: Config) -> StageList:
+    """All stages, parameters drawn from `train.seed`."""
+    stages = build_stages(config.model, config.contrast.initial_log_scale, layer_norm(config))
+    initialise(stages, config.model, config.train.seed)
+    return StageList(*stages)
+
+
+def build_engine(module: StageList, config: Config, mesh: Mesh) -> Any:
+    """DeepSpeed's engine around the stages."""
+    import deepspeed
+
+    settings = deepspeed_config(config, mesh.data.size)
+    groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=build_optimizer(groups, config.optimizer), config=settings, dist_init_required=False
+    )
+    return engine

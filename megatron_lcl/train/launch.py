@@ -1,0 +1,91 @@
+"""Processes on this machine: how many, and starting them.
+
+A launcher (torchrun, srun with the variables set, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT. Without one, `start_local` starts the processes itself and gives them the same variables.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+
+GRACE_SECONDS = 30.0
+"""how long the other processes may take to end by themselves once one has failed"""
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def default_processes(global_batch: int) -> int:
+    """One per CUDA device; on CPU two where there are two cores. Fewer where the global batch would not divide."""
+    wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return next(n for n in range(wanted, 0, -1) if global_batch % n == 0)
+
+
+def start_local(arguments: Sequence[str], processes: int) -> int:
+    """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process fails the others get SIGTERM, and SIGKILL after a grace.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_lcl", *arguments],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # Ctrl-C reaches them once, through the handler below
+        )
+        for rank in range(processes)
+    ]
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signum)
+
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    failed: int | None = None
+    deadline = 0.0
+    while any(child.poll() is None for child in children):
+        time.sleep(0.1)
+        codes = [child.returncode for child in children if child.returncode]
+        if codes and failed is None:
+            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
+            for child in children:
+                if child.poll() is None:
+                    child.terminate()
+        if failed is not None and time.monotonic() > deadline:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+    codes = [child.returncode for child in children if child.returncode]
+    code = failed if failed is not None else codes[0] if codes else 0
+    return 128 - code if code < 0 else code
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,123 @@
+"""What a run says about itself: a progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_lcl.config import Config
+from megatron_lcl.train.step import StepResult
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Rates:
+    """Throughput since the last line of metrics."""
+
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    images: int = 0
+    tokens: int = 0
+    steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult, seconds: float, data_seconds: float) -> None:
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+        self.images += result.num_images
+        self.tokens += result.num_tokens
+        self.steps += 1
+
+    def values(self) -> dict[str, float]:
+        """Images and tokens a second over all processes, seconds a step, share of it spent waiting for data."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "step_seconds": seconds / max(self.steps, 1),
+            "data_wait": self.data_seconds / seconds,
+        }
+
+
+class Telemetry:
+    """Logs on the first process; on the others every call does nothing."""
+
+    def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
+        self.every, self.total, self.rates = config.train.log_every, config.train.steps, Rates()
+        self._file: Any = None
+        if not is_first:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.mkdir(parents=True, exist_ok=True)
+        keep_lines_before(run / METRICS, first_step)
+        self._file = (run / METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._bar = tqdm(
+            total=self.total, initial=first_step, unit="step", disable=not config.train.progress, dynamic_ncols=True
+        )
+
+    def step(self, step: int, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
+        """After step number `step` (counted from 1)."""
+        if self._file is None:
+            return
+        self.rates.add(result, seconds, data_seconds)
+        self._bar.update()
+        if step % self.every and step != self.total:
+            return
+        rates = self.rates.values()
+        self.write({"step": step, **asdict(result), "lr": lr, **rates})
+        images, tokens = rates["images_per_second"], rates["tokens_per_second"]
+        self._bar.set_postfix_str(f"loss {result.loss:.3f}, {images:.0f} images/s, {tokens:.0f} tokens/s")
+        self.rates = Rates()
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line of metrics, and its numbers to TensorBoard."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({**values, "time": time.time()}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, values["step"])
+
+    def say(self, message: str) -> None:
+        """A line for the person who watches, above the progress bar."""
+        if self._file is not None:
+            tqdm.write(message)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is not None:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+def keep_lines_before(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    path = run / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

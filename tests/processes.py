@@ -1,0 +1,72 @@
+"""Real processes with a gloo group for tests: start, collect results, leave none behind."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:
+    """`function(rank, *arguments)` in `world_size` fresh processes; their results in rank order.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
+    first failure, or the timeout, ends all processes and is raised here.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(function, rank, world_size, port, results, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    collected: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(collected) < world_size:
+            try:
+                rank, ok, value = results.get(timeout=1.0)
+            except queue.Empty:
+                dead = [w.pid for w in workers if w.exitcode not in (None, 0)]
+                assert not dead, f"processes {dead} died without a word"
+                assert time.monotonic() < deadline, f"no result after {timeout} s; have those of {sorted(collected)}"
+                continue
+            assert ok, f"rank {rank}:\n{value}"
+            collected[rank] = value
+        for worker in workers:
+            worker.join(20)
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+    return [collected[rank] for rank in range(world_size)]
+
+
+def _work(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, True, function(rank, *arguments)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+        raise

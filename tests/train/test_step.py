@@ -1,0 +1,82 @@
+"""Steps through DeepSpeed on real processes against the reference's five optimizer steps on one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_processes
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megatron_lcl import config as configs
+from megatron_lcl import from_open_clip
+from megatron_lcl.model.lcl import pack_padded
+
+# (ZeRO stage, strategy, sequences of each micro-batch of each process)
+SPLITS = {
+    "one process": (1, "retain", [[[0, 1, 2]]]),
+    "two processes": (1, "retain", [[[0]], [[1, 2]]]),
+    "two micro-batches": (1, "retain", [[[2], [0, 1]]]),
+    "two of each": (1, "retain", [[[0], []], [[1], [2]]]),
+    "two of each, recomputed": (1, "recompute", [[[0], []], [[1], [2]]]),
+    "ZeRO-2": (2, "retain", [[[0], []], [[1], [2]]]),
+    "ZeRO-3": (3, "recompute", [[[0], []], [[1], [2]]]),
+}
+
+
+def five_steps(rank: int, reference: str, zero: int, strategy: str, split: list[list[list[int]]]) -> list[list[float]]:
+    import torch.distributed as dist
+
+    from megatron_lcl.train.engine import build_engine, init_processes
+    from megatron_lcl.train.step import Stepper
+
+    mesh = init_processes()
+    tensors = load_file(reference)
+    with safe_open(reference, "pt") as file:
+        settings = json.loads(file.metadata()["optimizer"])
+        model_config = json.loads(file.metadata()["config"])
+    parameters = {name[6:]: value for name, value in tensors.items() if name.startswith("param/")}
+    model = from_open_clip(parameters, model_config)
+    micro_batches = len(split[0])
+    config = configs.from_dict(
+        {
+            "optimizer": {**settings, "clip_norm": 0},
+            "zero": {"stage": zero},
+            "contrast": {"strategy": strategy},
+            "train": {"global_batch": len(split) * micro_batches, "dtype": "float32"},
+        }
+    )
+    stepper = Stepper(build_engine(model.stages, config, mesh), config, mesh)
+    rows = []
+    for step in range(5):
+        text, images = (tensors[f"batch{step % 2}/{kind}"] for kind in ("text", "images"))
+        num_images = (text == model.special.soi).sum(1).tolist()
+        own_images = images.split(num_images)
+        batches = []
+        for sequences in split[rank]:
+            chosen = torch.cat([images[:0], *(own_images[i] for i in sequences)])
+            batches.append(pack_padded(text[sequences], (text[sequences] != 0).sum(1), chosen, model.config))
+        result = stepper.run(batches, settings["lr"])
+        rows.append([0.1 * result.contrastive, result.generation, result.loss, result.log_scale])
+    dist.destroy_process_group()
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPLITS)
+def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
+    zero, strategy, split = SPLITS[name]
+    file = str(shared / "reference" / "lcl_tiny.safetensors")
+    results = run_processes(five_steps, len(split), file, zero, strategy, split)
+    expected = load_file(file)["traj"]
+    for rows in results:
+        ours = torch.tensor(rows, dtype=torch.float64)
+        torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=5e-5, atol=0)
+        torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            ours[0], expected[0], rtol=1e-5, atol=0
+        )  # the first step's losses, before any update
