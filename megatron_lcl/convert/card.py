@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_lcl.config import Config, Model
+from megatron_lcl.config import Config, Model, to_yaml
 from megatron_lcl.convert.pool import attention_pool
 
 
@@ -29,8 +29,8 @@ class Card:
     """the run's config, quoted in full"""
 
 
-def write_card(folder: Path, kind: str, model: Model, card: Card) -> None:
-    """`README.md`."""
+def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str = "") -> None:
+    """`README.md`. `arguments`: what timm.create_model makes the same model of."""
     front: dict[str, Any] = {
         "license": card.license,
         "pipeline_tag": "image-feature-extraction",
@@ -47,46 +47,105 @@ def write_card(folder: Path, kind: str, model: Model, card: Card) -> None:
         f"{v.layers} blocks of width {v.width}, {v.heads} heads, patches of {v.patch_size} px, images of "
         f"{v.image_size} px; image latents of width {t.width}.",
         "## Which features to use\n\n" + _ADVICE[kind],
-        f"```python\n{_EXAMPLE[kind].format(pool=inspect.getsource(attention_pool).replace(_UNTYPED, ''))}```",
+        f"```python\n{_example(kind, arguments)}```",
         "`certificate.json` has the measured difference between these features and megatron_lcl's own.",
         f"## Data\n\n{data}",
         "## Metrics\n\n" + (f"| metric | value |\n| --- | --- |\n{metrics}" if metrics else "None were given."),
         f"## Licence\n\n{'Not stated.' if card.license == 'other' else card.license}",
     ]
     if card.run is not None:
-        from megatron_lcl.config import to_yaml
-
         sections.append(f"## Config\n\n```yaml\n{to_yaml(card.run)}```")
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-_UNTYPED = "  # type: ignore[no-untyped-def]"
+_POOLED = "or the image latent z, which the attention pool makes of them:"
 
 _ADVICE = {
     "hf": (
         "Not `pooler_output`: that is the class token's output, which LCL never reads and so never trains. And not "
         "`last_hidden_state` as it is: it comes before the final norm. Use the normed patch tokens (for dense tasks, "
-        "or their mean), or the image latent z, which the attention pool makes of them:"
+        f"or their mean), {_POOLED}"
+    ),
+    "timm": (
+        "Not the class token: LCL never reads its output and so never trains it. `config.json` pools what LCL does "
+        "train, the mean of the normed patch tokens (`global_pool='avg', fc_norm=False`; there is no classifier). For "
+        f"dense tasks use `forward_features`, {_POOLED}"
+    ),
+    "open_clip": (
+        "`encode_image` gives the mean of the normed patch tokens; the text tower is a placeholder, for OpenCLIP does "
+        "not read texts as LCL does (`lcl.safetensors` and `lcl.json` are the whole model, for megatron_lcl). For "
+        f"dense tasks use the tokens, {_POOLED}"
     ),
 }
 
-_EXAMPLE = {
-    "hf": """\
+_IMPORTS = """\
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+"""
+
+_READ_POOL = """\
+with safe_open(f"{folder}/attention_pool.safetensors", "pt") as file:
+    pool, heads = {name: file.get_tensor(name).float() for name in file.keys()}, int(file.metadata()["heads"])
+"""
+
+_EXAMPLE = {  # the words in capitals are filled in
+    "hf": """\
+IMPORTS
 from transformers import AutoImageProcessor, AutoModel
 
-{pool}
+ATTENTION_POOL
+
 folder = "."  # this folder
-model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-with safe_open(f"{{folder}}/attention_pool.safetensors", "pt") as file:
-    pool, heads = {{name: file.get_tensor(name).to(model.dtype) for name in file.keys()}}, int(file.metadata()["heads"])
-inputs = processor(Image.open("image.jpg"), return_tensors="pt").to(model.dtype)
+model, processor = AutoModel.from_pretrained(folder).float(), AutoImageProcessor.from_pretrained(folder)
+READ_POOL
+images = processor(Image.open("image.jpg"), return_tensors="pt")["pixel_values"]
 norm = getattr(model, "vision_model", model).post_layernorm
 with torch.no_grad():
-    patches = norm(model(**inputs).last_hidden_state[:, 1:])  # [1, patches, width]
+    patches = norm(model(images).last_hidden_state[:, 1:])  # [1, patches, width]
+    z = F.normalize(attention_pool(patches, pool, heads), dim=-1)  # [1, latent width]
+""",
+    "timm": """\
+IMPORTS
+import timm
+
+ATTENTION_POOL
+
+folder = "."  # this folder
+# also: timm.create_model(ARGUMENTS, checkpoint_path="model.safetensors", num_classes=0)
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+READ_POOL
+images = transform(Image.open("image.jpg").convert("RGB"))[None]
+with torch.no_grad():
+    mean = model(images)  # [1, width]
+    patches = model.forward_features(images)[:, 1:]  # [1, patches, width]
+    z = F.normalize(attention_pool(patches, pool, heads), dim=-1)  # [1, latent width]
+""",
+    "open_clip": """\
+IMPORTS
+import open_clip
+
+ATTENTION_POOL
+
+folder = "."  # this folder
+model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+model = model.eval()
+READ_POOL
+images = transform(Image.open("image.jpg"))[None]
+with torch.no_grad():
+    mean = model.encode_image(images)  # [1, width]
+    model.visual.output_tokens = True
+    patches = model.visual(images)[1]  # [1, patches, width]
     z = F.normalize(attention_pool(patches, pool, heads), dim=-1)  # [1, latent width]
 """,
 }
+
+
+def _example(kind: str, arguments: str) -> str:
+    text = _EXAMPLE[kind].replace("ARGUMENTS", arguments)
+    pool = inspect.getsource(attention_pool).replace("  # type: ignore[no-untyped-def]", "")
+    for word, words in (("IMPORTS", _IMPORTS), ("ATTENTION_POOL", pool), ("READ_POOL", _READ_POOL)):
+        text = text.replace(word + "\n", words)
+    return text

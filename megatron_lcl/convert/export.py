@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_lcl.config import Config, to_yaml
-from megatron_lcl.convert import hf
+from megatron_lcl.convert import hf, openclip, timm
 from megatron_lcl.convert.card import Card
 from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.folder import new_folder, write_record
@@ -20,7 +20,7 @@ from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, find_checkpoint
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.model.lcl import LCL
 
-_FORMATS: dict[str, ModuleType] = {"hf": hf}
+_FORMATS: dict[str, ModuleType] = {"hf": hf, "timm": timm, "open_clip": openclip}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,9 +34,9 @@ def export(
 ) -> dict[str, Any]:
     """Write a checkpoint in another library's format, run both models on the same images, return the certificate.
 
-    `checkpoint`: whatever `load_model` takes. `format`: hf. `dtype`: of the weights, float32 or bfloat16.
-    `image_size`: interpolate the position embedding to this size. The folder appears whole or not at all; ValueError
-    over the bound of 1e-5 (relative), or where `output` holds something else.
+    `checkpoint`: whatever `load_model` takes. `format`: hf, timm or open_clip. `dtype`: of the weights, float32
+    or bfloat16. `image_size`: interpolate the position embedding to this size. The folder appears whole or not at
+    all; ValueError over the bound of 1e-5 (relative), or where `output` holds something else.
     """
     path = Path(checkpoint)
 
@@ -47,15 +47,16 @@ def export(
     return _export(load, format, Path(output), dtype, image_size)
 
 
-def export_hf(
+def export_model(
     model: LCL,
+    format: str,
     output: str | Path,
     dtype: str = "float32",
     image_size: int | None = None,
     card: Card | None = None,
 ) -> dict[str, Any]:
-    """`export` of a model in memory as a Hugging Face folder."""
-    return _export(lambda: (model, card or Card()), "hf", Path(output), dtype, image_size)
+    """`export` of a model in memory."""
+    return _export(lambda: (model, card or Card()), format, Path(output), dtype, image_size)
 
 
 def _export(

@@ -20,12 +20,7 @@ from megatron_lcl.config import Config, Model, from_dict
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
 
-WEIGHTS, CONFIG, MANIFEST, OPEN_CLIP_CONFIG = (
-    "model.safetensors",
-    "config.yaml",
-    "manifest.json",
-    "open_clip_config.json",
-)
+WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.yaml", "manifest.json"
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -33,8 +28,8 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
 
     `path`: a folder with `model.safetensors` and `config.yaml`; a run folder, whose newest complete checkpoint is
     taken; or a file (.pt, .pth, .bin, .safetensors) in the reference's open_clip format. For the last, `config` is a
-    dict as in the reference's `model_configs/*.json`, or the path of such a file; None takes `open_clip_config.json`
-    beside the checkpoint, or the published models' sizes where the shapes are theirs. Pickles are read with
+    dict as in the reference's `model_configs/*.json`, or the path of such a file; None takes the .json of the
+    checkpoint's own name beside it, or the published models' sizes where the shapes are theirs. Pickles are read with
     `weights_only=True`. Raises ValueError, in one line, for whatever is not such a checkpoint.
     """
     path = Path(path)
@@ -143,7 +138,7 @@ def _open_clip_config(
 ) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
-    beside = path.with_name(OPEN_CLIP_CONFIG)
+    beside = path.with_suffix(".json")
     if config is None and not beside.is_file():
         return _published_config(path, state)
     file = beside if config is None else Path(config)
@@ -153,7 +148,7 @@ def _open_clip_config(
         raise ValueError(f"the model config {file} cannot be read: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"the model config {file} holds a {type(loaded).__name__}, not a mapping")
-    return loaded.get("model_cfg", loaded)
+    return loaded
 
 
 def _published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -205,7 +200,7 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "width": v.width,
             "head_width": v.width // v.heads,
             "patch_size": v.patch_size,
-            "mlp_ratio": _ratio(v.mlp_width, v.width),
+            "mlp_ratio": mlp_ratio(v.mlp_width, v.width),
         },
         "text_cfg": {
             "context_length": t.context_length,
@@ -213,7 +208,7 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "width": t.width,
             "heads": t.heads,
             "layers": t.layers,
-            "mlp_ratio": _ratio(t.mlp_width, t.width),
+            "mlp_ratio": mlp_ratio(t.mlp_width, t.width),
         },
         "pool_project_cfg": {
             "pool_proj_type": "attn",
@@ -224,8 +219,8 @@ def open_clip_config(model: Model) -> dict[str, Any]:
     }
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """A ratio that gives `hidden` back by open_clip's int(width * ratio)."""
+def mlp_ratio(hidden: int, width: int) -> float:
+    """A ratio that gives `hidden` back by open_clip's and timm's int(width * ratio)."""
     exact = hidden / width
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
@@ -30,3 +33,16 @@ def make_model() -> Callable[..., LCL]:
 @pytest.fixture(scope="session")
 def model() -> LCL:
     return random_model()
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Callable[[Path], Path]:
+    """Writes a smooth colour picture, 150 x 100."""
+
+    def write(path: Path) -> Path:
+        x, y = np.meshgrid(np.linspace(0, 6, 150), np.linspace(0, 5, 100))
+        pixels = np.stack([np.sin(x) * 100 + 128, np.cos(y) * 100 + 128, np.sin(x + y) * 100 + 128], -1)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        return path
+
+    return write

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,44 +16,21 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert import hf
 from megatron_lcl.convert.card import Card
-from megatron_lcl.convert.export import export, export_hf, save_checkpoint
+from megatron_lcl.convert.export import export, export_model, save_checkpoint
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
 transformers = pytest.importorskip("transformers")
+GIANT = Model(Vision(224, 14, 1408, 2, 16, 6144), Language(128, 1000, 512, 1, 8, 2048), 8)
 B32 = Model(Vision(224, 32, 768, 12, 12, 3072), Language(128, 1000, 512, 1, 8, 2048), 8)
-
-
-@torch.no_grad()
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).norm() / b.norm())
-
-
-def photograph(path: Path, size: tuple[int, int] = (150, 100)) -> Path:
-    x, y = np.meshgrid(np.linspace(0, 6, size[0]), np.linspace(0, 5, size[1]))
-    pixels = np.stack([np.sin(x) * 100 + 128, np.cos(y) * 100 + 128, np.sin(x + y) * 100 + 128], -1)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture
 def exported(model: LCL, tmp_path: Path) -> Path:
-    export_hf(model, tmp_path / "hf")
+    export_model(model, "hf", tmp_path / "hf")
     return tmp_path / "hf"
 
 
-def test_the_cards_example_computes_our_features(model: LCL, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photograph(exported / "image.jpg")
-    monkeypatch.chdir(exported)
-    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
-    found: dict[str, Any] = {}
-    exec(code, found)
-    pixels = found["inputs"]["pixel_values"]
-    assert relative(found["patches"], model.pool.patch_features(model.vision_tokens(pixels))) < 1e-5
-    assert relative(found["z"], model.encode_image(pixels)) < 1e-5
-
-
-def test_preprocessing(exported: Path, tmp_path: Path) -> None:
+def test_preprocessing(exported: Path, tmp_path: Path, photograph: Callable[[Path], Path]) -> None:
     file = photograph(tmp_path / "image.png")
     image = Image.open(file)
     processor = transformers.AutoImageProcessor.from_pretrained(exported)
@@ -66,7 +41,7 @@ def test_preprocessing(exported: Path, tmp_path: Path) -> None:
     assert np.abs(theirs.numpy() - ours.transpose(2, 0, 1)).max() < 2.5 / 255 / min(IMAGE_STD)  # rounding of resizing
 
 
-def test_pipeline(exported: Path, tmp_path: Path) -> None:
+def test_pipeline(exported: Path, tmp_path: Path, photograph: Callable[[Path], Path]) -> None:
     pipe = transformers.pipeline("image-feature-extraction", model=str(exported))
     (features,) = pipe(str(photograph(tmp_path / "image.jpg")))
     assert np.shape(features) == (1 + 16, 64)
@@ -89,7 +64,7 @@ def test_certificate_and_card(model: LCL, tmp_path: Path) -> None:
     }
     assert "tokens_per_pack" in (tmp_path / "hf" / "README.md").read_text()  # the run's config
     card = Card(name="A name", license="cc-by-4.0", datasets=("Some documents",), metrics={"recall@10": 0.25})
-    export_hf(model, tmp_path / "hf", card=card)
+    export_model(model, "hf", tmp_path / "hf", card=card)
     text = (tmp_path / "hf" / "README.md").read_text()
     assert text.startswith("---\nlicense: cc-by-4.0\n")
     assert "* Some documents" in text
@@ -98,15 +73,16 @@ def test_certificate_and_card(model: LCL, tmp_path: Path) -> None:
 
 def test_bfloat16(make_model: Callable[..., LCL], tmp_path: Path) -> None:
     model = make_model()
-    facts = export_hf(model, tmp_path / "hf", dtype="bfloat16")
+    facts = export_model(model, "hf", tmp_path / "hf", dtype="bfloat16")
     assert facts["latents"]["relative_difference"] < 1e-5 < facts["latents"]["relative_change_by_rounding"] < 0.05
     assert transformers.AutoModel.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model().parameters(), strict=True))
 
 
 @pytest.mark.slow
-def test_vit_b_32(make_model: Callable[..., LCL], tmp_path: Path) -> None:
-    facts = export_hf(make_model(B32), tmp_path / "hf")
+@pytest.mark.parametrize("config", [B32, GIANT], ids=["B/32", "g/14, two blocks"])
+def test_real_sizes(make_model: Callable[..., LCL], tmp_path: Path, config: Model) -> None:
+    facts = export_model(make_model(config), "hf", tmp_path / "hf")
     assert facts["patches"]["relative_difference"] < 1e-5
     assert facts["latents"]["relative_difference"] < 1e-5
 
@@ -121,23 +97,23 @@ def test_a_wrong_export_fails_and_leaves_nothing(model: LCL, tmp_path: Path, mon
 
     monkeypatch.setattr(hf, "_tensors", wrong)
     with pytest.raises(ValueError, match="differ from ours"):
-        export_hf(model, tmp_path / "hf")
+        export_model(model, "hf", tmp_path / "hf")
     assert os.listdir(tmp_path) == []
 
 
 def test_existing_folders(model: LCL, exported: Path, tmp_path: Path) -> None:
     before = (exported / "model.safetensors").read_bytes()
-    export_hf(model, exported)  # an unchanged export is replaced
+    export_model(model, "hf", exported)  # an unchanged export is replaced
     assert (exported / "model.safetensors").read_bytes() == before
     (exported / "README.md").write_text("changed by its owner")
     with pytest.raises(ValueError, match="something else"):
-        export_hf(model, exported)
+        export_model(model, "hf", exported)
     assert (exported / "README.md").read_text() == "changed by its owner"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="not a folder"):
-        export_hf(model, tmp_path / "file")
+        export_model(model, "hf", tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    export_hf(model, tmp_path / "empty")
+    export_model(model, "hf", tmp_path / "empty")
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "hf"]
 
 
@@ -151,4 +127,4 @@ def test_bad_arguments(model: LCL, tmp_path: Path) -> None:
 def test_without_transformers(model: LCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match=r"megatron-lcl\[hf\]"):
-        export_hf(model, tmp_path / "hf")
+        export_model(model, "hf", tmp_path / "hf")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_lcl import LCL
-from megatron_lcl.convert.export import export_hf
+from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.resolution import at_image_size
 
 
@@ -25,9 +25,9 @@ def test_against_timm(model: LCL) -> None:
 
 def test_export_at_another_size(model: LCL, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    facts = export_hf(model, tmp_path / "hf", image_size=96)
+    facts = export_model(model, "hf", tmp_path / "hf", image_size=96)
     assert facts["image_size"] == 96
     assert facts["latents"]["relative_difference"] < 1e-5
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").image_size == 96
     with pytest.raises(ValueError, match="patch_size"):
-        export_hf(model, tmp_path / "other", image_size=100)
+        export_model(model, "hf", tmp_path / "other", image_size=100)

@@ -1,0 +1,99 @@
+"""Export to OpenCLIP, two things in one folder.
+
+`lcl.safetensors` with `lcl.json`: every parameter in the reference's format, which `import` takes back. And the
+vision tower alone, as `open_clip.create_model("local-dir:…")` loads it: OpenCLIP has neither LCL's attention pool nor a
+text tower read at `<soi>`, so its `encode_image` is the mean of the normed patches, and its text tower is a
+placeholder: one tiny block of zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_lcl.convert.card import Card, write_card
+from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.load import open_clip_config
+from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
+
+KIND = "open_clip"
+_WIDTH = 8
+_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": _WIDTH, "heads": 1, "layers": 1, "mlp_ratio": 1.0}
+
+
+def require() -> dict[str, str]:
+    """Version of open_clip; ValueError where it is missing."""
+    try:
+        import open_clip
+    except ImportError:
+        raise ValueError("format open_clip needs open-clip-torch: pip install 'megatron-lcl[clip]' timm") from None
+    return {"open_clip": open_clip.__version__}
+
+
+def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
+    """All files but the certificate."""
+    v = model.config.vision
+    everything = model.state_dict_open_clip()
+    tensors = {n: value if n == "logit_scale" else value.to(dtype) for n, value in everything.items()}
+    save_file(tensors, folder / "lcl.safetensors", metadata={"format": "pt"})
+    config = open_clip_config(model.config)
+    _write_json(folder / "lcl.json", config)
+
+    tower = {name: value for name, value in tensors.items() if name.startswith("visual.")}
+    tower |= {"visual.proj": torch.eye(v.width, dtype=dtype), "logit_scale": tensors["logit_scale"]}
+    tower |= {name: torch.zeros(shape, dtype=dtype) for name, shape in _no_text_shapes(v.width).items()}
+    save_file(tower, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    tower_config = {
+        "model_cfg": {
+            "embed_dim": v.width,
+            "vision_cfg": {**config["vision_cfg"], "pool_type": "avg"},
+            "text_cfg": _NO_TEXT,
+        },
+        "preprocess_cfg": {
+            "mean": IMAGE_MEAN,
+            "std": IMAGE_STD,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+    _write_json(folder / "open_clip_config.json", tower_config)
+    save_pool(model, folder, dtype)
+    write_card(folder, KIND, model.config, card)
+
+
+def features(folder: Path, size: int) -> Features:
+    """What OpenCLIP, and the card's example, compute of the check images."""
+    import open_clip
+
+    model: Any = open_clip.create_model(f"local-dir:{folder}").float().eval()
+    model.visual.output_tokens = True
+    with torch.no_grad():
+        patches = model.visual(check_images(size))[1]
+        return Features(patches, attention_pool(patches, *read_pool(folder)))
+
+
+def _no_text_shapes(embed_dim: int) -> dict[str, tuple[int, ...]]:
+    w = _WIDTH
+    block = {"attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,)}
+    for name in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
+        block |= {f"{name}.weight": (w, w), f"{name}.bias": (w,)}
+    for name in ("ln_1", "ln_2"):
+        block |= {f"{name}.weight": (w,), f"{name}.bias": (w,)}
+    return {
+        "positional_embedding": (1, w),
+        "token_embedding.weight": (1, w),
+        "ln_final.weight": (w,),
+        "ln_final.bias": (w,),
+        "text_projection": (w, embed_dim),
+        **{f"transformer.resblocks.0.{name}": shape for name, shape in block.items()},
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,134 @@
+"""Export to timm: the vision tower under timm's own model name, as a local hub folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_lcl.config import Vision
+from megatron_lcl.convert.card import Card, write_card
+from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.load import mlp_ratio
+from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
+
+KIND = "timm"
+
+_FAMILIES = {  # width, layers, heads, width of the feed-forward part
+    (256, 10, 4, 1024): "xsmall",
+    (512, 12, 8, 2048): "medium",
+    (640, 12, 10, 2560): "betwixt",
+    (768, 12, 12, 3072): "base",
+    (1024, 24, 16, 4096): "large",
+    (1280, 32, 16, 5120): "huge",
+    (1408, 40, 16, 6144): "giant",  # ViT-g
+    (1664, 48, 16, 8192): "gigantic",  # ViT-G, "bigG"
+}
+
+
+def require() -> dict[str, str]:
+    """Version of timm; ValueError where it is missing."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("format timm needs timm: pip install 'megatron-lcl[hf]'") from None
+    return {"timm": timm.__version__}
+
+
+def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:
+    """timm's name of this vision tower, and the arguments in which it differs from that name's model.
+
+    A tower that timm has no name for is its nearest CLIP tower (by width) with the differences as arguments.
+    """
+    from timm import is_model
+
+    candidates = (  # the nearest width first, then its patch size, then its image size
+        (f"vit_{family}_patch{patch}_clip_{size}", known, patch, size)
+        for known, family in sorted(_FAMILIES.items(), key=lambda item: abs(item[0][0] - vision.width))
+        for patch in (vision.patch_size, 32, 16, 14)
+        for size in (vision.image_size, 224)
+    )
+    name, (width, layers, heads, mlp_width), patch, size = next(c for c in candidates if is_model(c[0]))
+    differences = {
+        "embed_dim": (vision.width, width),
+        "depth": (vision.layers, layers),
+        "num_heads": (vision.heads, heads),
+        "mlp_ratio": (mlp_ratio(vision.mlp_width, vision.width), mlp_ratio(mlp_width, width)),
+        "patch_size": (vision.patch_size, patch),
+        "img_size": (vision.image_size, size),
+    }
+    return name, {key: ours for key, (ours, theirs) in differences.items() if ours != theirs}
+
+
+def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
+    """All files but the certificate."""
+    v = model.config.vision
+    tensors = {name: value.to(dtype).contiguous() for name, value in _tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_pool(model, folder, dtype)
+    name, arguments = architecture(v)
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": v.width,
+        "global_pool": "avg",
+        "model_args": {"num_classes": 0, "global_pool": "avg", "fc_norm": False, **arguments},
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, v.image_size, v.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": IMAGE_MEAN,
+            "std": IMAGE_STD,
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": card.license,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    call = ", ".join([f'"{name}"', *(f"{key}={value}" for key, value in arguments.items())])
+    write_card(folder, KIND, model.config, card, call)
+
+
+def features(folder: Path, size: int) -> Features:
+    """What timm, and the card's example, compute of the check images."""
+    import timm
+
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
+    with torch.no_grad():
+        patches = model.forward_features(check_images(size))[:, model.num_prefix_tokens :]
+        return Features(patches, attention_pool(patches, *read_pool(folder)))
+
+
+def _tensors(model: LCL) -> dict[str, torch.Tensor]:
+    """Our parameters under timm's names, without a classifier."""
+    patches, p = model.patches, model.config.vision.patch_size
+    tensors = {
+        "cls_token": patches.class_embedding[None, None],
+        "pos_embed": patches.positions[None],
+        "patch_embed.proj.weight": patches.projection.weight.unflatten(1, (3, p, p)),
+    }
+    modules: dict[str, torch.nn.Module] = {"norm_pre": patches.norm, "norm": model.pool.norm}
+    for i, block in enumerate(model.vision_blocks):
+        qkv = [block.attention.q, block.attention.k, block.attention.v]
+        tensors[f"blocks.{i}.attn.qkv.weight"] = torch.cat([layer.weight for layer in qkv])
+        tensors[f"blocks.{i}.attn.qkv.bias"] = torch.cat([layer.bias for layer in qkv])
+        parts = {
+            "norm1": block.norm1,
+            "attn.proj": block.attention.out,
+            "norm2": block.norm2,
+            "mlp.fc1": block.mlp.up,
+            "mlp.fc2": block.mlp.down,
+        }
+        modules |= {f"blocks.{i}.{name}": module for name, module in parts.items()}
+    tensors |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
+    return {name: value.detach() for name, value in tensors.items()}
