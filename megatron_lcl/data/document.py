@@ -17,7 +17,7 @@ class Text:
 class Image:
     """An image as it came: encoded bytes, never decoded pixels."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     name: str = ""
     """where it came from, for messages: a path inside the source, or a URL"""
     similarity: float | None = None

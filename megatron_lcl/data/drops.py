@@ -39,6 +39,11 @@ class Drops:
         if name and len(names) < NAMES_KEPT:
             names.append(name)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for part in (self.bad_counts, self.left_out_counts, self.noted_counts, self.names):
+            part.clear()
+
     def num_bad(self, kind: Kind) -> int:
         return sum(n for key, n in self.bad_counts.items() if key.startswith(kind + ":"))
 

@@ -1,4 +1,4 @@
-"""The GIMP manual, real documents that any Debian or Ubuntu machine can fetch without root (package gimp-help-en, GFDL)."""
+"""The GIMP manual: real documents that Debian and Ubuntu machines fetch without root (package gimp-help-en, GFDL)."""
 
 from __future__ import annotations
 
@@ -82,6 +82,6 @@ def _run(command: list[str], folder: Path) -> str:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(
-            f"`{' '.join(command)}` failed: {reason} (offline, or the package lists are empty: `apt-get update`); {_REMEDY}"
+            f"`{' '.join(command)}` failed: {reason} (offline, or no package lists: `apt-get update`); {_REMEDY}"
         )
     return result.stdout.strip()

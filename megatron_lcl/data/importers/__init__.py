@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
+
+import xxhash
 
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.drops import Drops
@@ -51,12 +53,26 @@ class Importer(ABC):
         """ValueError, with the remedy, where `input` holds nothing of this format."""
 
     @abstractmethod
+    def signature(self) -> str:
+        """Changes when the input does; cheap."""
+
+    @abstractmethod
     def units(self) -> list[Unit]:
         """All units in the corpus's order; the same for the same input."""
 
     @abstractmethod
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised."""
+
+
+def files_signature(files: Iterable[Path], root: Path) -> str:
+    """A hash of names below `root`, sizes and modification times."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        stat = file.stat()
+        name = file.relative_to(root) if file.is_relative_to(root) else file.name
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def formats() -> list[str]:

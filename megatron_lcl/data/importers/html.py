@@ -21,10 +21,12 @@ import xxhash
 
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
-from megatron_lcl.data.importers import Importer, Unit
+from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.probe import BadImage, probe
 
 _PAGES_PER_UNIT = 64
+_DECORATION = 1 / 3
+"""an image on a larger share of the pages, a site's logo, says nothing about which pages belong together"""
 _HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6"))
 _BLOCKS = _HEADINGS | frozenset(
     "address article aside blockquote body br caption center dd details dialog dir div dl dt fieldset figcaption "  # noqa: SIM905
@@ -69,6 +71,8 @@ class _Rules:
     """content hash → why the image is left out everywhere"""
     first_pages: dict[bytes, list[str]]
     """content hash of an image that stands more often than allowed → pages on which it stays"""
+    num_pages: dict[bytes, int]
+    """content hash of an image that stands on several pages → their number"""
 
 
 class HtmlImporter(Importer):
@@ -107,6 +111,9 @@ class HtmlImporter(Importer):
         self._rules: _Rules | None = None
         self._facts: dict[str, tuple[bytes, str]] = {}
 
+    def signature(self) -> str:
+        return files_signature([self.root / page for page in self.pages], self.root)
+
     def units(self) -> list[Unit]:
         if self._rules is None:
             self._rules = self._survey()
@@ -141,6 +148,7 @@ class HtmlImporter(Importer):
             first_pages={
                 image: pages[: self.max_repeats] for image, pages in pages_of.items() if len(pages) > self.max_repeats
             },
+            num_pages={image: len(pages) for image, pages in pages_of.items() if len(pages) > 1},
         )
 
     def _fact(self, page: str, source: str) -> tuple[bytes, str]:
@@ -180,11 +188,12 @@ class HtmlImporter(Importer):
             drops.left_out("document", "repeats another page", f"{name} = {self._rules.duplicates[name]}")
             return
         seen: set[bytes] = set()
+        shares: set[str] = set()
         events: list[tuple[str, str | Image]] = []
         for kind, value in page.events:
             if kind != "image":
                 events.append((kind, value))
-            elif (image := self._image(name, value, seen, drops)) is not None:
+            elif (image := self._image(name, value, seen, shares, drops)) is not None:
                 events.append(("image", image))
         items = list(_assemble(events))
         if not items:
@@ -195,9 +204,10 @@ class HtmlImporter(Importer):
             parts = list(_split(items, self.max_words))
             for number, part in enumerate(parts):
                 label = name if len(parts) == 1 else f"{name}#{number}"
-                yield Document(_join(part), name=label, metadata={"group": name})
+                yield Document(_join(part), name=label, metadata={"group": name, "shares": sorted(shares)})
 
-    def _image(self, page: str, source: str, seen: set[bytes], drops: Drops) -> Image | None:
+    def _image(self, page: str, source: str, seen: set[bytes], shares: set[str], drops: Drops) -> Image | None:
+        """The image if it stays; else its drop is counted, and `shares` takes one that joins this page to others."""
         assert self._rules is not None
         label = f"{page}: {source[:100]}"
         if urlsplit(source).path.lower().endswith((".svg", ".svgz")) or source.startswith("data:image/svg"):
@@ -210,8 +220,10 @@ class HtmlImporter(Importer):
             return None
         digest, unwanted = self._fact(page, source)
         allowed = self._rules.first_pages.get(digest)
-        if not unwanted:
+        if not unwanted and digest in self._rules.num_pages:
             unwanted = self._rules.unwanted.get(digest, "")
+            if self._rules.num_pages[digest] <= _DECORATION * len(self.pages):
+                shares.add(digest.hex())
         if not unwanted and (digest in seen or (allowed is not None and page not in allowed)):
             unwanted = f"repeated (on a page, or on more than {self.max_repeats} pages)"
         if unwanted:
@@ -358,7 +370,7 @@ def _is_navigation(node: Any) -> bool:
 
 
 def _is_list_of_links(node: Any) -> bool:
-    """A table of contents under any name: six links or more, nearly all to the same site, hold nearly all of its text."""
+    """A table of contents under any name: six links or more, to the same site, hold nearly all of its text."""
     links = [a for a in node.iter("a") if a.get("href")]
     if len(links) < 6:
         return False

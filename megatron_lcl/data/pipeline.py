@@ -1,0 +1,248 @@
+"""One task of `preprocess`: a run of input units → finished parts in the work folder.
+
+A part is one shard (five files) and a small JSON record that says what it holds. Parts end after whole batches of
+documents, by size alone, so a task that is started again skips the documents of its finished parts and writes the rest
+as if nothing had happened; and the bytes do not depend on who writes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.holdout import group_name
+from megatron_lcl.data.importers import Importer, Unit
+from megatron_lcl.data.indexed import HashingFile
+from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
+from megatron_lcl.data.store import ShardWriter, shard_files, sync_folder
+from megatron_lcl.data.tokenizer import Tokenizer
+
+BATCH = 32
+"""documents tokenised together; parts end at multiples of it"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a run has in common. Picklable."""
+
+    importer: Importer
+    tokenizer: Tokenizer
+    folder: Path
+    """the work folder"""
+    max_image_side: int | None
+    shard_bytes: int
+    shard_documents: int
+    groups: frozenset[str] = frozenset()
+    """names of held-out groups"""
+    keep_groups: bool = False
+    """write the documents of `groups`, or (False) all others"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part's record."""
+
+    task: int
+    number: int
+    last: bool
+    """nothing of the task follows"""
+    documents_read: int
+    """documents of the task up to this part's end, whether or not they were written"""
+    files: dict[str, Any] = field(default_factory=dict)
+    """empty where no document was left to write"""
+    counts: dict[str, int] = field(default_factory=dict)
+    drops: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.task:06d}-{self.number:04d}"
+
+
+def parts_of(folder: Path, task: int) -> list[Part]:
+    """The finished parts of a task, in order."""
+    parts: list[Part] = []
+    for number in itertools.count():
+        try:
+            record = json.loads((folder / f"part-{task:06d}-{number:04d}.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return parts
+        parts.append(Part(**record))
+    raise AssertionError
+
+
+def is_finished(parts: list[Part]) -> bool:
+    return bool(parts) and parts[-1].last
+
+
+def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
+    """Write what is missing of a task's parts; returns the drops of all its parts."""
+    parts = parts_of(job.folder, task)
+    number = len(parts)
+    if not is_finished(parts):
+        drops = Drops()
+        reading = (
+            Drops() if job.keep_groups else drops
+        )  # what the importer drops is counted once, with the training side
+        documents = (document for unit in units for document in job.importer.documents(unit, reading))
+        num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
+        drops.clear()  # what came up to here is on the records of the finished parts
+        while not is_finished(parts):
+            parts.append(_write_part(job, task, number, documents, num_read, drops))
+            num_read, number = parts[-1].documents_read, number + 1
+            drops.clear()
+    total = Drops()
+    for part in parts:
+        total.add(Drops.from_dict(part.drops))
+    return total
+
+
+def _write_part(job: Job, task: int, number: int, documents: Iterator[Document], num_read: int, drops: Drops) -> Part:
+    scratch = job.folder / f"task-{task:06d}"
+    scratch.mkdir(exist_ok=True)
+    for leftover in scratch.iterdir():  # of a run that was killed
+        leftover.unlink()
+    writer = ShardWriter(scratch, number)
+    digests: list[int] = []
+    last = True
+    try:
+        while batch := list(itertools.islice(documents, BATCH)):
+            num_read += len(batch)
+            chosen = [d for d in batch if (group_name(d) in job.groups) == job.keep_groups] if job.groups else batch
+            digests += _write_batch(job, writer, chosen, drops)
+            if writer.num_bytes >= job.shard_bytes or writer.num_documents >= job.shard_documents:
+                last = False
+                break
+        name = Part(task, number, last, num_read).name
+        if writer.num_documents:
+            files, counts = writer.finish()
+            # the record names the files as they are in the work folder
+            renamed = {source: f"{name}{suffix}" for source, suffix in zip(shard_files(number), _SUFFIXES, strict=True)}
+            for source, target in renamed.items():
+                os.replace(scratch / source, job.folder / target)
+            files = {renamed[source]: info for source, info in files.items()}
+            np.array(digests, np.uint64).tofile(job.folder / f"{name}.digests")
+        else:
+            writer.abort()
+            files, counts = {}, {}
+        sync_folder(job.folder)
+        part = Part(task, number, last, num_read, files, counts, drops.to_dict())
+        record = HashingFile(job.folder / f"{name}.json")
+        record.write(json.dumps(vars(part)).encode())
+        record.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        for leftover in scratch.iterdir():
+            leftover.unlink()
+        scratch.rmdir()
+    return part
+
+
+_SUFFIXES = (".tokens.bin", ".tokens.idx", ".images.bin", ".images.idx", ".arrow")
+
+
+def final_name(part_file: str, shard: int) -> str:
+    """The name in the corpus of one of a part's files."""
+    suffix = "." + part_file.split(".", 1)[1]
+    return shard_files(shard)[_SUFFIXES.index(suffix)]
+
+
+# --- one batch ---------------------------------------------------------------------------------------------------
+
+
+def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Drops) -> Iterator[int]:
+    """Write a batch of documents; yields a hash of each one written."""
+    texts = [
+        _clean(item.text, document, drops) for document in batch for item in document.items if isinstance(item, Text)
+    ]
+    ids = iter(zip(job.tokenizer.encode_batch(texts), texts, strict=True))
+    for document in batch:
+        digest = _write_document(job, writer, document, ids, drops)
+        if digest is not None:
+            yield digest
+
+
+def _clean(text: str, document: Document, drops: Drops) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        drops.note("text", "invalid Unicode replaced", document.name)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.strip() else ""
+
+
+def _write_document(
+    job: Job, writer: ShardWriter, document: Document, ids: Iterator[tuple[list[int], str]], drops: Drops
+) -> int | None:
+    """Write one document; returns its hash, or None where nothing of it was left."""
+    digest = xxhash.xxh3_64()
+    new_number: dict[int, int] = {}  # of a text, once those without tokens are gone
+    pieces: list[list[int] | tuple[Image, bytes, Probe]] = []
+    num_texts = 0
+    for item in document.items:
+        if isinstance(item, Text):
+            piece, text = next(ids)
+            if piece:
+                new_number[num_texts] = len(new_number)
+                pieces.append(piece)
+                digest.update(b"\0T" + text.encode())
+            else:
+                drops.left_out("text", "blank" if not text else "without tokens", document.name)
+            num_texts += 1
+        elif (ready := _ready_image(job, item, document, drops)) is not None:
+            pieces.append((item, *ready))
+            digest.update(b"\0I" + xxhash.xxh3_128_digest(ready[0]))
+    kept: list[list[int] | tuple[Image, bytes, Probe]] = []
+    for entry in pieces:
+        if isinstance(entry, tuple) and (reason := _bad_match(entry[0], new_number, num_texts)):
+            drops.bad("image", reason, f"{document.name}: {entry[0].name}")
+        else:
+            kept.append(entry)
+    if not kept:
+        drops.bad("document", "nothing left", document.name)
+        return None
+    for entry in kept:
+        if isinstance(entry, tuple):
+            image, data, size = entry
+            matched = None if image.matched_text is None else new_number[image.matched_text]
+            writer.add_image(data, size.width, size.height, size.format, image.similarity, matched)
+        else:
+            writer.add_text(entry)
+    writer.end_document()
+    return digest.intdigest()
+
+
+def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> tuple[bytes, Probe] | None:
+    """The bytes to store and their size; None, and counted, for an image that cannot be used."""
+    try:
+        size, data = probe(image.data), image.data
+        if job.max_image_side and max(size.width, size.height) > job.max_image_side:
+            data = downscale(data, job.max_image_side)
+            size = probe(data)
+    except BadImage as error:
+        drops.bad("image", str(error), f"{document.name}: {image.name}")
+        return None
+    if size.width == size.height == 1:
+        drops.left_out("image", "1x1 pixel", f"{document.name}: {image.name}")
+        return None
+    return data, size
+
+
+def _bad_match(image: Image, new_number: dict[int, int], num_texts: int) -> str:
+    """Why an image's match makes it unusable; "" if it does not."""
+    if image.similarity is not None and not np.isfinite(image.similarity):
+        return "similarity is not a number"
+    if image.matched_text is None or image.matched_text in new_number:
+        return ""
+    return "matched text is blank" if 0 <= image.matched_text < num_texts else "matched text out of range"

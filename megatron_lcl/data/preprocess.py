@@ -1,0 +1,471 @@
+"""Documents in any known format → a corpus (`store.py`), and, where asked for, a second one of held-out documents.
+
+The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished` (`pipeline.py`) in
+any order, by any number of processes or machines; at the end the parts get their shard numbers, and `corpus.json` is
+written. So the bytes never depend on who did the work, and a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lcl.data import importers
+from megatron_lcl.data import tokenizer as tokenizers
+from megatron_lcl.data.document import Document
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.holdout import Grouping, group_name
+from megatron_lcl.data.importers import Importer, Unit
+from megatron_lcl.data.indexed import HashingFile
+from megatron_lcl.data.pipeline import Job, Part, final_name, is_finished, parts_of, run_task
+from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, sync_folder, total, write_manifest
+from megatron_lcl.data.tokenizer import Tokenizer
+
+WORK = "_unfinished"
+TASK_BYTES = 32 << 20
+"""a task is a run of units of at least so many bytes"""
+SHARD_BYTES = 4 << 30
+SHARD_DOCUMENTS = 500_000
+_ENOUGH = 1000
+"""items after which the share of bad ones is judged before the end"""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a corpus holds and what was left out on the way."""
+
+    path: Path
+    counts: dict[str, int]
+    """documents, pieces, tokens, placements, images, image_bytes"""
+    drops: Drops
+    vocab_size: int
+    reused: bool = False
+    """the folder already held the finished corpus"""
+    held_out: Summary | None = None
+
+    def __str__(self) -> str:
+        c = self.counts
+        lines = [
+            f"{self.path}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['placements']:,} images "
+            f"({c['images']:,} distinct in a shard, {c['image_bytes'] / 1e6:,.1f} MB), {self.vocab_size:,} token ids"
+        ]
+        for title, counts in (
+            ("bad", self.drops.bad_counts),
+            ("left out", self.drops.left_out_counts),
+            ("noted", self.drops.noted_counts),
+        ):
+            for reason, count in sorted(counts.items(), key=lambda entry: -entry[1]):
+                names = self.drops.names.get(reason)
+                lines.append(f"  {title}  {count:,}  {reason}" + (f"  (e.g. {names[0]})" if names else ""))
+        if self.held_out is not None:
+            lines.append(f"held out: {self.held_out}")
+        return "\n".join(lines)
+
+
+def preprocess(
+    format: str,
+    input: str | Path,
+    output: str | Path,
+    *,
+    images: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+    vocab_size: int = 4096,
+    held_out: str | Path | None = None,
+    held_out_fraction: float = 0.13,
+    seed: int = 0,
+    max_bad_fraction: float = 0.2,
+    max_image_side: int | None = None,
+    source: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    shard: tuple[int, int] | None = None,
+    task_bytes: int = TASK_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    shard_documents: int = SHARD_DOCUMENTS,
+) -> Summary:
+    """Write the corpus `output` from `input`; returns what it holds.
+
+    tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents.
+    held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
+    in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
+    is. options: the importer's own. shard: (i, n) does every n-th task, the i-th of 0 … n-1; whoever finds all done
+    finishes.
+
+    Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
+    ValueError, and leaves nothing half-written, where the input is unusable, more than `max_bad_fraction` of it is bad,
+    the folder holds something else, or the disk is full.
+    """
+    output = Path(output)
+    if held_out is not None and Path(held_out).resolve() == output.resolve():
+        raise ValueError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
+    importer = importers.create(format, input, images, options or {})
+    given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    recipe: dict[str, Any] = {
+        "format": format,
+        "input": importer.signature(),
+        "options": dict(options or {}),
+        "tokenizer": given.fingerprint if given else {"train": vocab_size},
+        "max_image_side": max_image_side,
+        "held_out": [held_out_fraction, seed] if held_out is not None else None,
+        "layout": [task_bytes, shard_bytes, shard_documents],
+    }
+    sides = [(output, {**recipe, "side": "training"})]
+    if held_out is not None:
+        sides.append((Path(held_out), {**recipe, "side": "held out"}))
+    finished = [_finished(folder, side) for folder, side in sides]
+    if all(finished):
+        training, *rest = (_summary(folder, reused=True) for folder, _ in sides)
+        return _with(training, rest)
+    for folder, side in sides:
+        _check_folder(folder, side)
+
+    tasks = _tasks(importer.units(), task_bytes)
+    groups = _held_out_groups(importer, tasks, held_out_fraction, seed) if held_out is not None else frozenset()
+    tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size)
+    summaries = []
+    for (folder, side), done in zip(sides, finished, strict=True):
+        if not done:
+            job = Job(
+                importer,
+                tokenizer,
+                folder / WORK,
+                max_image_side,
+                shard_bytes,
+                shard_documents,
+                groups,
+                keep_groups=side["side"] == "held out",
+            )
+            _write_corpus(folder, side, job, tasks, max_bad_fraction, dict(source or {}), workers, shard)
+        summaries.append(_summary(folder))
+    return _with(summaries[0], summaries[1:])
+
+
+def _with(training: Summary, rest: list[Summary]) -> Summary:
+    return Summary(**{**vars(training), "held_out": rest[0] if rest else None})
+
+
+# --- before the work ---------------------------------------------------------------------------------------------
+
+
+def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very corpus. ValueError where it holds another."""
+    if not (folder / MANIFEST).exists():
+        return False
+    theirs = read_manifest(folder).get("recipe", {})
+    if theirs == json.loads(json.dumps(recipe)):
+        return True
+    different = [key for key in recipe if theirs.get(key) != json.loads(json.dumps(recipe[key]))]
+    raise ValueError(
+        f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join corpora with "
+        "`megatron-lcl merge`"
+    )
+
+
+def _check_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """ValueError where the folder holds anything but an unfinished run of the same recipe."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder")
+    record = folder / WORK / "recipe.json"
+    if record.exists():
+        if json.loads(record.read_text("utf-8")) != json.loads(json.dumps(recipe)):
+            raise ValueError(
+                f"{folder} holds an unfinished corpus of other input or options; remove it or give a new folder"
+            )
+    elif others := sorted(p.name for p in folder.iterdir() if p.name != WORK):
+        raise ValueError(
+            f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
+        )
+
+
+def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
+    """Runs of consecutive units of at least `task_bytes`."""
+    tasks: list[list[Unit]] = []
+    size = task_bytes
+    for unit in units:
+        if size >= task_bytes:
+            tasks.append([])
+            size = 0
+        tasks[-1].append(unit)
+        size += unit.size
+    return tasks
+
+
+def _held_out_groups(importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int) -> frozenset[str]:
+    if not 0 < fraction < 1:
+        raise ValueError(f"held_out_fraction is {fraction}; give a number between 0 and 1")
+    grouping = Grouping()
+    for document in _documents(importer, tasks):
+        grouping.add(document)
+    return frozenset(grouping.held_out(fraction, seed))
+
+
+def _train_tokenizer(importer: Importer, tasks: list[list[Unit]], groups: frozenset[str], vocab_size: int) -> Tokenizer:
+    documents = (document for document in _documents(importer, tasks) if group_name(document) not in groups)
+    texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
+    return tokenizers.train_sentencepiece(texts, vocab_size)
+
+
+def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document]:
+    """All documents; ValueError where there is none."""
+    drops = Drops()
+    found = False
+    for unit in itertools.chain.from_iterable(tasks):
+        for document in importer.documents(unit, drops):
+            found = True
+            yield document
+    if not found:
+        raise ValueError(_nothing_left(drops))
+
+
+# --- the work ----------------------------------------------------------------------------------------------------
+
+
+def _write_corpus(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    job: Job,
+    tasks: list[list[Unit]],
+    max_bad_fraction: float,
+    source: dict[str, Any],
+    workers: int,
+    shard: tuple[int, int] | None,
+) -> None:
+    work = job.folder
+    created = not folder.exists()
+    try:
+        with _clear_errors(folder):
+            work.mkdir(parents=True, exist_ok=True)
+            record = HashingFile(work / "recipe.json")
+            record.write(json.dumps(recipe).encode())
+            record.finish()
+            share, num_shares = shard or (0, 1)
+            mine = [k for k in range(len(tasks)) if k % num_shares == share]
+            budget = _Budget(max_bad_fraction)
+            for number, drops in _run(job, tasks, mine, workers):
+                budget.add(drops, [part.counts for part in parts_of(work, number)])
+            with _locked(work):
+                parts = [parts_of(work, k) for k in range(len(tasks))]
+                if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
+                    _finish(folder, recipe, job, [part for task in parts for part in task], max_bad_fraction, source)
+    except BaseException as error:
+        keeps_parts = not isinstance(error, ValueError) or isinstance(error, DiskFull)
+        if not (keeps_parts and any(work.glob("part-*.json"))):
+            _remove(folder, created)
+        raise
+
+
+class DiskFull(ValueError):
+    """No space is left; finished parts stay, so that the run can go on."""
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left for {folder}; free some and run the same command again") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise ValueError(f"cannot write {folder}: {error.strerror}") from None
+        raise
+
+
+def _run(job: Job, tasks: list[list[Unit]], mine: list[int], workers: int) -> Iterator[tuple[int, Drops]]:
+    """Run the tasks, in this process or in `workers` others; yields their drops in order."""
+    if workers <= 1 or len(mine) <= 1:
+        for k in mine:
+            yield k, run_task(job, k, tasks[k])
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (job,)) as pool:
+        futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
+        try:
+            for k, future in futures:
+                yield k, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_job_of_this_worker: list[Job] = []
+
+
+def _start_worker(job: Job) -> None:
+    _job_of_this_worker[:] = [job]
+
+
+def _worker_task(k: int, units: list[Unit]) -> Drops:
+    return run_task(_job_of_this_worker[0], k, units)
+
+
+class _Budget:
+    """Stops a run of which too much is bad."""
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        self._limit = max_bad_fraction
+        self._drops = Drops()
+        self._counts: dict[str, int] = {}
+
+    def add(self, drops: Drops, counts: list[dict[str, int]]) -> None:
+        self._drops.add(drops)
+        self._counts = total([self._counts, *counts])
+        self.check(at_least=_ENOUGH)
+
+    def check(self, at_least: int) -> None:
+        good = {
+            "image": self._counts.get("placements", 0),
+            "document": self._counts.get("documents", 0),
+            "text": self._counts.get("pieces", 0) - self._counts.get("placements", 0),
+        }
+        for kind in ("image", "document", "text"):
+            bad = self._drops.num_bad(kind)  # type: ignore[arg-type]
+            seen = bad + good[kind]
+            if bad and seen >= at_least and bad > self._limit * seen:
+                raise ValueError(
+                    f"{bad:,} of {seen:,} {kind}s are bad ({bad / seen:.0%}; max_bad_fraction is {self._limit:g}); "
+                    f"{_dominant(self._drops, kind)}"
+                )
+
+
+def _nothing_left(drops: Drops) -> str:
+    return f"no usable document: {_dominant(drops, 'image') or _dominant(drops) or 'the input is empty'}"
+
+
+def _dominant(drops: Drops, kind: str = "") -> str:
+    """The most frequent reason for which something of `kind` is bad, or was left out; "" if there is none."""
+    counts = {reason: n for reason, n in drops.bad_counts.items() if reason.startswith(kind)}
+    if not counts:
+        counts = {reason: n for reason, n in drops.left_out_counts.items() if reason.startswith(kind)}
+    if not counts:
+        return ""
+    reason = max(counts, key=lambda r: counts[r])
+    names = drops.names.get(reason)
+    return f"mostly {reason}, {counts[reason]:,}" + (f" (e.g. {names[0]})" if names else "")
+
+
+# --- after the work ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """One process at a time; a lock dies with its holder."""
+    with open(work / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _finish(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    job: Job,
+    parts: list[Part],
+    max_bad_fraction: float,
+    source: dict[str, Any],
+) -> None:
+    """Give the parts their shard numbers and write the manifest; repeatable, should it be interrupted."""
+    work = job.folder
+    drops = Drops()
+    for part in parts:
+        drops.add(Drops.from_dict(part.drops))
+    counts = total(part.counts for part in parts)
+    budget = _Budget(max_bad_fraction)
+    budget.add(drops, [counts])
+    budget.check(at_least=1)
+    filled = [part for part in parts if part.files]
+    if not filled:
+        raise ValueError(_nothing_left(drops))
+    repeated = _num_repeated(work, filled, counts["documents"])
+    if repeated:
+        drops.note("document", "duplicate of another (kept)", count=repeated)
+
+    files: dict[str, Any] = {}
+    for number, part in enumerate(filled):
+        for name, info in part.files.items():
+            target = final_name(name, number)
+            if (work / name).exists():  # else it was renamed before an interruption
+                os.replace(work / name, folder / target)
+            files[target] = info
+    temporary = work / job.tokenizer.file_name
+    job.tokenizer.save(temporary)
+    copy = HashingFile(folder / job.tokenizer.file_name)
+    copy.write(temporary.read_bytes())
+    files[job.tokenizer.file_name] = copy.finish()
+    sync_folder(folder)
+    write_manifest(
+        folder,
+        {
+            "format_version": FORMAT_VERSION,
+            "source": {"format": recipe["format"], **source},
+            "tokenizer": {
+                "file": job.tokenizer.file_name,
+                "fingerprint": job.tokenizer.fingerprint,
+                "vocab_size": job.tokenizer.vocab_size,
+            },
+            "counts": counts,
+            "drops": drops.to_dict(),
+            "shards": [part.counts for part in filled],
+            "files": dict(sorted(files.items())),
+            "recipe": recipe,
+        },
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    for kind, reasons in (
+        ("bad", drops.bad_counts),
+        ("left out", drops.left_out_counts),
+        ("noted", drops.noted_counts),
+    ):
+        for reason, count in reasons.items():
+            logger.info("%s: %s %d (%s)", kind, reason, count, "; ".join(drops.names.get(reason, ())))
+
+
+def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:
+    """Documents that repeat an earlier one, counted in slices of the hashes that fit in memory."""
+    num_slices = 1 + num_documents // (1 << 24)
+    bounds = [(1 << 64) * k // num_slices for k in range(num_slices + 1)]
+    repeated = 0
+    for low, high in itertools.pairwise(bounds):
+        found = []
+        for part in parts:
+            digests = np.fromfile(work / f"{part.name}.digests", np.uint64)
+            found.append(digests[(digests >= np.uint64(low)) & (digests <= np.uint64(high - 1))])
+        values = np.concatenate(found)
+        repeated += len(values) - len(np.unique(values))
+    return repeated
+
+
+def _remove(folder: Path, created: bool) -> None:
+    """Take back what a failed run wrote."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    if created:
+        try:
+            folder.rmdir()
+        except OSError:
+            logger.warning("%s is left, as it is not empty", folder)
+
+
+def _summary(folder: Path, reused: bool = False) -> Summary:
+    if not (folder / MANIFEST).exists():  # other shares are not done yet
+        return Summary(
+            folder, dict.fromkeys(("documents", "tokens", "placements", "images", "image_bytes"), 0), Drops(), 0
+        )
+    manifest = read_manifest(folder)
+    return Summary(
+        folder, manifest["counts"], Drops.from_dict(manifest["drops"]), manifest["tokenizer"]["vocab_size"], reused
+    )
