@@ -197,8 +197,8 @@ def _write_document(
                 new_number[num_texts] = len(new_number)
                 pieces.append(piece)
                 digest.update(b"\0T" + text.encode())
-            else:
-                drops.left_out("text", "blank" if not text else "without tokens", document.name)
+            elif item.text:  # an importer counts an empty one itself
+                drops.left_out("text", "without tokens" if text else "blank", document.name)
             num_texts += 1
         elif (ready := _ready_image(job, item, document, drops)) is not None:
             pieces.append((item, *ready))

@@ -62,7 +62,10 @@ class Importer(ABC):
 
     @abstractmethod
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        """The unit's documents in order; what cannot be read is counted in `drops`, never raised."""
+        """The unit's documents in order; what cannot be read is counted in `drops`, never raised.
+
+        A Text of "" keeps its place among the texts (`matched_text` counts them), is not written, and was counted here.
+        """
 
 
 def files_signature(files: Iterable[Path], root: Path) -> str:

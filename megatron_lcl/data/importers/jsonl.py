@@ -1,0 +1,64 @@
+"""The generic form: one document a line, `{"items": [{"text": "…"}, {"image": "relative/path.jpg"}, …]}`.
+
+Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
+Images are found below `images`, else below the folder of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.importers import Importer, Unit, files_signature
+from megatron_lcl.data.importers.lines import SUFFIXES, find_files, json_lines, line_units
+from megatron_lcl.data.importers.sources import ImageSource, index_or_none, number_or_none, text_item
+from megatron_lcl.data.probe import BadImage
+
+
+class JsonlImporter(Importer):
+    """`input`: a file or a folder of .jsonl, .jsonl.gz, .jsonl.zst files."""
+
+    def __init__(self, input: Path, images: Path | None = None) -> None:
+        self.root = input if input.is_dir() else input.parent
+        self.files = find_files(input, SUFFIXES)
+        if not self.files:
+            raise ValueError(f"no {', '.join(SUFFIXES)} files in {input}")
+        self.images = ImageSource(images or self.root)
+
+    def signature(self) -> str:
+        return files_signature(self.files, self.root)
+
+    def units(self) -> list[Unit]:
+        return line_units(self.files)
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        for name, line in json_lines(unit, drops):
+            items = line.get("items")
+            if isinstance(items, list):
+                yield Document(tuple(self._items(items, name, drops)), name=name)
+            else:
+                drops.bad("document", 'no list "items"', name)
+
+    def _items(self, items: list[Any], name: str, drops: Drops) -> Iterator[Text | Image]:
+        for item in items:
+            if not isinstance(item, dict) or ("text" in item) == ("image" in item):
+                drops.bad("text", 'an item without one of "text" and "image"', name)
+            elif "text" in item:
+                yield text_item(item["text"], name, drops)
+            elif not isinstance(item["image"], str):
+                drops.bad("image", "no name", name)
+            else:
+                try:
+                    data = self.images.read(item["image"])
+                except BadImage as error:
+                    drops.bad("image", str(error), f"{name}: {item['image'][:200]}")
+                    continue
+                yield Image(
+                    data,
+                    name=item["image"],
+                    similarity=number_or_none(item.get("similarity")),
+                    matched_text=index_or_none(item.get("matched_text_index")),
+                )
