@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
@@ -30,8 +30,7 @@ def require() -> dict[str, str]:
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
-    tensors = {name: value.to(dtype).contiguous() for name, value in _tensors(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_parts(_tensors(model), folder / "model.safetensors", dtype)
     save_pool(model, folder, dtype)
     config = {
         "architectures": ["CLIPVisionModel"],

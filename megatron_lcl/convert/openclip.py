@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.open_clip_format import parts_open_clip
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
 KIND = "open_clip"
@@ -39,16 +41,15 @@ def require() -> dict[str, str]:
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
-    everything = model.state_dict_open_clip()
-    tensors = {n: value if n == "logit_scale" else value.to(dtype) for n, value in everything.items()}
-    save_file(tensors, folder / "lcl.safetensors", metadata={"format": "pt"})
+    tensors = parts_open_clip(model)
+    save_parts(tensors, folder / "lcl.safetensors", dtype)
     config = open_clip_config(model.config)
     _write_json(folder / "lcl.json", config)
 
-    tower = {name: value for name, value in tensors.items() if name.startswith("visual.")}
-    tower |= {"visual.proj": torch.eye(v.width, dtype=dtype), "logit_scale": tensors["logit_scale"]}
-    tower |= {name: torch.zeros(shape, dtype=dtype) for name, shape in _no_text_shapes(v.width).items()}
-    save_file(tower, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    tower = {name: parts for name, parts in tensors.items() if name.startswith("visual.")}
+    tower |= {"visual.proj": [torch.eye(v.width)], "logit_scale": tensors["logit_scale"]}
+    tower |= {name: [torch.zeros(shape)] for name, shape in _no_text_shapes(v.width).items()}
+    save_parts(tower, folder / "open_clip_model.safetensors", dtype)
     tower_config = {
         "model_cfg": {
             "embed_dim": v.width,
@@ -71,10 +72,14 @@ def features(folder: Path, size: int) -> Features:
     """What OpenCLIP, and the card's example, compute of the check images."""
     import open_clip
 
-    model: Any = open_clip.create_model(f"local-dir:{folder}").float().eval()
-    model.visual.output_tokens = True
+    with torch.device("meta"):  # no memory for initial values
+        tower: Any = open_clip.create_model(f"local-dir:{folder}", device="meta", load_weights=False).visual
+    tensors = load_file(folder / "open_clip_model.safetensors")
+    visual = {name.removeprefix("visual."): tensors[name] for name in tensors if name.startswith("visual.")}
+    tower.load_state_dict(visual, assign=True)
+    tower.float().eval().output_tokens = True
     with torch.no_grad():
-        patches = model.visual(check_images(size))[1]
+        patches = tower(check_images(size))[1]
         return Features(patches, attention_pool(patches, *read_pool(folder)))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 
 POOL = "attention_pool.safetensors"
@@ -17,8 +17,8 @@ POOL = "attention_pool.safetensors"
 def save_pool(model: LCL, folder: Path, dtype: torch.dtype) -> None:
     """`attention_pool.safetensors`: query, norm_{q,k,v}, q, k, v, out; the number of heads in its metadata."""
     parts = ("query", "norm_q.", "norm_k.", "norm_v.", "q.", "k.", "v.", "out.")
-    tensors = {n: p.detach().to(dtype).contiguous() for n, p in model.pool.named_parameters() if n.startswith(parts)}
-    save_file(tensors, folder / POOL, metadata={"format": "pt", "heads": str(model.config.pool_heads)})
+    tensors = {name: p for name, p in model.pool.named_parameters() if name.startswith(parts)}
+    save_parts(tensors, folder / POOL, dtype, {"heads": str(model.config.pool_heads)})
 
 
 def read_pool(folder: Path) -> tuple[dict[str, torch.Tensor], int]:

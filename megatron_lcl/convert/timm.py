@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from megatron_lcl.config import Vision
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.load import mlp_ratio
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
@@ -68,8 +69,7 @@ def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
-    tensors = {name: value.to(dtype).contiguous() for name, value in _tensors(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_parts(_tensors(model), folder / "model.safetensors", dtype)
     save_pool(model, folder, dtype)
     name, arguments = architecture(v)
     config = {
@@ -103,16 +103,19 @@ def features(folder: Path, size: int) -> Features:
     """What timm, and the card's example, compute of the check images."""
     import timm
 
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
+    with torch.device("meta"):  # no memory for initial values
+        model: Any = timm.create_model(f"local-dir:{folder}")
+    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    model = model.float().eval()
     with torch.no_grad():
         patches = model.forward_features(check_images(size))[:, model.num_prefix_tokens :]
         return Features(patches, attention_pool(patches, *read_pool(folder)))
 
 
-def _tensors(model: LCL) -> dict[str, torch.Tensor]:
-    """Our parameters under timm's names, without a classifier."""
+def _tensors(model: LCL) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """Our parameters under timm's names, without a classifier; parts to be concatenated as lists."""
     patches, p = model.patches, model.config.vision.patch_size
-    tensors = {
+    tensors: dict[str, torch.Tensor | list[torch.Tensor]] = {
         "cls_token": patches.class_embedding[None, None],
         "pos_embed": patches.positions[None],
         "patch_embed.proj.weight": patches.projection.weight.unflatten(1, (3, p, p)),
@@ -120,8 +123,8 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor]:
     modules: dict[str, torch.nn.Module] = {"norm_pre": patches.norm, "norm": model.pool.norm}
     for i, block in enumerate(model.vision_blocks):
         qkv = [block.attention.q, block.attention.k, block.attention.v]
-        tensors[f"blocks.{i}.attn.qkv.weight"] = torch.cat([layer.weight for layer in qkv])
-        tensors[f"blocks.{i}.attn.qkv.bias"] = torch.cat([layer.bias for layer in qkv])
+        tensors[f"blocks.{i}.attn.qkv.weight"] = [layer.weight for layer in qkv]
+        tensors[f"blocks.{i}.attn.qkv.bias"] = [layer.bias for layer in qkv]
         parts = {
             "norm1": block.norm1,
             "attn.proj": block.attention.out,
@@ -131,4 +134,4 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor]:
         }
         modules |= {f"blocks.{i}.{name}": module for name, module in parts.items()}
     tensors |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
-    return {name: value.detach() for name, value in tensors.items()}
+    return tensors

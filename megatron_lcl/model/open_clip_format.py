@@ -90,6 +90,14 @@ def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: b
 
 def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:
     """The model's parameters under the reference's names and in its shapes (detached, the same values)."""
+    tensors = {
+        name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in parts_open_clip(model).items()
+    }
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def parts_open_clip(model: LCL) -> dict[str, list[torch.Tensor]]:
+    """`state_dict_open_clip` before concatenation: views of the model's parameters."""
     ours = {name: p.detach() for name, p in model.stages.named_parameters()}
     v, p = model.config.vision, model.config.vision.patch_size
     shapes = {
@@ -100,8 +108,7 @@ def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:
     result = {}
     for theirs, names in _names(model).items():
         tensors = [ours[name].t() if theirs in _TRANSPOSED else ours[name] for name in names]
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        result[theirs] = tensor.reshape(shapes.get(theirs, tensor.shape)).contiguous()
+        result[theirs] = [tensors[0].reshape(shapes[theirs])] if theirs in shapes else tensors
     assert sum(map(len, _names(model).values())) == len(ours), "a parameter of ours has no name in the format"
     return result
 
