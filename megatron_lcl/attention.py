@@ -22,8 +22,7 @@ def packed_causal_attention(
     """Causal attention inside each sequence, softmax(q·k/√K) v.
 
     `cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbours are empty
-    sequences. Rows past the end attend to nothing and give a finite, unspecified result. `max_seqlen` bounds the
-    longest sequence (rows past a pack's last document count as one). Returns [R, H, K].
+    sequences, and no row lies outside. `max_seqlen` bounds the longest. Returns [R, H, K].
     """
     if q_RHK.is_cuda and q_RHK.dtype in (torch.float16, torch.bfloat16):
         if _has_flash_attn():
@@ -55,7 +54,7 @@ def _has_flash_attn() -> bool:
 def _by_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    lengths.append(len(q) - bounds[-1])  # rows past the end: as one sequence, so that the result is finite
+    assert bounds[-1] == len(q), f"sequences end at row {bounds[-1]} of {len(q)}"
     parts = []
     for sequence in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         if len(sequence[0]):

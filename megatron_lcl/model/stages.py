@@ -153,6 +153,7 @@ class LanguageBlock(Block):
 
     def __init__(self, language: Language, norm: Norm) -> None:
         super().__init__(language.width, language.heads, language.mlp_width, norm)
+        self.context_length = language.context_length  # no run of rows is longer
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
@@ -160,7 +161,7 @@ class LanguageBlock(Block):
         rows_RD, latents_ND = x.hidden[:num_rows], x.hidden[num_rows:]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return packed_causal_attention(q, k, v, x.cu_seqlens, num_rows)
+            return packed_causal_attention(q, k, v, x.cu_seqlens, self.context_length)
 
         return x._replace(hidden=torch.cat([self.residual(rows_RD, attend), latents_ND]))
 

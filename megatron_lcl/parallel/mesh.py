@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 
+class RunError(ValueError):
+    """Bad input that every process of a run finds, with the same message; the first one says it."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis: its process group, this process's place in it, and its size."""

@@ -4,7 +4,7 @@
         state/…              DeepSpeed's own files: parameters, optimizer, one set per rank
         model.safetensors    all parameters in float32, names `{index}.name`: what `load_model` and `export` read
         config.yaml          the run's config
-        progress.json        step, packs consumed
+        progress.json        step, packs consumed, the ledger that says which
         manifest.json        size and XXH3 of every file above; written last
 
 Written under a temporary name by all ranks, hashed, fsynced and renamed by the first.
@@ -25,7 +25,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from megatron_lcl.config import Checkpoint, Config, to_yaml
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.mesh import Mesh, RunError
 
 FOLDER, MANIFEST, PROGRESS, WEIGHTS, CONFIG, STATE = (
     "checkpoints",
@@ -47,12 +47,14 @@ class Progress:
     """packs consumed"""
     processes: int
     """data-parallel processes that wrote the checkpoint"""
+    ledger: dict[str, Any]
+    """what the packs depend on (data.index.Ledger.to_json)"""
 
 
 def save(engine: Any, config: Config, mesh: Mesh, run: Path, progress: Progress) -> Path:
     """Write a checkpoint; every process calls it. Returns its folder.
 
-    OSError (no space, read-only) is raised on every process alike, and leaves nothing behind.
+    RunError where a process cannot write (no space, read-only); it leaves nothing behind.
     """
     final = run / FOLDER / f"step-{progress.step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
@@ -88,7 +90,7 @@ def _raise_together(fault: OSError | None, mesh: Mesh) -> None:
     dist.all_gather_object(faults, fault, group=mesh.data.group)
     for rank, found in enumerate(faults):
         if found is not None:
-            raise OSError(found.errno, f"process {rank} could not write the checkpoint: {found}")
+            raise RunError(f"process {rank} could not write the checkpoint: {found}")
 
 
 def _finish(temporary: Path, final: Path, weights: dict[str, torch.Tensor], config: Config, progress: Progress) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_lcl.config import Config, from_dict, to_dict, to_yaml
-from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.mesh import Mesh, RunError
 from megatron_lcl.train import checkpoint
 from megatron_lcl.train.checkpoint import Progress
-from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes, num_micro_batches
+from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes
 from megatron_lcl.train.optimizer import learning_rate
 from megatron_lcl.train.step import Stepper
 from megatron_lcl.train.telemetry import Telemetry
@@ -60,14 +60,14 @@ def check_output(run: Path, config: Config) -> None:
         )
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     return to_dict(from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
@@ -78,7 +78,6 @@ def train(config: Config) -> Path:
 
     Every process of the launch calls it. Resumes from the newest checkpoint in `train.output` that verifies.
     """
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     mesh = init_processes()
     try:
         return _train(config, mesh)
@@ -87,38 +86,42 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config, mesh: Mesh) -> Path:
-    run, train = Path(config.train.output), config.train
+    run, train, every = Path(config.train.output), config.train, config.checkpoint.every
+    folder, skipped = _agree(run, mesh)
+    before = checkpoint.read_progress(folder) if folder else None
+    first_step, first_pack = (before.step, before.packs) if before else (0, 0)
+    if before and before.processes != mesh.data.size:
+        raise RunError(
+            f"{folder} was written by {before.processes} processes and this run has {mesh.data.size}; "
+            f"start it with --processes {before.processes}"
+        )
     if mesh.is_first:
         run.mkdir(parents=True, exist_ok=True)
         (run / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    loader = build_loader(config, mesh, first_step, first_pack, before.ledger if before else None)
+    assert loader.ledger is not None
     engine = build_engine(build_module(config), config, mesh)
-    folder, skipped = _agree(run, mesh)
-    progress = checkpoint.read_progress(folder) if folder else Progress(0, 0, mesh.data.size)
-    with Telemetry(run, config, mesh.is_first, progress.step) as telemetry:
+    with Telemetry(run, config, mesh.is_first, first_step) as telemetry:
         for bad, faults in skipped.items():
             telemetry.say(f"passed over {bad}: {'; '.join(faults[:3])}")
         if folder:
-            if progress.processes != mesh.data.size:
-                raise ValueError(
-                    f"{folder} was written by {progress.processes} processes and this run has {mesh.data.size}; "
-                    f"start it with --processes {progress.processes}"
-                )
             checkpoint.load(engine, folder)
             telemetry.say(f"going on from {folder}")
         last = folder
-        micro_batches = num_micro_batches(config, mesh.data.size)
-        stepper, batches = Stepper(engine, config, mesh), _batches(config, mesh, progress)
-        for step in range(progress.step, train.steps):
+        stepper, batches = Stepper(engine, config, mesh), iter(loader)
+        for step in range(first_step, train.steps):
             started = time.perf_counter()
-            own = [next(batches).to(engine.device) for _ in range(micro_batches)]
+            own = [next(batches) for _ in range(loader.micro_batches)]
             loaded = time.perf_counter()
             lr = learning_rate(step, config.optimizer, train.steps)
-            result = stepper.run(own, lr)
-            ended = time.perf_counter()
-            telemetry.step(step + 1, result, lr, ended - started, loaded - started)
-            progress = Progress(step + 1, progress.packs + train.global_batch, mesh.data.size)
-            every = config.checkpoint.every
+            result = stepper.run([batch.to(engine.device) for batch in own], lr)
+            telemetry.step(step + 1, result, lr, time.perf_counter() - started, loaded - started)
+            if result.num_bad_images:
+                names = _gather([reason for batch in own for _, reason in batch.bad_images], mesh)
+                telemetry.write({"step": step + 1, "bad_images": names})
             if step + 1 == train.steps or (every and (step + 1) % every == 0):
+                packs = first_pack + (step + 1 - first_step) * train.global_batch
+                progress = Progress(step + 1, packs, mesh.data.size, loader.ledger.to_json())
                 last = checkpoint.save(engine, config, mesh, run, progress)
     assert last is not None
     return last
@@ -132,9 +135,20 @@ def _agree(run: Path, mesh: Mesh) -> tuple[Path | None, dict[Path, list[str]]]:
     return decision[0]
 
 
-def _batches(config: Config, mesh: Mesh, progress: Progress) -> Iterator[PackedBatch]:
-    vision, language = config.model.vision, config.model.language
-    loader = PackedLoader(
+def _gather(own: list[str], mesh: Mesh) -> list[str]:
+    everyone: list[list[str]] = [[] for _ in range(mesh.data.size)]
+    dist.all_gather_object(everyone, own, group=mesh.data.group)
+    return [name for names in everyone for name in names]
+
+
+def build_loader(
+    config: Config, mesh: Mesh, first_step: int, first_pack: int, ledger: dict[str, Any] | None
+) -> PackedLoader:
+    """This process's batches from a step on; `ledger`: that of the checkpoint which the run resumes from."""
+    vision, language, clip = config.model.vision, config.model.language, config.objective.name == "clip"
+    previous = Ledger.from_json(ledger) if ledger is not None else None
+    sizes = (config.data, vision.num_patches, language.context_length)
+    return PackedLoader(
         config.data,
         num_patches=vision.num_patches,
         image_size=vision.image_size,
@@ -143,7 +157,9 @@ def _batches(config: Config, mesh: Mesh, progress: Progress) -> Iterator[PackedB
         world_size=mesh.data.size,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        first_pack=progress.packs,
-        steps=config.train.steps - progress.step,
+        first_pack=first_pack,
+        steps=config.train.steps - first_step,
+        objective=config.objective.name,
+        ledger=open_ledger(*sizes, contrast_only=clip, previous=previous, consumed=first_pack),
+        pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)

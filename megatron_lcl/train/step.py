@@ -37,6 +37,7 @@ class StepResult:
     num_pairs: int
     num_images: int
     num_tokens: int
+    num_bad_images: int
 
 
 class Features:
@@ -58,18 +59,18 @@ class Stepper:
 
     def run(self, batches: Sequence[PackedBatch], lr: float) -> StepResult:
         """One step on this process's micro-batches, which lie on the engine's device."""
-        engine, size = self.engine, self.mesh.data.size
+        engine, objective = self.engine, self.objective
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         counts, pairs_per_rank = self._global_counts(batches)
-        num_targets, num_pairs, num_images, num_tokens = counts
+        num_targets = max(counts["num_targets"], 1)
         two_passes = self.with_contrast and not self.retain
         with torch.set_grad_enabled(not two_passes):
             outputs = [engine(batch) for batch in batches]
         features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
         contrast, image_grads, text_grads, scale_grad = self._contrast(outputs[0].log_scale, features, pairs_per_rank)
 
-        undo_means = size * len(batches)  # DeepSpeed averages over processes and micro-batches; ours is one global mean
+        undo_means = self.mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         generation = torch.zeros((), dtype=torch.float32, device=engine.device)
         for m, batch in enumerate(batches):
             out = engine(batch) if two_passes else outputs[m]
@@ -77,7 +78,7 @@ class Stepper:
             loss = out.log_scale.sum() * scale_grad / len(batches)
             loss = loss + (own.image * image_grads[m]).sum() + (own.text * text_grads[m]).sum()
             if self.with_generation:
-                loss = loss + out.generation * (self.objective.generation_weight / max(num_targets, 1))
+                loss = loss + out.generation * (objective.generation_weight / num_targets)
             generation += out.generation.detach()
             engine.backward(loss * undo_means)
             engine.step()
@@ -85,33 +86,33 @@ class Stepper:
         self._clamp_log_scale()
 
         dist.all_reduce(generation, group=self.mesh.data.group)
-        mean_generation = float(generation) / max(num_targets, 1)
-        contrastive = float(contrast.loss) if contrast is not None else 0.0
-        loss_value = self.objective.contrastive_weight * contrastive * self.with_contrast
-        loss_value += self.objective.generation_weight * mean_generation * self.with_generation
-        return StepResult(
-            loss=loss_value,
-            generation=mean_generation,
-            contrastive=contrastive,
-            log_scale=float(self._log_scale().detach()),
-            grad_norm=float(engine.get_global_grad_norm() or 0.0),
-            image_accuracy=float(contrast.image_accuracy) if contrast is not None else 0.0,
-            text_accuracy=float(contrast.text_accuracy) if contrast is not None else 0.0,
-            mutual_information=float(contrast.mutual_information) if contrast is not None else 0.0,
-            num_targets=num_targets,
-            num_pairs=num_pairs,
-            num_images=num_images,
-            num_tokens=num_tokens,
-        )
+        contrastive = contrast.loss.detach() if contrast is not None else torch.zeros_like(generation)
+        loss = objective.contrastive_weight * self.with_contrast * contrastive
+        loss = loss + objective.generation_weight * self.with_generation * generation / num_targets
+        values = {
+            "loss": loss,
+            "generation": generation / num_targets,
+            "contrastive": contrastive,
+            "log_scale": self._log_scale().detach()[0],
+            "image_accuracy": contrast.image_accuracy if contrast is not None else generation * 0,
+            "text_accuracy": contrast.text_accuracy if contrast is not None else generation * 0,
+            "mutual_information": contrast.mutual_information if contrast is not None else generation * 0,
+        }
+        numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **counts)
 
-    def _global_counts(self, batches: Sequence[PackedBatch]) -> tuple[list[int], list[int]]:
+    def _global_counts(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, int], list[int]]:
         """Targets, pairs, images, tokens of the global batch; and the pairs of every process."""
-        names = ("num_targets", "num_pairs", "num_images", "num_tokens")
-        own = torch.tensor([sum(getattr(b, name) for b in batches) for name in names], device=self.engine.device)
-        everyone = [torch.empty_like(own) for _ in range(self.mesh.data.size)]
-        dist.all_gather(everyone, own, group=self.mesh.data.group)
+        names = ("num_pairs", "num_targets", "num_images", "num_tokens")
+        own = [sum(getattr(b, name) for b in batches) for name in names]
+        own.append(sum(len(b.bad_images) for b in batches))
+        mine = torch.tensor(own, device=self.engine.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.mesh.data.size)]
+        dist.all_gather(everyone, mine, group=self.mesh.data.group)
         table = torch.stack(everyone).cpu()
-        return table.sum(0).tolist(), table[:, 1].tolist()
+        total = dict(zip((*names, "num_bad_images"), table.sum(0).tolist(), strict=True))
+        return total, table[:, 0].tolist()
 
     def _contrast(self, log_scale: torch.Tensor, features: list[Features], pairs_per_rank: list[int]) -> tuple:
         """The contrastive loss and, per micro-batch, its weighted gradients; and this process's share for the scale."""

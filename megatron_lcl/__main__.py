@@ -1,0 +1,3 @@
+from megatron_lcl.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,214 @@
+"""The `megatron-lcl` command: arguments to library calls, errors to one line.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_lcl import config as configs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(
+            f"unknown argument {rest[0]!r} of `{options.command}`; see `megatron-lcl {options.command} --help`"
+        )
+    try:
+        return options.run(options, rest) or 0
+    except (ValueError, OSError) as error:
+        if not _said_elsewhere(error):
+            print(f"megatron-lcl {options.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _said_elsewhere(error: BaseException) -> bool:
+    """Whether the run's first process says it."""
+    from megatron_lcl.parallel.mesh import RunError
+
+    return isinstance(error, RunError) and os.environ.get("RANK", "0") != "0"
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-lcl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[..., int | None], help: str, **extra: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **extra)  # type: ignore[arg-type]
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = add(
+        "quickstart",
+        _quickstart,
+        "from real documents to a pre-trained encoder in Hugging Face format, on this machine",
+    )
+    sub.add_argument("--html", metavar="DIR", help="a folder of HTML pages with images (default: the GIMP manual)")
+    sub.add_argument("--output", metavar="DIR", default="runs/quickstart", help="where everything goes (%(default)s)")
+    sub.add_argument("--steps", type=int, help="optimizer steps (default: what the quickstart config says)")
+
+    sub = add("preprocess", _preprocess, "documents in any of the known formats into a corpus")
+    sub.add_argument("--format", required=True, help="format of the input: html, jsonl, …")
+    sub.add_argument("--input", required=True, metavar="PATH")
+    sub.add_argument("--output", required=True, metavar="DIR", help="the corpus: a new or an empty folder")
+    sub.add_argument("--images", metavar="DIR", help="where the images are, for formats that keep them apart")
+    sub.add_argument("--tokenizer", metavar="clip|FILE.model", help="default: train SentencePiece on the documents")
+    sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
+    sub.add_argument("--held-out", metavar="DIR", help="hold whole documents out, into a corpus of their own")
+    sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
+    sub.add_argument(
+        "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
+    )
+
+    sub = add(
+        "train", _train, "pre-train; --section.key VALUE overrides the config",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields(),
+    )  # fmt: skip
+    sub.add_argument("--config", metavar="FILE", help="YAML; what it leaves out has the defaults below")
+    sub.add_argument(
+        "--processes",
+        type=int,
+        help="on this machine, where no launcher started them (default: one a GPU, or two on CPU)",
+    )
+    sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+
+    sub = add("evaluate", _evaluate, "retrieval and generation on held-out documents")
+    sub.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or one of its checkpoints")
+    sub.add_argument("--corpus", required=True, metavar="DIR", help="held-out corpus")
+    sub.add_argument("--output", metavar="DIR", help="also write heldout.json and examples there")
+
+    sub = add("import", _import, "a checkpoint in the reference's format into ours")
+    sub.add_argument("--format", required=True, choices=["open_clip"])
+    sub.add_argument("--input", required=True, metavar="FILE")
+    sub.add_argument("--model-config", metavar="FILE.json", help="one of the reference's model_configs")
+    sub.add_argument("--output", required=True, metavar="DIR")
+
+    sub = add("export", _export, "a checkpoint into another library's format")
+    sub.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or one of its checkpoints")
+    sub.add_argument("--format", required=True, choices=["hf", "timm", "open_clip"])
+    sub.add_argument("--output", required=True, metavar="DIR")
+    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    sub.add_argument("--image-size", type=int, help="interpolate the position embedding to this size")
+
+    sub = add("report", _report, "one self-contained page about a run")
+    sub.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run folder (train.output)")
+    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+    return parser
+
+
+def _fields() -> str:
+    lines = ["config fields (type, default):"]
+    for name, kind, default, help in configs.describe():
+        lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
+    return "\n".join(lines)
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--a.b value` and `--a.b=value` as a dict."""
+    overrides: dict[str, str] = {}
+    items = iter(rest)
+    for item in items:
+        if not item.startswith("--"):
+            raise ValueError(f"unexpected argument {item!r}; overrides are --section.key value")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            following = next(items, None)
+            if following is None:
+                raise ValueError(f"--{key} has no value")
+            value = following
+        overrides[key] = value
+    return overrides
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def _quickstart(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.quickstart import quickstart
+
+    quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
+
+
+def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.preprocess import preprocess
+
+    summary = preprocess(
+        options.format,
+        options.input,
+        options.output,
+        images=options.images,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        held_out=options.held_out,
+        held_out_fraction=options.held_out_fraction,
+        max_bad_fraction=options.max_bad_fraction,
+    )
+    print(summary)
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_lcl.train import launch
+
+    config = configs.load(options.config, _overrides(rest))
+    if options.print_config:
+        print(configs.to_yaml(config), end="")
+        return 0
+    from megatron_lcl.train.run import check, train
+
+    if launch.is_launched():
+        train(config)
+        return 0
+    processes = options.processes or launch.default_processes(config.train.global_batch)
+    check(config, processes)
+    if processes == 1:
+        train(config)
+        return 0
+    config_arguments = ["--config", options.config] if options.config else []
+    return launch.start_local(["train", *config_arguments, *rest], processes)
+
+
+def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
+    from megatron_lcl.evaluate.heldout import evaluate_heldout, table, write_heldout
+
+    checkpoint = find_checkpoint(Path(options.checkpoint))
+    result, examples = evaluate_heldout(load_model(checkpoint), read_config(checkpoint), options.corpus)
+    print(table(result))
+    if options.output:
+        write_heldout(Path(options.output), result, examples)
+
+
+def _import(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.convert.export import import_checkpoint
+
+    import_checkpoint(options.format, options.input, options.output, options.model_config)
+
+
+def _export(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.convert.export import export
+
+    print(export(options.checkpoint, options.format, options.output, options.dtype, options.image_size))
+
+
+def _report(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.report import write_report
+
+    print(write_report(Path(options.folder), Path(options.output) if options.output else None))

@@ -1,0 +1,130 @@
+"""One self-contained page about a run: losses, held-out retrieval, the first batch, what was dropped, how to go on."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from megatron_lcl import config as configs
+from megatron_lcl.convert.load import find_checkpoint
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.replay import render_packs
+from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
+from megatron_lcl.train.run import CONFIG
+from megatron_lcl.train.telemetry import read_metrics
+
+MAX_THUMBNAIL = 320
+
+
+def write_report(run: Path, output: Path | None = None, heldout: Path | None = None) -> Path:
+    """Write the page about a run folder; returns its path. `heldout`: corpus of the examples' images.
+
+    ValueError where `run` is not a run folder.
+    """
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
+    config = configs.from_dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    metrics = [line for line in read_metrics(run) if "loss" in line]
+    evaluation = _read_json(run / RESULT)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl", "."), autoescape=True)
+    page = environment.get_template("report.html").render(
+        config=config,
+        config_yaml=configs.to_yaml(config),
+        last=metrics[-1] if metrics else None,
+        curves=_curves(metrics),
+        evaluation=evaluation,
+        examples=_examples(_read_json(run / EXAMPLES), heldout),
+        batch=Markup(render_packs(config, packs=1)),
+        corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
+        checkpoint=find_checkpoint(run).name if metrics else None,
+        run=run,
+    )
+    output = output or run / "report.html"
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _curves(metrics: list[dict[str, Any]]) -> Markup:
+    """Losses over steps as inline SVG."""
+    if len(metrics) < 2:
+        return Markup("")
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+    steps = [line["step"] for line in metrics]
+    for axis, name, title in zip(
+        axes,
+        ("generation", "contrastive", "image_accuracy"),
+        ("generation loss (nats a token)", "contrastive loss (nats)", "accuracy of the contrast in the batch"),
+        strict=True,
+    ):
+        axis.plot(steps, [line[name] for line in metrics], color="#2a6f97")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])
+
+
+def _examples(examples: list[dict[str, Any]] | None, heldout: Path | None) -> list[dict[str, Any]]:
+    if not examples or heldout is None:
+        return []
+    corpus = open_corpus(heldout)
+    for example in examples:
+        pair = example["pair"]
+        example["src"] = thumbnail(bytes(corpus.shard(pair["shard"]).image(pair["image"])))
+    return examples
+
+
+def thumbnail(data: bytes) -> str:
+    """Encoded image → data URL of a PNG or JPEG of at most MAX_THUMBNAIL pixels a side."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    small = white.convert("RGB")
+    small.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _corpus(corpus: Corpus) -> dict[str, Any]:
+    drops = Drops.from_dict(corpus.manifest["drops"])
+    rows = [
+        {"kind": kind, "reason": reason, "count": count, "names": list(drops.names.get(reason, []))[:3]}
+        for kind, counts in (
+            ("bad", drops.bad_counts),
+            ("left out", drops.left_out_counts),
+            ("noted", drops.noted_counts),
+        )
+        for reason, count in sorted(counts.items(), key=lambda entry: -entry[1])
+    ]
+    return {
+        "path": corpus.path,
+        "source": corpus.manifest.get("source", {}),
+        "counts": corpus.manifest["counts"],
+        "tokenizer": corpus.manifest["tokenizer"],
+        "drops": rows,
+    }

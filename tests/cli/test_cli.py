@@ -1,0 +1,93 @@
+"""The command line as a user meets it: one clear line for bad input, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and what stands on standard error."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    return code, capsys.readouterr().err
+
+
+def test_commands_are_the_promised_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("quickstart", "preprocess", "train", "evaluate", "import", "export", "report", "replay"):
+        assert re.search(rf"^ +{command}\b", text, re.M), command
+
+
+def test_help_documents_every_config_field(capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_lcl import config as configs
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name, _, _, help in configs.describe():
+        assert f"--{name} " in text
+        assert help in text
+
+
+def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from megatron_lcl import config as configs
+
+    assert main(["train", "--train.steps", "12", "--optimizer.lr=1e-3", "--print-config"]) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert configs.load(file) == configs.load(None, {"train.steps": "12", "optimizer.lr": "1e-3"})
+
+
+def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    other.mkdir()
+    (other / "letter.txt").write_text("mine")
+    output = str(tmp_path / "out")
+    for arguments, message in (
+        (["train", "--train.stepz", "3"], "nearest is `train.steps`"),
+        (["train"], "data.corpora is empty"),
+        (["train", "--data.corpora", str(empty)], "is not a corpus"),
+        (["train", "--train.steps"], "--train.steps has no value"),
+        (["preprocess", "--format", "html", "--input", str(empty), "--output", output], "HTML"),
+        (["preprocess", "--format", "nonsense", "--input", str(empty), "--output", output], "nonsense"),
+        (["evaluate", "--checkpoint", str(empty), "--corpus", str(empty)], str(empty)),
+        (["export", "--checkpoint", str(empty), "--format", "hf", "--output", output], str(empty)),
+        (["report", "--run", str(empty)], "not a run folder"),
+        (["quickstart", "--html", str(empty), "--output", output], "HTML"),
+        (["evaluate", "--nonsense"], "--checkpoint"),
+    ):
+        code, error = run(capsys, *arguments)
+        assert code == 2, arguments
+        assert message in error, (arguments, error)
+        if not error.startswith("usage:"):  # argparse prints its usage first
+            assert len(error.strip().splitlines()) == 1, error
+        assert "Traceback" not in error
+    assert not [p for p in Path(output).rglob("*") if p.is_file()]
+    assert list(empty.iterdir()) == []
+    assert [p.name for p in other.iterdir()] == ["letter.txt"]
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, megatron_lcl; print(sorted({'torch', 'numpy', 'deepspeed'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_checkouts_scripts_are_the_commands() -> None:
+    tools = Path(__file__).parents[2] / "tools"
+    for script in sorted(tools.glob("*.py")):
+        result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("usage: megatron-lcl"), script

@@ -1,0 +1,80 @@
+"""The config tree: what it takes, what it refuses, and what it says then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl import config as configs
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    changed = configs.load(None, {"train.steps": "7", "optimizer.lr": "5e-4", "data.corpora": "[{path: a, weight: 2}]"})
+    file = tmp_path / "config.yaml"
+    file.write_text(configs.to_yaml(changed))
+    assert configs.load(file) == changed
+    assert changed.optimizer.lr == 5e-4
+    assert changed.data.corpora == (configs.Corpus("a", 2.0),)
+
+
+def test_one_path_is_a_corpus() -> None:
+    assert configs.load(None, {"data.corpora": "some/dir"}).data.corpora == (configs.Corpus("some/dir"),)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {steps: 3, seed: 4}\n")
+    config = configs.load(file, {"train.steps": "5"})
+    assert (config.train.steps, config.train.seed) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.stepz", "3", "there is no config key `train.stepz`; the nearest is `train.steps`"),
+        ("steps", "3", "there is no config key `steps`; the nearest is `train.steps`"),
+        ("optimzer.lr", "3", "there is no config key `optimzer`; the nearest is `optimizer`"),
+        ("train.steps", "many", "config key `train.steps` = 'many'"),
+        ("train.steps", "0", "config key `train.steps` = 0"),
+        ("zero.stage", "4", "config key `zero.stage` = 4: input should be 1, 2 or 3"),
+        (
+            "model.vision.patch_size",
+            "30",
+            "patch_size = 30 does not divide .*; the nearest smaller value that does is 28",
+        ),
+        ("model.vision.heads", "7", "model.vision.heads = 7 does not divide"),
+        ("data.crop_scale", "[0.9, 0.1]", "data.crop_scale is"),
+        ("train", "3", "config section `train` is 3"),
+    ],
+)
+def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        configs.load(None, {key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no config file"):
+        configs.load(tmp_path / "absent.yaml")
+    file = tmp_path / "config.yaml"
+    file.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="a config is a mapping"):
+        configs.load(file)
+    file.write_text("train: {steps: [\n")
+    with pytest.raises(ValueError, match="is not YAML"):
+        configs.load(file)
+
+
+def test_every_field_is_documented() -> None:
+    fields = list(configs.describe())
+    assert len(fields) > 40
+    assert all(help for _, _, _, help in fields)
+    assert len({name for name, *_ in fields}) == len(fields)
+
+
+def test_shipped_configs_load() -> None:
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        configs.load(file)
