@@ -1,0 +1,64 @@
+"""Image-text pairs in WebDataset tars, as img2dataset writes LAION, CC3M and CC12M: `.jpg .txt .json` of one key.
+
+Keys repeat from tar to tar; the image stands first, and a pair without caption is a document of one image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.importers import Importer, Unit, files_signature
+from megatron_lcl.data.importers.sources import text_item
+from megatron_lcl.data.importers.tars import tar_samples, tar_units
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2")
+_TEXTS = ("txt", "text", "caption")
+
+
+class WebDatasetImporter(Importer):
+    """`input`: a tar file or a folder of them."""
+
+    def __init__(self, input: Path, images: Path | None = None) -> None:
+        if images is not None:
+            raise ValueError("format webdataset has its images in the tars; leave out the image folder")
+        self.root, self.files, self._units = tar_units(input, "image-text pairs")
+
+    def signature(self) -> str:
+        return files_signature(self.files, self.root)
+
+    def units(self) -> list[Unit]:
+        return self._units
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        for sample in tar_samples(unit.payload, drops):
+            name = f"{unit.name}:{sample['__key__']}"
+            items: list[Text | Image] = []
+            image = next((sample[s] for s in _IMAGES if s in sample), None)
+            if image is None:
+                drops.bad("image", "no image in the sample", name)
+            else:
+                items.append(Image(image, name=name))
+            caption = _caption(sample)
+            if caption is None:
+                drops.note("document", "no caption", name)
+            else:
+                items.append(text_item(caption, name, drops))
+            yield Document(tuple(items), name=name)
+
+
+def _caption(sample: dict[str, Any]) -> str | None:
+    """The text file's content, else the "caption" of the JSON file, else None."""
+    for suffix in _TEXTS:
+        if suffix in sample:
+            return sample[suffix].decode("utf-8", "replace")
+    try:
+        record = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return None
+    caption = record.get("caption") if isinstance(record, dict) else None
+    return caption if isinstance(caption, str) else None

@@ -1,0 +1,122 @@
+"""OBELICS (Laurençon et al. 2023) and OmniCorpus (Li et al. 2024): parquet rows of two lists, `images` and `texts`.
+
+At each position exactly one of the two is not null. The images are URLs; their files are found by a naming rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.importers import Importer, Unit, files_signature
+from megatron_lcl.data.importers.lines import find_files
+from megatron_lcl.data.importers.sources import ImageSource, text_item
+from megatron_lcl.data.probe import BadImage
+
+_EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
+_FIELDS = ("sha256", "sha1", "md5", "file", "row", "position", "number")
+_BATCH = 64
+
+
+class ObelicsImporter(Importer):
+    """`input`: a parquet file or a folder of them; a row group is a unit."""
+
+    options: ClassVar[dict[str, str]] = {
+        "image_name": "name of an image's file, without or with extension, of {sha256}, {sha1}, {md5} of its URL, "
+        "{file} (the parquet file's name without extension), {row}, {position} (in the lists), {number} (among the row's "
+        "images); default {sha256}",
+    }
+
+    def __init__(self, input: Path, images: Path | None = None, image_name: str = "{sha256}") -> None:
+        self.root = input if input.is_dir() else input.parent
+        self.files = find_files(input, (".parquet",))
+        if not self.files:
+            raise ValueError(f"no .parquet files in {input}")
+        try:
+            image_name.format(**dict.fromkeys(_FIELDS, 0))
+        except (KeyError, IndexError, ValueError):
+            known = ", ".join("{" + f + "}" for f in _FIELDS)
+            raise ValueError(f"image_name is {image_name!r}; it may use {known}") from None
+        self.image_name = image_name
+        self.images = ImageSource(images)
+
+    def signature(self) -> str:
+        return files_signature(self.files, self.root)
+
+    def units(self) -> list[Unit]:
+        """Payload: (path, row group, number of its first row); row group -1 for a file that cannot be read."""
+        units = []
+        for file in self.files:
+            try:
+                metadata = pq.read_metadata(file)
+            except (pa.ArrowException, OSError):
+                units.append(Unit(file.name, file.stat().st_size, (file, -1, 0)))
+                continue
+            first = 0
+            for group in range(metadata.num_row_groups):
+                size = file.stat().st_size // metadata.num_row_groups
+                units.append(Unit(f"{file.name}:{first}", size, (file, group, first)))
+                first += metadata.row_group(group).num_rows
+        return units
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file, group, row = unit.payload
+        if group < 0:
+            drops.bad("document", "damaged parquet file", file.name)
+            return
+        try:
+            with pq.ParquetFile(file) as source:
+                if not {"images", "texts"} <= set(source.schema_arrow.names):
+                    drops.bad("document", "no columns images and texts", file.name)
+                    return
+                for batch in source.iter_batches(_BATCH, [group], columns=["images", "texts"], use_threads=False):
+                    for images, texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                        yield from self._document(images, texts, file, row, drops)
+                        row += 1
+        except (pa.ArrowException, OSError, ValueError):
+            drops.bad("document", "damaged parquet file, the rows after it are lost", f"{file.name}:{row}")
+
+    def _document(self, images: Any, texts: Any, file: Path, row: int, drops: Drops) -> Iterator[Document]:
+        name = f"{file.name}:{row}"
+        if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+            drops.bad("document", "images and texts are not lists of one length", name)
+            return
+        items: list[Text | Image] = []
+        number = 0
+        for position, (url, text) in enumerate(zip(images, texts, strict=True)):
+            if url is not None and text is not None:
+                drops.bad("text", "both image and text at one position", name)
+            if url is None:
+                items.append(text_item(text, name, drops))
+                continue
+            try:
+                data = self.images.read(self._candidates(str(url), file, row, position, number))
+                items.append(Image(data, name=str(url)))
+            except BadImage as error:
+                drops.bad("image", str(error), f"{name}: {str(url)[:200]}")
+            number += 1
+        yield Document(tuple(items), name=name)
+
+    def _candidates(self, url: str, file: Path, row: int, position: int, number: int) -> list[str]:
+        raw = url.encode(errors="replace")
+        name = self.image_name.format(
+            sha256=hashlib.sha256(raw).hexdigest(),
+            sha1=hashlib.sha1(raw, usedforsecurity=False).hexdigest(),
+            md5=hashlib.md5(raw, usedforsecurity=False).hexdigest(),
+            file=file.stem,
+            row=row,
+            position=position,
+            number=number,
+        )
+        return [name + extension for extension in _EXTENSIONS]
+
+
+class OmniCorpusImporter(ObelicsImporter):
+    """The same lists; image files are named by the SHA-256 of their URL, without extension."""
