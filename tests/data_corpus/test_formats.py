@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,10 @@ def pixels(documents: Sequence[Document]) -> list[list[object]]:
     return [[item.text if isinstance(item, Text) else decoded(item.data) for item in d.items] for d in documents]
 
 
-def through(format: str, tmp_path: Path, input: Path, images: Path | None = None) -> list[Document]:
-    preprocess(format, input, tmp_path / f"out-{format}", images=images, tokenizer=TOKENIZER)
+def through(
+    format: str, tmp_path: Path, input: Path, images: Path | None = None, tokenizer: tokenizers.Tokenizer = TOKENIZER
+) -> list[Document]:
+    preprocess(format, input, tmp_path / f"out-{format}", images=images, tokenizer=tokenizer)
     return list(open_corpus(tmp_path / f"out-{format}"))
 
 
@@ -56,23 +58,25 @@ def matched(document: Document) -> Document:
     return Document(tuple(items))
 
 
-def check_all_formats(documents: list[Document], tmp_path: Path) -> None:
+def check_all_formats(documents: list[Document], tmp_path: Path, tokenizer: tokenizers.Tokenizer = TOKENIZER) -> None:
     writers.write_jsonl(documents, tmp_path / "jsonl")
-    assert plain(through("jsonl", tmp_path, tmp_path / "jsonl")) == plain(documents)
+    assert plain(through("jsonl", tmp_path, tmp_path / "jsonl", None, tokenizer)) == plain(documents)
     for format, structs in (("obelics", False), ("omnicorpus", True)):
         writers.write_parquet(documents, tmp_path / format, tmp_path / f"{format}-images", structs)
-        back = through(format, tmp_path, tmp_path / format, tmp_path / f"{format}-images")
+        back = through(format, tmp_path, tmp_path / format, tmp_path / f"{format}-images", tokenizer)
         assert plain(back) == plain(documents)
     writers.write_mint1t(documents, tmp_path / "mint1t")
-    assert pixels(through("mint1t", tmp_path, tmp_path / "mint1t")) == pixels(documents)
+    assert pixels(through("mint1t", tmp_path, tmp_path / "mint1t", None, tokenizer)) == pixels(documents)
     with_texts = [matched(d) for d in documents if d.texts]
     if with_texts:
         writers.write_mmc4(with_texts, tmp_path / "mmc4", tmp_path / "mmc4-images")
-        assert plain(through("mmc4", tmp_path, tmp_path / "mmc4", tmp_path / "mmc4-images")) == plain(with_texts)
+        assert plain(through("mmc4", tmp_path, tmp_path / "mmc4", tmp_path / "mmc4-images", tokenizer)) == plain(
+            with_texts
+        )
     pairs = [Document((d.images[0], d.texts[0])) for d in documents if d.images and d.texts]
     if pairs:
         writers.write_webdataset(pairs, tmp_path / "webdataset")
-        assert plain(through("webdataset", tmp_path, tmp_path / "webdataset")) == plain(pairs)
+        assert plain(through("webdataset", tmp_path, tmp_path / "webdataset", None, tokenizer)) == plain(pairs)
 
 
 # U+2581 is SentencePiece's own mark for a space

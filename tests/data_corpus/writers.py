@@ -83,7 +83,7 @@ def _lists(document: Document) -> tuple[list[str | None], list[str | None]]:
 
 
 def write_parquet(documents: Sequence[Document], folder: Path, images: Path, structs: bool) -> None:
-    """OBELICS (metadata as JSON strings), or OmniCorpus (structs); images named by the hash of their URL, no extension."""
+    """OBELICS (metadata as JSON strings), or OmniCorpus (structs); images named by the hash of their URL."""
     folder.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -117,7 +117,7 @@ def write_mint1t(documents: Sequence[Document], folder: Path) -> None:
         for number, document in enumerate(documents):
             urls, texts = _lists(document)
             _add(archive, f"{number:06d}.json", json.dumps({"texts": texts, "images": urls}).encode())
-            frames = [Pillow.open(io.BytesIO(image.data)) for image in document.images]
+            frames = [Pillow.open(io.BytesIO(image.data)).convert("RGBA") for image in document.images]
             if frames:
                 out = io.BytesIO()
                 frames[0].save(out, "TIFF", save_all=True, append_images=frames[1:])

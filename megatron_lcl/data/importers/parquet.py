@@ -30,8 +30,8 @@ class ObelicsImporter(Importer):
 
     options: ClassVar[dict[str, str]] = {
         "image_name": "name of an image's file, without or with extension, of {sha256}, {sha1}, {md5} of its URL, "
-        "{file} (the parquet file's name without extension), {row}, {position} (in the lists), {number} (among the row's "
-        "images); default {sha256}",
+        "{file} (the parquet file's name without extension), {row}, {position} (in the lists), {number} (among the "
+        "row's images); default {sha256}",
     }
 
     def __init__(self, input: Path, images: Path | None = None, image_name: str = "{sha256}") -> None:
