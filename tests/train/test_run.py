@@ -17,3 +17,140 @@ from PIL import Image
 
 from megatron_lcl import load_model
 from megatron_lcl.train import checkpoint
+
+WORDS = """
+a red round stone lies under the green tree while water runs past an old mill and birds sing of rain
+""".split()  # noqa: SIM905
+CONFIG = """
+model:
+  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  language: {{context_length: 64, vocab_size: {vocab_size}, width: 32, layers: 2, heads: 2, mlp_width: 64}}
+  pool_heads: 2
+data: {{corpora: {corpus}, cache: {cache}, tokens_per_pack: 96, images_per_pack: 4, workers: 1}}
+optimizer: {{lr: 1.0e-2, warmup: 1}}
+train: {{steps: 4, global_batch: 4, log_every: 1, progress: false}}
+checkpoint: {{every: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run on 24 documents, some without images, through the generic importer."""
+    from megatron_lcl.data.preprocess import preprocess
+
+    folder, rng = tmp_path_factory.mktemp("documents"), random.Random(0)
+    lines = []
+    for d in range(24):
+        items: list[dict[str, str]] = []
+        for i in range(rng.randint(1, 3)):
+            items.append({"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 20)))})
+            if d % 4:
+                buffer = io.BytesIO()
+                Image.frombytes("RGB", (24, 20), rng.randbytes(24 * 20 * 3)).save(buffer, "PNG")
+                (folder / f"{d}-{i}.png").write_bytes(buffer.getvalue())
+                items.append({"image": f"{d}-{i}.png"})
+        lines.append(json.dumps({"items": items}))
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    corpus = folder / "corpus"
+    summary = preprocess("jsonl", folder / "documents.jsonl", corpus, images=folder, vocab_size=400)
+    file = folder / "config.yaml"
+    file.write_text(CONFIG.format(vocab_size=summary.vocab_size, corpus=corpus, cache=folder / "cache"))
+    return file
+
+
+def train(config: Path, output: Path, *arguments: str, code: int = 0) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config), "--train.output", str(output)]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)
+    assert result.returncode == code, result.stderr
+    return result.stderr + result.stdout
+
+
+def losses(run: Path) -> list[tuple[int, float, float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["contrastive"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on two processes."""
+    run = tmp_path_factory.mktemp("runs") / "two"
+    train(config_file, run, "--processes", "2")
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["generation"] < lines[0]["generation"]
+    assert all(line["num_pairs"] > 0 and line["images_per_second"] > 0 for line in lines)
+    assert list((finished / "tensorboard").glob("events*"))
+    folders = checkpoint.list_checkpoints(finished)
+    assert [f.name for f in folders] == ["step-00000002", "step-00000004"]
+    assert all(checkpoint.verify(f) == [] for f in folders)
+    assert not list((finished / "checkpoints").glob(".*"))
+    model = load_model(finished)
+    assert model.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
+
+
+@pytest.mark.slow
+def test_resuming_is_bitwise_and_passes_over_damage(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "resumed"
+    shutil.copytree(finished, run)
+    before = losses(run)
+    newest = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[-5] ^= 1
+    newest.write_bytes(bytes(damaged))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "cut off')
+    said = train(config_file, run, "--processes", "2")
+    assert "passed over" in said
+    assert "model.safetensors" in said
+    assert "going on from" in said
+    assert losses(run) == before
+    assert checkpoint.verify(run / "checkpoints" / "step-00000004") == []
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(finished: Path, config_file: Path) -> None:
+    before = losses(finished)
+    train(config_file, finished, "--processes", "2")
+    assert losses(finished) == before
+
+
+@pytest.mark.slow
+def test_one_process_gives_the_same_losses(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    train(config_file, tmp_path / "one", "--processes", "1")
+    ours, theirs = (torch.tensor(losses(run), dtype=torch.float64) for run in (tmp_path / "one", finished))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_a_run_of_another_model_is_not_overwritten(finished: Path, config_file: Path) -> None:
+    before = losses(finished)
+    said = train(config_file, finished, "--model.language.layers", "1", code=2)
+    assert "model.language.layers 2 → 1" in said
+    said = train(config_file, finished, "--model.language.vocab_size", "500", code=2)
+    assert "set model.language.vocab_size to" in said
+    assert losses(finished) == before
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_saving(config_file: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the checkpoint's write fails in the middle."""
+    run = tmp_path / "full"
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        f"sys.argv = ['megatron-lcl', 'train', '--config', {str(config_file)!r}, '--train.output', {str(run)!r}, "
+        "'--processes', '1']; runpy.run_module('megatron_lcl', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("megatron-lcl train: process 0 could not write the checkpoint"), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not any((run / "checkpoints").iterdir())
