@@ -1,0 +1,151 @@
+"""Encoded image → uint8 RGB square, as the model sees it.
+
+Training: JPEG scaled while it is decoded, then one resize of the crop. Evaluation: CLIP's preprocessing, bit for bit
+(Pillow's bicubic resize of the shorter side, centre crop).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import simplejpeg
+
+_ORIENTATION = 0x0112
+# EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
+_TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+
+
+def decode_train(
+    data: bytes | memoryview,
+    size: int,
+    draw: Callable[[], float],
+    scale: Sequence[float] = (0.9, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """A random crop, resized: uint8 [3, size, size].
+
+    `draw` gives numbers in [0, 1); scale is the crop's share of the area, ratio its width over height (both as in
+    torchvision's RandomResizedCrop). ValueError if the image does not decode.
+    """
+    data = bytes(data)
+    header = _jpeg_header(data)
+    if header is None:
+        pixels = np.asarray(_open(data))
+        turns, mirrored = 0, False
+        height, width = pixels.shape[:2]
+        left, top, crop_width, crop_height = crop_box(width, height, draw, scale, ratio)
+    else:
+        height, width = header
+        turns, mirrored = _TURNS.get(_jpeg_orientation(data), (0, False))
+        if turns % 2:
+            top, left, crop_height, crop_width = crop_box(height, width, draw, scale, ratio)
+        else:
+            left, top, crop_width, crop_height = crop_box(width, height, draw, scale, ratio)
+        pixels = _decode_jpeg(data, width, height, 2 * size / min(crop_width, crop_height))
+        shrunk_x, shrunk_y = pixels.shape[1] / width, pixels.shape[0] / height
+        left, crop_width = round(left * shrunk_x), max(1, round(crop_width * shrunk_x))
+        top, crop_height = round(top * shrunk_y), max(1, round(crop_height * shrunk_y))
+    crop = pixels[top : top + crop_height, left : left + crop_width]
+    shrinks = crop.shape[0] >= size and crop.shape[1] >= size
+    square = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    if turns:
+        square = np.rot90(square, turns)
+    if mirrored:
+        square = square[:, ::-1]
+    return square.transpose(2, 0, 1)
+
+
+def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
+    """Shorter side to `size`, centre crop: uint8 [3, size, size], equal to CLIP's Resize(bicubic) and CenterCrop.
+
+    ValueError if the image does not decode.
+    """
+    image = _open(bytes(data))
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+def crop_box(
+    width: int, height: int, draw: Callable[[], float], scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """Left, top, width, height of a random crop, by torchvision's rule: ten tries, then the largest centred one."""
+    for _ in range(10):
+        area = width * height * (scale[0] + draw() * (scale[1] - scale[0]))
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        aspect = math.exp(low + draw() * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw() * (width - w + 1)), int(draw() * (height - h + 1)), w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = min(height, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = min(width, round(height * ratio[1]))
+    return (width - w) // 2, (height - h) // 2, max(1, w), max(1, h)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that the fast decoder reads, None for everything else."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if colour in ("YCbCr", "Gray", "RGB") else None
+
+
+def _decode_jpeg(data: bytes, width: int, height: int, factor: float) -> np.ndarray:
+    """RGB [H, W, 3], scaled in the decoder by at least `factor` where that is below 1."""
+    try:
+        smallest = (
+            {"min_width": math.ceil(width * factor), "min_height": math.ceil(height * factor)} if factor < 1 else {}
+        )
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **smallest)
+    except ValueError as error:
+        raise ValueError(f"a JPEG that does not decode: {error}") from None
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation, 1 if there is none. Only the start of the file is looked at; pixels are not decoded."""
+    if b"Exif\0\0" not in data[: 1 << 16]:
+        return 1
+    try:
+        return PIL.Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError):
+        return 1
+
+
+def _open(data: bytes) -> PIL.Image.Image:
+    """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white."""
+    try:
+        image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except (OSError, ValueError, SyntaxError, MemoryError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"an image that does not decode: {error}") from None
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        image = PIL.Image.fromarray(np.clip(values / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,399 @@
+"""Document → token sequences: which images stay, where they stand, where a long document is cut.
+
+Everything random here is a hash of (seed, corpus, epoch, document), so that any process computes the same sequences.
+
+Shape legend: K pieces of a document in stored order, M of them images ("placements"), N rows of its arrangement.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from megatron_lcl.config import Data
+
+SEQUENCE, PIECE, START, STOP = range(4)
+"""columns of an arrangement's rows; STOP = IMAGE_ROW marks an image"""
+IMAGE_ROW = -1
+
+_U = np.uint64
+_GOLDEN, _MIX1, _MIX2 = _U(0x9E3779B97F4A7C15), _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
+
+
+class Rules(NamedTuple):
+    """What the sequences of a document depend on besides the document; plain numbers, for compiled code."""
+
+    num_patches: int
+    """P: placeholders per image; 0: a sequence per image-text pair, the image outside of it (objective `clip`)"""
+    max_tokens: int
+    """token places of one sequence: min(context length, T)"""
+    max_images: int
+    """images of one sequence: I"""
+    selects: bool
+    """the source has similarities: select by them"""
+    min_similarity: float
+    images_per_segment: int
+    images_per_document: int
+    min_images: int
+    image_first: float
+    reference_pairs: bool
+    """pairs in the reference's one-ended forms"""
+
+    @property
+    def image_tokens(self) -> int:
+        """Token places of one image: `<soi>`, P placeholders, `<eoi>`."""
+        return self.num_patches + 2
+
+
+def rules_for(
+    data: Data,
+    num_patches: int,
+    context_length: int,
+    images_per_pack: int,
+    *,
+    pairs: bool,
+    contrast_only: bool = False,
+) -> Rules:
+    """The rules for one corpus. ValueError if not even one image fits a sequence.
+
+    pairs: the corpus is a source of image-text pairs; contrast_only: objective `clip`. `selects` is left to `Source`.
+    """
+    max_tokens = min(context_length, data.tokens_per_pack)
+    smallest = 4 if contrast_only else num_patches + 5
+    if max_tokens < smallest:
+        raise ValueError(
+            f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
+            f"one of text; give model.language.context_length and data.tokens_per_pack at least {smallest}"
+        )
+    return Rules(
+        num_patches=0 if contrast_only else num_patches,
+        max_tokens=max_tokens,
+        max_images=images_per_pack,
+        selects=False,
+        min_similarity=data.min_similarity,
+        images_per_segment=data.max_images_per_segment,
+        images_per_document=data.max_images,
+        min_images=data.min_images,
+        image_first=data.image_first,
+        reference_pairs=pairs and data.pair_layout == "reference" and not contrast_only,
+    )
+
+
+# --- hashing -----------------------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True)
+def mix(key: Any, value: Any) -> Any:
+    """A 64-bit hash of (key, value): SplitMix64's finaliser (Steele, Lea & Flood 2014), twice."""
+    x = _U(key) + _GOLDEN * (_U(value) + _U(1))
+    for _ in range(2):
+        x = (x ^ (x >> _U(30))) * _MIX1
+        x = (x ^ (x >> _U(27))) * _MIX2
+        x ^= x >> _U(31)
+    return x
+
+
+@numba.njit(cache=True, nogil=True)
+def uniform(key: Any, value: Any) -> float:
+    """A number in [0, 1) from the hash of (key, value)."""
+    return float(mix(key, value) >> _U(11)) * 2.0**-53
+
+
+@numba.njit(cache=True, nogil=True)
+def shuffled(key: Any, size: int, start: int, stop: int) -> np.ndarray:
+    """Elements start … stop-1 of a pseudorandom permutation of range(size), int64; any part of it costs only itself.
+
+    A Feistel network on the smallest even number of bits, walked until it falls into the range (Black & Rogaway,
+    "Ciphers with arbitrary finite domains", 2002).
+    """
+    half = _U(4)  # smaller networks are not random enough
+    while (1 << (2 * int(half))) < size:
+        half += _U(1)
+    mask = (_U(1) << half) - _U(1)
+    out = np.empty(stop - start, np.int64)
+    for i in range(start, stop):
+        x = _U(i)
+        while True:
+            left, right = x >> half, x & mask
+            for turn in range(6):
+                left, right = right, left ^ (mix(_U(key) + _U(turn), right) & mask)
+            x = (left << half) | right
+            if x < _U(size):
+                break
+        out[i - start] = np.int64(x)
+    return out
+
+
+# --- selection ---------------------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True)
+def select(similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules) -> np.ndarray:
+    """Which of M placements stay, bool [M]; the number that stays does not depend on `key`.
+
+    Sources without similarities keep all. Otherwise, in the reference's order: similarity at least `min_similarity`;
+    per text segment `images_per_segment` drawn at random; of those the first `images_per_document` in reading order.
+    """
+    num = len(matched)
+    keep = np.ones(num, np.bool_)
+    if not rules.selects:
+        return keep
+    draw = np.empty(num, np.uint64)
+    for j in range(num):
+        keep[j] = not similarity[j] < rules.min_similarity
+        draw[j] = mix(key, j)
+    passed = keep.copy()
+    for j in range(num):
+        rank = 0
+        for other in range(num):
+            if passed[other] and matched[other] == matched[j] and (draw[other], other) < (draw[j], j):
+                rank += 1
+        if matched[j] >= 0 and rank >= rules.images_per_segment:
+            keep[j] = False
+    passed[:] = keep
+    for j in range(num):
+        rank = 0
+        for other in range(num):
+            if passed[other] and (matched[other], other) < (matched[j], j):
+                rank += 1
+        if rank >= rules.images_per_document:
+            keep[j] = False
+    return keep
+
+
+@numba.njit(cache=True, nogil=True)
+def measure(
+    lengths: np.ndarray,
+    modes: np.ndarray,
+    offsets: np.ndarray,
+    similarity: np.ndarray,
+    matched: np.ndarray,
+    rules: Rules,
+    tokens: np.ndarray,
+    images: np.ndarray,
+    placements: np.ndarray,
+) -> None:
+    """Fill, for each document of a shard: token places (0: left out), images kept, first placement.
+
+    tokens, images int32 [documents], placements int64 [documents]. Token places are those of the document as one
+    sequence; with P = 0, of all its pairs together.
+    """
+    placement = 0
+    for d in range(len(tokens)):
+        first, text = placement, 0
+        for k in range(offsets[d], offsets[d + 1]):
+            if modes[k] == 0:
+                text += lengths[k]
+            else:
+                placement += 1
+        keep = select(similarity[first:placement], matched[first:placement], 0, rules)
+        num = 0
+        for j in range(len(keep)):
+            num += keep[j]
+        placements[d], images[d] = first, num
+        if rules.num_patches == 0:
+            a, b = offsets[d], offsets[d + 1]
+            rows = _pairs(lengths[a:b], modes[a:b], matched[first:placement], keep, b - a - len(keep), rules)
+            tokens[d], images[d] = 0, len(rows) // 2
+            for r in range(0, len(rows), 2):
+                tokens[d] += rows[r, 3] + 2
+        elif rules.reference_pairs and num == 1 and offsets[d + 1] - offsets[d] == 2:
+            tokens[d] = text + rules.num_patches + 3
+        else:
+            tokens[d] = text + num * (rules.num_patches + 2) + 2
+        if (rules.selects and num < rules.min_images) or (text == 0 and num == 0):
+            tokens[d] = images[d] = 0
+
+
+# --- arrangement -------------------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True)
+def arrange(
+    lengths: np.ndarray, modes: np.ndarray, similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules
+) -> np.ndarray:
+    """The sequences of one document: int32 [N, 4], rows (sequence, piece, start, stop) in order.
+
+    Text rows hold tokens start … stop-1 of the piece; image rows have stop = IMAGE_ROW. Special tokens are implied:
+    see `has_ends`.
+
+    lengths int32 [K], modes int8 [K]; similarity float32 [M], matched int32 [M].
+    A matched image stands before its segment with probability `image_first`, else after it; other images and all
+    texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a segment and
+    its images staying together where they fit one sequence; a text is cut only if it is itself too long.
+    """
+    keep = select(similarity, matched, key, rules)
+    num_texts = 0
+    for k in range(len(modes)):
+        num_texts += modes[k] == 0
+    if rules.num_patches == 0:
+        return _pairs(lengths, modes, matched, keep, num_texts, rules)
+
+    # order: (piece, unit), a unit being a segment with its images
+    order = np.empty((len(modes), 2), np.int32)
+    image_pieces = np.empty(len(matched), np.int32)
+    placement = 0
+    for k in range(len(modes)):
+        if modes[k] == 1:
+            image_pieces[placement] = k
+            placement += 1
+    count, text, placement = 0, 0, 0
+    for k in range(len(modes)):
+        if modes[k] == 1:
+            if keep[placement] and not 0 <= matched[placement] < num_texts:
+                order[count, 0], order[count, 1] = k, k
+                count += 1
+            placement += 1
+            continue
+        for before in (True, False):
+            for j in range(len(matched)):
+                if keep[j] and matched[j] == text and (uniform(key, (1 << 32) + j) < rules.image_first) == before:
+                    order[count, 0], order[count, 1] = image_pieces[j], k
+                    count += 1
+            if before:
+                order[count, 0], order[count, 1] = k, k
+                count += 1
+        text += 1
+    return _cut(lengths, modes, order[:count], rules)
+
+
+@numba.njit(cache=True, nogil=True)
+def _put(rows: np.ndarray, count: int, sequence: int, piece: Any, start: int, stop: int) -> int:
+    rows[count, 0], rows[count, 1], rows[count, 2], rows[count, 3] = sequence, piece, start, stop
+    return count + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
+    one_ended = rules.reference_pairs and len(modes) == 2 and len(order) == 2 and modes[0] != modes[1]
+    capacity = rules.max_tokens - 2
+    image_tokens = rules.num_patches + 2
+    total = 0
+    for i in range(len(order)):
+        total += lengths[order[i, 0]] if modes[order[i, 0]] == 0 else image_tokens
+    if one_ended and total <= capacity + 1:
+        capacity += 1
+    rows = np.empty((len(order) + total // capacity + 1 + len(order), 4), np.int32)
+    count, sequence, room, slots, i = 0, 0, capacity, rules.max_images, 0
+    for i in range(len(order)):
+        piece, unit = order[i, 0], order[i, 1]
+        if i == 0 or order[i - 1, 1] != unit:  # keep a segment and its images together if one sequence can hold them
+            tokens, images, end = 0, 0, i
+            while end < len(order) and order[end, 1] == unit:
+                if modes[order[end, 0]] == 0:
+                    tokens += lengths[order[end, 0]]
+                else:
+                    tokens += image_tokens
+                    images += 1
+                end += 1
+            fits = tokens <= capacity and images <= rules.max_images
+            if fits and (tokens > room or images > slots):
+                sequence, room, slots = sequence + 1, capacity, rules.max_images
+        if modes[piece] == 1:
+            if image_tokens > room or slots == 0:
+                sequence, room, slots = sequence + 1, capacity, rules.max_images
+            count = _put(rows, count, sequence, piece, 0, IMAGE_ROW)
+            room, slots = room - image_tokens, slots - 1
+            continue
+        start, length = 0, lengths[piece]
+        if length > room and length <= capacity:
+            sequence, room, slots = sequence + 1, capacity, rules.max_images
+        while start < length:
+            if room == 0:
+                sequence, room, slots = sequence + 1, capacity, rules.max_images
+            stop = min(length, start + room)
+            count = _put(rows, count, sequence, piece, start, stop)
+            room, start = room - (stop - start), stop
+    return rows[:count].copy()
+
+
+@numba.njit(cache=True, nogil=True)
+def _pairs(
+    lengths: np.ndarray, modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, num_texts: int, rules: Rules
+) -> np.ndarray:
+    """A sequence per kept image: its matched segment, else the nearest text (the earlier of two), cut to fit."""
+    rows = np.empty((2 * len(matched), 4), np.int32)
+    texts = np.empty(num_texts, np.int32)
+    count = 0
+    for k in range(len(modes)):
+        if modes[k] == 0:
+            texts[count] = k
+            count += 1
+    count, sequence, placement = 0, 0, 0
+    for k in range(len(modes)):
+        if modes[k] == 0:
+            continue
+        j, best = placement, np.int32(-1)
+        placement += 1
+        if not keep[j]:
+            continue
+        if 0 <= matched[j] < num_texts and lengths[texts[matched[j]]] > 0:
+            best = texts[matched[j]]
+        else:
+            for t in texts:
+                if lengths[t] > 0 and (best < 0 or abs(t - k) < abs(best - k)):
+                    best = t
+        if best >= 0:
+            count = _put(rows, count, sequence, best, 0, min(lengths[best], rules.max_tokens - 2))
+            count = _put(rows, count, sequence, k, 0, IMAGE_ROW)
+            sequence += 1
+    return rows[:count].copy()
+
+
+def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, bool]:
+    """Whether a sequence's rows begin with `<sot>` and end with `<eot>`.
+
+    Always both, but for the reference's pairs: `<soi>… <eoi> text <eot>` or `<sot> text <soi>… <eoi>`. (A pair of
+    objective `clip` is `<sot> text <soi>`, as the model encodes a lone text.)
+    """
+    if rules.num_patches == 0:
+        return True, False
+    if rules.reference_pairs and len(modes) == 2 and len(rows) == 2 and modes[0] != modes[1]:
+        image_first = rows[0, STOP] == IMAGE_ROW
+        return not image_first, bool(image_first)
+    return True, True
+
+
+@numba.njit(cache=True, nogil=True)
+def arranged_sizes(
+    lengths: np.ndarray,
+    modes: np.ndarray,
+    offsets: np.ndarray,
+    similarity: np.ndarray,
+    matched: np.ndarray,
+    placements: np.ndarray,
+    documents: np.ndarray,
+    keys: np.ndarray,
+    rules: Rules,
+) -> np.ndarray:
+    """Sizes of the sequences of some documents of a shard, int32 [N, 3]: rows (i, tokens, images) for documents[i]."""
+    out = np.empty((max(16, 2 * len(documents)), 3), np.int32)
+    count = 0
+    for i in range(len(documents)):
+        d = documents[i]
+        a, b, first = offsets[d], offsets[d + 1], placements[d]
+        last = first
+        for k in range(a, b):
+            last += modes[k] == 1
+        rows = arrange(lengths[a:b], modes[a:b], similarity[first:last], matched[first:last], keys[i], rules)
+        ends = 2
+        if rules.reference_pairs and b - a == 2 and len(rows) == 2 and modes[a] != modes[a + 1] and rows[1, 0] == 0:
+            ends = 1
+        previous = -1
+        for r in range(len(rows)):
+            if rows[r, 0] != previous:
+                previous = rows[r, 0]
+                if count == len(out):
+                    larger = np.empty((2 * count, 3), np.int32)
+                    larger[:count] = out
+                    out = larger
+                out[count, 0], out[count, 1], out[count, 2] = i, ends, 0
+                count += 1
+            if rows[r, 3] == IMAGE_ROW:
+                out[count - 1, 2] += 1
+                out[count - 1, 1] += rules.num_patches + 2 if rules.num_patches > 0 else 0
+            else:
+                out[count - 1, 1] += rows[r, 3] - rows[r, 2]
+    return out[:count].copy()
