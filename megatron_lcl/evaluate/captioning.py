@@ -1,0 +1,161 @@
+"""Captions written by the language model itself, and how good they are (BLEU, CIDEr)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_lcl.evaluate.encoders import OurEncoder
+from megatron_lcl.evaluate.results import Metric, Result, bootstrap
+from megatron_lcl.evaluate.sources import Blob, ImageSet
+from megatron_lcl.model.lcl import LCL, pack_padded
+from megatron_lcl.model.stages import Activations, LanguageBlock, PoolInterleave, normalise
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen."""
+
+    max_tokens: int = 30
+    top_p: float = 0.0
+    """0: greedy. Else nucleus sampling (Holtzman et al. 2020): draw among the likeliest tokens that make up top_p"""
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Sequence[int] = ()) -> list[list[int]]:
+    """Token ids that follow `<sot> <soi> image <eoi>` and the prompt's ids, one list an image, without `<eot>`.
+
+    images: [N, 3, H, W], normalised float or uint8. Only text tokens and `<eot>` can come. The language model runs
+    over the whole sequence for every token; the images are encoded once.
+    """
+    special, config = model.special, model.config
+    start = [special.sot, special.soi, *[special.placeholder] * config.vision.num_patches, special.eoi, *prompt]
+    room = min(decoding.max_tokens, config.language.context_length - len(start))
+    if room < 1:
+        raise ValueError(
+            f"a caption's start has {len(start)} tokens, which leaves none of the model's context of "
+            f"{config.language.context_length}"
+        )
+    device = model.pool.query.device
+    generator = torch.Generator().manual_seed(decoding.seed)
+    hidden = model.vision_tokens(normalise(images) if images.dtype == torch.uint8 else images)
+    rows = torch.tensor(start, device=device).repeat(len(images), 1)
+    finished = torch.zeros(len(images), dtype=torch.bool, device=device)
+    for _ in range(room):
+        logits = _next_logits(model, hidden, rows, images)
+        logits[:, [special.sot, special.placeholder, special.soi, special.eoi]] = -torch.inf
+        chosen = _choose(logits.float().cpu(), decoding, generator).to(device)
+        chosen = torch.where(finished, special.eot, chosen)
+        finished |= chosen == special.eot
+        if finished.all():
+            break
+        rows = torch.cat([rows, chosen[:, None]], 1)
+    written = [row[len(start) :] for row in rows.tolist()]
+    return [ids[: ids.index(special.eot)] if special.eot in ids else ids for ids in written]
+
+
+def _next_logits(model: LCL, hidden: torch.Tensor, rows: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Logits [N, vocabulary] of what follows each row."""
+    lengths = torch.full((len(rows),), rows.shape[1], device=rows.device)
+    batch = pack_padded(rows, lengths, images.to(rows.device), model.config)
+    x: Any = Activations.of(batch)._replace(hidden=hidden)
+    for stage in model.stages:
+        if isinstance(stage, PoolInterleave | LanguageBlock):
+            x = stage(x)
+    return model.head.logits(x.hidden[torch.cumsum(lengths, 0) - 1])
+
+
+def _choose(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> torch.Tensor:
+    if decoding.top_p == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(nucleus(logits / decoding.temperature, decoding.top_p), 1, generator=generator)[:, 0]
+
+
+def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities [N, vocabulary], zero outside the smallest set of likeliest tokens that reaches top_p."""
+    probabilities, order = logits.softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = probabilities.masked_fill(before >= top_p, 0)
+    kept = kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def caption(
+    encoder: OurEncoder,
+    images: Sequence[Blob],
+    decoding: Decoding | None = None,
+    prompt: str = "",
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[str]:
+    """One caption an image."""
+    decoding, tokenizer = decoding or Decoding(), encoder.need_tokenizer()
+    ids = tokenizer.encode(prompt) if prompt else []
+    captions = []
+    for low in tqdm(range(0, len(images), batch_size), desc="captions", disable=not progress):
+        batch = torch.stack([encoder.prepare(blob.read()) for blob in images[low : low + batch_size]])
+        written = generate(encoder.module, batch.to(encoder.device), decoding, ids)
+        captions += [tokenizer.decode(row).strip() for row in written]
+    return captions
+
+
+def captioning(
+    encoder: OurEncoder,
+    data: ImageSet,
+    decoding: Decoding | None = None,
+    prompt: str = "",
+    batch_size: int = 32,
+    progress: bool = True,
+) -> tuple[Result, list[str]]:
+    """BLEU-4 and CIDEr of the model's captions against the data's, and the captions."""
+    references = data.need_captions()
+    decoding = decoding or Decoding()
+    written = caption(encoder, data.images, decoding, prompt, batch_size, progress)
+    settings = {**asdict(decoding), "prompt": prompt}
+    metrics = caption_metrics(written, references, decoding.seed)
+    return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
+
+
+def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> dict[str, Metric]:
+    """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap."""
+    try:
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+    except ImportError:
+        raise ValueError("captioning needs pycocoevalcap: pip install 'megatron-lcl[eval]'") from None
+    pairs = [(tokenise(w), [tokenise(r) for r in several]) for w, several in zip(written, references, strict=True)]
+    cider = CiderScorer()
+    for hypothesis, several in pairs:
+        cider.cook_append(hypothesis, several)
+    per_image = np.asarray(cider.compute_score()[1])
+
+    def bleu4(chosen: Sequence[int]) -> float:
+        scorer = BleuScorer(n=4)
+        scorer.crefs, scorer.ctest = [cooked.crefs[i] for i in chosen], [cooked.ctest[i] for i in chosen]
+        return scorer.compute_score(option="closest", verbose=0)[0][3]
+
+    cooked = BleuScorer(n=4)
+    for hypothesis, several in pairs:
+        cooked += (hypothesis, several)
+    generator = np.random.default_rng(seed)
+    n = len(pairs)
+    resampled = [bleu4(generator.integers(n, size=n).tolist()) for _ in range(_BLEU_RESAMPLES)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {"BLEU-4": Metric(bleu4(range(n)), float(low), float(high)), "CIDEr": bootstrap(per_image, seed)}
+
+
+_BLEU_RESAMPLES = 200
+_WORD = re.compile(r"\w+(?:['’]\w+)?")
+
+
+def tokenise(text: str) -> str:
+    """Lower-case words, no punctuation, a space between; in place of the Penn Treebank tokenizer, which needs Java."""
+    return " ".join(_WORD.findall(text.lower()))

@@ -1,0 +1,70 @@
+"""k-nearest-neighbour classification on frozen features."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron_lcl.evaluate.results import Result, bootstrap
+from megatron_lcl.evaluate.sources import ImageSet
+
+_ROWS = 1024
+
+
+def knn_predict(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Predicted classes [M]. Cosine similarity s; neighbours vote with exp(s / temperature).
+
+    Wu et al. 2018 (arXiv 1805.01978, section 3.4), with DINO's k and temperature (arXiv 2104.14294).
+    """
+    if k > len(train):
+        raise ValueError(f"k = {k} neighbours, but there are {len(train)} training images")
+    known = F.normalize(torch.from_numpy(np.array(train)).float().to(device), dim=-1)
+    labels = torch.from_numpy(train_labels).to(device)
+    predicted = []
+    for low in range(0, len(test), _ROWS):
+        asked = F.normalize(torch.from_numpy(np.array(test[low : low + _ROWS])).float().to(device), dim=-1)
+        similarity, nearest = (asked @ known.t()).topk(k, dim=1)
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # divided by the largest, which overflows
+        votes = torch.zeros(len(asked), num_classes, device=device).scatter_add_(1, labels[nearest], weights)
+        predicted.append(votes.argmax(1).cpu())
+    return torch.cat(predicted).numpy()
+
+
+def knn(
+    encoder: str,
+    train: ImageSet,
+    test: ImageSet,
+    train_features: np.ndarray,
+    test_features: np.ndarray,
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Result:
+    """Accuracy of `knn_predict` on the test images."""
+    labels = same_classes(train, test)
+    predicted = knn_predict(
+        train_features, train.need_labels(), test_features, len(test.classes), k, temperature, device
+    )
+    metrics = {"accuracy": bootstrap(predicted == labels, seed, 1 / len(test.classes))}
+    settings = {"k": k, "temperature": temperature, "train images": len(train), "seed": seed}
+    return Result("k-NN", encoder, test.name, len(test), metrics, settings)
+
+
+def same_classes(train: ImageSet, test: ImageSet) -> np.ndarray:
+    """The test labels; ValueError where training and test images do not have the same classes."""
+    train.need_labels()
+    labels = test.need_labels()
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))[:3]
+        raise ValueError(f"the classes of {train.name} and {test.name} differ: {', '.join(differing) or 'their order'}")
+    return labels

@@ -1,0 +1,98 @@
+"""What an evaluation gives: numbers with bootstrap intervals, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over items, and its 95 % interval by resampling the items."""
+
+    value: float
+    low: float
+    high: float
+    chance: float | None = None
+    """what guessing gives"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task's numbers for one encoder."""
+
+    task: str
+    encoder: str
+    data: str
+    num_items: int
+    metrics: Mapping[str, Metric]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def bootstrap(
+    scores: np.ndarray, seed: int = 0, chance: float | None = None, groups: np.ndarray | None = None
+) -> Metric:
+    """Mean of per-item scores [N], with the percentile bootstrap's 95 % interval (Efron 1979).
+
+    `groups` [N]: the mean is over groups of the groups' means (per-class recall); items are resampled inside theirs.
+    """
+    generator = np.random.default_rng(seed)
+    scores = np.asarray(scores, np.float64)
+    parts = [scores] if groups is None else [scores[groups == g] for g in np.unique(groups)]
+    means = np.mean([_resampled_means(part, generator) for part in parts], axis=0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Metric(float(np.mean([part.mean() for part in parts])), float(low), float(high), chance)
+
+
+def _resampled_means(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    n = len(scores)
+    return np.array([scores[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)])
+
+
+def table(results: Sequence[Result]) -> str:
+    """Lines of text, one a metric."""
+    rows = [("task", "encoder", "metric", "value", "95 % interval", "chance", "items")]
+    for result in results:
+        for name, m in result.metrics.items():
+            chance = "" if m.chance is None else f"{m.chance:.4f}"
+            interval = f"{m.low:.4f} – {m.high:.4f}"
+            rows.append((result.task, result.encoder, name, f"{m.value:.4f}", interval, chance, str(result.num_items)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def write_json(results: Sequence[Result], path: str | Path) -> None:
+    """All results, as a list of objects."""
+    text = json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def write_picture(results: Sequence[Result], path: str | Path) -> None:
+    """A bar a metric with its interval, one panel a task; chance as a tick."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(result.task for result in results))
+    heights = [sum(len(r.metrics) for r in results if r.task == task) for task in tasks]
+    figure = Figure(figsize=(8, 1 + 0.5 * len(tasks) + 0.35 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(tasks), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
+    for panel, task in zip(panels, tasks, strict=True):
+        bars = [(r.encoder, name, m) for r in results if r.task == task for name, m in r.metrics.items()]
+        for y, (_, _, m) in enumerate(bars):
+            panel.barh(y, m.value, color="#4878a8", xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]])
+            panel.text(m.high, y, f"  {m.value:.3f}", va="center", fontsize=8)
+            if m.chance is not None:
+                panel.plot([m.chance, m.chance], [y - 0.4, y + 0.4], color="#a84848")
+        panel.set_yticks(range(len(bars)), [f"{name}  {encoder}" for encoder, name, _ in bars], fontsize=8)
+        panel.invert_yaxis()
+        panel.set_xlim(left=0)
+        panel.set_title(task, fontsize=10, loc="left")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,264 @@
+"""Evaluation images: class folders, WebDatasets in CLIP_benchmark's layout, COCO-Karpathy JSON, corpora.
+
+Images stay where they are; an image is a `Blob` that says where its bytes stand.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_lcl.data.document import Image
+from megatron_lcl.data.store import Corpus, open_corpus
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_DEFAULT_TEMPLATE = "a photo of a {c}."
+
+
+class Blob(Protocol):
+    """Encoded bytes of an image, somewhere."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileBlob:
+    """A file, or a part of one."""
+
+    path: Path
+    offset: int = 0
+    size: int = -1
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}{':' if self.member else ''}{self.member}"
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusBlob:
+    """An image of a corpus."""
+
+    corpus: Corpus
+    document: int
+    position: int
+    """among the document's images"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.corpus.path}: document {self.document}, image {self.position}"
+
+    def read(self) -> bytes:
+        return self.corpus[self.document].images[self.position].data
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels, or with captions."""
+
+    name: str
+    images: tuple[Blob, ...]
+    labels: np.ndarray | None = None
+    """[N] int64 index into `classes`"""
+    classes: tuple[str, ...] = ()
+    captions: tuple[tuple[str, ...], ...] | None = None
+    """one or more of each image"""
+    templates: tuple[str, ...] = (_DEFAULT_TEMPLATE,)
+    """texts with `{c}` in the class name's place"""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def need_labels(self) -> np.ndarray:
+        """The labels; ValueError where there are none."""
+        if self.labels is None:
+            raise ValueError(
+                f"{self.name} has no labels; this evaluation needs an image folder of classes or .cls files"
+            )
+        return self.labels
+
+    def need_captions(self) -> tuple[tuple[str, ...], ...]:
+        """The captions; ValueError where there are none."""
+        if self.captions is None:
+            raise ValueError(
+                f"{self.name} has no captions; this evaluation needs COCO-Karpathy JSON, .txt files, a corpus"
+            )
+        return self.captions
+
+
+def open_images(
+    path: str | Path,
+    split: str = "test",
+    images: str | Path | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
+    templates: str | Path | Sequence[str] | None = None,
+) -> ImageSet:
+    """The images of `path`, whichever layout it has.
+
+    * a folder of class folders, `path/[split/]CLASS/*.jpg` (class names are the folders', in alphabetical order);
+    * a WebDataset in CLIP_benchmark's layout: `path/[split/]*.tar` with `.cls` or `.txt` beside each image,
+      `classnames.txt` and `zeroshot_classification_templates.txt` in `path`;
+    * a COCO-Karpathy JSON file (`images` is the folder of its images), whose `split` is one of the file's own;
+    * a corpus of ours: each image with its matched text, or the nearest one.
+
+    `class_names` and `templates` (a text file with one a line, or a list) replace those found. Raises ValueError, in
+    one line, for a layout that is none of these, an empty class, or class names that do not match.
+    """
+    path = Path(path)
+    if path.is_file():
+        found = _karpathy(path, split, Path(images) if images else path.parent)
+    elif (path / "corpus.json").is_file():
+        found = _corpus(path)
+    elif path.is_dir():
+        folder = path / split if (path / split).is_dir() else path
+        tars = sorted(folder.glob("*.tar"))
+        found = _webdataset(path, tars) if tars else _folder(folder)
+    else:
+        raise ValueError(f"there is no {path}")
+    names = _lines(class_names) or found.classes
+    if found.labels is not None and len(names) <= int(found.labels.max()):
+        raise ValueError(
+            f"{len(names)} class names do not match {path}, whose labels go up to {int(found.labels.max())}"
+        )
+    if class_names is not None and found.classes and len(names) != len(found.classes):
+        raise ValueError(f"{len(names)} class names do not match the {len(found.classes)} classes of {path}")
+    chosen = _lines(templates) or found.templates
+    bad = [template for template in chosen if "{c}" not in template]
+    if bad:
+        raise ValueError(f"the template {bad[0]!r} has no {{c}} for the class name")
+    return ImageSet(found.name, found.images, found.labels, tuple(names), found.captions, tuple(chosen))
+
+
+def _folder(folder: Path) -> ImageSet:
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} has no class folders, no .tar files and no corpus.json")
+    blobs: list[Blob] = []
+    labels = []
+    for label, sub in enumerate(classes):
+        files = sorted(p for p in sub.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        if not files:
+            raise ValueError(f"the class folder {sub} has no images")
+        blobs += [FileBlob(file) for file in files]
+        labels += [label] * len(files)
+    return ImageSet(str(folder), tuple(blobs), np.array(labels), tuple(p.name for p in classes))
+
+
+def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
+    blobs: list[Blob] = []
+    labels: list[int] = []
+    captions: list[tuple[str, ...]] = []
+    for path in tars:
+        samples: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    folder, _, file = member.name.rpartition("/")
+                    stem, _, suffix = file.partition(".")
+                    key = f"{folder}/{stem}"
+                    if member.isfile():
+                        samples[key][f".{suffix.lower()}"] = member.offset_data, member.size
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(f"{path} is not a readable .tar: {error}") from None
+        for key, parts in samples.items():
+            image = next((suffix for suffix in parts if suffix in _SUFFIXES), None)
+            if image is None:
+                continue
+            blobs.append(FileBlob(path, *parts[image], member=key.lstrip("./") + image))
+            if ".cls" in parts:
+                labels.append(_class_index(path, key, FileBlob(path, *parts[".cls"]).read()))
+            if ".txt" in parts:
+                lines = FileBlob(path, *parts[".txt"]).read().decode(errors="replace").split("\n")
+                captions.append(tuple(line.strip() for line in lines if line.strip()))
+    if not blobs:
+        raise ValueError(f"the .tar files of {tars[0].parent} have no images")
+    for kind, values in (("labels", labels), ("captions", captions)):
+        if values and len(values) != len(blobs):
+            raise ValueError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
+    found = next((root / n for n in ("classnames.txt", "classes.txt") if (root / n).is_file()), None)
+    templates = root / "zeroshot_classification_templates.txt"
+    names = _lines(found) if found else [str(i) for i in range(max(labels, default=-1) + 1)]
+    return ImageSet(
+        str(tars[0].parent),
+        tuple(blobs),
+        np.array(labels) if labels else None,
+        tuple(names) if labels else (),
+        tuple(captions) if captions and all(captions) else None,
+        tuple(_lines(templates)) if templates.is_file() else (_DEFAULT_TEMPLATE,),
+    )
+
+
+def _class_index(path: Path, key: str, data: bytes) -> int:
+    try:
+        index = int(data)
+    except ValueError:
+        index = -1
+    if index < 0:
+        raise ValueError(f"{path}: {key}.cls holds {data[:20]!r}, not the index of a class")
+    return index
+
+
+def _karpathy(path: Path, split: str, folder: Path) -> ImageSet:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["images"]
+        chosen = [e for e in entries if e["split"] == split]
+        files = [folder / e.get("filepath", "") / e["filename"] for e in chosen]
+        captions = tuple(tuple(s["raw"].strip() for s in e["sentences"]) for e in chosen)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a COCO-Karpathy JSON file: {type(error).__name__} {error}") from None
+    if not chosen:
+        raise ValueError(f"{path} has no images in the split {split!r}; it has {sorted({e['split'] for e in entries})}")
+    if not files[0].is_file():  # some copies leave out filepath's folder
+        files = [folder / file.name for file in files]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing:
+        raise ValueError(f"{path} names the image {missing}, which is not there; give the folder of its images")
+    return ImageSet(f"{path} ({split})", tuple(FileBlob(file) for file in files), captions=captions)
+
+
+def _corpus(path: Path) -> ImageSet:
+    corpus = open_corpus(path)
+    blobs: list[Blob] = []
+    captions: list[tuple[str, ...]] = []
+    for d in range(len(corpus)):
+        document = corpus[d]
+        texts = [i for i, item in enumerate(document.items) if not isinstance(item, Image)]
+        position = -1
+        for i, item in enumerate(document.items):
+            if not isinstance(item, Image):
+                continue
+            position += 1
+            if texts:
+                nearest = min(texts, key=lambda t: (abs(t - i), t < i))
+                matched = texts[item.matched_text] if item.matched_text is not None else nearest
+                blobs.append(CorpusBlob(corpus, d, position))
+                captions.append((getattr(document.items[matched], "text"),))  # noqa: B009
+    if not blobs:
+        raise ValueError(f"the corpus {path} has no image with a text")
+    return ImageSet(str(path), tuple(blobs), captions=tuple(captions))
+
+
+def _lines(source: str | Path | Sequence[str] | None) -> list[str]:
+    """Lines of a file, or the list itself; empty for None."""
+    if not isinstance(source, str | Path):
+        return list(source or ())
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,168 @@
+"""Every metric against an independent implementation, on scikit-learn's digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torchmetrics.retrieval import RetrievalHitRate
+
+from megatron_lcl.evaluate.encoders import Encoder
+from megatron_lcl.evaluate.knn import knn, knn_predict
+from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, fit_linear, linear_probe
+from megatron_lcl.evaluate.results import bootstrap
+from megatron_lcl.evaluate.sources import FileBlob, ImageSet
+from megatron_lcl.evaluate.zero_shot import retrieval_ranks, zero_shot
+
+Digits = tuple[np.ndarray, np.ndarray]
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def image_set(labels: np.ndarray, name: str = "digits") -> ImageSet:
+    return ImageSet(name, (FileBlob(Path("unread")),) * len(labels), labels, WORDS)
+
+
+@pytest.fixture(scope="module")
+def split(digits: Digits) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    images, labels = digits
+    x = images.reshape(len(images), 64).astype(np.float32)
+    return x[:1200], labels[:1200], x[1200:], labels[1200:]
+
+
+def test_zero_shot(encoder: Encoder, split: tuple[np.ndarray, ...]) -> None:
+    _, _, x, y = split
+    result = zero_shot(encoder, image_set(y), x)
+    centres = encoder.encode_texts(WORDS).numpy()
+    scores = x / np.linalg.norm(x, axis=1, keepdims=True) @ centres.T
+    assert result.metrics["accuracy"].value == pytest.approx((scores.argmax(1) == y).mean())
+    assert result.metrics["accuracy, top 5"].value == pytest.approx(top_k_accuracy_score(y, scores, k=5))
+    assert result.metrics["mean per-class recall"].value == pytest.approx(balanced_accuracy_score(y, scores.argmax(1)))
+    assert result.metrics["accuracy"].chance == 0.1
+    assert result.metrics["accuracy"].value > 0.7
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_knn(split: tuple[np.ndarray, ...], k: int) -> None:
+    train, train_labels, test, labels = split
+    peer = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    peer.fit(train, train_labels)
+    ours = knn_predict(train, train_labels, test, 10, k)
+    assert (ours == peer.predict(test)).mean() > 0.998  # ties
+    result = knn("pixels", image_set(train_labels), image_set(labels), train, test, k)
+    assert result.metrics["accuracy"].value == pytest.approx((ours == labels).mean())
+    with pytest.raises(ValueError, match="neighbours"):
+        knn_predict(train[:3], train_labels[:3], test, 10, 4)
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+def test_linear_classifier(split: tuple[np.ndarray, ...], strength: float) -> None:
+    train, train_labels, test, _ = split
+    train, test = train.astype(np.float64), test.astype(np.float64)
+    ours = fit_linear(train, train_labels, 10, strength)
+    scaler = StandardScaler().fit(train)
+    peer = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(scaler.transform(train), train_labels)
+    assert np.abs(ours.weight - peer.coef_).max() < 1e-3 * np.abs(peer.coef_).max()
+    theirs = peer.predict_proba(scaler.transform(test))
+    logits = torch.from_numpy(ours.logits(test))
+    assert np.abs(logits.softmax(-1).numpy() - theirs).max() < 1e-3
+
+
+def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
+    train, train_labels, test, labels = split
+    result = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test)
+    assert result.metrics["accuracy"].value > 0.9
+    assert 1e-4 < result.settings["C"] < 1e4  # neither end: the choice means something
+    again = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test)
+    assert again == result
+
+
+def test_attentive_probe_finds_what_a_mean_hides() -> None:
+    generator = np.random.default_rng(0)
+    n, p, v = 800, 9, 16
+    labels = generator.integers(4, size=n)
+    patches = generator.normal(size=(n, p, v)).astype(np.float16)
+    where = generator.integers(p, size=n)
+    patches[np.arange(n), where, :] *= 0.3
+    patches[np.arange(n), where, labels] += 4  # the class stands in one patch, marked by its fifth feature
+    patches[np.arange(n), where, 8] += 4
+    patches[:, :, :4] += 3 * generator.normal(size=(n, p, 4)) * (patches[:, :, 8:9] < 2)  # noise everywhere else
+    train, test = slice(0, 600), slice(600, n)
+    sets = [ImageSet("x", (FileBlob(Path("x")),) * len(labels[s]), labels[s], WORDS[:4]) for s in (train, test)]
+    mean = patches.astype(np.float32).mean(1)
+    linear = linear_probe("x", *sets, mean[train], mean[test])
+    settings = AttentiveSettings(epochs=30, batch_size=64, lr=3e-3, seeds=(0, 1))
+    attentive = attentive_probe("x", *sets, patches[train], patches[test], settings)
+    assert attentive.metrics["accuracy"].value > 0.9 > 0.75 > linear.metrics["accuracy"].value
+    assert attentive_probe("x", *sets, patches[train], patches[test], settings) == attentive
+
+
+def brute_force_ranks(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray) -> tuple[list[int], list[int]]:
+    cosine = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1).double()
+    image_ranks = []
+    for i in range(len(images)):
+        best = max(cosine[i, j].item() for j in range(len(texts)) if owner[j] == i)
+        image_ranks.append(sum(cosine[i, j].item() > best for j in range(len(texts)) if owner[j] != i))
+    text_ranks = [sum(cosine[i, j] > cosine[owner[j], j] for i in range(len(images))) for j in range(len(texts))]
+    return image_ranks, [int(r) for r in text_ranks]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 4))
+def test_retrieval_against_a_brute_force_count(seed: int, n: int, per_image: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, per_image + 1, (n,), generator=generator).numpy()
+    owner = np.repeat(np.arange(n), counts)
+    images, texts = torch.randn(n, 6, generator=generator), torch.randn(len(owner), 6, generator=generator)
+    ours = retrieval_ranks(images, texts, owner)
+    assert (ours[0].tolist(), ours[1].tolist()) == brute_force_ranks(images, texts, owner)
+
+
+def test_retrieval_against_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n = 60
+    owner = np.repeat(np.arange(n), 3)
+    images = torch.randn(n, 8, generator=generator)
+    texts = images[owner] + 1.5 * torch.randn(len(owner), 8, generator=generator)
+    image_ranks, _ = retrieval_ranks(images, texts, owner)
+    scores = torch.nn.functional.normalize(images, dim=-1) @ torch.nn.functional.normalize(texts, dim=-1).t()
+    target = torch.from_numpy(owner)[None] == torch.arange(n)[:, None]
+    queries = torch.arange(n)[:, None].expand_as(scores)
+    for k in (1, 5, 10):
+        theirs = RetrievalHitRate(top_k=k)(scores.flatten(), target.flatten(), indexes=queries.flatten())
+        assert (image_ranks < k).mean() == pytest.approx(theirs.item())
+
+
+def test_a_tie_counts_against_us() -> None:
+    same = torch.ones(4, 3)
+    ranks = retrieval_ranks(same, same, np.arange(4))
+    assert ranks[0].tolist() == ranks[1].tolist() == [3, 3, 3, 3]  # a collapsed encoder is not perfect
+
+
+def test_bootstrap_against_scipy() -> None:
+    scores = np.random.default_rng(1).random(300) ** 2
+    ours = bootstrap(scores)
+    theirs = stats.bootstrap((scores,), np.mean, method="percentile", rng=0, n_resamples=5000).confidence_interval
+    assert ours.value == pytest.approx(scores.mean())
+    assert ours.low == pytest.approx(theirs.low, abs=0.004)
+    assert ours.high == pytest.approx(theirs.high, abs=0.004)
+    assert bootstrap(scores, seed=3) == bootstrap(scores, seed=3)
+    certain = bootstrap(np.ones(10))
+    assert (certain.low, certain.value, certain.high) == (1, 1, 1)
+
+
+def test_classes_must_match(split: tuple[np.ndarray, ...]) -> None:
+    train, train_labels, test, labels = split
+    other = ImageSet("other", (FileBlob(Path("x")),) * len(labels), labels, (*WORDS[:9], "ten"))
+    with pytest.raises(ValueError, match="differ: nine, ten"):
+        knn("pixels", image_set(train_labels), other, train, test)
