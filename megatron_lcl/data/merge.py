@@ -1,0 +1,107 @@
+"""Several corpora of one tokenizer as one: shards are linked or moved, never rewritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.store import (
+    FORMAT_VERSION,
+    MANIFEST,
+    read_manifest,
+    shard_files,
+    sync_folder,
+    total,
+    write_manifest,
+)
+
+
+def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False) -> dict[str, Any]:
+    """Join corpora, in the given order, into the new folder `output`; returns its manifest.
+
+    Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
+    once the new manifest is written. Done before with the same corpora, it is recognised. Raises ValueError where the
+    tokenizers differ, a corpus is given twice, or the folder holds something else.
+    """
+    sources, output = [Path(c) for c in corpora], Path(output)
+    recipe: dict[str, Any] = {"merged": []}
+    if (output / MANIFEST).exists() and (done := read_manifest(output)).get("recipe", {}).get("merged"):
+        there = [read_manifest(s)["fingerprint"] for s in sources if (s / MANIFEST).exists()]
+        if there == done["recipe"]["merged"] or not there:
+            return done
+    if not sources:
+        raise ValueError("no corpus to merge")
+    if len({s.resolve() for s in sources}) < len(sources):
+        raise ValueError("a corpus is given twice")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; give a new folder")
+    manifests = [read_manifest(s) for s in sources]
+    tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
+    if len(tokenizers) > 1:
+        first, second = list(tokenizers.values())[:2]
+        raise ValueError(f"{first} and {second} have different tokenizers; preprocess them with the same one")
+
+    files: dict[str, Any] = {}
+    shards: list[dict[str, int]] = []
+    links: list[tuple[Path, str]] = []
+    drops = Drops()
+    for source, manifest in zip(sources, manifests, strict=True):
+        recipe["merged"].append(manifest["fingerprint"])
+        for number, counts in enumerate(manifest["shards"]):
+            for old, new in zip(shard_files(number), shard_files(len(shards)), strict=True):
+                links.append((source / old, new))
+                files[new] = manifest["files"][old]
+            shards.append(counts)
+        drops.add(Drops.from_dict(manifest["drops"]))
+    tokenizer = manifests[0]["tokenizer"]
+    links.append((sources[0] / tokenizer["file"], tokenizer["file"]))
+    files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]
+
+    created = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        for old_path, new in links:
+            _link(old_path, output / new)
+        sync_folder(output)
+        write_manifest(
+            output,
+            {
+                "format_version": FORMAT_VERSION,
+                "source": {"merged": [m["source"] for m in manifests]},
+                "tokenizer": tokenizer,
+                "counts": total(shards),
+                "drops": drops.to_dict(),
+                "shards": shards,
+                "files": dict(sorted(files.items())),
+                "recipe": recipe,
+            },
+        )
+    except BaseException:
+        for _, new in links:
+            (output / new).unlink(missing_ok=True)
+        if created:
+            output.rmdir()
+        raise
+    if move:
+        for source, manifest in zip(sources, manifests, strict=True):
+            (source / MANIFEST).unlink()  # first: a corpus is whole or it is none
+            for name in manifest["files"]:
+                (source / name).unlink(missing_ok=True)
+            if not any(source.iterdir()):
+                source.rmdir()
+    return read_manifest(output)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise ValueError(f"{source} is missing; `megatron-lcl verify` says what else is") from None
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
