@@ -1,0 +1,135 @@
+"""Several evaluations of several encoders on one data set: results as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lcl.evaluate.captioning import Decoding, captioning
+from megatron_lcl.evaluate.encoders import Encoder, EncoderSource, OurEncoder
+from megatron_lcl.evaluate.features import Kind, image_features
+from megatron_lcl.evaluate.knn import knn, same_classes
+from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, linear_probe
+from megatron_lcl.evaluate.results import Result, table, write_json, write_picture
+from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.zero_shot import retrieval, zero_shot
+
+TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
+_NEED_TRAINING = frozenset({"knn", "linear-probe", "attentive-probe"})
+_NEED_CAPTIONS = frozenset({"retrieval", "captioning"})
+
+
+def evaluate(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    data: str | Path,
+    output: str | Path | None = None,
+    split: str = "test",
+    train_split: str = "train",
+    images: str | Path | None = None,
+    class_names: str | Path | None = None,
+    templates: str | Path | None = None,
+    tokenizer: str | None = None,
+    k: int = 20,
+    decoding: Decoding | None = None,
+    attentive: AttentiveSettings | None = None,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    batch_size: int = 64,
+    processes: int = 1,
+    devices: tuple[str, ...] = ("cpu",),
+    progress: bool = True,
+) -> list[Result]:
+    """Run `tasks` (of TASKS) on every model (see `load_encoder`); data as `open_images` takes it.
+
+    k-NN and probes learn on `train_split`, all tasks are measured on `split`. `output`: a folder for results.json,
+    results.txt, results.png and captions.jsonl; nothing is written before all is measured. Features are computed by
+    `processes` processes, the i-th on the i-th of `devices`, and cached. Raises ValueError, in one line, for data or
+    models that do not fit the tasks.
+    """
+    unknown = sorted(set(tasks) - set(TASKS))
+    if unknown or not tasks:
+        raise ValueError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"{output} is not a folder")
+    test = open_images(data, split, images, class_names, templates)
+    train = None
+    if _NEED_TRAINING & set(tasks):
+        if not (Path(data) / train_split).is_dir():
+            raise ValueError(
+                f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
+            )
+        train = open_images(data, train_split, images, class_names)
+        same_classes(train, test)
+        if k > len(train) and "knn" in tasks:
+            raise ValueError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
+    if _NEED_CAPTIONS & set(tasks):
+        test.need_captions()
+    if "zero-shot" in tasks:
+        test.need_labels()
+
+    results: list[Result] = []
+    written: list[tuple[str, list[str]]] = []
+    for spec in models:
+        source = EncoderSource(spec, tokenizer, devices)
+        encoder = source(0)
+        if {"zero-shot", "retrieval"} & set(tasks):
+            encoder.encode_texts(["a text"])  # says at once if it cannot
+
+        def features(
+            of: ImageSet, kind: Kind = "pooled", encoder: Encoder = encoder, source: EncoderSource = source
+        ) -> np.ndarray:
+            shared = source if processes > 1 else encoder
+            return image_features(shared, of.images, kind, cache, batch_size, processes, progress)
+
+        for task in tasks:
+            if task == "captioning":
+                if not isinstance(encoder, OurEncoder):
+                    raise ValueError(f"{spec} has no language model; only LCL checkpoints write captions")
+                result, captions = captioning(encoder, test, decoding, batch_size=batch_size, progress=progress)
+                written.append((spec, captions))
+                results.append(result)
+            elif task in _NEED_TRAINING:
+                assert train is not None
+                results.append(_trained(task, encoder, train, test, features, k, attentive, seed, devices[0]))
+            else:
+                run = zero_shot if task == "zero-shot" else retrieval
+                results.append(run(encoder, test, features(test), seed))
+    if output is not None:
+        _write(Path(output), results, test, written)
+    return results
+
+
+def _trained(
+    task: str,
+    encoder: Encoder,
+    train: ImageSet,
+    test: ImageSet,
+    features: Callable[..., np.ndarray],
+    k: int,
+    attentive: AttentiveSettings | None,
+    seed: int,
+    device: str,
+) -> Result:
+    if task == "attentive-probe":
+        patches = features(train, "patches"), features(test, "patches")
+        return attentive_probe(encoder.name, train, test, *patches, attentive, device)
+    pooled = features(train), features(test)
+    if task == "knn":
+        return knn(encoder.name, train, test, *pooled, k=k, seed=seed, device=device)
+    return linear_probe(encoder.name, train, test, *pooled, seed=seed, device=device)
+
+
+def _write(folder: Path, results: list[Result], test: ImageSet, written: list[tuple[str, list[str]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(results, folder / "results.json")
+    (folder / "results.txt").write_text(table(results) + "\n", encoding="utf-8")
+    write_picture(results, folder / "results.png")
+    if written:
+        with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
+            for spec, captions in written:
+                for blob, text in zip(test.images, captions, strict=True):
+                    file.write(json.dumps({"model": spec, "image": blob.name, "caption": text}) + "\n")

@@ -1,0 +1,85 @@
+"""All tasks in one call, on real digits and a real checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl import LCL, load_model
+from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.data.tokenizer import train_sentencepiece
+from megatron_lcl.evaluate.captioning import Decoding
+from megatron_lcl.evaluate.probes import AttentiveSettings
+from megatron_lcl.evaluate.run import evaluate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_sentencepiece([f"a photo of a {i}" for i in range(10)] * 3 + ["zero one two three four"] * 3, 400)
+    model = LCL(Model(Vision(16, 4, 64, 2, 4, 128), Language(64, tokenizer.vocab_size, 48, 1, 4, 96), 4))
+    save_checkpoint(model, Config(model=model.config), folder)
+    tokenizer.save(folder / "words.model")
+    return folder
+
+
+def test_labelled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    export_model(load_model(checkpoint), "timm", tmp_path / "timm")
+    results = evaluate(
+        [str(checkpoint), f"timm:local-dir:{tmp_path / 'timm'}"],
+        ["knn", "linear-probe", "attentive-probe"],
+        folder,
+        output=tmp_path / "out",
+        k=5,
+        attentive=AttentiveSettings(epochs=15, batch_size=32, lr=3e-3, seeds=(0,)),
+        cache=tmp_path / "cache",
+        progress=False,
+    )
+    values = {(r.task, r.encoder): r.metrics["accuracy"].value for r in results}
+    assert len(values) == 6
+    assert min(values.values()) > 0.3, values  # an untrained encoder still sees pixels; chance is 0.1
+    assert sorted(os.listdir(tmp_path / "out")) == ["results.json", "results.png", "results.txt"]
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 6
+
+
+def test_texts(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    images = sorted((folder / "test").rglob("*.png"))[:12]
+    entries = [
+        {"filepath": "", "filename": str(p.relative_to(folder)), "split": "test", "sentences": [{"raw": p.parent.name}]}
+        for p in images
+    ]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    results = evaluate(
+        [str(checkpoint)],
+        ["retrieval", "captioning"],
+        tmp_path / "coco.json",
+        output=tmp_path / "out",
+        images=folder,
+        tokenizer=str(checkpoint / "words.model"),
+        decoding=Decoding(max_tokens=5),
+        cache=tmp_path / "cache",
+        progress=False,
+    )
+    assert [r.task for r in results] == ["retrieval", "captioning"]
+    captions = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [Path(c["image"]) for c in captions] == images
+
+
+def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def refused(words: str, *tasks: str, data: Path = folder, **options: object) -> None:
+        with pytest.raises(ValueError, match=words) as error:
+            evaluate([str(checkpoint)], tasks, data, tmp_path / "out", cache=tmp_path, progress=False, **options)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+        assert os.listdir(tmp_path) == []
+
+    refused("unknown task segmentation", "segmentation")
+    refused("none given")
+    refused("no captions", "retrieval")
+    refused("no folder 'train'", "knn", data=folder / "test")
+    refused("k = 1000", "knn", k=1000)
+    refused("--tokenizer", "zero-shot")
