@@ -19,6 +19,7 @@ from megatron_lcl.data.images import decode_eval, decode_train
 from megatron_lcl.data.index import InOrder, Ledger, Pack, PackIndex, open_ledger
 from megatron_lcl.data.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
 from megatron_lcl.data.source import Source, key, open_source
+from megatron_lcl.data.store import Shard
 
 ObjectiveName = Literal["lcl", "clip", "generation"]
 
@@ -148,8 +149,7 @@ class PackReader(Dataset[PackedBatch]):
             images: list[ImageOrigin] = []
             start = row
             special = source.corpus.tokenizer
-            modes, rows, first_piece, shard = self._rows(source, document, epoch, part)
-            begins, ends = has_ends(rows, modes, source.rules)
+            rows, begins, ends, first_piece, shard = self._rows(source, document, epoch, part)
             if begins:
                 tokens[row] = special.sot
                 row += 1
@@ -181,7 +181,11 @@ class PackReader(Dataset[PackedBatch]):
             origins.append(origin)
         return origins
 
-    def _rows(self, source: Source, document: int, epoch: int, part: int):  # type: ignore[no-untyped-def]
+    def _rows(
+        self, source: Source, document: int, epoch: int, part: int
+    ) -> tuple[np.ndarray, bool, bool, int, Shard]:
+        """The rows of one sequence (see `arrange`), whether `<sot>` and `<eot>` are around it, the piece that row
+        piece 0 is, and its shard."""
         k, local = source.corpus.locate(document)
         shard = source.corpus.shard(k)
         a, b = (int(x) for x in shard.document_offsets[local : local + 2])
@@ -196,7 +200,7 @@ class PackReader(Dataset[PackedBatch]):
             source.document_key(document, epoch),
             source.rules,
         )
-        return modes, rows[rows[:, SEQUENCE] == part], a, shard
+        return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, source.rules), a, shard
 
     def _targets(self, pack: Pack, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
         """targets of one sequence from its tokens: the next id unless that is a placeholder or `<eoi>`."""

@@ -38,6 +38,8 @@ class Rules(NamedTuple):
     images_per_document: int
     min_images: int
     image_first: float
+    pairs: bool
+    """the source is image-text pairs: the image goes with the text"""
     reference_pairs: bool
     """pairs in the reference's one-ended forms"""
 
@@ -77,6 +79,7 @@ def rules_for(
         images_per_document=data.max_images,
         min_images=data.min_images,
         image_first=data.image_first,
+        pairs=pairs,
         reference_pairs=pairs and data.pair_layout == "reference" and not contrast_only,
     )
 
@@ -220,8 +223,8 @@ def arrange(
     see `has_ends`.
 
     lengths int32 [K], modes int8 [K]; similarity float32 [M], matched int32 [M].
-    A matched image stands before its segment with probability `image_first`, else after it; other images and all
-    texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a segment and
+    A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
+    images and all texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a segment and
     its images staying together where they fit one sequence; a text is cut only if it is itself too long.
     """
     keep = select(similarity, matched, key, rules)
@@ -230,6 +233,9 @@ def arrange(
         num_texts += modes[k] == 0
     if rules.num_patches == 0:
         return _pairs(lengths, modes, matched, keep, num_texts, rules)
+    matches = matched.copy()
+    if rules.pairs and num_texts == 1:
+        matches[:] = 0
 
     # order: (piece, unit), a unit being a segment with its images
     order = np.empty((len(modes), 2), np.int32)
@@ -242,14 +248,14 @@ def arrange(
     count, text, placement = 0, 0, 0
     for k in range(len(modes)):
         if modes[k] == 1:
-            if keep[placement] and not 0 <= matched[placement] < num_texts:
+            if keep[placement] and not 0 <= matches[placement] < num_texts:
                 order[count, 0], order[count, 1] = k, k
                 count += 1
             placement += 1
             continue
         for before in (True, False):
             for j in range(len(matched)):
-                if keep[j] and matched[j] == text and (uniform(key, (1 << 32) + j) < rules.image_first) == before:
+                if keep[j] and matches[j] == text and (uniform(key, (1 << 32) + j) < rules.image_first) == before:
                     order[count, 0], order[count, 1] = image_pieces[j], k
                     count += 1
             if before:
@@ -342,17 +348,17 @@ def _pairs(
     return rows[:count].copy()
 
 
+@numba.njit(cache=True, nogil=True)
 def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, bool]:
-    """Whether a sequence's rows begin with `<sot>` and end with `<eot>`.
+    """Whether the sequences of an arrangement begin with `<sot>` and end with `<eot>`.
 
     Always both, but for the reference's pairs: `<soi>… <eoi> text <eot>` or `<sot> text <soi>… <eoi>`. (A pair of
     objective `clip` is `<sot> text <soi>`, as the model encodes a lone text.)
     """
     if rules.num_patches == 0:
         return True, False
-    if rules.reference_pairs and len(modes) == 2 and len(rows) == 2 and modes[0] != modes[1]:
-        image_first = rows[0, STOP] == IMAGE_ROW
-        return not image_first, bool(image_first)
+    if rules.reference_pairs and len(modes) == 2 and modes[0] != modes[1] and len(rows) == 2 and rows[1, 0] == 0:
+        return rows[1, 3] == IMAGE_ROW, rows[0, 3] == IMAGE_ROW
     return True, True
 
 
@@ -378,9 +384,7 @@ def arranged_sizes(
         for k in range(a, b):
             last += modes[k] == 1
         rows = arrange(lengths[a:b], modes[a:b], similarity[first:last], matched[first:last], keys[i], rules)
-        ends = 2
-        if rules.reference_pairs and b - a == 2 and len(rows) == 2 and modes[a] != modes[a + 1] and rows[1, 0] == 0:
-            ends = 1
+        begins, ends = has_ends(rows, modes[a:b], rules)
         previous = -1
         for r in range(len(rows)):
             if rows[r, 0] != previous:
@@ -389,11 +393,11 @@ def arranged_sizes(
                     larger = np.empty((2 * count, 3), np.int32)
                     larger[:count] = out
                     out = larger
-                out[count, 0], out[count, 1], out[count, 2] = i, ends, 0
+                out[count, 0], out[count, 1], out[count, 2] = i, begins + ends, 0
                 count += 1
             if rows[r, 3] == IMAGE_ROW:
                 out[count - 1, 2] += 1
-                out[count - 1, 1] += rules.num_patches + 2 if rules.num_patches > 0 else 0
+                out[count - 1, 1] += rules.num_patches + 2 if rules.num_patches > 0 else 1
             else:
                 out[count - 1, 1] += rows[r, 3] - rows[r, 2]
     return out[:count].copy()

@@ -188,7 +188,7 @@ def open_source(
         num_patches,
         context_length,
         images_per_pack,
-        pairs=corpus.manifest.get("source") == "webdataset",
+        pairs=corpus.manifest.get("source", {}).get("format") == "webdataset",
         contrast_only=contrast_only,
     )
     return Source(corpus, rules, data.seed, cache_folder(data))

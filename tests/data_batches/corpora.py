@@ -45,7 +45,7 @@ def write_corpus(
         written, counts = writer.finish()
         files.update(written)
         shards.append(counts)
-    manifest = {"format_version": 1, "source": source, "shards": shards, "files": files}
+    manifest = {"format_version": 1, "source": {"format": source}, "shards": shards, "files": files}
     manifest["tokenizer"] = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
     write_manifest(folder, manifest)
     return open_corpus(folder)
