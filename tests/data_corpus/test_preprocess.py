@@ -1,0 +1,268 @@
+"""Same bytes from any number of workers and machines, after any interruption; bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lcl.data import indexed
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.preprocess import WORK, Summary, preprocess
+from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.verify import verify
+
+from . import writers
+from .test_formats import TOKENIZER, plain
+from .writers import picture
+
+SMALL = {"task_bytes": 1, "shard_documents": 64}  # a task per file, several shards a task
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five JSON-lines files of 150 documents with images, some of them in several documents, and some faults."""
+    folder = tmp_path_factory.mktemp("source")
+    for part in range(5):
+        documents = [
+            Document((Text(f"document {part} {k} " * (1 + k % 7)), Image(picture(k % 40)), Text(f"end {k % 3}")))
+            for k in range(150)
+        ]
+        writers.write_images(documents, folder)
+        lines = []
+        for document in documents:
+            items: list[dict[str, Any]] = [
+                {"text": i.text} if isinstance(i, Text) else {"image": writers.name_of(i)} for i in document.items
+            ]
+            lines.append(json.dumps({"items": items}))
+        lines[20] = lines[20][:30]
+        lines[100] = json.dumps({"items": [{"image": "not-there.jpg"}, {"text": "alone"}]})
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected") / "corpus"
+    summary = preprocess("jsonl", source, folder, tokenizer=TOKENIZER, **SMALL)
+    assert summary.counts["documents"] == 5 * 149
+    assert summary.drops.bad_counts == {"document: not JSON": 5, "image: file missing": 5}
+    assert not verify(folder)
+    assert len(open_corpus(folder).shards) == 15
+    return contents(folder)
+
+
+@pytest.mark.slow
+def test_workers_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, workers=2, **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    for share in (2, 0, 1):
+        summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
+    assert summary.counts["documents"] == 5 * 149
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_share_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from megatron_lcl.data.preprocess import preprocess
+if __name__ == "__main__":
+    preprocess("jsonl", sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], task_bytes=1, shard_documents=64)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "t.model")
+    command = [sys.executable, "-c", _RUN, str(source), str(tmp_path / "out"), str(tmp_path / "t.model")]
+    work = tmp_path / "out" / WORK
+    for num_parts in (1, 4, 9, 14):  # kill once so many parts are finished, in the middle of the next
+        process = subprocess.Popen(command)
+        try:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if len(list(work.glob("part-*.json"))) >= num_parts:
+                    break
+                time.sleep(0.001)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert (tmp_path / "out" / "corpus.json").exists() or work.exists()
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "t.model", **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("stop_at", [3, 11, 15, 17])
+def test_interrupted_while_finishing(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    calls = 0
+    original = os.replace
+
+    def replace(a: Any, b: Any) -> None:
+        nonlocal calls
+        if Path(b).parent == tmp_path / "out":
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+        original(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "corpus.json").exists()
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_run_twice_is_recognised(source: Path, tmp_path: Path) -> None:
+    first = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
+    again = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
+    assert (first.reused, again.reused) == (False, True)
+    assert first.counts == again.counts
+
+
+def run(tmp_path: Path, *args: Any, **options: Any) -> Summary:
+    return preprocess(*args, tmp_path / "out", tokenizer=TOKENIZER, **options)
+
+
+def test_refuses_another_corpus(source: Path, tmp_path: Path) -> None:
+    run(tmp_path, "jsonl", source)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another corpus .*tokenizer"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer="clip")
+    with pytest.raises(ValueError, match="another corpus"):
+        preprocess("mmc4", source, tmp_path / "out", tokenizer=TOKENIZER)
+    assert contents(tmp_path / "out") == before
+
+
+def test_refuses_other_files_and_other_unfinished_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"diary\.txt"):
+        preprocess("jsonl", source, tmp_path / "full", tokenizer=TOKENIZER)
+    assert contents(tmp_path / "full") == {"diary.txt": b"dear"}
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    with pytest.raises(ValueError, match="unfinished corpus"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer="clip", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("format", "files", "message"),
+    [
+        ("html", {"a.txt": b"x"}, "no HTML pages"),
+        ("html", {"a.html": b"<p>only text"}, "page without images"),
+        ("html", {"a.html": b"<p>x<img src=gone.png>"}, "file missing"),
+        ("html", {"a.html": b"<p>x<img src=a.png>", "a.png": picture(0)}, "under 64 pixels"),
+        ("html", {"a.html": b""}, "no usable document"),
+        ("jsonl", {"a.txt": b"x"}, r"no \.jsonl"),
+        ("jsonl", {"a.jsonl": b""}, "no usable document"),
+        ("jsonl", {"a.jsonl": b"junk\n" * 9}, "not JSON, 9"),
+        ("mmc4", {"a.txt": b"x"}, "no MMC4 shards"),
+        ("obelics", {"a.txt": b"x"}, r"no \.parquet"),
+        ("mint1t", {"a.txt": b"x"}, r"no \.tar"),
+        ("webdataset", {"a.tar": b"x"}, "damaged or truncated tar"),
+        ("latin", {"a.txt": b"x"}, "no format 'latin'"),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_bad_input_leaves_nothing(
+    tmp_path: Path, format: str, files: dict[str, bytes], message: str, train: bool
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        preprocess(format, tmp_path / "in", tmp_path / "out", tokenizer=None if train else TOKENIZER)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input_and_unknown_option(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        run(tmp_path, "jsonl", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no option 'colour'"):
+        run(tmp_path, "jsonl", source, options={"colour": 1})
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "nowhere.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "bad.model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_budget_names_what_dominates(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"5 of 745 images are bad .*file missing, 5 \(e\.g\. part-0"):
+        run(tmp_path, "jsonl", source, max_bad_fraction=0.001)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("after", [0, 200_000])
+def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    written = 0
+    original = indexed.HashingFile._flush
+
+    def flush(self: indexed.HashingFile) -> None:
+        nonlocal written
+        written += self._num_pending
+        if written > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(self)
+
+    monkeypatch.setattr(indexed.HashingFile, "_flush", flush)
+    with pytest.raises(ValueError, match="no space left"):
+        run(tmp_path, "jsonl", source, **SMALL)
+    left = [p.name for p in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert not any(name.endswith(".tmp") or name.startswith("task-") for name in left)
+    assert (after == 0) == (not left)  # finished parts stay for the next run
+    monkeypatch.undo()
+    run(tmp_path, "jsonl", source, **SMALL)
+    assert not verify(tmp_path / "out")
+
+
+def test_max_image_side(tmp_path: Path) -> None:
+    documents = [Document((Image(picture(1, 200, 100)), Image(picture(2, 50, 40)), Text("x")))]
+    writers.write_jsonl(documents, tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=80)
+    shard = open_corpus(tmp_path / "out").shard(0)
+    assert shard.image_width.tolist() == [80, 50]
+    assert shard.image_height.tolist() == [40, 40]
+    assert bytes(shard.image(1)) == documents[0].images[1].data
+
+
+def test_images_are_stored_once_a_shard(tmp_path: Path) -> None:
+    documents = [Document((Image(picture(k % 2)), Text(f"{k}"), Image(picture(0)))) for k in range(6)]
+    writers.write_jsonl(documents, tmp_path / "in")
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    assert (summary.counts["images"], summary.counts["placements"]) == (2, 12)
+    assert plain(list(open_corpus(tmp_path / "out"))) == plain(documents)
+
+
+def test_duplicates_are_counted_across_shards(tmp_path: Path) -> None:
+    documents = [Document((Text(f"text {k % 50}"), Image(picture(0)))) for k in range(150)]
+    writers.write_jsonl(documents, tmp_path / "in")
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, shard_documents=32)
+    assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 100}
+    assert summary.counts["documents"] == 150
