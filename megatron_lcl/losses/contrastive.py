@@ -54,6 +54,22 @@ class ContrastiveOutput(NamedTuple):
     """log N - loss, in nats: the InfoNCE lower bound on the mutual information (arXiv 1807.03748, equation 5)"""
 
 
+class _Status:
+    """What each rank found, on its way to the host while the device computes."""
+
+    def __init__(self, status_R2: torch.Tensor) -> None:
+        self._status_R2 = status_R2.float().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if status_R2.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def get(self) -> list[list[float]]:
+        """For each rank: 1 if its features are not what they should be, else 0; digest of its counts."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._status_R2.tolist()
+
+
 @dataclass(eq=False)
 class FeatureGather:
     """Features on their way to every rank; `finish_contrastive_loss` waits for them."""
@@ -61,14 +77,44 @@ class FeatureGather:
     image_nD: torch.Tensor
     text_nD: torch.Tensor
     counts: tuple[int, ...]
-    rank: int
-    group: dist.ProcessGroup | None
-    buffer: torch.Tensor | None = None
-    """[R * max(counts), 2D + HEADER]: every rank's rows, padded to the largest count; None without a group"""
-    own: torch.Tensor | None = None
-    """this rank's part of the buffer, alive for as long as it is being sent"""
-    work: dist.Work | None = None
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
     error: str | None = None
+    """what is wrong with this rank's features"""
+    own: torch.Tensor | None = None
+    """[max(counts), 2D + HEADER]: what this rank sends, kept alive while it is being sent"""
+    rows: torch.Tensor | None = None
+    """what all ranks sent: [R * max(counts), 2D + HEADER] on the way, [N, 2D + HEADER] when there"""
+    work: dist.Work | None = None
+    status: _Status | None = None
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All ranks' image and text features, [N, D] each."""
+        if self.rows is None:
+            return self.image_nD, self.text_nD
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.own = None
+            parts = self.rows.view(len(self.counts), -1, self.rows.shape[1])
+            self.status = _Status(parts[:, 0, -HEADER : 2 - HEADER])
+            if min(self.counts) < parts.shape[1]:
+                self.rows = torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+        width = self.image_nD.shape[1]
+        return self.rows[:, :width], self.rows[:, width : 2 * width]
+
+    def check(self) -> None:
+        """Raises ValueError on every rank if anything is wrong on one."""
+        if self.status is None:
+            return
+        ranks = self.status.get()
+        if self.error is not None:
+            raise ValueError(self.error)
+        if bad := [rank for rank, (flag, _) in enumerate(ranks) if flag]:
+            raise ValueError(
+                f"rank(s) {bad} gave features that do not match counts {list(self.counts)}; see their errors"
+            )
+        if len({digest for _, digest in ranks}) > 1:
+            raise ValueError(f"counts must be the same on every rank; rank {self.rank} was given {list(self.counts)}")
 
 
 def contrastive_loss(
@@ -116,7 +162,7 @@ def start_gather(
             error = f"counts {list(counts)} must be [{len(image_features)}], the pairs of the one process"
         if error is not None:
             raise ValueError(error)
-        return FeatureGather(image_features, text_features, (len(image_features),), 0, None)
+        return FeatureGather(image_features.contiguous(), text_features.contiguous(), (len(image_features),))
 
     rank, size = rank_and_size(group)
     if counts is None:
@@ -127,14 +173,17 @@ def start_gather(
         )
     elif error is None and counts[rank] != len(image_features):
         error = f"{len(image_features)} pairs given, but counts[{rank}] of {list(counts)} is {counts[rank]}"
-    counts = tuple(counts)
+    counts = tuple(int(count) for count in counts)
     if error is not None:  # take part with zeros, so that no rank waits in vain; all raise together in the end
-        width = max((f.shape[1] for f in (image_features, text_features) if f.ndim == 2), default=1)
-        image_features = text_features = image_features.new_zeros(counts[rank], width)
+        given = (image_features, text_features)
+        width = max((features.shape[1] for features in given if features.ndim == 2), default=1)
+        dtype = next((features.dtype for features in given if features.dtype in DTYPES), DTYPES[0])
+        image_features = text_features = image_features.new_zeros(counts[rank], width, dtype=dtype)
+    image_features, text_features = image_features.contiguous(), text_features.contiguous()
     own = _packed(image_features.detach(), text_features.detach(), max(1, *counts), error is not None, counts)
-    buffer = own.new_empty(size * len(own), own.shape[1])
-    work = all_gather(buffer, own, group=group, async_op=True)
-    return FeatureGather(image_features, text_features, counts, rank, group, buffer, own, work, error)
+    rows = own.new_empty(size * len(own), own.shape[1])
+    work = all_gather(rows, own, group=group, async_op=True)
+    return FeatureGather(image_features, text_features, counts, rank, group, error, own, rows, work)
 
 
 def finish_contrastive_loss(gather: FeatureGather, log_scale: torch.Tensor) -> ContrastiveOutput:
@@ -155,8 +204,7 @@ class _ContrastiveFunction(torch.autograd.Function):
         offset, N = sum(gather.counts[: gather.rank]), sum(gather.counts)
         with torch.autocast(image_nD.device.type, enabled=False):
             scale = log_scale.to(dtype).exp().reshape(())
-            image_nD, text_nD = image_nD.contiguous(), text_nD.contiguous()
-            image_ND, text_ND, status = _wait(gather, image_nD, text_nD)
+            image_ND, text_ND = (features.detach() for features in gather.wait())
             rows = _backend(image_nD).forward(image_nD, text_nD, image_ND, text_ND, offset, scale)
 
             # logsumexp - positive as log(1 + exp(negatives - positive)): exact also when the loss is tiny. The last
@@ -175,7 +223,7 @@ class _ContrastiveFunction(torch.autograd.Function):
             )
             lse_2n = [torch.logaddexp(negatives, positive) for negatives in (rows.image_lse, rows.text_lse)]
             sums, image_lse_N, text_lse_N = _gather_rows(gather, sums, lse_2n)
-        _check_status(gather, status)
+        gather.check()
 
         ctx.save_for_backward(image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, scale)
         ctx.offset, ctx.log_scale = offset, (log_scale.shape, log_scale.dtype)
@@ -200,6 +248,10 @@ class _ContrastiveFunction(torch.autograd.Function):
 
 
 def _backend(features: torch.Tensor) -> ModuleType:
+    if features.is_cuda and features.dtype != torch.float64:
+        from megatron_lcl.losses import contrastive_triton
+
+        return contrastive_triton
     return contrastive_tiles
 
 
@@ -237,38 +289,6 @@ def _packed(image: torch.Tensor, text: torch.Tensor, rows: int, bad: bool, count
     own[0, -HEADER] = float(bad)
     own[0, 1 - HEADER] = float(zlib.crc32(repr(counts).encode()) % 256)  # a number every dtype holds exactly
     return own
-
-
-def _wait(
-    gather: FeatureGather, image: torch.Tensor, text: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """All ranks' image and text features, each [N, D], and the ranks' status, on its way to the host."""
-    if gather.buffer is None:
-        return image, text, None
-    assert gather.work is not None
-    gather.work.wait()
-    parts = gather.buffer.view(len(gather.counts), -1, gather.buffer.shape[1])
-    status = parts[:, 0, -HEADER : 2 - HEADER].float().to("cpu", non_blocking=True)
-    rows, width = gather.buffer, image.shape[1]
-    if min(gather.counts) < parts.shape[1]:
-        rows = torch.cat([part[:count] for part, count in zip(parts, gather.counts, strict=True)])
-    gather.buffer = gather.own = gather.work = None
-    return rows[:, :width], rows[:, width : 2 * width], status
-
-
-def _check_status(gather: FeatureGather, status: torch.Tensor | None) -> None:
-    if status is None:
-        return
-    if gather.image_nD.is_cuda:
-        torch.cuda.current_stream().synchronize()
-    if gather.error is not None:
-        raise ValueError(gather.error)
-    if bad := status[:, 0].nonzero().flatten().tolist():
-        raise ValueError(
-            f"rank(s) {bad} of the group gave features that do not match counts {list(gather.counts)}; see their errors"
-        )
-    if len(set(status[:, 1].tolist())) > 1:
-        raise ValueError(f"counts must be the same on every rank; rank {gather.rank} was given {list(gather.counts)}")
 
 
 def _gather_rows(

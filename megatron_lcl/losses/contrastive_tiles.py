@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 TILE_ROWS = 1024
-TILE_COLUMNS = 1024
+TILE_COLUMNS = 512
 
 
 class RowStatistics(NamedTuple):

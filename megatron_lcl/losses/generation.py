@@ -9,12 +9,16 @@ a weight that DeepSpeed's ZeRO-3 gathers for its module's forward is needed for 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 
+from megatron_lcl.losses import softmax_torch
 from megatron_lcl.losses.group import all_gather, rank_and_size
 
-CHUNK_ROWS = 256
+CHUNK_LOGITS = 2**25
+"""numbers in one chunk of logits: 128 MiB of float32, some 640 rows of CLIP's vocabulary"""
 
 
 def generation_loss(
@@ -103,50 +107,60 @@ def _chunked(
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Loss and the wanted gradients; targets_R count from this rank's first vocabulary entry."""
-    dtype = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
-    hidden_grad = torch.zeros_like(hidden_RD, memory_format=torch.contiguous_format) if hidden_wanted else None
-    weight_grad = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device) if weight_wanted else None
-    loss = torch.zeros((), dtype=dtype, device=hidden_RD.device)
-    given_dtype = hidden_RD.dtype
-    if hidden_RD.device.type == "cpu":  # no matrix product of half-precision numbers with a float32 result there
+    given_dtype, device = hidden_RD.dtype, hidden_RD.device
+    dtype = torch.float64 if given_dtype == torch.float64 else torch.float32
+    loss = torch.zeros((), dtype=dtype, device=device)
+    hidden_grad = torch.zeros(hidden_RD.shape, dtype=given_dtype, device=device) if hidden_wanted else None
+    weight_grad = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if weight_wanted else None
+    if device.type == "cpu":  # has no matrix product of half-precision numbers with a float32 result
         hidden_RD, weight_VD = hidden_RD.to(dtype), weight_VD.to(dtype)
-    weight_VD = weight_VD[:num_real]
 
-    for start in range(0, len(hidden_RD), CHUNK_ROWS):
-        hidden_cD, targets_c = hidden_RD[start : start + CHUNK_ROWS], targets_R[start : start + CHUNK_ROWS].long()
-        logits_cV = _matmul(hidden_cD, weight_VD.t(), dtype)
-        here_c = (targets_c >= 0) & (targets_c < num_real)
-        index_c1 = targets_c.where(here_c, 0).unsqueeze(1)
-        if num_real:
-            target_c = logits_cV.gather(1, index_c1).squeeze(1).masked_fill(~here_c, -torch.inf)
-            max_c = logits_cV.amax(1)
-        else:  # nothing but padding on this rank
-            target_c = logits_cV.new_full((len(logits_cV),), -torch.inf)
-            max_c = logits_cV.new_full((len(logits_cV),), torch.finfo(dtype).min)
-        sum_c = logits_cV.sub_(max_c.unsqueeze(1)).exp_().sum(1)
+    weight_VD = weight_VD[: max(1, num_real)]
+    V = len(weight_VD)
+    step = max(1, CHUNK_LOGITS // V)
+    memory = torch.empty(min(step, len(hidden_RD)), V, dtype=dtype, device=device)  # fresh memory costs page faults
+    softmax = _softmax(memory)
+    for rows in (slice(start, start + step) for start in range(0, len(hidden_RD), step)):
+        hidden_cD, targets_c = hidden_RD[rows], targets_R[rows].long()
+        logits_cV = _matmul(hidden_cD, weight_VD.t(), memory[: len(hidden_cD)])
+        logits_cV[:, num_real:] = -torch.inf  # the one entry of a rank that has nothing but padding
+        max_c, sum_c, target_c = softmax.statistics(logits_cV, targets_c)
         all_max_c, all_sum_c, target_c = _over_group(max_c, sum_c, target_c, group)
-        loss += (all_sum_c.log() + all_max_c - target_c).sum()
-        if not (hidden_wanted or weight_wanted):
+        lse_c = all_max_c + all_sum_c.log()
+        loss += (lse_c - target_c).sum()
+        if hidden_grad is None and weight_grad is None:
             continue
-        probability_cV = logits_cV.mul_(((max_c - all_max_c).exp() / all_sum_c).unsqueeze(1))
-        if num_real:
-            probability_cV.scatter_add_(1, index_c1, -here_c.to(dtype).unsqueeze(1))
-        probability_cV = probability_cV.to(hidden_RD.dtype)
+        error_cV = softmax.error(logits_cV, targets_c, max_c, lse_c, hidden_cD.dtype)
         if hidden_grad is not None:
-            hidden_grad[start : start + CHUNK_ROWS] = _matmul(probability_cV, weight_VD, dtype)
+            hidden_grad[rows] = error_cV @ weight_VD
         if weight_grad is not None:
-            weight_grad[:num_real] += _matmul(probability_cV.t(), hidden_cD, dtype)
+            _add_matmul(weight_grad[:V], error_cV.t(), hidden_cD)
     return loss, hidden_grad, None if weight_grad is None else weight_grad.to(given_dtype)
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+def _softmax(logits: torch.Tensor) -> ModuleType:
+    if logits.is_cuda and logits.dtype == torch.float32:
+        from megatron_lcl.losses import softmax_triton
+
+        return softmax_triton
+    return softmax_torch
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _over_group(
     max_c: torch.Tensor, sum_c: torch.Tensor, target_c: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The maximum, the sum of exponentials relative to it, and the target's logit, over the whole vocabulary."""
+    """The largest logit, the sum of exponentials relative to it, and the target's logit, over the whole vocabulary."""
     if group is None:
         return max_c, sum_c, target_c
     own = torch.stack([max_c, sum_c, target_c])
