@@ -86,7 +86,7 @@ from safetensors import safe_open
 """
 
 _READ_POOL = """\
-with safe_open(f"{folder}/attention_pool.safetensors", "pt") as file:
+with safe_open(f"{folder}/lcl/attention_pool.safetensors", "pt") as file:
     pool, heads = {name: file.get_tensor(name).float() for name in file.keys()}, int(file.metadata()["heads"])
 """
 

@@ -11,13 +11,15 @@ from safetensors import safe_open
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 
-POOL = "attention_pool.safetensors"
+POOL = "lcl/attention_pool.safetensors"
+"""in a folder of its own: timm before 1.0.26 stumbles over a second .safetensors file beside the weights"""
 
 
 def save_pool(model: LCL, folder: Path, dtype: torch.dtype) -> None:
-    """`attention_pool.safetensors`: query, norm_{q,k,v}, q, k, v, out; the number of heads in its metadata."""
+    """`lcl/attention_pool.safetensors`: query, norm_{q,k,v}, q, k, v, out; the number of heads in its metadata."""
     parts = ("query", "norm_q.", "norm_k.", "norm_v.", "q.", "k.", "v.", "out.")
     tensors = {name: p for name, p in model.pool.named_parameters() if name.startswith(parts)}
+    (folder / POOL).parent.mkdir(exist_ok=True)
     save_parts(tensors, folder / POOL, dtype, {"heads": str(model.config.pool_heads)})
 
 

@@ -59,7 +59,7 @@ def test_certificate_and_card(model: LCL, tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
-        "attention_pool.safetensors",
+        "lcl/attention_pool.safetensors",
         "README.md",
     }
     assert "tokens_per_pack" in (tmp_path / "hf" / "README.md").read_text()  # the run's config

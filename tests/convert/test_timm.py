@@ -73,7 +73,7 @@ def test_tiny_by_local_dir(model: LCL, tmp_path: Path) -> None:
         assert probe(images).shape == (4, 10)
         assert torch.allclose(probe.forward_head(probe.forward_features(images), pre_logits=True), mean, atol=1e-5)
     config = timm.data.resolve_model_data_config(loaded)
-    assert (config["input_size"], config["interpolation"], config["crop_pct"]) == ((3, 64, 64), "bicubic", 1.0)
+    assert (tuple(config["input_size"]), config["interpolation"], config["crop_pct"]) == ((3, 64, 64), "bicubic", 1.0)
 
 
 @pytest.mark.slow
