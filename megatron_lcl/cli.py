@@ -108,6 +108,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     sub.add_argument("--image-size", type=int, help="interpolate the position embedding to this size")
 
+    sub = add("verify", _verify, "check a corpus: checksums, offsets, token and image indices, every image decodes")
+    sub.add_argument("corpus", metavar="CORPUS")
+    sub.add_argument("--quick", action="store_true", help="do not decode the images")
+
+    sub = add("inspect", _inspect, "look at a corpus: numbers, one document, or a page")
+    sub.add_argument("corpus", metavar="CORPUS")
+    sub.add_argument("what", nargs="*", metavar="stats | show N", help="default: stats")
+    sub.add_argument("--json", action="store_true", help="stats as JSON")
+    sub.add_argument("--html", metavar="FILE", help="write one self-contained page of sample documents")
+
+    sub = add("merge", _merge, "join corpora of the same tokenizer")
+    sub.add_argument("corpora", nargs="+", metavar="CORPUS")
+    sub.add_argument("--output", required=True, metavar="DIR")
+    sub.add_argument("--move", action="store_true", help="move the shards (default: link them)")
+
+    sub = add("replay", _replay, "the batch of a step as a page, on any machine")
+    sub.add_argument("--config", required=True, metavar="FILE", help="the run's config.yaml")
+    sub.add_argument("--step", required=True, type=int, help="counted from 0")
+    sub.add_argument("--rank", type=int, help="only what this data-parallel process reads")
+    sub.add_argument("--world-size", type=int, default=1, help="data-parallel processes (%(default)s)")
+    sub.add_argument("--output", metavar="FILE", help="default: replay-STEP.html")
+
     sub = add("report", _report, "one self-contained page about a run")
     sub.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run folder (train.output)")
     sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
@@ -206,6 +228,50 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.export import export
 
     print(export(options.checkpoint, options.format, options.output, options.dtype, options.image_size))
+
+
+def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.data.verify import verify
+
+    faults = verify(options.corpus, options.quick)
+    print("\n".join(faults) if faults else f"{options.corpus}: no fault found")
+    return 1 if faults else 0
+
+
+def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
+    import json
+
+    from megatron_lcl.data import inspect
+    from megatron_lcl.data.store import open_corpus
+
+    corpus = open_corpus(options.corpus)
+    if options.html:
+        print(inspect.write_page(corpus, options.html))
+        return
+    match options.what:
+        case [] | ["stats"]:
+            numbers = inspect.stats(corpus)
+            print(json.dumps(numbers, indent=1) if options.json else inspect.table(numbers))
+        case ["show", number] if number.isdecimal():
+            print(inspect.show(corpus, int(number)))
+        case _:
+            raise ValueError(f"inspect takes `stats` or `show N`, not {' '.join(options.what)!r}")
+
+
+def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.merge import merge
+
+    counts = merge(options.corpora, options.output, options.move)["counts"]
+    print(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
+
+
+def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.replay import replay_html
+
+    page = replay_html(configs.load(options.config), options.step, options.rank, options.world_size)
+    file = Path(options.output or f"replay-{options.step}.html")
+    file.write_text(page, encoding="utf-8")
+    print(file)
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:

@@ -175,7 +175,7 @@ def _describe(batch: PackedBatch, loader: PackedLoader, tokenizer: Tokenizer) ->
             for image in origin.images:
                 before = tokens[b * places + origin.start : b * places + image.soi]
                 text = tokenizer.decode(before[before < tokenizer.sot])[-CONTEXT_CHARACTERS:]
-                pair = Pair(origin.document, image.shard, image.image, text)
+                pair = Pair(int(origin.document), int(image.shard), int(image.image), text)
                 yield b * loader.images_per_pack + image.slot, pair
 
 

@@ -1,0 +1,9 @@
+"""`megatron-lcl inspect` from a checkout that is not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from megatron_lcl.cli import main
+
+raise SystemExit(main(["inspect", *sys.argv[1:]]))
