@@ -108,6 +108,13 @@ class IndexedWriter:
         self._lengths.append(len(block) // self._dtype.itemsize)
         self._modes.append(mode)
 
+    def add_run(self, sequences: list[bytes], mode: int) -> None:
+        """Append sequences of one mode; faster than one by one."""
+        self._bin.write(b"".join(sequences))
+        size = self._dtype.itemsize
+        self._lengths.extend([len(sequence) // size for sequence in sequences])
+        self._modes.frombytes(mode.to_bytes(1, "little") * len(sequences))
+
     def end_document(self) -> None:
         self._documents.append(len(self._lengths))
 

@@ -163,68 +163,78 @@ def final_name(part_file: str, shard: int) -> str:
 
 def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Drops) -> Iterator[int]:
     """Write a batch of documents; yields a hash of each one written."""
-    texts = [
-        _clean(item.text, document, drops) for document in batch for item in document.items if isinstance(item, Text)
-    ]
-    ids = iter(zip(job.tokenizer.encode_batch(texts), texts, strict=True))
+    texts = _clean(batch, drops)
+    encoded = zip(job.tokenizer.encode_bytes(texts), texts, strict=True)
     for document in batch:
-        digest = _write_document(job, writer, document, ids, drops)
+        digest = _write_document(job, writer, document, encoded, drops)
         if digest is not None:
             yield digest
 
 
-def _clean(text: str, document: Document, drops: Drops) -> str:
+def _clean(batch: list[Document], drops: Drops) -> list[str]:
+    """All texts of the batch in order, lone surrogates replaced, "" for blank ones."""
+    texts = [item.text for document in batch for item in document.items if isinstance(item, Text)]
     try:
-        text.encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
-        drops.note("text", "invalid Unicode replaced", document.name)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text if text.strip() else ""
+        names = [document.name for document in batch for item in document.items if isinstance(item, Text)]
+        for k, text in enumerate(texts):
+            texts[k] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if texts[k] != text:
+                drops.note("text", "invalid Unicode replaced", names[k])
+    return ["" if text.isspace() else text for text in texts]
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadyImage:
+    image: Image
+    data: bytes
+    size: Probe
 
 
 def _write_document(
-    job: Job, writer: ShardWriter, document: Document, ids: Iterator[tuple[list[int], str]], drops: Drops
+    job: Job, writer: ShardWriter, document: Document, encoded: Iterator[tuple[bytes, str]], drops: Drops
 ) -> int | None:
-    """Write one document; returns its hash, or None where nothing of it was left."""
-    digest = xxhash.xxh3_64()
-    new_number: dict[int, int] = {}  # of a text, once those without tokens are gone
-    pieces: list[list[int] | tuple[Image, bytes, Probe]] = []
-    num_texts = 0
+    """Write one document, taking its texts from `encoded`; returns its hash, or None where nothing of it was left."""
+    runs: list[list[bytes] | _ReadyImage] = []  # texts between images together
+    texts: list[bytes] = []
+    new_number: list[int] = []  # of each text, once those without tokens are gone; -1 for these
+    content: list[str] = []
     for item in document.items:
         if isinstance(item, Text):
-            piece, text = next(ids)
-            if piece:
-                new_number[num_texts] = len(new_number)
-                pieces.append(piece)
-                digest.update(b"\0T" + text.encode())
-            elif item.text:  # an importer counts an empty one itself
-                drops.left_out("text", "without tokens" if text else "blank", document.name)
-            num_texts += 1
+            ids, text = next(encoded)
+            if ids:
+                new_number.append(len(content))
+                content.append(text)
+                texts.append(ids)
+            else:
+                new_number.append(-1)
+                if item.text:  # an importer counts an empty one itself
+                    drops.left_out("text", "without tokens" if text else "blank", document.name)
         elif (ready := _ready_image(job, item, document, drops)) is not None:
-            pieces.append((item, *ready))
-            digest.update(b"\0I" + xxhash.xxh3_128_digest(ready[0]))
-    kept: list[list[int] | tuple[Image, bytes, Probe]] = []
-    for entry in pieces:
-        if isinstance(entry, tuple) and (reason := _bad_match(entry[0], new_number, num_texts)):
-            drops.bad("image", reason, f"{document.name}: {entry[0].name}")
+            runs += [texts, ready]
+            texts = []
+    runs.append(texts)
+    for run in runs:
+        if isinstance(run, list):
+            if run:
+                writer.add_texts(run)
+        elif reason := _bad_match(run.image, new_number):
+            drops.bad("image", reason, f"{document.name}: {run.image.name}")
         else:
-            kept.append(entry)
-    if not kept:
+            image, size = run.image, run.size
+            matched = None if image.matched_text is None else new_number[image.matched_text]
+            writer.add_image(run.data, size.width, size.height, size.format, image.similarity, matched)
+            content.append(xxhash.xxh3_128_hexdigest(run.data))
+    if not content:
         drops.bad("document", "nothing left", document.name)
         return None
-    for entry in kept:
-        if isinstance(entry, tuple):
-            image, data, size = entry
-            matched = None if image.matched_text is None else new_number[image.matched_text]
-            writer.add_image(data, size.width, size.height, size.format, image.similarity, matched)
-        else:
-            writer.add_text(entry)
     writer.end_document()
-    return digest.intdigest()
+    return xxhash.xxh3_64_intdigest("\0".join(content).encode())
 
 
-def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> tuple[bytes, Probe] | None:
-    """The bytes to store and their size; None, and counted, for an image that cannot be used."""
+def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:
+    """The image with the bytes to store and their size; None, and counted, if it cannot be used."""
     try:
         size, data = probe(image.data), image.data
         if job.max_image_side and max(size.width, size.height) > job.max_image_side:
@@ -236,13 +246,15 @@ def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> tu
     if size.width == size.height == 1:
         drops.left_out("image", "1x1 pixel", f"{document.name}: {image.name}")
         return None
-    return data, size
+    return _ReadyImage(image, data, size)
 
 
-def _bad_match(image: Image, new_number: dict[int, int], num_texts: int) -> str:
+def _bad_match(image: Image, new_number: list[int]) -> str:
     """Why an image's match makes it unusable; "" if it does not."""
     if image.similarity is not None and not np.isfinite(image.similarity):
         return "similarity is not a number"
-    if image.matched_text is None or image.matched_text in new_number:
+    if image.matched_text is None:
         return ""
-    return "matched text is blank" if 0 <= image.matched_text < num_texts else "matched text out of range"
+    if not 0 <= image.matched_text < len(new_number):
+        return "matched text out of range"
+    return "matched text is blank" if new_number[image.matched_text] < 0 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 
@@ -13,7 +14,11 @@ from PIL import ImageOps
 MAX_PIXELS = 178_956_970
 """Pillow's own limit of what is not a decompression bomb"""
 _EXIF_ORIENTATION = 0x0112
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
+DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
+    struct.error, Pillow.DecompressionBombError,
+)  # fmt: skip
+"""what Pillow raises for files that are not whole"""
 
 
 class BadImage(Exception):
@@ -39,7 +44,7 @@ def probe(data: bytes) -> Probe:
             image = Pillow.open(io.BytesIO(data))
         except Pillow.DecompressionBombError:
             raise BadImage("too many pixels") from None
-        except _DAMAGE:
+        except DAMAGE:
             raise BadImage(_what_it_is(data)) from None
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -50,7 +55,7 @@ def probe(data: bytes) -> Probe:
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if image.format != "GIF" else 1
         except Pillow.DecompressionBombError:
             raise BadImage("too many pixels") from None
-        except _DAMAGE:
+        except DAMAGE:
             raise BadImage("truncated or damaged") from None
     if orientation in (5, 6, 7, 8):
         width, height = height, width

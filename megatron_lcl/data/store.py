@@ -75,9 +75,14 @@ class ShardWriter:
 
     def add_text(self, ids: Sequence[int] | np.ndarray) -> None:
         """A text piece: its token ids, without special tokens."""
-        piece = array("i", ids).tobytes() if isinstance(ids, list) else np.asarray(ids, np.int32).tobytes()
+        piece = np.asarray(ids, np.int32).tobytes()
         self._tokens.add(piece, TEXT)
         self._num_tokens += len(piece) // 4
+
+    def add_texts(self, pieces: list[bytes]) -> None:
+        """Several text pieces, given as the bytes of their int32 ids; faster than one by one."""
+        self._tokens.add_run(pieces, TEXT)
+        self._num_tokens += sum(map(len, pieces)) // 4
 
     def add_image(
         self,

@@ -16,6 +16,7 @@ from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Unit
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
+_DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
 _RANGE = 8 << 20
 _MAX_LINE = 64 << 20
@@ -47,15 +48,19 @@ def line_units(files: Iterable[Path]) -> list[Unit]:
 def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, object) of each line of a unit that holds a JSON object; others are counted as bad documents."""
     for name, line, complete in _lines(unit, drops):
-        if not line.strip():
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = line.decode(errors="replace")
+            drops.note("document", "invalid UTF-8 replaced", name)
+        text = text.strip()
+        if not text:
             continue
         try:
-            try:
-                value = json.loads(line)
-            except UnicodeDecodeError:
-                value = json.loads(line.decode("utf-8", "replace"))
-                drops.note("document", "invalid UTF-8 replaced", name)
+            value, end = _DECODER.raw_decode(text)
         except (ValueError, RecursionError):
+            end = -1
+        if end != len(text):
             drops.bad("document", "not JSON" if complete else "cut last line", name)
             continue
         if isinstance(value, dict):
@@ -88,16 +93,17 @@ def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Ite
         position = file.tell()
     while position < end:
         line = file.readline(_MAX_LINE)
-        label, position = f"{name}@{position}", file.tell()
+        label = f"{name}@{position}"
+        position += len(line)
         if not line:
             return
-        if len(line) == _MAX_LINE and not line.endswith(b"\n"):
-            drops.bad("document", "line too long", label)
-            while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
-            position = file.tell()
-        else:
+        if len(line) < _MAX_LINE or line.endswith(b"\n"):
             yield label, line, line.endswith(b"\n")
+            continue
+        drops.bad("document", "line too long", label)
+        while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
+            pass
+        position = file.tell()
 
 
 def _split(name: str, chunks: Iterable[bytes], drops: Drops) -> Iterator[tuple[str, bytes, bool]]:

@@ -54,16 +54,16 @@ class ObelicsImporter(Importer):
         """Payload: (path, row group, number of its first row); row group -1 for a file that cannot be read."""
         units = []
         for file in self.files:
+            size = file.stat().st_size
             try:
                 metadata = pq.read_metadata(file)
-            except (pa.ArrowException, OSError):
-                units.append(Unit(file.name, file.stat().st_size, (file, -1, 0)))
+                num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            except (pa.ArrowException, OSError, ValueError):
+                units.append(Unit(file.name, size, (file, -1, 0)))
                 continue
-            first = 0
-            for group in range(metadata.num_row_groups):
-                size = file.stat().st_size // metadata.num_row_groups
-                units.append(Unit(f"{file.name}:{first}", size, (file, group, first)))
-                first += metadata.row_group(group).num_rows
+            for group in range(len(num_rows)):
+                first = sum(num_rows[:group])
+                units.append(Unit(f"{file.name}:{first}", size // len(num_rows), (file, group, first)))
         return units
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
