@@ -52,7 +52,7 @@ _SETTINGS = (
     "pair_layout",
     "seed",
 )
-_SHUFFLE, _PACKS = 1 << 62, (1 << 62) + 1
+_SHUFFLE = 1 << 62
 
 
 # --- ledger ------------------------------------------------------------------------------------------------------
@@ -122,6 +122,9 @@ def open_ledger(
     if not data.corpora:
         raise ValueError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
     blend = [{"path": c.path, "fingerprint": open_corpus(c.path).fingerprint, "weight": c.weight} for c in data.corpora]
+    tokenizers = {c.path: open_corpus(c.path).manifest["tokenizer"]["fingerprint"] for c in data.corpora}
+    if len(set(tokenizers.values())) > 1:
+        raise ValueError(f"the corpora of a blend must have the same tokenizer; these differ: {tokenizers}")
     if len({c["fingerprint"] for c in blend}) < len(blend):
         raise ValueError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
     settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
@@ -166,7 +169,9 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
+    """Packs first … stop-1, in `folder`; `end` is the state that the next chunk begins with."""
+
     first: int
     stop: int
     folder: Path
@@ -182,7 +187,8 @@ class PackIndex:
         self.images_per_pack: int = ledger.settings["images_per_pack"]
         self._data = data
         self._cache = cache_folder(data)
-        self._chunks: list[_Chunk] = []
+        self.chunks: list[Chunk] = []
+        """built or found so far, from the first on"""
         self._sources: dict[str, Source] = {}
         self._loaded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -224,18 +230,18 @@ class PackIndex:
                 )
         return self._sources[wanted]
 
-    def _chunk_of(self, number: int) -> _Chunk:
-        while not self._chunks or number >= self._chunks[-1].stop:
-            self._chunks.append(self._next_chunk())
-        return next(c for c in reversed(self._chunks) if c.first <= number)
+    def _chunk_of(self, number: int) -> Chunk:
+        while not self.chunks or number >= self.chunks[-1].stop:
+            self.chunks.append(self._next_chunk())
+        return next(c for c in reversed(self.chunks) if c.first <= number)
 
     def prepare(self, number: int) -> None:
         """Have the chunk of pack `number` built."""
         self._chunk_of(number)
 
-    def _next_chunk(self) -> _Chunk:
+    def _next_chunk(self) -> Chunk:
         state: dict[str, Any] = (
-            self._chunks[-1].end if self._chunks else {"pack": 0, "blend": -1, "positions": {}, "served": {}}
+            self.chunks[-1].end if self.chunks else {"pack": 0, "blend": -1, "positions": {}, "served": {}}
         )
         blends = self.ledger.blends()
         current = max(i for i, e in enumerate(blends) if i == 0 or e["from_pack"] <= state["pack"])
@@ -250,7 +256,7 @@ class PackIndex:
         folder = build_once(self._cache / f"packs-{fingerprint(inputs)}", lambda path: self._build_chunk(path, inputs))
         record = json.loads((folder / "chunk.json").read_text())
         corpora = tuple(fingerprint for fingerprint, _ in inputs["blend"])
-        return _Chunk(state["pack"], record["end"]["pack"], folder, corpora, record["end"])
+        return Chunk(state["pack"], record["end"]["pack"], folder, corpora, record["end"])
 
     def _build_chunk(self, folder: Path, inputs: dict[str, Any]) -> None:
         state = json.loads(json.dumps(inputs["state"]))
@@ -298,16 +304,19 @@ class PackIndex:
         ]
         starts = np.cumsum([0, *spans]).astype(np.int64)
         tokens = np.concatenate([s.tokens[d] for s, d in zip(sources, drawn, strict=True)])
-        taken = np.bincount(packing.blend(tokens, starts, weights, served), minlength=num)
+        turns = packing.blend(tokens, starts, weights, served)
+        taken = np.bincount(turns, minlength=num)
 
         blocks = []
-        for c, (source, position, documents, count) in enumerate(zip(sources, positions, drawn, taken, strict=True)):
-            sizes = source.sizes(documents[:count], position[0])
+        for c, (source, position, documents) in enumerate(zip(sources, positions, drawn, strict=True)):
+            sizes = source.sizes(documents[: taken[c]], position[0])
             block = np.empty(len(sizes), ENTRY)
             block["corpus"], block["epoch"], block["part"] = c, position[0], sizes[:, 1]
             block["document"] = documents[sizes[:, 0]]
-            blocks.append((block, sizes[:, 2], sizes[:, 3]))
-        entries, sizes, images = (np.concatenate(x) for x in zip(*blocks, strict=True))
+            blocks.append((block, sizes[:, 2], sizes[:, 3], np.flatnonzero(turns == c)[sizes[:, 0]]))
+        entries, sizes, images, turn = (np.concatenate(x) for x in zip(*blocks, strict=True))
+        as_drawn = np.argsort(turn, kind="stable")
+        entries, sizes, images = entries[as_drawn], sizes[as_drawn], images[as_drawn]
         order, offsets = packing.best_fit(
             sizes,
             images,
@@ -315,12 +324,6 @@ class PackIndex:
             settings["images_per_pack"],
             packing.max_sequences(settings["tokens_per_pack"]),
         )
-        packs = shuffled(key(settings["seed"], _PACKS, state["pack"]), len(offsets) - 1, 0, len(offsets) - 1)
-        lengths = np.diff(offsets)[packs]
-        ends = np.cumsum(lengths)
-        within = np.arange(len(order)) - np.repeat(ends - lengths, lengths)
-        entries = entries[order[np.repeat(offsets[packs], lengths) + within]]
-
         for (name, _), position, count, n in zip(blend, positions, taken, left, strict=True):
             epoch_over = count == n
             state["positions"][name] = [
@@ -328,10 +331,10 @@ class PackIndex:
                 0 if epoch_over else position[1] + int(count),
             ]
         state["served"] = {f: int(s) for (f, _), s in zip(blend, served, strict=True)}
-        state["pack"] += len(packs)
+        state["pack"] += len(offsets) - 1
         totals["tokens"] += int(sizes.sum())
         totals["images"] += int(images.sum())
-        return entries, np.concatenate([[0], ends]), int(taken.sum())
+        return entries[order], offsets, int(taken.sum())
 
 
 def _mean_tokens(source: Source) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 
 _U = np.uint64
 _ONE, _ALL = _U(1), _U(0xFFFFFFFFFFFFFFFF)
+_CANDIDATES, _REACH = 12, 512  # of `best_fit`: sequences tried, and how far to look for them
 
 
 def max_sequences(tokens_per_pack: int) -> int:
@@ -90,56 +91,147 @@ def _largest(words: np.ndarray, summary: np.ndarray, limit: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
+def _take(stock: Any, m: int, t: int) -> None:
+    """Take one sequence of m images and t tokens out of the stock."""
+    words, summary, count = stock
+    count[m, t] -= 1
+    if count[m, t] == 0:
+        words[m, t >> 6] &= ~(_ONE << _U(t & 63))
+        if not words[m, t >> 6]:
+            summary[m, t >> 12] &= ~(_ONE << _U((t >> 6) & 63))
+
+
+@numba.njit(cache=True, nogil=True)
+def _give(stock: Any, m: int, t: int) -> None:
+    """Put one back."""
+    words, summary, count = stock
+    count[m, t] += 1
+    words[m, t >> 6] |= _ONE << _U(t & 63)
+    summary[m, t >> 12] |= _ONE << _U((t >> 6) & 63)
+
+
+@numba.njit(cache=True, nogil=True)
+def _best_last(stock: Any, room: int, slots: int, price_t: float, price_m: float) -> tuple[float, int, int]:
+    """The sequence that wastes least of `room` tokens and `slots` images: (cost of the waste, images, tokens or -1)."""
+    words, summary, _ = stock
+    best, best_m, best_t = room * price_t + slots * price_m, 0, -1
+    for m in range(min(slots + 1, len(words))):
+        t = _largest(words[m], summary[m], room)
+        if t >= 0 and (room - t) * price_t + (slots - m) * price_m < best:
+            best, best_m, best_t = (room - t) * price_t + (slots - m) * price_m, m, t
+    return best, best_m, best_t
+
+
+@numba.njit(cache=True, nogil=True)
 def best_fit(
     tokens: np.ndarray, images: np.ndarray, max_tokens: int, max_images: int, max_count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pack N sequences: order int32 [N] and offsets int64 [B+1]; pack b holds sequences order[offsets[b]:offsets[b+1]].
 
-    tokens int32 [N] in 1 … T, images int32 [N] in 0 … I. Deterministic. Every choice looks at one candidate per image
-    count, so the cost is O(N·I). The fullest sequence opens a pack; then always the one that leaves least room, and
-    the room it leaves in the proportion T : I.
+    tokens int32 [N] in 1 … T, images int32 [N] in 0 … I. Deterministic, O(N·I).
+
+    Minimum bin slack (Gupta & Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999) for
+    two constraints: a pack takes sequences as they come, passing over those that would spoil the proportion of tokens
+    to images, until a few more will fill it; the last three are searched, the third among all that are left. Taking
+    them as they come, and not by size, leaves a stock of the same mixture to the end.
     """
     num = len(tokens)
     num_words = (max_tokens >> 6) + 1
     words = np.zeros((max_images + 1, num_words), np.uint64)
     summary = np.zeros((max_images + 1, (num_words >> 6) + 1), np.uint64)
+    stock = words, summary, np.zeros((max_images + 1, max_tokens + 1), np.int32)
     head = np.full((max_images + 1, max_tokens + 1), -1, np.int32)
     following = np.empty(num, np.int32)
+    tokens_left, images_left = 0, 0
     for i in range(num - 1, -1, -1):
         m, t = images[i], tokens[i]
         following[i] = head[m, t]
         head[m, t] = i
-        words[m, t >> 6] |= _ONE << _U(t & 63)
-        summary[m, t >> 12] |= _ONE << _U((t >> 6) & 63)
+        _give(stock, m, t)
+        tokens_left += t
+        images_left += m
+    mean = tokens_left / max(1, num)
 
     order = np.empty(num, np.int32)
-    offsets = np.empty(num + 1, np.int64)
-    offsets[0] = 0
-    count, packs = 0, 0
+    offsets = np.zeros(num + 1, np.int64)
+    used = np.zeros(num, np.bool_)
+    chosen = np.empty((max_count + 1, 2), np.int32)  # images and tokens of the pack's sequences
+    candidates = np.empty(_CANDIDATES, np.int32)
+    count, packs, oldest = 0, 0, 0
     while count < num:
-        room, slots, places = max_tokens, max_images, max_count
-        while places > 0:
-            best_m, best_t, best_cost = -1, -1, np.inf
-            for m in range(min(slots, max_images) + 1):
-                t = _largest(words[m], summary[m], room)
-                if t < 0:
-                    continue
-                left, free = (room - t) / max_tokens, (slots - m) / max_images
-                cost = left + free + 2 * abs(left - free)
-                if cost < best_cost:
-                    best_m, best_t, best_cost = m, t, cost
-            if best_m < 0:
+        room, slots, places = max_tokens, max_images, 0
+        load_t, load_m = tokens_left / max_tokens, images_left / max_images  # packs that each would fill
+        scarce_images = load_m > load_t
+        good = 0.0005 + 0.5 * (1 - min(load_t, load_m) / max(load_t, load_m))  # waste that need not be improved on
+        price_t = (1.0 if scarce_images else 3.0) / max_tokens
+        price_m = (3.0 if scarce_images else 1.0) / max_images
+        while used[oldest]:
+            oldest += 1
+        # as they come
+        j = oldest
+        while j < min(num, oldest + _REACH) and places < max_count and (places == 0 or room >= 3.2 * mean):
+            m, t = images[j], tokens[j]
+            fits = not used[j] and stock[2][m, t] > 0 and m <= slots and t + 1.6 * mean <= room
+            balanced = abs((slots - m) - (room - t) * images_left / tokens_left) <= 2.0
+            if (fits and balanced) or places == 0:
+                _take(stock, m, t)
+                chosen[places, 0], chosen[places, 1] = m, t
+                room, slots, places = room - t, slots - m, places + 1
+            j += 1
+        # the last three
+        found = 0
+        j = oldest
+        while j < min(num, oldest + _REACH) and found < _CANDIDATES:
+            if not used[j] and tokens[j] <= room and images[j] <= slots:
+                candidates[found] = j
+                found += 1
+            j += 1
+        last = _best_last(stock, room, slots, price_t, price_m)
+        best, first, second = last[0], -1, -1
+        for x in range(found if places + 2 <= max_count else 0):
+            if best <= good:
                 break
-            m, t = best_m, best_t
+            m1, t1 = images[candidates[x]], tokens[candidates[x]]
+            if stock[2][m1, t1] == 0:
+                continue
+            _take(stock, m1, t1)
+            trial = _best_last(stock, room - t1, slots - m1, price_t, price_m)
+            if trial[0] < best:
+                best, first, second, last = trial[0], x, -1, trial
+            for y in range(x if places + 3 <= max_count else 0):
+                if best <= good:
+                    break
+                m2, t2 = images[candidates[y]], tokens[candidates[y]]
+                if t1 + t2 > room or m1 + m2 > slots or stock[2][m2, t2] == 0:
+                    continue
+                _take(stock, m2, t2)
+                trial = _best_last(stock, room - t1 - t2, slots - m1 - m2, price_t, price_m)
+                if trial[0] < best:
+                    best, first, second, last = trial[0], x, y, trial
+                _give(stock, m2, t2)
+            _give(stock, m1, t1)
+        for x in (first, second):
+            if x >= 0:
+                m, t = images[candidates[x]], tokens[candidates[x]]
+                _take(stock, m, t)
+                chosen[places, 0], chosen[places, 1] = m, t
+                room, slots, places = room - t, slots - m, places + 1
+        # and what still fits
+        while places < max_count and last[2] >= 0:
+            m, t = last[1], last[2]
+            _take(stock, m, t)
+            chosen[places, 0], chosen[places, 1] = m, t
+            room, slots, places = room - t, slots - m, places + 1
+            last = _best_last(stock, room, slots, price_t, price_m)
+        for k in range(places):
+            m, t = chosen[k, 0], chosen[k, 1]
             i = head[m, t]
             head[m, t] = following[i]
-            if following[i] < 0:
-                words[m, t >> 6] &= ~(_ONE << _U(t & 63))
-                if not words[m, t >> 6]:
-                    summary[m, t >> 12] &= ~(_ONE << _U((t >> 6) & 63))
             order[count] = i
+            used[i] = True
             count += 1
-            room, slots, places = room - t, slots - m, places - 1
+            tokens_left -= t
+            images_left -= m
         packs += 1
         offsets[packs] = count
     return order, offsets[: packs + 1].copy()

@@ -224,8 +224,8 @@ def arrange(
 
     lengths int32 [K], modes int8 [K]; similarity float32 [M], matched int32 [M].
     A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
-    images and all texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a segment and
-    its images staying together where they fit one sequence; a text is cut only if it is itself too long.
+    images and all texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a
+    segment and its images staying together where they fit one sequence; a text is cut only if it is itself too long.
     """
     keep = select(similarity, matched, key, rules)
     num_texts = 0

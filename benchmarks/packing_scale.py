@@ -1,0 +1,123 @@
+"""Pack index of 10^5, 10^6 and 10^7 documents: seconds on one core, peak memory, and how full the packs are.
+
+Documents are resampled from real MMC4 annotations (a shard `docs_*.jsonl`, CLIP tokens, 49 patches an image): their
+segments, image matches and similarities. One shard of 100,000 documents is written and linked as often as needed, so
+the whole path is measured: reading the corpus, selection, shuffling, blending, packing, writing the index.
+
+    python benchmarks/packing_scale.py docs_no_face_shard_151_v3.jsonl [--tokens 2048] [--documents 100000 1000000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHARD = 100_000
+
+
+def write_corpus(folder: Path, annotations: Path, num_documents: int) -> None:
+    """A corpus of resampled documents: sizes are real, token ids and images are holes in sparse files."""
+    from megatron_lcl.data.store import ShardWriter, write_manifest
+    from megatron_lcl.data.tokenizer import load
+
+    tokenizer = load("clip")
+    documents = []
+    for line in annotations.read_text().splitlines():
+        record = json.loads(line)
+        lengths = [len(ids) for ids in tokenizer.encode_batch(record["text_list"])]
+        images = [(i["matched_sim"], i["matched_text_index"]) for i in record["image_info"]]
+        documents.append(([np.zeros(n, np.int32).tobytes() for n in lengths], images))
+    folder.mkdir()
+    tokenizer.save(folder / tokenizer.file_name)
+    writer = ShardWriter(folder, 0)
+    for d in np.random.default_rng(0).integers(0, len(documents), SHARD):
+        texts, images = documents[d]
+        for text in texts:
+            writer.add_text(np.frombuffer(text, np.int32))
+        for similarity, matched in images:
+            writer.add_image(b"-", 1, 1, "JPEG", similarity, matched)
+        writer.end_document()
+    files, counts = writer.finish()
+    for name in list(files):
+        for k in range(1, num_documents // SHARD):
+            os.link(folder / name, folder / name.replace("00000", f"{k:05d}"))
+    manifest = {"format_version": 1, "tokenizer": {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}}
+    write_manifest(folder, {**manifest, "shards": [counts] * (num_documents // SHARD), "files": files})
+
+
+def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, queue: Any) -> None:
+    """One epoch's index, in a process of its own so that its peak memory is its own."""
+    from megatron_lcl.config import Corpus, Data
+    from megatron_lcl.data.index import PackIndex, open_ledger
+
+    data = Data(corpora=(Corpus(folder),), tokens_per_pack=tokens_per_pack, cache=cache)
+    started = time.perf_counter()
+    ledger = open_ledger(data, 49, tokens_per_pack)
+    measured = time.perf_counter()
+    index, packs = PackIndex(data, ledger), 0
+    while True:
+        index.prepare(packs)
+        chunk = index.chunks[-1]
+        packs = chunk.stop
+        if chunk.end["positions"][chunk.corpora[0]][0] == 1:
+            break
+    ended = time.perf_counter()
+    records = [json.loads((c.folder / "chunk.json").read_text()) for c in index.chunks]
+    slots = packs * index.images_per_pack
+    queue.put(
+        {
+            "documents": num_documents,
+            "images_per_pack": index.images_per_pack,
+            "measure": measured - started,
+            "pack": ended - measured,
+            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "packs": packs,
+            "tokens": sum(r["tokens"] for r in records) / (packs * tokens_per_pack),
+            "images": sum(r["images"] for r in records) / slots,
+        }
+    )
+
+
+def run(folder: Path, cache: Path, num_documents: int, tokens_per_pack: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=build, args=(str(folder), str(cache), num_documents, tokens_per_pack, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048, help="T")
+    parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    arguments = parser.parse_args()
+    print("documents      I   sizes s   packs s   total s   s per 10^6   peak MiB       packs   tokens   images")
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, num_documents in enumerate([SHARD, *arguments.documents]):  # the first run compiles
+            folder = Path(temporary) / f"corpus{number}"
+            write_corpus(folder, arguments.annotations, num_documents)
+            r = run(folder, Path(temporary) / f"cache{number}", num_documents, arguments.tokens)
+            total = r["measure"] + r["pack"]
+            if number:
+                print(
+                    f"{r['documents']:>10,}  {r['images_per_pack']:>4}  {r['measure']:8.2f}  {r['pack']:8.2f}"
+                    f"  {total:8.2f}  {total / num_documents * 1e6:11.2f}  {r['peak']:9.0f}  {r['packs']:>10,}  {r['tokens']:.2%}"
+                    f"  {r['images']:.2%}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
