@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_lcl.data import tokenizer as tokenizers
@@ -16,7 +16,12 @@ from megatron_lcl.data import tokenizer as tokenizers
 open_clip = pytest.importorskip("open_clip.tokenizer")
 REFERENCE = open_clip.SimpleTokenizer(additional_special_tokens=["<img_placehold>", "<start_of_img>", "<end_of_img>"])
 CLIP = tokenizers.load("clip")
-SPECIAL = {REFERENCE.encoder[t] for t in tokenizers.SPECIAL_TOKENS}
+
+
+def names_a_special_token(text: str) -> bool:
+    """There alone the reference differs, on purpose: it encodes such a string as the special token."""
+    return any(token in tokenizers.clip_clean(text) for token in tokenizers.SPECIAL_TOKENS)
+
 
 # what ftfy, HTML-unescaping, lower-casing and Unicode classes act on
 FRAGMENTS = [
@@ -43,6 +48,7 @@ def test_real_texts(shared: Path) -> None:
 @settings(max_examples=600, deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_as_in_the_reference(text: str) -> None:
+    assume(not names_a_special_token(text))
     assert CLIP.encode(text) == REFERENCE.encode(text)
 
 
@@ -50,6 +56,7 @@ def test_any_text_as_in_the_reference(text: str) -> None:
 @given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(codec="latin-1"), max_size=3)), max_size=8))
 def test_awkward_text_as_in_the_reference(parts: list[str]) -> None:
     text = "".join(parts)
+    assume(not names_a_special_token(text))
     assert tokenizers.clip_clean(text) == open_clip._clean_lower(text)
     assert CLIP.encode(text) == REFERENCE.encode(text)
 
