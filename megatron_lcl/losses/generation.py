@@ -45,9 +45,8 @@ def generation_loss(
     shares sum to the whole. So hidden is entered through the usual copy whose backward all-reduces over the group, or
     the sequence-parallel gather whose backward reduce-scatters.
 
-    The gradient is computed in forward, if gradients are enabled and asked for, and handed out once: a second backward
-    (retain_graph) raises RuntimeError. Raises ValueError for shapes, dtypes or a vocab_size that do not fit, and on a
-    caller that is not in the group.
+    The gradient is computed in forward, if gradients are enabled and asked for; it is once differentiable. Raises
+    ValueError for shapes, dtypes or a vocab_size that do not fit, and on a caller that is not in the group.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -89,12 +88,12 @@ class _GenerationFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         if ctx.gradients is None:
-            raise RuntimeError("generation_loss hands its gradient out once; call it again for a second backward")
-        gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(grad)
-        return *gradients, None, None, None, None, None
+            raise RuntimeError("a second backward through generation_loss needs retain_graph=True in the first")
+        gradients = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return *(None if g is None else g * grad for g in gradients), None, None, None, None, None
+        ctx.gradients = None  # handed over, not copied: as large as the weight
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None
 
 
 def _chunked(
@@ -115,9 +114,9 @@ def _chunked(
     if device.type == "cpu":  # has no matrix product of half-precision numbers with a float32 result
         hidden_RD, weight_VD = hidden_RD.to(dtype), weight_VD.to(dtype)
 
+    step = max(1, CHUNK_LOGITS // len(weight_VD))  # before the cut, which differs between ranks
     weight_VD = weight_VD[: max(1, num_real)]
     V = len(weight_VD)
-    step = max(1, CHUNK_LOGITS // V)
     memory = torch.empty(min(step, len(hidden_RD)), V, dtype=dtype, device=device)  # fresh memory costs page faults
     softmax = _softmax(memory)
     for rows in (slice(start, start + step) for start in range(0, len(hidden_RD), step)):
