@@ -1,0 +1,36 @@
+"""The Triton kernels without a GPU: results under the interpreter, and that they compile for real devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def test_interpreted_kernels_give_the_same():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout[-5000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "shared_memory"), [(80, 163 * 1024), (90, 227 * 1024)])
+def test_kernels_compile(architecture, shared_memory, tmp_path):
+    """For A100 and H100 (CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability")."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(HERE / "compile_kernels.py"), str(architecture)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-5000:]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 3 * 2 * 2 + 3
+    for name, shared, tensor_cores in lines:
+        assert int(shared) <= shared_memory, name
+        assert "softmax" in name or tensor_cores == "True", name
