@@ -105,7 +105,7 @@ def preprocess(
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
     in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
     is. options: the importer's own. shard: (i, n) does every n-th task, the i-th of 0 … n-1; whoever finds all done
-    finishes.
+    finishes, and a share that fails leaves the others' work alone.
 
     Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
     ValueError, and leaves nothing half-written, where the input is unusable, more than `max_bad_fraction` of it is bad,
@@ -267,7 +267,7 @@ def _write_corpus(
                     _finish(folder, recipe, job, [part for task in parts for part in task], max_bad_fraction, source)
     except BaseException as error:
         keeps_parts = not isinstance(error, ValueError) or isinstance(error, DiskFull)
-        if not (keeps_parts and any(work.glob("part-*.json"))):
+        if shard is None and not (keeps_parts and any(work.glob("part-*.json"))):
             _remove(folder, created)
         raise
 

@@ -1,0 +1,87 @@
+"""Preprocessing as a Slurm job array, through `submitit`: each job does a share; a failed one is run again alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.preprocess import Summary, preprocess
+
+logger = logging.getLogger(__name__)
+_POLL = 2.0
+"""seconds between looks at the queue"""
+
+
+def preprocess_on_slurm(
+    format: str,
+    input: str | Path,
+    output: str | Path,
+    *,
+    shares: int,
+    workers: int = 1,
+    logs: str | Path | None = None,
+    retries: int = 2,
+    slurm: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Summary:
+    """`preprocess` in `shares` jobs of one array, on folders that all nodes see; waits, and returns its summary.
+
+    The corpus is the same, byte for byte, as from one process. workers: processes, and so CPUs, of a job. logs: folder
+    for the jobs' logs (default: beside the output). slurm: submitit's parameters, e.g. {"slurm_partition": "cpu",
+    "timeout_min": 600, "slurm_array_parallelism": 64}. A share that failed or was lost is submitted again, up to
+    `retries` times. Raises ValueError where submitit is not installed, Slurm refuses the job, or a share fails for
+    good.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("Slurm needs the package submitit: `pip install megatron-lcl[slurm]`") from None
+    if shares < 1:
+        raise ValueError(f"shares is {shares}; give at least 1")
+    output = Path(output).resolve()
+    folder = Path(logs) if logs is not None else output.with_name(output.name + ".slurm")
+    arguments = {
+        **options,
+        "format": format,
+        "input": str(Path(input).resolve()),
+        "output": str(output),
+        "workers": workers,
+    }
+    for name in ("images", "held_out", "tokenizer"):
+        if isinstance(value := options.get(name), str | Path) and str(value) != "clip":
+            arguments[name] = str(Path(value).resolve())
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+        executor.update_parameters(
+            **{"name": "megatron-lcl-preprocess", "cpus_per_task": workers, "timeout_min": 1440, **(slurm or {})}
+        )
+        waiting = list(range(shares))
+        for attempt in range(retries + 1):
+            jobs = executor.map_array(_run_share, [arguments] * len(waiting), waiting, [shares] * len(waiting))
+            logger.info("submitted %d shares as %s; logs in %s", len(jobs), jobs[0].job_id, folder)
+            errors = {share: _outcome(job) for share, job in zip(waiting, jobs, strict=True)}
+            waiting = [share for share, error in errors.items() if error]
+            if not waiting:
+                break
+            if attempt < retries:
+                logger.warning("%d shares failed and are run again: %s", len(waiting), errors[waiting[0]])
+    except (submitit.core.utils.FailedJobError, RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f"Slurm did not take the jobs: {error}") from None
+    if waiting:
+        raise ValueError(f"shares {waiting} of {shares} failed, the first with: {errors[waiting[0]]}; logs in {folder}")
+    return preprocess(**arguments)  # finished: only reads the summary
+
+
+def _run_share(arguments: dict[str, Any], share: int, num_shares: int) -> int:
+    return preprocess(**arguments, shard=(share, num_shares)).counts["documents"]
+
+
+def _outcome(job: Any) -> str:
+    """What went wrong in a job, once it is over; "" for a good one."""
+    while not job.done():
+        time.sleep(_POLL)
+    error = job.exception()
+    return "" if error is None else (str(error).strip().splitlines() or [repr(error)])[-1]
