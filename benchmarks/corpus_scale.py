@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -63,17 +65,28 @@ def peak() -> float:
 
 
 def workers(folder: Path, arguments: argparse.Namespace) -> None:
-    size = write_source(folder / "in", 400_000, 8) / 1e6
-    times: dict[int, list[float]] = {1: [], 2: []}
+    size = write_source(folder / "in", 1_000_000, 8) / 1e6
+    times: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for number in range(arguments.rounds):
         for num_workers, values in times.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             preprocess("jsonl", folder / "in", folder / f"out-{number}-{num_workers}", tokenizer=arguments.tokenizer,
                        workers=num_workers, task_bytes=1)  # fmt: skip
-            values.append(time.perf_counter() - start)
+            values.append((time.perf_counter() - start, cpu_seconds() - cpu))
+    print(f"{'workers':<10}{'text, MB/s':>12}{'seconds':>10}{'CPU seconds':>13}")
     for num_workers, values in times.items():
-        print(f"{num_workers} worker(s)  {size / statistics.median(values):>7.2f} MB/s of text")
-    print(f"ratio        {statistics.median(a / b for a, b in zip(times[1], times[2], strict=True)):>7.2f}")
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        print(f"{num_workers:<10}{size / wall:>12.2f}{wall:>10.2f}{cpu:>13.2f}")
+    ratio = statistics.median(a[0] / b[0] for a, b in zip(times[1], times[2], strict=True))
+    print(
+        f"ratio {ratio:.2f}; two idle cores needed, other processes on this machine now: load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def memory(folder: Path, arguments: argparse.Namespace) -> None:

@@ -23,8 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 from PIL import Image as Pillow
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.probe import BadImage, probe
@@ -77,6 +75,9 @@ class Grouping:
 
     def groups(self) -> list[list[str]]:
         """Names of documents' groups, joined by near-duplicate images; the largest first."""
+        from scipy.sparse import coo_array  # slow to import, and few runs come here
+        from scipy.sparse.csgraph import connected_components
+
         num = len(self._group_of)
         if not num:
             return []

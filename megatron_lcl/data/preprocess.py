@@ -156,6 +156,14 @@ def preprocess(
     return _with(summaries[0], summaries[1:])
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """`"i/n"` as (i, n), i from 0 to n-1. ValueError for anything else."""
+    share, slash, total = text.partition("/")
+    if slash and share.isdecimal() and total.isdecimal() and int(share) < int(total):
+        return int(share), int(total)
+    raise ValueError(f"the share is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
+
+
 def _with(training: Summary, rest: list[Summary]) -> Summary:
     return Summary(**{**vars(training), "held_out": rest[0] if rest else None})
 

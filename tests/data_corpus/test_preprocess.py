@@ -16,7 +16,7 @@ import pytest
 
 from megatron_lcl.data import indexed
 from megatron_lcl.data.document import Document, Image, Text
-from megatron_lcl.data.preprocess import WORK, Summary, preprocess
+from megatron_lcl.data.preprocess import WORK, Summary, parse_share, preprocess
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.data.verify import verify
 
@@ -75,6 +75,21 @@ def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], t
         summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
     assert summary.counts["documents"] == 5 * 149
     assert contents(tmp_path / "out") == expected
+
+
+def test_parse_share() -> None:
+    assert parse_share("2/3") == (2, 3)
+    for wrong in ("3/3", "1", "a/b", "-1/2", "1/2/3", "/2", ""):
+        with pytest.raises(ValueError, match="i from 0 to n-1"):
+            parse_share(wrong)
+
+
+def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    parts = contents(tmp_path / "out" / WORK)
+    with pytest.raises(ValueError, match="are bad"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), max_bad_fraction=0, **SMALL)
+    assert parts.items() <= contents(tmp_path / "out" / WORK).items()
 
 
 def test_a_share_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
