@@ -257,7 +257,7 @@ def _write_corpus(
     shard: tuple[int, int] | None,
 ) -> None:
     work = job.folder
-    created = not folder.exists()
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _clear_errors(folder):
             work.mkdir(parents=True, exist_ok=True)
@@ -458,14 +458,17 @@ def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:
     return repeated
 
 
-def _remove(folder: Path, created: bool) -> None:
-    """Take back what a failed run wrote."""
+def _remove(folder: Path, created: list[Path]) -> None:
+    """Take back what a failed run wrote, and the folders that were made for it, the innermost first."""
     shutil.rmtree(folder / WORK, ignore_errors=True)
-    if created:
+    for path in created:
         try:
-            folder.rmdir()
+            path.rmdir()
+        except FileNotFoundError:
+            continue
         except OSError:
-            logger.warning("%s is left, as it is not empty", folder)
+            logger.warning("%s is left, as it is not empty", path)
+            break
 
 
 def _summary(folder: Path, reused: bool = False) -> Summary:

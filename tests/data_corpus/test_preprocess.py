@@ -211,8 +211,8 @@ def test_bad_input_leaves_nothing(
     for name, data in files.items():
         (tmp_path / "in" / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        preprocess(format, tmp_path / "in", tmp_path / "out", tokenizer=None if train else TOKENIZER)
-    assert not (tmp_path / "out").exists()
+        preprocess(format, tmp_path / "in", tmp_path / "new" / "out", tokenizer=None if train else TOKENIZER)
+    assert not (tmp_path / "new").exists()
 
 
 def test_missing_input_and_unknown_option(source: Path, tmp_path: Path) -> None:
