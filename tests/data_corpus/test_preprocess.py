@@ -87,6 +87,7 @@ def test_parse_share() -> None:
 def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
     preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
     parts = contents(tmp_path / "out" / WORK)
+    assert {name.split("-")[1] for name in parts if name.startswith("part-")} == {"000000", "000002", "000004"}
     with pytest.raises(ValueError, match="are bad"):
         preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), max_bad_fraction=0, **SMALL)
     assert parts.items() <= contents(tmp_path / "out" / WORK).items()

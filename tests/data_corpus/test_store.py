@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,10 +208,11 @@ def test_opening_what_is_no_corpus(tmp_path: Path, corpus: Path) -> None:
 
 @pytest.mark.parametrize("move", [False, True])
 def test_merge(corpus: Path, tmp_path: Path, move: bool) -> None:
-    shutil.copytree(corpus, tmp_path / "second")
+    writers.write_jsonl(DOCUMENTS[:2], tmp_path / "in2")
+    preprocess("jsonl", tmp_path / "in2", tmp_path / "second", tokenizer=TOKENIZER)
     manifest = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
-    assert manifest["counts"]["documents"] == 8
-    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS * 2)
+    assert manifest["counts"]["documents"] == 6
+    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
     assert verify(tmp_path / "both") == []
     assert corpus.exists() != move
     again = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
