@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_yaml
+from megatron_lcl.convert.load import MANIFEST, find_checkpoint, read_config
 from megatron_lcl.convert.pool import attention_pool
+from megatron_lcl.data.store import read_manifest
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,46 @@ class Card:
     license: str = "other"
     """the weights' licence, as an SPDX identifier in lower case; `other`: not stated"""
     datasets: tuple[str, ...] = ()
-    """what it was trained on, in words or as hub ids"""
+    """what it was trained on, in words"""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """name → value, as measured"""
     run: Config | None = None
     """the run's config, quoted in full"""
+
+
+def card_of(checkpoint: Path) -> Card:
+    """What is known of a checkpoint folder's run: its config, its corpora's manifests, its held-out results."""
+    run = read_config(checkpoint)
+    corpora = [Path(corpus.path) for corpus in run.data.corpora]
+    return Card(
+        datasets=tuple(_describe(path) for path in corpora),
+        metrics=_heldout(checkpoint),
+        run=run,
+    )
+
+
+def _describe(corpus: Path) -> str:
+    try:
+        manifest = read_manifest(corpus)
+    except ValueError:  # it may be on another machine
+        return f"{corpus.name} (the corpus is not here, so its manifest is not quoted)"
+    counts = ", ".join(f"{name} {value:,}" for name, value in manifest["counts"].items() if isinstance(value, int))
+    source = ", ".join(f"{name} {value}" for name, value in manifest["source"].items())
+    return f"{corpus.name}: {source} ({counts})"
+
+
+def _heldout(checkpoint: Path) -> dict[str, float]:
+    """Numbers of the run's heldout.json, if it was written after this checkpoint and no later one exists."""
+    run = checkpoint.parent.parent
+    result, manifest = run / "heldout.json", checkpoint / MANIFEST
+    newest = checkpoint.parent.name == "checkpoints" and find_checkpoint(run) == checkpoint
+    if not newest or not result.is_file() or result.stat().st_mtime < manifest.stat().st_mtime:
+        return {}
+    try:
+        numbers = json.loads(result.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return {f"held out: {k.replace('_', ' ')}": v for k, v in numbers.items() if isinstance(v, int | float)}
 
 
 def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str = "") -> None:

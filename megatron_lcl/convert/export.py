@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.convert import hf, openclip, timm
-from megatron_lcl.convert.card import Card
+from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.folder import new_folder, write_record
-from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, find_checkpoint, load_model, read_config
+from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, find_checkpoint, load_model
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.model.lcl import LCL
 
@@ -41,8 +41,7 @@ def export(
     path = Path(checkpoint)
 
     def load() -> tuple[LCL, Card]:
-        run = read_config(find_checkpoint(path)) if path.is_dir() else None
-        return load_model(path), card or Card(run=run)
+        return load_model(path), card or (card_of(find_checkpoint(path)) if path.is_dir() else Card())
 
     return _export(load, format, Path(output), dtype, image_size)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,3 +42,33 @@ def test_example_computes_our_features(
     assert relative(found["z"], model.encode_image(images)) < 1e-5
     if "mean" in found:
         assert relative(found["mean"], patches.mean(1)) < 1e-5
+
+
+def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -> None:
+    from megatron_lcl.config import Config, Corpus, Data
+    from megatron_lcl.convert.card import card_of
+    from megatron_lcl.convert.export import save_checkpoint
+
+    corpus, checkpoint = tmp_path / "manual", tmp_path / "run" / "checkpoints" / "step-00000010"
+    for folder in (corpus, checkpoint):
+        folder.mkdir(parents=True)
+    manifest = {
+        "format_version": 1,
+        "source": {"format": "html", "package": "gimp-help-en", "licence": "GFDL"},
+        "counts": {"documents": 1234, "images": 99},
+        "shards": 0,
+        "files": {},
+        "tokenizer": {"file": "tokenizer.model"},
+    }
+    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    corpora = (Corpus(path=str(corpus)), Corpus(path=str(tmp_path / "elsewhere")))
+    save_checkpoint(model, Config(model=model.config, data=Data(corpora=corpora)), checkpoint)
+    (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "heldout.json").write_text('{"pairs": 7, "chance_at_10": 0.25, "note": "x"}')
+    card = card_of(checkpoint)
+    assert card.metrics == {"held out: pairs": 7, "held out: chance at 10": 0.25}
+    assert "licence GFDL" in card.datasets[0]
+    assert "documents 1,234" in card.datasets[0]
+    assert "elsewhere" in card.datasets[1]
+    os.utime(tmp_path / "run" / "heldout.json", (1, 1))  # measured before this checkpoint was written
+    assert card_of(checkpoint).metrics == {}
