@@ -28,7 +28,9 @@ from megatron_lcl.data.store import ShardWriter, shard_files, sync_folder
 from megatron_lcl.data.tokenizer import Tokenizer
 
 BATCH = 32
-"""documents tokenised together; parts end at multiples of it"""
+"""documents tokenised together; parts end between batches"""
+BATCH_BYTES = 64 << 20
+"""fewer, where their images are larger than this together"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
     digests: list[int] = []
     last = True
     try:
-        while batch := list(itertools.islice(documents, BATCH)):
+        while batch := _next_batch(documents):
             num_read += len(batch)
             chosen = [d for d in batch if (group_name(d) in job.groups) == job.keep_groups] if job.groups else batch
             digests += _write_batch(job, writer, chosen, drops)
@@ -147,6 +149,17 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
             leftover.unlink()
         scratch.rmdir()
     return part
+
+
+def _next_batch(documents: Iterator[Document]) -> list[Document]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += sum(len(image.data) for image in document.images)
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            break
+    return batch
 
 
 _SUFFIXES = (".tokens.bin", ".tokens.idx", ".images.bin", ".images.idx", ".arrow")

@@ -17,12 +17,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_lcl.data import importers
 from megatron_lcl.data import tokenizer as tokenizers
@@ -98,6 +100,7 @@ def preprocess(
     task_bytes: int = TASK_BYTES,
     shard_bytes: int = SHARD_BYTES,
     shard_documents: int = SHARD_DOCUMENTS,
+    progress: bool = False,
 ) -> Summary:
     """Write the corpus `output` from `input`; returns what it holds.
 
@@ -151,7 +154,7 @@ def preprocess(
                 groups,
                 keep_groups=side["side"] == "held out",
             )
-            _write_corpus(folder, side, job, tasks, max_bad_fraction, dict(source or {}), workers, shard)
+            _write_corpus(folder, side, job, tasks, max_bad_fraction, dict(source or {}), workers, shard, progress)
         summaries.append(_summary(folder))
     return _with(summaries[0], summaries[1:])
 
@@ -255,6 +258,7 @@ def _write_corpus(
     source: dict[str, Any],
     workers: int,
     shard: tuple[int, int] | None,
+    progress: bool,
 ) -> None:
     work = job.folder
     created = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -267,21 +271,22 @@ def _write_corpus(
             share, num_shares = shard or (0, 1)
             mine = [k for k in range(len(tasks)) if k % num_shares == share]
             budget = _Budget(max_bad_fraction)
-            for number, drops in _run(job, tasks, mine, workers):
+            done = tqdm(_run(job, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
+            for number, drops in done:
                 budget.add(drops, [part.counts for part in parts_of(work, number)])
             with _locked(work):
                 parts = [parts_of(work, k) for k in range(len(tasks))]
                 if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
                     _finish(folder, recipe, job, [part for task in parts for part in task], max_bad_fraction, source)
     except BaseException as error:
-        keeps_parts = not isinstance(error, ValueError) or isinstance(error, DiskFull)
+        keeps_parts = not isinstance(error, ValueError) or isinstance(error, Unfinished)
         if shard is None and not (keeps_parts and any(work.glob("part-*.json"))):
             _remove(folder, created)
         raise
 
 
-class DiskFull(ValueError):
-    """No space is left; finished parts stay, so that the run can go on."""
+class Unfinished(ValueError):
+    """The input is good, but the disk is full or a worker died: finished parts stay, so that the run can go on."""
 
 
 @contextmanager
@@ -290,7 +295,7 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left for {folder}; free some and run the same command again") from None
+            raise Unfinished(f"no space left for {folder}; free some and run the same command again") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise ValueError(f"cannot write {folder}: {error.strerror}") from None
         raise
@@ -308,6 +313,10 @@ def _run(job: Job, tasks: list[list[Unit]], mine: list[int], workers: int) -> It
         try:
             for k, future in futures:
                 yield k, future.result()
+        except BrokenProcessPool:
+            raise Unfinished(
+                "a worker process died, perhaps for want of memory; run the same command again, with fewer workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -11,8 +11,8 @@ import simplejpeg
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-MAX_PIXELS = 178_956_970
-"""Pillow's own limit of what is not a decompression bomb"""
+MAX_PIXELS = 89_478_485
+"""above this Pillow suspects a decompression bomb; decoded, so many take 360 MB"""
 _EXIF_ORIENTATION = 0x0112
 DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_lcl.data import indexed
+from megatron_lcl.data import importers, indexed
 from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.importers import Unit
+from megatron_lcl.data.importers.jsonl import JsonlImporter
 from megatron_lcl.data.preprocess import WORK, Summary, parse_share, preprocess
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.data.verify import verify
@@ -71,8 +76,10 @@ def test_workers_write_the_same_bytes(source: Path, expected: dict[str, bytes], 
 
 
 def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    for share in (2, 0, 1):
+    for share, tasks in ((2, {2}), (0, {2, 0, 3}), (1, None)):
         summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
+        if tasks is not None:
+            assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*.json")} == tasks
     assert summary.counts["documents"] == 5 * 149
     assert contents(tmp_path / "out") == expected
 
@@ -127,6 +134,26 @@ def test_killed_at_any_moment_it_goes_on(source: Path, expected: dict[str, bytes
             process.wait()
         assert (tmp_path / "out" / "corpus.json").exists() or work.exists()
     preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "t.model", **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+class DeadlyImporter(JsonlImporter):
+    """Kills the worker that reads the third file."""
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        if unit.name == "part-2.jsonl" and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().documents(unit, drops)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importers, "importer_class", lambda format: DeadlyImporter)
+    with pytest.raises(ValueError, match="a worker process died"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, workers=2, **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
     assert contents(tmp_path / "out") == expected
 
 
