@@ -150,3 +150,22 @@ def test_results_as_table_json_and_picture(tmp_path: Path) -> None:
     assert loaded[0]["metrics"]["accuracy"] == {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1}
     write_picture(results, tmp_path / "r.png")
     assert Image.open(tmp_path / "r.png").size[0] > 400
+
+
+def test_corpus(folder: Path, tmp_path: Path) -> None:
+    from megatron_lcl.data.preprocess import preprocess
+
+    lines = []
+    for label in range(3):
+        a, b = sorted((folder / "test" / open_images(folder, "test").classes[label]).glob("*.png"))[:2]
+        items = [{"image": str(a.relative_to(folder))}, {"text": f"after the first {label}"}, {"text": f"far {label}"}]
+        matched = {"image": str(b.relative_to(folder)), "similarity": 0.5, "matched_text_index": 0}
+        lines.append(json.dumps({"items": [*items, matched] if label == 1 else items}))
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    preprocess(format="jsonl", input=tmp_path / "docs.jsonl", images=folder, output=tmp_path / "corpus", vocab_size=400)
+    data = open_images(tmp_path / "corpus")
+    texts = [captions[0] for captions in data.need_captions()]
+    assert texts[0] == "after the first 0"
+    assert len(data) == 4
+    assert texts.count("after the first 1") == 2  # one next to its text, one matched to it
+    assert pixels(data, 0).shape == (8, 8)
