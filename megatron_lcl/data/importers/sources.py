@@ -15,17 +15,19 @@ MAX_FILE = 256 << 20
 
 
 class ImageSource:
-    """Images by name below `root` (a folder, which may hold tar files, or one tar file; None: there are none)."""
+    """Images by name below `root`: a folder, which may itself hold tar files, or one tar file; None: there are none.
+
+    Tar files are listed when a name is first not found in the folder, and then kept in mind: about 200 bytes an image.
+    """
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
-        self._folder = root if root is not None and root.is_dir() else None
-        self._tars = [] if root is None else [root] if root.is_file() else sorted(root.rglob("*.tar"))
+        self._tars: list[Path] = []
         self._members: dict[str, tuple[int, int, int]] | None = None
-        """name → (tar, first byte, size)"""
+        """name, and name without folders → (tar, first byte, size)"""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_members": None}
+        return {"_root": self._root, "_tars": [], "_members": None}
 
     def read(self, names: str | Iterable[str]) -> bytes:
         """The first of the names that there is. BadImage says why there is none."""
@@ -35,23 +37,25 @@ class ImageSource:
         for name in candidates:
             _check_name(name)
         for name in candidates:
-            if self._folder is not None and (data := _read_file(self._folder / name)) is not None:
+            if (data := _read_file(self._root / name)) is not None:
                 return data
+        if self._members is None:
+            self._members = self._list_tars(self._root)
         for name in candidates:
-            if self._tars and (data := self._read_member(name)) is not None:
-                return data
+            if name in self._members:
+                return self._read_member(*self._members[name])
         raise BadImage("file missing")
 
-    def _read_member(self, name: str) -> bytes | None:
-        if self._members is None:
-            self._members = {}
-            for number, path in enumerate(self._tars):
-                for member, start, size in _tar_index(path):
-                    self._members.setdefault(member, (number, start, size))
-                    self._members.setdefault(PurePosixPath(member).name, (number, start, size))
-        if name not in self._members:
-            return None
-        number, start, size = self._members[name]
+    def _list_tars(self, root: Path) -> dict[str, tuple[int, int, int]]:
+        self._tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+        members: dict[str, tuple[int, int, int]] = {}
+        for number, path in enumerate(self._tars):
+            for name, start, size in _tar_index(path):
+                members.setdefault(name, (number, start, size))
+                members.setdefault(PurePosixPath(name).name, (number, start, size))
+        return members
+
+    def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
             raise BadImage(f"over {MAX_FILE >> 20} MiB")
         with open(self._tars[number], "rb") as file:
