@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders import OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.model.lcl import LCL, pack_padded
-from megatron_lcl.model.stages import Activations, LanguageBlock, PoolInterleave, normalise
+from megatron_lcl.model.stages import Activations, normalise
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Decoding:
 def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Sequence[int] = ()) -> list[list[int]]:
     """Token ids that follow `<sot> <soi> image <eoi>` and the prompt's ids, one list an image, without `<eot>`.
 
-    images: [N, 3, H, W], normalised float or uint8. Only text tokens and `<eot>` can come. The language model runs
-    over the whole sequence for every token; the images are encoded once.
+    images: [N, 3, H, W], normalised float or uint8. Only text tokens and `<eot>` can come. Images are encoded
+    once, and keys and values of the rows before are kept, so a token costs one row of each sequence.
     """
     special, config = model.special, model.config
     start = [special.sot, special.soi, *[special.placeholder] * config.vision.num_patches, special.eoi, *prompt]
@@ -46,31 +46,50 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
         )
     device = model.pool.query.device
     generator = torch.Generator().manual_seed(decoding.seed)
-    hidden = model.vision_tokens(normalise(images) if images.dtype == torch.uint8 else images)
-    rows = torch.tensor(start, device=device).repeat(len(images), 1)
+    rows = _start_rows(model, start, normalise(images) if images.dtype == torch.uint8 else images)
+    caches = [_Cache() for _ in model.language_blocks]
+    written = torch.empty(len(images), 0, dtype=torch.int64, device=device)
     finished = torch.zeros(len(images), dtype=torch.bool, device=device)
-    for _ in range(room):
-        logits = _next_logits(model, hidden, rows, images)
+    for step in range(room):
+        for block, cache in zip(model.language_blocks, caches, strict=True):
+            rows = block.residual(rows, cache.attend)
+        logits = model.head.logits(rows[:, -1]).float()
         logits[:, [special.sot, special.placeholder, special.soi, special.eoi]] = -torch.inf
-        chosen = _choose(logits.float().cpu(), decoding, generator).to(device)
+        chosen = _choose(logits.cpu(), decoding, generator).to(device)
         chosen = torch.where(finished, special.eot, chosen)
         finished |= chosen == special.eot
         if finished.all():
             break
-        rows = torch.cat([rows, chosen[:, None]], 1)
-    written = [row[len(start) :] for row in rows.tolist()]
-    return [ids[: ids.index(special.eot)] if special.eot in ids else ids for ids in written]
+        written = torch.cat([written, chosen[:, None]], 1)
+        if step + 1 < room:
+            rows = (model.pool.embedding(chosen) + model.pool.positions[len(start) + step])[:, None]
+    return [ids[: ids.index(special.eot)] if special.eot in ids else ids for ids in written.tolist()]
 
 
-def _next_logits(model: LCL, hidden: torch.Tensor, rows: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Logits [N, vocabulary] of what follows each row."""
-    lengths = torch.full((len(rows),), rows.shape[1], device=rows.device)
-    batch = pack_padded(rows, lengths, images.to(rows.device), model.config)
-    x: Any = Activations.of(batch)._replace(hidden=hidden)
-    for stage in model.stages:
-        if isinstance(stage, PoolInterleave | LanguageBlock):
-            x = stage(x)
-    return model.head.logits(x.hidden[torch.cumsum(lengths, 0) - 1])
+def _start_rows(model: LCL, start: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+    """What the first language block is given for the start of every sequence: [N, S, D]."""
+    device = model.pool.query.device
+    tokens = torch.tensor(start, device=device).repeat(len(images), 1)
+    lengths = torch.full((len(images),), len(start), device=device)
+    batch = pack_padded(tokens, lengths, images.to(device), model.config)
+    x = model.pool(Activations.of(batch)._replace(hidden=model.vision_tokens(images)))
+    return x.hidden[: tokens.numel()].unflatten(0, tokens.shape)
+
+
+class _Cache:
+    """Attention of new rows [N, S, H, K] over themselves and all rows before, whose keys and values it keeps."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(self, *qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        first = self.kept is None
+        assert first or q.shape[2] == 1, "after the first rows they come one at a time"
+        if self.kept is not None:
+            k, v = torch.cat([self.kept[0], k], 2), torch.cat([self.kept[1], v], 2)
+        self.kept = k, v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=first).transpose(1, 2)
 
 
 def _choose(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> torch.Tensor:
