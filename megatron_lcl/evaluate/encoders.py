@@ -181,8 +181,11 @@ class HfEncoder(Encoder):
         if hidden.dim() == 4:  # a convolutional network's map
             hidden = hidden.flatten(2).transpose(1, 2)
             return Features(out.pooler_output.flatten(1), hidden)
-        norm = getattr(vision, "post_layernorm", nn.Identity())
-        patches = norm(hidden[:, 1:])
+        config = vision.config
+        if config.model_type.startswith("clip"):  # the others' last hidden state comes after the final norm
+            hidden = vision.post_layernorm(hidden)
+        num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
+        patches = hidden[:, hidden.shape[1] - num_patches :]  # class and register tokens stand first
         if self._pool is not None:
             weights, heads = self._pool
             weights = {key: value.to(images.device) for key, value in weights.items()}

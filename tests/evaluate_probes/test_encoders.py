@@ -117,3 +117,39 @@ def test_what_does_not_load(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as error:
             load_encoder(spec)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_other_hugging_face_models(kind: str, tmp_path: Path, colours: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision = sizes | {"intermediate_size": 64}
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+    }
+    if kind == "clip":
+        theirs = hf.CLIPModel(hf.CLIPConfig(vision_config=vision, text_config=text, projection_dim=24))
+    elif kind == "siglip":
+        theirs = hf.SiglipVisionModel(hf.SiglipVisionConfig(**vision))
+    else:
+        theirs = hf.Dinov2Model(hf.Dinov2Config(**sizes, mlp_ratio=2))
+    theirs.eval().save_pretrained(tmp_path)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    encoder = load_encoder(f"hf:{tmp_path}")
+    images = torch.stack([encoder.prepare(b.read()) for b in open_images(colours).images[:3]])
+    pooled, patches = encoder.encode(images)
+    with torch.no_grad():
+        if kind == "clip":
+            out = theirs.vision_model(images)
+            expected = theirs.vision_model.post_layernorm(out.last_hidden_state)[:, 1:]
+            latent = theirs.visual_projection(out.pooler_output)
+        else:
+            out = theirs(images)
+            expected, latent = out.last_hidden_state[:, -16:], out.pooler_output
+    assert patches.shape == (3, 16, 32)
+    assert torch.allclose(patches, expected, atol=1e-5)
+    assert torch.allclose(pooled, latent, atol=1e-5)
