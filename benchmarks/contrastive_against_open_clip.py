@@ -1,0 +1,91 @@
+"""Our contrastive loss beside open_clip's ClipLoss with local loss and gathered gradients, over two processes.
+
+Claim, two gloo processes with one thread each, 8,192 pairs in all, width 768, float32: at most open_clip's time. Both
+take turns in the same processes; forward and backward together, the slower process counts. With two CUDA devices or
+more: over all of them with NCCL, 4,096 pairs each.
+
+    python benchmarks/contrastive_against_open_clip.py [--pairs 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+
+from megatron_lcl.losses.contrastive import contrastive_loss
+
+WIDTH = 768
+PER_RANK = 4096
+
+
+def compare(rank: int, size: int, pairs: int, cuda: bool) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size)
+    torch.manual_seed(rank)
+    image, text = (F.normalize(torch.randn(PER_RANK, WIDTH, device=device), dim=1).requires_grad_() for _ in range(2))
+    log_scale = torch.tensor(2.6593, device=device, requires_grad=True)
+    peer = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=size)
+    ways = {
+        "ours": lambda: contrastive_loss(image, text, log_scale, dist.group.WORLD, [PER_RANK] * size).loss,
+        "open_clip": lambda: peer(image, text, log_scale.exp()),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    gradients, losses = {}, {}
+    for number in range(pairs + 1):  # the first warms up
+        for name, loss_of in ways.items():
+            image.grad = text.grad = log_scale.grad = None
+            dist.barrier()
+            start = time.perf_counter()
+            loss = loss_of()
+            loss.backward()
+            if cuda:
+                torch.cuda.synchronize()
+            took = torch.tensor(time.perf_counter() - start, device=device)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            if number:
+                seconds[name].append(took.item())
+            # open_clip's is this rank's mean; its gathered gradients are those of the sum of the ranks' means
+            losses[name] = loss.detach().clone()
+            gradients[name] = image.grad.clone()
+    dist.all_reduce(losses["open_clip"])
+    losses["open_clip"] /= size
+    gradients["open_clip"] /= size
+    if rank == 0:
+        where = torch.cuda.get_device_name() if cuda else "CPU, one thread each"
+        print(
+            f"{size} processes ({where}), {PER_RANK * size} pairs in all, width {WIDTH}, float32; {pairs} pairs of runs"
+        )
+        for name in ways:
+            print(f"{name:<12}{statistics.median(seconds[name]):>8.3f} s   loss {losses[name].item():.6f}")
+        ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["open_clip"], strict=True))
+        error = ((gradients["ours"] - gradients["open_clip"]).norm() / gradients["open_clip"].norm()).item()
+        print(f"ours / open_clip: median of ratios x{ratio:.2f}; image gradients differ by {error:.1e} of their norm")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=7)
+    arguments = parser.parse_args()
+    cuda = torch.cuda.device_count() >= 2
+    size = torch.cuda.device_count() if cuda else 2
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    torch.multiprocessing.spawn(compare, (size, arguments.pairs, cuda), nprocs=size)
+
+
+if __name__ == "__main__":
+    main()

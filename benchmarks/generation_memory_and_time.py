@@ -1,0 +1,108 @@
+"""The generation loss with its backward beside the plain formula: 8,192 rows, 49,411 tokens, width 768.
+
+Claims, one process on a CPU, float32: at most 1/8 of the plain formula's memory above the inputs, and at most 1.05
+times its time. Each run is a process of its own; ours and the plain formula take turns.
+
+On CUDA, instead: float32 and bfloat16, beside the plain formula, liger-kernel's fused linear cross-entropy (if
+installed) and torch's own (if this torch has it).
+
+    python benchmarks/generation_memory_and_time.py [--pairs 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
+
+from megatron_lcl.losses.generation import generation_loss
+
+ROWS, VOCABULARY, WIDTH = 8192, 49411, 768
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+
+
+def problem(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, WIDTH, device=device).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(vocabulary, WIDTH, device=device)).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, vocabulary, (rows,), device=device)
+
+
+def step(loss_of: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    hidden.grad = weight.grad = None
+    loss = loss_of(hidden, weight, targets) / len(targets)
+    loss.backward()
+    return loss.detach()
+
+
+def once(which: str) -> Measured:
+    loss_of = plain if which == "plain" else generation_loss
+    for rows, vocabulary in ((64, 100), (ROWS, VOCABULARY)):  # the small one loads libraries
+        arguments = problem(rows, vocabulary, torch.float32, "cpu")
+        measured = measure_cpu(lambda arguments=arguments: step(loss_of, *arguments))
+    return measured
+
+
+def on_cpu(pairs: int) -> None:
+    print(f"CPU, {torch.get_num_threads()} threads, float32: {ROWS} rows, {VOCABULARY} tokens, width {WIDTH}")
+    print(f"medians of {pairs} runs")
+    ours, peer = [], []
+    for _ in range(pairs):
+        ours.append(in_a_fresh_process(__file__, "--once", "ours"))
+        peer.append(in_a_fresh_process(__file__, "--once", "plain"))
+    print(row("ours", ours))
+    print(row("plain formula", peer))
+    print("ours / plain:", ratios(ours, peer))
+
+
+def peers() -> dict[str, Callable]:
+    found: dict[str, Callable] = {"ours": generation_loss, "plain formula": plain}
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+        found["liger-kernel"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
+    except ImportError:
+        print("liger-kernel is not installed")
+    if hasattr(F, "linear_cross_entropy"):
+        found["torch, chunked"] = lambda hidden, weight, targets: F.linear_cross_entropy(
+            hidden, weight, targets, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
+        )
+    return found
+
+
+def on_cuda() -> None:
+    print(f"{torch.cuda.get_device_name()}: {ROWS} rows, {VOCABULARY} tokens, width {WIDTH}; medians of 10 runs")
+    ways = peers()
+    for dtype in (torch.bfloat16, torch.float32):
+        arguments = problem(ROWS, VOCABULARY, dtype, "cuda")
+        exact = plain(*(value.detach().double() if value.is_floating_point() else value for value in arguments))
+        exact = exact.item() / ROWS
+        for name, loss_of in ways.items():
+            m = measure_cuda(lambda loss_of=loss_of: step(loss_of, *arguments))  # noqa: B023
+            values = f"{m.seconds * 1e3:>9.2f} ms{m.mebibytes:>9.0f} MiB" if m else f"{'does not fit':>24}"
+            error = f"   loss off by {abs(m.loss - exact) / exact:.1e}" if m else ""
+            print(f"{str(dtype)[6:]:<10}{name:<16}{values}{error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--once", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.once:
+        report(once(arguments.once))
+    elif torch.cuda.is_available():
+        on_cuda()
+    else:
+        on_cpu(arguments.pairs)
+
+
+if __name__ == "__main__":
+    main()
