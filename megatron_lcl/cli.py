@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_lcl import config as configs
 
@@ -25,12 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         return options.run(options, rest) or 0
+    except BrokenPipeError:
+        return 0
     except (ValueError, OSError) as error:
         if not _said_elsewhere(error):
             print(f"megatron-lcl {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is left; a reader that has gone (`| head`) is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _said_elsewhere(error: BaseException) -> bool:
@@ -77,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
     )
+    sub.add_argument("--max-image-side", type=int, metavar="PIXELS", help="scale larger images down")
+    sub.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the format; may be repeated"
+    )
+    sub.add_argument("--workers", type=int, default=1, help="processes; any number writes the same bytes (%(default)s)")
+    sub.add_argument("--shard", metavar="I/N", help="only the I-th of N shares (from 0); the last one done finishes")
+    sub.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: a job array of --shares")
+    sub.add_argument("--shares", type=int, default=8, help="jobs of the array (%(default)s)")
+    sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
 
     sub = add(
         "train", _train, "pre-train; --section.key VALUE overrides the config",
@@ -90,10 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
 
-    sub = add("evaluate", _evaluate, "retrieval and generation on held-out documents")
-    sub.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or one of its checkpoints")
-    sub.add_argument("--corpus", required=True, metavar="DIR", help="held-out corpus")
-    sub.add_argument("--output", metavar="DIR", help="also write heldout.json and examples there")
+    sub = add("evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data")
+    models = "a run or checkpoint; with --data also hf:DIR, timm:NAME, open_clip:NAME; may be repeated"
+    sub.add_argument(
+        "--checkpoint", "--model", dest="models", action="append", required=True, metavar="MODEL", help=models
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--corpus", metavar="DIR", help="held-out corpus: retrieval on its contexts, generation loss")
+    what.add_argument("--data", metavar="PATH", help="class folders, WebDataset, COCO-Karpathy JSON, or a corpus")
+    tasks = "with --data: zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning; may be repeated"
+    sub.add_argument("--task", dest="tasks", action="append", metavar="TASK", help=tasks)
+    sub.add_argument("--images", metavar="DIR", help="images of a COCO-Karpathy file")
+    sub.add_argument("--class-names", metavar="FILE", help="one class name a line")
+    sub.add_argument("--templates", metavar="FILE", help="one text template a line, {} for the class")
+    sub.add_argument("--tokenizer", metavar="clip|FILE", help="default: that of the model's corpus, or CLIP's")
+    sub.add_argument("--processes", type=int, default=1, help="share the features among so many (%(default)s)")
+    sub.add_argument("--output", metavar="DIR", help="also write the results there")
 
     sub = add("import", _import, "a checkpoint in the reference's format into ours")
     sub.add_argument("--format", required=True, choices=["open_clip"])
@@ -170,20 +204,36 @@ def _quickstart(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.preprocess import preprocess
+    from megatron_lcl.data.cluster import preprocess_on_slurm
+    from megatron_lcl.data.preprocess import parse_share, preprocess
 
-    summary = preprocess(
-        options.format,
-        options.input,
-        options.output,
-        images=options.images,
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        held_out=options.held_out,
-        held_out_fraction=options.held_out_fraction,
-        max_bad_fraction=options.max_bad_fraction,
-    )
-    print(summary)
+    arguments = {
+        "images": options.images,
+        "tokenizer": options.tokenizer,
+        "vocab_size": options.vocab_size,
+        "held_out": options.held_out,
+        "held_out_fraction": options.held_out_fraction,
+        "max_bad_fraction": options.max_bad_fraction,
+        "max_image_side": options.max_image_side,
+        "options": _pairs(options.option),
+        "workers": options.workers,
+    }
+    places = (options.format, options.input, options.output)
+    if options.executor == "slurm":
+        print(preprocess_on_slurm(*places, shares=options.shares, slurm=_pairs(options.slurm), **arguments))
+    else:
+        shard = parse_share(options.shard) if options.shard else None
+        print(preprocess(*places, shard=shard, progress=True, **arguments))
+
+
+def _pairs(items: Sequence[str]) -> dict[str, Any]:
+    """["key=value", …] as a dict, values read as YAML."""
+    import yaml
+
+    for item in items:
+        if "=" not in item:
+            raise ValueError(f"{item!r} is not KEY=VALUE")
+    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -208,14 +258,32 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
-    from megatron_lcl.evaluate.heldout import evaluate_heldout, table, write_heldout
+    if options.corpus:
+        from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
-    checkpoint = find_checkpoint(Path(options.checkpoint))
-    result, examples = evaluate_heldout(load_model(checkpoint), read_config(checkpoint), options.corpus)
-    print(table(result))
-    if options.output:
-        write_heldout(Path(options.output), result, examples)
+        for model in options.models:
+            print(
+                evaluate_checkpoint(Path(model), Path(options.corpus), Path(options.output) if options.output else None)
+            )
+        return
+    import torch
+
+    from megatron_lcl.evaluate.results import table
+    from megatron_lcl.evaluate.run import evaluate
+
+    results = evaluate(
+        options.models,
+        options.tasks or [],
+        options.data,
+        options.output,
+        images=options.images,
+        class_names=options.class_names,
+        templates=options.templates,
+        tokenizer=options.tokenizer,
+        processes=options.processes,
+        devices=tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",),
+    )
+    print(table(results))
 
 
 def _import(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -227,7 +295,8 @@ def _import(options: argparse.Namespace, _rest: list[str]) -> None:
 def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.export import export
 
-    print(export(options.checkpoint, options.format, options.output, options.dtype, options.image_size))
+    facts = export(options.checkpoint, options.format, options.output, options.dtype, options.image_size)
+    print("\n".join([f"{options.output}:", *(f"  {name}: {value}" for name, value in facts.items())]))
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:

@@ -9,17 +9,18 @@ OUTPUT/hf/            the encoder                   OUTPUT/report.html
 from __future__ import annotations
 
 import importlib.resources
+import os
 import time
 from pathlib import Path
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.export import export
-from megatron_lcl.convert.load import find_checkpoint, load_model
+from megatron_lcl.convert.load import find_checkpoint
 from megatron_lcl.data.gimp import fetch_manual
 from megatron_lcl.data.preprocess import preprocess
 from megatron_lcl.data.store import open_corpus
-from megatron_lcl.evaluate.heldout import evaluate_heldout, table, write_heldout
+from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.report import write_report
 from megatron_lcl.train.launch import default_processes, start_local
 from megatron_lcl.train.run import check
@@ -50,6 +51,8 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
             vocab_size=VOCAB_SIZE,
             held_out=output / "heldout",
             source=source,
+            workers=min(2, os.cpu_count() or 1),
+            progress=True,
         )
     )
     config = quickstart_config(output, steps)
@@ -57,9 +60,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
     _train(config, output / "config.yaml")
     say(4, "evaluate on held-out documents")
     checkpoint = find_checkpoint(output / "run")
-    result, examples = evaluate_heldout(load_model(checkpoint), config, output / "heldout")
-    write_heldout(output / "run", result, examples)
-    print(table(result))
+    print(evaluate_checkpoint(checkpoint, output / "heldout", output / "run"))
     say(5, "export to Hugging Face")
     certificate = export(checkpoint, "hf", output / "hf")
     print(f"{output / 'hf'}: loaded back by transformers; {certificate}")

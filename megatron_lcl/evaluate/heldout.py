@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_lcl.config import Config, Corpus, replace
+from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
@@ -66,6 +66,19 @@ class HeldOut:
     targets: int
     bits_per_token: float
     """mean negative log2-likelihood of the targets (text tokens, `<soi>`, `<eot>`)"""
+
+
+def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = None) -> str:
+    """`evaluate_heldout` of a run or a checkpoint, on CUDA where there is one; returns the table.
+
+    `output`: folder for the numbers and the examples as JSON, which the report shows.
+    """
+    folder = find_checkpoint(checkpoint)
+    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    result, examples = evaluate_heldout(model, read_config(folder), corpus)
+    if output is not None:
+        write_heldout(output, result, examples)
+    return table(result)
 
 
 def evaluate_heldout(
@@ -187,8 +200,3 @@ def _examples(similarity: torch.Tensor, place: torch.Tensor, pairs: list[Pair], 
         Example(pairs[i], int(place[i]), tuple(pairs[j] for j in similarity[i].argsort(descending=True)[:3].tolist()))
         for i in order[quantiles].tolist()
     ]
-
-
-def read_examples(folder: Path) -> list[dict[str, Any]]:
-    """The examples that `write_heldout` wrote."""
-    return json.loads((folder / EXAMPLES).read_text(encoding="utf-8"))
