@@ -113,7 +113,8 @@ def main() -> None:
             if number:
                 print(
                     f"{r['documents']:>10,}  {r['images_per_pack']:>4}  {r['measure']:8.2f}  {r['pack']:8.2f}"
-                    f"  {total:8.2f}  {total / num_documents * 1e6:11.2f}  {r['peak']:9.0f}  {r['packs']:>10,}  {r['tokens']:.2%}"
+                    f"  {total:8.2f}  {total / num_documents * 1e6:11.2f}  {r['peak']:9.0f}  {r['packs']:>10,}"
+                    f"  {r['tokens']:.2%}"
                     f"  {r['images']:.2%}",
                     flush=True,
                 )

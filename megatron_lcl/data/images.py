@@ -47,7 +47,7 @@ def decode_train(
             top, left, crop_height, crop_width = crop_box(height, width, draw, scale, ratio)
         else:
             left, top, crop_width, crop_height = crop_box(width, height, draw, scale, ratio)
-        pixels = _decode_jpeg(data, width, height, 2 * size / min(crop_width, crop_height))
+        pixels = _decode_jpeg(data, width, height, 1.5 * size / min(crop_width, crop_height))
         shrunk_x, shrunk_y = pixels.shape[1] / width, pixels.shape[0] / height
         left, crop_width = round(left * shrunk_x), max(1, round(crop_width * shrunk_x))
         top, crop_height = round(top * shrunk_y), max(1, round(crop_height * shrunk_y))

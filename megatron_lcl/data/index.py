@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +192,7 @@ class PackIndex:
         """built or found so far, from the first on"""
         self._sources: dict[str, Source] = {}
         self._loaded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self._ahead = 0
 
     def __getitem__(self, number: int) -> Pack:
         chunk = self._chunk_of(number)
@@ -200,6 +202,9 @@ class PackIndex:
             entries, offsets = (np.load(chunk.folder / f"{n}.npy", mmap_mode="r") for n in ("entries", "offsets"))
             self._loaded[chunk.folder] = entries, offsets
         entries, offsets = self._loaded[chunk.folder]
+        if chunk is self.chunks[-1] and self._ahead < chunk.stop and 4 * (number - chunk.first) >= 3 * len(offsets):
+            self._ahead = chunk.stop  # so that nobody waits at its end; a failure comes back when it is needed
+            threading.Thread(target=self._next_chunk, daemon=True).start()
         local = number - chunk.first
         return Pack(number, [self.source(f) for f in chunk.corpora], entries[offsets[local] : offsets[local + 1]])
 

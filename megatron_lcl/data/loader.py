@@ -181,9 +181,7 @@ class PackReader(Dataset[PackedBatch]):
             origins.append(origin)
         return origins
 
-    def _rows(
-        self, source: Source, document: int, epoch: int, part: int
-    ) -> tuple[np.ndarray, bool, bool, int, Shard]:
+    def _rows(self, source: Source, document: int, epoch: int, part: int) -> tuple[np.ndarray, bool, bool, int, Shard]:
         """The rows of one sequence (see `arrange`), whether `<sot>` and `<eot>` are around it, the piece that row
         piece 0 is, and its shard."""
         k, local = source.corpus.locate(document)

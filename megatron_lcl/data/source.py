@@ -66,9 +66,13 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             except BlockingIOError:
                 time.sleep(0.1)
                 continue
-            except OSError:  # a file system without locks: build twice, the first rename wins
-                pass
+            except OSError as error:
+                raise ValueError(
+                    f"{folder.parent} is on a file system without locks ({error.strerror}); set data.cache to another"
+                ) from None
             if not folder.is_dir():
+                for left_over in folder.parent.glob(folder.name + ".*.tmp"):
+                    shutil.rmtree(left_over, ignore_errors=True)
                 _build(folder, build)
     return folder
 

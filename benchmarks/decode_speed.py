@@ -1,0 +1,108 @@
+"""Decoding on one core: ours beside `Image.open().convert("RGB")` + torchvision's RandomResizedCrop, ToTensor, Normalize.
+
+Photographs are re-encoded as JPEG with the given longer side (800 pixels: as they come from the web; 256: as a corpus
+preprocessed to that size has them). Both take the same crops, so that the pixels can be compared as well.
+
+    python benchmarks/decode_speed.py FOLDER_OF_PHOTOGRAPHS [--side 800] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import functional as F
+from torchvision.transforms import transforms
+
+from megatron_lcl.data import images
+from megatron_lcl.data.sequence import uniform
+from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
+
+SIZE, SCALE, RATIO = 224, (0.9, 1.0), (3 / 4, 4 / 3)
+
+
+def photographs(folder: Path, side: int, limit: int = 60) -> list[bytes]:
+    """JPEG files (quality 90) of the folder's larger pictures, longer side `side`."""
+    out = []
+    for path in sorted(folder.rglob("*.jp*g")):
+        with Image.open(path) as image:
+            if image.mode != "RGB" or max(image.size) < 500:
+                continue
+            factor = side / max(image.size)
+            resized = image.resize([max(1, round(x * factor)) for x in image.size], Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        resized.save(buffer, "JPEG", quality=90)
+        out.append(buffer.getvalue())
+    return out[:limit]
+
+
+def draws(n: int) -> Callable[[], float]:
+    turn = iter(range(1 << 30))
+    return lambda: uniform(np.uint64(n), next(turn))
+
+
+def ours(data: bytes, n: int) -> np.ndarray:
+    return np.ascontiguousarray(images.decode_train(data, SIZE, draws(n), SCALE, RATIO))
+
+
+def theirs(data: bytes, n: int, pipeline: Any) -> torch.Tensor:
+    return pipeline(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--side", type=int, nargs="+", default=[800, 256])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    peer = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, SCALE, RATIO, interpolation=F.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGE_MEAN, IMAGE_STD),
+        ]
+    )
+    print("side  photographs  images/s ours  images/s torchvision  ratio (median, range)   mean difference of a pixel")
+    for side in arguments.side:
+        files = photographs(arguments.folder, side)
+        if not files:
+            raise SystemExit(f"no RGB JPEG of 500 pixels or more under {arguments.folder}")
+        difference = statistics.mean(_difference(data, n) for n, data in enumerate(files))
+        times = []
+        for _ in range(arguments.rounds):
+            started = time.perf_counter()
+            for n, data in enumerate(files):
+                ours(data, n)
+            between = time.perf_counter()
+            for n, data in enumerate(files):
+                theirs(data, n, peer)
+            times.append((between - started, time.perf_counter() - between))
+        ratios = [b / a for a, b in times]
+        mine, other = (len(files) / statistics.median(x) for x in zip(*times, strict=True))
+        print(
+            f"{side:4}  {len(files):11}  {mine:13.0f}  {other:20.0f}  {statistics.median(ratios):.2f}"
+            f" ({min(ratios):.2f} to {max(ratios):.2f})   {difference:.2%}"
+        )
+
+
+def _difference(data: bytes, n: int) -> float:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    left, top, width, height = images.crop_box(*image.size, draws(n), SCALE, RATIO)
+    reference = F.resized_crop(image, top, left, height, width, [SIZE, SIZE], F.InterpolationMode.BICUBIC)
+    expected = np.asarray(reference, np.float32).transpose(2, 0, 1)
+    return float(np.abs(ours(data, n) - expected).mean()) / 255
+
+
+if __name__ == "__main__":
+    main()
