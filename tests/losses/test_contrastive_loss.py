@@ -50,11 +50,12 @@ def ours(*arguments, **options):
     return contrastive_loss(*arguments, **options).loss
 
 
-def assert_close(actual, expected, tolerance: float) -> None:
-    """Every tensor within `tolerance` of the expected one's norm; of 1 if that is less (gradients of a loss near 0)."""
+def assert_close(actual, expected, tolerance: float, floor: float | None = None) -> None:
+    """Every tensor within `tolerance` of the expected one's norm, plus `floor` (by default: the tolerance)."""
     for a, e in zip(actual, expected, strict=True):
         difference = (a.double() - e.double().reshape(a.shape)).norm()
-        assert difference <= tolerance * max(1.0, e.double().norm().item()), (difference.item(), e.norm().item())
+        bound = tolerance * e.double().norm() + (tolerance if floor is None else floor)
+        assert difference <= bound, (difference.item(), bound.item())
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def split(pool, image, text, log_scale, counts, incoming=1.0, tell_counts=True):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 13]), min_size=1, max_size=4),
     scale=st.sampled_from([0.01, 1.0, 14.3, 50.0, 100.0]),
@@ -270,7 +271,9 @@ def test_any_split_equals_one_process(pool, counts, scale, duplicates, double, t
         expected = [torch.zeros(()), *(torch.zeros_like(value) for value in one)]
     else:
         expected = with_gradients(plain, *one, 0.5)
-    assert_close([outputs[0][0], *gradients], expected, tolerance)
+    # what rounding the logits, of size `scale`, costs the N terms that may cancel, each of size scale / N
+    rounding = 2 * torch.finfo(dtype).eps * max(scale, 1) ** 2 / math.sqrt(max(N, 1))
+    assert_close([outputs[0][0], *gradients], expected, tolerance, rounding)
     if double and not duplicates:  # rounding decides between duplicates, and they are or are not a tile apart
         statistics = contrastive_loss(*one)[1:]
         torch.testing.assert_close(torch.stack(outputs[0][1:]), torch.stack(statistics), rtol=1e-9, atol=1e-9)
