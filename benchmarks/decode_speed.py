@@ -1,4 +1,4 @@
-"""Decoding on one core: ours beside `Image.open().convert("RGB")` + torchvision's RandomResizedCrop, ToTensor, Normalize.
+"""Decoding on one core: ours beside Pillow's `convert("RGB")`, torchvision's RandomResizedCrop, ToTensor, Normalize.
 
 Photographs are re-encoded as JPEG with the given longer side (800 pixels: as they come from the web; 256: as a corpus
 preprocessed to that size has them). Both take the same crops, so that the pixels can be compared as well.

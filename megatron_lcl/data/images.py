@@ -43,10 +43,9 @@ def decode_train(
     else:
         height, width = header
         turns, mirrored = _TURNS.get(_jpeg_orientation(data), (0, False))
-        if turns % 2:
-            top, left, crop_height, crop_width = crop_box(height, width, draw, scale, ratio)
-        else:
-            left, top, crop_width, crop_height = crop_box(width, height, draw, scale, ratio)
+        shown = (height, width) if turns % 2 else (width, height)
+        box = crop_box(*shown, draw, scale, ratio)
+        left, top, crop_width, crop_height = _stored_box(box, width, height, turns, mirrored)
         pixels = _decode_jpeg(data, width, height, 1.5 * size / min(crop_width, crop_height))
         shrunk_x, shrunk_y = pixels.shape[1] / width, pixels.shape[0] / height
         left, crop_width = round(left * shrunk_x), max(1, round(crop_width * shrunk_x))
@@ -91,6 +90,19 @@ def crop_box(
     elif width / height > ratio[1]:
         w = min(width, round(height * ratio[1]))
     return (width - w) // 2, (height - h) // 2, max(1, w), max(1, h)
+
+
+def _stored_box(
+    box: tuple[int, int, int, int], width: int, height: int, turns: int, mirrored: bool
+) -> tuple[int, int, int, int]:
+    """A box (left, top, width, height) of the picture as shown, in the stored picture of size width × height."""
+    left, top, w, h = box
+    if mirrored:
+        left = (height if turns % 2 else width) - left - w
+    for turn in range(turns, 0, -1):  # a counter-clockwise turn takes column x to row (side - 1 - x)
+        side = width if turn % 2 else height
+        left, top, w, h = side - top - h, left, h, w
+    return left, top, w, h
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:
