@@ -24,8 +24,8 @@ import numpy as np
 SHARD = 100_000
 
 
-def write_corpus(folder: Path, annotations: Path, num_documents: int) -> None:
-    """A corpus of resampled documents: sizes are real, token ids and images are holes in sparse files."""
+def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
+    """A corpus of resampled documents: sizes are real, all token ids are 0, all images the same."""
     from megatron_lcl.data.store import ShardWriter, write_manifest
     from megatron_lcl.data.tokenizer import load
 
@@ -44,7 +44,7 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int) -> None:
         for text in texts:
             writer.add_text(np.frombuffer(text, np.int32))
         for similarity, matched in images:
-            writer.add_image(b"-", 1, 1, "JPEG", similarity, matched)
+            writer.add_image(image, 1, 1, "JPEG", similarity, matched)
         writer.end_document()
     files, counts = writer.finish()
     for name in list(files):

@@ -158,6 +158,9 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, image)
+        alpha = image.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            white = PIL.Image.new("RGB", image.size, "white")
+            white.paste(image, mask=alpha)
+            return white
     return image.convert("RGB")

@@ -118,7 +118,8 @@ def test_a_changed_blend_repeats_and_loses_nothing(make_corpus: MakeCorpus) -> N
             assert {d for e, d in mine if e == epoch} == set(range(size))
         assert [e for e, _ in mine] == sorted(e for e, _ in mine)
     later = seen[switch:]
-    assert 0.3 < sum(c == path_a for c, *_ in later) / len(later) < 0.7
+    for some in (later, later[:100]):  # shares count from the change, nothing is made up for
+        assert 0.3 < sum(c == path_a for c, *_ in some) / len(some) < 0.7
     # an unchanged config appends nothing
     same = open_ledger(data_of((a.path, 1), (b.path, 1)), P, CONTEXT, previous=after.ledger, consumed=90)
     assert same == after.ledger

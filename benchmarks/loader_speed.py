@@ -1,0 +1,111 @@
+"""The loader alone: images and tokens a second, and what the first batch of a large corpus costs.
+
+    python benchmarks/loader_speed.py throughput CORPUS [--config FILE] [--workers 0 1 2] [--seconds 20]
+    python benchmarks/loader_speed.py first-batch docs_no_face_shard_151_v3.jsonl [--documents 1000000]
+
+`first-batch` resamples real MMC4 annotations to a corpus of that many documents, builds its index once, and then opens
+it in new processes: seconds and MiB from the end of `import torch, deepspeed` to the first batch, without workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def throughput(arguments: argparse.Namespace) -> None:
+    from megatron_lcl import config as configs
+    from megatron_lcl.data.loader import PackedLoader
+
+    print("workers  packs/s  images/s  tokens/s  tokens used  image slots used")
+    for workers in arguments.workers:
+        overrides = {"data.corpora": arguments.source, "data.workers": str(workers)}
+        config = configs.load(arguments.config, overrides)
+        vision, context = config.model.vision, config.model.language.context_length
+        micro = config.train.micro_batch
+        loader = PackedLoader(
+            config.data, vision.num_patches, vision.image_size, context, global_batch=micro, micro_batch=micro
+        )
+        batches = iter(loader)
+        next(batches)
+        packs = images = tokens = 0
+        started = time.perf_counter()
+        while time.perf_counter() - started < arguments.seconds:
+            batch = next(batches)
+            packs, images, tokens = packs + micro, images + batch.num_images, tokens + batch.num_tokens
+        seconds = time.perf_counter() - started
+        print(
+            f"{workers:7}  {packs / seconds:7.1f}  {images / seconds:8.0f}  {tokens / seconds:8.0f}"
+            f"  {tokens / packs / config.data.tokens_per_pack:11.1%}  {images / packs / loader.images_per_pack:16.1%}",
+            flush=True,
+        )
+        del batches
+
+
+def _resident() -> float:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024
+
+
+def _first_batch(folder: str, cache: str, queue: Any) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+    import torch  # noqa: F401
+
+    before, started = _resident(), time.perf_counter()
+    from megatron_lcl.config import Corpus, Data
+    from megatron_lcl.data.loader import PackedLoader
+
+    data = Data(corpora=(Corpus(folder),), workers=0, cache=cache)
+    next(iter(PackedLoader(data, 49, 224, 2048)))
+    queue.put((time.perf_counter() - started, _resident() - before))
+
+
+def first_batch(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    import PIL.Image
+    from packing_scale import write_corpus
+
+    picture = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    PIL.Image.fromarray(pixels).resize((400, 300)).save(picture, "JPEG")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "corpus"
+        write_corpus(folder, Path(arguments.source), arguments.documents, picture.getvalue())
+        results = []
+        for _ in range(6):
+            queue = context.Queue()
+            process = context.Process(target=_first_batch, args=(str(folder), str(Path(temporary) / "cache"), queue))
+            process.start()
+            results.append(queue.get())
+            process.join()
+    print(f"{arguments.documents:,} documents: building the index and the first batch {results[0][0]:.2f} s")
+    seconds, mebibytes = zip(*results[1:], strict=True)
+    print(
+        f"with a built index, {len(seconds)} processes: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to"
+        f" {max(seconds):.2f}), {statistics.median(mebibytes):.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["throughput", "first-batch"])
+    parser.add_argument("source", help="a corpus, or MMC4 annotations")
+    parser.add_argument("--config", default=None)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    throughput(arguments) if arguments.what == "throughput" else first_batch(arguments)
+
+
+if __name__ == "__main__":
+    main()

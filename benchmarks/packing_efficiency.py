@@ -1,0 +1,88 @@
+"""How full packs of real MMC4 documents are: ours beside a best fit over a window of 512, and one document to a row.
+
+Documents are resampled from real annotations (a shard `docs_*.jsonl`; CLIP tokens, 49 patches an image, the
+reference's selection). "bound" is what the integer I allows: all of the scarcer of the two, and its share of the other.
+
+    python benchmarks/packing_efficiency.py docs_no_face_shard_151_v3.jsonl [--documents 1000000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lcl.data.packing import best_fit, choose_images_per_pack, max_sequences
+from megatron_lcl.data.tokenizer import load
+
+
+def real_sizes(annotations: Path) -> np.ndarray:
+    """Tokens and images of each document that selection leaves, int32 [documents, 2]."""
+    tokenizer, sizes = load("clip"), []
+    for line in annotations.read_text().splitlines():
+        record = json.loads(line)
+        matched = {i["matched_text_index"] for i in record["image_info"] if i["matched_sim"] >= 0.24}
+        num, text = min(6, len(matched)), sum(map(len, tokenizer.encode_batch(record["text_list"])))
+        if num:
+            sizes.append((text + num * 51 + 2, num))
+    return np.array(sizes, np.int32)
+
+
+def windowed_best_fit(tokens: np.ndarray, images: np.ndarray, capacity: int, slots: int, window: int = 512) -> int:
+    """Packs needed if each takes, of the next `window` documents, the oldest and then always the best fitting one."""
+    waiting, following, packs = np.arange(min(window, len(tokens))), window, 0
+    while len(waiting):
+        room, free, taken = capacity, slots, 0
+        while len(waiting):
+            left, empty = room - tokens[waiting], free - images[waiting]
+            cost = left / capacity + empty / slots + 2 * np.abs(left / capacity - empty / slots)
+            cost = np.where((left >= 0) & (empty >= 0), cost, np.inf)
+            best = int(cost.argmin()) if taken else 0
+            if np.isinf(cost[best]):
+                break
+            room, free, taken = int(left[best]), int(empty[best]), taken + 1
+            waiting = np.delete(waiting, best)
+            if following < len(tokens):
+                waiting = np.append(waiting, following)
+                following += 1
+        packs += 1
+    return packs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    real = real_sizes(arguments.annotations)
+    tokens, images = real[np.random.default_rng(0).integers(0, len(real), arguments.documents)].T.copy()
+    best_fit(tokens[:100], images[:100], 2048, 11, 128)  # compiles
+    print(f"{len(real)} real documents, {real.mean(0)[0]:.0f} tokens and {real.mean(0)[1]:.2f} images on average")
+    print("   T    I                       documents   tokens used   image slots used   seconds")
+    for capacity in (2048, 8192):
+        slots = choose_images_per_pack(images.sum() / tokens.sum(), capacity)
+        started = time.perf_counter()
+        ours = len(best_fit(tokens, images, capacity, slots, max_sequences(capacity))[1]) - 1
+        seconds = time.perf_counter() - started
+        part = slice(0, min(len(tokens), 30_000))  # the peer is slow
+        started = time.perf_counter()
+        window = windowed_best_fit(tokens[part], images[part], capacity, slots)
+        peer = time.perf_counter() - started
+        bound = max(tokens.sum() / capacity, images.sum() / slots)
+        rows = (
+            ("ours", slice(None), ours, seconds),
+            ("best fit, window of 512", part, window, peer),
+            ("one document a row", slice(None), len(tokens), 0.0),
+            ("bound", slice(None), bound, 0.0),
+        )
+        for name, some, packs, took in rows:
+            share_t, share_m = tokens[some].sum() / packs / capacity, images[some].sum() / packs / slots
+            num = len(tokens[some])
+            print(f"{capacity:4} {slots:4}  {name:24} {num:9,}  {share_t:12.2%}  {share_m:17.2%}  {took:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
