@@ -25,7 +25,7 @@ from megatron_lcl.report import write_report
 from megatron_lcl.train.launch import default_processes, start_local
 from megatron_lcl.train.run import check
 
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 
 
 def quickstart(output: Path, html: Path | None = None, steps: int | None = None) -> None:

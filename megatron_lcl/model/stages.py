@@ -9,6 +9,7 @@ Shape legend: N image slots, P patches of an image, V vision width, D language w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -178,6 +179,14 @@ class Head(nn.Module):
         self.vocabulary = nn.Parameter(torch.empty(language.vocab_size, language.width))
         self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
+        """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves along, but stays float32."""
+        log_scale = self.log_scale.data
+        super()._apply(fn, recurse)
+        if log_scale.dtype == torch.float32 and not log_scale.is_meta:
+            self.log_scale.data = log_scale.to(self.log_scale.device)
+        return self
+
     def forward(self, inputs: Activations) -> Outputs:
         x = Activations(*inputs)
         num_rows = len(x.tokens)
@@ -185,7 +194,9 @@ class Head(nn.Module):
         hidden = self.vocabulary_norm(rows_RD[x.target_positions])
         nll = generation_loss(hidden, self.vocabulary, x.targets[x.target_positions])
         contexts_ND = self.text_features(rows_RD[x.image_soi.clamp(min=0)])
-        return Outputs(nll, unit_norm(latents_ND), contexts_ND, self.log_scale)
+        # a copy: where a parameter itself is an output, DeepSpeed's bf16 optimizer loses its gradient without an error
+        log_scale = self.log_scale.to(torch.float32, copy=True)
+        return Outputs(nll, unit_norm(latents_ND), contexts_ND, log_scale)
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,8 +135,33 @@ def build_engine(module: StageList, config: Config, mesh: Mesh) -> Any:
     import deepspeed
 
     settings = deepspeed_config(config, mesh.data.size)
+    head: Any = module[-1]
+    initial = float(head.log_scale.detach())
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=build_optimizer(groups, config.optimizer), config=settings, dist_init_required=False
     )
+    # the cast to half precision has rounded the start value, and with it the float32 master
+    update_log_scale(head.log_scale, lambda value: torch.full_like(value, initial))
     return engine
+
+
+@torch.no_grad()
+def update_log_scale(parameter: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Apply an elementwise function to the log scale: to the parameter, and to DeepSpeed's float32 master.
+
+    Changing the parameter alone would be lost at the next step.
+    """
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_local_fp32_param,
+    )
+
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: each process its shard
+        safe_set_local_fp32_param(parameter, function(safe_get_local_fp32_param(parameter)))
+        parameter.ds_tensor.copy_(function(parameter.ds_tensor))
+    elif (master := safe_get_full_fp32_param(parameter)) is not None:
+        safe_set_full_fp32_param(parameter, function(master))
+    parameter.copy_(function(parameter))

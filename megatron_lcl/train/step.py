@@ -19,6 +19,7 @@ from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.stages import MAX_LOG_SCALE, Outputs
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.engine import update_log_scale
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Stepper:
         with torch.set_grad_enabled(not two_passes):
             outputs = [engine(batch) for batch in batches]
         features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
-        contrast, image_grads, text_grads, scale_grad = self._contrast(outputs[0].log_scale, features, pairs_per_rank)
+        contrast, image_grads, text_grads, scale_grad = self._contrast(features, pairs_per_rank)
 
         undo_means = self.mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         generation = torch.zeros((), dtype=torch.float32, device=engine.device)
@@ -83,7 +84,7 @@ class Stepper:
             engine.backward(loss * undo_means)
             engine.step()
             outputs[m] = None  # type: ignore[call-overload]  # its graph is spent
-        self._clamp_log_scale()
+        update_log_scale(engine.module[-1].log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
 
         dist.all_reduce(generation, group=self.mesh.data.group)
         contrastive = contrast.loss.detach() if contrast is not None else torch.zeros_like(generation)
@@ -93,7 +94,7 @@ class Stepper:
             "loss": loss,
             "generation": generation / num_targets,
             "contrastive": contrastive,
-            "log_scale": self._log_scale().detach()[0],
+            "log_scale": self._log_scale()[0],
             "image_accuracy": contrast.image_accuracy if contrast is not None else generation * 0,
             "text_accuracy": contrast.text_accuracy if contrast is not None else generation * 0,
             "mutual_information": contrast.mutual_information if contrast is not None else generation * 0,
@@ -114,37 +115,25 @@ class Stepper:
         total = dict(zip((*names, "num_bad_images"), table.sum(0).tolist(), strict=True))
         return total, table[:, 0].tolist()
 
-    def _contrast(self, log_scale: torch.Tensor, features: list[Features], pairs_per_rank: list[int]) -> tuple:
+    def _contrast(self, features: list[Features], pairs_per_rank: list[int]) -> tuple[Any, ...]:
         """The contrastive loss and, per micro-batch, its weighted gradients; and this process's share for the scale."""
         if not self.with_contrast:
             zeros = [torch.zeros_like(f.image) for f in features]
-            return None, zeros, zeros, torch.zeros_like(log_scale)
+            return None, zeros, zeros, 0.0
         image = torch.cat([f.image for f in features]).detach().requires_grad_()
         text = torch.cat([f.text for f in features]).detach().requires_grad_()
-        scale = log_scale.detach().requires_grad_()
+        scale = self._log_scale().requires_grad_()
         with torch.enable_grad():
             out = contrastive_loss(image, text, scale, group=self.mesh.data.group, counts=pairs_per_rank)
             grads = torch.autograd.grad(out.loss * self.objective.contrastive_weight, (image, text, scale))
         sizes = [len(f.image) for f in features]
         return out, grads[0].split(sizes), grads[1].split(sizes), grads[2]
 
-    def _log_scale(self) -> torch.nn.Parameter:
-        return self.engine.module[-1].log_scale
+    def _log_scale(self) -> torch.Tensor:
+        """The log scale [1] in float32: DeepSpeed's master where the parameter itself is in half precision."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    @torch.no_grad()
-    def _clamp_log_scale(self) -> None:
-        """Into [0, ln 100], in the parameter and in DeepSpeed's float32 master: clamping one alone would be lost."""
-        from deepspeed.utils import (
-            safe_get_full_fp32_param,
-            safe_get_local_fp32_param,
-            safe_set_full_fp32_param,
-            safe_set_local_fp32_param,
-        )
-
-        parameter: Any = self._log_scale()
-        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: each process clamps its shard
-            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(0, MAX_LOG_SCALE))
-            parameter.ds_tensor.clamp_(0, MAX_LOG_SCALE)
-        elif (master := safe_get_full_fp32_param(parameter)) is not None:
-            safe_set_full_fp32_param(parameter, master.clamp(0, MAX_LOG_SCALE))
-        parameter.clamp_(0, MAX_LOG_SCALE)
+        parameter = self.engine.module[-1].log_scale
+        if parameter.dtype == torch.float32 and parameter.numel():
+            return parameter.detach().clone()
+        return safe_get_full_fp32_param(parameter).detach().clone()

@@ -27,7 +27,9 @@ SPLITS = {
 }
 
 
-def five_steps(rank: int, reference: str, zero: int, strategy: str, split: list[list[list[int]]]) -> list[list[float]]:
+def five_steps(
+    rank: int, reference: str, zero: int, strategy: str, split: list[list[list[int]]], dtype: str = "float32"
+) -> list[list[float]]:
     import torch.distributed as dist
 
     from megatron_lcl.train.engine import build_engine, init_processes
@@ -46,7 +48,7 @@ def five_steps(rank: int, reference: str, zero: int, strategy: str, split: list[
             "optimizer": {**settings, "clip_norm": 0},
             "zero": {"stage": zero},
             "contrast": {"strategy": strategy},
-            "train": {"global_batch": len(split) * micro_batches, "dtype": "float32"},
+            "train": {"global_batch": len(split) * micro_batches, "dtype": dtype},
         }
     )
     stepper = Stepper(build_engine(model.stages, config, mesh), config, mesh)
@@ -79,3 +81,16 @@ def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
         torch.testing.assert_close(
             ours[0], expected[0], rtol=1e-5, atol=0
         )  # the first step's losses, before any update
+
+
+@pytest.mark.slow
+def test_in_bfloat16_the_log_scale_trains_in_float32(shared: Path) -> None:
+    """Rounded to bfloat16 it would stand still: a step moves it by a tenth of the distance between two neighbours."""
+    file = str(shared / "reference" / "lcl_tiny.safetensors")
+    results = run_processes(five_steps, 2, file, 1, "retain", [[[0], [2]], [[1], []]], "bfloat16")
+    expected = load_file(file)["traj"]
+    for rows in results:
+        ours = torch.tensor(rows, dtype=torch.float64)
+        torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=0, atol=4e-4)
+        torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=2e-2, atol=0)
+        assert len(set(ours[:, 3].tolist())) == 5
