@@ -180,7 +180,7 @@ class Head(nn.Module):
         self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
-        """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves along, but stays float32."""
+        """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves, but stays float32."""
         log_scale = self.log_scale.data
         super()._apply(fn, recurse)
         if log_scale.dtype == torch.float32 and not log_scale.is_meta:
