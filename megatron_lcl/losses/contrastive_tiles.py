@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-# 32 MiB of float32. Smaller tiles stay in smaller caches, which is worth some 5 % to a thread that is alone; but threads
+# 32 MiB of float32. Smaller tiles stay in smaller caches, worth some 5 % to a thread that is alone; but threads
 # wait for each other after every operator on a tile, and where they share their cores with others, short ones take
 # several times as long.
 TILE_ROWS = 4096
