@@ -1,0 +1,117 @@
+"""The quickstart as a newcomer runs it, on a small folder of pages: twice, with everything it promises at the end."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from megatron_lcl import load_model
+
+WORDS = """
+the pencil tool draws hard lines while a brush paints soft ones over any layer of your picture
+""".split()  # noqa: SIM905
+
+
+def write_pages(folder: Path, num_pages: int = 24) -> None:
+    """Pages with headings, paragraphs and two drawings each, all different, and a navigation bar."""
+    rng = random.Random(0)
+    folder.mkdir()
+    for page in range(num_pages):
+        body = []
+        for part in range(2):
+            image = Image.new("RGB", (96, 80), tuple(rng.choices(range(256), k=3)))
+            draw = ImageDraw.Draw(image)
+            for _ in range(12):
+                x, y = rng.randrange(90), rng.randrange(70)
+                draw.rectangle(
+                    (x, y, x + rng.randrange(4, 60), y + rng.randrange(4, 60)), tuple(rng.choices(range(256), k=3))
+                )
+            image.save(folder / f"{page}-{part}.png")
+            text = " ".join(rng.choices(WORDS, k=40))
+            body.append(
+                f"<h2>Part {page}.{part}</h2><p>{text}</p><img src='{page}-{part}.png' alt=''><p>{text[:60]}</p>"
+            )
+        links = "".join(f"<a href='{p}.html'>{p}</a>" for p in range(num_pages))
+        html = f"<html><body><nav>{links}</nav><h1>Page {page}</h1>{''.join(body)}</body></html>"
+        (folder / f"{page}.html").write_text(html, encoding="utf-8")
+
+
+def quickstart(pages: Path, output: Path) -> str:
+    command = [sys.executable, "-m", "megatron_lcl", "quickstart", "--html", str(pages), "--output", str(output)]
+    result = subprocess.run([*command, "--steps", "12"], capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    write_pages(folder / "pages")
+    said = quickstart(folder / "pages", folder / "out")
+    for step in range(1, 7):
+        assert f"[{step}/6]" in said
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_the_encoder_is_a_hugging_face_model_with_the_same_outputs(output: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModel.from_pretrained(output / "hf")
+    ours = load_model(output / "run")
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        last = getattr(theirs, "vision_model", theirs)(images).last_hidden_state
+        expected = ours.vision_tokens(images)
+    assert (last - expected).norm() <= 1e-5 * expected.norm()
+    certificate = json.loads((output / "hf" / "certificate.json").read_text())
+    assert certificate
+
+
+@pytest.mark.slow
+def test_held_out_documents_are_measured(output: Path) -> None:
+    result = json.loads((output / "run" / "heldout.json").read_text())
+    assert result["pairs"] >= 2
+    assert result["chance_at_10"] == min(1.0, 10 / result["pairs"])
+    assert 0 < result["bits_per_token"] < 20
+
+
+@pytest.mark.slow
+def test_the_report_is_one_self_contained_page(output: Path) -> None:
+    page = (output / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r"<(?:img|script|link|iframe)[^>]*(?:src|href)=[\"']([^\"']+)", page)
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    for part in ("never saw", "Retrieval examples", "first packed batch", "left out", "Going on", "<svg"):
+        assert part in page, part
+
+
+@pytest.mark.slow
+def test_the_report_in_a_browser(output: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command = [chromium, *flags, f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom"]
+    result = subprocess.run(
+        [*command, (output / "report.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in result.stderr
+    assert result.stdout.count('class="example"') >= 2
+
+
+@pytest.mark.slow
+def test_it_can_be_run_again(output: Path) -> None:
+    weights = next((output / "run" / "checkpoints").glob("*/model.safetensors"))
+    before = weights.stat().st_mtime_ns
+    said = quickstart(output.parent / "pages", output)
+    assert "[6/6]" in said
+    assert weights.stat().st_mtime_ns == before  # nothing was trained again
