@@ -18,7 +18,7 @@ from megatron_lcl.data.batch import PackedBatch, num_runs
 from megatron_lcl.data.images import decode_eval, decode_train
 from megatron_lcl.data.index import InOrder, Ledger, Pack, PackIndex, open_ledger
 from megatron_lcl.data.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
-from megatron_lcl.data.source import Source, key, open_source
+from megatron_lcl.data.source import Source, key, open_source, plain
 from megatron_lcl.data.store import Shard
 
 ObjectiveName = Literal["lcl", "clip", "generation"]
@@ -187,17 +187,11 @@ class PackReader(Dataset[PackedBatch]):
         k, local = source.corpus.locate(document)
         shard = source.corpus.shard(k)
         a, b = (int(x) for x in shard.document_offsets[local : local + 2])
-        modes = np.array(shard.modes[a:b])
+        modes = plain(shard.modes[a:b])
         p = int(source.placements[document])
         q = p + int(modes.sum())
-        rows = arrange(
-            np.array(shard.lengths[a:b]),
-            modes,
-            np.array(shard.similarity[p:q]),
-            np.array(shard.matched_text[p:q]),
-            source.document_key(document, epoch),
-            source.rules,
-        )
+        arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
+        rows = arrange(*arrays, source.document_key(document, epoch), source.rules)
         return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, source.rules), a, shard
 
     def _targets(self, pack: Pack, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:

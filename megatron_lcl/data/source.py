@@ -107,6 +107,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
+def plain(array: np.ndarray) -> np.ndarray:
+    """The array aligned and read-only, whatever it was: compiled functions then see one type and compile once."""
+    view = np.require(array, requirements=["A", "C"]).view(np.ndarray)
+    view.flags.writeable = False
+    return view
+
+
 class Source:
     """A corpus with the rules for its sequences, and the size of each document (D documents), memory-mapped.
 
@@ -146,7 +153,7 @@ class Source:
         """Shard k's lengths, modes, document offsets, similarities and matched texts."""
         shard = self.corpus.shard(k)
         arrays = shard.lengths, shard.modes, shard.document_offsets, shard.similarity, shard.matched_text
-        return tuple(np.require(a, requirements="A") for a in arrays)
+        return tuple(map(plain, arrays))
 
     def document_key(self, document: int, epoch: int) -> Any:
         """What the selection and placement of a document in an epoch are drawn from."""
