@@ -15,16 +15,12 @@ import argparse
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from generation_peers import peers, plain
 from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
 from megatron_lcl.losses.generation import generation_loss
 
 ROWS, VOCABULARY, WIDTH = 8192, 49411, 768
-
-
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
 
 
 def problem(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
@@ -61,29 +57,13 @@ def on_cpu(pairs: int) -> None:
     print("ours / plain:", ratios(ours, peer))
 
 
-def peers() -> dict[str, Callable]:
-    found: dict[str, Callable] = {"ours": generation_loss, "plain formula": plain}
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
-        found["liger-kernel"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
-    except ImportError:
-        print("liger-kernel is not installed")
-    if hasattr(F, "linear_cross_entropy"):
-        found["torch, chunked"] = lambda hidden, weight, targets: F.linear_cross_entropy(
-            hidden, weight, targets, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
-        )
-    return found
-
-
 def on_cuda() -> None:
     print(f"{torch.cuda.get_device_name()}: {ROWS} rows, {VOCABULARY} tokens, width {WIDTH}; medians of 10 runs")
     ways = peers()
     for dtype in (torch.bfloat16, torch.float32):
         arguments = problem(ROWS, VOCABULARY, dtype, "cuda")
-        exact = plain(*(value.detach().double() if value.is_floating_point() else value for value in arguments))
-        exact = exact.item() / ROWS
+        hidden, weight, targets = arguments
+        exact = generation_loss(hidden.detach().double(), weight.detach().double(), targets).item() / ROWS
         for name, loss_of in ways.items():
             m = measure_cuda(lambda loss_of=loss_of: step(loss_of, *arguments))  # noqa: B023
             values = f"{m.seconds * 1e3:>9.2f} ms{m.mebibytes:>9.0f} MiB" if m else f"{'does not fit':>24}"

@@ -160,6 +160,12 @@ def test_non_finite_features_give_a_non_finite_loss(value, modality):
     assert not math.isfinite(ours(*rows, torch.tensor(2.0)))
 
 
+def test_an_infinite_positive_among_minus_infinite_negatives_is_not_a_loss_of_zero():
+    image, text = (rows.float() for rows in features(6))
+    image[4, 2], text[:, 2], text[4, 2] = math.inf, -0.1, 0.1
+    assert not math.isfinite(ours(image, text, torch.tensor(2.0)))
+
+
 def test_autocast_does_not_reach_the_arithmetic():
     image, text = (rows.float() for rows in features(30))
     log_scale = torch.tensor([math.log(100.0)])
