@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from processes import run_processes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_lcl import LCL, from_open_clip
 from megatron_lcl import config as configs
-from megatron_lcl import from_open_clip
+from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.model.lcl import pack_padded
 
 # (ZeRO stage, strategy, sequences of each micro-batch of each process)
@@ -51,7 +53,10 @@ def five_steps(
             "train": {"global_batch": len(split) * micro_batches, "dtype": dtype},
         }
     )
-    stepper = Stepper(build_engine(model.stages, config, mesh), config, mesh)
+    engine = build_engine(model.stages, config, mesh)
+    stepper = Stepper(engine, config, mesh)
+    with_gradients = zero < 3 and dtype == "float32"
+    gradients = record_gradients(engine, model) if with_gradients else []
     rows = []
     for step in range(5):
         text, images = (tensors[f"batch{step % 2}/{kind}"] for kind in ("text", "images"))
@@ -63,8 +68,39 @@ def five_steps(
             batches.append(pack_padded(text[sequences], (text[sequences] != 0).sum(1), chosen, model.config))
         result = stepper.run(batches, settings["lr"])
         rows.append([0.1 * result.contrastive, result.generation, result.loss, result.log_scale])
+    if with_gradients:
+        assert_gradients(gradients[0], tensors)  # what the first step's optimizer was given
     dist.destroy_process_group()
     return rows
+
+
+def record_gradients(engine: Any, model: LCL) -> list[dict[str, torch.Tensor]]:
+    """The gradients that the first optimizer step is given, under the reference's names."""
+    from deepspeed.utils import safe_get_full_grad
+
+    recorded: list[dict[str, torch.Tensor]] = []
+    step = engine.step
+
+    def recording_step() -> None:
+        if not recorded and engine.is_gradient_accumulation_boundary():
+            copy = from_open_clip(model.state_dict_open_clip(), open_clip_config(model.config))
+            for ours, theirs in zip(model.stages.parameters(), copy.stages.parameters(), strict=True):
+                gradient = safe_get_full_grad(ours)
+                theirs.data.copy_(torch.zeros_like(theirs) if gradient is None else gradient)
+            recorded.append(copy.state_dict_open_clip())
+        step()
+
+    engine.step = recording_step
+    return recorded
+
+
+def assert_gradients(ours: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    """As for one process: each within 1e-5 of itself and 1e-8 of all of them."""
+    total = float(torch.stack([tensors[f"grad/{name}"].double().norm() for name in ours]).norm())
+    for name, gradient in ours.items():
+        theirs = tensors[f"grad/{name}"]
+        error = float((gradient - theirs).norm())
+        assert error <= 1e-5 * float(theirs.norm()) + 1e-8 * total, (name, error)
 
 
 @pytest.mark.slow
