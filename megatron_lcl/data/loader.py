@@ -379,10 +379,20 @@ def _alive(pid: int) -> bool:
 
 
 def _start_worker(worker: int) -> None:
-    """The main process saves and stops on a signal to the whole group; its workers go on until it tells them to end."""
+    """A worker ends when the main process wants it to, and by no other SIGTERM or SIGINT.
+
+    Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
+    """
     import cv2
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _end_on_request(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)

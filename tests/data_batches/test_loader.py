@@ -257,6 +257,7 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
     while loader.reader.progress[0, 1] < 0:  # type: ignore[index]
         time.sleep(0.01)
     os.kill(victim, signal.SIGKILL)
+    time.sleep(0.5)  # it does not break into whatever else the main process is at
     started = time.monotonic()
     with pytest.raises(
         RuntimeError, match=rf"loader process {victim} was killed at pack \d+: document \d+ of "
@@ -295,6 +296,26 @@ def test_workers_outlive_a_signal_to_the_whole_group(make_corpus: MakeCorpus) ->
         assert here.recv() == list(range(1, 21))
         process.join(30)
         assert process.exitcode == 0
+    finally:
+        process.kill()
+
+
+def _fails(path: str) -> None:
+    """A main process that dies of an error while something still holds its loader."""
+    batches = iter(loader_of(Path(path), data={"workers": 2}))
+    _fails.held = batches  # type: ignore[attr-defined]
+    next(batches)
+    raise RuntimeError("the run failed")
+
+
+@pytest.mark.slow
+def test_workers_do_not_keep_a_failed_run_from_ending(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(50, 6))
+    process = multiprocessing.get_context("spawn").Process(target=_fails, args=(str(corpus.path),))
+    process.start()
+    try:
+        process.join(60)
+        assert process.exitcode == 1
     finally:
         process.kill()
 
