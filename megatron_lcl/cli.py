@@ -157,7 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, metavar="DIR")
     sub.add_argument("--move", action="store_true", help="move the shards (default: link them)")
 
-    sub = add("replay", _replay, "the batch of a step as a page, on any machine")
+    sub = add(
+        "replay",
+        _replay,
+        "the batch of a step as a page, on any machine; a changed blend or skipped packs come from the run's checkpoint",
+    )
     sub.add_argument("--config", required=True, metavar="FILE", help="the run's config.yaml")
     sub.add_argument("--step", required=True, type=int, help="counted from 0")
     sub.add_argument("--rank", type=int, help="only what this data-parallel process reads")
@@ -335,9 +339,14 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.index import Ledger
     from megatron_lcl.data.replay import replay_html
+    from megatron_lcl.train.checkpoint import list_checkpoints, read_progress
 
-    page = replay_html(configs.load(options.config), options.step, options.rank, options.world_size)
+    config = configs.load(options.config)
+    saved = list_checkpoints(Path(config.train.output))
+    ledger = Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
+    page = replay_html(config, options.step, options.rank, options.world_size, ledger)
     file = Path(options.output or f"replay-{options.step}.html")
     file.write_text(page, encoding="utf-8")
     print(file)
