@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "replay",
         _replay,
-        "the batch of a step as a page, on any machine; a changed blend or skipped packs come from the run's checkpoint",
+        "the batch of a step as a page, on any machine",
     )
     sub.add_argument("--config", required=True, metavar="FILE", help="the run's config.yaml")
     sub.add_argument("--step", required=True, type=int, help="counted from 0")
