@@ -24,8 +24,10 @@ PY
   )
   if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv …" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel &&
-      "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$extras]" || exit 2
+    {
+      "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade pip setuptools wheel &&
+        "$venv/bin/python" -m pip install --disable-pip-version-check --editable "$root[$extras]"
+    } >"$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 2; }
     echo "$wanted" >"$venv/installed"
   fi
 }
