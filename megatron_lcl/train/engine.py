@@ -87,7 +87,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
     }
-    if config.objective.name == "lcl" and config.zero.stage == 3 and config.contrast.strategy == "retain":
+    if config.objective.name != "generation" and config.zero.stage == 3 and config.contrast.strategy == "retain":
         raise ValueError(
             "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
             "set contrast.strategy to recompute"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.config import Config, from_dict, to_dict, to_yaml
+from megatron_lcl.config import Config, load, to_dict, to_yaml
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
@@ -50,7 +50,7 @@ def check_output(run: Path, config: Config) -> None:
         if run.exists() and any(run.iterdir()):
             raise ValueError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
-    before, now = (_flat(tree) for tree in (_read(saved), to_dict(config)))
+    before, now = (_flat(to_dict(c)) for c in (load(saved), config))
     changed = sorted(k for k in before.keys() | now.keys() if k.startswith("model.") and before.get(k) != now.get(k))
     if changed:
         raise ValueError(
@@ -58,12 +58,6 @@ def check_output(run: Path, config: Config) -> None:
             + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed[:3])
             + "); name another folder"
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    return to_dict(from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -87,7 +81,7 @@ def train(config: Config) -> Path:
 
 def _train(config: Config, mesh: Mesh) -> Path:
     run, train, every = Path(config.train.output), config.train, config.checkpoint.every
-    folder, skipped = _agree(run, mesh)
+    folder, skipped = _agree(config, run, mesh)
     before = checkpoint.read_progress(folder) if folder else None
     first_step, first_pack = (before.step, before.packs) if before else (0, 0)
     if before and before.processes != mesh.data.size:
@@ -127,11 +121,20 @@ def _train(config: Config, mesh: Mesh) -> Path:
     return last
 
 
-def _agree(run: Path, mesh: Mesh) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The checkpoint to resume from, decided by the first process for all."""
-    decision = [checkpoint.newest(run) if mesh.is_first else None]
+def _agree(config: Config, run: Path, mesh: Mesh) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The checkpoint to resume from, decided by the first process for all, which also finds what is wrong."""
+
+    def decide() -> tuple[Path | None, dict[Path, list[str]]] | str:
+        try:
+            check(config, mesh.data.size)
+        except ValueError as error:
+            return str(error)
+        return checkpoint.newest(run)
+
+    decision = [decide() if mesh.is_first else ""]
     dist.broadcast_object_list(decision, src=0, group=mesh.data.group)
-    assert decision[0] is not None
+    if isinstance(decision[0], str):
+        raise RunError(decision[0])
     return decision[0]
 
 

@@ -42,7 +42,7 @@ class StepResult:
 
 
 class Features:
-    """Features of one micro-batch's pairs, and, after the loss, its gradients with respect to them."""
+    """Features of one micro-batch's pairs, attached to its graph."""
 
     def __init__(self, out: Outputs, batch: PackedBatch) -> None:
         pairs = torch.nonzero_static(batch.image_soi >= 0, size=batch.num_pairs)[:, 0]
@@ -54,8 +54,8 @@ class Stepper:
 
     def __init__(self, engine: Any, config: Config, mesh: Mesh) -> None:
         self.engine, self.mesh, self.objective = engine, mesh, config.objective
-        self.retain = config.contrast.strategy == "retain"
         self.with_contrast = config.objective.name != "generation"
+        self.retain = self.with_contrast and config.contrast.strategy == "retain"
         self.with_generation = config.objective.name != "clip"
 
     def run(self, batches: Sequence[PackedBatch], lr: float) -> StepResult:
@@ -65,25 +65,30 @@ class Stepper:
             group["lr"] = lr
         counts, pairs_per_rank = self._global_counts(batches)
         num_targets = max(counts["num_targets"], 1)
-        two_passes = self.with_contrast and not self.retain
-        with torch.set_grad_enabled(not two_passes):
-            outputs = [engine(batch) for batch in batches]
-        features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
-        contrast, image_grads, text_grads, scale_grad = self._contrast(features, pairs_per_rank)
+        contrast = None
+        outputs: list[Outputs] = []
+        features: list[Features] = []
+        if self.with_contrast:
+            with torch.set_grad_enabled(self.retain):
+                outputs = [engine(batch) for batch in batches]
+            features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
+            contrast, image_grads, text_grads, scale_grad = self._contrast(features, pairs_per_rank)
 
         undo_means = self.mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         generation = torch.zeros((), dtype=torch.float32, device=engine.device)
         for m, batch in enumerate(batches):
-            out = engine(batch) if two_passes else outputs[m]
-            own = Features(out, batch) if two_passes else features[m]
-            loss = out.log_scale.sum() * scale_grad / len(batches)
-            loss = loss + (own.image * image_grads[m]).sum() + (own.text * text_grads[m]).sum()
+            out = outputs[m] if self.retain else engine(batch)
+            own = features[m] if self.retain else Features(out, batch)
+            if contrast is None:  # in the graph all the same: its parameters have gradients, which are 0
+                loss = (own.image.sum() + own.text.sum() + out.log_scale.sum()) * 0
+            else:
+                loss = out.log_scale.sum() * scale_grad / len(batches)
+                loss = loss + (own.image * image_grads[m]).sum() + (own.text * text_grads[m]).sum()
             if self.with_generation:
                 loss = loss + out.generation * (objective.generation_weight / num_targets)
             generation += out.generation.detach()
             engine.backward(loss * undo_means)
             engine.step()
-            outputs[m] = None  # type: ignore[call-overload]  # its graph is spent
         update_log_scale(engine.module[-1].log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
 
         dist.all_reduce(generation, group=self.mesh.data.group)
@@ -117,9 +122,6 @@ class Stepper:
 
     def _contrast(self, features: list[Features], pairs_per_rank: list[int]) -> tuple[Any, ...]:
         """The contrastive loss and, per micro-batch, its weighted gradients; and this process's share for the scale."""
-        if not self.with_contrast:
-            zeros = [torch.zeros_like(f.image) for f in features]
-            return None, zeros, zeros, 0.0
         image = torch.cat([f.image for f in features]).detach().requires_grad_()
         text = torch.cat([f.text for f in features]).detach().requires_grad_()
         scale = self._log_scale().requires_grad_()

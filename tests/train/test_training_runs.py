@@ -154,3 +154,21 @@ def test_a_disk_that_fills_up_while_saving(config_file: Path, tmp_path: Path) ->
     assert last.startswith("megatron-lcl train: process 0 could not write the checkpoint"), result.stderr
     assert "Traceback" not in result.stderr
     assert not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_are_checked_too(config_file: Path, tmp_path: Path) -> None:
+    launched = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config_file)]
+    command += ["--train.output", str(tmp_path / "run"), "--model.language.vocab_size", "500"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=launched)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("megatron-lcl train: model.language.vocab_size is 500")
+    assert not (tmp_path / "run").exists()
