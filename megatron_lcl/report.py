@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from megatron_lcl import config as configs
 from megatron_lcl.convert.load import find_checkpoint
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.replay import render_packs
 from megatron_lcl.data.store import Corpus, open_corpus
 from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
@@ -31,7 +30,7 @@ def write_report(run: Path, output: Path | None = None, heldout: Path | None = N
     """
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
-    config = configs.from_dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    config = configs.load(run / CONFIG)
     metrics = [line for line in read_metrics(run) if "loss" in line]
     evaluation = _read_json(run / RESULT)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl", "."), autoescape=True)
@@ -91,23 +90,8 @@ def _examples(examples: list[dict[str, Any]] | None, heldout: Path | None) -> li
     corpus = open_corpus(heldout)
     for example in examples:
         pair = example["pair"]
-        example["src"] = thumbnail(bytes(corpus.shard(pair["shard"]).image(pair["image"])))
+        example["src"] = thumbnail(corpus.shard(pair["shard"]).image(pair["image"]), MAX_THUMBNAIL)
     return examples
-
-
-def thumbnail(data: bytes) -> str:
-    """Encoded image → data URL of a PNG or JPEG of at most MAX_THUMBNAIL pixels a side."""
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    small = white.convert("RGB")
-    small.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:

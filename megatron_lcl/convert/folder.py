@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import xxhash
+from megatron_lcl.data.files import hash_file
 
 CERTIFICATE = "certificate.json"
 
@@ -43,7 +43,7 @@ def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[P
 
 def write_record(folder: Path, kind: str, facts: dict[str, Any], record: str = CERTIFICATE) -> None:
     """The `record` file: the facts, and every file of the folder with its XXH3 (128 bits)."""
-    files = {name: _hash(folder / name) for name in _files(folder)}
+    files = {name: hash_file(folder / name) for name in _files(folder)}
     content = {"format": kind, **facts, "files": files}
     (folder / record).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -61,7 +61,7 @@ def refuse_foreign(output: Path, kind: str, record: str = CERTIFICATE) -> None:
         content = json.loads((output / record).read_text(encoding="utf-8"))
         same = content["format"] == kind
         unchanged = set(names) == {*content["files"], record} and all(
-            _hash(output / name) == digest for name, digest in content["files"].items()
+            hash_file(output / name) == digest for name, digest in content["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         same = unchanged = False
@@ -75,9 +75,6 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file as these libraries write theirs."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

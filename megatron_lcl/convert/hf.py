@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
@@ -62,8 +61,8 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
         "image_mean": IMAGE_MEAN,
         "image_std": IMAGE_STD,
     }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", processor)
     write_card(folder, KIND, model.config, card)
 
 
@@ -110,7 +109,3 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor]:
         modules |= {f"encoder.layers.{i}.{name}": module for name, module in parts.items()}
     tensors |= {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
     return {f"vision_model.{name}": value.detach() for name, value in tensors.items()}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

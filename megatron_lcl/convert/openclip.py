@@ -8,7 +8,6 @@ placeholder: one tiny block of zeros.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
 from megatron_lcl.convert.weights import save_parts
@@ -44,7 +44,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     tensors = parts_open_clip(model)
     save_parts(tensors, folder / "lcl.safetensors", dtype)
     config = open_clip_config(model.config)
-    _write_json(folder / "lcl.json", config)
+    write_json(folder / "lcl.json", config)
 
     tower = {name: parts for name, parts in tensors.items() if name.startswith("visual.")}
     tower |= {"visual.proj": [torch.eye(v.width)], "logit_scale": tensors["logit_scale"]}
@@ -63,7 +63,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
             "resize_mode": "shortest",
         },
     }
-    _write_json(folder / "open_clip_config.json", tower_config)
+    write_json(folder / "open_clip_config.json", tower_config)
     save_pool(model, folder, dtype)
     write_card(folder, KIND, model.config, card)
 
@@ -98,7 +98,3 @@ def _no_text_shapes(embed_dim: int) -> dict[str, tuple[int, ...]]:
         "text_projection": (w, embed_dim),
         **{f"transformer.resblocks.0.{name}": shape for name, shape in block.items()},
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from megatron_lcl.config import Vision
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.load import mlp_ratio
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
 from megatron_lcl.convert.weights import save_parts
@@ -94,7 +94,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
             "license": card.license,
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     call = ", ".join([f'"{name}"', *(f"{key}={value}" for key, value in arguments.items())])
     write_card(folder, KIND, model.config, card, call)
 

@@ -6,6 +6,7 @@ Training: JPEG scaled while it is decoded, then one resize of the crop. Evaluati
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -135,6 +136,18 @@ def _jpeg_orientation(data: bytes) -> int:
         return PIL.Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
     except (OSError, ValueError, SyntaxError):
         return 1
+
+
+def thumbnail(data: bytes | memoryview, side: int) -> str:
+    """A data: URL of the image at no more than `side` pixels a side; an empty one for what does not decode."""
+    try:
+        image = _open(bytes(data))
+    except ValueError:
+        return "data:,"
+    image.thumbnail((side, side))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def _open(data: bytes) -> PIL.Image.Image:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image as Pillow
 
 from megatron_lcl.data.document import Document, Image, Text
-from megatron_lcl.data.probe import DAMAGE
+from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -75,7 +71,9 @@ def write_page(corpus: Corpus, file: str | Path, num_samples: int = 12, seed: in
     for i in map(int, chosen):
         document = _document(corpus, i)
         parts = [
-            {"text": item.text} if isinstance(item, Text) else {"image": _thumbnail(item), "caption": _caption(item)}
+            {"text": item.text}
+            if isinstance(item, Text)
+            else {"image": thumbnail(item.data, _THUMBNAIL), "caption": _caption(item)}
             for item in document.items
         ]
         samples.append({"number": i, "parts": parts})
@@ -125,22 +123,6 @@ def _caption(image: Image) -> str:
     match = "" if image.similarity is None else f", similarity {image.similarity:.3f}"
     text = "" if image.matched_text is None else f" to text {image.matched_text}"
     return f"image, {len(image.data):,} bytes{match}{text}"
-
-
-def _thumbnail(image: Image) -> str:
-    """A data: URL, small enough for a page of many; an empty one for what does not decode."""
-    out = io.BytesIO()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Pillow.open(io.BytesIO(image.data)).convert("RGBA")
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        white = Pillow.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        white.convert("RGB").save(out, "JPEG", quality=80)
-    except DAMAGE:
-        return "data:,"
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def _histogram(array: np.ndarray, num_bins: int = 40, width: int = 360, height: int = 120) -> str:

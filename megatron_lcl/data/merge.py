@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.files import sync
 from megatron_lcl.data.store import (
     FORMAT_VERSION,
     MANIFEST,
     read_manifest,
     shard_files,
-    sync_folder,
     total,
     write_manifest,
 )
@@ -66,7 +66,7 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     try:
         for old_path, new in links:
             _link(old_path, output / new)
-        sync_folder(output)
+        sync(output)
         write_manifest(
             output,
             {

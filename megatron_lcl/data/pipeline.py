@@ -20,11 +20,12 @@ import xxhash
 
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import group_name
 from megatron_lcl.data.importers import Importer, Unit
 from megatron_lcl.data.indexed import HashingFile
 from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
-from megatron_lcl.data.store import ShardWriter, shard_files, sync_folder
+from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import Tokenizer
 
 BATCH = 32
@@ -136,7 +137,7 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
         else:
             writer.abort()
             files, counts = {}, {}
-        sync_folder(job.folder)
+        sync(job.folder)
         part = Part(task, number, last, num_read, files, counts, drops.to_dict())
         record = HashingFile(job.folder / f"{name}.json")
         record.write(json.dumps(vars(part)).encode())

@@ -30,11 +30,12 @@ from megatron_lcl.data import importers
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import Grouping, group_name
 from megatron_lcl.data.importers import Importer, Unit
 from megatron_lcl.data.indexed import HashingFile
 from megatron_lcl.data.pipeline import Job, Part, final_name, is_finished, parts_of, run_task
-from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, sync_folder, total, write_manifest
+from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, total, write_manifest
 from megatron_lcl.data.tokenizer import Tokenizer
 
 WORK = "_unfinished"
@@ -424,7 +425,7 @@ def _finish(
     copy = HashingFile(folder / job.tokenizer.file_name)
     copy.write(temporary.read_bytes())
     files[job.tokenizer.file_name] = copy.finish()
-    sync_folder(folder)
+    sync(folder)
     write_manifest(
         folder,
         {

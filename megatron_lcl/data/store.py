@@ -13,7 +13,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -25,6 +24,7 @@ import pyarrow as pa
 import xxhash
 
 from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.files import sync
 from megatron_lcl.data.indexed import FileInfo, HashingFile, IndexedWriter, map_file, read_indexed
 
 if TYPE_CHECKING:
@@ -170,16 +170,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     file = HashingFile(folder / MANIFEST)
     file.write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     file.finish()
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_lcl.data.files import hash_file
 from megatron_lcl.data.indexed import read_indexed
 from megatron_lcl.data.probe import BadImage, probe
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
@@ -55,18 +56,14 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
 
 
 def _file_faults(path: Path, info: dict[str, Any]) -> Iterator[str]:
-    digest = xxhash.xxh3_128()
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        size, digest = path.stat().st_size, hash_file(path)
     except OSError as error:
         yield f"{path.name}: {error.strerror}"
         return
     if size != info["size"]:
         yield f"{path.name}: {size:,} bytes, not {info['size']:,}"
-    elif digest.hexdigest() != info["xxh3"]:
+    elif digest != info["xxh3"]:
         yield f"{path.name}: its XXH3 is not that of the manifest"
 
 

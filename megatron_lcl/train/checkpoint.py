@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from safetensors.torch import save_file
 
 from megatron_lcl.config import Checkpoint, Config, to_yaml
+from megatron_lcl.data.files import hash_file, sync
 from megatron_lcl.parallel.mesh import Mesh, RunError
 
 FOLDER, MANIFEST, PROGRESS, WEIGHTS, CONFIG, STATE = (
@@ -101,11 +101,11 @@ def _finish(temporary: Path, final: Path, weights: dict[str, torch.Tensor], conf
     manifest = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-        _fsync(path)
+        sync(path)
     if final.exists():  # the same step saved again after a resume
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -175,16 +175,4 @@ def prune(run: Path, config: Checkpoint) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            hasher.update(chunk)
-    return {"bytes": path.stat().st_size, "xxh3": hasher.hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}

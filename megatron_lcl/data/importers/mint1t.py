@@ -11,32 +11,20 @@ import io
 import json
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from PIL import Image as Pillow
 
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
-from megatron_lcl.data.importers import Importer, Unit, files_signature
+from megatron_lcl.data.importers import Unit
 from megatron_lcl.data.importers.sources import text_item
-from megatron_lcl.data.importers.tars import tar_samples, tar_units
+from megatron_lcl.data.importers.tars import TarImporter, tar_samples
 from megatron_lcl.data.probe import DAMAGE, MAX_PIXELS
 
 
-class Mint1tImporter(Importer):
-    """`input`: a tar file or a folder of them."""
-
-    def __init__(self, input: Path, images: Path | None = None) -> None:
-        if images is not None:
-            raise ValueError("format mint1t has its images in the tars; leave out the image folder")
-        self.root, self.files, self._units = tar_units(input, "MINT-1T")
-
-    def signature(self) -> str:
-        return files_signature(self.files, self.root)
-
-    def units(self) -> list[Unit]:
-        return self._units
+class Mint1tImporter(TarImporter):
+    format, contents = "mint1t", "MINT-1T"
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for sample in tar_samples(unit.payload, drops):

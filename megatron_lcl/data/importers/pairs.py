@@ -7,32 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
-from megatron_lcl.data.importers import Importer, Unit, files_signature
+from megatron_lcl.data.importers import Unit
 from megatron_lcl.data.importers.sources import text_item
-from megatron_lcl.data.importers.tars import tar_samples, tar_units
+from megatron_lcl.data.importers.tars import TarImporter, tar_samples
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2")
 _TEXTS = ("txt", "text", "caption")
 
 
-class WebDatasetImporter(Importer):
-    """`input`: a tar file or a folder of them."""
-
-    def __init__(self, input: Path, images: Path | None = None) -> None:
-        if images is not None:
-            raise ValueError("format webdataset has its images in the tars; leave out the image folder")
-        self.root, self.files, self._units = tar_units(input, "image-text pairs")
-
-    def signature(self) -> str:
-        return files_signature(self.files, self.root)
-
-    def units(self) -> list[Unit]:
-        return self._units
+class WebDatasetImporter(TarImporter):
+    format, contents = "webdataset", "image-text pairs"
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for sample in tar_samples(unit.payload, drops):

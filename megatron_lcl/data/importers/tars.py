@@ -6,10 +6,10 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_lcl.data.drops import Drops
-from megatron_lcl.data.importers import Unit
+from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import find_files
 
 
@@ -23,6 +23,25 @@ def tar_units(input: Path, what: str) -> tuple[Path, list[Path], list[Unit]]:
         files,
         [Unit(file.name, file.stat().st_size, file) for file in files],
     )
+
+
+class TarImporter(Importer):
+    """`input`: a tar file or a folder of them, which hold texts and images alike."""
+
+    format: ClassVar[str]
+    contents: ClassVar[str]
+    """what the tars hold, for messages"""
+
+    def __init__(self, input: Path, images: Path | None = None) -> None:
+        if images is not None:
+            raise ValueError(f"format {self.format} has its images in the tars; leave out the image folder")
+        self.root, self.files, self._units = tar_units(input, self.contents)
+
+    def signature(self) -> str:
+        return files_signature(self.files, self.root)
+
+    def units(self) -> list[Unit]:
+        return self._units
 
 
 def tar_samples(path: Path, drops: Drops) -> Iterator[dict[str, Any]]:
