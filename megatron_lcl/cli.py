@@ -141,6 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, metavar="DIR")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     sub.add_argument("--image-size", type=int, help="interpolate the position embedding to this size")
+    sub.add_argument("--name", help="of the model, for its card")
+    sub.add_argument("--license", metavar="SPDX", help="of the weights, for the card: apache-2.0, cc-by-4.0, …")
+    sub.add_argument(
+        "--data",
+        dest="datasets",
+        action="append",
+        metavar="TEXT",
+        help="what the model was trained on, for the card; may be repeated (default: the corpora's manifests)",
+    )
 
     sub = add("verify", _verify, "check a corpus: checksums, offsets, token and image indices, every image decodes")
     sub.add_argument("corpus", metavar="CORPUS")
@@ -297,9 +306,11 @@ def _import(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.convert.card import card_of
     from megatron_lcl.convert.export import export
 
-    facts = export(options.checkpoint, options.format, options.output, options.dtype, options.image_size)
+    card = card_of(Path(options.checkpoint)).replaced(options.name, options.license, options.datasets)
+    facts = export(options.checkpoint, options.format, options.output, options.dtype, options.image_size, card)
     print("\n".join([f"{options.output}:", *(f"  {name}: {value}" for name, value in facts.items())]))
 
 

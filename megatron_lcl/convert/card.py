@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,39 @@ class Card:
 
     name: str = "An LCL vision encoder"
     license: str = "other"
-    """the weights' licence, as an SPDX identifier in lower case; `other`: not stated"""
+    """the weights' licence, as an SPDX identifier in lower case (apache-2.0, cc-by-4.0 …); `other`: not stated"""
     datasets: tuple[str, ...] = ()
-    """what it was trained on, in words"""
+    """what it was trained on, in words, one line each"""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """name → value, as measured"""
     run: Config | None = None
     """the run's config, quoted in full"""
 
+    def __post_init__(self) -> None:
+        for what, text in (("name", self.name), *(("data description", text) for text in self.datasets)):
+            if not text.strip() or "\n" in text:
+                raise ValueError(f"a model card's {what} is one line of text, not {text!r}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"licence {self.license!r} is no SPDX identifier in lower case, such as apache-2.0, mit, cc-by-4.0, or "
+                "other; see https://spdx.org/licenses"
+            )
 
-def card_of(checkpoint: Path) -> Card:
-    """What is known of a checkpoint folder's run: its config, its corpora's manifests, its held-out results."""
+    def replaced(self, name: str | None, license: str | None, datasets: Sequence[str] | None) -> Card:
+        """A copy with those of the fields that are given."""
+        return dataclasses.replace(
+            self,
+            name=self.name if name is None else name,
+            license=self.license if license is None else license,
+            datasets=self.datasets if datasets is None else tuple(datasets),
+        )
+
+
+def card_of(path: Path) -> Card:
+    """What is known of a checkpoint (whatever `load_model` takes): its run's config, corpora and held-out results."""
+    if not path.is_dir():
+        return Card()
+    checkpoint = find_checkpoint(path)
     run = read_config(checkpoint)
     corpora = [Path(corpus.path) for corpus in run.data.corpora]
     return Card(
@@ -106,7 +130,7 @@ _ADVICE = {
     ),
     "timm": (
         "Not the class token: LCL never reads its output and so never trains it. `config.json` pools what LCL does "
-        "train, the mean of the normed patch tokens (`global_pool='avg', fc_norm=False`; there is no classifier). For "
+        "train, the mean of the normed patch tokens (`global_pool='avg', fc_norm=False`; without a classifier). For "
         f"dense tasks use `forward_features`, {_POOLED}"
     ),
     "open_clip": (
@@ -151,7 +175,7 @@ import timm
 ATTENTION_POOL
 
 folder = "."  # this folder
-# also: timm.create_model(ARGUMENTS, checkpoint_path="model.safetensors", num_classes=0)
+# also: timm.create_model(ARGUMENTS, checkpoint_path="model.safetensors"), which has a classifier of zeros
 model = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 READ_POOL

@@ -16,7 +16,7 @@ from megatron_lcl.convert import hf, openclip, timm
 from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.folder import new_folder, write_record
-from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, find_checkpoint, load_model
+from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, load_model
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.model.lcl import LCL
 
@@ -35,15 +35,12 @@ def export(
     """Write a checkpoint in another library's format, run both models on the same images, return the certificate.
 
     `checkpoint`: whatever `load_model` takes. `format`: hf, timm or open_clip. `dtype`: of the weights, float32
-    or bfloat16. `image_size`: interpolate the position embedding to this size. The folder appears whole or not at
-    all; ValueError over the bound of 1e-5 (relative), or where `output` holds something else.
+    or bfloat16. `image_size`: interpolate the position embedding to this size. `card`: default: `card_of` the
+    checkpoint. The folder appears whole or not at all; ValueError over the bound of 1e-5 (relative), or where `output`
+    holds something else.
     """
     path = Path(checkpoint)
-
-    def load() -> tuple[LCL, Card]:
-        return load_model(path), card or (card_of(find_checkpoint(path)) if path.is_dir() else Card())
-
-    return _export(load, format, Path(output), dtype, image_size)
+    return _export(lambda: (load_model(path), card or card_of(path)), format, Path(output), dtype, image_size)
 
 
 def export_model(

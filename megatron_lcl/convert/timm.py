@@ -1,4 +1,10 @@
-"""Export to timm: the vision tower under timm's own model name, as a local hub folder."""
+"""Export to timm: the vision tower under timm's own model name, as a local hub folder.
+
+timm reads weights in two ways. `create_model(NAME, checkpoint_path=FILE)` wants exactly the tensors of that name's
+model, classifier included; `create_model("local-dir:DIR", pretrained=True)` leaves a classifier out if its number of
+classes is not the model's. So the file holds a classifier as that name's model has it, all zeros, and `config.json`
+asks for none.
+"""
 
 from __future__ import annotations
 
@@ -69,12 +75,14 @@ def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
-    save_parts(_tensors(model), folder / "model.safetensors", dtype)
-    save_pool(model, folder, dtype)
     name, arguments = architecture(v)
+    classifier = {key: torch.zeros(shape) for key, shape in _classifier(name, v.width).items()}
+    num_classes = len(classifier["head.bias"])
+    save_parts({**_tensors(model), **classifier}, folder / "model.safetensors", dtype)
+    save_pool(model, folder, dtype)
     config = {
         "architecture": name,
-        "num_classes": 0,
+        "num_classes": num_classes,  # of the file; `model_args` asks for none
         "num_features": v.width,
         "global_pool": "avg",
         "model_args": {"num_classes": 0, "global_pool": "avg", "fc_norm": False, **arguments},
@@ -87,7 +95,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
             "crop_mode": "center",
             "mean": IMAGE_MEAN,
             "std": IMAGE_STD,
-            "num_classes": 0,
+            "num_classes": num_classes,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -105,11 +113,21 @@ def features(folder: Path, size: int) -> Features:
 
     with torch.device("meta"):  # no memory for initial values
         model: Any = timm.create_model(f"local-dir:{folder}")
-    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    tensors = load_file(folder / "model.safetensors")
+    model.load_state_dict({key: t for key, t in tensors.items() if not key.startswith("head.")}, assign=True)
     model = model.float().eval()
     with torch.no_grad():
         patches = model.forward_features(check_images(size))[:, model.num_prefix_tokens :]
         return Features(patches, attention_pool(patches, *read_pool(folder)))
+
+
+def _classifier(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the classifier that timm gives the model of that name when none is asked for."""
+    import timm
+
+    with torch.device("meta"):
+        head: Any = timm.create_model(name, embed_dim=width, depth=1, num_heads=1).head
+    return {f"head.{key}": tuple(parameter.shape) for key, parameter in head.named_parameters()}
 
 
 def _tensors(model: LCL) -> dict[str, torch.Tensor | list[torch.Tensor]]:

@@ -72,3 +72,32 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     assert "elsewhere" in card.datasets[1]
     os.utime(tmp_path / "run" / "heldout.json", (1, 1))  # measured before this checkpoint was written
     assert card_of(checkpoint).metrics == {}
+
+
+def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    import yaml
+
+    from megatron_lcl.cli import main
+    from megatron_lcl.config import Config
+    from megatron_lcl.convert.export import save_checkpoint
+
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "out"
+    checkpoint.mkdir()
+    save_checkpoint(model, Config(model=model.config), checkpoint)
+    command = ["export", "--checkpoint", str(checkpoint), "--format", "timm", "--output", str(output)]
+    assert main([*command, "--license", "Apache 2"]) == 2  # not an identifier: one line, nothing written
+    assert main([*command, "--name", "two\nlines"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 2
+    assert "'Apache 2' is no SPDX identifier" in said
+    assert not output.exists()
+
+    given = ["--name", "LCL of manuals", "--license", "cc-by-4.0", "--data", "the GIMP manual", "--data", "a blog"]
+    assert main([*command, *given]) == 0
+    _, front, body = (output / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "cc-by-4.0"
+    assert json.loads((output / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
+    assert "# LCL of manuals\n" in body
+    assert "## Data\n\n* the GIMP manual\n* a blog\n" in body
+    assert "## Licence\n\ncc-by-4.0\n" in body

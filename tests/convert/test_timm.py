@@ -12,7 +12,7 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.convert.certificate import check_images
 from megatron_lcl.convert.export import export_model
-from megatron_lcl.convert.timm import _tensors, architecture
+from megatron_lcl.convert.timm import _classifier, _tensors, architecture
 
 timm = pytest.importorskip("timm")
 TEXT = Language(128, 1000, 512, 1, 8, 2048)
@@ -46,9 +46,9 @@ def test_every_clip_tower_of_timm_has_our_tensors(name: str) -> None:
     assert architecture(NAMED[name]) == (name, {})
     with torch.device("meta"):
         ours = _tensors(LCL(Model(NAMED[name], TEXT, 8), seed=None))
-        theirs = timm.create_model(name, num_classes=0, global_pool="avg", fc_norm=False)
+        theirs = timm.create_model(name)
     shapes = {n: t.shape if isinstance(t, torch.Tensor) else torch.cat(t).shape for n, t in ours.items()}
-    assert shapes == {n: t.shape for n, t in theirs.state_dict().items()}
+    assert {**shapes, **_classifier(name, NAMED[name].width)} == {n: t.shape for n, t in theirs.state_dict().items()}
     assert theirs.blocks[0].attn.num_heads == NAMED[name].heads
 
 
@@ -72,6 +72,7 @@ def test_tiny_by_local_dir(model: LCL, tmp_path: Path) -> None:
         probe = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=10).eval()
         assert probe(images).shape == (4, 10)
         assert torch.allclose(probe.forward_head(probe.forward_features(images), pre_logits=True), mean, atol=1e-5)
+    assert isinstance(loaded.head, torch.nn.Identity)
     config = timm.data.resolve_model_data_config(loaded)
     assert (tuple(config["input_size"]), config["interpolation"], config["crop_pct"]) == ((3, 64, 64), "bicubic", 1.0)
 
@@ -93,9 +94,15 @@ def test_real_sizes_by_checkpoint_path(
     model = make_model(Model(vision, TEXT, 8))
     export_model(model, "timm", tmp_path / "timm")
     file = tmp_path / "timm" / "model.safetensors"
-    peer = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **changes).eval()
     images = check_images(224)[:2]
     with torch.no_grad():
-        theirs = peer.forward_features(images)[:, 1:]
         ours = model.pool.patch_features(model.vision_tokens(images))
-    assert float((theirs - ours).norm() / ours.norm()) < 1e-5
+        peer = timm.create_model(name, checkpoint_path=str(file), **changes).eval()
+        assert peer.head.weight.shape == (timm.create_model(name, depth=1).num_classes, v.width)
+        assert float((peer.forward_features(images)[:, 1:] - ours).norm() / ours.norm()) < 1e-5
+        assert not peer(images).any()  # a classifier of zeros
+        hub = timm.create_model(f"local-dir:{file.parent}", pretrained=True).eval()
+        assert float((hub(images) - ours.mean(1)).norm() / ours.mean(1).norm()) < 1e-5
+        overlay = {"file": str(file), "num_classes": 1}  # timm's way to another classifier, or none
+        bare = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **changes).eval()
+        assert float((bare.forward_features(images)[:, 1:] - ours).norm() / ours.norm()) < 1e-5
