@@ -214,6 +214,16 @@ class Zero:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Parallel:
+    """How one replica of the model is split; the processes divided by tensor * pipeline are data-parallel."""
+
+    tensor: Positive = Field(
+        default=1, description="split every layer over so many processes (Megatron, with sequence parallelism)"
+    )
+    pipeline: Positive = Field(default=1, description="split the list of stages into so many consecutive parts")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Checkpoint:
     """What is saved, how often, and what is kept."""
 
@@ -229,7 +239,7 @@ class Train:
     output: str = Field(default="runs/lcl", description="run folder: checkpoints, metrics, log, config")
     steps: Positive = Field(default=1000, description="optimizer steps")
     global_batch: Positive = Field(default=16, description="packs per step over all processes")
-    micro_batch: Positive = Field(default=1, description="packs per forward pass on one process")
+    micro_batch: Positive = Field(default=1, description="packs per forward pass of one replica")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
     )
@@ -249,6 +259,7 @@ class Config:
     contrast: Contrast = Contrast()
     optimizer: Optimizer = Optimizer()
     zero: Zero = Zero()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     train: Train = Train()
     deepspeed: dict[str, Any] = Field(

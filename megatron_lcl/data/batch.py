@@ -57,6 +57,8 @@ class PackedBatch:
     """rows that belong to a document, placeholders included (host)"""
     max_seqlen: int
     """min(context length, T): an upper bound of the longest run (host)"""
+    num_bad_images: int = 0
+    """images that did not decode (host)"""
     packs: tuple[int, ...] = ()
     """global numbers of the packs (host)"""
     bad_images: tuple[tuple[int, str], ...] = ()

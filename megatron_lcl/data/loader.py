@@ -131,6 +131,7 @@ class PackReader(Dataset[PackedBatch]):
             num_images=int(image_valid.sum()),
             num_tokens=num_tokens,
             max_seqlen=self.max_seqlen,
+            num_bad_images=len(bad),
             packs=tuple(packs),
             bad_images=tuple(bad),
         )

@@ -62,7 +62,7 @@ def save(engine: Any, config: Config, mesh: Mesh, run: Path, progress: Progress)
         if mesh.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier(group=mesh.data.group)
+        mesh.world.barrier()
         fault = _attempt(lambda: engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False))
         weights = gather_weights(engine)
         if mesh.is_first and fault is None:
@@ -86,9 +86,7 @@ def _attempt(action: Any) -> OSError | None:
 
 
 def _raise_together(fault: OSError | None, mesh: Mesh) -> None:
-    faults: list[OSError | None] = [None] * mesh.data.size
-    dist.all_gather_object(faults, fault, group=mesh.data.group)
-    for rank, found in enumerate(faults):
+    for rank, found in enumerate(mesh.world.gather_objects(fault)):
         if found is not None:
             raise RunError(f"process {rank} could not write the checkpoint: {found}")
 

@@ -17,13 +17,17 @@ from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.lcl import StageList
 from megatron_lcl.model.stages import build_stages
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def init_processes() -> Mesh:
-    """Join the process group that the launcher's variables describe (alone where there are none): NCCL or gloo."""
+def init_processes(config: Config) -> Mesh:
+    """Join the process group that the launcher's variables describe (alone where there are none): NCCL or gloo.
+
+    RunError where the config's layout does not fit the number of processes.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -36,7 +40,7 @@ def init_processes() -> Mesh:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return Mesh.of_world()
+    return build_mesh(config)
 
 
 def tame_deepspeed() -> None:
@@ -60,20 +64,12 @@ def resolve_dtype(config: Config) -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def num_micro_batches(config: Config, data_parallel: int) -> int:
-    """Micro-batches of one process in a step. ValueError where the global batch does not divide."""
-    train, unit = config.train, config.train.micro_batch * data_parallel
-    if train.global_batch % unit:
-        nearest = max(unit, round(train.global_batch / unit) * unit)
-        raise ValueError(
-            f"train.global_batch = {train.global_batch} packs do not divide into {data_parallel} processes with "
-            f"train.micro_batch = {train.micro_batch}; the nearest that does is {nearest}"
-        )
-    return train.global_batch // unit
+def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
+    """DeepSpeed's config for a run on so many processes.
 
-
-def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
-    """DeepSpeed's config. ValueError where `deepspeed:` sets something that the rest of our config decides."""
+    ValueError where the layout does not divide, or `deepspeed:` sets something that the rest of our config decides.
+    """
+    data_parallel = check_layout(config, processes)
     dtype = resolve_dtype(config)
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
@@ -87,11 +83,6 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
     }
-    if config.objective.name != "generation" and config.zero.stage == 3 and config.contrast.strategy == "retain":
-        raise ValueError(
-            "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
-            "set contrast.strategy to recompute"
-        )
     return _merge(ours, config.deepspeed, "deepspeed")
 
 
@@ -134,7 +125,7 @@ def build_engine(module: StageList, config: Config, mesh: Mesh) -> Any:
     """DeepSpeed's engine around the stages."""
     import deepspeed
 
-    settings = deepspeed_config(config, mesh.data.size)
+    settings = deepspeed_config(config, mesh.world.size)
     head: Any = module[-1]
     initial = float(head.log_scale.detach())
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
@@ -165,3 +156,12 @@ def update_log_scale(parameter: Any, function: Callable[[torch.Tensor], torch.Te
     elif (master := safe_get_full_fp32_param(parameter)) is not None:
         safe_set_full_fp32_param(parameter, function(master))
     parameter.copy_(function(parameter))
+
+
+def read_log_scale(parameter: Any) -> torch.Tensor:
+    """A copy of the log scale [1] in float32: DeepSpeed's master where the parameter itself is in half precision."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.dtype == torch.float32 and parameter.numel():
+        return parameter.detach().clone()
+    return safe_get_full_fp32_param(parameter).detach().clone()

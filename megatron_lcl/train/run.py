@@ -17,7 +17,9 @@ from megatron_lcl.parallel.mesh import Mesh, RunError
 from megatron_lcl.train import checkpoint
 from megatron_lcl.train.checkpoint import Progress
 from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes
+from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate
+from megatron_lcl.train.share import share
 from megatron_lcl.train.step import Stepper
 from megatron_lcl.train.telemetry import Telemetry
 
@@ -72,7 +74,7 @@ def train(config: Config) -> Path:
 
     Every process of the launch calls it. Resumes from the newest checkpoint in `train.output` that verifies.
     """
-    mesh = init_processes()
+    mesh = init_processes(config)
     try:
         return _train(config, mesh)
     finally:
@@ -92,8 +94,9 @@ def _train(config: Config, mesh: Mesh) -> Path:
     if mesh.is_first:
         run.mkdir(parents=True, exist_ok=True)
         (run / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    loader = build_loader(config, mesh, first_step, first_pack, before.ledger if before else None)
-    assert loader.ledger is not None
+    ledger = before.ledger if before else None
+    loader = build_loader(config, mesh, first_step, first_pack, ledger) if mesh.reads else None
+    micro_batches = num_micro_batches(config, mesh.data.size)
     engine = build_engine(build_module(config), config, mesh)
     with Telemetry(run, config, mesh.is_first, first_step) as telemetry:
         for bad, faults in skipped.items():
@@ -102,20 +105,26 @@ def _train(config: Config, mesh: Mesh) -> Path:
             checkpoint.load(engine, folder)
             telemetry.say(f"going on from {folder}")
         last = folder
-        stepper, batches = Stepper(engine, config, mesh), iter(loader)
+        stepper, batches = Stepper(engine, config, mesh), iter(loader or ())
         for step in range(first_step, train.steps):
             started = time.perf_counter()
-            own = [next(batches) for _ in range(loader.micro_batches)]
+            own = [next(batches) for _ in range(micro_batches)] if mesh.reads else None
             loaded = time.perf_counter()
             lr = learning_rate(step, config.optimizer, train.steps)
-            result = stepper.run([batch.to(engine.device) for batch in own], lr)
+            shared = share(own, micro_batches, train.micro_batch, mesh, engine.device)
+            result = stepper.run(shared, lr)
             telemetry.step(step + 1, result, lr, time.perf_counter() - started, loaded - started)
             if result.num_bad_images:
-                names = _gather([reason for batch in own for _, reason in batch.bad_images], mesh)
+                names = [
+                    n
+                    for names in mesh.world.gather_objects([r for b in own or () for _, r in b.bad_images])
+                    for n in names
+                ]
                 telemetry.write({"step": step + 1, "bad_images": names})
             if step + 1 == train.steps or (every and (step + 1) % every == 0):
                 packs = first_pack + (step + 1 - first_step) * train.global_batch
-                progress = Progress(step + 1, packs, mesh.data.size, loader.ledger.to_json())
+                known = loader.ledger.to_json() if loader and loader.ledger else {}
+                progress = Progress(step + 1, packs, mesh.data.size, known)
                 last = checkpoint.save(engine, config, mesh, run, progress)
     assert last is not None
     return last
@@ -126,22 +135,15 @@ def _agree(config: Config, run: Path, mesh: Mesh) -> tuple[Path | None, dict[Pat
 
     def decide() -> tuple[Path | None, dict[Path, list[str]]] | str:
         try:
-            check(config, mesh.data.size)
+            check(config, mesh.world.size)
         except ValueError as error:
             return str(error)
         return checkpoint.newest(run)
 
-    decision = [decide() if mesh.is_first else ""]
-    dist.broadcast_object_list(decision, src=0, group=mesh.data.group)
-    if isinstance(decision[0], str):
-        raise RunError(decision[0])
-    return decision[0]
-
-
-def _gather(own: list[str], mesh: Mesh) -> list[str]:
-    everyone: list[list[str]] = [[] for _ in range(mesh.data.size)]
-    dist.all_gather_object(everyone, own, group=mesh.data.group)
-    return [name for names in everyone for name in names]
+    decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
+    if isinstance(decision, str):
+        raise RunError(decision)
+    return decision
 
 
 def build_loader(

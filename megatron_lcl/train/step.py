@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.losses.contrastive import contrastive_loss
+from megatron_lcl.losses.contrastive import ContrastiveOutput, contrastive_loss
 from megatron_lcl.model.stages import MAX_LOG_SCALE, Outputs
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.engine import update_log_scale
+from megatron_lcl.train.engine import read_log_scale, update_log_scale
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,31 @@ class StepResult:
     num_bad_images: int
 
 
+_COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_images")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of the global batch, known to every process before the forward."""
+
+    counts: dict[str, int]
+    """num_pairs, num_targets, num_images, num_tokens, num_bad_images of the global batch"""
+    pairs: list[int]
+    """pairs of each data-parallel replica"""
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch], mesh: Mesh, device: torch.device) -> Totals:
+        """From the micro-batches of this replica; one small exchange over the data axis."""
+        own = torch.tensor([sum(getattr(batch, name) for batch in batches) for name in _COUNTS], device=device)
+        table = own[None]
+        if mesh.data.group is not None:
+            everyone = [torch.empty_like(own) for _ in range(mesh.data.size)]
+            dist.all_gather(everyone, own, group=mesh.data.group)
+            table = torch.stack(everyone)
+        table = table.cpu()
+        return cls(dict(zip(_COUNTS, table.sum(0).tolist(), strict=True)), table[:, 0].tolist())
+
+
 class Features:
     """Features of one micro-batch's pairs, attached to its graph."""
 
@@ -49,22 +74,128 @@ class Features:
         self.image, self.text = out.image_features[pairs], out.text_features[pairs]
 
 
+class Contrast:
+    """The contrastive loss of the global batch, and its weighted gradients for this replica's features.
+
+    The tensor-parallel ranks hold the same features; each computes a share of the rows.
+    """
+
+    output: ContrastiveOutput
+    """the same on every process of the stage"""
+    image: Sequence[torch.Tensor]
+    """per micro-batch: gradient of the weighted global mean with respect to its image features [pairs, D]"""
+    text: Sequence[torch.Tensor]
+    scale: torch.Tensor
+    """[1] this replica's share of the gradient of the log scale: the sum over replicas is the gradient"""
+
+    def __init__(
+        self, features: Sequence[Features], log_scale: torch.Tensor, weight: float, totals: Totals, mesh: Mesh
+    ) -> None:
+        shares = [_shares(pairs, mesh.tensor.size) for pairs in totals.pairs]
+        own = shares[mesh.data.rank]
+        image, text = (
+            torch.cat(rows).detach().split(own)[mesh.tensor.rank].requires_grad_()
+            for rows in ([f.image for f in features], [f.text for f in features])
+        )
+        scale = log_scale.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            counts = [count for of_replica in shares for count in of_replica]
+            out = contrastive_loss(image, text, scale, group=mesh.stage.group, counts=counts)
+            image_grad, text_grad, scale_grad = torch.autograd.grad(out.loss * weight, (image, text, scale))
+        both = _gather_rows(torch.cat([image_grad, text_grad], 1), own, mesh)
+        sizes = [len(f.image) for f in features]
+        width = image.shape[1]
+        self.output = out
+        self.image, self.text = both[:, :width].split(sizes), both[:, width:].split(sizes)
+        self.scale = mesh.tensor.all_reduce(scale_grad)
+
+
+def _shares(rows: int, size: int) -> list[int]:
+    """Rows of each of `size` ranks, as equal as can be."""
+    return [rows // size + (rank < rows % size) for rank in range(size)]
+
+
+def _gather_rows(own: torch.Tensor, shares: list[int], mesh: Mesh) -> torch.Tensor:
+    """Every tensor-parallel rank's rows, in order."""
+    if mesh.tensor.group is None:
+        return own
+    padded = own.new_zeros(max(shares), own.shape[1])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(parts, padded, group=mesh.tensor.group)
+    return torch.cat([part[:count] for part, count in zip(parts, shares, strict=True)])
+
+
+def assemble(
+    generation: torch.Tensor,
+    contrast: Contrast | None,
+    log_scale: torch.Tensor,
+    grad_norm: float,
+    totals: Totals,
+    config: Config,
+    mesh: Mesh,
+) -> StepResult:
+    """The result of a step from what the last pipeline stage knows; its processes call it.
+
+    generation: scalar, the sum of this replica's negative log-likelihoods.
+    """
+    objective = config.objective
+    generation = mesh.data.all_reduce(generation.detach().clone()) / max(totals.counts["num_targets"], 1)
+    zero = torch.zeros_like(generation)
+    out = contrast.output if contrast is not None else None
+    loss = zero
+    if objective.name != "clip":
+        loss = loss + objective.generation_weight * generation
+    if out is not None:
+        loss = loss + objective.contrastive_weight * out.loss.detach()
+    values = {
+        "loss": loss,
+        "generation": generation,
+        "contrastive": out.loss.detach() if out is not None else zero,
+        "log_scale": log_scale[0],
+        "image_accuracy": out.image_accuracy if out is not None else zero,
+        "text_accuracy": out.text_accuracy if out is not None else zero,
+        "mutual_information": out.mutual_information if out is not None else zero,
+    }
+    numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
+    return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **totals.counts)
+
+
+def surrogate(
+    out: Outputs,
+    own: Features,
+    contrast: Contrast | None,
+    micro_batch: int,
+    num_micro_batches: int,
+    totals: Totals,
+    config: Config,
+) -> torch.Tensor:
+    """A scalar whose gradient, summed over micro-batches and replicas, is that of the step's loss."""
+    if contrast is None:  # in the graph all the same: its parameters have gradients, which are 0
+        loss = (own.image.sum() + own.text.sum() + out.log_scale.sum()) * 0
+    else:
+        loss = out.log_scale.sum() * contrast.scale.sum() / num_micro_batches
+        loss = loss + (own.image * contrast.image[micro_batch]).sum() + (own.text * contrast.text[micro_batch]).sum()
+    if config.objective.name != "clip":
+        loss = loss + out.generation * (config.objective.generation_weight / max(totals.counts["num_targets"], 1))
+    return loss
+
+
 class Stepper:
-    """Runs steps on a DeepSpeed engine."""
+    """Runs steps on a DeepSpeed engine without a pipeline."""
 
     def __init__(self, engine: Any, config: Config, mesh: Mesh) -> None:
-        self.engine, self.mesh, self.objective = engine, mesh, config.objective
+        self.engine, self.config, self.mesh = engine, config, mesh
         self.with_contrast = config.objective.name != "generation"
         self.retain = self.with_contrast and config.contrast.strategy == "retain"
-        self.with_generation = config.objective.name != "clip"
 
     def run(self, batches: Sequence[PackedBatch], lr: float) -> StepResult:
-        """One step on this process's micro-batches, which lie on the engine's device."""
-        engine, objective = self.engine, self.objective
+        """One step on this replica's micro-batches, which lie on the engine's device."""
+        engine, config, mesh = self.engine, self.config, self.mesh
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        counts, pairs_per_rank = self._global_counts(batches)
-        num_targets = max(counts["num_targets"], 1)
+        totals = Totals.of(batches, mesh, engine.device)
+        head = engine.module[-1]
         contrast = None
         outputs: list[Outputs] = []
         features: list[Features] = []
@@ -72,70 +203,18 @@ class Stepper:
             with torch.set_grad_enabled(self.retain):
                 outputs = [engine(batch) for batch in batches]
             features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
-            contrast, image_grads, text_grads, scale_grad = self._contrast(features, pairs_per_rank)
+            weight = config.objective.contrastive_weight
+            contrast = Contrast(features, read_log_scale(head.log_scale), weight, totals, mesh)
 
-        undo_means = self.mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
+        undo_means = mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         generation = torch.zeros((), dtype=torch.float32, device=engine.device)
         for m, batch in enumerate(batches):
             out = outputs[m] if self.retain else engine(batch)
             own = features[m] if self.retain else Features(out, batch)
-            if contrast is None:  # in the graph all the same: its parameters have gradients, which are 0
-                loss = (own.image.sum() + own.text.sum() + out.log_scale.sum()) * 0
-            else:
-                loss = out.log_scale.sum() * scale_grad / len(batches)
-                loss = loss + (own.image * image_grads[m]).sum() + (own.text * text_grads[m]).sum()
-            if self.with_generation:
-                loss = loss + out.generation * (objective.generation_weight / num_targets)
+            loss = surrogate(out, own, contrast, m, len(batches), totals, config)
             generation += out.generation.detach()
             engine.backward(loss * undo_means)
             engine.step()
-        update_log_scale(engine.module[-1].log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
-
-        dist.all_reduce(generation, group=self.mesh.data.group)
-        contrastive = contrast.loss.detach() if contrast is not None else torch.zeros_like(generation)
-        loss = objective.contrastive_weight * self.with_contrast * contrastive
-        loss = loss + objective.generation_weight * self.with_generation * generation / num_targets
-        values = {
-            "loss": loss,
-            "generation": generation / num_targets,
-            "contrastive": contrastive,
-            "log_scale": self._log_scale()[0],
-            "image_accuracy": contrast.image_accuracy if contrast is not None else generation * 0,
-            "text_accuracy": contrast.text_accuracy if contrast is not None else generation * 0,
-            "mutual_information": contrast.mutual_information if contrast is not None else generation * 0,
-        }
-        numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
+        update_log_scale(head.log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **counts)
-
-    def _global_counts(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, int], list[int]]:
-        """Targets, pairs, images, tokens of the global batch; and the pairs of every process."""
-        names = ("num_pairs", "num_targets", "num_images", "num_tokens")
-        own = [sum(getattr(b, name) for b in batches) for name in names]
-        own.append(sum(len(b.bad_images) for b in batches))
-        mine = torch.tensor(own, device=self.engine.device)
-        everyone = [torch.empty_like(mine) for _ in range(self.mesh.data.size)]
-        dist.all_gather(everyone, mine, group=self.mesh.data.group)
-        table = torch.stack(everyone).cpu()
-        total = dict(zip((*names, "num_bad_images"), table.sum(0).tolist(), strict=True))
-        return total, table[:, 0].tolist()
-
-    def _contrast(self, features: list[Features], pairs_per_rank: list[int]) -> tuple[Any, ...]:
-        """The contrastive loss and, per micro-batch, its weighted gradients; and this process's share for the scale."""
-        image = torch.cat([f.image for f in features]).detach().requires_grad_()
-        text = torch.cat([f.text for f in features]).detach().requires_grad_()
-        scale = self._log_scale().requires_grad_()
-        with torch.enable_grad():
-            out = contrastive_loss(image, text, scale, group=self.mesh.data.group, counts=pairs_per_rank)
-            grads = torch.autograd.grad(out.loss * self.objective.contrastive_weight, (image, text, scale))
-        sizes = [len(f.image) for f in features]
-        return out, grads[0].split(sizes), grads[1].split(sizes), grads[2]
-
-    def _log_scale(self) -> torch.Tensor:
-        """The log scale [1] in float32: DeepSpeed's master where the parameter itself is in half precision."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        parameter = self.engine.module[-1].log_scale
-        if parameter.dtype == torch.float32 and parameter.numel():
-            return parameter.detach().clone()
-        return safe_get_full_fp32_param(parameter).detach().clone()
+        return assemble(generation, contrast, read_log_scale(head.log_scale), grad_norm, totals, config, mesh)

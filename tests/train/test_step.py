@@ -43,7 +43,6 @@ def five_steps(
     from megatron_lcl.train.engine import build_engine, init_processes
     from megatron_lcl.train.step import Stepper
 
-    mesh = init_processes()
     tensors = load_file(reference)
     with safe_open(reference, "pt") as file:
         settings = json.loads(file.metadata()["optimizer"])
@@ -60,6 +59,7 @@ def five_steps(
             "train": {"global_batch": len(split) * micro_batches, "dtype": dtype},
         }
     )
+    mesh = init_processes(config)
     engine = build_engine(model.stages, config, mesh)
     stepper = Stepper(engine, config, mesh)
     with_gradients = zero < 3 and dtype == "float32" and objective == "lcl"

@@ -1,0 +1,101 @@
+"""The layout of a run: which process does what, and what does not go together, said before anything starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megatron_lcl.config import Config
+from megatron_lcl.parallel.mesh import Mesh, RunError
+
+
+def check_layout(config: Config, processes: int) -> int:
+    """The number of data-parallel replicas. ValueError where the layout does not divide or does not go together."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for name, value in _split_by_tensor(config):
+        if value % tensor:
+            nearest = max(d for d in range(1, tensor + 1) if value % d == 0)
+            raise ValueError(
+                f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that does is {nearest}"
+            )
+    stages = config.model.vision.layers + config.model.language.layers + 3
+    if pipeline > stages:
+        raise ValueError(
+            f"parallel.pipeline = {pipeline}, but the model has {stages} stages; set it to {stages} or less"
+        )
+    if config.zero.stage > 1 and pipeline > 1:
+        raise ValueError(
+            f"zero.stage = {config.zero.stage} does not go with parallel.pipeline = {pipeline}: gradients stay whole "
+            "until the last micro-batch has passed all stages; set zero.stage to 1"
+        )
+    if config.zero.stage == 3 and tensor > 1:
+        raise ValueError(
+            f"zero.stage = 3 does not go with parallel.tensor = {tensor}: both split the parameters; "
+            "set zero.stage to 1 or 2, or parallel.tensor to 1"
+        )
+    if config.zero.stage == 3 and config.objective.name != "generation" and config.contrast.strategy == "retain":
+        raise ValueError(
+            "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
+            "set contrast.strategy to recompute"
+        )
+    if processes % (tensor * pipeline):
+        replica = tensor * pipeline
+        nearest = max(replica, round(processes / replica) * replica)
+        raise ValueError(
+            f"{processes} processes do not divide into replicas of parallel.tensor = {tensor} times parallel.pipeline "
+            f"= {pipeline}; the nearest number that does is {nearest}"
+        )
+    data = processes // (tensor * pipeline)
+    num_micro_batches(config, data)
+    return data
+
+
+def _split_by_tensor(config: Config) -> Iterator[tuple[str, int]]:
+    model = config.model
+    yield "model.vision.heads", model.vision.heads
+    yield "model.vision.mlp_width", model.vision.mlp_width
+    yield "model.language.heads", model.language.heads
+    yield "model.language.mlp_width", model.language.mlp_width
+    yield "model.pool_heads", model.pool_heads
+
+
+def num_micro_batches(config: Config, data_parallel: int) -> int:
+    """Micro-batches of one replica in a step. ValueError where the global batch does not divide."""
+    train, unit = config.train, config.train.micro_batch * data_parallel
+    if train.global_batch % unit:
+        nearest = max(unit, round(train.global_batch / unit) * unit)
+        raise ValueError(
+            f"train.global_batch = {train.global_batch} packs do not divide into {data_parallel} data-parallel "
+            f"replicas with train.micro_batch = {train.micro_batch}; the nearest that does is {nearest}"
+        )
+    return train.global_batch // unit
+
+
+def build_mesh(config: Config) -> Mesh:
+    """The mesh of all processes, in the order of DeepSpeed's topology: pipeline, data, tensor, the last one fastest.
+
+    RunError where the config's layout does not fit the number of processes.
+    """
+    try:
+        data = check_layout(config, dist.get_world_size())
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    topology = build_topology(config, data)
+    lists = {
+        "data": topology.get_axis_comm_lists("data"),
+        "pipeline": topology.get_axis_comm_lists("pipe"),
+        "tensor": topology.get_axis_comm_lists("model"),
+        "replica": [sorted(topology.filter_match(data=i)) for i in range(data)],
+        "stage": [sorted(topology.filter_match(pipe=i)) for i in range(config.parallel.pipeline)],
+    }
+    assert all(math.prod([len(of_axis), len(of_axis[0])]) == dist.get_world_size() for of_axis in lists.values())
+    return Mesh.of_lists(lists)
+
+
+def build_topology(config: Config, data: int):  # type: ignore[no-untyped-def]
+    """DeepSpeed's `PipeModelDataParallelTopology` of the layout."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    return PipeModelDataParallelTopology(num_pp=config.parallel.pipeline, num_mp=config.parallel.tensor, num_dp=data)
