@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="on this machine, where no launcher started them (default: one a GPU, or two on CPU)",
     )
     sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+    sub.add_argument("--resume", metavar="auto|DIR", help="the same as --checkpoint.resume")
 
     sub = add("evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data")
     models = "a run or checkpoint; with --data also hf:DIR, timm:NAME, open_clip:NAME; may be repeated"
@@ -191,18 +193,20 @@ def _fields() -> str:
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:
-    """`--a.b value` and `--a.b=value` as a dict."""
+    """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false."""
+    switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
     overrides: dict[str, str] = {}
-    items = iter(rest)
-    for item in items:
+    items = deque(rest)
+    while items:
+        item = items.popleft()
         if not item.startswith("--"):
             raise ValueError(f"unexpected argument {item!r}; overrides are --section.key value")
         key, equals, value = item[2:].partition("=")
         if not equals:
-            following = next(items, None)
-            if following is None:
+            alone = not items or items[0].startswith("--")
+            if alone and key.replace("-", "_") not in switches:
                 raise ValueError(f"--{key} has no value")
-            value = following
+            value = "true" if alone else items.popleft()
         overrides[key] = value
     return overrides
 
@@ -252,6 +256,7 @@ def _pairs(items: Sequence[str]) -> dict[str, Any]:
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.train import launch
 
+    rest = [*rest, "--checkpoint.resume", options.resume] if options.resume else rest
     config = configs.load(options.config, _overrides(rest))
     if options.print_config:
         print(configs.to_yaml(config), end="")

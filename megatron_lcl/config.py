@@ -143,6 +143,7 @@ class Data:
     max_bad_images: Positive = Field(
         default=100, description="stop after so many images in a row that no longer decode"
     )
+    allow_change: bool = Field(default=False, description="go on with corpora other than those that the run began with")
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
@@ -230,6 +231,38 @@ class Checkpoint:
     every: Count = Field(default=1000, description="save every so many steps (and at the end); 0: at the end only")
     keep_last: Positive = Field(default=3, description="newest checkpoints kept")
     keep_every: Count = Field(default=0, description="also keep those at multiples of so many steps; 0: none")
+    resume: str = Field(
+        default="auto",
+        description="auto: from the newest checkpoint in train.output that verifies; or a checkpoint to begin from",
+    )
+    max_failures: Positive = Field(
+        default=3, description="stop when so many saves in a row could not be written; training goes on before"
+    )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Guard:
+    """Faults that a run survives, or ends at with a message."""
+
+    timeout: Annotated[float, Field(ge=10)] = Field(
+        default=600.0,
+        description="seconds after which the other processes end when one has died or hangs; a step must be shorter",
+    )
+    every: Count = Field(
+        default=100, description="steps between comparisons of the replicas' parameters, bit by bit; 0: never"
+    )
+    max_bad_steps: Positive = Field(
+        default=10,
+        description="steps in a row left out (loss or gradient not finite, or spikes) before the run rewinds",
+    )
+    max_rewinds: Count = Field(default=3, description="rewinds to the same checkpoint before the run stops")
+    spike_sigmas: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="leave out a step whose loss is so many standard deviations above the mean (OLMo: 6); null: none",
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(
+        default=128, description="steps of which that mean and deviation are taken"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -261,6 +294,7 @@ class Config:
     zero: Zero = Zero()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     train: Train = Train()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="passed on to DeepSpeed as it is; what this tree already decides is refused"
