@@ -33,8 +33,6 @@ from megatron_lcl.losses import contrastive_tiles
 from megatron_lcl.losses.group import all_gather, rank_and_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADER = 16
-"""columns after the features in the gathered buffer; the first two hold a rank's status, the rest keeps rows aligned"""
 
 
 class ContrastiveOutput(NamedTuple):
@@ -54,22 +52,6 @@ class ContrastiveOutput(NamedTuple):
     """log N - loss, in nats: the InfoNCE lower bound on the mutual information (arXiv 1807.03748, equation 5)"""
 
 
-class _Status:
-    """What each rank found, on its way to the host while the device computes."""
-
-    def __init__(self, status_R2: torch.Tensor) -> None:
-        self._status_R2 = status_R2.float().to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if status_R2.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
-
-    def get(self) -> list[list[float]]:
-        """For each rank: 1 if its features are not what they should be, else 0; digest of its counts."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._status_R2.tolist()
-
-
 @dataclass(eq=False)
 class FeatureGather:
     """Features on their way to every rank; `finish_contrastive_loss` waits for them."""
@@ -79,14 +61,11 @@ class FeatureGather:
     counts: tuple[int, ...]
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    error: str | None = None
-    """what is wrong with this rank's features"""
     own: torch.Tensor | None = None
-    """[max(counts), 2D + HEADER]: what this rank sends, kept alive while it is being sent"""
+    """[max(counts), 2D]: what this rank sends, kept alive while it is being sent"""
     rows: torch.Tensor | None = None
-    """what all ranks sent: [R * max(counts), 2D + HEADER] on the way, [N, 2D + HEADER] when there"""
+    """what all ranks sent: [R * max(counts), 2D] on the way, [N, 2D] when there"""
     work: dist.Work | None = None
-    status: _Status | None = None
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All ranks' image and text features, [N, D] each."""
@@ -95,26 +74,12 @@ class FeatureGather:
         if self.work is not None:
             self.work.wait()
             self.work = self.own = None
-            parts = self.rows.view(len(self.counts), -1, self.rows.shape[1])
-            self.status = _Status(parts[:, 0, -HEADER : 2 - HEADER])
-            if min(self.counts) < parts.shape[1]:
+            longest = max(self.counts)
+            if min(self.counts) < longest:
+                parts = self.rows.split(longest)
                 self.rows = torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
         width = self.image_nD.shape[1]
-        return self.rows[:, :width], self.rows[:, width : 2 * width]
-
-    def check(self) -> None:
-        """Raises ValueError on every rank if anything is wrong on one."""
-        if self.status is None:
-            return
-        ranks = self.status.get()
-        if self.error is not None:
-            raise ValueError(self.error)
-        if bad := [rank for rank, (flag, _) in enumerate(ranks) if flag]:
-            raise ValueError(
-                f"rank(s) {bad} gave features that do not match counts {list(self.counts)}; see their errors"
-            )
-        if len({digest for _, digest in ranks}) > 1:
-            raise ValueError(f"counts must be the same on every rank; rank {self.rank} was given {list(self.counts)}")
+        return self.rows[:, :width], self.rows[:, width:]
 
 
 def contrastive_loss(
@@ -131,16 +96,15 @@ def contrastive_loss(
     log_scale: natural log of the scale (the inverse temperature), shape [] or [1].
     group: the ranks whose pairs are each other's negatives; None: this process alone, also where torch.distributed is
         initialised.
-    counts: n of each rank of the group, in rank order, known to whoever built the batch; without it one small exchange
-        (which makes the host wait for the device) finds out.
+    counts: n of each rank of the group, in rank order, if the caller knows it: it is compared with what the ranks say.
 
     `.loss` is the global mean, the same on every rank. Convention: sum. backward gives the gradient of that global mean
     with respect to this rank's own rows, and this rank's share of the gradient of log_scale; the shares sum to the
     whole over the group. backward sends nothing, and is once differentiable.
 
-    Raises ValueError, on every rank of the group, if a rank's features are not two [n, D] tensors of one dtype, or not
-    counts[rank] pairs; and on a caller that is not in the group. With counts, a width or dtype that differs between
-    ranks cannot be seen. Non-finite features give a non-finite loss.
+    Raises ValueError, on every rank of the group and before any feature is sent, if a rank's features are not two
+    [n, D] tensors of one dtype, if D or the dtype differs between ranks, or if a rank's counts are not those of the
+    group; and on a caller that is not in the group. Non-finite features give a non-finite loss.
     """
     return finish_contrastive_loss(start_gather(image_features, text_features, group, counts), log_scale)
 
@@ -156,34 +120,26 @@ def start_gather(
     Every rank of the group calls it, then `finish_contrastive_loss`; what is computed in between overlaps with the
     transfer. Arguments and errors: `contrastive_loss`.
     """
+    image_features, text_features = image_features.contiguous(), text_features.contiguous()
     error = _features_error(image_features, text_features)
     if group is None:
-        if error is None and counts is not None and list(counts) != [len(image_features)]:
-            error = f"counts {list(counts)} must be [{len(image_features)}], the pairs of the one process"
+        alone = [len(image_features)] if error is None else []
+        if error is None and counts is not None and list(counts) != alone:
+            error = f"counts {list(counts)} must be {alone}, the pairs of the one process"
         if error is not None:
             raise ValueError(error)
-        return FeatureGather(image_features.contiguous(), text_features.contiguous(), (len(image_features),))
+        return FeatureGather(image_features, text_features, tuple(alone))
 
-    rank, size = rank_and_size(group)
-    if counts is None:
-        counts = _exchange_counts(image_features, text_features, error, group)
-    elif len(counts) != size or min(counts) < 0:
-        raise ValueError(
-            f"counts {list(counts)} must hold one number of pairs, 0 or more, for each of the {size} ranks of the group"
-        )
-    elif error is None and counts[rank] != len(image_features):
-        error = f"{len(image_features)} pairs given, but counts[{rank}] of {list(counts)} is {counts[rank]}"
-    counts = tuple(int(count) for count in counts)
-    if error is not None:  # take part with zeros, so that no rank waits in vain; all raise together in the end
-        given = (image_features, text_features)
-        width = max((features.shape[1] for features in given if features.ndim == 2), default=1)
-        dtype = next((features.dtype for features in given if features.dtype in DTYPES), DTYPES[0])
-        image_features = text_features = image_features.new_zeros(counts[rank], width, dtype=dtype)
-    image_features, text_features = image_features.contiguous(), text_features.contiguous()
-    own = _packed(image_features.detach(), text_features.detach(), max(1, *counts), error is not None, counts)
-    rows = own.new_empty(size * len(own), own.shape[1])
+    rank, _ = rank_and_size(group)
+    sizes = _exchange(image_features, error, counts, group)
+    longest = max(sizes)
+    if longest == 0:
+        return FeatureGather(image_features, text_features, sizes, rank, group)
+    own = image_features.new_zeros(longest, 2 * image_features.shape[1])  # side by side: two matrices as they arrive
+    torch.cat([image_features.detach(), text_features.detach()], 1, out=own[: len(image_features)])
+    rows = own.new_empty(len(sizes) * longest, own.shape[1])
     work = all_gather(rows, own, group=group, async_op=True)
-    return FeatureGather(image_features, text_features, counts, rank, group, error, own, rows, work)
+    return FeatureGather(image_features, text_features, sizes, rank, group, own, rows, work)
 
 
 def finish_contrastive_loss(gather: FeatureGather, log_scale: torch.Tensor) -> ContrastiveOutput:
@@ -223,7 +179,6 @@ class _ContrastiveFunction(torch.autograd.Function):
             )
             lse_2n = [torch.logaddexp(negatives, positive) for negatives in (rows.image_lse, rows.text_lse)]
             sums, image_lse_N, text_lse_N = _gather_rows(gather, sums, lse_2n)
-        gather.check()
 
         ctx.save_for_backward(image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, scale)
         ctx.offset, ctx.log_scale = offset, (log_scale.shape, log_scale.dtype)
@@ -265,30 +220,40 @@ def _features_error(image: torch.Tensor, text: torch.Tensor) -> str | None:
     return None
 
 
-def _exchange_counts(image: torch.Tensor, text: torch.Tensor, error: str | None, group: dist.ProcessGroup) -> list[int]:
-    """Pairs of each rank. Whatever is wrong on any rank raises here, on every rank."""
-    own = [1, 0, 0, 0] if error else [0, len(image), image.shape[1], DTYPES.index(image.dtype)]
-    table = torch.empty(dist.get_world_size(group) * 4, dtype=torch.int64, device=image.device)
-    all_gather(table, torch.tensor(own, dtype=torch.int64, device=image.device), group=group)
-    rows = table.view(-1, 4).tolist()
+def _exchange(
+    image: torch.Tensor, error: str | None, counts: Sequence[int] | None, group: dist.ProcessGroup
+) -> tuple[int, ...]:
+    """Pairs of each rank. Whatever is wrong on any rank raises here, on every rank.
+
+    Ranks whose messages differ in size hang or abort, so nothing else is sent before this: five integers, which every
+    host has before its device has computed anything. A stream of its own keeps the host from waiting for the device.
+    """
+    given = 0 if counts is None else _digest(counts)
+    own = [1, 0, 0, 0, 0] if error else [0, len(image), image.shape[1], DTYPES.index(image.dtype), given]
+    stream = torch.cuda.Stream(image.device) if image.is_cuda else None
+    with torch.cuda.stream(stream):
+        sent = torch.tensor(own, dtype=torch.int64, device=image.device)
+        table = sent.new_empty(dist.get_world_size(group) * len(own))
+        all_gather(table, sent, group=group)
+        ranks = table.view(-1, len(own)).tolist()
     if error:
         raise ValueError(error)
-    if bad := [rank for rank, row in enumerate(rows) if row[0]]:
+    if bad := [rank for rank, (flag, *_) in enumerate(ranks) if flag]:
         raise ValueError(f"rank(s) {bad} of the group gave image and text features that do not match; see their errors")
-    if len({(width, dtype) for _, _, width, dtype in rows}) > 1:
-        given = [(width, DTYPES[dtype]) for _, _, width, dtype in rows]
-        raise ValueError(f"features must have one width and dtype on every rank, not {given} (in rank order)")
-    return [n for _, n, _, _ in rows]
+    if len({(width, dtype) for _, _, width, dtype, _ in ranks}) > 1:
+        described = [(width, DTYPES[dtype]) for _, _, width, dtype, _ in ranks]
+        raise ValueError(f"features must have one width and dtype on every rank, not {described} (in rank order)")
+    sizes = tuple(n for _, n, _, _, _ in ranks)
+    if bad := [rank for rank, (*_, digest) in enumerate(ranks) if digest not in (0, _digest(sizes))]:
+        own_counts = f"; this rank's are {list(counts)}" if counts is not None else ""
+        raise ValueError(
+            f"counts must be {list(sizes)}, the pairs given on each rank, but not on rank(s) {bad}{own_counts}"
+        )
+    return sizes
 
 
-def _packed(image: torch.Tensor, text: torch.Tensor, rows: int, bad: bool, counts: tuple[int, ...]) -> torch.Tensor:
-    """[rows, 2D + HEADER]: the modalities side by side, so that what all ranks send is two matrices as it arrives."""
-    n, width = image.shape
-    own = image.new_zeros(rows, 2 * width + HEADER)
-    own[:n, :width], own[:n, width : 2 * width] = image, text
-    own[0, -HEADER] = float(bad)
-    own[0, 1 - HEADER] = float(zlib.crc32(repr(counts).encode()) % 256)  # a number every dtype holds exactly
-    return own
+def _digest(counts: Sequence[int]) -> int:
+    return 1 + zlib.crc32(repr([int(count) for count in counts]).encode())
 
 
 def _gather_rows(

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from measured import Recorder
 
-from megatron_lcl.losses import contrastive, contrastive_tiles
+from megatron_lcl.losses import contrastive_tiles
 from megatron_lcl.losses.contrastive import contrastive_loss, finish_contrastive_loss, start_gather
 
 WIDTH = 9
@@ -306,12 +306,11 @@ def messages_of(group, image, text, counts):
     return sum(forward.messages.values()), sum(backward.messages.values())
 
 
-@pytest.mark.parametrize(("tell_counts", "expected"), [(True, (2, 0)), (False, (3, 0))])
-def test_two_messages_forward_none_backward(pool, tell_counts, expected):
+@pytest.mark.parametrize("counts", [None, [2, 4]])
+def test_header_features_and_sums_forward_nothing_backward(pool, counts):
     image, text = (rows.float() for rows in features(6))
-    counts = [2, 4] if tell_counts else None
     arguments = [(x, t, counts) for x, t in zip(image.split([2, 4]), text.split([2, 4]), strict=True)]
-    assert pool.run(messages_of, arguments) == [expected, expected]
+    assert pool.run(messages_of, arguments) == [(3, 0), (3, 0)]
 
 
 def in_two_parts(group, image, text, log_scale, counts):
@@ -363,7 +362,9 @@ GOOD = torch.zeros(2, 4)
         ((torch.zeros(3, 4), torch.zeros(3, 4)), [2, 2, 2]),
         ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, 3, 2]),
         ((torch.zeros(2, 5), torch.zeros(2, 5)), None),
+        ((torch.zeros(2, 5), torch.zeros(2, 5)), [2, 2, 2]),
         ((torch.zeros(2, 4).half(), torch.zeros(2, 4).half()), None),
+        ((torch.zeros(2, 4).half(), torch.zeros(2, 4).half()), [2, 2, 2]),
         ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, 2]),
         ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, -2, 2]),
     ],
@@ -375,9 +376,14 @@ def test_one_rotten_rank_is_an_error_on_all_and_nobody_waits(pool, second, count
     assert pool.run(attempt, [(GOOD, GOOD, [2, 2, 2])] * 3) == ["no error"] * 3
 
 
-def test_counts_that_differ_between_ranks_are_seen(pool):
-    errors = pool.run(attempt, [(GOOD, GOOD, [2, 2, 1]), (GOOD, GOOD, [2, 2, 1]), (GOOD[:1], GOOD[:1], [1, 2, 1])])
-    assert all("counts" in error for error in errors), errors
+@pytest.mark.parametrize(
+    "counts", [([2, 2, 1], [2, 2, 1], [1, 2, 1]), ([2, 2, 1], [2, 2, 9], [2, 2, 1]), ([2, 2, 1], [2, 2], None)]
+)
+def test_counts_that_differ_between_ranks_are_seen(pool, counts):
+    parts = (GOOD, GOOD, GOOD[:1])
+    errors = pool.run(attempt, [(part, part, given) for part, given in zip(parts, counts, strict=True)])
+    assert all("counts must be [2, 2, 1]" in error for error in errors), errors
+    assert pool.run(attempt, [(part, part, [2, 2, 1]) for part in parts]) == ["no error"] * 3
 
 
 def outsider(group, _):
@@ -409,9 +415,3 @@ def test_every_small_split_of_five_pairs(pool):
     for a, b in itertools.combinations_with_replacement(range(6), 2):
         outputs, gradients = split(pool, image, text, log_scale, [a, b - a, 5 - b])
         assert_close([outputs[0][0], *gradients], expected, 1e-12)
-
-
-def test_status_numbers_survive_every_dtype():
-    for dtype in contrastive.DTYPES:
-        values = torch.arange(256, dtype=torch.float32)
-        assert torch.equal(values.to(dtype).float(), values)
