@@ -7,6 +7,7 @@ features; its gradients re-enter each micro-batch's graph as a weighted sum of i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,15 +140,9 @@ def assemble(
 
     generation: scalar, the sum of this replica's negative log-likelihoods.
     """
-    objective = config.objective
-    generation = mesh.data.all_reduce(generation.detach().clone()) / max(totals.counts["num_targets"], 1)
+    loss, generation = step_loss(generation, contrast, totals, config, mesh)
     zero = torch.zeros_like(generation)
     out = contrast.output if contrast is not None else None
-    loss = zero
-    if objective.name != "clip":
-        loss = loss + objective.generation_weight * generation
-    if out is not None:
-        loss = loss + objective.contrastive_weight * out.loss.detach()
     values = {
         "loss": loss,
         "generation": generation,
@@ -159,6 +154,32 @@ def assemble(
     }
     numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
     return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **totals.counts)
+
+
+def step_loss(
+    generation: torch.Tensor, contrast: Contrast | None, totals: Totals, config: Config, mesh: Mesh
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scalars: the step's loss, and the generation loss in it, of the global batch; see `assemble`."""
+    objective = config.objective
+    generation = mesh.data.all_reduce(generation.detach().clone()) / max(totals.counts["num_targets"], 1)
+    loss = torch.zeros_like(generation)
+    if objective.name != "clip":
+        loss = loss + objective.generation_weight * generation
+    if contrast is not None:
+        loss = loss + objective.contrastive_weight * contrast.output.loss.detach()
+    return loss, generation
+
+
+def refuse(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
+    """The surrogate as it is where the step's loss is finite and not above `limit`, else NaN, with NaN as gradients.
+
+    Before every optimizer step DeepSpeed asks all processes together whether a gradient is not finite, as it must for
+    float16, and if so leaves parameters and optimizer as they are. So one question serves losses and gradients, every
+    precision, ZeRO stage and pipeline part, no process can decide alone, and the device is not waited for. Only the
+    last micro-batch need be refused; the processes of a pipeline's last stage refuse, and the rest get NaN from them.
+    """
+    good = torch.isfinite(loss) & (loss <= limit)
+    return surrogate_loss * torch.where(good, 1.0, torch.nan)
 
 
 def surrogate(
@@ -189,8 +210,12 @@ class Stepper:
         self.with_contrast = config.objective.name != "generation"
         self.retain = self.with_contrast and config.contrast.strategy == "retain"
 
-    def run(self, batches: Sequence[PackedBatch], lr: float) -> StepResult:
-        """One step on this replica's micro-batches, which lie on the engine's device."""
+    def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
+        """One step on this replica's micro-batches, which lie on the engine's device.
+
+        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see `refuse`
+        and the engine's `was_step_applied`.
+        """
         engine, config, mesh = self.engine, self.config, self.mesh
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -213,6 +238,8 @@ class Stepper:
             own = features[m] if self.retain else Features(out, batch)
             loss = surrogate(out, own, contrast, m, len(batches), totals, config)
             generation += out.generation.detach()
+            if m == len(batches) - 1:
+                loss = refuse(loss, step_loss(generation, contrast, totals, config, mesh)[0], limit)
             engine.backward(loss * undo_means)
             engine.step()
         update_log_scale(head.log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))

@@ -50,26 +50,43 @@ class Telemetry:
     """Logs on the first process; on the others every call does nothing."""
 
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
-        self.every, self.total, self.rates = config.train.log_every, config.train.steps, Rates()
+        self.every, self.total, self._run = config.train.log_every, config.train.steps, run
         self._file: Any = None
-        if not is_first:
-            return
+        self._bar: Any = None
+        if is_first:
+            self._bar = tqdm(total=self.total, unit="step", disable=not config.train.progress, dynamic_ncols=True)
+            self._open(first_step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        run.mkdir(parents=True, exist_ok=True)
-        keep_lines_before(run / METRICS, first_step)
-        self._file = (run / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
-        self._bar = tqdm(
-            total=self.total, initial=first_step, unit="step", disable=not config.train.progress, dynamic_ncols=True
-        )
+        self._run.mkdir(parents=True, exist_ok=True)
+        keep_lines_before(self._run / METRICS, step)
+        self.rates = Rates()
+        self._file = (self._run / METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
+        self._bar.n = step
+        self._bar.refresh()
 
-    def step(self, step: int, result: StepResult, lr: float, seconds: float, data_seconds: float) -> None:
-        """After step number `step` (counted from 1)."""
+    def rewind(self, step: int) -> None:
+        """Step number `step` is the last one done: what was said about later ones is taken back."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._open(step)
+
+    def step(
+        self, step: int, result: StepResult, lr: float, seconds: float, data_seconds: float, skipped: str | None = None
+    ) -> None:
+        """After step number `step` (counted from 1). skipped: why it was left out, if it was; it has no loss then."""
         if self._file is None:
             return
         self.rates.add(result, seconds, data_seconds)
         self._bar.update()
+        if skipped is not None:
+            self.say(f"step {step} left out: {skipped}")
+            self.write({"step": step, "skipped": skipped, "lr": lr})
+            return
         if step % self.every and step != self.total:
             return
         rates = self.rates.values()

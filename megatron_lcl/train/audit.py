@@ -1,0 +1,42 @@
+"""What a run left out or could not do, and why: audit.jsonl in the run folder. Lines are only ever added."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+AUDIT = "audit.jsonl"
+
+
+class Audit:
+    """Writes on the first process; on the others it does nothing."""
+
+    def __init__(self, run: Path, is_first: bool) -> None:
+        self._path = run / AUDIT if is_first else None
+
+    def write(self, event: str, step: int, **facts: Any) -> None:
+        """One line, on disk when this returns. A disk that is full must not end the run that is to be audited."""
+        if self._path is None:
+            return
+        line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            print(f"megatron-lcl: {self._path} could not be written ({error.strerror}); the line was {line}")
+
+
+def read_audit(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's audit.jsonl, oldest first; one that was cut off in writing is left out."""
+    path, lines = run / AUDIT, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

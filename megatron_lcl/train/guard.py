@@ -1,0 +1,77 @@
+"""Steps that must not count: losses and gradients that are not finite, and loss spikes.
+
+The step itself leaves the model as it was (`train.step.refuse`); here is counted and decided. All numbers are the same
+on every process, so every process decides the same.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from megatron_lcl.config import Guard
+from megatron_lcl.parallel.mesh import RunError
+
+
+class BadSteps:
+    """Counts steps that were left out, in a row, and knows what loss is a spike.
+
+    A spike (opt-in): a loss more than `spike_sigmas` standard deviations above the mean of the last `spike_window`
+    steps that counted, once half a window is there (the rule of OLMo-core's SkipStepOptimizer).
+    """
+
+    def __init__(self, config: Guard, state: dict[str, Any] | None = None) -> None:
+        state = state or {}
+        self.config = config
+        self.in_a_row: int = state.get("in_a_row", 0)
+        self.rewinds: int = state.get("rewinds", 0)
+        """since the last step that was saved and counted"""
+        self._losses = deque[float](state.get("losses", ()), maxlen=config.spike_window)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; plain values."""
+        return {"in_a_row": self.in_a_row, "rewinds": self.rewinds, "losses": list(self._losses)}
+
+    def limit(self) -> float:
+        """The largest loss that is no spike."""
+        sigmas = self.config.spike_sigmas
+        if sigmas is None or len(self._losses) < max(2, self.config.spike_window // 2):
+            return math.inf
+        return statistics.fmean(self._losses) + sigmas * statistics.stdev(self._losses)
+
+    def record(self, loss: float, applied: bool, loss_scale: float) -> str | None:
+        """Count a step; why it was left out, None if it was not.
+
+        loss_scale: that of float16 before the step, 1 without. A gradient too large for float16 is no bad step: the
+        scale is being looked for.
+        """
+        if applied:
+            self.in_a_row = 0
+            if self.config.spike_sigmas is not None:
+                self._losses.append(loss)
+            return None
+        limit = self.limit()
+        if math.isfinite(loss) and loss <= limit and loss_scale > 1:
+            return f"gradient too large for float16 at loss scale {loss_scale:g}"
+        self.in_a_row += 1
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        return f"loss {loss:.6g} is a spike, above {limit:.6g}" if loss > limit else "gradient is not finite"
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run must go back to where it was good."""
+        return self.in_a_row >= self.config.max_bad_steps
+
+    def rewind(self, state: dict[str, Any] | None, step: int) -> None:
+        """Take up the state of the checkpoint that the run goes back to. RunError after too many times."""
+        rewinds = self.rewinds + 1
+        if rewinds > self.config.max_rewinds:
+            raise RunError(
+                f"{self.in_a_row} steps in a row were bad up to step {step}, after {self.rewinds} rewinds to the same "
+                "checkpoint; audit.jsonl says which and why. Lower optimizer.lr, or look at the packs with `replay`"
+            )
+        self.__init__(self.config, state)  # type: ignore[misc]
+        self.rewinds = rewinds

@@ -1,0 +1,92 @@
+"""Signals that ask a run to end: it saves once and ends with a code that launch scripts turn into a requeue."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_lcl.parallel.mesh import Mesh
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REQUEUE = 75
+"""exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
+SAME_SECONDS = 1.0
+"""signals this close together are one: a scheduler and a launcher that passes signals on both reach a process"""
+
+
+class Stopped(Exception):
+    """A signal has ended the run."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(
+            f"{signal.Signals(signum).name}: stopped after step {step}; the same command goes on from there"
+        )
+        self.code = 128 + signum if signum == signal.SIGINT else REQUEUE
+
+
+class Signals:
+    """The first signal is kept until the end of a step; a second one ends the process at once.
+
+    At once also means while the main thread waits in a collective, where no Python handler runs: the interpreter's C
+    handler writes each signal's number into a pipe, and a thread reads it.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """number of the first signal; 0: none yet"""
+        self._handlers: dict[int, Any] = {}
+        self._ends: tuple[int, int] | None = None
+
+    def agreed(self, mesh: Mesh, device: torch.device) -> int:
+        """The signal that any process has received, 0 if none has: the same on every process, all of which call it."""
+        return int(mesh.world.all_reduce(torch.tensor(self.received, device=device), torch.distributed.ReduceOp.MAX))
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # a library call from another thread: signals are the caller's
+        self._ends = os.pipe()
+        os.set_blocking(self._ends[1], False)
+        self._wakeup = signal.set_wakeup_fd(self._ends[1])
+        self._handlers = {s: signal.signal(s, _nothing) for s in SIGNALS}
+        threading.Thread(target=self._listen, args=(self._ends[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._ends is None:
+            return
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._ends[1])  # the thread reads the end
+
+    def _listen(self, end: int) -> None:
+        first = 0.0
+        while number := os.read(end, 1):
+            signum, now = number[0], time.monotonic()
+            if signum not in SIGNALS:
+                continue
+            if not self.received:
+                self.received, first = signum, now
+            elif now - first > SAME_SECONDS:
+                leave(128 + signum, f"{signal.Signals(signum).name} again: ending at once")
+        os.close(end)
+
+
+def _nothing(_signum: int, _frame: object) -> None:
+    pass
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """End this process now, from any thread and whatever the others do; its loader processes too."""
+    print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)

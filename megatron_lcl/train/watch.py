@@ -1,0 +1,192 @@
+"""Every process watches every other: one that dies or hangs ends the run with a message that names it.
+
+Each process writes a line about itself into the store of torch.distributed, over a connection of its own, and reads
+those of all others. Threads do both, so a main thread that waits in a collective for ever is no obstacle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.train.signals import Stopped, leave
+
+LOST = 71
+"""exit code: another process died or hangs (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
+PERIOD_SECONDS = 1.0
+SUSPICION_SECONDS = 8.0
+"""a process that is silent for so long is dead, once a collective has failed here"""
+
+
+@dataclass
+class State:
+    """What a process says about itself."""
+
+    host: str = ""
+    step: int = 0
+    """steps done"""
+    doing: str = "starting"
+    waiting: float = 0.0
+    """seconds since its main thread last came by; 0 while it does what may take long"""
+    sequences: dict[str, int] = field(default_factory=dict)
+    """collectives begun in each process group"""
+    beat: int = 0
+    ended: str | None = None
+    """"" after a regular end, else what went wrong"""
+
+    def at(self) -> str:
+        """Where the process was, for a message."""
+        return f"{self.doing} (host {self.host}, last step done: {self.step})"
+
+
+class Watch:
+    """This process's line and its view of the others.
+
+    timeout: seconds from a fault to the end of the other processes. What may take longer is done inside `long`; a
+    process that dies there is noticed all the same.
+    """
+
+    def __init__(self, mesh: Mesh, timeout: float) -> None:
+        self.rank, self.size = mesh.world.rank, mesh.world.size
+        self.period = min(PERIOD_SECONDS, timeout / 20)
+        self.limit = timeout - 6 * self.period
+        self._state = State(host=socket.gethostname())
+        self._progress: float | None = None
+        """when the main thread last came by; None: it may take long"""
+        self._heard: dict[int, tuple[State, float]] = {}
+        self._heard_any = time.monotonic()
+        self._suspicious = self._over = False
+        self._closing = threading.Event()
+
+    # --- the main thread's side ---
+
+    def beat(self, step: int, doing: str) -> None:
+        """The main thread comes by: so many steps are done, and this is what it does next."""
+        self._state.step, self._state.doing = step, doing
+        self._progress = time.monotonic()
+
+    @contextlib.contextmanager
+    def long(self, doing: str) -> Iterator[None]:
+        """Work that may take as long as it likes: starting, the first step, saving, evaluating."""
+        self._state.doing, self._progress = doing, None
+        yield
+        self._progress = time.monotonic()
+
+    def __enter__(self) -> Watch:
+        if self.size > 1:
+            self._store = dist.distributed_c10d._get_default_store().clone()
+            for loop in (self._talk, self._judge):
+                threading.Thread(target=loop, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.size == 1:
+            return
+        together = error is None or isinstance(error, RunError | Stopped)
+        if not together and _is_distributed(error):  # who is the cause? the judge says so and ends this process
+            self._state.doing, self._progress = f"{self._state.doing}; a collective has failed", None
+            self._suspicious = True
+            self._closing.wait(self.limit)
+        self._state.ended = "" if together else f"{type(error).__name__}: {error}"
+        self._over = True
+        with contextlib.suppress(RuntimeError):
+            self._publish()
+        self._closing.set()
+
+    # --- the threads ---
+
+    def _talk(self) -> None:
+        while not self._closing.wait(self.period * max(1.0, self.size / 64)):
+            try:
+                self._publish()
+                others = [r for r in range(self.size) if r != self.rank and self._store.check([_key(r)])]
+                lines = self._store.multi_get([_key(r) for r in others]) if others else []
+            except RuntimeError:
+                continue  # the store is gone, and with it process 0 or the launcher: the judge counts the silence
+            self._heard_any = now = time.monotonic()
+            for rank, line in zip(others, lines, strict=True):
+                state = State(**json.loads(line))
+                before = self._heard.get(rank)
+                if before is None or before[0].beat != state.beat:
+                    self._heard[rank] = state, now
+
+    def _publish(self) -> None:
+        state = self._state
+        state.beat += 1
+        state.waiting = time.monotonic() - self._progress if self._progress else 0.0
+        state.sequences = _sequences()
+        self._store.set(_key(self.rank), json.dumps(state.__dict__))
+
+    def _judge(self) -> None:
+        while not self._closing.wait(self.period):
+            fault = self._fault()
+            if fault and not self._over:
+                leave(LOST, f"{fault}. Ending process {self.rank} at step {self._state.step}")
+
+    def _fault(self) -> str | None:
+        now, silence = time.monotonic(), min(self.limit, SUSPICION_SECONDS) if self._suspicious else self.limit
+        heard = dict(self._heard)
+        for rank, (state, _) in heard.items():
+            if state.ended:
+                return f"process {rank} failed while {state.at()}: {state.ended}"
+        for rank, (state, when) in heard.items():
+            if state.ended is None and now - when > silence and now - self._heard_any < silence:
+                return f"process {rank} died or its machine did: no word for {now - when:.0f} s, while {state.at()}"
+        if now - self._heard_any > silence:
+            keeper = heard[0][0].at() if 0 in heard else "unknown"
+            return f"process 0 or the launcher, which keep the store, are gone or out of reach; process 0: {keeper}"
+        states = {self.rank: self._state, **{rank: state for rank, (state, _) in heard.items()}}
+        late = {r: s for r, s in states.items() if s.ended is None and s.waiting > self.limit}
+        if not late:
+            return None
+        causes = suspects({rank: state.sequences for rank, state in states.items()})
+        if causes and len(causes) < len(states):
+            names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
+            return f"{names}. The others have waited for {max(s.waiting for s in late.values()):.0f} s"
+        return (
+            f"process {min(late)} has not come on for {late[min(late)].waiting:.0f} s while {late[min(late)].at()}, nor "
+            f"have {len(late) - 1} others, and no process is behind the rest: is the network or the storage down?"
+        )
+
+
+def suspects(sequences: dict[int, dict[str, int]]) -> list[int]:
+    """Processes that wait for nobody, by the collectives that each has begun in each of its groups.
+
+    Whoever has begun more collectives in a group than another member waits for that member. Who waits for nobody, but
+    is waited for, is the cause.
+    """
+    waiting: set[int] = set()
+    awaited: set[int] = set()
+    for name in {name for own in sequences.values() for name in own}:
+        counts = {rank: own[name] for rank, own in sequences.items() if name in own}
+        waiting |= {rank for rank, count in counts.items() if count > min(counts.values())}
+        awaited |= {rank for rank, count in counts.items() if count < max(counts.values())}
+    return sorted(awaited - waiting)
+
+
+def _key(rank: int) -> str:
+    return f"megatron_lcl/watch/{rank}"
+
+
+def _sequences() -> dict[str, int]:
+    """Collectives begun by this process, by group: torch counts them for its own flight recorder."""
+    groups: Any = dist.distributed_c10d._world.pg_names
+    return {name: group._get_sequence_number_for_group() for group, name in list(groups.items())}
+
+
+def _is_distributed(error: BaseException | None) -> bool:
+    """Whether a collective failed here because of another process. gloo raises plain RuntimeErrors."""
+    words = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "broken pipe")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    )
