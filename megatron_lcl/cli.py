@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
         help="on this machine, where no launcher started them (default: one a GPU, or two on CPU)",
     )
     sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+    sub.add_argument("--dry-run", action="store_true", help="check everything, print what would be launched, and stop")
+    sub.add_argument(
+        "--nodes", type=int, default=1, help="with --dry-run: machines, each with --processes (%(default)s)"
+    )
     sub.add_argument("--resume", metavar="auto|DIR", help="the same as --checkpoint.resume")
 
     sub = add("evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data")
@@ -261,18 +265,26 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.print_config:
         print(configs.to_yaml(config), end="")
         return 0
+    launch.adopt_slurm(os.environ)
+    arguments = [*(["--config", options.config] if options.config else []), *rest]
+    processes = options.processes or launch.default_processes(config.train.global_batch)
+    if options.dry_run:
+        from megatron_lcl.train.dryrun import dry_run
+
+        print(dry_run(config, arguments, options.nodes, processes))
+        return 0
+    if options.nodes != 1:
+        raise ValueError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
     from megatron_lcl.train.run import check, train
 
     if launch.is_launched():
         train(config)
         return 0
-    processes = options.processes or launch.default_processes(config.train.global_batch)
     check(config, processes)
     if processes == 1:
         train(config)
         return 0
-    config_arguments = ["--config", options.config] if options.config else []
-    return launch.start_local(["train", *config_arguments, *rest], processes)
+    return launch.start_local(["train", *arguments], processes)
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:

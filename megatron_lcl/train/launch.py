@@ -1,18 +1,20 @@
 """Processes on this machine: how many, and starting them.
 
-A launcher (torchrun, srun with the variables set, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT. Without one, `start_local` starts the processes itself and gives them the same variables.
+A launcher (torchrun, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for
+the tasks of Slurm's srun `adopt_slurm` derives them. Without a launcher `start_local` starts the processes itself and
+gives them the same variables.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from types import FrameType
 
 import torch
@@ -24,6 +26,32 @@ GRACE_SECONDS = 30.0
 def is_launched() -> bool:
     """Whether a launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """In a task of srun, set the launcher's variables from Slurm's; where a launcher has set them they stay.
+
+    MASTER_ADDR and MASTER_PORT are kept if they are set: the first node's name and a port derived from the job's number
+    otherwise. A step of one task (`srun --pty bash`) is a machine like any other, on which `start_local` starts
+    processes.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
+    if tasks == 1 or "RANK" in environment:
+        return
+    bound = torch.cuda.device_count() == 1  # by --gpus-per-task: the task's own GPU is number 0
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = str(tasks)
+    environment["LOCAL_RANK"] = "0" if bound else environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list as Slurm writes it: "gpu[003-005,9],login" → "gpu003"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
 
 
 def default_processes(global_batch: int) -> int:

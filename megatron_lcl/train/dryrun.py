@@ -1,0 +1,176 @@
+"""`train --dry-run`: what would be launched, and everything that can be checked before a GPU is taken.
+
+Runs on a login node as well as on every node of a job. The text names nothing that may differ between the nodes of one
+job, so nodes whose texts differ do not have the same software or do not see the same files.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from megatron_lcl.config import Config
+from megatron_lcl.data.store import open_corpus
+from megatron_lcl.model.stages import build_stages
+from megatron_lcl.train import checkpoint
+from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.run import check
+
+LAST_LINE = "checks      passed: "
+"""the text's last line begins so; launch scripts look for it"""
+
+
+def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int) -> str:
+    """What `megatron-lcl train ARGUMENTS` would start on `nodes` nodes with `processes` processes each.
+
+    ValueError or OSError, with one line, where a check fails.
+    """
+    check_requirements()
+    check_devices(processes)
+    check(config, nodes * processes)
+    check_writable(Path(config.train.output))
+    checks = ["requirements", "devices", "layout", "corpora", "run folder"]
+    if "MASTER_ADDR" in os.environ:
+        check_resolves(os.environ["MASTER_ADDR"])
+        checks.append("master address")
+    lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
+    lines += [*_data(config), _run(Path(config.train.output)), _software()]
+    return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_requirements() -> None:
+    """ValueError naming the first package that is absent or of another version than we need."""
+    for text in _requirements():
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            raise ValueError(f"{wanted} is not installed for {sys.executable}; pip install '{wanted}'") from None
+        if not wanted.specifier.contains(found, prereleases=True):
+            raise ValueError(f"{wanted.name} {found} is installed for {sys.executable}, and {wanted} is needed")
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("megatron-lcl") or []
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+
+
+def check_devices(processes: int) -> None:
+    """ValueError where this machine has GPUs, or Slurm says so, and not one for every process. Takes none of them."""
+    visible, given = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if given and not visible:
+        raise ValueError(
+            f"Slurm gives this node {given} GPUs, but torch {torch.__version__} sees none; a torch built for CUDA "
+            f"{torch.version.cuda} is installed, compare the driver's version"
+            if torch.version.cuda
+            else f"Slurm gives this node {given} GPUs, but torch {torch.__version__} is built without CUDA"
+        )
+    if 0 < visible < processes:
+        raise ValueError(f"{processes} processes on a node where torch sees {visible} GPUs; start one a GPU")
+
+
+def check_writable(run: Path) -> None:
+    """ValueError where the run folder, or the folder in which it would be made, cannot be written."""
+    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"train.output = {run}: {existing} cannot be written; name another folder")
+
+
+def check_resolves(address: str) -> None:
+    """ValueError where the address at which processes meet has no meaning on this machine."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise ValueError(
+            f"MASTER_ADDR = {address} does not resolve ({error.strerror}); set MASTER_ADDR to an address of the first "
+            "node"
+        ) from None
+
+
+# --- the text ----------------------------------------------------------------------------------------------------
+
+
+def _launch(arguments: Sequence[str], nodes: int, processes: int) -> Iterator[str]:
+    program, line = sys.executable, shlex.join(["-m", "megatron_lcl", "train", *arguments])
+    meet = (
+        f", meeting at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        if "MASTER_ADDR" in os.environ
+        else ""
+    )
+    yield f"processes   {nodes * processes}: {processes} on each of {nodes} node{'s' * (nodes > 1)}{meet}"
+    if "SLURM_JOB_ID" in os.environ:
+        command = f"srun --ntasks-per-node={processes} {program} {line}"
+    elif nodes > 1:
+        command = f"torchrun --nnodes={nodes} --nproc-per-node={processes} --node-rank=K --master-addr=NODE_0 {line}"
+    else:
+        command = f"{program} {line} --processes {processes}"
+    yield f"each node   {command}"
+
+
+def _layout(config: Config, processes: int) -> Iterator[str]:
+    parallel, train, data = config.parallel, config.train, check_layout(config, processes)
+    tokens, micro_batches = config.data.tokens_per_pack, num_micro_batches(config, data)
+    a_step = f"{train.global_batch * tokens:,} tokens a step"
+    yield (
+        f"layout      data {data} x pipeline {parallel.pipeline} x tensor {parallel.tensor}, "
+        f"ZeRO stage {config.zero.stage}, {train.dtype}"
+    )
+    yield (
+        f"batch       {train.global_batch:,} packs of {tokens:,} tokens: {a_step}; "
+        f"a replica runs {micro_batches} micro-batch{'es' * (micro_batches > 1)} of {train.micro_batch}"
+    )
+
+
+def _model(config: Config) -> Iterator[str]:
+    with torch.device("meta"):
+        stages = build_stages(config.model, config.contrast.initial_log_scale)
+    counts = [sum(p.numel() for p in stage.parameters()) for stage in stages]
+    vision = sum(counts[: 1 + config.model.vision.layers])
+    parts = {"vision": vision, "pool and language": sum(counts) - vision}
+    yield "model       " + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items()) + " parameters"
+
+
+def _data(config: Config) -> Iterator[str]:
+    for part in config.data.corpora:
+        corpus = open_corpus(part.path)
+        for index in {0, len(corpus) - 1} if len(corpus) else ():
+            corpus[index]  # its files can be read
+        yield f"data        {part.path} (weight {part.weight:g}): {len(corpus):,} documents"
+
+
+def _run(run: Path) -> str:
+    saved = checkpoint.list_checkpoints(run)
+    return f"run         {run}: " + (f"goes on from {saved[-1].name}, if it verifies" if saved else "starts at step 0")
+
+
+def _software() -> str:
+    names = ("torch", "deepspeed", "megatron-lcl")
+    versions = [f"{name} {version}" for name in names if (version := _version(name))]
+    devices = torch.cuda.device_count()
+    found = f"{devices} GPU{'s' * (devices > 1)} visible" if devices else "no GPU visible"
+    return f"software    Python {platform.python_version()}, {', '.join(versions)}; {found}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
