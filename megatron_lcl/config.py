@@ -231,6 +231,10 @@ class Checkpoint:
     every: Count = Field(default=1000, description="save every so many steps (and at the end); 0: at the end only")
     keep_last: Positive = Field(default=3, description="newest checkpoints kept")
     keep_every: Count = Field(default=0, description="also keep those at multiples of so many steps; 0: none")
+    background: bool = Field(
+        default=True,
+        description="write while training goes on, from a copy in host memory; false: training waits, nothing is copied",
+    )
     resume: str = Field(
         default="auto",
         description="auto: from the newest checkpoint in train.output that verifies; or a checkpoint to begin from",

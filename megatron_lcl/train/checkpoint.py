@@ -1,40 +1,64 @@
-"""Checkpoints: a folder that is complete or is not there.
+"""Checkpoints on disk: a folder that is complete or is not there.
 
     RUN/checkpoints/step-00001000/
-        state/…              DeepSpeed's own files: parameters, optimizer, one set per rank
-        model.safetensors    all parameters in float32, names `{index}.name`: what `load_model` and `export` read
+        state/…              DeepSpeed's own files: parameters, optimizer, one set per process
+        rng/rank-00000.pt …  random-number generators of each process
+        model.safetensors    all parameters in float32, whole, unpadded, named `{index}.name`: what `load_model` reads
         config.yaml          the run's config
-        progress.json        step, packs consumed, the ledger that says which
+        progress.json        step, packs consumed, the ledger that says which, layout, code
         manifest.json        size and XXH3 of every file above; written last
+        universal/…          only where the run went on at another layout: the same state, for any (see `reshard`)
 
-Written under a temporary name by all ranks, hashed, fsynced and renamed by the first.
+`checkpointer` writes them, `state` reads what DeepSpeed wrote.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
+import xxhash
 
-from megatron_lcl.config import Checkpoint, Config, to_yaml
-from megatron_lcl.data.files import hash_file, sync
-from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.config import Checkpoint
+from megatron_lcl.data.files import hash_file
 
-FOLDER, MANIFEST, PROGRESS, WEIGHTS, CONFIG, STATE = (
+FOLDER, MANIFEST, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
     "checkpoints",
     "manifest.json",
     "progress.json",
     "model.safetensors",
     "config.yaml",
     "state",
+    "rng",
 )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides how DeepSpeed's files divide the model among processes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero_stage: int = 1
+    dtype: str = "float32"
+    cuts: tuple[int, ...] = (0,)
+    """first stage of each pipeline part"""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """the config's `deepspeed` section"""
+
+    def __str__(self) -> str:
+        axes = [(self.tensor, "tensor"), (self.pipeline, "pipeline"), (self.data, "data")]
+        sizes = " x ".join(f"{size} {name}" for size, name in axes if size > 1) or "1 process"
+        return f"{sizes}, ZeRO-{self.zero_stage}, {self.dtype}"
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        return cls(**{**value, "cuts": tuple(value["cuts"])})
 
 
 @dataclass(frozen=True)
@@ -45,94 +69,80 @@ class Progress:
     """optimizer steps done"""
     packs: int
     """packs consumed"""
-    processes: int
-    """data-parallel processes that wrote the checkpoint"""
     ledger: dict[str, Any]
-    """what the packs depend on (data.index.Ledger.to_json)"""
+    """what the packs depend on, the corpora's fingerprints among it (data.index.Ledger.to_json)"""
+    layout: Layout = Layout()
+    """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
+    code: dict[str, str] = field(default_factory=dict)
+    """versions that wrote the checkpoint; filled in by `Checkpointer.save`"""
 
 
-def save(engine: Any, config: Config, mesh: Mesh, run: Path, progress: Progress) -> Path:
-    """Write a checkpoint; every process calls it. Returns its folder.
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, once it is complete."""
+    return run / FOLDER / f"step-{step:08d}"
 
-    RunError where a process cannot write (no space, read-only); it leaves nothing behind.
-    """
-    final = run / FOLDER / f"step-{progress.step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
+
+def step_of(folder: Path) -> int:
+    """The step whose checkpoint a folder is."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood that wrote a checkpoint. ValueError where another version of this format is there."""
+    value = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    known = {f.name for f in fields(Progress)}
+    if not isinstance(value, dict) or not value.keys() <= known or "layout" not in value:
+        raise ValueError(f"{folder / PROGRESS} is of another version of megatron_lcl; it should hold {sorted(known)}")
+    return Progress(**{**value, "layout": Layout.from_json(value["layout"])})
+
+
+# --- whole and unchanged -----------------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as they stand in a manifest."""
+    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+
+
+def manifest_text(files: Mapping[str, dict[str, Any]]) -> str:
+    """A manifest of files; it carries its own hash, so that it can be told from one that was damaged."""
+    listed = json.dumps(files, sort_keys=True)
+    return json.dumps({"files": files, "xxh3": xxhash.xxh3_128_hexdigest(listed.encode())}, indent=1, sort_keys=True)
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint. ValueError where the manifest is damaged, OSError where there is none."""
     try:
-        if mesh.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        mesh.world.barrier()
-        fault = _attempt(lambda: engine.save_checkpoint(str(temporary), tag=STATE, save_latest=False))
-        weights = gather_weights(engine)
-        if mesh.is_first and fault is None:
-            fault = _attempt(lambda: _finish(temporary, final, weights, config, progress))
-        _raise_together(fault, mesh)
-    except BaseException:
-        if mesh.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if mesh.is_first:
-        prune(run, config.checkpoint)
-    return final
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        whole = text == manifest_text(files)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError("changed since it was written")
+    return files
 
 
-def _attempt(action: Any) -> OSError | None:
+def verify(folder: Path, quick: bool = False) -> list[str]:
+    """What is wrong with a checkpoint, by file; empty if nothing is. `quick`: sizes only, nothing is read."""
     try:
-        action()
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        return error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
-    return None
-
-
-def _raise_together(fault: OSError | None, mesh: Mesh) -> None:
-    for rank, found in enumerate(mesh.world.gather_objects(fault)):
-        if found is not None:
-            raise RunError(f"process {rank} could not write the checkpoint: {found}")
-
-
-def _finish(temporary: Path, final: Path, weights: dict[str, torch.Tensor], config: Config, progress: Progress) -> None:
-    save_file(weights, temporary / WEIGHTS)
-    (temporary / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    (temporary / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-        sync(path)
-    if final.exists():  # the same step saved again after a resume
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    sync(final.parent)
-
-
-def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """All parameters in float32 on the CPU, on the first process; every process calls it, others get an empty dict."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    first = dist.get_rank() == 0
-    for name, parameter in engine.module.named_parameters():
-        value = safe_get_full_fp32_param(parameter)
-        if first:
-            weights[name] = (parameter.detach() if value is None else value).float().cpu().contiguous()
-    return weights
-
-
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, by file; empty if nothing is."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(folder)
     except (OSError, ValueError) as error:
         return [f"{MANIFEST}: {error}"]
-    faults = []
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name}: missing")
-        elif _fingerprint(path) != expected:
-            faults.append(f"{name}: changed since it was written")
-    return faults
+    return [fault for name, expected in manifest.items() if (fault := _fault(folder / name, name, expected, quick))]
+
+
+def _fault(path: Path, name: str, expected: dict[str, Any], quick: bool) -> str | None:
+    try:
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{name}: {size} bytes, was written with {expected['bytes']}"
+        if not quick and hash_file(path) != expected["xxh3"]:
+            return f"{name}: changed since it was written"
+    except FileNotFoundError:
+        return f"{name}: missing"
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -151,26 +161,38 @@ def newest(run: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     return None, skipped
 
 
-def read_progress(folder: Path) -> Progress:
-    """Where the run stood that wrote a checkpoint."""
-    return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The checkpoint to go on from by `checkpoint.resume` (None: none) and those passed over, with their faults.
+
+    A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
+    by the same command goes on where it stopped. ValueError where all of them are damaged (weeks of work are not begun
+    anew without a word), or the one that `resume` names is.
+    """
+    folder, skipped = newest(run)
+    if folder is None and skipped:
+        latest, faults = next(iter(skipped.items()))
+        raise ValueError(
+            f"none of the {len(skipped)} checkpoints in {run / FOLDER} is whole ({latest.name}: {'; '.join(faults[:3])}"
+            "); restore one, or remove them to begin anew"
+        )
+    if folder is not None or resume == "auto":
+        return folder, skipped
+    named = Path(resume)
+    if faults := verify(named):
+        raise ValueError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
+    return named, skipped
 
 
-def load(engine: Any, folder: Path) -> None:
-    """Parameters and optimizer of a checkpoint, at the layout that wrote it."""
-    path, _ = engine.load_checkpoint(str(folder), tag=STATE)
-    if path is None:
-        raise ValueError(f"DeepSpeed could not read {folder / STATE}; it was written at another layout")
+# --- what is kept ------------------------------------------------------------------------------------------------
 
 
-def prune(run: Path, config: Checkpoint) -> None:
-    """Delete what `keep_last` and `keep_every` do not keep."""
-    for folder in list_checkpoints(run)[: -config.keep_last]:
-        step = int(folder.name.removeprefix("step-"))
-        if not (config.keep_every and step % config.keep_every == 0):
-            (folder / MANIFEST).unlink()  # first: what is half deleted must not look complete
-            shutil.rmtree(folder)
+def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
+    """Those of a run's checkpoints (oldest first) that `keep_last` and `keep_every` do not keep."""
+    older = folders[: -keep.keep_last]
+    return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+def delete(folder: Path) -> None:
+    """Delete a checkpoint."""
+    (folder / MANIFEST).unlink()  # first: what is half deleted must not look complete
+    shutil.rmtree(folder)

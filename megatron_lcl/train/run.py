@@ -16,6 +16,7 @@ from megatron_lcl.data.store import open_corpus
 from megatron_lcl.parallel.mesh import Mesh, RunError
 from megatron_lcl.train import checkpoint
 from megatron_lcl.train.checkpoint import Progress
+from megatron_lcl.train.checkpointer import Checkpointer, Saved
 from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate
@@ -86,11 +87,6 @@ def _train(config: Config, mesh: Mesh) -> Path:
     folder, skipped = _agree(config, run, mesh)
     before = checkpoint.read_progress(folder) if folder else None
     first_step, first_pack = (before.step, before.packs) if before else (0, 0)
-    if before and before.processes != mesh.data.size:
-        raise RunError(
-            f"{folder} was written by {before.processes} processes and this run has {mesh.data.size}; "
-            f"start it with --processes {before.processes}"
-        )
     if mesh.is_first:
         run.mkdir(parents=True, exist_ok=True)
         (run / CONFIG).write_text(to_yaml(config), encoding="utf-8")
@@ -98,11 +94,13 @@ def _train(config: Config, mesh: Mesh) -> Path:
     loader = build_loader(config, mesh, first_step, first_pack, ledger) if mesh.reads else None
     micro_batches = num_micro_batches(config, mesh.data.size)
     engine = build_engine(build_module(config), config, mesh)
-    with Telemetry(run, config, mesh.is_first, first_step) as telemetry:
+    checkpoints = Checkpointer(engine, config, mesh, run)
+    with checkpoints, Telemetry(run, config, mesh.is_first, first_step) as telemetry:
         for bad, faults in skipped.items():
             telemetry.say(f"passed over {bad}: {'; '.join(faults[:3])}")
         if folder:
-            checkpoint.load(engine, folder)
+            for message in checkpoints.load(folder):
+                telemetry.say(message)
             telemetry.say(f"going on from {folder}")
         last = folder
         stepper, batches = Stepper(engine, config, mesh), iter(loader or ())
@@ -124,10 +122,20 @@ def _train(config: Config, mesh: Mesh) -> Path:
             if step + 1 == train.steps or (every and (step + 1) % every == 0):
                 packs = first_pack + (step + 1 - first_step) * train.global_batch
                 known = loader.ledger.to_json() if loader and loader.ledger else {}
-                progress = Progress(step + 1, packs, mesh.data.size, known)
-                last = checkpoint.save(engine, config, mesh, run, progress)
+                last = checkpoints.save(Progress(step + 1, packs, known))
+            for saved in checkpoints.finished():
+                log_save(telemetry, saved)
+        checkpoints.wait()
+        for saved in checkpoints.finished():
+            log_save(telemetry, saved)
     assert last is not None
     return last
+
+
+def log_save(telemetry: Telemetry, saved: Saved) -> None:
+    """A line of metrics about a checkpoint: its size, and for how long training stood still."""
+    numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
+    telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
 
 
 def _agree(config: Config, run: Path, mesh: Mesh) -> tuple[Path | None, dict[Path, list[str]]]:
@@ -136,9 +144,9 @@ def _agree(config: Config, run: Path, mesh: Mesh) -> tuple[Path | None, dict[Pat
     def decide() -> tuple[Path | None, dict[Path, list[str]]] | str:
         try:
             check(config, mesh.world.size)
+            return checkpoint.choose(run, config.checkpoint.resume)
         except ValueError as error:
             return str(error)
-        return checkpoint.newest(run)
 
     decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
     if isinstance(decision, str):
