@@ -78,6 +78,7 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_norm,
         "zero_optimization": {"stage": config.zero.stage},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler, also where it is offloaded
         "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},  # see step.refuse
         "fp16": {"enabled": dtype == "float16"},
         "data_types": {"grad_accum_dtype": "fp32"},

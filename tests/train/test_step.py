@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from megatron_lcl import config as configs
 from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.model.lcl import pack_padded
 
-# (ZeRO stage, strategy, sequences of each micro-batch of each process)
-SPLITS = {
+OFFLOADED = {"device": "cpu"}
+
+# (ZeRO stage, strategy, sequences of each micro-batch of each process, DeepSpeed's own settings)
+SPLITS: dict[str, Any] = {
     "one process": (1, "retain", [[[0, 1, 2]]]),
     "two processes": (1, "retain", [[[0]], [[1, 2]]]),
     "two micro-batches": (1, "retain", [[[2], [0, 1]]]),
@@ -26,6 +30,14 @@ SPLITS = {
     "two of each, recomputed": (1, "recompute", [[[0], []], [[1], [2]]]),
     "ZeRO-2": (2, "retain", [[[0], []], [[1], [2]]]),
     "ZeRO-3": (3, "recompute", [[[0], []], [[1], [2]]]),
+    "optimizer on the CPU": (1, "retain", [[[0], []], [[1], [2]]], {"offload_optimizer": OFFLOADED}),
+    "parameters on the CPU": (
+        3,
+        "recompute",
+        [[[0], []], [[1], [2]]],
+        {"offload_optimizer": OFFLOADED, "offload_param": OFFLOADED},
+    ),
+    "hierarchical ZeRO-3": (3, "recompute", [[[0], []], [[1], [2]]], {"zero_hpz_partition_size": 2}),
 }
 
 
@@ -37,8 +49,15 @@ def five_steps(
     split: list[list[list[int]]],
     dtype: str = "float32",
     objective: str = "lcl",
+    deepspeed: dict[str, Any] | None = None,
 ) -> list[list[float]]:
     import torch.distributed as dist
+
+    if dtype == "float16":  # DeepSpeed refuses it on a CPU without such instructions; torch is merely slow
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
 
     from megatron_lcl.train.engine import build_engine, init_processes
     from megatron_lcl.train.step import Stepper
@@ -57,6 +76,7 @@ def five_steps(
             "contrast": {"strategy": strategy},
             "objective": {"name": objective},
             "train": {"global_batch": len(split) * micro_batches, "dtype": dtype},
+            "deepspeed": deepspeed or {},
         }
     )
     mesh = init_processes(config)
@@ -113,9 +133,10 @@ def assert_gradients(ours: dict[str, torch.Tensor], tensors: dict[str, torch.Ten
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLITS)
 def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
-    zero, strategy, split = SPLITS[name]
+    zero, strategy, split, *zero_options = SPLITS[name]
+    deepspeed = {"zero_optimization": zero_options[0]} if zero_options else {}
     file = str(shared / "reference" / "lcl_tiny.safetensors")
-    results = run_processes(five_steps, len(split), file, zero, strategy, split)
+    results = run_processes(five_steps, len(split), file, zero, strategy, split, "float32", "lcl", deepspeed)
     expected = load_file(file)["traj"]
     for rows in results:
         ours = torch.tensor(rows, dtype=torch.float64)
@@ -159,3 +180,24 @@ def test_zero3_with_kept_graphs_is_refused(objective: str) -> None:
     config = configs.from_dict({"zero": {"stage": 3}, "objective": {"name": objective}})
     with pytest.raises(ValueError, match=r"set contrast\.strategy to recompute"):
         deepspeed_config(config, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "strategy"), [(1, "retain"), (3, "recompute")])
+def test_float16_with_loss_scaling(zero: int, strategy: str, shared: Path) -> None:
+    """A scale that overflows is halved until it fits, and the steps that overflowed change nothing."""
+    file = str(shared / "reference" / "lcl_tiny.safetensors")
+    split = [[[0], []], [[1], [2]]]
+    expected = load_file(file)["traj"]
+    fits = {"fp16": {"initial_scale_power": 8}}
+    for rows in run_processes(five_steps, 2, file, zero, strategy, split, "float16", "lcl", fits):
+        ours = torch.tensor(rows, dtype=torch.float64)
+        torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=1e-3, atol=0)
+        torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=0, atol=1e-4)
+    too_large = {"fp16": {"initial_scale_power": 20, "hysteresis": 1}}
+    for rows in run_processes(five_steps, 2, file, zero, strategy, split, "float16", "lcl", too_large):
+        ours = torch.tensor(rows, dtype=torch.float64)
+        start = math.log(1 / 0.07)
+        torch.testing.assert_close(ours[:2, 3], torch.full((2,), start, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert ours[2, 2] == ours[0, 2], "the same batch, and nothing has changed"
+        assert abs(float(ours[-1, 3]) - start) > 5e-4, "a scale that fits is reached"
