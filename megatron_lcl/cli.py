@@ -1,6 +1,7 @@
 """The `megatron-lcl` command: arguments to library calls, errors to one line.
 
-Exit codes: 0 done, 1 a check failed, 2 bad input.
+Exit codes: 0 done, 1 a check failed, 2 bad input or a run that cannot go on; of `train` also 71, another process died
+or hangs, and 75, stopped by a signal with all saved (130 for Ctrl-C): start it again.
 """
 
 from __future__ import annotations
@@ -276,15 +277,19 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.nodes != 1:
         raise ValueError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
     from megatron_lcl.train.run import check, train
+    from megatron_lcl.train.signals import Stopped
 
-    if launch.is_launched():
+    if not launch.is_launched():
+        check(config, processes)
+        if processes > 1:
+            return launch.start_local(["train", *arguments], processes)
+    try:
         train(config)
-        return 0
-    check(config, processes)
-    if processes == 1:
-        train(config)
-        return 0
-    return launch.start_local(["train", *arguments], processes)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-lcl train: {stop}", file=sys.stderr)
+        return stop.code
+    return 0
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:

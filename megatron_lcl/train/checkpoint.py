@@ -71,6 +71,8 @@ class Progress:
     """packs consumed"""
     ledger: dict[str, Any]
     """what the packs depend on, the corpora's fingerprints among it (data.index.Ledger.to_json)"""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """what the guard over bad steps has counted (train.guard.BadSteps.state)"""
     layout: Layout = Layout()
     """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
     code: dict[str, str] = field(default_factory=dict)

@@ -108,6 +108,11 @@ class Checkpointer:
             self._finished.append(replace(saved, stall_seconds=time.perf_counter() - started))
         return final
 
+    @property
+    def writing(self) -> bool:
+        """Whether this process is writing in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until the save in the background, if there is one, is complete. SaveError if it failed."""
         self.close()

@@ -26,13 +26,16 @@ class BadSteps:
         state = state or {}
         self.config = config
         self.in_a_row: int = state.get("in_a_row", 0)
+        self.began: tuple[int, int] = tuple(state.get("began", (0, 0)))  # type: ignore[assignment]
+        """steps done and packs consumed before the first of them"""
         self.rewinds: int = state.get("rewinds", 0)
         """since the last step that was saved and counted"""
         self._losses = deque[float](state.get("losses", ()), maxlen=config.spike_window)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; plain values."""
-        return {"in_a_row": self.in_a_row, "rewinds": self.rewinds, "losses": list(self._losses)}
+        counts = {"in_a_row": self.in_a_row, "began": list(self.began), "rewinds": self.rewinds}
+        return {**counts, "losses": list(self._losses)}
 
     def limit(self) -> float:
         """The largest loss that is no spike."""
@@ -41,9 +44,10 @@ class BadSteps:
             return math.inf
         return statistics.fmean(self._losses) + sigmas * statistics.stdev(self._losses)
 
-    def record(self, loss: float, applied: bool, loss_scale: float) -> str | None:
+    def record(self, at: tuple[int, int], loss: float, applied: bool, loss_scale: float) -> str | None:
         """Count a step; why it was left out, None if it was not.
 
+        at: steps done and packs consumed before it.
         loss_scale: that of float16 before the step, 1 without. A gradient too large for float16 is no bad step: the
         scale is being looked for.
         """
@@ -55,6 +59,7 @@ class BadSteps:
         limit = self.limit()
         if math.isfinite(loss) and loss <= limit and loss_scale > 1:
             return f"gradient too large for float16 at loss scale {loss_scale:g}"
+        self.began = self.began if self.in_a_row else at
         self.in_a_row += 1
         if not math.isfinite(loss):
             return f"loss is {loss}"

@@ -63,7 +63,8 @@ def default_processes(global_batch: int) -> int:
 def start_local(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process fails the others get SIGTERM, and SIGKILL after a grace.
+    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process has ended with a failure, the others notice that by
+    themselves (`watch`); those that have not even begun to watch get SIGTERM after a while, and SIGKILL in the end.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -95,19 +96,23 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     failed: int | None = None
-    deadline = 0.0
-    while any(child.poll() is None for child in children):
+    since, sent = 0.0, False
+    while running := [child for child in children if child.poll() is None]:
         time.sleep(0.1)
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and failed is None:
-            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
-            for child in children:
-                if child.poll() is None:
-                    child.terminate()
-        if failed is not None and time.monotonic() > deadline:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
+        failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
+        if failures and failed is None:
+            since, (rank, failed) = time.monotonic(), failures[0]
+            if failed < 0:
+                name = signal.Signals(-failed).name
+                print(f"megatron-lcl train: process {rank} was killed by {name}", file=sys.stderr, flush=True)
+        late = time.monotonic() - since if failed is not None else 0.0
+        if late > GRACE_SECONDS / 2 and not sent:
+            sent = True
+            for child in running:
+                child.terminate()
+        if late > GRACE_SECONDS:
+            for child in running:
+                child.kill()
     codes = [child.returncode for child in children if child.returncode]
     code = failed if failed is not None else codes[0] if codes else 0
     return 128 - code if code < 0 else code

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.config import Config, load, to_dict, to_yaml
+from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.parallel.mesh import Mesh, RunError
 from megatron_lcl.train import checkpoint
+from megatron_lcl.train.audit import Audit
 from megatron_lcl.train.checkpoint import Progress
-from megatron_lcl.train.checkpointer import Checkpointer, Saved
-from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes
+from megatron_lcl.train.checkpointer import Checkpointer
+from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes, resolve_dtype
+from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate
+from megatron_lcl.train.replicas import find_difference
+from megatron_lcl.train.saver import Saver
 from megatron_lcl.train.share import share
+from megatron_lcl.train.signals import Signals, Stopped
 from megatron_lcl.train.step import Stepper
 from megatron_lcl.train.telemetry import Telemetry
+from megatron_lcl.train.watch import Watch
 
 CONFIG = "config.yaml"
 
@@ -53,11 +63,16 @@ def check_output(run: Path, config: Config) -> None:
         if run.exists() and any(run.iterdir()):
             raise ValueError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
+    check_model(saved, config)
+
+
+def check_model(saved: Path, config: Config) -> None:
+    """The model is that of a saved config; ValueError names the fields that differ."""
     before, now = (_flat(to_dict(c)) for c in (load(saved), config))
     changed = sorted(k for k in before.keys() | now.keys() if k.startswith("model.") and before.get(k) != now.get(k))
     if changed:
         raise ValueError(
-            f"train.output = {run} holds a run of another model ("
+            f"{saved.parent} holds a run of another model ("
             + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed[:3])
             + "); name another folder"
         )
@@ -73,80 +88,198 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def train(config: Config) -> Path:
     """Run (or go on with) the training that `config` describes; the final checkpoint's folder.
 
-    Every process of the launch calls it. Resumes from the newest checkpoint in `train.output` that verifies.
+    Every process of the launch calls it. Goes on from the newest checkpoint in `train.output` that verifies. Raises
+    `signals.Stopped` where a signal asked for the end and all is saved; RunError on every process where the run cannot
+    go on. A process that dies or hangs ends the others: see `watch`.
     """
     mesh = init_processes(config)
     try:
-        return _train(config, mesh)
+        with Signals() as signals, Watch(mesh, config.guard.timeout) as watch:
+            start = agree(config, mesh)
+            engine = build_engine(build_module(config), config, mesh)
+            run = Path(config.train.output)
+            with (
+                Telemetry(run, config, mesh.is_first, start.progress.step) as telemetry,
+                Checkpointer(engine, config, mesh, run) as checkpoints,
+            ):
+                return Training(config, mesh, engine, start, telemetry, checkpoints, signals, watch).run()
     finally:
         dist.destroy_process_group()
 
 
-def _train(config: Config, mesh: Mesh) -> Path:
-    run, train, every = Path(config.train.output), config.train, config.checkpoint.every
-    folder, skipped = _agree(config, run, mesh)
-    before = checkpoint.read_progress(folder) if folder else None
-    first_step, first_pack = (before.step, before.packs) if before else (0, 0)
-    if mesh.is_first:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    ledger = before.ledger if before else None
-    loader = build_loader(config, mesh, first_step, first_pack, ledger) if mesh.reads else None
-    micro_batches = num_micro_batches(config, mesh.data.size)
-    engine = build_engine(build_module(config), config, mesh)
-    checkpoints = Checkpointer(engine, config, mesh, run)
-    with checkpoints, Telemetry(run, config, mesh.is_first, first_step) as telemetry:
-        for bad, faults in skipped.items():
-            telemetry.say(f"passed over {bad}: {'; '.join(faults[:3])}")
-        if folder:
-            for message in checkpoints.load(folder):
-                telemetry.say(message)
-            telemetry.say(f"going on from {folder}")
-        last = folder
-        stepper, batches = Stepper(engine, config, mesh), iter(loader or ())
-        for step in range(first_step, train.steps):
-            started = time.perf_counter()
-            own = [next(batches) for _ in range(micro_batches)] if mesh.reads else None
-            loaded = time.perf_counter()
-            lr = learning_rate(step, config.optimizer, train.steps)
-            shared = share(own, micro_batches, train.micro_batch, mesh, engine.device)
-            result = stepper.run(shared, lr)
-            telemetry.step(step + 1, result, lr, time.perf_counter() - started, loaded - started)
-            if result.num_bad_images:
-                names = [
-                    n
-                    for names in mesh.world.gather_objects([r for b in own or () for _, r in b.bad_images])
-                    for n in names
-                ]
-                telemetry.write({"step": step + 1, "bad_images": names})
-            if step + 1 == train.steps or (every and (step + 1) % every == 0):
-                packs = first_pack + (step + 1 - first_step) * train.global_batch
-                known = loader.ledger.to_json() if loader and loader.ledger else {}
-                last = checkpoints.save(Progress(step + 1, packs, known))
-            for saved in checkpoints.finished():
-                log_save(telemetry, saved)
-        checkpoints.wait()
-        for saved in checkpoints.finished():
-            log_save(telemetry, saved)
-    assert last is not None
-    return last
+class Training:
+    """A run between two steps, and what happens beside the steps. Every process has one and all do the same."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Any,
+        start: Start,
+        telemetry: Telemetry,
+        checkpoints: Checkpointer,
+        signals: Signals,
+        watch: Watch,
+    ) -> None:
+        self.config, self.mesh, self.engine, self.start = config, mesh, engine, start
+        self.telemetry, self.signals, self.watch = telemetry, signals, watch
+        self.checkpoints, self.stepper = checkpoints, Stepper(engine, config, mesh)
+        self.audit = Audit(Path(config.train.output), mesh.is_first)
+        self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
+        self.bad = BadSteps(config.guard, start.progress.guard)
+        self.micro_batches = num_micro_batches(config, mesh.data.size)
+        self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
+        self.batches: Iterator[PackedBatch] = iter(())
+        for folder, faults in start.passed_over.items():
+            self.audit.write("checkpoint passed over", start.progress.step, folder=str(folder), faults=faults)
+            telemetry.say(f"passed over {folder}: {'; '.join(faults[:3])}")
+        self._go_to(start.folder, start.progress)
+        if start.folder:
+            self.saver.step, self.saver.folder = start.progress.step, start.folder
+            telemetry.say(f"going on from {start.folder}")
+
+    def run(self) -> Path:
+        """All steps that are left; the final checkpoint's folder."""
+        while self.progress.step < self.config.train.steps:
+            self._stop_if_asked()
+            self._step()
+            if self.bad.too_many:
+                self._rewind()
+            else:
+                self._after_step()
+        self.saver.settle()
+        if self.saver.step != self.progress.step:
+            raise RunError(f"all steps are done, but the last checkpoint that is complete is of step {self.saver.step}")
+        return self.saver.folder
+
+    def _step(self) -> None:
+        config, mesh, step = self.config, self.mesh, self.progress.step
+        self.watch.beat(step, "reading data")
+        started = time.perf_counter()
+        own = [next(self.batches) for _ in range(self.micro_batches)] if mesh.reads else None
+        loaded = time.perf_counter()
+        self.watch.beat(step, "computing")
+        lr = learning_rate(step, config.optimizer, config.train.steps)
+        scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
+        shared = share(own, self.micro_batches, config.train.micro_batch, mesh, self.engine.device)
+        result = self.stepper.run(shared, lr, self.bad.limit())
+        at, applied = (step, self.progress.packs), self.engine.was_step_applied()
+        skipped = self.bad.record(at, result.loss, applied, scale)
+        self.telemetry.step(step + 1, result, lr, time.perf_counter() - started, loaded - started, skipped)
+        if skipped:
+            packs = [self.ledger.locate(self.progress.packs + i) for i in range(config.train.global_batch)]
+            self.audit.write("step left out", step + 1, reason=skipped, packs=packs)
+        if result.num_bad_images:
+            reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
+            self.telemetry.write({"step": step + 1, "bad_images": list(itertools.chain.from_iterable(reasons))})
+        self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + config.train.global_batch)
+
+    def _after_step(self) -> None:
+        step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
+        last = step == self.config.train.steps
+        if last or (every and step % every == 0 and not self.bad.in_a_row):  # amid bad steps nothing good is saved
+            self._save()
+        elif compare and step % compare == 0:
+            self._compare_replicas()
+
+    def _save(self) -> None:
+        self._compare_replicas()
+        if not self.bad.in_a_row:
+            self.bad.rewinds = 0
+        with self.watch.long("saving"):
+            self.saver.save(replace(self.progress, guard=self.bad.state()))
+
+    def _compare_replicas(self) -> None:
+        if not self.config.guard.every or self.mesh.data.size == 1:
+            return
+        found = find_difference(self.engine.module, self.mesh)
+        if found is not None:
+            self.audit.write("replicas differ", self.progress.step, reason=found)
+            raise RunError(
+                f"the replicas of the model differ after step {self.progress.step}: {found}. A machine computes or "
+                "stores wrongly; leave it out, and the same command goes on from the last checkpoint"
+            )
+
+    def _stop_if_asked(self) -> None:
+        step = self.progress.step
+        flags = torch.tensor([self.signals.received, self.checkpoints.writing], device=self.engine.device)
+        signum, writing = self.mesh.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        if not writing:
+            self.saver.settle()
+        if not signum:
+            return
+        with self.watch.long("saving before the end"):
+            self.saver.settle()
+            if self.saver.step != step:
+                self._save()
+            self.saver.settle()
+        self.audit.write("stopped", step, signal=signum, saved=self.saver.step)
+        raise Stopped(signum, step, self.saver.step)
+
+    def _rewind(self) -> None:
+        """Back to the last checkpoint before the bad steps; their packs are jumped over from then on."""
+        at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
+        with self.watch.long("rewinding"):
+            self.saver.settle()
+
+            def decide() -> Path | None:
+                own = checkpoint.list_checkpoints(run)
+                for folder in own:
+                    if checkpoint.step_of(folder) > step:  # saved amid bad steps, when a signal came
+                        checkpoint.delete(folder)
+                before = [f for f in own if checkpoint.step_of(f) <= step] or [f for f in [self.start.folder] if f]
+                return next((f for f in reversed(before) if not checkpoint.verify(f)), None)
+
+            folder = self.mesh.world.broadcast_object(decide() if self.mesh.is_first else None)
+            if folder is None:
+                raise RunError(
+                    f"steps {step + 1} to {at} were bad, and there is no checkpoint before them to go back to; "
+                    "audit.jsonl says why. Lower optimizer.lr, or look at the packs with `replay`"
+                )
+            ledger = self.ledger.skip(packs, self.progress.packs - packs)
+            before = checkpoint.read_progress(folder)
+            self.bad.rewind(before.guard, at)
+            self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=ledger.entries[-1])
+            self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
+            self._go_to(folder, replace(before, ledger=ledger.to_json()))
+            self.telemetry.rewind(before.step)
+        self.saver.step, self.saver.folder = before.step, folder
+
+    def _go_to(self, folder: Path | None, progress: Progress) -> None:
+        """Parameters, optimizer and generators of a checkpoint (None: as they are), and its place in the data."""
+        self.batches = iter(())  # the loader processes end
+        self.progress, self.ledger = progress, Ledger.from_json(progress.ledger)
+        for message in self.checkpoints.load(folder) if folder else ():
+            self.telemetry.say(message)
+        if self.mesh.reads:
+            self.batches = iter(build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger))
 
 
-def log_save(telemetry: Telemetry, saved: Saved) -> None:
-    """A line of metrics about a checkpoint: its size, and for how long training stood still."""
-    numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
-    telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
+# --- where to begin ----------------------------------------------------------------------------------------------
 
 
-def _agree(config: Config, run: Path, mesh: Mesh) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The checkpoint to resume from, decided by the first process for all, which also finds what is wrong."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on."""
 
-    def decide() -> tuple[Path | None, dict[Path, list[str]]] | str:
+    folder: Path | None
+    """checkpoint; None: a new run"""
+    progress: Progress
+    """with the ledger from here on"""
+    passed_over: dict[Path, list[str]]
+    """newer checkpoints that are damaged, and how"""
+
+
+def agree(config: Config, mesh: Mesh) -> Start:
+    """Decided by the first process for all, which also finds what is wrong: RunError on all."""
+
+    def decide() -> Start | str:
         try:
-            check(config, mesh.world.size)
-            return checkpoint.choose(run, config.checkpoint.resume)
+            return _decide(config, mesh.world.size)
         except ValueError as error:
             return str(error)
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
 
     decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
     if isinstance(decision, str):
@@ -154,18 +287,49 @@ def _agree(config: Config, run: Path, mesh: Mesh) -> tuple[Path | None, dict[Pat
     return decision
 
 
-def build_loader(
-    config: Config, mesh: Mesh, first_step: int, first_pack: int, ledger: dict[str, Any] | None
-) -> PackedLoader:
-    """This process's batches from a step on; `ledger`: that of the checkpoint which the run resumes from."""
-    vision, language, clip = config.model.vision, config.model.language, config.objective.name == "clip"
-    previous = Ledger.from_json(ledger) if ledger is not None else None
-    sizes = (config.data, vision.num_patches, language.context_length)
+def _decide(config: Config, processes: int) -> Start:
+    check(config, processes)
+    run = Path(config.train.output)
+    folder, passed_over = checkpoint.choose(run, config.checkpoint.resume)
+    before, previous = Progress(0, 0, {}), None
+    if folder:
+        check_model(folder / checkpoint.CONFIG, config)
+        before = checkpoint.read_progress(folder)
+        previous = Ledger.from_json(before.ledger)
+        check_corpora(previous, config)
+    ledger = open_ledger(
+        config.data,
+        config.model.vision.num_patches,
+        config.model.language.context_length,
+        contrast_only=config.objective.name == "clip",
+        previous=previous,
+        consumed=before.packs,
+    )
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    return Start(folder, replace(before, ledger=ledger.to_json()), passed_over)
+
+
+def check_corpora(ledger: Ledger, config: Config) -> None:
+    """The corpora are those that the run last read, by fingerprint, or `data.allow_change` is set; else ValueError."""
+    before = {c["fingerprint"]: c["path"] for c in ledger.blends()[-1]["blend"]}
+    now = {open_corpus(c.path).fingerprint: c.path for c in config.data.corpora}
+    if config.data.allow_change or before.keys() == now.keys():
+        return
+    gone, new = (", ".join(a[f] for f in a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
+    raise ValueError(
+        f"the corpora are not those that this run has read ({gone or 'nothing'} is missing, {new or 'nothing'} is new "
+        "or has changed); put them back, or go on with these from here: --data.allow-change"
+    )
+
+
+def build_loader(config: Config, mesh: Mesh, first_step: int, first_pack: int, ledger: Ledger) -> PackedLoader:
+    """This process's batches from a step on, after `first_pack` packs were consumed."""
     return PackedLoader(
         config.data,
-        num_patches=vision.num_patches,
-        image_size=vision.image_size,
-        context_length=language.context_length,
+        num_patches=config.model.vision.num_patches,
+        image_size=config.model.vision.image_size,
+        context_length=config.model.language.context_length,
         rank=mesh.data.rank,
         world_size=mesh.data.size,
         global_batch=config.train.global_batch,
@@ -173,6 +337,6 @@ def build_loader(
         first_pack=first_pack,
         steps=config.train.steps - first_step,
         objective=config.objective.name,
-        ledger=open_ledger(*sizes, contrast_only=clip, previous=previous, consumed=first_pack),
+        ledger=ledger,
         pin_memory=torch.cuda.is_available(),
     )

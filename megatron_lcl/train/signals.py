@@ -11,10 +11,6 @@ import time
 from types import TracebackType
 from typing import Any, NoReturn
 
-import torch
-
-from megatron_lcl.parallel.mesh import Mesh
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE = 75
 """exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
@@ -23,12 +19,11 @@ SAME_SECONDS = 1.0
 
 
 class Stopped(Exception):
-    """A signal has ended the run."""
+    """A signal has ended the run after `step` steps; the newest checkpoint is of step `saved`."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"{signal.Signals(signum).name}: stopped after step {step}; the same command goes on from there"
-        )
+    def __init__(self, signum: int, step: int, saved: int) -> None:
+        where = "from there" if saved == step else f"from step {saved}, for it could not be saved"
+        super().__init__(f"{signal.Signals(signum).name}: ended after step {step}; the same command goes on {where}")
         self.code = 128 + signum if signum == signal.SIGINT else REQUEUE
 
 
@@ -44,10 +39,6 @@ class Signals:
         """number of the first signal; 0: none yet"""
         self._handlers: dict[int, Any] = {}
         self._ends: tuple[int, int] | None = None
-
-    def agreed(self, mesh: Mesh, device: torch.device) -> int:
-        """The signal that any process has received, 0 if none has: the same on every process, all of which call it."""
-        return int(mesh.world.all_reduce(torch.tensor(self.received, device=device), torch.distributed.ReduceOp.MAX))
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread():

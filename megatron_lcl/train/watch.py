@@ -61,6 +61,7 @@ class Watch:
         self.period = min(PERIOD_SECONDS, timeout / 20)
         self.limit = timeout - 6 * self.period
         self._state = State(host=socket.gethostname())
+        self._first: int | None = None
         self._progress: float | None = None
         """when the main thread last came by; None: it may take long"""
         self._heard: dict[int, tuple[State, float]] = {}
@@ -71,20 +72,24 @@ class Watch:
     # --- the main thread's side ---
 
     def beat(self, step: int, doing: str) -> None:
-        """The main thread comes by: so many steps are done, and this is what it does next."""
+        """The main thread comes by: so many steps are done, and this is what it does next.
+
+        The first step may take long, for what is compiled or filled in it.
+        """
+        self._first = step if self._first is None else self._first
         self._state.step, self._state.doing = step, doing
-        self._progress = time.monotonic()
+        self._progress = time.monotonic() if step != self._first else None
 
     @contextlib.contextmanager
     def long(self, doing: str) -> Iterator[None]:
-        """Work that may take as long as it likes: starting, the first step, saving, evaluating."""
+        """Work that may take as long as it likes, until the next `beat`: saving, evaluating."""
         self._state.doing, self._progress = doing, None
         yield
-        self._progress = time.monotonic()
 
     def __enter__(self) -> Watch:
         if self.size > 1:
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()
             for loop in (self._talk, self._judge):
                 threading.Thread(target=loop, daemon=True).start()
         return self
@@ -153,9 +158,10 @@ class Watch:
         if causes and len(causes) < len(states):
             names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
             return f"{names}. The others have waited for {max(s.waiting for s in late.values()):.0f} s"
+        first = late[min(late)]
         return (
-            f"process {min(late)} has not come on for {late[min(late)].waiting:.0f} s while {late[min(late)].at()}, nor "
-            f"have {len(late) - 1} others, and no process is behind the rest: is the network or the storage down?"
+            f"process {min(late)} has hung for {first.waiting:.0f} s while {first.at()}, {len(late) - 1} others too, "
+            "and none is behind the rest: is the network or the storage down?"
         )
 
 
