@@ -269,6 +269,23 @@ class Guard:
     )
 
 
+EvaluationTask = Literal["retrieval", "generation"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Evaluate:
+    """What is measured during training, by all processes together."""
+
+    corpus: str | None = Field(
+        default=None, description="held-out documents: a corpus that `preprocess --held-out` wrote, say"
+    )
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(),
+        description="retrieval: image to context and back, recall@1/10; generation: bits a token; none named: what the "
+        "objective trains",
+    )
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Train:
     """The run."""
@@ -281,6 +298,9 @@ class Train:
         default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
     )
     seed: int = Field(default=0, description="seed of the initial parameters")
+    evaluate_every: Count = Field(
+        default=0, description="measure on evaluate.corpus every so many steps, and at the end; 0: never"
+    )
     log_every: Positive = Field(default=10, description="steps between lines in metrics.jsonl and TensorBoard")
     progress: bool = Field(default=True, description="progress bar on the first process")
     apex_layer_norm: bool = Field(default=False, description="NVIDIA apex's fused LayerNorm in place of torch's")
@@ -300,6 +320,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="passed on to DeepSpeed as it is; what this tree already decides is refused"
     )

@@ -65,7 +65,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
     certificate = export(checkpoint, "hf", output / "hf")
     print(f"{output / 'hf'}: loaded back by transformers; {certificate}")
     say(6, "report")
-    print(write_report(output / "run", output / "report.html", heldout=output / "heldout"))
+    print(write_report(output / "run", output / "report.html"))
     print(
         f"\nDone in {time.monotonic() - started:.0f} s. Open {output / 'report.html'}; the encoder is {output / 'hf'}."
     )

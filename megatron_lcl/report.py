@@ -23,11 +23,8 @@ from megatron_lcl.train.telemetry import read_metrics
 MAX_THUMBNAIL = 320
 
 
-def write_report(run: Path, output: Path | None = None, heldout: Path | None = None) -> Path:
-    """Write the page about a run folder; returns its path. `heldout`: corpus of the examples' images.
-
-    ValueError where `run` is not a run folder.
-    """
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write the page about a run folder; returns its path. ValueError where `run` is not a run folder."""
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
     config = configs.load(run / CONFIG)
@@ -40,7 +37,7 @@ def write_report(run: Path, output: Path | None = None, heldout: Path | None = N
         last=metrics[-1] if metrics else None,
         curves=_curves(metrics),
         evaluation=evaluation,
-        examples=_examples(_read_json(run / EXAMPLES), heldout),
+        examples=_examples(_read_json(run / EXAMPLES), evaluation),
         batch=Markup(render_packs(config, packs=1)),
         corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
         checkpoint=find_checkpoint(run).name if metrics else None,
@@ -84,14 +81,18 @@ def _curves(metrics: list[dict[str, Any]]) -> Markup:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _examples(examples: list[dict[str, Any]] | None, heldout: Path | None) -> list[dict[str, Any]]:
-    if not examples or heldout is None:
-        return []
-    corpus = open_corpus(heldout)
-    for example in examples:
+def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The examples with their images; without, if the held-out corpus is no longer where it was."""
+    try:
+        corpus = open_corpus(evaluation["corpus"]) if evaluation else None
+    except (ValueError, OSError):
+        corpus = None
+    for example in examples or []:
         pair = example["pair"]
-        example["src"] = thumbnail(corpus.shard(pair["shard"]).image(pair["image"]), MAX_THUMBNAIL)
-    return examples
+        example["src"] = (
+            thumbnail(corpus.shard(pair["shard"]).image(pair["image"]), MAX_THUMBNAIL) if corpus is not None else None
+        )
+    return examples or []
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_yaml
-from megatron_lcl.convert.load import MANIFEST, find_checkpoint, read_config
+from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
 from megatron_lcl.convert.pool import attention_pool
 from megatron_lcl.data.store import read_manifest
 
@@ -78,15 +78,14 @@ def _describe(corpus: Path) -> str:
 
 
 def _heldout(checkpoint: Path) -> dict[str, float]:
-    """Numbers of the run's heldout.json, if it was written after this checkpoint and no later one exists."""
-    run = checkpoint.parent.parent
-    result, manifest = run / "heldout.json", checkpoint / MANIFEST
-    newest = checkpoint.parent.name == "checkpoints" and find_checkpoint(run) == checkpoint
-    if not newest or not result.is_file() or result.stat().st_mtime < manifest.stat().st_mtime:
+    """Numbers of the run's heldout.json, if they were measured on this checkpoint."""
+    if checkpoint.parent.name != "checkpoints":
         return {}
     try:
-        numbers = json.loads(result.read_text(encoding="utf-8"))
-    except ValueError:
+        numbers = json.loads((checkpoint.parent.parent / "heldout.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if numbers.pop("step", None) != step_of(checkpoint):
         return {}
     return {f"held out: {k.replace('_', ' ')}": v for k, v in numbers.items() if isinstance(v, int | float)}
 

@@ -63,6 +63,12 @@ def find_checkpoint(path: Path) -> Path:
     return complete[-1]
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """Steps that a run had made when it wrote this checkpoint folder; None for a folder that no run wrote."""
+    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
+    return int(match[1]) if match else None
+
+
 def read_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint folder."""
     try:

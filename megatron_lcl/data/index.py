@@ -361,6 +361,7 @@ class InOrder:
         sizes = sizes[np.lexsort((sizes[:, 1], sizes[:, 0]))]
         self._entries = np.zeros(len(sizes), ENTRY)
         self._entries["document"], self._entries["part"] = sizes[:, 0], sizes[:, 1]
+        self.num_documents = len(np.unique(sizes[:, 0]))
         places = packing.max_sequences(tokens_per_pack)
         self._offsets = packing.next_fit(sizes[:, 2], sizes[:, 3], tokens_per_pack, self.images_per_pack, places)
 

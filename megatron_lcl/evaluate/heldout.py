@@ -1,30 +1,50 @@
 """The two things LCL trains, measured on documents that it has not seen: the contrast and the generation.
 
-Every document of a held-out corpus once, in order, without augmentation. Retrieval: each image's latent z against the
-context features of all held-out pairs; the true one is the context read at the image's own `<soi>`.
+Every document of a held-out corpus once, without augmentation. Retrieval: each image's latent z against the context
+features of all held-out pairs; the true one is the context read at the image's own `<soi>`. And the other way round:
+given the text before an image, find it among all held-out images, and among those of its own document.
+
+Every data-parallel replica reads and computes a share of the corpus, and ranks its own pairs against everybody's, so
+during training nobody waits for one process to evaluate.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_lcl.config import Config, Corpus, replace
-from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config, Corpus, EvaluationTask
+from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.index import InOrder
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
-from megatron_lcl.data.tokenizer import Tokenizer
+from megatron_lcl.evaluate.results import bootstrap
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.stages import Outputs
+from megatron_lcl.parallel.mesh import Axis, Mesh
 
 RESULT, EXAMPLES = "heldout.json", "heldout_examples.json"
 CONTEXT_CHARACTERS = 400
+_ROWS = 1024
+"""of a similarity matrix at a time"""
+
+TASKS: tuple[EvaluationTask, ...] = get_args(EvaluationTask)
+
+Forward = Callable[[Sequence[PackedBatch] | None, int], Sequence[tuple[PackedBatch, Outputs | None]]]
+"""`forward(read, num)`: what the model makes of `num` micro-batches, on every process of the replica. `read`: the
+micro-batches, on the process that reads for its replica, else None. Outputs are on the last pipeline stage only."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +70,39 @@ class Example:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What was measured. Recalls are shares of the pairs; `chance` is what a random order gives."""
+    """What was measured; None: not measured. Recalls are shares of the pairs; `chance` is what a random order gives."""
 
+    corpus: str
     documents: int
     pairs: int
-    image_to_context_recall_at_1: float
-    image_to_context_recall_at_10: float
-    context_to_image_recall_at_1: float
-    context_to_image_recall_at_10: float
-    chance_at_1: float
-    chance_at_10: float
-    median_rank: float
-    contrastive_loss: float
-    """nats, over all held-out pairs at once"""
     targets: int
-    bits_per_token: float
+    step: int | None = None
+    """steps that the model was trained for, where that is known"""
+    image_to_context_recall_at_1: float | None = None
+    image_to_context_recall_at_10: float | None = None
+    context_to_image_recall_at_1: float | None = None
+    context_to_image_recall_at_10: float | None = None
+    chance_at_1: float | None = None
+    chance_at_10: float | None = None
+    median_rank: float | None = None
+    """of the true context"""
+    pairs_with_rivals: int = 0
+    """pairs whose document has another image to be mistaken for"""
+    image_in_document_recall_at_1: float | None = None
+    """given the context, the image among those of its document; of the pairs with rivals"""
+    chance_in_document: float | None = None
+    contrastive_loss: float | None = None
+    """nats, over all held-out pairs at once"""
+    bits_per_token: float | None = None
     """mean negative log2-likelihood of the targets (text tokens, `<soi>`, `<eot>`)"""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % bootstrap intervals of the recalls, over pairs"""
+
+    def numbers(self) -> dict[str, float]:
+        """What was measured, by name, without the counts."""
+        skipped = ("documents", "pairs", "targets", "step", "pairs_with_rivals")
+        values = {name: value for name, value in asdict(self).items() if name not in skipped}
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = None) -> str:
@@ -76,6 +113,7 @@ def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = No
     folder = find_checkpoint(checkpoint)
     model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     result, examples = evaluate_heldout(model, read_config(folder), corpus)
+    result = replace(result, step=step_of(folder))
     if output is not None:
         write_heldout(output, result, examples)
     return table(result)
@@ -86,57 +124,291 @@ def evaluate_heldout(
 ) -> tuple[HeldOut, list[Example]]:
     """Measure `model` on every document of `corpus`, with the sequence rules of the run's `config`."""
     device = next(model.parameters()).device
-    loader, tokenizer = _loader(config, corpus), open_corpus(corpus).tokenizer
-    pairs: list[Pair] = []
-    image_features, text_features = [], []
-    nll, num_targets, documents = 0.0, 0, set()
     model.eval()
-    with torch.no_grad():
-        for batch in tqdm(loader, desc="evaluate", unit="pack", disable=not progress, total=len(loader)):
-            out = model.stages(batch.to(device))
-            chosen = (batch.image_soi >= 0).nonzero()[:, 0]
-            image_features.append(out.image_features[chosen.to(device)].cpu())
-            text_features.append(out.text_features[chosen.to(device)].cpu())
-            nll += float(out.generation)
-            num_targets += batch.num_targets
-            described = dict(_describe(batch, loader, tokenizer))
-            pairs += [described[slot] for slot in chosen.tolist()]
-            documents |= {o.document for pack in batch.packs for o in loader.provenance(pack)}
-    if not pairs or not num_targets:
-        raise ValueError(f"{corpus} has no image with text before it; there is nothing to evaluate")
-    image, text = torch.cat(image_features), torch.cat(text_features)
-    similarity = image @ text.t()
-    forward, backward = ranks(similarity), ranks(similarity.t())
-    n = len(pairs)
-    logits = float(model.head.log_scale.detach().exp()) * similarity
-    own = logits.diagonal()
-    contrast = 0.5 * (logits.logsumexp(1) + logits.logsumexp(0) - 2 * own).mean()
-    result = HeldOut(
-        documents=len(documents),
+
+    def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
+        assert read is not None
+        return [(batch, model.stages(batch.to(device))) for batch in read]
+
+    alone = Mesh(Axis(), Axis())
+    return HeldOutEvaluation(config, corpus, alone, forward).run(num_examples, intervals=True, progress=progress)
+
+
+class HeldOutEvaluation:
+    """An evaluation that all processes of a run make together, as often as they like."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: str | Path,
+        mesh: Mesh,
+        forward: Forward,
+        tasks: Sequence[EvaluationTask] = (),
+        micro_batch: int = 1,
+        at_once: int = 1,
+        images_per_pack: int | None = None,
+    ) -> None:
+        """Every process calls it.
+
+        tasks: what to measure; none: what the run's objective trains. micro_batch: packs of a forward pass; at_once:
+        micro-batches that `forward` gets together. images_per_pack: as in training, where shapes must be the same.
+        """
+        self.corpus, self.mesh, self.forward, self.at_once = str(corpus), mesh, forward, at_once
+        self.tasks = check_tasks(config, tasks)
+        self.packs = _Packs(config, corpus, mesh.data, micro_batch, images_per_pack) if mesh.reads else None
+        self.num_batches, self.num_documents = mesh.replica.broadcast_object(
+            (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
+        )
+
+    @torch.no_grad()
+    def run(
+        self, num_examples: int = 8, intervals: bool = False, progress: bool = False
+    ) -> tuple[HeldOut, list[Example]]:
+        """Measure; the numbers are the same on every process, the examples are on the first one.
+
+        Raises ValueError, on every process, if the corpus has nothing for the tasks.
+        """
+        mesh, packs = self.mesh, self.packs
+        if not self.num_batches:
+            raise ValueError(f"{self.corpus} has no document that the run's data rules leave; nothing can be measured")
+        own = _Share()
+        origins: list[_Origin] = []
+        batches = iter(packs.loader if packs else ())
+        bar = tqdm(desc="evaluate", unit="pack", total=self.num_batches, disable=not (progress and mesh.is_first))
+        for first in range(0, self.num_batches, self.at_once):
+            num = min(self.at_once, self.num_batches - first)
+            read = list(itertools.islice(batches, num)) if packs else None
+            for batch in read or ():
+                assert packs is not None
+                origins += packs.origins(batch)
+            for batch, out in self.forward(read, num):
+                own.add(batch, out)
+            bar.update(num)
+        bar.close()
+        documents = mesh.replica.broadcast_object([origin.document for origin in origins])
+
+        found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
+        if own.features is not None:  # the last pipeline stage
+            found = self._measure(own, documents, num_examples, intervals)
+        found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.stage.size)
+        assert found is not None, "the first process of the last stage has it"
+        result, picked = found
+        if not result.pairs and not result.targets:
+            raise ValueError(f"{self.corpus} has nothing for {' and '.join(self.tasks)}; there is nothing to evaluate")
+        return result, self._examples(origins, picked)
+
+    def _measure(
+        self, own: _Share, documents: list[int], num_examples: int, intervals: bool
+    ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
+        """The numbers; and of some pairs their number, the place of their true context, and the nearest ones' numbers.
+
+        Called on the last pipeline stage; everything is gathered over its replicas.
+        """
+        data = self.mesh.data
+        result = HeldOut(self.corpus, self.num_documents, 0, 0)
+        if "generation" in self.tasks:
+            nll, targets = data.all_reduce(own.generation).tolist()
+            if targets:
+                result = replace(result, targets=int(targets), bits_per_token=nll / targets / math.log(2))
+        if "retrieval" not in self.tasks:
+            return result, []
+        image, text = own.stacked()
+        device = image.device
+        sizes = data.gather_objects(len(image))
+        offset, num_pairs = sum(sizes[: data.rank]), sum(sizes)
+        if not num_pairs:
+            return result, []
+        images, texts = _gather(image, sizes, data), _gather(text, sizes, data)
+        own_documents = torch.tensor(documents, dtype=torch.int64, device=device)
+        all_documents = _gather(own_documents, sizes, data)
+        forward, image_loss = places(image, texts, offset, own.scale)
+        backward, text_loss = places(text, images, offset, own.scale)
+        among, _ = places(text, images, offset, own.scale, (own_documents, all_documents))
+        rivals = all_documents.bincount()[own_documents]
+        rows = torch.stack([*(x.double() for x in (forward, backward, among, rivals)), image_loss + text_loss], 1)
+        rows_N = _gather(rows, sizes, data).cpu()
+        order = rows_N[:, 0].argsort(stable=True)
+        quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
+        chosen = [i for i in order[quantiles].tolist() if offset <= i < offset + len(image)]
+        nearest = [(i, (image[i - offset] @ texts.t()).topk(min(3, num_pairs)).indices.tolist()) for i in chosen]
+        told = itertools.chain.from_iterable(data.gather_objects(nearest))
+        picked = sorted(((i, int(rows_N[i, 0]), near) for i, near in told), key=lambda pick: (pick[1], pick[0]))
+        return _with_recalls(result, rows_N.numpy(), intervals), picked
+
+    def _examples(self, origins: list[_Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
+        """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
+        if self.packs is None:
+            return []
+        data = self.mesh.data
+        offset = sum(data.gather_objects(len(origins))[: data.rank])
+        needed = {i for i, _, near in picked for i in (i, *near)}
+        own = {i: self.packs.pair(origins[i - offset]) for i in needed if offset <= i < offset + len(origins)}
+        pairs = {i: pair for told in data.gather_objects(own) for i, pair in told.items()}
+        return [Example(pairs[i], place, tuple(pairs[j] for j in near)) for i, place, near in picked]
+
+
+def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
+    """The tasks, or, if none are named, those that the objective trains. ValueError where it does not train one."""
+    trained = {"lcl": TASKS, "clip": ("retrieval",), "generation": ("generation",)}[config.objective.name]
+    for task in tasks:
+        if task not in trained:
+            raise ValueError(
+                f"objective.name = {config.objective.name} does not train what {task} measures; leave it out"
+            )
+    return tuple(task for task in TASKS if task in (tasks or trained))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a pair came from; its context is not yet decoded."""
+
+    document: int
+    shard: int
+    image: int
+    tokens: np.ndarray
+
+
+class _Packs:
+    """This replica's share of a held-out corpus, and where each pair came from."""
+
+    def __init__(
+        self, config: Config, corpus: str | Path, data: Axis, micro_batch: int, images_per_pack: int | None
+    ) -> None:
+        vision = config.model.vision
+        changes = {"data__corpora": [asdict(Corpus(path=str(corpus)))]}
+        if images_per_pack is not None:
+            changes["data__images_per_pack"] = images_per_pack  # type: ignore[assignment]
+        self.loader = PackedLoader(
+            configs.replace(config, **changes).data,
+            num_patches=vision.num_patches,
+            image_size=vision.image_size,
+            context_length=config.model.language.context_length,
+            rank=data.rank,
+            world_size=data.size,
+            global_batch=data.size * micro_batch,
+            micro_batch=micro_batch,
+            train=False,
+            objective=config.objective.name,
+            pin_memory=torch.cuda.is_available(),
+        )
+        index = self.loader.reader.index
+        assert isinstance(index, InOrder)
+        self.num_documents = index.num_documents
+        self._tokenizer = open_corpus(corpus).tokenizer
+
+    def origins(self, batch: PackedBatch) -> Iterator[_Origin]:
+        """Of the batch's pairs, in the order of their slots."""
+        tokens, soi = batch.tokens.numpy(), batch.image_soi.numpy()
+        places, slots = len(tokens) // len(batch.packs), self.loader.images_per_pack
+        for b, pack in enumerate(batch.packs):
+            images = ((origin, image) for origin in self.loader.provenance(pack) for image in origin.images)
+            for origin, image in sorted(images, key=lambda both: both[1].slot):
+                if soi[b * slots + image.slot] >= 0:
+                    before = tokens[b * places + origin.start : b * places + image.soi]
+                    text = before[before < self._tokenizer.sot][-CONTEXT_CHARACTERS:]
+                    yield _Origin(int(origin.document), int(image.shard), int(image.image), text.copy())
+
+    def pair(self, origin: _Origin) -> Pair:
+        """With its context as text."""
+        text = self._tokenizer.decode(origin.tokens)[-CONTEXT_CHARACTERS:]
+        return Pair(origin.document, origin.shard, origin.image, text)
+
+
+class _Share:
+    """What the model made of this replica's share."""
+
+    def __init__(self) -> None:
+        self.features: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.generation = torch.zeros(2, dtype=torch.float64)
+        """sum of the negative log-likelihoods (nats), number of targets"""
+        self.scale = 1.0
+
+    def add(self, batch: PackedBatch, out: Outputs | None) -> None:
+        if out is None:
+            return
+        if self.features is None:
+            self.features = []
+            self.generation = self.generation.to(out.generation.device)
+            self.scale = float(out.log_scale.exp())
+        pairs = (batch.image_soi >= 0).nonzero()[:, 0].to(out.image_features.device)
+        self.features.append((out.image_features[pairs], out.text_features[pairs]))
+        self.generation[0] += out.generation
+        self.generation[1] += batch.num_targets
+
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and text features of the pairs, [n, D] each."""
+        assert self.features, "no micro-batch"
+        image, text = zip(*self.features, strict=True)
+        return torch.cat(image), torch.cat(text)
+
+
+def places(
+    queries_nD: torch.Tensor,
+    candidates_ND: torch.Tensor,
+    offset: int = 0,
+    scale: float = 1.0,
+    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Place [n] of each query's own candidate, number offset + i, 1 is best; and the cross-entropy [n] of finding it.
+
+    A tie counts against it, and so does NaN: a model that says nothing must not look good. The cross-entropy is that of
+    a softmax of `scale` times the inner products, nats. groups: of queries [n] and candidates [N]; only candidates of
+    the query's group count for the place.
+    """
+    ranks, losses = [], []
+    for low in range(0, len(queries_nD), _ROWS):
+        similarity = queries_nD[low : low + _ROWS] @ candidates_ND.t()
+        own = similarity.gather(1, torch.arange(len(similarity), device=similarity.device)[:, None] + low + offset)
+        better = ~(similarity < own)
+        if groups is not None:
+            better &= groups[0][low : low + _ROWS, None] == groups[1]
+        ranks.append(better.sum(1))
+        losses.append(((scale * similarity).logsumexp(1) - scale * own[:, 0]).double())
+    none = queries_nD.new_zeros(0, dtype=torch.int64)
+    return torch.cat([none, *ranks]), torch.cat([none.double(), *losses])
+
+
+def recall(places: np.ndarray | torch.Tensor, k: int) -> float:
+    """Share of places that are k or better."""
+    return float((torch.as_tensor(places) <= k).double().mean())
+
+
+def _with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
+    """`rows` [N, 5]: place of the context, of the image, of the image in its document; the document's pairs; loss."""
+    forward, backward, among, rivals, loss = rows.T
+    n, rivalled = len(rows), rivals > 1
+    hits = {
+        "image_to_context_recall_at_1": forward <= 1,
+        "image_to_context_recall_at_10": forward <= 10,
+        "context_to_image_recall_at_1": backward <= 1,
+        "context_to_image_recall_at_10": backward <= 10,
+    }
+    if rivalled.any():
+        hits["image_in_document_recall_at_1"] = among[rivalled] <= 1
+    bounds = {name: bootstrap(hit) for name, hit in hits.items()} if intervals else {}
+    return replace(
+        result,
         pairs=n,
-        image_to_context_recall_at_1=recall(forward, 1),
-        image_to_context_recall_at_10=recall(forward, 10),
-        context_to_image_recall_at_1=recall(backward, 1),
-        context_to_image_recall_at_10=recall(backward, 10),
         chance_at_1=min(1.0, 1 / n),
         chance_at_10=min(1.0, 10 / n),
-        median_rank=float(forward.float().median()),
-        contrastive_loss=float(contrast),
-        targets=num_targets,
-        bits_per_token=nll / num_targets / math.log(2),
+        median_rank=float(np.median(forward)),
+        pairs_with_rivals=int(rivalled.sum()),
+        chance_in_document=float((1 / rivals[rivalled]).mean()) if rivalled.any() else None,
+        contrastive_loss=float(loss.mean()) / 2,
+        intervals={name: (metric.low, metric.high) for name, metric in bounds.items()},
+        **{name: float(hit.mean()) for name, hit in hits.items()},  # type: ignore[arg-type]
     )
-    return result, _examples(similarity, forward, pairs, num_examples)
 
 
-def ranks(similarity: torch.Tensor) -> torch.Tensor:
-    """Place [n] of each row's own column in similarity [n, n], 1 is best; a tie counts against it."""
-    own = similarity.diagonal()[:, None]
-    return (similarity >= own).sum(1)
-
-
-def recall(ranks: torch.Tensor, k: int) -> float:
-    """Share of places that are k or better."""
-    return float((ranks <= k).float().mean())
+def _gather(rows: torch.Tensor, sizes: Sequence[int], axis: Axis) -> torch.Tensor:
+    """Every process's rows, in the order of the axis; `sizes`: how many each has."""
+    if axis.group is None:
+        return rows
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=axis.group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> None:
@@ -148,55 +420,21 @@ def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> Non
 
 def table(result: HeldOut) -> str:
     """The numbers for a terminal."""
-    rows: list[tuple[str, str]] = [
-        ("documents, pairs", f"{result.documents}, {result.pairs}"),
-        *(
-            (f"{name} recall@{k}", f"{value:6.1%}   chance {chance:5.1%}   {value / chance:4.1f} times chance")
-            for name, k, value, chance in (
-                ("image → context", 1, result.image_to_context_recall_at_1, result.chance_at_1),
-                ("image → context", 10, result.image_to_context_recall_at_10, result.chance_at_10),
-                ("context → image", 1, result.context_to_image_recall_at_1, result.chance_at_1),
-                ("context → image", 10, result.context_to_image_recall_at_10, result.chance_at_10),
-            )
-        ),
-        ("median rank", f"{result.median_rank:.0f} of {result.pairs}"),
-        ("generation", f"{result.bits_per_token:.3f} bits a token over {result.targets} targets"),
-    ]
+    rows = [("documents, pairs", f"{result.documents}, {result.pairs}")]
+    for title, name, chance in (
+        ("image → context recall@1", "image_to_context_recall_at_1", result.chance_at_1),
+        ("image → context recall@10", "image_to_context_recall_at_10", result.chance_at_10),
+        ("context → image recall@1", "context_to_image_recall_at_1", result.chance_at_1),
+        ("context → image recall@10", "context_to_image_recall_at_10", result.chance_at_10),
+        ("… in its document recall@1", "image_in_document_recall_at_1", result.chance_in_document),
+    ):
+        value = getattr(result, name)
+        if value is not None and chance is not None:
+            low, high = result.intervals.get(name, (None, None))
+            between = f"   ({low:.1%} to {high:.1%})" if low is not None else ""
+            rows.append((title, f"{value:6.1%}   chance {chance:5.1%}   {value / chance:4.1f} times chance{between}"))
+    if result.median_rank is not None:
+        rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
+    if result.bits_per_token is not None:
+        rows.append(("generation", f"{result.bits_per_token:.3f} bits a token over {result.targets} targets"))
     return "\n".join(f"{name:28}{value}" for name, value in rows)
-
-
-def _loader(config: Config, corpus: str | Path) -> PackedLoader:
-    vision = config.model.vision
-    return PackedLoader(
-        replace(config, data__corpora=[asdict(Corpus(path=str(corpus)))]).data,
-        num_patches=vision.num_patches,
-        image_size=vision.image_size,
-        context_length=config.model.language.context_length,
-        global_batch=1,
-        micro_batch=1,
-        train=False,
-        objective=config.objective.name,
-    )
-
-
-def _describe(batch: PackedBatch, loader: PackedLoader, tokenizer: Tokenizer) -> Iterator[tuple[int, Pair]]:
-    """Image slot of the batch → what stands there."""
-    places = len(batch.tokens) // len(batch.packs)
-    tokens = batch.tokens.numpy()
-    for b, pack in enumerate(batch.packs):
-        for origin in loader.provenance(pack):
-            for image in origin.images:
-                before = tokens[b * places + origin.start : b * places + image.soi]
-                text = tokenizer.decode(before[before < tokenizer.sot])[-CONTEXT_CHARACTERS:]
-                pair = Pair(int(origin.document), int(image.shard), int(image.image), text)
-                yield b * loader.images_per_pack + image.slot, pair
-
-
-def _examples(similarity: torch.Tensor, place: torch.Tensor, pairs: list[Pair], count: int) -> list[Example]:
-    """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
-    order = place.argsort()
-    quantiles = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long()
-    return [
-        Example(pairs[i], int(place[i]), tuple(pairs[j] for j in similarity[i].argsort(descending=True)[:3].tolist()))
-        for i in order[quantiles].tolist()
-    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +63,14 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     corpora = (Corpus(path=str(corpus)), Corpus(path=str(tmp_path / "elsewhere")))
     save_checkpoint(model, Config(model=model.config, data=Data(corpora=corpora)), checkpoint)
     (checkpoint / "manifest.json").write_text("{}")
-    (tmp_path / "run" / "heldout.json").write_text('{"pairs": 7, "chance_at_10": 0.25, "note": "x"}')
+    heldout = {"step": 10, "pairs": 7, "chance_at_10": 0.25, "corpus": "x", "median_rank": None}
+    (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout))
     card = card_of(checkpoint)
     assert card.metrics == {"held out: pairs": 7, "held out: chance at 10": 0.25}
     assert "licence GFDL" in card.datasets[0]
     assert "documents 1,234" in card.datasets[0]
     assert "elsewhere" in card.datasets[1]
-    os.utime(tmp_path / "run" / "heldout.json", (1, 1))  # measured before this checkpoint was written
+    (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "step": 9}))  # of an earlier checkpoint
     assert card_of(checkpoint).metrics == {}
 
 
