@@ -96,7 +96,7 @@ def train(config: Config) -> Path:
     try:
         with Signals() as signals, Watch(mesh, config.guard.timeout) as watch:
             start = agree(config, mesh)
-            engine = build_engine(build_module(config), config, mesh)
+            engine = build_engine(build_module(config, mesh), config, mesh)
             run = Path(config.train.output)
             with (
                 Telemetry(run, config, mesh.is_first, start.progress.step) as telemetry,
@@ -149,7 +149,7 @@ class Training:
                 self._after_step()
         self.saver.settle()
         if self.saver.step != self.progress.step:
-            raise RunError(f"all steps are done, but the last checkpoint that is complete is of step {self.saver.step}")
+            raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
 
     def _step(self) -> None:

@@ -19,7 +19,8 @@ class Saver:
         self.checkpoints, self.config, self.telemetry, self.audit = checkpoints, config, telemetry, audit
         self.step, self.folder = 0, Path()
         """the last save that is complete"""
-        self.failures = 0
+        self.failures, self.fault = 0, ""
+        """saves that failed since then, and why the last one did"""
         self._writing: tuple[int, Path] | None = None
 
     def save(self, progress: Progress) -> None:
@@ -48,9 +49,13 @@ class Saver:
             self.telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
 
     def _failed(self, step: int, error: SaveError) -> None:
-        self.failures += 1
+        self.failures, self.fault = self.failures + 1, str(error)
         self.audit.write("checkpoint failed", step, reason=str(error), in_a_row=self.failures)
         if self.failures >= self.config.max_failures:
-            raise RunError(f"{self.failures} saves in a row could not be written, the last at step {step}: {error}")
-        last = f"the last one that is complete is of step {self.step}" if self.step else "there is none yet"
-        self.telemetry.say(f"no checkpoint of step {step}: {error}; {last}")
+            raise RunError(f"{error}; it is save number {self.failures} in a row that failed; {self.last}")
+        self.telemetry.say(f"no checkpoint of step {step}: {error}; {self.last}")
+
+    @property
+    def last(self) -> str:
+        """Where the run can go on, in words."""
+        return f"the last complete checkpoint is of step {self.step}" if self.step else "there is no checkpoint yet"
