@@ -297,6 +297,13 @@ class Train:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
     )
+    activation_checkpointing: Literal["none", "full", "attention"] = Field(
+        default="none",
+        description="what backward computes again to save memory: nothing, whole blocks, or their attention half",
+    )
+    activation_checkpointing_every: Positive = Field(
+        default=1, description="apply activation_checkpointing to every so-many-th block of each encoder"
+    )
     seed: int = Field(default=0, description="seed of the initial parameters")
     evaluate_every: Count = Field(
         default=0, description="measure on evaluate.corpus every so many steps, and at the end; 0: never"

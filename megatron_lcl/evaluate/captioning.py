@@ -52,7 +52,7 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
     finished = torch.zeros(len(images), dtype=torch.bool, device=device)
     for step in range(room):
         for block, cache in zip(model.language_blocks, caches, strict=True):
-            rows = block.residual(rows, cache.attend)
+            rows = block.residual(rows, len(rows), cache.attend)
         logits = model.head.logits(rows[:, -1]).float()
         logits[:, [special.sot, special.placeholder, special.soi, special.eoi]] = -torch.inf
         chosen = _choose(logits.cpu(), decoding, generator).to(device)
@@ -72,7 +72,7 @@ def _start_rows(model: LCL, start: Sequence[int], images: torch.Tensor) -> torch
     tokens = torch.tensor(start, device=device).repeat(len(images), 1)
     lengths = torch.full((len(images),), len(start), device=device)
     batch = pack_padded(tokens, lengths, images.to(device), model.config)
-    x = model.pool(Activations.of(batch)._replace(hidden=model.vision_tokens(images)))
+    x = model.pool(Activations.of(batch)._replace(hidden=model.vision_tokens(images).flatten(0, 1)))
     return x.hidden[: tokens.numel()].unflatten(0, tokens.shape)
 
 

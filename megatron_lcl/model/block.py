@@ -1,15 +1,24 @@
-"""The parts that both encoders are made of: linear layers, the feed-forward part, the pre-norm transformer block.
+"""The parts that both encoders are made of: attention, the feed-forward part, the pre-norm transformer block.
 
 q, k and v are separate parameters: a fused [q; k; v] would concatenate wrongly when the tensor-parallel size changes.
+
+Shape legend: S rows of this tensor rank's share, D width, R rows that all ranks hold when the shares are gathered, H
+heads of this rank, K features of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_lcl.parallel.collectives import sum_gradients
+from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, gathered_linear, is_split
+from megatron_lcl.parallel.mesh import Axis
 
 Norm = Callable[[int], nn.Module]
 """makes a LayerNorm of a width; torch's, or apex's fused one"""
@@ -17,39 +26,66 @@ Norm = Callable[[int], nn.Module]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attention over q, k, v [R, H, K] → [R, H, K]; knows where sequences begin and end"""
 
+Recompute = Literal["none", "full", "attention"]
+"""what of a block backward computes again instead of having kept it: nothing, everything, its first half"""
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention on rows [R, width]; which rows see which is the caller's `attend`."""
+    """Multi-head self-attention, heads split over tensor ranks; which rows see which is the caller's `attend`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, axis: Axis) -> None:
         super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.axis, self.heads = axis, heads // axis.size
+        self.q, self.k, self.v = (ColumnLinear(width, width, axis) for _ in range(3))
+        self.out = RowLinear(width, width, axis)
 
-    def forward(self, hidden_RD: torch.Tensor, attend: Attend) -> torch.Tensor:
-        q, k, v = (layer(hidden_RD).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v))
-        return self.out(attend(q, k, v).flatten(-2))
+    def forward(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
+        of_layers = gathered_linear(hidden_SD, (self.q, self.k, self.v), self.axis, num_rows)
+        return self.out(attend(*(x.unflatten(-1, (self.heads, -1)) for x in of_layers)).flatten(-2))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with exact GELU between."""
+    """Two linear layers with exact GELU between; hidden features split over tensor ranks."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, axis: Axis) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.axis = axis
+        self.up, self.down = ColumnLinear(width, hidden, axis), RowLinear(hidden, width, axis)
 
-    def forward(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(hidden_RD)))
+    def forward(self, hidden_SD: torch.Tensor, num_rows: int) -> torch.Tensor:
+        (up,) = gathered_linear(hidden_SD, (self.up,), self.axis, num_rows)
+        return self.down(F.gelu(up))
 
 
 class Block(nn.Module):
     """Pre-norm residual block (CLIP, Radford et al. 2021): attention, then feed-forward."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, norm: Norm) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, norm: Norm, axis: Axis, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
-        self.norm1, self.attention = norm(width), Attention(width, heads)
-        self.norm2, self.mlp = norm(width), FeedForward(width, mlp_width)
+        self.axis, self.recompute = axis, recompute
+        self.norm1, self.attention = norm(width), Attention(width, heads, axis)
+        self.norm2, self.mlp = norm(width), FeedForward(width, mlp_width, axis)
+        sum_replicated(self, axis)
 
-    def residual(self, hidden_RD: torch.Tensor, attend: Attend) -> torch.Tensor:
-        hidden_RD = hidden_RD + self.attention(self.norm1(hidden_RD), attend)
-        return hidden_RD + self.mlp(self.norm2(hidden_RD))
+    def residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
+        """The block on this tensor rank's share of `num_rows` rows."""
+        return self._run("full", self._residual, hidden_SD, num_rows, attend)
+
+    def _residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
+        hidden_SD = hidden_SD + self._run("attention", self._attention, hidden_SD, num_rows, attend)
+        return hidden_SD + self.mlp(self.norm2(hidden_SD), num_rows)
+
+    def _attention(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
+        return self.attention(self.norm1(hidden_SD), num_rows, attend)
+
+    def _run(self, part: Recompute, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        if self.recompute != part:
+            return function(*arguments)
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no dropout anywhere
+
+
+def sum_replicated(stage: nn.Module, axis: Axis) -> None:
+    """Backward sums the gradients of the stage's parameters that are the same on every tensor rank."""
+    sum_gradients((parameter for parameter in stage.parameters() if not is_split(parameter)), axis)

@@ -8,19 +8,27 @@ public code), applied to both encoders; the reference initialises its vision tow
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from megatron_lcl.config import Model
 from megatron_lcl.model.stages import Head, LanguageBlock, Patches, PoolInterleave, VisionBlock
+from megatron_lcl.parallel.layers import full_shape, shard
+from megatron_lcl.parallel.mesh import ALONE, Axis
 
 
-def initialise(stages: list[nn.Module], model: Model, seed: int) -> None:
-    """Fill the parameters of all stages, in place."""
-    for index, stage in enumerate(stages):
+def initialise(stages: Mapping[int, nn.Module], model: Model, seed: int, axis: Axis = ALONE) -> None:
+    """Fill the parameters of the given stages, by their index in the list of all, in place.
+
+    axis: the tensor ranks that share them.
+    """
+    for index, stage in stages.items():
         for name, parameter in stage.named_parameters():
-            parameter.data.copy_(_initial(stage, name, parameter, model, _generator(seed, f"{index}.{name}")))
+            generator = _generator(seed, f"{index}.{name}")
+            full = _initial(stage, name, full_shape(parameter), model, generator)
+            parameter.data.copy_(shard(full, parameter, axis))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -28,16 +36,14 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _initial(
-    stage: nn.Module, name: str, parameter: torch.Tensor, model: Model, generator: torch.Generator
-) -> torch.Tensor:
+def _initial(stage: nn.Module, name: str, shape: torch.Size, model: Model, generator: torch.Generator) -> torch.Tensor:
     if isinstance(stage, Head) and name == "log_scale":
-        return torch.full(parameter.shape, stage.initial_log_scale)
+        return torch.full(shape, stage.initial_log_scale)
     std = _std(stage, name, model)
     if std is not None:
-        return torch.randn(parameter.shape, generator=generator) * std
-    assert parameter.dim() == 1, f"{name} of {type(stage).__name__} has no initial scale"
-    return torch.ones(parameter.shape) if name.endswith("weight") else torch.zeros(parameter.shape)  # norms, biases
+        return torch.randn(shape, generator=generator) * std
+    assert len(shape) == 1, f"{name} of {type(stage).__name__} has no initial scale"
+    return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)  # norms, biases
 
 
 def _std(stage: nn.Module, name: str, model: Model) -> float | None:

@@ -72,7 +72,7 @@ class LCL(nn.Module):
         self.special = SpecialTokens.of(config.language.vocab_size)
         stages = build_stages(config, initial_log_scale, norm)
         if seed is not None:
-            initialise(stages, config, seed)
+            initialise(dict(enumerate(stages)), config, seed)
         self.stages = StageList(*stages)
 
     @property

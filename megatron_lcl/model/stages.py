@@ -3,14 +3,19 @@
 Every stage maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
 `nn.Sequential`, a pipeline as a `PipelineModule`; parameters are called `{index}.name` in both.
 
-Shape legend: N image slots, P patches of an image, V vision width, D language width, R = B*T token places.
+Between stages, rows are split over the tensor ranks (see parallel.collectives): in the vision encoder the 1+P rows of
+all image slots; behind it the token rows, and likewise the image latents.
+
+Shape legend: N image slots, P patches of an image, L = 1+P, V vision width, D language width, R = B*T token places; S
+rows of this tensor rank's share of whatever it is.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +25,10 @@ from megatron_lcl.attention import full_attention, packed_causal_attention
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
-from megatron_lcl.model.block import Block, Norm
+from megatron_lcl.model.block import Block, Norm, Recompute, sum_replicated
+from megatron_lcl.parallel.collectives import gather, gather_same, own_share, pad_rows, reduce_scatter, share_size
+from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, gathered_linear, mark_split
+from megatron_lcl.parallel.mesh import ALONE, Axis
 
 MAX_LOG_SCALE = math.log(100)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -31,8 +39,8 @@ class Activations(NamedTuple):
     """What one stage hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
 
     hidden: torch.Tensor
-    """before the first stage: images [N, 3, H, W], uint8 or normalised float; in the vision encoder: [N, 1+P, V]; from
-    pool + interleave on: [R+N, D], token rows, then image latents"""
+    """before the first stage: images [N, 3, H, W], uint8 or normalised float; in the vision encoder: the own share of
+    N*L rows, [S, V]; from pool + interleave on: [S, D], the own share of R token rows, then that of N image latents"""
     tokens: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -49,7 +57,7 @@ class Activations(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the head gives."""
+    """What the head gives: the same on every tensor rank, which all do the same with it."""
 
     generation: torch.Tensor
     """sum of the negative log-likelihoods (nats) of all targets, float32 scalar"""
@@ -64,20 +72,27 @@ class Outputs(NamedTuple):
 class Patches(nn.Module):
     """Patch embedding, class token, learned positions, first norm."""
 
-    def __init__(self, vision: Vision, norm: Norm) -> None:
+    def __init__(self, vision: Vision, norm: Norm, axis: Axis) -> None:
         super().__init__()
+        self.axis = axis
         self.patch_size = vision.patch_size
         self.projection = nn.Linear(3 * vision.patch_size**2, vision.width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(vision.width))
         self.positions = nn.Parameter(torch.empty(1 + vision.num_patches, vision.width))
         self.norm = norm(vision.width)
+        sum_replicated(self, axis)
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        return x._replace(hidden=self.encode(x.hidden))
+        num_images, length = len(x.hidden), len(self.positions)
+        size = share_size(num_images * length, self.axis)
+        start = self.axis.rank * size
+        first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
+        rows_SV = self.encode(x.hidden[first:last]).flatten(0, 1)[start - first * length :][:size]
+        return x._replace(hidden=pad_rows(rows_SV, size))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], uint8 or normalised float → [N, 1+P, V]."""
+        """Images [N, 3, H, W], uint8 or normalised float → [N, L, V]."""
         if images.dtype == torch.uint8:
             images = normalise(images)
         n, _, height, width = images.shape
@@ -91,16 +106,23 @@ class Patches(nn.Module):
 class VisionBlock(Block):
     """Block in which every patch of an image sees every other."""
 
+    def __init__(self, vision: Vision, norm: Norm, axis: Axis, recompute: Recompute = "none") -> None:
+        super().__init__(vision.width, vision.heads, vision.mlp_width, norm, axis, recompute)
+        self.length = 1 + vision.num_patches
+
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        return x._replace(hidden=self.encode(x.hidden))
+        num_rows = len(x.image_start) * self.length
+        return x._replace(hidden=self.residual(x.hidden, num_rows, self._attend))
 
     def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
-        return self.residual(hidden_NLV, _attend_images)
+        """The block in one process, on whole images [N, L, V]."""
+        hidden = self.residual(hidden_NLV.flatten(0, 1), hidden_NLV.shape[:2].numel(), self._attend)
+        return hidden.view_as(hidden_NLV)
 
-
-def _attend_images(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return full_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    def _attend(self, *qkv: torch.Tensor) -> torch.Tensor:
+        heads = (x.unflatten(0, (len(x) // self.length, self.length)).transpose(1, 2) for x in qkv)
+        return full_attention(*heads).transpose(1, 2).flatten(0, 1)
 
 
 class PoolInterleave(nn.Module):
@@ -110,74 +132,88 @@ class PoolInterleave(nn.Module):
     same v-norm, v-projection and output projection, applied to each patch, give the P embeddings of the placeholders.
     """
 
-    def __init__(self, model: Model, norm: Norm) -> None:
+    def __init__(self, model: Model, norm: Norm, axis: Axis) -> None:
         super().__init__()
         v, d = model.vision.width, model.language.width
-        self.heads = model.pool_heads
+        self.axis, self.heads = axis, model.pool_heads // axis.size
+        self.length = 1 + model.vision.num_patches
         self.norm = norm(v)
         self.query = nn.Parameter(torch.empty(1, v))
         self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
-        self.q, self.k, self.v = nn.Linear(v, d), nn.Linear(v, d), nn.Linear(v, d)
-        self.out = nn.Linear(d, d, bias=False)
-        self.embedding = nn.Embedding(model.language.vocab_size, d)
+        self.q, self.k, self.v = (ColumnLinear(v, d, axis) for _ in range(3))
+        self.out = RowLinear(d, d, axis, bias=False)
+        self.embedding = VocabularyEmbedding(model.language.vocab_size, d, axis)
         self.positions = nn.Parameter(torch.empty(model.language.context_length, d))
+        sum_replicated(self, axis)
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        latents_ND, patches_NPD = self.pool(x.hidden)
+        # until they are split again, all rows are summands: of the latents, of patches, of tokens' embeddings
+        latents_ND, patches_NPD = self._pool(self.norm(x.hidden), len(x.image_start))
         tokens_RD = self.embedding(x.tokens)
         num_rows, num_patches = len(tokens_RD), patches_NPD.shape[1]
         offsets = torch.arange(num_patches, device=x.hidden.device)
         rows_NP = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
         # an empty slot's embeddings go to one row too many, which is cut off again
         rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
-        rows_RD = rows_RD + self.positions[x.positions]
-        return x._replace(hidden=torch.cat([rows_RD, latents_ND]))
+        rows_SD = reduce_scatter(rows_RD, self.axis) + self.positions[own_share(x.positions, self.axis)]
+        return x._replace(hidden=torch.cat([rows_SD, reduce_scatter(latents_ND, self.axis)]))
 
     def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The normed patch tokens [N, P, V], the features that LCL trains."""
         return self.norm(hidden_NLV[:, 1:])
 
     def pool(self, hidden_NLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ViT output [N, 1+P, V] → image latents z [N, D] (not normalised) and placeholder embeddings [N, P, D]."""
-        patches = self.patch_features(hidden_NLV)
+        """ViT output [N, L, V] → image latents z [N, D], not normalised, and placeholders' embeddings [N, P, D].
+
+        In one process.
+        """
+        return self._pool(self.norm(hidden_NLV).flatten(0, 1), len(hidden_NLV))
+
+    def _pool(self, normed_SV: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows = num_images * self.length
         q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
-        k = self.k(self.norm_k(patches))
-        v = self.v(self.norm_v(patches))
-        heads = [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v)]
-        pooled = full_attention(q.expand(len(patches), -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
-        return self.out(pooled), self.out(v)
+        (k,) = gathered_linear(self.norm_k(normed_SV), (self.k,), self.axis, num_rows)
+        (v,) = gathered_linear(self.norm_v(normed_SV), (self.v,), self.axis, num_rows)
+        k, v = (x.unflatten(0, (num_images, self.length))[:, 1:] for x in (k, v))  # without the class token
+        heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
+        pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
+        return self.out.parts(pooled), self.out.parts(v)
 
 
 class LanguageBlock(Block):
     """Block in which a row sees the rows before it in its sequence; the image latents behind the rows pass through."""
 
-    def __init__(self, language: Language, norm: Norm) -> None:
-        super().__init__(language.width, language.heads, language.mlp_width, norm)
+    def __init__(self, language: Language, norm: Norm, axis: Axis, recompute: Recompute = "none") -> None:
+        super().__init__(language.width, language.heads, language.mlp_width, norm, axis, recompute)
         self.context_length = language.context_length  # no run of rows is longer
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
         num_rows = len(x.tokens)
-        rows_RD, latents_ND = x.hidden[:num_rows], x.hidden[num_rows:]
+        size = share_size(num_rows, self.axis)
+        rows_SD, latents_SD = x.hidden[:size], x.hidden[size:]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return packed_causal_attention(q, k, v, x.cu_seqlens, self.context_length)
 
-        return x._replace(hidden=torch.cat([self.residual(rows_RD, attend), latents_ND]))
+        return x._replace(hidden=torch.cat([self.residual(rows_SD, num_rows, attend), latents_SD]))
 
 
 class Head(nn.Module):
     """Final norm and projection of the context features; language-model head with its own norm; the log scale."""
 
-    def __init__(self, language: Language, initial_log_scale: float, norm: Norm) -> None:
+    def __init__(self, language: Language, initial_log_scale: float, norm: Norm, axis: Axis) -> None:
         super().__init__()
+        self.axis, self.vocab_size = axis, language.vocab_size
         self.initial_log_scale = initial_log_scale
         self.norm = norm(language.width)
         self.projection = nn.Linear(language.width, language.width, bias=False)
         self.vocabulary_norm = norm(language.width)
-        self.vocabulary = nn.Parameter(torch.empty(language.vocab_size, language.width))
-        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.vocabulary = nn.Parameter(torch.empty(share_size(self.vocab_size, axis), language.width))
+        mark_split(self.vocabulary, 0, self.vocab_size)
+        sum_replicated(self, axis)
+        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient comes whole
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
         """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves, but stays float32."""
@@ -189,14 +225,18 @@ class Head(nn.Module):
 
     def forward(self, inputs: Activations) -> Outputs:
         x = Activations(*inputs)
-        num_rows = len(x.tokens)
-        rows_RD, latents_ND = x.hidden[:num_rows], x.hidden[num_rows:]
+        num_rows, num_images = len(x.tokens), len(x.image_soi)
+        size = share_size(num_rows, self.axis)
+        rows_RD = gather(x.hidden[:size], self.axis, num_rows)
         hidden = self.vocabulary_norm(rows_RD[x.target_positions])
-        nll = generation_loss(hidden, self.vocabulary, x.targets[x.target_positions])
-        contexts_ND = self.text_features(rows_RD[x.image_soi.clamp(min=0)])
+        targets = x.targets[x.target_positions]
+        nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size)
+        contexts_SD = self.text_features(rows_RD[own_share(x.image_soi.clamp(min=0), self.axis)])
+        latents_SD = unit_norm(x.hidden[size:])
+        latents_ND, contexts_ND = (gather_same(y, self.axis, num_images) for y in (latents_SD, contexts_SD))
         # a copy: where a parameter itself is an output, DeepSpeed's bf16 optimizer loses its gradient without an error
         log_scale = self.log_scale.to(torch.float32, copy=True)
-        return Outputs(nll, unit_norm(latents_ND), contexts_ND, log_scale)
+        return Outputs(nll, latents_ND, contexts_ND, log_scale)
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:
@@ -223,13 +263,41 @@ def unit_norm(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
-def build_stages(model: Model, initial_log_scale: float, norm: Norm = nn.LayerNorm) -> list[nn.Module]:
-    """The list of stages, parameters not yet initialised (see `initialise`)."""
+def stage_specs(
+    model: Model,
+    initial_log_scale: float,
+    norm: Norm = nn.LayerNorm,
+    axis: Axis = ALONE,
+    recompute: Recompute = "none",
+    recompute_every: int = 1,
+) -> list[functools.partial[Any]]:
+    """What makes each stage, in order; nothing is built yet.
+
+    axis: the tensor ranks that share every layer. recompute: what backward computes again, in every
+    `recompute_every`-th block of each encoder.
+    """
     vision, language = model.vision, model.language
+
+    def blocks(stage: type[nn.Module], encoder: Vision | Language) -> list[functools.partial[Any]]:
+        parts = [recompute if i % recompute_every == 0 else "none" for i in range(encoder.layers)]
+        return [functools.partial(stage, encoder, norm, axis, part) for part in parts]
+
     return [
-        Patches(vision, norm),
-        *(VisionBlock(vision.width, vision.heads, vision.mlp_width, norm) for _ in range(vision.layers)),
-        PoolInterleave(model, norm),
-        *(LanguageBlock(language, norm) for _ in range(language.layers)),
-        Head(language, initial_log_scale, norm),
+        functools.partial(Patches, vision, norm, axis),
+        *blocks(VisionBlock, vision),
+        functools.partial(PoolInterleave, model, norm, axis),
+        *blocks(LanguageBlock, language),
+        functools.partial(Head, language, initial_log_scale, norm, axis),
     ]
+
+
+def build_stages(
+    model: Model,
+    initial_log_scale: float,
+    norm: Norm = nn.LayerNorm,
+    axis: Axis = ALONE,
+    recompute: Recompute = "none",
+    recompute_every: int = 1,
+) -> list[nn.Module]:
+    """The list of stages (see `stage_specs`), parameters not yet initialised (see `initialise`)."""
+    return [make() for make in stage_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]

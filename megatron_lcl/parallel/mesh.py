@@ -63,6 +63,10 @@ class Axis:
             dist.barrier(group=self.group)
 
 
+ALONE = Axis()
+"""an axis that has this process only, of a run that has one"""
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The axes of a run."""
@@ -71,13 +75,13 @@ class Mesh:
     """all processes"""
     data: Axis
     """replicas of the model; each sees other packs of the global batch"""
-    pipeline: Axis = Axis()
+    pipeline: Axis = ALONE
     """parts of the list of stages, in order"""
-    tensor: Axis = Axis()
+    tensor: Axis = ALONE
     """shares of every layer"""
-    replica: Axis = Axis()
+    replica: Axis = ALONE
     """all processes of this data-parallel replica: its pipeline and tensor ranks"""
-    stage: Axis = Axis()
+    stage: Axis = ALONE
     """all processes of this pipeline stage: its data and tensor ranks, the latter next to each other"""
 
     @classmethod

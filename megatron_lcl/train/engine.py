@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +18,10 @@ from megatron_lcl.config import Config
 from megatron_lcl.model.block import Norm
 from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.lcl import StageList
-from megatron_lcl.model.stages import build_stages
-from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
+from megatron_lcl.model.stages import Head, stage_specs
+from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.train.cuts import even_cuts
+from megatron_lcl.train.layout import build_mesh, build_topology, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,27 +119,76 @@ def layer_norm(config: Config) -> Norm:
     return FusedLayerNorm
 
 
-def build_module(config: Config) -> StageList:
-    """All stages, parameters drawn from `train.seed`."""
-    stages = build_stages(config.model, config.contrast.initial_log_scale, layer_norm(config))
-    initialise(stages, config.model, config.train.seed)
-    return StageList(*stages)
+def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
+    """What makes each stage of the run, in order; `axis`: the tensor ranks that share every layer."""
+    initial_log_scale, train = config.contrast.initial_log_scale, config.train
+    recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
+    return stage_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute)
 
 
-def build_engine(module: StageList, config: Config, mesh: Mesh) -> Any:
-    """DeepSpeed's engine around the stages."""
+def build_module(config: Config, mesh: Mesh, cuts: Sequence[int] | None = None) -> Any:
+    """This process's stages, parameters drawn from `train.seed`: a StageList, in a pipeline a PipelinePart.
+
+    cuts: the first stage of each part of a pipeline (see `cuts.place_cuts`); None: equally many stages in each.
+    """
+    specs = specs_of(config, mesh.tensor)
+    bounds = [*(cuts or even_cuts(len(specs), mesh.pipeline.size)), len(specs)]
+    own = range(bounds[mesh.pipeline.rank], bounds[mesh.pipeline.rank + 1])
+    stages = {index: specs[index]() for index in own}
+    initialise(stages, config.model, config.train.seed, mesh.tensor)
+    if mesh.pipeline.size == 1:
+        return StageList(*stages.values())
+    from megatron_lcl.train.pipeline import PipelinePart
+
+    return PipelinePart(stages, bounds, build_topology(config, mesh.data.size))
+
+
+def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
+    """DeepSpeed's engine around the stages that `build_module` gives."""
     import deepspeed
 
     settings = deepspeed_config(config, mesh.world.size)
-    head: Any = module[-1]
-    initial = float(head.log_scale.detach())
+    heads = [stage for stage in module.children() if isinstance(stage, Head)]  # in a pipeline only the last part's
+    initial = [float(head.log_scale.detach()) for head in heads]
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=build_optimizer(groups, config.optimizer), config=settings, dist_init_required=False
-    )
-    # the cast to half precision has rounded the start value, and with it the float32 master
-    update_log_scale(head.log_scale, lambda value: torch.full_like(value, initial))
+    optimizer = build_optimizer(groups, config.optimizer)
+    if mesh.pipeline.size == 1:
+        mpu = _grid(config, mesh)
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+        )
+    else:
+        from megatron_lcl.train.pipeline import build_pipeline_engine
+
+        engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
+    for head, value in zip(heads, initial, strict=True):
+        # the cast to half precision has rounded the start value, and with it the float32 master
+        update_log_scale(head.log_scale, lambda old, value=value: torch.full_like(old, value))
     return engine
+
+
+def build_stepper(engine: Any, config: Config, mesh: Mesh) -> Any:
+    """What runs steps on the engine, `run(batches, lr) -> StepResult`: a Stepper, in a pipeline a PipelineStepper."""
+    if mesh.pipeline.size > 1:
+        from megatron_lcl.train.pipeline import PipelineStepper
+
+        return PipelineStepper(engine, config, mesh)
+    from megatron_lcl.train.step import Stepper
+
+    return Stepper(engine, config, mesh)
+
+
+def _grid(config: Config, mesh: Mesh) -> Any:
+    """What tells DeepSpeed which processes share parameters, which are replicas; None where all are replicas."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+    from deepspeed.utils import groups
+
+    grid = None
+    if mesh.tensor.size > 1:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the topology
+            grid = PipelineParallelGrid(build_topology(config, mesh.data.size))
+    groups.mpu = grid  # DeepSpeed would go on with that of an engine built before in this process
+    return grid
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from megatron_lcl.train.checkpoint import Progress
 from megatron_lcl.train.checkpointer import Checkpointer
 from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes, resolve_dtype
 from megatron_lcl.train.guard import BadSteps
+from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate
 from megatron_lcl.train.replicas import find_difference
@@ -51,6 +52,7 @@ def check(config: Config, processes: int) -> None:
                 f"model.language.vocab_size is {config.model.language.vocab_size}, but the tokenizer of {corpus.path} "
                 f"has {tokenizer.vocab_size} ids; set model.language.vocab_size to {tokenizer.vocab_size}"
             )
+    check_heldout(config)
     check_output(Path(config.train.output), config)
 
 
@@ -127,6 +129,10 @@ class Training:
         self.audit = Audit(Path(config.train.output), mesh.is_first)
         self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
         self.bad = BadSteps(config.guard, start.progress.guard)
+        self.heldout: HeldOutMeter | None = None
+        if config.train.evaluate_every:
+            images = Ledger.from_json(start.progress.ledger).settings["images_per_pack"]
+            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, images)
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
         self.batches: Iterator[PackedBatch] = iter(())
@@ -177,6 +183,9 @@ class Training:
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
         last = step == self.config.train.steps
+        if self.heldout and (last or step % self.config.train.evaluate_every == 0):
+            with self.watch.long("evaluating"):
+                self.heldout.measure(step)
         if last or (every and step % every == 0 and not self.bad.in_a_row):  # amid bad steps nothing good is saved
             self._save()
         elif compare and step % compare == 0:

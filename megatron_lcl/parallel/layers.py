@@ -1,0 +1,161 @@
+"""Layers whose parameters are split over the tensor axis (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053).
+
+A split parameter says so itself: `tensor_model_parallel` (DeepSpeed's gradient norm reads it), `partition_dim`, and
+`full_size`, the real size of that dimension; what the last ranks hold beyond it is zero and stays zero. `shard` and
+`full_tensor` translate. A parameter without these attributes is the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lcl.parallel.collectives import (
+    gather_same,
+    reduce_scatter,
+    share_size,
+    start_gather,
+    start_reduce_scatter,
+)
+from megatron_lcl.parallel.mesh import Axis
+
+
+def mark_split(parameter: torch.Tensor, dim: int, full_size: int) -> None:
+    """Say that the parameter is this rank's part, along `dim`, of one with `full_size` entries there."""
+    tagged: Any = parameter
+    tagged.tensor_model_parallel, tagged.partition_dim, tagged.full_size = True, dim, full_size
+
+
+def is_split(parameter: torch.Tensor) -> bool:
+    """Whether the parameter is split over the tensor axis (be it of size 1), not the same on every rank."""
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The parameter's shape in one process."""
+    shape = list(parameter.shape)
+    if is_split(parameter):
+        shape[parameter.partition_dim] = parameter.full_size  # type: ignore[attr-defined]
+    return torch.Size(shape)
+
+
+def shard(full: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's part of a full tensor (weights, gradients, moments) that belongs to the parameter."""
+    if not is_split(parameter):
+        return full
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    size = share_size(full.shape[dim], axis)
+    part = full.narrow(dim, min(axis.rank * size, full.shape[dim]), _num_real(axis.rank, size, full.shape[dim]))
+    missing = size - part.shape[dim]
+    return F.pad(part, (0, 0) * (full.dim() - 1 - dim) + (0, missing)) if missing else part
+
+
+def full_tensor(value: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The inverse of `shard`: the full tensor of which `value`, shaped like the parameter, is this rank's part.
+
+    All ranks of the axis call it together. Without padding. It may be `value` itself.
+    """
+    if axis.size == 1 or not is_split(parameter):
+        return value
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    rows = value.detach().transpose(0, dim)
+    return gather_same(rows, axis, full_shape(parameter)[dim]).transpose(0, dim).contiguous()
+
+
+def _num_real(rank: int, size: int, full_size: int) -> int:
+    return min(size, max(0, full_size - rank * size))
+
+
+class ColumnLinear(nn.Linear):
+    """Linear layer of which every rank computes a part of the output features.
+
+    Called, it maps rows that every rank holds; `gathered_linear` maps rows of which every rank has a share.
+    """
+
+    def __init__(self, in_features: int, out_features: int, axis: Axis) -> None:
+        assert out_features % axis.size == 0, f"{out_features} features over {axis.size} ranks"
+        super().__init__(in_features, out_features // axis.size)
+        mark_split(self.weight, 0, out_features)
+        mark_split(self.bias, 0, out_features)
+
+
+def gathered_linear(
+    share: torch.Tensor, layers: Sequence[ColumnLinear], axis: Axis, num_rows: int
+) -> tuple[torch.Tensor, ...]:
+    """Column-split layers on the same rows, of which each rank has a share: all `num_rows` rows, own features.
+
+    Rows are gathered once for all layers, and are not kept: backward gathers them again while it computes their
+    gradient, and sums that over ranks while it computes the weights'.
+    """
+    if axis.size == 1:
+        return tuple(F.linear(share, layer.weight, layer.bias) for layer in layers)
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    return _GatheredLinear.apply(share, axis, num_rows, *parameters)
+
+
+class _GatheredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, share, axis, num_rows, *parameters):
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.axis, ctx.num_rows = axis, num_rows
+        ctx.save_for_backward(share, *weights)
+        whole, gathering = start_gather(share, axis)
+        gathering.wait()
+        return tuple(F.linear(whole[:num_rows], *layer) for layer in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        share, *weights = ctx.saved_tensors
+        whole, gathering = start_gather(share, ctx.axis)
+        grad_rows = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_rows.addmm_(grad, weight)
+        gathering.wait()
+        grad_share, summing = start_reduce_scatter(grad_rows, ctx.axis)
+        rows = whole[: ctx.num_rows]
+        of_parameters = [part for grad in grads for part in (grad.t() @ rows, grad.sum(0))]
+        summing.wait()
+        return grad_share, None, None, *of_parameters
+
+
+class RowLinear(nn.Linear):
+    """Linear layer of which every rank has a part of the input features.
+
+    Called, it gives this rank's share of the rows of the result; `parts` what the ranks would have to sum for it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, axis: Axis, bias: bool = True) -> None:
+        assert in_features % axis.size == 0, f"{in_features} features over {axis.size} ranks"
+        super().__init__(in_features // axis.size, out_features, bias)
+        self.axis = axis
+        mark_split(self.weight, 1, in_features)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.axis.size == 1:
+            return super().forward(rows)
+        share = reduce_scatter(self.parts(rows), self.axis)
+        return share if self.bias is None else share + self.bias
+
+    def parts(self, rows: torch.Tensor) -> torch.Tensor:
+        """This rank's summand of the result, without the bias."""
+        return F.linear(rows, self.weight)
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """Embedding whose entries are split: gives the rows of the own ids and zeros for others, so that ranks sum."""
+
+    def __init__(self, vocab_size: int, width: int, axis: Axis) -> None:
+        super().__init__(share_size(vocab_size, axis), width)
+        self.axis = axis
+        mark_split(self.weight, 0, vocab_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.axis.size == 1:
+            return super().forward(ids)
+        own = ids - self.axis.rank * self.num_embeddings
+        others = (own < 0) | (own >= self.num_embeddings)
+        return super().forward(own.masked_fill(others, 0)).masked_fill(others[..., None], 0)
