@@ -112,15 +112,19 @@ def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = No
     """
     folder = find_checkpoint(checkpoint)
     model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    result, examples = evaluate_heldout(model, read_config(folder), corpus)
-    result = replace(result, step=step_of(folder))
+    result, examples = evaluate_heldout(model, read_config(folder), corpus, step=step_of(folder))
     if output is not None:
         write_heldout(output, result, examples)
     return table(result)
 
 
 def evaluate_heldout(
-    model: LCL, config: Config, corpus: str | Path, num_examples: int = 8, progress: bool = True
+    model: LCL,
+    config: Config,
+    corpus: str | Path,
+    num_examples: int = 8,
+    progress: bool = True,
+    step: int | None = None,
 ) -> tuple[HeldOut, list[Example]]:
     """Measure `model` on every document of `corpus`, with the sequence rules of the run's `config`."""
     device = next(model.parameters()).device
@@ -131,7 +135,7 @@ def evaluate_heldout(
         return [(batch, model.stages(batch.to(device))) for batch in read]
 
     alone = Mesh(Axis(), Axis())
-    return HeldOutEvaluation(config, corpus, alone, forward).run(num_examples, intervals=True, progress=progress)
+    return HeldOutEvaluation(config, corpus, alone, forward).run(step, num_examples, intervals=True, progress=progress)
 
 
 class HeldOutEvaluation:
@@ -151,20 +155,21 @@ class HeldOutEvaluation:
         """Every process calls it.
 
         tasks: what to measure; none: what the run's objective trains. micro_batch: packs of a forward pass; at_once:
-        micro-batches that `forward` gets together. images_per_pack: as in training, where shapes must be the same.
+        micro-batches that `forward` gets together, always so many (a pipeline wants it; what the corpus lacks is
+        padding). images_per_pack: as in training, where shapes must be the same.
         """
         self.corpus, self.mesh, self.forward, self.at_once = str(corpus), mesh, forward, at_once
         self.tasks = check_tasks(config, tasks)
-        self.packs = _Packs(config, corpus, mesh.data, micro_batch, images_per_pack) if mesh.reads else None
+        self.packs = _Packs(config, corpus, mesh.data, micro_batch, at_once, images_per_pack) if mesh.reads else None
         self.num_batches, self.num_documents = mesh.replica.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )
 
     @torch.no_grad()
     def run(
-        self, num_examples: int = 8, intervals: bool = False, progress: bool = False
+        self, step: int | None = None, num_examples: int = 8, intervals: bool = False, progress: bool = False
     ) -> tuple[HeldOut, list[Example]]:
-        """Measure; the numbers are the same on every process, the examples are on the first one.
+        """Measure the model after `step` steps; the numbers are on every process, the examples on the first one.
 
         Raises ValueError, on every process, if the corpus has nothing for the tasks.
         """
@@ -175,15 +180,14 @@ class HeldOutEvaluation:
         origins: list[_Origin] = []
         batches = iter(packs.loader if packs else ())
         bar = tqdm(desc="evaluate", unit="pack", total=self.num_batches, disable=not (progress and mesh.is_first))
-        for first in range(0, self.num_batches, self.at_once):
-            num = min(self.at_once, self.num_batches - first)
-            read = list(itertools.islice(batches, num)) if packs else None
+        for _ in range(0, self.num_batches, self.at_once):
+            read = list(itertools.islice(batches, self.at_once)) if packs else None
             for batch in read or ():
                 assert packs is not None
                 origins += packs.origins(batch)
-            for batch, out in self.forward(read, num):
+            for batch, out in self.forward(read, self.at_once):
                 own.add(batch, out)
-            bar.update(num)
+            bar.update(self.at_once)
         bar.close()
         documents = mesh.replica.broadcast_object([origin.document for origin in origins])
 
@@ -192,7 +196,7 @@ class HeldOutEvaluation:
             found = self._measure(own, documents, num_examples, intervals)
         found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.stage.size)
         assert found is not None, "the first process of the last stage has it"
-        result, picked = found
+        result, picked = replace(found[0], step=step), found[1]
         if not result.pairs and not result.targets:
             raise ValueError(f"{self.corpus} has nothing for {' and '.join(self.tasks)}; there is nothing to evaluate")
         return result, self._examples(origins, picked)
@@ -272,7 +276,13 @@ class _Packs:
     """This replica's share of a held-out corpus, and where each pair came from."""
 
     def __init__(
-        self, config: Config, corpus: str | Path, data: Axis, micro_batch: int, images_per_pack: int | None
+        self,
+        config: Config,
+        corpus: str | Path,
+        data: Axis,
+        micro_batch: int,
+        at_once: int,
+        images_per_pack: int | None,
     ) -> None:
         vision = config.model.vision
         changes = {"data__corpora": [asdict(Corpus(path=str(corpus)))]}
@@ -285,7 +295,7 @@ class _Packs:
             context_length=config.model.language.context_length,
             rank=data.rank,
             world_size=data.size,
-            global_batch=data.size * micro_batch,
+            global_batch=data.size * micro_batch * at_once,
             micro_batch=micro_batch,
             train=False,
             objective=config.objective.name,

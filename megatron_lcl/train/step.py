@@ -210,6 +210,11 @@ class Stepper:
         self.with_contrast = config.objective.name != "generation"
         self.retain = self.with_contrast and config.contrast.strategy == "retain"
 
+    @torch.no_grad()
+    def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
+        """What the model makes of this replica's micro-batches; no step."""
+        return [self.engine(batch) for batch in batches]
+
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
         """One step on this replica's micro-batches, which lie on the engine's device.
 

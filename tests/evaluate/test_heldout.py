@@ -1,33 +1,204 @@
-"""Retrieval numbers against a brute-force count and closed forms."""
+"""Held-out retrieval and generation: against a brute-force count, closed forms, and over processes."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
+from data_batches.corpora import random_documents, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_processes
 
-from megatron_lcl.evaluate.heldout import ranks, recall
+from megatron_lcl import LCL, open_corpus
+from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.loader import PackedLoader
+from megatron_lcl.evaluate.heldout import (
+    Example,
+    HeldOut,
+    HeldOutEvaluation,
+    check_tasks,
+    evaluate_heldout,
+    places,
+    recall,
+    table,
+)
+from megatron_lcl.parallel.mesh import Axis, Mesh
+
+TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 49411, 32, 1, 2, 64), 2)
 
 
-@given(st.integers(1, 12), st.integers(0, 10_000))
-def test_ranks_equal_a_count(n: int, seed: int) -> None:
+@given(st.integers(1, 12), st.integers(0, 10_000), st.integers(1, 3))
+def test_places_equal_a_count(n: int, seed: int, num_groups: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.randint(0, 5, (n, n), generator=generator).float()  # small integers: many ties
-    ours = ranks(similarity)
+    groups = torch.randint(num_groups, (n,), generator=generator)
+    ours, losses = places(similarity, torch.eye(n), scale=0.5)
+    among, _ = places(similarity, torch.eye(n), scale=0.5, groups=(groups, groups))
     for i in range(n):
-        better_or_equal = sum(1 for j in range(n) if j != i and similarity[i, j] >= similarity[i, i])
-        assert ours[i] == 1 + better_or_equal
+        rivals = [j for j in range(n) if j != i and similarity[i, j] >= similarity[i, i]]
+        assert ours[i] == 1 + len(rivals)
+        assert among[i] == 1 + sum(1 for j in rivals if groups[j] == groups[i])
+        expected = -math.log(math.exp(0.5 * similarity[i, i]) / sum(math.exp(0.5 * s) for s in similarity[i]))
+        assert abs(losses[i] - expected) < 1e-5
 
 
-def test_recall_of_perfect_reversed_and_constant_similarities() -> None:
+def test_recall_of_perfect_reversed_constant_and_broken_similarities() -> None:
     n = 20
-    assert recall(ranks(torch.eye(n)), 1) == 1.0
-    assert recall(ranks(-torch.eye(n)), 10) == 0.0
-    assert recall(ranks(torch.zeros(n, n)), 10) == 0.0  # a model that says nothing must not look good
-    assert recall(ranks(torch.zeros(n, n)), n) == 1.0
+
+    def share(similarity: torch.Tensor, k: int) -> float:
+        return recall(places(similarity, torch.eye(n))[0], k)
+
+    assert share(torch.eye(n), 1) == 1.0
+    assert share(-torch.eye(n), 10) == 0.0
+    assert share(torch.zeros(n, n), 10) == 0.0  # a model that says nothing must not look good
+    assert share(torch.full((n, n), math.nan), 10) == 0.0
+    assert share(torch.zeros(n, n), n) == 1.0
 
 
 def test_recall_of_random_similarities_is_chance() -> None:
     n = 2000
-    places = ranks(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))
-    assert abs(recall(places, 100) - 100 / n) < 0.015
+    similarity = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+    assert abs(recall(places(similarity, torch.eye(n))[0], 100) - 100 / n) < 0.015
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heldout")
+    write_corpus(folder / "corpus", random_documents(23, seed=5, mean_text=12.0), num_shards=2)
+    return folder
+
+
+def settings(folder: Path) -> Config:
+    data = Data(tokens_per_pack=64, images_per_pack=3, workers=0, cache=str(folder / "cache"))
+    return Config(model=TINY, data=data)
+
+
+def own_model() -> LCL:
+    model = LCL(TINY, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "log_scale" not in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_equals_a_brute_force_count(folder: Path) -> None:
+    config, model, corpus = settings(folder), own_model(), open_corpus(folder / "corpus")
+    result, examples = evaluate_heldout(model, config, folder / "corpus", progress=False)
+    data = dataclasses.replace(config.data, corpora=({"path": str(folder / "corpus")},))
+    loader = PackedLoader(data, TINY.vision.num_patches, 16, 48, train=False)
+    image, text, document, nll, targets = [], [], [], 0.0, 0
+    for batch in loader:
+        out = model.stages(batch)
+        nll, targets = nll + float(out.generation), targets + batch.num_targets
+        origins = {i.slot: o for o in loader.provenance(batch.packs[0]) for i in o.images}
+        for slot in range(loader.images_per_pack):
+            if batch.image_soi[slot] >= 0:
+                image.append(out.image_features[slot].double().numpy())
+                text.append(out.text_features[slot].double().numpy())
+                document.append(origins[slot].document)
+    n = len(image)
+    similarity = np.array(image) @ np.array(text).T
+    place = [sum(similarity[i, j] >= similarity[i, i] for j in range(n)) for i in range(n)]
+    back = [sum(similarity[j, i] >= similarity[i, i] for j in range(n)) for i in range(n)]
+    rivalled = [i for i in range(n) if document.count(document[i]) > 1]
+    among = [
+        sum(similarity[j, i] >= similarity[i, i] for j in range(n) if document[j] == document[i]) for i in rivalled
+    ]
+    logits = math.exp(float(model.head.log_scale)) * similarity
+    loss = np.mean([np.log(np.exp(a).sum()) for a in (*logits, *logits.T)]) - np.diagonal(logits).mean()
+    expected = {
+        "documents": len(corpus),
+        "pairs": n,
+        "targets": targets,
+        "image_to_context_recall_at_1": sum(p <= 1 for p in place) / n,
+        "image_to_context_recall_at_10": sum(p <= 10 for p in place) / n,
+        "context_to_image_recall_at_1": sum(p <= 1 for p in back) / n,
+        "context_to_image_recall_at_10": sum(p <= 10 for p in back) / n,
+        "chance_at_10": 10 / n,
+        "median_rank": float(np.median(place)),
+        "pairs_with_rivals": len(rivalled),
+        "image_in_document_recall_at_1": sum(p <= 1 for p in among) / len(rivalled),
+        "chance_in_document": sum(1 / document.count(document[i]) for i in rivalled) / len(rivalled),
+        "contrastive_loss": loss,
+        "bits_per_token": nll / targets / math.log(2),
+    }
+    assert n > 20
+    assert {k: getattr(result, k) for k in expected} == pytest.approx(expected, rel=1e-5)
+    low, high = result.intervals["image_to_context_recall_at_10"]
+    assert low <= result.image_to_context_recall_at_10 <= high
+    assert [e.rank for e in examples] == sorted(e.rank for e in examples)
+    assert {examples[0].rank, examples[-1].rank} == {min(place), max(place)}
+    nearest = examples[0].nearest[0]
+    assert nearest.context in table(result) or nearest.context  # read back as text
+    assert f"{n}" in table(result)
+
+
+def over_processes(rank: int, folder: Path) -> list[tuple[HeldOut, list[Example]]]:
+    """As data-parallel replicas, then as one replica of which the first process reads and the last has the outputs."""
+    dist.init_process_group("gloo")
+    try:
+        replicas = Mesh.of_world()
+        alone = Axis(ranks=(rank,))
+        pipeline = Mesh(replicas.world, data=alone, pipeline=replicas.world, replica=replicas.world, stage=alone)
+        return [_evaluate(folder, mesh) for mesh in (replicas, pipeline)]
+    finally:
+        dist.destroy_process_group()
+
+
+def _evaluate(folder: Path, mesh: Mesh) -> tuple[HeldOut, list[Example]]:
+    model = own_model()
+
+    def forward(read: Sequence[PackedBatch] | None, num: int) -> list[Any]:
+        assert (read is not None) == mesh.reads
+        batches = mesh.replica.broadcast_object(read)
+        assert batches is not None
+        assert len(batches) == num
+        last = mesh.pipeline.rank == mesh.pipeline.size - 1
+        return [(batch, model.stages(batch) if last else None) for batch in batches]
+
+    sizes = {"micro_batch": 2, "at_once": 3, "images_per_pack": 3}
+    evaluation = HeldOutEvaluation(settings(folder), folder / "corpus", mesh, forward, **sizes)
+    first, second = evaluation.run(), evaluation.run(intervals=True)
+    assert dataclasses.replace(second[0], intervals={}) == first[0], "an evaluation changes the next"
+    return second
+
+
+@pytest.mark.slow
+def test_three_processes_measure_what_one_does(folder: Path) -> None:
+    alone, examples = evaluate_heldout(own_model(), settings(folder), folder / "corpus", progress=False)
+    for of_layout in zip(*run_processes(over_processes, 3, folder), strict=True):
+        for result, _ in of_layout:
+            assert result.intervals.keys() == alone.intervals.keys()
+            assert result.numbers() == pytest.approx(alone.numbers(), rel=1e-5)
+            assert (result.documents, result.pairs, result.targets) == (alone.documents, alone.pairs, alone.targets)
+        told = of_layout[0][1]
+        assert [e.rank for e in told] == [e.rank for e in examples]
+        assert all(e.pair.context for e in told)
+        assert told[0].pair == examples[0].pair  # the best one is one only
+
+
+def test_tasks_are_those_that_the_objective_trains(folder: Path) -> None:
+    assert check_tasks(Config(), ()) == ("retrieval", "generation")
+    assert check_tasks(Config(), ("generation",)) == ("generation",)
+    clip = Config(objective=Objective(name="clip"))
+    assert check_tasks(clip, ()) == ("retrieval",)
+    with pytest.raises(ValueError, match="clip does not train what generation measures"):
+        check_tasks(clip, ("generation",))
+    config = dataclasses.replace(settings(folder), objective=Objective(name="generation"))
+    result, examples = evaluate_heldout(own_model(), config, folder / "corpus", progress=False)
+    assert result.bits_per_token is not None
+    assert result.image_to_context_recall_at_1 is None
+    assert not examples
+    assert "recall" not in table(result)

@@ -1,0 +1,78 @@
+"""The held-out evaluation that a run makes every so many steps: all processes together, each its share."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.config import Config
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.store import open_corpus
+from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks, write_heldout
+from megatron_lcl.model.stages import Outputs
+from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.train.layout import num_micro_batches
+from megatron_lcl.train.share import share
+from megatron_lcl.train.telemetry import Telemetry
+
+
+def check_heldout(config: Config) -> None:
+    """ValueError where `train.evaluate_every` is set and the section `evaluate` cannot be carried out."""
+    if not config.train.evaluate_every:
+        return
+    if config.evaluate.corpus is None:
+        raise ValueError(
+            f"train.evaluate_every = {config.train.evaluate_every} needs held-out documents: --evaluate.corpus DIR, "
+            "such as `preprocess --held-out DIR` writes"
+        )
+    check_tasks(config, config.evaluate.tasks)
+    tokenizer = open_corpus(config.evaluate.corpus).tokenizer
+    if any(open_corpus(c.path).tokenizer.fingerprint != tokenizer.fingerprint for c in config.data.corpora):
+        raise ValueError(
+            f"evaluate.corpus = {config.evaluate.corpus} has another tokenizer than data.corpora; preprocess the "
+            "held-out documents with the same one"
+        )
+
+
+class HeldOutMeter:
+    """Measures between two steps. Every process has one."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, stepper: Any, device: Any, telemetry: Telemetry, images_per_pack: int
+    ) -> None:
+        """`stepper`: gives the outputs of micro-batches on the last pipeline stage. `images_per_pack`: training's."""
+        self.config, self.mesh, self.telemetry = config, mesh, telemetry
+        at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
+        assert config.evaluate.corpus is not None
+
+        def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
+            batches = share(read, num, config.train.micro_batch, mesh, device)
+            return list(itertools.zip_longest(batches, stepper.forward(batches)))
+
+        self.evaluation = HeldOutEvaluation(
+            config,
+            config.evaluate.corpus,
+            mesh,
+            forward,
+            config.evaluate.tasks,
+            config.train.micro_batch,
+            at_once,
+            images_per_pack,
+        )
+
+    def measure(self, step: int) -> None:
+        """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder."""
+        started = time.perf_counter()
+        try:
+            result, examples = self.evaluation.run(step)
+        except ValueError as error:  # on every process
+            raise RunError(str(error)) from None
+        if not self.mesh.is_first:
+            return
+        seconds = time.perf_counter() - started
+        numbers = {**result.numbers(), "seconds": seconds}
+        self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
+        write_heldout(Path(self.config.train.output), result, examples)

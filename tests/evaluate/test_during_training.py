@@ -1,0 +1,93 @@
+"""Held-out evaluation during a run, through the command line: numbers, files, report, card; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_batches.corpora import random_documents, write_corpus
+
+from megatron_lcl import load_model
+from megatron_lcl.convert.card import card_of
+from megatron_lcl.convert.load import find_checkpoint, read_config
+from megatron_lcl.evaluate.heldout import evaluate_heldout
+from megatron_lcl.report import write_report
+
+CONFIG = """
+model:
+  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  language: {{context_length: 48, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  pool_heads: 2
+data: {{corpora: {folder}/corpus, cache: {folder}/cache, tokens_per_pack: 64, workers: 1}}
+optimizer: {{lr: 1.0e-2, warmup: 1}}
+train: {{steps: 3, global_batch: 4, micro_batch: 2, log_every: 1, progress: false, evaluate_every: 2}}
+evaluate: {{corpus: {folder}/heldout}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("during")
+    write_corpus(folder / "corpus", random_documents(20, seed=1, mean_text=12.0))
+    write_corpus(folder / "heldout", random_documents(15, seed=2, mean_text=12.0))
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def train(folder: Path, output: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["-m", "megatron_lcl", "train", "--config", str(folder / "config.yaml")]
+    output_argument = ["--train.output", str(folder / output)]
+    return subprocess.run(
+        [sys.executable, *command, *output_argument, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("--zero.stage", "3", "--contrast.strategy", "recompute")])
+def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, layout: tuple[str, ...]) -> None:
+    run = folder / f"run-{len(layout)}"
+    finished = train(folder, run.name, "--processes", "2", *layout)
+    assert finished.returncode == 0, finished.stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "heldout/bits_per_token" in line]
+    assert [line["step"] for line in measured] == [2, 3]  # every second step, and at the end
+    config = read_config(find_checkpoint(run))
+    result, examples = evaluate_heldout(load_model(run), config, folder / "heldout", progress=False)
+    for name, value in result.numbers().items():
+        assert measured[-1][f"heldout/{name}"] == pytest.approx(value, rel=1e-5), name
+    assert measured[0]["heldout/bits_per_token"] != measured[1]["heldout/bits_per_token"]
+    assert next((run / "tensorboard").iterdir())
+
+    recorded = json.loads((run / "heldout.json").read_text())
+    assert (recorded["step"], recorded["corpus"]) == (3, str(folder / "heldout"))
+    page = write_report(run).read_text(encoding="utf-8")  # nobody tells it the corpus
+    assert page.count('alt="held-out image of document') == len(examples)
+    assert card_of(find_checkpoint(run)).metrics["held out: bits per token"] == pytest.approx(result.bits_per_token)
+    (folder / "heldout").rename(folder / "away")
+    try:
+        assert "(the corpus is not here)" in write_report(run).read_text(encoding="utf-8")
+    finally:
+        (folder / "away").rename(folder / "heldout")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_carried_out_is_said_before_the_run(folder: Path) -> None:
+    for arguments, said in (
+        (("--evaluate.corpus", "null"), "train.evaluate_every = 2 needs held-out documents: --evaluate.corpus DIR"),
+        (("--evaluate.corpus", str(folder / "nowhere")), "nowhere"),
+        (("--evaluate.tasks", "[generation]", "--objective.name", "clip"), "clip does not train what generation"),
+    ):
+        refused = train(folder, "refused", "--processes", "1", *arguments)
+        assert refused.returncode == 2, refused.stderr
+        (line,) = [line for line in refused.stderr.splitlines() if line.startswith("megatron-lcl")]
+        assert said in line
+        assert not (folder / "refused").exists()
