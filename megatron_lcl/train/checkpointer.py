@@ -224,6 +224,9 @@ class Checkpointer:
             raise RunError(f"DeepSpeed could not read {folder}")
         for group, values in zip(optimizer.param_groups, ours, strict=True):
             group.update(values)  # ZeRO-3 gives every group the first one's, ZeRO-1 and 2 the saved config's
+        for state in optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):  # ZeRO-3 lets all groups count with one tensor, each its own
+                state["step"] = state["step"].clone()
         for name, value in kept.items():
             setattr(optimizer, name, value)
         if (folder / RNG / self._rng_file()).exists():

@@ -1,0 +1,105 @@
+"""A model of a few thousand parameters trained in real processes, saved, and resumed at any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.model.lcl import pack_padded
+
+GLOBAL_BATCH = 6  # divides among one, two and three processes
+LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
+FIRST = 3  # steps before the checkpoint; as many after
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: from a checkpoint (or from nothing) on, at a layout."""
+
+    name: str
+    zero: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    source: str | None = None
+    """the run whose checkpoint this one goes on from"""
+    dtype: str = "float32"
+    background: bool = True
+
+
+def build_config(folder: Path, job: Job) -> Config:
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "heads": 4, "mlp_width": 64}
+    # 99 token ids: padded by one row where two processes share them
+    language = {"context_length": 32, "vocab_size": 99, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
+    tree: dict[str, Any] = {
+        "model": {"vision": vision, "language": language, "pool_heads": 4},
+        "optimizer": {"weight_decay": 0.3, "clip_norm": 0.5},
+        "zero": {"stage": job.zero},
+        "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
+        "contrast": {"strategy": "recompute" if job.zero == 3 else "retain"},
+        "checkpoint": {"background": job.background, "keep_last": 10},
+        "train": {"output": str(folder / job.name), "global_batch": GLOBAL_BATCH, "dtype": job.dtype},
+    }
+    return configs.from_dict(tree)
+
+
+def pack(step: int, number: int, config: Config) -> PackedBatch:
+    """Pack `number` of a step's global batch: two sequences, the first with an image behind its first words."""
+    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
+    draw = torch.Generator().manual_seed(100 * step + number)
+    words = torch.randint(1, config.model.language.vocab_size - 10, (20,), generator=draw)
+    image = [special.soi, *[special.placeholder] * patches, special.eoi]
+    with_image = torch.tensor([*words[:5].tolist(), *image, *words[5:9].tolist()])
+    lengths = torch.tensor([len(with_image), 11])
+    tokens = torch.nn.utils.rnn.pad_sequence([with_image, words[9:]], batch_first=True)
+    images = torch.randint(0, 256, (1, 3, 16, 16), generator=draw, dtype=torch.uint8)
+    return pack_padded(tokens, lengths, images, config.model)
+
+
+def run_jobs(rank: int, folder: str, jobs: list[Job]) -> dict[str, Any]:
+    """Each job's losses and gradient norms after the checkpoint, and what resuming had to say."""
+    import torch.distributed as dist
+
+    results = {job.name: run_job(Path(folder), job) for job in jobs}
+    dist.destroy_process_group()
+    return results
+
+
+def run_job(folder: Path, job: Job) -> dict[str, Any]:
+    from megatron_lcl.train.checkpoint import Progress, step_folder
+    from megatron_lcl.train.checkpointer import Checkpointer
+    from megatron_lcl.train.engine import build_engine, build_module, init_processes
+    from megatron_lcl.train.step import Stepper
+
+    config = build_config(folder, job)
+    mesh = init_processes(config)
+    engine = build_engine(build_module(config, mesh), config, mesh)
+    stepper = Stepper(engine, config, mesh)
+    run, said = Path(config.train.output), []
+
+    def steps(first: int, last: int) -> list[tuple[float, float, float]]:
+        rows = []
+        each = GLOBAL_BATCH // mesh.data.size
+        for step in range(first, last):
+            own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
+            result = stepper.run([pack(step, number, config) for number in own], LR[step])
+            rows.append((result.loss, result.contrastive, result.grad_norm))
+        return rows
+
+    with Checkpointer(engine, config, mesh, run) as checkpoints:
+        if job.source is None:
+            steps(0, FIRST)
+            checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}))
+        else:
+            said = checkpoints.load(step_folder(folder / job.source, FIRST))
+        groups = [(group["weight_decay"], group["betas"]) for group in engine.optimizer.param_groups]
+        rows = steps(FIRST, 2 * FIRST)
+        checkpoints.wait()
+        saved = checkpoints.finished()
+    return {"rows": rows, "said": said, "groups": groups, "saved": saved}
