@@ -163,7 +163,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
         engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
     for head, value in zip(heads, initial, strict=True):
         # the cast to half precision has rounded the start value, and with it the float32 master
-        update_log_scale(head.log_scale, lambda old, value=value: torch.full_like(old, value))
+        update_log_scale(head.log_scale, functools.partial(torch.full_like, fill_value=value))
     return engine
 
 

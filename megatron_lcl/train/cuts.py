@@ -1,0 +1,164 @@
+"""Where to cut the list of stages into the parts of a pipeline: so that the slowest part is as fast as it can be.
+
+The cost model: a part takes as long as its stages take one after another, and a stage as long as the others of its
+kind, which a short measurement on the run's own device, of its own shapes, finds out at the start: one of the patches,
+of a vision block, of pool and embedding, of a language block, of the head with the vocabulary's cross-entropy (each
+again where activation checkpointing treats it differently). What `recompute` and checkpointing compute twice is in it.
+benchmarks/pipeline_cost_model.py shows how far off it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_lcl.config import Config, Model
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.stages import Activations, Outputs
+from megatron_lcl.parallel.collectives import share_size
+from megatron_lcl.parallel.mesh import Axis
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds that a stage takes for one micro-batch."""
+
+    forward: float
+    """with its graph kept"""
+    backward: float
+    plain: float
+    """forward without a graph"""
+
+    def of_step(self, recompute: bool) -> float:
+        """All of a micro-batch's share of a step; recompute: the forward runs without a graph first."""
+        return self.forward + self.backward + (self.plain if recompute else 0.0)
+
+
+def place_cuts(costs: Sequence[float], sizes: Sequence[float], parts: int) -> tuple[int, ...]:
+    """The first stage of each part, none empty. ValueError for more parts than stages.
+
+    costs: what each stage takes. Minimal is the cost of the dearest part; among such placements the sum of `sizes` over
+    the cuts, sizes[i] being what is sent to stage i; among such the first cut comes as early as possible, then the
+    second, and so on. O(parts · stages²): two dynamic programs, the second within the bound that the first one found.
+    """
+    if not 1 <= parts <= len(costs):
+        raise ValueError(f"{len(costs)} stages do not divide into {parts} parts; set parallel.pipeline to {len(costs)}")
+    dearest = _best(costs, parts, lambda first, cost: cost, max)[0]
+
+    def sent(first: int, cost: float) -> float:
+        return math.inf if cost > dearest else sizes[first] if first else 0.0
+
+    return _best(costs, parts, sent, lambda a, b: a + b)[1]
+
+
+def _best(
+    costs: Sequence[float],
+    parts: int,
+    value: Callable[[int, float], float],
+    combine: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The smallest combined value of the parts, and the lexicographically first placement that has it."""
+    end = len(costs)
+    nothing: tuple[float, tuple[int, ...]] = (math.inf, ())
+    table = [nothing] * end + [(0.0, nothing[1])]  # of the last p parts, by their first stage
+    for _ in range(parts):
+        table = [
+            min(
+                (
+                    (combine(value(first, math.fsum(costs[first:after])), table[after][0]), (first, *table[after][1]))
+                    for after in range(first + 1, end + 1)
+                ),
+                default=nothing,
+            )
+            for first in range(end)
+        ] + [nothing]
+    return table[0]
+
+
+def even_cuts(num_stages: int, parts: int) -> tuple[int, ...]:
+    """The first stage of each part, where all have equally many stages, or one more."""
+    return place_cuts([1.0] * num_stages, [0.0] * num_stages, parts)
+
+
+def hidden_shape(stage: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
+    """Shape of what the stage of this index (not the first) receives for a micro-batch, from part to part.
+
+    Up to the pool [S, V], a share of N*(1+P) rows; behind it [S, D], a share of R rows, then one of N. axis: the tensor
+    ranks, which share the rows.
+    """
+    images, rows = len(batch.image_start), len(batch.tokens)
+    if stage <= 1 + model.vision.layers:
+        return share_size(images * (1 + model.vision.num_patches), axis), model.vision.width
+    return share_size(rows, axis) + share_size(images, axis), model.language.width
+
+
+def measure_stages(
+    specs: Sequence[partial[nn.Module]],
+    batch: PackedBatch,
+    config: Config,
+    axis: Axis,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[StageTime]:
+    """The time of each stage, from one measurement of each kind; all tensor ranks of `axis` call it together.
+
+    specs: as `stage_specs` gives them. batch: a micro-batch of the run, images included.
+    """
+    known: dict[Hashable, StageTime] = {}
+    for index, make in enumerate(specs):
+        kind = (make.func, make.args)
+        if kind not in known:
+            stage = make()
+            initialise({index: stage}, config.model, config.train.seed, axis)
+            known[kind] = _measure(stage.to(device, dtype), index, batch.to(device), config, axis, dtype)
+    return [known[make.func, make.args] for make in specs]
+
+
+def _measure(
+    stage: nn.Module, index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype
+) -> StageTime:
+    x = Activations.of(batch)
+    if index:
+        shape = hidden_shape(index, batch, config.model, axis)
+        x = x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
+    times: list[tuple[float, float, float]] = []
+    for _ in range(1 + REPEATS):
+        out, forward = _timed(lambda: stage(x), x.tokens.device)
+        _, backward = _timed(_backward_of(out), x.tokens.device)
+        with torch.no_grad():
+            _, plain = _timed(lambda: stage(x), x.tokens.device)
+        times.append((forward, backward, plain))
+    return StageTime(*(statistics.median(column) for column in zip(*times[1:], strict=True)))  # the first one warms up
+
+
+def _backward_of(out: Any) -> Callable[[], None]:
+    if isinstance(out, Outputs):
+        loss = out.generation + out.image_features.sum() + out.text_features.sum() + out.log_scale.sum()
+        return loss.backward
+    return partial(out.hidden.backward, torch.ones_like(out.hidden))
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = function()
+    wait()
+    return result, time.perf_counter() - started
+
+
+def part_sums(values: Sequence[float], cuts: Sequence[int]) -> list[float]:
+    """The sum of the stages' values over each part."""
+    return [math.fsum(values[a:b]) for a, b in itertools.pairwise([*cuts, len(values)])]

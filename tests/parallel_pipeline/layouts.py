@@ -1,0 +1,216 @@
+"""A tiny model, ragged global batches, the plain one-process truth, and what a pipeline gives on real processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.lcl import StageList, pack_padded
+from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.model.stages import build_stages
+
+VOCABULARY, STEPS, LR = 61, 3, 1e-2
+MODEL = {
+    "vision": {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "heads": 2, "mlp_width": 40},
+    "language": {
+        "context_length": 48,
+        "vocab_size": VOCABULARY,
+        "width": 16,
+        "layers": 3,
+        "heads": 2,
+        "mlp_width": 32,
+    },
+    "pool_heads": 2,
+}
+NUM_STAGES = 8
+
+Split = tuple[tuple[tuple[int, ...], ...], ...]
+"""for each replica, for each micro-batch, for each sequence: its number of images"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and how its global batch is split."""
+
+    cuts: tuple[int, ...]
+    split: Split
+    strategy: str = "retain"
+    objective: str = "lcl"
+    initial_log_scale: float = math.log(1 / 0.07)
+    dtype: str = "float32"
+    clip_norm: float = 0.5
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        replicas, micro_batches = len(self.split), len(self.split[0])
+        return configs.from_dict(
+            {
+                "model": MODEL,
+                "optimizer": {"clip_norm": self.clip_norm, "weight_decay": 0.1},
+                "parallel": {"pipeline": len(self.cuts)},
+                "contrast": {"strategy": self.strategy, "initial_log_scale": self.initial_log_scale},
+                "objective": {"name": self.objective},
+                "train": {"global_batch": replicas * micro_batches, "dtype": self.dtype},
+                "deepspeed": self.deepspeed,
+            }
+        )
+
+
+def micro_batch(images_of_sequences: tuple[int, ...], config: Config, generator: torch.Generator) -> PackedBatch:
+    """Sequences of random text with so many images each; the first image has no text before it, one sequence in two."""
+    special = SpecialTokens.of(VOCABULARY)
+    num_patches, size = config.model.vision.num_patches, config.model.vision.image_size
+
+    def text(longest: int) -> list[int]:
+        return torch.randint(
+            1, 50, (int(torch.randint(1, longest, (1,), generator=generator)),), generator=generator
+        ).tolist()
+
+    rows = []
+    for number, num_images in enumerate(images_of_sequences):
+        row = [] if number % 2 and num_images else [special.sot, *text(6)]
+        for _ in range(num_images):
+            row += [special.soi, *[special.placeholder] * num_patches, special.eoi, *text(5)]
+        rows.append([*row, special.eot])
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)] = torch.tensor(row)
+    images = torch.randint(0, 256, (sum(images_of_sequences), 3, size, size), generator=generator, dtype=torch.uint8)
+    return pack_padded(ids, lengths, images, config.model)
+
+
+def global_batch(case: Case, step: int) -> list[list[PackedBatch]]:
+    """For each replica its micro-batches."""
+    generator = torch.Generator().manual_seed(step)
+    return [[micro_batch(m, case.config, generator) for m in replica] for replica in case.split]
+
+
+def stages_of(config: Config) -> StageList:
+    stages = build_stages(config.model, config.contrast.initial_log_scale)
+    initialise(dict(enumerate(stages)), config.model, config.train.seed)
+    return StageList(*stages)
+
+
+def truth(case: Case) -> dict[str, Any]:
+    """Losses, gradient norms, log scales, first gradients, last parameters: plain torch, one process, no DeepSpeed."""
+    config = case.config
+    model = stages_of(config)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    log_scale = named[f"{NUM_STAGES - 1}.log_scale"]
+    found: dict[str, Any] = {"rows": []}
+    for step in range(STEPS):
+        batches = [batch for replica in global_batch(case, step) for batch in replica]
+        outputs = [model(batch) for batch in batches]
+        generation = sum(out.generation for out in outputs) / max(1, sum(batch.num_targets for batch in batches))
+        image, text = (
+            torch.cat([getattr(o, name)[b.image_soi >= 0] for o, b in zip(outputs, batches, strict=True)])
+            for name in ("image_features", "text_features")
+        )
+        logits, target = log_scale.exp() * image @ text.t(), torch.arange(len(image))
+        contrast = torch.zeros(())
+        if len(image):
+            contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+        loss = 0
+        if case.objective != "clip":
+            loss = loss + generation
+        if case.objective != "generation":
+            loss = loss + 0.1 * contrast
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in model.parameters():  # DeepSpeed's gradients are zero where torch has none
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if step == 0:
+            found["gradients"] = {name: p.grad.clone() for name, p in named.items()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip_norm or math.inf)
+        optimizer.step()
+        with torch.no_grad():
+            log_scale.clamp_(0, math.log(100))
+        contrast = contrast if case.objective != "generation" else torch.zeros(())
+        found["rows"].append([float(v.detach()) for v in (loss, generation, contrast, norm, log_scale[0])])
+    found["parameters"] = {name: p.detach().clone() for name, p in named.items()}
+    return found
+
+
+def run_cases(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """The same from a pipeline, case after case, on the processes of one start; each gives what its part holds."""
+    import torch.distributed as dist
+
+    results = [run_case(case) for case in cases]
+    dist.destroy_process_group()
+    return results
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+
+    config = case.config
+    mesh = init_processes(config)
+    engine = build_engine(build_module(config, mesh, case.cuts), config, mesh)
+    found: dict[str, Any] = {"rows": [], "results": [], "applied": []}
+    take_step = engine._take_model_step
+
+    def recording(*arguments: Any) -> None:
+        if "gradients" not in found:
+            found["gradients"] = {
+                name: safe_get_full_grad(p).float().numpy().copy() for name, p in engine.module.named_parameters()
+            }
+        take_step(*arguments)
+
+    engine._take_model_step = recording
+    stepper = build_stepper(engine, config, mesh)
+    for step in range(STEPS):
+        batches = global_batch(case, step)[mesh.data.rank]
+        if mesh.pipeline.rank:
+            batches = [without_images(batch) for batch in batches]
+        result = stepper.run(batches, LR)
+        found["results"].append(asdict(result))
+        found["applied"].append(engine.was_step_applied())
+        found["rows"].append([result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale])
+    found["parameters"] = {
+        name: safe_get_full_fp32_param(p).numpy().copy() for name, p in engine.module.named_parameters()
+    }
+    engine.destroy()
+    return found
+
+
+def without_images(batch: PackedBatch) -> PackedBatch:
+    """As `share` gives it to the later parts."""
+    import dataclasses
+
+    return dataclasses.replace(batch, images=batch.images[:0])
+
+
+def gathered(results: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:
+    """The whole model by name; processes that hold the same parameter must hold the same."""
+    whole: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, array in result[key].items():
+            tensor = torch.from_numpy(array)
+            assert name not in whole or torch.equal(whole[name], tensor), f"replicas differ in {key} of {name}"
+            whole[name] = tensor
+    return whole
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm, of the whole model; key biases, whose gradient is 0, left out."""
+    assert ours.keys() == theirs.keys()
+    names = [name for name in theirs if not name.endswith("k.bias")]
+    a, b = (torch.cat([t[n].flatten().double() for n in names]) for t in (ours, theirs))
+    return float((a - b).norm() / b.norm())
