@@ -26,7 +26,7 @@ from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.stages import Activations, Outputs
 from megatron_lcl.parallel.collectives import share_size
-from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.parallel.mesh import Axis, Mesh
 
 REPEATS = 5
 
@@ -104,6 +104,30 @@ def hidden_shape(stage: int, batch: PackedBatch, model: Model, axis: Axis) -> tu
     return share_size(rows, axis) + share_size(images, axis), model.language.width
 
 
+def choose_cuts(
+    specs: Sequence[partial[nn.Module]],
+    sample: PackedBatch | None,
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """The first stage of each part of the run's pipeline, the same on every process; all processes call it.
+
+    specs: as `stage_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
+    The first replica's first tensor ranks measure and the others wait, so that nobody disturbs.
+    """
+    cuts: tuple[int, ...] = ()
+    if mesh.replica.rank < mesh.tensor.size and mesh.data.rank == 0:
+        batch = mesh.tensor.broadcast_object(sample)
+        assert batch is not None, "the first process has no sample"
+        times = measure_stages(specs, batch, config, mesh.tensor, device, dtype)
+        twice = config.objective.name != "generation" and config.contrast.strategy == "recompute"
+        shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
+        cuts = place_cuts([time.of_step(twice) for time in times], list(map(math.prod, shapes)), mesh.pipeline.size)
+    return mesh.world.broadcast_object(cuts)
+
+
 def measure_stages(
     specs: Sequence[partial[nn.Module]],
     batch: PackedBatch,
@@ -114,15 +138,16 @@ def measure_stages(
 ) -> list[StageTime]:
     """The time of each stage, from one measurement of each kind; all tensor ranks of `axis` call it together.
 
-    specs: as `stage_specs` gives them. batch: a micro-batch of the run, images included.
+    batch: a micro-batch of the run, with its images.
     """
     known: dict[Hashable, StageTime] = {}
+    batch = batch.to(device)
     for index, make in enumerate(specs):
         kind = (make.func, make.args)
         if kind not in known:
             stage = make()
             initialise({index: stage}, config.model, config.train.seed, axis)
-            known[kind] = _measure(stage.to(device, dtype), index, batch.to(device), config, axis, dtype)
+            known[kind] = _measure(stage.to(device, dtype), index, batch, config, axis, dtype)
     return [known[make.func, make.args] for make in specs]
 
 
@@ -135,10 +160,10 @@ def _measure(
         x = x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
     times: list[tuple[float, float, float]] = []
     for _ in range(1 + REPEATS):
-        out, forward = _timed(lambda: stage(x), x.tokens.device)
+        out, forward = _timed(partial(stage, x), x.tokens.device)
         _, backward = _timed(_backward_of(out), x.tokens.device)
         with torch.no_grad():
-            _, plain = _timed(lambda: stage(x), x.tokens.device)
+            _, plain = _timed(partial(stage, x), x.tokens.device)
         times.append((forward, backward, plain))
     return StageTime(*(statistics.median(column) for column in zip(*times[1:], strict=True)))  # the first one warms up
 
@@ -151,11 +176,12 @@ def _backward_of(out: Any) -> Callable[[], None]:
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     result = function()
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return result, time.perf_counter() - started
 
 

@@ -22,7 +22,17 @@ from megatron_lcl.train import checkpoint
 from megatron_lcl.train.audit import Audit
 from megatron_lcl.train.checkpoint import Progress
 from megatron_lcl.train.checkpointer import Checkpointer
-from megatron_lcl.train.engine import build_engine, build_module, deepspeed_config, init_processes, resolve_dtype
+from megatron_lcl.train.cuts import choose_cuts
+from megatron_lcl.train.engine import (
+    DTYPES,
+    build_engine,
+    build_module,
+    build_stepper,
+    deepspeed_config,
+    init_processes,
+    resolve_dtype,
+    specs_of,
+)
 from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
 from megatron_lcl.train.layout import num_micro_batches
@@ -31,7 +41,6 @@ from megatron_lcl.train.replicas import find_difference
 from megatron_lcl.train.saver import Saver
 from megatron_lcl.train.share import share
 from megatron_lcl.train.signals import Signals, Stopped
-from megatron_lcl.train.step import Stepper
 from megatron_lcl.train.telemetry import Telemetry
 from megatron_lcl.train.watch import Watch
 
@@ -98,7 +107,7 @@ def train(config: Config) -> Path:
     try:
         with Signals() as signals, Watch(mesh, config.guard.timeout) as watch:
             start = agree(config, mesh)
-            engine = build_engine(build_module(config, mesh), config, mesh)
+            engine = build_engine(build_module(config, mesh, pipeline_cuts(config, mesh, start)), config, mesh)
             run = Path(config.train.output)
             with (
                 Telemetry(run, config, mesh.is_first, start.progress.step) as telemetry,
@@ -125,7 +134,7 @@ class Training:
     ) -> None:
         self.config, self.mesh, self.engine, self.start = config, mesh, engine, start
         self.telemetry, self.signals, self.watch = telemetry, signals, watch
-        self.checkpoints, self.stepper = checkpoints, Stepper(engine, config, mesh)
+        self.checkpoints, self.stepper = checkpoints, build_stepper(engine, config, mesh)
         self.audit = Audit(Path(config.train.output), mesh.is_first)
         self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
         self.bad = BadSteps(config.guard, start.progress.guard)
@@ -330,6 +339,19 @@ def check_corpora(ledger: Ledger, config: Config) -> None:
         f"the corpora are not those that this run has read ({gone or 'nothing'} is missing, {new or 'nothing'} is new "
         "or has changed); put them back, or go on with these from here: --data.allow-change"
     )
+
+
+def pipeline_cuts(config: Config, mesh: Mesh, start: Start) -> tuple[int, ...]:
+    """Where the parts of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs."""
+    progress, ledger = start.progress, Ledger.from_json(start.progress.ledger)
+    if progress.layout.pipeline == mesh.pipeline.size:
+        return progress.layout.cuts
+    sample = None
+    if mesh.is_first:
+        packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
+        sample = build_loader(config, mesh, progress.step, progress.packs, ledger).reader[packs]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return choose_cuts(specs_of(config, mesh.tensor), sample, config, mesh, device, DTYPES[resolve_dtype(config)])
 
 
 def build_loader(config: Config, mesh: Mesh, first_step: int, first_pack: int, ledger: Ledger) -> PackedLoader:
