@@ -184,9 +184,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--world-size", type=int, default=1, help="data-parallel processes (%(default)s)")
     sub.add_argument("--output", metavar="FILE", help="default: replay-STEP.html")
 
+    sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
+    sub.add_argument("what", choices=["list", "verify", "prune"], help="verify: exit code 1 where a file is damaged")
+    sub.add_argument("folder", metavar="RUN", help="the run folder (train.output); list, verify: or one checkpoint")
+    sub.add_argument("--quick", action="store_true", help="list, verify: the files' sizes only, nothing is read")
+    sub.add_argument("--keep-last", type=int, metavar="N", help="prune: newest kept (default: as the run's config)")
+    sub.add_argument("--keep-every", type=int, metavar="N", help="prune: also those at multiples of N steps (likewise)")
+    sub.add_argument("--dry-run", action="store_true", help="prune: only say what would be deleted")
+
     sub = add("report", _report, "one self-contained page about a run")
     sub.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run folder (train.output)")
     sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+
+    sub = add(
+        "selftest",
+        _selftest,
+        "train a tiny model in every layout that the processes at hand allow, and compare with one process",
+    )
+    sub.add_argument("--timeout", type=float, default=120.0, help="seconds for one layout (%(default)s)")
     return parser
 
 
@@ -385,7 +400,30 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     print(file)
 
 
+def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.train import inventory
+
+    folder = Path(options.folder)
+    if options.what == "list":
+        print(inventory.table(folder, options.quick))
+    elif options.what == "verify":
+        faults = list(inventory.faults(folder, options.quick))
+        print("\n".join(faults) if faults else f"{folder}: no fault found")
+        return 1 if faults else 0
+    else:
+        lines = list(inventory.prune(folder, options.keep_last, options.keep_every, options.dry_run))
+        print("\n".join(lines) if lines else "nothing to delete")
+    return 0
+
+
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.report import write_report
 
     print(write_report(Path(options.folder), Path(options.output) if options.output else None))
+
+
+def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.selftest.run import selftest
+
+    failed = [verdict for verdict in selftest(timeout=options.timeout) if verdict.faults]
+    return 1 if failed else 0

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_lcl.config import Config, Model, from_dict
+from megatron_lcl.data.manifest import MANIFEST, verify
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
 
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.yaml", "manifest.json"
+WEIGHTS, CONFIG, PROGRESS = "model.safetensors", "config.yaml", "progress.json"
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -99,6 +100,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_ours(checkpoint: Path) -> LCL:
+    if (checkpoint / PROGRESS).is_file():  # a run's: what was imported has a record of another kind
+        damage = verify(checkpoint, only=(WEIGHTS, CONFIG))
+        if damage:
+            raise ValueError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
     with torch.device("meta"):
         model = LCL(read_config(checkpoint).model, seed=None)
     state = _read_safetensors(checkpoint / WEIGHTS)

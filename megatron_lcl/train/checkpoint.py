@@ -15,20 +15,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatron_lcl.config import Checkpoint
-from megatron_lcl.data.files import hash_file
+from megatron_lcl.data.manifest import verify
 
-FOLDER, MANIFEST, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
+FOLDER, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
     "checkpoints",
-    "manifest.json",
     "progress.json",
     "model.safetensors",
     "config.yaml",
@@ -85,8 +83,9 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The step whose checkpoint a folder is."""
-    return int(folder.name.removeprefix("step-"))
+    """The step whose checkpoint a folder is; -1 where it is none."""
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def read_progress(folder: Path) -> Progress:
@@ -98,58 +97,12 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{**value, "layout": Layout.from_json(value["layout"])})
 
 
-# --- whole and unchanged -----------------------------------------------------------------------------------------
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, as they stand in a manifest."""
-    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
-
-
-def manifest_text(files: Mapping[str, dict[str, Any]]) -> str:
-    """A manifest of files; it carries its own hash, so that it can be told from one that was damaged."""
-    listed = json.dumps(files, sort_keys=True)
-    return json.dumps({"files": files, "xxh3": xxhash.xxh3_128_hexdigest(listed.encode())}, indent=1, sort_keys=True)
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint. ValueError where the manifest is damaged, OSError where there is none."""
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        whole = text == manifest_text(files)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError("changed since it was written")
-    return files
-
-
-def verify(folder: Path, quick: bool = False) -> list[str]:
-    """What is wrong with a checkpoint, by file; empty if nothing is. `quick`: sizes only, nothing is read."""
-    try:
-        manifest = read_manifest(folder)
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST}: {error}"]
-    return [fault for name, expected in manifest.items() if (fault := _fault(folder / name, name, expected, quick))]
-
-
-def _fault(path: Path, name: str, expected: dict[str, Any], quick: bool) -> str | None:
-    try:
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{name}: {size} bytes, was written with {expected['bytes']}"
-        if not quick and hash_file(path) != expected["xxh3"]:
-            return f"{name}: changed since it was written"
-    except FileNotFoundError:
-        return f"{name}: missing"
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    return None
+# --- which one --------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run / FOLDER).glob(f"step-*/{MANIFEST}"))
+    """Checkpoints of a run, oldest first. Under their final names they are complete, unless damage came later."""
+    return sorted(path for path in (run / FOLDER).glob("step-*") if path.is_dir() and step_of(path) >= 0)
 
 
 def newest(run: Path) -> tuple[Path | None, dict[Path, list[str]]]:
@@ -195,6 +148,13 @@ def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint."""
-    (folder / MANIFEST).unlink()  # first: what is half deleted must not look complete
-    shutil.rmtree(folder)
+    """Delete a checkpoint; where that is interrupted, what is left does not look like one."""
+    leftover = folder.with_name(f".{folder.name}.old")
+    os.rename(folder, leftover)
+    shutil.rmtree(leftover)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what was left in a run's folder of checkpoints by a save or a deletion that was interrupted."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)

@@ -30,9 +30,10 @@ import torch.distributed as dist
 
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.files import sync
+from megatron_lcl.data.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.parallel.mesh import Axis, Mesh, RunError
 from megatron_lcl.train import checkpoint, reshard
-from megatron_lcl.train.checkpoint import CONFIG, MANIFEST, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
+from megatron_lcl.train.checkpoint import CONFIG, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
 from megatron_lcl.train.engine import resolve_dtype
 from megatron_lcl.train.state import PARTITION_DIMS, State, save_hashed
 
@@ -149,7 +150,7 @@ class Checkpointer:
     def _write(self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress) -> Saved:
         started, first = time.perf_counter(), self.mesh.is_first
         try:
-            self._together(lambda: clear_leftovers(final.parent) if first else None)
+            self._together(lambda: checkpoint.clear_leftovers(final.parent) if first else None)
             manifests = self._together(lambda: write_files(files, temporary))
             whole = {name: file for manifest in manifests for name, file in manifest.items()}
             sizes = self._together(lambda: self._finish(temporary, final, progress, whole) if first else 0)
@@ -164,15 +165,15 @@ class Checkpointer:
         files[WEIGHTS] = State(temporary / STATE, self.config.model).write_weights(temporary / WEIGHTS)
         for name, text in ((CONFIG, to_yaml(self.config)), (PROGRESS, json.dumps(asdict(progress)))):
             (temporary / name).write_text(text, encoding="utf-8")
-            files[name] = checkpoint.fingerprint(temporary / name)
-        (temporary / MANIFEST).write_text(checkpoint.manifest_text(files), encoding="utf-8")
+            files[name] = fingerprint(temporary / name)
+        (temporary / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
         for name in (CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
             sync(temporary / name)
         if final.exists():  # the same step saved again after a resume
             os.rename(final, final.with_name(f".{final.name}.old"))
         os.rename(temporary, final)
         sync(final.parent)
-        clear_leftovers(final.parent)
+        checkpoint.clear_leftovers(final.parent)
         for folder in checkpoint.superseded(checkpoint.list_checkpoints(self.run), self.config.checkpoint):
             checkpoint.delete(folder)
         return sum(file["bytes"] for file in files.values())
@@ -225,7 +226,9 @@ class Checkpointer:
         for group, values in zip(optimizer.param_groups, ours, strict=True):
             group.update(values)  # ZeRO-3 gives every group the first one's, ZeRO-1 and 2 the saved config's
         for state in optimizer.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):  # ZeRO-3 lets all groups count with one tensor, each its own
+            if isinstance(
+                state.get("step"), torch.Tensor
+            ):  # ZeRO-3 lets all groups count with one tensor, each its own
                 state["step"] = state["step"].clone()
         for name, value in kept.items():
             setattr(optimizer, name, value)
@@ -275,12 +278,6 @@ def write_files(files: list[tuple[Path, Any]], root: Path) -> dict[str, dict[str
         path.parent.mkdir(parents=True, exist_ok=True)
         entries[path.relative_to(root).as_posix()] = save_hashed(path, content)
     return entries
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a run that was killed while saving left behind."""
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
 
 
 def random_state() -> dict[str, Any]:

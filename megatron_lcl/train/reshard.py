@@ -19,7 +19,8 @@ from pathlib import Path
 
 from megatron_lcl.config import Model
 from megatron_lcl.data.files import sync
-from megatron_lcl.train.checkpoint import MANIFEST, STATE, manifest_text, verify
+from megatron_lcl.data.manifest import MANIFEST, manifest_text, verify
+from megatron_lcl.train.checkpoint import STATE
 from megatron_lcl.train.state import KEYS, State, save_hashed
 
 UNIVERSAL = "universal"
