@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: `make_venv EXTRAS` makes (or reuses) the checkout's virtual environment.
 # PYTHON chooses the interpreter (default python3, 3.11 or newer), VENV the environment's folder (default .venv).
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,7 +27,7 @@ PY
     echo "installing into $venv …" >&2
     {
       "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade pip setuptools wheel &&
-        "$venv/bin/python" -m pip install --disable-pip-version-check --editable "$root[$extras]"
+        "$venv/bin/python" -m pip install --disable-pip-version-check --editable "${root}[$extras]"
     } >"$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 2; }
     echo "$wanted" >"$venv/installed"
   fi

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["local_slurm"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed cores crawl
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ import pytest
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch")
 CONF = """
 ClusterName=test
+GresTypes=gpu
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -42,11 +44,12 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2
 ReturnToService=2
 KillWait=20
 MpiDefault=none
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory={memory}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory={memory}
+NodeName=n1 Gres=gpu:2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory={memory}
+NodeName=n2 Gres=gpu:2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory={memory}
 PartitionName=test Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 # cred_expire: how long a requeued job waits before it starts again (Slurm's default: 120 s)
+GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # stand in for two GPUs of every node
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,14 @@ def _path() -> str:
 
 @contextmanager
 def start(folder: Path) -> Iterator[Slurm]:
-    """All daemons as children of this process; at the end jobs are cancelled and the daemons ended."""
+    """All daemons as children of this process; at the end jobs are killed and the daemons ended."""
     folder.chmod(0o755)
     for part in ("munge", "state", "spool-n1", "spool-n2"):
         (folder / part).mkdir(mode=0o755)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // 4
     conf = CONF.format(host=socket.gethostname(), folder=folder, ports=_free_ports(3), memory=memory)
     (folder / "slurm.conf").write_text(conf)
+    (folder / "gres.conf").write_text(GPUS)
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     environment = {**keep, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
     slurm, munge = Slurm(folder, environment), folder / "munge"
@@ -141,11 +145,8 @@ def start(folder: Path) -> Iterator[Slurm]:
         daemon("slurmd", "-D", "-N", "n1")
         daemon("slurmd", "-D", "-N", "n2")
         slurm.wait(lambda: slurm.idle_nodes() == 2, "two idle nodes", 60)
-        try:
-            yield slurm
-        finally:
-            slurm.run("scancel", "--user=root", "--full", "--signal=KILL")
-            slurm.wait(lambda: not slurm.run("squeue", "--noheader"), "the end of all jobs", 30)
+        daemons.callback(_kill_jobs, folder)
+        yield slurm
 
 
 def _free_ports(count: int) -> list[int]:
@@ -154,6 +155,17 @@ def _free_ports(count: int) -> list[int]:
         for s in bound:
             s.bind(("127.0.0.1", 0))
         return [s.getsockname()[1] for s in bound]
+
+
+def _kill_jobs(folder: Path) -> None:
+    """Whatever jobs are left, in one way for all faults: their processes know the cluster, or stand in its folders."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            knows = f"SLURM_CONF={folder}".encode() in (process / "environ").read_bytes()
+            if knows or os.readlink(process / "cwd").startswith(str(folder)):
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # gone, or not ours to look at
+            continue
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -110,12 +110,9 @@ def check_resolves(address: str) -> None:
 
 def _launch(arguments: Sequence[str], nodes: int, processes: int) -> Iterator[str]:
     program, line = sys.executable, shlex.join(["-m", "megatron_lcl", "train", *arguments])
-    meet = (
-        f", meeting at {os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-        if "MASTER_ADDR" in os.environ
-        else ""
-    )
-    yield f"processes   {nodes * processes}: {processes} on each of {nodes} node{'s' * (nodes > 1)}{meet}"
+    meet = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ]
+    where = f", meeting at {':'.join(meet)}" if meet else ""
+    yield f"processes   {nodes * processes}: {processes} on each of {nodes} node{'s' * (nodes > 1)}{where}"
     if "SLURM_JOB_ID" in os.environ:
         command = f"srun --ntasks-per-node={processes} {program} {line}"
     elif nodes > 1:

@@ -1,0 +1,79 @@
+# shellcheck shell=bash
+# Sourced by the sbatch scripts beside it, with $here (this folder), the name of a config, and the job's arguments,
+# which go to `megatron-lcl train`. Checks every node, starts one process a GPU, and puts the job back into the queue
+# when the run asks for that. docs/launching.md says what can be set from outside.
+set -eu
+root=$(cd "${here:?}/.." && pwd)
+config=$root/configs/$1.yaml
+shift
+if [ -n "${SETUP:-}" ]; then # the site's modules and variables
+  set +eu
+  # shellcheck source=/dev/null
+  source "$SETUP" || { echo "SETUP=$SETUP failed" >&2 && exit 2; }
+  set -eu
+fi
+python=${VENV:-$root/.venv}/bin/python
+[ -x "$python" ] || [ -n "${VENV:-}" ] || python=$(command -v python3 || command -v python || echo "$python")
+[ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+train=("$python" -m megatron_lcl train --config "$config" --train.progress false "$@")
+
+dry=no
+for argument; do [ "$argument" != --dry-run ] || dry=yes; done
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  [ "$dry" = no ] || exec "${train[@]}"
+  echo "this is a job: sbatch --nodes=N $0 …; \`bash $0 --dry-run --nodes N --processes GPUS\` checks it here" >&2
+  exit 2
+fi
+
+nodes=$SLURM_JOB_NUM_NODES
+per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+cpus=$((SLURM_CPUS_ON_NODE / per_node))
+logs=${SLURM_JOB_NAME//\//_}-$SLURM_JOB_ID
+mkdir -p "$logs"
+echo "--- $(date -Is): start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; logs in $PWD/$logs"
+# without a binding every process sees all GPUs of its node, which NCCL needs to use NVLink
+step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0)
+
+# --- the check: once on every node, before anything takes a GPU
+rm -f "$logs"/check-*
+mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+check=("${step[@]}" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
+check+=(--distribution=block --output="$logs/check-%t.log" --error="$logs/check-%t.err")
+if ! "${check[@]}" "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>"$logs/check-srun"; then
+  # one line for each fault, with the nodes that have it
+  for task in "${!names[@]}"; do
+    grep -qs '^checks  *passed' "$logs/check-$task.log" ||
+      printf '%s\t%s\n' "${names[task]}" "$(cat "$logs/check-srun" "$logs/check-$task.err" 2>/dev/null | tail -n 1)"
+  done | awk -F'\t' '{nodes[$2] = nodes[$2] " " $1} END {for (fault in nodes) print fault " (on" nodes[fault] ")"}' >&2
+  exit 2
+fi
+for task in "${!names[@]}"; do
+  if ! difference=$(diff "$logs/check-0.log" "$logs/check-$task.log"); then
+    echo "nodes ${names[0]} and ${names[task]} differ: $(grep '^[<>]' <<<"$difference" | paste -sd ' ')" >&2
+    exit 2
+  fi
+done
+cat "$logs/check-0.log"
+[ "$dry" = no ] || exit 0
+
+# --- the run: one process a GPU, ranks counted along each node, a log for each
+trap : TERM # Slurm's TERM reaches the processes too; this script waits until they have saved
+code=0
+"${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block \
+  --cpus-per-task=$((cpus > 1 ? cpus : 1)) --wait=120 --open-mode=append --output="$logs/rank-%4t.log" \
+  "${train[@]}" || code=$?
+if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved
+  # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
+  if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
+    echo "--- $(date -Is): saved; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+elif [ "$code" != 0 ]; then
+  echo "--- $(date -Is): exit code $code; last lines of the processes that say why:" >&2
+  for log in "$logs"/rank-*.log; do
+    last=$(tail -n 1 "$log")
+    case $last in megatron-lcl* | *Error*) echo "${log##*/}: $last" ;; esac
+  done | head -n 8 >&2
+fi
+exit "$code"

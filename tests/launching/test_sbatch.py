@@ -1,0 +1,150 @@
+"""The sbatch scripts on a real Slurm of two nodes, with a stand-in for Python: what they start, and what they do next.
+
+`test_training_on_slurm.py` trains with them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from local_slurm import Slurm
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("lcl_vitb32", "lcl_vitb16", "lcl_vitl14", "lcl_vitg")
+STAND_IN = """#!/usr/bin/env bash
+case " $* " in *" --dry-run "*)
+  if [ "${FAULTY:-}" = "$SLURMD_NODENAME" ]; then
+    printf 'a warning\\nmegatron-lcl train: cannot read it\\n' >&2
+    exit 2
+  fi
+  [ "${OLDER:-}" != "$SLURMD_NODENAME" ] || echo "software    torch 1.0"
+  echo "checks      passed: all"
+  exit ;;
+esac
+trap 'echo saved && exit 75' USR1 TERM
+echo "start ${SLURM_RESTART_COUNT:-0}, task $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, $SLURM_LOCALID on $SLURMD_NODENAME"
+echo "GPUs $CUDA_VISIBLE_DEVICES"
+printf '<%s>' "$@" && echo
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+if [ "${CRASHES:-}" = "$SLURM_PROCID" ]; then echo "OSError: no such thing" && exit 1; fi
+[ -z "${CRASHES:-}" ] || exit 0
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts alone, in a path with a space, and an environment whose Python is the stand-in."""
+    checkout = tmp_path_factory.mktemp("a checkout") / "of mine"
+    shutil.copytree(ROOT / "launch", checkout / "launch")
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    return checkout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where jobs are submitted, another place."""
+    folder = tmp_path / "sub mit"
+    folder.mkdir()
+    return folder
+
+
+def submit(slurm: Slurm, checkout: Path, folder: Path, *options: str, **environment: str) -> str:
+    """A job of four tasks on both nodes; its number."""
+    line = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", *options, checkout / "launch" / "lcl_vitg.sh"]
+    arguments = ["--train.output", "runs/an output"]
+    return slurm.run(*line, *arguments, cwd=folder, env={**slurm.environment, **environment})
+
+
+def starts(folder: Path, job: str) -> list[str]:
+    """Every start of every task."""
+    lines = [line for log in (folder / f"lcl_vitg-{job}").glob("rank-*.log") for line in log.read_text().splitlines()]
+    return sorted(line for line in lines if line.startswith("start"))
+
+
+def log(folder: Path, job: str) -> str:
+    return (folder / f"lcl_vitg-{job}.log").read_text()
+
+
+@pytest.mark.slow
+def test_before_the_time_limit_the_job_saves_and_goes_back_into_the_queue(
+    slurm: Slurm, checkout: Path, folder: Path
+) -> None:
+    job = submit(slurm, checkout, folder, "--time=2", "--signal=USR1@110")
+    slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the second start has finished")
+    text = log(folder, job)
+    assert slurm.field(job, "Restarts") == "1"
+    assert text.count("checks      passed") == 2
+    assert text.count("saved; back into the queue") == 1
+    ranks = [(0, 0, "n1"), (1, 1, "n1"), (2, 0, "n2"), (3, 1, "n2")]
+    expected = [f"start {n}, task {rank} of 4, {local} on {node}" for n in (0, 1) for rank, local, node in ranks]
+    assert starts(folder, job) == expected
+    first = (folder / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
+    assert "GPUs 0,1\n" in first  # both of the node: the process takes its own by its local rank
+    config = checkout / "configs" / "lcl_vitg_interleaved.yaml"
+    assert f"<--config><{config}><--train.progress><false><--train.output><runs/an output>" in first
+    assert "saved" in first
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm, checkout: Path, folder: Path) -> None:
+    job = submit(slurm, checkout, folder)
+    slurm.wait(lambda: len(starts(folder, job)) == 4, "all tasks have started")
+    slurm.run("scancel", job)
+    slurm.wait(lambda: slurm.state(job) == "CANCELLED", "script and tasks have ended")
+    assert "saved" in (folder / f"lcl_vitg-{job}" / "rank-0003.log").read_text()
+    assert "back into the queue" not in log(folder, job)
+
+
+@pytest.mark.slow
+def test_a_requeue_from_outside_is_not_asked_for_twice(slurm: Slurm, checkout: Path, folder: Path) -> None:
+    job = submit(slurm, checkout, folder)
+    slurm.wait(lambda: len(starts(folder, job)) == 4, "all tasks have started")
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the second start has finished")
+    assert slurm.field(job, "Restarts") == "1"
+    assert len(starts(folder, job)) == 8
+    assert "back into the queue" not in log(folder, job)
+
+
+@pytest.mark.slow
+def test_a_failed_check_is_one_line_and_starts_nothing(slurm: Slurm, checkout: Path, folder: Path) -> None:
+    faulty = submit(slurm, checkout, folder, FAULTY="n2")
+    older = submit(slurm, checkout, folder, OLDER="n2")
+    nothing = submit(slurm, checkout, folder, VENV=str(folder))
+    for job, message in (
+        (faulty, "megatron-lcl train: cannot read it (on n2)"),
+        (older, "nodes n1 and n2 differ: > software    torch 1.0"),
+        (nothing, f"no Python at {folder}/bin/python; set VENV to an environment with megatron_lcl"),
+    ):
+        slurm.wait(lambda job=job: slurm.state(job) == "FAILED", "the job fails")  # type: ignore[misc]
+        assert slurm.field(job, "ExitCode") == "2:0"
+        lines = [line for line in log(folder, job).splitlines() if not line.startswith("---")]
+        assert lines == [message]
+        assert starts(folder, job) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_is_named(slurm: Slurm, checkout: Path, folder: Path) -> None:
+    job = submit(slurm, checkout, folder, CRASHES="2")
+    slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails")
+    assert slurm.field(job, "ExitCode") == "1:0"
+    assert log(folder, job).splitlines()[-1] == "rank-0002.log: OSError: no such thing"
+
+
+def test_the_scripts_differ_in_name_and_size_only() -> None:
+    texts = set()
+    for name in SCRIPTS:
+        text = (ROOT / "launch" / f"{name}.sh").read_text()
+        assert (ROOT / "configs" / f"{name}_interleaved.yaml").is_file()
+        options = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+        assert all(option in options[0] for option in ("--requeue", "--open-mode=append", "--signal=USR1@"))
+        code = "\n".join(line for line in text.splitlines() if not line.startswith("# "))
+        texts.add(re.sub(r"--nodes=\d+", "", code.replace(name, "NAME")))
+    assert len(texts) == 1
