@@ -1,0 +1,60 @@
+"""Faults of tensor parallelism, to see that they are found."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megatron_lcl.model import block, stages
+from megatron_lcl.parallel import collectives, layers
+from megatron_lcl.parallel.mesh import Axis
+
+FAULTS = (
+    "a norm's gradient is not summed",
+    "a bias's gradient is not summed",
+    "gradients are averaged over tensor ranks",
+    "gathering rows keeps the own gradient",
+    "gathering features sums whole gradients",
+    "q, k and v do not sum what they owe to their input",
+    "every rank adds the bias",
+    "vocabulary padding counts",
+    "DeepSpeed takes split parameters for replicated ones",
+)
+
+
+def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
+    """While the context lasts, the package has the fault that is named; "" is none."""
+    if not fault:
+        return contextlib.nullcontext()
+    parts, loss, reduce_scatter = layers.RowLinear.parts, stages.generation_loss, collectives.start_reduce_scatter
+
+    def sum_all_but(name: str, stage: torch.nn.Module, axis: Axis) -> None:
+        named = stage.named_parameters()
+        collectives.sum_gradients((p for n, p in named if not layers.is_split(p) and n != name), axis)
+
+    def average(stage: torch.nn.Module, axis: Axis) -> None:
+        for parameter in stage.parameters():
+            if not layers.is_split(parameter):
+                parameter.register_hook(lambda grad: axis.all_reduce(grad.clone()) / axis.size)
+
+    def own(rows: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
+        return collectives.own_share(rows, axis).contiguous(), reduce_scatter(rows, axis)[1]
+
+    def with_bias(layer: layers.RowLinear, rows: torch.Tensor) -> torch.Tensor:
+        return parts(layer, rows) if layer.bias is None else parts(layer, rows) + layer.bias
+
+    gather, gather_same = collectives._Gather, collectives._GatherSame
+    return {
+        FAULTS[0]: patch.object(block, "sum_replicated", lambda *stage: sum_all_but("norm2.weight", *stage)),
+        FAULTS[1]: patch.object(block, "sum_replicated", lambda *stage: sum_all_but("mlp.down.bias", *stage)),
+        FAULTS[2]: patch.object(block, "sum_replicated", average),
+        FAULTS[3]: patch.object(gather, "backward", gather_same.backward),
+        FAULTS[4]: patch.object(gather_same, "backward", gather.backward),
+        FAULTS[5]: patch.object(layers, "start_reduce_scatter", own),
+        FAULTS[6]: patch.object(layers.RowLinear, "parts", with_bias),
+        FAULTS[7]: patch.object(stages, "generation_loss", lambda *arguments: loss(*arguments[:4])),
+        FAULTS[8]: patch("deepspeed.runtime.zero.stage_1_and_2.is_model_parallel_parameter", lambda parameter: False),
+    }[fault]
