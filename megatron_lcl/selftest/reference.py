@@ -1,0 +1,72 @@
+"""The truth: the same steps in one process, in plain torch, with every pair of the global batch in one matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.lcl import StageList
+from megatron_lcl.model.stages import MAX_LOG_SCALE, build_stages
+from megatron_lcl.selftest.cases import STEPS, Case, make_batches
+from megatron_lcl.train.optimizer import learning_rate
+
+
+@dataclass
+class Trajectory:
+    """What three steps gave."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    """per step: generation, contrastive, log scale after it"""
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """of the first step, clipped, by parameter"""
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """after the last step"""
+
+
+def reference(case: Case) -> Trajectory:
+    """The steps of a case without any parallelism, DeepSpeed or fused loss."""
+    config = case.config()
+    stages = build_stages(config.model, case.initial_log_scale)
+    initialise(dict(enumerate(stages)), config.model, config.train.seed)
+    model = StageList(*stages)
+    settings = config.optimizer
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "weight_decay": decay}
+        for decays, decay in ((True, settings.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    log_scale = dict(model.named_parameters())[f"{len(stages) - 1}.log_scale"]
+    out = Trajectory()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings, STEPS)
+        optimizer.zero_grad()
+        generation, contrastive = _losses(model, make_batches(config, step))
+        (config.objective.generation_weight * generation + config.objective.contrastive_weight * contrastive).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        out.grad_norms.append(float(norm))
+        if step == 0:
+            out.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        with torch.no_grad():
+            log_scale.clamp_(0, MAX_LOG_SCALE)
+        out.losses.append([generation.item(), contrastive.item(), log_scale.item()])
+    out.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return out
+
+
+def _losses(model: StageList, batches: list[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = [model(batch) for batch in batches]
+    generation = torch.stack([out.generation for out in outputs]).sum() / sum(b.num_targets for b in batches)
+    chosen = [(b.image_soi >= 0).nonzero()[:, 0] for b in batches]
+    images = torch.cat([out.image_features[c] for out, c in zip(outputs, chosen, strict=True)])
+    texts = torch.cat([out.text_features[c] for out, c in zip(outputs, chosen, strict=True)])
+    logits = outputs[0].log_scale.exp() * images @ texts.t()
+    pairs = torch.arange(len(images))
+    return generation, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2

@@ -1,0 +1,210 @@
+"""`megatron-lcl selftest`: does every layout give what one process gives?
+
+Each process of a case is started afresh, so that a case which hangs or dies takes nothing with it. Where a launcher
+has started this program on a cluster, each of its processes starts the process of the same rank.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing as mp
+import os
+import pickle
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lcl.selftest.cases import CASES, Case
+from megatron_lcl.selftest.reference import Trajectory, reference
+from megatron_lcl.selftest.worker import run_case
+
+LOSSES, WHOLE = 1e-5, 1e-5
+"""relative bounds: losses and gradient norms; gradients and parameters of the whole model"""
+ONE = 1e-4
+"""of one tensor's gradient (and a ten-millionth of the whole gradient), so that no small tensor hides a fault"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A case against one process: the largest relative differences, and what is over its bound."""
+
+    case: Case
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    gradient: float = math.nan
+    parameters: float = math.nan
+    faults: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def row(self) -> str:
+        """One line of the table."""
+        numbers = "  ".join(f"{x:9.1e}" for x in (self.loss, self.grad_norm, self.gradient, self.parameters))
+        verdict = "equal" if not self.faults else "DIFFERS: " + "; ".join(self.faults)
+        return f"{self.case.name:<64}  {numbers}  {self.seconds:5.1f}  {verdict}"
+
+
+HEADER = f"{'layout':<64}  {'losses':>9}  {'norms':>9}  {'gradient':>9}  {'parameters':>9}  {'s':>5}"
+
+
+def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
+    """The verdict on what a case gave."""
+    pairs = [(a, b) for x, y in zip(ours.losses, truth.losses, strict=True) for a, b in zip(x, y, strict=True)]
+    loss = max(_relative(a, b) for a, b in pairs)
+    norm = max(_relative(a, b) for a, b in zip(ours.grad_norms, truth.grad_norms, strict=True))
+    faults = []
+    if not loss <= LOSSES:
+        faults.append("losses")
+    if not norm <= LOSSES:
+        faults.append("gradient norms")
+    gradient, of_gradients = _distance(ours.gradients, truth.gradients, "gradients")
+    parameters, of_parameters = _distance(ours.parameters, truth.parameters, "parameters")
+    total = _norm(truth.gradients.values())
+    excess = {}
+    for name, expected in truth.gradients.items():
+        allowed = ONE * float(expected.norm()) + 1e-7 * total
+        error = float((ours.gradients[name] - expected).norm()) if name in ours.gradients else 0.0
+        if not error <= allowed:
+            excess[name] = error / allowed
+    if excess:
+        worst = sorted(excess, key=lambda name: -excess[name])
+        faults.append(f"gradient of {', '.join(worst[:3])}" + (f" and {len(worst) - 3} more" if worst[3:] else ""))
+    return Verdict(case, loss, norm, gradient, parameters, (*faults, *of_gradients, *of_parameters))
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+
+
+def _distance(
+    ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], what: str
+) -> tuple[float, tuple[str, ...]]:
+    if odd := sorted(ours.keys() ^ truth.keys()) or [n for n in truth if ours[n].shape != truth[n].shape]:
+        return math.nan, (f"{what} lack, or have too many, or of another shape: {', '.join(odd[:3])}",)
+    # key biases: their gradients are rounding, which Adam turns into steps of full size
+    names = [n for n in truth if not n.endswith(("k.bias", "norm_k.bias"))]
+    distance = _norm(ours[n] - truth[n] for n in names) / _norm(truth[n] for n in names)
+    return distance, () if distance <= WHOLE else (what,)
+
+
+def selftest(
+    cases: Sequence[Case] = CASES,
+    *,
+    timeout: float = 120.0,
+    prepare: Callable[[int], None] | None = None,
+    say: Callable[[str], Any] = print,
+) -> list[Verdict]:
+    """Run the cases that the processes at hand suffice for; the verdicts, on the first process.
+
+    Without a launcher it starts the processes itself: four on a machine without CUDA, else one a device. timeout:
+    seconds for a case. prepare: see `run_case`.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched:
+        ranks, world = [int(os.environ["RANK"])], int(os.environ["WORLD_SIZE"])
+    else:
+        world = torch.cuda.device_count() or max(case.processes for case in cases)
+        ranks = list(range(world))
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1") if launched else "127.0.0.1"
+    port = int(os.environ["MASTER_PORT"]) if launched else _free_port()
+    first = 0 in ranks
+    store = dist.TCPStore(host, port, is_master=first, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    store.add("drivers", 1)
+    fitting = [case for case in cases if case.processes <= world]
+    if first:
+        where = "NCCL" if torch.cuda.is_available() else "gloo"
+        left = len(cases) - len(fitting)
+        say(f"{world} processes, {where}" + (f"; {left} layouts need more and are left out" if left else ""))
+        say(HEADER)
+    truths: dict[float, Trajectory] = {}
+    verdicts = []
+    for number, case in enumerate(fitting):
+        started = time.monotonic()
+        mine = [rank for rank in ranks if rank < case.processes]
+        result, faults = _start(case, number, mine, (host, store.port), timeout, prepare)
+        if not first:
+            continue
+        if case.initial_log_scale not in truths:
+            truths[case.initial_log_scale] = reference(case)
+        truth = truths[case.initial_log_scale]
+        verdict = Verdict(case, faults=faults) if result is None else compare(case, result, truth)
+        verdicts.append(replace(verdict, seconds=time.monotonic() - started))
+        say(verdicts[-1].row())
+    store.add("done", 1)
+    while first and store.add("done", 0) < store.add("drivers", 0):  # the store lives here
+        time.sleep(0.05)
+    return verdicts
+
+
+def _start(
+    case: Case, number: int, ranks: list[int], place: tuple[str, int], timeout: float, prepare: Any
+) -> tuple[Trajectory | None, tuple[str, ...]]:
+    """Run these ranks of a case to their end: the first process's result, or what went wrong."""
+    # forked from a server that has imported everything; but CUDA does not survive a fork
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    context: Any = mp.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["megatron_lcl.selftest.preload"])
+    results: Any = context.Queue()
+    arguments = (case, place, f"case {number}", timeout, prepare, results)
+    children = {rank: context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in ranks}
+    for child in children.values():
+        child.start()
+    result, waiting = None, set(ranks)
+    faults: list[str] = []
+    deadline = time.monotonic() + timeout
+    try:
+        while waiting and not faults:
+            try:
+                rank, value, fault = results.get(timeout=0.2)
+            except queue.Empty:
+                dead = [r for r in waiting if children[r].exitcode not in (None, 0)]
+                faults += [f"process {r} ended with code {children[r].exitcode}" for r in dead]
+                if not dead and time.monotonic() > deadline:
+                    faults.append(f"processes {sorted(waiting)} did not finish within {timeout:g} s")
+                continue
+            waiting.discard(rank)
+            result = pickle.loads(value) if rank == 0 else result
+            faults += [fault] if fault else []
+    finally:
+        for child in children.values():
+            child.join(0 if faults else 10)
+            if child.is_alive():
+                child.kill()
+                child.join()
+    return (None if faults else result), tuple(faults)
+
+
+def _child(
+    rank: int, case: Case, place: tuple[str, int], prefix: str, timeout: float, prepare: Any, results: Any
+) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(1)
+    try:
+        limit = timedelta(seconds=timeout)
+        store = dist.PrefixStore(prefix, dist.TCPStore(*place, is_master=False, timeout=limit))
+        result, fault = run_case(case, rank, store, timeout / 2, prepare), None
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the verdict
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        result, fault = None, f"process {rank}: {' '.join(str(error).split())} ({where.name}, line {where.lineno})"
+    # as bytes: tensors would be handed over through a file descriptor of this process, which ends
+    results.put((rank, pickle.dumps(result), fault))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,131 @@
+"""One process of one case: are the process groups alive, and what do three steps give?"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.selftest.cases import STEPS, Case, make_batches
+from megatron_lcl.selftest.reference import Trajectory
+
+AXES = ("world", "data", "pipeline", "tensor", "replica", "stage")
+
+
+class GroupError(RuntimeError):
+    """A process group in which somebody does not answer or answers wrongly."""
+
+
+def run_case(
+    case: Case, rank: int, store: dist.Store, timeout: float, prepare: Callable[[int], None] | None = None
+) -> Trajectory | None:
+    """Join the case's process group, check every group of its mesh, train; the result on the first process.
+
+    timeout: seconds to wait for another process. prepare: called with the rank before anything else; tests plant faults with it.
+    """
+    if prepare is not None:
+        prepare(rank)
+    from megatron_lcl.train.engine import build_engine, build_module, init_processes
+
+    config = case.config()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.processes)}
+    os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
+    meet(store, rank, case.processes, timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    limit = timedelta(seconds=timeout)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=case.processes, timeout=limit)
+    mesh = init_processes(config)
+    for name in AXES:
+        check_group(getattr(mesh, name), name, store, timeout)
+    engine = build_engine(build_module(config, mesh), config, mesh)
+    return _train(case, engine, mesh)
+
+
+def meet(store: dist.Store, rank: int, processes: int, timeout: float) -> None:
+    """Wait until every process has said that it is there. GroupError names those that have not."""
+    _wait_for(store, "is there", rank, tuple(range(processes)), timeout)
+
+
+def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> None:
+    """One collective in a group: every process gives its rank and gets everybody's. GroupError names who did not."""
+    if axis.group is None:
+        return
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    me = axis.ranks[axis.rank]
+    own = torch.tensor([me], device=device)
+    all_ranks = [torch.empty_like(own) for _ in axis.ranks]
+    key = f"group {name} {axis.ranks}"
+    try:
+        work = dist.all_gather(all_ranks, own, group=axis.group, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=timeout))
+        got = [int(r) for r in all_ranks]
+    except RuntimeError as error:
+        silent = [r for r in axis.ranks if r != me and not store.check([f"{key} {r}"])]
+        raise GroupError(f"{name} group {list(axis.ranks)}: processes {silent} did not answer ({error})") from None
+    if got != list(axis.ranks):
+        raise GroupError(f"{name} group {list(axis.ranks)}: process {me} received {got}")
+    _wait_for(store, key, me, axis.ranks, timeout)
+
+
+def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], timeout: float) -> None:
+    store.set(f"{key} {rank}", "yes")
+    deadline = time.monotonic() + timeout
+    missing = list(ranks)
+    while missing := [r for r in missing if not store.check([f"{key} {r}"])]:
+        if time.monotonic() > deadline:
+            raise GroupError(f"{key}: processes {missing} did not answer within {timeout:g} s")
+        time.sleep(0.01)
+
+
+def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
+    from megatron_lcl.train.engine import build_stepper
+    from megatron_lcl.train.optimizer import learning_rate
+    from megatron_lcl.train.share import share
+
+    config = case.config()
+    num = config.train.global_batch // mesh.data.size
+    stepper = build_stepper(engine, config, mesh)
+    out = Trajectory()
+    for step in range(STEPS):
+        packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
+        batches = share(packs if mesh.reads else None, num, 1, mesh, engine.device)
+        result = stepper.run(batches, learning_rate(step, config.optimizer, STEPS))
+        out.losses.append([result.generation, result.contrastive, result.log_scale])
+        out.grad_norms.append(result.grad_norm)
+        if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1
+            moments = gather_parameters(engine, mesh, "exp_avg")
+            out.gradients = {name: value / (1 - config.optimizer.betas[0]) for name, value in moments.items()}
+    out.parameters = gather_parameters(engine, mesh, None)
+    results = mesh.world.gather_objects((out.losses, out.grad_norms))
+    assert all(r == results[0] for r in results), f"processes report different losses: {results}"
+    mesh.world.barrier()
+    return out if mesh.is_first else None
+
+
+def gather_parameters(engine: Any, mesh: Mesh, state: str | None) -> dict[str, torch.Tensor]:
+    """Full float32 parameters, or a state of the optimizer, by name, on the first process; all call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from megatron_lcl.parallel.layers import full_tensor
+
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # DeepSpeed links states once, when the first parameter group has some and the others none
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+    own = {}
+    for name, parameter in engine.module.named_parameters():
+        value = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)
+        if value is None:  # float32: the parameter is its own master
+            value = parameter.detach()
+        own[name] = full_tensor(value, parameter, mesh.tensor).float().cpu()
+    everyone = mesh.pipeline.gather_objects(own)
+    return {name: value for part in everyone for name, value in part.items()}
