@@ -150,17 +150,16 @@ class HeldOutEvaluation:
         tasks: Sequence[EvaluationTask] = (),
         micro_batch: int = 1,
         at_once: int = 1,
-        images_per_pack: int | None = None,
     ) -> None:
         """Every process calls it.
 
         tasks: what to measure; none: what the run's objective trains. micro_batch: packs of a forward pass; at_once:
         micro-batches that `forward` gets together, always so many (a pipeline wants it; what the corpus lacks is
-        padding). images_per_pack: as in training, where shapes must be the same.
+        padding). Neither changes the numbers.
         """
         self.corpus, self.mesh, self.forward, self.at_once = str(corpus), mesh, forward, at_once
         self.tasks = check_tasks(config, tasks)
-        self.packs = _Packs(config, corpus, mesh.data, micro_batch, at_once, images_per_pack) if mesh.reads else None
+        self.packs = _Packs(config, corpus, mesh.data, micro_batch, at_once) if mesh.reads else None
         self.num_batches, self.num_documents = mesh.replica.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )
@@ -282,14 +281,10 @@ class _Packs:
         data: Axis,
         micro_batch: int,
         at_once: int,
-        images_per_pack: int | None,
     ) -> None:
         vision = config.model.vision
-        changes = {"data__corpora": [asdict(Corpus(path=str(corpus)))]}
-        if images_per_pack is not None:
-            changes["data__images_per_pack"] = images_per_pack  # type: ignore[assignment]
         self.loader = PackedLoader(
-            configs.replace(config, **changes).data,
+            configs.replace(config, data__corpora=[asdict(Corpus(path=str(corpus)))]).data,
             num_patches=vision.num_patches,
             image_size=vision.image_size,
             context_length=config.model.language.context_length,

@@ -40,10 +40,8 @@ def check_heldout(config: Config) -> None:
 class HeldOutMeter:
     """Measures between two steps. Every process has one."""
 
-    def __init__(
-        self, config: Config, mesh: Mesh, stepper: Any, device: Any, telemetry: Telemetry, images_per_pack: int
-    ) -> None:
-        """`stepper`: gives the outputs of micro-batches on the last pipeline stage. `images_per_pack`: training's."""
+    def __init__(self, config: Config, mesh: Mesh, stepper: Any, device: Any, telemetry: Telemetry) -> None:
+        """`stepper`: gives the outputs of micro-batches on the last pipeline stage."""
         self.config, self.mesh, self.telemetry = config, mesh, telemetry
         at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
         assert config.evaluate.corpus is not None
@@ -60,7 +58,6 @@ class HeldOutMeter:
             config.evaluate.tasks,
             config.train.micro_batch,
             at_once,
-            images_per_pack,
         )
 
     def measure(self, step: int) -> None:

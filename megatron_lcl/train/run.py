@@ -140,8 +140,7 @@ class Training:
         self.bad = BadSteps(config.guard, start.progress.guard)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
-            images = Ledger.from_json(start.progress.ledger).settings["images_per_pack"]
-            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, images)
+            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry)
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
         self.batches: Iterator[PackedBatch] = iter(())

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from megatron_lcl.data.store import Corpus, ShardWriter, open_corpus, write_manifest
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.store import Corpus, ShardWriter, open_corpus, total, write_manifest
 from megatron_lcl.data.tokenizer import ClipTokenizer
 
 Piece = Sequence[int] | tuple[bytes, float | None, int | None]
@@ -46,6 +47,7 @@ def write_corpus(
         files.update(written)
         shards.append(counts)
     manifest = {"format_version": 1, "source": {"format": source}, "shards": shards, "files": files}
+    manifest |= {"counts": total(shards), "drops": Drops().to_dict()}
     manifest["tokenizer"] = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
     write_manifest(folder, manifest)
     return open_corpus(folder)

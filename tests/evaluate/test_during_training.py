@@ -20,7 +20,7 @@ from megatron_lcl.report import write_report
 CONFIG = """
 model:
   vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
-  language: {{context_length: 48, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  language: {{context_length: 48, vocab_size: 517, width: 32, layers: 1, heads: 2, mlp_width: 64}}
   pool_heads: 2
 data: {{corpora: {folder}/corpus, cache: {folder}/cache, tokens_per_pack: 64, workers: 1}}
 optimizer: {{lr: 1.0e-2, warmup: 1}}
@@ -52,7 +52,9 @@ def train(folder: Path, output: str, *arguments: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(), ("--zero.stage", "3", "--contrast.strategy", "recompute")])
+@pytest.mark.parametrize(
+    "layout", [("--zero.stage", "3", "--contrast.strategy", "recompute"), ("--parallel.pipeline", "2")]
+)
 def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, layout: tuple[str, ...]) -> None:
     run = folder / f"run-{len(layout)}"
     finished = train(folder, run.name, "--processes", "2", *layout)

@@ -33,7 +33,7 @@ from megatron_lcl.evaluate.heldout import (
 )
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
-TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 49411, 32, 1, 2, 64), 2)
+TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 517, 32, 1, 2, 64), 2)
 
 
 @given(st.integers(1, 12), st.integers(0, 10_000), st.integers(1, 3))
@@ -168,7 +168,7 @@ def _evaluate(folder: Path, mesh: Mesh) -> tuple[HeldOut, list[Example]]:
         last = mesh.pipeline.rank == mesh.pipeline.size - 1
         return [(batch, model.stages(batch) if last else None) for batch in batches]
 
-    sizes = {"micro_batch": 2, "at_once": 3, "images_per_pack": 3}
+    sizes = {"micro_batch": 2, "at_once": 3}
     evaluation = HeldOutEvaluation(settings(folder), folder / "corpus", mesh, forward, **sizes)
     first, second = evaluation.run(), evaluation.run(intervals=True)
     assert dataclasses.replace(second[0], intervals={}) == first[0], "an evaluation changes the next"
