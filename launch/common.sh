@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: `make_venv EXTRAS` makes (or reuses) the checkout's virtual environment.
+# Sourced by the scripts beside it: `make_venv EXTRAS` makes (or reuses) the checkout's virtual environment; `find_python`
+# sets $python to that of an environment which is there.
 # PYTHON chooses the interpreter (default python3, 3.11 or newer), VENV the environment's folder (default .venv).
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
@@ -31,4 +32,12 @@ PY
     } >"$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 2; }
     echo "$wanted" >"$venv/installed"
   fi
+}
+
+find_python() {
+  python=$venv/bin/python
+  # without the checkout's environment: what is active, be it a module, conda or another virtual environment
+  [ -x "$python" ] || [ -n "${VENV:-}" ] || python=$(command -v python3 || echo "$python")
+  [ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

@@ -3,7 +3,7 @@
 # which go to `megatron-lcl train`. Checks every node, starts one process a GPU, and puts the job back into the queue
 # when the run asks for that. docs/launching.md says what can be set from outside.
 set -eu
-root=$(cd "${here:?}/.." && pwd)
+source "${here:?}/common.sh"
 config=$root/configs/$1.yaml
 shift
 if [ -n "${SETUP:-}" ]; then # the site's modules and variables
@@ -12,10 +12,7 @@ if [ -n "${SETUP:-}" ]; then # the site's modules and variables
   source "$SETUP" || { echo "SETUP=$SETUP failed" >&2 && exit 2; }
   set -eu
 fi
-python=${VENV:-$root/.venv}/bin/python
-[ -x "$python" ] || [ -n "${VENV:-}" ] || python=$(command -v python3 || command -v python || echo "$python")
-[ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+find_python
 train=("$python" -m megatron_lcl train --config "$config" --train.progress false "$@")
 
 dry=no
