@@ -31,7 +31,7 @@ from megatron_lcl.model.stages import MAX_LOG_SCALE, Activations, Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.cuts import hidden_shape
 from megatron_lcl.train.engine import DTYPES, read_log_scale, resolve_dtype, update_log_scale
-from megatron_lcl.train.schedule import AllBackward, AllForward
+from megatron_lcl.train.schedule import AllBackward, AllForward, order_of
 from megatron_lcl.train.step import Contrast, Features, StepResult, Totals, assemble, refuse, step_loss, surrogate
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
@@ -64,7 +64,10 @@ class PartEngine(PipelineEngine):
         """What the head gave for each micro-batch (none in other parts). Without gradients enabled nothing is kept."""
         self._begin(batches)
         self._exec_schedule(AllForward(self.micro_batches, self.num_stages, self.stage_id))
-        return self.pipe_buffers["outputs"][: len(batches)] if self.is_last_stage() else []
+        outputs = self.pipe_buffers["outputs"]
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["outputs"] = [None] * len(outputs)
+        return outputs[: len(batches)] if self.is_last_stage() else []
 
     def all_backward(self, loss_of: LossOf) -> None:
         """After `all_forward` with gradients enabled: the backwards, and the optimizer step."""
@@ -96,12 +99,14 @@ class PartEngine(PipelineEngine):
             x = x._replace(hidden=self.pipe_buffers["inputs"][buffer_id])
         out = DeepSpeedEngine.forward(self, x)
         self.pipe_buffers["outputs"][buffer_id] = out if self.is_last_stage() else out.hidden
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         hidden = self.pipe_buffers["outputs"][buffer_id]
         self._send(hidden.detach(), self.next_stage)
-        if not hidden.requires_grad:
-            self.pipe_buffers["inputs"][buffer_id] = self.pipe_buffers["outputs"][buffer_id] = None
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         shape = self.pipe_buffers["outputs"][buffer_id].shape
@@ -183,8 +188,7 @@ class PipelineStepper:
 
     def __init__(self, engine: PartEngine, config: Config, mesh: Mesh) -> None:
         self.engine, self.config, self.mesh = engine, config, mesh
-        self.with_contrast = config.objective.name != "generation"
-        self.retain = self.with_contrast and config.contrast.strategy == "retain"
+        self.order = order_of(config)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
@@ -201,11 +205,11 @@ class PipelineStepper:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         totals = Totals.of(batches, mesh, engine.device)
-        is_last = engine.is_last_stage()
+        is_last, retain = engine.is_last_stage(), self.order == "retain"
         contrast = None
         features: list[Features] = []
-        if self.with_contrast:
-            with torch.set_grad_enabled(self.retain):
+        if self.order != "1F1B":
+            with torch.set_grad_enabled(retain):
                 outputs = engine.all_forward(batches)
             features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=False)]
             if is_last:
@@ -215,14 +219,14 @@ class PipelineStepper:
         generation = torch.zeros((), dtype=torch.float32, device=engine.device)
 
         def loss_of(m: int, out: Outputs) -> torch.Tensor:
-            own = features[m] if self.retain else Features(out, batches[m])
+            own = features[m] if retain else Features(out, batches[m])
             loss = surrogate(out, own, contrast, m, len(batches), totals, config)
             generation.add_(out.generation.detach())
             if m == len(batches) - 1:
                 loss = refuse(loss, step_loss(generation, contrast, totals, config, mesh)[0], limit)
             return loss * mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
 
-        if self.retain:
+        if retain:
             engine.all_backward(loss_of)
         else:
             engine.one_forward_one_backward(batches, loss_of)

@@ -13,14 +13,22 @@ the rest of the time until the last part is done as idle. M need not be a multip
     recompute    M F + (M + S - 1)(F + B)   (S - 1)(F + B)
 
 `recompute` has no second bubble: a part goes on to its second forwards while later parts are still in their first.
+A part keeps the graphs of M micro-batches at most in `retain`, of min(S - part, M) otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
+
+from megatron_lcl.config import Config
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.train.cuts import hidden_shape
+from megatron_lcl.train.engine import DTYPES, resolve_dtype
 
 
 class AllForward(PipeSchedule):
@@ -62,6 +70,23 @@ def instructions(order: str, parts: int, micro_batches: int) -> list[list[PipeIn
         ]
         for part in range(parts)
     ]
+
+
+def order_of(config: Config) -> str:
+    """The order that a config asks for."""
+    return config.contrast.strategy if config.objective.name != "generation" else "1F1B"
+
+
+def bytes_sent(config: Config, batches: Sequence[PackedBatch], cuts: Sequence[int], axis: Axis) -> list[int]:
+    """Bytes that a process of each part sends to the next part and to the one before, in one step.
+
+    Over every cut, for every micro-batch: the hidden rows (`hidden_shape`) once per forward, of which `recompute` has
+    two, and their gradient back; in the model's dtype. batches: those of the replica; axis: the tensor ranks.
+    """
+    forwards = 2 if order_of(config) == "recompute" else 1
+    width = DTYPES[resolve_dtype(config)].itemsize
+    hidden = [sum(math.prod(hidden_shape(cut, b, config.model, axis)) for b in batches) * width for cut in cuts[1:]]
+    return [forwards * after + before for after, before in zip([*hidden, 0], [0, *hidden], strict=True)]
 
 
 def simulate(

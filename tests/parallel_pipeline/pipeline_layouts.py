@@ -17,7 +17,7 @@ from megatron_lcl.model.lcl import StageList, pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.model.stages import build_stages
 
-VOCABULARY, STEPS, LR = 61, 3, 1e-2
+VOCABULARY, STEPS, LR = 61, 3, 3e-3
 MODEL = {
     "vision": {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "heads": 2, "mlp_width": 40},
     "language": {
@@ -47,7 +47,11 @@ class Case:
     initial_log_scale: float = math.log(1 / 0.07)
     dtype: str = "float32"
     clip_norm: float = 0.5
+    tensor: int = 1
+    checkpointing: str = "none"
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
+    """see `pipeline_faults`"""
 
     @property
     def config(self) -> Config:
@@ -56,10 +60,14 @@ class Case:
             {
                 "model": MODEL,
                 "optimizer": {"clip_norm": self.clip_norm, "weight_decay": 0.1},
-                "parallel": {"pipeline": len(self.cuts)},
+                "parallel": {"pipeline": len(self.cuts), "tensor": self.tensor},
                 "contrast": {"strategy": self.strategy, "initial_log_scale": self.initial_log_scale},
                 "objective": {"name": self.objective},
-                "train": {"global_batch": replicas * micro_batches, "dtype": self.dtype},
+                "train": {
+                    "global_batch": replicas * micro_batches,
+                    "dtype": self.dtype,
+                    "activation_checkpointing": self.checkpointing,
+                },
                 "deepspeed": self.deepspeed,
             }
         )
@@ -149,45 +157,74 @@ def truth(case: Case) -> dict[str, Any]:
 def run_cases(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
     """The same from a pipeline, case after case, on the processes of one start; each gives what its part holds."""
     import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed refuses float16 on a CPU without such instructions; torch is merely slow
+    get_accelerator().is_fp16_supported = lambda: True
     results = [run_case(case) for case in cases]
     dist.destroy_process_group()
     return results
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+    from unittest.mock import patch
+
+    from pipeline_faults import planted
+    from pipeline_probes import count_bytes, count_graphs
 
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
     config = case.config
     mesh = init_processes(config)
     engine = build_engine(build_module(config, mesh, case.cuts), config, mesh)
-    found: dict[str, Any] = {"rows": [], "results": [], "applied": []}
+    found: dict[str, Any] = {"rows": [], "results": [], "applied": [], "loss_scales": []}
     take_step = engine._take_model_step
 
     def recording(*arguments: Any) -> None:
         if "gradients" not in found:
-            found["gradients"] = {
-                name: safe_get_full_grad(p).float().numpy().copy() for name, p in engine.module.named_parameters()
-            }
+            found["gradients"] = whole_tensors(engine, mesh, "gradients")
         take_step(*arguments)
 
-    engine._take_model_step = recording
     stepper = build_stepper(engine, config, mesh)
-    for step in range(STEPS):
-        batches = global_batch(case, step)[mesh.data.rank]
-        if mesh.pipeline.rank:
-            batches = [without_images(batch) for batch in batches]
-        result = stepper.run(batches, LR)
-        found["results"].append(asdict(result))
-        found["applied"].append(engine.was_step_applied())
-        found["rows"].append([result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale])
-    found["parameters"] = {
-        name: safe_get_full_fp32_param(p).numpy().copy() for name, p in engine.module.named_parameters()
-    }
+    with (
+        patch.object(engine, "_take_model_step", recording),
+        count_bytes() as sent,
+        count_graphs(engine.module) as graphs,
+        planted(case.fault, engine, mesh),
+    ):
+        for step in range(STEPS):
+            batches = global_batch(case, step)[mesh.data.rank]
+            if mesh.pipeline.rank:
+                batches = [without_images(batch) for batch in batches]
+            sent.clear()
+            result = stepper.run(batches, LR)
+            found["results"].append(asdict(result))
+            found["applied"].append(engine.was_step_applied())
+            found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
+            row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
+            found["rows"].append(list(row))
+            found["bytes"] = (mesh.pipeline.rank, sum(sent), expected_bytes(case, batches, mesh.tensor))
+    found["graphs"] = (mesh.pipeline.rank, graphs.most)
+    found["parameters"] = whole_tensors(engine, mesh, "parameters")
     engine.destroy()
     return found
+
+
+def whole_tensors(engine: Any, mesh: Any, kind: str) -> dict[str, Any]:
+    """Gradients or float32 parameters of this part, of all tensor ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from megatron_lcl.parallel.layers import full_tensor
+
+    get = safe_get_full_grad if kind == "gradients" else safe_get_full_fp32_param
+    named = engine.module.named_parameters()
+    return {name: full_tensor(get(p).float(), p, mesh.tensor).detach().numpy().copy() for name, p in named}
+
+
+def expected_bytes(case: Case, batches: list[PackedBatch], axis: Any) -> list[int]:
+    from megatron_lcl.train.schedule import bytes_sent
+
+    return bytes_sent(case.config, batches, case.cuts, axis)
 
 
 def without_images(batch: PackedBatch) -> PackedBatch:
@@ -214,3 +251,19 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     names = [name for name in theirs if not name.endswith("k.bias")]
     a, b = (torch.cat([t[n].flatten().double() for n in names]) for t in (ours, theirs))
     return float((a - b).norm() / b.norm())
+
+
+def faults_of(results: list[dict[str, Any]], expected: dict[str, Any], bound: float = 1e-5) -> list[str]:
+    """What a run gave that is not what it should; empty if nothing is."""
+    faults = []
+    if any(result["results"] != results[0]["results"] for result in results):
+        faults.append("processes report different results")
+    for step, (ours, theirs) in enumerate(zip(results[0]["rows"], expected["rows"], strict=True)):
+        for name, a, b in zip(("loss", "generation", "contrastive", "norm", "log scale"), ours, theirs, strict=True):
+            if not abs(a - b) <= bound * abs(b):
+                faults.append(f"step {step}: {name} {a} instead of {b}")
+    for kind in ("gradients", "parameters"):
+        away = distance(gathered(results, kind), expected[kind])
+        if not away <= bound:
+            faults.append(f"{kind} {away:.1e} away")
+    return faults

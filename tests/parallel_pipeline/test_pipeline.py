@@ -1,0 +1,153 @@
+"""Pipelines on real processes against plain torch in one: losses, gradients, parameters, memory, bytes, faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from pipeline_layouts import Case, distance, faults_of, gathered, run_cases, truth
+from processes import run_processes
+
+RAGGED = (((1, 2), (0,), (2, 0, 1)),)
+WITHOUT_IMAGES = (((2,), (1, 0, 2), (1,)), ((0,), (0, 0), (0,)))
+"""the second replica has no image"""
+NEAR_BOUND = math.log(99.9)
+
+TWO = {
+    "retain": Case((0, 3), RAGGED),
+    "recompute": Case((0, 5), (((1,), (0,), (2,), (1, 1), (0, 3)),), "recompute"),
+    "one micro-batch": Case((0, 4), (((1, 2),),)),
+    "generation": Case((0, 7), RAGGED, objective="generation"),
+    "checkpointing": Case((0, 4), RAGGED, "recompute", checkpointing="full"),
+}
+FOUR = {
+    "retain": Case((0, 2, 4, 6), RAGGED),
+    "recompute, scale at its bound": Case((0, 1, 4, 7), RAGGED, "recompute", initial_log_scale=math.log(100)),
+    "one micro-batch": Case((0, 2, 4, 6), (((1, 2),),), "recompute"),
+    "many micro-batches": Case((0, 2, 4, 6), (((1,), (2,), (0,), (1,), (3,), (1, 1)),), "recompute"),
+    "replicas, scale near its bound": Case((0, 4), WITHOUT_IMAGES, initial_log_scale=NEAR_BOUND),
+    "replicas, recompute": Case((0, 3), WITHOUT_IMAGES, "recompute", initial_log_scale=NEAR_BOUND),
+    "replicas, clip": Case((0, 5), WITHOUT_IMAGES, objective="clip"),
+    "tensor": Case((0, 4), RAGGED, tensor=2),
+    "tensor, recompute": Case((0, 3), RAGGED, "recompute", tensor=2),
+}
+FAULTS = {
+    "mean_taken_again": Case((0, 4), WITHOUT_IMAGES, fault="mean_taken_again"),
+    "negatives_of_one_micro_batch": Case((0, 4), WITHOUT_IMAGES, fault="negatives_of_one_micro_batch"),
+    "averaged_twice": Case((0, 4), WITHOUT_IMAGES, fault="averaged_twice"),
+}
+# the same sequences, in two replicas without a pipeline and in one with: nothing rounds but what rounds in both
+HALF = {
+    f"{dtype}, {name}": Case(
+        cuts, split, strategy, dtype=dtype, deepspeed={"communication_data_type": "fp32", **scaling}
+    )
+    for dtype, scaling in (("bfloat16", {}), ("float16", {"fp16": {"initial_scale_power": 8}}))
+    for name, cuts, split, strategy in (
+        ("no pipeline", (0,), (((1,), (0,)), ((2, 1), (1,))), "retain"),
+        ("retain", (0, 4), (((1,), (0,), (2, 1), (1,)),), "retain"),
+        ("recompute", (0, 4), (((1,), (0,), (2, 1), (1,)),), "recompute"),
+    )
+}
+OVERFLOW = Case(
+    (0, 4),
+    RAGGED,
+    dtype="float16",
+    fault="overflow_in_the_first_part",
+    deepspeed={"fp16": {"initial_scale_power": 8, "hysteresis": 1}},
+)
+
+Runs = dict[str, list[dict[str, Any]]]
+"""name of a case → what each process found"""
+
+
+def run_all(cases: dict[str, Case], processes: int) -> Runs:
+    of_processes = run_processes(run_cases, processes, list(cases.values()), timeout=400)
+    return {name: [found[i] for found in of_processes] for i, name in enumerate(cases)}
+
+
+@pytest.fixture(scope="module")
+def two() -> Runs:
+    return run_all(TWO | HALF | {"overflow": OVERFLOW}, 2)
+
+
+@pytest.fixture(scope="module")
+def four() -> Runs:
+    return run_all(FOUR | FAULTS, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO)
+def test_two_parts_give_what_one_process_gives(name: str, two: Runs) -> None:
+    assert faults_of(two[name], truth(TWO[name])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_give_what_one_gives(name: str, four: Runs) -> None:
+    assert faults_of(four[name], truth(FOUR[name])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_seen(name: str, four: Runs) -> None:
+    assert faults_of(four[name], truth(FAULTS[name]), bound=1e-3) != []
+
+
+@pytest.mark.slow
+def test_the_log_scale_is_clamped_where_the_head_lives(four: Runs) -> None:
+    results = four["recompute, scale at its bound"]
+    held = [r["parameters"]["7.log_scale"] for r in results if "7.log_scale" in r["parameters"]]
+    assert len(held) == 1
+    assert held[0].dtype == "float32"
+    assert max(row[4] for r in results for row in r["rows"]) <= math.log(100) * (1 + 1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("strategy", ["retain", "recompute"])
+def test_half_precision_gives_what_replicas_give(dtype: str, strategy: str, two: Runs) -> None:
+    """Rounding is the same wherever a stage runs, until what is summed in another order rounds otherwise."""
+    replicas, pipeline = two[f"{dtype}, no pipeline"], two[f"{dtype}, {strategy}"]
+    assert all(all(result["applied"]) for result in [*replicas, *pipeline])
+    expected = {"rows": replicas[0]["rows"], **{k: gathered(replicas, k) for k in ("gradients", "parameters")}}
+    assert pipeline[0]["rows"][0] == pytest.approx(expected["rows"][0], rel=1e-4)
+    assert faults_of(pipeline, expected, bound=1e-2) == []
+    assert distance(gathered(pipeline, "gradients"), expected["gradients"]) < 1e-4
+    assert len({row[4] for row in pipeline[0]["rows"]}) == 3  # the log scale moves
+
+
+@pytest.mark.slow
+def test_an_overflow_in_one_part_skips_the_step_in_all(two: Runs) -> None:
+    results = two["overflow"]
+    for result in results:
+        assert result["applied"] == [True, False, True]
+        assert result["loss_scales"] == [2**8, 2**7, 2**7]
+    rows = results[0]["rows"]
+    assert math.isinf(rows[1][3])
+    assert rows[1][4] == rows[0][4] != rows[2][4]  # the log scale, in the other part, stayed
+    plain = truth(dataclasses.replace(OVERFLOW, dtype="float32"))
+    assert abs(rows[0][3] - plain["rows"][0][3]) < 1e-2 * plain["rows"][0][3]  # the norm of gradients without the scale
+
+
+@pytest.mark.slow
+def test_graphs_kept_at_once(two: Runs, four: Runs) -> None:
+    """retain: of every micro-batch. recompute: as 1F1B, of as many as there are parts from here on."""
+    for cases, runs in ((TWO, two), (FOUR, four)):
+        for name, case in cases.items():
+            for part, most in (result["graphs"] for result in runs[name]):
+                micro_batches = len(case.split[0])
+                retain = case.strategy == "retain" and case.objective != "generation"
+                assert most == (micro_batches if retain else min(len(case.cuts) - part, micro_batches)), name
+
+
+@pytest.mark.slow
+def test_bytes_between_parts(two: Runs, four: Runs) -> None:
+    for cases, runs in ((TWO | HALF, two), (FOUR, four)):
+        for name in cases:
+            for part, sent, expected in (result["bytes"] for result in runs[name]):
+                assert sent == expected[part], name
+    part, sent, _ = two["retain"][0]["bytes"]
+    batches = [(3, 0), (0, 0), (3, 0)]  # images of the last step's micro-batches; the first part ends in the encoder
+    assert (part, sent) == (0, sum(images * 5 * 24 * 4 for images, _ in batches))
