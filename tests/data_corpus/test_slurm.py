@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from local_slurm import Slurm
 
 from megatron_lcl.data.cluster import preprocess_on_slurm
 from megatron_lcl.data.document import Document, Image, Text
@@ -21,20 +20,11 @@ from .writers import picture
 pytest.importorskip("submitit")
 
 
-def has_slurm() -> bool:
-    if shutil.which("sinfo") is None:
-        return False
-    result = subprocess.run(
-        ["sinfo", "--noheader", "--format=%D"], capture_output=True, text=True, timeout=30, check=False
-    )
-    return result.returncode == 0 and bool(result.stdout.strip())
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_job_array_writes_the_same_bytes(tmp_path: Path) -> None:
-    if not has_slurm():
-        pytest.skip("no Slurm answers here")
+def test_job_array_writes_the_same_bytes(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.environment[name])
     for part in range(4):
         documents = [Document((Text(f"{part} {k}"), Image(picture(k % 9)))) for k in range(40)]
         writers.write_jsonl(documents, tmp_path / "in")
