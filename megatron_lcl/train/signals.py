@@ -78,6 +78,9 @@ def _nothing(_signum: int, _frame: object) -> None:
 def leave(code: int, message: str) -> NoReturn:
     """End this process now, from any thread and whatever the others do; its loader processes too."""
     print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for child in children:
         child.kill()
+    for child in children:
+        child.join(1.0)  # leaves no zombie, even where process 1 of a container reaps none
     os._exit(code)

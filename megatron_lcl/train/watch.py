@@ -59,14 +59,17 @@ class Watch:
     def __init__(self, mesh: Mesh, timeout: float) -> None:
         self.rank, self.size = mesh.world.rank, mesh.world.size
         self.period = min(PERIOD_SECONDS, timeout / 20)
-        self.limit = timeout - 6 * self.period
+        self.limit = timeout - 7 * self.period  # the rest is for seeing it and telling each other
+        self.talk_period = self.period * max(1.0, self.size / 64)  # one server answers them all
         self._state = State(host=socket.gethostname())
         self._first: int | None = None
         self._progress: float | None = None
         """when the main thread last came by; None: it may take long"""
         self._heard: dict[int, tuple[State, float]] = {}
         self._heard_any = time.monotonic()
-        self._suspicious = self._over = False
+        self._suspicious = False
+        self._verdict = ""
+        """what is wrong, found here or by another process"""
         self._closing = threading.Event()
 
     # --- the main thread's side ---
@@ -102,27 +105,32 @@ class Watch:
             self._state.doing, self._progress = f"{self._state.doing}; a collective has failed", None
             self._suspicious = True
             self._closing.wait(self.limit)
+        self._closing.set()
         self._state.ended = "" if together else f"{type(error).__name__}: {error}"
-        self._over = True
         with contextlib.suppress(RuntimeError):
             self._publish()
-        self._closing.set()
+        if not together:
+            time.sleep(3 * self.period)  # this may be the process that keeps the store
 
     # --- the threads ---
 
     def _talk(self) -> None:
-        while not self._closing.wait(self.period * max(1.0, self.size / 64)):
+        while not self._closing.wait(self.talk_period):
             try:
                 self._publish()
-                others = [r for r in range(self.size) if r != self.rank and self._store.check([_key(r)])]
+                if self._verdict:
+                    self._store.set(_VERDICT, self._verdict)
+                elif self._store.check([_VERDICT]):
+                    self._verdict = self._store.get(_VERDICT).decode()
+                others = [r for r in range(self.size) if r in self._heard or self._store.check([_key(r)])]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
             except RuntimeError:
-                continue  # the store is gone, and with it process 0 or the launcher: the judge counts the silence
+                return  # the store is gone, and with it process 0 or the launcher: the judge counts the silence
             self._heard_any = now = time.monotonic()
             for rank, line in zip(others, lines, strict=True):
                 state = State(**json.loads(line))
                 before = self._heard.get(rank)
-                if before is None or before[0].beat != state.beat:
+                if rank != self.rank and (before is None or before[0].beat != state.beat):
                     self._heard[rank] = state, now
 
     def _publish(self) -> None:
@@ -135,12 +143,17 @@ class Watch:
     def _judge(self) -> None:
         while not self._closing.wait(self.period):
             fault = self._fault()
-            if fault and not self._over:
-                leave(LOST, f"{fault}. Ending process {self.rank} at step {self._state.step}")
+            if fault:
+                self._verdict = fault
+                if not self._closing.wait(3 * self.period):  # until the others have heard it
+                    leave(LOST, f"{fault}. Ending process {self.rank} at step {self._state.step}")
 
     def _fault(self) -> str | None:
-        now, silence = time.monotonic(), min(self.limit, SUSPICION_SECONDS) if self._suspicious else self.limit
-        heard = dict(self._heard)
+        if self._verdict:
+            return self._verdict
+        now, heard, silence = time.monotonic(), dict(self._heard), self.limit
+        if self._suspicious:
+            silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.talk_period))
         for rank, (state, _) in heard.items():
             if state.ended:
                 return f"process {rank} failed while {state.at()}: {state.ended}"
@@ -178,6 +191,9 @@ def suspects(sequences: dict[int, dict[str, int]]) -> list[int]:
         waiting |= {rank for rank, count in counts.items() if count > min(counts.values())}
         awaited |= {rank for rank, count in counts.items() if count < max(counts.values())}
     return sorted(awaited - waiting)
+
+
+_VERDICT = "megatron_lcl/watch/verdict"
 
 
 def _key(rank: int) -> str:
