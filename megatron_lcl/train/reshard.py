@@ -68,7 +68,7 @@ def _write(state: State, folder: Path) -> None:
     zero3 = {"state": {0: {"step": state.step}}, "param_groups": groups}
     common |= {"param_groups": groups, "optimizer_state_dict": zero3, "ds_version": state.version}
     save("zero/optimizer_state.pt", common)
-    counts = {**state.common, "module": {}, "param_shapes": None}
+    counts = {**state.common, "module": {}, "param_shapes": None, "mp_world_size": 1}
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         save(name, counts)
     (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,12 @@ import torch
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.model.lcl import pack_padded
+from megatron_lcl.model.special import SpecialTokens
 
 GLOBAL_BATCH = 6  # divides among one, two and three processes
 LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
+CUTS = (0, 4)  # of two pipeline parts
 FIRST = 3  # steps before the checkpoint; as many after
 
 
@@ -30,7 +35,8 @@ class Job:
     source: str | None = None
     """the run whose checkpoint this one goes on from"""
     dtype: str = "float32"
-    background: bool = True
+    again: bool = False
+    """load the checkpoint once more, into the engine that has gone on, and go on again"""
 
 
 def build_config(folder: Path, job: Job) -> Config:
@@ -43,7 +49,6 @@ def build_config(folder: Path, job: Job) -> Config:
         "zero": {"stage": job.zero},
         "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
         "contrast": {"strategy": "recompute" if job.zero == 3 else "retain"},
-        "checkpoint": {"background": job.background, "keep_last": 10},
         "train": {"output": str(folder / job.name), "global_batch": GLOBAL_BATCH, "dtype": job.dtype},
     }
     return configs.from_dict(tree)
@@ -59,7 +64,10 @@ def pack(step: int, number: int, config: Config) -> PackedBatch:
     lengths = torch.tensor([len(with_image), 11])
     tokens = torch.nn.utils.rnn.pad_sequence([with_image, words[9:]], batch_first=True)
     images = torch.randint(0, 256, (1, 3, 16, 16), generator=draw, dtype=torch.uint8)
-    return pack_padded(tokens, lengths, images, config.model)
+    batch = pack_padded(tokens, lengths, images, config.model)
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    integers = {k: v.int() for k, v in fields.items() if isinstance(v, torch.Tensor) and v.dtype == torch.int64}
+    return dataclasses.replace(batch, **integers)  # as the loader gives them
 
 
 def run_jobs(rank: int, folder: str, jobs: list[Job]) -> dict[str, Any]:
@@ -72,27 +80,28 @@ def run_jobs(rank: int, folder: str, jobs: list[Job]) -> dict[str, Any]:
 
 
 def run_job(folder: Path, job: Job) -> dict[str, Any]:
+    from megatron_lcl.train import checkpointer
     from megatron_lcl.train.checkpoint import Progress, step_folder
-    from megatron_lcl.train.checkpointer import Checkpointer
-    from megatron_lcl.train.engine import build_engine, build_module, init_processes
-    from megatron_lcl.train.step import Stepper
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.share import share
 
     config = build_config(folder, job)
     mesh = init_processes(config)
-    engine = build_engine(build_module(config, mesh), config, mesh)
-    stepper = Stepper(engine, config, mesh)
+    engine = build_engine(build_module(config, mesh, CUTS if job.pipeline > 1 else None), config, mesh)
+    stepper = build_stepper(engine, config, mesh)
     run, said = Path(config.train.output), []
+    each = GLOBAL_BATCH // mesh.data.size
 
     def steps(first: int, last: int) -> list[tuple[float, float, float]]:
         rows = []
-        each = GLOBAL_BATCH // mesh.data.size
         for step in range(first, last):
             own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
-            result = stepper.run([pack(step, number, config) for number in own], LR[step])
+            batches = [pack(step, number, config) for number in own] if mesh.reads else None
+            result = stepper.run(share(batches, each, 1, mesh, engine.device), LR[step])
             rows.append((result.loss, result.contrastive, result.grad_norm))
         return rows
 
-    with Checkpointer(engine, config, mesh, run) as checkpoints:
+    with checkpointer.Checkpointer(engine, config, mesh, run) as checkpoints, written_late() as write:
         if job.source is None:
             steps(0, FIRST)
             checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}))
@@ -100,6 +109,29 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
             said = checkpoints.load(step_folder(folder / job.source, FIRST))
         groups = [(group["weight_decay"], group["betas"]) for group in engine.optimizer.param_groups]
         rows = steps(FIRST, 2 * FIRST)
+        write.set()
         checkpoints.wait()
-        saved = checkpoints.finished()
-    return {"rows": rows, "said": said, "groups": groups, "saved": saved}
+        again = []
+        if job.again:
+            checkpoints.load(step_folder(run if job.source is None else folder / job.source, FIRST))
+            again = steps(FIRST, 2 * FIRST)
+    return {"rows": rows, "again": again, "said": said, "groups": groups, "saved": checkpoints.finished()}
+
+
+@contextlib.contextmanager
+def written_late() -> Iterator[threading.Event]:
+    """What is saved in the background is not written before the event is set: when training has long gone on."""
+    from megatron_lcl.train import checkpointer
+
+    event, write_files = threading.Event(), checkpointer.write_files
+
+    def late(files: Any, root: Path) -> Any:
+        assert event.wait(60)
+        return write_files(files, root)
+
+    checkpointer.write_files = late
+    try:
+        yield event
+    finally:
+        event.set()
+        checkpointer.write_files = write_files

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other."""
+"""A checkpoint goes on at the layout that wrote it to the last bit, and at any other with equal losses."""
 
 from __future__ import annotations
 
@@ -10,42 +10,72 @@ import torch
 from processes import run_processes
 from small_runs import Job, run_jobs
 
-ZERO = (1, 2, 3)
-SAVES = [Job(f"zero{stage}", stage) for stage in ZERO]
+# written by two processes each
+SOURCES = {
+    "zero1": Job("zero1", 1, again=True),
+    "zero2": Job("zero2", 2, again=True),
+    "zero3": Job("zero3", 3, again=True),
+    "tensor": Job("tensor", 2, tensor=2, again=True),
+    "pipeline": Job("pipeline", pipeline=2, again=True),
+}
+Result = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Runs of two processes, one of each ZeRO stage, and what each gave when it went on from its own checkpoint."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """What each source gave when it went on, and then went on from its own checkpoint in a fresh engine."""
     folder = tmp_path_factory.mktemp("runs")
-    again = [Job(f"again{stage}", stage, source=f"zero{stage}") for stage in ZERO]
-    return folder, run_processes(run_jobs, 2, str(folder), [*SAVES, *again])[0]
+    fresh = [Job(f"{s.name}-fresh", s.zero, s.tensor, s.pipeline, source=s.name) for s in SOURCES.values()]
+    return folder, run_processes(run_jobs, 2, str(folder), [*SOURCES.values(), *fresh])[0]
 
 
 @pytest.mark.slow
-def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(saved: tuple[Path, dict[str, Any]]) -> None:
-    _, results = saved
-    for stage in ZERO:
-        again = results[f"again{stage}"]
-        assert again["rows"] == results[f"zero{stage}"]["rows"]
-        assert again["said"] == []
+@pytest.mark.parametrize("name", SOURCES)
+def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(name: str, saved: tuple[Path, Result]) -> None:
+    """Though what was saved in the background was written only after training had gone on."""
+    undisturbed, fresh = saved[1][name], saved[1][f"{name}-fresh"]
+    assert fresh["rows"] == undisturbed["rows"]
+    assert undisturbed["again"] == undisturbed["rows"], "into an engine that has gone on"
+    assert fresh["said"] == []
+    assert [decay for decay, _ in fresh["groups"]] == [0.3, 0.0]
+    assert all(0 < s.stall_seconds < s.write_seconds for s in undisturbed["saved"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_at_any_other_layout_they_are_equal(processes: int, saved: tuple[Path, dict[str, Any]]) -> None:
+def test_at_two_processes(saved: tuple[Path, Result]) -> None:
+    resume(2, saved, [("tensor", Job("a", 3)), ("zero3", Job("b", 2, tensor=2)), ("pipeline", Job("c", 1, tensor=2)),
+                      ("tensor", Job("d", pipeline=2)), ("zero1", Job("e", 3)), ("zero3", Job("f", 1))])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_at_one_process(saved: tuple[Path, Result]) -> None:
+    resume(1, saved, [("zero1", Job("g", 3)), ("pipeline", Job("h", 2)), ("tensor", Job("i", 1))])
+
+
+@pytest.mark.slow
+def test_at_three_processes(saved: tuple[Path, Result]) -> None:
+    resume(3, saved, [("zero3", Job("j", 3)), ("zero2", Job("k", 2)), ("pipeline", Job("l", 3))])
+
+
+@pytest.mark.slow
+def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
+    """Two by two, and from there to one process."""
     folder, expected = saved
-    jobs = [
-        Job(f"{processes}-{source}-{stage}", stage, source=f"zero{source}")
-        for source in ZERO
-        for stage in ZERO
-        if processes != 2 or source != stage
-    ]
-    results = run_processes(run_jobs, processes, str(folder), jobs)[0]
-    for job in jobs:
-        result = results[job.name]
-        assert_close(result["rows"], expected[job.source]["rows"], job)
-        assert [decay for decay, _ in result["groups"]] == [0.3, 0.0], job
+    split = Job("split", tensor=2, pipeline=2)
+    resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], [split])
+    rows = run_processes(run_jobs, 1, str(folder), [Job("n", 3, source="split")])[0]["n"]["rows"]
+    assert_close(rows, expected["zero1"]["rows"], split)
+
+
+def resume(processes: int, saved: tuple[Path, Result], cases: list[tuple[str, Job]], more: Any = ()) -> None:
+    folder, expected = saved
+    jobs = [Job(j.name, j.zero, j.tensor, j.pipeline, source=source) for source, j in cases]
+    for results in run_processes(run_jobs, processes, str(folder), [*jobs, *more]):
+        for job in [*jobs, *more]:
+            assert_close(results[job.name]["rows"], expected[job.source or "zero1"]["rows"], job)
+            assert [decay for decay, _ in results[job.name]["groups"]] == [0.3, 0.0], job
+    for source, _ in cases:  # converted once, beside what it was made from
+        assert (folder / source / "checkpoints" / "step-00000003" / "universal" / "manifest.json").is_file()
 
 
 def assert_close(ours: Any, theirs: Any, job: Job) -> None:
