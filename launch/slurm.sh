@@ -58,7 +58,7 @@ cat "$logs/check-0.log"
 trap : TERM # Slurm's TERM reaches the processes too; this script waits until they have saved
 code=0
 "${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block \
-  --cpus-per-task=$((cpus > 1 ? cpus : 1)) --wait=120 --open-mode=append --output="$logs/rank-%4t.log" \
+  --cpus-per-task=$((cpus > 1 ? cpus : 1)) --wait=600 --open-mode=append --output="$logs/rank-%4t.log" \
   "${train[@]}" || code=$?
 if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved
   # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
