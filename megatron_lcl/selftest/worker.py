@@ -27,7 +27,8 @@ def run_case(
 ) -> Trajectory | None:
     """Join the case's process group, check every group of its mesh, train; the result on the first process.
 
-    timeout: seconds to wait for another process. prepare: called with the rank before anything else; tests plant faults with it.
+    timeout: seconds to wait for another process. prepare: called with the rank before anything else; tests plant
+    faults with it.
     """
     if prepare is not None:
         prepare(rank)
