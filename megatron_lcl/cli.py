@@ -131,8 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", dest="tasks", action="append", metavar="TASK", help=tasks)
     sub.add_argument("--images", metavar="DIR", help="images of a COCO-Karpathy file")
     sub.add_argument("--class-names", metavar="FILE", help="one class name a line")
-    sub.add_argument("--templates", metavar="FILE", help="one text template a line, {} for the class")
+    sub.add_argument("--templates", metavar="FILE", help="one text template a line, {c} for the class")
     sub.add_argument("--tokenizer", metavar="clip|FILE", help="default: that of the model's corpus, or CLIP's")
+    sub.add_argument("--split", default="test", help="of the data, measured on (%(default)s)")
+    sub.add_argument("--train-split", default="train", help="of the data, k-NN and probes learn on it (%(default)s)")
+    sub.add_argument("--top-p", type=float, default=0.0, help="captions by nucleus sampling (default: greedy)")
+    sub.add_argument("--seed", type=int, default=0, help="of intervals, probes and sampling (%(default)s)")
     sub.add_argument("--processes", type=int, default=1, help="share the features among so many (%(default)s)")
     sub.add_argument("--output", metavar="DIR", help="also write the results there")
 
@@ -318,6 +322,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         return
     import torch
 
+    from megatron_lcl.evaluate.captioning import Decoding
     from megatron_lcl.evaluate.results import table
     from megatron_lcl.evaluate.run import evaluate
 
@@ -329,7 +334,11 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         images=options.images,
         class_names=options.class_names,
         templates=options.templates,
+        split=options.split,
+        train_split=options.train_split,
         tokenizer=options.tokenizer,
+        decoding=Decoding(top_p=options.top_p, seed=options.seed),
+        seed=options.seed,
         processes=options.processes,
         devices=tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",),
     )

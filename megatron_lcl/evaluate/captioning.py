@@ -28,6 +28,13 @@ class Decoding:
     temperature: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.top_p <= 1 or not self.temperature > 0:
+            raise ValueError(
+                f"top_p = {self.top_p} and temperature = {self.temperature}; give a share from 0 (greedy) to 1, and a "
+                "temperature above 0"
+            )
+
 
 @torch.no_grad()
 def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Sequence[int] = ()) -> list[list[int]]:

@@ -30,12 +30,12 @@ from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.index import InOrder
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
-from megatron_lcl.evaluate.results import bootstrap
+from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
-RESULT, EXAMPLES = "heldout.json", "heldout_examples.json"
+RESULT, EXAMPLES, PICTURE = "heldout.json", "heldout_examples.json", "heldout.png"
 CONTEXT_CHARACTERS = 400
 _ROWS = 1024
 """of a similarity matrix at a time"""
@@ -108,13 +108,14 @@ class HeldOut:
 def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = None) -> str:
     """`evaluate_heldout` of a run or a checkpoint, on CUDA where there is one; returns the table.
 
-    `output`: folder for the numbers and the examples as JSON, which the report shows.
+    `output`: folder for the numbers and the examples as JSON, which the report shows, and for a picture.
     """
     folder = find_checkpoint(checkpoint)
     model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     result, examples = evaluate_heldout(model, read_config(folder), corpus, step=step_of(folder))
     if output is not None:
         write_heldout(output, result, examples)
+        write_picture([as_result(result, str(checkpoint))], output / PICTURE)
     return table(result)
 
 
@@ -423,21 +424,34 @@ def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> Non
     (folder / EXAMPLES).write_text(json.dumps([asdict(e) for e in examples]) + "\n", encoding="utf-8")
 
 
+_RECALLS = (
+    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1"),
+    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10"),
+    ("context → image recall@1", "context_to_image_recall_at_1", "chance_at_1"),
+    ("context → image recall@10", "context_to_image_recall_at_10", "chance_at_10"),
+    ("… in its document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
+)
+
+
+def as_result(result: HeldOut, encoder: str) -> Result:
+    """The recalls as a `Result`, for the picture."""
+    metrics = {}
+    for title, name, chance in _RECALLS:
+        value = getattr(result, name)
+        if value is not None:
+            low, high = result.intervals.get(name, (value, value))
+            metrics[title] = Metric(value, low, high, getattr(result, chance))
+    return Result("held-out documents", encoder, result.corpus, result.pairs, metrics)
+
+
 def table(result: HeldOut) -> str:
     """The numbers for a terminal."""
     rows = [("documents, pairs", f"{result.documents}, {result.pairs}")]
-    for title, name, chance in (
-        ("image → context recall@1", "image_to_context_recall_at_1", result.chance_at_1),
-        ("image → context recall@10", "image_to_context_recall_at_10", result.chance_at_10),
-        ("context → image recall@1", "context_to_image_recall_at_1", result.chance_at_1),
-        ("context → image recall@10", "context_to_image_recall_at_10", result.chance_at_10),
-        ("… in its document recall@1", "image_in_document_recall_at_1", result.chance_in_document),
-    ):
-        value = getattr(result, name)
-        if value is not None and chance is not None:
-            low, high = result.intervals.get(name, (None, None))
-            between = f"   ({low:.1%} to {high:.1%})" if low is not None else ""
-            rows.append((title, f"{value:6.1%}   chance {chance:5.1%}   {value / chance:4.1f} times chance{between}"))
+    for title, metric in as_result(result, "").metrics.items():
+        assert metric.chance is not None
+        between = f"   ({metric.low:.1%} to {metric.high:.1%})" if result.intervals else ""
+        times = metric.value / metric.chance
+        rows.append((title, f"{metric.value:6.1%}   chance {metric.chance:5.1%}   {times:4.1f} times chance{between}"))
     if result.median_rank is not None:
         rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
     if result.bits_per_token is not None:

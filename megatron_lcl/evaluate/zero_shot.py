@@ -57,7 +57,7 @@ def retrieval(encoder: Encoder, data: ImageSet, features: np.ndarray, seed: int 
 def retrieval_ranks(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """0-based ranks: of each image's best caption among all texts [N], of each text's image among all images [M].
 
-    `owner` [M]: the image of each text. Cosine similarity; a tie counts against the true one.
+    `owner` [M]: the image of each text. Cosine similarity; a tie counts against the true one, and so does NaN.
     """
     images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
     own = torch.from_numpy(owner)
@@ -66,17 +66,17 @@ def retrieval_ranks(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray
         scores = images[low : low + _ROWS] @ texts.t()
         mine = own == torch.arange(low, low + len(scores))[:, None]
         best = scores.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
-        image_ranks.append(((scores >= best) & ~mine).sum(1))
+        image_ranks.append((~(scores < best) & ~mine).sum(1))
     for low in range(0, len(texts), _ROWS):
         scores = texts[low : low + _ROWS] @ images.t()
         true = own[low : low + _ROWS, None]
-        text_ranks.append((scores >= scores.gather(1, true)).sum(1) - 1)
+        text_ranks.append((~(scores < scores.gather(1, true))).sum(1) - 1)
     return torch.cat(image_ranks).numpy(), torch.cat(text_ranks).numpy()
 
 
 def _rank_of_label(features: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     scores = F.normalize(features, dim=-1) @ texts.t()
-    return ((scores >= scores.gather(1, labels[:, None])).sum(1) - 1).numpy()
+    return ((~(scores < scores.gather(1, labels[:, None]))).sum(1) - 1).numpy()
 
 
 def _batches(features: np.ndarray, labels: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -23,7 +23,7 @@ from megatron_lcl.model.stages import IMAGE_STD, normalise
 
 transformers = pytest.importorskip("transformers")
 GIANT = Model(Vision(224, 14, 1408, 2, 16, 6144), Language(128, 1000, 512, 1, 8, 2048), 8)
-B32 = Model(Vision(224, 32, 768, 12, 12, 3072), Language(128, 1000, 512, 1, 8, 2048), 8)
+B32, B16 = (Model(Vision(224, p, 768, 12, 12, 3072), Language(128, 1000, 512, 1, 8, 2048), 8) for p in (32, 16))
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_bfloat16(make_model: Callable[..., LCL], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [B32, GIANT], ids=["B/32", "g/14, two blocks"])
+@pytest.mark.parametrize("config", [B32, B16, GIANT], ids=["B/32", "B/16", "g/14, two blocks"])
 def test_real_sizes(make_model: Callable[..., LCL], tmp_path: Path, config: Model) -> None:
     facts = export_model(make_model(config), "hf", tmp_path / "hf")
     assert facts["patches"]["relative_difference"] < 1e-5

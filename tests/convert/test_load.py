@@ -159,6 +159,9 @@ def test_bad_files(model: LCL, ours: Path, tmp_path: Path) -> None:
     state["visual.extra"] = state.pop("visual.ln_post.bias")
     torch.save(state, tmp_path / "names.pt")
     refused(tmp_path / "names.pt", "lacks visual.ln_post.bias", "unknown visual.extra", config=config)
+    state["visual.ln_post.bias"] = state.pop("visual.extra")[:-1]
+    torch.save(state, tmp_path / "shapes.pt")
+    refused(tmp_path / "shapes.pt", "visual.ln_post.bias of shape (63,), not (64,)", config=config)
     torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
     refused(tmp_path / "other.pt", "not an LCL checkpoint")
 
@@ -168,6 +171,9 @@ def test_our_folder_with_the_wrong_tensors(model: LCL, ours: Path, tmp_path: Pat
     state["9.extra"] = state.pop("0.positions")
     save_file(state, ours / "model.safetensors")
     refused(ours, "lacks 0.positions", "unknown 9.extra")
+    state["0.positions"] = state.pop("9.extra")[:-1]
+    save_file(state, ours / "model.safetensors")
+    refused(ours, "0.positions of shape (16, 64), not (17, 64)")
     shutil.copy(ours / "config.yaml", tmp_path / "config.yaml")
     (ours / "config.yaml").write_text("model: [1, 2")
     refused(ours, "config.yaml")

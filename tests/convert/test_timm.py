@@ -101,6 +101,8 @@ def test_real_sizes_by_checkpoint_path(
         assert peer.head.weight.shape == (timm.create_model(name, depth=1).num_classes, v.width)
         assert float((peer.forward_features(images)[:, 1:] - ours).norm() / ours.norm()) < 1e-5
         assert not peer(images).any()  # a classifier of zeros
+        if name != "vit_base_patch32_clip_224":
+            return
         hub = timm.create_model(f"local-dir:{file.parent}", pretrained=True).eval()
         assert float((hub(images) - ours.mean(1)).norm() / ours.mean(1).norm()) < 1e-5
         overlay = {"file": str(file), "num_classes": 1}  # timm's way to another classifier, or none

@@ -147,6 +147,8 @@ def test_a_tie_counts_against_us() -> None:
     same = torch.ones(4, 3)
     ranks = retrieval_ranks(same, same, np.arange(4))
     assert ranks[0].tolist() == ranks[1].tolist() == [3, 3, 3, 3]  # a collapsed encoder is not perfect
+    broken = retrieval_ranks(torch.full((4, 3), np.nan), same, np.arange(4))
+    assert broken[0].tolist() == broken[1].tolist() == [3, 3, 3, 3]  # nor is a broken one
 
 
 def test_bootstrap_against_scipy() -> None:

@@ -83,3 +83,27 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
     refused("no folder 'train'", "knn", data=folder / "test")
     refused("k = 1000", "knn", k=1000)
     refused("--tokenizer", "zero-shot")
+
+
+def test_command_line(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits, seed and nucleus sampling reach the tasks; one line for what cannot be."""
+    from megatron_lcl.cli import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "learn").symlink_to(folder / "train")
+    (tmp_path / "data" / "measure").symlink_to(folder / "test")
+    command = [
+        "evaluate",
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    splits = ["--split", "measure", "--train-split", "learn", "--seed", "3"]
+    assert main([*command, *splits, "--task", "knn"]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (result["num_items"], result["settings"]["seed"]) == (200, 3)
+    assert main([*command, *splits, "--task", "captioning", "--top-p", "1.5"]) == 2
