@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lcl.parallel.collectives import sum_gradients
-from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, gathered_linear, is_split
+from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, SharedParameters, gathered_linear
 from megatron_lcl.parallel.mesh import Axis
 
 Norm = Callable[[int], nn.Module]
@@ -67,11 +66,12 @@ class Block(nn.Module):
         self.axis, self.recompute = axis, recompute
         self.norm1, self.attention = norm(width), Attention(width, heads, axis)
         self.norm2, self.mlp = norm(width), FeedForward(width, mlp_width, axis)
-        sum_replicated(self, axis)
+        self.shared = SharedParameters(self, axis)
 
     def residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
         """The block on this tensor rank's share of `num_rows` rows."""
-        return self._run("full", self._residual, hidden_SD, num_rows, attend)
+        with self.shared.summing():
+            return self._run("full", self._residual, hidden_SD, num_rows, attend)
 
     def _residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
         hidden_SD = hidden_SD + self._run("attention", self._attention, hidden_SD, num_rows, attend)
@@ -84,8 +84,3 @@ class Block(nn.Module):
         if self.recompute != part:
             return function(*arguments)
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no dropout anywhere
-
-
-def sum_replicated(stage: nn.Module, axis: Axis) -> None:
-    """Backward sums the gradients of the stage's parameters that are the same on every tensor rank."""
-    sum_gradients((parameter for parameter in stage.parameters() if not is_split(parameter)), axis)

@@ -25,9 +25,16 @@ from megatron_lcl.attention import full_attention, packed_causal_attention
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
-from megatron_lcl.model.block import Block, Norm, Recompute, sum_replicated
+from megatron_lcl.model.block import Block, Norm, Recompute
 from megatron_lcl.parallel.collectives import gather, gather_same, own_share, pad_rows, reduce_scatter, share_size
-from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, gathered_linear, mark_split
+from megatron_lcl.parallel.layers import (
+    ColumnLinear,
+    RowLinear,
+    SharedParameters,
+    VocabularyEmbedding,
+    gathered_linear,
+    mark_split,
+)
 from megatron_lcl.parallel.mesh import ALONE, Axis
 
 MAX_LOG_SCALE = math.log(100)
@@ -80,7 +87,7 @@ class Patches(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(vision.width))
         self.positions = nn.Parameter(torch.empty(1 + vision.num_patches, vision.width))
         self.norm = norm(vision.width)
-        sum_replicated(self, axis)
+        self.shared = SharedParameters(self, axis)
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
@@ -88,7 +95,8 @@ class Patches(nn.Module):
         size = share_size(num_images * length, self.axis)
         start = self.axis.rank * size
         first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
-        rows_SV = self.encode(x.hidden[first:last]).flatten(0, 1)[start - first * length :][:size]
+        with self.shared.summing():
+            rows_SV = self.encode(x.hidden[first:last]).flatten(0, 1)[start - first * length :][:size]
         return x._replace(hidden=pad_rows(rows_SV, size))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -144,10 +152,14 @@ class PoolInterleave(nn.Module):
         self.out = RowLinear(d, d, axis, bias=False)
         self.embedding = VocabularyEmbedding(model.language.vocab_size, d, axis)
         self.positions = nn.Parameter(torch.empty(model.language.context_length, d))
-        sum_replicated(self, axis)
+        self.shared = SharedParameters(self, axis)
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
+        with self.shared.summing():
+            return x._replace(hidden=self._rows(x))
+
+    def _rows(self, x: Activations) -> torch.Tensor:
         # until they are split again, all rows are summands: of the latents, of patches, of tokens' embeddings
         latents_ND, patches_NPD = self._pool(self.norm(x.hidden), len(x.image_start))
         tokens_RD = self.embedding(x.tokens)
@@ -157,7 +169,7 @@ class PoolInterleave(nn.Module):
         # an empty slot's embeddings go to one row too many, which is cut off again
         rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
         rows_SD = reduce_scatter(rows_RD, self.axis) + self.positions[own_share(x.positions, self.axis)]
-        return x._replace(hidden=torch.cat([rows_SD, reduce_scatter(latents_ND, self.axis)]))
+        return torch.cat([rows_SD, reduce_scatter(latents_ND, self.axis)])
 
     def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The normed patch tokens [N, P, V], the features that LCL trains."""
@@ -212,7 +224,7 @@ class Head(nn.Module):
         self.vocabulary_norm = norm(language.width)
         self.vocabulary = nn.Parameter(torch.empty(share_size(self.vocab_size, axis), language.width))
         mark_split(self.vocabulary, 0, self.vocab_size)
-        sum_replicated(self, axis)
+        self.shared = SharedParameters(self, axis)
         self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient comes whole
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
@@ -224,7 +236,10 @@ class Head(nn.Module):
         return self
 
     def forward(self, inputs: Activations) -> Outputs:
-        x = Activations(*inputs)
+        with self.shared.summing():
+            return self._outputs(Activations(*inputs))
+
+    def _outputs(self, x: Activations) -> Outputs:
         num_rows, num_images = len(x.tokens), len(x.image_soi)
         size = share_size(num_rows, self.axis)
         rows_RD = gather(x.hidden[:size], self.axis, num_rows)

@@ -11,7 +11,7 @@ every rank does the same with its result and gets the same, whole gradient for i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,16 +59,12 @@ def reduce_scatter(parts: torch.Tensor, axis: Axis) -> torch.Tensor:
     return parts if axis.size == 1 else _ReduceScatter.apply(parts, axis)
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], axis: Axis) -> None:
-    """From now on these parameters, the same on every rank, get the sum of the ranks' gradients.
+def sum_gradients(tensors: Sequence[torch.Tensor], axis: Axis) -> Sequence[torch.Tensor]:
+    """Tensors of one dtype that are the same on every rank, to compute with. Backward sums their gradients over ranks.
 
-    For whatever is used on a share of the rows, or for a share of the result: norms, positions, biases behind a sum.
-    The hook runs inside autograd, once in a backward and before the gradient is accumulated, so whoever takes gradients
-    during backward, as DeepSpeed does, finds them summed.
+    For what is used on a share of the rows, or for a share of the result. One all-reduce for the gradients of all.
     """
-    if axis.size > 1:
-        for parameter in parameters:
-            parameter.register_hook(lambda grad: axis.all_reduce(grad.clone(memory_format=torch.contiguous_format)))
+    return tensors if axis.size == 1 else _SumGradients.apply(axis, *tensors)
 
 
 def start_gather(share: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
@@ -123,3 +119,16 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _finish(start_gather(grad, ctx.axis))[: ctx.num_rows], None
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, axis, *tensors):
+        ctx.axis = axis
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        together = ctx.axis.all_reduce(torch.cat([grad.flatten() for grad in grads]))
+        parts = together.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))

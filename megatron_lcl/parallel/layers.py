@@ -7,7 +7,8 @@ A split parameter says so itself: `tensor_model_parallel` (DeepSpeed's gradient 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron_lcl.parallel.collectives import (
     share_size,
     start_gather,
     start_reduce_scatter,
+    sum_gradients,
 )
 from megatron_lcl.parallel.mesh import Axis
 
@@ -68,6 +70,37 @@ def full_tensor(value: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> tor
 
 def _num_real(rank: int, size: int, full_size: int) -> int:
     return min(size, max(0, full_size - rank * size))
+
+
+class SharedParameters:
+    """The parameters that a module has, now, and that are not split: the same on every rank, which must stay so.
+
+    Each rank has a part of their gradients, since it uses them on its share of the rows or for its share of the result.
+    Inside `summing` the module computes with stand-ins whose backward sums these parts, all in one all-reduce. That is
+    before gradients are accumulated, so whoever takes them during backward, as DeepSpeed does, finds them summed.
+    """
+
+    def __init__(self, module: nn.Module, axis: Axis) -> None:
+        self.axis = axis
+        named = [(part, part.named_parameters(recurse=False)) for part in module.modules()]
+        self.places = [(part, name) for part, own in named for name, p in own if not is_split(p)]
+
+    @contextlib.contextmanager
+    def summing(self) -> Iterator[None]:
+        """What the module computes in here owes its gradients to all ranks."""
+        if self.axis.size == 1:
+            yield
+            return
+        parameters = [getattr(part, name) for part, name in self.places]
+        self._put(sum_gradients(parameters, self.axis))
+        try:
+            yield
+        finally:
+            self._put(parameters)
+
+    def _put(self, tensors: Sequence[torch.Tensor]) -> None:
+        for (part, name), tensor in zip(self.places, tensors, strict=True):
+            part._parameters[name] = tensor  # type: ignore[assignment]  # a stand-in is no Parameter
 
 
 class ColumnLinear(nn.Linear):

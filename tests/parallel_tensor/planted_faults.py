@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 from unittest.mock import patch
 
@@ -30,15 +31,18 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
     if not fault:
         return contextlib.nullcontext()
     parts, loss, reduce_scatter = layers.RowLinear.parts, stages.generation_loss, collectives.start_reduce_scatter
+    all_reduce = Axis.all_reduce
 
-    def sum_all_but(name: str, stage: torch.nn.Module, axis: Axis) -> None:
-        named = stage.named_parameters()
-        collectives.sum_gradients((p for n, p in named if not layers.is_split(p) and n != name), axis)
+    class Forgetful(layers.SharedParameters):
+        """Takes the parameter of this name for one that owes nothing."""
 
-    def average(stage: torch.nn.Module, axis: Axis) -> None:
-        for parameter in stage.parameters():
-            if not layers.is_split(parameter):
-                parameter.register_hook(lambda grad: axis.all_reduce(grad.clone()) / axis.size)
+        def __init__(self, name: str, module: torch.nn.Module, axis: Axis) -> None:
+            super().__init__(module, axis)
+            chosen = module.get_parameter(name)
+            self.places = [(part, leaf) for part, leaf in self.places if getattr(part, leaf) is not chosen]
+
+    def averaged(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
+        return all_reduce(axis, tensor) / axis.size
 
     def own(rows: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
         return collectives.own_share(rows, axis).contiguous(), reduce_scatter(rows, axis)[1]
@@ -48,9 +52,9 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
 
     gather, gather_same = collectives._Gather, collectives._GatherSame
     return {
-        FAULTS[0]: patch.object(block, "sum_replicated", lambda *stage: sum_all_but("norm2.weight", *stage)),
-        FAULTS[1]: patch.object(block, "sum_replicated", lambda *stage: sum_all_but("mlp.down.bias", *stage)),
-        FAULTS[2]: patch.object(block, "sum_replicated", average),
+        FAULTS[0]: patch.object(block, "SharedParameters", functools.partial(Forgetful, "norm2.weight")),
+        FAULTS[1]: patch.object(block, "SharedParameters", functools.partial(Forgetful, "mlp.down.bias")),
+        FAULTS[2]: patch.object(Axis, "all_reduce", averaged),
         FAULTS[3]: patch.object(gather, "backward", gather_same.backward),
         FAULTS[4]: patch.object(gather_same, "backward", gather.backward),
         FAULTS[5]: patch.object(layers, "start_reduce_scatter", own),

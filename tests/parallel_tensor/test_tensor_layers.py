@@ -19,6 +19,7 @@ from megatron_lcl.parallel import collectives
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
     RowLinear,
+    SharedParameters,
     VocabularyEmbedding,
     full_shape,
     full_tensor,
@@ -92,15 +93,16 @@ def check_layers(axis: Axis, num_rows: int) -> None:
             assert full_shape(own) == parameter.shape
             own.data.copy_(shard(parameter.data, own, axis))
             same(full_tensor(own.data, own, axis), parameter.data)
-    collectives.sum_gradients([split[2].bias], axis)
+    shared = SharedParameters(nn.ModuleList(split), axis)
     whole, weights = draw(num_rows, 4, seed=0).requires_grad_(), draw(num_rows, 5, seed=1)
     expected = full[2](F.gelu(full[0](whole)) * full[1](whole))
     (expected * weights).sum().backward()
 
     share = collectives.own_share(whole.detach(), axis).requires_grad_()
-    a, b = gathered_linear(share, split[:2], axis, num_rows)
-    assert len(a) == num_rows
-    out = split[2](F.gelu(a) * b)
+    with shared.summing():
+        a, b = gathered_linear(share, split[:2], axis, num_rows)
+        assert len(a) == num_rows
+        out = split[2](F.gelu(a) * b)
     same(collectives.gather_same(out, axis, num_rows), expected)
     (out * collectives.own_share(weights, axis)).sum().backward()
     same(share.grad, collectives.own_share(whole.grad, axis))  # type: ignore[arg-type]
@@ -126,13 +128,19 @@ def check_embedding(axis: Axis) -> None:
 def check_sums(axis: Axis, dtype: torch.dtype) -> None:
     """A parameter that is used twice, in two micro-batches, after a cast of its module."""
     norm = nn.LayerNorm(4)
-    collectives.sum_gradients(norm.parameters(), axis)
+    shared = SharedParameters(norm, axis)
     norm.to(dtype)
     calls = []
     norm.bias.register_post_accumulate_grad_hook(lambda parameter: calls.append(parameter.grad.clone()))
-    for _ in range(2):
-        (norm.bias * (1 + axis.rank) + norm.bias).sum().backward()
+    losses = []
+    for _ in range(2):  # both forwards before the first backward
+        with shared.summing():
+            losses.append((norm.bias * (1 + axis.rank) + norm.bias).sum())
+    assert isinstance(norm.bias, nn.Parameter)
+    for loss in losses:
+        loss.backward()
     assert [call[0] for call in calls] == [9, 18], "summed before it is accumulated, once in a backward"
+    assert not norm.weight.grad.any(), "one all-reduce for all"  # type: ignore[union-attr]
 
 
 def test_collectives_and_layers_equal_one_process() -> None:
@@ -146,9 +154,10 @@ def test_at_size_one_everything_is_itself() -> None:
     assert collectives.gather_same(rows, ALONE, 5) is rows
     assert collectives.reduce_scatter(rows, ALONE) is rows
     assert full_tensor(rows, rows, ALONE) is rows
-    parameter = nn.Parameter(torch.ones(3))
-    collectives.sum_gradients([parameter], ALONE)
-    assert not parameter._backward_hooks
+    layer = nn.Linear(2, 2)
+    weight = layer.weight
+    with SharedParameters(layer, ALONE).summing():
+        assert layer.weight is weight
 
 
 @given(

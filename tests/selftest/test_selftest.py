@@ -36,7 +36,7 @@ def lose_a_sum(rank: int) -> None:
     summing = collectives.sum_gradients
     for module in list(sys.modules.values()):
         if getattr(module, "sum_gradients", None) is summing:
-            module.sum_gradients = lambda parameters, axis: None  # type: ignore[union-attr]
+            module.sum_gradients = lambda tensors, axis: tensors  # type: ignore[union-attr]
 
 
 def gather_in_another_order(rank: int) -> None:
