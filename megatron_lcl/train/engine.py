@@ -162,6 +162,9 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
         from megatron_lcl.train.pipeline import build_pipeline_engine
 
         engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):  # below its smallest a step is as bad as others: train.guard
+        scaler.raise_error_at_min_scale = False
     for head, value in zip(heads, initial, strict=True):
         # the cast to half precision has rounded the start value, and with it the float32 master
         update_log_scale(head.log_scale, functools.partial(torch.full_like, fill_value=value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,25 @@ def check_heldout(config: Config) -> None:
         )
 
 
+class _BrokenOff(Exception):
+    """A signal asks the run to end; every process raises it at the same batch."""
+
+
 class HeldOutMeter:
     """Measures between two steps. Every process has one."""
 
-    def __init__(self, config: Config, mesh: Mesh, stepper: Any, device: Any, telemetry: Telemetry) -> None:
-        """`stepper`: gives the outputs of micro-batches on the last pipeline stage."""
+    def __init__(
+        self, config: Config, mesh: Mesh, stepper: Any, device: Any, telemetry: Telemetry, asked: Callable[[], int]
+    ) -> None:
+        """`stepper`: gives the outputs of micro-batches on the last pipeline stage. `asked`: whether a signal asks the
+        run to end, the same on every process."""
         self.config, self.mesh, self.telemetry = config, mesh, telemetry
         at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
         assert config.evaluate.corpus is not None
 
         def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
+            if asked():
+                raise _BrokenOff
             batches = share(read, num, config.train.micro_batch, mesh, device)
             return list(itertools.zip_longest(batches, stepper.forward(batches)))
 
@@ -61,10 +70,16 @@ class HeldOutMeter:
         )
 
     def measure(self, step: int) -> None:
-        """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder."""
+        """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.
+
+        A signal breaks it off, for what it leaves of a job's time is for saving.
+        """
         started = time.perf_counter()
         try:
             result, examples = self.evaluation.run(step)
+        except _BrokenOff:
+            self.telemetry.say(f"the evaluation after step {step} is broken off")
+            return
         except ValueError as error:  # on every process
             raise RunError(str(error)) from None
         if not self.mesh.is_first:

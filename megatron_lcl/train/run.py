@@ -140,7 +140,7 @@ class Training:
         self.bad = BadSteps(config.guard, start.progress.guard)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
-            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry)
+            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._asked)
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
         self.batches: Iterator[PackedBatch] = iter(())
@@ -191,13 +191,13 @@ class Training:
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
         last = step == self.config.train.steps
-        if self.heldout and (last or step % self.config.train.evaluate_every == 0):
-            with self.watch.long("evaluating"):
-                self.heldout.measure(step)
         if last or (every and step % every == 0 and not self.bad.in_a_row):  # amid bad steps nothing good is saved
             self._save()
         elif compare and step % compare == 0:
             self._compare_replicas()
+        if self.heldout and (last or step % self.config.train.evaluate_every == 0):
+            with self.watch.long("evaluating"):
+                self.heldout.measure(step)
 
     def _save(self) -> None:
         self._compare_replicas()
@@ -217,12 +217,16 @@ class Training:
                 "stores wrongly; leave it out, and the same command goes on from the last checkpoint"
             )
 
-    def _stop_if_asked(self) -> None:
-        step = self.progress.step
+    def _asked(self) -> int:
+        """The signal that any process has received, 0 for none; the same on all, which ask together."""
         flags = torch.tensor([self.signals.received, self.checkpoints.writing], device=self.engine.device)
         signum, writing = self.mesh.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         if not writing:
             self.saver.settle()
+        return signum
+
+    def _stop_if_asked(self) -> None:
+        step, signum = self.progress.step, self._asked()
         if not signum:
             return
         with self.watch.long("saving before the end"):
