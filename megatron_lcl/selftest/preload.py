@@ -10,6 +10,8 @@ for name in (
     "megatron_lcl.train.run",
     "deepspeed.runtime.pipe.engine",
     "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
 ):
     importlib.import_module(name)
