@@ -1,0 +1,154 @@
+"""The processes of a training run, as a launcher would start them; started fast, because they are forked from a server
+that has imported everything. Faults are planted in them by a function of the test, before the command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing as mp
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+START_SECONDS = 90.0
+
+
+class Fleet:
+    """`megatron-lcl train ARGUMENTS` in `size` processes; none is left when the `with` block ends.
+
+    plant: called as plant(rank, *planted) in each process before the command.
+    """
+
+    def __init__(
+        self, run: Path, *arguments: str, size: int = 2, plant: Callable[..., None] | None = None, planted: Any = ()
+    ) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_lcl.selftest.preload"])  # as in `processes`
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        run.parent.mkdir(parents=True, exist_ok=True)
+        self.run, self.logs = run, [run.parent / f"{run.name}.{rank}.log" for rank in range(size)]
+        words = ["train", "--train.output", str(run), *arguments]
+        self.processes = [
+            context.Process(target=_work, args=(rank, size, port, words, str(self.logs[rank]), plant, planted))
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> Fleet:
+        for log in self.logs:
+            log.write_text("")
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+        if kind is not None:
+            print(self.said())
+
+    def kill(self) -> None:
+        """SIGKILL to all, their loader processes included."""
+        for process in self.processes:
+            for pid in (process.pid, *descendants(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def wait(self, timeout: float = 120.0) -> list[int | None]:
+        """Exit codes, by rank; None for a process that has not ended in time."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def wait_for(self, done: Callable[[], bool], timeout: float = START_SECONDS) -> None:
+        """Until something is seen; fails if all processes end before it, or after the timeout."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            assert any(p.is_alive() for p in self.processes), f"all ended:\n{self.said()}"
+            assert time.monotonic() < deadline, f"not seen after {timeout} s:\n{self.said()}"
+            time.sleep(0.005)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the metrics tell of a step."""
+        self.wait_for(lambda: last_step(self.run) >= step)
+
+    def said(self) -> str:
+        """Output of all processes."""
+        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs)
+
+    def pid(self, rank: int) -> int:
+        """A process's number."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        return pid
+
+
+def train(run: Path, *arguments: str, code: int = 0, **options: Any) -> str:
+    """A run to its end; what its processes said."""
+    with Fleet(run, *arguments, **options) as fleet:
+        codes = fleet.wait()
+        assert codes == [code] * len(codes), f"{codes}\n{fleet.said()}"
+        return fleet.said()
+
+
+def _work(
+    rank: int, size: int, port: int, words: Sequence[str], log: str, plant: Callable[..., None] | None, planted: Any
+) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from megatron_lcl.cli import main
+
+    if plant is not None:
+        plant(rank, *planted)
+    sys.exit(main(list(words)))
+
+
+def descendants(pid: int | None) -> list[int]:
+    """Processes that a process has started, and those they have, as Linux lists them."""
+    try:
+        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+def alive(pids: Sequence[int]) -> list[int]:
+    """Those of them that still run. (A zombie whose parent has died is for process 1 to reap.)"""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl."""
+    path, found = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def last_step(run: Path) -> int:
+    """The last step that the metrics tell of."""
+    return max((line["step"] for line in lines(run)), default=0)
+
+
+def losses(run: Path) -> list[tuple[Any, ...]]:
+    """What the steps gave, by step."""
+    names = ("step", "loss", "contrastive", "log_scale", "grad_norm", "lr")
+    return [tuple(line[name] for name in names) for line in lines(run) if "loss" in line]

@@ -1,0 +1,40 @@
+"""SIGKILL at random moments of training and of saving: nothing is lost and nothing goes on silently wrong."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from fleet import Fleet, last_step, losses, train
+
+from megatron_lcl.train import checkpoint
+
+STEPS = 100
+
+
+@pytest.mark.slow
+def test_killed_25_times(config_file: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every step is saved in the background, so that most moments are moments of saving."""
+    soak = request.config.getoption("--soak")
+    rounds, steps = (250, 8 * STEPS) if soak else (25, STEPS)
+    words = ["--config", config_file, "--train.steps", str(steps), "--checkpoint.every", "1"]
+    train(tmp_path / "undisturbed", *words)
+    run, draw, at = tmp_path / "killed", random.Random(7), 0
+    for number in range(rounds):
+        with Fleet(run, *words) as fleet:
+            if number % 5:
+                fleet.wait_for_step(min(at + draw.randrange(1, 6), steps - 1))
+            time.sleep(draw.uniform(0, 0.3 if number % 5 else 3.0))
+            fleet.kill()
+        at = last_step(run)
+        complete = checkpoint.list_checkpoints(run)
+        assert [f for f in complete if checkpoint.verify(f)] == [], f"round {number}"
+        if complete:
+            assert checkpoint.step_of(complete[-1]) >= at - 2, "more than the save in writing was lost"
+    said = train(run, *words)
+    assert "going on from" in said
+    assert "passed over" not in said
+    assert losses(run) == losses(tmp_path / "undisturbed")
+    assert not list((run / checkpoint.FOLDER).glob(".*"))
