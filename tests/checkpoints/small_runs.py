@@ -103,7 +103,12 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
 
     with checkpointer.Checkpointer(engine, config, mesh, run) as checkpoints, written_late() as write:
         if job.source is None:
-            steps(0, FIRST)
+            steps(0, FIRST - 1)
+            write.set()
+            checkpoints.save(Progress(FIRST - 1, (FIRST - 1) * GLOBAL_BATCH, {}))
+            checkpoints.wait()
+            write.clear()
+            steps(FIRST - 1, FIRST)
             checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}))
         else:
             said = checkpoints.load(step_folder(folder / job.source, FIRST))
@@ -120,7 +125,7 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def written_late() -> Iterator[threading.Event]:
-    """What is saved in the background is not written before the event is set: when training has long gone on."""
+    """What is saved in the background is not written before the event is set, when training has long gone on."""
     from megatron_lcl.train import checkpointer
 
     event, write_files = threading.Event(), checkpointer.write_files

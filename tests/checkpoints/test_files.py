@@ -108,7 +108,7 @@ def test_a_run_begins_from_another_runs_checkpoint_and_then_goes_on_from_its_own
     assert checkpoint.choose(tmp_path / "new", named) == (Path(named), {})
     shutil.copytree(run, tmp_path / "new")
     assert checkpoint.choose(tmp_path / "new", named)[0] == checkpoint.step_folder(tmp_path / "new", 4)
-    with pytest.raises(ValueError, match="is not a whole checkpoint: manifest.json: missing"):
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint: manifest\.json: missing"):
         checkpoint.choose(tmp_path / "other", str(run))
 
 
