@@ -96,20 +96,10 @@ def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] 
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:
-    drops = Drops.from_dict(corpus.manifest["drops"])
-    rows = [
-        {"kind": kind, "reason": reason, "count": count, "names": list(drops.names.get(reason, []))[:3]}
-        for kind, counts in (
-            ("bad", drops.bad_counts),
-            ("left out", drops.left_out_counts),
-            ("noted", drops.noted_counts),
-        )
-        for reason, count in sorted(counts.items(), key=lambda entry: -entry[1])
-    ]
     return {
         "path": corpus.path,
         "source": corpus.manifest.get("source", {}),
         "counts": corpus.manifest["counts"],
         "tokenizer": corpus.manifest["tokenizer"],
-        "drops": rows,
+        "drops": list(Drops.from_dict(corpus.manifest["drops"]).rows()),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from megatron_lcl.data.preprocess import Summary, preprocess
 
 logger = logging.getLogger(__name__)
 _POLL = 2.0
-"""seconds between looks at the queue"""
+"""seconds between looks for a job's result"""
+_LOOK = 10.0
+"""seconds between looks at the queue, and for which a result may be on its way over a network file system"""
 
 
 def preprocess_on_slurm(
@@ -80,8 +83,26 @@ def _run_share(arguments: dict[str, Any], share: int, num_shares: int) -> int:
 
 
 def _outcome(job: Any) -> str:
-    """What went wrong in a job, once it is over; "" for a good one."""
+    """What went wrong in a job, once it is over; "" for a good one.
+
+    submitit learns of a job that left no result from Slurm's accounting only, and many a Slurm keeps none: so the queue
+    is looked at, too.
+    """
+    looked = time.monotonic()
     while not job.done():
         time.sleep(_POLL)
+        if time.monotonic() - looked > _LOOK:
+            if not _is_queued(job.job_id):
+                time.sleep(_LOOK)
+                if not job.done():
+                    return f"job {job.job_id} is gone and left no result; it was killed, or its node was"
+            looked = time.monotonic()
     error = job.exception()
     return "" if error is None else (str(error).strip().splitlines() or [repr(error)])[-1]
+
+
+def _is_queued(job_id: str) -> bool:
+    """Whether Slurm still has the job before it or at work; True where Slurm does not answer."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return bool(result.stdout.strip()) if result.returncode == 0 else "Invalid job id" not in result.stderr

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["image", "text", "document"]
 NAMES_KEPT = 5
+LOG = "drops.jsonl"
+"""a corpus's file of them"""
 
 
 @dataclass
@@ -58,6 +61,20 @@ class Drops:
                 mine[key] = mine.get(key, 0) + count
         for key, names in other.names.items():
             self.names[key] = (self.names.get(key, []) + names)[:NAMES_KEPT]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """`what` (bad, left out, noted), `reason`, `count` and `names` of the first few; the most frequent first."""
+        for what, counts in (
+            ("bad", self.bad_counts),
+            ("left out", self.left_out_counts),
+            ("noted", self.noted_counts),
+        ):
+            for reason, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
+                yield {"what": what, "reason": reason, "count": count, "names": self.names.get(reason, [])}
+
+    def log(self) -> bytes:
+        """The rows as JSON lines, for the file `LOG`."""
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()).encode(errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 
 from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard
 
@@ -49,9 +50,9 @@ def table(statistics: dict[str, Any]) -> str:
         lines.append(f"{name:<24}" + "".join(f"{q:>10,.4g}" for q in d["quantiles"]) + f"{d['mean']:>12,.4g}")
     lines.append("")
     lines.append("image formats: " + ", ".join(f"{k} {n:,}" for k, n in statistics["image_formats"].items()))
-    for title in ("bad", "left_out", "noted"):
-        for reason, count in sorted(statistics["drops"][title].items(), key=lambda entry: -entry[1]):
-            lines.append(f"{title.replace('_', ' '):<10}{count:>12,}  {reason}")
+    for row in Drops.from_dict(statistics["drops"]).rows():
+        lines.append(f"{row['what']:<10}{row['count']:>12,}  {row['reason']}")
+        lines += [f"{'':<24}{name}" for name in row["names"]]
     return "\n".join(lines)
 
 

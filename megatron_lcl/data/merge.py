@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.drops import LOG, Drops
 from megatron_lcl.data.files import sync
+from megatron_lcl.data.indexed import HashingFile
 from megatron_lcl.data.store import (
     FORMAT_VERSION,
     MANIFEST,
@@ -66,6 +67,9 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     try:
         for old_path, new in links:
             _link(old_path, output / new)
+        log = HashingFile(output / LOG)
+        log.write(drops.log())
+        files[LOG] = log.finish()
         sync(output)
         write_manifest(
             output,
@@ -81,8 +85,8 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
             },
         )
     except BaseException:
-        for _, new in links:
-            (output / new).unlink(missing_ok=True)
+        for name in (*(new for _, new in links), LOG):
+            (output / name).unlink(missing_ok=True)
         if created:
             output.rmdir()
         raise

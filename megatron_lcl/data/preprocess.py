@@ -29,7 +29,7 @@ from tqdm import tqdm
 from megatron_lcl.data import importers
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.document import Document
-from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.drops import LOG, Drops
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import Grouping, group_name
 from megatron_lcl.data.importers import Importer, Unit
@@ -68,14 +68,9 @@ class Summary:
             f"{self.path}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['placements']:,} images "
             f"({c['images']:,} distinct in a shard, {c['image_bytes'] / 1e6:,.1f} MB), {self.vocab_size:,} token ids"
         ]
-        for title, counts in (
-            ("bad", self.drops.bad_counts),
-            ("left out", self.drops.left_out_counts),
-            ("noted", self.drops.noted_counts),
-        ):
-            for reason, count in sorted(counts.items(), key=lambda entry: -entry[1]):
-                names = self.drops.names.get(reason)
-                lines.append(f"  {title}  {count:,}  {reason}" + (f"  (e.g. {names[0]})" if names else ""))
+        for row in self.drops.rows():
+            example = f"  (e.g. {row['names'][0]})" if row["names"] else ""
+            lines.append(f"  {row['what']}  {row['count']:,}  {row['reason']}{example}")
         if self.held_out is not None:
             lines.append(f"held out: {self.held_out}")
         return "\n".join(lines)
@@ -422,9 +417,10 @@ def _finish(
             files[target] = info
     temporary = work / job.tokenizer.file_name
     job.tokenizer.save(temporary)
-    copy = HashingFile(folder / job.tokenizer.file_name)
-    copy.write(temporary.read_bytes())
-    files[job.tokenizer.file_name] = copy.finish()
+    for name, content in ((job.tokenizer.file_name, temporary.read_bytes()), (LOG, drops.log())):
+        file = HashingFile(folder / name)
+        file.write(content)
+        files[name] = file.finish()
     sync(folder)
     write_manifest(
         folder,
@@ -444,13 +440,8 @@ def _finish(
         },
     )
     shutil.rmtree(work, ignore_errors=True)
-    for kind, reasons in (
-        ("bad", drops.bad_counts),
-        ("left out", drops.left_out_counts),
-        ("noted", drops.noted_counts),
-    ):
-        for reason, count in reasons.items():
-            logger.info("%s: %s %d (%s)", kind, reason, count, "; ".join(drops.names.get(reason, ())))
+    for row in drops.rows():
+        logger.info("%s: %s %d (%s)", row["what"], row["reason"], row["count"], "; ".join(row["names"]))
 
 
 def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:

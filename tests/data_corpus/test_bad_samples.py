@@ -21,6 +21,7 @@ from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.images import decode_eval
 from megatron_lcl.data.importers import create
+from megatron_lcl.data.inspect import stats, table
 from megatron_lcl.data.preprocess import Summary, preprocess
 from megatron_lcl.data.probe import BadImage, downscale, probe
 from megatron_lcl.data.store import open_corpus
@@ -154,6 +155,19 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
     }
     assert drops.left_out_counts == {"text: blank": 1, "image: 1x1 pixel": 1}
     assert drops.noted_counts == {"text: invalid Unicode replaced": 1, "document: invalid UTF-8 replaced": 1}
+
+    log = [json.loads(line) for line in (tmp_path / "out" / "drops.jsonl").read_text("utf-8").splitlines()]
+    counts = {what: {row["reason"]: row["count"] for row in log if row["what"] == what} for what in ("bad", "left out")}
+    assert counts == {"bad": drops.bad_counts, "left out": drops.left_out_counts}
+    (missing,) = [row["names"] for row in log if row["reason"] == "image: file missing"]
+    assert [name.split(": ")[1] for name in missing] == ["gone.png", "gone.png"]
+    assert "gone.png" in table(stats(open_corpus(tmp_path / "out")))
+    assert "drops.jsonl" in open_corpus(tmp_path / "out").manifest["files"]
+    assert not verify(tmp_path / "out")
+    with (tmp_path / "out" / "drops.jsonl").open("ab") as file:
+        file.write(b"{}\n")
+    assert verify(tmp_path / "out")[0].startswith("drops.jsonl")
+
     first, second = open_corpus(tmp_path / "out")
     assert [t.text for t in first.texts] == ["first", "last \ufffd."]
     assert [(i.data == good, i.similarity, i.matched_text) for i in first.images] == [

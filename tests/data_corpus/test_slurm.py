@@ -20,9 +20,19 @@ from .writers import picture
 pytest.importorskip("submitit")
 
 
+# In the job of share 1, before any Python starts: the first time round the job is killed, as if its node were lost.
+LOST_ONCE = """\
+echo "${{SLURM_ARRAY_TASK_ID-alone}}" >> {folder}/ran
+if [ "$SLURM_ARRAY_TASK_COUNT" = 3 ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then
+  scancel --signal=KILL --full "$SLURM_ARRAY_JOB_ID"_1; sleep 60
+fi"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_job_array_writes_the_same_bytes(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_array_writes_the_same_bytes_though_a_share_is_lost(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm.environment[name])
     for part in range(4):
@@ -32,11 +42,12 @@ def test_job_array_writes_the_same_bytes(slurm: Slurm, tmp_path: Path, monkeypat
     TOKENIZER.save(tmp_path / "t.model")
     options = {"tokenizer": tmp_path / "t.model", "task_bytes": 1}
     preprocess("jsonl", tmp_path / "in", tmp_path / "expected", **options)
-    slurm = {"timeout_min": 5, "mem_gb": 1}
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", shares=3, slurm=slurm, **options)
+    parameters = {"timeout_min": 5, "mem_gb": 1, "slurm_setup": [LOST_ONCE.format(folder=tmp_path)]}
+    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", shares=3, slurm=parameters, **options)
     assert summary.counts["documents"] == 160
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
+    assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "alone"]  # share 1 once more
 
 
 class FakeJob:
