@@ -1,0 +1,149 @@
+"""Bytes that a process sends in a step: the formulas of docs/parallelism.md, for one layout and one batch.
+
+Shape legend as in model.stages. `a` bytes of an activation, `g` bytes of a number in a reduced gradient, r = (p - 1)/p.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from megatron_lcl.config import Config
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.parallel.collectives import share_size
+from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.traffic import ring
+
+FLOAT, LONG = 4, 8
+
+Sent = defaultdict[tuple[int, ...], float]
+"""bytes by the global ranks of the group (see parallel.traffic.Traffic)"""
+
+
+def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:
+    """Handing a step's micro-batches to the other processes of the replica (train.share)."""
+    sent: Sent = defaultdict(float)
+    replica, tensor = mesh.replica, mesh.tensor
+    header = 6 + 8 + 4 + config.train.micro_batch
+    sent[replica.ranks] += ring(len(batches) * header * LONG, replica.size)
+    for batch in batches:
+        sent[replica.ranks] += ring(sum(len(t) for _, t in batch._integers()) * FLOAT, replica.size)
+        if mesh.pipeline.rank == 0:
+            sent[tensor.ranks] += ring(batch.images.numel(), tensor.size)
+    return sent
+
+
+def stepping(
+    batches: Sequence[PackedBatch],
+    pairs: Sequence[int],
+    stages: Sequence[int],
+    group_sizes: Sequence[int],
+    config: Config,
+    mesh: Mesh,
+    activation_bytes: int = 4,
+) -> Sent:
+    """One step with ZeRO-1 or 2 and without activation checkpointing.
+
+    pairs: of each data-parallel replica. stages: indices of those that this process holds. group_sizes: numbers in each
+    parameter group of this process.
+    """
+    sent: Sent = defaultdict(float)
+    passes = 2 if config.objective.name != "generation" and config.contrast.strategy == "recompute" else 1
+    tensor, pipeline = mesh.tensor, mesh.pipeline
+    last = pipeline.rank == pipeline.size - 1
+    me = pipeline.ranks[pipeline.rank]
+    for batch in batches:
+        for stage in stages:
+            forward, backward = _stage(stage, batch, config, tensor.size, activation_bytes)
+            sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward * passes, *backward])
+        if not last:
+            sent[me, pipeline.ranks[pipeline.rank + 1]] += passes * hidden_bytes(
+                stages[-1], batch, config, tensor.size, activation_bytes
+            )
+        if pipeline.rank > 0:
+            sent[me, pipeline.ranks[pipeline.rank - 1]] += hidden_bytes(
+                stages[0] - 1, batch, config, tensor.size, activation_bytes
+            )
+    data = mesh.data
+    reductions = len(batches) if config.zero.stage == 2 else 1
+    sent[data.ranks] += reductions * ring(sum(group_sizes) * FLOAT, data.size, 2)
+    for size in group_sizes:
+        sent[data.ranks] += ring(_round_up(size, 2 * data.size) * FLOAT, data.size)
+    if last and config.objective.name != "generation":
+        for ranks, num_bytes in contrast(pairs, config.model.language.width, mesh).items():
+            sent[ranks] += num_bytes
+    return sent
+
+
+def zero3(sizes: Sequence[int], batches: int, config: Config, mesh: Mesh) -> Sent:
+    """ZeRO-3's parameters and gradients (Rajbhandari et al. 2020), without a pipeline or tensor ranks.
+
+    sizes: numbers in each parameter. A micro-batch gathers parameters for each forward and for backward, and reduces
+    its gradients; parameters up to DeepSpeed's persistence threshold stay, and are gathered once, after the step.
+    """
+    sent: Sent = defaultdict(float)
+    passes = 2 if config.objective.name != "generation" and config.contrast.strategy == "recompute" else 1
+    threshold = config.deepspeed.get("zero_optimization", {}).get("stage3_param_persistence_threshold", 100_000)
+    size = mesh.data.size
+    for number in sizes:
+        num_bytes = _round_up(number, size) * FLOAT
+        gathers = batches * (passes + 1) if number > threshold else 1
+        sent[mesh.data.ranks] += (gathers + batches) * num_bytes * (size - 1) / size
+    return sent
+
+
+def contrast(pairs: Sequence[int], width: int, mesh: Mesh) -> Sent:
+    """The contrast: features and log-sum-exps once, nothing in backward; tensor ranks exchange rows of gradients."""
+    sent: Sent = defaultdict(float)
+    stage, tensor = mesh.stage, mesh.tensor
+    most = max(1, *(share_size(n, tensor) for n in pairs))
+    sent[stage.ranks] += ring(most * 2 * width * FLOAT * stage.size, stage.size)
+    sent[stage.ranks] += ring(most * 3 * FLOAT * stage.size, stage.size)
+    own = share_size(pairs[mesh.data.rank], tensor)
+    sent[tensor.ranks] += ring(own * 2 * width * FLOAT * tensor.size, tensor.size)
+    return sent
+
+
+def hidden_bytes(stage: int, batch: PackedBatch, config: Config, tensor: int, activation_bytes: int) -> int:
+    """The one tensor that goes from a stage to the next, this tensor rank's rows of it."""
+    vision, language = config.model.vision, config.model.language
+    num_images = len(batch.image_soi)
+    if stage <= vision.layers:
+        return -(-num_images * (1 + vision.num_patches) // tensor) * vision.width * activation_bytes
+    return (-(-len(batch.tokens) // tensor) + -(-num_images // tensor)) * language.width * activation_bytes
+
+
+def _stage(stage: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
+    """Bytes in all of each all-gather and reduce-scatter of a stage, in forward and in backward."""
+    vision, language = config.model.vision, config.model.language
+    v, d, length = vision.width, language.width, 1 + vision.num_patches
+
+    def padded(rows: int) -> int:
+        return -(-rows // tensor) * tensor
+
+    images, tokens, latents = (
+        padded(len(batch.image_soi) * length) * v * a,
+        padded(len(batch.tokens)) * d * a,
+        padded(len(batch.image_soi)) * d * a,
+    )
+    if stage == 0:
+        return [], [*_twice(3 * vision.patch_size**2 * v + v + length * v + 2 * v, a)]
+    if stage <= vision.layers:
+        return [images] * 4, [*[images] * 6, *_twice(6 * v, a)]
+    if stage == vision.layers + 1:
+        shared = 9 * v + language.context_length * d
+        return [images, images, tokens, latents], [*[images] * 4, tokens, latents, *_twice(shared, a)]
+    if stage <= vision.layers + 1 + language.layers:
+        return [tokens] * 4, [*[tokens] * 6, *_twice(6 * d, a)]
+    float_latents = padded(len(batch.image_soi)) * d * FLOAT
+    statistics = 3 * batch.num_targets * FLOAT * tensor
+    return [tokens, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
+
+
+def _twice(numbers: int, num_bytes: int) -> Iterable[int]:
+    """An all-reduce: what unsplit parameters owe to the other tensor ranks."""
+    return [numbers * num_bytes] * 2
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
