@@ -105,8 +105,8 @@ def test_what_is_computed_again_is_not_kept() -> None:
     batch, width = make_batch(), 64
     rows = len(batch.images) * (1 + MODEL.vision.num_patches) + len(batch.tokens)
     row = 4 * width * rows  # bytes of one number each for every row and feature, of both encoders together
-    # a block keeps its input, both norms' results, q, k, v, attention's result, and four widths before and behind GELU,
-    # and what the residual sums; one that is computed again keeps its input
+    # in widths, a block keeps its input, both norms' results, q, k, v, what attention gives, the sum before the second
+    # norm, and four each before and behind GELU: 16, of which one that is computed again keeps the first
     saved = {setting: (kept[("none",)] - size) / (LAYERS * row) for setting, size in kept.items()}
     assert 13 < saved[("full",)] < 17
     assert saved[("full", 2)] == pytest.approx(saved[("full",)] / 2, rel=0.02)

@@ -99,6 +99,23 @@ def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    """One process reads for two that share every layer, in place of two that read and have all layers each."""
+    recomputing = ["--train.activation_checkpointing", "full", "--train.activation_checkpointing_every", "2"]
+    train(config_file, tmp_path / "run", "--processes", "2", "--parallel.tensor", "2", *recomputing)
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(finished), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = (flat(run) for run in (tmp_path / "run", finished))
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def flat(run: Path) -> torch.Tensor:
+    """All parameters but key biases: their gradients are rounding, which Adam turns into steps of full size."""
+    named = load_model(run).stages.named_parameters()
+    return torch.cat([p.detach().flatten() for name, p in named if not name.endswith("k.bias")])
+
+
+@pytest.mark.slow
 def test_resuming_is_bitwise_and_passes_over_damage(finished: Path, config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "resumed"
     shutil.copytree(finished, run)
