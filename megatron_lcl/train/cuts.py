@@ -28,7 +28,7 @@ from megatron_lcl.model.stages import Activations, Outputs
 from megatron_lcl.parallel.collectives import share_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
-REPEATS = 5
+WARM_UPS, REPEATS = 2, 10
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,30 @@ def choose_cuts(
     """The first stage of each part of the run's pipeline, the same on every process; all processes call it.
 
     specs: as `stage_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
-    The first replica's first tensor ranks measure and the others wait, so that nobody disturbs.
     """
-    cuts: tuple[int, ...] = ()
-    if mesh.replica.rank < mesh.tensor.size and mesh.data.rank == 0:
-        batch = mesh.tensor.broadcast_object(sample)
-        assert batch is not None, "the first process has no sample"
-        times = measure_stages(specs, batch, config, mesh.tensor, device, dtype)
-        twice = config.objective.name != "generation" and config.contrast.strategy == "recompute"
-        shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
-        cuts = place_cuts([time.of_step(twice) for time in times], list(map(math.prod, shapes)), mesh.pipeline.size)
-    return mesh.world.broadcast_object(cuts)
+    batch = mesh.world.broadcast_object(sample)
+    assert batch is not None, "the first process has no sample"
+    costs = measure_costs(specs, batch, config, mesh, device, dtype)
+    shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
+    return place_cuts(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
+
+
+def measure_costs(
+    specs: Sequence[partial[nn.Module]],
+    batch: PackedBatch,
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[float]:
+    """Seconds that each stage takes for a micro-batch in a step: the median of all processes, which call it together.
+
+    They measure at the same time, as they will work at the same time, be it on devices or on cores that they share.
+    """
+    twice = config.objective.name != "generation" and config.contrast.strategy == "recompute"
+    own = [time.of_step(twice) for time in measure_stages(specs, batch, config, mesh.tensor, device, dtype)]
+    mesh.world.barrier()
+    return [statistics.median(of_stage) for of_stage in zip(*mesh.world.gather_objects(own), strict=True)]
 
 
 def measure_stages(
@@ -159,13 +172,13 @@ def _measure(
         shape = hidden_shape(index, batch, config.model, axis)
         x = x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
     times: list[tuple[float, float, float]] = []
-    for _ in range(1 + REPEATS):
+    for _ in range(WARM_UPS + REPEATS):
         out, forward = _timed(partial(stage, x), x.tokens.device)
         _, backward = _timed(_backward_of(out), x.tokens.device)
         with torch.no_grad():
             _, plain = _timed(partial(stage, x), x.tokens.device)
         times.append((forward, backward, plain))
-    return StageTime(*(statistics.median(column) for column in zip(*times[1:], strict=True)))  # the first one warms up
+    return StageTime(*(statistics.median(column) for column in zip(*times[WARM_UPS:], strict=True)))
 
 
 def _backward_of(out: Any) -> Callable[[], None]:

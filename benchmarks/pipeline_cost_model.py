@@ -1,0 +1,178 @@
+"""The cost model that cuts a pipeline, beside measured times of its parts.
+
+Claim: predicted and measured time of every part differ by less than 10 %. Predicted: the sum over the part's stages of
+what one stage of each kind was measured to take (`train.cuts`). Measured: the same part at work in the pipeline,
+its forward and backward instructions in DeepSpeed's engine, mean over the micro-batches of a step, median of steps.
+
+Both in CPU time of one thread, which a busy machine changes little. The steps are real ones, on processes of their own.
+Also shown: what the dearest part takes where every part has equally many stages.
+
+    python benchmarks/pipeline_cost_model.py [--steps 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing as mp
+import os
+import socket
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.model.lcl import pack_padded
+from megatron_lcl.model.special import SpecialTokens
+
+MICRO_BATCHES = 3
+ENCODER = {"heads": 4, "mlp_width": 1024, "width": 256}
+MODELS = {
+    "wide head: ViT 6x256 of 49 patches, LM 6x256, vocabulary 49,411; packs of 512 tokens, 4 images": (
+        {"image_size": 224, "patch_size": 32, "layers": 6, **ENCODER},
+        {"layers": 6, "vocab_size": 49411, "context_length": 512, **ENCODER},
+        (512, 4),
+    ),
+    "many patches: ViT 8x256 of 196 patches, LM 6x128, vocabulary 8,003; packs of 512 tokens, 2 images": (
+        {"image_size": 224, "patch_size": 16, "layers": 8, **ENCODER},
+        {"layers": 6, "vocab_size": 8003, "context_length": 512, "heads": 2, "mlp_width": 512, "width": 128},
+        (512, 2),
+    ),
+}
+
+
+def config_of(name: str, parts: int, **train: Any) -> Config:
+    vision, language, _ = MODELS[name]
+    return configs.from_dict(
+        {
+            "model": {"vision": vision, "language": language, "pool_heads": 2},
+            "parallel": {"pipeline": parts},
+            "contrast": {"strategy": train.pop("strategy", "retain")},
+            "train": {"global_batch": MICRO_BATCHES, **train},
+        }
+    )
+
+
+def make_pack(name: str, config: Config, seed: int) -> PackedBatch:
+    """Documents of random length with an image each, until the pack is full."""
+    rows, slots = MODELS[name][2]
+    draw = torch.Generator().manual_seed(seed)
+    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
+
+    def text(length: int) -> list[int]:
+        return torch.randint(1, special.sot, (length,), generator=draw).tolist()
+
+    documents = []
+    for image in range(slots):
+        share = rows // slots if image < slots - 1 else rows - sum(map(len, documents))
+        before = int(torch.randint(1, share - patches - 4, (1,), generator=draw))
+        picture = [special.soi, *[special.placeholder] * patches, special.eoi]
+        documents.append([special.sot, *text(before), *picture])
+        documents[-1] += [*text(share - len(documents[-1]) - 1), special.eot]
+    lengths = torch.tensor([len(document) for document in documents])
+    ids = torch.zeros(slots, int(lengths.max()), dtype=torch.int64)
+    for i, document in enumerate(documents):
+        ids[i, : len(document)] = torch.tensor(document)
+    size = config.model.vision.image_size
+    images = torch.randint(0, 256, (slots, 3, size, size), generator=draw, dtype=torch.uint8)
+    return pack_padded(ids, lengths, images, config.model)
+
+
+def work(rank: int, name: str, config: Config, even: bool, steps: int, port: int, results: Any) -> None:
+    """One process of a pipeline: cut by the cost model or evenly, timed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.parallel.pipeline)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    from deepspeed.runtime.pipe import schedule
+
+    from megatron_lcl.train import cuts as cuts_module
+    from megatron_lcl.train.cuts import even_cuts, hidden_shape, measure_costs, part_sums, place_cuts
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
+
+    mesh, packs = init_processes(config), [make_pack(name, config, m) for m in range(MICRO_BATCHES)]
+    specs = specs_of(config, mesh.tensor)
+
+    def measure() -> list[float]:
+        with patch.object(cuts_module, "time", SimpleNamespace(perf_counter=time.process_time)):
+            return measure_costs(specs, packs[0], config, mesh, torch.device("cpu"), torch.float32)
+
+    rounds = [measure()]
+    costs = rounds[0]
+    sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
+    parts = mesh.pipeline.size
+    cuts = even_cuts(len(specs), parts) if even else place_cuts(costs, sizes, parts)
+    mesh.world.barrier()
+    engine = build_engine(build_module(config, mesh, cuts), config, mesh)
+    spent: list[float] = []
+
+    def timed(function: Any) -> Any:
+        def run(self: Any, buffer_id: int) -> None:
+            started = time.process_time()
+            function(self, buffer_id)
+            spent.append(time.process_time() - started)
+
+        return run
+
+    instructions = engine._INSTRUCTION_MAP
+    for kind in (schedule.ForwardPass, schedule.BackwardPass):
+        instructions[kind] = timed(instructions[kind])
+    stepper, seconds = build_stepper(engine, config, mesh), []
+    for step in range(1 + steps):
+        spent.clear()
+        stepper.run(packs, 1e-4)
+        if step:  # the first one warms up
+            seconds.append(sum(spent) / MICRO_BATCHES)
+            rounds.append(measure())  # in turn, so that what else the machine does meets both alike
+    bounds, predicted = [*cuts, len(specs)], [statistics.median(of_stage) for of_stage in zip(*rounds, strict=True)]
+    results.put((rank, bounds[rank : rank + 2], part_sums(predicted, cuts), statistics.median(seconds)))
+    mesh.world.barrier()
+
+
+def run(name: str, parts: int, even: bool, strategy: str, steps: int) -> tuple[float, float]:
+    """Prints a row for each part; the worst error, and what the dearest part took."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context, config = mp.get_context("spawn"), config_of(name, parts, strategy=strategy, dtype="float32")
+    results: Any = context.Queue()
+    workers = [
+        context.Process(target=work, args=(rank, name, config, even, steps, port, results)) for rank in range(parts)
+    ]
+    for worker in workers:
+        worker.start()
+    rows = sorted(results.get(timeout=900) for _ in workers)
+    for worker in workers:
+        worker.join()
+    predicted, worst = rows[0][2], 0.0
+    for (rank, (first, after), _, seconds), expected in zip(rows, predicted, strict=True):
+        error = expected / seconds - 1
+        worst = max(worst, abs(error))
+        label = (
+            f"{strategy:9} {'even' if even else 'chosen':6} part {rank} of {parts}, stages {first:2} to {after - 1:2}"
+        )
+        print(f"{label}   {1000 * expected:8.1f} ms   {1000 * seconds:8.1f} ms   {100 * error:+5.1f} %", flush=True)
+    return worst, max(row[3] for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3)
+    steps, worst = parser.parse_args().steps, 0.0
+    for name in MODELS:
+        print(f"\n{name}\n{'':49}  predicted     measured      error")
+        two, _ = run(name, 2, False, "recompute", steps)
+        four, chosen = run(name, 4, False, "retain", steps)
+        evenly, even = run(name, 4, True, "retain", steps)
+        worst = max(worst, two, four, evenly)
+        print(f"dearest of 4 parts, chosen / even: {chosen / even:.2f}")
+    print(f"\nlargest error {100 * worst:.1f} %")
+
+
+if __name__ == "__main__":
+    main()
