@@ -29,7 +29,7 @@ from megatron_lcl.model.block import Block, Norm, Recompute
 from megatron_lcl.parallel.collectives import gather, gather_same, own_share, pad_rows, reduce_scatter, share_size
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
-    RowLinear,
+    RowParts,
     SharedParameters,
     VocabularyEmbedding,
     gathered_linear,
@@ -149,7 +149,7 @@ class PoolInterleave(nn.Module):
         self.query = nn.Parameter(torch.empty(1, v))
         self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
         self.q, self.k, self.v = (ColumnLinear(v, d, axis) for _ in range(3))
-        self.out = RowLinear(d, d, axis, bias=False)
+        self.out = RowParts(d, d, axis)
         self.embedding = VocabularyEmbedding(model.language.vocab_size, d, axis)
         self.positions = nn.Parameter(torch.empty(model.language.context_length, d))
         self.shared = SharedParameters(self, axis)
@@ -190,7 +190,7 @@ class PoolInterleave(nn.Module):
         k, v = (x.unflatten(0, (num_images, self.length))[:, 1:] for x in (k, v))  # without the class token
         heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
         pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
-        return self.out.parts(pooled), self.out.parts(v)
+        return self.out(pooled), self.out(v)
 
 
 class LanguageBlock(Block):

@@ -125,7 +125,7 @@ def gathered_linear(
     gradient, and sums that over ranks while it computes the weights'.
     """
     if axis.size == 1:
-        return tuple(F.linear(share, layer.weight, layer.bias) for layer in layers)
+        return tuple(layer(share) for layer in layers)  # called: ZeRO-3 gathers a module's parameters when it is
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
     return _GatheredLinear.apply(share, axis, num_rows, *parameters)
 
@@ -155,27 +155,28 @@ class _GatheredLinear(torch.autograd.Function):
         return grad_share, None, None, *of_parameters
 
 
-class RowLinear(nn.Linear):
-    """Linear layer of which every rank has a part of the input features.
+class RowParts(nn.Linear):
+    """Linear layer of which every rank has a part of the input features: gives what the ranks have to sum, no bias."""
 
-    Called, it gives this rank's share of the rows of the result; `parts` what the ranks would have to sum for it.
-    """
-
-    def __init__(self, in_features: int, out_features: int, axis: Axis, bias: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, axis: Axis) -> None:
         assert in_features % axis.size == 0, f"{in_features} features over {axis.size} ranks"
-        super().__init__(in_features // axis.size, out_features, bias)
+        super().__init__(in_features // axis.size, out_features, bias=False)
+        mark_split(self.weight, 1, in_features)
+
+
+class RowLinear(nn.Linear):
+    """Linear layer of which every rank has a part of the input features: gives this rank's share of the rows."""
+
+    def __init__(self, in_features: int, out_features: int, axis: Axis) -> None:
+        assert in_features % axis.size == 0, f"{in_features} features over {axis.size} ranks"
+        super().__init__(in_features // axis.size, out_features)
         self.axis = axis
         mark_split(self.weight, 1, in_features)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         if self.axis.size == 1:
             return super().forward(rows)
-        share = reduce_scatter(self.parts(rows), self.axis)
-        return share if self.bias is None else share + self.bias
-
-    def parts(self, rows: torch.Tensor) -> torch.Tensor:
-        """This rank's summand of the result, without the bias."""
-        return F.linear(rows, self.weight)
+        return reduce_scatter(F.linear(rows, self.weight), self.axis) + self.bias
 
 
 class VocabularyEmbedding(nn.Embedding):

@@ -30,8 +30,7 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
     """While the context lasts, the package has the fault that is named; "" is none."""
     if not fault:
         return contextlib.nullcontext()
-    parts, loss, reduce_scatter = layers.RowLinear.parts, stages.generation_loss, collectives.start_reduce_scatter
-    all_reduce = Axis.all_reduce
+    loss, all_reduce, reduce_scatter = stages.generation_loss, Axis.all_reduce, collectives.start_reduce_scatter
 
     class Forgetful(layers.SharedParameters):
         """Takes the parameter of this name for one that owes nothing."""
@@ -47,8 +46,8 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
     def own(rows: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
         return collectives.own_share(rows, axis).contiguous(), reduce_scatter(rows, axis)[1]
 
-    def with_bias(layer: layers.RowLinear, rows: torch.Tensor) -> torch.Tensor:
-        return parts(layer, rows) if layer.bias is None else parts(layer, rows) + layer.bias
+    def biased(layer: layers.RowLinear, rows: torch.Tensor) -> torch.Tensor:
+        return collectives.reduce_scatter(torch.nn.Linear.forward(layer, rows), layer.axis)
 
     gather, gather_same = collectives._Gather, collectives._GatherSame
     return {
@@ -58,7 +57,7 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
         FAULTS[3]: patch.object(gather, "backward", gather_same.backward),
         FAULTS[4]: patch.object(gather_same, "backward", gather.backward),
         FAULTS[5]: patch.object(layers, "start_reduce_scatter", own),
-        FAULTS[6]: patch.object(layers.RowLinear, "parts", with_bias),
+        FAULTS[6]: patch.object(layers.RowLinear, "forward", biased),
         FAULTS[7]: patch.object(stages, "generation_loss", lambda *arguments: loss(*arguments[:4])),
         FAULTS[8]: patch("deepspeed.runtime.zero.stage_1_and_2.is_model_parallel_parameter", lambda parameter: False),
     }[fault]

@@ -29,7 +29,7 @@ SPLITS: dict[str, Any] = {
     "two of each": (1, "retain", [[[0], []], [[1], [2]]]),
     "two of each, recomputed": (1, "recompute", [[[0], []], [[1], [2]]]),
     "ZeRO-2": (2, "retain", [[[0], []], [[1], [2]]]),
-    "ZeRO-3": (3, "recompute", [[[0], []], [[1], [2]]]),
+    "ZeRO-3": (3, "recompute", [[[0], []], [[1], [2]]], {"stage3_param_persistence_threshold": 0}),  # small ones too
     "optimizer on the CPU": (1, "retain", [[[0], []], [[1], [2]]], {"offload_optimizer": OFFLOADED}),
     "parameters on the CPU": (
         3,
