@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
+import logging
 import os
 import random
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +72,10 @@ class Checkpointer:
     def __init__(self, engine: Any, config: Config, mesh: Mesh, run: Path) -> None:
         from megatron_lcl.train.snapshot import Snapshot
 
+        if engine.zero_nvme_offload_optimizer():
+            raise RunError(
+                "an optimizer offloaded to NVMe is not in DeepSpeed's checkpoint files; offload it to the CPU"
+            )
         self.engine, self.config, self.mesh, self.run = engine, config, mesh, run
         self.layout = layout_of(engine, config, mesh)
         self._snapshot = engine.checkpoint_engine = Snapshot(copies=config.checkpoint.background)
@@ -79,7 +86,7 @@ class Checkpointer:
             self._peers = Axis(group, mesh.world.rank, mesh.world.size, mesh.world.ranks)
         self._thread: threading.Thread | None = None
         self._fault: SaveError | None = None
-        self._finished: list[Saved] = []
+        self._finished: deque[Saved] = deque()
 
     # --- saving --------------------------------------------------------------------------------------------------
 
@@ -91,7 +98,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
-        progress = replace(progress, layout=self.layout, code=code_versions())
+        progress = replace(progress, layout=self.layout, code=code_versions() if self.mesh.is_first else {})
         final = checkpoint.step_folder(self.run, progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         client_state = {PARTITION_DIMS: partition_dims(self.engine.module)}
@@ -123,8 +130,7 @@ class Checkpointer:
 
     def finished(self) -> list[Saved]:
         """Saves completed since the last call, for the log. Does not wait; not the same on all processes at a time."""
-        finished, self._finished = self._finished, []
-        return finished
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def close(self) -> None:
         """Let a save in the background come to its end, whichever that is."""
@@ -167,7 +173,7 @@ class Checkpointer:
             (temporary / name).write_text(text, encoding="utf-8")
             files[name] = fingerprint(temporary / name)
         (temporary / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
-        for name in (CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
+        for name in (WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
             sync(temporary / name)
         if final.exists():  # the same step saved again after a resume
             os.rename(final, final.with_name(f".{final.name}.old"))
@@ -206,31 +212,33 @@ class Checkpointer:
         Learning rates, weight decays, betas, epsilon and the clipping norm stay as this run's config has them. RunError
         where the conversion cannot be written.
         """
+        self.close()
         before = checkpoint.read_progress(folder)
-        said = [] if before.code == code_versions() else [f"{folder} was written by {_listed(before.code)}"]
+        said = []
+        if self.mesh.is_first and before.code != code_versions():
+            said.append(f"{folder} was written by " + ", ".join(f"{k} {v}" for k, v in before.code.items()))
         same = before.layout == self.layout
         if not same and self._convert(folder):
             said.append(f"converted {folder} from {before.layout} to {self.layout}")
         optimizer, engine = self.engine.optimizer, self.engine
         ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
-        kept = {"clip_grad": optimizer.clip_grad} if hasattr(optimizer, "clip_grad") else {}
-        if before.layout.dtype != self.layout.dtype:
-            kept |= {k: getattr(optimizer, k) for k in ("loss_scaler", "dynamic_loss_scale") if hasattr(optimizer, k)}
+        kept = ["clip_grad"] + ["loss_scaler", "dynamic_loss_scale"] * (before.layout.dtype != self.layout.dtype)
+        values = {name: getattr(optimizer, name) for name in kept if hasattr(optimizer, name)}
         engine._config.load_universal_checkpoint = not same
         try:
-            path, _ = engine.load_checkpoint(str(folder), tag=STATE if same else reshard.UNIVERSAL)
+            with quiet():
+                path, _ = engine.load_checkpoint(str(folder), tag=STATE if same else reshard.UNIVERSAL)
         finally:
             engine._config.load_universal_checkpoint = False
         if path is None:
             raise RunError(f"DeepSpeed could not read {folder}")
-        for group, values in zip(optimizer.param_groups, ours, strict=True):
-            group.update(values)  # ZeRO-3 gives every group the first one's, ZeRO-1 and 2 the saved config's
+        # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
+        for group, settings in zip(optimizer.param_groups, ours, strict=True):
+            group.update(settings)
         for state in optimizer.optimizer.state.values():
-            if isinstance(
-                state.get("step"), torch.Tensor
-            ):  # ZeRO-3 lets all groups count with one tensor, each its own
+            if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
-        for name, value in kept.items():
+        for name, value in values.items():
             setattr(optimizer, name, value)
         if (folder / RNG / self._rng_file()).exists():
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
@@ -241,12 +249,25 @@ class Checkpointer:
         if self.mesh.is_first:
             try:
                 outcome = reshard.convert(folder, self.config.model)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 whatever it is, the others must hear of it
                 outcome = f"{folder} is of another layout and could not be converted: {explain(error)}"
         outcome = self._peers.broadcast_object(outcome)
         if isinstance(outcome, str):
             raise RunError(outcome)
         return outcome
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what DeepSpeed prints and warns of while it loads, which is nothing to do anything about."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:
@@ -271,12 +292,13 @@ def partition_dims(module: torch.nn.Module) -> dict[str, int]:
 
 
 def write_files(files: list[tuple[Path, Any]], root: Path) -> dict[str, dict[str, Any]]:
-    """Write (path, content), letting go of each when it is written; their entries in the manifest."""
+    """Write (path, content), durably, letting go of each when it is written; their entries in the manifest."""
     entries = {}
     while files:
         path, content = files.pop()
         path.parent.mkdir(parents=True, exist_ok=True)
         entries[path.relative_to(root).as_posix()] = save_hashed(path, content)
+        sync(path)
     return entries
 
 
@@ -314,10 +336,6 @@ def code_versions() -> dict[str, str]:
                 command, capture_output=True, text=True, check=True, timeout=20
             ).stdout.strip()
     return versions
-
-
-def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in versions.items())
 
 
 def explain(error: Exception) -> str:

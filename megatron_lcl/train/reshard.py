@@ -18,7 +18,6 @@ import shutil
 from pathlib import Path
 
 from megatron_lcl.config import Model
-from megatron_lcl.data.files import sync
 from megatron_lcl.data.manifest import MANIFEST, manifest_text, verify
 from megatron_lcl.train.checkpoint import STATE
 from megatron_lcl.train.state import KEYS, State, save_hashed
@@ -29,8 +28,8 @@ UNIVERSAL = "universal"
 def convert(folder: Path, model: Model) -> bool:
     """Make sure that a checkpoint has its universal form; whether it had to be written. One process calls it.
 
-    Written under a temporary name, manifest last, renamed; one that does not verify is written again. OSError where the
-    checkpoint's folder cannot be written.
+    Written under a temporary name, manifest last, renamed. One that does not verify is written again, so it need not
+    outlive a power failure. OSError where the checkpoint's folder cannot be written.
     """
     final, temporary = folder / UNIVERSAL, folder / f".{UNIVERSAL}.tmp"
     if not verify(final):
@@ -43,7 +42,6 @@ def convert(folder: Path, model: Model) -> bool:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync(folder)
     return True
 
 
@@ -72,5 +70,3 @@ def _write(state: State, folder: Path) -> None:
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         save(name, counts)
     (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
-    for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        sync(path)

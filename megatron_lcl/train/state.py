@@ -18,7 +18,6 @@ import torch
 import xxhash
 
 from megatron_lcl.config import Model
-from megatron_lcl.data.files import sync
 from megatron_lcl.model.lcl import LCL
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -152,17 +151,16 @@ class _Hashed:
 
 
 def write_hashed(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
-    """Write a file, durably, by a function that gets it open; its entry in the manifest. OSError where that fails."""
+    """Write a file by a function that gets it open; its entry in the manifest. OSError where that fails."""
     with path.open("wb") as file:
         hashed = _Hashed(file)
         try:
             write(hashed)
         except RuntimeError as error:  # torch.save hides the disk's word behind its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    sync(path)
     return {"bytes": hashed.size, "xxh3": hashed.digest.hexdigest()}
 
 
 def save_hashed(path: Path, content: Any) -> dict[str, Any]:
-    """`torch.save`, durably; the file's entry in the manifest."""
+    """`torch.save`; the file's entry in the manifest."""
     return write_hashed(path, lambda file: torch.save(content, file))
