@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "setpriv")
 CONF = """
 ClusterName=test
 GresTypes=gpu
@@ -136,7 +136,8 @@ def start(folder: Path) -> Iterator[Slurm]:
             # ends with this process, however that ends
             line = ["setpriv", "--pdeathsig=TERM", *command]
             log = daemons.enter_context((folder / f"{command[0]}-output.log").open("ab"))
-            child = subprocess.Popen(line, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            where = {"env": environment, "cwd": folder, "stdin": subprocess.DEVNULL}
+            child = subprocess.Popen(line, stdout=log, stderr=log, **where)
             daemons.callback(_end, child)
 
         daemon("munged", "--force", "--foreground", f"--socket={munge / 'socket'}", *files)
@@ -144,8 +145,8 @@ def start(folder: Path) -> Iterator[Slurm]:
         daemon("slurmctld", "-D", "-c")
         daemon("slurmd", "-D", "-N", "n1")
         daemon("slurmd", "-D", "-N", "n2")
-        slurm.wait(lambda: slurm.idle_nodes() == 2, "two idle nodes", 60)
         daemons.callback(_kill_jobs, folder)
+        slurm.wait(lambda: slurm.idle_nodes() == 2, "two idle nodes", 60)
         yield slurm
 
 
@@ -158,7 +159,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _kill_jobs(folder: Path) -> None:
-    """Whatever jobs are left, in one way for all faults: their processes know the cluster, or stand in its folders."""
+    """Whatever is left, in one way for all faults: jobs know the cluster, Slurm's own processes stand in its folder."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             knows = f"SLURM_CONF={folder}".encode() in (process / "environ").read_bytes()
