@@ -50,6 +50,8 @@ class Case:
                 "dtype": self.dtype,
                 "activation_checkpointing": self.checkpointing,
             },
+            # no parameter so small that ZeRO-3 leaves it whole
+            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         }
         if self.initial_log_scale is not None:
             tree["contrast"]["initial_log_scale"] = self.initial_log_scale  # type: ignore[index]

@@ -21,6 +21,7 @@ TWO = (
     Case(2, zero=2, clip_norm=0.5, checkpointing="full"),
     Case(2, zero=2, strategy="recompute", checkpointing="attention", initial_log_scale=NEAR_BOUND),
     Case(2, objective="generation"),
+    Case(1, (((0,), ()), ((1,), (2,))), zero=3, strategy="recompute", checkpointing="full"),
 )
 FOUR = (
     Case(4, clip_norm=0.5),
