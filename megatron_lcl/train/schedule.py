@@ -1,4 +1,4 @@
-"""What each part of a pipeline does in which order, and what that costs in idle time and in bytes.
+"""What each part of a pipeline does in which order, and what that costs in idle time, graphs kept and bytes sent.
 
 Two orders serve a contrast over the global batch. `retain`: AllForward, the loss, AllBackward. `recompute`: AllForward
 without graphs, the loss, then DeepSpeed's TrainSchedule (1F1B: Narayanan et al. 2021, PipeDream-Flush), which is also
@@ -13,22 +13,19 @@ the rest of the time until the last part is done as idle. M need not be a multip
     recompute    M F + (M + S - 1)(F + B)   (S - 1)(F + B)
 
 `recompute` has no second bubble: a part goes on to its second forwards while later parts are still in their first.
-A part keeps the graphs of M micro-batches at most in `retain`, of min(S - part, M) otherwise.
+A part keeps the graphs of M micro-batches in `retain`, of at most min(S - part, M) otherwise (parts count from 0).
+Over every cut goes one tensor per micro-batch and forward, the hidden rows (see `cuts.hidden_shape`), and their gradient
+back: 2 M of them in a step, in `recompute` 3 M.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
 from megatron_lcl.config import Config
-from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.cuts import hidden_shape
-from megatron_lcl.train.engine import DTYPES, resolve_dtype
 
 
 class AllForward(PipeSchedule):
@@ -75,18 +72,6 @@ def instructions(order: str, parts: int, micro_batches: int) -> list[list[PipeIn
 def order_of(config: Config) -> str:
     """The order that a config asks for."""
     return config.contrast.strategy if config.objective.name != "generation" else "1F1B"
-
-
-def bytes_sent(config: Config, batches: Sequence[PackedBatch], cuts: Sequence[int], axis: Axis) -> list[int]:
-    """Bytes that a process of each part sends to the next part and to the one before, in one step.
-
-    Over every cut, for every micro-batch: the hidden rows (`hidden_shape`) once per forward, of which `recompute` has
-    two, and their gradient back; in the model's dtype. batches: those of the replica; axis: the tensor ranks.
-    """
-    forwards = 2 if order_of(config) == "recompute" else 1
-    width = DTYPES[resolve_dtype(config)].itemsize
-    hidden = [sum(math.prod(hidden_shape(cut, b, config.model, axis)) for b in batches) * width for cut in cuts[1:]]
-    return [forwards * after + before for after, before in zip([*hidden, 0], [0, *hidden], strict=True)]
 
 
 def simulate(

@@ -52,6 +52,8 @@ class Case:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     fault: str = ""
     """see `pipeline_faults`"""
+    limit: float = math.inf
+    """of the loss"""
 
     @property
     def config(self) -> Config:
@@ -197,13 +199,13 @@ def run_case(case: Case) -> dict[str, Any]:
             if mesh.pipeline.rank:
                 batches = [without_images(batch) for batch in batches]
             sent.clear()
-            result = stepper.run(batches, LR)
+            result = stepper.run(batches, LR, case.limit)
             found["results"].append(asdict(result))
             found["applied"].append(engine.was_step_applied())
             found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
             row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
             found["rows"].append(list(row))
-            found["bytes"] = (mesh.pipeline.rank, sum(sent), expected_bytes(case, batches, mesh.tensor))
+            found["bytes"] = (mesh.pipeline.rank, sum(sent), expected_bytes(case, batches))
     found["graphs"] = (mesh.pipeline.rank, graphs.most)
     found["parameters"] = whole_tensors(engine, mesh, "parameters")
     engine.destroy()
@@ -221,10 +223,25 @@ def whole_tensors(engine: Any, mesh: Any, kind: str) -> dict[str, Any]:
     return {name: full_tensor(get(p).float(), p, mesh.tensor).detach().numpy().copy() for name, p in named}
 
 
-def expected_bytes(case: Case, batches: list[PackedBatch], axis: Any) -> list[int]:
-    from megatron_lcl.train.schedule import bytes_sent
+def expected_bytes(case: Case, batches: list[PackedBatch]) -> list[int]:
+    """What each part sends in a step: over every cut, of every micro-batch, hidden rows forward and a gradient back.
 
-    return bytes_sent(case.config, batches, case.cuts, axis)
+    Up to the pool a row of 24 numbers for each of an image's 4 patches and its class token, behind it a row of 16 for
+    each token and each image; each padded to a multiple of the tensor ranks, which share them.
+    """
+
+    def rows(number: int) -> int:
+        return -(-number // case.tensor)
+
+    size = {"float32": 4}.get(case.dtype, 2)
+    over = []
+    for cut in case.cuts[1:]:
+        images, tokens = [len(b.image_soi) for b in batches], [len(b.tokens) for b in batches]
+        in_encoder = cut <= MODEL["vision"]["layers"] + 1
+        vision, language = sum(rows(5 * n) * 24 for n in images), sum(rows(n) * 16 for n in [*tokens, *images])
+        over.append(size * (vision if in_encoder else language))
+    forwards = 2 if case.strategy == "recompute" and case.objective != "generation" else 1
+    return [forwards * after + before for after, before in zip([*over, 0], [0, *over], strict=True)]
 
 
 def without_images(batch: PackedBatch) -> PackedBatch:

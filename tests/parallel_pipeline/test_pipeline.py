@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from pipeline_layouts import Case, distance, faults_of, gathered, run_cases, truth
+from pipeline_layouts import Case, distance, faults_of, gathered, run_cases, stages_of, truth
 from processes import run_processes
 
 RAGGED = (((1, 2), (0,), (2, 0, 1)),)
@@ -58,6 +58,8 @@ OVERFLOW = Case(
     deepspeed={"fp16": {"initial_scale_power": 8, "hysteresis": 1}},
 )
 
+REFUSED = Case((0, 4), WITHOUT_IMAGES, "recompute", limit=1.0)
+
 Runs = dict[str, list[dict[str, Any]]]
 """name of a case → what each process found"""
 
@@ -74,7 +76,7 @@ def two() -> Runs:
 
 @pytest.fixture(scope="module")
 def four() -> Runs:
-    return run_all(FOUR | FAULTS, 4)
+    return run_all(FOUR | FAULTS | {"refused": REFUSED}, 4)
 
 
 @pytest.mark.slow
@@ -148,6 +150,12 @@ def test_bytes_between_parts(two: Runs, four: Runs) -> None:
         for name in cases:
             for part, sent, expected in (result["bytes"] for result in runs[name]):
                 assert sent == expected[part], name
-    part, sent, _ = two["retain"][0]["bytes"]
-    batches = [(3, 0), (0, 0), (3, 0)]  # images of the last step's micro-batches; the first part ends in the encoder
-    assert (part, sent) == (0, sum(images * 5 * 24 * 4 for images, _ in batches))
+
+
+@pytest.mark.slow
+def test_a_loss_above_the_limit_changes_nothing_in_any_part(four: Runs) -> None:
+    initial = {name: p.detach() for name, p in stages_of(REFUSED.config).named_parameters()}
+    for result in four["refused"]:
+        assert result["applied"] == [False] * 3
+        assert all((initial[name].numpy() == value).all() for name, value in result["parameters"].items())
+    assert len({row[4] for row in four["refused"][0]["rows"]}) == 1
