@@ -14,8 +14,8 @@ the rest of the time until the last part is done as idle. M need not be a multip
 
 `recompute` has no second bubble: a part goes on to its second forwards while later parts are still in their first.
 A part keeps the graphs of M micro-batches in `retain`, of at most min(S - part, M) otherwise (parts count from 0).
-Over every cut goes one tensor per micro-batch and forward, the hidden rows (see `cuts.hidden_shape`), and their gradient
-back: 2 M of them in a step, in `recompute` 3 M.
+Over every cut goes one tensor per micro-batch and forward, the hidden rows (see `cuts.hidden_shape`), and their
+gradient back: 2 M of them in a step, in `recompute` 3 M.
 """
 
 from __future__ import annotations
