@@ -27,6 +27,10 @@ class Trajectory:
     """of the first step, clipped, by parameter"""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """after the last step"""
+    sent: list[dict[tuple[int, ...], float]] = field(default_factory=list)
+    """of each process: bytes it sent for the last step, by the ranks of the group (see parallel.traffic)"""
+    expected: list[dict[tuple[int, ...], float]] = field(default_factory=list)
+    """the same by the formulas of train.traffic"""
 
 
 def reference(case: Case) -> Trajectory:

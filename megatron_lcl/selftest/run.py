@@ -41,6 +41,10 @@ class Verdict:
     grad_norm: float = math.nan
     gradient: float = math.nan
     parameters: float = math.nan
+    sent: float = math.nan
+    """kB that a process sends in a step, mean of all"""
+    formula: float = math.nan
+    """the same by the formulas of docs/parallelism.md"""
     faults: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -48,10 +52,14 @@ class Verdict:
         """One line of the table."""
         numbers = "  ".join(f"{x:9.1e}" for x in (self.loss, self.grad_norm, self.gradient, self.parameters))
         verdict = "equal" if not self.faults else "DIFFERS: " + "; ".join(self.faults)
+        numbers += f"  {self.sent:7.1f} {self.formula:7.1f}"
         return f"{self.case.name:<64}  {numbers}  {self.seconds:5.1f}  {verdict}"
 
 
-HEADER = f"{'layout':<64}  {'losses':>9}  {'norms':>9}  {'gradient':>9}  {'parameters':>9}  {'s':>5}"
+HEADER = (
+    f"{'layout':<64}  {'losses':>9}  {'norms':>9}  {'gradient':>9}  {'parameters':>10}  {'kB sent':>7} {'formula':>7}"
+    f"  {'s':>5}"
+)
 
 
 def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
@@ -76,7 +84,10 @@ def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
     if excess:
         worst = sorted(excess, key=lambda name: -excess[name])
         faults.append(f"gradient of {', '.join(worst[:3])}" + (f" and {len(worst) - 3} more" if worst[3:] else ""))
-    return Verdict(case, loss, norm, gradient, parameters, (*faults, *of_gradients, *of_parameters))
+    sent, formula = (
+        sum(sum(x.values()) for x in all_ranks) / case.processes / 1e3 for all_ranks in (ours.sent, ours.expected)
+    )
+    return Verdict(case, loss, norm, gradient, parameters, sent, formula, (*faults, *of_gradients, *of_parameters))
 
 
 def _relative(a: float, b: float) -> float:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.traffic import Traffic
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 from megatron_lcl.selftest.reference import Trajectory
 
@@ -91,6 +92,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     from megatron_lcl.train.engine import build_stepper
     from megatron_lcl.train.optimizer import learning_rate
     from megatron_lcl.train.share import share
+    from megatron_lcl.train.traffic import of_step
 
     config = case.config()
     num = config.train.global_batch // mesh.data.size
@@ -98,13 +100,19 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     out = Trajectory()
     for step in range(STEPS):
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
-        batches = share(packs if mesh.reads else None, num, 1, mesh, engine.device)
-        result = stepper.run(batches, learning_rate(step, config.optimizer, STEPS))
+        with Traffic() as traffic:
+            batches = share(packs if mesh.reads else None, num, 1, mesh, engine.device)
+            result = stepper.run(batches, learning_rate(step, config.optimizer, STEPS))
         out.losses.append([result.generation, result.contrastive, result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1
             moments = gather_parameters(engine, mesh, "exp_avg")
             out.gradients = {name: value / (1 - config.optimizer.betas[0]) for name, value in moments.items()}
+    counted, formula = (
+        {r: round(n, 3) for r, n in x.items() if n} for x in (traffic.sent, of_step(batches, engine, config, mesh))
+    )
+    out.sent = mesh.world.gather_objects(counted)
+    out.expected = mesh.world.gather_objects(formula)
     out.parameters = gather_parameters(engine, mesh, None)
     results = mesh.world.gather_objects((out.losses, out.grad_norms))
     assert all(r == results[0] for r in results), f"processes report different losses: {results}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch
@@ -18,6 +19,28 @@ FLOAT, LONG = 4, 8
 
 Sent = defaultdict[tuple[int, ...], float]
 """bytes by the global ranks of the group (see parallel.traffic.Traffic)"""
+
+
+def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: Mesh) -> Sent:
+    """What this process sends for a step on these micro-batches of its replica, reading included; all call it.
+
+    Without activation checkpointing.
+    """
+    pairs = mesh.data.gather_objects(sum(batch.num_pairs for batch in batches))
+    parameters = dict(engine.module.named_parameters())
+    parts = [reading(batches, config, mesh)]
+    if config.zero.stage == 3:
+        parts.append(zero3([p.ds_numel for p in parameters.values()], len(batches), config, mesh))
+        parts.append(contrast(pairs, config.model.language.width, mesh))
+    else:
+        stages = sorted({int(name.split(".")[0]) for name in parameters})
+        groups = [sum(p.numel() for p in parameters.values() if (p.dim() >= 2) == decays) for decays in (True, False)]
+        parts.append(stepping(batches, pairs, stages, groups, config, mesh))
+    total: Sent = defaultdict(float)
+    for part in parts:
+        for ranks, number in part.items():
+            total[ranks] += number
+    return total
 
 
 def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:

@@ -23,8 +23,12 @@ def test_every_layout_gives_what_one_process_gives() -> None:
     command = [sys.executable, "-m", "megatron_lcl", "selftest"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    equal = [line for line in done.stdout.splitlines() if line.endswith("equal")]
-    assert len(equal) == len(CASES), done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.endswith("equal")]
+    assert len(rows) == len(CASES), done.stdout
+    for case, row in zip(CASES, rows, strict=True):
+        sent, formula = (float(number) for number in row.removesuffix("equal").split()[-3:-1])
+        assert sent == pytest.approx(formula, rel=0.02 if case.zero == 3 else 0, abs=0.05), row
+        assert bool(sent) == (case.processes > 1), row
 
 
 def lose_a_sum(rank: int) -> None:
