@@ -225,6 +225,42 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
     assert progress.ledger["entries"][-1] == {"from_pack": 24, "skip": 8}
 
 
+def poison_a_pipeline(rank: int, packs: list[int]) -> None:
+    """The last part's processes get a loss that is not a number for these packs. Cuts are not measured, but given."""
+    from megatron_lcl.train import pipeline
+    from megatron_lcl.train import run as loop
+
+    loop.choose_cuts = lambda *_: (0, 3)
+
+    plain, loss, bad = pipeline.PipelineStepper.run, pipeline.step_loss, [False]
+
+    def run(self, batches, *arguments):  # type: ignore[no-untyped-def]
+        bad[0] = any(set(batch.packs) & set(packs) for batch in batches)
+        return plain(self, batches, *arguments)
+
+    def step_loss(*arguments: Any) -> Any:
+        value, generation = loss(*arguments)
+        return (value * math.nan if bad[0] else value), generation
+
+    pipeline.PipelineStepper.run, pipeline.step_loss = run, step_loss  # type: ignore[method-assign]
+
+
+def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
+    """As `without_packs`, with the same cuts."""
+    poison_a_pipeline(rank, [])
+    without_packs(rank, consumed, count)
+
+
+@pytest.mark.slow
+def test_in_a_pipeline_all_parts_leave_out_and_rewind(config_file: str, tmp_path: Path) -> None:
+    words = ["--config", config_file, "--parallel.pipeline", "2", "--guard.max_bad_steps", "2"]
+    train(tmp_path / "without", *words, plant=without_packs_in_a_pipeline, planted=(24, 8))
+    train(tmp_path / "run", *words, plant=poison_a_pipeline, planted=([26, 31],))
+    assert losses(tmp_path / "run") == losses(tmp_path / "without")
+    events = [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")]
+    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+
+
 @pytest.mark.slow
 def test_a_series_of_bad_steps_goes_on_after_a_resume(
     config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
