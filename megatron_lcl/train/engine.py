@@ -162,7 +162,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
         from megatron_lcl.train.pipeline import build_pipeline_engine
 
         engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # below its smallest a step is as bad as others: train.guard
         scaler.raise_error_at_min_scale = False
     for head, value in zip(heads, initial, strict=True):
