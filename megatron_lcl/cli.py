@@ -433,6 +433,8 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
 
 def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.selftest.run import selftest
+    from megatron_lcl.train import launch
 
+    launch.adopt_slurm(os.environ)
     failed = [verdict for verdict in selftest(timeout=options.timeout) if verdict.faults]
     return 1 if failed else 0

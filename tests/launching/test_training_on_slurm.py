@@ -29,15 +29,16 @@ def sbatch(slurm: Slurm, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_requeued_over_two_nodes_it_ends_like_an_undisturbed_run(slurm: Slurm, tiny: list[str], tmp_path: Path) -> None:
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
     arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "25"]
     job = sbatch(slurm, folder, *arguments, "--train.output", "a run")
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
-    slurm.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "six steps", 200)
+    slurm.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "six steps", 300)
     slurm.run("scontrol", "requeue", job)
-    slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the job has ended", 200)
+    slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the job has ended", 300)
     assert slurm.field(job, "Restarts") == "1"
     first = (folder / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
     stopped = re.search(r"SIGTERM: ended after step (\d+)", first)
@@ -50,7 +51,7 @@ def test_requeued_over_two_nodes_it_ends_like_an_undisturbed_run(slurm: Slurm, t
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
     command = [sys.executable, "-m", "megatron_lcl", "train", "--processes", "2", "--config", str(config), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--train.output", str(undisturbed)], check=True, timeout=200, env=environment)
+    subprocess.run([*command, "--train.output", str(undisturbed)], check=True, timeout=300, env=environment)
     assert losses(run) == losses(undisturbed)
     assert [step for step, *_ in losses(run)] == list(range(1, STEPS + 1))
 
