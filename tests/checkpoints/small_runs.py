@@ -35,6 +35,8 @@ class Job:
     source: str | None = None
     """the run whose checkpoint this one goes on from"""
     dtype: str = "float32"
+    sub_group_size: int = 10**9
+    """DeepSpeed's `zero_optimization.sub_group_size`, with which ZeRO-3 cuts its files differently"""
     again: bool = False
     """load the checkpoint once more, into the engine that has gone on, and go on again"""
 
@@ -47,6 +49,7 @@ def build_config(folder: Path, job: Job) -> Config:
         "model": {"vision": vision, "language": language, "pool_heads": 4},
         "optimizer": {"weight_decay": 0.3, "clip_norm": 0.5},
         "zero": {"stage": job.zero},
+        "deepspeed": {"zero_optimization": {"sub_group_size": job.sub_group_size}},
         "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
         "contrast": {"strategy": "recompute" if job.zero == 3 else "retain"},
         "train": {"output": str(folder / job.name), "global_batch": GLOBAL_BATCH, "dtype": job.dtype},

@@ -18,7 +18,7 @@ from megatron_lcl import load_model
 from megatron_lcl.cli import main
 from megatron_lcl.config import Checkpoint
 from megatron_lcl.data.manifest import verify
-from megatron_lcl.train import checkpoint
+from megatron_lcl.train import checkpoint, reshard
 from megatron_lcl.train.state import KEYS, State
 
 JOBS = [Job("whole", 1), Job("sharded", 3)]
@@ -140,6 +140,19 @@ def test_parameters_and_moments_are_those_of_deepspeeds_own_converter(
             theirs = torch.load(tmp_path / "universal" / "zero" / name / f"{key}.pt", weights_only=False)
             theirs = theirs["param"] if isinstance(theirs, dict) else theirs.view(ours.shapes[name])
             assert torch.equal(ours.whole(name, key), theirs), (name, key)
+
+
+@pytest.mark.slow
+def test_a_conversion_is_made_once_unless_it_is_damaged(run: Path, runs: Path) -> None:
+    folder, model = checkpoint.step_folder(run, 3), build_config(runs, JOBS[0]).model
+    assert reshard.convert(folder, model)
+    assert not reshard.convert(folder, model)
+    file = folder / "universal" / "zero" / "5.log_scale" / "exp_avg.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    assert reshard.convert(folder, model)
+    assert verify(folder / "universal") == []
+    assert verify(folder) == [], "the checkpoint itself is as it was"
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -135,6 +135,19 @@ def test_resuming_is_bitwise_and_passes_over_damage(finished: Path, config_file:
 
 
 @pytest.mark.slow
+def test_going_on_at_another_layout(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    """From step 2 of the run of two processes: one process, ZeRO-2."""
+    run = tmp_path / "one"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    said = train(config_file, run, "--processes", "1", "--zero.stage", "2")
+    assert "from 2 data, ZeRO-1, float32 to 1 process, ZeRO-2, float32" in said
+    assert "MPU" not in said
+    ours, theirs = (torch.tensor(losses(r), dtype=torch.float64) for r in (run, finished))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(finished: Path, config_file: Path) -> None:
     before = losses(finished)
     train(config_file, finished, "--processes", "2")
