@@ -34,14 +34,14 @@ from megatron_lcl.model.special import SpecialTokens
 MICRO_BATCHES = 3
 ENCODER = {"heads": 4, "mlp_width": 1024, "width": 256}
 MODELS = {
-    "wide head: ViT 6x256 of 49 patches, LM 6x256, vocabulary 49,411; packs of 512 tokens, 4 images": (
+    "wide head: ViT 6x256 of 49 patches, LM 6x256, vocabulary 16,003; packs of 384 tokens, 4 images": (
         {"image_size": 224, "patch_size": 32, "layers": 6, **ENCODER},
-        {"layers": 6, "vocab_size": 49411, "context_length": 512, **ENCODER},
-        (512, 4),
+        {"layers": 6, "vocab_size": 16003, "context_length": 384, **ENCODER},
+        (384, 4),
     ),
-    "many patches: ViT 8x256 of 196 patches, LM 6x128, vocabulary 8,003; packs of 512 tokens, 2 images": (
-        {"image_size": 224, "patch_size": 16, "layers": 8, **ENCODER},
-        {"layers": 6, "vocab_size": 8003, "context_length": 512, "heads": 2, "mlp_width": 512, "width": 128},
+    "many patches: ViT 6x256 of 196 patches, LM 6x128, vocabulary 4,003; packs of 512 tokens, 2 images": (
+        {"image_size": 224, "patch_size": 16, "layers": 6, **ENCODER},
+        {"layers": 6, "vocab_size": 4003, "context_length": 512, "heads": 2, "mlp_width": 512, "width": 128},
         (512, 2),
     ),
 }
@@ -88,6 +88,7 @@ def work(rank: int, name: str, config: Config, even: bool, steps: int, port: int
     """One process of a pipeline: cut by the cost model or evenly, timed."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.parallel.pipeline)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     from deepspeed.runtime.pipe import schedule
 
@@ -99,7 +100,8 @@ def work(rank: int, name: str, config: Config, even: bool, steps: int, port: int
     specs = specs_of(config, mesh.tensor)
 
     def measure() -> list[float]:
-        with patch.object(cuts_module, "time", SimpleNamespace(perf_counter=time.process_time)):
+        clock = SimpleNamespace(perf_counter=time.process_time)
+        with patch.object(cuts_module, "time", clock), patch.object(cuts_module, "REPEATS", 4):  # often, so few
             return measure_costs(specs, packs[0], config, mesh, torch.device("cpu"), torch.float32)
 
     rounds = [measure()]
