@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,13 +43,18 @@ class State:
     """seconds since its main thread last came by; 0 while it does what may take long"""
     sequences: dict[str, int] = field(default_factory=dict)
     """collectives begun in each process group"""
+    place: str = ""
+    """file, line and function that the main thread is in, once it waits"""
+    with_others: bool = False
+    """whether it waits there for other processes"""
     beat: int = 0
     ended: str | None = None
     """"" after a regular end, else what went wrong"""
 
     def at(self) -> str:
         """Where the process was, for a message."""
-        return f"{self.doing} (host {self.host}, last step done: {self.step})"
+        place = f" at {self.place}" if self.place else ""
+        return f"{self.doing}{place} (host {self.host}, last step done: {self.step})"
 
 
 class Watch:
@@ -138,6 +146,7 @@ class Watch:
         state.beat += 1
         state.waiting = time.monotonic() - self._progress if self._progress else 0.0
         state.sequences = _sequences()
+        state.place, state.with_others = _place() if state.waiting > self.limit / 2 else ("", False)
         self._store.set(_key(self.rank), json.dumps(state.__dict__))
 
     def _judge(self) -> None:
@@ -167,14 +176,17 @@ class Watch:
         late = {r: s for r, s in states.items() if s.ended is None and s.waiting > self.limit}
         if not late:
             return None
-        causes = suspects({rank: state.sequences for rank, state in states.items()})
+        seconds = max(state.waiting for state in late.values())
+        causes = [rank for rank, state in late.items() if not state.with_others]
+        if not causes or len(causes) == len(states):  # all wait, or wait for their devices
+            causes = suspects({rank: state.sequences for rank, state in states.items()})
         if causes and len(causes) < len(states):
             names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
-            return f"{names}. The others have waited for {max(s.waiting for s in late.values()):.0f} s"
-        first = late[min(late)]
+            return f"{names}. The others have waited for {seconds:.0f} s"
+        rank, state = next(iter(late.items()))
         return (
-            f"process {min(late)} has hung for {first.waiting:.0f} s while {first.at()}, {len(late) - 1} others too, "
-            "and none is behind the rest: is the network or the storage down?"
+            f"{len(late)} processes have hung for {seconds:.0f} s and none is behind the others: is the network or the "
+            f"storage down? Process {rank} is {state.at()}"
         )
 
 
@@ -204,6 +216,16 @@ def _sequences() -> dict[str, int]:
     """Collectives begun by this process, by group: torch counts them for its own flight recorder."""
     groups: Any = dist.distributed_c10d._world.pg_names
     return {name: group._get_sequence_number_for_group() for group, name in list(groups.items())}
+
+
+def _place() -> tuple[str, bool]:
+    """Where the main thread is, by the innermost function of this package, and whether it waits for other processes."""
+    main = threading.main_thread().ident
+    frames = list(traceback.walk_stack(sys._current_frames().get(main or 0)))
+    waits = any("/torch/distributed/" in frame.f_code.co_filename for frame, _ in frames[:8])
+    ours = [(f, line) for f, line in frames if f"{os.sep}megatron_lcl{os.sep}" in f.f_code.co_filename]
+    frame, line = (ours or frames)[0]
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}", waits
 
 
 def _is_distributed(error: BaseException | None) -> bool:

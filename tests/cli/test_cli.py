@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_lcl.cli import main
 
@@ -77,6 +78,16 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
     assert not [p for p in Path(output).rglob("*") if p.is_file()]
     assert list(empty.iterdir()) == []
     assert [p.name for p in other.iterdir()] == ["letter.txt"]
+
+
+def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--data.allow-change"], ["--data.allow-change", "true"], ["--data.allow_change=true"]):
+        assert main(["train", *words, "--train.steps", "3", "--resume", "runs/a", "--print-config"]) == 0
+        tree = yaml.safe_load(capsys.readouterr().out)
+        assert tree["data"]["allow_change"] is True
+        assert (tree["train"]["steps"], tree["checkpoint"]["resume"]) == (3, "runs/a")
+    assert main(["train", "--data.allow-change", "--print-config"]) == 0
+    assert main(["train", "--train.steps", "--data.allow-change", "--print-config"]) == 2
 
 
 def test_importing_the_package_is_cheap() -> None:

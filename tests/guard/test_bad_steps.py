@@ -160,6 +160,10 @@ def test_bad_steps_count_in_a_row() -> None:
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
+def saved_steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run)]
+
+
 def poison(rank: int, packs: list[int], kind: str) -> None:
     """Whoever reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
     from megatron_lcl.model.lcl import StageList
@@ -192,17 +196,21 @@ def without(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.slow
-def test_a_bad_step_is_left_out_together_and_audited(
+def test_bad_steps_are_left_out_together_and_audited(
     config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
+    """Steps 7 and 8, each because of one pack of one process; step 8 was to be saved."""
     run = tmp_path / "run"
-    said = train(run, "--config", config_file, plant=poison, planted=([26], "nan"))
+    said = train(run, "--config", config_file, plant=poison, planted=([26, 31], "nan"))
     assert "step 7 left out: loss is nan" in said
     assert losses(run)[:6] == undisturbed[:6]
-    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]
-    (line,) = read_audit(run)
-    assert line["event"] == "step left out"
-    assert (line["step"], line["reason"], line["packs"]) == (7, "loss is nan", [24, 25, 26, 27])
+    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12]
+    events = [(line["event"], line["step"], line["reason"], line["packs"]) for line in read_audit(run)]
+    assert events == [
+        ("step left out", 7, "loss is nan", [24, 25, 26, 27]),
+        ("step left out", 8, "loss is nan", [28, 29, 30, 31]),
+    ]
+    assert saved_steps(run) == [4, 12], "nothing good is saved amid bad steps"
     for text in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
@@ -269,10 +277,11 @@ def test_a_series_of_bad_steps_goes_on_after_a_resume(
     run = tmp_path / "run"
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     train(run, *words, code=75, plant=poison_and_stop, planted=([26, 31], str(tmp_path / "stopped")))
-    assert checkpoint.step_of(checkpoint.list_checkpoints(run)[-1]) == 7
+    assert saved_steps(run) == [4, 7]
     said = train(run, *words, plant=poison, planted=([26, 31], "nan"))
     assert "steps 7 to 8 were bad: back to" in said
     assert losses(run) == without
+    assert saved_steps(run) == [4, 8, 12]
     events = [(line["event"], line["step"]) for line in read_audit(run)]
     assert events == [("step left out", 7), ("stopped", 7), ("step left out", 8), ("rewind", 8)]
 

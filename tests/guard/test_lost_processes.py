@@ -27,18 +27,26 @@ LONG = ["--train.steps", "2000", "--checkpoint.every", "0", "--guard.timeout", s
 
 
 def hang(rank: int, guilty: int, where: str, mark: str) -> None:
-    """One process never comes back from its fifth step, or from reading its data."""
+    """One process never comes back from its fifth step, from reading its data, or from a block's forward."""
     from megatron_lcl.data.loader import PackedLoader
+    from megatron_lcl.model.stages import LanguageBlock as Block
+    from megatron_lcl.train import run as loop
     from megatron_lcl.train.step import Stepper
 
+    loop.choose_cuts = lambda *_: (0, 2, 4)
     if rank != guilty:
         return
-    cls, name = (Stepper, "run") if where == "computing" else (PackedLoader, "_batches")
+    classes: dict[str, tuple[Any, str]] = {
+        "computing": (Stepper, "run"),
+        "reading data": (PackedLoader, "_batches"),
+        "in a part": (Block, "forward"),
+    }
+    cls, name = classes[where]
     plain, calls = getattr(cls, name), []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == (5 if where == "computing" else 19):  # four forwards of the one block in each step
             Path(mark).touch()
             time.sleep(3600)
         return plain(self, *arguments)
@@ -50,7 +58,7 @@ def hang(rank: int, guilty: int, where: str, mark: str) -> None:
                 time.sleep(3600)
             yield batch
 
-    setattr(cls, name, run if where == "computing" else batches)
+    setattr(cls, name, batches if where == "reading data" else run)
 
 
 def slow_start(rank: int) -> None:
@@ -115,7 +123,9 @@ def killed(guilty: int, config_file: str, folder: Path) -> Outcome:
 
 
 def hung(guilty: int, where: str, config_file: str, folder: Path) -> Outcome:
-    words, mark = ["--config", config_file, *LONG, "--train.global_batch", "6"], folder / "hangs"
+    """Three replicas; or a pipeline, whose parts wait for each other in other ways than by collectives."""
+    layout = ["--parallel.pipeline", "3"] if where == "in a part" else ["--train.global_batch", "6"]
+    words, mark = ["--config", config_file, *LONG, *layout], folder / "hangs"
     with Fleet(folder / "run", *words, size=3, plant=hang, planted=(guilty, where, str(mark))) as fleet:
         fleet.wait_for(mark.exists)
         return Outcome(fleet.wait(TIMEOUT), [log.read_text() for log in fleet.logs], [], 4)
@@ -150,6 +160,7 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "killed 1": partial(killed, 1),
         "hangs 1 computing": partial(hung, 1, "computing"),
         "hangs 0 reading data": partial(hung, 0, "reading data"),
+        "hangs 1 in a part": partial(hung, 1, "in a part"),
         "frozen": frozen,
         "failed": failed,
         "slow": slow,
@@ -173,14 +184,17 @@ def test_a_process_that_is_killed(guilty: int, outcomes: dict[str, Future[Outcom
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guilty", "where"), [(1, "computing"), (0, "reading data")])
+@pytest.mark.parametrize(("guilty", "where"), [(1, "computing"), (0, "reading data"), (1, "in a part")])
 def test_a_process_that_hangs(guilty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
     codes, said, _, step = outcomes[f"hangs {guilty} {where}"].result()
     assert codes == [LOST] * 3, said
     for text in said:
         named = re.search(r"megatron-lcl: (.*?)\. ", text)
         assert named, said
-        assert f"process {guilty} hangs while {where} (host" in named[1]
+        doing = "computing" if where == "in a part" else where
+        assert re.search(rf"process {guilty} hangs while {doing} at [a-z_]+\.py:\d+ in [a-z_<>]+ \(host", named[1]), (
+            said
+        )
         assert f"last step done: {step})" in named[1]
 
 
