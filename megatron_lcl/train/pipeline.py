@@ -32,7 +32,7 @@ from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.cuts import hidden_shape
 from megatron_lcl.train.engine import DTYPES, read_log_scale, resolve_dtype, update_log_scale
 from megatron_lcl.train.schedule import AllBackward, AllForward, order_of
-from megatron_lcl.train.step import Contrast, Features, StepResult, Totals, assemble, refuse, step_loss, surrogate
+from megatron_lcl.train.step import StepLoss, StepResult, Totals
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
 """what the last part minimises, from the number of a micro-batch and what the head gave for it"""
@@ -205,37 +205,27 @@ class PipelineStepper:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         totals = Totals.of(batches, mesh, engine.device)
-        is_last, retain = engine.is_last_stage(), self.order == "retain"
-        contrast = None
-        features: list[Features] = []
+        outputs: list[Outputs] = []
+        retain, is_last, result = self.order == "retain", engine.is_last_stage(), None
         if self.order != "1F1B":
             with torch.set_grad_enabled(retain):
                 outputs = engine.all_forward(batches)
-            features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=False)]
-            if is_last:
-                scale = read_log_scale(engine.module.forward_funcs[-1].log_scale)
-                contrast = Contrast(features, scale, config.objective.contrastive_weight, totals, mesh)
-            del outputs
-        generation = torch.zeros((), dtype=torch.float32, device=engine.device)
+        if is_last:
+            log_scale = engine.module.forward_funcs[-1].log_scale
+            loss = StepLoss(outputs, batches, read_log_scale(log_scale), totals, limit, config, mesh)
+        del outputs  # their graphs go one by one
 
         def loss_of(m: int, out: Outputs) -> torch.Tensor:
-            own = features[m] if retain else Features(out, batches[m])
-            loss = surrogate(out, own, contrast, m, len(batches), totals, config)
-            generation.add_(out.generation.detach())
-            if m == len(batches) - 1:
-                loss = refuse(loss, step_loss(generation, contrast, totals, config, mesh)[0], limit)
-            return loss * mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
+            return loss.of(m, out) * mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
 
         if retain:
             engine.all_backward(loss_of)
         else:
             engine.one_forward_one_backward(batches, loss_of)
-        result = None
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         if is_last:
-            log_scale = engine.module.forward_funcs[-1].log_scale
             update_log_scale(log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
-            result = assemble(generation, contrast, read_log_scale(log_scale), grad_norm, totals, config, mesh)
+            result = loss.result(read_log_scale(log_scale), grad_norm)
         return self._everywhere(result)
 
     def _everywhere(self, result: StepResult | None) -> StepResult:

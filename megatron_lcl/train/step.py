@@ -127,49 +127,6 @@ def _gather_rows(own: torch.Tensor, shares: list[int], mesh: Mesh) -> torch.Tens
     return torch.cat([part[:count] for part, count in zip(parts, shares, strict=True)])
 
 
-def assemble(
-    generation: torch.Tensor,
-    contrast: Contrast | None,
-    log_scale: torch.Tensor,
-    grad_norm: float,
-    totals: Totals,
-    config: Config,
-    mesh: Mesh,
-) -> StepResult:
-    """The result of a step from what the last pipeline stage knows; its processes call it.
-
-    generation: scalar, the sum of this replica's negative log-likelihoods.
-    """
-    loss, generation = step_loss(generation, contrast, totals, config, mesh)
-    zero = torch.zeros_like(generation)
-    out = contrast.output if contrast is not None else None
-    values = {
-        "loss": loss,
-        "generation": generation,
-        "contrastive": out.loss.detach() if out is not None else zero,
-        "log_scale": log_scale[0],
-        "image_accuracy": out.image_accuracy if out is not None else zero,
-        "text_accuracy": out.text_accuracy if out is not None else zero,
-        "mutual_information": out.mutual_information if out is not None else zero,
-    }
-    numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
-    return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **totals.counts)
-
-
-def step_loss(
-    generation: torch.Tensor, contrast: Contrast | None, totals: Totals, config: Config, mesh: Mesh
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scalars: the step's loss, and the generation loss in it, of the global batch; see `assemble`."""
-    objective = config.objective
-    generation = mesh.data.all_reduce(generation.detach().clone()) / max(totals.counts["num_targets"], 1)
-    loss = torch.zeros_like(generation)
-    if objective.name != "clip":
-        loss = loss + objective.generation_weight * generation
-    if contrast is not None:
-        loss = loss + objective.contrastive_weight * contrast.output.loss.detach()
-    return loss, generation
-
-
 def refuse(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
     """The surrogate as it is where the step's loss is finite and not above `limit`, else NaN, with NaN as gradients.
 
@@ -202,6 +159,67 @@ def surrogate(
     return loss
 
 
+class StepLoss:
+    """What a step minimises, micro-batch by micro-batch, where the head's outputs are."""
+
+    def __init__(
+        self,
+        outputs: Sequence[Outputs],
+        batches: Sequence[PackedBatch],
+        log_scale: torch.Tensor,
+        totals: Totals,
+        limit: float,
+        config: Config,
+        mesh: Mesh,
+    ) -> None:
+        """outputs: of every micro-batch of the replica, with or without graphs; none where nothing is contrasted."""
+        self.batches, self.totals, self.limit, self.config, self.mesh = batches, totals, limit, config, mesh
+        self.generation = torch.zeros((), dtype=torch.float32, device=log_scale.device)
+        """sum of the negative log-likelihoods so far"""
+        self.contrast: Contrast | None = None
+        if outputs:
+            with torch.no_grad():
+                features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
+            self.contrast = Contrast(features, log_scale, config.objective.contrastive_weight, totals, mesh)
+
+    def of(self, m: int, out: Outputs) -> torch.Tensor:
+        """The surrogate of micro-batch m, from its outputs with their graph; asked for in order."""
+        own, num = Features(out, self.batches[m]), len(self.batches)
+        loss = surrogate(out, own, self.contrast, m, num, self.totals, self.config)
+        self.generation += out.generation.detach()
+        if m < num - 1:
+            return loss
+        return refuse(loss, self._means()[0], self.limit)
+
+    def _means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scalars, once all micro-batches were there: the step's loss, and the generation loss in it, global means."""
+        objective, generation = self.config.objective, self.mesh.data.all_reduce(self.generation.clone())
+        generation = generation / max(self.totals.counts["num_targets"], 1)
+        loss = torch.zeros_like(generation)
+        if objective.name != "clip":
+            loss = loss + objective.generation_weight * generation
+        if self.contrast is not None:
+            loss = loss + objective.contrastive_weight * self.contrast.output.loss.detach()
+        return loss, generation
+
+    def result(self, log_scale: torch.Tensor, grad_norm: float) -> StepResult:
+        """After the optimizer's step; log_scale: [1], as it is now."""
+        loss, generation = self._means()
+        zero = torch.zeros_like(generation)
+        out = self.contrast.output if self.contrast is not None else None
+        values = {
+            "loss": loss,
+            "generation": generation,
+            "contrastive": out.loss.detach() if out is not None else zero,
+            "log_scale": log_scale[0],
+            "image_accuracy": out.image_accuracy if out is not None else zero,
+            "text_accuracy": out.text_accuracy if out is not None else zero,
+            "mutual_information": out.mutual_information if out is not None else zero,
+        }
+        numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
+        return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **self.totals.counts)
+
+
 class Stepper:
     """Runs steps on a DeepSpeed engine without a pipeline."""
 
@@ -226,27 +244,16 @@ class Stepper:
             group["lr"] = lr
         totals = Totals.of(batches, mesh, engine.device)
         head = engine.module[-1]
-        contrast = None
         outputs: list[Outputs] = []
-        features: list[Features] = []
         if self.with_contrast:
             with torch.set_grad_enabled(self.retain):
                 outputs = [engine(batch) for batch in batches]
-            features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
-            weight = config.objective.contrastive_weight
-            contrast = Contrast(features, read_log_scale(head.log_scale), weight, totals, mesh)
-
+        loss = StepLoss(outputs, batches, read_log_scale(head.log_scale), totals, limit, config, mesh)
         undo_means = mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
-        generation = torch.zeros((), dtype=torch.float32, device=engine.device)
         for m, batch in enumerate(batches):
             out = outputs[m] if self.retain else engine(batch)
-            own = features[m] if self.retain else Features(out, batch)
-            loss = surrogate(out, own, contrast, m, len(batches), totals, config)
-            generation += out.generation.detach()
-            if m == len(batches) - 1:
-                loss = refuse(loss, step_loss(generation, contrast, totals, config, mesh)[0], limit)
-            engine.backward(loss * undo_means)
+            engine.backward(loss.of(m, out) * undo_means)
             engine.step()
         update_log_scale(head.log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        return assemble(generation, contrast, read_log_scale(head.log_scale), grad_norm, totals, config, mesh)
+        return loss.result(read_log_scale(head.log_scale), grad_norm)

@@ -38,9 +38,9 @@ def mean_taken_again(engine: Any, mesh: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def negatives_of_one_micro_batch(engine: Any, mesh: Any) -> Iterator[None]:
     """Every micro-batch is contrasted within itself; the loss that is reported is right."""
-    from megatron_lcl.train import pipeline
+    from megatron_lcl.train import step
 
-    contrast = pipeline.Contrast
+    contrast = step.Contrast
 
     def narrow(features: Any, scale: Any, weight: float, totals: Any, mesh: Any) -> Any:
         found, parts = contrast(features, scale, weight, totals, mesh), []
@@ -52,7 +52,7 @@ def negatives_of_one_micro_batch(engine: Any, mesh: Any) -> Iterator[None]:
         found.scale = torch.stack([part.scale for part in parts]).sum(0)
         return found
 
-    with patch.object(pipeline, "Contrast", narrow):
+    with patch.object(step, "Contrast", narrow):
         yield
 
 
