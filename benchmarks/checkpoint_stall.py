@@ -40,7 +40,7 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 before = peak()
 model = megatron_lcl.load_model(sys.argv[1])
-total = sum(float(p.sum()) for p in model.parameters())  # every page is touched
+total = sum(float(p.detach().sum()) for p in model.parameters())  # every page is touched
 print(peak() - before, sum(4 * p.numel() for p in model.parameters()))
 """
 

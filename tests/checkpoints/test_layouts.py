@@ -47,8 +47,18 @@ def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(name: str, s
 
 @pytest.mark.slow
 def test_at_two_processes(saved: tuple[Path, Result]) -> None:
-    resume(2, saved, [("tensor", Job("a", 3)), ("zero3", Job("b", 2, tensor=2)), ("pipeline", Job("c", 1, tensor=2)),
-                      ("tensor", Job("d", pipeline=2)), ("zero1", Job("e", 3, sub_group_size=2000)), ("zero3", Job("f", 1))])  # fmt: skip
+    resume(
+        2,
+        saved,
+        [
+            ("tensor", Job("a", 3)),
+            ("zero3", Job("b", 2, tensor=2)),
+            ("pipeline", Job("c", 1, tensor=2)),
+            ("tensor", Job("d", pipeline=2)),
+            ("zero1", Job("e", 3, sub_group_size=2000)),
+            ("zero3", Job("f", 1)),
+        ],
+    )
 
 
 @pytest.mark.slow

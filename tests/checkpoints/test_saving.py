@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,28 @@ def failing_saves(rank: int, folder: str, background: bool) -> dict[str, Any]:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     config = configs.replace(build_config(Path(folder), Job("run", 3)), checkpoint__background=background)
     mesh = init_processes(config)
-    engine = build_engine(build_module(config, mesh), config, mesh)
-    stepper, run, rows, said = build_stepper(engine, config, mesh), Path(config.train.output), [], []
+    own = range(rank, GLOBAL_BATCH, 2)
+
+    def prepare() -> tuple[Any, Callable[[int], tuple[float, float]]]:
+        engine = build_engine(build_module(config, mesh), config, mesh)
+        stepper = build_stepper(engine, config, mesh)
+
+        def run_step(step: int) -> tuple[float, float]:
+            result = stepper.run([pack(step, number, config) for number in own], LR[step])
+            return result.loss, result.grad_norm
+
+        return engine, run_step
+
+    _, undisturbed = prepare()
+    expected = [undisturbed(step) for step in range(FIRST)]
+    engine, run_step = prepare()
+    run, rows, said = Path(config.train.output), [], []
     leftovers = run / "checkpoints" / ".step-00000099.tmp" / "state"  # of a run that was killed
     if mesh.is_first:
         leftovers.mkdir(parents=True)
     with Checkpointer(engine, config, mesh, run) as checkpoints:
         for step in range(FIRST):
-            own = range(rank, GLOBAL_BATCH, 2)
-            result = stepper.run([pack(step, number, config) for number in own], LR[step])
-            rows.append((result.loss, result.grad_norm))
+            rows.append(run_step(step))
             if rank == 1:
                 soft = 4096 if step == 1 else resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
@@ -48,7 +61,7 @@ def failing_saves(rank: int, folder: str, background: bool) -> dict[str, Any]:
                 said.append(sorted(path.name for path in (run / "checkpoints").iterdir()))
                 dist.barrier()
     dist.destroy_process_group()
-    return {"rows": rows, "said": said}
+    return {"rows": rows, "expected": expected, "said": said}
 
 
 @pytest.mark.slow
@@ -63,3 +76,4 @@ def test_a_process_that_cannot_write(background: bool, tmp_path: Path) -> None:
     saved = checkpoint.list_checkpoints(tmp_path / "run")
     assert [f.name for f in saved] == ["step-00000001", "step-00000003"]
     assert all(checkpoint.verify(f) == [] for f in saved)
+    assert first["rows"] == first["expected"], "training has not noticed"
