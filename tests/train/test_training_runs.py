@@ -109,6 +109,24 @@ def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
+@pytest.mark.slow
+def test_a_pipeline_is_the_same_run_and_keeps_its_cuts(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    run, layout = tmp_path / "run", ["--processes", "2", "--parallel.pipeline", "2", "--contrast.strategy", "recompute"]
+    train(config_file, run, *layout)
+    before, (middle, last) = losses(run), checkpoint.list_checkpoints(run)
+    for ours, theirs in zip(before, losses(finished), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert (flat(run) - flat(finished)).norm() < 1e-5 * flat(finished).norm()
+    cuts = checkpoint.read_progress(last).layout.cuts
+    assert cuts[0] == 0 < cuts[1] < 6  # measured
+    checkpoint.delete(last)
+    said = train(config_file, run, *layout)
+    assert str(middle) in said
+    assert "from 2 pipeline" not in said  # nothing had to be converted
+    assert losses(run) == before
+    assert checkpoint.read_progress(last).layout.cuts == cuts
+
+
 def flat(run: Path) -> torch.Tensor:
     """All parameters but key biases: their gradients are rounding, which Adam turns into steps of full size."""
     named = load_model(run).stages.named_parameters()
