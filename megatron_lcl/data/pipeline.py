@@ -7,10 +7,12 @@ as if nothing had happened; and the bytes do not depend on who writes them.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import Tokenizer
 
-BATCH = 32
-"""documents tokenised together; parts end between batches"""
+BATCH = 256
+"""documents tokenised together, fewer at a part's end; parts end between batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
 
@@ -87,6 +89,20 @@ def is_finished(parts: list[Part]) -> bool:
     return bool(parts) and parts[-1].last
 
 
+@contextmanager
+def _young_collections() -> Iterator[None]:
+    """Python's garbage collector looks only at what is made from here on, not again and again at all modules."""
+    mine = not gc.get_freeze_count()
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
+
+
+@_young_collections()
 def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
     """Write what is missing of a task's parts; returns the drops of all its parts."""
     parts = parts_of(job.folder, task)
@@ -118,7 +134,7 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
     digests: list[int] = []
     last = True
     try:
-        while batch := _next_batch(documents):
+        while batch := _next_batch(documents, job.shard_documents - writer.num_documents):
             num_read += len(batch)
             chosen = [d for d in batch if (group_name(d) in job.groups) == job.keep_groups] if job.groups else batch
             digests += _write_batch(job, writer, chosen, drops)
@@ -152,15 +168,25 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
     return part
 
 
-def _next_batch(documents: Iterator[Document]) -> list[Document]:
+def _next_batch(documents: Iterator[Document], room: int) -> list[Document]:
+    """Up to BATCH documents, or as many as the part has room for."""
     batch: list[Document] = []
     size = 0
-    for document in documents:
+    for document in itertools.islice(documents, min(BATCH, room)):
         batch.append(document)
-        size += sum(len(image.data) for image in document.images)
-        if len(batch) == BATCH or size >= BATCH_BYTES:
+        if not _is_text(document):
+            size += sum(len(image.data) for image in document.images)
+        if size >= BATCH_BYTES:
             break
     return batch
+
+
+def _is_text(document: Document) -> bool:
+    """Whether there are only texts; most documents of a text corpus, so worth a fast answer."""
+    return set(map(type, document.items)) == _ONLY_TEXT
+
+
+_ONLY_TEXT = {Text}
 
 
 _SUFFIXES = (".tokens.bin", ".tokens.idx", ".images.bin", ".images.idx", ".arrow")
@@ -177,17 +203,31 @@ def final_name(part_file: str, shard: int) -> str:
 
 def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Drops) -> Iterator[int]:
     """Write a batch of documents; yields a hash of each one written."""
-    texts = _clean(batch, drops)
-    encoded = zip(job.tokenizer.encode_bytes(texts), texts, strict=True)
-    for document in batch:
-        digest = _write_document(job, writer, document, encoded, drops)
-        if digest is not None:
+    texts = [[item.text for item in document.items if isinstance(item, Text)] for document in batch]
+    cleaned = _clean(batch, list(itertools.chain.from_iterable(texts)), drops)
+    ids = job.tokenizer.encode_bytes(cleaned)
+    first = 0
+    for document, originals in zip(batch, texts, strict=True):
+        stop = first + len(originals)
+        own, own_ids = cleaned[first:stop], ids[first:stop]
+        first = stop
+        if own and len(own) == len(document.items) and all(own_ids):  # texts and nothing else: no need to look at each
+            writer.add_texts(own_ids)
+            writer.end_document()
+            yield _digest(own)
+        elif (
+            digest := _write_document(job, writer, document, iter(zip(own_ids, own, strict=True)), drops)
+        ) is not None:
             yield digest
 
 
-def _clean(batch: list[Document], drops: Drops) -> list[str]:
+def _digest(content: list[str]) -> int:
+    """A hash of a document: its texts, and the hashes of its images, in order of writing."""
+    return xxhash.xxh3_64_intdigest("\0".join(content).encode())
+
+
+def _clean(batch: list[Document], texts: list[str], drops: Drops) -> list[str]:
     """All texts of the batch in order, lone surrogates replaced, "" for blank ones."""
-    texts = [item.text for document in batch for item in document.items if isinstance(item, Text)]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -196,7 +236,7 @@ def _clean(batch: list[Document], drops: Drops) -> list[str]:
             texts[k] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             if texts[k] != text:
                 drops.note("text", "invalid Unicode replaced", names[k])
-    return ["" if text.isspace() else text for text in texts]
+    return ["" if text.isspace() else text for text in texts] if any(map(str.isspace, texts)) else texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +284,7 @@ def _write_document(
         drops.bad("document", "nothing left", document.name)
         return None
     writer.end_document()
-    return xxhash.xxh3_64_intdigest("\0".join(content).encode())
+    return _digest(content)
 
 
 def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:

@@ -38,7 +38,8 @@ class JsonlImporter(Importer):
         for name, line in json_lines(unit, drops):
             items = line.get("items")
             if isinstance(items, list):
-                yield Document(tuple(self._items(items, name, drops)), name=name)
+                texts = _only_texts(items)
+                yield Document(tuple(self._items(items, name, drops)) if texts is None else texts, name=name)
             else:
                 drops.bad("document", 'no list "items"', name)
 
@@ -62,3 +63,14 @@ class JsonlImporter(Importer):
                     similarity=number_or_none(item.get("similarity")),
                     matched_text=index_or_none(item.get("matched_text_index")),
                 )
+
+
+def _only_texts(items: list[Any]) -> tuple[Text, ...] | None:
+    """The items of a document that is nothing but good texts, without a look at each of them; None for any other."""
+    try:
+        values = [item["text"] for item in items if "image" not in item]
+        if len(values) == len(items) and "".join(values) and all(values) and not any(map(str.isspace, values)):
+            return tuple(map(Text, values))
+    except (TypeError, KeyError):  # an item that is no mapping, has no text, or one that is not a string
+        pass
+    return None
