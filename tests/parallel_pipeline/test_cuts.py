@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline_layouts import Case, micro_batch
 
-from megatron_lcl.train.cuts import even_cuts, part_sums, place_cuts
+from megatron_lcl import config as configs
+from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.train import cuts
+from megatron_lcl.train.cuts import even_cuts, measure_stages, part_sums, place_cuts
+from megatron_lcl.train.engine import specs_of
 
 
 def by_trying_all(costs: list[int], sizes: list[int], parts: int) -> tuple[int, ...]:
@@ -40,3 +47,19 @@ def test_examples() -> None:
     assert even_cuts(27, 4) == (0, 6, 13, 20)
     with pytest.raises(ValueError, match=r"2 stages do not divide into 3 parts; set parallel\.pipeline to 2"):
         place_cuts([1, 1], [1, 1], 3)
+
+
+def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts calls: which kinds there are, and what a stage's time is made of."""
+    ticks = itertools.count()
+    monkeypatch.setattr(cuts, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
+    case = Case((0,), (((1, 2),),), checkpointing="full")
+    config = configs.replace(case.config, train__activation_checkpointing_every=2, model__vision__layers=4)
+    batch = micro_batch((1, 2), config, torch.Generator().manual_seed(0))
+    times = measure_stages(specs_of(config, Axis()), batch, config, Axis(), torch.device("cpu"), torch.float32)
+    assert len(times) == 10
+    assert times[1] == times[3] != times[2] == times[4]  # every second block computes its forward twice
+    assert times[6] == times[8] != times[7]
+    assert len(set(times)) == 7
+    assert times[0].of_step(recompute=False) == times[0].forward + times[0].backward
+    assert times[0].of_step(recompute=True) == times[0].forward + times[0].backward + times[0].plain

@@ -98,6 +98,12 @@ def test_a_fault_is_seen(name: str, four: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_a_process_has_its_own_stages_only(four: Runs) -> None:
+    held = [{int(name.split(".")[0]) for name in result["parameters"]} for result in four["retain"]]
+    assert held == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+
+
+@pytest.mark.slow
 def test_the_log_scale_is_clamped_where_the_head_lives(four: Runs) -> None:
     results = four["recompute, scale at its bound"]
     held = [r["parameters"]["7.log_scale"] for r in results if "7.log_scale" in r["parameters"]]
