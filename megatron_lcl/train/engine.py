@@ -153,15 +153,16 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
     initial = [float(head.log_scale.detach()) for head in heads]
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.optimizer)
-    if mesh.pipeline.size == 1:
-        mpu = _grid(config, mesh)
-        engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
-        )
-    else:
-        from megatron_lcl.train.pipeline import build_pipeline_engine
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and, for bfloat16, memory in use
+        if mesh.pipeline.size == 1:
+            mpu = _grid(config, mesh)
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+            )
+        else:
+            from megatron_lcl.train.pipeline import build_pipeline_engine
 
-        engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
+            engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # below its smallest a step is as bad as others: train.guard
         scaler.raise_error_at_min_scale = False
@@ -189,8 +190,7 @@ def _grid(config: Config, mesh: Mesh) -> Any:
 
     grid = None
     if mesh.tensor.size > 1:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the topology
-            grid = PipelineParallelGrid(build_topology(config, mesh.data.size))
+        grid = PipelineParallelGrid(build_topology(config, mesh.data.size))
     groups.mpu = grid  # DeepSpeed would go on with that of an engine built before in this process
     return grid
 
