@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_lcl.config import Config, load, to_dict, to_yaml
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
@@ -71,7 +72,7 @@ def check_output(run: Path, config: Config) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"train.output = {run} is a file; name a folder")
     if not saved.exists():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise ValueError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
     check_model(saved, config)
@@ -327,7 +328,7 @@ def _decide(config: Config, processes: int) -> Start:
         consumed=before.packs,
     )
     run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    replace_text(run / CONFIG, to_yaml(config))
     return Start(folder, replace(before, ledger=ledger.to_json()), passed_over)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_lcl.config import Config
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.train.step import StepResult
 
 METRICS = "metrics.jsonl"
@@ -58,21 +60,29 @@ class Telemetry:
             self._open(first_step)
 
     def _open(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run.mkdir(parents=True, exist_ok=True)
         keep_lines_before(self._run / METRICS, step)
         self.rates = Rates()
+        self._fault = ""
         self._file = (self._run / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
+        self._board = self._open_board(step + 1)
         self._bar.n = step
         self._bar.refresh()
+
+    def _open_board(self, step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._run / "tensorboard"), purge_step=step)
+
+    def _close(self) -> None:
+        for file in (self._file, self._board):
+            if file is not None:
+                self._attempt(file.close)
 
     def rewind(self, step: int) -> None:
         """Step number `step` is the last one done: what was said about later ones is taken back."""
         if self._file is not None:
-            self._file.close()
-            self._board.close()
+            self._close()
             self._open(step)
 
     def step(
@@ -96,14 +106,36 @@ class Telemetry:
         self.rates = Rates()
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line of metrics, and its numbers to TensorBoard."""
+        """One line of metrics, and its numbers to TensorBoard.
+
+        Where the disk is full, that is said once, and training goes on. Lines wait for space, as many as fit into the
+        file's buffer; TensorBoard has a gap.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({**values, "time": time.time()}) + "\n")
-        self._file.flush()
+        line = json.dumps({**values, "time": time.time()}) + "\n"
+        written = self._attempt(lambda: self._file.write(line)) and self._attempt(self._file.flush)
+        if written and not self._attempt(lambda: self._draw(values)):
+            self._board = None  # its thread has ended; the next line opens another
+            written = False
+        if written:
+            self._fault = ""
+
+    def _draw(self, values: dict[str, Any]) -> None:
+        self._board = self._board or self._open_board(values["step"])
         for name, value in values.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, values["step"])
+
+    def _attempt(self, action: Callable[[], Any]) -> bool:
+        try:
+            action()
+        except OSError as error:
+            if not self._fault:
+                self.say(f"metrics cannot be written: {error}")
+            self._fault = str(error)
+            return False
+        return True
 
     def say(self, message: str) -> None:
         """A line for the person who watches, above the progress bar."""
@@ -116,22 +148,22 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
             self._bar.close()
-            self._file.close()
-            self._board.close()
+            self._close()
 
 
 def keep_lines_before(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    if kept != lines:
+        replace_text(path, "".join(kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,34 @@ def full_disk(rank: int, guilty: int, first: int, last: int) -> None:
     checkpointer.write_files = write_files
 
 
+def full_disk_for_all(rank: int) -> None:
+    """From the end of the third step to the end of the seventh no file of the first process grows past 600 bytes."""
+    from megatron_lcl.train.telemetry import Telemetry
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    plain = Telemetry.step
+
+    def step(self: Telemetry, number: int, *arguments: Any) -> None:
+        if rank == 0 and number in (3, 7):
+            limit = 600 if number == 3 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        plain(self, number, *arguments)
+
+    Telemetry.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_metrics_wait_for_space(config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """A disk that is full is full for metrics too."""
+    run = tmp_path / "run"
+    said = train(run, "--config", config_file, plant=full_disk_for_all)
+    assert losses(run) == undisturbed
+    assert said.count("metrics cannot be written") == 1
+    assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [8, 12]
+    assert [(line["event"], line["step"]) for line in read_audit(run)] == [("checkpoint failed", 4)]
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_training_goes_on_when_the_disk_is_full_for_a_while(
