@@ -92,10 +92,10 @@ class Fleet:
         return pid
 
 
-def train(run: Path, *arguments: str, code: int = 0, **options: Any) -> str:
+def train(run: Path, *arguments: str, code: int = 0, timeout: float = 180.0, **options: Any) -> str:
     """A run to its end; what its processes said."""
     with Fleet(run, *arguments, **options) as fleet:
-        codes = fleet.wait()
+        codes = fleet.wait(timeout)
         assert codes == [code] * len(codes), f"{codes}\n{fleet.said()}"
         return fleet.said()
 

@@ -11,16 +11,15 @@ from fleet import Fleet, last_step, losses, train
 
 from megatron_lcl.train import checkpoint
 
-STEPS = 100
+LONG = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.slow
-def test_killed_25_times(config_file: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("rounds", "steps"), [(25, 100), pytest.param(250, 1000, marks=LONG)])
+def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_path: Path) -> None:
     """Every step is saved in the background, so that most moments are moments of saving."""
-    soak = request.config.getoption("--soak")
-    rounds, steps = (250, 8 * STEPS) if soak else (25, STEPS)
     words = ["--config", config_file, "--train.steps", str(steps), "--checkpoint.every", "1"]
-    train(tmp_path / "undisturbed", *words)
+    train(tmp_path / "undisturbed", *words, timeout=600)
     run, draw, at = tmp_path / "killed", random.Random(7), 0
     for number in range(rounds):
         with Fleet(run, *words) as fleet:
@@ -33,7 +32,7 @@ def test_killed_25_times(config_file: str, tmp_path: Path, request: pytest.Fixtu
         assert [f for f in complete if checkpoint.verify(f)] == [], f"round {number}"
         if complete:
             assert checkpoint.step_of(complete[-1]) >= at - 2, "more than the save in writing was lost"
-    said = train(run, *words)
+    said = train(run, *words, timeout=600)
     assert "going on from" in said
     assert "passed over" not in said
     assert losses(run) == losses(tmp_path / "undisturbed")
