@@ -4,8 +4,7 @@ Every process knows the integers of all its replica's micro-batches (`share`), s
 travels from part to part, and its gradient back. Shapes follow from the integers; none is sent.
 
 The last part computes the losses. What the others owe to them arrives as the gradient of their hidden rows, already
-scaled: they must not scale it again, neither by float16's loss scale nor by the number of micro-batches, which
-DeepSpeed's own backward of a middle part divides by once more.
+scaled: they must not scale it again, neither by float16's loss scale nor by the number of micro-batches.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def planted(name: str, engine: Any, mesh: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mean_taken_again(engine: Any, mesh: Any) -> Iterator[None]:
-    """A part divides by the number of micro-batches what it receives, as DeepSpeed 0.19's own backward does."""
+    """A part divides by the number of micro-batches what it receives, which has been done."""
     receive = engine._exec_recv_grads
 
     def receiving(buffer_id: int) -> None:
