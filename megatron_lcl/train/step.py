@@ -189,9 +189,9 @@ class StepLoss:
         self.generation += out.generation.detach()
         if m < num - 1:
             return loss
-        return refuse(loss, self._means()[0], self.limit)
+        return refuse(loss, self.means()[0], self.limit)
 
-    def _means(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scalars, once all micro-batches were there: the step's loss, and the generation loss in it, global means."""
         objective, generation = self.config.objective, self.mesh.data.all_reduce(self.generation.clone())
         generation = generation / max(self.totals.counts["num_targets"], 1)
@@ -204,7 +204,7 @@ class StepLoss:
 
     def result(self, log_scale: torch.Tensor, grad_norm: float) -> StepResult:
         """After the optimizer's step; log_scale: [1], as it is now."""
-        loss, generation = self._means()
+        loss, generation = self.means()
         zero = torch.zeros_like(generation)
         out = self.contrast.output if self.contrast is not None else None
         values = {

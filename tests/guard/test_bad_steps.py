@@ -235,22 +235,23 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
     """The last part's processes get a loss that is not a number for these packs. Cuts are not measured, but given."""
-    from megatron_lcl.train import pipeline
     from megatron_lcl.train import run as loop
+    from megatron_lcl.train.pipeline import PipelineStepper
+    from megatron_lcl.train.step import StepLoss
 
     loop.choose_cuts = lambda *_: (0, 3)
 
-    plain, loss, bad = pipeline.PipelineStepper.run, pipeline.step_loss, [False]
+    plain, loss, bad = PipelineStepper.run, StepLoss.means, [False]
 
     def run(self, batches, *arguments):  # type: ignore[no-untyped-def]
         bad[0] = any(set(batch.packs) & set(packs) for batch in batches)
         return plain(self, batches, *arguments)
 
-    def step_loss(*arguments: Any) -> Any:
-        value, generation = loss(*arguments)
+    def means(self: StepLoss) -> Any:
+        value, generation = loss(self)
         return (value * math.nan if bad[0] else value), generation
 
-    pipeline.PipelineStepper.run, pipeline.step_loss = run, step_loss  # type: ignore[method-assign]
+    PipelineStepper.run, StepLoss.means = run, means  # type: ignore[method-assign]
 
 
 def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
