@@ -232,9 +232,10 @@ class Checkpointer:
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
             group.update(settings)
-        for state in optimizer.optimizer.state.values():
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for parameter, state in optimizer.optimizer.state.items():
             if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
         for name, value in values.items():
             setattr(optimizer, name, value)
         if (folder / RNG / self._rng_file()).exists():
