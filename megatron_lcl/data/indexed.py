@@ -111,12 +111,16 @@ class IndexedWriter:
     def add_run(self, sequences: list[bytes], mode: int) -> None:
         """Append sequences of one mode; faster than one by one."""
         self._bin.write(b"".join(sequences))
-        size = self._dtype.itemsize
-        self._lengths.extend([len(sequence) // size for sequence in sequences])
+        lengths = np.fromiter(map(len, sequences), np.int32, len(sequences)) // np.int32(self._dtype.itemsize)
+        self._lengths.frombytes(lengths.tobytes())
         self._modes.frombytes(mode.to_bytes(1, "little") * len(sequences))
 
     def end_document(self) -> None:
         self._documents.append(len(self._lengths))
+
+    def end_documents(self, ends: list[int]) -> None:
+        """Several documents that end behind these numbers of sequences."""
+        self._documents.extend(ends)
 
     def finish(self) -> dict[str, FileInfo]:
         """Write the index and put both files under their names; returns {file name: size and hash}."""

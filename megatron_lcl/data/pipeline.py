@@ -206,19 +206,24 @@ def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Dr
     texts = [[item.text for item in document.items if isinstance(item, Text)] for document in batch]
     cleaned = _clean(batch, list(itertools.chain.from_iterable(texts)), drops)
     ids = job.tokenizer.encode_bytes(cleaned)
-    first = 0
+    written = first = 0
+    waiting: list[
+        int
+    ] = []  # numbers of pieces of the documents, from text `written` on, that are texts and nothing else
     for document, originals in zip(batch, texts, strict=True):
         stop = first + len(originals)
         own, own_ids = cleaned[first:stop], ids[first:stop]
-        first = stop
-        if own and len(own) == len(document.items) and all(own_ids):  # texts and nothing else: no need to look at each
-            writer.add_texts(own_ids)
-            writer.end_document()
+        if own and len(own) == len(document.items) and all(own_ids):  # no need to look at each
+            waiting.append(len(own))
             yield _digest(own)
-        elif (
-            digest := _write_document(job, writer, document, iter(zip(own_ids, own, strict=True)), drops)
-        ) is not None:
-            yield digest
+        else:
+            writer.add_text_documents(ids[written:first], waiting)
+            written, waiting = stop, []
+            digest = _write_document(job, writer, document, iter(zip(own_ids, own, strict=True)), drops)
+            if digest is not None:
+                yield digest
+        first = stop
+    writer.add_text_documents(ids[written:], waiting)
 
 
 def _digest(content: list[str]) -> int:

@@ -84,6 +84,13 @@ class ShardWriter:
         self._tokens.add_run(pieces, TEXT)
         self._num_tokens += sum(map(len, pieces)) // 4
 
+    def add_text_documents(self, pieces: list[bytes], counts: list[int]) -> None:
+        """Documents of texts only, complete, given as all their pieces and how many pieces each has."""
+        if counts:
+            first = self.num_pieces
+            self.add_texts(pieces)
+            self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
+
     def add_image(
         self,
         data: bytes,
