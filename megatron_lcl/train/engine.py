@@ -89,7 +89,9 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
     }
-    return _merge(ours, config.deepspeed, "deepspeed")
+    # gradients are summed over replicas in float32 in every precision, unless the user wants half the bytes
+    defaults = {"communication_data_type": "fp32"}
+    return defaults | _merge(ours, config.deepspeed, "deepspeed")
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Shape legend as in model.stages. `a` bytes of an activation, `g` bytes of a numb
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.parallel.collectives import share_size
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.parallel.traffic import ring
+from megatron_lcl.train.cuts import hidden_shape
 
 FLOAT, LONG = 4, 8
 
@@ -80,13 +82,11 @@ def stepping(
             forward, backward = _stage(stage, batch, config, tensor.size, activation_bytes)
             sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward * passes, *backward])
         if not last:
-            sent[me, pipeline.ranks[pipeline.rank + 1]] += passes * hidden_bytes(
-                stages[-1], batch, config, tensor.size, activation_bytes
+            sent[me, pipeline.ranks[pipeline.rank + 1]] += passes * _hidden(
+                stages[-1] + 1, batch, config, mesh, activation_bytes
             )
         if pipeline.rank > 0:
-            sent[me, pipeline.ranks[pipeline.rank - 1]] += hidden_bytes(
-                stages[0] - 1, batch, config, tensor.size, activation_bytes
-            )
+            sent[me, pipeline.ranks[pipeline.rank - 1]] += _hidden(stages[0], batch, config, mesh, activation_bytes)
     data = mesh.data
     reductions = len(batches) if config.zero.stage == 2 else 1
     sent[data.ranks] += reductions * ring(sum(group_sizes) * FLOAT, data.size, 2)
@@ -127,13 +127,9 @@ def contrast(pairs: Sequence[int], width: int, mesh: Mesh) -> Sent:
     return sent
 
 
-def hidden_bytes(stage: int, batch: PackedBatch, config: Config, tensor: int, activation_bytes: int) -> int:
-    """The one tensor that goes from a stage to the next, this tensor rank's rows of it."""
-    vision, language = config.model.vision, config.model.language
-    num_images = len(batch.image_soi)
-    if stage <= vision.layers:
-        return -(-num_images * (1 + vision.num_patches) // tensor) * vision.width * activation_bytes
-    return (-(-len(batch.tokens) // tensor) + -(-num_images // tensor)) * language.width * activation_bytes
+def _hidden(stage: int, batch: PackedBatch, config: Config, mesh: Mesh, a: int) -> int:
+    """The one tensor that a part sends to the next, which begins with `stage`; its gradient is as large."""
+    return math.prod(hidden_shape(stage, batch, config.model, mesh.tensor)) * a
 
 
 def _stage(stage: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
