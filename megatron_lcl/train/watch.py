@@ -67,8 +67,8 @@ class Watch:
     def __init__(self, mesh: Mesh, timeout: float) -> None:
         self.rank, self.size = mesh.world.rank, mesh.world.size
         self.period = min(PERIOD_SECONDS, timeout / 20)
-        self.limit = timeout - 7 * self.period  # the rest is for seeing it and telling each other
         self.talk_period = self.period * max(1.0, self.size / 64)  # one server answers them all
+        self.limit = timeout - 7 * self.talk_period  # the rest is for seeing it, everywhere
         self._state = State(host=socket.gethostname())
         self._first: int | None = None
         self._progress: float | None = None
@@ -76,8 +76,6 @@ class Watch:
         self._heard: dict[int, tuple[State, float]] = {}
         self._heard_any = time.monotonic()
         self._suspicious = False
-        self._verdict = ""
-        """what is wrong, found here or by another process"""
         self._closing = threading.Event()
 
     # --- the main thread's side ---
@@ -118,7 +116,7 @@ class Watch:
         with contextlib.suppress(RuntimeError):
             self._publish()
         if not together:
-            time.sleep(3 * self.period)  # this may be the process that keeps the store
+            time.sleep(3 * self.talk_period)  # this may be the process that keeps the store
 
     # --- the threads ---
 
@@ -126,10 +124,6 @@ class Watch:
         while not self._closing.wait(self.talk_period):
             try:
                 self._publish()
-                if self._verdict:
-                    self._store.set(_VERDICT, self._verdict)
-                elif self._store.check([_VERDICT]):
-                    self._verdict = self._store.get(_VERDICT).decode()
                 others = [r for r in range(self.size) if r in self._heard or self._store.check([_key(r)])]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
             except RuntimeError:
@@ -152,14 +146,10 @@ class Watch:
     def _judge(self) -> None:
         while not self._closing.wait(self.period):
             fault = self._fault()
-            if fault:
-                self._verdict = fault
-                if not self._closing.wait(3 * self.period):  # until the others have heard it
-                    leave(LOST, f"{fault}. Ending process {self.rank} at step {self._state.step}")
+            if fault and not self._closing.wait(3 * self.talk_period):  # until the others have seen it too
+                leave(LOST, f"{fault}. Ending process {self.rank} at step {self._state.step}")
 
     def _fault(self) -> str | None:
-        if self._verdict:
-            return self._verdict
         now, heard, silence = time.monotonic(), dict(self._heard), self.limit
         if self._suspicious:
             silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.talk_period))
@@ -203,9 +193,6 @@ def suspects(sequences: dict[int, dict[str, int]]) -> list[int]:
         waiting |= {rank for rank, count in counts.items() if count > min(counts.values())}
         awaited |= {rank for rank, count in counts.items() if count < max(counts.values())}
     return sorted(awaited - waiting)
-
-
-_VERDICT = "megatron_lcl/watch/verdict"
 
 
 def _key(rank: int) -> str:
