@@ -233,7 +233,7 @@ class Checkpoint:
     keep_every: Count = Field(default=0, description="also keep those at multiples of so many steps; 0: none")
     background: bool = Field(
         default=True,
-        description="write while training goes on, from a copy in host memory; false: training waits, nothing is copied",
+        description="write while training goes on, from a copy in host memory; false: training waits, no copy is made",
     )
     resume: str = Field(
         default="auto",
