@@ -6,32 +6,42 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 
 make_venv() {
-  local extras=$1 python=${PYTHON:-python3} wanted
+  local extras=$1 python=${PYTHON:-python3} files installed
   command -v "$python" >/dev/null || { echo "$python not found; install Python 3.11 or newer, or set PYTHON" >&2; exit 2; }
   "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' ||
     { echo "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON" >&2; exit 2; }
-  if [ ! -x "$venv/bin/python" ]; then
-    "$python" -m venv "$venv" 2>/dev/null || {
-      rm -rf "$venv"
-      echo "this Python cannot make virtual environments; as root: apt-get install python3-venv" >&2
-      exit 2
-    }
+  if [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+    echo "$venv holds other files and is no virtual environment; name a new folder in VENV" >&2
+    exit 2
   fi
-  # what is installed already for the same files is not installed again
-  wanted=$("$venv/bin/python" - "$root" "$extras" <<'PY'
+  [ -x "$venv/bin/python" ] || new_venv
+  # what is installed already for the same files and Python is not installed again; a line for each set of extras
+  files=$("$venv/bin/python" - "$root" <<'PY'
 import hashlib, sys
-root, extras = sys.argv[1:]
-print(hashlib.sha256(open(f"{root}/pyproject.toml", "rb").read() + f"{root} {extras}".encode()).hexdigest())
+root = sys.argv[1]
+print(hashlib.sha256(open(f"{root}/pyproject.toml", "rb").read() + f"{root} {sys.version_info[:2]}".encode()).hexdigest())
 PY
   )
-  if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+  if ! grep -qsx "$files $extras" "$venv/installed"; then
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || new_venv # it was interrupted before pip was in it
     echo "installing into $venv …" >&2
     {
       "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade pip setuptools wheel &&
         "$venv/bin/python" -m pip install --disable-pip-version-check --editable "${root}[$extras]"
     } >"$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 2; }
-    echo "$wanted" >"$venv/installed"
+    installed=$(grep -s "^$files " "$venv/installed" || true)
+    printf '%s\n' ${installed:+"$installed"} "$files $extras" >"$venv/installed"
   fi
+}
+
+# Makes $venv with $python, or completes one that was interrupted or whose Python has gone; nothing in it is deleted but
+# links to Pythons that are not there.
+new_venv() {
+  local log
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    { echo "this Python cannot make virtual environments; as root: apt-get install python3-venv" >&2; exit 2; }
+  [ ! -d "$venv/bin" ] || find -L "$venv/bin" -maxdepth 1 -name 'python*' -type l -delete
+  log=$("$python" -m venv "$venv" 2>&1) || { echo "no virtual environment at $venv: $(tail -n 1 <<<"$log")" >&2; exit 2; }
 }
 
 find_python() {
