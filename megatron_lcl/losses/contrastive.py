@@ -20,6 +20,7 @@ The gradient of log_scale is free: scaling x scales the logits as s does, hence 
 from __future__ import annotations
 
 import math
+import operator
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses import contrastive_tiles
-from megatron_lcl.losses.group import all_gather, rank_and_size
+from megatron_lcl.losses.group import all_gather, exchange, rank_and_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,6 +59,7 @@ class FeatureGather:
 
     image_nD: torch.Tensor
     text_nD: torch.Tensor
+    log_scale: torch.Tensor
     counts: tuple[int, ...]
     rank: int = 0
     group: dist.ProcessGroup | None = None
@@ -103,15 +105,17 @@ def contrastive_loss(
     whole over the group. backward sends nothing, and is once differentiable.
 
     Raises ValueError, on every rank of the group and before any feature is sent, if a rank's features are not two
-    [n, D] tensors of one dtype, if D or the dtype differs between ranks, or if a rank's counts are not those of the
-    group; and on a caller that is not in the group. Non-finite features give a non-finite loss.
+    [n, D] tensors of one dtype on one device from which the group sends, if its log_scale is not one number there, if D
+    or the dtype differs between ranks, or if a rank's counts are not those of the group; and on a caller that is not in
+    the group. Non-finite features give a non-finite loss.
     """
-    return finish_contrastive_loss(start_gather(image_features, text_features, group, counts), log_scale)
+    return finish_contrastive_loss(start_gather(image_features, text_features, log_scale, group, counts))
 
 
 def start_gather(
     image_features: torch.Tensor,
     text_features: torch.Tensor,
+    log_scale: torch.Tensor,
     group: dist.ProcessGroup | None = None,
     counts: Sequence[int] | None = None,
 ) -> FeatureGather:
@@ -120,36 +124,23 @@ def start_gather(
     Every rank of the group calls it, then `finish_contrastive_loss`; what is computed in between overlaps with the
     transfer. Arguments and errors: `contrastive_loss`.
     """
-    image_features, text_features = image_features.contiguous(), text_features.contiguous()
-    error = _features_error(image_features, text_features)
-    if group is None:
-        alone = [len(image_features)] if error is None else []
-        if error is None and counts is not None and list(counts) != alone:
-            error = f"counts {list(counts)} must be {alone}, the pairs of the one process"
-        if error is not None:
-            raise ValueError(error)
-        return FeatureGather(image_features, text_features, tuple(alone))
-
     rank, _ = rank_and_size(group)
-    sizes = _exchange(image_features, error, counts, group)
+    image_features, text_features = image_features.contiguous(), text_features.contiguous()
+    sizes = _sizes(image_features, text_features, log_scale, group, counts)
+    gather = FeatureGather(image_features, text_features, log_scale, sizes, rank, group)
     longest = max(sizes)
-    if longest == 0:
-        return FeatureGather(image_features, text_features, sizes, rank, group)
-    own = image_features.new_zeros(longest, 2 * image_features.shape[1])  # side by side: two matrices as they arrive
-    torch.cat([image_features.detach(), text_features.detach()], 1, out=own[: len(image_features)])
-    rows = own.new_empty(len(sizes) * longest, own.shape[1])
-    work = all_gather(rows, own, group=group, async_op=True)
-    return FeatureGather(image_features, text_features, sizes, rank, group, own, rows, work)
+    if group is not None and longest > 0:
+        # side by side: two matrices as they arrive
+        gather.own = image_features.new_zeros(longest, 2 * image_features.shape[1])
+        torch.cat([image_features.detach(), text_features.detach()], 1, out=gather.own[: len(image_features)])
+        gather.rows = gather.own.new_empty(len(sizes) * longest, gather.own.shape[1])
+        gather.work = all_gather(gather.rows, gather.own, group=group, async_op=True)
+    return gather
 
 
-def finish_contrastive_loss(gather: FeatureGather, log_scale: torch.Tensor) -> ContrastiveOutput:
+def finish_contrastive_loss(gather: FeatureGather) -> ContrastiveOutput:
     """Second half of `contrastive_loss`: waits for the features and computes the loss."""
-    if log_scale.numel() != 1 or not log_scale.is_floating_point():
-        # not a matter of the batch, hence the same on every rank
-        raise ValueError(
-            f"log_scale must be one floating-point number, not {log_scale.dtype} of shape {list(log_scale.shape)}"
-        )
-    outputs = _ContrastiveFunction.apply(gather.image_nD, gather.text_nD, log_scale, gather)
+    outputs = _ContrastiveFunction.apply(gather.image_nD, gather.text_nD, gather.log_scale, gather)
     return ContrastiveOutput(*outputs)
 
 
@@ -210,40 +201,26 @@ def _backend(features: torch.Tensor) -> ModuleType:
     return contrastive_tiles
 
 
-def _features_error(image: torch.Tensor, text: torch.Tensor) -> str | None:
-    if image.ndim != 2 or image.shape != text.shape:
-        return f"image and text features must both be [pairs, width], not {list(image.shape)} and {list(text.shape)}"
-    if image.dtype != text.dtype or image.dtype not in DTYPES:
-        return f"image and text features must be of one floating-point dtype, not {image.dtype} and {text.dtype}"
-    if image.device != text.device:
-        return f"image and text features must be on one device, not {image.device} and {text.device}"
-    return None
-
-
-def _exchange(
-    image: torch.Tensor, error: str | None, counts: Sequence[int] | None, group: dist.ProcessGroup
+def _sizes(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    log_scale: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    counts: Sequence[int] | None,
 ) -> tuple[int, ...]:
-    """Pairs of each rank. Whatever is wrong on any rank raises here, on every rank.
-
-    Ranks whose messages differ in size hang or abort, so nothing else is sent before this: five integers, which every
-    host has before its device has computed anything. A stream of its own keeps the host from waiting for the device.
-    """
-    given = 0 if counts is None else _digest(counts)
-    own = [1, 0, 0, 0, 0] if error else [0, len(image), image.shape[1], DTYPES.index(image.dtype), given]
-    stream = torch.cuda.Stream(image.device) if image.is_cuda else None
-    with torch.cuda.stream(stream):
-        sent = torch.tensor(own, dtype=torch.int64, device=image.device)
-        table = sent.new_empty(dist.get_world_size(group) * len(own))
-        all_gather(table, sent, group=group)
-        ranks = table.view(-1, len(own)).tolist()
-    if error:
-        raise ValueError(error)
-    if bad := [rank for rank, (flag, *_) in enumerate(ranks) if flag]:
-        raise ValueError(f"rank(s) {bad} of the group gave image and text features that do not match; see their errors")
-    if len({(width, dtype) for _, _, width, dtype, _ in ranks}) > 1:
-        described = [(width, DTYPES[dtype]) for _, _, width, dtype, _ in ranks]
+    """Pairs of each rank. Whatever is wrong on any rank raises here, on every rank."""
+    error, digest = _error(image, text, log_scale), 0
+    if counts is not None:
+        try:
+            digest = _digest(counts)
+        except TypeError:
+            error = error or f"counts must be integers, one per rank, not {counts}"
+    facts = (len(image), image.shape[1], DTYPES.index(image.dtype), digest) if error is None else (0, 0, 0, 0)
+    ranks = exchange(facts, error, image.device, group)
+    if len({(width, dtype) for _, width, dtype, _ in ranks}) > 1:
+        described = [(width, DTYPES[dtype]) for _, width, dtype, _ in ranks]
         raise ValueError(f"features must have one width and dtype on every rank, not {described} (in rank order)")
-    sizes = tuple(n for _, n, _, _, _ in ranks)
+    sizes = tuple(n for n, *_ in ranks)
     if bad := [rank for rank, (*_, digest) in enumerate(ranks) if digest not in (0, _digest(sizes))]:
         own_counts = f"; this rank's are {list(counts)}" if counts is not None else ""
         raise ValueError(
@@ -252,8 +229,21 @@ def _exchange(
     return sizes
 
 
+def _error(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> str | None:
+    if image.ndim != 2 or image.shape != text.shape:
+        return f"image and text features must both be [pairs, width], not {list(image.shape)} and {list(text.shape)}"
+    if image.dtype != text.dtype or image.dtype not in DTYPES:
+        return f"image and text features must be of one floating-point dtype, not {image.dtype} and {text.dtype}"
+    if log_scale.numel() != 1 or not log_scale.is_floating_point():
+        return f"log_scale must be one floating-point number, not {log_scale.dtype} of shape {list(log_scale.shape)}"
+    if not image.device == text.device == log_scale.device:
+        devices = f"{image.device}, {text.device} and {log_scale.device}"
+        return f"image features, text features and log_scale must be on one device, not {devices}"
+    return None
+
+
 def _digest(counts: Sequence[int]) -> int:
-    return 1 + zlib.crc32(repr([int(count) for count in counts]).encode())
+    return 1 + zlib.crc32(repr([operator.index(count) for count in counts]).encode())
 
 
 def _gather_rows(

@@ -120,6 +120,8 @@ def _backward_kernel(
         column_lse = tl.load(key_lse + columns, mask=columns < N, other=0.0)
         weight = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
         weight = tl.where(rows[:, None] + offset == columns[None, :], weight - 2.0, weight)
+        # where there is no row or column it may be infinite, and the key, 0, would make NaN of that
+        weight = tl.where((rows < n)[:, None] & (columns < N)[None, :], weight, 0.0)
         weight = weight.to(WEIGHT_DTYPE).to(GRAD_DTYPE)
         # num_stages=1: a load of sums must not be moved ahead of an earlier store of them
         for width_start in tl.range(0, D, WIDTH, num_stages=1):

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses import softmax_torch
-from megatron_lcl.losses.group import all_gather, rank_and_size
+from megatron_lcl.losses.group import all_gather, exchange, rank_and_size
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_LOGITS = 2**25
 """numbers in one chunk of logits: 128 MiB of float32, some 640 rows of CLIP's vocabulary"""
 
@@ -45,33 +46,70 @@ def generation_loss(
     shares sum to the whole. So hidden is entered through the usual copy whose backward all-reduces over the group, or
     the sequence-parallel gather whose backward reduce-scatters.
 
-    The gradient is computed in forward, if gradients are enabled and asked for; it is once differentiable. Raises
-    ValueError for shapes, dtypes or a vocab_size that do not fit, and on a caller that is not in the group.
+    The gradient is computed in forward, if gradients are enabled and asked for, and kept until backward, as large as
+    hidden and weight in float32; it is once differentiable. Raises ValueError for shapes, dtypes, devices or a
+    vocab_size that do not fit or are not the same on every rank, on every rank of the group, and on a caller that is
+    not in the group.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [rows, D], [vocabulary, D]"
-        )
-    if targets.shape != hidden.shape[:1] or targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"targets must be {len(hidden)} int32 or int64 numbers, one per row of hidden, "
-            f"not {targets.dtype} of shape {list(targets.shape)}"
-        )
+    rank, size = rank_and_size(group)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden and weight must be of one floating-point dtype, not {hidden.dtype}, {weight.dtype}")
-    rank, size = rank_and_size(group)
-    places = size * len(weight)
-    vocab_size = places if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= places:
-        raise ValueError(f"vocab_size {vocab_size} must be 1 to {places}, the weight's rows on all {size} rank(s)")
+    if vocab_size is None:
+        vocab_size = size * weight.shape[:1].numel()
+    _check(hidden, weight, targets, group, size, vocab_size)
+    if len(hidden) == 0:  # zeros in backward, none kept until then
+        return (hidden.sum() + weight[:0].sum()).to(_arithmetic(hidden.dtype))
     first = rank * len(weight)
     num_real = min(max(vocab_size - first, 0), len(weight))
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _GenerationFunction.apply(hidden, weight, targets, group, first, num_real, with_gradient)
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    size: int,
+    vocab_size: int,
+) -> None:
+    """Whatever is wrong on any rank raises here, on every rank."""
+    error = _error(hidden, weight, targets, size, vocab_size)
+    facts = (0,) * 5
+    if error is None:
+        facts = (len(hidden), hidden.shape[1], DTYPES.index(hidden.dtype), len(weight), vocab_size)
+    ranks = exchange(facts, error, hidden.device, group)
+    if len(set(ranks)) > 1:
+        described = [(rows, width, DTYPES[dtype], *vocabulary) for rows, width, dtype, *vocabulary in ranks]
+        raise ValueError(
+            "hidden's rows, width and dtype, the weight's rows and vocab_size must be the same on every rank, "
+            f"not {described} (in rank order)"
+        )
+
+
+def _error(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int, vocab_size: int) -> str | None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        return f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [rows, D], [vocabulary, D]"
+    if targets.shape != hidden.shape[:1] or targets.dtype not in (torch.int32, torch.int64):
+        return (
+            f"targets must be {len(hidden)} int32 or int64 numbers, one per row of hidden, "
+            f"not {targets.dtype} of shape {list(targets.shape)}"
+        )
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        return f"hidden and weight must be of one floating-point dtype, not {hidden.dtype}, {weight.dtype}"
+    if not hidden.device == weight.device == targets.device:
+        devices = f"{hidden.device}, {weight.device} and {targets.device}"
+        return f"hidden, weight and targets must be on one device, not {devices}"
+    places = size * len(weight)
+    if not 0 < vocab_size <= places:
+        return f"vocab_size {vocab_size} must be 1 to {places}, the weight's rows on all {size} rank(s)"
+    return None
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _GenerationFunction(torch.autograd.Function):
@@ -82,6 +120,7 @@ class _GenerationFunction(torch.autograd.Function):
             # Kept beside, not among, the saved tensors: a checkpointed segment that ends here and is recomputed has
             # nothing to fetch from this function and stops short of it.
             loss, *ctx.gradients = _chunked(hidden_RD, weight_VD, targets_R - first, group, num_real, *wanted)
+        ctx.dtype = hidden_RD.dtype
         return loss
 
     @staticmethod
@@ -91,9 +130,12 @@ class _GenerationFunction(torch.autograd.Function):
             raise RuntimeError("a second backward through generation_loss needs retain_graph=True in the first")
         gradients = ctx.gradients
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            return *(None if g is None else g * grad for g in gradients), None, None, None, None, None
-        ctx.gradients = None  # handed over, not copied: as large as the weight
-        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None
+            scaled = [None if g is None else g * grad for g in gradients]
+        else:
+            ctx.gradients = None  # handed over, not copied: as large as the weight
+            scaled = [None if g is None else g.mul_(grad) for g in gradients]
+        # rounded last: sums over all rows may be too large for float16 until `grad`, a mean's, makes them smaller
+        return *(None if g is None else g.to(ctx.dtype) for g in scaled), None, None, None, None, None
 
 
 def _chunked(
@@ -105,11 +147,10 @@ def _chunked(
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Loss and the wanted gradients; targets_R count from this rank's first vocabulary entry."""
-    given_dtype, device = hidden_RD.dtype, hidden_RD.device
-    dtype = torch.float64 if given_dtype == torch.float64 else torch.float32
+    """Loss and the wanted gradients, float32 or float64; targets_R count from this rank's first vocabulary entry."""
+    dtype, device = _arithmetic(hidden_RD.dtype), hidden_RD.device
     loss = torch.zeros((), dtype=dtype, device=device)
-    hidden_grad = torch.zeros(hidden_RD.shape, dtype=given_dtype, device=device) if hidden_wanted else None
+    hidden_grad = torch.zeros(hidden_RD.shape, dtype=dtype, device=device) if hidden_wanted else None
     weight_grad = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if weight_wanted else None
     if device.type == "cpu":  # has no matrix product of half-precision numbers with a float32 result
         hidden_RD, weight_VD = hidden_RD.to(dtype), weight_VD.to(dtype)
@@ -131,10 +172,10 @@ def _chunked(
             continue
         error_cV = softmax.error(logits_cV, targets_c, max_c, lse_c, hidden_cD.dtype)
         if hidden_grad is not None:
-            hidden_grad[rows] = error_cV @ weight_VD
+            _matmul(error_cV, weight_VD, hidden_grad[rows])
         if weight_grad is not None:
             _add_matmul(weight_grad[:V], error_cV.t(), hidden_cD)
-    return loss, hidden_grad, None if weight_grad is None else weight_grad.to(given_dtype)
+    return loss, hidden_grad, weight_grad
 
 
 def _softmax(logits: torch.Tensor) -> ModuleType:

@@ -205,6 +205,9 @@ def test_layout_of_features_does_not_matter():
         (torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), None, "floating-point"),
         (torch.zeros(3, 4), torch.zeros(3, 4), [2], r"must be \[3\]"),
         (torch.zeros(3, 4), torch.zeros(3, 4), [3, 0], r"must be \[3\]"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), [3.0], r"integers, one per rank, not \[3.0\]"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), 3, "integers, one per rank, not 3"),
+        (torch.zeros(3, 4), torch.zeros(3, 4, device="meta"), None, "one device"),
     ],
 )
 def test_what_does_not_fit_is_refused(image, text, counts, message):
@@ -212,7 +215,7 @@ def test_what_does_not_fit_is_refused(image, text, counts, message):
         contrastive_loss(image, text, torch.tensor(1.0), counts=counts)
 
 
-@pytest.mark.parametrize("log_scale", [torch.zeros(2), torch.tensor(1)])
+@pytest.mark.parametrize("log_scale", [torch.zeros(2), torch.tensor(1), torch.tensor(1.0, device="meta")])
 def test_a_log_scale_that_is_not_one_number_is_refused(log_scale):
     with pytest.raises(ValueError, match="log_scale"):
         contrastive_loss(torch.zeros(3, 4), torch.zeros(3, 4), log_scale)
@@ -314,9 +317,9 @@ def test_header_features_and_sums_forward_nothing_backward(pool, counts):
 
 
 def in_two_parts(group, image, text, log_scale, counts):
-    gather = start_gather(image, text, group, counts)
+    gather = start_gather(image, text, log_scale, group, counts)
     dist.all_reduce(torch.zeros(3), group=group)  # other traffic meanwhile
-    first, second = (finish_contrastive_loss(gather, log_scale).loss for _ in range(2))  # as a recomputed segment does
+    first, second = (finish_contrastive_loss(gather).loss for _ in range(2))  # as a recomputed segment does
     return first, second
 
 
@@ -339,9 +342,9 @@ def test_without_a_group_each_process_is_alone(pool):
     torch.testing.assert_close(results, [plain(image[:n], text[:n], torch.tensor(1.0)) for n in (4, 2, 3)])
 
 
-def attempt(group, image, text, counts):
+def attempt(group, image, text, counts, log_scale=None):
     try:
-        contrastive_loss(image, text, torch.tensor(1.0), group, counts)
+        contrastive_loss(image, text, torch.tensor(1.0) if log_scale is None else log_scale, group, counts)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -370,7 +373,31 @@ GOOD = torch.zeros(2, 4)
     ],
 )
 def test_one_rotten_rank_is_an_error_on_all_and_nobody_waits(pool, second, counts):
-    errors = pool.run(attempt, [(GOOD, GOOD, counts), (*second, counts), (GOOD, GOOD, counts)])
+    rotten_alone(pool, (*second, counts), (GOOD, GOOD, counts))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        (GOOD, GOOD, [2, None, 2]),
+        (GOOD, GOOD, [2, 2.0, 2]),
+        (GOOD, GOOD, 6),
+        (GOOD, GOOD, None, torch.zeros(2)),
+        (GOOD, GOOD, None, torch.tensor(1)),
+        (
+            GOOD.to("meta"),
+            GOOD.to("meta"),
+            None,
+            torch.zeros(1, device="meta"),
+        ),  # a device the group does not send from
+    ],
+)
+def test_one_rotten_count_or_scale_or_device_is_an_error_on_all(pool, second):
+    rotten_alone(pool, second, (GOOD, GOOD, None))
+
+
+def rotten_alone(pool, second, others):
+    errors = pool.run(attempt, [others, second, others])
     assert "no error" not in errors, errors
     # and the group is still in step
     assert pool.run(attempt, [(GOOD, GOOD, [2, 2, 2])] * 3) == ["no error"] * 3

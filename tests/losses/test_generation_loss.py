@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_half_precision_costs_no_more_than_its_own_rounding(dtype, small_chunks)
         torch.testing.assert_close(g.double(), e, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_sums_too_large_for_float16_are_rounded_after_the_mean_is_taken(small_chunks):
+    hidden, weight, targets = problem(300, 24, dtype=torch.float16)
+    hidden, targets = hidden.abs() + 300, torch.full_like(targets, 7)  # one word, on one side: nothing cancels
+    weight[7] -= 1
+    actual = with_gradients(generation_loss, hidden, weight, targets, 1 / 300)
+    expected = with_gradients(plain, hidden.double(), weight.double(), targets, 1 / 300)
+    assert expected[2].abs().max() * 300 > torch.finfo(torch.float16).max
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert a.dtype == torch.float16
+        torch.testing.assert_close(a.double(), e, rtol=2e-3, atol=1e-3)
+
+
+def test_without_rows_nothing_is_kept_as_large_as_the_weight():
+    hidden, weight, targets = (
+        value.requires_grad_() if value.is_floating_point() else value for value in problem(0, 24)
+    )
+    with Recorder() as recorder:
+        loss = generation_loss(hidden, weight, targets)
+    assert recorder.largest <= 1
+    loss.backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight)), "not None: optimizers and reductions wait for it"
+
+
 def test_gradcheck(small_chunks):
     hidden, weight, targets = problem(11, 17)
     hidden.requires_grad_()
@@ -131,6 +155,8 @@ def test_non_finite_input_gives_a_non_finite_loss(value):
         (torch.zeros(3, 4), torch.zeros(9, 4).half(), torch.zeros(3).long(), None, "one floating-point dtype"),
         (torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3).long(), 10, "vocab_size 10"),
         (torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3).long(), 0, "vocab_size 0"),
+        (torch.zeros(3, 4), torch.tensor(1.0), torch.zeros(3).long(), None, r"weight \[\]"),
+        (torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, device="meta").long(), None, "one device"),
     ],
 )
 def test_what_does_not_fit_is_refused(hidden, weight, targets, vocab_size, message):
@@ -227,6 +253,41 @@ def test_any_split_of_the_vocabulary_equals_one_process(pool, size, R, share, pa
     expected = with_gradients(plain, hidden.double(), weight[:vocab_size].double(), targets, 0.5)
     assert_close([results[0][0], hidden_grad, weight_grad[:vocab_size]], expected, tolerance)
     assert (weight_grad[vocab_size:] == 0).all()
+
+
+def attempt(group, hidden, weight, targets, vocab_size):
+    generation.CHUNK_LOGITS = 4 * 5
+    try:
+        generation_loss(hidden, weight, targets, group, vocab_size)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "share", "targets", "vocab_size", "dtype", "message"),
+    [
+        (6, 4, 5, 5, None, torch.float32, "targets must be 6"),
+        (6, 4, 5, 6, 16, torch.float32, "vocab_size 16"),
+        (5, 4, 5, 5, None, torch.float32, r"\(6, 4, torch.float32, 5, 15\), \(5, 4, torch.float32, 5, 15\)"),
+        (0, 4, 5, 0, None, torch.float32, "the same on every rank"),
+        (6, 3, 5, 6, None, torch.float32, "the same on every rank"),
+        (6, 4, 4, 6, 12, torch.float32, "the same on every rank"),
+        (6, 4, 5, 6, 14, torch.float32, "the same on every rank"),
+        (6, 4, 5, 6, None, torch.bfloat16, "the same on every rank"),
+        (6, 4, 5, 6, None, torch.int64, "one floating-point dtype"),
+    ],
+)
+def test_one_rotten_rank_is_an_error_on_all_and_nobody_waits(
+    pool, rows, width, share, targets, vocab_size, dtype, message
+):
+    good = (torch.zeros(6, 4), torch.zeros(5, 4), torch.zeros(6).long(), None)
+    rotten = (torch.zeros(rows, width).to(dtype), torch.zeros(share, width).to(dtype), torch.zeros(targets).long())
+    errors = pool.run(attempt, [good, (*rotten, vocab_size), good])
+    assert "no error" not in errors, errors
+    assert re.search(message, errors[1])
+    # and the group is still in step
+    assert pool.run(attempt, [good] * 3) == ["no error"] * 3
 
 
 def outsider(group):

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: results under the interpreter, and that they compile for real devices."""
+"""The Triton kernels: results under the interpreter and on a CUDA device, and that they compile for real devices."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def test_interpreted_kernels_give_the_same():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def run_kernels(**environment: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "kernels.py")]
+    result = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout[-5000:]
+
+
+def test_interpreted_kernels_give_the_same():
+    run_kernels(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_a_device_give_the_same():
+    run_kernels()
 
 
 @pytest.mark.slow
@@ -30,7 +42,7 @@ def test_kernels_compile(architecture, shared_memory, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-5000:]
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 3 * 2 * 2 + 3
+    assert len(lines) == 3 * 2 * 2 + 4
     for name, shared, tensor_cores in lines:
         assert int(shared) <= shared_memory, name
         assert "softmax" in name or tensor_cores == "True", name
