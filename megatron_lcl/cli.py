@@ -396,6 +396,7 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.files import replace_text
     from megatron_lcl.data.index import Ledger
     from megatron_lcl.data.replay import replay_html
     from megatron_lcl.train.checkpoint import list_checkpoints, read_progress
@@ -405,7 +406,7 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     ledger = Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
     page = replay_html(config, options.step, options.rank, options.world_size, ledger)
     file = Path(options.output or f"replay-{options.step}.html")
-    file.write_text(page, encoding="utf-8")
+    replace_text(file, page)
     print(file)
 
 

@@ -17,6 +17,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.export import export
 from megatron_lcl.convert.load import find_checkpoint
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.gimp import fetch_manual
 from megatron_lcl.data.preprocess import preprocess
 from megatron_lcl.data.store import open_corpus
@@ -85,7 +86,7 @@ def quickstart_config(output: Path, steps: int | None) -> Config:
         overrides["train.steps"] = str(steps)
     with importlib.resources.as_file(packaged) as file:
         config = configs.load(file, overrides)
-    (output / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
+    replace_text(output / "config.yaml", configs.to_yaml(config))
     return config
 
 

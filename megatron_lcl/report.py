@@ -13,6 +13,7 @@ from markupsafe import Markup
 from megatron_lcl import config as configs
 from megatron_lcl.convert.load import find_checkpoint
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.replay import render_packs
 from megatron_lcl.data.store import Corpus, open_corpus
@@ -44,12 +45,15 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         run=run,
     )
     output = output or run / "report.html"
-    output.write_text(page, encoding="utf-8")
+    replace_text(output, page)
     return output
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
 
 
 def _curves(metrics: list[dict[str, Any]]) -> Markup:

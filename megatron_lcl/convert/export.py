@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.convert import hf, openclip, timm
@@ -18,6 +17,7 @@ from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.folder import new_folder, write_record
 from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, load_model
 from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 
 _FORMATS: dict[str, ModuleType] = {"hf": hf, "timm": timm, "open_clip": openclip}
@@ -101,6 +101,5 @@ def import_checkpoint(
 
 def save_checkpoint(model: LCL, config: Config, folder: Path) -> None:
     """`model.safetensors` and `config.yaml` into a folder."""
-    tensors = {name: p.detach().float().contiguous() for name, p in model.stages.named_parameters()}
-    save_file(tensors, folder / WEIGHTS)
+    save_parts(dict(model.stages.named_parameters()), folder / WEIGHTS, torch.float32)
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")

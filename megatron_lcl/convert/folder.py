@@ -37,6 +37,8 @@ def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[P
         if output.exists():
             output.rename(old)
         fresh.rename(output)
+    except OSError as error:  # a full disk
+        raise OSError(error.errno, error.strerror, str(output)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -28,9 +29,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file; whoever reads it, even after a crash, finds it as it was before or as it is now.
+
+    A link stays, its target is replaced. Where this fails nothing is left behind, and the OSError names the file.
+    """
+    if path.exists() and not path.is_file():  # a pipe or a device; it is not ours to replace
+        path.write_bytes(content)
+        return
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file; whoever reads it, even after a crash, finds it as it was before or as it is now."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode())

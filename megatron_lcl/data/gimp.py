@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -75,13 +76,19 @@ def _download(folder: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"`{' '.join(command)}` failed ({error}); {_REMEDY}") from None
     if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(
-            f"`{' '.join(command)}` failed: {reason} (offline, or no package lists: `apt-get update`); {_REMEDY}"
-        )
+        full = os.strerror(errno.ENOSPC)
+        if full in result.stderr or "Wrote only" in result.stderr:  # as apt and tar say it
+            raise OSError(errno.ENOSPC, full, str(folder))
+        reason = next((line for line in result.stderr.splitlines() if line and not line.startswith("W:")), "no message")
+        if command[0] == "apt-get":
+            reason += f" (offline, or no package lists: `apt-get update`); {_REMEDY}"
+        raise ValueError(f"`{' '.join(command)}` in {folder} failed: {reason}")
     return result.stdout.strip()

@@ -78,6 +78,17 @@ class HashingFile:
         self._temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, content: bytes) -> FileInfo:
+    """A whole file, as HashingFile writes it; nothing is left where that fails."""
+    file = HashingFile(path)
+    try:
+        file.write(content)
+        return file.finish()
+    except OSError:
+        file.abort()
+        raise
+
+
 class IndexedWriter:
     """Streams sequences into `prefix.bin`; the index is small and kept until `finish`."""
 

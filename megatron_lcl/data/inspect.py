@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard
 
@@ -84,7 +85,7 @@ def write_page(corpus: Corpus, file: str | Path, num_samples: int = 12, seed: in
     histograms = [(name, _histogram(array)) for name, array in _values(corpus).items() if len(array)]
     page = template.render(statistics=statistics, table=table(statistics), histograms=histograms, samples=samples)
     file = Path(file)
-    file.write_text(page, encoding="utf-8")
+    replace_text(file, page)
     return file
 
 

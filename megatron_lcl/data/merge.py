@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_lcl.data.drops import LOG, Drops
 from megatron_lcl.data.files import sync
-from megatron_lcl.data.indexed import HashingFile
+from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.store import (
     FORMAT_VERSION,
     MANIFEST,
@@ -67,9 +67,7 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     try:
         for old_path, new in links:
             _link(old_path, output / new)
-        log = HashingFile(output / LOG)
-        log.write(drops.log())
-        files[LOG] = log.finish()
+        files[LOG] = write_file(output / LOG, drops.log())
         sync(output)
         write_manifest(
             output,

@@ -25,7 +25,7 @@ from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import group_name
 from megatron_lcl.data.importers import Importer, Unit
-from megatron_lcl.data.indexed import HashingFile
+from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import Tokenizer
@@ -149,15 +149,13 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
             for source, target in renamed.items():
                 os.replace(scratch / source, job.folder / target)
             files = {renamed[source]: info for source, info in files.items()}
-            np.array(digests, np.uint64).tofile(job.folder / f"{name}.digests")
+            write_file(job.folder / f"{name}.digests", np.array(digests, np.uint64).tobytes())
         else:
             writer.abort()
             files, counts = {}, {}
         sync(job.folder)
         part = Part(task, number, last, num_read, files, counts, drops.to_dict())
-        record = HashingFile(job.folder / f"{name}.json")
-        record.write(json.dumps(vars(part)).encode())
-        record.finish()
+        write_file(job.folder / f"{name}.json", json.dumps(vars(part)).encode())
     except BaseException:
         writer.abort()
         raise

@@ -33,7 +33,7 @@ from megatron_lcl.data.drops import LOG, Drops
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import Grouping, group_name
 from megatron_lcl.data.importers import Importer, Unit
-from megatron_lcl.data.indexed import HashingFile
+from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.pipeline import Job, Part, final_name, is_finished, parts_of, run_task
 from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, total, write_manifest
 from megatron_lcl.data.tokenizer import Tokenizer
@@ -261,9 +261,7 @@ def _write_corpus(
     try:
         with _clear_errors(folder):
             work.mkdir(parents=True, exist_ok=True)
-            record = HashingFile(work / "recipe.json")
-            record.write(json.dumps(recipe).encode())
-            record.finish()
+            write_file(work / "recipe.json", json.dumps(recipe).encode())
             share, num_shares = shard or (0, 1)
             mine = [k for k in range(len(tasks)) if k % num_shares == share]
             budget = _Budget(max_bad_fraction)
@@ -418,9 +416,7 @@ def _finish(
     temporary = work / job.tokenizer.file_name
     job.tokenizer.save(temporary)
     for name, content in ((job.tokenizer.file_name, temporary.read_bytes()), (LOG, drops.log())):
-        file = HashingFile(folder / name)
-        file.write(content)
-        files[name] = file.finish()
+        files[name] = write_file(folder / name, content)
     sync(folder)
     write_manifest(
         folder,

@@ -25,7 +25,7 @@ import xxhash
 
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.files import sync
-from megatron_lcl.data.indexed import FileInfo, HashingFile, IndexedWriter, map_file, read_indexed
+from megatron_lcl.data.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
 
 if TYPE_CHECKING:
     from megatron_lcl.data.tokenizer import Tokenizer
@@ -158,9 +158,7 @@ class ShardWriter:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema.with_metadata({"formats": ",".join(FORMATS)})) as writer:
             writer.write_batch(batch)
-        file = HashingFile(self._arrow_path)
-        file.write(sink.getvalue().to_pybytes())
-        return file.finish()
+        return write_file(self._arrow_path, sink.getvalue().to_pybytes())
 
     def abort(self) -> None:
         """Leave nothing behind."""
@@ -174,9 +172,7 @@ def _arrow(values: array, kind: pa.DataType) -> pa.Array:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `corpus.json`, fsync it and the folder; with it the corpus exists."""
-    file = HashingFile(folder / MANIFEST)
-    file.write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-    file.finish()
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     sync(folder)
 
 

@@ -27,6 +27,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Corpus, EvaluationTask
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import InOrder
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
@@ -420,8 +421,8 @@ def _gather(rows: torch.Tensor, sizes: Sequence[int], axis: Axis) -> torch.Tenso
 def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> None:
     """The numbers and the examples as two JSON files in `folder`, for the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    (folder / EXAMPLES).write_text(json.dumps([asdict(e) for e in examples]) + "\n", encoding="utf-8")
+    replace_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    replace_text(folder / EXAMPLES, json.dumps([asdict(e) for e in examples]) + "\n")
 
 
 _RECALLS = (

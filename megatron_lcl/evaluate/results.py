@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_lcl.data.files import replace_bytes, replace_text
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -73,7 +76,7 @@ def table(results: Sequence[Result]) -> str:
 def write_json(results: Sequence[Result], path: str | Path) -> None:
     """All results, as a list of objects."""
     text = json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    replace_text(Path(path), text + "\n")
 
 
 def write_picture(results: Sequence[Result], path: str | Path) -> None:
@@ -95,4 +98,6 @@ def write_picture(results: Sequence[Result], path: str | Path) -> None:
         panel.invert_yaxis()
         panel.set_xlim(left=0)
         panel.set_title(task, fontsize=10, loc="left")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    replace_bytes(Path(path), picture.getvalue())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lcl.data.files import replace_text
 from megatron_lcl.evaluate.captioning import Decoding, captioning
 from megatron_lcl.evaluate.encoders import Encoder, EncoderSource, OurEncoder
 from megatron_lcl.evaluate.features import Kind, image_features
@@ -126,10 +127,12 @@ def _trained(
 def _write(folder: Path, results: list[Result], test: ImageSet, written: list[tuple[str, list[str]]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(results, folder / "results.json")
-    (folder / "results.txt").write_text(table(results) + "\n", encoding="utf-8")
+    replace_text(folder / "results.txt", table(results) + "\n")
     write_picture(results, folder / "results.png")
     if written:
-        with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
-            for spec, captions in written:
-                for blob, text in zip(test.images, captions, strict=True):
-                    file.write(json.dumps({"model": spec, "image": blob.name, "caption": text}) + "\n")
+        lines = [
+            json.dumps({"model": spec, "image": blob.name, "caption": text}) + "\n"
+            for spec, captions in written
+            for blob, text in zip(test.images, captions, strict=True)
+        ]
+        replace_text(folder / "captions.jsonl", "".join(lines))

@@ -1,0 +1,190 @@
+"""A disk that fills up, a real one: one line that names the file, and whatever was there before is still whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from convert.conftest import TINY, random_model
+from data_corpus.writers import picture, write_jsonl
+
+from megatron_lcl.cli import main
+from megatron_lcl.config import Config, load, to_yaml
+from megatron_lcl.convert.export import save_checkpoint
+from megatron_lcl.convert.load import open_clip_config
+from megatron_lcl.data import gimp
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.preprocess import WORK, preprocess
+from megatron_lcl.evaluate.heldout import Example, HeldOut, Pair, write_heldout
+from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
+
+FREE = 4 << 10
+SIZES = "image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64"
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 40 documents, and a run folder on it."""
+    folder, rng = tmp_path_factory.mktemp("documents"), random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnop ", k=400)) for _ in range(40)]
+    write_jsonl([Document((Text(t), Image(picture(i, 80, 60)), Text(t))) for i, t in enumerate(texts)], folder / "in")
+    vocab_size = preprocess("jsonl", folder / "in", folder / "corpus", vocab_size=400).vocab_size
+    (folder / "run").mkdir()
+    file = folder / "run" / "config.yaml"
+    file.write_text(
+        f"model: {{vision: {{{SIZES}}}, language: {{vocab_size: {vocab_size}}}}}\n"
+        f"train: {{output: {folder / 'run'}, global_batch: 2}}\n"
+        f"data: {{corpora: {folder / 'corpus'}, cache: {folder / 'cache'}, tokens_per_pack: 512}}\n"
+    )
+    file.write_text(to_yaml(load(file)))
+    model = random_model()
+    (folder / "model").mkdir()
+    save_checkpoint(model, Config(model=TINY), folder / "model")
+    torch.save(model.state_dict_open_clip(), folder / "model.pt")
+    (folder / "model.json").write_text(json.dumps(open_clip_config(TINY)))
+    return folder
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with FREE bytes left."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"only root mounts a small file system: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    facts = os.statvfs(disk)
+    (disk / "ballast").write_bytes(b"\0" * (facts.f_bavail * facts.f_bsize - FREE))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+COMMANDS = {
+    "inspect": "inspect corpus --html DISK/page.html",
+    "replay": "replay --config run/config.yaml --step 0 --output DISK/page.html",
+    "report": "report --run run --output DISK/page.html",
+    "export hf": "export --checkpoint model --format hf --output DISK/hf",
+    "export timm": "export --checkpoint model --format timm --output DISK/timm",
+    "export open_clip": "export --checkpoint model --format open_clip --output DISK/open_clip",
+    "import": "import --format open_clip --input model.pt --output DISK/imported",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands(
+    name: str, documents: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if name.startswith("export"):
+        pytest.importorskip({"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}[name.split()[1]])
+    monkeypatch.chdir(documents)
+    arguments = COMMANDS[name].replace("DISK", str(disk)).split()
+    (disk / "page.html").write_text("as it was")
+    fill(disk)
+    before = snapshot(disk)
+    assert main(arguments) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said == f"megatron-lcl {arguments[0]}: {arguments[-1]}: {os.strerror(errno.ENOSPC)}"
+    assert snapshot(disk) == before
+    (disk / "ballast").unlink()
+    assert main(arguments) == 0
+    assert snapshot(disk) != before
+
+
+def _heldout(folder: Path) -> None:
+    pair = Pair(0, 0, 0, "context " * 400)
+    write_heldout(folder, HeldOut("corpus", 1, 1, 1), [Example(pair, 1, (pair,) * 4)])
+
+
+RESULTS = [Result("knn", "encoder", "data", 3, {f"top-{k}": Metric(0.5, 0.4, 0.6) for k in range(60)})]
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "heldout_examples.json": _heldout,
+    "results.json": lambda folder: write_json(RESULTS, folder / "results.json"),
+    "results.png": lambda folder: write_picture(RESULTS, folder / "results.png"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_results(name: str, disk: Path) -> None:
+    (disk / name).write_text("as it was")
+    fill(disk)
+    with pytest.raises(OSError, match=f"No space left on device: '{disk / name}'"):
+        WRITERS[name](disk)
+    assert (disk / name).read_text() == "as it was"
+    assert not list(disk.glob(".*"))
+    (disk / "ballast").unlink()
+    WRITERS[name](disk)
+    assert (disk / name).stat().st_size > FREE
+
+
+def test_a_damaged_result_is_named(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text((documents / "run" / "config.yaml").read_text())
+    (tmp_path / "heldout.json").write_text('{"corpus": "her')
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'heldout.json'} is damaged" in capsys.readouterr().err
+
+
+def test_pages_go_to_pipes_and_through_links(documents: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_lcl", "inspect", str(documents / "corpus"), "--html"]
+    shown = subprocess.run([*command, "/dev/stdout"], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert shown.startswith("<!DOCTYPE html>")
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    for _ in range(2):
+        assert main([*command[3:], str(tmp_path / "link.html")]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").read_text() in shown
+
+
+def test_hashes_of_documents_are_written_or_the_part_is_not_done(documents: Path, tmp_path: Path) -> None:
+    """Where a part's hashes do not fit, nothing says that the part is finished, and the next run makes it good."""
+    work = tmp_path / "corpus" / WORK
+    work.mkdir(parents=True)
+    arguments = ("jsonl", documents / "in", tmp_path / "corpus")
+    for suffix in ("", ".tmp"):
+        (work / f"part-000000-0000.digests{suffix}").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="no space left for"):
+        preprocess(*arguments, vocab_size=400)
+    assert not list(work.glob("*.json"))
+    preprocess(*arguments, vocab_size=400)
+    assert snapshot(tmp_path / "corpus") == snapshot(documents / "corpus")
+
+
+def test_unpacking_the_manual(disk: Path, tmp_path: Path) -> None:
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("no dpkg-deb on this machine")
+    package = tmp_path / "package"
+    (package / "DEBIAN").mkdir(parents=True)
+    (package / "DEBIAN" / "control").write_text(
+        f"Package: {gimp.PACKAGE}\nVersion: 3\nArchitecture: all\nMaintainer: nobody\nDescription: pages\n"
+    )
+    (package / "index.html").write_bytes(b"<p>" + random.Random(0).randbytes(1 << 18).hex().encode())
+    command = ["dpkg-deb", "--root-owner-group", "--build", str(package), str(disk / f"{gimp.PACKAGE}_3_all.deb")]
+    subprocess.run(command, check=True, capture_output=True)
+    fill(disk)
+    with pytest.raises(OSError, match=f"No space left on device: '{disk}'"):
+        gimp.fetch_manual(disk)
+    (disk / "ballast").unlink()
+    assert gimp.fetch_manual(disk).html == disk / "unpacked"
+    shutil.rmtree(disk / "unpacked")
+    (disk / f"{gimp.PACKAGE}_3_all.deb").write_bytes(b"cut" * 99)
+    with pytest.raises(ValueError, match=f"in {disk} failed: dpkg-deb: error: .* is not a Debian format archive"):
+        gimp.fetch_manual(disk)
