@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic.fields import FieldInfo
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True)
+from megatron_lcl import fields
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -208,7 +211,7 @@ class Optimizer:
 class Zero:
     """DeepSpeed's ZeRO."""
 
-    stage: Literal[1, 2, 3] = Field(
+    stage: Annotated[int, Field(ge=1, le=3)] = Field(
         default=1,
         description="what is sharded over data-parallel ranks: 1 optimizer states, 2 and gradients, 3 and parameters",
     )
@@ -333,6 +336,9 @@ class Config:
     )
 
 
+_CONFIG = TypeAdapter(Config)
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +351,7 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
     tree: dict[str, Any] = {}
     if file is not None:
         try:
-            tree = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise ValueError(f"no config file {file}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -359,18 +365,40 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
     return from_dict(tree)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What a config's YAML holds. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The config from nested dicts; the inverse of `to_dict`."""
-    tree = dict(tree)
+    """The config from nested dicts; the inverse of `to_dict`. An absent or empty (null) section has its defaults."""
+    tree = _without_empty(Config, tree)
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("corpora"), str):
         tree["data"] = {**data, "corpora": [{"path": data["corpora"]}]}
     try:
-        return Config(**tree)
+        # strict as JSON is: a list does for a tuple and 1 for 1.0, but true for no number and 1 for no truth value
+        return _CONFIG.validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(e) for e in error.errors())) from None
-    except TypeError:  # a key that is not a string
-        raise ValueError(f"config keys must be words; got {list(tree)}") from None
+
+
+def _without_empty(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {name: section for name, info in fields.fields_of(cls).items() if (section := fields.section_of(info))}
+    return {
+        key: _without_empty(sections[key], value) if key in sections and isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if not (key in sections and value is None)
+    }
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -406,56 +434,21 @@ def replace(config: Config, **dotted: Any) -> Config:
 # --- describing --------------------------------------------------------------------------------------------------
 
 
-def describe(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def describe() -> Iterator[tuple[str, str, str, str]]:
     """Every field as (dotted name, type, default, help), in order."""
-    for name, info in _fields(cls).items():
-        section = _section(info)
-        if section is not None:
-            yield from describe(section, f"{prefix}{name}.")
-        else:
-            default = info.get_default(call_default_factory=True) if not info.is_required() else "(required)"
-            yield f"{prefix}{name}", _type_name(info.annotation), _plain_text(default), info.description or ""
-
-
-def _fields(cls: type) -> dict[str, FieldInfo]:
-    return cls.__pydantic_fields__  # type: ignore[attr-defined]
-
-
-def _section(info: FieldInfo) -> type | None:
-    return info.annotation if isinstance(info.annotation, type) and dataclasses.is_dataclass(info.annotation) else None
-
-
-def _type_name(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is Literal:
-        return "|".join(map(str, arguments))
-    if arguments and type(None) in arguments:
-        return "|".join(_type_name(a) for a in arguments if a is not type(None)) + "|null"
-    if arguments and hasattr(annotation, "__metadata__"):
-        return _type_name(arguments[0])
-    if getattr(annotation, "__origin__", None) in (tuple, dict):
-        return "list" if annotation.__origin__ is tuple else "mapping"
-    return getattr(annotation, "__name__", str(annotation))
-
-
-def _plain_text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_plain_text(v) for v in value) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return fields.describe(Config)
 
 
 def _put(tree: dict[str, Any], key: str, value: str) -> None:
     *sections, name = key.split(".")
     node = tree
     for section in sections:
-        child = node.setdefault(section, {})
+        child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
             raise ValueError(f"--{key}: {section} is not a section; {_nearest(key)}")
         node = child
     try:
-        node[name] = yaml.safe_load(value) if isinstance(value, str) else value
+        node[name] = read_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError:
         node[name] = value
 

@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_lcl.config import Config, Model, from_dict
+from megatron_lcl.config import Config, Model, from_dict, read_yaml
 from megatron_lcl.data.manifest import MANIFEST, verify
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
@@ -73,7 +73,7 @@ def step_of(checkpoint: Path) -> int | None:
 def read_config(checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint folder."""
     try:
-        tree = yaml.safe_load((checkpoint / CONFIG).read_text(encoding="utf-8"))
+        tree = read_yaml((checkpoint / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{checkpoint / CONFIG} cannot be read: {_one_line(error)}") from None
     if not isinstance(tree, dict):

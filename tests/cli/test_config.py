@@ -37,7 +37,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("optimzer.lr", "3", "there is no config key `optimzer`; the nearest is `optimizer`"),
         ("train.steps", "many", "config key `train.steps` = 'many'"),
         ("train.steps", "0", "config key `train.steps` = 0"),
-        ("zero.stage", "4", "config key `zero.stage` = 4: input should be 1, 2 or 3"),
+        ("zero.stage", "4", "config key `zero.stage` = 4: input should be less than or equal to 3"),
         (
             "model.vision.patch_size",
             "30",
@@ -46,12 +46,47 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("model.vision.heads", "7", "model.vision.heads = 7 does not divide"),
         ("data.crop_scale", "[0.9, 0.1]", "data.crop_scale is"),
         ("train", "3", "config section `train` is 3"),
+        ("train.steps", "true", "config key `train.steps` = True: input should be a valid integer"),
+        ("train.steps", "2.0", "config key `train.steps` = 2.0: input should be a valid integer"),
+        ("optimizer.lr", "true", "config key `optimizer.lr` = True: input should be a valid number"),
+        ("optimizer.lr", "fast", "config key `optimizer.lr` = 'fast'"),
+        ("optimizer.lr", "nan", "config key `optimizer.lr` = 'nan'"),
+        ("optimizer.lr", ".nan", "config key `optimizer.lr` = nan: input should be a finite number"),
+        ("optimizer.betas", "[0.9, true]", "config key `optimizer.betas.1` = True"),
+        ("optimizer.betas", "0.9", "config key `optimizer.betas` = 0.9"),
+        ("objective.generation_weight", ".inf", "config key `objective.generation_weight` = inf"),
+        ("train.progress", "1", "config key `train.progress` = 1: input should be a valid boolean"),
+        ("zero.stage", "true", "config key `zero.stage` = True"),
+        ("train.output", "7", "config key `train.output` = 7: input should be a valid string"),
+        ("data.corpora", "[{path: a, weight: true}]", "config key `data.corpora.0.weight` = True"),
     ],
 )
 def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         configs.load(None, {key: value})
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer: {lr: 1e-3, eps: 1E-6, betas: [0, 1]}\ntrain: {steps: 1_000, output: '1e3'}\n")
+    config = configs.load(
+        file, {"optimizer.weight_decay": "1", "optimizer.min_lr": ".5e-5", "optimizer.clip_norm": "2."}
+    )
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.betas) == (1e-3, 1e-6, (0.0, 1.0))
+    assert (config.optimizer.weight_decay, config.optimizer.min_lr, config.optimizer.clip_norm) == (1.0, 5e-6, 2.0)
+    assert (config.train.steps, config.train.output) == (1000, "1e3")
+    assert isinstance(config.optimizer.weight_decay, float)
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("train:\nmodel:\n  vision:\n")
+    assert configs.load(file) == configs.Config()
+    assert configs.load(file, {"train.steps": "5", "model.vision.layers": "2"}) == configs.load(
+        None, {"train.steps": "5", "model.vision.layers": "2"}
+    )
+    assert configs.load(None, {"train": "null"}) == configs.Config()
 
 
 def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:
