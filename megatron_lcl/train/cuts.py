@@ -39,7 +39,7 @@ class StageTime:
     """with its graph kept"""
     backward: float
     plain: float
-    """forward without a graph"""
+    """forward without a graph and without targets: for the features only"""
 
     def of_step(self, recompute: bool) -> float:
         """All of a micro-batch's share of a step; recompute: the forward runs without a graph first."""
@@ -176,7 +176,7 @@ def _measure(
         out, forward = _timed(partial(stage, x), x.tokens.device)
         _, backward = _timed(_backward_of(out), x.tokens.device)
         with torch.no_grad():
-            _, plain = _timed(partial(stage, x), x.tokens.device)
+            _, plain = _timed(partial(stage, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
         times.append((forward, backward, plain))
     return StageTime(*(statistics.median(column) for column in zip(*times[WARM_UPS:], strict=True)))
 

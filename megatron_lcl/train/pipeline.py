@@ -31,7 +31,7 @@ from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.cuts import hidden_shape
 from megatron_lcl.train.engine import DTYPES, read_log_scale, resolve_dtype, update_log_scale
 from megatron_lcl.train.schedule import AllBackward, AllForward, order_of
-from megatron_lcl.train.step import StepLoss, StepResult, Totals
+from megatron_lcl.train.step import StepLoss, StepResult, Totals, without_targets
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
 """what the last part minimises, from the number of a micro-batch and what the head gave for it"""
@@ -208,7 +208,7 @@ class PipelineStepper:
         retain, is_last, result = self.order == "retain", engine.is_last_stage(), None
         if self.order != "1F1B":
             with torch.set_grad_enabled(retain):
-                outputs = engine.all_forward(batches)
+                outputs = engine.all_forward(batches if retain else [without_targets(batch) for batch in batches])
         if is_last:
             log_scale = engine.module.forward_funcs[-1].log_scale
             loss = StepLoss(outputs, batches, read_log_scale(log_scale), totals, limit, config, mesh)

@@ -2,13 +2,15 @@
 
 The contrast needs every micro-batch's features before the first backward. `retain` keeps the graphs of all forwards,
 `recompute` runs the forwards twice and keeps none; both give the same gradients. The loss is taken on detached
-features; its gradients re-enter each micro-batch's graph as a weighted sum of its features.
+features; its gradients re-enter each micro-batch's graph as a weighted sum of its features. They are needed in the
+first backward only, so in `recompute` the features travel while the first micro-batch's second forward runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.losses.contrastive import ContrastiveOutput, contrastive_loss
+from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
 from megatron_lcl.model.stages import MAX_LOG_SCALE, Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.engine import read_log_scale, update_log_scale
@@ -75,11 +77,9 @@ class Features:
         self.image, self.text = out.image_features[pairs], out.text_features[pairs]
 
 
+@dataclass(frozen=True)
 class Contrast:
-    """The contrastive loss of the global batch, and its weighted gradients for this replica's features.
-
-    The tensor-parallel ranks hold the same features; each computes a share of the rows.
-    """
+    """The contrastive loss of the global batch, and its weighted gradients for this replica's features."""
 
     output: ContrastiveOutput
     """the same on every process of the stage"""
@@ -89,26 +89,34 @@ class Contrast:
     scale: torch.Tensor
     """[1] this replica's share of the gradient of the log scale: the sum over replicas is the gradient"""
 
-    def __init__(
-        self, features: Sequence[Features], log_scale: torch.Tensor, weight: float, totals: Totals, mesh: Mesh
-    ) -> None:
-        shares = [_shares(pairs, mesh.tensor.size) for pairs in totals.pairs]
-        own = shares[mesh.data.rank]
-        image, text = (
-            torch.cat(rows).detach().split(own)[mesh.tensor.rank].requires_grad_()
-            for rows in ([f.image for f in features], [f.text for f in features])
-        )
-        scale = log_scale.detach().clone().requires_grad_()
+
+def start_contrast(
+    features: Sequence[Features], log_scale: torch.Tensor, weight: float, totals: Totals, mesh: Mesh
+) -> Callable[[], Contrast]:
+    """Sends this replica's features to the others; what it returns waits for theirs, and is called once.
+
+    The tensor-parallel ranks hold the same features; each computes a share of the rows.
+    """
+    shares = [_shares(pairs, mesh.tensor.size) for pairs in totals.pairs]
+    own = shares[mesh.data.rank]
+    sizes = [len(f.image) for f in features]
+    image, text = (
+        torch.cat(rows).detach().split(own)[mesh.tensor.rank].requires_grad_()
+        for rows in ([f.image for f in features], [f.text for f in features])
+    )
+    scale = log_scale.detach().clone().requires_grad_()
+    counts = [count for of_replica in shares for count in of_replica]
+    gather = start_gather(image, text, scale, group=mesh.stage.group, counts=counts)
+
+    def finish() -> Contrast:
         with torch.enable_grad():
-            counts = [count for of_replica in shares for count in of_replica]
-            out = contrastive_loss(image, text, scale, group=mesh.stage.group, counts=counts)
+            out = finish_contrastive_loss(gather)
             image_grad, text_grad, scale_grad = torch.autograd.grad(out.loss * weight, (image, text, scale))
         both = _gather_rows(torch.cat([image_grad, text_grad], 1), own, mesh)
-        sizes = [len(f.image) for f in features]
-        width = image.shape[1]
-        self.output = out
-        self.image, self.text = both[:, :width].split(sizes), both[:, width:].split(sizes)
-        self.scale = mesh.tensor.all_reduce(scale_grad)
+        images, texts = (rows.split(sizes) for rows in both.split(image.shape[1], 1))
+        return Contrast(out, images, texts, mesh.tensor.all_reduce(scale_grad))
+
+    return finish
 
 
 def _shares(rows: int, size: int) -> list[int]:
@@ -159,6 +167,11 @@ def surrogate(
     return loss
 
 
+def without_targets(batch: PackedBatch) -> PackedBatch:
+    """The batch for a pass of which only the features are wanted: the head multiplies no row with the vocabulary."""
+    return dataclasses.replace(batch, num_targets=0)
+
+
 class StepLoss:
     """What a step minimises, micro-batch by micro-batch, where the head's outputs are."""
 
@@ -172,18 +185,25 @@ class StepLoss:
         config: Config,
         mesh: Mesh,
     ) -> None:
-        """outputs: of every micro-batch of the replica, with or without graphs; none where nothing is contrasted."""
+        """outputs: of every micro-batch of the replica, with or without graphs; none where nothing is contrasted.
+
+        Their features are sent; the others' are waited for when the first surrogate is asked for.
+        """
         self.batches, self.totals, self.limit, self.config, self.mesh = batches, totals, limit, config, mesh
         self.generation = torch.zeros((), dtype=torch.float32, device=log_scale.device)
         """sum of the negative log-likelihoods so far"""
         self.contrast: Contrast | None = None
+        self._finish_contrast: Callable[[], Contrast] | None = None
         if outputs:
             with torch.no_grad():
                 features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
-            self.contrast = Contrast(features, log_scale, config.objective.contrastive_weight, totals, mesh)
+            weight = config.objective.contrastive_weight
+            self._finish_contrast = start_contrast(features, log_scale, weight, totals, mesh)
 
     def of(self, m: int, out: Outputs) -> torch.Tensor:
         """The surrogate of micro-batch m, from its outputs with their graph; asked for in order."""
+        if self._finish_contrast is not None:
+            self.contrast, self._finish_contrast = self._finish_contrast(), None  # and all ranks' features are freed
         own, num = Features(out, self.batches[m]), len(self.batches)
         loss = surrogate(out, own, self.contrast, m, num, self.totals, self.config)
         self.generation += out.generation.detach()
@@ -247,7 +267,7 @@ class Stepper:
         outputs: list[Outputs] = []
         if self.with_contrast:
             with torch.set_grad_enabled(self.retain):
-                outputs = [engine(batch) for batch in batches]
+                outputs = [engine(batch if self.retain else without_targets(batch)) for batch in batches]
         loss = StepLoss(outputs, batches, read_log_scale(head.log_scale), totals, limit, config, mesh)
         undo_means = mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         for m, batch in enumerate(batches):

@@ -40,19 +40,19 @@ def negatives_of_one_micro_batch(engine: Any, mesh: Any) -> Iterator[None]:
     """Every micro-batch is contrasted within itself; the loss that is reported is right."""
     from megatron_lcl.train import step
 
-    contrast = step.Contrast
+    start = step.start_contrast
 
     def narrow(features: Any, scale: Any, weight: float, totals: Any, mesh: Any) -> Any:
-        found, parts = contrast(features, scale, weight, totals, mesh), []
+        found, parts = start(features, scale, weight, totals, mesh)(), []
         for own in features:
             pairs = mesh.data.gather_objects(len(own.image))
             share = weight * sum(pairs) / sum(totals.pairs)
-            parts.append(contrast([own], scale, share, dataclasses.replace(totals, pairs=pairs), mesh))
-        found.image, found.text = [part.image[0] for part in parts], [part.text[0] for part in parts]
-        found.scale = torch.stack([part.scale for part in parts]).sum(0)
-        return found
+            parts.append(start([own], scale, share, dataclasses.replace(totals, pairs=pairs), mesh)())
+        image, text = [part.image[0] for part in parts], [part.text[0] for part in parts]
+        scale = torch.stack([part.scale for part in parts]).sum(0)
+        return lambda: dataclasses.replace(found, image=image, text=text, scale=scale)
 
-    with patch.object(step, "Contrast", narrow):
+    with patch.object(step, "start_contrast", narrow):
         yield
 
 
