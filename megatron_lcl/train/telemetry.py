@@ -53,10 +53,9 @@ class Telemetry:
 
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every, self.total, self._run = config.train.log_every, config.train.steps, run
+        self._progress = config.train.progress
         self._file: Any = None
-        self._bar: Any = None
         if is_first:
-            self._bar = tqdm(total=self.total, unit="step", disable=not config.train.progress, dynamic_ncols=True)
             self._open(first_step)
 
     def _open(self, step: int) -> None:
@@ -66,8 +65,8 @@ class Telemetry:
         self._fault = ""
         self._file = (self._run / METRICS).open("a", encoding="utf-8")
         self._board = self._open_board(step + 1)
-        self._bar.n = step
-        self._bar.refresh()
+        # from here on: the time left is that of the steps to come, at the rate of those made since
+        self._bar = tqdm(initial=step, total=self.total, unit="step", disable=not self._progress, dynamic_ncols=True)
 
     def _open_board(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -75,6 +74,7 @@ class Telemetry:
         return SummaryWriter(str(self._run / "tensorboard"), purge_step=step)
 
     def _close(self) -> None:
+        self._bar.close()
         for file in (self._file, self._board):
             if file is not None:
                 self._attempt(file.close)
@@ -147,7 +147,6 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
-            self._bar.close()
             self._close()
 
 
@@ -167,6 +166,10 @@ def keep_lines_before(path: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl. ValueError where one is damaged; one cut off in writing may end the file."""
     path = run / METRICS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,43 @@
+"""What the progress bar says, and metrics.jsonl as it is read."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl import config as configs
+from megatron_lcl.train.step import StepResult
+from megatron_lcl.train.telemetry import METRICS, Telemetry, read_metrics
+
+RESULT = StepResult(1.0, 1.0, 1.0, 2.0, 1.0, 0.5, 0.5, 0.1, 90, 4, 4, 100, 0)
+SHOWN = re.compile(r"(\d+)/1000 \[\d\d:\d\d<(\d\d):(\d\d), +([\d.]+)(step/s|s/step)")
+
+
+def test_time_left_after_resuming_and_after_a_rewind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configs.load(None, {"train.steps": "1000", "train.log_every": "1"})
+    with Telemetry(tmp_path, config, True, 900) as telemetry:
+        for first in (900, 500):
+            if first == 500:
+                telemetry.rewind(first)
+            started = time.monotonic()
+            for step in range(first + 1, first + 7):
+                time.sleep(0.1)
+                telemetry.step(step, RESULT, 1e-3, 0.1, 0.0)
+            per_step = (time.monotonic() - started) / 6
+            step, minutes, seconds, rate, unit = SHOWN.findall(capsys.readouterr().err)[-1]
+            assert int(step) == first + 6
+            assert (1 / float(rate) if unit == "step/s" else float(rate)) == pytest.approx(per_step, rel=0.5)
+            left = int(minutes) * 60 + int(seconds)
+            assert left == pytest.approx((1000 - int(step)) * per_step, rel=0.5, abs=1)
+
+
+def test_a_cut_line_is_passed_over_and_damage_is_named(tmp_path: Path) -> None:
+    file = tmp_path / METRICS
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')  # as a killed run, or one that is writing, leaves it
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    file.write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        read_metrics(tmp_path)
