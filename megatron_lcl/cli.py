@@ -133,11 +133,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--class-names", metavar="FILE", help="one class name a line")
     sub.add_argument("--templates", metavar="FILE", help="one text template a line, {c} for the class")
     sub.add_argument("--tokenizer", metavar="clip|FILE", help="default: that of the model's corpus, or CLIP's")
-    sub.add_argument("--split", default="test", help="of the data, measured on (%(default)s)")
+    sub.add_argument("--split", help="of the data, measured on (default: test, or all of a folder without splits)")
     sub.add_argument("--train-split", default="train", help="of the data, k-NN and probes learn on it (%(default)s)")
     sub.add_argument("--top-p", type=float, default=0.0, help="captions by nucleus sampling (default: greedy)")
     sub.add_argument("--seed", type=int, default=0, help="of intervals, probes and sampling (%(default)s)")
-    sub.add_argument("--processes", type=int, default=1, help="share the features among so many (%(default)s)")
+    sub.add_argument("--processes", type=int, default=1, help="share images among so many (%(default)s)")
+    sub.add_argument("--batch-size", type=int, default=64, help="images of a forward pass (%(default)s)")
+    sub.add_argument(
+        "--device", dest="devices", action="append", metavar="DEVICE",
+        help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
+    )  # fmt: skip
     sub.add_argument("--output", metavar="DIR", help="also write the results there")
 
     sub = add("import", _import, "a checkpoint in the reference's format into ours")
@@ -313,8 +318,18 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     if options.corpus:
+        from megatron_lcl.evaluate.encoders import is_ours
         from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
+        if options.tasks:
+            raise ValueError("--task goes with --data; --corpus measures what LCL trains, always the same")
+        for model in options.models:
+            if not is_ours(model):
+                raise ValueError(
+                    f"--corpus measures what LCL trains, and {model} is no LCL model; give --data and --task"
+                )
+        if options.output and len(options.models) > 1:
+            raise ValueError("the results of one model fill --output; give one --model at a time, or no --output")
         for model in options.models:
             print(
                 evaluate_checkpoint(Path(model), Path(options.corpus), Path(options.output) if options.output else None)
@@ -337,10 +352,13 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         split=options.split,
         train_split=options.train_split,
         tokenizer=options.tokenizer,
+        batch_size=options.batch_size,
         decoding=Decoding(top_p=options.top_p, seed=options.seed),
         seed=options.seed,
         processes=options.processes,
-        devices=tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",),
+        devices=tuple(options.devices or ())
+        or tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        or ("cpu",),
     )
     print(table(results))
 

@@ -15,6 +15,7 @@ from megatron_lcl.convert import hf, openclip, timm
 from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.folder import new_folder, write_record
+from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, load_model
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.convert.weights import save_parts
@@ -63,7 +64,7 @@ def _export(
     if dtype_name not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype_name!r}; there are {', '.join(_DTYPES)}")
     writer, dtype = _FORMATS[format], _DTYPES[dtype_name]
-    versions = {"torch": torch.__version__, **writer.require()}
+    versions = {"torch": torch.__version__, **require(writer.LIBRARY, f"format {format}")}
     with new_folder(output, format) as folder:
         model, card = load()
         if image_size is not None:

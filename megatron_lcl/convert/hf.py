@@ -9,21 +9,14 @@ import torch
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
+from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
 KIND = "hf"
-
-
-def require() -> dict[str, str]:
-    """Version of transformers; ValueError where it is missing."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("format hf needs transformers: pip install 'megatron-lcl[hf]'") from None
-    return {"transformers": transformers.__version__}
+LIBRARY = "transformers"
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
@@ -69,15 +62,9 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
 def features(folder: Path, size: int) -> Features:
     """What transformers, and the card's example, compute of the check images."""
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quietly():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     tower = getattr(model, "vision_model", model)  # transformers 4 has one level more
     with torch.no_grad():
         patches = tower.post_layernorm(model(check_images(size)).last_hidden_state[:, 1:])

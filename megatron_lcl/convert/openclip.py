@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
+from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
 from megatron_lcl.convert.weights import save_parts
@@ -25,17 +26,9 @@ from megatron_lcl.model.open_clip_format import parts_open_clip
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
 KIND = "open_clip"
+LIBRARY = "open_clip"
 _WIDTH = 8
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": _WIDTH, "heads": 1, "layers": 1, "mlp_ratio": 1.0}
-
-
-def require() -> dict[str, str]:
-    """Version of open_clip; ValueError where it is missing."""
-    try:
-        import open_clip
-    except ImportError:
-        raise ValueError("format open_clip needs open-clip-torch: pip install 'megatron-lcl[clip]' timm") from None
-    return {"open_clip": open_clip.__version__}
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
@@ -72,7 +65,7 @@ def features(folder: Path, size: int) -> Features:
     """What OpenCLIP, and the card's example, compute of the check images."""
     import open_clip
 
-    with torch.device("meta"):  # no memory for initial values
+    with torch.device("meta"), quietly():  # no memory for initial values
         tower: Any = open_clip.create_model(f"local-dir:{folder}", device="meta", load_weights=False).visual
     tensors = load_file(folder / "open_clip_model.safetensors")
     visual = {name.removeprefix("visual."): tensors[name] for name in tensors if name.startswith("visual.")}

@@ -25,6 +25,7 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
 KIND = "timm"
+LIBRARY = "timm"
 
 _FAMILIES = {  # width, layers, heads, width of the feed-forward part
     (256, 10, 4, 1024): "xsmall",
@@ -36,15 +37,6 @@ _FAMILIES = {  # width, layers, heads, width of the feed-forward part
     (1408, 40, 16, 6144): "giant",  # ViT-g
     (1664, 48, 16, 8192): "gigantic",  # ViT-G, "bigG"
 }
-
-
-def require() -> dict[str, str]:
-    """Version of timm; ValueError where it is missing."""
-    try:
-        import timm
-    except ImportError:
-        raise ValueError("format timm needs timm: pip install 'megatron-lcl[hf]'") from None
-    return {"timm": timm.__version__}
 
 
 def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from megatron_lcl.evaluate.encoders import OurEncoder
+from megatron_lcl.convert.libraries import require
+from megatron_lcl.evaluate.encoders import Encoder, OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
+from megatron_lcl.evaluate.workers import map_batches
 from megatron_lcl.model.lcl import LCL, pack_padded
 from megatron_lcl.model.stages import Activations, normalise
 
@@ -120,17 +122,22 @@ def caption(
     decoding: Decoding | None = None,
     prompt: str = "",
     batch_size: int = 32,
+    processes: int = 1,
     progress: bool = True,
 ) -> list[str]:
-    """One caption an image."""
-    decoding, tokenizer = decoding or Decoding(), encoder.need_tokenizer()
-    ids = tokenizer.encode(prompt) if prompt else []
-    captions = []
-    for low in tqdm(range(0, len(images), batch_size), desc="captions", disable=not progress):
-        batch = torch.stack([encoder.prepare(blob.read()) for blob in images[low : low + batch_size]])
-        written = generate(encoder.module, batch.to(encoder.device), decoding, ids)
-        captions += [tokenizer.decode(row).strip() for row in written]
-    return captions
+    """One caption an image; the number of processes does not change them. ValueError naming an image that is broken."""
+    ids = encoder.need_tokenizer().encode(prompt) if prompt else []
+    write = partial(_write, decoding or Decoding(), tuple(ids))
+    batches = map_batches(encoder, images, write, batch_size, processes, "captions", progress)
+    return [text for texts in batches for text in texts]
+
+
+def _write(decoding: Decoding, prompt: Sequence[int], encoder: Encoder, first: int, images: torch.Tensor) -> list[str]:
+    assert isinstance(encoder, OurEncoder)
+    tokenizer = encoder.need_tokenizer()
+    drawn = replace(decoding, seed=decoding.seed + first)  # other draws for every batch
+    written = generate(encoder.module, images.to(encoder.device), drawn, prompt)
+    return [tokenizer.decode(row).strip() for row in written]
 
 
 def captioning(
@@ -139,12 +146,13 @@ def captioning(
     decoding: Decoding | None = None,
     prompt: str = "",
     batch_size: int = 32,
+    processes: int = 1,
     progress: bool = True,
 ) -> tuple[Result, list[str]]:
     """BLEU-4 and CIDEr of the model's captions against the data's, and the captions."""
     references = data.need_captions()
     decoding = decoding or Decoding()
-    written = caption(encoder, data.images, decoding, prompt, batch_size, progress)
+    written = caption(encoder, data.images, decoding, prompt, batch_size, processes, progress)
     settings = {**asdict(decoding), "prompt": prompt}
     metrics = caption_metrics(written, references, decoding.seed)
     return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
@@ -152,11 +160,10 @@ def captioning(
 
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> dict[str, Metric]:
     """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap."""
-    try:
-        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-        from pycocoevalcap.cider.cider_scorer import CiderScorer
-    except ImportError:
-        raise ValueError("captioning needs pycocoevalcap: pip install 'megatron-lcl[eval]'") from None
+    require("pycocoevalcap", "captioning")
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
     pairs = [(tokenise(w), [tokenise(r) for r in several]) for w, several in zip(written, references, strict=True)]
     cider = CiderScorer()
     for hypothesis, several in pairs:

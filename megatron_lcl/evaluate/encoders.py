@@ -1,15 +1,20 @@
 """Any image encoder behind one interface: ours, timm's, Hugging Face's, OpenCLIP's.
 
-Weights come from files that the libraries read as data; no code from a model's folder is ever run.
+Weights come from files that the libraries read as data; no code from a model's folder is ever run. A model whose
+weights are not all there is refused: the libraries would fill in random ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +22,17 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 import xxhash
+from safetensors import SafetensorError
 from torch import nn
 
+from megatron_lcl.convert.libraries import quietly, require
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.convert.pool import POOL, attention_pool, read_pool
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.images import decode_eval
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.open_clip_format import some
 from megatron_lcl.model.stages import normalise
 
 
@@ -34,11 +42,14 @@ class Features(NamedTuple):
     pooled: torch.Tensor
     """[N, D] one feature an image, not scaled"""
     patches: torch.Tensor
-    """[N, P, V] its patch tokens, after the final norm where there is one"""
+    """[N, P, V] its patch tokens, after the final norm where there is one; P = 0 for an encoder that has none"""
 
 
 class Encoder(ABC):
     """A frozen image encoder, with a text encoder if it has one."""
+
+    source: EncoderSource | None = None
+    """what makes the same encoder in other processes"""
 
     def __init__(self, name: str, module: nn.Module, device: str | torch.device = "cpu") -> None:
         self.name = name
@@ -62,19 +73,45 @@ class Encoder(ABC):
         """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features."""
         raise ValueError(f"{self.name} has no text encoder; zero-shot classification and retrieval need one")
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """XXH3 of the weights and of what was set when loading."""
-        digest = xxhash.xxh3_128(f"{type(self).__name__} {self.settings}".encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(name.encode())
+        """XXH3 of all that decides the features: settings, the modules with their constants, the weights' bytes."""
+        digest = xxhash.xxh3_128(json.dumps([type(self).__name__, self.settings], default=str).encode())
+        for name, module in self.module.named_modules():
+            digest.update(f"{name} {type(module).__qualname__} {_constants(module)}\n".encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @property
-    def settings(self) -> str:
-        """What else decides the features: preprocessing, architecture."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights."""
+        return self.module.state_dict()
+
+    @property
+    def settings(self) -> Any:
+        """What the modules do not show: preprocessing, a config that they look into, the library's version. As JSON."""
         return ""
+
+
+def _constants(module: nn.Module) -> list[tuple[str, str]]:
+    """What a module keeps beside tensors and other modules: numbers of heads, epsilons, ways of pooling, functions."""
+
+    def plain(value: object) -> bool:
+        return isinstance(value, str | int | float | None) or (
+            isinstance(value, list | tuple) and all(plain(v) for v in value)
+        )
+
+    found = []
+    for name, value in sorted(vars(module).items()):
+        if name.startswith("_") or name == "name_or_path":  # PyTorch's own; where the files lie
+            continue
+        if plain(value):
+            found.append((name, repr(value)))
+        elif callable(value) and not isinstance(value, nn.Module):
+            found.append((name, getattr(value, "__qualname__", type(value).__qualname__)))
+    return found
 
 
 class OurEncoder(Encoder):
@@ -120,19 +157,25 @@ class OurEncoder(Encoder):
         return self.module.encode_text(padded.to(self.device)).cpu()
 
     @property
-    def settings(self) -> str:
+    def settings(self) -> Any:
         return str(self.module.config)
 
 
 class TimmEncoder(Encoder):
     """A timm model: pooled is what it puts before its classifier."""
 
-    def __init__(self, name: str, module: Any, device: str | torch.device = "cpu") -> None:
+    def __init__(self, spec: str, model: str, device: str | torch.device = "cpu") -> None:
+        self._version = require("timm", spec)
         import timm
 
-        super().__init__(name, module, device)
-        self._config = timm.data.resolve_model_data_config(module)
-        self._transform = timm.data.create_transform(**self._config)
+        with _loading(spec, "timm"):
+            # with as many classes as the weights have: only then does timm insist on every tensor
+            plain: Any = timm.create_model(model)
+            num_classes = plain.pretrained_cfg["num_classes"]
+            module: Any = timm.create_model(model, pretrained=True, num_classes=num_classes)
+            self._config = timm.data.resolve_model_data_config(module)
+            self._transform: Any = timm.data.create_transform(**self._config)
+        super().__init__(spec, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
         return self._transform(_open(data))
@@ -143,31 +186,43 @@ class TimmEncoder(Encoder):
         return Features(module.forward_head(features, pre_logits=True).flatten(1), self._patches(features))
 
     def _patches(self, features: torch.Tensor) -> torch.Tensor:
+        if features.dim() == 2:
+            return features[:, None][:, :0]
         if features.dim() == 3:
             return features[:, getattr(self.module, "num_prefix_tokens", 0) :]
         channels_last = features.shape[-1] == getattr(self.module, "num_features", None)
         return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
     @property
-    def settings(self) -> str:
-        return f"{self.module.default_cfg.get('architecture')} {self._config}"  # type: ignore[union-attr,operator]
+    def settings(self) -> Any:
+        return [self._version, self._config]
 
 
 class HfEncoder(Encoder):
     """A Hugging Face vision or CLIP model; an LCL export's own attention pool is used where it lies beside."""
 
-    def __init__(self, name: str, folder: str, device: str | torch.device = "cpu") -> None:
+    def __init__(self, spec: str, folder: str, device: str | torch.device = "cpu") -> None:
+        self._version = require("transformers", spec)
         from transformers import AutoImageProcessor, AutoModel
 
-        try:
-            module = AutoModel.from_pretrained(folder, dtype=torch.float32)
-            self._processor: Any = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder} does not load as a Hugging Face model: {' '.join(str(error).split())}"
-            ) from None
-        super().__init__(name, module, device)
-        self._folder = folder
+        self._spec, self._folder = spec, folder
+        with _loading(spec, "Hugging Face"):
+            module, report = AutoModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                trust_remote_code=False,
+            )
+            self._processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        missing = sorted(report["missing_keys"])
+        # a classifier's checkpoint has no pooler, which some architectures put behind the class token
+        self._has_pooler = not any("pooler." in name for name in missing)
+        if missing := [name for name in missing if "pooler." not in name]:
+            raise ValueError(f"{spec} lacks {some(missing)}; transformers would make them up")
+        if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
+            raise ValueError(f"{spec} has {some(wrong)} of another shape than its config says")
+        super().__init__(spec, module, device)
         self._pool = read_pool(Path(folder)) if (Path(folder) / POOL).is_file() else None
 
     def prepare(self, data: bytes) -> torch.Tensor:
@@ -192,41 +247,64 @@ class HfEncoder(Encoder):
             return Features(attention_pool(patches, weights, heads), patches)
         if hasattr(module, "get_image_features"):
             return Features(_tensor(module.get_image_features(pixel_values=images)), patches)
-        pooled = getattr(out, "pooler_output", None)
+        pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
         return Features(hidden[:, 0] if pooled is None else pooled, patches)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with _loading(self._spec, "Hugging Face"):
+            return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         module: Any = self.module
         if not hasattr(module, "get_text_features"):
             return super().encode_texts(texts)
-        from transformers import AutoTokenizer
-
-        tokens = AutoTokenizer.from_pretrained(self._folder)(
-            list(texts), padding=True, truncation=True, return_tensors="pt"
-        )
-        return F.normalize(_tensor(module.get_text_features(**tokens.to(self.device))).float(), dim=-1).cpu()
+        config = module.config
+        length = min(config.get_text_config().max_position_embeddings, self._tokenizer.model_max_length)
+        padded = config.model_type.startswith("siglip")  # which is trained on texts of one length, padding read too
+        tokens = self._tokenizer(
+            list(texts),
+            padding="max_length" if padded else True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).to(self.device)
+        inputs = {"input_ids": tokens["input_ids"]} if padded else dict(tokens)
+        return F.normalize(_tensor(module.get_text_features(**inputs)).float(), dim=-1).cpu()
 
     @property
-    def settings(self) -> str:
-        pool = self._pool and sorted((k, float(v.double().sum())) for k, v in self._pool[0].items())
-        return f"{self.module.config} {self._processor} {pool}"
+    def tensors(self) -> dict[str, torch.Tensor]:
+        pool = {} if self._pool is None else self._pool[0]
+        return {**super().tensors, **{f"attention_pool.{name}": tensor for name, tensor in pool.items()}}
+
+    @property
+    def settings(self) -> Any:
+        module: Any = self.module
+        config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
+        return [self._version, config, self._processor.to_dict(), self._pool and self._pool[1], self._has_pooler]
 
 
 class OpenClipEncoder(Encoder):
     """An OpenCLIP model: pooled is what `encode_image` gives."""
 
-    def __init__(self, name: str, model: str, device: str | torch.device = "cpu") -> None:
+    def __init__(self, spec: str, model: str, device: str | torch.device = "cpu") -> None:
+        self._version = require("open_clip", spec)
         import open_clip
 
-        architecture, _, pretrained = model.partition("@")
-        try:
-            module, _, self._transform = open_clip.create_model_and_transforms(architecture, pretrained or None)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ValueError(f"{model} does not load as an OpenCLIP model: {' '.join(str(error).split())}") from None
-        super().__init__(name, module, device)
-        self._architecture = architecture
-        self._tokenizer: Any = None
+        if model.startswith(("local-dir:", "hf-hub:")):
+            self._architecture, pretrained = model, ""
+        else:
+            self._architecture, _, pretrained = model.partition("@")
+            if not pretrained and self._architecture in open_clip.list_models():
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(self._architecture)) or "a file's path"
+                raise ValueError(f"{spec} names no weights; give {spec}@PRETRAINED, where PRETRAINED is one of {tags}")
+        with _loading(spec, "OpenCLIP"):
+            module, self._transform = open_clip.create_model_from_pretrained(self._architecture, pretrained or None)
+        super().__init__(spec, module, device)
+        self._spec = spec
 
     def prepare(self, data: bytes) -> torch.Tensor:
         return self._transform(_open(data))  # type: ignore[operator]
@@ -242,20 +320,42 @@ class OpenClipEncoder(Encoder):
             if hook is not None:
                 hook.remove()
         tokens = [p for p in patches if p.dim() == 3]
-        return Features(pooled, tokens[-1][:, 1:] if tokens else pooled[:, None])
+        return Features(pooled, tokens[-1][:, 1:] if tokens else pooled[:, None][:, :0])
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import open_clip
+
+        # of a Hugging Face tokenizer; the folder's config could ask for its code to be run
+        code = {"trust_remote_code": False} if _hf_tokenizer(self._architecture) else {}
+        with _loading(self._spec, "OpenCLIP"):
+            return open_clip.get_tokenizer(self._architecture, **code)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        import open_clip
-
-        if self._tokenizer is None:
-            self._tokenizer = open_clip.get_tokenizer(self._architecture)
         module: Any = self.module
         return F.normalize(module.encode_text(self._tokenizer(list(texts)).to(self.device)).float(), dim=-1).cpu()
 
     @property
-    def settings(self) -> str:
-        return f"{self._architecture} {self._transform}"
+    def settings(self) -> Any:
+        module: Any = self.module
+        return [self._version, module.visual.preprocess_cfg]
+
+
+def _hf_tokenizer(architecture: str) -> bool:
+    """Whether OpenCLIP takes a Hugging Face tokenizer for this model."""
+    import open_clip
+
+    kind, _, place = architecture.partition(":")
+    if kind == "local-dir":
+        config = json.loads((Path(place) / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    elif kind == "hf-hub":
+        from open_clip.factory import _get_hf_config
+
+        config = _get_hf_config(place)["model_cfg"]
+    else:
+        config = open_clip.get_model_config(architecture)
+    return bool(config["text_cfg"].get("hf_tokenizer_name"))
 
 
 def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
@@ -266,15 +366,24 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
     CLIP's size, unless `tokenizer` names another. Raises ValueError where it does not load.
     """
     kind, _, name = str(spec).partition(":")
-    if kind in ("timm", "hf", "open_clip") and name:
-        library = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip"}[kind]
-        try:
-            if kind == "hf":
-                return HfEncoder(str(spec), name, device)
-            return OpenClipEncoder(str(spec), name, device) if kind == "open_clip" else _timm(str(spec), name, device)
-        except ImportError:
-            raise ValueError(f"{spec} needs {library}: pip install 'megatron-lcl[hf]' open-clip-torch") from None
-    return OurEncoder(str(spec), load_model(spec), _tokenizer(Path(spec), tokenizer), device)
+    if kind in _LIBRARIES and name:
+        encoder: Encoder = _LIBRARIES[kind](str(spec), name, device)
+    else:
+        encoder = OurEncoder(str(spec), load_model(spec), _tokenizer(Path(spec), tokenizer), device)
+    encoder.source = EncoderSource(str(spec), None if tokenizer is None else str(tokenizer), (str(device),))
+    return encoder
+
+
+_LIBRARIES: dict[str, Callable[[str, str, str | torch.device], Encoder]] = {
+    "timm": TimmEncoder,
+    "hf": HfEncoder,
+    "open_clip": OpenClipEncoder,
+}
+
+
+def is_ours(spec: str) -> bool:
+    """Whether `spec` is a path rather than another library's model."""
+    return spec.partition(":")[0] not in _LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -287,16 +396,28 @@ class EncoderSource:
     """process i takes the i-th, round and round"""
 
     def __call__(self, number: int) -> Encoder:
-        return load_encoder(self.spec, self.tokenizer, self.devices[number % len(self.devices)])
+        encoder = load_encoder(self.spec, self.tokenizer, self.devices[number % len(self.devices)])
+        encoder.source = self
+        return encoder
 
 
-def _timm(spec: str, name: str, device: str | torch.device) -> TimmEncoder:
-    import timm
-
+@contextlib.contextmanager
+def _loading(spec: str, library: str) -> Iterator[None]:
+    """Whatever another library says of a folder or a name that it cannot load, in one line."""
     try:
-        return TimmEncoder(spec, timm.create_model(name, pretrained=True, num_classes=0), device)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{spec} does not load as a timm model: {' '.join(str(error).split())}") from None
+        with quietly():
+            yield
+    except (
+        OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError, ImportError,
+        SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            raise ValueError(
+                f"{spec} wants code of its own to be run, which is refused; only architectures that the library has "
+                "itself can be evaluated"
+            ) from None
+        raise ValueError(f"{spec} does not load as a {library} model: {said}") from None
 
 
 _CLIP_VOCABULARY = 49411

@@ -7,6 +7,7 @@ patch tokens, then a linear classifier (the paper's transfer protocol), trained 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import nn
+from tqdm import tqdm, trange
 
 from megatron_lcl.evaluate.knn import same_classes
 from megatron_lcl.evaluate.results import Result, bootstrap
@@ -77,6 +79,13 @@ def fit_linear(
         method="L-BFGS-B",
         options={"maxiter": max_iterations, "gtol": 1e-7, "ftol": 1e-14},
     )
+    steepest = float(np.abs(found.jac).max())
+    if not found.success and steepest > 1e-4:  # else it stands at the optimum and merely cannot get nearer
+        warnings.warn(
+            f"logistic regression (C = {strength:g}) stopped after {found.nit} iterations with a gradient of "
+            f"{steepest:.2g}: {found.message}",
+            stacklevel=2,
+        )
     parameters = found.x.reshape(shape)
     return Linear(parameters[:, :-1], parameters[:, -1], mean, scale)
 
@@ -90,13 +99,14 @@ def linear_probe(
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> Result:
     """Test accuracy of the logistic regression whose strength does best on held-out training images."""
     labels, num_classes, train_labels = same_classes(train, test), len(test.classes), train.need_labels()
     strength = (
         strengths[0]
         if len(strengths) == 1
-        else _choose(train_features, train_labels, num_classes, strengths, seed, device)
+        else _choose(train_features, train_labels, num_classes, strengths, seed, device, progress)
     )
     classifier = fit_linear(train_features, train_labels, num_classes, strength, device=device)
     correct = classifier.logits(test_features).argmax(1) == labels
@@ -115,11 +125,12 @@ def _choose(
     strengths: Sequence[float],
     seed: int,
     device: str | torch.device,
+    progress: bool,
 ) -> float:
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out, kept = np.split(order, [max(1, round(VALIDATION * len(order)))])
     x, held = np.asarray(features), []
-    for strength in strengths:
+    for strength in tqdm(strengths, unit="strengths", desc="linear probe", disable=not progress):
         classifier = fit_linear(x[kept], labels[kept], num_classes, strength, device=device)
         held.append((classifier.logits(x[held_out]).argmax(1) == labels[held_out]).mean())
     return strengths[int(np.argmax(held))]  # the strongest regularisation among equals
@@ -165,13 +176,14 @@ def attentive_probe(
     test_patches: np.ndarray,
     settings: AttentiveSettings | None = None,
     device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> Result:
     """Mean test accuracy of probes trained from several seeds; the interval is over test images."""
     settings = settings or AttentiveSettings()
     labels, num_classes = same_classes(train, test), len(test.classes)
     by_seed = []
     for seed in settings.seeds:
-        probe = fit_attentive(train_patches, train.need_labels(), num_classes, settings, seed, device)
+        probe = fit_attentive(train_patches, train.need_labels(), num_classes, settings, seed, device, progress)
         by_seed.append(_attentive_logits(probe, test_patches, settings.batch_size).argmax(1) == labels)
     accuracies = [float(correct.mean()) for correct in by_seed]
     metrics = {"accuracy": bootstrap(np.mean(by_seed, axis=0), settings.seeds[0], 1 / num_classes)}
@@ -186,6 +198,7 @@ def fit_attentive(
     settings: AttentiveSettings,
     seed: int,
     device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> AttentiveProbe:
     """A trained probe; patches [N, P, V] may be memory-mapped."""
     with torch.random.fork_rng(devices=[]):
@@ -199,7 +212,7 @@ def fit_attentive(
         lambda s: min((s + 1) / warmup, 0.5 * (1 + np.cos(np.pi * max(s - warmup, 0) / max(steps - warmup, 1)))),
     )
     generator = np.random.default_rng(seed)
-    for _ in range(settings.epochs):
+    for _ in trange(settings.epochs, unit="epochs", desc=f"attentive probe, seed {seed}", disable=not progress):
         order = generator.permutation(len(labels))
         for low in range(0, len(order), settings.batch_size):
             chosen = np.sort(order[low : low + settings.batch_size])

@@ -38,6 +38,8 @@ class Result:
     num_items: int
     metrics: Mapping[str, Metric]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    """of the encoder: its weights, configuration and preprocessing"""
 
 
 def bootstrap(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.evaluate.captioning import Decoding, captioning
@@ -28,7 +30,7 @@ def evaluate(
     tasks: Sequence[str],
     data: str | Path,
     output: str | Path | None = None,
-    split: str = "test",
+    split: str | None = None,
     train_split: str = "train",
     images: str | Path | None = None,
     class_names: str | Path | None = None,
@@ -46,14 +48,18 @@ def evaluate(
 ) -> list[Result]:
     """Run `tasks` (of TASKS) on every model (see `load_encoder`); data as `open_images` takes it.
 
-    k-NN and probes learn on `train_split`, all tasks are measured on `split`. `output`: a folder for results.json,
-    results.txt, results.png and captions.jsonl; nothing is written before all is measured. Features are computed by
-    `processes` processes, the i-th on the i-th of `devices`, and cached. Raises ValueError, in one line, for data or
-    models that do not fit the tasks.
+    k-NN and probes learn on `train_split`, all tasks are measured on `split` (None: as `open_images` says). `output`: a
+    folder for results.json, results.txt, results.png and captions.jsonl; nothing is written before all is measured.
+    Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached. Raises ValueError,
+    in one line, for data or models that do not fit the tasks.
     """
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
         raise ValueError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
+    if batch_size < 1 or processes < 1:
+        raise ValueError(f"batch size {batch_size} and {processes} processes; give numbers from 1")
+    for device in devices:
+        _check_device(device)
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"{output} is not a folder")
     test = open_images(data, split, images, class_names, templates)
@@ -63,7 +69,7 @@ def evaluate(
             raise ValueError(
                 f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
             )
-        train = open_images(data, train_split, images, class_names)
+        train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
         same_classes(train, test)
         if k > len(train) and "knn" in tasks:
             raise ValueError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
@@ -75,33 +81,39 @@ def evaluate(
     results: list[Result] = []
     written: list[tuple[str, list[str]]] = []
     for spec in models:
-        source = EncoderSource(spec, tokenizer, devices)
-        encoder = source(0)
+        encoder = EncoderSource(spec, tokenizer, devices)(0)
         if {"zero-shot", "retrieval"} & set(tasks):
             encoder.encode_texts(["a text"])  # says at once if it cannot
 
-        def features(
-            of: ImageSet, kind: Kind = "pooled", encoder: Encoder = encoder, source: EncoderSource = source
-        ) -> np.ndarray:
-            shared = source if processes > 1 else encoder
-            return image_features(shared, of.images, kind, cache, batch_size, processes, progress)
+        def features(of: ImageSet, kind: Kind = "pooled", encoder: Encoder = encoder) -> np.ndarray:
+            return image_features(encoder, of.images, kind, cache, batch_size, processes, progress)
 
         for task in tasks:
             if task == "captioning":
                 if not isinstance(encoder, OurEncoder):
                     raise ValueError(f"{spec} has no language model; only LCL checkpoints write captions")
-                result, captions = captioning(encoder, test, decoding, batch_size=batch_size, progress=progress)
+                result, captions = captioning(encoder, test, decoding, "", batch_size, processes, progress)
                 written.append((spec, captions))
-                results.append(result)
             elif task in _NEED_TRAINING:
                 assert train is not None
-                results.append(_trained(task, encoder, train, test, features, k, attentive, seed, devices[0]))
+                result = _trained(task, encoder, train, test, features, k, attentive, seed, devices[0], progress)
             else:
                 run = zero_shot if task == "zero-shot" else retrieval
-                results.append(run(encoder, test, features(test), seed))
+                result = run(encoder, test, features(test), seed, progress=progress)
+            results.append(replace(result, fingerprint=encoder.fingerprint))
     if output is not None:
         _write(Path(output), results, test, written)
     return results
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine"
+        ) from None
 
 
 def _trained(
@@ -114,14 +126,26 @@ def _trained(
     attentive: AttentiveSettings | None,
     seed: int,
     device: str,
+    progress: bool,
 ) -> Result:
     if task == "attentive-probe":
         patches = features(train, "patches"), features(test, "patches")
-        return attentive_probe(encoder.name, train, test, *patches, attentive, device)
+        attentive = attentive or AttentiveSettings()
+        attentive = replace(attentive, seeds=tuple(seed + own for own in attentive.seeds))
+        return attentive_probe(encoder.name, train, test, *patches, attentive, device, progress)
     pooled = features(train), features(test)
     if task == "knn":
         return knn(encoder.name, train, test, *pooled, k=k, seed=seed, device=device)
-    return linear_probe(encoder.name, train, test, *pooled, seed=seed, device=device)
+    return linear_probe(encoder.name, train, test, *pooled, seed=seed, device=device, progress=progress)
+
+
+def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Classes that are mere numbers go as far as the larger split's: it may have images of a last class more."""
+    both = train.classes, test.classes
+    if any(classes != tuple(str(i) for i in range(len(classes))) for classes in both):
+        return train, test
+    longer = max(both, key=len)
+    return replace(train, classes=longer), replace(test, classes=longer)
 
 
 def _write(folder: Path, results: list[Result], test: ImageSet, written: list[tuple[str, list[str]]]) -> None:

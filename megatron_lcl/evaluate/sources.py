@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_lcl.data.document import Image
 from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.model.open_clip_format import some
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _DEFAULT_TEMPLATE = "a photo of a {c}."
@@ -103,7 +104,7 @@ class ImageSet:
 
 def open_images(
     path: str | Path,
-    split: str = "test",
+    split: str | None = None,
     images: str | Path | None = None,
     class_names: str | Path | Sequence[str] | None = None,
     templates: str | Path | Sequence[str] | None = None,
@@ -116,21 +117,26 @@ def open_images(
     * a COCO-Karpathy JSON file (`images` is the folder of its images), whose `split` is one of the file's own;
     * a corpus of ours: each image with its matched text, or the nearest one.
 
-    `class_names` and `templates` (a text file with one a line, or a list) replace those found. Raises ValueError, in
-    one line, for a layout that is none of these, an empty class, or class names that do not match.
+    `split`: None takes `test` where there is one, else all of a folder that has no splits. `class_names` and
+    `templates` (a text file with one a line, or a list) replace those found. Raises ValueError, in one line, for a
+    layout that is none of these, a split that is not there, an empty class, or class names that do not match.
     """
     path = Path(path)
     if path.is_file():
-        found = _karpathy(path, split, Path(images) if images else path.parent)
+        found = _karpathy(path, split or "test", Path(images) if images else path.parent)
     elif (path / "corpus.json").is_file():
+        if split is not None:
+            raise ValueError(f"{path} is a corpus, which has no splits; give another corpus in place of {split!r}")
         found = _corpus(path)
     elif path.is_dir():
-        folder = path / split if (path / split).is_dir() else path
+        folder = _split_folder(path, split)
         tars = sorted(folder.glob("*.tar"))
         found = _webdataset(path, tars) if tars else _folder(folder)
     else:
         raise ValueError(f"there is no {path}")
-    names = _lines(class_names) or found.classes
+    names: Sequence[str] = _lines(class_names) or found.classes
+    if found.labels is not None and not names:
+        names = [str(i) for i in range(int(found.labels.max()) + 1)]
     if found.labels is not None and len(names) <= int(found.labels.max()):
         raise ValueError(
             f"{len(names)} class names do not match {path}, whose labels go up to {int(found.labels.max())}"
@@ -142,6 +148,21 @@ def open_images(
     if bad:
         raise ValueError(f"the template {bad[0]!r} has no {{c}} for the class name")
     return ImageSet(found.name, found.images, found.labels, tuple(names), found.captions, tuple(chosen))
+
+
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+
+
+def _split_folder(path: Path, split: str | None) -> Path:
+    """Where the images of a split are."""
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if split is None and "test" not in folders:
+        if folders and set(folders) <= _SPLITS:  # not classes
+            raise ValueError(f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split)")
+        return path
+    if (split or "test") not in folders:
+        raise ValueError(f"{path} has no split {split!r}; there are the folders {some(folders) or '(none)'}")
+    return path / (split or "test")
 
 
 def _folder(folder: Path) -> ImageSet:
@@ -192,12 +213,11 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
             raise ValueError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
     found = next((root / n for n in ("classnames.txt", "classes.txt") if (root / n).is_file()), None)
     templates = root / "zeroshot_classification_templates.txt"
-    names = _lines(found) if found else [str(i) for i in range(max(labels, default=-1) + 1)]
     return ImageSet(
         str(tars[0].parent),
         tuple(blobs),
         np.array(labels) if labels else None,
-        tuple(names) if labels else (),
+        tuple(_lines(found)) if labels else (),  # without a list of names they are numbers
         tuple(captions) if captions and all(captions) else None,
         tuple(_lines(templates)) if templates.is_file() else (_DEFAULT_TEMPLATE,),
     )

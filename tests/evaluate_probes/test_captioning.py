@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,10 @@ from hypothesis import strategies as st
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
-from megatron_lcl.evaluate.captioning import Decoding, caption_metrics, generate, nucleus, tokenise
+from megatron_lcl.data.tokenizer import train_sentencepiece
+from megatron_lcl.evaluate.captioning import Decoding, caption, caption_metrics, generate, nucleus, tokenise
+from megatron_lcl.evaluate.encoders import OurEncoder
+from megatron_lcl.evaluate.sources import FileBlob
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.stages import Activations
 
@@ -120,6 +125,14 @@ def test_metrics_against_pycocoevalcap_and_torchmetrics() -> None:
     perfect = caption_metrics([several[0] for several in REFERENCES], REFERENCES)
     assert perfect["BLEU-4"].value == pytest.approx(1)
     assert np.isfinite(perfect["CIDEr"].value)
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    tokenizer = train_sentencepiece([f"some words of {a}" for a in "abcdefghijklmnopqrstuvwxyz"] * 3, 400)
+    config = Model(CONFIG.vision, dataclasses.replace(CONFIG.language, vocab_size=tokenizer.vocab_size), 2)
+    (tmp_path / "bad.png").write_bytes(b"xx")
+    with pytest.raises(ValueError, match=r"bad\.png: "):
+        caption(OurEncoder("x", LCL(config), tokenizer), [FileBlob(tmp_path / "bad.png")], progress=False)
 
 
 def test_tokenise() -> None:

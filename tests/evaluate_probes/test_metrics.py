@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,17 @@ from torchmetrics.retrieval import RetrievalHitRate
 
 from megatron_lcl.evaluate.encoders import Encoder
 from megatron_lcl.evaluate.knn import knn, knn_predict
-from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, fit_linear, linear_probe
+from megatron_lcl.evaluate.probes import (
+    AttentiveProbe,
+    AttentiveSettings,
+    attentive_probe,
+    fit_attentive,
+    fit_linear,
+    linear_probe,
+)
 from megatron_lcl.evaluate.results import bootstrap
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
-from megatron_lcl.evaluate.zero_shot import retrieval_ranks, zero_shot
+from megatron_lcl.evaluate.zero_shot import chance_of_hit, retrieval, retrieval_ranks, zero_shot
 
 Digits = tuple[np.ndarray, np.ndarray]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -78,6 +88,14 @@ def test_linear_classifier(split: tuple[np.ndarray, ...], strength: float) -> No
     assert np.abs(logits.softmax(-1).numpy() - theirs).max() < 1e-3
 
 
+def test_a_linear_classifier_that_is_not_done_says_so(split: tuple[np.ndarray, ...]) -> None:
+    with pytest.warns(UserWarning, match="stopped after 3 iterations"):
+        fit_linear(split[0], split[1], 10, 1.0, max_iterations=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_linear(split[0], split[1], 10, 1.0)
+
+
 def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
     train, train_labels, test, labels = split
     result = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test)
@@ -85,6 +103,52 @@ def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
     assert 1e-4 < result.settings["C"] < 1e4  # neither end: the choice means something
     again = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test)
     assert again == result
+
+
+def test_attentive_probe_against_plain_formulas() -> None:
+    """The same probe with softmax, einsum and AdamW written out, from the same first values and the same batches."""
+    generator = np.random.default_rng(0)
+    patches, labels = generator.normal(size=(20, 5, 8)).astype(np.float32), generator.integers(3, size=20)
+    settings = AttentiveSettings(epochs=3, batch_size=8, lr=1e-2, weight_decay=0.1, warmup=0.3, heads=2)
+    ours = fit_attentive(patches, labels, 3, settings, seed=4)
+
+    torch.manual_seed(4)
+    w = {name: p.detach().clone().requires_grad_() for name, p in AttentiveProbe(8, 3, 2).named_parameters()}
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        x = norm(x, "norm_in")
+        (wq, wk, wv), (bq, bk, bv) = w["attention.in_proj_weight"].chunk(3), w["attention.in_proj_bias"].chunk(3)
+        q = (w["query"][0, 0] @ wq.T + bq).view(2, 4)
+        k, v = ((x @ m.T + b).unflatten(-1, (2, 4)) for m, b in ((wk, bk), (wv, bv)))
+        shares = (torch.einsum("hd,nphd->nhp", q, k) / 2).softmax(-1)
+        pooled = torch.einsum("nhp,nphd->nhd", shares, v).flatten(1)
+        pooled = pooled @ w["attention.out_proj.weight"].T + w["attention.out_proj.bias"]
+        return norm(pooled, "norm_out") @ w["classifier.weight"].T + w["classifier.bias"]
+
+    first = {name: torch.zeros_like(p) for name, p in w.items()}
+    second = {name: torch.zeros_like(p) for name, p in w.items()}
+    order, step, steps, warmup = np.random.default_rng(4), 0, 9, 3
+    for _ in range(3):
+        shuffled = order.permutation(20)
+        for chosen in (np.sort(shuffled[i : i + 8]) for i in (0, 8, 16)):
+            x, y = torch.from_numpy(patches[chosen]), torch.from_numpy(labels[chosen])
+            (-logits(x).log_softmax(-1)[torch.arange(len(y)), y].mean()).backward()
+            lr = 1e-2 * min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * max(step - warmup, 0) / (steps - warmup))))
+            step += 1
+            with torch.no_grad():
+                for name, p in w.items():
+                    first[name] += 0.1 * (p.grad - first[name])
+                    second[name] += 0.001 * (p.grad**2 - second[name])
+                    p *= 1 - lr * 0.1
+                    p -= lr * first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+                    p.grad = None
+    with torch.no_grad():
+        assert torch.allclose(ours(torch.from_numpy(patches)), logits(torch.from_numpy(patches)), atol=1e-4)
 
 
 def test_attentive_probe_finds_what_a_mean_hides() -> None:
@@ -107,25 +171,26 @@ def test_attentive_probe_finds_what_a_mean_hides() -> None:
     assert attentive_probe("x", *sets, patches[train], patches[test], settings) == attentive
 
 
-def brute_force_ranks(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray) -> tuple[list[int], list[int]]:
-    cosine = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1).double()
-    image_ranks = []
-    for i in range(len(images)):
-        best = max(cosine[i, j].item() for j in range(len(texts)) if owner[j] == i)
-        image_ranks.append(sum(cosine[i, j].item() > best for j in range(len(texts)) if owner[j] != i))
-    text_ranks = [sum(cosine[i, j] > cosine[owner[j], j] for i in range(len(images))) for j in range(len(texts))]
-    return image_ranks, [int(r) for r in text_ranks]
+def brute_force_ranks(images: torch.Tensor, texts: torch.Tensor, own: np.ndarray) -> tuple[list[int], list[int]]:
+    """own [N, M]: whether they belong together."""
+    cosine = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1).double().numpy()
+    both = []
+    for scores, mine in ((cosine, own), (cosine.T, own.T)):
+        best = [max(row[m]) for row, m in zip(scores, mine, strict=True)]
+        both.append([int(sum(row[~m] > b)) for row, m, b in zip(scores, mine, best, strict=True)])
+    return both[0], both[1]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 4))
 def test_retrieval_against_a_brute_force_count(seed: int, n: int, per_image: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(1, per_image + 1, (n,), generator=generator).numpy()
-    owner = np.repeat(np.arange(n), counts)
-    images, texts = torch.randn(n, 6, generator=generator), torch.randn(len(owner), 6, generator=generator)
-    ours = retrieval_ranks(images, texts, owner)
-    assert (ours[0].tolist(), ours[1].tolist()) == brute_force_ranks(images, texts, owner)
+    num_texts = int(torch.randint(1, per_image * n + 1, (1,), generator=generator))
+    own = torch.rand(n, num_texts, generator=generator).numpy() < 0.2  # several of each other's
+    own[np.arange(n), np.arange(n) % num_texts] = own[np.arange(num_texts) % n, np.arange(num_texts)] = True
+    images, texts = torch.randn(n, 6, generator=generator), torch.randn(num_texts, 6, generator=generator)
+    ours = retrieval_ranks(images, texts, np.argwhere(own))
+    assert (ours[0].tolist(), ours[1].tolist()) == brute_force_ranks(images, texts, own)
 
 
 def test_retrieval_against_torchmetrics() -> None:
@@ -134,7 +199,7 @@ def test_retrieval_against_torchmetrics() -> None:
     owner = np.repeat(np.arange(n), 3)
     images = torch.randn(n, 8, generator=generator)
     texts = images[owner] + 1.5 * torch.randn(len(owner), 8, generator=generator)
-    image_ranks, _ = retrieval_ranks(images, texts, owner)
+    image_ranks, _ = retrieval_ranks(images, texts, np.stack([owner, np.arange(len(owner))], 1))
     scores = torch.nn.functional.normalize(images, dim=-1) @ torch.nn.functional.normalize(texts, dim=-1).t()
     target = torch.from_numpy(owner)[None] == torch.arange(n)[:, None]
     queries = torch.arange(n)[:, None].expand_as(scores)
@@ -145,10 +210,39 @@ def test_retrieval_against_torchmetrics() -> None:
 
 def test_a_tie_counts_against_us() -> None:
     same = torch.ones(4, 3)
-    ranks = retrieval_ranks(same, same, np.arange(4))
+    pairs = np.stack([np.arange(4)] * 2, 1)
+    ranks = retrieval_ranks(same, same, pairs)
     assert ranks[0].tolist() == ranks[1].tolist() == [3, 3, 3, 3]  # a collapsed encoder is not perfect
-    broken = retrieval_ranks(torch.full((4, 3), np.nan), same, np.arange(4))
+    broken = retrieval_ranks(torch.full((4, 3), np.nan), same, pairs)
     assert broken[0].tolist() == broken[1].tolist() == [3, 3, 3, 3]  # nor is a broken one
+
+
+def test_chance_of_retrieval_against_a_count_of_all_orders() -> None:
+    """Captions of three images (2, 1 and 2 of them, one shared): the share of all orders of the texts that hit."""
+    right, total = np.array([2, 1, 2]), 4
+    orders = list(itertools.permutations(range(total)))
+    for k in (1, 2, 3, 5):
+        hits = [np.mean([min(order[:r]) < k for order in orders]) for r in right]  # places of the r right ones
+        assert chance_of_hit(right, total, k) == pytest.approx(np.mean(hits))
+
+
+def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text() -> None:
+    words = {"a": 0, "b": 1, "c": 2, "d": 3}
+
+    class Perfect:
+        name = "perfect"
+
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+            return torch.eye(4)[[words[text] for text in texts]]
+
+    captions = (("a", "b"), ("a",), ("c", "d"), ("d",))
+    features = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], np.float32)
+    data = ImageSet("x", (FileBlob(Path("x")),) * 4, captions=captions)
+    metrics = retrieval(Perfect(), data, features).metrics  # type: ignore[arg-type]
+    assert all(metric.value == 1 for metric in metrics.values())
+    assert metrics["image → text recall@1"].chance == pytest.approx((2 + 1 + 2 + 1) / 4 / 4)  # own of 4 texts
+    assert metrics["text → image recall@1"].chance == pytest.approx((2 + 1 + 1 + 2) / 4 / 4)  # own of 4 images
+    assert metrics["image → text recall@5"].chance == 1
 
 
 def test_bootstrap_against_scipy() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.tokenizer import train_sentencepiece
 from megatron_lcl.evaluate.captioning import Decoding
+from megatron_lcl.evaluate.encoders import load_encoder
 from megatron_lcl.evaluate.probes import AttentiveSettings
 from megatron_lcl.evaluate.run import evaluate
 
@@ -83,9 +86,46 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
     refused("no folder 'train'", "knn", data=folder / "test")
     refused("k = 1000", "knn", k=1000)
     refused("--tokenizer", "zero-shot")
+    refused("no split 'tset'", "knn", split="tset")
 
 
-def test_command_line(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_reaches_the_attentive_probe_and_results_name_the_weights(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = AttentiveSettings(epochs=1, lr=3e-3, seeds=(0, 1))
+    first, same, other = (
+        evaluate([str(checkpoint)], ["attentive-probe"], folder, attentive=settings, seed=seed, cache=tmp_path)[0]
+        for seed in (0, 0, 5)
+    )
+    assert first == same
+    assert other.settings["seeds"] == (5, 6)
+    assert other.settings["accuracy by seed"] != first.settings["accuracy by seed"]
+    assert first.fingerprint == load_encoder(checkpoint).fingerprint
+
+
+def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    image = next((folder / "test").rglob("*.png")).read_bytes()
+    for split, labels in (("train", (0, 1, 2)), ("test", (0, 1))):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
+            for label in labels:
+                for name, data in (("png", image), ("cls", b"%d" % label)):
+                    member = tarfile.TarInfo(f"{label}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    (result,) = evaluate([str(checkpoint)], ["knn"], tmp_path, k=2, cache=tmp_path / "cache", progress=False)
+    assert result.metrics["accuracy"].chance == pytest.approx(1 / 3)
+
+
+def test_command_line(
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Splits, seed and nucleus sampling reach the tasks; one line for what cannot be."""
     from megatron_lcl.cli import main
 
@@ -107,3 +147,16 @@ def test_command_line(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatc
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (result["num_items"], result["settings"]["seed"]) == (200, 3)
     assert main([*command, *splits, "--task", "captioning", "--top-p", "1.5"]) == 2
+    capsys.readouterr()
+    model, other = ["evaluate", "--model", str(checkpoint)], ["--model", f"hf:{tmp_path}"]
+    for arguments, words in (
+        ([*model, *other, "--corpus", str(tmp_path)], "no LCL model"),
+        ([*model, *model[1:], "--corpus", str(tmp_path), "--output", str(tmp_path / "one")], "one --model at a time"),
+        ([*model, "--corpus", str(tmp_path), "--task", "knn"], "--task goes with --data"),
+        ([*model, "--data", str(folder), "--task", "knn", "--device", "cuda:77"], "cuda:77"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert words in said.splitlines()[-1]
+        assert len(said.splitlines()) == 1
+    assert not (tmp_path / "one").exists()

@@ -62,6 +62,18 @@ def test_webdataset_in_clip_benchmarks_layout(folder: Path, tmp_path: Path, enco
     assert result.settings["templates"] == 2
 
 
+def test_webdataset_without_names(folder: Path, tmp_path: Path) -> None:
+    """Classes are numbers then, and a list of names may have more than the split has images of."""
+    image = open_images(folder, "test").images[0].read()
+    write_tar(tmp_path / "0.tar", {"a.png": image, "a.cls": b"0", "b.png": image, "b.cls": b"2"})
+    assert open_images(tmp_path).classes == ("0", "1", "2")
+    assert open_images(tmp_path, class_names=["a", "b", "c", "d"]).classes == ("a", "b", "c", "d")
+    with pytest.raises(ValueError, match="2 class names do not match"):
+        open_images(tmp_path, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="no split 'tset'"):
+        open_images(tmp_path, "tset")
+
+
 def test_webdataset_captions_and_karpathy(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
     test = open_images(folder, "test")
     chosen = [int(np.flatnonzero(test.need_labels() == c)[0]) for c in range(10)]
@@ -116,7 +128,11 @@ def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignor
         assert "\n" not in str(error.value)
 
     refused("there is no", lambda: open_images(tmp_path / "none"))
-    refused("no class folders", lambda: open_images(tmp_path))
+    (tmp_path / "nothing").mkdir()
+    refused("no class folders", lambda: open_images(tmp_path / "nothing"))
+    refused("no split 'tset'; there are the folders test, train", lambda: open_images(folder, "tset"))
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    refused("no split 'test', but train", lambda: open_images(tmp_path / "split"))
     refused("9 class names do not match", lambda: open_images(folder, "test", class_names=["x"] * 9))
     refused("no {c}|no \\{c\\}", lambda: open_images(folder, "test", templates=["a photo"]))
     refused("no captions", lambda: open_images(folder, "test").need_captions())
@@ -127,6 +143,9 @@ def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignor
     (tmp_path / "a" / "empty").rmdir()
     broken = open_images(tmp_path / "a")
     refused("x.png: .*does not decode", lambda: image_features(encoder, broken.images, cache=tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+    good, bad = open_images(folder, "test").images[:3], broken.images
+    refused("x.png: .*does not decode", lambda: image_features(encoder, (*good, *bad), cache=tmp_path / "c"))
     assert list((tmp_path / "c").iterdir()) == []
     (tmp_path / "w").mkdir()
     write_tar(tmp_path / "w" / "0.tar", {"a.png": b"x", "a.cls": b"cat"})
@@ -164,6 +183,8 @@ def test_corpus(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     preprocess(format="jsonl", input=tmp_path / "docs.jsonl", images=folder, output=tmp_path / "corpus", vocab_size=400)
     data = open_images(tmp_path / "corpus")
+    with pytest.raises(ValueError, match="no splits"):
+        open_images(tmp_path / "corpus", "test")
     texts = [captions[0] for captions in data.need_captions()]
     assert texts[0] == "after the first 0"
     assert len(data) == 4

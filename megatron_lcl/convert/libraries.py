@@ -1,0 +1,44 @@
+"""The libraries that only some commands need."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Iterator
+
+_PACKAGES = {  # import name → package, what to install
+    "transformers": ("transformers", "'megatron-lcl[hf]'"),
+    "timm": ("timm", "'megatron-lcl[hf]'"),
+    "open_clip": ("open-clip-torch", "'megatron-lcl[clip]' timm"),
+    "pycocoevalcap": ("pycocoevalcap", "'megatron-lcl[eval]'"),
+}
+
+
+def require(library: str, what: str) -> dict[str, str]:
+    """The library's version, under its name. ValueError that says what to install where it does not import."""
+    package, install = _PACKAGES[library]
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        raise ValueError(f"{what} needs {package}: pip install {install}") from None
+    return {library: importlib.metadata.version(package)}
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without what libraries log and draw while a model is made: of weights that are yet to be loaded, for instance."""
+    disabled = logging.root.manager.disable
+    hf = sys.modules.get("transformers.utils.logging")
+    bars = hf is not None and hf.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    if bars:
+        hf.disable_progress_bar()  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            hf.enable_progress_bar()  # type: ignore[union-attr]

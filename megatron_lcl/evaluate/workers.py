@@ -1,0 +1,118 @@
+"""Many images through an encoder: decoded ahead, in batches, in this process or in several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from itertools import islice, pairwise
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from threading import Event
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from megatron_lcl.evaluate.encoders import Encoder, EncoderSource
+from megatron_lcl.evaluate.sources import Blob
+
+T = TypeVar("T")
+Work = Callable[[Encoder, int, torch.Tensor], T]
+"""(encoder, index of the first image, prepared images [N, 3, H, W]) → anything"""
+
+
+def map_batches(
+    encoder: Encoder,
+    images: Sequence[Blob],
+    work: Work[T],
+    batch_size: int,
+    processes: int,
+    desc: str,
+    progress: bool,
+) -> list[T]:
+    """`work` on every batch of the images, results in order. The batches do not depend on the number of processes.
+
+    With `processes` > 1 each makes its own encoder by `encoder.source` and has an equal share of the cores; `work`
+    must pickle. Raises ValueError naming an image that does not decode.
+    """
+    bar = tqdm(total=len(images), unit="images", desc=desc, disable=not progress)
+    processes = min(processes, -(-len(images) // batch_size))
+    with bar:
+        if processes <= 1:
+            results = []
+            for done, result in _share(encoder, images, work, batch_size, 0, os.cpu_count() or 1):
+                results.append(result)
+                bar.update(done)
+            return results
+        assert encoder.source is not None, "this encoder cannot be made again in another process"
+        return _in_processes(encoder.source, images, work, batch_size, processes, bar)
+
+
+def _in_processes(
+    source: EncoderSource, images: Sequence[Blob], work: Work[T], batch_size: int, processes: int, bar: tqdm
+) -> list[T]:
+    batches = -(-len(images) // batch_size)
+    bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
+    context = get_context("spawn")
+    with SyncManager(ctx=context) as manager, ProcessPoolExecutor(processes, mp_context=context) as pool:
+        done, stop = manager.Queue(), manager.Event()
+        jobs: list[Future[list[T]]] = [
+            pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low, done, stop)
+            for i, (low, high) in enumerate(pairwise(bounds))
+        ]
+        waiting = set(jobs)
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                while not done.empty():
+                    bar.update(done.get())
+                for job in finished:
+                    job.result()
+        finally:
+            stop.set()  # the others need not go on after an error
+        return [result for job in jobs for result in job.result()]
+
+
+def _process(
+    source: EncoderSource,
+    number: int,
+    processes: int,
+    images: Sequence[Blob],
+    work: Work[T],
+    batch_size: int,
+    start: int,
+    done: Any,
+    stop: Event,
+) -> list[T]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    torch.set_num_threads(threads)
+    results = []
+    for count, result in _share(source(number), images, work, batch_size, start, threads):
+        results.append(result)
+        done.put(count)
+        if stop.is_set():
+            break
+    return results
+
+
+def _share(
+    encoder: Encoder, images: Sequence[Blob], work: Work[T], batch_size: int, start: int, threads: int
+) -> Iterator[tuple[int, T]]:
+    """(images done, result) of each batch; images are decoded ahead by threads."""
+    with ThreadPoolExecutor(max(2, threads)) as pool:
+        waiting = iter(images)
+        queue = [pool.submit(load, encoder, blob) for blob in islice(waiting, 2 * batch_size)]
+        while queue:
+            batch = [job.result() for job in queue[:batch_size]]
+            queue = queue[batch_size:] + [pool.submit(load, encoder, b) for b in islice(waiting, batch_size)]
+            yield len(batch), work(encoder, start, torch.stack(batch))
+            start += len(batch)
+
+
+def load(encoder: Encoder, blob: Blob) -> torch.Tensor:
+    """The image as the encoder takes it. ValueError with its name where it does not decode."""
+    try:
+        return encoder.prepare(blob.read())
+    except ValueError as error:
+        raise ValueError(f"{blob.name}: {error}") from None
