@@ -95,6 +95,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     strange = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise ValueError(f"{path} is no state dict: {strange[0]!r} is a {type(loaded[strange[0]]).__name__}")
+    if unnamed := [name for name in loaded if not isinstance(name, str)]:
+        raise ValueError(f"{path} is no state dict: it has a tensor under {unnamed[0]!r}, which is no name")
     prefix = "module." if all(name.startswith("module.") for name in loaded) else ""
     return {name.removeprefix(prefix): value for name, value in loaded.items()}
 
@@ -174,8 +176,10 @@ def _published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str
         patch = state["visual.conv1.weight"].shape[-1]
         context, width = state["text.positional_embedding"].shape
         vocab = state["text.token_embedding.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise ValueError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
+    except (ValueError, IndexError):  # of other dimensions
+        raise ValueError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
     if (vision_width, vocab) != (768, 49411) or width not in (512, 768):
         raise ValueError(
             f"{path} has widths {vision_width} and {width} and {vocab} token ids, unlike the published models, and "

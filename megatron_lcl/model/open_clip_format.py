@@ -6,10 +6,12 @@ into its three parameters, the patch convolution [V, 3, p, p] is flattened to [V
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.model.special import SpecialTokens
@@ -28,41 +30,73 @@ _SPECIAL_NAMES = {
 
 def model_config(config: Mapping[str, Any]) -> Model:
     """Sizes from a dict as in the reference's `model_configs/*.json`. ValueError names what is missing or not LCL's."""
-    try:
-        vision, text, pool = config["vision_cfg"], config["text_cfg"], config["pool_project_cfg"]
-        embed_dim = config["embed_dim"]
-        v = Vision(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["width"],
-            layers=vision["layers"],
-            heads=vision["width"] // vision.get("head_width", 64),
-            mlp_width=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
-        )
-        t = Language(
-            context_length=text["context_length"],
-            vocab_size=text["vocab_size"],
-            width=text["width"],
-            layers=text["layers"],
-            heads=text["heads"],
-            mlp_width=int(text["width"] * text.get("mlp_ratio", 4.0)),
-        )
-        heads = pool["attn_num_heads"]
-    except KeyError as error:
-        raise ValueError(f"the model config has no {error}; it must be one of the reference's model_configs") from None
+    vision, text, pool = (_section(config, name) for name in ("vision_cfg", "text_cfg", "pool_project_cfg"))
     if pool.get("pool_proj_type", "attn") != "attn":
         raise ValueError(f"pool_project_cfg.pool_proj_type is {pool['pool_proj_type']!r}; only 'attn' is LCL's pool")
+    width, head_width = _whole(vision, "vision_cfg.width"), _whole(vision, "vision_cfg.head_width", 64)
+    if width % head_width:
+        raise ValueError(f"vision_cfg.head_width {head_width} does not divide vision_cfg.width {width}")
+    try:
+        v = Vision(
+            image_size=_whole(vision, "vision_cfg.image_size"),
+            patch_size=_whole(vision, "vision_cfg.patch_size"),
+            width=width,
+            layers=_whole(vision, "vision_cfg.layers"),
+            heads=width // head_width,
+            mlp_width=_mlp_width(vision, "vision_cfg"),
+        )
+        t = Language(
+            context_length=_whole(text, "text_cfg.context_length"),
+            vocab_size=_whole(text, "text_cfg.vocab_size"),
+            width=_whole(text, "text_cfg.width"),
+            layers=_whole(text, "text_cfg.layers"),
+            heads=_whole(text, "text_cfg.heads"),
+            mlp_width=_mlp_width(text, "text_cfg"),
+        )
+        model = Model(vision=v, language=t, pool_heads=_whole(pool, "pool_project_cfg.attn_num_heads"))
+    except ValidationError as error:  # sizes that do not fit each other; the first of their faults
+        fault = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"the model config's sizes do not fit: {fault}") from None
+    embed_dim = _whole(config, "embed_dim")
     if embed_dim != t.width:
         raise ValueError(f"embed_dim {embed_dim} and text_cfg.width {t.width} differ; LCL's are the same")
     special = SpecialTokens.of(t.vocab_size)
-    given = config.get("special_token_ids", {})
+    if special.sot < 1:
+        raise ValueError(f"text_cfg.vocab_size {t.vocab_size} leaves no room for five special tokens and any other")
+    given = _section(config, "special_token_ids") if "special_token_ids" in config else {}
     for field, name in _SPECIAL_NAMES.items():
         if given.get(name, getattr(special, field)) != getattr(special, field):
             raise ValueError(
-                f"special_token_ids puts {name} at {given[name]}; it must be {getattr(special, field)}: "
+                f"special_token_ids puts {name} at {given[name]!r}; it must be {getattr(special, field)}: "
                 "the special tokens are the vocabulary's last five ids"
             )
-    return Model(vision=v, language=t, pool_heads=heads)
+    return model
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if name not in config:
+        raise ValueError(f"the model config has no {name}; it must be one of the reference's model_configs")
+    if not isinstance(config[name], Mapping):
+        raise ValueError(f"the model config's {name} is {config[name]!r}; it must be a mapping")
+    return config[name]
+
+
+def _whole(section: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A size; `name` with its section in front."""
+    key = name.rpartition(".")[2]
+    if key not in section and default is None:
+        raise ValueError(f"the model config has no {name}; it must be one of the reference's model_configs")
+    value = section.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"the model config's {name} is {value!r}; it must be a whole number from 1")
+    return value
+
+
+def _mlp_width(section: Mapping[str, Any], name: str) -> int:
+    ratio, width = section.get("mlp_ratio", 4.0), _whole(section, f"{name}.width")
+    if not isinstance(ratio, int | float) or not math.isfinite(ratio) or int(width * ratio) < 1:
+        raise ValueError(f"the model config's {name}.mlp_ratio is {ratio!r}; it must be a number above 0")
+    return int(width * ratio)
 
 
 def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: bool = False) -> None:
@@ -166,7 +200,13 @@ def name_faults(expected: Mapping[str, torch.Size], given: Mapping[str, torch.Te
     faults = [f"lacks {some(missing)}"] if missing else []
     faults += [f"has the unknown {some(unknown)}"] if unknown else []
     faults += [f"has {n} of shape {tuple(given[n].shape)}, not {tuple(expected[n])}" for n in wrong[:3]]
+    strange = [n for n in expected if n in given and not _is_plain(given[n])]
+    faults += [f"has {n} as {given[n].dtype} ({given[n].layout}), not dense floating point" for n in strange[:3]]
     return " and ".join(faults)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_floating_point()
 
 
 def some(names: list[str]) -> str:

@@ -111,6 +111,9 @@ def test_config_round_trip_for_widths_that_do_not_divide() -> None:
     assert model_config(open_clip_config(model)) == model
 
 
+ABSENT = "absent"
+
+
 class Evil:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -164,6 +167,73 @@ def test_bad_files(model: LCL, ours: Path, tmp_path: Path) -> None:
     refused(tmp_path / "shapes.pt", "visual.ln_post.bias of shape (63,), not (64,)", config=config)
     torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
     refused(tmp_path / "other.pt", "not an LCL checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("vision_cfg", "x", "vision_cfg is 'x'"),
+        ("vision_cfg", ABSENT, "has no vision_cfg"),
+        ("vision_cfg.layers", [3, 4, 6, 3], "vision_cfg.layers is [3, 4, 6, 3]"),
+        ("vision_cfg.image_size", [64, 64], "vision_cfg.image_size is [64, 64]"),
+        ("vision_cfg.image_size", 65, "does not divide"),
+        ("vision_cfg.patch_size", ABSENT, "has no vision_cfg.patch_size"),
+        ("vision_cfg.head_width", 0, "vision_cfg.head_width is 0"),
+        ("vision_cfg.head_width", 100, "100 does not divide vision_cfg.width 64"),
+        ("vision_cfg.mlp_ratio", None, "vision_cfg.mlp_ratio is None"),
+        ("vision_cfg.mlp_ratio", float("nan"), "vision_cfg.mlp_ratio is nan"),
+        ("text_cfg.width", "a", "text_cfg.width is 'a'"),
+        ("text_cfg.heads", 5, "does not divide"),
+        ("text_cfg.vocab_size", 2, "vocab_size 2"),
+        ("text_cfg.layers", True, "text_cfg.layers is True"),
+        ("pool_project_cfg", None, "pool_project_cfg is None"),
+        ("pool_project_cfg.attn_num_heads", -1, "attn_num_heads is -1"),
+        ("embed_dim", 3, "embed_dim 3"),
+        ("special_token_ids", [1], "special_token_ids is [1]"),
+        ("special_token_ids", {"<start_of_img>": "x"}, "<start_of_img> at 'x'; it must be 209"),
+    ],
+)
+def test_a_bad_model_config_is_one_line_and_nothing_is_written(
+    model: LCL, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, value: Any, words: str
+) -> None:
+    from megatron_lcl.cli import main
+
+    torch.save(model.state_dict_open_clip(), tmp_path / "m.pt")
+    config = open_clip_config(model.config)
+    *outer, last = place.split(".")
+    inner = config[outer[0]] if outer else config
+    inner[last] = value
+    if value == ABSENT:
+        del inner[last]
+    (tmp_path / "m.json").write_text(json.dumps(config))
+    before = sorted(os.listdir(tmp_path))
+    command = ["import", "--format", "open_clip", "--input", str(tmp_path / "m.pt"), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert "http" not in said
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_tensors_that_are_no_weights(model: LCL, tmp_path: Path) -> None:
+    config, state = open_clip_config(model.config), model.state_dict_open_clip()
+    name = "visual.conv1.weight"
+    for kind, tensor in {
+        "torch.int32": state[name].to(torch.int32),
+        "torch.sparse_coo": state[name].to_sparse(),
+        "torch.complex64": state[name].to(torch.complex64),
+    }.items():
+        torch.save({**state, name: tensor}, tmp_path / "strange.pt")
+        refused(tmp_path / "strange.pt", name, kind, "not dense floating point", config=config)
+    torch.save({1: torch.ones(1)}, tmp_path / "number.pt")
+    refused(tmp_path / "number.pt", "under 1", config=config)
+    for shape in ((), (3,), (2, 2, 2)):
+        wrong = {**state, "visual.positional_embedding": torch.ones(shape)}
+        torch.save(wrong, tmp_path / "shape.pt")
+        refused(tmp_path / "shape.pt", "its shapes are others'")
+    torch.save({**state, name: torch.tensor(1.0)}, tmp_path / "scalar.pt")
+    refused(tmp_path / "scalar.pt", "its shapes are others'")
 
 
 def test_our_folder_with_the_wrong_tensors(model: LCL, ours: Path, tmp_path: Path) -> None:
