@@ -20,6 +20,7 @@ from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.lcl import StageList
 from megatron_lcl.model.stages import Head, stage_specs
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.cuts import even_cuts
 from megatron_lcl.train.layout import build_mesh, build_topology, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
@@ -110,16 +111,7 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str,
 
 def layer_norm(config: Config) -> Norm:
     """torch's LayerNorm, or apex's fused one where it is asked for. ValueError where NVIDIA's apex is absent."""
-    if not config.train.apex_layer_norm:
-        return nn.LayerNorm
-    try:
-        from apex.normalization import FusedLayerNorm
-    except ImportError:
-        raise ValueError(
-            "train.apex_layer_norm is set, but NVIDIA's apex is not installed (the package of that name on the "
-            "Python package index is something else); build it from NVIDIA's source, or leave it unset"
-        ) from None
-    return FusedLayerNorm
+    return fused_layer_norm() if config.train.apex_layer_norm else nn.LayerNorm
 
 
 def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:

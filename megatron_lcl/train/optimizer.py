@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_lcl.config import Optimizer
+from megatron_lcl.train.apex import fused_adam
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -29,14 +30,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.op
     """AdamW over parameter groups. ValueError where NVIDIA's apex is asked for and absent."""
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "apex_fused_adam":
-        try:
-            from apex.optimizers import FusedAdam
-        except ImportError:
-            raise ValueError(
-                "optimizer.name is apex_fused_adam, but NVIDIA's apex is not installed (the package of that name on "
-                "the Python package index is something else); build it from NVIDIA's source, or use adamw"
-            ) from None
-        return FusedAdam(groups, adam_w_mode=True, **settings)
+        return fused_adam()(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
 
 

@@ -20,6 +20,7 @@ from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.parallel.mesh import Mesh, RunError
 from megatron_lcl.train import checkpoint
+from megatron_lcl.train.apex import check_apex
 from megatron_lcl.train.audit import Audit
 from megatron_lcl.train.checkpoint import Progress
 from megatron_lcl.train.checkpointer import Checkpointer
@@ -55,6 +56,7 @@ def check(config: Config, processes: int) -> None:
             "data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR"
         )
     deepspeed_config(config, processes)
+    check_apex(config)
     for corpus in config.data.corpora:
         tokenizer = open_corpus(corpus.path).tokenizer
         if tokenizer.vocab_size != config.model.language.vocab_size:

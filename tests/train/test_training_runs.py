@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from megatron_lcl import load_model
+from megatron_lcl.cli import main
 from megatron_lcl.train import checkpoint
 
 WORDS = """
@@ -206,6 +207,55 @@ def test_a_disk_that_fills_up_while_saving(config_file: Path, tmp_path: Path) ->
     assert last.startswith("megatron-lcl train: process 0 could not write the checkpoint"), result.stderr
     assert "Traceback" not in result.stderr
     assert not any((run / "checkpoints").iterdir())
+
+
+APEX = {  # what the config asks of it; its own kernels need a GPU
+    "optimizers": """
+class FusedAdam(torch.optim.AdamW):
+    def __init__(self, groups, adam_w_mode, **settings):
+        assert adam_w_mode
+        super().__init__(groups, **settings)
+    def step(self, *arguments, **keywords):
+        print("FusedAdam.step")
+        return super().step(*arguments, **keywords)
+""",
+    "normalization": """
+class FusedLayerNorm(torch.nn.LayerNorm):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        print("FusedLayerNorm()")
+""",
+}
+
+
+@pytest.mark.slow
+def test_apex_is_used_where_it_is_asked_for(
+    finished: Path,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["--optimizer.name", "apex_fused_adam", "--train.apex_layer_norm"]
+    run = tmp_path / "run"
+    for words, message in ((asked[:2], "optimizer.name is apex_fused_adam"), (asked[2:], "train.apex_layer_norm is")):
+        for how in (["--processes", "2"], ["--processes", "2", "--dry-run"]):
+            assert main(["train", "--config", str(config_file), "--train.output", str(run), *words, *how]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"megatron-lcl train: {message}")
+            assert "NVIDIA's apex is not installed" in line
+    assert not run.exists()
+    for name, text in APEX.items():
+        (tmp_path / "apex" / name).mkdir(parents=True)
+        (tmp_path / "apex" / name / "__init__.py").write_text("import torch\n" + text)
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    said = train(config_file, run, *asked, "--processes", "1")
+    assert said.count("FusedAdam.step") == 4 * 2  # ZeRO steps group by group
+    norms = [m for m in load_model(finished).modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert said.count("FusedLayerNorm()") == len(norms)
+    ours, theirs = (torch.tensor(losses(r), dtype=torch.float64) for r in (run, finished))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow
