@@ -27,15 +27,16 @@ from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 KIND = "timm"
 LIBRARY = "timm"
 
-_FAMILIES = {  # width, layers, heads, width of the feed-forward part
-    (256, 10, 4, 1024): "xsmall",
-    (512, 12, 8, 2048): "medium",
-    (640, 12, 10, 2560): "betwixt",
-    (768, 12, 12, 3072): "base",
-    (1024, 24, 16, 4096): "large",
-    (1280, 32, 16, 5120): "huge",
-    (1408, 40, 16, 6144): "giant",  # ViT-g
-    (1664, 48, 16, 8192): "gigantic",  # ViT-G, "bigG"
+_FAMILIES = {  # width, layers, heads, width of the feed-forward part → name, but for the patch size and "_clip_SIZE"
+    (256, 10, 4, 1024): "vit_xsmall_patch{}",
+    (512, 12, 8, 2048): "vit_medium_patch{}",
+    (640, 12, 10, 2560): "vit_betwixt_patch{}",
+    (768, 12, 12, 3072): "vit_base_patch{}",
+    (896, 12, 14, 3584): "vit_base_patch{}_plus",
+    (1024, 24, 16, 4096): "vit_large_patch{}",
+    (1280, 32, 16, 5120): "vit_huge_patch{}",
+    (1408, 40, 16, 6144): "vit_giant_patch{}",  # ViT-g
+    (1664, 48, 16, 8192): "vit_gigantic_patch{}",  # ViT-G, "bigG"
 }
 
 
@@ -47,10 +48,10 @@ def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:
     from timm import is_model
 
     candidates = (  # the nearest width first, then its patch size, then its image size
-        (f"vit_{family}_patch{patch}_clip_{size}", known, patch, size)
+        (f"{family.format(patch)}_clip_{size}", known, patch, size)
         for known, family in sorted(_FAMILIES.items(), key=lambda item: abs(item[0][0] - vision.width))
         for patch in (vision.patch_size, 32, 16, 14)
-        for size in (vision.image_size, 224)
+        for size in (vision.image_size, 224, 240)  # one of the last two is there of every family
     )
     name, (width, layers, heads, mlp_width), patch, size = next(c for c in candidates if is_model(c[0]))
     differences = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
@@ -17,43 +19,34 @@ from megatron_lcl.convert.timm import _classifier, _tensors, architecture
 timm = pytest.importorskip("timm")
 TEXT = Language(128, 1000, 512, 1, 8, 2048)
 
-NAMED = {
-    "vit_xsmall_patch16_clip_224": Vision(224, 16, 256, 10, 4, 1024),
-    "vit_medium_patch32_clip_224": Vision(224, 32, 512, 12, 8, 2048),
-    "vit_medium_patch16_clip_224": Vision(224, 16, 512, 12, 8, 2048),
-    "vit_betwixt_patch32_clip_224": Vision(224, 32, 640, 12, 10, 2560),
-    "vit_base_patch32_clip_224": Vision(224, 32, 768, 12, 12, 3072),
-    "vit_base_patch32_clip_256": Vision(256, 32, 768, 12, 12, 3072),
-    "vit_base_patch32_clip_384": Vision(384, 32, 768, 12, 12, 3072),
-    "vit_base_patch32_clip_448": Vision(448, 32, 768, 12, 12, 3072),
-    "vit_base_patch16_clip_224": Vision(224, 16, 768, 12, 12, 3072),
-    "vit_base_patch16_clip_384": Vision(384, 16, 768, 12, 12, 3072),
-    "vit_large_patch14_clip_224": Vision(224, 14, 1024, 24, 16, 4096),
-    "vit_large_patch14_clip_336": Vision(336, 14, 1024, 24, 16, 4096),
-    "vit_huge_patch14_clip_224": Vision(224, 14, 1280, 32, 16, 5120),
-    "vit_huge_patch14_clip_336": Vision(336, 14, 1280, 32, 16, 5120),
-    "vit_huge_patch14_clip_378": Vision(378, 14, 1280, 32, 16, 5120),
-    "vit_giant_patch14_clip_224": Vision(224, 14, 1408, 40, 16, 6144),
-    "vit_gigantic_patch14_clip_224": Vision(224, 14, 1664, 48, 16, 8192),
-    "vit_gigantic_patch14_clip_378": Vision(378, 14, 1664, 48, 16, 8192),
-}
+CLIP_TOWERS = [name for name in timm.list_models("vit_*_clip_*") if "quickgelu" not in name]  # LCL's is the exact GELU
 
 
-@pytest.mark.parametrize("name", NAMED)
+def vision_of(theirs: Any) -> Vision:
+    """Sizes, as timm's own model of that name has them."""
+    size, patch, block = theirs.patch_embed.img_size[0], theirs.patch_embed.patch_size[0], theirs.blocks[0]
+    mlp_width = block.mlp.fc1.out_features
+    return Vision(size, patch, theirs.embed_dim, len(theirs.blocks), block.attn.num_heads, mlp_width)
+
+
+def test_timm_has_clip_towers() -> None:
+    assert {"vit_base_patch32_clip_224", "vit_giant_patch14_clip_224"} < set(CLIP_TOWERS)
+
+
+@pytest.mark.parametrize("name", CLIP_TOWERS)
 def test_every_clip_tower_of_timm_has_our_tensors(name: str) -> None:
-    if not timm.is_model(name):
-        pytest.skip(f"this timm has no {name}")
-    assert architecture(NAMED[name]) == (name, {})
     with torch.device("meta"):
-        ours = _tensors(LCL(Model(NAMED[name], TEXT, 8), seed=None))
         theirs = timm.create_model(name)
+        vision = vision_of(theirs)
+        ours = _tensors(LCL(Model(vision, TEXT, 8), seed=None))
+    assert architecture(vision) == (name, {})
     shapes = {n: t.shape if isinstance(t, torch.Tensor) else torch.cat(t).shape for n, t in ours.items()}
-    assert {**shapes, **_classifier(name, NAMED[name].width)} == {n: t.shape for n, t in theirs.state_dict().items()}
-    assert theirs.blocks[0].attn.num_heads == NAMED[name].heads
+    assert {**shapes, **_classifier(name, vision.width)} == {n: t.shape for n, t in theirs.state_dict().items()}
 
 
 def test_towers_that_timm_has_no_name_for() -> None:
     assert architecture(Vision(224, 14, 1408, 2, 16, 6144)) == ("vit_giant_patch14_clip_224", {"depth": 2})
+    assert architecture(Vision(224, 16, 896, 12, 14, 3584)) == ("vit_base_patch16_plus_clip_240", {"img_size": 224})
     assert architecture(Vision(288, 16, 768, 12, 12, 3072)) == ("vit_base_patch16_clip_224", {"img_size": 288})
     assert architecture(Vision(96, 8, 768, 12, 12, 3072)) == (
         "vit_base_patch32_clip_224",
@@ -77,6 +70,14 @@ def test_tiny_by_local_dir(model: LCL, tmp_path: Path) -> None:
     assert (tuple(config["input_size"]), config["interpolation"], config["crop_pct"]) == ((3, 64, 64), "bicubic", 1.0)
 
 
+def test_bfloat16(model: LCL, tmp_path: Path) -> None:
+    facts = export_model(model, "timm", tmp_path / "timm", dtype="bfloat16")
+    assert facts["patches"]["relative_difference"] < 1e-5 < facts["patches"]["relative_change_by_rounding"] < 0.05
+    assert {tensor.dtype for tensor in load_file(tmp_path / "timm" / "model.safetensors").values()} == {torch.bfloat16}
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert torch.equal(loaded.norm.weight, model.pool.norm.weight.bfloat16().float())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
@@ -89,8 +90,8 @@ def test_tiny_by_local_dir(model: LCL, tmp_path: Path) -> None:
 def test_real_sizes_by_checkpoint_path(
     make_model: Callable[..., LCL], tmp_path: Path, name: str, changes: dict[str, int]
 ) -> None:
-    v = NAMED[name]
-    vision = Vision(v.image_size, v.patch_size, v.width, changes.get("depth", v.layers), v.heads, v.mlp_width)
+    with torch.device("meta"):
+        vision = vision_of(timm.create_model(name, **changes))
     model = make_model(Model(vision, TEXT, 8))
     export_model(model, "timm", tmp_path / "timm")
     file = tmp_path / "timm" / "model.safetensors"
@@ -98,7 +99,7 @@ def test_real_sizes_by_checkpoint_path(
     with torch.no_grad():
         ours = model.pool.patch_features(model.vision_tokens(images))
         peer = timm.create_model(name, checkpoint_path=str(file), **changes).eval()
-        assert peer.head.weight.shape == (timm.create_model(name, depth=1).num_classes, v.width)
+        assert peer.head.weight.shape == (timm.create_model(name, depth=1).num_classes, vision.width)
         assert float((peer.forward_features(images)[:, 1:] - ours).norm() / ours.norm()) < 1e-5
         assert not peer(images).any()  # a classifier of zeros
         if name != "vit_base_patch32_clip_224":
