@@ -13,11 +13,12 @@ from megatron_lcl.data.batch import PackedBatch, num_runs
 from megatron_lcl.model.special import SpecialTokens
 
 STEPS = 3
-GLOBAL_BATCH = 4
+MIN_PACKS = 4
+"""of a step; more where there are more replicas, each of which has one at least"""
 TOKENS, IMAGES, CONTEXT = 60, 4, 40
 """token places and image slots of a pack; longest sequence"""
 IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
-"""images of each pack of each step: with two replicas the second one never has an image"""
+"""images of each pack of each step, over and over: with two replicas the second one never has an image"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Case:
     data: int = 1
     zero: int = 1
     strategy: str = "retain"
-    initial_log_scale: float = math.log(1 / 0.07)
+    climbs: bool = False
+    """the log scale starts just below ln 100, under a contrast that counts against similarity, so that it goes up and
+    is clamped; in other cases it goes down"""
 
     @property
     def processes(self) -> int:
@@ -38,7 +41,12 @@ class Case:
     @property
     def name(self) -> str:
         name = f"tp {self.tensor}  pp {self.pipeline}  dp {self.data}  ZeRO-{self.zero}  {self.strategy}"
-        return name if self.initial_log_scale == Case.initial_log_scale else f"{name}, scale near its bound"
+        return f"{name}, scale at its bound" if self.climbs else name
+
+    @property
+    def global_batch(self) -> int:
+        """Packs of a step: what decides the result, beside `climbs`."""
+        return -(-MIN_PACKS // self.data) * self.data
 
     def config(self) -> Config:
         """The run's config."""
@@ -48,7 +56,7 @@ class Case:
                     "vision": {
                         "image_size": 16,
                         "patch_size": 8,
-                        "width": 32,
+                        "width": 40,
                         "layers": 2,
                         "heads": 4,
                         "mlp_width": 64,
@@ -56,7 +64,7 @@ class Case:
                     "language": {
                         "context_length": CONTEXT,
                         "vocab_size": 103,  # divides into nothing
-                        "width": 24,
+                        "width": 32,  # no module's parameters are so few that their bytes are not counted
                         "layers": 3,
                         "heads": 4,
                         "mlp_width": 48,
@@ -64,11 +72,22 @@ class Case:
                     "pool_heads": 4,
                 },
                 "data": {"tokens_per_pack": TOKENS, "images_per_pack": IMAGES},
-                "contrast": {"strategy": self.strategy, "initial_log_scale": self.initial_log_scale},
+                "objective": {"contrastive_weight": -0.1 if self.climbs else 0.1},
+                "contrast": {
+                    "strategy": self.strategy,
+                    "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
+                },
                 "optimizer": {"lr": 1e-3, "warmup": 0, "clip_norm": 0.5},
                 "zero": {"stage": self.zero},
                 "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
-                "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": 1},
+                "train": {
+                    "steps": STEPS,
+                    "global_batch": self.global_batch,
+                    "micro_batch": 1,
+                    "dtype": "float32",  # on every device: it is what the bounds are for
+                },
+                # no parameter is so small that ZeRO-3 leaves it whole
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
             }
         )
 
@@ -85,9 +104,9 @@ CASES = (
     Case(tensor=2, pipeline=2),
     Case(tensor=2, pipeline=2, strategy="recompute"),
     Case(tensor=2, data=2),
-    Case(tensor=2, data=2, initial_log_scale=math.log(99.9)),
+    Case(tensor=2, data=2, strategy="recompute", climbs=True),
     Case(pipeline=2, data=2),
-    Case(pipeline=2, data=2, strategy="recompute", initial_log_scale=math.log(99.9)),
+    Case(pipeline=2, data=2, strategy="recompute", climbs=True),
     Case(pipeline=4),
     Case(tensor=4),
 )
@@ -95,12 +114,13 @@ CASES = (
 
 def make_batches(config: Config, step: int) -> list[PackedBatch]:
     """The packs of a step's global batch, in global order, one to a micro-batch."""
-    return [_pack(config, step, number, images) for number, images in enumerate(IMAGES_OF_PACK[step])]
+    images = IMAGES_OF_PACK[step]
+    return [_pack(config, step, n, images[n % len(images)]) for n in range(config.train.global_batch)]
 
 
 def _pack(config: Config, step: int, number: int, num_images: int) -> PackedBatch:
     """A pack of two documents and some room at its end; the first image of the second one leads its document."""
-    draw = torch.Generator().manual_seed(1000 * step + number)
+    draw = torch.Generator().manual_seed(100_000 * step + number)
     vision, vocab_size = config.model.vision, config.model.language.vocab_size
     special, patches = SpecialTokens.of(vocab_size), vision.num_patches
     tokens, positions, targets = (torch.full((TOKENS,), fill, dtype=torch.int32) for fill in (0, 0, -1))
@@ -147,7 +167,7 @@ def _pack(config: Config, step: int, number: int, num_images: int) -> PackedBatc
         num_images=slot,
         num_tokens=used,
         max_seqlen=CONTEXT,
-        packs=(GLOBAL_BATCH * step + number,),
+        packs=(config.train.global_batch * step + number,),
     )
 
 

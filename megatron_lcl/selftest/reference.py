@@ -34,9 +34,9 @@ class Trajectory:
 
 
 def reference(case: Case) -> Trajectory:
-    """The steps of a case without any parallelism, DeepSpeed or fused loss."""
+    """The steps of a case without any parallelism, DeepSpeed or fused loss, on the CPU."""
     config = case.config()
-    stages = build_stages(config.model, case.initial_log_scale)
+    stages = build_stages(config.model, config.contrast.initial_log_scale)
     initialise(dict(enumerate(stages)), config.model, config.train.seed)
     model = StageList(*stages)
     settings = config.optimizer

@@ -6,15 +6,16 @@ has started this program on a cluster, each of its processes starts the process 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import multiprocessing as mp
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -30,6 +31,8 @@ LOSSES, WHOLE = 1e-5, 1e-5
 """relative bounds: losses and gradient norms; gradients and parameters of the whole model"""
 ONE = 1e-4
 """of one tensor's gradient (and a ten-millionth of the whole gradient), so that no small tensor hides a fault"""
+GRACE = 30.0
+"""seconds beyond a case's time that the others' word on it is waited for"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Verdict:
     def row(self) -> str:
         """One line of the table."""
         numbers = "  ".join(f"{x:9.1e}" for x in (self.loss, self.grad_norm, self.gradient, self.parameters))
-        verdict = "equal" if not self.faults else "DIFFERS: " + "; ".join(self.faults)
+        verdict = "equal" if not self.faults else "DIFFERS: " + "; ".join(self.faults[:4])
+        verdict += f" and {len(self.faults) - 4} more" if self.faults[4:] else ""
         numbers += f"  {self.sent:7.1f} {self.formula:7.1f}"
         return f"{self.case.name:<64}  {numbers}  {self.seconds:5.1f}  {verdict}"
 
@@ -87,7 +91,17 @@ def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
     sent, formula = (
         sum(sum(x.values()) for x in all_ranks) / case.processes / 1e3 for all_ranks in (ours.sent, ours.expected)
     )
-    return Verdict(case, loss, norm, gradient, parameters, sent, formula, (*faults, *of_gradients, *of_parameters))
+    faults += [*of_gradients, *of_parameters, *_byte_faults(ours)]
+    return Verdict(case, loss, norm, gradient, parameters, sent, formula, tuple(faults))
+
+
+def _byte_faults(ours: Trajectory) -> Iterator[str]:
+    """Where a process sent other bytes than the formulas say."""
+    for rank, (sent, formula) in enumerate(zip(ours.sent, ours.expected, strict=True)):
+        for ranks in sorted(sent.keys() | formula.keys()):
+            counted, expected = sent.get(ranks, 0.0), formula.get(ranks, 0.0)
+            if abs(counted - expected) > 1:
+                yield f"bytes: process {rank} sent {counted:.0f}, not {expected:.0f}, among {list(ranks)}"
 
 
 def _relative(a: float, b: float) -> float:
@@ -118,8 +132,9 @@ def selftest(
 ) -> list[Verdict]:
     """Run the cases that the processes at hand suffice for; the verdicts, on the first process.
 
-    Without a launcher it starts the processes itself: four on a machine without CUDA, else one a device. timeout:
-    seconds for a case. prepare: see `run_case`.
+    Without a launcher it starts the processes itself: four on a machine without CUDA, else one a device. Where no case
+    has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case. prepare:
+    see `run_case`.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
@@ -127,48 +142,77 @@ def selftest(
     else:
         world = torch.cuda.device_count() or max(case.processes for case in cases)
         ranks = list(range(world))
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1") if launched else "127.0.0.1"
-    port = int(os.environ["MASTER_PORT"]) if launched else _free_port()
-    first = 0 in ranks
-    store = dist.TCPStore(host, port, is_master=first, timeout=timedelta(seconds=timeout), wait_for_workers=False)
-    store.add("drivers", 1)
+    starters = list(range(world)) if launched else [0]
+    store = _open_store(launched, 0 in ranks, timeout)
     fitting = [case for case in cases if case.processes <= world]
-    if first:
+    if all(case.processes < world for case in fitting):
+        fitting.append(Case(data=world))
+    if 0 in ranks:
         where = "NCCL" if torch.cuda.is_available() else "gloo"
-        left = len(cases) - len(fitting)
+        left = sum(case.processes > world for case in cases)
         say(f"{world} processes, {where}" + (f"; {left} layouts need more and are left out" if left else ""))
         say(HEADER)
-    truths: dict[float, Trajectory] = {}
+    truths: dict[tuple[int, bool], Trajectory] = {}
     verdicts = []
     for number, case in enumerate(fitting):
-        started = time.monotonic()
+        started, prefix = time.monotonic(), f"case {number}"
+        of_case = dist.PrefixStore(prefix, store)
         mine = [rank for rank in ranks if rank < case.processes]
-        result, faults = _start(case, number, mine, (host, store.port), timeout, prepare)
-        if not first:
-            continue
-        if case.initial_log_scale not in truths:
-            truths[case.initial_log_scale] = reference(case)
-        truth = truths[case.initial_log_scale]
-        verdict = Verdict(case, faults=faults) if result is None else compare(case, result, truth)
-        verdicts.append(replace(verdict, seconds=time.monotonic() - started))
-        say(verdicts[-1].row())
-    store.add("done", 1)
-    while first and store.add("done", 0) < store.add("drivers", 0):  # the store lives here
-        time.sleep(0.05)
+        result, own_faults = _start(case, mine, of_case, (store.host, store.port, prefix), timeout, prepare)
+        faults, silent = _of_everyone(of_case, own_faults, ranks[0], starters, timeout)
+        if 0 in ranks:
+            if (key := (case.global_batch, case.climbs)) not in truths:
+                truths[key] = reference(case)
+            failed = result is None or faults
+            verdict = Verdict(case, faults=tuple(faults)) if failed else compare(case, result, truths[key])
+            verdicts.append(replace(verdict, seconds=time.monotonic() - started))
+            say(verdicts[-1].row())
+        if silent:  # and would be in every other case
+            break
+    _of_everyone(dist.PrefixStore("end", store), [], ranks[0], starters, 0.0)  # the store lives on the first process
     return verdicts
 
 
+def _open_store(launched: bool, first: bool, timeout: float) -> dist.TCPStore:
+    """The store in which processes find each other; torchrun has one running at the address that it names."""
+    host, port = ("127.0.0.1", 0) if not launched else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    serves = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return dist.TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+
+
+def _of_everyone(
+    store: dist.Store, own: Sequence[str], me: int, starters: Sequence[int], timeout: float
+) -> tuple[list[str], bool]:
+    """The faults that all programs found which start processes, and whether one of these programs does not answer."""
+    store.set(f"faults {me}", json.dumps(own))
+    keys = [f"faults {starter}" for starter in starters]
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(keys, timedelta(seconds=timeout + GRACE))
+    faults, silent = [], []
+    for starter, key in zip(starters, keys, strict=True):
+        if store.check([key]):
+            faults += json.loads(store.get(key))
+        else:
+            silent.append(starter)
+    if silent:
+        faults.append(f"the program that starts processes {silent} does not answer")
+    return faults, bool(silent)
+
+
 def _start(
-    case: Case, number: int, ranks: list[int], place: tuple[str, int], timeout: float, prepare: Any
-) -> tuple[Trajectory | None, tuple[str, ...]]:
-    """Run these ranks of a case to their end: the first process's result, or what went wrong."""
+    case: Case, ranks: list[int], store: dist.Store, place: tuple[str, int, str], timeout: float, prepare: Any
+) -> tuple[Trajectory | None, list[str]]:
+    """Run these ranks of a case to their end: the first process's result, and what went wrong here.
+
+    A fault anywhere ends the case everywhere. place: host and port of the store, and the case's prefix there.
+    """
     # forked from a server that has imported everything; but CUDA does not survive a fork
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context: Any = mp.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["megatron_lcl.selftest.preload"])
     results: Any = context.Queue()
-    arguments = (case, place, f"case {number}", timeout, prepare, results)
+    arguments = (case, place, timeout, prepare, results)
     children = {rank: context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in ranks}
     for child in children.values():
         child.start()
@@ -176,7 +220,7 @@ def _start(
     faults: list[str] = []
     deadline = time.monotonic() + timeout
     try:
-        while waiting and not faults:
+        while waiting and not faults and not store.check(["fault"]):
             try:
                 rank, value, fault = results.get(timeout=0.2)
             except queue.Empty:
@@ -189,33 +233,28 @@ def _start(
             result = pickle.loads(value) if rank == 0 else result
             faults += [fault] if fault else []
     finally:
+        if faults:
+            store.set("fault", "yes")
         for child in children.values():
-            child.join(0 if faults else 10)
+            child.join(0 if waiting else 10)
             if child.is_alive():
                 child.kill()
                 child.join()
-    return (None if faults else result), tuple(faults)
+    return result, faults
 
 
-def _child(
-    rank: int, case: Case, place: tuple[str, int], prefix: str, timeout: float, prepare: Any, results: Any
-) -> None:
+def _child(rank: int, case: Case, place: tuple[str, int, str], timeout: float, prepare: Any, results: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
     try:
-        limit = timedelta(seconds=timeout)
-        store = dist.PrefixStore(prefix, dist.TCPStore(*place, is_master=False, timeout=limit))
+        host, port, prefix = place
+        whole = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        store = dist.PrefixStore(prefix, whole)
         result, fault = run_case(case, rank, store, timeout / 2, prepare), None
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the verdict
         where = traceback.extract_tb(error.__traceback__)[-1]
         result, fault = None, f"process {rank}: {' '.join(str(error).split())} ({where.name}, line {where.lineno})"
     # as bytes: tensors would be handed over through a file descriptor of this process, which ends
     results.put((rank, pickle.dumps(result), fault))
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

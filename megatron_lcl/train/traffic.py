@@ -1,6 +1,7 @@
 """Bytes that a process sends in a step: the formulas of docs/parallelism.md, for one layout and one batch.
 
-Shape legend as in model.stages. `a` bytes of an activation, `g` bytes of a number in a reduced gradient, r = (p - 1)/p.
+Without activation checkpointing, and with gradients reduced in float32. Shape legend as in model.stages. `a`: bytes of
+a number in an activation or a parameter; r = (p - 1)/p.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.losses.group import HEADER
 from megatron_lcl.parallel.collectives import share_size
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.parallel.traffic import ring
 from megatron_lcl.train.cuts import hidden_shape
+from megatron_lcl.train.engine import DTYPES, resolve_dtype
+from megatron_lcl.train.step import without_targets
 
 FLOAT, LONG = 4, 8
 
@@ -24,10 +28,7 @@ Sent = defaultdict[tuple[int, ...], float]
 
 
 def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: Mesh) -> Sent:
-    """What this process sends for a step on these micro-batches of its replica, reading included; all call it.
-
-    Without activation checkpointing.
-    """
+    """What this process sends for a step on these micro-batches of its replica, reading included; all call it."""
     pairs = mesh.data.gather_objects(sum(batch.num_pairs for batch in batches))
     parameters = dict(engine.module.named_parameters())
     parts = [reading(batches, config, mesh)]
@@ -43,6 +44,11 @@ def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: M
         for ranks, number in part.items():
             total[ranks] += number
     return total
+
+
+def num_bytes(config: Config) -> int:
+    """Bytes of a number in an activation or a parameter."""
+    return DTYPES[resolve_dtype(config)].itemsize
 
 
 def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:
@@ -65,36 +71,35 @@ def stepping(
     group_sizes: Sequence[int],
     config: Config,
     mesh: Mesh,
-    activation_bytes: int = 4,
 ) -> Sent:
-    """One step with ZeRO-1 or 2 and without activation checkpointing.
+    """One step with ZeRO-1 or 2.
 
     pairs: of each data-parallel replica. stages: indices of those that this process holds. group_sizes: numbers in each
     parameter group of this process.
     """
     sent: Sent = defaultdict(float)
     passes = 2 if config.objective.name != "generation" and config.contrast.strategy == "recompute" else 1
-    tensor, pipeline = mesh.tensor, mesh.pipeline
+    tensor, pipeline, a = mesh.tensor, mesh.pipeline, num_bytes(config)
     last = pipeline.rank == pipeline.size - 1
     me = pipeline.ranks[pipeline.rank]
     for batch in batches:
         for stage in stages:
-            forward, backward = _stage(stage, batch, config, tensor.size, activation_bytes)
-            sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward * passes, *backward])
+            forward, backward = _stage(stage, batch, config, tensor.size, a)
+            if passes == 2:
+                forward += _stage(stage, without_targets(batch), config, tensor.size, a)[0]
+            sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward, *backward])
         if not last:
-            sent[me, pipeline.ranks[pipeline.rank + 1]] += passes * _hidden(
-                stages[-1] + 1, batch, config, mesh, activation_bytes
-            )
+            sent[me, pipeline.ranks[pipeline.rank + 1]] += passes * _hidden(stages[-1] + 1, batch, config, mesh, a)
         if pipeline.rank > 0:
-            sent[me, pipeline.ranks[pipeline.rank - 1]] += _hidden(stages[0], batch, config, mesh, activation_bytes)
+            sent[me, pipeline.ranks[pipeline.rank - 1]] += _hidden(stages[0], batch, config, mesh, a)
     data = mesh.data
     reductions = len(batches) if config.zero.stage == 2 else 1
     sent[data.ranks] += reductions * ring(sum(group_sizes) * FLOAT, data.size, 2)
     for size in group_sizes:
-        sent[data.ranks] += ring(_round_up(size, 2 * data.size) * FLOAT, data.size)
+        sent[data.ranks] += ring(_round_up(size, 2 * data.size) * a, data.size)
     if last and config.objective.name != "generation":
-        for ranks, num_bytes in contrast(pairs, config.model.language.width, mesh).items():
-            sent[ranks] += num_bytes
+        for ranks, number in contrast(pairs, config.model.language.width, mesh).items():
+            sent[ranks] += number
     return sent
 
 
@@ -109,19 +114,19 @@ def zero3(sizes: Sequence[int], batches: int, config: Config, mesh: Mesh) -> Sen
     threshold = config.deepspeed.get("zero_optimization", {}).get("stage3_param_persistence_threshold", 100_000)
     size = mesh.data.size
     for number in sizes:
-        num_bytes = _round_up(number, size) * FLOAT
         gathers = batches * (passes + 1) if number > threshold else 1
-        sent[mesh.data.ranks] += (gathers + batches) * num_bytes * (size - 1) / size
+        gathered = gathers * num_bytes(config) + batches * FLOAT
+        sent[mesh.data.ranks] += gathered * _round_up(number, size) * (size - 1) / size
     return sent
 
 
 def contrast(pairs: Sequence[int], width: int, mesh: Mesh) -> Sent:
-    """The contrast: features and log-sum-exps once, nothing in backward; tensor ranks exchange rows of gradients."""
+    """The contrast: features and sums once, nothing in backward; tensor ranks exchange rows of gradients."""
     sent: Sent = defaultdict(float)
     stage, tensor = mesh.stage, mesh.tensor
     most = max(1, *(share_size(n, tensor) for n in pairs))
-    sent[stage.ranks] += ring(most * 2 * width * FLOAT * stage.size, stage.size)
-    sent[stage.ranks] += ring(most * 3 * FLOAT * stage.size, stage.size)
+    for of_rank in (HEADER * LONG, most * 2 * width * FLOAT, (5 + 2 * most) * FLOAT):
+        sent[stage.ranks] += ring(of_rank * stage.size, stage.size)
     own = share_size(pairs[mesh.data.rank], tensor)
     sent[tensor.ranks] += ring(own * 2 * width * FLOAT * tensor.size, tensor.size)
     return sent
@@ -155,13 +160,13 @@ def _stage(stage: int, batch: PackedBatch, config: Config, tensor: int, a: int) 
     if stage <= vision.layers + 1 + language.layers:
         return [tokens] * 4, [*[tokens] * 6, *_twice(6 * d, a)]
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
-    statistics = 3 * batch.num_targets * FLOAT * tensor
-    return [tokens, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
+    header, statistics = HEADER * LONG * tensor, 3 * batch.num_targets * FLOAT * tensor
+    return [tokens, header, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
 
 
-def _twice(numbers: int, num_bytes: int) -> Iterable[int]:
+def _twice(numbers: int, a: int) -> Iterable[int]:
     """An all-reduce: what unsplit parameters owe to the other tensor ranks."""
-    return [numbers * num_bytes] * 2
+    return [numbers * a] * 2
 
 
 def _round_up(number: int, multiple: int) -> int:
