@@ -163,8 +163,10 @@ def selftest(
         if 0 in ranks:
             if (key := (case.global_batch, case.climbs)) not in truths:
                 truths[key] = reference(case)
-            failed = result is None or faults
-            verdict = Verdict(case, faults=tuple(faults)) if failed else compare(case, result, truths[key])
+            if result is None or faults:
+                verdict = Verdict(case, faults=tuple(faults))
+            else:
+                verdict = compare(case, result, truths[key])
             verdicts.append(replace(verdict, seconds=time.monotonic() - started))
             say(verdicts[-1].row())
         if silent:  # and would be in every other case

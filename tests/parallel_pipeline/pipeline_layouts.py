@@ -44,7 +44,9 @@ class Case:
     split: Split
     strategy: str = "retain"
     objective: str = "lcl"
-    initial_log_scale: float = math.log(1 / 0.07)
+    climbs: bool = False
+    """the log scale starts just below ln 100, under a contrast that counts against similarity: it goes up, and is
+    clamped"""
     dtype: str = "float32"
     clip_norm: float = 0.5
     tensor: int = 1
@@ -56,6 +58,10 @@ class Case:
     """of the loss"""
 
     @property
+    def contrastive_weight(self) -> float:
+        return -0.1 if self.climbs else 0.1
+
+    @property
     def config(self) -> Config:
         replicas, micro_batches = len(self.split), len(self.split[0])
         return configs.from_dict(
@@ -63,8 +69,11 @@ class Case:
                 "model": MODEL,
                 "optimizer": {"clip_norm": self.clip_norm, "weight_decay": 0.1},
                 "parallel": {"pipeline": len(self.cuts), "tensor": self.tensor},
-                "contrast": {"strategy": self.strategy, "initial_log_scale": self.initial_log_scale},
-                "objective": {"name": self.objective},
+                "contrast": {
+                    "strategy": self.strategy,
+                    "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
+                },
+                "objective": {"name": self.objective, "contrastive_weight": self.contrastive_weight},
                 "train": {
                     "global_batch": replicas * micro_batches,
                     "dtype": self.dtype,
@@ -111,7 +120,7 @@ def stages_of(config: Config) -> StageList:
     return StageList(*stages)
 
 
-def truth(case: Case) -> dict[str, Any]:
+def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
     """Losses, gradient norms, log scales, first gradients, last parameters: plain torch, one process, no DeepSpeed."""
     config = case.config
     model = stages_of(config)
@@ -139,7 +148,7 @@ def truth(case: Case) -> dict[str, Any]:
         if case.objective != "clip":
             loss = loss + generation
         if case.objective != "generation":
-            loss = loss + 0.1 * contrast
+            loss = loss + case.contrastive_weight * contrast
         optimizer.zero_grad()
         loss.backward()
         for parameter in model.parameters():  # DeepSpeed's gradients are zero where torch has none
@@ -149,7 +158,7 @@ def truth(case: Case) -> dict[str, Any]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip_norm or math.inf)
         optimizer.step()
         with torch.no_grad():
-            log_scale.clamp_(0, math.log(100))
+            log_scale.clamp_(0, max_log_scale)
         contrast = contrast if case.objective != "generation" else torch.zeros(())
         found["rows"].append([float(v.detach()) for v in (loss, generation, contrast, norm, log_scale[0])])
     found["parameters"] = {name: p.detach().clone() for name, p in named.items()}
@@ -219,8 +228,12 @@ def whole_tensors(engine: Any, mesh: Any, kind: str) -> dict[str, Any]:
     from megatron_lcl.parallel.layers import full_tensor
 
     get = safe_get_full_grad if kind == "gradients" else safe_get_full_fp32_param
-    named = engine.module.named_parameters()
-    return {name: full_tensor(get(p).float(), p, mesh.tensor).detach().numpy().copy() for name, p in named}
+    whole = {}
+    for name, parameter in engine.module.named_parameters():
+        value = get(parameter)
+        assert value.dtype == torch.float32, f"{kind} of {name} are {value.dtype}"
+        whole[name] = full_tensor(value, parameter, mesh.tensor).detach().numpy().copy()
+    return whole
 
 
 def expected_bytes(case: Case, batches: list[PackedBatch]) -> list[int]:

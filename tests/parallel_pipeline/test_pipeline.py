@@ -7,13 +7,13 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from pipeline_layouts import Case, distance, faults_of, gathered, run_cases, stages_of, truth
 from processes import run_processes
 
 RAGGED = (((1, 2), (0,), (2, 0, 1)),)
 WITHOUT_IMAGES = (((2,), (1, 0, 2), (1,)), ((0,), (0, 0), (0,)))
 """the second replica has no image"""
-NEAR_BOUND = math.log(99.9)
 
 TWO = {
     "retain": Case((0, 3), RAGGED),
@@ -24,13 +24,13 @@ TWO = {
 }
 FOUR = {
     "retain": Case((0, 2, 4, 6), RAGGED),
-    "recompute, scale at its bound": Case((0, 1, 4, 7), RAGGED, "recompute", initial_log_scale=math.log(100)),
+    "recompute, scale at its bound": Case((0, 1, 4, 7), RAGGED, "recompute", climbs=True),
     "one micro-batch": Case((0, 2, 4, 6), (((1, 2),),), "recompute"),
     "many micro-batches": Case((0, 2, 4, 6), (((1,), (2,), (0,), (1,), (3,), (1, 1)),), "recompute"),
-    "replicas, scale near its bound": Case((0, 4), WITHOUT_IMAGES, initial_log_scale=NEAR_BOUND),
-    "replicas, recompute": Case((0, 3), WITHOUT_IMAGES, "recompute", initial_log_scale=NEAR_BOUND),
+    "replicas, scale at its bound": Case((0, 4), WITHOUT_IMAGES, climbs=True),
+    "replicas, recompute": Case((0, 3), WITHOUT_IMAGES, "recompute"),
     "replicas, clip": Case((0, 5), WITHOUT_IMAGES, objective="clip"),
-    "tensor": Case((0, 4), RAGGED, tensor=2),
+    "tensor": Case((0, 4), RAGGED, tensor=2, climbs=True),
     "tensor, recompute": Case((0, 3), RAGGED, "recompute", tensor=2),
 }
 FAULTS = {
@@ -49,6 +49,10 @@ HALF = {
         ("retain", (0, 4), (((1,), (0,), (2, 1), (1,)),), "retain"),
         ("recompute", (0, 4), (((1,), (0,), (2, 1), (1,)),), "recompute"),
     )
+}
+CLAMPED = {
+    "no pipeline": Case((0,), WITHOUT_IMAGES, climbs=True, dtype="bfloat16"),
+    "pipeline": Case((0, 4), RAGGED, climbs=True, dtype="bfloat16"),
 }
 OVERFLOW = Case(
     (0, 4),
@@ -71,7 +75,7 @@ def run_all(cases: dict[str, Case], processes: int) -> Runs:
 
 @pytest.fixture(scope="module")
 def two() -> Runs:
-    return run_all(TWO | HALF | {"overflow": OVERFLOW}, 2)
+    return run_all(TWO | HALF | CLAMPED | {"overflow": OVERFLOW}, 2)
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +107,21 @@ def test_a_process_has_its_own_stages_only(four: Runs) -> None:
     assert held == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
 
 
+def test_a_scale_that_is_not_clamped_would_be_seen() -> None:
+    for case in [case for case in FOUR.values() if case.climbs]:
+        pairs = zip(truth(case)["rows"], truth(case, max_log_scale=10)["rows"], strict=True)
+        assert all(free[4] > clamped[4] * (1 + 5e-5) for clamped, free in pairs)
+
+
 @pytest.mark.slow
-def test_the_log_scale_is_clamped_where_the_head_lives(four: Runs) -> None:
-    results = four["recompute, scale at its bound"]
+@pytest.mark.parametrize("name", CLAMPED)
+def test_in_half_precision_the_float32_scale_is_clamped(name: str, two: Runs) -> None:
+    """bfloat16 has no number between 4.59375 and 4.625: a scale that it rounds would not be ln 100."""
+    results = two[name]
+    assert {row[4] for result in results for row in result["rows"]} == {float(torch.tensor(math.log(100)))}
     held = [r["parameters"]["7.log_scale"] for r in results if "7.log_scale" in r["parameters"]]
-    assert len(held) == 1
-    assert held[0].dtype == "float32"
-    assert max(row[4] for r in results for row in r["rows"]) <= math.log(100) * (1 + 1e-7)
+    assert held
+    assert all(value == torch.tensor([math.log(100)]).numpy() for value in held)
 
 
 @pytest.mark.slow

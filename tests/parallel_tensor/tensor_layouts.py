@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.model.lcl import pack_padded
 
 STEPS = 3
+BELOW_BOUND = math.log(99.95)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Case:
     zero: int = 1
     strategy: str = "retain"
     clip_norm: float = 0.0
-    initial_log_scale: float | None = None
-    """None: the reference's"""
+    climbs: bool = False
+    """the log scale starts just below ln 100, not at the reference's, under a contrast that counts against similarity:
+    it goes up, and is clamped"""
     dtype: str = "float32"
     checkpointing: str = "none"
     objective: str = "lcl"
@@ -38,13 +41,17 @@ class Case:
     def processes(self) -> int:
         return self.tensor * len(self.split)
 
+    @property
+    def contrastive_weight(self) -> float:
+        return -0.1 if self.climbs else 0.1
+
     def config(self, model: configs.Model, settings: dict[str, Any]) -> Config:
         tree = {
             "optimizer": {**settings, "clip_norm": self.clip_norm},
             "zero": {"stage": self.zero},
             "parallel": {"tensor": self.tensor},
             "contrast": {"strategy": self.strategy},
-            "objective": {"name": self.objective},
+            "objective": {"name": self.objective, "contrastive_weight": self.contrastive_weight},
             "train": {
                 "global_batch": len(self.split) * len(self.split[0]),
                 "dtype": self.dtype,
@@ -53,8 +60,8 @@ class Case:
             # no parameter so small that ZeRO-3 leaves it whole
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         }
-        if self.initial_log_scale is not None:
-            tree["contrast"]["initial_log_scale"] = self.initial_log_scale  # type: ignore[index]
+        if self.climbs:
+            tree["contrast"]["initial_log_scale"] = BELOW_BOUND  # type: ignore[index]
         return configs.replace(configs.from_dict(tree), model=configs.to_dict(configs.Config(model=model))["model"])
 
 
@@ -79,12 +86,12 @@ def reference(file: str, case: Case) -> tuple[LCL, dict[str, torch.Tensor], dict
         settings = json.loads(opened.metadata()["optimizer"])
         model_config = json.loads(opened.metadata()["config"])
     model = from_open_clip({n[6:]: value for n, value in tensors.items() if n.startswith("param/")}, model_config)
-    if case.initial_log_scale is not None:
-        model.head.log_scale.data.fill_(case.initial_log_scale)
+    if case.climbs:
+        model.head.log_scale.data.fill_(BELOW_BOUND)
     return model, tensors, settings
 
 
-def one_process(file: str, case: Case) -> Run:
+def one_process(file: str, case: Case, clamp: bool = True) -> Run:
     """The truth: every sequence in one forward, torch's own optimizer and clipping."""
     model, tensors, settings = reference(file, case)
     named = dict(model.stages.named_parameters())
@@ -99,12 +106,15 @@ def one_process(file: str, case: Case) -> Run:
         text, images = _sequences(tensors, model, step, chosen)
         out = model(images, text)
         optimizer.zero_grad()
-        (out.generation_loss + (0.1 if case.objective == "lcl" else 0.0) * out.contrastive_loss).backward()
+        (
+            out.generation_loss + (case.contrastive_weight if case.objective == "lcl" else 0.0) * out.contrastive_loss
+        ).backward()
         if step == 0:
             gradients = {name: p.grad.clone().numpy() for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(named.values(), case.clip_norm or float("inf"))
         optimizer.step()
-        model.head.clamp_log_scale()
+        if clamp:
+            model.head.clamp_log_scale()
         numbers = (out.generation_loss, out.contrastive_loss, norm, model.head.log_scale)
         losses.append([float(x.detach()) for x in numbers])
     return Run(losses, gradients, {name: p.detach().numpy() for name, p in named.items()}, [])
