@@ -160,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="of the model, for its card")
     sub.add_argument("--license", metavar="SPDX", help="of the weights, for the card: apache-2.0, cc-by-4.0, …")
     sub.add_argument(
+        "--results", action="append", metavar="FILE", help="results.json of `evaluate`, for the card; may be repeated"
+    )
+    sub.add_argument(
         "--data",
         dest="datasets",
         action="append",
@@ -373,7 +376,14 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.card import card_of
     from megatron_lcl.convert.export import export
 
-    card = card_of(Path(options.checkpoint)).replaced(options.name, options.license, options.datasets)
+    metrics = []
+    if options.results:
+        from megatron_lcl.evaluate.encoders import load_encoder
+        from megatron_lcl.evaluate.results import read_measured
+
+        fingerprint = load_encoder(options.checkpoint).fingerprint
+        metrics = [measured for file in options.results for measured in read_measured(file, fingerprint)]
+    card = card_of(Path(options.checkpoint)).replaced(options.name, options.license, options.datasets, metrics)
     facts = export(options.checkpoint, options.format, options.output, options.dtype, options.image_size, card)
     print("\n".join([f"{options.output}:", *(f"  {name}: {value}" for name, value in facts.items())]))
 

@@ -1,22 +1,35 @@
-"""Model cards: what the weights are, which features to use, and an example that runs as it stands."""
+"""Model cards: what the weights are, which features to use, and an example that runs as it stands.
+
+The front matter is that of the Hugging Face Hub (https://huggingface.co/docs/hub/model-cards).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_lcl.config import Config, Model, to_yaml
+from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
-from megatron_lcl.convert.pool import attention_pool
 from megatron_lcl.data.store import read_manifest
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of a model."""
+
+    task: str
+    data: str
+    """what it was measured on, in words"""
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,11 @@ class Card:
     license: str = "other"
     """the weights' licence, as an SPDX identifier in lower case (apache-2.0, cc-by-4.0 …); `other`: not stated"""
     datasets: tuple[str, ...] = ()
-    """what it was trained on, in words, one line each"""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """name → value, as measured"""
+    """what it was trained on, one line each: an identifier (of the Hub's, say), and after a colon words about it; or
+    words alone"""
+    metrics: tuple[Measured, ...] = ()
     run: Config | None = None
-    """the run's config, quoted in full"""
+    """the run's config, quoted in full but for folders"""
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), *(("data description", text) for text in self.datasets)):
@@ -43,13 +56,20 @@ class Card:
                 "other; see https://spdx.org/licenses"
             )
 
-    def replaced(self, name: str | None, license: str | None, datasets: Sequence[str] | None) -> Card:
-        """A copy with those of the fields that are given."""
+    def replaced(
+        self,
+        name: str | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] | None = None,
+        metrics: Sequence[Measured] = (),
+    ) -> Card:
+        """A copy with those of the fields that are given; metrics are added."""
         return dataclasses.replace(
             self,
             name=self.name if name is None else name,
             license=self.license if license is None else license,
             datasets=self.datasets if datasets is None else tuple(datasets),
+            metrics=(*self.metrics, *metrics),
         )
 
 
@@ -77,45 +97,49 @@ def _describe(corpus: Path) -> str:
     return f"{corpus.name}: {source} ({counts})"
 
 
-def _heldout(checkpoint: Path) -> dict[str, float]:
+def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     """Numbers of the run's heldout.json, if they were measured on this checkpoint."""
     if checkpoint.parent.name != "checkpoints":
-        return {}
+        return ()
     try:
         numbers = json.loads((checkpoint.parent.parent / "heldout.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return ()
     if numbers.pop("step", None) != step_of(checkpoint):
-        return {}
-    return {f"held out: {k.replace('_', ' ')}": v for k, v in numbers.items() if isinstance(v, int | float)}
+        return ()
+    corpus = Path(str(numbers.get("corpus", ""))).name
+    return tuple(
+        Measured("held-out documents", corpus, name.replace("_", " "), value)
+        for name, value in numbers.items()
+        if isinstance(value, int | float)
+    )
 
 
 def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str = "") -> None:
     """`README.md`. `arguments`: what timm.create_model makes the same model of."""
-    front: dict[str, Any] = {
-        "license": card.license,
-        "pipeline_tag": "image-feature-extraction",
-        "library_name": {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}[kind],
-        "tags": ["vision", "latent-compression-learning", "megatron-lcl"],
-    }
     v, t = model.vision, model.language
     data = "\n".join(f"* {name}" for name in card.datasets) or "Not stated."
-    metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in card.metrics.items())
+    metrics = "\n".join(f"| {m.task} | {m.data} | {m.metric} | {m.value:.6g} |" for m in card.metrics)
+    table = (
+        "Measured on the checkpoint itself, in float32 and at its own image size.\n\n"
+        f"| task | data | metric | value |\n| --- | --- | --- | --- |\n{metrics}"
+    )
+    front = yaml.safe_dump(_front_matter(kind, card), sort_keys=False, allow_unicode=True)
     sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {card.name}",
+        f"---\n{front}---\n\n# {card.name}",
         "A vision transformer pre-trained from scratch by Latent Compression Learning (LCL, NeurIPS 2024, "
         "arXiv 2406.07543) on interleaved image-text documents, with megatron_lcl. "
         f"{v.layers} blocks of width {v.width}, {v.heads} heads, patches of {v.patch_size} px, images of "
         f"{v.image_size} px; image latents of width {t.width}.",
         "## Which features to use\n\n" + _ADVICE[kind],
-        f"```python\n{_example(kind, arguments)}```",
+        f"Run in this folder:\n\n```python\n{_EXAMPLE[kind].replace('ARGUMENTS', arguments)}```",
         "`certificate.json` has the measured difference between these features and megatron_lcl's own.",
         f"## Data\n\n{data}",
-        "## Metrics\n\n" + (f"| metric | value |\n| --- | --- |\n{metrics}" if metrics else "None were given."),
+        "## Metrics\n\n" + (table if metrics else "None were given."),
         f"## Licence\n\n{'Not stated.' if card.license == 'other' else card.license}",
     ]
     if card.run is not None:
-        sections.append(f"## Config\n\n```yaml\n{to_yaml(card.run)}```")
+        sections.append(f"## Config\n\n```yaml\n{_config(card.run)}```")
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -139,74 +163,120 @@ _ADVICE = {
     ),
 }
 
-_IMPORTS = """\
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from safetensors import safe_open
-"""
-
-_READ_POOL = """\
-with safe_open(f"{folder}/lcl/attention_pool.safetensors", "pt") as file:
-    pool, heads = {name: file.get_tensor(name).float() for name in file.keys()}, int(file.metadata()["heads"])
-"""
-
-_EXAMPLE = {  # the words in capitals are filled in
+_EXAMPLE = {  # ARGUMENTS is filled in
     "hf": """\
-IMPORTS
+import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
+from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
 
-ATTENTION_POOL
-
-folder = "."  # this folder
-model, processor = AutoModel.from_pretrained(folder).float(), AutoImageProcessor.from_pretrained(folder)
-READ_POOL
+model, processor = AutoModel.from_pretrained(".").float(), AutoImageProcessor.from_pretrained(".")
 images = processor(Image.open("image.jpg"), return_tensors="pt")["pixel_values"]
 norm = getattr(model, "vision_model", model).post_layernorm
 with torch.no_grad():
     patches = norm(model(images).last_hidden_state[:, 1:])  # [1, patches, width]
-    z = F.normalize(attention_pool(patches, pool, heads), dim=-1)  # [1, latent width]
+    z = attention_pool(patches, *read_pool("lcl/attention_pool.safetensors"))  # [1, latent width]
 """,
     "timm": """\
-IMPORTS
-import timm
+import timm, torch
+from PIL import Image
+from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
 
-ATTENTION_POOL
-
-folder = "."  # this folder
 # also: timm.create_model(ARGUMENTS, checkpoint_path="model.safetensors"), which has a classifier of zeros
-model = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
+model = timm.create_model("local-dir:.", pretrained=True).float().eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-READ_POOL
 images = transform(Image.open("image.jpg").convert("RGB"))[None]
 with torch.no_grad():
     mean = model(images)  # [1, width]
     patches = model.forward_features(images)[:, 1:]  # [1, patches, width]
-    z = F.normalize(attention_pool(patches, pool, heads), dim=-1)  # [1, latent width]
+    z = attention_pool(patches, *read_pool("lcl/attention_pool.safetensors"))  # [1, latent width]
 """,
     "open_clip": """\
-IMPORTS
-import open_clip
+import open_clip, torch
+from PIL import Image
+from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
 
-ATTENTION_POOL
-
-folder = "."  # this folder
-model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-model = model.eval()
-READ_POOL
+model, transform = open_clip.create_model_from_pretrained("local-dir:.")
 images = transform(Image.open("image.jpg"))[None]
+model.eval().visual.output_tokens = True
 with torch.no_grad():
-    mean = model.encode_image(images)  # [1, width]
-    model.visual.output_tokens = True
-    patches = model.visual(images)[1]  # [1, patches, width]
-    z = F.normalize(attention_pool(patches, pool, heads), dim=-1)  # [1, latent width]
+    mean, patches = model.visual(images)  # [1, width], which encode_image gives too; [1, patches, width]
+    z = attention_pool(patches, *read_pool("lcl/attention_pool.safetensors"))  # [1, latent width]
 """,
 }
 
 
-def _example(kind: str, arguments: str) -> str:
-    text = _EXAMPLE[kind].replace("ARGUMENTS", arguments)
-    pool = inspect.getsource(attention_pool).replace("  # type: ignore[no-untyped-def]", "")
-    for word, words in (("IMPORTS", _IMPORTS), ("ATTENTION_POOL", pool), ("READ_POOL", _READ_POOL)):
-        text = text.replace(word + "\n", words)
-    return text
+def _front_matter(kind: str, card: Card) -> dict[str, Any]:
+    known = card.license in _HUB_LICENSES
+    # before a colon stands a name; what is no identifier by itself would be another's data set
+    names = [text.partition(":")[0].partition(" (")[0] for text in card.datasets]
+    datasets = [name for name in names if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)]
+    metrics = sorted({_metric_type(m.metric) for m in card.metrics})
+    return {
+        "license": card.license if known else "other",
+        **({} if known else {"license_name": card.license}),
+        "pipeline_tag": "image-feature-extraction",
+        "library_name": {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}[kind],
+        "tags": ["vision", "latent-compression-learning", "megatron-lcl"],
+        **({"datasets": datasets} if datasets else {}),
+        **({"metrics": metrics} if metrics else {}),
+        **({"model-index": [{"name": card.name, "results": _results(card.metrics)}]} if metrics else {}),
+    }
+
+
+def _results(metrics: Sequence[Measured]) -> list[dict[str, Any]]:
+    """As the Hub's model-index has them: one entry for each task and data set."""
+    return [
+        {
+            "task": {"type": _TASK_TYPES.get(task, "image-feature-extraction"), "name": task},
+            "dataset": {"type": _slug(data), "name": data},
+            "metrics": [{"type": _metric_type(m.metric), "name": m.metric, "value": m.value} for m in group],
+        }
+        for (task, data), group in itertools.groupby(metrics, lambda m: (m.task, m.data))
+    ]
+
+
+def _metric_type(name: str) -> str:
+    """The Hub's word for a metric where it has one."""
+    return next((word for word in ("accuracy", "recall", "bleu", "cider") if word in name.lower()), _slug(name))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
+def _config(run: Config) -> str:
+    """The config as YAML; of what names a place on somebody's machine, the last part."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [public(v) for v in value]
+        return Path(value).name if isinstance(value, str) and "/" in value else value
+
+    return yaml.safe_dump(public(to_dict(run)), sort_keys=False, allow_unicode=True)
+
+
+_TASK_TYPES = {
+    "zero-shot classification": "zero-shot-image-classification",
+    "k-NN": "image-classification",
+    "linear probe": "image-classification",
+    "attentive probe": "image-classification",
+    "captioning": "image-to-text",
+}
+
+_HUB_LICENSES = {  # https://huggingface.co/docs/hub/repositories-licenses
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0",
+    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+    "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1",
+    "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0",
+    "odc-by", "odbl", "openmdw-1.0", "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib",
+    "pddl", "lgpl-lr", "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3",
+    "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "unknown", "other",
+}  # fmt: skip
+"""what the Hub calls licences; any other is `other` with a `license_name`"""

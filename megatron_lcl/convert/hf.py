@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
-from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
@@ -68,7 +69,7 @@ def features(folder: Path, size: int) -> Features:
     tower = getattr(model, "vision_model", model)  # transformers 4 has one level more
     with torch.no_grad():
         patches = tower.post_layernorm(model(check_images(size)).last_hidden_state[:, 1:])
-        return Features(patches, attention_pool(patches, *read_pool(folder)))
+        return Features(patches, attention_pool(patches, *read_pool(folder / POOL)))
 
 
 def _tensors(model: LCL) -> dict[str, torch.Tensor]:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.convert.load import open_clip_config
-from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import parts_open_clip
@@ -73,7 +74,7 @@ def features(folder: Path, size: int) -> Features:
     tower.float().eval().output_tokens = True
     with torch.no_grad():
         patches = tower(check_images(size))[1]
-        return Features(patches, attention_pool(patches, *read_pool(folder)))
+        return Features(patches, attention_pool(patches, *read_pool(folder / POOL)))
 
 
 def _no_text_shapes(embed_dim: int) -> dict[str, tuple[int, ...]]:

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_lcl.config import Vision
+from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.load import mlp_ratio
-from megatron_lcl.convert.pool import attention_pool, read_pool, save_pool
+from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
@@ -111,7 +112,7 @@ def features(folder: Path, size: int) -> Features:
     model = model.float().eval()
     with torch.no_grad():
         patches = model.forward_features(check_images(size))[:, model.num_prefix_tokens :]
-        return Features(patches, attention_pool(patches, *read_pool(folder)))
+        return Features(patches, attention_pool(patches, *read_pool(folder / POOL)))
 
 
 def _classifier(name: str, width: int) -> dict[str, tuple[int, ...]]:

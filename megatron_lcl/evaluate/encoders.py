@@ -25,9 +25,10 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
+from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.libraries import quietly, require
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
-from megatron_lcl.convert.pool import POOL, attention_pool, read_pool
+from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.images import decode_eval
 from megatron_lcl.data.store import open_corpus
@@ -223,7 +224,8 @@ class HfEncoder(Encoder):
         if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
             raise ValueError(f"{spec} has {some(wrong)} of another shape than its config says")
         super().__init__(spec, module, device)
-        self._pool = read_pool(Path(folder)) if (Path(folder) / POOL).is_file() else None
+        pool = Path(folder) / POOL
+        self._pool = read_pool(pool) if pool.is_file() else None
 
     def prepare(self, data: bytes) -> torch.Tensor:
         return self._processor(_open(data), return_tensors="pt")["pixel_values"][0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lcl.convert.card import Measured
 from megatron_lcl.data.files import replace_bytes, replace_text
 
 CONFIDENCE = 0.95
@@ -79,6 +80,30 @@ def write_json(results: Sequence[Result], path: str | Path) -> None:
     """All results, as a list of objects."""
     text = json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False)
     replace_text(Path(path), text + "\n")
+
+
+def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
+    """What a results.json says of the encoder with this fingerprint, for a model card. ValueError if it is nothing."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = [
+            Measured(entry["task"], _short(entry["data"]), name, float(metric["value"]))
+            for entry in entries
+            if entry["fingerprint"] == fingerprint
+            for name, metric in entry["metrics"].items()
+        ]
+        others = sorted({str(entry["encoder"]) for entry in entries})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of `evaluate`: {type(error).__name__} {error}") from None
+    if not found:
+        raise ValueError(f"{path} has no results of these weights; it has some of {', '.join(others) or 'nothing'}")
+    return found
+
+
+def _short(place: str) -> str:
+    """A data set's name without the folders that it lies in, but for the split's."""
+    parts = Path(place).parts
+    return "/".join(parts[-2:] if parts[-1] in ("train", "val", "validation", "test") else parts[-1:])
 
 
 def write_picture(results: Sequence[Result], path: str | Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from megatron_lcl import LCL
 from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.evaluate.encoders import load_encoder
 
 
 def test_against_timm(model: LCL) -> None:
@@ -23,11 +26,20 @@ def test_against_timm(model: LCL) -> None:
     assert at_image_size(model, 64) is model
 
 
-def test_export_at_another_size(model: LCL, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    facts = export_model(model, "hf", tmp_path / "hf", image_size=96)
+@pytest.mark.parametrize("format", ["hf", "timm", "open_clip"])
+def test_export_at_another_size(model: LCL, tmp_path: Path, format: str) -> None:
+    pytest.importorskip({"hf": "transformers"}.get(format, format))
+    facts = export_model(model, format, tmp_path / "out", image_size=96)
     assert facts["image_size"] == 96
     assert facts["latents"]["relative_difference"] < 1e-5
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").image_size == 96
+    spec = f"{format}:{'' if format == 'hf' else 'local-dir:'}{tmp_path / 'out'}"
+    theirs, image = load_encoder(spec), torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    picture = io.BytesIO()
+    Image.new("RGB", (200, 150)).save(picture, "PNG")
+    assert theirs.prepare(picture.getvalue()).shape == image[0].shape
+    ours = at_image_size(model, 96)
+    patches = ours.pool.patch_features(ours.vision_tokens(image))
+    assert torch.allclose(theirs.encode(image).patches, patches, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="patch_size"):
-        export_model(model, "hf", tmp_path / "other", image_size=100)
+        export_model(model, format, tmp_path / "other", image_size=100)
+    assert not (tmp_path / "other").exists()
