@@ -246,10 +246,10 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 # --- commands ----------------------------------------------------------------------------------------------------
 
 
-def _quickstart(options: argparse.Namespace, _rest: list[str]) -> None:
+def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.quickstart import quickstart
 
-    quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
+    return quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -374,6 +374,7 @@ def _import(options: argparse.Namespace, _rest: list[str]) -> None:
 
 def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.card import card_of
+    from megatron_lcl.convert.certificate import summary
     from megatron_lcl.convert.export import export
 
     metrics = []
@@ -385,7 +386,7 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
         metrics = [measured for file in options.results for measured in read_measured(file, fingerprint)]
     card = card_of(Path(options.checkpoint)).replaced(options.name, options.license, options.datasets, metrics)
     facts = export(options.checkpoint, options.format, options.output, options.dtype, options.image_size, card)
-    print("\n".join([f"{options.output}:", *(f"  {name}: {value}" for name, value in facts.items())]))
+    print(f"{options.output}: {summary(facts)}")
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:

@@ -9,12 +9,12 @@ OUTPUT/hf/            the encoder                   OUTPUT/report.html
 from __future__ import annotations
 
 import importlib.resources
-import os
 import time
 from pathlib import Path
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.convert.certificate import summary
 from megatron_lcl.convert.export import export
 from megatron_lcl.convert.load import find_checkpoint
 from megatron_lcl.data.files import replace_text
@@ -23,14 +23,17 @@ from megatron_lcl.data.preprocess import preprocess
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.report import write_report
-from megatron_lcl.train.launch import default_processes, start_local
+from megatron_lcl.train.launch import default_processes, num_cores, start_local
 from megatron_lcl.train.run import check
 
 VOCAB_SIZE = 2048
 
 
-def quickstart(output: Path, html: Path | None = None, steps: int | None = None) -> None:
-    """All six steps; each picks up what an earlier call finished. ValueError with one line where something is amiss."""
+def quickstart(output: Path, html: Path | None = None, steps: int | None = None) -> int:
+    """All six steps; each picks up what an earlier call finished. ValueError with one line where something is amiss.
+
+    Returns the exit code: 0, or that of the training, which has said what it is.
+    """
     started = time.monotonic()
 
     def say(number: int, title: str) -> None:
@@ -52,24 +55,26 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
             vocab_size=VOCAB_SIZE,
             held_out=output / "heldout",
             source=source,
-            workers=min(2, os.cpu_count() or 1),
+            workers=min(2, num_cores()),
             progress=True,
         )
     )
     config = quickstart_config(output, steps)
     say(3, "train")
-    _train(config, output / "config.yaml")
+    if code := _train(config, output / "config.yaml"):
+        return code
     say(4, "evaluate on held-out documents")
     checkpoint = find_checkpoint(output / "run")
     print(evaluate_checkpoint(checkpoint, output / "heldout", output / "run"))
     say(5, "export to Hugging Face")
     certificate = export(checkpoint, "hf", output / "hf")
-    print(f"{output / 'hf'}: loaded back by transformers; {certificate}")
+    print(f"{output / 'hf'}: {summary(certificate)}")
     say(6, "report")
     print(write_report(output / "run", output / "report.html"))
     print(
         f"\nDone in {time.monotonic() - started:.0f} s. Open {output / 'report.html'}; the encoder is {output / 'hf'}."
     )
+    return 0
 
 
 def quickstart_config(output: Path, steps: int | None) -> Config:
@@ -90,9 +95,7 @@ def quickstart_config(output: Path, steps: int | None) -> Config:
     return config
 
 
-def _train(config: Config, file: Path) -> None:
+def _train(config: Config, file: Path) -> int:
     processes = default_processes(config.train.global_batch)
     check(config, processes)
-    code = start_local(["train", "--config", str(file)], processes)
-    if code:
-        raise ValueError(f"training stopped with exit code {code}; its message stands above")
+    return start_local(["train", "--config", str(file)], processes)

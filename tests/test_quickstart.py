@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from megatron_lcl import load_model
+from megatron_lcl import quickstart as quickstart_module
+from megatron_lcl.cli import main
 
 WORDS = """
 the pencil tool draws hard lines while a brush paints soft ones over any layer of your picture
@@ -49,6 +51,7 @@ def quickstart(pages: Path, output: Path) -> str:
     command = [sys.executable, "-m", "megatron_lcl", "quickstart", "--html", str(pages), "--output", str(output)]
     result = subprocess.run([*command, "--steps", "12"], capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
+    assert "{" not in result.stdout  # no Python object as it prints itself
     return result.stdout
 
 
@@ -106,6 +109,13 @@ def test_the_report_in_a_browser(output: Path, tmp_path: Path) -> None:
     )
     assert "CONSOLE" not in result.stderr
     assert result.stdout.count('class="example"') >= 2
+
+
+@pytest.mark.slow
+def test_the_exit_code_is_that_of_the_training(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in (130, 75):
+        monkeypatch.setattr(quickstart_module, "start_local", lambda arguments, processes, code=code: code)
+        assert main(["quickstart", "--html", str(output.parent / "pages"), "--output", str(output)]) == code
 
 
 @pytest.mark.slow

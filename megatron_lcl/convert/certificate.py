@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +70,20 @@ def compare(theirs: Features, ours: Features, rounded: Features) -> dict[str, An
                 f"(relative; the bound is {BOUND:g}); nothing was written"
             )
     return facts
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """A certificate for the terminal."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"{facts['format']}, {facts['dtype']}, {facts['image_size']} px; loaded back and run on {facts['num_images']} "
+        f"images by {versions}"
+    ]
+    for name in Features._fields:
+        own, rounding = facts[name]["relative_difference"], facts[name]["relative_change_by_rounding"]
+        changed = f"; rounding the weights changed them by {rounding:.1e}" if rounding else ""
+        lines.append(f"  {name}: relative difference {own:.1e} (bound {facts['bound']:.0e}){changed}")
+    return "\n".join(lines)
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:

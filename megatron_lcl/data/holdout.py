@@ -110,12 +110,14 @@ class Grouping:
                     yield numbers[start + i], numbers[j]
 
     def held_out(self, fraction: float, seed: int = 0) -> set[str]:
-        """Names of groups to hold out: whole small groups in a seeded order, up to `fraction` of the names.
+        """Names of groups to hold out: whole small groups in a seeded order, up to `fraction` of the names,
+        but one at least and never all.
 
         A group that would overshoot is passed over, so the largest ones stay in training. Raises ValueError where
         nothing can be held out.
         """
-        target = round(fraction * len(self._group_of))
+        num = len(self._group_of)
+        target = min(max(1, round(fraction * num)), num - 1)
 
         def order(names: list[str]) -> str:
             return xxhash.xxh3_128_hexdigest(f"{seed}\0{min(names)}".encode())
@@ -128,8 +130,8 @@ class Grouping:
                 chosen.update(names)
         if not chosen:
             raise ValueError(
-                f"nothing to hold out: near-duplicate images join {len(self._group_of)} pages into {len(groups)} "
-                f"groups, the smallest of {len(groups[-1]) if groups else 0}; asked for {target} pages"
+                f"nothing to hold out: near-duplicate images join {num} pages into {len(groups)} "
+                f"groups, the smallest of {len(groups[-1]) if groups else 0}; at most {target} pages may go"
             )
         return chosen
 

@@ -54,9 +54,14 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
 
 
+def num_cores() -> int:
+    """Cores that this process may run on, which are fewer than the machine's in a container or a job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_processes(global_batch: int) -> int:
     """One per CUDA device; on CPU two where there are two cores. Fewer where the global batch would not divide."""
-    wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    wanted = torch.cuda.device_count() or min(2, num_cores())
     return next(n for n in range(wanted, 0, -1) if global_batch % n == 0)
 
 
@@ -66,7 +71,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     SIGTERM, SIGINT and SIGUSR1 are passed on. When one process has ended with a failure, the others notice that by
     themselves (`watch`); those that have not even begun to watch get SIGTERM after a while, and SIGKILL in the end.
     """
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, num_cores() // processes)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     children = [

@@ -62,6 +62,9 @@ def test_sentences_and_reading_order(tmp_path: Path) -> None:
         "<header><p>NAV</p></header>",
         "<div id=toc>NAV</div>",
         "<div class=sphinxsidebar>NAV</div>",
+        "<div class=related role=x><h3>Navigation</h3>NAV</div>",
+        "<div id=toc><h2>Contents</h2>NAV</div>",
+        "<section id=navigation><p>NAV</p></section>",
         "<ul>" + "".join(f"<li><a href='p{k}.html'>NAV {k}</a></li>" for k in range(8)) + "</ul>",
     ],
 )
@@ -70,6 +73,24 @@ def test_navigation_is_left_out(tmp_path: Path, navigation: str) -> None:
     documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE, "other.png": OTHER})
     assert documents == [["Title\nText.", "[large.png]"]]
     assert drops.left_out_counts == {"text: navigation": 1}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "<section id=navigation><h2>Navigation</h2>{}</section>",
+        "<section id=footer><span id=id1></span><h3>Footer</h3>{}</section>",
+        "<div class=section id=related><h1>Related</h1>{}</div>",
+        "<div class='section level2' id=toc><h2>Toc</h2>{}</div>",
+        "<h2 id=navigation>Navigation</h2>{}",
+    ],
+)
+def test_a_section_named_so_by_its_own_heading_is_text(tmp_path: Path, section: str) -> None:
+    page = f"<body>{section.format('<p>How to steer.</p><img src=large.png>')}</body>"
+    documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE})
+    assert len(documents) == 1
+    assert [documents[0][0].split("\n")[1], documents[0][1]] == ["How to steer.", "[large.png]"]
+    assert drops.left_out_counts == {}
 
 
 def test_lists_with_links_are_text(tmp_path: Path) -> None:
@@ -115,6 +136,29 @@ def test_sizes_repeats_and_decoration(tmp_path: Path) -> None:
         "image: aspect above 8": 80,
         "image: repeated (on a page, or on more than 2 pages)": 81,
     }
+
+
+@pytest.mark.parametrize(
+    ("head", "redirects"),
+    [
+        ("<meta http-equiv=refresh content='0; url=b.html'>", True),
+        ("<META HTTP-EQUIV=Refresh CONTENT=\"0;URL='b.html'\">", True),
+        ("<meta content=0;b.html http-equiv=refresh>", True),
+        ("<meta http-equiv=refresh content='0; url=https://elsewhere/s/a.html'>", True),
+        ("<meta http-equiv=refresh content='0; url=/a.html'>", True),
+        ("<noscript><meta http-equiv=refresh content='0; url=b.html'></noscript>", False),
+        ("<meta http-equiv=refresh content=300>", False),
+        ("<meta http-equiv=refresh content='300; url=a.html?again#top'>", False),
+        ("<meta http-equiv=refresh content='300; url=../s/a.html'>", False),
+        ("<meta http-equiv=refresh content='300; url=?again'>", False),
+        ("<meta name=refresh content='0; url=b.html'>", False),
+    ],
+)
+def test_what_is_a_redirect(tmp_path: Path, head: str, redirects: bool) -> None:
+    page = f"<html><head>{head}</head><body><p>text <code>&lt;meta http-equiv=refresh&gt;</code><img src=large.png>"
+    documents, drops = read(tmp_path, {"s/a.html": page}, {"s/large.png": LARGE})
+    assert (documents == []) == redirects
+    assert drops.left_out_counts == ({"document: redirect": 1} if redirects else {})
 
 
 def test_redirects_duplicates_and_pages_without_images(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_lcl.train import checkpoint
+from megatron_lcl.train import checkpoint, launch
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 # what pdsh does for DeepSpeed, on this machine: `pdsh -S -f N -w HOST,HOST COMMAND…`, %n becomes the host's number
@@ -81,3 +82,15 @@ def test_without_a_hostfile_its_script_says_how(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("usage: bash ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.sched_getaffinity(0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    try:
+        os.sched_setaffinity(0, {min(before)})  # as in a container or a job with one core
+        assert launch.default_processes(8) == launch.num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert launch.num_cores() == len(before)
+    assert launch.default_processes(8) == min(2, len(before))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ _NAVIGATION = re.compile(
     re.IGNORECASE,
 )
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-_REFRESH = re.compile(r"<meta[^>]+http-equiv\s*=\s*[\"']?refresh", re.IGNORECASE)
+_REFRESH = re.compile(r"\s*[\d.]+\s*[;,]?\s*(?:url\s*=\s*)?[\"']?([^\"']*)", re.IGNORECASE)
+"""the value of a refresh: seconds, and the page that is shown then (HTML standard, declarative refresh)"""
 _SPACE = re.compile(r"\s+")
 
 
@@ -260,12 +262,11 @@ class HtmlImporter(Importer):
     def _parse(self, name: str) -> _Page:
         page = _Page()
         try:
-            raw = (self.root / name).read_bytes()
-            page.redirect = bool(_REFRESH.search(raw[:4096].decode("latin-1")))
-            tree = _parse_html(raw)
+            tree = _parse_html((self.root / name).read_bytes())
         except (OSError, lxml.etree.LxmlError, ValueError):
             return page
         if tree is not None:
+            page.redirect = _is_redirect(tree, name)
             _Walker(page).walk(tree)
         return page
 
@@ -278,6 +279,19 @@ def _parse_html(raw: bytes) -> Any:
         return lxml.etree.fromstring(raw, parser)
     parser = lxml.html.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True, encoding="utf-8")
     return lxml.etree.fromstring(text.encode("utf-8"), parser) if text.strip() else None
+
+
+def _is_redirect(tree: Any, name: str) -> bool:
+    """Whether a browser with scripts goes on from the page to another one by itself; not where it loads it again."""
+    for meta in tree.iter("meta"):
+        unused = next(meta.iterancestors("noscript", "template"), None) is not None
+        if (meta.get("http-equiv") or "").lower() == "refresh" and not unused:
+            found = _REFRESH.match(meta.get("content") or "")
+            target = urlsplit(found[1].strip() if found else "")
+            path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), unquote(target.path)))
+            if target.netloc or (target.path and path != f"/{name}"):
+                return True
+    return False
 
 
 class _Walker:
@@ -364,9 +378,21 @@ def _is_navigation(node: Any) -> bool:
         return tag == "footer" or not any(True for _ in node.iter("h1", "h2", "h3"))
     if tag in ("body", "html", "main", "article"):
         return False
-    if _NAVIGATION.search(f"{node.get('class') or ''} {node.get('id') or ''}"):
+    if _NAVIGATION.search(node.get("class") or ""):
+        return True
+    if _NAVIGATION.search(node.get("id") or "") and not _is_titled(node):
         return True
     return tag in ("ul", "ol", "dl", "table") and _is_list_of_links(node)
+
+
+def _is_titled(node: Any) -> bool:
+    """A heading, or a section that begins with its own: tools make its id of its words, be they "Navigation"."""
+    if node.tag in _HEADINGS:
+        return True
+    if node.tag != "section" and "section" not in (node.get("class") or "").split():
+        return False
+    first = next((child for child in node if child.tag not in ("a", "span")), None)
+    return first is not None and first.tag in _HEADINGS
 
 
 def _is_list_of_links(node: Any) -> bool:
