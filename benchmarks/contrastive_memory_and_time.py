@@ -2,6 +2,7 @@
 
 Claims, one process on a CPU, float32: at N = 16,384 at most 250 MiB above the features and 0.8 times the plain
 formula's time; at N = 65,536 at most 700 MiB. Each run is a process of its own; ours and the plain formula take turns.
+Exit code 1 if a claim does not hold.
 
 On CUDA, instead: one device as one rank of 8, N / 8 own pairs against N, for N of 32k to 256k in bfloat16 and float32:
 GiB above the features and milliseconds, beside the plain formula where it fits.
@@ -15,7 +16,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
+from loss_measure import Measured, exit_unless, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
 from megatron_lcl.losses import contrastive
 from megatron_lcl.losses.contrastive import contrastive_loss
@@ -60,9 +61,17 @@ def on_cpu(pairs: int, large: bool) -> None:
         peer.append(in_a_fresh_process(__file__, "--once", "plain", 16384))
     print(row("N=16,384 ours", ours))
     print(row("N=16,384 plain formula", peer))
-    print("ours / plain:", ratios(ours, peer))
+    ratio = ratios(ours, peer)
+    print("ours / plain:", ratio)
+    claims = {
+        "N = 16,384: at most 250 MiB": all(m.mebibytes <= 250 for m in ours),
+        "N = 16,384: at most 0.8 times the plain formula's time": ratio.seconds <= 0.8,
+    }
     if large:
-        print(row("N=65,536 ours", [in_a_fresh_process(__file__, "--once", "ours", 65536)]))
+        largest = in_a_fresh_process(__file__, "--once", "ours", 65536)
+        print(row("N=65,536 ours", [largest]))
+        claims["N = 65,536: at most 700 MiB"] = largest.mebibytes <= 700
+    exit_unless(claims)
 
 
 class OneRank:

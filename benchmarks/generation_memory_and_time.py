@@ -1,10 +1,10 @@
 """The generation loss with its backward beside the plain formula: 8,192 rows, 49,411 tokens, width 768.
 
 Claims, one process on a CPU, float32: at most 1/8 of the plain formula's memory above the inputs, and at most 1.05
-times its time. Each run is a process of its own; ours and the plain formula take turns.
+times its time; exit code 1 if a claim does not hold. Each run is a process of its own; ours and the plain formula take
+turns, as does torch's own linear cross-entropy (if this torch has it).
 
-On CUDA, instead: float32 and bfloat16, beside the plain formula, liger-kernel's fused linear cross-entropy (if
-installed) and torch's own (if this torch has it).
+On CUDA, instead: float32 and bfloat16, beside these and liger-kernel's fused linear cross-entropy (if installed).
 
     python benchmarks/generation_memory_and_time.py [--pairs 3]
 """
@@ -15,8 +15,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from generation_peers import peers, plain
-from loss_measure import Measured, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
+from generation_peers import peers
+from loss_measure import Measured, exit_unless, in_a_fresh_process, measure_cpu, measure_cuda, ratios, report, row
 
 from megatron_lcl.losses.generation import generation_loss
 
@@ -38,7 +38,7 @@ def step(loss_of: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets:
 
 
 def once(which: str) -> Measured:
-    loss_of = plain if which == "plain" else generation_loss
+    loss_of = peers()[which]
     for rows, vocabulary in ((64, 100), (ROWS, VOCABULARY)):  # the small one loads libraries
         arguments = problem(rows, vocabulary, torch.float32, "cpu")
         measured = measure_cpu(lambda arguments=arguments: step(loss_of, *arguments))
@@ -48,13 +48,22 @@ def once(which: str) -> Measured:
 def on_cpu(pairs: int) -> None:
     print(f"CPU, {torch.get_num_threads()} threads, float32: {ROWS} rows, {VOCABULARY} tokens, width {WIDTH}")
     print(f"medians of {pairs} runs")
-    ours, peer = [], []
+    names = [name for name in peers() if name != "liger-kernel"]  # it needs a device
+    runs: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(pairs):
-        ours.append(in_a_fresh_process(__file__, "--once", "ours"))
-        peer.append(in_a_fresh_process(__file__, "--once", "plain"))
-    print(row("ours", ours))
-    print(row("plain formula", peer))
-    print("ours / plain:", ratios(ours, peer))
+        for name in names:
+            runs[name].append(in_a_fresh_process(__file__, "--once", name))
+    for name in names:
+        print(row(name, runs[name]))
+    for name in names[1:]:
+        print(f"ours / {name}:", ratios(runs["ours"], runs[name]))
+    ratio = ratios(runs["ours"], runs["plain formula"])
+    exit_unless(
+        {
+            "at most 1/8 of the plain formula's memory": ratio.mebibytes <= 1 / 8,
+            "at most 1.05 times its time": ratio.seconds <= 1.05,
+        }
+    )
 
 
 def on_cuda() -> None:

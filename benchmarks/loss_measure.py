@@ -73,12 +73,27 @@ def report(measured: Measured) -> None:
     print(json.dumps(measured))
 
 
-def ratios(ours: list[Measured], peer: list[Measured]) -> str:
-    """Median over pairs, which are neighbours in time."""
-    wall = statistics.median(a.seconds / b.seconds for a, b in zip(ours, peer, strict=True))
-    cpu = statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in zip(ours, peer, strict=True))
-    memory = statistics.median(a.mebibytes / b.mebibytes for a, b in zip(ours, peer, strict=True))
-    return f"time x{wall:.2f} (CPU seconds x{cpu:.2f}), memory x{memory:.3f}"
+class Ratios(NamedTuple):
+    """Ours by a peer's."""
+
+    seconds: float
+    cpu_seconds: float
+    mebibytes: float
+
+    def __str__(self) -> str:
+        return f"time x{self.seconds:.2f} (CPU seconds x{self.cpu_seconds:.2f}), memory x{self.mebibytes:.3f}"
+
+
+def ratios(ours: list[Measured], peer: list[Measured]) -> Ratios:
+    """Medians over pairs of runs, which are neighbours in time."""
+    pairs = [[a / b for a, b in zip(mine, other, strict=True)] for mine, other in zip(ours, peer, strict=True)]
+    return Ratios(*(statistics.median(column) for column in list(zip(*pairs, strict=True))[:3]))
+
+
+def exit_unless(claims: dict[str, bool]) -> None:
+    """Exit code 1 if a claim does not hold, which is named."""
+    if failed := [claim for claim, holds in claims.items() if not holds]:
+        sys.exit("claims that do not hold: " + "; ".join(failed))
 
 
 def row(name: str, runs: list[Measured]) -> str:
