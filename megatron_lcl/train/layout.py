@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.distributed as dist
 
@@ -16,14 +17,19 @@ def check_layout(config: Config, processes: int) -> int:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     for name, value in _split_by_tensor(config):
         if value % tensor:
-            nearest = max(d for d in range(1, tensor + 1) if value % d == 0)
+            common = math.gcd(*(split for _, split in _split_by_tensor(config)))
+            fitting = [d for d in range(1, common + 1) if common % d == 0]
+            nearest = _nearest(tensor, fitting, lambda t: check_layout(_with(config, tensor=t), processes))
             raise ValueError(
-                f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that does is {nearest}"
+                f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that divides all that it "
+                f"splits is {nearest}"
             )
     stages = config.model.vision.layers + config.model.language.layers + 3
     if pipeline > stages:
+        fitting = range(1, stages + 1)
+        nearest = _nearest(pipeline, fitting, lambda p: check_layout(_with(config, pipeline=p), processes))
         raise ValueError(
-            f"parallel.pipeline = {pipeline}, but the model has {stages} stages; set it to {stages} or less"
+            f"parallel.pipeline = {pipeline}, but the model has {stages} stages; the nearest that goes is {nearest}"
         )
     if config.zero.stage > 1 and pipeline > 1:
         raise ValueError(
@@ -42,7 +48,8 @@ def check_layout(config: Config, processes: int) -> int:
         )
     if processes % (tensor * pipeline):
         replica = tensor * pipeline
-        nearest = max(replica, round(processes / replica) * replica)
+        fitting = range(replica, processes + 2 * replica, replica)
+        nearest = _nearest(processes, fitting, lambda n: check_layout(config, n))
         raise ValueError(
             f"{processes} processes do not divide into replicas of parallel.tensor = {tensor} times parallel.pipeline "
             f"= {pipeline}; the nearest number that does is {nearest}"
@@ -50,6 +57,24 @@ def check_layout(config: Config, processes: int) -> int:
     data = processes // (tensor * pipeline)
     num_micro_batches(config, data)
     return data
+
+
+def _with(config: Config, **parallel: int) -> Config:
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
+
+
+def _nearest(value: int, fitting: Iterable[int], check: Callable[[int], object]) -> int:
+    """The nearest to `value` that passes the whole check; where none does, the nearest that fits here."""
+
+    def passes(candidate: int) -> bool:
+        try:
+            check(candidate)
+        except ValueError:
+            return False
+        return True
+
+    by_distance = sorted(fitting, key=lambda candidate: (abs(candidate - value), candidate))
+    return next(filter(passes, by_distance), by_distance[0])
 
 
 def _split_by_tensor(config: Config) -> Iterator[tuple[str, int]]:
