@@ -95,6 +95,7 @@ def test_the_report_is_one_self_contained_page(output: Path) -> None:
     assert all(source.startswith("data:") for source in sources)
     for part in ("never saw", "Retrieval examples", "first packed batch", "left out", "Going on", "<svg"):
         assert part in page, part
+    assert page.count('<details class="pack"') == 8
 
 
 @pytest.mark.slow

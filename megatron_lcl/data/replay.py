@@ -20,6 +20,9 @@ from megatron_lcl.data.loader import PackedLoader, SequenceOrigin
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+_SHOWN = 144
+"""side of an image on the page, pixels"""
+
 
 def replay_html(
     config: Config, step: int, rank: int | None = None, world_size: int = 1, ledger: Ledger | None = None
@@ -38,9 +41,9 @@ def replay_html(
     return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
 
 
-def render_packs(config: Config, packs: int, first_pack: int = 0) -> str:
-    """Packs first_pack … first_pack + packs - 1 of a run, as an HTML fragment that brings its styles."""
-    return _render(config, _loader(config, first_pack, packs, 0, 1, None))
+def render_first_packs(config: Config, packs: int, ledger: Ledger | None = None) -> str:
+    """A run's first packs as an HTML fragment that brings its styles: all but the first folded, images as shown."""
+    return _render(config, _loader(config, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
 
 
 def _loader(
@@ -67,18 +70,22 @@ def _template(name: str) -> jinja2.Template:
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 
-def _render(config: Config, loader: PackedLoader) -> str:
-    tokenizer = open_corpus(config.data.corpora[0].path).tokenizer
-    packs = [
-        _pack(batch, loader.provenance(batch.packs[0]), tokenizer, config.model.vision.num_patches) for batch in loader
-    ]
+def _render(config: Config, loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
+    tokenizer, num_patches = open_corpus(config.data.corpora[0].path).tokenizer, config.model.vision.num_patches
+    packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, num_patches, side) for batch in loader]
     return _template("packs.html").render(
-        packs=packs, tokens_per_pack=config.data.tokens_per_pack, images_per_pack=loader.images_per_pack
+        packs=packs,
+        folded=folded,
+        shown=_SHOWN,
+        tokens_per_pack=config.data.tokens_per_pack,
+        images_per_pack=loader.images_per_pack,
     )
 
 
-def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, num_patches: int) -> dict[str, Any]:
-    """What the template shows of a batch of one pack."""
+def _pack(
+    batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, num_patches: int, side: int | None
+) -> dict[str, Any]:
+    """What the template shows of a batch of one pack; images are scaled down to `side` pixels, if it is given."""
     slot_of = {image.soi: image.slot for origin in origins for image in origin.images}
     pair_of = {row: n for n, row in enumerate(sorted(r for r in batch.image_soi.tolist() if r >= 0), 1)}
     bad = dict(batch.bad_images)
@@ -101,7 +108,7 @@ def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenize
                 slot = slot_of[run[0]]
                 part["pair"] = pair_of.get(run[0])
                 part["bad"] = bad.get(slot)
-                part["src"] = None if slot in bad else _png(batch.images[slot].numpy())
+                part["src"] = None if slot in bad else _png(batch.images[slot].numpy(), side)
             yield part
 
     sequences = [
@@ -118,8 +125,11 @@ def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenize
     }
 
 
-def _png(pixels: np.ndarray) -> str:
-    """uint8 [3, H, W] as a data URL, lossless."""
+def _png(pixels: np.ndarray, side: int | None) -> str:
+    """uint8 [3, H, W] as a data URL, lossless; at no more than `side` pixels a side, if it is given."""
     out = io.BytesIO()
-    PIL.Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(out, "PNG")
+    image = PIL.Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    if side is not None:
+        image.thumbnail((side, side))
+    image.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.loader import PackedLoader
-from megatron_lcl.data.replay import render_packs, replay_html
+from megatron_lcl.data.replay import render_first_packs, replay_html
 from megatron_lcl.data.store import open_corpus
 
 P, SIZE, CONTEXT, T = 4, 16, 96, 256
@@ -373,15 +374,18 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     }
     config = configs.load(overrides=overrides)
     page = replay_html(config, 1)
-    assert page.count('<section class="pack">') == 4
-    assert all(f"Pack {n}</h3>" in page for n in range(4, 8))
+    assert page.count('<details class="pack" open>') == 4
+    assert all(f"Pack {n}</summary>" in page for n in range(4, 8))
     second = replay_html(config, 1, rank=1, world_size=2)
-    assert [n for n in range(4, 8) if f"Pack {n}</h3>" in second] == [5, 7]
+    assert [n for n in range(4, 8) if f"Pack {n}</summary>" in second] == [5, 7]
     whole = replay_html(config, 0)
     loader = PackedLoader(config.data, 4, 16, 2048)
     num_images = sum(len(o.images) for n in range(4) for o in loader.provenance(n))
     assert whole.count("data:image/png;base64,") + whole.count('class="blank"') == num_images > 0
     assert "does not decode" in "".join(replay_html(config, s) for s in range(2))
-    assert render_packs(config, packs=1).count('<section class="pack">') == 1
+    first = render_first_packs(config, 3)
+    assert re.findall(r'class="pack"( open)?>\s*<summary>Pack (\d)<', first) == [(" open", "0"), ("", "1"), ("", "2")]
+    skipped = render_first_packs(config, 2, loader.ledger.skip(0, 2))
+    assert re.findall(r"<summary>Pack (\d)<", skipped) == ["2", "3"]
     with pytest.raises(ValueError, match="count from 0"):
         replay_html(config, -1)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_lcl import config as configs
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
+from megatron_lcl.report import write_report
 from megatron_lcl.train import checkpoint
 
 WORDS = """
@@ -171,6 +174,26 @@ def test_a_finished_run_is_left_as_it_is(finished: Path, config_file: Path) -> N
     before = losses(finished)
     train(config_file, finished, "--processes", "2")
     assert losses(finished) == before
+
+
+@pytest.mark.slow
+def test_the_report_shows_the_packs_that_were_read(finished: Path, tmp_path: Path) -> None:
+    """Also after the blend has changed; the newest checkpoint's ledger may be damaged."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, run)
+    config = configs.load(run / "config.yaml")
+    before = Path(config.data.corpora[0].path)
+    shutil.copytree(before, other)
+    manifest = other / "corpus.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "source": {"name": "another"}}))
+    blend = [{"path": str(before), "weight": 1.0}, {"path": str(other), "weight": 9.0}]
+    (run / "config.yaml").write_text(configs.to_yaml(configs.replace(config, data__corpora=blend)))
+    (run / "checkpoints" / "step-00000004" / "progress.json").write_text("{")
+    page = write_report(run).read_text()
+    assert page.count('<details class="pack"') == config.train.global_batch
+    sources = re.findall(r"<header><b>Document \d+</b>.*? of (\S+), epoch", page)
+    assert len(sources) > 8
+    assert set(sources) == {str(before)}
 
 
 @pytest.mark.slow
