@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     config = configs.load(run / CONFIG)
     metrics = [line for line in read_metrics(run) if "loss" in line]
     evaluation = _read_json(run / RESULT)
+    root = Path(__file__).resolve().parents[1]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl", "."), autoescape=True)
     page = environment.get_template("report.html").render(
         config=config,
@@ -49,10 +52,16 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
         checkpoint=find_checkpoint(run).name if metrics else None,
         run=run,
+        checkout=_quoted(root) if (root / "launch").is_dir() else None,
+        environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
     )
     output = output or run / "report.html"
     replace_text(output, page)
     return output
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _ledger(run: Path) -> Ledger | None:
