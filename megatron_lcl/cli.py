@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return 2
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
         parser.error(
@@ -62,9 +65,24 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+class _OneLineEach(argparse.RawDescriptionHelpFormatter):
+    """Each command's help on the command's own line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=16, width=120)
+        self._action_max_length = 14  # argparse forgets that commands are indented
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-lcl", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="megatron-lcl",
+        description="Pre-training of vision encoders on interleaved image-text documents by Latent Compression\n"
+        "Learning. `megatron-lcl COMMAND --help` says what a command takes.",
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=_OneLineEach,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def add(name: str, run: Callable[..., int | None], help: str, **extra: object) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **extra)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Config, Model, from_dict, read_yaml
 from megatron_lcl.data.manifest import MANIFEST, verify
+from megatron_lcl.data.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
 
@@ -57,6 +58,8 @@ def find_checkpoint(path: Path) -> Path:
     steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     complete = sorted(p.parent for p in steps.glob(f"step-*/{MANIFEST}") if (p.parent / WEIGHTS).is_file())
     if not complete:
+        if (path / CORPUS_MANIFEST).is_file():
+            raise ValueError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
         raise ValueError(
             f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
             f"or checkpoints/step-…/ with these and {MANIFEST}"
@@ -133,7 +136,7 @@ def _read_pickle(path: Path) -> Any:
                 f"{path} is refused: a checkpoint is data, and this pickle wants to build {some(held)}; "
                 "save its state dict alone, or as safetensors"
             ) from None
-        raise ValueError(f"{path} is not a checkpoint of tensors: {_one_line(error)}") from None
+        raise ValueError(f"{path} is not a PyTorch checkpoint") from None  # torch would advise to run what is in it
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a PyTorch checkpoint: {_one_line(error)}") from None  # a damaged file
 

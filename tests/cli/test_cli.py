@@ -27,7 +27,10 @@ def test_commands_are_the_promised_ones(capsys: pytest.CaptureFixture[str]) -> N
         main(["--help"])
     text = capsys.readouterr().out
     for command in ("quickstart", "preprocess", "train", "evaluate", "import", "export", "report", "replay"):
-        assert re.search(rf"^ +{command}\b", text, re.M), command
+        assert re.search(rf"^ +{command}  +\w", text, re.M), command
+    assert "130 for Ctrl-C" in text
+    assert main([]) == 2
+    assert capsys.readouterr().out == text
 
 
 def test_help_documents_every_config_field(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +81,24 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
     assert not [p for p in Path(output).rglob("*") if p.is_file()]
     assert list(empty.iterdir()) == []
     assert [p.name for p in other.iterdir()] == ["letter.txt"]
+
+
+def test_what_is_no_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    for given, message in (
+        ("corpus", "is a corpus, not a checkpoint; name a run folder (train.output)"),
+        ("corpus/corpus.json", "is not a PyTorch checkpoint"),
+        (".", "holds no complete checkpoint; it needs model.safetensors and config.yaml"),
+        ("absent", "there is no checkpoint"),
+    ):
+        arguments = ["export", "--checkpoint", str(tmp_path / given), "--format", "open_clip"]
+        code, error = run(capsys, *arguments, "--output", str(tmp_path / "out"))
+        assert code == 2
+        (line,) = error.splitlines()
+        assert message in line
+        assert len(line) < 300
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
