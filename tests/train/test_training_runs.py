@@ -232,6 +232,25 @@ def test_a_disk_that_fills_up_while_saving(config_file: Path, tmp_path: Path) ->
     assert not any((run / "checkpoints").iterdir())
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_one_cuda_device(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL and bfloat16, as `auto` decides, and the losses of float32 on the CPU to what bfloat16 can hold."""
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        train(config_file, tmp_path / "cpu", "--processes", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    train(config_file, tmp_path / "gpu", "--processes", "1")
+    layouts = [checkpoint.read_progress(checkpoint.list_checkpoints(tmp_path / n)[-1]).layout for n in ("cpu", "gpu")]
+    assert [layout.dtype for layout in layouts] == ["float32", "bfloat16"]
+    ours, theirs = (torch.tensor(losses(tmp_path / n), dtype=torch.float64) for n in ("gpu", "cpu"))
+    assert len(ours) == 4
+    # bfloat16 rounds to 1 in 256; Adam's first steps are as large for a small gradient as for a large one
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=0)
+
+
 APEX = {  # what the config asks of it; its own kernels need a GPU
     "optimizers": """
 class FusedAdam(torch.optim.AdamW):
