@@ -56,7 +56,7 @@ class Pair:
     shard: int
     image: int
     context: str
-    """the end of it, at most CONTEXT_CHARACTERS"""
+    """the end of it, at most CONTEXT_CHARACTERS; a line end where another image stands"""
 
 
 @dataclass(frozen=True)
@@ -312,13 +312,16 @@ class _Packs:
             for origin, image in sorted(images, key=lambda both: both[1].slot):
                 if soi[b * slots + image.slot] >= 0:
                     before = tokens[b * places + origin.start : b * places + image.soi]
-                    text = before[before < self._tokenizer.sot][-CONTEXT_CHARACTERS:]
+                    read = (before < self._tokenizer.sot) | (before == self._tokenizer.soi)
+                    text = before[read][-CONTEXT_CHARACTERS:]
                     yield _Origin(int(origin.document), int(image.shard), int(image.image), text.copy())
 
     def pair(self, origin: _Origin) -> Pair:
         """With its context as text."""
-        text = self._tokenizer.decode(origin.tokens)[-CONTEXT_CHARACTERS:]
-        return Pair(origin.document, origin.shard, origin.image, text)
+        runs = np.split(origin.tokens, np.flatnonzero(origin.tokens == self._tokenizer.soi))
+        texts = [self._tokenizer.decode(run[run < self._tokenizer.sot]) for run in runs]
+        text = "\n".join(text for text in texts if text)
+        return Pair(origin.document, origin.shard, origin.image, text[-CONTEXT_CHARACTERS:])
 
 
 class _Share:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from processes import run_processes
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.document import Text
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.evaluate.heldout import (
     Example,
@@ -140,7 +142,12 @@ def test_equals_a_brute_force_count(folder: Path) -> None:
     assert low <= result.image_to_context_recall_at_10 <= high
     assert [e.rank for e in examples] == sorted(e.rank for e in examples)
     assert {examples[0].rank, examples[-1].rank} == {min(place), max(place)}
-    assert examples[0].nearest[0].context
+    for pair in (pair for example in examples for pair in (example.pair, *example.nearest)):
+        items = corpus[pair.document].items
+        whole = "".join(item.text if isinstance(item, Text) else "\n" for item in items)
+        ours, theirs = (re.sub("\n+", "\n", re.sub(r"[^\S\n]", "", text)) for text in (pair.context, whole))
+        assert ours[-200:] in theirs
+    assert any("\n" in example.pair.context for example in examples)
     assert f"{result.context_to_image_recall_at_10:.1%}   chance {10 / n:.1%}" in table(result)
 
 
