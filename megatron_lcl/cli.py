@@ -321,19 +321,23 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if options.nodes != 1:
         raise ValueError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
-    from megatron_lcl.train.run import check, train
-    from megatron_lcl.train.signals import Stopped
+    from megatron_lcl.train.signals import Signals, Stopped
 
     if not launch.is_launched():
+        from megatron_lcl.train.run import check
+
         check(config, processes)
         if processes > 1:
             return launch.start_local(["train", *arguments], processes)
-    try:
-        train(config)
-    except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron-lcl train: {stop}", file=sys.stderr)
-        return stop.code
+    with Signals() as signals:  # from here on: imports may take long where many processes make them
+        from megatron_lcl.train.run import train
+
+        try:
+            train(config, signals)
+        except Stopped as stop:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"megatron-lcl train: {stop}", file=sys.stderr)
+            return stop.code
     return 0
 
 
@@ -446,10 +450,10 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.files import replace_text
     from megatron_lcl.data.index import Ledger
     from megatron_lcl.data.replay import replay_html
-    from megatron_lcl.train.checkpoint import list_checkpoints, read_progress
+    from megatron_lcl.train.checkpoint import PROGRESS, list_checkpoints, read_progress, verify
 
     config = configs.load(options.config)
-    saved = list_checkpoints(Path(config.train.output))
+    saved = [f for f in list_checkpoints(Path(config.train.output)) if not verify(f, only={PROGRESS})]
     ledger = Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
     page = replay_html(config, options.step, options.rank, options.world_size, ledger)
     file = Path(options.output or f"replay-{options.step}.html")

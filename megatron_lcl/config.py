@@ -255,6 +255,10 @@ class Guard:
         default=600.0,
         description="seconds after which the other processes end when one has died or hangs; a step must be shorter",
     )
+    long_timeout: Annotated[float, Field(ge=10)] = Field(
+        default=3600.0,
+        description="the same, if more, for a hang where much may be right: start, first step, saving, evaluating",
+    )
     every: Count = Field(
         default=100, description="steps between comparisons of the replicas' parameters, bit by bit; 0: never"
     )

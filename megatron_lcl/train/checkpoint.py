@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -105,10 +105,10 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step-*") if path.is_dir() and step_of(path) >= 0)
 
 
-def newest(run: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint that verifies (None if there is none), and the faults of those that were passed over."""
+def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The last of these checkpoints that verifies (None: none does), and the faults of those that were passed over."""
     skipped: dict[Path, list[str]] = {}
-    for folder in reversed(list_checkpoints(run)):
+    for folder in reversed(folders):
         faults = verify(folder)
         if not faults:
             return folder, skipped
@@ -123,7 +123,7 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     by the same command goes on where it stopped. ValueError where all of them are damaged (weeks of work are not begun
     anew without a word), or the one that `resume` names is.
     """
-    folder, skipped = newest(run)
+    folder, skipped = newest(list_checkpoints(run))
     if folder is None and skipped:
         latest, faults = next(iter(skipped.items()))
         raise ValueError(
@@ -147,14 +147,39 @@ def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
     return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
 
 
-def delete(folder: Path) -> None:
-    """Delete a checkpoint; where that is interrupted, what is left does not look like one."""
-    leftover = folder.with_name(f".{folder.name}.old")
-    os.rename(folder, leftover)
-    shutil.rmtree(leftover)
+def tidy(run: Path, keep: Checkpoint) -> list[str]:
+    """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why."""
+    faults: list[str] = []
+    for folder in superseded(list_checkpoints(run), keep):
+        try:
+            set_aside(folder)
+        except OSError as error:
+            faults.append(f"{folder}: {error.strerror}")
+    return faults + clear_leftovers(run / FOLDER)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what was left in a run's folder of checkpoints by a save or a deletion that was interrupted."""
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+def set_aside(folder: Path) -> Path:
+    """Rename a folder so that it is no checkpoint, but what `clear_leftovers` removes; the name, which no other has."""
+    return folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{time.time_ns()}.old"))
+
+
+def delete(folder: Path) -> list[str]:
+    """Delete a checkpoint; where that is interrupted, what is left does not look like one. As `clear_leftovers`."""
+    return _remove(set_aside(folder))
+
+
+def clear_leftovers(folder: Path) -> list[str]:
+    """Remove what was left in a run's folder of checkpoints by a save or a deletion that was interrupted.
+
+    What cannot be removed, and why: on NFS a file that anybody has open stays until it is closed. A later call may.
+    """
+    return [fault for leftover in folder.glob(".step-*") for fault in _remove(leftover)]
+
+
+def _remove(folder: Path) -> list[str]:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # whatever else of it can go
+        return [f"{error.filename or folder}: {error.strerror or error}"]
+    return []

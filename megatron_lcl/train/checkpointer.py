@@ -60,6 +60,8 @@ class Saved:
     """for which training stood still, on this process"""
     write_seconds: float
     """from the first file to the final name"""
+    not_deleted: list[str]
+    """older files that should have gone and did not, and why"""
 
 
 class Checkpointer:
@@ -87,13 +89,15 @@ class Checkpointer:
 
     # --- saving --------------------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: Progress, since: float | None = None) -> Path:
         """Save a checkpoint; the folder where it is, or, in the background, soon will be.
 
         In the background a save begins by waiting for the one before, and raises SaveError if that one failed. It has
         then not begun itself; call it again to save all the same.
+
+        since: when (`time.perf_counter()`) training came to a stand for it; by default now.
         """
-        started = time.perf_counter()
+        started = time.perf_counter() if since is None else since
         self.wait()
         progress = replace(progress, layout=self.layout, code=code_versions() if self.mesh.is_first else {})
         final = checkpoint.step_folder(self.run, progress.step)
@@ -149,22 +153,25 @@ class Checkpointer:
             self._finished.append(replace(saved, stall_seconds=stall))
         except SaveError as error:
             self._fault = error
+        except BaseException as error:  # noqa: BLE001 whatever it is, there is no checkpoint
+            self._fault = SaveError(f"the checkpoint was not written: {explain(error)}")
 
     def _write(self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress) -> Saved:
         started, first = time.perf_counter(), self.mesh.is_first
         try:
-            self._together(lambda: checkpoint.clear_leftovers(final.parent) if first else None)
+            self._together(lambda: make_room(temporary) if first else None)
             manifests = self._together(lambda: write_files(files, temporary))
             whole = {name: file for manifest in manifests for name, file in manifest.items()}
-            sizes = self._together(lambda: self._finish(temporary, final, progress, whole) if first else 0)
+            not_deleted = self._together(lambda: self._finish(temporary, final, progress, whole) if first else [])
         except BaseException:
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return Saved(final, progress.step, sizes[0], 0.0, time.perf_counter() - started)
+        num_bytes = sum(file["bytes"] for file in whole.values())
+        return Saved(final, progress.step, num_bytes, 0.0, time.perf_counter() - started, not_deleted[0])
 
-    def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> int:
-        """The first process's part once all files of all processes are there; the checkpoint's size in bytes."""
+    def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
+        """The first process's part once all files of all processes are there, which it adds to; as `tidy`."""
         files[WEIGHTS] = State(temporary / STATE, self.config.model).write_weights(temporary / WEIGHTS)
         for name, text in ((CONFIG, to_yaml(self.config)), (PROGRESS, json.dumps(asdict(progress)))):
             (temporary / name).write_text(text, encoding="utf-8")
@@ -173,13 +180,10 @@ class Checkpointer:
         for name in (WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
             sync(temporary / name)
         if final.exists():  # the same step saved again after a resume
-            os.rename(final, final.with_name(f".{final.name}.old"))
+            checkpoint.set_aside(final)
         os.rename(temporary, final)
         sync(final.parent)
-        checkpoint.clear_leftovers(final.parent)
-        for folder in checkpoint.superseded(checkpoint.list_checkpoints(self.run), self.config.checkpoint):
-            checkpoint.delete(folder)
-        return sum(file["bytes"] for file in files.values())
+        return checkpoint.tidy(self.run, self.config.checkpoint)
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         """Every process's result; SaveError on all where one fails, so that none waits for it."""
@@ -303,6 +307,13 @@ def partition_dims(module: torch.nn.Module) -> dict[str, int]:
     return {name: p.partition_dim for name, p in named if getattr(p, "tensor_model_parallel", False)}  # type: ignore
 
 
+def make_room(temporary: Path) -> None:
+    """Remove what interrupted saves have left; what cannot be removed is at least not where this save writes."""
+    if temporary.exists():
+        checkpoint.set_aside(temporary)
+    checkpoint.clear_leftovers(temporary.parent)
+
+
 def write_files(files: list[tuple[Path, Any]], root: Path) -> dict[str, dict[str, Any]]:
     """Write (path, content), durably, letting go of each when it is written; their entries in the manifest."""
     entries = {}
@@ -350,7 +361,7 @@ def code_versions() -> dict[str, str]:
     return versions
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

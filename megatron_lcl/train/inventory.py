@@ -74,6 +74,6 @@ def prune(
     old = set(superseded(whole, keep))
     for folder, wrong in found.items():
         if wrong or folder in old:
-            if not dry_run:
-                delete(folder)
+            left = [] if dry_run else delete(folder)
             yield f"{'would delete' if dry_run else 'deleted'} {folder}" + (f" (damaged: {wrong[0]})" if wrong else "")
+            yield from (f"could not delete {fault}" for fault in left)

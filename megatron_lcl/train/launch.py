@@ -7,6 +7,7 @@ gives them the same variables.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,12 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import MutableMapping, Sequence
+from functools import partial
 from types import FrameType
 
 import torch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # on Linux; elsewhere nothing
 
 GRACE_SECONDS = 30.0
-"""how long the other processes may take to end by themselves once one has failed"""
+"""how long the other processes may take to end by themselves once one has failed, beside what their watch takes"""
+WATCHED = "MEGATRON_LCL_WATCHED"
+"""variable with the number of the pipe into which `start_local`'s processes say that they watch each other"""
 
 
 def is_launched() -> bool:
@@ -69,19 +74,24 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on. When one process has ended with a failure, the others notice that by
-    themselves (`watch`); those that have not even begun to watch get SIGTERM after a while, and SIGKILL in the end.
+    themselves (`watch`); those that do not, or have not even begun to watch, are killed after a while. None outlives
+    this process (on Linux).
     """
     threads = max(1, num_cores() // processes)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    watched, say = os.pipe()
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, WATCHED: str(say)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "megatron_lcl", *arguments],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches them once, through the handler below
+            pass_fds=[say],
+            preexec_fn=partial(_prctl_pr_set_pdeathsig, signal.SIGKILL),
         )
         for rank in range(processes)
     ]
+    os.close(say)
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         for child in children:
@@ -90,32 +100,38 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        return _wait(children)
+        return _wait(children, watched)
     finally:
         for child in children:
             if child.poll() is None:
                 child.kill()
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        os.close(watched)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def say_watched(timeout: float) -> None:
+    """Tell `start_local` that its processes watch each other, and end within `timeout` seconds when one has died."""
+    if WATCHED in os.environ:
+        os.write(int(os.environ[WATCHED]), f"{timeout} ".encode())
+
+
+def _wait(children: list[subprocess.Popen[bytes]], watched: int) -> int:
     failed: int | None = None
-    since, sent = 0.0, False
+    since, grace = 0.0, GRACE_SECONDS
+    os.set_blocking(watched, False)
     while running := [child for child in children if child.poll() is None]:
         time.sleep(0.1)
+        with contextlib.suppress(BlockingIOError):
+            if said := os.read(watched, 1 << 16).split():
+                grace = GRACE_SECONDS + float(said[0])
         failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
         if failures and failed is None:
             since, (rank, failed) = time.monotonic(), failures[0]
             if failed < 0:
                 name = signal.Signals(-failed).name
                 print(f"megatron-lcl train: process {rank} was killed by {name}", file=sys.stderr, flush=True)
-        late = time.monotonic() - since if failed is not None else 0.0
-        if late > GRACE_SECONDS / 2 and not sent:
-            sent = True
-            for child in running:
-                child.terminate()
-        if late > GRACE_SECONDS:
+        if failed is not None and time.monotonic() - since > grace:
             for child in running:
                 child.kill()
     codes = [child.returncode for child in children if child.returncode]

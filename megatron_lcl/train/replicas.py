@@ -9,32 +9,46 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.layers import is_split
+from megatron_lcl.parallel.mesh import Axis, Mesh
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
 
 
 def find_difference(module: nn.Module, mesh: Mesh) -> str | None:
-    """Which processes hold other parameters than their fellows of the data axis; None if all agree.
+    """Which processes hold other parameters than their fellows; None if all agree.
 
-    Every process calls it, and gets the same answer. What is compared is what ZeRO-1 and 2 replicate: the parameters
-    as the forward pass reads them. Their optimizer states, and under ZeRO-3 the parameters too, exist once, so that
-    nothing is there to compare with. ZeRO rewrites all replicas from the owners' float32 copies in every step: found
-    is what happened since, and what the step's all-gather delivered wrongly.
+    Every process calls it, and gets the same answer. Fellows are the processes of the data axis. What is compared is
+    what ZeRO-1 and 2 replicate: the parameters as the forward pass reads them. Their optimizer states, and under ZeRO-3
+    the parameters too, exist once, so that nothing is there to compare with. ZeRO rewrites all replicas from the
+    owners' float32 copies in every step: found is what happened since, and what the step's all-gather delivered
+    wrongly.
+
+    Parameters that the tensor axis does not split are the same along that axis too, and have optimizer states of their
+    own there, so that a difference stays. They can be compared where sums over the data axis are the same to the last
+    bit: NCCL adds three or more numbers in an order that need not be the same for two tensor-parallel ranks.
     """
-    names = [name for name, parameter in module.named_parameters() if parameter.numel()]
-    mine = fingerprint([p for p in module.parameters() if p.numel()])
-    everyone = [mine]
-    if mesh.data.group is not None and len(mine):
-        everyone = [torch.empty_like(mine) for _ in range(mesh.data.size)]
-        dist.all_gather(everyone, mine, group=mesh.data.group)
-    rows = torch.stack(everyone)
-    differs = mesh.world.all_reduce((rows != rows[0]).any().to(torch.int32), dist.ReduceOp.MAX)
-    if not int(differs):
+    exact = mesh.data.size <= 2 or dist.get_backend() == "gloo"
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.numel()]
+    compared = []
+    for axis, split in ((mesh.stage if exact else mesh.data, False), (mesh.data, True)):
+        own = [(name, parameter) for name, parameter in named if is_split(parameter) == split]
+        compared.append((axis, [name for name, _ in own], _gather(fingerprint([p for _, p in own]), axis)))
+    differs = torch.stack([(rows != rows[0]).any() for _, _, rows in compared]).any()
+    if not int(mesh.world.all_reduce(differs.to(torch.int32), dist.ReduceOp.MAX)):
         return None
-    found = [_describe(rows.tolist(), mesh.data.ranks, names)] if mesh.data.rank == 0 else [""]
+    found = [_describe(rows.tolist(), axis.ranks, names) for axis, names, rows in compared if axis.rank == 0]
     return "; ".join(dict.fromkeys(text for texts in mesh.world.gather_objects(found) for text in texts if text))
+
+
+def _gather(mine: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Every process's numbers as a row, [axis.size, len(mine)]."""
+    everyone = [mine]
+    if axis.group is not None and len(mine):
+        everyone = [torch.empty_like(mine) for _ in range(axis.size)]
+        dist.all_gather(everyone, mine, group=axis.group)
+    return torch.stack(everyone)
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -58,7 +72,7 @@ def _sum(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(rows: list[list[int]], ranks: Sequence[int], names: Sequence[str]) -> str:
-    """In words, for the data-parallel fellows `ranks`, one row of fingerprints each. "" if they agree."""
+    """In words, for the fellows `ranks`, one row of fingerprints each. "" if they agree."""
     tuples = [tuple(row) for row in rows]
     (common, votes), *others = Counter(tuples).most_common()
     if not others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from megatron_lcl.train.engine import (
 from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
 from megatron_lcl.train.layout import num_micro_batches
+from megatron_lcl.train.lock import alone_in
 from megatron_lcl.train.optimizer import learning_rate
 from megatron_lcl.train.replicas import find_difference
 from megatron_lcl.train.saver import Saver
@@ -87,7 +89,7 @@ def check_model(saved: Path, config: Config) -> None:
     if changed:
         raise ValueError(
             f"{saved.parent} holds a run of another model ("
-            + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed[:3])
+            + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed)
             + "); name another folder"
         )
 
@@ -99,17 +101,22 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def train(config: Config) -> Path:
+def train(config: Config, signals: Signals | None = None) -> Path:
     """Run (or go on with) the training that `config` describes; the final checkpoint's folder.
 
     Every process of the launch calls it. Goes on from the newest checkpoint in `train.output` that verifies. Raises
     `signals.Stopped` where a signal asked for the end and all is saved; RunError on every process where the run cannot
     go on. A process that dies or hangs ends the others: see `watch`.
+
+    signals: where they have been listened for since before the call.
     """
+    if signals is None:
+        with Signals() as signals:
+            return train(config, signals)
     mesh = init_processes(config)
     try:
-        with Signals() as signals, Watch(mesh, config.guard.timeout) as watch:
-            start = agree(config, mesh)
+        with Watch(mesh, config.guard.timeout, config.guard.long_timeout) as watch, contextlib.ExitStack() as held:
+            start = agree(config, mesh, held)
             engine = build_engine(build_module(config, mesh, pipeline_cuts(config, mesh, start)), config, mesh)
             run = Path(config.train.output)
             with (
@@ -147,9 +154,7 @@ class Training:
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
         self.batches: Iterator[PackedBatch] = iter(())
-        for folder, faults in start.passed_over.items():
-            self.audit.write("checkpoint passed over", start.progress.step, folder=str(folder), faults=faults)
-            telemetry.say(f"passed over {folder}: {'; '.join(faults[:3])}")
+        self._passed_over(start.passed_over)
         self._go_to(start.folder, start.progress)
         if start.folder:
             self.saver.step, self.saver.folder = start.progress.step, start.folder
@@ -199,18 +204,18 @@ class Training:
         elif compare and step % compare == 0:
             self._compare_replicas()
         if self.heldout and (last or step % self.config.train.evaluate_every == 0):
-            with self.watch.long("evaluating"):
+            with self.watch.long(step, "evaluating"):
                 self.heldout.measure(step)
 
     def _save(self) -> None:
         self._compare_replicas()
         if not self.bad.in_a_row:
             self.bad.rewinds = 0
-        with self.watch.long("saving"):
+        with self.watch.long(self.progress.step, "saving"):
             self.saver.save(replace(self.progress, guard=self.bad.state()))
 
     def _compare_replicas(self) -> None:
-        if not self.config.guard.every or self.mesh.data.size == 1:
+        if not self.config.guard.every or self.mesh.stage.size == 1:
             return
         found = find_difference(self.engine.module, self.mesh)
         if found is not None:
@@ -232,7 +237,7 @@ class Training:
         step, signum = self.progress.step, self._asked()
         if not signum:
             return
-        with self.watch.long("saving before the end"):
+        with self.watch.long(step, "saving before the end"):
             self.saver.settle()
             if self.saver.step != step:
                 self._save()
@@ -243,18 +248,19 @@ class Training:
     def _rewind(self) -> None:
         """Back to the last checkpoint before the bad steps; their packs are jumped over from then on."""
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
-        with self.watch.long("rewinding"):
+        with self.watch.long(at, "rewinding"):
             self.saver.settle()
 
-            def decide() -> Path | None:
+            def decide() -> tuple[Path | None, dict[Path, list[str]]]:
                 own = checkpoint.list_checkpoints(run)
                 for folder in own:
                     if checkpoint.step_of(folder) > step:  # saved amid bad steps, when a signal came
                         checkpoint.delete(folder)
                 before = [f for f in own if checkpoint.step_of(f) <= step] or [f for f in [self.start.folder] if f]
-                return next((f for f in reversed(before) if not checkpoint.verify(f)), None)
+                return checkpoint.newest(before)
 
-            folder = self.mesh.world.broadcast_object(decide() if self.mesh.is_first else None)
+            folder, faults = self.mesh.world.broadcast_object(decide() if self.mesh.is_first else (None, {}))
+            self._passed_over(faults)
             if folder is None:
                 raise RunError(
                     f"steps {step + 1} to {at} were bad, and there is no checkpoint before them to go back to; "
@@ -268,6 +274,11 @@ class Training:
             self._go_to(folder, replace(before, ledger=ledger.to_json()))
             self.telemetry.rewind(before.step)
         self.saver.step, self.saver.folder = before.step, folder
+
+    def _passed_over(self, faults: dict[Path, list[str]]) -> None:
+        for folder, wrong in faults.items():
+            self.audit.write("checkpoint passed over", self.progress.step, folder=str(folder), faults=wrong)
+            self.telemetry.say(f"passed over {folder}: {'; '.join(wrong[:3])}")
 
     def _go_to(self, folder: Path | None, progress: Progress) -> None:
         """Parameters, optimizer and generators of a checkpoint (None: as they are), and its place in the data."""
@@ -294,12 +305,17 @@ class Start:
     """newer checkpoints that are damaged, and how"""
 
 
-def agree(config: Config, mesh: Mesh) -> Start:
-    """Decided by the first process for all, which also finds what is wrong: RunError on all."""
+def agree(config: Config, mesh: Mesh, held: contextlib.ExitStack) -> Start:
+    """Decided by the first process for all, which also finds what is wrong: RunError on all.
+
+    held: takes the first process's lock on the run folder.
+    """
 
     def decide() -> Start | str:
         try:
-            return _decide(config, mesh.world.size)
+            check(config, mesh.world.size)
+            held.enter_context(alone_in(Path(config.train.output)))
+            return _decide(config)
         except ValueError as error:
             return str(error)
         except OSError as error:
@@ -311,9 +327,9 @@ def agree(config: Config, mesh: Mesh) -> Start:
     return decision
 
 
-def _decide(config: Config, processes: int) -> Start:
-    check(config, processes)
+def _decide(config: Config) -> Start:
     run = Path(config.train.output)
+    check_output(run, config)  # again: another run may have begun there before it was locked
     folder, passed_over = checkpoint.choose(run, config.checkpoint.resume)
     before, previous = Progress(0, 0, {}), None
     if folder:
@@ -329,7 +345,6 @@ def _decide(config: Config, processes: int) -> Start:
         previous=previous,
         consumed=before.packs,
     )
-    run.mkdir(parents=True, exist_ok=True)
     replace_text(run / CONFIG, to_yaml(config))
     return Start(folder, replace(before, ledger=ledger.to_json()), passed_over)
 

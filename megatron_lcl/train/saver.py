@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from megatron_lcl.config import Checkpoint
@@ -25,9 +26,10 @@ class Saver:
 
     def save(self, progress: Progress) -> None:
         """Save, in the background if the config says so; RunError after `max_failures` in a row that failed."""
+        since = time.perf_counter()
         self.settle()
         try:
-            self._writing = progress.step, self.checkpoints.save(progress)
+            self._writing = progress.step, self.checkpoints.save(progress, since)
         except SaveError as error:
             self._failed(progress.step, error)
         if not self.config.background:
@@ -47,6 +49,9 @@ class Saver:
         for saved in self.checkpoints.finished():
             numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
             self.telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
+            if saved.not_deleted:
+                self.audit.write("not deleted", saved.step, files=saved.not_deleted)
+                self.telemetry.say(f"could not delete {'; '.join(saved.not_deleted[:3])}")
 
     def _failed(self, step: int, error: SaveError) -> None:
         self.failures, self.fault = self.failures + 1, str(error)

@@ -46,7 +46,7 @@ class Signals:
         self._ends = os.pipe()
         os.set_blocking(self._ends[1], False)
         self._wakeup = signal.set_wakeup_fd(self._ends[1])
-        self._handlers = {s: signal.signal(s, _nothing) for s in SIGNALS}
+        self._handlers = {s: signal.signal(s, self._note) for s in SIGNALS}
         threading.Thread(target=self._listen, args=(self._ends[0],), daemon=True).start()
         return self
 
@@ -58,21 +58,22 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._ends[1])  # the thread reads the end
 
+    def _note(self, signum: int, _frame: object = None) -> None:
+        """The main thread knows of a signal as soon as it can, the other thread where it cannot."""
+        self.received = self.received or signum
+
     def _listen(self, end: int) -> None:
         first = 0.0
         while number := os.read(end, 1):
             signum, now = number[0], time.monotonic()
             if signum not in SIGNALS:
                 continue
-            if not self.received:
-                self.received, first = signum, now
+            self._note(signum)
+            if not first:
+                first = now
             elif now - first > SAME_SECONDS:
                 leave(128 + signum, f"{signal.Signals(signum).name} again: ending at once")
         os.close(end)
-
-
-def _nothing(_signum: int, _frame: object) -> None:
-    pass
 
 
 def leave(code: int, message: str) -> NoReturn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.train.launch import say_watched
 from megatron_lcl.train.signals import Stopped, leave
 
 LOST = 71
@@ -40,7 +42,9 @@ class State:
     """steps done"""
     doing: str = "starting"
     waiting: float = 0.0
-    """seconds since its main thread last came by; 0 while it does what may take long"""
+    """seconds since its main thread last came by"""
+    limit: float = math.inf
+    """how many of them are no hang, at what it does"""
     sequences: dict[str, int] = field(default_factory=dict)
     """collectives begun in each process group"""
     place: str = ""
@@ -60,19 +64,21 @@ class State:
 class Watch:
     """This process's line and its view of the others.
 
-    timeout: seconds from a fault to the end of the other processes. What may take longer is done inside `long`; a
-    process that dies there is noticed all the same.
+    timeout: seconds from a fault to the end of the other processes.
+    long_timeout: the same (but not below it) for a hang before the first step, in it, or inside `long`. A process that
+    dies there is noticed within `timeout` all the same.
     """
 
-    def __init__(self, mesh: Mesh, timeout: float) -> None:
-        self.rank, self.size = mesh.world.rank, mesh.world.size
+    def __init__(self, mesh: Mesh, timeout: float, long_timeout: float) -> None:
+        self.rank, self.size, self.timeout = mesh.world.rank, mesh.world.size, timeout
         self.period = min(PERIOD_SECONDS, timeout / 20)
-        self.talk_period = self.period * max(1.0, self.size / 64)  # one server answers them all
-        self.limit = timeout - 7 * self.talk_period  # the rest is for seeing it, everywhere
+        # one server answers them all; but seeing a fault, everywhere, may take half of the time at most
+        self.talk_period = min(self.period * max(1.0, self.size / 64), timeout / 14)
+        self.limit, self.long_limit = (t - 7 * self.talk_period for t in (timeout, max(timeout, long_timeout)))
         self._state = State(host=socket.gethostname())
         self._first: int | None = None
-        self._progress: float | None = None
-        """when the main thread last came by; None: it may take long"""
+        self._since = time.monotonic(), self.long_limit
+        """when the main thread last came by, and how many seconds from then on are no hang"""
         self._heard: dict[int, tuple[State, float]] = {}
         self._heard_any = time.monotonic()
         self._suspicious = False
@@ -86,19 +92,24 @@ class Watch:
         The first step may take long, for what is compiled or filled in it.
         """
         self._first = step if self._first is None else self._first
-        self._state.step, self._state.doing = step, doing
-        self._progress = time.monotonic() if step != self._first else None
+        self._state.step = step
+        self._come_by(doing, self.limit if step != self._first else self.long_limit)
 
     @contextlib.contextmanager
-    def long(self, doing: str) -> Iterator[None]:
-        """Work that may take as long as it likes, until the next `beat`: saving, evaluating."""
-        self._state.doing, self._progress = doing, None
+    def long(self, step: int, doing: str) -> Iterator[None]:
+        """Work that may take long, until the next `beat`: saving, evaluating. step: as there."""
+        self._state.step = step
+        self._come_by(doing, self.long_limit)
         yield
+
+    def _come_by(self, doing: str, limit: float) -> None:
+        self._state.doing, self._since = doing, (time.monotonic(), limit)
 
     def __enter__(self) -> Watch:
         if self.size > 1:
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
+            say_watched(self.timeout)
             for loop in (self._talk, self._judge):
                 threading.Thread(target=loop, daemon=True).start()
         return self
@@ -108,7 +119,7 @@ class Watch:
             return
         together = error is None or isinstance(error, RunError | Stopped)
         if not together and _is_distributed(error):  # who is the cause? the judge says so and ends this process
-            self._state.doing, self._progress = f"{self._state.doing}; a collective has failed", None
+            self._come_by(f"{self._state.doing}; a collective has failed", math.inf)
             self._suspicious = True
             self._closing.wait(self.limit)
         self._closing.set()
@@ -138,9 +149,11 @@ class Watch:
     def _publish(self) -> None:
         state = self._state
         state.beat += 1
-        state.waiting = time.monotonic() - self._progress if self._progress else 0.0
+        since, limit = self._since
+        state.waiting = time.monotonic() - since  # before the limit: the judge looks on
+        state.limit = limit
         state.sequences = _sequences()
-        state.place, state.with_others = _place() if state.waiting > self.limit / 2 else ("", False)
+        state.place, state.with_others = _place() if state.waiting > state.limit / 2 else ("", False)
         self._store.set(_key(self.rank), json.dumps(state.__dict__))
 
     def _judge(self) -> None:
@@ -163,11 +176,13 @@ class Watch:
             keeper = heard[0][0].at() if 0 in heard else "unknown"
             return f"process 0 or the launcher, which keep the store, are gone or out of reach; process 0: {keeper}"
         states = {self.rank: self._state, **{rank: state for rank, (state, _) in heard.items()}}
-        late = {r: s for r, s in states.items() if s.ended is None and s.waiting > self.limit}
+        states = {rank: state for rank, state in states.items() if state.ended is None}
+        late = {rank: state for rank, state in states.items() if state.waiting > state.limit}
         if not late:
             return None
         seconds = max(state.waiting for state in late.values())
-        causes = [rank for rank, state in late.items() if not state.with_others]
+        # who is the cause may not be late yet by what was last heard of it
+        causes = [rank for rank, state in states.items() if state.place and not state.with_others]
         if not causes or len(causes) == len(states):  # all wait, or wait for their devices
             causes = suspects({rank: state.sequences for rank, state in states.items()})
         if causes and len(causes) < len(states):

@@ -115,8 +115,8 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
             checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}))
         else:
             said = checkpoints.load(step_folder(folder / job.source, FIRST))
-        groups = [(group["weight_decay"], group["betas"]) for group in engine.optimizer.param_groups]
         rows = steps(FIRST, 2 * FIRST)
+        groups = [(group["weight_decay"], group["lr"]) for group in engine.optimizer.optimizer.param_groups]
         write.set()
         checkpoints.wait()
         again = []

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from small_runs import FIRST, Job, run_jobs
+from small_runs import FIRST, LR, Job, run_jobs
+
+from megatron_lcl import load_model
+from megatron_lcl.convert.certificate import check_images, our_features
+from megatron_lcl.convert.export import export
+from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.train.checkpoint import step_folder
 
 # written by two processes each
 SOURCES = {
@@ -20,6 +26,8 @@ SOURCES = {
     "pipeline": Job("pipeline", pipeline=2, again=True),
     "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
 }
+GROUPS = [(0.3, LR[2 * FIRST - 1]), (0.0, LR[2 * FIRST - 1])]
+"""weight decay and learning rate of every parameter group in the last step"""
 Result = dict[str, dict[str, Any]]
 
 
@@ -39,10 +47,26 @@ def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(name: str, s
     assert fresh["rows"] == undisturbed["rows"]
     assert undisturbed["again"] == undisturbed["rows"], "into an engine that has gone on"
     assert fresh["said"] == []
-    assert [decay for decay, _ in fresh["groups"]] == [0.3, 0.0]
+    assert fresh["groups"] == GROUPS
     assert [(s.step, s.stall_seconds > 0, s.write_seconds > 0) for s in undisturbed["saved"]] == [
         (step, True, True) for step in (FIRST - 1, FIRST)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "format"), [("tensor", "hf"), ("pipeline", "timm"), ("zero3", "open_clip")])
+def test_exports_compute_what_one_layout_trained(
+    name: str, format: str, saved: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """Through the other library, against the model that ZeRO-1 trained, which is the same to rounding."""
+    pytest.importorskip({"hf": "transformers"}.get(format, format))
+    run, reference = (step_folder(saved[0] / source, FIRST) for source in (name, "zero1"))
+    facts = export(run, format, tmp_path / "out")
+    assert facts["latents"]["relative_difference"] < 1e-5
+    theirs = load_encoder(f"{format}:{'' if format == 'hf' else 'local-dir:'}{tmp_path / 'out'}")
+    images = check_images(16)
+    ours = our_features(load_model(reference), images)
+    torch.testing.assert_close(theirs.encode(images).patches, ours.patches, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -87,7 +111,7 @@ def resume(processes: int, saved: tuple[Path, Result], cases: list[tuple[str, Jo
     for results in run_processes(run_jobs, processes, str(folder), [*jobs, *more]):
         for job in [*jobs, *more]:
             assert_close(results[job.name]["rows"], expected[job.source or "zero1"]["rows"], job)
-            assert [decay for decay, _ in results[job.name]["groups"]] == [0.3, 0.0], job
+            assert results[job.name]["groups"] == GROUPS, job
     for source, _ in cases:  # converted once, beside what it was made from
         assert (folder / source / "checkpoints" / "step-00000003" / "universal" / "manifest.json").is_file()
 

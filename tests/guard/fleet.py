@@ -62,10 +62,10 @@ class Fleet:
         for process in self.processes:
             process.join()
 
-    def wait(self, timeout: float = 120.0) -> list[int | None]:
-        """Exit codes, by rank; None for a process that has not ended in time."""
+    def wait(self, timeout: float = 120.0, ranks: Sequence[int] | None = None) -> list[int | None]:
+        """Exit codes, by rank, once all (or those of `ranks`) have ended; None for one that has not, in time or yet."""
         deadline = time.monotonic() + timeout
-        for process in self.processes:
+        for process in self.processes if ranks is None else [self.processes[rank] for rank in ranks]:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 

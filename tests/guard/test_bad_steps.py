@@ -307,6 +307,43 @@ def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
     Stepper.run = run  # type: ignore[method-assign]
 
 
+def damage(rank: int, packs: list[int], run: str) -> None:
+    """As `poison`; in the eighth step a byte of the checkpoint of step 6 changes."""
+    from megatron_lcl.train.step import Stepper
+
+    poison(rank, packs, "nan")
+    plain, calls = Stepper.run, []
+
+    def damaging(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 8 and rank == 0:
+            file = checkpoint.step_folder(Path(run), 6) / "model.safetensors"
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return plain(self, *arguments)
+
+    Stepper.run = damaging  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_rewind_passes_over_damage_and_says_so(
+    config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Saves of steps 2, 4 and 6; back to step 4."""
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--guard.max_bad_steps", "2", "--checkpoint.every", "2"]
+    said = train(run, *words, "--checkpoint.background", "false", plant=damage, planted=([26, 31], str(run)))
+    assert losses(run) == without
+    damaged = checkpoint.step_folder(run, 6)
+    assert f"passed over {damaged}: model.safetensors: changed since it was written" in said
+    audited = read_audit(run)
+    events = [(line["event"], line["step"]) for line in audited]
+    assert events == [("step left out", 7), ("step left out", 8), ("checkpoint passed over", 8), ("rewind", 8)]
+    assert audited[2]["folder"] == str(damaged)
+    assert audited[2]["faults"] == ["model.safetensors: changed since it was written"]
+    assert (audited[3]["to"], audited[3]["folder"]) == (4, str(checkpoint.step_folder(run, 4)))
+
+
 @pytest.mark.slow
 def test_a_run_that_cannot_go_back_says_so(config_file: str, tmp_path: Path) -> None:
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]

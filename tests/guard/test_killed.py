@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, last_step, losses, train
+from fleet import Fleet, last_step, lines, losses, train
 
 from megatron_lcl.train import checkpoint
 
@@ -19,13 +19,17 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(7200)]
 def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_path: Path) -> None:
     """Every step is saved in the background, so that most moments are moments of saving."""
     words = ["--config", config_file, "--train.steps", str(steps), "--checkpoint.every", "1"]
+    started = time.time()
     train(tmp_path / "undisturbed", *words, timeout=600)
+    times = [line["time"] for line in lines(tmp_path / "undisturbed") if "loss" in line]
+    start, three_steps = times[0] - started, 3 * (times[-1] - times[0]) / steps
     run, draw, at = tmp_path / "killed", random.Random(7), 0
     for number in range(rounds):
         with Fleet(run, *words) as fleet:
             if number % 5:
                 fleet.wait_for_step(min(at + draw.randrange(1, 6), steps - 1))
-            time.sleep(draw.uniform(0, 0.3 if number % 5 else 3.0))
+            time.sleep(draw.uniform(0, three_steps if number % 5 else start))
+            assert any(process.is_alive() for process in fleet.processes), f"round {number}: all had ended"
             fleet.kill()
         at = last_step(run)
         complete = checkpoint.list_checkpoints(run)

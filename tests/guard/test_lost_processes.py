@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,26 +19,39 @@ from fleet import Fleet, alive, descendants, last_step, losses, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import launch
-from megatron_lcl.train.watch import suspects
+from megatron_lcl.train.watch import SUSPICION_SECONDS, Watch, suspects
 
-LOST, TIMEOUT = 71, 12.0
-PATIENCE = 90.0  # of this test, on a machine that is busy with others
+LOST, TIMEOUT, LONG_TIMEOUT = 71, 12.0, 18.0
+BUSY = 8.0  # seconds that a machine may add that is busy with others
+PATIENCE = 90.0  # of this test
 LONG = ["--train.steps", "2000", "--checkpoint.every", "0", "--guard.timeout", str(TIMEOUT)]
 
 
 def hang(rank: int, guilty: int, where: str, mark: str) -> None:
-    """One process never comes back from its fifth step, from reading its data, or from a block's forward."""
+    """One process never comes back from its first or fifth step, from reading its data, from a block's forward, or,
+    in the background, from writing its part of a checkpoint."""
     from megatron_lcl.data.loader import PackedLoader
     from megatron_lcl.model.stages import LanguageBlock as Block
+    from megatron_lcl.train import checkpointer
     from megatron_lcl.train import run as loop
     from megatron_lcl.train.step import Stepper
 
     loop.choose_cuts = lambda *_: (0, 2, 4)
     if rank != guilty:
         return
+
+    def write_files(*_):  # type: ignore[no-untyped-def]
+        Path(mark).touch()
+        time.sleep(3600)
+
+    if where == "saving":
+        checkpointer.write_files = write_files
+        return
     classes: dict[str, tuple[Any, str]] = {
         "computing": (Stepper, "run"),
+        "starting": (Stepper, "run"),
         "reading data": (PackedLoader, "_batches"),
         "in a part": (Block, "forward"),
     }
@@ -47,7 +60,7 @@ def hang(rank: int, guilty: int, where: str, mark: str) -> None:
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
-        if len(calls) == (5 if where == "computing" else 19):  # four forwards of the one block in each step
+        if len(calls) == {"starting": 1, "computing": 5, "in a part": 19}[where]:  # four forwards of it in each step
             Path(mark).touch()
             time.sleep(3600)
         return plain(self, *arguments)
@@ -83,8 +96,8 @@ def slow_start(rank: int) -> None:
     Stepper.run, checkpointer.write_files = run, write_files  # type: ignore[method-assign]
 
 
-def fail(rank: int) -> None:
-    """The second process meets an error of its own."""
+def fail(rank: int, mark: str) -> None:
+    """The second process meets an error of its own, half a second after it leaves a mark."""
     from megatron_lcl.train.step import Stepper
 
     plain, calls = Stepper.run, []
@@ -92,6 +105,8 @@ def fail(rank: int) -> None:
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
         if len(calls) == 5 and rank == 1:
+            Path(mark).touch()
+            time.sleep(0.5)
             raise RuntimeError("cosmic ray")
         return plain(self, *arguments)
 
@@ -108,44 +123,55 @@ class Outcome(NamedTuple):
     """loader processes that still run"""
     step: int
     """last one in the metrics when the fault came"""
+    seconds: float
+    """from the fault to the end of the last process"""
+
+
+def outcome(fleet: Fleet, fault: float, step: int, watched: Sequence[int]) -> Outcome:
+    """How it ended with the processes `watched`, after a fault at that `time.time()`."""
+    loaders = [pid for rank in watched for pid in descendants(fleet.pid(rank))]
+    assert loaders, "no loader process is alive"
+    codes = fleet.wait(PATIENCE, watched)
+    seconds = time.time() - fault
+    deadline = time.monotonic() + 15  # torch's loader processes look after their parent every 5 seconds
+    while alive(loaders) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return Outcome(codes, [log.read_text() for log in fleet.logs], alive(loaders), step, seconds)
 
 
 def killed(guilty: int, config_file: str, folder: Path) -> Outcome:
     """A failing collective makes suspicious: nobody waits for the timeout."""
     with Fleet(folder / "run", "--config", config_file, *LONG, "--guard.timeout", "300") as fleet:
         fleet.wait_for_step(5)
-        loaders = [*descendants(fleet.pid(0)), *descendants(fleet.pid(1))]
         step = last_step(fleet.run)
+        loaders = descendants(fleet.pid(guilty))
         os.kill(fleet.pid(guilty), signal.SIGKILL)
-        codes = fleet.wait(PATIENCE)
-        deadline = time.monotonic() + 15  # torch's loader processes look after their parent every 5 seconds
-        while alive(loaders) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return Outcome(codes, [log.read_text() for log in fleet.logs], alive(loaders), step)
+        ended = outcome(fleet, time.time(), step, [1 - guilty])
+        return ended._replace(left=[*ended.left, *alive(loaders)])
 
 
 def hung(guilty: int, where: str, config_file: str, folder: Path) -> Outcome:
     """Three replicas; or a pipeline, whose parts wait for each other in other ways than by collectives."""
     layout = ["--parallel.pipeline", "3"] if where == "in a part" else ["--train.global_batch", "6"]
     words, mark = ["--config", config_file, *LONG, *layout], folder / "hangs"
+    if where in ("starting", "saving"):
+        words += ["--guard.long_timeout", str(LONG_TIMEOUT), "--checkpoint.every", "2"]
     with Fleet(folder / "run", *words, size=3, plant=hang, planted=(guilty, where, str(mark))) as fleet:
         fleet.wait_for(mark.exists)
-        return Outcome(fleet.wait(PATIENCE), [log.read_text() for log in fleet.logs], [], 4)
+        return outcome(fleet, mark.stat().st_mtime, 4, range(3))
 
 
 def frozen(config_file: str, folder: Path) -> Outcome:
     with Fleet(folder / "run", "--config", config_file, *LONG) as fleet:
         fleet.wait_for_step(5)
         os.kill(fleet.pid(0), signal.SIGSTOP)
-        fleet.processes[1].join(PATIENCE)
-        codes = [process.exitcode for process in fleet.processes]
-        return Outcome(codes, [log.read_text() for log in fleet.logs], [], 5)
+        return outcome(fleet, time.time(), 5, [1])
 
 
 def failed(config_file: str, folder: Path) -> Outcome:
-    with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail) as fleet:
-        codes = fleet.wait(PATIENCE)
-        return Outcome(codes, [log.read_text() for log in fleet.logs], [], 4)
+    with Fleet(folder / "run", "--config", config_file, *LONG, plant=fail, planted=(str(folder / "fails"),)) as fleet:
+        fleet.wait_for((folder / "fails").exists)
+        return outcome(fleet, time.time(), 4, range(2))
 
 
 def slow(config_file: str, folder: Path) -> list[tuple[Any, ...]]:
@@ -163,6 +189,8 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "hangs 1 computing": partial(hung, 1, "computing"),
         "hangs 0 reading data": partial(hung, 0, "reading data"),
         "hangs 1 in a part": partial(hung, 1, "in a part"),
+        "hangs 1 starting": partial(hung, 1, "starting"),
+        "hangs 2 saving": partial(hung, 2, "saving"),
         "frozen": frozen,
         "failed": failed,
         "slow": slow,
@@ -176,20 +204,23 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
 @pytest.mark.parametrize("guilty", [0, 1])
 def test_a_process_that_is_killed(guilty: int, outcomes: dict[str, Future[Outcome]]) -> None:
     """Process 0 keeps the store over which the others watch."""
-    codes, said, left, step = outcomes[f"killed {guilty}"].result()
+    codes, said, left, step, seconds = outcomes[f"killed {guilty}"].result()
     assert codes[guilty] == -signal.SIGKILL
     assert codes[1 - guilty] == LOST, said
     assert not left
     named = re.search(rf"megatron-lcl: process {guilty} .*last step done: (\d+)\)", said[1 - guilty])
     assert named, said
     assert 0 <= int(named[1]) - step + 60 <= 120  # it goes on while we read, and speaks once a second
+    assert seconds < 3 * SUSPICION_SECONDS + BUSY, said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("guilty", "where"), [(1, "computing"), (0, "reading data"), (1, "in a part")])
 def test_a_process_that_hangs(guilty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
-    codes, said, _, step = outcomes[f"hangs {guilty} {where}"].result()
+    codes, said, left, step, seconds = outcomes[f"hangs {guilty} {where}"].result()
     assert codes == [LOST] * 3, said
+    assert not left
+    assert seconds < TIMEOUT + BUSY, said
     for text in said:
         named = re.search(r"megatron-lcl: (.*?)\. ", text)
         assert named, said
@@ -201,17 +232,36 @@ def test_a_process_that_hangs(guilty: int, where: str, outcomes: dict[str, Futur
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("guilty", "where"), [(1, "starting"), (2, "saving")])
+def test_a_hang_in_what_may_take_long(guilty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    """The first step; and a save in the background, which all wait for when the next is due."""
+    codes, said, left, _, seconds = outcomes[f"hangs {guilty} {where}"].result()
+    assert codes == [LOST] * 3, said
+    assert not left
+    assert TIMEOUT < seconds < LONG_TIMEOUT + BUSY, said
+    doing, step = {"starting": ("computing", 0), "saving": ("saving", 4)}[where]
+    for text in said:
+        assert re.search(rf"megatron-lcl: process {guilty} hangs while {doing} at .* last step done: {step}\)", text), (
+            said
+        )
+
+
+@pytest.mark.slow
 def test_a_process_that_is_frozen(outcomes: dict[str, Future[Outcome]]) -> None:
     """Not even its watching threads run: the machine is out of memory, or the process is stopped."""
-    codes, said, _, _ = outcomes["frozen"].result()
+    codes, said, left, _, seconds = outcomes["frozen"].result()
     assert codes == [None, LOST], said
+    assert not left
+    assert seconds < TIMEOUT + BUSY, said
     assert re.search(r"megatron-lcl: process 0.*last step done: \d+\)", said[1]), said
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_told_by_the_others(outcomes: dict[str, Future[Outcome]]) -> None:
-    codes, said, _, _ = outcomes["failed"].result()
+    codes, said, left, _, seconds = outcomes["failed"].result()
     assert codes == [LOST, 1], said
+    assert not left
+    assert seconds < TIMEOUT + BUSY, said
     assert "process 1 failed while computing" in said[0]
     assert "last step done: 4): RuntimeError: cosmic ray" in said[0]
     assert "Traceback" not in said[0]
@@ -225,15 +275,35 @@ def test_a_long_first_step_and_long_saves_are_no_hang(
     assert outcomes["slow"].result() == undisturbed
 
 
+@pytest.mark.parametrize("watched", [False, True])
 def test_the_launcher_says_who_was_killed_and_ends_the_rest(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    watched: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
-    commands = ("sleep 60", "kill -9 $$", "trap '' TERM; sleep 60")
+    """After the time in which they end by themselves, if they watch each other."""
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    reader, writer = os.pipe()
+    monkeypatch.setenv(launch.WATCHED, str(writer))
+    if watched:
+        launch.say_watched(3.0)
+        launch.say_watched(3.0)
+    commands = ("sleep 60", "kill -9 $$", "trap '' TERM; sleep 60", "sleep 1.5; exit 71")
     children = [subprocess.Popen(["bash", "-c", command]) for command in commands]
-    assert launch._wait(children) == 128 + signal.SIGKILL
-    assert [child.returncode for child in children] == [-signal.SIGTERM, -signal.SIGKILL, -signal.SIGKILL]
+    started = time.monotonic()
+    assert launch._wait(children, reader) == 128 + signal.SIGKILL
+    last = LOST if watched else -signal.SIGKILL
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 3 + [last]
+    assert time.monotonic() - started > (3.5 if watched else 0.5)
     assert "process 1 was killed by SIGKILL" in capfd.readouterr().err
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("size", [2, 64, 256, 4096])
+@pytest.mark.parametrize("timeout", [10.0, 28.0, 600.0])
+def test_at_any_size_a_step_may_take_half_the_timeout(size: int, timeout: float) -> None:
+    watch = Watch(Mesh(*[Axis(size=size)] * 2), timeout, 10.0)
+    assert timeout / 2 <= watch.limit <= watch.long_limit < timeout
+    assert watch.limit + 7 * watch.talk_period == pytest.approx(timeout)
 
 
 def test_who_is_waited_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,36 @@ def test_before_a_save_it_is_asked_too(config_file: str, tmp_path: Path) -> None
     said = train(run, "--config", config_file, "--guard.every", "100", code=2, plant=flip_a_bit, planted=(1, 8))
     assert "differ after step 8: processes 0 and 1 differ in 1.attention.q.weight, and none has a majority" in said
     assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [4]
+
+
+def drift(rank: int) -> None:
+    """After the fourth step, one process's optimizer has another value of a parameter of which all have the same."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    from megatron_lcl.train.step import Stepper
+
+    plain, calls = Stepper.run, []
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        result = plain(self, *arguments)
+        calls.append(1)
+        if rank == 1 and len(calls) == 4:
+            parameter = dict(self.engine.module.named_parameters())["1.attention.out.bias"]
+            value = safe_get_full_fp32_param(parameter).clone()
+            value.view(torch.int32)[3] ^= 1
+            safe_set_full_fp32_param(parameter, value)
+        return result
+
+    Stepper.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_along_the_tensor_axis_a_difference_stays_and_is_found(config_file: str, tmp_path: Path) -> None:
+    """Without it, all that is not split stays the same to the last bit."""
+    words = ["--config", config_file, "--parallel.tensor", "2", "--guard.every", "1"]
+    train(tmp_path / "good", *words)
+    said = train(tmp_path / "bad", *words, "--guard.every", "6", code=2, plant=drift)
+    assert re.search(r"differ after step 6: processes 0 and 1 differ in .*1\.attention\.out\.bias", said), said
 
 
 @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]))

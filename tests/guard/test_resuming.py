@@ -26,9 +26,10 @@ def test_from_a_named_checkpoint_into_a_new_folder(
     assert losses(tmp_path / "second") == undisturbed[4:]
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(tmp_path / "nothing"), code=2)
     assert "nothing" in said
-    other = ["--model.language.layers", "2", "--resume", str(named)]
-    said = train(tmp_path / "third", "--config", config_file, *other, code=2)
-    assert "model.language.layers 1 → 2" in said
+    fields = {"language.layers": 1, "language.mlp_width": 32, "vision.layers": 1, "vision.mlp_width": 32}
+    other = [word for name, value in fields.items() for word in (f"--model.{name}", str(2 * value))]
+    said = train(tmp_path / "third", "--config", config_file, *other, "--resume", str(named), code=2)
+    assert "(" + ", ".join(f"model.{name} {value} → {2 * value}" for name, value in fields.items()) + ")" in said
 
 
 @pytest.mark.slow

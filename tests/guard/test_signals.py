@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,24 +171,62 @@ def test_a_second_signal_ends_at_once_even_in_a_collective(config_file: str, tmp
         assert not alive(loaders)
 
 
+def slow_meeting(rank: int, marks: str) -> None:
+    """The second process leaves a mark when it joins the others, and takes a second."""
+    from megatron_lcl.train import run as loop
+
+    plain = loop.init_processes
+
+    def init_processes(*arguments):  # type: ignore[no-untyped-def]
+        if rank == 1:
+            Path(marks).touch()
+            time.sleep(1.0)
+        return plain(*arguments)
+
+    loop.init_processes = init_processes
+
+
 @pytest.mark.slow
-def test_the_launcher_passes_signals_on(config_file: str, undisturbed: list[tuple], tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step(config_file: str, tmp_path: Path) -> None:
+    """Even before the processes know of each other."""
+    run, marks = tmp_path / "run", tmp_path / "meeting"
+    with Fleet(run, "--config", config_file, plant=slow_meeting, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        os.kill(fleet.pid(1), signal.SIGUSR1)
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
+        assert "SIGUSR1: ended after step 0" in fleet.said()
+    assert (saved_steps(run), last_step(run)) == ([], 0)
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_signals_on_and_is_not_outlived(config_file: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "megatron_lcl", "train", "--config", config_file, "--train.output", str(run)]
-    many = ["--train.steps", "2000", "--checkpoint.every", "0"]
-    launcher = subprocess.Popen([*command, "--processes", "2", *many], stderr=subprocess.PIPE, text=True)
-    try:
+    command += ["--processes", "2", "--train.steps", "2000", "--checkpoint.every", "0"]
+
+    def ended(launcher: subprocess.Popen[str], signum: int, when: Callable[[], bool]) -> str:
+        """What the launcher said that got a signal."""
         deadline = time.monotonic() + 120
-        while last_step(run) < 3:
-            assert launcher.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        children = descendants(launcher.pid)
-        launcher.send_signal(signal.SIGUSR1)
-        _, said = launcher.communicate(timeout=120)
-    finally:
-        launcher.kill()
+        try:
+            while not when():
+                assert launcher.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            children = descendants(launcher.pid)
+            assert len(alive(children)) >= 2
+            launcher.send_signal(signum)
+            return launcher.communicate(timeout=120)[1]
+        finally:
+            launcher.kill()
+            deadline = time.monotonic() + 2
+            while alive(children) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not alive(children)
+
+    killed = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    ended(killed, signal.SIGKILL, lambda: len(descendants(killed.pid)) == 2)
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said = ended(launcher, signal.SIGUSR1, lambda: last_step(run) >= 3)
     assert launcher.returncode == REQUEUE, said
     assert "SIGUSR1: ended after step" in said
     assert saved_steps(run) == [last_step(run)]
-    assert not alive(children)
