@@ -106,25 +106,35 @@ def _short(place: str) -> str:
     return "/".join(parts[-2:] if parts[-1] in ("train", "val", "validation", "test") else parts[-1:])
 
 
+def _end(name: str, characters: int = 32) -> str:
+    """The end of a long name: of paths, that is what tells them apart."""
+    return name if len(name) <= characters else "…" + name[1 - characters :]
+
+
 def write_picture(results: Sequence[Result], path: str | Path) -> None:
-    """A bar a metric with its interval, one panel a task; chance as a tick."""
+    """A bar a metric with its interval, one panel a task, encoders side by side in colours of their own."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(result.task for result in results))
+    encoders = list(dict.fromkeys(result.encoder for result in results))
     heights = [sum(len(r.metrics) for r in results if r.task == task) for task in tasks]
     figure = Figure(figsize=(8, 1 + 0.5 * len(tasks) + 0.35 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(tasks), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
     for panel, task in zip(panels, tasks, strict=True):
         bars = [(r.encoder, name, m) for r in results if r.task == task for name, m in r.metrics.items()]
-        for y, (_, _, m) in enumerate(bars):
-            panel.barh(y, m.value, color="#4878a8", xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]])
+        metrics = list(dict.fromkeys(name for _, name, _ in bars))
+        bars.sort(key=lambda bar: metrics.index(bar[1]))  # what is compared stands together
+        for y, (encoder, _, m) in enumerate(bars):
+            colour = f"C{encoders.index(encoder)}"
+            panel.barh(y, m.value, color=colour, xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]])
             panel.text(m.high, y, f"  {m.value:.3f}", va="center", fontsize=8)
             if m.chance is not None:
-                panel.plot([m.chance, m.chance], [y - 0.4, y + 0.4], color="#a84848")
-        panel.set_yticks(range(len(bars)), [f"{name}  {encoder}" for encoder, name, _ in bars], fontsize=8)
+                panel.plot([m.chance, m.chance], [y - 0.4, y + 0.4], color="black", linestyle=":")
+        panel.set_yticks(range(len(bars)), [f"{name}  {_end(encoder)}" for encoder, name, _ in bars], fontsize=8)
         panel.invert_yaxis()
-        panel.set_xlim(left=0)
-        panel.set_title(task, fontsize=10, loc="left")
+        panel.set_xlim(0, 1.15 * max([1e-6, *(m.high for *_, m in bars)]))  # room for the values
+        chance = "  (dotted: chance)" if any(m.chance is not None for *_, m in bars) else ""
+        panel.set_title(f"{task}{chance}", fontsize=10, loc="left")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     replace_bytes(Path(path), picture.getvalue())
