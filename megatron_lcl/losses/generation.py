@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses import softmax_torch
-from megatron_lcl.losses.group import all_gather, exchange, rank_and_size
+from megatron_lcl.losses.group import exchange, rank_and_size
+from megatron_lcl.parallel.collectives import all_gather
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_LOGITS = 2**25

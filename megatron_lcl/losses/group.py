@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-# the name since torch 2.13; the older one warns there
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from megatron_lcl.parallel.collectives import all_gather
 
 HEADER = 6
 """integers that every rank tells the others before anything else: whether it has an error, and up to five facts"""

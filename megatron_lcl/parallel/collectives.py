@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from megatron_lcl.parallel.mesh import Axis
 
 # the names since torch 2.13; the older ones warn there
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -70,7 +70,7 @@ def sum_gradients(tensors: Sequence[torch.Tensor], axis: Axis) -> Sequence[torch
 def start_gather(share: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
     """All shares, and what to wait for before looking at them."""
     whole = share.new_empty(axis.size * len(share), *share.shape[1:])
-    return whole, _all_gather(whole, share.contiguous(), group=axis.group, async_op=True)
+    return whole, all_gather(whole, share.contiguous(), group=axis.group, async_op=True)
 
 
 def start_reduce_scatter(parts: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:

@@ -18,16 +18,16 @@ def check_layout(config: Config, processes: int) -> int:
     for name, value in _split_by_tensor(config):
         if value % tensor:
             common = math.gcd(*(split for _, split in _split_by_tensor(config)))
-            fitting = [d for d in range(1, common + 1) if common % d == 0]
-            nearest = _nearest(tensor, fitting, lambda t: check_layout(_with(config, tensor=t), processes))
+            divisors = [d for d in range(1, common + 1) if common % d == 0]
+            nearest = _nearest(tensor, divisors, lambda t: check_layout(_with(config, tensor=t), processes))
             raise ValueError(
                 f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that divides all that it "
                 f"splits is {nearest}"
             )
     stages = config.model.vision.layers + config.model.language.layers + 3
     if pipeline > stages:
-        fitting = range(1, stages + 1)
-        nearest = _nearest(pipeline, fitting, lambda p: check_layout(_with(config, pipeline=p), processes))
+        up_to = range(1, stages + 1)
+        nearest = _nearest(pipeline, up_to, lambda p: check_layout(_with(config, pipeline=p), processes))
         raise ValueError(
             f"parallel.pipeline = {pipeline}, but the model has {stages} stages; the nearest that goes is {nearest}"
         )
@@ -48,8 +48,8 @@ def check_layout(config: Config, processes: int) -> int:
         )
     if processes % (tensor * pipeline):
         replica = tensor * pipeline
-        fitting = range(replica, processes + 2 * replica, replica)
-        nearest = _nearest(processes, fitting, lambda n: check_layout(config, n))
+        multiples = range(replica, processes + 2 * replica, replica)
+        nearest = _nearest(processes, multiples, lambda n: check_layout(config, n))
         raise ValueError(
             f"{processes} processes do not divide into replicas of parallel.tensor = {tensor} times parallel.pipeline "
             f"= {pipeline}; the nearest number that does is {nearest}"

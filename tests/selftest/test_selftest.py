@@ -79,7 +79,7 @@ def gather_in_another_order(rank: int) -> None:
     """A collective that puts the ranks' rows together in the wrong order."""
     from megatron_lcl.parallel import collectives
 
-    gather = collectives._all_gather
+    gather = collectives.all_gather
 
     def turned(whole: torch.Tensor, share: torch.Tensor, **options: Any) -> Any:
         work = gather(whole, share, **options)
@@ -87,7 +87,7 @@ def gather_in_another_order(rank: int) -> None:
         whole.copy_(torch.cat([whole[len(share) :], whole[: len(share)]]))
         return work
 
-    collectives._all_gather = turned
+    collectives.all_gather = turned
 
 
 def scale_gradients_of(name: str, factor: float) -> None:
@@ -130,13 +130,13 @@ def send_twice(rank: int) -> None:
     """Right in every number, and wasteful."""
     from megatron_lcl.parallel import collectives
 
-    gather = collectives._all_gather
+    gather = collectives.all_gather
 
     def twice(*arguments: Any, **options: Any) -> Any:
         gather(*arguments, **options).wait()
         return gather(*arguments, **options)
 
-    collectives._all_gather = twice
+    collectives.all_gather = twice
 
 
 @pytest.mark.slow
