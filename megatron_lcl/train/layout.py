@@ -48,7 +48,7 @@ def check_layout(config: Config, processes: int) -> int:
         )
     if processes % (tensor * pipeline):
         replica = tensor * pipeline
-        multiples = range(replica, processes + 2 * replica, replica)
+        multiples = range(replica, 2 * processes + replica + 1, replica)
         nearest = _nearest(processes, multiples, lambda n: check_layout(config, n))
         raise ValueError(
             f"{processes} processes do not divide into replicas of parallel.tensor = {tensor} times parallel.pipeline "
