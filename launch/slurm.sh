@@ -13,24 +13,50 @@ if [ -n "${SETUP:-}" ]; then # the site's modules and variables
   set -eu
 fi
 find_python
-train=("$python" -m megatron_lcl train --config "$config" --train.progress false "$@")
+train=("$python" -m megatron_lcl train --config "$config" --train.progress false)
 
-dry=no
-for argument; do [ "$argument" != --dry-run ] || dry=yes; done
+# a dry run's own arguments are not the job's; its sizes are by default those that sbatch finds in the script
+sbatch_has() { sed -n "s/^#SBATCH.* --$1=\([0-9]*\).*/\1/p" "$0"; }
+dry=no nodes=$(sbatch_has nodes) per_node=$(sbatch_has gpus-per-node) arguments=() given=("$@")
+while [ "$#" -gt 0 ]; do
+  case $1 in
+    --dry-run) dry=yes ;;
+    --nodes=*) nodes=${1#*=} ;;
+    --processes=*) per_node=${1#*=} ;;
+    --nodes) shift && nodes=${1:-} ;;
+    --processes) shift && per_node=${1:-} ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift || break
+done
+[ "$dry" = yes ] || arguments=("${given[@]}")
+train+=("${arguments[@]}")
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+  nodes=$SLURM_JOB_NUM_NODES
+  per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  cpus=$((SLURM_CPUS_ON_NODE / per_node))
+  cpus=$((cpus > 1 ? cpus : 1))
+  logs=${SLURM_JOB_NAME//\//_}-$SLURM_JOB_ID
+else
+  [[ "$nodes $per_node" =~ ^[0-9]+\ [0-9]+$ ]] || { echo "--nodes and --processes take a number each" >&2 && exit 2; }
+  cpus=CPUS logs=$(basename "$0" .sh)-JOB # only the job knows
+fi
+# without a binding every process sees all GPUs of its node, which NCCL needs to use NVLink
+step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0)
+# one process a GPU, ranks counted along each node, a log for each
+run=("${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block)
+run+=(--cpus-per-task="$cpus" --wait=600 --open-mode=append --output="$logs/rank-%4t.log" "${train[@]}")
+MEGATRON_LCL_LAUNCH=$(printf '%q ' "${run[@]}") # what a dry run prints
+export MEGATRON_LCL_LAUNCH
+
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-  [ "$dry" = no ] || exec "${train[@]}"
+  [ "$dry" = no ] || exec "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node"
   echo "this is a job: sbatch --nodes=N $0 …; \`bash $0 --dry-run --nodes N --processes GPUS\` checks it here" >&2
   exit 2
 fi
-
-nodes=$SLURM_JOB_NUM_NODES
-per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-cpus=$((SLURM_CPUS_ON_NODE / per_node))
-logs=${SLURM_JOB_NAME//\//_}-$SLURM_JOB_ID
 mkdir -p "$logs"
 echo "--- $(date -Is): start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; logs in $PWD/$logs"
-# without a binding every process sees all GPUs of its node, which NCCL needs to use NVLink
-step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0)
 
 # --- the check: once on every node, before anything takes a GPU
 rm -f "$logs"/check-*
@@ -54,12 +80,10 @@ done
 cat "$logs/check-0.log"
 [ "$dry" = no ] || exit 0
 
-# --- the run: one process a GPU, ranks counted along each node, a log for each
+# --- the run
 trap : TERM # Slurm's TERM reaches the processes too; this script waits until they have saved
 code=0
-"${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block \
-  --cpus-per-task=$((cpus > 1 ? cpus : 1)) --wait=600 --open-mode=append --output="$logs/rank-%4t.log" \
-  "${train[@]}" || code=$?
+"${run[@]}" || code=$?
 if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved
   # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
   if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then

@@ -26,6 +26,8 @@ from megatron_lcl.train import checkpoint
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.run import check
 
+LAUNCH = "MEGATRON_LCL_LAUNCH"
+"""variable in which a launch script says what it would run"""
 LAST_LINE = "checks      passed: "
 """the text's last line begins so; launch scripts look for it"""
 
@@ -113,6 +115,9 @@ def _launch(arguments: Sequence[str], nodes: int, processes: int) -> Iterator[st
     meet = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     where = f", meeting at {':'.join(meet)}" if meet else ""
     yield f"processes   {nodes * processes}: {processes} on each of {nodes} node{'s' * (nodes > 1)}{where}"
+    if LAUNCH in os.environ:
+        yield f"command     {os.environ[LAUNCH].strip()}"
+        return
     if "SLURM_JOB_ID" in os.environ:
         command = f"srun --ntasks-per-node={processes} {program} {line}"
     elif nodes > 1:

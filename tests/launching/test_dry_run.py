@@ -53,11 +53,15 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
 
 
 def test_on_one_machine_the_command_is_the_one_that_was_given(
-    capsys: pytest.CaptureFixture[str], tiny: list[str]
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, out, _ = dry_run(capsys, "--processes", "4", *tiny)
     assert " -m megatron_lcl train --model.vision.image_size 16 " in out
     assert "--processes 4\n" in out
+    monkeypatch.setenv("MEGATRON_LCL_LAUNCH", "srun --nodes=2 ")
+    _, out, _ = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny)
+    assert "\ncommand     srun --nodes=2\n" in out, "the script's own"
+    assert "each node" not in out
 
 
 def test_what_is_wrong_is_one_line(

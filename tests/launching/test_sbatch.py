@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,14 +14,17 @@ import pytest
 from local_slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
+ARGUMENTS = ("--train.output", "runs/an output")
 SCRIPTS = ("lcl_vitb32", "lcl_vitb16", "lcl_vitl14", "lcl_vitg")
 STAND_IN = """#!/usr/bin/env bash
 case " $* " in *" --dry-run "*)
-  if [ "${FAULTY:-}" = "$SLURMD_NODENAME" ]; then
+  if [ "${FAULTY:-}" = "${SLURMD_NODENAME:-login}" ]; then
     printf 'a warning\\nmegatron-lcl train: cannot read it\\n' >&2
     exit 2
   fi
-  [ "${OLDER:-}" != "$SLURMD_NODENAME" ] || echo "software    torch 1.0"
+  [ "${OLDER:-}" != "${SLURMD_NODENAME:-login}" ] || echo "software    torch 1.0"
+  echo "command     $MEGATRON_LCL_LAUNCH"
+  [ -n "${SLURM_JOB_ID:-}" ] || printf '<%s>' "$@"
   echo "checks      passed: all"
   exit ;;
 esac
@@ -35,15 +39,22 @@ while :; do sleep 0.1; done
 """
 
 
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' srun "$@" >"$SLURM_SUBMIT_DIR/srun-$SLURM_JOB_ID"
+exec "$(PATH=${PATH#*:} type -P srun)" "$@"
+"""  # keeps the last one's words
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts alone, in a path with a space, and an environment whose Python is the stand-in."""
     checkout = tmp_path_factory.mktemp("a checkout") / "of mine"
     shutil.copytree(ROOT / "launch", checkout / "launch")
-    python = checkout / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
+    programs = checkout / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, text in (("python", STAND_IN), ("srun", SRUN)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
     return checkout
 
 
@@ -58,14 +69,20 @@ def folder(tmp_path: Path) -> Path:
 def submit(slurm: Slurm, checkout: Path, folder: Path, *options: str, **environment: str) -> str:
     """A job of four tasks on both nodes; its number."""
     line = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", *options, checkout / "launch" / "lcl_vitg.sh"]
-    arguments = ["--train.output", "runs/an output"]
-    return slurm.run(*line, *arguments, cwd=folder, env={**slurm.environment, **environment})
+    path = f"{checkout}/.venv/bin:{slurm.environment['PATH']}"
+    return slurm.run(*line, *ARGUMENTS, cwd=folder, env={**slurm.environment, "PATH": path, **environment})
 
 
 def starts(folder: Path, job: str) -> list[str]:
     """Every start of every task."""
     lines = [line for log in (folder / f"lcl_vitg-{job}").glob("rank-*.log") for line in log.read_text().splitlines()]
     return sorted(line for line in lines if line.startswith("start"))
+
+
+def planned(text: str) -> list[str]:
+    """The words of the command that a dry run prints."""
+    line = next(line for line in reversed(text.splitlines()) if line.startswith("command "))
+    return shlex.split(line)[1:]
 
 
 def log(folder: Path, job: str) -> str:
@@ -111,6 +128,19 @@ def test_a_requeue_from_outside_is_not_asked_for_twice(slurm: Slurm, checkout: P
     assert slurm.field(job, "Restarts") == "1"
     assert len(starts(folder, job)) == 4
     assert "back into the queue" not in log(folder, job)
+    ran = (folder / f"srun-{job}").read_text().splitlines()
+    assert planned(log(folder, job)) == ran, "what the check has printed is what was run"
+    # without a job: the same words, but for what only a job knows
+    script = ["bash", checkout / "launch" / "lcl_vitg.sh", *ARGUMENTS, "--dry-run"]
+    before = slurm.run(*script, "--nodes", "2", "--processes=1", cwd=folder)
+    assert "<--dry-run><--nodes><2><--processes><1>" in before
+    known = {
+        "--cpus-per-task=CPUS": "--cpus-per-task=2",
+        "--output=lcl_vitg-JOB/rank-%4t.log": f"--output=lcl_vitg-{job}/rank-%4t.log",
+    }
+    assert [known.get(word, word) for word in planned(before)] == ran
+    script_says = planned(slurm.run(*script, cwd=folder))
+    assert {"--nodes=32", "--ntasks=256", "--ntasks-per-node=8"} <= set(script_says)
 
 
 @pytest.mark.slow
