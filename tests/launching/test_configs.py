@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Language, Vision
@@ -43,7 +44,8 @@ def test_the_papers_settings_and_a_layout_that_fits(model: str, data: str) -> No
     optimizer = config.optimizer
     assert optimizer.lr == (5e-4 if data == "pairs" else 3e-4)
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.warmup) == ((0.9, 0.98), 1e-6, 0.2, 2000)
-    assert (config.objective.contrastive_weight, config.objective.generation_weight) == (0.1, 1.0)
+    written = yaml.safe_load((ROOT / "configs" / f"lcl_vit{model}_{data}.yaml").read_text())
+    assert written["objective"] == {"contrastive_weight": 0.1, "generation_weight": 1.0}  # not only by default
     assert (config.data.image_first, config.data.min_similarity, config.data.max_images) == (0.5, 0.24, 6)
     assert config.data.tokens_per_pack >= config.model.language.context_length
     nodes = re.search(r"--nodes=(\d+)", (ROOT / "launch" / f"lcl_vit{model}.sh").read_text())
