@@ -74,7 +74,6 @@ class Checkpointer:
     def __init__(self, engine: Any, config: Config, mesh: Mesh, run: Path) -> None:
         from megatron_lcl.train.snapshot import Snapshot
 
-        check_settings(config.deepspeed)
         self.engine, self.config, self.mesh, self.run = engine, config, mesh, run
         self.layout = layout_of(engine, config, mesh)
         self._snapshot = engine.checkpoint_engine = Snapshot(copies=config.checkpoint.background)
@@ -270,20 +269,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def check_settings(deepspeed: dict[str, Any]) -> None:
-    """RunError where DeepSpeed's own settings would write checkpoints other than those that are read here."""
-    checkpoint, zero = deepspeed.get("checkpoint", {}), deepspeed.get("zero_optimization", {})
-    for name in sorted({"load_universal", "use_node_local_storage", "writer"} & checkpoint.keys()):
-        raise RunError(f"deepspeed.checkpoint.{name} is decided by the `checkpoint` section; remove it")
-    if zero.get("elastic_checkpoint"):
-        raise RunError("deepspeed.zero_optimization.elastic_checkpoint is not needed, any layout loads; remove it")
-    if zero.get("offload_optimizer", {}).get("device") == "nvme":
-        raise RunError(
-            "deepspeed.zero_optimization.offload_optimizer.device = nvme keeps the optimizer outside DeepSpeed's "
-            "checkpoint files; set it to cpu"
-        )
 
 
 def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:

@@ -20,11 +20,14 @@ from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.lcl import StageList
 from megatron_lcl.model.stages import Head, stage_specs
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.train import settings
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.cuts import even_cuts
 from megatron_lcl.train.layout import build_mesh, build_topology, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
 
+BUCKET = 50_000_000
+"""numbers in a sum of gradients over replicas: DeepSpeed's own are so large that a model of 500 million has one sum"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,7 +75,8 @@ def resolve_dtype(config: Config) -> str:
 def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
     """DeepSpeed's config for a run on so many processes.
 
-    ValueError where the layout does not divide, or `deepspeed:` sets something that the rest of our config decides.
+    ValueError where the layout does not divide, or `deepspeed:` sets something that DeepSpeed does not take or the rest
+    of our config decides.
     """
     data_parallel = check_layout(config, processes)
     dtype = resolve_dtype(config)
@@ -90,22 +94,12 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
     }
+    merged = settings.merge(ours, config.deepspeed)
     # gradients are summed over replicas in float32 in every precision, unless the user wants half the bytes
-    defaults = {"communication_data_type": "fp32"}
-    return defaults | _merge(ours, config.deepspeed, "deepspeed")
-
-
-def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(ours)
-    for key, value in theirs.items():
-        if key not in ours:
-            merged[key] = value
-        elif isinstance(ours[key], dict) and isinstance(value, dict):
-            merged[key] = _merge(ours[key], value, f"{path}.{key}")
-        else:
-            raise ValueError(
-                f"{path}.{key} = {value!r} is decided by the rest of the config ({ours[key]!r}); remove it"
-            )
+    merged.setdefault("communication_data_type", "fp32")
+    if config.zero.stage < 3 and config.parallel.pipeline == 1:  # a sum travels while backward goes on; so not too late
+        merged["zero_optimization"] = {"overlap_comm": True, "reduce_bucket_size": BUCKET} | merged["zero_optimization"]
+    settings.check(config, merged, data_parallel)
     return merged
 
 
@@ -142,7 +136,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
     """DeepSpeed's engine around the stages that `build_module` gives."""
     import deepspeed
 
-    settings = deepspeed_config(config, mesh.world.size)
+    settings_of_run = deepspeed_config(config, mesh.world.size)
     heads = [stage for stage in module.children() if isinstance(stage, Head)]  # in a pipeline only the last part's
     initial = [float(head.log_scale.detach()) for head in heads]
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
@@ -151,12 +145,12 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
         if mesh.pipeline.size == 1:
             mpu = _grid(config, mesh)
             engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+                model=module, optimizer=optimizer, config=settings_of_run, mpu=mpu, dist_init_required=False
             )
         else:
             from megatron_lcl.train.pipeline import build_pipeline_engine
 
-            engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
+            engine = build_pipeline_engine(module, optimizer, settings_of_run, config, mesh)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # below its smallest a step is as bad as others: train.guard
         scaler.raise_error_at_min_scale = False

@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Checkpoint
 from megatron_lcl.data.manifest import verify
 from megatron_lcl.train import checkpoint, reshard
-from megatron_lcl.train.checkpointer import check_settings
 from megatron_lcl.train.state import KEYS, State
 
 JOBS = [Job("whole", 1), Job("sharded", 3)]
@@ -191,20 +189,6 @@ def test_list_verify_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(prune) == 2
     assert "nothing was deleted" in capsys.readouterr().err
     assert len(checkpoint.list_checkpoints(run)) == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer is decided"),
-        ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint is not needed"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "set it to cpu"),
-    ],
-)
-def test_settings_that_would_write_other_checkpoints(settings: dict[str, Any], message: str) -> None:
-    check_settings({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
-    with pytest.raises(ValueError, match=message):
-        check_settings(settings)
 
 
 def test_what_is_kept() -> None:

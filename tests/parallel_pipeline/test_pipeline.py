@@ -21,6 +21,9 @@ TWO = {
     "one micro-batch": Case((0, 4), (((1, 2),),)),
     "generation": Case((0, 7), RAGGED, objective="generation"),
     "checkpointing": Case((0, 4), RAGGED, "recompute", checkpointing="full"),
+    "optimizer on the CPU": Case(
+        (0, 4), RAGGED, deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    ),
 }
 FOUR = {
     "retain": Case((0, 2, 4, 6), RAGGED),
