@@ -26,7 +26,7 @@ SHARD = 100_000
 
 def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
     """A corpus of resampled documents: sizes are real, all token ids are 0, all images the same."""
-    from megatron_lcl.data.store import ShardWriter, write_manifest
+    from megatron_lcl.data.store import ShardWriter, total, write_manifest
     from megatron_lcl.data.tokenizer import load
 
     tokenizer = load("clip")
@@ -50,8 +50,12 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
     for name in list(files):
         for k in range(1, num_documents // SHARD):
             os.link(folder / name, folder / name.replace("00000", f"{k:05d}"))
-    manifest = {"format_version": 1, "tokenizer": {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}}
-    write_manifest(folder, {**manifest, "shards": [counts] * (num_documents // SHARD), "files": files})
+    shards = [counts] * (num_documents // SHARD)
+    write_manifest(folder, {
+        "format_version": 1, "source": {}, "shards": shards, "counts": total(shards), "files": files,
+        "tokenizer": {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint,
+                      "vocab_size": tokenizer.vocab_size},
+    })  # fmt: skip
 
 
 def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, queue: Any) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import simplejpeg
 
-_ORIENTATION = 0x0112
+from megatron_lcl.data.probe import DAMAGE, eight_bits, orientation, upright
+
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 
@@ -130,11 +130,12 @@ def _decode_jpeg(data: bytes, width: int, height: int, factor: float) -> np.ndar
 
 def _jpeg_orientation(data: bytes) -> int:
     """EXIF orientation, 1 if there is none. Only the start of the file is looked at; pixels are not decoded."""
-    if b"Exif\0\0" not in data[: 1 << 16]:
+    head = data[: 1 << 16]
+    if b"Exif\0\0" not in head and b":Orientation" not in head:  # the second in XMP, where Pillow looks, too
         return 1
     try:
-        return PIL.Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError):
+        return orientation(PIL.Image.open(io.BytesIO(data)))
+    except DAMAGE:
         return 1
 
 
@@ -153,20 +154,15 @@ def thumbnail(data: bytes | memoryview, side: int) -> str:
 def _open(data: bytes) -> PIL.Image.Image:
     """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white."""
     try:
-        image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
+        image = PIL.Image.open(io.BytesIO(data))
         image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = PIL.ImageOps.exif_transpose(image)
-        return _rgb(image)
-    except (OSError, ValueError, SyntaxError, MemoryError, PIL.Image.DecompressionBombError) as error:
+        return _rgb(upright(image))
+    except DAMAGE as error:
         raise ValueError(f"an image that does not decode: {error}") from None
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        image = PIL.Image.fromarray(np.clip(values / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8))
+    image = eight_bits(image)
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])

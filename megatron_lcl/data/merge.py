@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.store import (
     FORMAT_VERSION,
     MANIFEST,
+    open_corpus,
     read_manifest,
     shard_files,
     total,
@@ -25,22 +27,37 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     """Join corpora, in the given order, into the new folder `output`; returns its manifest.
 
     Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
-    once the new manifest is written. Done before with the same corpora, it is recognised. Raises ValueError where the
-    tokenizers differ, a corpus is given twice, or the folder holds something else.
+    once the new manifest is written. Done before with the same corpora, it is recognised, and a removal that was cut
+    short goes on. Raises ValueError where the tokenizers differ, a corpus is given twice, or the folder holds something
+    else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
+    if not _is_done(sources, output):
+        _join(sources, output)
+    if move:
+        for source in sources:
+            _remove(source)
+    return read_manifest(output)
+
+
+def _is_done(sources: list[Path], output: Path) -> bool:
+    """Whether `output` is what joining the sources gave; of moved ones some, or all, may be gone."""
+    if not (output / MANIFEST).exists():
+        return False
+    merged = read_manifest(output).get("recipe", {}).get("merged", ())
+    there = [read_manifest(s)["fingerprint"] if (s / MANIFEST).exists() else None for s in sources]
+    return len(there) == len(merged) > 0 and all(a in (None, b) for a, b in zip(there, merged, strict=True))
+
+
+def _join(sources: list[Path], output: Path) -> None:
     recipe: dict[str, Any] = {"merged": []}
-    if (output / MANIFEST).exists() and (done := read_manifest(output)).get("recipe", {}).get("merged"):
-        there = [read_manifest(s)["fingerprint"] for s in sources if (s / MANIFEST).exists()]
-        if there == done["recipe"]["merged"] or not there:
-            return done
     if not sources:
         raise ValueError("no corpus to merge")
     if len({s.resolve() for s in sources}) < len(sources):
         raise ValueError("a corpus is given twice")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; give a new folder")
-    manifests = [read_manifest(s) for s in sources]
+    manifests = [open_corpus(s).manifest for s in sources]
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
     if len(tokenizers) > 1:
         first, second = list(tokenizers.values())[:2]
@@ -88,14 +105,19 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
         if created:
             output.rmdir()
         raise
-    if move:
-        for source, manifest in zip(sources, manifests, strict=True):
-            (source / MANIFEST).unlink()  # first: a corpus is whole or it is none
-            for name in manifest["files"]:
-                (source / name).unlink(missing_ok=True)
-            if not any(source.iterdir()):
-                source.rmdir()
-    return read_manifest(output)
+
+
+def _remove(source: Path) -> None:
+    """Remove a corpus, and nothing else from its folder; repeatable, should it be interrupted."""
+    moved = source / f"{MANIFEST}.moved"
+    if (source / MANIFEST).exists():
+        os.replace(source / MANIFEST, moved)  # first: a corpus is whole or it is none
+    if moved.exists():
+        for name in json.loads(moved.read_bytes())["files"]:
+            (source / name).unlink(missing_ok=True)
+        moved.unlink()
+    if source.exists() and not any(source.iterdir()):
+        source.rmdir()
 
 
 def _link(source: Path, target: Path) -> None:

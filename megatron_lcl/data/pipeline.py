@@ -34,6 +34,8 @@ BATCH = 256
 """documents tokenised together, fewer at a part's end; parts end between batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
+PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
+"""a part's index is kept in memory until it ends, so it ends after a batch in which it comes to so many of either"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,12 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
             num_read += len(batch)
             chosen = [d for d in batch if (group_name(d) in job.groups) == job.keep_groups] if job.groups else batch
             digests += _write_batch(job, writer, chosen, drops)
-            if writer.num_bytes >= job.shard_bytes or writer.num_documents >= job.shard_documents:
+            if (
+                writer.num_bytes >= job.shard_bytes
+                or writer.num_documents >= job.shard_documents
+                or writer.num_pieces >= PART_PIECES
+                or writer.num_images >= PART_IMAGES
+            ):
                 last = False
                 break
         name = Part(task, number, last, num_read).name

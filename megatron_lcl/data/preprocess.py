@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,24 +29,24 @@ from tqdm import tqdm
 
 from megatron_lcl.data import importers
 from megatron_lcl.data import tokenizer as tokenizers
+from megatron_lcl.data.budget import Budget, Unusable, nothing_left
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.drops import LOG, Drops
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import Grouping, group_name
 from megatron_lcl.data.importers import Importer, Unit
+from megatron_lcl.data.importers.sources import images_signature
 from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.pipeline import Job, Part, final_name, is_finished, parts_of, run_task
 from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, total, write_manifest
 from megatron_lcl.data.tokenizer import Tokenizer
 
 WORK = "_unfinished"
+_RECORD = "recipe.json"
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
 SHARD_DOCUMENTS = 500_000
-_ENOUGH = 1000
-"""items after which the share of bad ones is judged before the end"""
-
 logger = logging.getLogger(__name__)
 
 
@@ -107,8 +108,8 @@ def preprocess(
     finishes, and a share that fails leaves the others' work alone.
 
     Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
-    ValueError, and leaves nothing half-written, where the input is unusable, more than `max_bad_fraction` of it is bad,
-    the folder holds something else, or the disk is full.
+    ValueError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
+    input is unusable or more than `max_bad_fraction` of it is bad. After any other failure finished parts stay.
     """
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
@@ -118,6 +119,7 @@ def preprocess(
     recipe: dict[str, Any] = {
         "format": format,
         "input": importer.signature(),
+        "images": None if images is None else images_signature(Path(images)),
         "options": dict(options or {}),
         "tokenizer": given.fingerprint if given else {"train": vocab_size},
         "max_image_side": max_image_side,
@@ -128,11 +130,12 @@ def preprocess(
     if held_out is not None:
         sides.append((Path(held_out), {**recipe, "side": "held out"}))
     finished = [_finished(folder, side) for folder, side in sides]
+    for (folder, _), done in zip(sides, finished, strict=True):
+        if done:
+            _clear_up(folder)
     if all(finished):
         training, *rest = (_summary(folder, reused=True) for folder, _ in sides)
         return _with(training, rest)
-    for folder, side in sides:
-        _check_folder(folder, side)
 
     tasks = _tasks(importer.units(), task_bytes)
     groups = _held_out_groups(importer, tasks, held_out_fraction, seed) if held_out is not None else frozenset()
@@ -171,35 +174,33 @@ def _with(training: Summary, rest: list[Summary]) -> Summary:
 
 
 def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very corpus. ValueError where it holds another."""
-    if not (folder / MANIFEST).exists():
-        return False
-    theirs = read_manifest(folder).get("recipe", {})
-    if theirs == json.loads(json.dumps(recipe)):
+    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. ValueError for all else."""
+    ours = json.loads(json.dumps(recipe))
+    try:  # before the manifest: the record goes once that is there
+        record = json.loads((folder / WORK / _RECORD).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        record = None
+    if (folder / MANIFEST).exists():
+        theirs = read_manifest(folder).get("recipe", {})
+        if different := [key for key in ours if key not in theirs or theirs[key] != ours[key]]:
+            raise ValueError(
+                f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
+                "corpora with `megatron-lcl merge`"
+            )
         return True
-    different = [key for key in recipe if theirs.get(key) != json.loads(json.dumps(recipe[key]))]
-    raise ValueError(
-        f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join corpora with "
-        "`megatron-lcl merge`"
-    )
-
-
-def _check_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """ValueError where the folder holds anything but an unfinished run of the same recipe."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a new folder")
-    record = folder / WORK / "recipe.json"
-    if record.exists():
-        if json.loads(record.read_text("utf-8")) != json.loads(json.dumps(recipe)):
+    if record is not None:
+        if record != ours:
             raise ValueError(
                 f"{folder} holds an unfinished corpus of other input or options; remove it or give a new folder"
             )
-    elif others := sorted(p.name for p in folder.iterdir() if p.name != WORK):
-        raise ValueError(
-            f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
-        )
+    elif folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file; give a new folder")
+        if others := sorted(p.name for p in folder.iterdir() if p.name != WORK):
+            raise ValueError(
+                f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
+            )
+    return False
 
 
 def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
@@ -239,7 +240,7 @@ def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document
             found = True
             yield document
     if not found:
-        raise ValueError(_nothing_left(drops))
+        raise ValueError(nothing_left(drops))
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -256,15 +257,19 @@ def _write_corpus(
     shard: tuple[int, int] | None,
     progress: bool,
 ) -> None:
+    if _finished(folder, recipe):  # by other shares, since the first look
+        return
     work = job.folder
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _clear_errors(folder):
             work.mkdir(parents=True, exist_ok=True)
-            write_file(work / "recipe.json", json.dumps(recipe).encode())
+            _claim(work, recipe)
+            with _locked(work):
+                job.importer.prepare(work)
             share, num_shares = shard or (0, 1)
             mine = [k for k in range(len(tasks)) if k % num_shares == share]
-            budget = _Budget(max_bad_fraction)
+            budget = Budget(max_bad_fraction)
             done = tqdm(_run(job, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
             for number, drops in done:
                 budget.add(drops, [part.counts for part in parts_of(work, number)])
@@ -273,14 +278,26 @@ def _write_corpus(
                 if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
                     _finish(folder, recipe, job, [part for task in parts for part in task], max_bad_fraction, source)
     except BaseException as error:
-        keeps_parts = not isinstance(error, ValueError) or isinstance(error, Unfinished)
-        if shard is None and not (keeps_parts and any(work.glob("part-*.json"))):
-            _remove(folder, created)
-        raise
+        # a share may find the work folder gone: another one found all done, finished and cleared up
+        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
+            if shard is None and (isinstance(error, Unusable) or not any(work.glob("part-*.json"))):
+                _remove(folder, created)
+            raise
+    if (folder / MANIFEST).exists():
+        _clear_up(folder)
 
 
-class Unfinished(ValueError):
-    """The input is good, but the disk is full or a worker died: finished parts stay, so that the run can go on."""
+def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
+    """Record whose the work folder is. Shares that start together all write the same, each under a name of its own."""
+    if not (work / _RECORD).exists():
+        own = work / f"{uuid.uuid4()}.json"
+        write_file(own, json.dumps(recipe).encode())
+        os.replace(own, work / _RECORD)
+
+
+def _clear_up(folder: Path) -> None:
+    """Once the manifest is written nothing else is needed."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 @contextmanager
@@ -289,7 +306,7 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unfinished(f"no space left for {folder}; free some and run the same command again") from None
+            raise ValueError(f"no space left for {folder}; free some and run the same command again") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise ValueError(f"cannot write {folder}: {error.strerror}") from None
         raise
@@ -308,7 +325,7 @@ def _run(job: Job, tasks: list[list[Unit]], mine: list[int], workers: int) -> It
             for k, future in futures:
                 yield k, future.result()
         except BrokenProcessPool:
-            raise Unfinished(
+            raise ValueError(
                 "a worker process died, perhaps for want of memory; run the same command again, with fewer workers"
             ) from None
         finally:
@@ -324,51 +341,6 @@ def _start_worker(job: Job) -> None:
 
 def _worker_task(k: int, units: list[Unit]) -> Drops:
     return run_task(_job_of_this_worker[0], k, units)
-
-
-class _Budget:
-    """Stops a run of which too much is bad."""
-
-    def __init__(self, max_bad_fraction: float) -> None:
-        self._limit = max_bad_fraction
-        self._drops = Drops()
-        self._counts: dict[str, int] = {}
-
-    def add(self, drops: Drops, counts: list[dict[str, int]]) -> None:
-        self._drops.add(drops)
-        self._counts = total([self._counts, *counts])
-        self.check(at_least=_ENOUGH)
-
-    def check(self, at_least: int) -> None:
-        good = {
-            "image": self._counts.get("placements", 0),
-            "document": self._counts.get("documents", 0),
-            "text": self._counts.get("pieces", 0) - self._counts.get("placements", 0),
-        }
-        for kind in ("image", "document", "text"):
-            bad = self._drops.num_bad(kind)  # type: ignore[arg-type]
-            seen = bad + good[kind]
-            if bad and seen >= at_least and bad > self._limit * seen:
-                raise ValueError(
-                    f"{bad:,} of {seen:,} {kind}s are bad ({bad / seen:.0%}; max_bad_fraction is {self._limit:g}); "
-                    f"{_dominant(self._drops, kind)}"
-                )
-
-
-def _nothing_left(drops: Drops) -> str:
-    return f"no usable document: {_dominant(drops, 'image') or _dominant(drops) or 'the input is empty'}"
-
-
-def _dominant(drops: Drops, kind: str = "") -> str:
-    """The most frequent reason for which something of `kind` is bad, or was left out; "" if there is none."""
-    counts = {reason: n for reason, n in drops.bad_counts.items() if reason.startswith(kind)}
-    if not counts:
-        counts = {reason: n for reason, n in drops.left_out_counts.items() if reason.startswith(kind)}
-    if not counts:
-        return ""
-    reason = max(counts, key=lambda r: counts[r])
-    names = drops.names.get(reason)
-    return f"mostly {reason}, {counts[reason]:,}" + (f" (e.g. {names[0]})" if names else "")
 
 
 # --- after the work ----------------------------------------------------------------------------------------------
@@ -396,12 +368,12 @@ def _finish(
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
     counts = total(part.counts for part in parts)
-    budget = _Budget(max_bad_fraction)
+    budget = Budget(max_bad_fraction)
     budget.add(drops, [counts])
     budget.check(at_least=1)
     filled = [part for part in parts if part.files]
     if not filled:
-        raise ValueError(_nothing_left(drops))
+        raise Unusable(nothing_left(drops))
     repeated = _num_repeated(work, filled, counts["documents"])
     if repeated:
         drops.note("document", "duplicate of another (kept)", count=repeated)
@@ -435,14 +407,13 @@ def _finish(
             "recipe": recipe,
         },
     )
-    shutil.rmtree(work, ignore_errors=True)
     for row in drops.rows():
         logger.info("%s: %s %d (%s)", row["what"], row["reason"], row["count"], "; ".join(row["names"]))
 
 
 def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:
     """Documents that repeat an earlier one, counted in slices of the hashes that fit in memory."""
-    num_slices = 1 + num_documents // (1 << 24)
+    num_slices = 1 + num_documents // (1 << 23)
     bounds = [(1 << 64) * k // num_slices for k in range(num_slices + 1)]
     repeated = 0
     for low, high in itertools.pairwise(bounds):

@@ -1,24 +1,36 @@
-"""Does an encoded image decode, and how large is it? The check that every image passes on its way into a corpus."""
+"""Does an encoded image decode, how large is it, and which way up? What every image passes on its way into a corpus,
+and what whoever decodes it later relies on."""
 
 from __future__ import annotations
 
 import io
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import simplejpeg
 from PIL import Image as Pillow
-from PIL import ImageOps
 
 MAX_PIXELS = 89_478_485
 """above this Pillow suspects a decompression bomb; decoded, so many take 360 MB"""
-_EXIF_ORIENTATION = 0x0112
 DAMAGE = (
-    OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
-    struct.error, Pillow.DecompressionBombError,
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Pillow.DecompressionBombError,
 )  # fmt: skip
-"""what Pillow raises for files that are not whole"""
+"""what Pillow and the libraries behind it raise for files that are not whole"""
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what turns the picture upright"""
 
 
 class BadImage(Exception):
@@ -52,14 +64,38 @@ def probe(data: bytes) -> Probe:
         try:
             if not (image.format == "JPEG" and image.mode in ("RGB", "L") and _reads_as_jpeg(data)):
                 image.load()
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if image.format != "GIF" else 1
         except Pillow.DecompressionBombError:
             raise BadImage("too many pixels") from None
         except DAMAGE:
             raise BadImage("truncated or damaged") from None
-    if orientation in (5, 6, 7, 8):
-        width, height = height, width
+        if orientation(image) >= 5:
+            width, height = height, width
     return Probe(width, height, image.format or "?")
+
+
+def orientation(image: Pillow.Image) -> int:
+    """EXIF's orientation, 1 … 8; 1, as it lies, where there is none or the EXIF data are damaged."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+        return value if value in _UPRIGHT else 1
+    except DAMAGE:
+        return 1
+
+
+def upright(image: Pillow.Image) -> Pillow.Image:
+    """The picture turned as its EXIF data say. (Pillow's own function also rewrites them, and fails if it cannot.)"""
+    image.load()  # a TIFF turns itself here
+    turn = _UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def eight_bits(image: Pillow.Image) -> Pillow.Image:
+    """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    values = np.asarray(image, np.float64)
+    deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
+    return Pillow.fromarray(np.clip(values / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8))
 
 
 def _reads_as_jpeg(data: bytes) -> bool:
@@ -72,26 +108,34 @@ def _reads_as_jpeg(data: bytes) -> bool:
 
 
 def downscale(data: bytes, max_side: int, quality: int = 90) -> bytes:
-    """`data`, or where a side is longer than `max_side` pixels, a smaller JPEG (PNG where it is transparent)."""
+    """`data`, or where a side is longer than `max_side` pixels, a smaller JPEG (PNG where it is transparent).
+
+    BadImage if that is not possible.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Pillow.open(io.BytesIO(data))
-        if max(image.size) <= max_side:
-            return data
-        image.draft("RGB", (max_side, max_side))
-        frame: Pillow.Image = ImageOps.exif_transpose(image) or image
-        has_alpha = "A" in frame.getbands() or "transparency" in frame.info
-        if frame.mode.startswith("I;16") or frame.mode == "I":
-            frame = frame.point(lambda value: value / 256).convert("L")
-        frame = frame.convert("RGBA" if has_alpha else "RGB")
-        scale = max_side / max(frame.size)
-        size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
-        frame = frame.resize(size, Pillow.Resampling.LANCZOS)
-        out = io.BytesIO()
-        if has_alpha:
-            frame.save(out, "PNG")
-        else:
-            frame.save(out, "JPEG", quality=quality)
+        try:
+            return _downscaled(data, max_side, quality)
+        except DAMAGE:
+            raise BadImage("cannot be scaled down") from None
+
+
+def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
+    image = Pillow.open(io.BytesIO(data))
+    if max(image.size) <= max_side:
+        return data
+    image.draft("RGB", (max_side, max_side))
+    frame = upright(image)
+    has_alpha = "A" in frame.getbands() or "transparency" in frame.info
+    frame = eight_bits(frame).convert("RGBA" if has_alpha else "RGB")
+    scale = max_side / max(frame.size)
+    size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+    frame = frame.resize(size, Pillow.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if has_alpha:
+        frame.save(out, "PNG")
+    else:
+        frame.save(out, "JPEG", quality=quality)
     return out.getvalue()
 
 

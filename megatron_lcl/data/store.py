@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 TEXT, IMAGE = 0, 1
+COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
 SHARD_FILES = ("tokens-{}.bin", "tokens-{}.idx", "images-{}.bin", "images-{}.idx", "images-{}.arrow")
 FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
 
@@ -67,6 +68,10 @@ class ShardWriter:
     @property
     def num_pieces(self) -> int:
         return self._tokens.num_sequences
+
+    @property
+    def num_images(self) -> int:
+        return self._images.num_sequences
 
     @property
     def num_bytes(self) -> int:
@@ -196,10 +201,11 @@ class Shard:
         self._images = read_indexed(folder / f"images-{number:05d}")
         arrow_path = folder / f"images-{number:05d}.arrow"
         try:
-            row = pa.ipc.open_file(map_file(arrow_path)).get_batch(0)
-        except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowIndexError) as error:
-            raise ValueError(f"{arrow_path} is missing or damaged: {error}") from None
-        images, placements = row.column("images").values, row.column("placements").values
+            images, placements = _arrow_columns(arrow_path)
+        except FileNotFoundError:
+            raise ValueError(f"{arrow_path} is missing; the corpus is incomplete") from None
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{arrow_path} is damaged: {error}") from None
         self.image_width: np.ndarray = images.field("width").to_numpy()
         self.image_height: np.ndarray = images.field("height").to_numpy()
         self.image_format: np.ndarray = images.field("format").to_numpy()
@@ -260,12 +266,28 @@ class Shard:
         return self._images.sequence(j).data
 
 
+def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
+    """Images and placements; raises whatever a damaged file makes pyarrow raise."""
+    row = pa.ipc.open_file(map_file(path)).get_batch(0)
+    row.validate(full=True)  # else a wrong length leads outside the file
+    lists = [row.column("images"), row.column("placements")]
+    if [array.type.value_type for array in lists] != [_IMAGE_TYPE, _PLACEMENT_TYPE] or row.num_rows != 1:
+        raise ValueError("it has other columns")
+    if any(array.null_count for array in (*lists, *(field for array in lists for field in array.values.flatten()))):
+        raise ValueError("it has gaps")
+    return lists[0].values, lists[1].values
+
+
 class Corpus(Sequence[Document]):
     """A finished corpus; `corpus[i]` is its i-th Document. Cheap to open, pickled by its path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        try:
+            _check_manifest(self.manifest)
+        except (KeyError, TypeError):
+            raise ValueError(f"{self.path / MANIFEST} is damaged; run `megatron-lcl preprocess` again") from None
         self._shards: dict[int, Shard] = {}
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self.document_starts = np.array([0, *itertools.accumulate(counts)], np.int64)
@@ -355,6 +377,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
     return {**manifest, "fingerprint": xxhash.xxh3_128_hexdigest(raw)}
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """KeyError or TypeError where something is not there, or of another type."""
+
+    def are(kind: type, *values: object) -> None:
+        if not all(type(value) is kind for value in values):
+            raise TypeError
+
+    are(dict, manifest["source"], manifest["tokenizer"], manifest["counts"], manifest["files"])
+    are(list, manifest["shards"])
+    are(dict, *manifest["shards"], *manifest["files"].values())
+    tokenizer = manifest["tokenizer"]
+    are(str, tokenizer["file"], tokenizer["fingerprint"], *(info["xxh3"] for info in manifest["files"].values()))
+    are(int, tokenizer["vocab_size"], *(info["size"] for info in manifest["files"].values()))
+    for counts in (manifest["counts"], *manifest["shards"]):
+        are(int, *(counts[name] for name in COUNTS))
 
 
 def open_corpus(path: str | Path) -> Corpus:

@@ -13,6 +13,7 @@ from megatron_lcl.data.files import hash_file
 from megatron_lcl.data.indexed import read_indexed
 from megatron_lcl.data.probe import BadImage, probe
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
+from megatron_lcl.data.tokenizer import SPECIAL_TOKENS
 
 _BLOCK = 8 << 20
 
@@ -33,23 +34,25 @@ def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[
 def _faults(path: Path, quick: bool) -> Iterator[str]:
     try:
         corpus = open_corpus(path)
-        base_size = corpus.tokenizer.base_size
-        if corpus.tokenizer.fingerprint != corpus.manifest["tokenizer"]["fingerprint"]:
-            yield f"{corpus.manifest['tokenizer']['file']}: not the tokenizer that the manifest names"
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         yield str(error)
         return
-    files = corpus.manifest["files"]
+    files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
     for name, info in files.items():
         yield from _file_faults(path / name, info)
     listed = {name for number in range(corpus.num_shards) for name in shard_files(number)}
-    for name in sorted(listed - set(files)):
+    for name in sorted({*listed, named["file"]} - set(files)):
         yield f"{name}: not in the manifest"
     if total(corpus.manifest["shards"]) != corpus.manifest["counts"]:
         yield "corpus.json: the counts are not the sum of the shards'"
+    try:
+        if (corpus.tokenizer.fingerprint, corpus.tokenizer.vocab_size) != (named["fingerprint"], named["vocab_size"]):
+            yield f"{named['file']}: not the tokenizer that the manifest names"
+    except ValueError as error:
+        yield str(error)
     for number in range(corpus.num_shards):
         try:
-            for fault in _shard_faults(corpus, number, base_size, quick):
+            for fault in _shard_faults(corpus, number, named["vocab_size"] - len(SPECIAL_TOKENS), quick):
                 yield f"shard {number:05d}: {fault}"
         except ValueError as error:
             yield str(error)

@@ -48,7 +48,11 @@ def write_corpus(
         shards.append(counts)
     manifest = {"format_version": 1, "source": {"format": source}, "shards": shards, "files": files}
     manifest |= {"counts": total(shards), "drops": Drops().to_dict()}
-    manifest["tokenizer"] = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
+    manifest["tokenizer"] = {
+        "file": tokenizer.file_name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+    }
     write_manifest(folder, manifest)
     return open_corpus(folder)
 

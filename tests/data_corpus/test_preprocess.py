@@ -6,9 +6,11 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_lcl.data import importers, indexed
+from megatron_lcl.data import preprocess as preprocess_module
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Unit
@@ -100,6 +103,61 @@ def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path)
     assert parts.items() <= contents(tmp_path / "out" / WORK).items()
 
 
+_SHARES = """
+import os, sys, time
+from megatron_lcl.data.preprocess import preprocess
+if __name__ == "__main__":
+    for trial in range(4):
+        start, children = time.monotonic() + 0.3, []
+        for share in range(8):
+            if not (child := os.fork()):
+                while time.monotonic() < start:
+                    pass
+                try:
+                    preprocess("jsonl", sys.argv[1], f"{sys.argv[2]}/{trial}", tokenizer=sys.argv[3], shard=(share, 8),
+                               task_bytes=1, shard_documents=64)
+                    os._exit(0)
+                except BaseException as error:
+                    print(trial, share, repr(error), flush=True)
+                os._exit(1)
+            children.append(child)
+        if any([os.waitpid(child, 0)[1] for child in children]):
+            sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_shares_at_the_same_moment(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "t.model")
+    command = [sys.executable, "-c", _SHARES, str(source), str(tmp_path), str(tmp_path / "t.model")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for trial in range(4):
+        assert contents(tmp_path / str(trial)) == expected
+
+
+@pytest.mark.parametrize("where", ["_tasks", "_run"])
+def test_a_share_whose_corpus_others_finish_meanwhile(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Share 3 of 6 has work to do, share 5 has none; either is overtaken before it starts, or before it ends."""
+    original = getattr(preprocess_module, where)
+
+    def overtaken(*arguments: Any) -> Any:
+        done = list(original(*arguments))
+        monkeypatch.undo()
+        for other in range(6):
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(other, 6), **SMALL)
+        return done
+
+    for share in (3, 5):
+        output = tmp_path / str(share)
+        monkeypatch.setattr(preprocess_module, where, overtaken)
+        summary = preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(share, 6), **SMALL)
+        assert summary.counts["documents"] == 5 * 149
+        assert contents(output) == expected
+
+
 def test_a_share_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
     preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
@@ -157,28 +215,59 @@ def test_a_worker_that_dies(
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("stop_at", [3, 11, 15, 17])
-def test_interrupted_while_finishing(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+class FaultyImporter(JsonlImporter):
+    """Has a bug that the third file shows."""
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        if unit.name == "part-2.jsonl":
+            raise ValueError("list.index(x): x not in list")
+        return super().documents(unit, drops)
+
+
+def test_an_unexpected_error_leaves_finished_parts(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
-    original = os.replace
+    with monkeypatch.context() as patched:
+        patched.setattr(importers, "importer_class", lambda format: FaultyImporter)
+        with pytest.raises(ValueError, match="not in list"):
+            preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert len(list((tmp_path / "out" / WORK).glob("part-*.json"))) == 6
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_interrupted_after_every_step_of_finishing(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run gets one file further than the one before, and is stopped before the next."""
+    output, original, reached = tmp_path / "out", os.replace, 0
 
     def replace(a: Any, b: Any) -> None:
-        nonlocal calls
-        if Path(b).parent == tmp_path / "out":
-            calls += 1
-            if calls == stop_at:
+        nonlocal reached
+        if Path(b).parent == output and not Path(b).exists():
+            if reached == 1:
                 raise KeyboardInterrupt
+            reached += 1
         original(a, b)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
-    monkeypatch.undo()
-    assert not (tmp_path / "out" / "corpus.json").exists()
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
-    assert contents(tmp_path / "out") == expected
+    for step in range(1, len(expected)):
+        reached = 0
+        with pytest.raises(KeyboardInterrupt):
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
+        assert len([p for p in output.iterdir() if p.suffix != ".tmp" and p.name != WORK]) == step
+    reached = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(preprocess_module, "_clear_up", interrupt)  # the manifest is there, the parts' records as well
+        with pytest.raises(KeyboardInterrupt):
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
+    assert (output / WORK).exists()
+    assert preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL).reused
+    assert contents(output) == expected
+
+
+def interrupt(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_run_twice_is_recognised(source: Path, tmp_path: Path) -> None:
@@ -186,6 +275,25 @@ def test_run_twice_is_recognised(source: Path, tmp_path: Path) -> None:
     again = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
     assert (first.reused, again.reused) == (False, True)
     assert first.counts == again.counts
+
+
+def test_other_images_make_another_corpus(tmp_path: Path) -> None:
+    documents = [Document((Image(picture(0), "", 0.5, 0), Text("a")))]
+    writers.write_mmc4(documents, tmp_path / "in", tmp_path / "images")
+    assert (
+        preprocess("mmc4", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1).reused is False
+    )
+    with pytest.raises(ValueError, match="its images differ"):
+        preprocess("mmc4", tmp_path / "in", tmp_path / "out", images=tmp_path / "images", tokenizer=TOKENIZER)
+    shutil.copytree(tmp_path / "images", tmp_path / "elsewhere/images")
+    for where in ("images", "elsewhere/images"):
+        summary = preprocess("mmc4", tmp_path / "in", tmp_path / "two", images=tmp_path / where, tokenizer=TOKENIZER)
+        assert summary.counts["images"] == 1
+    assert summary.reused
+    with tarfile.open(tmp_path / "elsewhere/images/0.tar", "w") as tar:
+        writers._add(tar, "x.png", picture(1))
+    with pytest.raises(ValueError, match="its images differ"):
+        preprocess("mmc4", tmp_path / "in", tmp_path / "two", images=tmp_path / "elsewhere/images", tokenizer=TOKENIZER)
 
 
 def run(tmp_path: Path, *args: Any, **options: Any) -> Summary:

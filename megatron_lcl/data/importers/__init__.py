@@ -60,6 +60,9 @@ class Importer(ABC):
     def units(self) -> list[Unit]:
         """All units in the corpus's order; the same for the same input."""
 
+    def prepare(self, folder: Path) -> None:  # noqa: B027 - few importers have something to prepare
+        """Once before several processes read documents: what takes long may be kept in `folder`, which all see."""
+
     @abstractmethod
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised.

@@ -29,21 +29,25 @@ class JsonlImporter(Importer):
         self.images = ImageSource(images or self.root)
 
     def signature(self) -> str:
-        return files_signature(self.files, self.root)
+        return files_signature([*self.files, *self.images.tars], self.root)
 
     def units(self) -> list[Unit]:
         return line_units(self.files)
 
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
+
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        near = (unit.payload[0].name.split(".")[0],)
         for name, line in json_lines(unit, drops):
             items = line.get("items")
             if isinstance(items, list):
                 texts = _only_texts(items)
-                yield Document(tuple(self._items(items, name, drops)) if texts is None else texts, name=name)
+                yield Document(tuple(self._items(items, near, name, drops)) if texts is None else texts, name=name)
             else:
                 drops.bad("document", 'no list "items"', name)
 
-    def _items(self, items: list[Any], name: str, drops: Drops) -> Iterator[Text | Image]:
+    def _items(self, items: list[Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Text | Image]:
         for item in items:
             if not isinstance(item, dict) or ("text" in item) == ("image" in item):
                 drops.bad("text", 'an item without one of "text" and "image"', name)
@@ -53,7 +57,7 @@ class JsonlImporter(Importer):
                 drops.bad("image", "no name", name)
             else:
                 try:
-                    data = self.images.read(item["image"])
+                    data = self.images.read(item["image"], near)
                 except BadImage as error:
                     drops.bad("image", str(error), f"{name}: {item['image'][:200]}")
                     continue

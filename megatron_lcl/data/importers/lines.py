@@ -15,6 +15,7 @@ import zstandard
 
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Unit
+from megatron_lcl.data.importers.sources import decoded
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
 _DECODER = json.JSONDecoder()
@@ -51,8 +52,8 @@ def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]
     for name, line, complete in _lines(unit, drops):
         try:
             value = orjson.loads(line)
-        except orjson.JSONDecodeError:  # stricter than Python's parser: NaN, lone surrogates, invalid UTF-8
-            text = _text(line, name, drops)
+        except orjson.JSONDecodeError:  # stricter than Python's parser: NaN, lone surrogates, invalid UTF-8, its mark
+            text = decoded(line, name, drops).removeprefix("\ufeff").strip()
             if not text:
                 continue
             try:
@@ -66,14 +67,6 @@ def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]
             yield name, value
         else:
             drops.bad("document", "not a JSON object", name)
-
-
-def _text(line: bytes, name: str, drops: Drops) -> str:
-    try:
-        return line.decode().strip()
-    except UnicodeDecodeError:
-        drops.note("document", "invalid UTF-8 replaced", name)
-        return line.decode(errors="replace").strip()
 
 
 def _lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:

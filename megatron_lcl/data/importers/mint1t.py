@@ -18,9 +18,11 @@ from PIL import Image as Pillow
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Unit
-from megatron_lcl.data.importers.sources import text_item
+from megatron_lcl.data.importers.sources import decoded, text_item
 from megatron_lcl.data.importers.tars import TarImporter, tar_samples
-from megatron_lcl.data.probe import DAMAGE, MAX_PIXELS
+from megatron_lcl.data.probe import DAMAGE, MAX_PIXELS, eight_bits
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 class Mint1tImporter(TarImporter):
@@ -30,7 +32,7 @@ class Mint1tImporter(TarImporter):
         for sample in tar_samples(unit.payload, drops):
             name = f"{unit.name}:{sample['__key__']}"
             try:
-                record = json.loads(sample["json"].decode("utf-8", "replace"))
+                record = json.loads(decoded(sample["json"], name, drops))
                 texts, images = record["texts"], record["images"]
             except (KeyError, ValueError, TypeError, RecursionError):
                 drops.bad("document", "no lists texts and images", name)
@@ -87,9 +89,7 @@ def _frames(data: bytes) -> Iterator[bytes | None]:
                     image.seek(number)
                     if image.width * image.height > MAX_PIXELS:
                         raise ValueError("too many pixels")
-                    frame = (
-                        image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
-                    )
+                    frame = image if image.mode in _PNG_MODES else eight_bits(image).convert("RGB")
                     frame.save(out, "PNG")
                     yield out.getvalue()
                 except DAMAGE:

@@ -44,6 +44,9 @@ class Mmc4Importer(Importer):
     def units(self) -> list[Unit]:
         return line_units(self.files)
 
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
+
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         path, start, _ = unit.payload
         missing = self._missing_before.get(path, 0)
@@ -65,6 +68,7 @@ class Mmc4Importer(Importer):
         similarities = _matrix(matrix, len(infos), len(texts))
         if matrix is not None and similarities is None:
             drops.note("document", "similarity_matrix of the wrong size", name)
+        folders = _folders(path)
         images_of: dict[int, list[Image]] = {}
         for number, info in enumerate(infos):
             if not isinstance(info, dict) or not isinstance(info.get("image_name"), str):
@@ -82,7 +86,9 @@ class Mmc4Importer(Importer):
                 drops.bad("image", "no similarity", f"{name}: {info['image_name']}")
                 continue
             try:
-                data = self.images.read(_candidates(info["image_name"], path))
+                data = self.images.read(
+                    [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)], near=folders
+                )
             except BadImage as error:
                 drops.bad("image", str(error), f"{name}: {info['image_name'][:200]}")
                 continue
@@ -108,8 +114,7 @@ def _shard_number(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _candidates(name: str, shard: Path) -> list[str]:
-    """Where an image of a shard may lie."""
-    stem = shard.name.split(".")[0]
+def _folders(shard: Path) -> list[str]:
+    """Folders, or tars, in which a shard's images may lie."""
     number = _shard_number(shard)
-    return [name, *(f"{folder}/{name}" for folder in (stem, f"shard_{number}", str(number), f"{number:05d}"))]
+    return [shard.name.split(".")[0], f"shard_{number}", str(number), f"{number:05d}"]

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Unit
-from megatron_lcl.data.importers.sources import text_item
+from megatron_lcl.data.importers.sources import decoded, text_item
 from megatron_lcl.data.importers.tars import TarImporter, tar_samples
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2")
@@ -31,7 +31,7 @@ class WebDatasetImporter(TarImporter):
                 drops.bad("image", "no image in the sample", name)
             else:
                 items.append(Image(image, name=name))
-            caption = _caption(sample)
+            caption = _caption(sample, name, drops)
             if caption is None:
                 drops.note("document", "no caption", name)
             else:
@@ -39,13 +39,13 @@ class WebDatasetImporter(TarImporter):
             yield Document(tuple(items), name=name)
 
 
-def _caption(sample: dict[str, Any]) -> str | None:
+def _caption(sample: dict[str, Any], name: str, drops: Drops) -> str | None:
     """The text file's content, else the "caption" of the JSON file, else None."""
     for suffix in _TEXTS:
         if suffix in sample:
-            return sample[suffix].decode("utf-8", "replace")
+            return decoded(sample[suffix], name, drops)
     try:
-        record = json.loads(sample.get("json", b"{}"))
+        record = json.loads(decoded(sample.get("json", b"{}"), name, drops))
     except (ValueError, RecursionError):
         return None
     caption = record.get("caption") if isinstance(record, dict) else None

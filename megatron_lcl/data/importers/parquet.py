@@ -17,7 +17,7 @@ from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import find_files
-from megatron_lcl.data.importers.sources import ImageSource, text_item
+from megatron_lcl.data.importers.sources import ImageSource, decoded, text_item
 from megatron_lcl.data.probe import BadImage
 
 _EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -51,7 +51,7 @@ class ObelicsImporter(Importer):
         return files_signature(self.files, self.root)
 
     def units(self) -> list[Unit]:
-        """Payload: (path, row group, number of its first row); row group -1 for a file that cannot be read."""
+        """Payload: (path, row group, its first row, its last + 1); row group -1 for a file that cannot be read."""
         units = []
         for file in self.files:
             size = file.stat().st_size
@@ -59,29 +59,34 @@ class ObelicsImporter(Importer):
                 metadata = pq.read_metadata(file)
                 num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             except (pa.ArrowException, OSError, ValueError):
-                units.append(Unit(file.name, size, (file, -1, 0)))
+                units.append(Unit(file.name, size, (file, -1, 0, 0)))
                 continue
             for group in range(len(num_rows)):
                 first = sum(num_rows[:group])
-                units.append(Unit(f"{file.name}:{first}", size // len(num_rows), (file, group, first)))
+                payload = (file, group, first, first + num_rows[group])
+                units.append(Unit(f"{file.name}:{first}", size // len(num_rows), payload))
         return units
 
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
+
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        file, group, row = unit.payload
+        file, group, row, stop = unit.payload
         if group < 0:
             drops.bad("document", "damaged parquet file", file.name)
             return
         try:
-            with pq.ParquetFile(file) as source:
+            # buffered: else a row group's column is read whole, however large
+            with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as source:
                 if not {"images", "texts"} <= set(source.schema_arrow.names):
                     drops.bad("document", "no columns images and texts", file.name)
                     return
                 for batch in source.iter_batches(_BATCH, [group], columns=["images", "texts"], use_threads=False):
-                    for images, texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    for images, texts in zip(_lists(batch["images"]), _lists(batch["texts"]), strict=True):
                         yield from self._document(images, texts, file, row, drops)
                         row += 1
         except (pa.ArrowException, OSError, ValueError):
-            drops.bad("document", "damaged parquet file, the rows after it are lost", f"{file.name}:{row}")
+            drops.bad("document", "lost in a damaged parquet file", f"{file.name}:{row}", max(1, stop - row))
 
     def _document(self, images: Any, texts: Any, file: Path, row: int, drops: Drops) -> Iterator[Document]:
         name = f"{file.name}:{row}"
@@ -91,13 +96,14 @@ class ObelicsImporter(Importer):
         items: list[Text | Image] = []
         number = 0
         for position, (url, text) in enumerate(zip(images, texts, strict=True)):
+            url, text = (decoded(x, name, drops) if isinstance(x, bytes) else x for x in (url, text))
             if url is not None and text is not None:
                 drops.bad("text", "both image and text at one position", name)
             if url is None:
                 items.append(text_item(text, name, drops))
                 continue
             try:
-                data = self.images.read(self._candidates(str(url), file, row, position, number))
+                data = self.images.read(self._candidates(str(url), file, row, position, number), near=(file.stem,))
                 items.append(Image(data, name=str(url)))
             except BadImage as error:
                 drops.bad("image", str(error), f"{name}: {str(url)[:200]}")
@@ -116,6 +122,14 @@ class ObelicsImporter(Importer):
             number=number,
         )
         return [name + extension for extension in _EXTENSIONS]
+
+
+def _lists(column: pa.Array) -> list[Any]:
+    """The column's rows; where a string is not UTF-8, all as bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.large_list(pa.large_binary())).to_pylist()
 
 
 class OmniCorpusImporter(ObelicsImporter):

@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
+import xxhash
+
 from megatron_lcl.data.document import Text
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.importers import files_signature
 from megatron_lcl.data.probe import BadImage
 
 MAX_FILE = 256 << 20
+_RUN = 1 << 21
+"""names sorted together: 48 MiB"""
+
+
+def images_signature(root: Path) -> str:
+    """Changes with the folder's name and with its tars' names, sizes and times; other files are too many to look at."""
+    return f"{root.resolve().name} {files_signature(_tars(root), root.parent)}"
 
 
 class ImageSource:
     """Images by name below `root`: a folder, which may itself hold tar files, or one tar file; None: there are none.
 
-    Tar files are listed when a name is first not found in the folder, and then kept in mind: about 200 bytes an image.
+    Tar files are listed once, and their members kept as sorted arrays of 24 bytes for each image's name, and 24 for its
+    name without folders: in files that all processes map, after `prepare`, else in memory.
     """
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
-        self._tars: list[Path] = []
-        self._members: dict[str, tuple[int, int, int]] | None = None
-        """name, and name without folders → (tar, first byte, size)"""
+        self.tars = [] if root is None else _tars(root)
+        self._folder: Path | None = None
+        self._runs: list[np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_root": self._root, "_tars": [], "_members": None}
+        return {**vars(self), "_runs": None}
 
-    def read(self, names: str | Iterable[str]) -> bytes:
-        """The first of the names that there is. BadImage says why there is none."""
+    def prepare(self, folder: Path) -> None:
+        """List the tars into a folder below `folder`, unless that was done before."""
+        self._folder = folder / "images-in-tars"
+        if self.tars and not self._folder.exists():
+            unfinished = folder / "images-in-tars.tmp"
+            unfinished.mkdir(exist_ok=True)
+            for number, run in enumerate(_sorted_runs(self.tars)):
+                np.save(unfinished / f"{number:06d}.npy", run)
+            os.replace(unfinished, self._folder)
+
+    def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
+        """The first of the names that there is. BadImage says why there is none.
+
+        near: names, without extension, of tars to look into before the others, as names may repeat from tar to tar.
+        """
         if self._root is None:
             raise BadImage("no image folder was given")
         candidates = [names] if isinstance(names, str) else list(names)
@@ -39,39 +66,81 @@ class ImageSource:
         for name in candidates:
             if (data := _read_file(self._root / name)) is not None:
                 return data
-        if self._members is None:
-            self._members = self._list_tars(self._root)
-        for name in candidates:
-            if name in self._members:
-                return self._read_member(*self._members[name])
+        if self.tars:
+            found = [self._find(key) for key in dict.fromkeys((*candidates, *map(_anywhere, candidates)))]
+            own = [[member for member in members if self.tars[member[0]].stem in near] for members in found]
+            if members := next(filter(None, (*own, *found)), None):
+                contents = {self._read_member(*member) for member in members}
+                if len(contents) > 1:  # nothing says which is meant
+                    raise BadImage("several images of this name in the tars")
+                return contents.pop()
         raise BadImage("file missing")
 
-    def _list_tars(self, root: Path) -> dict[str, tuple[int, int, int]]:
-        self._tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
-        members: dict[str, tuple[int, int, int]] = {}
-        for number, path in enumerate(self._tars):
-            for name, start, size in _tar_index(path):
-                members.setdefault(name, (number, start, size))
-                members.setdefault(PurePosixPath(name).name, (number, start, size))
-        return members
+    def _find(self, key: str) -> list[tuple[int, int, int]]:
+        """(tar, first byte, size) of all members of a name."""
+        if self._runs is None:
+            if self._folder is None:
+                self._runs = list(_sorted_runs(self.tars))
+            else:
+                self._runs = [np.load(file, mmap_mode="r") for file in sorted(self._folder.iterdir())]
+        digest = np.uint64(_digest(key))
+        found = []
+        for names, starts, places in self._runs:
+            for k in itertools.count(int(np.searchsorted(names, digest))):
+                if k == len(names) or names[k] != digest:
+                    break
+                found.append((int(places[k]) >> 32, int(starts[k]), int(places[k]) & 0xFFFF_FFFF))
+        return found
 
     def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
             raise BadImage(f"over {MAX_FILE >> 20} MiB")
-        with open(self._tars[number], "rb") as file:
+        with open(self.tars[number], "rb") as file:
             file.seek(start)
             return file.read(size)
 
 
-def _tar_index(path: Path) -> list[tuple[str, int, int]]:
+def _tars(root: Path) -> list[Path]:
+    return [root] if root.is_file() else sorted(root.glob("*.tar"))
+
+
+def _anywhere(name: str) -> str:
+    """The key under which a member is found whatever its folder; no name has a NUL."""
+    return "\0" + PurePosixPath(name).name
+
+
+def _digest(key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass"))
+
+
+def _sorted_runs(tars: list[Path]) -> Iterator[np.ndarray]:
+    """All members of the tars, under their name and under that without folders: uint64 [3, n] arrays of up to _RUN.
+
+    Rows: the key's XXH3, ascending; first byte; number of the tar (upper 32 bits) and size (lower 32 bits).
+    """
+    run, length = np.empty((3, _RUN), np.uint64), 0
+    for number, path in enumerate(tars):
+        for name, start, size in _members(path):
+            place = number << 32 | min(size, 0xFFFF_FFFF)
+            run[:, length] = _digest(name), start, place
+            run[:, length + 1] = _digest(_anywhere(name)), start, place
+            length += 2
+            if length == _RUN:
+                yield run[:, np.argsort(run[0], kind="stable")]
+                length = 0
+    yield run[:, np.argsort(run[0, :length], kind="stable")]
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, first byte, size) of the regular files in a tar, as far as it can be read."""
-    found: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:") as archive:
-            found.extend((m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isfile())
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
+                if member.isfile():
+                    yield member.name.removeprefix("./"), member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError, ValueError):
         pass  # images that are not found are counted one by one
-    return found
 
 
 def _check_name(name: str) -> None:
@@ -90,6 +159,15 @@ def _read_file(path: Path) -> bytes | None:
         return path.read_bytes()
     except (OSError, ValueError):
         return None
+
+
+def decoded(raw: bytes, name: str, drops: Drops) -> str:
+    """UTF-8 as a string; what is none of it is replaced, and noted."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        drops.note("document", "invalid UTF-8 replaced", name)
+        return raw.decode(errors="replace")
 
 
 def text_item(value: object, name: str, drops: Drops) -> Text:
