@@ -192,7 +192,11 @@ class PipelineStepper:
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the model makes of this replica's micro-batches, on the last part, elsewhere nothing; no step."""
-        return self.engine.all_forward(batches)
+        outputs = self.engine.all_forward(batches)
+        if not outputs:
+            return []
+        log_scale = read_log_scale(self.engine.module.forward_funcs[-1].log_scale)
+        return [out._replace(log_scale=log_scale) for out in outputs]
 
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
         """One step on this replica's micro-batches; every process of the replica has their integers.

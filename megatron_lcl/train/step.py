@@ -251,7 +251,8 @@ class Stepper:
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the model makes of this replica's micro-batches; no step."""
-        return [self.engine(batch) for batch in batches]
+        log_scale = read_log_scale(self.engine.module[-1].log_scale)
+        return [self.engine(batch)._replace(log_scale=log_scale) for batch in batches]
 
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
         """One step on this replica's micro-batches, which lie on the engine's device.

@@ -215,6 +215,7 @@ def run_case(case: Case) -> dict[str, Any]:
             row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
             found["rows"].append(list(row))
             found["bytes"] = (mesh.pipeline.rank, sum(sent), expected_bytes(case, batches))
+    found["scales of a forward"] = {float(out.log_scale) for out in stepper.forward(batches)}
     found["graphs"] = (mesh.pipeline.rank, graphs.most)
     found["parameters"] = whole_tensors(engine, mesh, "parameters")
     engine.destroy()

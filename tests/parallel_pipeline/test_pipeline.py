@@ -122,6 +122,7 @@ def test_in_half_precision_the_float32_scale_is_clamped(name: str, two: Runs) ->
     """bfloat16 has no number between 4.59375 and 4.625: a scale that it rounds would not be ln 100."""
     results = two[name]
     assert {row[4] for result in results for row in result["rows"]} == {float(torch.tensor(math.log(100)))}
+    assert set.union(*(result["scales of a forward"] for result in results)) == {float(torch.tensor(math.log(100)))}
     held = [r["parameters"]["7.log_scale"] for r in results if "7.log_scale" in r["parameters"]]
     assert held
     assert all(value == torch.tensor([math.log(100)]).numpy() for value in held)
