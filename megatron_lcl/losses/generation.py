@@ -167,11 +167,11 @@ def _chunked(
         logits_cV[:, num_real:] = -torch.inf  # the one entry of a rank that has nothing but padding
         max_c, sum_c, target_c = softmax.statistics(logits_cV, targets_c)
         all_max_c, all_sum_c, target_c = _over_group(max_c, sum_c, target_c, group)
-        lse_c = all_max_c + all_sum_c.log()
-        loss += (lse_c - target_c).sum()
+        # never max + log(sum) in one number: beside a large maximum a sum near 1 would be rounded away
+        loss += (all_max_c - target_c + all_sum_c.log()).sum()
         if hidden_grad is None and weight_grad is None:
             continue
-        error_cV = softmax.error(logits_cV, targets_c, max_c, lse_c, hidden_cD.dtype)
+        error_cV = softmax.error(logits_cV, targets_c, max_c, all_max_c, all_sum_c, hidden_cD.dtype)
         if hidden_grad is not None:
             _matmul(error_cV, weight_VD, hidden_grad[rows])
         if weight_grad is not None:

@@ -21,14 +21,20 @@ def statistics(logits_cV: torch.Tensor, targets_c: torch.Tensor) -> tuple[torch.
 
 
 def error(
-    used_cV: torch.Tensor, targets_c: torch.Tensor, max_c: torch.Tensor, lse_c: torch.Tensor, dtype: torch.dtype
+    used_cV: torch.Tensor,
+    targets_c: torch.Tensor,
+    max_c: torch.Tensor,
+    all_max_c: torch.Tensor,
+    all_sum_c: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """[c, V] in `dtype`: softmax - one-hot target, the gradient of the cross-entropy with respect to the logits.
 
-    used_cV: what `statistics` left. max_c: this rank's. lse_c: log-sum-exp over the whole vocabulary.
+    used_cV: what `statistics` left. max_c: this rank's. all_max_c, all_sum_c: largest logit, and sum of exponentials
+    relative to it, over the whole vocabulary.
     """
     here_c, index_c1 = _here(targets_c, used_cV.shape[1])
-    used_cV.mul_((max_c - lse_c).exp_().unsqueeze(1))
+    used_cV.mul_((max_c - all_max_c).exp_().div_(all_sum_c).unsqueeze(1))
     return used_cV.scatter_add_(1, index_c1, -here_c.to(used_cV.dtype).unsqueeze(1)).to(dtype)
 
 

@@ -37,11 +37,12 @@ def _statistics_kernel(logits, stride, targets, statistics, c, V, BLOCK: tl.cons
 
 
 @triton.jit
-def _error_kernel(logits, stride, targets, lse, error, error_stride, V, BLOCK: tl.constexpr):
+def _error_kernel(logits, stride, targets, all_max, all_sum, error, error_stride, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = columns < V
-    probability = tl.exp(tl.load(logits + row * stride + columns, mask=here) - tl.load(lse + row))
+    logit = tl.load(logits + row * stride + columns, mask=here)
+    probability = tl.exp(logit - tl.load(all_max + row)) / tl.load(all_sum + row)
     value = tl.where(columns == tl.load(targets + row), probability - 1.0, probability)
     tl.store(error + row * error_stride + columns, value.to(error.dtype.element_ty), mask=here)
 
@@ -58,13 +59,19 @@ def statistics(logits_cV: torch.Tensor, targets_c: torch.Tensor) -> tuple[torch.
 
 
 def error(
-    used_cV: torch.Tensor, targets_c: torch.Tensor, max_c: torch.Tensor, lse_c: torch.Tensor, dtype: torch.dtype
+    used_cV: torch.Tensor,
+    targets_c: torch.Tensor,
+    max_c: torch.Tensor,
+    all_max_c: torch.Tensor,
+    all_sum_c: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """As `softmax_torch.error`; `statistics` leaves the logits as they are."""
     c, V = used_cV.shape
     error_cV = used_cV if dtype == used_cV.dtype else used_cV.new_empty(c, V, dtype=dtype)
     with torch.cuda.device_of(used_cV):
         _error_kernel[(c, triton.cdiv(V, BLOCK))](
-            used_cV, used_cV.stride(0), targets_c, lse_c, error_cV, error_cV.stride(0), V, BLOCK=BLOCK, num_warps=8
-        )
+            used_cV, used_cV.stride(0), targets_c, all_max_c, all_sum_c, error_cV, error_cV.stride(0), V,
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
     return error_cV

@@ -55,7 +55,7 @@ for dtype, short in ((tl.float32, "fp32"), (tl.bfloat16, "bf16"), (tl.float16, "
             compile_kernel(name, kernel, pointers, given, tile.num_warps, tile.num_stages)
 
 BLOCK = {"BLOCK": softmax_triton.BLOCK}
-pointers = {"logits": "*fp32", "targets": "*i64", "statistics": "*fp32", "lse": "*fp32"}
+pointers = {"logits": "*fp32", "targets": "*i64", "statistics": "*fp32", "all_max": "*fp32", "all_sum": "*fp32"}
 compile_kernel("softmax_statistics", softmax_triton._statistics_kernel, pointers, BLOCK, 8)
 for short in ("fp32", "bf16", "fp16"):
     compile_kernel(f"softmax_error_{short}", softmax_triton._error_kernel, pointers | {"error": f"*{short}"}, BLOCK, 8)
