@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lxml import html
 
+from megatron_lcl.cli import main
+from megatron_lcl.data import cluster
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.inspect import show, stats, table, write_page
 from megatron_lcl.data.merge import merge
@@ -191,6 +198,61 @@ def test_verify_finds_wrong_image_index_and_tokenizer(corpus: Path) -> None:
     assert any("not the tokenizer" in f for f in verify(corpus))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, "tokenizer.model", "corpus.json"])
+def test_any_changed_byte_is_a_fault_and_never_a_crash(
+    corpus: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a manifest that knows nothing of it, too, which leaves only the content to give it away."""
+    raw, manifest = (corpus / name).read_bytes(), (corpus / "corpus.json").read_bytes()
+    for number in range(120):
+        rng = random.Random(number)
+        changed = bytearray(raw)
+        changed[rng.randrange(len(raw))] ^= rng.choice((1, 4, 16, 64, 128, 255))
+        (corpus / name).write_bytes(changed)
+        code = main(["verify", str(corpus), "--quick"])
+        out, err = capsys.readouterr()
+        assert not err
+        assert code == 1 or (code == 0 and name == "corpus.json"), (number, out)  # whose names and source are free
+        if name != "corpus.json":
+            assert f"{name}: its XXH3 is not that of the manifest" in out
+            forge(corpus)
+            assert main(["verify", str(corpus), "--quick"]) in (0, 1)
+            assert not capsys.readouterr().err
+            (corpus / "corpus.json").write_bytes(manifest)
+    (corpus / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m["files"]["tokens-00000.bin"].pop("size"),
+        lambda m: m["files"].update({"tokens-00000.bin": 3}),
+        lambda m: m["shards"].append({}),
+        lambda m: m.update(shards=3),
+        lambda m: m.pop("counts"),
+        lambda m: m["tokenizer"].update(vocab_size="5"),
+        lambda m: m["shards"][0].update(documents=4.0),
+    ],
+)
+def test_an_edited_manifest_is_damaged(corpus: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((corpus / "corpus.json").read_text())
+    damage(manifest)
+    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    assert verify(corpus) == [f"{corpus / 'corpus.json'} is damaged; run `megatron-lcl preprocess` again"]
+    with pytest.raises(ValueError, match="is damaged"):
+        open_corpus(corpus)
+
+
+def test_a_fault_does_not_hide_the_others(corpus: Path) -> None:
+    for name, offset in (("tokenizer.model", 0), ("images-00000.arrow", -12), ("tokens-00000.bin", 0)):
+        flip(name, offset, b"\xff" * 8)(corpus)
+    faults = verify(corpus)
+    for name in ("tokenizer.model: its XXH3", "images-00000.arrow: its XXH3", "tokens-00000.bin: its XXH3",
+                 "images-00000.arrow is damaged", "tokenizer.model is not a SentencePiece model"):  # fmt: skip
+        assert sum(name in fault for fault in faults) == 1, (name, faults)
+
+
 def test_opening_what_is_no_corpus(tmp_path: Path, corpus: Path) -> None:
     for bad in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ValueError, match="is not a corpus"):
@@ -215,8 +277,37 @@ def test_merge(corpus: Path, tmp_path: Path, move: bool) -> None:
     assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
     assert verify(tmp_path / "both") == []
     assert corpus.exists() != move
+    linked = {p.name: p.stat().st_nlink for p in (tmp_path / "both").iterdir()}
+    ours = {"corpus.json", "drops.jsonl"}  # written anew; moved or linked, nothing else is copied
+    assert {name for name, links in linked.items() if links == 1} == (set(linked) if move else ours)
     again = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
     assert again["fingerprint"] == manifest["fingerprint"]
+
+
+def test_a_move_that_is_interrupted_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers.write_jsonl(DOCUMENTS[:2], tmp_path / "in2")
+    second = tmp_path / "second"
+    preprocess("jsonl", tmp_path / "in2", second, tokenizer=TOKENIZER)
+    (second / "diary.txt").write_text("dear")
+    original, removed = Path.unlink, 0
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        nonlocal removed
+        if removed == 1:
+            raise KeyboardInterrupt
+        removed += path.exists() and path.parent in (corpus, second)
+        original(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlink)
+        for step in range(16):  # each run removes one file more: seven of each corpus, and its manifest
+            removed = 0
+            with pytest.raises(KeyboardInterrupt) if step < 15 else nullcontext():
+                merge([corpus, second], tmp_path / "both", move=True)
+            assert verify(tmp_path / "both", quick=True) == []
+    assert not corpus.exists()
+    assert [p.name for p in second.iterdir()] == ["diary.txt"]
+    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
 
 
 def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
@@ -260,3 +351,70 @@ def test_show_and_page(corpus: Path, tmp_path: Path) -> None:
     assert page.count("data:image/jpeg;base64,") == 5
     assert "http" not in page.replace("http-equiv", "")
     assert "only text, a little longer" in page
+
+
+def test_histograms_count_everything(corpus: Path, tmp_path: Path) -> None:
+    page = write_page(open_corpus(corpus), tmp_path / "page.html").read_text("utf-8")
+    tree = html.fromstring(page.encode())
+    figures = {f.findtext("figcaption"): f for f in tree.xpath('//div[@class="histograms"]/figure')}
+    shard = open_corpus(corpus).shard(0)
+    tokens = [int(shard.lengths[a:b][shard.modes[a:b] == 0].sum()) for a, b in pairwise(shard.document_offsets)]
+    expected = {
+        "tokens a document": tokens, "images a document": [1, 2, 0, 2], "similarity": [0.25, 0.5],
+        "image width, pixels": [40] * 3, "image height, pixels": [30] * 3,
+        "tokens a text": shard.lengths[shard.modes == 0].tolist(),
+        "image size, bytes": [len(picture(k)) for k in range(3)],
+    }  # fmt: skip
+    assert set(figures) == set(expected)
+    for name, values in expected.items():
+        bars = [rect.findtext("title").rsplit(": ", 1) for rect in figures[name].xpath(".//rect")]
+        counts = [int(count) for _, count in bars]
+        heights = [float(rect.get("height")) for rect in figures[name].xpath(".//rect")]
+        assert sum(counts) == len(values), name
+        np.testing.assert_allclose(heights, np.array(counts) / max(counts) * 120, atol=0.06)
+        first, last = (float(label.replace(",", "")) for label in figures[name].xpath(".//text/text()"))
+        assert first == pytest.approx(min(values), rel=1e-3)
+        assert counts[0] == sum(v < first + (last - first) / len(counts) for v in values), name
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    assert run("verify", corpus) == (0, f"{corpus}: no fault found\n", "")
+    code, out, _ = run("inspect", corpus, "stats", "--json")
+    assert (code, json.loads(out)) == (0, json.loads(json.dumps(stats(open_corpus(corpus)))))
+    assert run("inspect", corpus) == (0, table(stats(open_corpus(corpus))) + "\n", "")
+    assert run("inspect", corpus, "show", "3") == (0, show(open_corpus(corpus), 3) + "\n", "")
+    assert run("inspect", corpus, "show", "4")[0] == 2
+    assert run("inspect", corpus, "show")[0] == 2
+
+    TOKENIZER.save(tmp_path / "t.model")
+    common = ("preprocess", "--format", "jsonl", "--input", tmp_path / "in", "--tokenizer", tmp_path / "t.model")
+    for share in ("1/2", "0/2"):
+        code, out, _ = run(*common, "--output", tmp_path / "shares", "--shard", share)
+        assert code == 0
+    assert "4 documents" in out
+    assert (tmp_path / "shares/corpus.json").read_bytes() == (corpus / "corpus.json").read_bytes()
+    assert run(*common, "--output", tmp_path / "shares", "--shard", "2/2")[0] == 2
+
+    code, out, _ = run("merge", corpus, tmp_path / "shares", "--output", tmp_path / "both")
+    assert (code, out.split(":")[1].split(",")[0]) == (0, " 8 documents")
+    assert run("merge", corpus, corpus, "--output", tmp_path / "twice")[0] == 2
+    flip("tokens-00000.bin", 0, b"\xff")(corpus)
+    code, out, err = run("verify", corpus, "--quick")
+    assert (code, err) == (1, "")
+    assert out.startswith("tokens-00000.bin: its XXH3")
+
+
+def test_preprocess_on_slurm_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options, places=places))
+    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", "--shares", "7",
+          "--slurm", "slurm_partition=cpu", "--slurm", "timeout_min=5", "--workers", "3"])  # fmt: skip
+    assert (given["places"], given["shares"], given["workers"]) == (("jsonl", "a", "b"), 7, 3)
+    assert given["slurm"] == {"slurm_partition": "cpu", "timeout_min": 5}
