@@ -21,6 +21,9 @@ TWO = {
     "one micro-batch": Case((0, 4), (((1, 2),),)),
     "generation": Case((0, 7), RAGGED, objective="generation"),
     "checkpointing": Case((0, 4), RAGGED, "recompute", checkpointing="full"),
+    "no pairs at all": Case((0, 4), (((0,), (0, 0)),)),
+    "no pairs at all, recompute": Case((0, 5), (((0,), (0, 0)),), "recompute"),
+    "no pairs at all, replicas": Case((0,), (((0,),), ((0, 0),))),
     "optimizer on the CPU": Case(
         (0, 4), RAGGED, deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     ),
@@ -90,6 +93,15 @@ def four() -> Runs:
 @pytest.mark.parametrize("name", TWO)
 def test_two_parts_give_what_one_process_gives(name: str, two: Runs) -> None:
     assert faults_of(two[name], truth(TWO[name])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TWO if name.startswith("no pairs")])
+def test_a_step_without_pairs_leaves_the_scale(name: str, two: Runs) -> None:
+    for result in two[name]:
+        assert {row[2] for row in result["rows"]} == {0.0}
+        assert {row[4] for row in result["rows"]} == {float(torch.tensor(math.log(1 / 0.07)))}
+    assert not gathered(two[name], "gradients")["7.log_scale"].any()
 
 
 @pytest.mark.slow
