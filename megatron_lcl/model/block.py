@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.out = RowLinear(width, width, axis)
 
     def forward(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        of_layers = gathered_linear(hidden_SD, (self.q, self.k, self.v), self.axis, num_rows)
+        of_layers = gathered_linear([hidden_SD] * 3, (self.q, self.k, self.v), self.axis, num_rows)
         return self.out(attend(*(x.unflatten(-1, (self.heads, -1)) for x in of_layers)).flatten(-2))
 
 
@@ -52,7 +52,7 @@ class FeedForward(nn.Module):
         self.up, self.down = ColumnLinear(width, hidden, axis), RowLinear(hidden, width, axis)
 
     def forward(self, hidden_SD: torch.Tensor, num_rows: int) -> torch.Tensor:
-        (up,) = gathered_linear(hidden_SD, (self.up,), self.axis, num_rows)
+        (up,) = gathered_linear([hidden_SD], (self.up,), self.axis, num_rows)
         return self.down(F.gelu(up))
 
 

@@ -185,8 +185,8 @@ class PoolInterleave(nn.Module):
     def _pool(self, normed_SV: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows = num_images * self.length
         q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
-        (k,) = gathered_linear(self.norm_k(normed_SV), (self.k,), self.axis, num_rows)
-        (v,) = gathered_linear(self.norm_v(normed_SV), (self.v,), self.axis, num_rows)
+        shares = (self.norm_k(normed_SV), self.norm_v(normed_SV))
+        k, v = gathered_linear(shares, (self.k, self.v), self.axis, num_rows)
         k, v = (x.unflatten(0, (num_images, self.length))[:, 1:] for x in (k, v))  # without the class token
         heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
         pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]

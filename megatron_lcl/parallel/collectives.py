@@ -82,7 +82,8 @@ def start_reduce_scatter(parts: torch.Tensor, axis: Axis) -> tuple[torch.Tensor,
     )
 
 
-def _finish(started: tuple[torch.Tensor, Any]) -> torch.Tensor:
+def finish(started: tuple[torch.Tensor, Any]) -> torch.Tensor:
+    """What `start_gather` or `start_reduce_scatter` began, when it is there."""
     tensor, work = started
     work.wait()
     return tensor
@@ -92,18 +93,18 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, share, axis, num_rows):
         ctx.axis = axis
-        return _finish(start_gather(share, axis))[:num_rows]
+        return finish(start_gather(share, axis))[:num_rows]
 
     @staticmethod
     def backward(ctx, grad):
-        return _finish(start_reduce_scatter(grad, ctx.axis)), None, None
+        return finish(start_reduce_scatter(grad, ctx.axis)), None, None
 
 
 class _GatherSame(torch.autograd.Function):
     @staticmethod
     def forward(ctx, share, axis, num_rows):
         ctx.axis = axis
-        return _finish(start_gather(share, axis))[:num_rows]
+        return finish(start_gather(share, axis))[:num_rows]
 
     @staticmethod
     def backward(ctx, grad):
@@ -114,11 +115,11 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts, axis):
         ctx.axis, ctx.num_rows = axis, len(parts)
-        return _finish(start_reduce_scatter(parts, axis))
+        return finish(start_reduce_scatter(parts, axis))
 
     @staticmethod
     def backward(ctx, grad):
-        return _finish(start_gather(grad, ctx.axis))[: ctx.num_rows], None
+        return finish(start_gather(grad, ctx.axis))[: ctx.num_rows], None
 
 
 class _SumGradients(torch.autograd.Function):

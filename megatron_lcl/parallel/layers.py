@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.parallel.collectives import (
+    finish,
     gather_same,
     reduce_scatter,
     share_size,
@@ -117,42 +118,58 @@ class ColumnLinear(nn.Linear):
 
 
 def gathered_linear(
-    share: torch.Tensor, layers: Sequence[ColumnLinear], axis: Axis, num_rows: int
+    shares: Sequence[torch.Tensor], layers: Sequence[ColumnLinear], axis: Axis, num_rows: int
 ) -> tuple[torch.Tensor, ...]:
-    """Column-split layers on the same rows, of which each rank has a share: all `num_rows` rows, own features.
+    """Column-split layers, each on rows of which each rank has a share: all `num_rows` rows, own features.
 
-    Rows are gathered once for all layers, and are not kept: backward gathers them again while it computes their
-    gradient, and sums that over ranks while it computes the weights'.
+    shares: for each layer; what several share is gathered once. Rows travel together, and are not kept: backward
+    gathers them again while it computes their gradients, and sums these over ranks while it computes the weights'.
     """
-    if axis.size == 1:
-        return tuple(layer(share) for layer in layers)  # called: ZeRO-3 gathers a module's parameters when it is
+    if axis.size == 1:  # called: ZeRO-3 gathers a module's parameters when it is
+        return tuple(layer(share) for share, layer in zip(shares, layers, strict=True))
+    different = list({id(share): share for share in shares}.values())
+    sources = [next(i for i, one in enumerate(different) if one is share) for share in shares]
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-    return _GatheredLinear.apply(share, axis, num_rows, *parameters)
+    return _GatheredLinear.apply(axis, num_rows, sources, *different, *parameters)
 
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, share, axis, num_rows, *parameters):
+    def forward(ctx, axis, num_rows, sources, *tensors):
+        shares, parameters = tensors[: max(sources) + 1], tensors[max(sources) + 1 :]
         weights, biases = parameters[::2], parameters[1::2]
-        ctx.axis, ctx.num_rows = axis, num_rows
-        ctx.save_for_backward(share, *weights)
-        whole, gathering = start_gather(share, axis)
-        gathering.wait()
-        return tuple(F.linear(whole[:num_rows], *layer) for layer in zip(weights, biases, strict=True))
+        ctx.axis, ctx.num_rows, ctx.sources = axis, num_rows, sources
+        ctx.save_for_backward(*shares, *weights)
+        gathers = [start_gather(share, axis) for share in shares]
+        rows: list[torch.Tensor] = []
+        outputs = []
+        for source, *layer in zip(sources, weights, biases, strict=True):
+            while len(rows) <= source:  # the next rows travel while these are multiplied
+                rows.append(finish(gathers[len(rows)])[:num_rows])
+            outputs.append(F.linear(rows[source], *layer))
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        share, *weights = ctx.saved_tensors
-        whole, gathering = start_gather(share, ctx.axis)
-        grad_rows = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_rows.addmm_(grad, weight)
-        gathering.wait()
-        grad_share, summing = start_reduce_scatter(grad_rows, ctx.axis)
-        rows = whole[: ctx.num_rows]
-        of_parameters = [part for grad in grads for part in (grad.t() @ rows, grad.sum(0))]
-        summing.wait()
-        return grad_share, None, None, *of_parameters
+        num_shares = max(ctx.sources) + 1
+        shares, weights = ctx.saved_tensors[:num_shares], ctx.saved_tensors[num_shares:]
+        gathers = [start_gather(share, ctx.axis) for share in shares]
+        sums = []
+        for i in range(num_shares):
+            (grad, weight), *others = [
+                pair for *pair, source in zip(grads, weights, ctx.sources, strict=True) if source == i
+            ]
+            grad_rows = grad @ weight
+            for grad, weight in others:
+                grad_rows.addmm_(grad, weight)
+            sums.append(start_reduce_scatter(grad_rows, ctx.axis))
+        rows = [finish(gather)[: ctx.num_rows] for gather in gathers]
+        of_parameters = [
+            part
+            for grad, source in zip(grads, ctx.sources, strict=True)
+            for part in (grad.t() @ rows[source], grad.sum(0))
+        ]
+        return None, None, None, *(finish(started) for started in sums), *of_parameters
 
 
 class RowParts(nn.Linear):

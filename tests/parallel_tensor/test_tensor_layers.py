@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_processes
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lcl import config as configs
 from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.stages import build_stages, stage_specs
 from megatron_lcl.parallel import collectives
+from megatron_lcl.parallel import layers as layers_module
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
     RowLinear,
@@ -42,6 +46,8 @@ def everything(rank: int) -> None:
     for num_rows in ROWS:
         check_collectives(axis, num_rows)
         check_layers(axis, num_rows)
+    check_two_sources(axis)
+    check_order(axis)
     check_embedding(axis)
     for dtype in (torch.float32, torch.bfloat16):
         check_sums(axis, dtype)
@@ -100,7 +106,7 @@ def check_layers(axis: Axis, num_rows: int) -> None:
 
     share = collectives.own_share(whole.detach(), axis).requires_grad_()
     with shared.summing():
-        a, b = gathered_linear(share, split[:2], axis, num_rows)
+        a, b = gathered_linear([share, share], split[:2], axis, num_rows)
         assert len(a) == num_rows
         out = split[2](F.gelu(a) * b)
     same(collectives.gather_same(out, axis, num_rows), expected)
@@ -110,6 +116,74 @@ def check_layers(axis: Axis, num_rows: int) -> None:
         for name, parameter in one.named_parameters():
             own = getattr(ours, name)
             same(full_tensor(own.grad, own, axis), parameter.grad)  # type: ignore[arg-type]
+
+
+def check_two_sources(axis: Axis) -> None:
+    """Layers of which each has rows of its own, and one that has those of another."""
+    layers = [ColumnLinear(4, 6, axis) for _ in range(3)]
+    for number, layer in enumerate(layers):
+        layer.weight.data.copy_(shard(draw(6, 4, seed=20 + number), layer.weight, axis))
+        layer.bias.data.zero_()
+    full = [draw(6, 4, seed=20 + number).requires_grad_() for number in range(3)]
+    wholes = [draw(7, 4, seed=30 + number).requires_grad_() for number in range(2)]
+    weights = [draw(7, 6, seed=40 + number) for number in range(3)]
+    expected = [wholes[i] @ weight.t() for i, weight in zip((0, 1, 0), full, strict=True)]
+    sum((out * w).sum() for out, w in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
+    shares = [collectives.own_share(whole.detach(), axis).requires_grad_() for whole in wholes]
+    outputs = gathered_linear([shares[0], shares[1], shares[0]], layers, axis, 7)
+    own = slice(axis.rank * 2, axis.rank * 2 + 2)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        same(ours, theirs[:, own])
+    sum((out * w[:, own]).sum() for out, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
+    for share, whole in zip(shares, wholes, strict=True):
+        same(share.grad, collectives.own_share(whole.grad, axis))  # type: ignore[arg-type]
+    for layer, weight in zip(layers, full, strict=True):
+        same(layer.weight.grad, weight.grad[own])  # type: ignore[index]
+
+
+class Order(TorchDispatchMode):
+    """What starts, is multiplied, and is waited for, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "aten" and function._opname in ("mm", "addmm", "addmm_"):
+            self.events.append("multiply")
+        return function(*args, **(kwargs or {}))
+
+    def of(self, name: str, start: Any) -> Any:
+        def starting(*arguments: Any) -> tuple[torch.Tensor, Any]:
+            self.events.append(f"start {name}")
+            tensor, work = start(*arguments)
+
+            def wait() -> None:
+                self.events.append(f"wait {name}")
+                work.wait()
+
+            return tensor, SimpleNamespace(wait=wait)
+
+        return starting
+
+
+def check_order(axis: Axis) -> None:
+    """Something is multiplied while rows, or their gradients, are under way."""
+    layers = [ColumnLinear(4, 6, axis) for _ in range(2)]
+    order, gather, scatter = Order(), layers_module.start_gather, layers_module.start_reduce_scatter
+    with (
+        patch.object(layers_module, "start_gather", order.of("gather", gather)),
+        patch.object(layers_module, "start_reduce_scatter", order.of("sum", scatter)),
+        order,
+    ):
+        shares = [draw(2, 4, seed=number).requires_grad_() for number in range(2)]
+        outputs = gathered_linear(shares, layers, axis, 6)
+        forward, order.events = order.events, []
+        (outputs[0].sum() + outputs[1].sum()).backward()
+    assert forward == ["start gather"] * 2 + ["wait gather", "multiply"] * 2
+    of_rows, of_weights = ["multiply", "start sum"] * 2, ["multiply"] * 2
+    expected = ["start gather"] * 2 + of_rows + ["wait gather"] * 2 + of_weights + ["wait sum"] * 2
+    assert order.events == expected, order.events
 
 
 def check_embedding(axis: Axis) -> None:
