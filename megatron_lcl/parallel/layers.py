@@ -151,8 +151,8 @@ class _GatheredLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        num_shares = max(ctx.sources) + 1
-        shares, weights = ctx.saved_tensors[:num_shares], ctx.saved_tensors[num_shares:]
+        num_shares, saved = max(ctx.sources) + 1, ctx.saved_tensors  # read once: checkpointing allows no more
+        shares, weights = saved[:num_shares], saved[num_shares:]
         gathers = [start_gather(share, ctx.axis) for share in shares]
         sums = []
         for i in range(num_shares):
