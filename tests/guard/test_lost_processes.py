@@ -133,9 +133,7 @@ def outcome(fleet: Fleet, fault: float, step: int, watched: Sequence[int]) -> Ou
     assert loaders, "no loader process is alive"
     codes = fleet.wait(PATIENCE, watched)
     seconds = time.time() - fault
-    deadline = time.monotonic() + 15  # torch's loader processes look after their parent every 5 seconds
-    while alive(loaders) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    time.sleep(1.0)
     return Outcome(codes, [log.read_text() for log in fleet.logs], alive(loaders), step, seconds)
 
 
@@ -147,6 +145,9 @@ def killed(guilty: int, config_file: str, folder: Path) -> Outcome:
         loaders = descendants(fleet.pid(guilty))
         os.kill(fleet.pid(guilty), signal.SIGKILL)
         ended = outcome(fleet, time.time(), step, [1 - guilty])
+        deadline = time.monotonic() + 15  # torch's loader processes look after their parent every 5 seconds
+        while alive(loaders) and time.monotonic() < deadline:
+            time.sleep(0.2)
         return ended._replace(left=[*ended.left, *alive(loaders)])
 
 
