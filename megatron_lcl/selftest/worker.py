@@ -90,7 +90,7 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
-    from megatron_lcl.train.engine import build_stepper
+    from megatron_lcl.train.engine import build_stepper, read_parameters
     from megatron_lcl.train.optimizer import learning_rate
     from megatron_lcl.train.share import share
     from megatron_lcl.train.traffic import of_step
@@ -107,35 +107,15 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         out.losses.append([result.generation, result.contrastive, result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1
-            moments = gather_parameters(engine, mesh, "exp_avg")
+            moments = read_parameters(engine, mesh, "exp_avg")
             out.gradients = {name: value / (1 - config.optimizer.betas[0]) for name, value in moments.items()}
     counted, formula = (
         {r: round(n, 3) for r, n in x.items() if n} for x in (traffic.sent, of_step(batches, engine, config, mesh))
     )
     out.sent = mesh.world.gather_objects(counted)
     out.expected = mesh.world.gather_objects(formula)
-    out.parameters = gather_parameters(engine, mesh, None)
+    out.parameters = read_parameters(engine, mesh)
     results = mesh.world.gather_objects((out.losses, out.grad_norms))
     assert all(r == results[0] for r in results), f"processes report different losses: {results}"
     mesh.world.barrier()
     return out if mesh.is_first else None
-
-
-def gather_parameters(engine: Any, mesh: Mesh, state: str | None) -> dict[str, torch.Tensor]:
-    """Full float32 parameters, or a state of the optimizer, by name, on the first process; all call it."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    from megatron_lcl.parallel.layers import full_tensor
-
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # DeepSpeed links states once, when the first parameter group has some and the others none
-        engine.optimizer._hp_optimizer_states_linked = False
-        link()
-    own = {}
-    for name, parameter in engine.module.named_parameters():
-        value = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)
-        if value is None:  # float32: the parameter is its own master
-            value = parameter.detach()
-        own[name] = full_tensor(value, parameter, mesh.tensor).float().cpu()
-    everyone = mesh.pipeline.gather_objects(own)
-    return {name: value for part in everyone for name, value in part.items()}

@@ -19,6 +19,7 @@ from megatron_lcl.model.block import Norm
 from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.lcl import StageList
 from megatron_lcl.model.stages import Head, stage_specs
+from megatron_lcl.parallel.layers import full_tensor
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import settings
 from megatron_lcl.train.apex import fused_layer_norm
@@ -211,3 +212,21 @@ def read_log_scale(parameter: Any) -> torch.Tensor:
     if parameter.dtype == torch.float32 and parameter.numel():
         return parameter.detach().clone()
     return safe_get_full_fp32_param(parameter).detach().clone()
+
+
+def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[str, torch.Tensor]:
+    """Whole parameters, or a state of the optimizer for each, float32, by name; on every process, and all call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # DeepSpeed links states once, when the first parameter group has some and the others none
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+    own = {}
+    for name, parameter in engine.module.named_parameters():
+        value = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)
+        if value is None:  # float32: the parameter is its own master
+            value = parameter.detach()
+        own[name] = full_tensor(value, parameter, mesh.tensor).float().cpu()
+    everyone = mesh.pipeline.gather_objects(own)
+    return {name: value for part in everyone for name, value in part.items()}
