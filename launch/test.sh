@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # Installs what the tests need into the checkout's virtual environment (and, where root may, Debian's Slurm for the tests
-# of the sbatch scripts), then formatting, lint, types, import rules, tests.
+# of the sbatch scripts and Chromium for those of pages), then formatting, lint, types, import rules, tests.
 # Arguments go to pytest, e.g. `bash launch/test.sh -m "not slow"`, `--soak`, `-k contrastive`.
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv dev
-if ! PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  echo "installing slurm-wlm …" >&2
-  slurm() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
-  { slurm || { apt-get update && slurm; }; } >/dev/null 2>&1 || echo "no Slurm could be installed; its tests skip" >&2
-fi
+get() {  # the command that tells whether it is there, the packages that have it
+  PATH=$PATH:/usr/sbin command -v "$1" >/dev/null && return
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  echo "installing ${*:2} …" >&2
+  install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
+  { install "${@:2}" || { apt-get update && install "${@:2}"; }; } >/dev/null 2>&1 ||
+    echo "${*:2} could not be installed; tests that need it skip" >&2
+}
+get slurmctld slurm-wlm munge
+get chromium chromium
 cd "$root"
 "$venv/bin/ruff" format --check --quiet .
 "$venv/bin/ruff" check --quiet .

@@ -111,9 +111,8 @@ def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
     number = len(parts)
     if not is_finished(parts):
         drops = Drops()
-        reading = (
-            Drops() if job.keep_groups else drops
-        )  # what the importer drops is counted once, with the training side
+        # what the importer drops is counted once, with the training side
+        reading = Drops() if job.keep_groups else drops
         documents = (document for unit in units for document in job.importer.documents(unit, reading))
         num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
         drops.clear()  # what came up to here is on the records of the finished parts
@@ -212,9 +211,8 @@ def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Dr
     cleaned = _clean(batch, list(itertools.chain.from_iterable(texts)), drops)
     ids = job.tokenizer.encode_bytes(cleaned)
     written = first = 0
-    waiting: list[
-        int
-    ] = []  # numbers of pieces of the documents, from text `written` on, that are texts and nothing else
+    # numbers of pieces of the documents, from text `written` on, that are texts and nothing else
+    waiting: list[int] = []
     for document, originals in zip(batch, texts, strict=True):
         stop = first + len(originals)
         own, own_ids = cleaned[first:stop], ids[first:stop]

@@ -142,9 +142,8 @@ def test_five_steps_equal_the_reference(name: str, shared: Path) -> None:
         ours = torch.tensor(rows, dtype=torch.float64)
         torch.testing.assert_close(ours[:, 2], expected[:, 2], rtol=5e-5, atol=0)
         torch.testing.assert_close(ours[:, 3], expected[:, 3], rtol=1e-5, atol=0)
-        torch.testing.assert_close(
-            ours[0], expected[0], rtol=1e-5, atol=0
-        )  # the first step's losses, before any update
+        # the first step's losses, before any update
+        torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

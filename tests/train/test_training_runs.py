@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -14,17 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from small_corpus import make_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
+from megatron_lcl.data.store import open_corpus
 from megatron_lcl.report import write_report
 from megatron_lcl.train import checkpoint
 
-WORDS = """
-a red round stone lies under the green tree while water runs past an old mill and birds sing of rain
-""".split()  # noqa: SIM905
 CONFIG = """
 model:
   vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
@@ -40,25 +36,10 @@ checkpoint: {{every: 2}}
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on 24 documents, some without images, through the generic importer."""
-    from megatron_lcl.data.preprocess import preprocess
-
-    folder, rng = tmp_path_factory.mktemp("documents"), random.Random(0)
-    lines = []
-    for d in range(24):
-        items: list[dict[str, str]] = []
-        for i in range(rng.randint(1, 3)):
-            items.append({"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 20)))})
-            if d % 4:
-                buffer = io.BytesIO()
-                Image.frombytes("RGB", (24, 20), rng.randbytes(24 * 20 * 3)).save(buffer, "PNG")
-                (folder / f"{d}-{i}.png").write_bytes(buffer.getvalue())
-                items.append({"image": f"{d}-{i}.png"})
-        lines.append(json.dumps({"items": items}))
-    (folder / "documents.jsonl").write_text("\n".join(lines))
-    corpus = folder / "corpus"
-    summary = preprocess("jsonl", folder / "documents.jsonl", corpus, images=folder, vocab_size=400)
-    file = folder / "config.yaml"
-    file.write_text(CONFIG.format(vocab_size=summary.vocab_size, corpus=corpus, cache=folder / "cache"))
+    folder = tmp_path_factory.mktemp("documents")
+    corpus, file = make_corpus(folder, seed=0), folder / "config.yaml"
+    vocab_size = open_corpus(corpus).tokenizer.vocab_size
+    file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=folder / "cache"))
     return file
 
 
