@@ -15,6 +15,10 @@ make_venv() {
     exit 2
   fi
   [ -x "$venv/bin/python" ] || new_venv
+  if [ -n "${PYTHON:-}" ] && [ "$(version "$python")" != "$(version "$venv/bin/python")" ]; then
+    echo "$venv has Python $(version "$venv/bin/python"), not $(version "$python"); name a new folder in VENV" >&2
+    exit 2
+  fi
   # what is installed already for the same files and Python is not installed again; a line for each set of extras
   files=$("$venv/bin/python" - "$root" <<'PY'
 import hashlib, sys
@@ -33,6 +37,8 @@ PY
     printf '%s\n' ${installed:+"$installed"} "$files $extras" >"$venv/installed"
   fi
 }
+
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
 # Makes $venv with $python, or completes one that was interrupted or whose Python has gone; nothing in it is deleted but
 # links to Pythons that are not there.

@@ -448,13 +448,11 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.files import replace_text
-    from megatron_lcl.data.index import Ledger
     from megatron_lcl.data.replay import replay_html
-    from megatron_lcl.train.checkpoint import PROGRESS, list_checkpoints, read_progress, verify
+    from megatron_lcl.train.checkpoint import last_ledger
 
     config = configs.load(options.config)
-    saved = [f for f in list_checkpoints(Path(config.train.output)) if not verify(f, only={PROGRESS})]
-    ledger = Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
+    ledger = last_ledger(Path(config.train.output))
     page = replay_html(config, options.step, options.rank, options.world_size, ledger)
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)

@@ -17,12 +17,10 @@ from megatron_lcl.convert.load import find_checkpoint
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.images import thumbnail
-from megatron_lcl.data.index import Ledger
-from megatron_lcl.data.manifest import verify
 from megatron_lcl.data.replay import render_first_packs
 from megatron_lcl.data.store import Corpus, open_corpus
 from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
-from megatron_lcl.train.checkpoint import PROGRESS, list_checkpoints, read_progress
+from megatron_lcl.train.checkpoint import last_ledger
 from megatron_lcl.train.run import CONFIG
 from megatron_lcl.train.telemetry import read_metrics
 
@@ -47,7 +45,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         curves=_curves(metrics),
         evaluation=evaluation,
         examples=_examples(_read_json(run / EXAMPLES), evaluation),
-        batch=Markup(render_first_packs(config, min(config.train.global_batch, MAX_PACKS), _ledger(run))),
+        batch=Markup(render_first_packs(config, min(config.train.global_batch, MAX_PACKS), last_ledger(run))),
         max_packs=MAX_PACKS,
         corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
         checkpoint=find_checkpoint(run).name if metrics else None,
@@ -62,12 +60,6 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _ledger(run: Path) -> Ledger | None:
-    """What the run's packs depend on, as its newest checkpoint knows it."""
-    saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
-    return Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
 
 
 def _read_json(path: Path) -> Any:

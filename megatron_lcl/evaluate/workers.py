@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from itertools import islice, pairwise
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders import Encoder, EncoderSource
 from megatron_lcl.evaluate.sources import Blob
+from megatron_lcl.parallel.cores import num_cores
 
 T = TypeVar("T")
 Work = Callable[[Encoder, int, torch.Tensor], T]
@@ -41,7 +41,7 @@ def map_batches(
     with bar:
         if processes <= 1:
             results = []
-            for done, result in _share(encoder, images, work, batch_size, 0, os.cpu_count() or 1):
+            for done, result in _share(encoder, images, work, batch_size, 0, num_cores()):
                 results.append(result)
                 bar.update(done)
             return results
@@ -85,7 +85,7 @@ def _process(
     done: Any,
     stop: Event,
 ) -> list[T]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, num_cores() // processes)
     torch.set_num_threads(threads)
     results = []
     for count, result in _share(source(number), images, work, batch_size, start, threads):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.config import Checkpoint
+from megatron_lcl.data.index import Ledger
 from megatron_lcl.data.manifest import verify
 
 FOLDER, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
@@ -103,6 +104,12 @@ def read_progress(folder: Path) -> Progress:
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first. Under their final names they are complete, unless damage came later."""
     return sorted(path for path in (run / FOLDER).glob("step-*") if path.is_dir() and step_of(path) >= 0)
+
+
+def last_ledger(run: Path) -> Ledger | None:
+    """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
+    saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
+    return Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
 
 
 def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:

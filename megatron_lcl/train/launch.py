@@ -22,6 +22,8 @@ from types import FrameType
 import torch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # on Linux; elsewhere nothing
 
+from megatron_lcl.parallel.cores import num_cores
+
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has failed, beside what their watch takes"""
 WATCHED = "MEGATRON_LCL_WATCHED"
@@ -57,11 +59,6 @@ def first_host(nodes: str) -> str:
     if first is None:
         raise ValueError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
-
-
-def num_cores() -> int:
-    """Cores that this process may run on, which are fewer than the machine's in a container or a job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_processes(global_batch: int) -> int:

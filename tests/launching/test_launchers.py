@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.train import checkpoint, launch
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -89,8 +90,8 @@ def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     try:
         os.sched_setaffinity(0, {min(before)})  # as in a container or a job with one core
-        assert launch.default_processes(8) == launch.num_cores() == 1
+        assert launch.default_processes(8) == num_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
-    assert launch.num_cores() == len(before)
+    assert num_cores() == len(before)
     assert launch.default_processes(8) == min(2, len(before))

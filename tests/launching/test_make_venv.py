@@ -90,6 +90,16 @@ def test_another_python_needs_an_installation_of_its_own(checkout: Checkout) -> 
     assert checkout.make("hf") == []
 
 
+def test_an_environment_of_another_python_is_not_taken_for_the_one_asked_for(checkout: Checkout) -> None:
+    checkout.make("hf")
+    other = checkout.python.with_name("python-3.99")
+    other.write_text(PYTHON.replace("  *) exec", "  *%d.%d*) echo 3.99 ;;\n  *) exec"))
+    other.chmod(0o755)
+    line = checkout.refused(PYTHON=str(other))
+    assert line.startswith(str(checkout.venv))
+    assert "not 3.99" in line
+
+
 def test_other_peoples_folders_are_left_alone(checkout: Checkout) -> None:
     checkout.venv.mkdir()
     (checkout.venv / "thesis.tex").write_text("mine")
