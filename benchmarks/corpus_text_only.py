@@ -1,8 +1,11 @@
-"""Preprocessing text-only documents beside the tokenizer alone, on one core. Claim: at least 85 % of its speed.
+"""Preprocessing text-only documents beside the tokenizer alone, on one core.
 
-The texts are those of MMC4 shards (or of any JSON lines with a list "text_list"), repeated: as one text a document, and
-as one text a sentence. The tokenizer starts from strings in memory, preprocessing from a JSON-lines file; they take
-turns in one process, and CPU seconds are counted, so that a busy machine does not matter.
+Claim: documents of one text at least 85 % of its speed; else the exit code is 1. Also shown: documents of one text a
+sentence, where a fast tokenizer takes a few microseconds a text, and reading JSON and writing numbers nearly two.
+
+The texts are those of MMC4 shards (or of any JSON lines with a list "text_list"), repeated. The tokenizer starts from
+strings in memory, preprocessing from a JSON-lines file; they take turns in one process, and CPU seconds are counted, so
+that a busy machine does not matter.
 
     taskset -c 0 python benchmarks/corpus_text_only.py --texts docs_shard_0_v2.jsonl [--tokenizer clip|FILE.model]
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,8 +23,10 @@ from pathlib import Path
 from megatron_lcl.data.preprocess import preprocess
 from megatron_lcl.data.tokenizer import Tokenizer, load, train_sentencepiece
 
+CLAIM = 0.85
 
-def main() -> None:
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--tokenizer", help="default: both clip and a SentencePiece model trained on the texts")
@@ -29,6 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sentences = [json.loads(line)["text_list"] for line in arguments.texts.read_text("utf-8").splitlines()]
     names = [arguments.tokenizer] if arguments.tokenizer else ["clip", "sentencepiece"]
+    worst = 1.0
     print(f"{'tokenizer':<16}{'text':<12}{'alone, MB/s':>12}{'preprocess, MB/s':>18}{'ratio':>8}")
     for name in names:
         if name == "sentencepiece":
@@ -40,8 +47,10 @@ def main() -> None:
             repeats = max(1, round(arguments.megabytes / size))
             alone, whole = measure(tokenizer, documents * repeats, arguments.rounds)
             ratio = statistics.median(a / w for a, w in zip(alone, whole, strict=True))
+            worst = min(worst, ratio) if kind == "document" else worst
             speeds = (size * repeats / statistics.median(times) for times in (alone, whole))
             print(f"{name:<16}{kind:<12}" + "{:>12.2f}{:>18.2f}".format(*speeds) + f"{ratio:>8.2f}")
+    return int(worst < CLAIM)
 
 
 def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tuple[list[float], list[float]]:
@@ -63,4 +72,4 @@ def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tu
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Rules about imports that import-linter cannot express: it knows external packages, not their submodules."""
+"""Who imports which other package; the order of our own is import-linter's to check (pyproject.toml)."""
 
 from __future__ import annotations
 
