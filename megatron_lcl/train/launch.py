@@ -84,7 +84,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches them once, through the handler below
             pass_fds=[say],
-            preexec_fn=partial(_prctl_pr_set_pdeathsig, signal.SIGKILL),
+            preexec_fn=partial(_end_with, os.getpid()),
         )
         for rank in range(processes)
     ]
@@ -105,6 +105,13 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         os.close(watched)
+
+
+def _end_with(parent: int) -> None:
+    """In a new process: end when `parent` does, or has before this could be asked for."""
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def say_watched(timeout: float) -> None:

@@ -71,7 +71,7 @@ def drift(rank: int) -> None:
         if rank == 1 and len(calls) == 4:
             parameter = dict(self.engine.module.named_parameters())["1.attention.out.bias"]
             value = safe_get_full_fp32_param(parameter).clone()
-            value.view(torch.int32)[3] ^= 1
+            value.view(torch.int32)[3] ^= 1 << 12  # the last bits could be rounded away as the value grows
             safe_set_full_fp32_param(parameter, value)
         return result
 

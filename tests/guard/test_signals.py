@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fleet import Fleet, alive, descendants, last_step, losses, train
 
-from megatron_lcl.train import checkpoint
+from megatron_lcl.train import checkpoint, launch
 from megatron_lcl.train.audit import read_audit
 
 REQUEUE = 75
@@ -229,3 +230,10 @@ def test_the_launcher_passes_signals_on_and_is_not_outlived(config_file: str, tm
     assert launcher.returncode == REQUEUE, said
     assert "SIGUSR1: ended after step" in said
     assert saved_steps(run) == [last_step(run)]
+
+
+def test_a_process_whose_parent_has_died_already_ends_too() -> None:
+    """Between its fork and its wish to end with its parent there is a moment."""
+    for parent, code in ((os.getpid(), 0), (os.getpid() + 1, -signal.SIGKILL)):
+        child = subprocess.Popen([sys.executable, "-c", ""], preexec_fn=partial(launch._end_with, parent))
+        assert child.wait(60) == code
