@@ -4,17 +4,17 @@ Measured: a part at work in the pipeline, its forward and backward instructions 
 micro-batches of a step, median of steps. Predicted: the sum over the part's stages of what one stage of each kind takes
 alone (`train.cuts`). Two claims, and exit code 1 where one does not hold:
 
-* predicted and measured time of every part differ by less than 10 %. Both are measured in turn, since a machine that
-  others use as well may be a fifth slower a minute later, which is not the model's error;
+* predicted and measured time of every part differ by less than 10 %. Both are measured in turn, so that what else
+  the machine does meets both alike;
 * so does every part's share of the sum over the parts, predicted from the one measurement at the start that places the
   cuts, to which a common factor is nothing.
 
 In CPU time of one thread, which a busy machine changes little. The steps are real ones, on processes of their own,
 which keep freed memory, as torch does on devices: else the C library gives it back, and a part at work, whose graphs
-come and go, takes up to 11 % more than its stages alone, for getting it again.
+come and go, takes up to a fifth more than its stages alone. So on CPUs, as a run is started, the claims do not hold.
 Also shown: what the dearest part takes where every part has equally many stages.
 
-    python benchmarks/pipeline_cost_model.py [--steps 3]
+    python benchmarks/pipeline_cost_model.py [--steps 5]
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import yaml
 from PIL import Image as PILImage
 
@@ -54,22 +55,11 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._ended.wait(0.5):
-            self.bytes = max(self.bytes, sum(map(_pss, _descendants(os.getpid()))))
-
-
-def _descendants(pid: int) -> list[int]:
-    children: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (task / "children").read_text().split())
-    return children + [grandchild for child in children for grandchild in _descendants(child)]
-
-
-def _pss(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
-    return 0
+            total = 0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    total += process.memory_full_info().pss
+            self.bytes = max(self.bytes, total)
 
 
 def pairs(corpus: Path) -> tuple[np.ndarray, list[list[str]]]:

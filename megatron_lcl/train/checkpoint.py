@@ -20,11 +20,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.config import Checkpoint
-from megatron_lcl.data.index import Ledger
 from megatron_lcl.data.manifest import verify
+
+if TYPE_CHECKING:
+    from megatron_lcl.data.index import Ledger
 
 FOLDER, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
     "checkpoints",
@@ -108,6 +110,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def last_ledger(run: Path) -> Ledger | None:
     """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
+    from megatron_lcl.data.index import (
+        Ledger,
+    )  # its compiler takes a while to import, and `checkpoint list` has no use for it
+
     saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
     return Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
 
