@@ -9,12 +9,10 @@ alone (`train.cuts`). Two claims, and exit code 1 where one does not hold:
 * so does every part's share of the sum over the parts, predicted from the one measurement at the start that places the
   cuts, to which a common factor is nothing.
 
-In CPU time of one thread, which a busy machine changes little. The steps are real ones, on processes of their own,
-which keep freed memory, as torch does on devices: else the C library gives it back, and a part at work, whose graphs
-come and go, takes up to a fifth more than its stages alone. So on CPUs, as a run is started, the claims do not hold.
+In CPU time of one thread, which a busy machine changes little. The steps are real ones, on processes of their own.
 Also shown: what the dearest part takes where every part has equally many stages.
 
-    python benchmarks/pipeline_cost_model.py [--steps 5]
+    python benchmarks/pipeline_cost_model.py [--rounds 5]
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 
-MICRO_BATCHES = 3
-KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
+MICRO_BATCHES, STEPS = 3, 4
 CLAIM = 0.10
 """of what a part takes"""
 ENCODER = {"heads": 4, "mlp_width": 1024, "width": 256}
@@ -95,7 +92,7 @@ def make_pack(name: str, config: Config, seed: int) -> PackedBatch:
     return pack_padded(ids, lengths, images, config.model)
 
 
-def work(rank: int, name: str, config: Config, even: bool, steps: int, port: int, results: Any) -> None:
+def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port: int, results: Any) -> None:
     """One process of a pipeline: cut by the cost model or evenly, timed."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.parallel.pipeline)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -134,19 +131,20 @@ def work(rank: int, name: str, config: Config, even: bool, steps: int, port: int
     for kind in (schedule.ForwardPass, schedule.BackwardPass):
         instructions[kind] = timed(instructions[kind])
     stepper, seconds = build_stepper(engine, config, mesh), []
-    for step in range(1 + steps):
-        spent.clear()
-        stepper.run(packs, 1e-4)
-        if step:  # the first one warms up
+    stepper.run(packs, 1e-4)  # warms up
+    for _ in range(num_rounds):
+        for _ in range(STEPS):
+            spent.clear()
+            stepper.run(packs, 1e-4)
             seconds.append(sum(spent) / MICRO_BATCHES)
-            rounds.append(measure())
+        rounds.append(measure())
     bounds, in_turn = [*cuts, len(specs)], [statistics.median(of_stage) for of_stage in zip(*rounds, strict=True)]
     predicted = part_sums(in_turn, cuts), part_sums(costs, cuts)
     results.put((rank, bounds[rank : rank + 2], predicted, statistics.median(seconds)))
     mesh.world.barrier()
 
 
-def run(name: str, parts: int, even: bool, strategy: str, steps: int) -> tuple[float, float]:
+def run(name: str, parts: int, even: bool, strategy: str, rounds: int) -> tuple[float, float]:
     """Prints a row for each part; the worst error, and what the dearest part took."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -154,7 +152,7 @@ def run(name: str, parts: int, even: bool, strategy: str, steps: int) -> tuple[f
     context, config = mp.get_context("spawn"), config_of(name, parts, strategy=strategy, dtype="float32")
     results: Any = context.Queue()
     workers = [
-        context.Process(target=work, args=(rank, name, config, even, steps, port, results)) for rank in range(parts)
+        context.Process(target=work, args=(rank, name, config, even, rounds, port, results)) for rank in range(parts)
     ]
     for worker in workers:
         worker.start()
@@ -176,14 +174,13 @@ def run(name: str, parts: int, even: bool, strategy: str, steps: int) -> tuple[f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5)
-    steps, worst = parser.parse_args().steps, 0.0
-    os.environ.update(KEEP_FREED)  # read when a process starts
+    parser.add_argument("--rounds", type=int, default=5, help=f"of {STEPS} steps and a measurement of the stages")
+    rounds, worst = parser.parse_args().rounds, 0.0
     for name in MODELS:
         print(f"\n{name}\n{'':49}  predicted     measured     error   of share")
-        two, _ = run(name, 2, False, "recompute", steps)
-        four, chosen = run(name, 4, False, "retain", steps)
-        evenly, even = run(name, 4, True, "retain", steps)
+        two, _ = run(name, 2, False, "recompute", rounds)
+        four, chosen = run(name, 4, False, "retain", rounds)
+        evenly, even = run(name, 4, True, "retain", rounds)
         worst = max(worst, two, four, evenly)
         print(f"dearest of 4 parts, chosen / even: {chosen / even:.2f}")
     print(f"\nlargest error {100 * worst:.1f} %")

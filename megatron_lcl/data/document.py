@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """A text segment. Special-token strings inside it are plain text."""
 
-    text: str
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+    """never empty where it is decoded from JSON; an importer that counted it as unusable keeps its place with "" """
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,12 @@ class Image:
     """index, among the document's texts, of the segment it is matched to; None in natural order"""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """Texts and images, in order. `name` says where it came from; `metadata` is JSON-able and kept only in logs."""
 
     items: tuple[Text | Image, ...]
     name: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = {}
 
     @property
     def texts(self) -> list[Text]:

@@ -119,12 +119,11 @@ class IndexedWriter:
         self._lengths.append(len(block) // self._dtype.itemsize)
         self._modes.append(mode)
 
-    def add_run(self, sequences: list[bytes], mode: int) -> None:
-        """Append sequences of one mode; faster than one by one."""
-        self._bin.write(b"".join(sequences))
-        lengths = np.fromiter(map(len, sequences), np.int32, len(sequences)) // np.int32(self._dtype.itemsize)
-        self._lengths.frombytes(lengths.tobytes())
-        self._modes.frombytes(mode.to_bytes(1, "little") * len(sequences))
+    def add_run(self, data: bytes, lengths: list[int], mode: int) -> None:
+        """Append sequences of one mode, joined, with the number of elements of each; faster than one by one."""
+        self._bin.write(data)
+        self._lengths.fromlist(lengths)
+        self._modes.frombytes(mode.to_bytes(1, "little") * len(lengths))
 
     def end_document(self) -> None:
         self._documents.append(len(self._lengths))

@@ -30,8 +30,8 @@ from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import Tokenizer
 
-BATCH = 256
-"""documents tokenised together, fewer at a part's end; parts end between batches"""
+BATCH = 512
+"""texts and images of the documents tokenised together; fewer at a part's end, as parts end between batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
 PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
@@ -173,21 +173,17 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
 
 
 def _next_batch(documents: Iterator[Document], room: int) -> list[Document]:
-    """Up to BATCH documents, or as many as the part has room for."""
+    """Documents of about BATCH items, no more than the part has room for."""
     batch: list[Document] = []
-    size = 0
-    for document in itertools.islice(documents, min(BATCH, room)):
+    size = num_items = 0
+    for document in itertools.islice(documents, room):
         batch.append(document)
-        if not _is_text(document):
+        num_items += 1 + len(document.items)
+        if not _ONLY_TEXT.issuperset(map(type, document.items)):
             size += sum(len(image.data) for image in document.images)
-        if size >= BATCH_BYTES:
+        if num_items >= BATCH or size >= BATCH_BYTES:
             break
     return batch
-
-
-def _is_text(document: Document) -> bool:
-    """Whether there are only texts; most documents of a text corpus, so worth a fast answer."""
-    return set(map(type, document.items)) == _ONLY_TEXT
 
 
 _ONLY_TEXT = {Text}
@@ -207,44 +203,53 @@ def final_name(part_file: str, shard: int) -> str:
 
 def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Drops) -> Iterator[int]:
     """Write a batch of documents; yields a hash of each one written."""
-    texts = [[item.text for item in document.items if isinstance(item, Text)] for document in batch]
-    cleaned = _clean(batch, list(itertools.chain.from_iterable(texts)), drops)
-    ids = job.tokenizer.encode_bytes(cleaned)
-    written = first = 0
-    # numbers of pieces of the documents, from text `written` on, that are texts and nothing else
+    texts = [_texts(document, drops) for document in batch]
+    ids, lengths = job.tokenizer.encode_joined(list(itertools.chain.from_iterable(own for own, _ in texts)))
+    start = first = 0  # where the document begins: byte of the ids, text
+    start_waiting = first_waiting = 0
+    # numbers of texts of the documents, from there on, that are texts and nothing else
     waiting: list[int] = []
-    for document, originals in zip(batch, texts, strict=True):
-        stop = first + len(originals)
-        own, own_ids = cleaned[first:stop], ids[first:stop]
-        if own and len(own) == len(document.items) and all(own_ids):  # no need to look at each
+    for document, (own, joined) in zip(batch, texts, strict=True):
+        stop = first + len(own)
+        own_lengths = lengths[first:stop]
+        end = start + 4 * sum(own_lengths)
+        if own and len(own) == len(document.items) and all(own_lengths):  # no need to look at each
             waiting.append(len(own))
-            yield _digest(own)
+            yield xxhash.xxh3_64_intdigest(joined)
         else:
-            writer.add_text_documents(ids[written:first], waiting)
-            written, waiting = stop, []
-            digest = _write_document(job, writer, document, iter(zip(own_ids, own, strict=True)), drops)
+            writer.add_text_documents(ids[start_waiting:start], lengths[first_waiting:first], waiting)
+            start_waiting, first_waiting, waiting = end, stop, []
+            encoded = zip(_pieces(ids[start:end], own_lengths), own, strict=True)
+            digest = _write_document(job, writer, document, encoded, drops)
             if digest is not None:
                 yield digest
-        first = stop
-    writer.add_text_documents(ids[written:], waiting)
+        start, first = end, stop
+    writer.add_text_documents(ids[start_waiting:], lengths[first_waiting:], waiting)
 
 
-def _digest(content: list[str]) -> int:
-    """A hash of a document: its texts, and the hashes of its images, in order of writing."""
-    return xxhash.xxh3_64_intdigest("\0".join(content).encode())
+def _pieces(ids: bytes, lengths: list[int]) -> Iterator[bytes]:
+    """int32 ids, cut into pieces of so many."""
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+        yield ids[4 * (end - length) : 4 * end]
 
 
-def _clean(batch: list[Document], texts: list[str], drops: Drops) -> list[str]:
-    """All texts of the batch in order, lone surrogates replaced, "" for blank ones."""
+def _texts(document: Document, drops: Drops) -> tuple[list[str], bytes]:
+    """A document's texts in order, lone surrogates replaced, "" for blank ones; and these joined."""
+    texts = [item.text for item in document.items if isinstance(item, Text)]
+    if any(map(str.isspace, texts)):
+        texts = ["" if text.isspace() else text for text in texts]
     try:
-        "".join(texts).encode()
+        return texts, _join(texts)
     except UnicodeEncodeError:
-        names = [document.name for document in batch for item in document.items if isinstance(item, Text)]
-        for k, text in enumerate(texts):
-            texts[k] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if texts[k] != text:
-                drops.note("text", "invalid Unicode replaced", names[k])
-    return ["" if text.isspace() else text for text in texts] if any(map(str.isspace, texts)) else texts
+        valid = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        count = sum(text != original for text, original in zip(valid, texts, strict=True))
+        drops.note("text", "invalid Unicode replaced", document.name, count)
+        return valid, _join(valid)
+
+
+def _join(content: list[str]) -> bytes:
+    """What the hash of a document is taken of: its texts, and the hashes of its images, in order of writing."""
+    return "\0".join(content).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +297,7 @@ def _write_document(
         drops.bad("document", "nothing left", document.name)
         return None
     writer.end_document()
-    return _digest(content)
+    return xxhash.xxh3_64_intdigest(_join(content))
 
 
 def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:

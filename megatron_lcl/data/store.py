@@ -86,15 +86,17 @@ class ShardWriter:
 
     def add_texts(self, pieces: list[bytes]) -> None:
         """Several text pieces, given as the bytes of their int32 ids; faster than one by one."""
-        self._tokens.add_run(pieces, TEXT)
-        self._num_tokens += sum(map(len, pieces)) // 4
+        self._add_joined(b"".join(pieces), [len(piece) // 4 for piece in pieces])
 
-    def add_text_documents(self, pieces: list[bytes], counts: list[int]) -> None:
-        """Documents of texts only, complete, given as all their pieces and how many pieces each has."""
-        if counts:
-            first = self.num_pieces
-            self.add_texts(pieces)
-            self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
+    def add_text_documents(self, ids: bytes, lengths: list[int], counts: list[int]) -> None:
+        """Documents of texts only, complete: all their int32 ids, the tokens of each piece, the pieces of each."""
+        first = self.num_pieces
+        self._add_joined(ids, lengths)
+        self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
+
+    def _add_joined(self, ids: bytes, lengths: list[int]) -> None:
+        self._tokens.add_run(ids, lengths, TEXT)
+        self._num_tokens += len(ids) // 4
 
     def add_image(
         self,

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +69,13 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
 
-    def encode_bytes(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text as the bytes of int32 numbers, as a corpus stores them."""
-        return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
+    def encode_joined(self, texts: Sequence[str]) -> tuple[bytes, list[int]]:
+        """The ids of all texts one after another as int32, as a corpus stores them, and how many each text has."""
+        lists = self.encode_batch(texts)
+        joined = array("I")  # no id is negative, and to an array of "i" Python takes twice as long
+        for ids in lists:
+            joined.fromlist(ids)
+        return joined.tobytes(), list(map(len, lists))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; special tokens come out under their names."""
@@ -117,6 +121,10 @@ def load(source: str | Path) -> Tokenizer:
 # --- SentencePiece -----------------------------------------------------------------------------------------------
 
 
+_LONG = 300
+"""characters of a text from which on an array of its ids comes sooner than a list"""
+
+
 class SentencePieceTokenizer(Tokenizer):
     """Any SentencePiece model, given as its serialised bytes."""
 
@@ -142,15 +150,15 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.Encode(list(texts), out_type=int, num_threads=1)
 
-    def encode_bytes(self, texts: Sequence[str]) -> list[bytes]:
-        if not self._gives_arrays:
-            return super().encode_bytes(texts)
+    def encode_joined(self, texts: Sequence[str]) -> tuple[bytes, list[int]]:
+        if not self._gives_arrays or sum(map(len, texts)) < _LONG * len(texts):
+            return super().encode_joined(texts)
         arrays = self._processor.Encode(list(texts), out_type="numpy", num_threads=1)
-        return [ids.tobytes() for ids in arrays]
+        return b"".join(arrays), list(map(len, arrays))
 
     @cached_property
     def _gives_arrays(self) -> bool:
-        """Newer releases return int32 arrays, which saves a Python number per token."""
+        """Newer releases return int32 arrays, which saves a Python number a token and costs an object a text."""
         try:
             return self._processor.Encode(["a"], out_type="numpy", num_threads=1)[0].dtype == np.int32
         except (ValueError, TypeError, RuntimeError, AttributeError):
@@ -264,15 +272,15 @@ _ASCII_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")  #
 _MAX_WORDS, _MAX_WORD_LENGTH = 200_000, 64
 
 
-class _WordIds(dict[str, list[int]]):
-    """Ids of words seen before; the Rust library encodes the others."""
+class _WordIds(dict[str, bytes]):
+    """Ids of words seen before, as int32; the Rust library encodes the others."""
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         super().__init__()
         self._encode = encode
 
-    def __missing__(self, word: str) -> list[int]:
-        ids = self._encode(word)
+    def __missing__(self, word: str) -> bytes:
+        ids = array("i", self._encode(word)).tobytes()
         if len(word) <= _MAX_WORD_LENGTH:
             if len(self) >= _MAX_WORDS:
                 self.clear()
@@ -308,8 +316,15 @@ class ClipTokenizer(Tokenizer):
         return _WordIds(lambda word: encoder.encode(word).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [memoryview(ids).cast("i").tolist() for ids in self._encode_bytes(texts)]
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[bytes, list[int]]:
+        pieces = self._encode_bytes(texts)
+        return b"".join(pieces), [len(ids) // 4 for ids in pieces]
+
+    def _encode_bytes(self, texts: Sequence[str]) -> list[bytes]:
         ids = self._words.__getitem__
-        return [list(chain.from_iterable(map(ids, _split(clip_clean(text))))) for text in texts]
+        return [b"".join(map(ids, _split(clip_clean(text)))) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
         bytes_of = {letter: b for b, letter in _byte_alphabet().items()}

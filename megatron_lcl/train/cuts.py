@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,32 +153,33 @@ def measure_stages(
 
     batch: a micro-batch of the run, with its images.
     """
-    known: dict[Hashable, StageTime] = {}
-    batch = batch.to(device)
+    batch, twins = batch.to(device), {}
     for index, make in enumerate(specs):
-        kind = (make.func, make.args)
-        if kind not in known:
+        if (kind := (make.func, make.args)) not in twins:
             stage = make()
             initialise({index: stage}, config.model, config.train.seed, axis)
-            known[kind] = _measure(stage.to(device, dtype), index, batch, config, axis, dtype)
-    return [known[make.func, make.args] for make in specs]
+            twins[kind] = stage.to(device, dtype), _input_of(index, batch, config, axis, dtype)
+    # the kinds take turns, so that what else the machine does for a while meets all of them
+    rounds = [{kind: _measure(*twin) for kind, twin in twins.items()} for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
+    times = {kind: StageTime(*map(statistics.median, zip(*(of[kind] for of in rounds), strict=True))) for kind in twins}
+    return [times[make.func, make.args] for make in specs]
 
 
-def _measure(
-    stage: nn.Module, index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype
-) -> StageTime:
+def _input_of(index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype) -> Activations:
     x = Activations.of(batch)
-    if index:
-        shape = hidden_shape(index, batch, config.model, axis)
-        x = x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
-    times: list[tuple[float, float, float]] = []
-    for _ in range(WARM_UPS + REPEATS):
-        out, forward = _timed(partial(stage, x), x.tokens.device)
-        _, backward = _timed(_backward_of(out), x.tokens.device)
-        with torch.no_grad():
-            _, plain = _timed(partial(stage, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
-        times.append((forward, backward, plain))
-    return StageTime(*(statistics.median(column) for column in zip(*times[WARM_UPS:], strict=True)))
+    if index == 0:
+        return x
+    shape = hidden_shape(index, batch, config.model, axis)
+    return x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
+
+
+def _measure(stage: nn.Module, x: Activations) -> tuple[float, float, float]:
+    """One measurement, in the order of StageTime."""
+    out, forward = _timed(partial(stage, x), x.tokens.device)
+    _, backward = _timed(_backward_of(out), x.tokens.device)
+    with torch.no_grad():
+        _, plain = _timed(partial(stage, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
+    return forward, backward, plain
 
 
 def _backward_of(out: Any) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import io
 import logging
@@ -29,6 +30,7 @@ from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
 
 BUCKET = 50_000_000
 """numbers in a sum of gradients over replicas: DeepSpeed's own are so large that a model of 500 million has one sum"""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,6 +41,7 @@ def init_processes(config: Config) -> Mesh:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     import deepspeed
 
     tame_deepspeed()
@@ -50,6 +53,19 @@ def init_processes(config: Config) -> Mesh:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return build_mesh(config)
+
+
+def keep_freed_memory() -> None:
+    """On CPU keep what a step has freed for the next one, as torch does on devices; where glibc allocates.
+
+    glibc gives free memory back to the system, which hands it out again page by page, as zeros: a step on tens of
+    megabytes of activations spends as long on that as on its sums, and a stage takes longer among others than alone.
+    Tensors over 32 MiB still come and go so; among the others they would leave gaps.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 def tame_deepspeed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,3 +101,31 @@ def test_special_token_strings_are_text(tmp_path: Path) -> None:
     ids = open_corpus(tmp_path / "out-jsonl").shard(0).piece(0)
     assert isinstance(ids, np.ndarray)
     assert ids.max() < TOKENIZER.base_size
+
+
+awkward_text = st.text(st.sampled_from('ab \t\u00a0é\ud800\0"\\'), max_size=4)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(awkward_text, max_size=3), min_size=1, max_size=6), st.booleans())
+def test_lines_of_nothing_but_texts_as_other_lines(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[str]], escaped: bool
+) -> None:
+    """Such lines are read another, faster way, which a field that nobody knows rules out."""
+    tmp_path, corpora = tmp_path_factory.mktemp("lines"), []
+    for extra in ({}, {"extra": 1}):
+        file = tmp_path / ("fast" if not extra else "slow") / "in.jsonl"
+        file.parent.mkdir()
+        lines = [
+            json.dumps({"items": [{"text": text, **extra} for text in texts]}, ensure_ascii=escaped)
+            for texts in documents
+        ]
+        lines.append(json.dumps({"items": [{"text": "good", **extra}]}))
+        file.write_text("\n".join(lines), "utf-8", errors="surrogatepass")
+        preprocess("jsonl", file, file.parent / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
+        corpora.append(open_corpus(file.parent / "out"))
+    fast, slow = corpora
+    assert plain(fast) == plain(slow)
+    assert fast.manifest["counts"] == slow.manifest["counts"]
+    for kind in ("bad", "left_out", "noted"):
+        assert fast.manifest["drops"][kind] == slow.manifest["drops"][kind]

@@ -7,6 +7,7 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -91,6 +92,16 @@ SENTENCEPIECE = tokenizers.train_sentencepiece(["The quick brown fox jumps over 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 def test_sentencepiece_loses_nothing(text: str) -> None:
     assert SENTENCEPIECE.decode(SENTENCEPIECE.encode(text)) == text
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE])
+@pytest.mark.parametrize("texts", [[], ["a", "", "jumps over the dog"], ["quick brown " * 100, "", "\u00e9"]])
+def test_ids_joined_as_apart(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> None:
+    """SentencePiece gives short texts' ids as lists, long ones' as arrays."""
+    apart = tokenizer.encode_batch(texts)
+    joined, lengths = tokenizer.encode_joined(texts)
+    assert lengths == [len(ids) for ids in apart]
+    assert np.frombuffer(joined, np.int32).tolist() == [i for ids in apart for i in ids]
 
 
 def test_training_is_deterministic_and_bounded() -> None:

@@ -10,12 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Importer, Unit, files_signature
-from megatron_lcl.data.importers.lines import SUFFIXES, find_files, json_lines, line_units
+from megatron_lcl.data.importers.lines import SUFFIXES, find_files, line_units, typed_lines
 from megatron_lcl.data.importers.sources import ImageSource, index_or_none, number_or_none, text_item
 from megatron_lcl.data.probe import BadImage
+
+
+class _TextsOnly(msgspec.Struct):
+    """A line that is nothing but texts, as most are of a text corpus: read without a look at each item in Python."""
+
+    items: tuple[Text, ...]
 
 
 class JsonlImporter(Importer):
@@ -39,11 +47,11 @@ class JsonlImporter(Importer):
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         near = (unit.payload[0].name.split(".")[0],)
-        for name, line in json_lines(unit, drops):
-            items = line.get("items")
-            if isinstance(items, list):
-                texts = _only_texts(items)
-                yield Document(tuple(self._items(items, near, name, drops)) if texts is None else texts, name=name)
+        for name, line in typed_lines(unit, drops, _TextsOnly):
+            if isinstance(line, _TextsOnly):
+                yield Document(line.items, name=name)
+            elif isinstance(items := line.get("items"), list):
+                yield Document(tuple(self._items(items, near, name, drops)), name=name)
             else:
                 drops.bad("document", 'no list "items"', name)
 
@@ -67,14 +75,3 @@ class JsonlImporter(Importer):
                     similarity=number_or_none(item.get("similarity")),
                     matched_text=index_or_none(item.get("matched_text_index")),
                 )
-
-
-def _only_texts(items: list[Any]) -> tuple[Text, ...] | None:
-    """The items of a document that is nothing but good texts, without a look at each of them; None for any other."""
-    try:
-        values = [item["text"] for item in items if "image" not in item]
-        if len(values) == len(items) and "".join(values) and all(values) and not any(map(str.isspace, values)):
-            return tuple(map(Text, values))
-    except (TypeError, KeyError):  # an item that is no mapping, has no text, or one that is not a string
-        pass
-    return None

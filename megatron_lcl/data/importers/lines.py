@@ -8,9 +8,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-import orjson
+import msgspec
 import zstandard
 
 from megatron_lcl.data.drops import Drops
@@ -18,6 +18,7 @@ from megatron_lcl.data.importers import Unit
 from megatron_lcl.data.importers.sources import decoded
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
+T = TypeVar("T", bound=msgspec.Struct)
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
 _RANGE = 8 << 20
@@ -49,10 +50,28 @@ def line_units(files: Iterable[Path]) -> list[Unit]:
 
 def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, object) of each line of a unit that holds a JSON object; others are counted as bad documents."""
+    return _values(unit, drops, msgspec.json.decode)
+
+
+def typed_lines(unit: Unit, drops: Drops, kind: type[T]) -> Iterator[tuple[str, dict[str, Any] | T]]:
+    """The same, but a line that is exactly a `kind` comes as one, which is read faster."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def decode_either(line: bytes) -> Any:
+        try:
+            return decode(line)
+        except msgspec.ValidationError:
+            return msgspec.json.decode(line)
+
+    return _values(unit, drops, decode_either)
+
+
+def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any]) -> Iterator[tuple[str, Any]]:
     for name, line, complete in _lines(unit, drops):
         try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:  # stricter than Python's parser: NaN, lone surrogates, invalid UTF-8, its mark
+            value = decode(line)
+        # stricter than Python's parser: NaN, lone surrogates, invalid UTF-8, its mark
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             text = decoded(line, name, drops).removeprefix("\ufeff").strip()
             if not text:
                 continue
@@ -63,7 +82,7 @@ def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]
             if end != len(text):
                 drops.bad("document", "not JSON" if complete else "cut last line", name)
                 continue
-        if isinstance(value, dict):
+        if isinstance(value, dict | msgspec.Struct):
             yield name, value
         else:
             drops.bad("document", "not a JSON object", name)
@@ -91,14 +110,12 @@ def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Ite
         while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
             pass
         position = file.tell()
-    while position < end:
-        line = file.readline(_MAX_LINE)
+    while position < end and (line := file.readline(_MAX_LINE)):
         label = f"{name}@{position}"
         position += len(line)
-        if not line:
-            return
-        if len(line) < _MAX_LINE or line.endswith(b"\n"):
-            yield label, line, line.endswith(b"\n")
+        complete = line.endswith(b"\n")
+        if complete or len(line) < _MAX_LINE:
+            yield label, line, complete
             continue
         drops.bad("document", "line too long", label)
         while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
