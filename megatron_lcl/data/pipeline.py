@@ -31,7 +31,8 @@ from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import Tokenizer
 
 BATCH = 512
-"""texts and images of the documents tokenised together; fewer at a part's end, as parts end between batches"""
+"""documents tokenised together and their texts and images, counted as one; fewer at a part's end, which is that of a
+batch"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
 PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
