@@ -31,8 +31,7 @@ from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import Tokenizer
 
 BATCH = 512
-"""documents tokenised together and their texts and images, counted as one; fewer at a part's end, which is that of a
-batch"""
+"""texts and images tokenised together, whole documents, each counted as one more; parts end between batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
 PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
@@ -173,6 +172,9 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
     return part
 
 
+_ONLY_TEXT = {Text}
+
+
 def _next_batch(documents: Iterator[Document], room: int) -> list[Document]:
     """Documents of about BATCH items, no more than the part has room for."""
     batch: list[Document] = []
@@ -185,9 +187,6 @@ def _next_batch(documents: Iterator[Document], room: int) -> list[Document]:
         if num_items >= BATCH or size >= BATCH_BYTES:
             break
     return batch
-
-
-_ONLY_TEXT = {Text}
 
 
 _SUFFIXES = (".tokens.bin", ".tokens.idx", ".images.bin", ".images.idx", ".arrow")
@@ -206,32 +205,28 @@ def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Dr
     """Write a batch of documents; yields a hash of each one written."""
     texts = [_texts(document, drops) for document in batch]
     ids, lengths = job.tokenizer.encode_joined(list(itertools.chain.from_iterable(own for own, _ in texts)))
-    start = first = 0  # where the document begins: byte of the ids, text
-    start_waiting = first_waiting = 0
-    # numbers of texts of the documents, from there on, that are texts and nothing else
+    ends = [0, *itertools.accumulate(lengths)]
+
+    def ids_of(first: int, stop: int) -> bytes:
+        return ids[4 * ends[first] : 4 * ends[stop]]
+
+    first = first_waiting = 0
+    # numbers of texts of the documents, from text `first_waiting` on, that are texts and nothing else
     waiting: list[int] = []
     for document, (own, joined) in zip(batch, texts, strict=True):
         stop = first + len(own)
-        own_lengths = lengths[first:stop]
-        end = start + 4 * sum(own_lengths)
-        if own and len(own) == len(document.items) and all(own_lengths):  # no need to look at each
+        if own and len(own) == len(document.items) and all(lengths[first:stop]):  # no need to look at each
             waiting.append(len(own))
             yield xxhash.xxh3_64_intdigest(joined)
         else:
-            writer.add_text_documents(ids[start_waiting:start], lengths[first_waiting:first], waiting)
-            start_waiting, first_waiting, waiting = end, stop, []
-            encoded = zip(_pieces(ids[start:end], own_lengths), own, strict=True)
+            writer.add_text_documents(ids_of(first_waiting, first), lengths[first_waiting:first], waiting)
+            first_waiting, waiting = stop, []
+            encoded = ((ids_of(k, k + 1), text) for k, text in enumerate(own, first))
             digest = _write_document(job, writer, document, encoded, drops)
             if digest is not None:
                 yield digest
-        start, first = end, stop
-    writer.add_text_documents(ids[start_waiting:], lengths[first_waiting:], waiting)
-
-
-def _pieces(ids: bytes, lengths: list[int]) -> Iterator[bytes]:
-    """int32 ids, cut into pieces of so many."""
-    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
-        yield ids[4 * (end - length) : 4 * end]
+        first = stop
+    writer.add_text_documents(ids_of(first_waiting, first), lengths[first_waiting:], waiting)
 
 
 def _texts(document: Document, drops: Drops) -> tuple[list[str], bytes]:

@@ -59,7 +59,6 @@ class ShardWriter:
         self._index_of: dict[bytes, int] = {}
         self._widths, self._heights, self._formats = array("i"), array("i"), array("b")
         self._similarity, self._matched = array("f"), array("i")
-        self._num_tokens = 0
 
     @property
     def num_documents(self) -> int:
@@ -80,23 +79,17 @@ class ShardWriter:
 
     def add_text(self, ids: Sequence[int] | np.ndarray) -> None:
         """A text piece: its token ids, without special tokens."""
-        piece = np.asarray(ids, np.int32).tobytes()
-        self._tokens.add(piece, TEXT)
-        self._num_tokens += len(piece) // 4
+        self._tokens.add(np.asarray(ids, np.int32), TEXT)
 
     def add_texts(self, pieces: list[bytes]) -> None:
         """Several text pieces, given as the bytes of their int32 ids; faster than one by one."""
-        self._add_joined(b"".join(pieces), [len(piece) // 4 for piece in pieces])
+        self._tokens.add_run(b"".join(pieces), [len(piece) // 4 for piece in pieces], TEXT)
 
     def add_text_documents(self, ids: bytes, lengths: list[int], counts: list[int]) -> None:
         """Documents of texts only, complete: all their int32 ids, the tokens of each piece, the pieces of each."""
         first = self.num_pieces
-        self._add_joined(ids, lengths)
-        self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
-
-    def _add_joined(self, ids: bytes, lengths: list[int]) -> None:
         self._tokens.add_run(ids, lengths, TEXT)
-        self._num_tokens += len(ids) // 4
+        self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
 
     def add_image(
         self,
@@ -128,7 +121,7 @@ class ShardWriter:
         counts = {
             "documents": self.num_documents,
             "pieces": self.num_pieces,
-            "tokens": self._num_tokens,
+            "tokens": self._tokens.num_bytes // 4 - len(self._matched),  # an image piece is one number
             "placements": len(self._matched),
             "images": self._images.num_sequences,
             "image_bytes": self._images.num_bytes,

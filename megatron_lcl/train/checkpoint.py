@@ -110,9 +110,8 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def last_ledger(run: Path) -> Ledger | None:
     """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
-    from megatron_lcl.data.index import (
-        Ledger,
-    )  # its compiler takes a while to import, and `checkpoint list` has no use for it
+    # its compiler takes a while to import, and `checkpoint list` has no use for it
+    from megatron_lcl.data.index import Ledger
 
     saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
     return Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
