@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -131,12 +131,17 @@ def measure_costs(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[float]:
-    """Seconds that each stage takes for a micro-batch in a step: the median of all processes, which call it together.
+    """Seconds that each stage takes for a micro-batch in a step, the same on every process; all call it together."""
+    return agree_on_costs(measure_stages(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
+
+
+def agree_on_costs(times: Sequence[StageTime], config: Config, mesh: Mesh) -> list[float]:
+    """Seconds that each stage takes for a micro-batch in a step: the median of what all processes measured.
 
     They measure at the same time, as they will work at the same time, be it on devices or on cores that they share.
     """
     twice = config.objective.name != "generation" and config.contrast.strategy == "recompute"
-    own = [time.of_step(twice) for time in measure_stages(specs, batch, config, mesh.tensor, device, dtype)]
+    own = [time.of_step(twice) for time in times]
     mesh.world.barrier()
     return [statistics.median(of_stage) for of_stage in zip(*mesh.world.gather_objects(own), strict=True)]
 
@@ -149,20 +154,51 @@ def measure_stages(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[StageTime]:
-    """The time of each stage, from one measurement of each kind; all tensor ranks of `axis` call it together.
+    """The time of each stage, from one measurement of each kind; all tensor ranks of `axis` call it together."""
+    samples = StageSamples(specs, batch, config, axis, device, dtype)
+    return samples.times([samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:])
 
-    batch: a micro-batch of the run, with its images.
-    """
-    batch, twins = batch.to(device), {}
-    for index, make in enumerate(specs):
-        if (kind := (make.func, make.args)) not in twins:
-            stage = make()
-            initialise({index: stage}, config.model, config.train.seed, axis)
-            twins[kind] = stage.to(device, dtype), _input_of(index, batch, config, axis, dtype)
-    # the kinds take turns, so that what else the machine does for a while meets all of them
-    rounds = [{kind: _measure(*twin) for kind, twin in twins.items()} for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
-    times = {kind: StageTime(*map(statistics.median, zip(*(of[kind] for of in rounds), strict=True))) for kind in twins}
-    return [times[make.func, make.args] for make in specs]
+
+Kind = tuple[Any, ...]
+"""what stages that take equally long have in common: what makes them, and with what arguments"""
+
+
+class StageSamples:
+    """A stage of each kind with something to work on; all tensor ranks of `axis` make it and measure together."""
+
+    def __init__(
+        self,
+        specs: Sequence[partial[nn.Module]],
+        batch: PackedBatch,
+        config: Config,
+        axis: Axis,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """batch: a micro-batch of the run, with its images."""
+        batch = batch.to(device)
+        self._kinds: list[Kind] = [(make.func, make.args) for make in specs]
+        self._samples: dict[Kind, tuple[nn.Module, Activations]] = {}
+        for index, (make, kind) in enumerate(zip(specs, self._kinds, strict=True)):
+            if kind not in self._samples:
+                stage = make()
+                initialise({index: stage}, config.model, config.train.seed, axis)
+                self._samples[kind] = stage.to(device, dtype), _input_of(index, batch, config, axis, dtype)
+
+    def measure(self) -> dict[Kind, tuple[float, float, float]]:
+        """Seconds of one forward, one backward and one plain forward of each kind.
+
+        The kinds take turns, so that what else the machine does for a while meets all of them.
+        """
+        return {kind: _measure(*sample) for kind, sample in self._samples.items()}
+
+    def times(self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]]) -> list[StageTime]:
+        """Each stage's time: the medians of what its kind took in these measurements."""
+        medians = {
+            kind: StageTime(*map(statistics.median, zip(*(of[kind] for of in measured), strict=True)))
+            for kind in self._samples
+        }
+        return [medians[kind] for kind in self._kinds]
 
 
 def _input_of(index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype) -> Activations:
