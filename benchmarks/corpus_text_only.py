@@ -5,9 +5,9 @@ texts (see docs/corpus-format.md).
 
 The texts are those of MMC4 shards (or of any JSON lines with a list "text_list"), repeated: as one text a document, and
 as one text a sentence. The tokenizer starts from strings in memory, preprocessing from a JSON-lines file. "Least" is
-what has to be done in between: read the lines, parse them, give their texts to the tokenizer, write ids as int32;
-nothing is checked, counted, hashed or indexed. The three take turns in one process, and CPU seconds are counted, so
-that a busy machine does not matter much.
+what has to be done in between: read the lines, parse them, give their texts to the tokenizer, write the ids as the
+format has them, with an index and a checksum, durably; no text is checked, no document counted or compared. The three
+take turns in one process, and CPU seconds are counted, so that a busy machine does not matter much.
 
     taskset -c 0 python benchmarks/corpus_text_only.py --texts docs_shard_0_v2.jsonl [--tokenizer clip|FILE.model]
 """
@@ -25,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from megatron_lcl.data.document import Text
+from megatron_lcl.data.indexed import IndexedWriter
 from megatron_lcl.data.preprocess import preprocess
 from megatron_lcl.data.tokenizer import Tokenizer, load, train_sentencepiece
 
@@ -37,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--tokenizer", help="default: both clip and a SentencePiece model trained on the texts")
-    parser.add_argument("--megabytes", type=float, default=12)
+    parser.add_argument("--megabytes", type=float, default=24)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     sentences = [json.loads(line)["text_list"] for line in arguments.texts.read_text("utf-8").splitlines()]
@@ -66,14 +68,16 @@ class Line(msgspec.Struct):
 
 
 def least(source: Path, output: Path, tokenizer: Tokenizer) -> None:
-    decode, texts = msgspec.json.Decoder(Line).decode, []
-    with open(source, "rb") as lines, open(output, "wb") as file:
+    decode, writer = msgspec.json.Decoder(Line).decode, IndexedWriter(output, np.int32)
+    texts: list[str] = []
+    with open(source, "rb") as lines:
         for line in itertools.chain(lines, [b""]):
             if line:
                 texts += [text.text for text in decode(line).items]
             if len(texts) >= 512 or not line:
-                file.write(tokenizer.encode_joined(texts)[0])
+                writer.add_run(*tokenizer.encode_joined(texts), 0)
                 texts = []
+    writer.finish()
 
 
 def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tuple[list[float], ...]:
@@ -91,7 +95,7 @@ def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tu
 
         candidates: tuple[Callable[[int], object], ...] = (
             alone,
-            lambda number: least(source, Path(folder) / "ids", tokenizer),
+            lambda number: least(source, Path(folder) / "least", tokenizer),
             lambda number: preprocess("jsonl", source, Path(folder) / f"out-{number}", tokenizer=tokenizer),
         )
         for number in range(rounds):

@@ -8,6 +8,7 @@ as if nothing had happened; and the bytes do not depend on who writes them.
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import os
@@ -205,10 +206,10 @@ def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Dr
     """Write a batch of documents; yields a hash of each one written."""
     texts = [_texts(document, drops) for document in batch]
     ids, lengths = job.tokenizer.encode_joined(list(itertools.chain.from_iterable(own for own, _ in texts)))
-    ends = [0, *itertools.accumulate(lengths)]
+    rest = io.BytesIO(ids)
 
-    def ids_of(first: int, stop: int) -> bytes:
-        return ids[4 * ends[first] : 4 * ends[stop]]
+    def take(lengths: list[int]) -> tuple[bytes, list[int]]:
+        return rest.read(4 * sum(lengths)), lengths
 
     first = first_waiting = 0
     # numbers of texts of the documents, from text `first_waiting` on, that are texts and nothing else
@@ -219,19 +220,22 @@ def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Dr
             waiting.append(len(own))
             yield xxhash.xxh3_64_intdigest(joined)
         else:
-            writer.add_text_documents(ids_of(first_waiting, first), lengths[first_waiting:first], waiting)
+            writer.add_text_documents(*take(lengths[first_waiting:first]), waiting)
             first_waiting, waiting = stop, []
-            encoded = ((ids_of(k, k + 1), text) for k, text in enumerate(own, first))
-            digest = _write_document(job, writer, document, encoded, drops)
+            encoded = [(rest.read(4 * length), text) for length, text in zip(lengths[first:stop], own, strict=True)]
+            digest = _write_document(job, writer, document, iter(encoded), drops)
             if digest is not None:
                 yield digest
         first = stop
-    writer.add_text_documents(ids_of(first_waiting, first), lengths[first_waiting:], waiting)
+    writer.add_text_documents(*take(lengths[first_waiting:]), waiting)
 
 
 def _texts(document: Document, drops: Drops) -> tuple[list[str], bytes]:
     """A document's texts in order, lone surrogates replaced, "" for blank ones; and these joined."""
-    texts = [item.text for item in document.items if isinstance(item, Text)]
+    try:  # sooner done than asking each item what it is
+        texts = [item.text for item in document.items]  # type: ignore[union-attr]
+    except AttributeError:  # an image among them
+        texts = [item.text for item in document.items if isinstance(item, Text)]
     if any(map(str.isspace, texts)):
         texts = ["" if text.isspace() else text for text in texts]
     try:

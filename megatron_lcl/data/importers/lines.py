@@ -92,7 +92,7 @@ def _lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
     """(name, line, ends with a line end)."""
     path, start, end = unit.payload
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", _CHUNK) as file:
             if path.suffix in (".gz", ".zst", ".zip"):
                 chunks = _decompressed(path, file, drops)
                 yield from _split(path.name, chunks, drops)
