@@ -102,15 +102,23 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     from deepspeed.runtime.pipe import schedule
 
     from megatron_lcl.train import cuts as cuts_module
-    from megatron_lcl.train.cuts import StageSamples, agree_on_costs, even_cuts, hidden_shape, part_sums, place_cuts
+    from megatron_lcl.train.cuts import (
+        StageSamples,
+        agree_on_costs,
+        even_cuts,
+        hidden_shape,
+        measure_costs,
+        part_sums,
+        place_cuts,
+    )
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
 
     # until this process ends
     patch.object(cuts_module, "time", SimpleNamespace(perf_counter=time.process_time)).start()
     mesh, packs = init_processes(config), [make_pack(name, config, m) for m in range(MICRO_BATCHES)]
     specs = specs_of(config, mesh.tensor)
-    costs = cuts_module.measure_costs(specs, packs[0], config, mesh, torch.device("cpu"), torch.float32)
     samples = StageSamples(specs, packs[0], config, mesh.tensor, torch.device("cpu"), torch.float32)
+    costs = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
     parts = mesh.pipeline.size
     cuts = even_cuts(len(specs), parts) if even else place_cuts(costs, sizes, parts)

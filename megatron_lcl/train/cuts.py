@@ -118,21 +118,15 @@ def choose_cuts(
     """
     batch = mesh.world.broadcast_object(sample)
     assert batch is not None, "the first process has no sample"
-    costs = measure_costs(specs, batch, config, mesh, device, dtype)
+    costs = measure_costs(StageSamples(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
     shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
     return place_cuts(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
 
 
-def measure_costs(
-    specs: Sequence[partial[nn.Module]],
-    batch: PackedBatch,
-    config: Config,
-    mesh: Mesh,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[float]:
+def measure_costs(samples: StageSamples, config: Config, mesh: Mesh) -> list[float]:
     """Seconds that each stage takes for a micro-batch in a step, the same on every process; all call it together."""
-    return agree_on_costs(measure_stages(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
+    measured = [samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
+    return agree_on_costs(samples.times(measured), config, mesh)
 
 
 def agree_on_costs(times: Sequence[StageTime], config: Config, mesh: Mesh) -> list[float]:
@@ -144,19 +138,6 @@ def agree_on_costs(times: Sequence[StageTime], config: Config, mesh: Mesh) -> li
     own = [time.of_step(twice) for time in times]
     mesh.world.barrier()
     return [statistics.median(of_stage) for of_stage in zip(*mesh.world.gather_objects(own), strict=True)]
-
-
-def measure_stages(
-    specs: Sequence[partial[nn.Module]],
-    batch: PackedBatch,
-    config: Config,
-    axis: Axis,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[StageTime]:
-    """The time of each stage, from one measurement of each kind; all tensor ranks of `axis` call it together."""
-    samples = StageSamples(specs, batch, config, axis, device, dtype)
-    return samples.times([samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:])
 
 
 Kind = tuple[Any, ...]

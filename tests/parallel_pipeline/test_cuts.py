@@ -14,7 +14,7 @@ from pipeline_layouts import Case, micro_batch
 from megatron_lcl import config as configs
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train import cuts
-from megatron_lcl.train.cuts import even_cuts, measure_stages, part_sums, place_cuts
+from megatron_lcl.train.cuts import StageSamples, even_cuts, part_sums, place_cuts
 from megatron_lcl.train.engine import specs_of
 
 
@@ -56,7 +56,8 @@ def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
     case = Case((0,), (((1, 2),),), checkpointing="full")
     config = configs.replace(case.config, train__activation_checkpointing_every=2, model__vision__layers=4)
     batch = micro_batch((1, 2), config, torch.Generator().manual_seed(0))
-    times = measure_stages(specs_of(config, Axis()), batch, config, Axis(), torch.device("cpu"), torch.float32)
+    samples = StageSamples(specs_of(config, Axis()), batch, config, Axis(), torch.device("cpu"), torch.float32)
+    times = samples.times([samples.measure() for _ in range(3)])
     assert len(times) == 10
     assert times[1] == times[3] != times[2] == times[4]  # every second block computes its forward twice
     assert times[6] == times[8] != times[7]
