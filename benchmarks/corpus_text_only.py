@@ -68,14 +68,15 @@ class Line(msgspec.Struct):
 
 
 def least(source: Path, output: Path, tokenizer: Tokenizer) -> None:
-    decode, writer = msgspec.json.Decoder(Line).decode, IndexedWriter(output, np.int32)
+    decode, encode = msgspec.json.Decoder(Line).decode, tokenizer.joined_encoder()
+    writer = IndexedWriter(output, np.int32)
     texts: list[str] = []
     with open(source, "rb") as lines:
         for line in itertools.chain(lines, [b""]):
             if line:
                 texts += [text.text for text in decode(line).items]
-            if len(texts) >= 512 or not line:
-                writer.add_run(*tokenizer.encode_joined(texts), 0)
+            if len(texts) >= 256 or not line:
+                writer.add_run(*encode(texts), 0)
                 texts = []
     writer.finish()
 
@@ -93,12 +94,17 @@ def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tu
             for first in range(0, len(documents), 32):
                 tokenizer.encode_batch([text for document in documents[first : first + 32] for text in document])
 
+        def new_strings() -> None:
+            """As those of a corpus are: not in the processor's caches, nor asked for their UTF-8 before."""
+            documents[:] = json.loads(json.dumps(documents))
+
         candidates: tuple[Callable[[int], object], ...] = (
             alone,
             lambda number: least(source, Path(folder) / "least", tokenizer),
             lambda number: preprocess("jsonl", source, Path(folder) / f"out-{number}", tokenizer=tokenizer),
         )
         for number in range(rounds):
+            new_strings()
             for seconds, function in zip(times, candidates, strict=True):
                 start = time.process_time()
                 function(number)

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,9 +30,9 @@ from megatron_lcl.data.importers import Importer, Unit
 from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.store import ShardWriter, shard_files
-from megatron_lcl.data.tokenizer import Tokenizer
+from megatron_lcl.data.tokenizer import JoinedEncoder, Tokenizer
 
-BATCH = 512
+BATCH = 256
 """texts and images tokenised together, whole documents, each counted as one more; parts end between batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
@@ -55,6 +56,9 @@ class Job:
     keep_groups: bool = False
     """write the documents of `groups`, or (False) all others"""
 
+    def wants(self, document: Document) -> bool:
+        return (group_name(document) in self.groups) == self.keep_groups
+
 
 @dataclass(frozen=True)
 class Part:
@@ -65,7 +69,7 @@ class Part:
     last: bool
     """nothing of the task follows"""
     documents_read: int
-    """documents of the task up to this part's end, whether or not they were written"""
+    """documents wanted of the task up to this part's end, whether or not they were written"""
     files: dict[str, Any] = field(default_factory=dict)
     """empty where no document was left to write"""
     counts: dict[str, int] = field(default_factory=dict)
@@ -114,11 +118,13 @@ def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
         drops = Drops()
         # what the importer drops is counted once, with the training side
         reading = Drops() if job.keep_groups else drops
-        documents = (document for unit in units for document in job.importer.documents(unit, reading))
+        every = (document for unit in units for document in job.importer.documents(unit, reading))
+        documents = filter(job.wants, every) if job.groups else every
         num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
         drops.clear()  # what came up to here is on the records of the finished parts
+        encode = job.tokenizer.joined_encoder()
         while not is_finished(parts):
-            parts.append(_write_part(job, task, number, documents, num_read, drops))
+            parts.append(_write_part(job, encode, task, number, documents, num_read, drops))
             num_read, number = parts[-1].documents_read, number + 1
             drops.clear()
     total = Drops()
@@ -127,7 +133,15 @@ def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
     return total
 
 
-def _write_part(job: Job, task: int, number: int, documents: Iterator[Document], num_read: int, drops: Drops) -> Part:
+def _write_part(
+    job: Job,
+    encode: JoinedEncoder,
+    task: int,
+    number: int,
+    documents: Iterator[Document],
+    num_read: int,
+    drops: Drops,
+) -> Part:
     scratch = job.folder / f"task-{task:06d}"
     scratch.mkdir(exist_ok=True)
     for leftover in scratch.iterdir():  # of a run that was killed
@@ -137,9 +151,8 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
     last = True
     try:
         while batch := _next_batch(documents, job.shard_documents - writer.num_documents):
-            num_read += len(batch)
-            chosen = [d for d in batch if (group_name(d) in job.groups) == job.keep_groups] if job.groups else batch
-            digests += _write_batch(job, writer, chosen, drops)
+            num_read += len(batch.documents)
+            digests += _write_batch(job, encode, writer, batch, drops)
             if (
                 writer.num_bytes >= job.shard_bytes
                 or writer.num_documents >= job.shard_documents
@@ -173,21 +186,31 @@ def _write_part(job: Job, task: int, number: int, documents: Iterator[Document],
     return part
 
 
-_ONLY_TEXT = {Text}
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    documents: list[Document]
+    texts: list[str] | None
+    """of all documents, in order; None where there are images"""
 
 
-def _next_batch(documents: Iterator[Document], room: int) -> list[Document]:
+def _next_batch(documents: Iterator[Document], room: int) -> _Batch | None:
     """Documents of about BATCH items, no more than the part has room for."""
     batch: list[Document] = []
+    texts: list[str] = []
     size = num_items = 0
+    only_texts = True
     for document in itertools.islice(documents, room):
         batch.append(document)
-        num_items += 1 + len(document.items)
-        if not _ONLY_TEXT.issuperset(map(type, document.items)):
+        items = document.items
+        num_items += 1 + len(items)
+        try:  # sooner done than asking each item what it is
+            texts += [item.text for item in items]  # type: ignore[union-attr]
+        except AttributeError:
+            only_texts = False
             size += sum(len(image.data) for image in document.images)
         if num_items >= BATCH or size >= BATCH_BYTES:
             break
-    return batch
+    return _Batch(batch, texts if only_texts else None) if batch else None
 
 
 _SUFFIXES = (".tokens.bin", ".tokens.idx", ".images.bin", ".images.idx", ".arrow")
@@ -202,54 +225,65 @@ def final_name(part_file: str, shard: int) -> str:
 # --- one batch ---------------------------------------------------------------------------------------------------
 
 
-def _write_batch(job: Job, writer: ShardWriter, batch: list[Document], drops: Drops) -> Iterator[int]:
-    """Write a batch of documents; yields a hash of each one written."""
-    texts = [_texts(document, drops) for document in batch]
-    ids, lengths = job.tokenizer.encode_joined(list(itertools.chain.from_iterable(own for own, _ in texts)))
-    rest = io.BytesIO(ids)
-
-    def take(lengths: list[int]) -> tuple[bytes, list[int]]:
-        return rest.read(4 * sum(lengths)), lengths
-
-    first = first_waiting = 0
-    # numbers of texts of the documents, from text `first_waiting` on, that are texts and nothing else
-    waiting: list[int] = []
-    for document, (own, joined) in zip(batch, texts, strict=True):
-        stop = first + len(own)
-        if own and len(own) == len(document.items) and all(lengths[first:stop]):  # no need to look at each
-            waiting.append(len(own))
-            yield xxhash.xxh3_64_intdigest(joined)
-        else:
-            writer.add_text_documents(*take(lengths[first_waiting:first]), waiting)
-            first_waiting, waiting = stop, []
-            encoded = [(rest.read(4 * length), text) for length, text in zip(lengths[first:stop], own, strict=True)]
-            digest = _write_document(job, writer, document, iter(encoded), drops)
-            if digest is not None:
-                yield digest
-        first = stop
-    writer.add_text_documents(*take(lengths[first_waiting:]), waiting)
-
-
-def _texts(document: Document, drops: Drops) -> tuple[list[str], bytes]:
-    """A document's texts in order, lone surrogates replaced, "" for blank ones; and these joined."""
-    try:  # sooner done than asking each item what it is
-        texts = [item.text for item in document.items]  # type: ignore[union-attr]
-    except AttributeError:  # an image among them
-        texts = [item.text for item in document.items if isinstance(item, Text)]
-    if any(map(str.isspace, texts)):
-        texts = ["" if text.isspace() else text for text in texts]
+def _write_batch(job: Job, encode: JoinedEncoder, writer: ShardWriter, batch: _Batch, drops: Drops) -> list[int]:
+    """Write a batch of documents; returns a hash of each one written."""
+    documents = batch.documents
     try:
-        return texts, _join(texts)
+        ids, lengths = encode(_blanked(_texts(documents) if batch.texts is None else batch.texts))
     except UnicodeEncodeError:
-        valid = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
-        count = sum(text != original for text, original in zip(valid, texts, strict=True))
+        documents = [_with_valid_texts(document, drops) for document in documents]
+        ids, lengths = encode(_blanked(_texts(documents)))
+    counts = [len(document.items) for document in documents]
+    if batch.texts is not None and all(lengths) and all(counts):  # nothing to leave out
+        writer.add_text_documents(ids, lengths, counts)
+        return _digests(ids, lengths, counts)
+    rest = io.BytesIO(ids)
+    pieces = (rest.read(4 * length) for length in lengths)
+    digests = [_write_document(job, writer, document, pieces, drops) for document in documents]
+    return [digest for digest in digests if digest is not None]
+
+
+def _texts(documents: list[Document]) -> list[str]:
+    return [text.text for document in documents for text in document.texts]
+
+
+def _blanked(texts: list[str]) -> list[str]:
+    """The same, with "" for blank ones."""
+    return ["" if text.isspace() else text for text in texts] if any(map(str.isspace, texts)) else texts
+
+
+def _with_valid_texts(document: Document, drops: Drops) -> Document:
+    """Lone surrogates replaced, and counted."""
+    items = [Text(_valid(item.text)) if isinstance(item, Text) else item for item in document.items]
+    if count := sum(item != original for item, original in zip(items, document.items, strict=True)):
         drops.note("text", "invalid Unicode replaced", document.name, count)
-        return valid, _join(valid)
+    return Document(tuple(items), document.name, document.metadata)
 
 
-def _join(content: list[str]) -> bytes:
-    """What the hash of a document is taken of: its texts, and the hashes of its images, in order of writing."""
-    return "\0".join(content).encode()
+def _valid(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _digests(ids: bytes, lengths: list[int], counts: list[int]) -> list[int]:
+    """`_digest` of documents of `counts` texts each."""
+    digests = []
+    data, sizes = memoryview(ids), memoryview(array("I", lengths).tobytes())
+    first = start = 0
+    for count in counts:
+        stop = first + count
+        end = start + 4 * sum(lengths[first:stop])
+        digests.append(_digest(data[start:end], sizes[4 * first : 4 * stop]))
+        first, start = stop, end
+    return digests
+
+
+_IMAGE = -1
+"""instead of a length"""
+
+
+def _digest(content: bytes | memoryview, lengths: bytes | memoryview) -> int:
+    """Equal for documents that are equal: their pieces, ids of texts and hashes of images, and how long each is."""
+    return xxhash.xxh3_64_intdigest(content, xxhash.xxh3_64_intdigest(lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,44 +294,49 @@ class _ReadyImage:
 
 
 def _write_document(
-    job: Job, writer: ShardWriter, document: Document, encoded: Iterator[tuple[bytes, str]], drops: Drops
+    job: Job, writer: ShardWriter, document: Document, encoded: Iterator[bytes], drops: Drops
 ) -> int | None:
-    """Write one document, taking its texts from `encoded`; returns its hash, or None where nothing of it was left."""
+    """Write one document, taking its texts' ids from `encoded`; returns its hash, or None where nothing was left."""
     runs: list[list[bytes] | _ReadyImage] = []  # texts between images together
     texts: list[bytes] = []
     new_number: list[int] = []  # of each text, once those without tokens are gone; -1 for these
-    content: list[str] = []
+    num_texts = 0
     for item in document.items:
         if isinstance(item, Text):
-            ids, text = next(encoded)
-            if ids:
-                new_number.append(len(content))
-                content.append(text)
+            if ids := next(encoded):
+                new_number.append(num_texts)
+                num_texts += 1
                 texts.append(ids)
             else:
                 new_number.append(-1)
                 if item.text:  # an importer counts an empty one itself
-                    drops.left_out("text", "without tokens" if text else "blank", document.name)
+                    reason = "blank" if item.text.isspace() else "without tokens"
+                    drops.left_out("text", reason, document.name)
         elif (ready := _ready_image(job, item, document, drops)) is not None:
             runs += [texts, ready]
             texts = []
     runs.append(texts)
+    content: list[bytes] = []
+    lengths = array("i")
     for run in runs:
         if isinstance(run, list):
             if run:
                 writer.add_texts(run)
+                content += run
+                lengths.extend(len(ids) // 4 for ids in run)
         elif reason := _bad_match(run.image, new_number):
             drops.bad("image", reason, f"{document.name}: {run.image.name}")
         else:
             image, size = run.image, run.size
             matched = None if image.matched_text is None else new_number[image.matched_text]
             writer.add_image(run.data, size.width, size.height, size.format, image.similarity, matched)
-            content.append(xxhash.xxh3_128_hexdigest(run.data))
+            content.append(xxhash.xxh3_128_digest(run.data))
+            lengths.append(_IMAGE)
     if not content:
         drops.bad("document", "nothing left", document.name)
         return None
     writer.end_document()
-    return xxhash.xxh3_64_intdigest(_join(content))
+    return _digest(b"".join(content), lengths.tobytes())
 
 
 def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:

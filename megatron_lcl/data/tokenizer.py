@@ -16,15 +16,19 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
 import xxhash
 
+JoinedEncoder = Callable[[list[str]], tuple[bytes, list[int]]]
+"""Texts → all their ids one after another as int32, and how many each has. UnicodeEncodeError for lone surrogates."""
 SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
 
 
@@ -69,13 +73,9 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
 
-    def encode_joined(self, texts: Sequence[str]) -> tuple[bytes, list[int]]:
-        """The ids of all texts one after another as int32, as a corpus stores them, and how many each text has."""
-        lists = self.encode_batch(texts)
-        joined = array("I")  # no id is negative, and to an array of "i" Python takes twice as long
-        for ids in lists:
-            joined.fromlist(ids)
-        return joined.tobytes(), list(map(len, lists))
+    @abstractmethod
+    def joined_encoder(self) -> JoinedEncoder:
+        """What encodes as a corpus stores it, for many calls from one thread; drop it before the process forks."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; special tokens come out under their names."""
@@ -148,21 +148,31 @@ class SentencePieceTokenizer(Tokenizer):
         return type(self), (self._model, self._name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.Encode(list(texts), out_type=int, num_threads=1)
+        return self._encode(texts, int, num_threads=1)
 
-    def encode_joined(self, texts: Sequence[str]) -> tuple[bytes, list[int]]:
-        if not self._gives_arrays or sum(map(len, texts)) < _LONG * len(texts):
-            return super().encode_joined(texts)
-        arrays = self._processor.Encode(list(texts), out_type="numpy", num_threads=1)
-        return b"".join(arrays), list(map(len, arrays))
+    def joined_encoder(self) -> JoinedEncoder:
+        from sentencepiece import ThreadPool
 
-    @cached_property
-    def _gives_arrays(self) -> bool:
-        """Newer releases return int32 arrays, which saves a Python number a token and costs an object a text."""
+        pool = ThreadPool(1)  # else each call starts a thread, for as long as ten short texts take
+
+        def encode(texts: list[str]) -> tuple[bytes, list[int]]:
+            if sum(map(len, texts)) >= _LONG * len(texts):
+                arrays = self._encode(texts, "numpy", thread_pool=pool)
+                return b"".join(arrays), list(map(len, arrays))
+            lists = self._encode(texts, int, thread_pool=pool)
+            joined = array("I")  # no id is negative, and to an array of "i" Python takes twice as long
+            deque(map(joined.fromlist, lists), 0)  # for each, without a loop in Python
+            return joined.tobytes(), list(map(len, lists))
+
+        return encode
+
+    def _encode(self, texts: Sequence[str], out_type: Any, **threads: Any) -> list[Any]:
         try:
-            return self._processor.Encode(["a"], out_type="numpy", num_threads=1)[0].dtype == np.int32
-        except (ValueError, TypeError, RuntimeError, AttributeError):
-            return False
+            return self._processor.Encode(list(texts), out_type=out_type, **threads)
+        except TypeError:  # what it says of a str that UTF-8 cannot hold
+            for text in texts:
+                text.encode()
+            raise
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.Decode(ids)
@@ -318,9 +328,13 @@ class ClipTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [memoryview(ids).cast("i").tolist() for ids in self._encode_bytes(texts)]
 
-    def encode_joined(self, texts: Sequence[str]) -> tuple[bytes, list[int]]:
-        pieces = self._encode_bytes(texts)
-        return b"".join(pieces), [len(ids) // 4 for ids in pieces]
+    def joined_encoder(self) -> JoinedEncoder:
+        def encode(texts: list[str]) -> tuple[bytes, list[int]]:
+            "".join(texts).encode()  # a lone surrogate, which ftfy would replace and not tell
+            pieces = self._encode_bytes(texts)
+            return b"".join(pieces), [len(ids) // 4 for ids in pieces]
+
+        return encode
 
     def _encode_bytes(self, texts: Sequence[str]) -> list[bytes]:
         ids = self._words.__getitem__

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lcl.data import importers, indexed
+from megatron_lcl.data import importers, indexed, pipeline
 from megatron_lcl.data import preprocess as preprocess_module
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
@@ -417,3 +417,22 @@ def test_duplicates_are_counted_across_shards(tmp_path: Path) -> None:
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, shard_documents=32)
     assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 100}
     assert summary.counts["documents"] == 150
+
+
+def test_what_duplicates_are(tmp_path: Path) -> None:
+    """The same pieces one by one, however they came: other boundaries make another document, as do blank texts not."""
+    image = Image(picture(0))
+    twice = [Document((Text("over the"), Text("lazy dog")))]
+    once = [
+        Document((Text("over the lazy dog"),)),
+        Document((Text("over"), Text(" the"), Text("lazy dog"))),
+        Document((Text("over the"), image, Text("lazy dog"))),
+        Document((image, Text("over the"), Text("lazy dog"))),
+        Document((image,)),
+    ]
+    others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(60)]
+    assert sum(1 + len(d.items) for d in others) > 2 * pipeline.BATCH  # so some are written without, some with images
+    again = [Document((Text("over the"), Text(" \n"), Text("lazy dog")))]
+    writers.write_jsonl([*twice, *others, *once, *again], tmp_path / "in")
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 1}

@@ -99,9 +99,18 @@ def test_sentencepiece_loses_nothing(text: str) -> None:
 def test_ids_joined_as_apart(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> None:
     """SentencePiece gives short texts' ids as lists, long ones' as arrays."""
     apart = tokenizer.encode_batch(texts)
-    joined, lengths = tokenizer.encode_joined(texts)
+    joined, lengths = tokenizer.joined_encoder()(texts)
     assert lengths == [len(ids) for ids in apart]
     assert np.frombuffer(joined, np.int32).tolist() == [i for ids in apart for i in ids]
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE])
+@pytest.mark.parametrize("length", [1, 1000])
+def test_lone_surrogates_are_not_encoded(tokenizer: tokenizers.Tokenizer, length: int) -> None:
+    encode = tokenizer.joined_encoder()
+    with pytest.raises(UnicodeEncodeError):
+        encode(["a", "\ud800" + "b" * length])
+    assert encode(["a"])[1] == [1]  # goes on
 
 
 def test_training_is_deterministic_and_bounded() -> None:

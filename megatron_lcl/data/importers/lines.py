@@ -50,7 +50,7 @@ def line_units(files: Iterable[Path]) -> list[Unit]:
 
 def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, object) of each line of a unit that holds a JSON object; others are counted as bad documents."""
-    return _values(unit, drops, msgspec.json.decode)
+    return _values(unit, drops, msgspec.json.decode, {dict})
 
 
 def typed_lines(unit: Unit, drops: Drops, kind: type[T]) -> Iterator[tuple[str, dict[str, Any] | T]]:
@@ -63,10 +63,10 @@ def typed_lines(unit: Unit, drops: Drops, kind: type[T]) -> Iterator[tuple[str, 
         except msgspec.ValidationError:
             return msgspec.json.decode(line)
 
-    return _values(unit, drops, decode_either)
+    return _values(unit, drops, decode_either, {dict, kind})
 
 
-def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any]) -> Iterator[tuple[str, Any]]:
+def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any], wanted: set[type]) -> Iterator[tuple[str, Any]]:
     for name, line, complete in _lines(unit, drops):
         try:
             value = decode(line)
@@ -82,7 +82,7 @@ def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any]) -> Iterato
             if end != len(text):
                 drops.bad("document", "not JSON" if complete else "cut last line", name)
                 continue
-        if isinstance(value, dict | msgspec.Struct):
+        if type(value) in wanted:
             yield name, value
         else:
             drops.bad("document", "not a JSON object", name)
