@@ -287,6 +287,8 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
     }
     places = (options.format, options.input, options.output)
     if options.executor == "slurm":
+        if options.shard:
+            raise ValueError("--shard does one share here; --executor slurm does all --shares: give one of the two")
         print(preprocess_on_slurm(*places, shares=options.shares, slurm=_pairs(options.slurm), **arguments))
     else:
         shard = parse_share(options.shard) if options.shard else None

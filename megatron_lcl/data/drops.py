@@ -40,7 +40,7 @@ class Drops:
         counts[key] = counts.get(key, 0) + count
         names = self.names.setdefault(key, [])
         if name and len(names) < NAMES_KEPT:
-            names.append(name)
+            names.append(name.encode(errors="backslashreplace").decode())  # a file's name need not be valid Unicode
 
     def clear(self) -> None:
         """Forget everything."""
@@ -74,7 +74,7 @@ class Drops:
 
     def log(self) -> bytes:
         """The rows as JSON lines, for the file `LOG`."""
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()).encode(errors="replace")
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()).encode()
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,6 @@ that also share the original) and leaves about 70 of 464 pages in small groups.
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import xxhash
 from PIL import Image as Pillow
 
 from megatron_lcl.data.document import Document
-from megatron_lcl.data.probe import BadImage, probe
+from megatron_lcl.data.probe import BadImage, open_image, probe
 
 MAX_RMS = 11.0
 MAX_BITS = 5
@@ -149,7 +148,7 @@ def _features(data: bytes) -> _Features | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = Pillow.open(io.BytesIO(data))
+        file = open_image(data)
         file.draft("RGB", (128, 128))
         image = file.convert("RGBA")
     white = Pillow.new("RGBA", image.size, "white")

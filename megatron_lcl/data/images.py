@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from megatron_lcl.data.probe import DAMAGE, eight_bits, orientation, upright
+from megatron_lcl.data.probe import DAMAGE, eight_bits, open_image, orientation, upright
 
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
@@ -134,7 +134,7 @@ def _jpeg_orientation(data: bytes) -> int:
     if b"Exif\0\0" not in head and b":Orientation" not in head:  # the second in XMP, where Pillow looks, too
         return 1
     try:
-        return orientation(PIL.Image.open(io.BytesIO(data)))
+        return orientation(open_image(data))
     except DAMAGE:
         return 1
 
@@ -154,7 +154,7 @@ def thumbnail(data: bytes | memoryview, side: int) -> str:
 def _open(data: bytes) -> PIL.Image.Image:
     """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white."""
     try:
-        image = PIL.Image.open(io.BytesIO(data))
+        image = open_image(data)
         image.load()
         return _rgb(upright(image))
     except DAMAGE as error:

@@ -355,9 +355,12 @@ def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _R
     return _ReadyImage(image, data, size)
 
 
+_MAX_SIMILARITY = float(np.finfo(np.float32).max)
+
+
 def _bad_match(image: Image, new_number: list[int]) -> str:
     """Why an image's match makes it unusable; "" if it does not."""
-    if image.similarity is not None and not np.isfinite(image.similarity):
+    if image.similarity is not None and not abs(image.similarity) <= _MAX_SIMILARITY:
         return "similarity is not a number"
     if image.matched_text is None:
         return ""

@@ -114,6 +114,8 @@ def preprocess(
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
         raise ValueError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
+    if max_image_side is not None and max_image_side < 2:
+        raise ValueError(f"max_image_side is {max_image_side}; give at least 2 pixels")
     importer = importers.create(format, input, images, options or {})
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     recipe: dict[str, Any] = {

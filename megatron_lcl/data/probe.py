@@ -13,13 +13,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image as Pillow
 
+from megatron_lcl.data.store import FORMATS
+
 MAX_PIXELS = 89_478_485
 """above this Pillow suspects a decompression bomb; decoded, so many take 360 MB"""
+_OPENED = [format for format in FORMATS if format not in ("?", "MPO")]
+"""not all that Pillow knows, as it hands EPS to Ghostscript; an MPO opens as a JPEG"""
 DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
     RuntimeError, MemoryError, struct.error, zlib.error, Pillow.DecompressionBombError,
 )  # fmt: skip
 """what Pillow and the libraries behind it raise for files that are not whole"""
+_ROWS = 256
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
@@ -46,6 +51,11 @@ class Probe:
     format: str
 
 
+def open_image(data: bytes) -> Pillow.Image:
+    """Pillow's lazily decoded image, of one of the corpus's formats (`store.FORMATS`); raises one of DAMAGE."""
+    return Pillow.open(io.BytesIO(data), formats=_OPENED)
+
+
 def probe(data: bytes) -> Probe:
     """Decode the first frame and throw it away. BadImage says what is wrong: empty, truncated, too many pixels …"""
     if not data:
@@ -53,7 +63,7 @@ def probe(data: bytes) -> Probe:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Pillow.open(io.BytesIO(data))
+            image = open_image(data)
         except Pillow.DecompressionBombError:
             raise BadImage("too many pixels") from None
         except DAMAGE:
@@ -93,9 +103,13 @@ def eight_bits(image: Pillow.Image) -> Pillow.Image:
     """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
-    values = np.asarray(image, np.float64)
-    deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
-    return Pillow.fromarray(np.clip(values / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8))
+    deep = image.mode.startswith("I;16") or image.getextrema()[1] > 255  # type: ignore[operator]
+    grey = Pillow.new("L", image.size)
+    for top in range(0, image.height, _ROWS):  # in strips: as float64 a large picture takes 700 MB
+        values = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))), np.float64)
+        levels = np.clip(values / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8)
+        grey.paste(Pillow.fromarray(levels), (0, top))
+    return grey
 
 
 def _reads_as_jpeg(data: bytes) -> bool:
@@ -121,16 +135,19 @@ def downscale(data: bytes, max_side: int, quality: int = 90) -> bytes:
 
 
 def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
-    image = Pillow.open(io.BytesIO(data))
+    image = open_image(data)
     if max(image.size) <= max_side:
         return data
     image.draft("RGB", (max_side, max_side))
     frame = upright(image)
     has_alpha = "A" in frame.getbands() or "transparency" in frame.info
-    frame = eight_bits(frame).convert("RGBA" if has_alpha else "RGB")
+    frame = eight_bits(frame)
+    wanted = "RGBA" if has_alpha else "RGB"
+    if frame.mode != wanted and (has_alpha or frame.mode != "L"):  # a copy of the whole, which may be large
+        frame = frame.convert(wanted)
     scale = max_side / max(frame.size)
     size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
-    frame = frame.resize(size, Pillow.Resampling.LANCZOS)
+    frame = frame.resize(size, Pillow.Resampling.LANCZOS).convert(wanted)
     out = io.BytesIO()
     if has_alpha:
         frame.save(out, "PNG")

@@ -371,7 +371,9 @@ def clip_clean(text: str) -> str:
     if not text.isascii() or _UNCLEAN.search(text):
         import ftfy
 
-        if _UNCLEAN.search(text) or not unicodedata.is_normalized("NFC", text) or ftfy.is_bad(text):
+        # ftfy looks at lines, and splits longer ones
+        bad = len(text) > 1_000_000 or any(map(ftfy.is_bad, text.splitlines(keepends=True)))
+        if bad or _UNCLEAN.search(text) or not unicodedata.is_normalized("NFC", text):
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
         else:
             text = text.translate(_QUOTES)

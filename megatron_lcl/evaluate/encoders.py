@@ -7,7 +7,6 @@ weights are not all there is refused: the libraries would fill in random ones.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.images import decode_eval
+from megatron_lcl.data.probe import open_image
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import some
@@ -439,7 +439,7 @@ def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | N
 
 def _open(data: bytes) -> PIL.Image.Image:
     try:
-        return PIL.Image.open(io.BytesIO(data)).convert("RGB")
+        return open_image(data).convert("RGB")
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"an image that does not decode: {error}") from None
 

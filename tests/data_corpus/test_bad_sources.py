@@ -242,7 +242,7 @@ def test_a_truncated_tar_gives_what_it_holds(format: str, tmp_path: Path) -> Non
     assert summary.drops.bad_counts["document: damaged or truncated tar, the samples after it are lost"] == 1
 
 
-def test_images_of_a_truncated_tar(tmp_path: Path) -> None:
+def test_images_of_a_truncated_tar(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for k in range(9):
             writers._add(archive, f"{k}.png", picture(k))
@@ -255,6 +255,7 @@ def test_images_of_a_truncated_tar(tmp_path: Path) -> None:
     for k in (7, 8):
         with pytest.raises(BadImage, match="file missing"):
             source.read(f"{k}.png")
+    assert "0.tar is damaged or cut (unexpected end of data); its images up to there are used" in caplog.text
 
 
 def test_invalid_utf8_in_tars_is_replaced_and_noted(tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_what_duplicates_are(tmp_path: Path) -> None:
         Document((image, Text("over the"), Text("lazy dog"))),
         Document((image,)),
     ]
-    others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(60)]
+    others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(120)]
     assert sum(1 + len(d.items) for d in others) > 2 * pipeline.BATCH  # so some are written without, some with images
     again = [Document((Text("over the"), Text(" \n"), Text("lazy dog")))]
     writers.write_jsonl([*twice, *others, *once, *again], tmp_path / "in")

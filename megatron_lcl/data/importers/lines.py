@@ -21,6 +21,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
 T = TypeVar("T", bound=msgspec.Struct)
 _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
+_COMPRESSED_CHUNK = 1 << 10
+"""a hostile one makes a thousand times as much with gzip, thirty thousand times with zstandard"""
 _RANGE = 8 << 20
 _MAX_LINE = 64 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -39,13 +41,17 @@ def line_units(files: Iterable[Path]) -> list[Unit]:
     units = []
     for file in files:
         size = file.stat().st_size
-        if file.suffix in (".gz", ".zst", ".zip"):
+        if _is_compressed(file):
             units.append(Unit(file.name, size, (file, 0, size)))
         else:
             for start in range(0, max(size, 1), _RANGE):
                 end = min(size, start + _RANGE)
                 units.append(Unit(file.name, end - start, (file, start, end)))
     return units
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in (".gz", ".zst", ".zip")
 
 
 def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,7 +99,7 @@ def _lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
     path, start, end = unit.payload
     try:
         with open(path, "rb", _CHUNK) as file:
-            if path.suffix in (".gz", ".zst", ".zip"):
+            if _is_compressed(path):
                 chunks = _decompressed(path, file, drops)
                 yield from _split(path.name, chunks, drops)
             else:
@@ -146,12 +152,12 @@ def _split(name: str, chunks: Iterable[bytes], drops: Drops) -> Iterator[tuple[s
 
 
 def _decompressed(path: Path, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
-    chunks: Iterator[bytes] = iter(lambda: file.read(_CHUNK), b"")
-    if path.suffix == ".gz":
+    chunks: Iterator[bytes] = iter(lambda: file.read(_COMPRESSED_CHUNK), b"")
+    if path.suffix.lower() == ".gz":
         yield from _inflate(path, chunks, lambda: zlib.decompressobj(31), drops)
-    elif path.suffix == ".zst":
+    elif path.suffix.lower() == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        yield from _inflate(path, chunks, decompressor.decompressobj, drops)
+        yield from _inflate(path, chunks, lambda: decompressor.decompressobj(_CHUNK), drops)
     else:
         yield from _unzip(path, file, drops)
 
@@ -200,7 +206,7 @@ def _unzip_without_directory(path: Path, file: BinaryIO, drops: Drops) -> Iterat
         return
     _, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(head)
     file.seek(name_length + extra_length, 1)
-    chunks: Iterator[bytes] = iter(lambda: file.read(_CHUNK), b"")
+    chunks: Iterator[bytes] = iter(lambda: file.read(_COMPRESSED_CHUNK), b"")
     if method == zipfile.ZIP_DEFLATED:
         stream = zlib.decompressobj(-15)
         try:

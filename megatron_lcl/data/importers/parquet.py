@@ -78,7 +78,8 @@ class ObelicsImporter(Importer):
         try:
             # buffered: else a row group's column is read whole, however large
             with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as source:
-                if not {"images", "texts"} <= set(source.schema_arrow.names):
+                names = source.schema_arrow.names
+                if names.count("images") != 1 or names.count("texts") != 1:
                     drops.bad("document", "no columns images and texts", file.name)
                     return
                 for batch in source.iter_batches(_BATCH, [group], columns=["images", "texts"], use_threads=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator
@@ -17,6 +18,7 @@ from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import files_signature
 from megatron_lcl.data.probe import BadImage
 
+logger = logging.getLogger(__name__)
 MAX_FILE = 256 << 20
 _RUN = 1 << 21
 """names sorted together: 48 MiB"""
@@ -137,10 +139,13 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
+                if member.size < 0:
+                    raise tarfile.ReadError("negative size")
                 if member.isfile():
                     yield member.name.removeprefix("./"), member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError):
-        pass  # images that are not found are counted one by one
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        # images that are not found for it are counted one by one
+        logger.warning("%s is damaged or cut (%s); its images up to there are used", path, error)
 
 
 def _check_name(name: str) -> None:
