@@ -282,7 +282,7 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         "held_out_fraction": options.held_out_fraction,
         "max_bad_fraction": options.max_bad_fraction,
         "max_image_side": options.max_image_side,
-        "options": _pairs(options.option),
+        "options": _pairs(options.option, nested=False),
         "workers": options.workers,
     }
     places = (options.format, options.input, options.output)
@@ -295,14 +295,24 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         print(preprocess(*places, shard=shard, progress=True, **arguments))
 
 
-def _pairs(items: Sequence[str]) -> dict[str, Any]:
-    """["key=value", …] as a dict, values read as YAML."""
+def _pairs(items: Sequence[str], nested: bool = True) -> dict[str, Any]:
+    """["key=value", …] as a dict, values read as YAML; without `nested`, {…} and […] are text, as in naming rules."""
     import yaml
 
+    pairs = {}
     for item in items:
-        if "=" not in item:
+        key, equals, value = item.partition("=")
+        if not equals:
             raise ValueError(f"{item!r} is not KEY=VALUE")
-    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
+        try:
+            pairs[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            if nested:
+                raise ValueError(f"the value of {item!r} is not YAML") from None
+            pairs[key] = value
+        if not nested and isinstance(pairs[key], dict | list):
+            pairs[key] = value
+    return pairs
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
