@@ -7,6 +7,7 @@ or hangs, and 75, stopped by a signal with all saved (130 for Ctrl-C): start it 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections import deque
@@ -20,6 +21,8 @@ from megatron_lcl import config as configs
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid Unicode
     parser = _parser()
     if not arguments:
         parser.print_help()
@@ -117,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=1, help="processes; any number writes the same bytes (%(default)s)")
     sub.add_argument("--shard", metavar="I/N", help="only the I-th of N shares (from 0); the last one done finishes")
     sub.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: a job array of --shares")
-    sub.add_argument("--shares", type=int, default=8, help="jobs of the array (%(default)s)")
+    sub.add_argument("--shares", type=int, help="jobs of the array (8)")
     sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
 
     sub = add(
@@ -289,8 +292,11 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
     if options.executor == "slurm":
         if options.shard:
             raise ValueError("--shard does one share here; --executor slurm does all --shares: give one of the two")
-        print(preprocess_on_slurm(*places, shares=options.shares, slurm=_pairs(options.slurm), **arguments))
+        shares = 8 if options.shares is None else options.shares
+        print(preprocess_on_slurm(*places, shares=shares, slurm=_pairs(options.slurm), **arguments))
     else:
+        if options.slurm or options.shares is not None:
+            raise ValueError("--shares and --slurm are for --executor slurm")
         shard = parse_share(options.shard) if options.shard else None
         print(preprocess(*places, shard=shard, progress=True, **arguments))
 
@@ -306,11 +312,11 @@ def _pairs(items: Sequence[str], nested: bool = True) -> dict[str, Any]:
             raise ValueError(f"{item!r} is not KEY=VALUE")
         try:
             pairs[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the second for a date that there is not
             if nested:
                 raise ValueError(f"the value of {item!r} is not YAML") from None
             pairs[key] = value
-        if not nested and isinstance(pairs[key], dict | list):
+        if not nested and not isinstance(pairs[key], str | bool | int | float):
             pairs[key] = value
     return pairs
 
@@ -437,6 +443,8 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data import inspect
     from megatron_lcl.data.store import open_corpus
 
+    if (options.html or options.json) and options.what not in ([], ["stats"]):
+        raise ValueError("--html and --json are of the whole corpus; leave out `show N`")
     corpus = open_corpus(options.corpus)
     if options.html:
         print(inspect.write_page(corpus, options.html))

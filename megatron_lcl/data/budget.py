@@ -17,6 +17,8 @@ class Budget:
     """Stops a run of which too much is bad."""
 
     def __init__(self, max_bad_fraction: float) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {max_bad_fraction}; give a number from 0 to 1")
         self._limit = max_bad_fraction
         self._drops = Drops()
         self._counts: dict[str, int] = {}

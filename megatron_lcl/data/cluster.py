@@ -71,6 +71,8 @@ def preprocess_on_slurm(
                 break
             if attempt < retries:
                 logger.warning("%d shares failed and are run again: %s", len(waiting), errors[waiting[0]])
+    except NameError as error:  # what submitit says of a parameter that it does not know
+        raise ValueError(f"{str(error).splitlines()[0]}") from None
     except (submitit.core.utils.FailedJobError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"Slurm did not take the jobs: {error}") from None
     if waiting:

@@ -32,7 +32,7 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
-    if not _is_done(sources, output):
+    if not _is_done(sources, output, move):
         _join(sources, output)
     if move:
         for source in sources:
@@ -40,13 +40,15 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     return read_manifest(output)
 
 
-def _is_done(sources: list[Path], output: Path) -> bool:
+def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
     """Whether `output` is what joining the sources gave; of moved ones some, or all, may be gone."""
     if not (output / MANIFEST).exists():
         return False
     merged = read_manifest(output).get("recipe", {}).get("merged", ())
     there = [read_manifest(s)["fingerprint"] if (s / MANIFEST).exists() else None for s in sources]
-    return len(there) == len(merged) > 0 and all(a in (None, b) for a, b in zip(there, merged, strict=True))
+    return len(there) == len(merged) > 0 and all(
+        a == b or (move and a is None) for a, b in zip(there, merged, strict=True)
+    )
 
 
 def _join(sources: list[Path], output: Path) -> None:

@@ -59,11 +59,14 @@ class Summary:
     """documents, pieces, tokens, placements, images, image_bytes"""
     drops: Drops
     vocab_size: int
+    """0 while shares of other processes are missing"""
     reused: bool = False
     """the folder already held the finished corpus"""
     held_out: Summary | None = None
 
     def __str__(self) -> str:
+        if not self.vocab_size:
+            return f"{self.path}: this share is done, others are not yet"
         c = self.counts
         lines = [
             f"{self.path}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['placements']:,} images "
@@ -114,9 +117,17 @@ def preprocess(
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
         raise ValueError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
+    Budget(max_bad_fraction)  # which checks it
+    if not 0 < held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction is {held_out_fraction}; give a number between 0 and 1")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; give at least 1")
     if max_image_side is not None and max_image_side < 2:
         raise ValueError(f"max_image_side is {max_image_side}; give at least 2 pixels")
     importer = importers.create(format, input, images, options or {})
+    for folder in (output, *([Path(held_out)] if held_out is not None else [])):
+        if Path(input).is_dir() and folder.resolve().is_relative_to(Path(input).resolve()):
+            raise ValueError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     recipe: dict[str, Any] = {
         "format": format,
@@ -219,8 +230,6 @@ def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
 
 
 def _held_out_groups(importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int) -> frozenset[str]:
-    if not 0 < fraction < 1:
-        raise ValueError(f"held_out_fraction is {fraction}; give a number between 0 and 1")
     grouping = Grouping()
     for document in _documents(importer, tasks):
         grouping.add(document)
@@ -434,7 +443,7 @@ def _remove(folder: Path, created: list[Path]) -> None:
     for path in created:
         try:
             path.rmdir()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
             logger.warning("%s is left, as it is not empty", path)

@@ -7,6 +7,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,13 +104,20 @@ def eight_bits(image: Pillow.Image) -> Pillow.Image:
     """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
-    deep = image.mode.startswith("I;16") or image.getextrema()[1] > 255  # type: ignore[operator]
+    deep = image.mode.startswith("I;16") or any(
+        np.fmax.reduce(levels, axis=None, initial=0) > 255 for _, levels in _strips(image)
+    )
     grey = Pillow.new("L", image.size)
-    for top in range(0, image.height, _ROWS):  # in strips: as float64 a large picture takes 700 MB
-        values = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))), np.float64)
-        levels = np.clip(values / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8)
-        grey.paste(Pillow.fromarray(levels), (0, top))
+    for top, levels in _strips(image):
+        eight = np.clip(levels / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8)
+        grey.paste(Pillow.fromarray(eight), (0, top))
     return grey
+
+
+def _strips(image: Pillow.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows as float64); all of a large picture would take 700 MB."""
+    for top in range(0, image.height, _ROWS):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))), np.float64)
 
 
 def _reads_as_jpeg(data: bytes) -> bool:

@@ -282,7 +282,9 @@ class Corpus(Sequence[Document]):
         try:
             _check_manifest(self.manifest)
         except (KeyError, TypeError):
-            raise ValueError(f"{self.path / MANIFEST} is damaged; run `megatron-lcl preprocess` again") from None
+            raise ValueError(
+                f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
+            ) from None
         self._shards: dict[int, Shard] = {}
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self.document_starts = np.array([0, *itertools.accumulate(counts)], np.int64)
@@ -368,7 +370,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged; run `megatron-lcl preprocess` again") from None
+        raise ValueError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
     return {**manifest, "fingerprint": xxhash.xxh3_128_hexdigest(raw)}
@@ -381,7 +383,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         if not all(type(value) is kind for value in values):
             raise TypeError
 
-    are(dict, manifest["source"], manifest["tokenizer"], manifest["counts"], manifest["files"])
+    are(dict, manifest["source"], manifest["tokenizer"], manifest["counts"], manifest["files"], manifest["drops"])
+    are(dict, *(manifest["drops"][key] for key in ("bad", "left_out", "noted", "names")))
     are(list, manifest["shards"])
     are(dict, *manifest["shards"], *manifest["files"].values())
     tokenizer = manifest["tokenizer"]

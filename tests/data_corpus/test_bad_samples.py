@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from megatron_lcl.data.images import decode_eval, decode_train, thumbnail
 from megatron_lcl.data.inspect import stats, table
 from megatron_lcl.data.preprocess import Summary, preprocess
-from megatron_lcl.data.probe import BadImage, downscale, probe
+from megatron_lcl.data.probe import BadImage, downscale, eight_bits, probe
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.data.verify import verify
 
@@ -105,6 +105,17 @@ def test_sixteen_bits_keep_their_levels() -> None:
         for data in (GOOD[name][0], downscale(GOOD[name][0], 89)):
             grey = decode_eval(data, 70)[0].astype(float)
             assert np.abs(grey - expected[:, 10:80]).mean() < 4, name
+
+
+@pytest.mark.parametrize("at", [0, 7, 300 * 4 - 1])
+def test_grey_levels_beside_what_is_no_number(at: int) -> None:
+    """Above 255 they are of 16 bits; a picture of 300 rows is looked at in two strips."""
+    levels = np.full(1200, 40 * 257, np.float32)
+    levels[at] = np.nan
+    with np.errstate(invalid="ignore"):
+        grey = np.asarray(eight_bits(Pillow.fromarray(levels.reshape(300, 4)))).ravel()
+    assert set(np.delete(grey, at)) == {40}
+    assert set(np.asarray(eight_bits(Pillow.fromarray(np.full((300, 4), 40.4, np.float32)))).ravel()) == {40}
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:

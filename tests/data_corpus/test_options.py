@@ -144,3 +144,63 @@ def test_a_stored_zip_that_is_cut_and_one_of_two_members(tmp_path: Path) -> None
     assert summary.counts["documents"] == 57
     assert summary.drops.bad_counts == {"document: truncated file, the lines after it are lost": 1}
     assert summary.drops.noted_counts["document: zip holds 2 files, not one"] == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "arguments", "message"),
+    [
+        ("jsonl", ["--workers", "0"], "workers is 0"),
+        ("jsonl", ["--max-bad-fraction", "nan"], "max_bad_fraction is nan"),
+        ("jsonl", ["--max-bad-fraction", "-1"], "max_bad_fraction is -1.0"),
+        ("jsonl", ["--held-out-fraction", "2"], "held_out_fraction is 2.0"),
+        ("jsonl", ["--max-image-side", "1"], "max_image_side is 1"),
+        ("jsonl", ["--shares", "3"], "are for --executor slurm"),
+        ("jsonl", ["--slurm", "a=b"], "are for --executor slurm"),
+        ("jsonl", ["--output", "in/out"], "lies in the folder of the input"),
+        ("jsonl", ["--held-out", "in"], "lies in the folder of the input"),
+        ("obelics", ["--option", "image_name=5"], "option image_name is 5"),
+        ("obelics", ["--option", "image_name={row.x}"], "it may use {sha256}"),
+        ("obelics", ["--option", "image_name={row[0]}"], "it may use {sha256}"),
+        ("obelics", ["--option", "image_name={file:05d}"], "it may use {sha256}"),
+        ("obelics", ["--option", "image_name={md5:99999999999}"], "it may use {sha256}"),
+        ("html", ["--option", "min_side=64px"], "option min_side is '64px'; give a value such as 64"),
+        ("html", ["--option", "min_side="], "option min_side is ''"),
+        ("html", ["--option", "min_side=2020-13-45"], "option min_side is '2020-13-45'"),
+        ("html", ["--option", "max_words=1e3"], "option max_words is '1e3'"),
+        ("html", ["--option", "max_page_share=5%"], "option max_page_share is '5%'"),
+        ("html", ["--option", "text_pages=maybe"], "option text_pages is 'maybe'; give a value such as False"),
+    ],
+)
+def test_wrong_uses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    format: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    writers.write_jsonl(DOCUMENTS[:1], tmp_path / "in")
+    (tmp_path / "in/a.html").write_text("<p>text</p>")
+    pq.write_table(pa.Table.from_pylist([{"images": [None], "texts": ["s"]}]), tmp_path / "in/a.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["preprocess", "--format", format, "--input", "in", "--output", "out", "--tokenizer", "clip", *arguments]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("rule", ["{sha256:.8}", "{file:>3}", "{row:05d}_{number}"])
+def test_naming_rules_may_format(tmp_path: Path, rule: str) -> None:
+    pq.write_table(pa.Table.from_pylist([{"images": [None], "texts": ["s"]}]), tmp_path / "a.parquet")
+    options = {"image_name": rule}
+    preprocess("obelics", tmp_path / "a.parquet", tmp_path / "out", tokenizer=TOKENIZER, options=options)
+
+
+def test_one_share_says_that_others_are_missing(tmp_path: Path) -> None:
+    for k in range(2):
+        writers.write_jsonl([Document((Text(f"text {k}"),))], tmp_path / f"in/{k}")
+    arguments = ("jsonl", tmp_path / "in", tmp_path / "out")
+    first = preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, shard=(1, 2))
+    assert str(first) == f"{tmp_path}/out: this share is done, others are not yet"
+    assert "2 documents" in str(preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, shard=(0, 2)))

@@ -233,13 +233,16 @@ def test_any_changed_byte_is_a_fault_and_never_a_crash(
         lambda m: m.pop("counts"),
         lambda m: m["tokenizer"].update(vocab_size="5"),
         lambda m: m["shards"][0].update(documents=4.0),
+        lambda m: m.pop("drops"),
+        lambda m: m["drops"].pop("noted"),
     ],
 )
 def test_an_edited_manifest_is_damaged(corpus: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads((corpus / "corpus.json").read_text())
     damage(manifest)
     (corpus / "corpus.json").write_text(json.dumps(manifest))
-    assert verify(corpus) == [f"{corpus / 'corpus.json'} is damaged; run `megatron-lcl preprocess` again"]
+    remedy = "remove the folder and run `megatron-lcl preprocess` again"
+    assert verify(corpus) == [f"{corpus / 'corpus.json'} is damaged; {remedy}"]
     with pytest.raises(ValueError, match="is damaged"):
         open_corpus(corpus)
 
@@ -324,6 +327,9 @@ def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         merge([tmp_path / "clip"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    merge([corpus], tmp_path / "out")
+    with pytest.raises(ValueError, match="not empty"):  # and not that it was done before, as of one that was moved
+        merge([tmp_path / "nowhere"], tmp_path / "out")
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------

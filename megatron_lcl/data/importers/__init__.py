@@ -7,6 +7,7 @@ whose object is an `Importer` class.
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ def create(format: str, input: str | Path, images: str | Path | None, options: M
     if unknown:
         known = ", ".join(cls.options) or "none"
         raise ValueError(f"format {format} has no option {unknown[0]!r}; it has: {known}")
+    for name, parameter in inspect.signature(cls).parameters.items():
+        kind = type(parameter.default)
+        accepted = (int, float) if kind is float else (kind,)
+        if name in options and kind in (str, int, float, bool) and type(options[name]) not in accepted:
+            raise ValueError(f"option {name} is {options[name]!r}; give a value such as {parameter.default!r}")
     for path in (input, images):
         if path is not None and not Path(path).exists():
             raise ValueError(f"{path} does not exist")

@@ -48,13 +48,12 @@ class Mint1tImporter(TarImporter):
         num_images = sum(image is not None for image in images)
         frames: Iterator[bytes | None] = iter(())
         data = sample.get("tiff", sample.get("tif", b""))
-        if num_images or data:
-            found = _num_frames(data)
-            if found == num_images:
-                frames = _frames(data)
-            else:
-                reason = "no TIFF, or not readable" if found == 0 else "TIFF with another number of frames"
-                drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found)
+        found = _num_frames(data) if data else 0
+        if found == num_images and (found or not data):
+            frames = _frames(data) if found else frames
+        else:
+            reason = "no TIFF, or not readable" if found == 0 else "TIFF with another number of frames"
+            drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found or 1)
         for number, (text, image) in enumerate(zip(texts, images, strict=True)):
             if text is not None and image is not None:
                 drops.bad("text", "both image and text at one position", name)

@@ -21,7 +21,7 @@ from megatron_lcl.data.importers.sources import ImageSource, decoded, text_item
 from megatron_lcl.data.probe import BadImage
 
 _EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
-_FIELDS = ("sha256", "sha1", "md5", "file", "row", "position", "number")
+_EXAMPLE = {"sha256": "0" * 64, "sha1": "0" * 40, "md5": "0" * 32, "file": "a", "row": 0, "position": 0, "number": 0}
 _BATCH = 64
 
 
@@ -40,9 +40,9 @@ class ObelicsImporter(Importer):
         if not self.files:
             raise ValueError(f"no .parquet files in {input}")
         try:
-            image_name.format(**dict.fromkeys(_FIELDS, 0))
-        except (KeyError, IndexError, ValueError):
-            known = ", ".join("{" + f + "}" for f in _FIELDS)
+            image_name.format(**_EXAMPLE)
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError, MemoryError, OverflowError):
+            known = ", ".join("{" + field + "}" for field in _EXAMPLE)
             raise ValueError(f"image_name is {image_name!r}; it may use {known}") from None
         self.image_name = image_name
         self.images = ImageSource(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
+import json
 import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator
@@ -18,8 +18,8 @@ from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import files_signature
 from megatron_lcl.data.probe import BadImage
 
-logger = logging.getLogger(__name__)
 MAX_FILE = 256 << 20
+_DAMAGED = "damaged.json"
 _RUN = 1 << 21
 """names sorted together: 48 MiB"""
 
@@ -41,6 +41,7 @@ class ImageSource:
         self.tars = [] if root is None else _tars(root)
         self._folder: Path | None = None
         self._runs: list[np.ndarray] | None = None
+        self._damaged: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_runs": None}
@@ -51,8 +52,10 @@ class ImageSource:
         if self.tars and not self._folder.exists():
             unfinished = folder / "images-in-tars.tmp"
             unfinished.mkdir(exist_ok=True)
-            for number, run in enumerate(_sorted_runs(self.tars)):
+            damaged: list[str] = []
+            for number, run in enumerate(_sorted_runs(self.tars, damaged)):
                 np.save(unfinished / f"{number:06d}.npy", run)
+            (unfinished / _DAMAGED).write_text(json.dumps(damaged))
             os.replace(unfinished, self._folder)
 
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
@@ -76,15 +79,19 @@ class ImageSource:
                 if len(contents) > 1:  # nothing says which is meant
                     raise BadImage("several images of this name in the tars")
                 return contents.pop()
+            if self._damaged:
+                raise BadImage(f"file missing, and {self._damaged[0]} is damaged or cut")
         raise BadImage("file missing")
 
     def _find(self, key: str) -> list[tuple[int, int, int]]:
         """(tar, first byte, size) of all members of a name."""
         if self._runs is None:
             if self._folder is None:
-                self._runs = list(_sorted_runs(self.tars))
+                self._damaged = []
+                self._runs = list(_sorted_runs(self.tars, self._damaged))
             else:
-                self._runs = [np.load(file, mmap_mode="r") for file in sorted(self._folder.iterdir())]
+                self._damaged = json.loads((self._folder / _DAMAGED).read_text())
+                self._runs = [np.load(file, mmap_mode="r") for file in sorted(self._folder.glob("*.npy"))]
         digest = np.uint64(_digest(key))
         found = []
         for names, starts, places in self._runs:
@@ -115,14 +122,16 @@ def _digest(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass"))
 
 
-def _sorted_runs(tars: list[Path]) -> Iterator[np.ndarray]:
+def _sorted_runs(tars: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
     """All members of the tars, under their name and under that without folders: uint64 [3, n] arrays of up to _RUN.
+
+    Names of tars that end early are added to `damaged`.
 
     Rows: the key's XXH3, ascending; first byte; number of the tar (upper 32 bits) and size (lower 32 bits).
     """
     run, length = np.empty((3, _RUN), np.uint64), 0
     for number, path in enumerate(tars):
-        for name, start, size in _members(path):
+        for name, start, size in _members(path, damaged):
             place = number << 32 | min(size, 0xFFFF_FFFF)
             run[:, length] = _digest(name), start, place
             run[:, length + 1] = _digest(_anywhere(name)), start, place
@@ -133,7 +142,7 @@ def _sorted_runs(tars: list[Path]) -> Iterator[np.ndarray]:
     yield run[:, np.argsort(run[0, :length], kind="stable")]
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
     """(name, first byte, size) of the regular files in a tar, as far as it can be read."""
     try:
         with tarfile.open(path, "r:") as archive:
@@ -143,9 +152,8 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                     raise tarfile.ReadError("negative size")
                 if member.isfile():
                     yield member.name.removeprefix("./"), member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        # images that are not found for it are counted one by one
-        logger.warning("%s is damaged or cut (%s); its images up to there are used", path, error)
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        damaged.append(path.name)
 
 
 def _check_name(name: str) -> None:
