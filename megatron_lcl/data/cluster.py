@@ -72,7 +72,7 @@ def preprocess_on_slurm(
             if attempt < retries:
                 logger.warning("%d shares failed and are run again: %s", len(waiting), errors[waiting[0]])
     except NameError as error:  # what submitit says of a parameter that it does not know
-        raise ValueError(f"{str(error).splitlines()[0]}") from None
+        raise ValueError(str(error).splitlines()[0]) from None
     except (submitit.core.utils.FailedJobError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"Slurm did not take the jobs: {error}") from None
     if waiting:

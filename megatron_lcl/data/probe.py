@@ -25,7 +25,7 @@ DAMAGE = (
     RuntimeError, MemoryError, struct.error, zlib.error, Pillow.DecompressionBombError,
 )  # fmt: skip
 """what Pillow and the libraries behind it raise for files that are not whole"""
-_ROWS = 256
+_ROWS = 32
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,

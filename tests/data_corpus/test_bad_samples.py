@@ -109,7 +109,7 @@ def test_sixteen_bits_keep_their_levels() -> None:
 
 @pytest.mark.parametrize("at", [0, 7, 300 * 4 - 1])
 def test_grey_levels_beside_what_is_no_number(at: int) -> None:
-    """Above 255 they are of 16 bits; a picture of 300 rows is looked at in two strips."""
+    """Above 255 they are of 16 bits; a picture of 300 rows is looked at in strips."""
     levels = np.full(1200, 40 * 257, np.float32)
     levels[at] = np.nan
     with np.errstate(invalid="ignore"):
