@@ -311,13 +311,12 @@ def _pairs(items: Sequence[str], nested: bool = True) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{item!r} is not KEY=VALUE")
         try:
-            pairs[key] = yaml.safe_load(value)
+            read = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):  # the second for a date that there is not
             if nested:
                 raise ValueError(f"the value of {item!r} is not YAML") from None
-            pairs[key] = value
-        if not nested and not isinstance(pairs[key], str | bool | int | float):
-            pairs[key] = value
+            read = None
+        pairs[key] = read if nested or isinstance(read, str | bool | int | float) else value
     return pairs
 
 

@@ -96,7 +96,7 @@ class IndexedWriter:
         self.prefix = prefix
         self._dtype: np.dtype = np.dtype(dtype)
         self._bin = HashingFile(prefix.with_name(prefix.name + ".bin"))
-        self._lengths = array("I")  # none is negative, and an array of "i" takes a list three times as long
+        self._lengths = array("I")  # none is negative, and an array of "i" takes a list much more slowly
         self._modes = array("b")
         self._documents = array("q", [0])
 

@@ -329,8 +329,7 @@ def _write_document(
         else:
             image, size = run.image, run.size
             matched = None if image.matched_text is None else new_number[image.matched_text]
-            writer.add_image(run.data, size.width, size.height, size.format, image.similarity, matched)
-            content.append(xxhash.xxh3_128_digest(run.data))
+            content.append(writer.add_image(run.data, size.width, size.height, size.format, image.similarity, matched))
             lengths.append(_IMAGE)
     if not content:
         drops.bad("document", "nothing left", document.name)

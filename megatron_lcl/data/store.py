@@ -99,8 +99,11 @@ class ShardWriter:
         format: str,
         similarity: float | None = None,
         matched_text: int | None = None,
-    ) -> None:
-        """An image piece: encoded bytes, stored once however often they come; width and height in pixels, as shown."""
+    ) -> bytes:
+        """An image piece: encoded bytes, stored once however often they come; width and height in pixels, as shown.
+
+        Returns their XXH3-128.
+        """
         digest = xxhash.xxh3_128_digest(data)
         index = self._index_of.setdefault(digest, len(self._index_of))
         if index == self._images.num_sequences:
@@ -112,6 +115,7 @@ class ShardWriter:
         self._tokens.add(index.to_bytes(4, "little"), IMAGE)
         self._similarity.append(float("nan") if similarity is None else similarity)
         self._matched.append(-1 if matched_text is None else matched_text)
+        return digest
 
     def end_document(self) -> None:
         self._tokens.end_document()

@@ -136,8 +136,9 @@ def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:
     used = np.unique(elements[np.cumsum(shard.lengths, dtype=np.int64)[is_image] - 1])
     if len(used) != shard.num_images:
         yield f"{shard.num_images - len(used)} stored images that no document shows"
-    if np.isinf(shard.similarity).any():
-        yield f"placement {int(np.argmax(np.isinf(shard.similarity)))}: its similarity is infinite"
+    infinite = np.isinf(shard.similarity)
+    if infinite.any():
+        yield f"placement {int(np.argmax(infinite))}: its similarity is infinite"
     document_of = np.repeat(np.arange(shard.num_documents), np.diff(shard.document_offsets))
     num_texts = np.bincount(document_of[~is_image], minlength=shard.num_documents)
     limit = num_texts[document_of[is_image]]

@@ -49,11 +49,11 @@ class Mint1tImporter(TarImporter):
         frames: Iterator[bytes | None] = iter(())
         data = sample.get("tiff", sample.get("tif", b""))
         found = _num_frames(data) if data else 0
-        if found == num_images and (found or not data):
-            frames = _frames(data) if found else frames
-        else:
+        if found != num_images or (data and not found):
             reason = "no TIFF, or not readable" if found == 0 else "TIFF with another number of frames"
             drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found or 1)
+        elif found:
+            frames = _frames(data)
         for number, (text, image) in enumerate(zip(texts, images, strict=True)):
             if text is not None and image is not None:
                 drops.bad("text", "both image and text at one position", name)
