@@ -1,12 +1,14 @@
 """The `megatron-lcl` command: arguments to library calls, errors to one line.
 
-Exit codes: 0 done, 1 a check failed, 2 bad input or a run that cannot go on; of `train` also 71, another process died
+Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
+go on; of `train` also 71, another process died
 or hangs, and 75, stopped by a signal with all saved (130 for Ctrl-C): start it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -16,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl import config as configs
+from megatron_lcl.errors import RunError, UserError
+
+_MENDABLE = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
+    errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
+}  # fmt: skip
+"""what the system says of files and folders; other OSErrors are faults of the program"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, rest) or 0
     except BrokenPipeError:
         return 0
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+            raise
         if not _said_elsewhere(error):
             print(f"megatron-lcl {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -56,8 +67,6 @@ def _flush() -> None:
 
 def _said_elsewhere(error: BaseException) -> bool:
     """Whether the run's first process says it."""
-    from megatron_lcl.parallel.mesh import RunError
-
     return isinstance(error, RunError) and os.environ.get("RANK", "0") != "0"
 
 
@@ -253,12 +262,12 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     while items:
         item = items.popleft()
         if not item.startswith("--"):
-            raise ValueError(f"unexpected argument {item!r}; overrides are --section.key value")
+            raise UserError(f"unexpected argument {item!r}; overrides are --section.key value")
         key, equals, value = item[2:].partition("=")
         if not equals:
             alone = not items or items[0].startswith("--")
             if alone and key.replace("-", "_") not in switches:
-                raise ValueError(f"--{key} has no value")
+                raise UserError(f"--{key} has no value")
             value = "true" if alone else items.popleft()
         overrides[key] = value
     return overrides
@@ -291,12 +300,12 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
     places = (options.format, options.input, options.output)
     if options.executor == "slurm":
         if options.shard:
-            raise ValueError("--shard does one share here; --executor slurm does all --shares: give one of the two")
+            raise UserError("--shard does one share here; --executor slurm does all --shares: give one of the two")
         shares = 8 if options.shares is None else options.shares
         print(preprocess_on_slurm(*places, shares=shares, slurm=_pairs(options.slurm), **arguments))
     else:
         if options.slurm or options.shares is not None:
-            raise ValueError("--shares and --slurm are for --executor slurm")
+            raise UserError("--shares and --slurm are for --executor slurm")
         shard = parse_share(options.shard) if options.shard else None
         print(preprocess(*places, shard=shard, progress=True, **arguments))
 
@@ -309,12 +318,12 @@ def _pairs(items: Sequence[str], nested: bool = True) -> dict[str, Any]:
     for item in items:
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"{item!r} is not KEY=VALUE")
+            raise UserError(f"{item!r} is not KEY=VALUE")
         try:
             read = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):  # the second for a date that there is not
             if nested:
-                raise ValueError(f"the value of {item!r} is not YAML") from None
+                raise UserError(f"the value of {item!r} is not YAML") from None
             read = None
         pairs[key] = read if nested or isinstance(read, str | bool | int | float) else value
     return pairs
@@ -337,7 +346,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         print(dry_run(config, arguments, options.nodes, processes))
         return 0
     if options.nodes != 1:
-        raise ValueError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
+        raise UserError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
     from megatron_lcl.train.signals import Signals, Stopped
 
     if not launch.is_launched():
@@ -364,14 +373,14 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
         if options.tasks:
-            raise ValueError("--task goes with --data; --corpus measures what LCL trains, always the same")
+            raise UserError("--task goes with --data; --corpus measures what LCL trains, always the same")
         for model in options.models:
             if not is_ours(model):
-                raise ValueError(
+                raise UserError(
                     f"--corpus measures what LCL trains, and {model} is no LCL model; give --data and --task"
                 )
         if options.output and len(options.models) > 1:
-            raise ValueError("the results of one model fill --output; give one --model at a time, or no --output")
+            raise UserError("the results of one model fill --output; give one --model at a time, or no --output")
         for model in options.models:
             print(
                 evaluate_checkpoint(Path(model), Path(options.corpus), Path(options.output) if options.output else None)
@@ -443,7 +452,7 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.store import open_corpus
 
     if (options.html or options.json) and options.what not in ([], ["stats"]):
-        raise ValueError("--html and --json are of the whole corpus; leave out `show N`")
+        raise UserError("--html and --json are of the whole corpus; leave out `show N`")
     corpus = open_corpus(options.corpus)
     if options.html:
         print(inspect.write_page(corpus, options.html))
@@ -455,7 +464,7 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
         case ["show", number] if number.isdecimal():
             print(inspect.show(corpus, int(number)))
         case _:
-            raise ValueError(f"inspect takes `stats` or `show N`, not {' '.join(options.what)!r}")
+            raise UserError(f"inspect takes `stats` or `show N`, not {' '.join(options.what)!r}")
 
 
 def _merge(options: argparse.Namespace, _rest: list[str]) -> None:

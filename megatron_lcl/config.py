@@ -1,7 +1,7 @@
 """The whole run in one typed, frozen tree: YAML in, dotted overrides on top, every field documented.
 
 `load(file, overrides)` merges a YAML file and overrides such as `{"train.steps": "100"}` over the defaults; a key
-that does not exist or has the wrong type is a `ValueError` that names the nearest real one. `describe()` yields what
+that does not exist or has the wrong type is a `UserError` that names the nearest real one. `describe()` yields what
 `--help` prints.
 """
 
@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl import fields
+from megatron_lcl.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
@@ -31,7 +32,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 def _divides(small: str, divisor: int, large: str, value: int) -> None:
     if value % divisor:
         below = next(d for d in range(min(divisor, value), 0, -1) if value % d == 0)
-        raise ValueError(
+        raise UserError(
             f"{small} = {divisor} does not divide {large} = {value}; the nearest smaller value that does is {below}"
         )
 
@@ -152,7 +153,7 @@ class Data:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"data.{name} is [{low}, {high}]; give two positive numbers, the smaller first")
+                raise UserError(f"data.{name} is [{low}, {high}]; give two positive numbers, the smaller first")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -349,7 +350,7 @@ _CONFIG = TypeAdapter(Config)
 def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
     """The config from a YAML file (or the defaults) with dotted overrides, e.g. {"train.steps": "100"}, on top.
 
-    Override values are YAML: `[1, 2]`, `null`, `true`. Raises ValueError naming the key, its value, and the nearest
+    Override values are YAML: `[1, 2]`, `null`, `true`. Raises UserError naming the key, its value, and the nearest
     real key.
     """
     tree: dict[str, Any] = {}
@@ -357,11 +358,11 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
         try:
             tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
-            raise ValueError(f"no config file {file}") from None
+            raise UserError(f"no config file {file}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
-            raise ValueError(
+            raise UserError(
                 f"{file} holds a {type(tree).__name__}; a config is a mapping of sections such as `train:` and `data:`"
             )
     for key, value in (overrides or {}).items():
@@ -393,7 +394,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
         # strict as JSON is: a list does for a tuple and 1 for 1.0, but true for no number and 1 for no truth value
         return _CONFIG.validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(e) for e in error.errors())) from None
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
 
 
 def _without_empty(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -449,7 +450,7 @@ def _put(tree: dict[str, Any], key: str, value: str) -> None:
     for section in sections:
         child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
-            raise ValueError(f"--{key}: {section} is not a section; {_nearest(key)}")
+            raise UserError(f"--{key}: {section} is not a section; {_nearest(key)}")
         node = child
     try:
         node[name] = read_yaml(value) if isinstance(value, str) else value

@@ -19,6 +19,7 @@ from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.replay import render_first_packs
 from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
 from megatron_lcl.train.checkpoint import last_ledger
 from megatron_lcl.train.run import CONFIG
@@ -30,9 +31,9 @@ MAX_PACKS = 16
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
-    """Write the page about a run folder; returns its path. ValueError where `run` is not a run folder."""
+    """Write the page about a run folder; returns its path. UserError where `run` is not a run folder."""
     if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
+        raise UserError(f"{run} is not a run folder: it has no {CONFIG}")
     config = configs.load(run / CONFIG)
     metrics = [line for line in read_metrics(run) if "loss" in line]
     evaluation = _read_json(run / RESULT)
@@ -66,7 +67,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
+        raise UserError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
 
 
 def _curves(metrics: list[dict[str, Any]]) -> Markup:
@@ -102,7 +103,7 @@ def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] 
     """The examples with their images; without, if the held-out corpus is no longer where it was."""
     try:
         corpus = open_corpus(evaluation["corpus"]) if evaluation else None
-    except (ValueError, OSError):
+    except (UserError, OSError):
         corpus = None
     for example in examples or []:
         pair = example["pair"]

@@ -19,6 +19,7 @@ import yaml
 from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
 from megatron_lcl.data.store import read_manifest
+from megatron_lcl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Card:
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), *(("data description", text) for text in self.datasets)):
             if not text.strip() or "\n" in text:
-                raise ValueError(f"a model card's {what} is one line of text, not {text!r}")
+                raise UserError(f"a model card's {what} is one line of text, not {text!r}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
-            raise ValueError(
+            raise UserError(
                 f"licence {self.license!r} is no SPDX identifier in lower case, such as apache-2.0, mit, cc-by-4.0, or "
                 "other; see https://spdx.org/licenses"
             )

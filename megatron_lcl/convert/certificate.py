@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import Patches, PoolInterleave, VisionBlock, normalise
 
@@ -52,20 +53,20 @@ def compare(theirs: Features, ours: Features, rounded: Features) -> dict[str, An
     """Relative differences (Frobenius norms over all images) of an export from our model.
 
     The bound is on the difference from our model with the same rounded weights: that is the conversion's own error.
-    Raises ValueError over the bound. What rounding the weights changed is told beside it.
+    Raises UserError over the bound. What rounding the weights changed is told beside it.
     """
     facts: dict[str, Any] = {"bound": BOUND}
     for name in Features._fields:
         a, b, exact = (getattr(features, name) for features in (theirs, rounded, ours))
         if a.shape != b.shape:
-            raise ValueError(f"the exported model's {name} have the shape {tuple(a.shape)}, ours {tuple(b.shape)}")
+            raise UserError(f"the exported model's {name} have the shape {tuple(a.shape)}, ours {tuple(b.shape)}")
         facts[name] = {
             "relative_difference": _relative(a, b),
             "largest_absolute_difference": float((a - b).abs().max()),
             "relative_change_by_rounding": _relative(b, exact),
         }
         if not facts[name]["relative_difference"] <= BOUND:  # NaN too
-            raise ValueError(
+            raise UserError(
                 f"the exported model's {name} differ from ours by {facts[name]['relative_difference']:.3g} "
                 f"(relative; the bound is {BOUND:g}); nothing was written"
             )

@@ -19,6 +19,7 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, load_model
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.convert.weights import save_parts
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 
 _FORMATS: dict[str, ModuleType] = {"hf": hf, "timm": timm, "open_clip": openclip}
@@ -37,7 +38,7 @@ def export(
 
     `checkpoint`: whatever `load_model` takes. `format`: hf, timm or open_clip. `dtype`: of the weights, float32
     or bfloat16. `image_size`: interpolate the position embedding to this size. `card`: default: `card_of` the
-    checkpoint. The folder appears whole or not at all; ValueError over the bound of 1e-5 (relative), or where `output`
+    checkpoint. The folder appears whole or not at all; UserError over the bound of 1e-5 (relative), or where `output`
     holds something else.
     """
     path = Path(checkpoint)
@@ -60,9 +61,9 @@ def _export(
     load: Callable[[], tuple[LCL, Card]], format: str, output: Path, dtype_name: str, image_size: int | None
 ) -> dict[str, Any]:
     if format not in _FORMATS:
-        raise ValueError(f"unknown export format {format!r}; there are {', '.join(_FORMATS)}")
+        raise UserError(f"unknown export format {format!r}; there are {', '.join(_FORMATS)}")
     if dtype_name not in _DTYPES:
-        raise ValueError(f"unknown dtype {dtype_name!r}; there are {', '.join(_DTYPES)}")
+        raise UserError(f"unknown dtype {dtype_name!r}; there are {', '.join(_DTYPES)}")
     writer, dtype = _FORMATS[format], _DTYPES[dtype_name]
     versions = {"torch": torch.__version__, **require(writer.LIBRARY, f"format {format}")}
     with new_folder(output, format) as folder:
@@ -87,12 +88,12 @@ def import_checkpoint(
 ) -> LCL:
     """A checkpoint in the reference's format as a folder of ours, which `load_model` and `train` read.
 
-    `model_config`: see `load_model`. Raises ValueError as it does, and where `output` holds something else.
+    `model_config`: see `load_model`. Raises UserError as it does, and where `output` holds something else.
     """
     if format != "open_clip":
-        raise ValueError(f"unknown import format {format!r}; there is open_clip")
+        raise UserError(f"unknown import format {format!r}; there is open_clip")
     if Path(input).is_dir():
-        raise ValueError(f"{input} is a folder; import takes a checkpoint file in open_clip's format")
+        raise UserError(f"{input} is a folder; import takes a checkpoint file in open_clip's format")
     with new_folder(Path(output), "import", MANIFEST) as folder:
         model = load_model(input, model_config)
         save_checkpoint(model, Config(model=model.config), folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.files import hash_file
+from megatron_lcl.errors import UserError
 
 CERTIFICATE = "certificate.json"
 
@@ -20,14 +21,14 @@ def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[P
     """A temporary folder beside `output`, which takes its place when the block ends without an error.
 
     An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
-    its `record` file lists it); such an export is replaced. Raises ValueError before any work otherwise.
+    its `record` file lists it); such an export is replaced. Raises UserError before any work otherwise.
     """
     refuse_foreign(output, kind, record)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise ValueError(f"cannot write {output}: {error.strerror}") from None
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
     try:
         temporary.chmod(0o755)
         fresh, old = temporary / "new", temporary / "old"
@@ -51,11 +52,11 @@ def write_record(folder: Path, kind: str, facts: dict[str, Any], record: str = C
 
 
 def refuse_foreign(output: Path, kind: str, record: str = CERTIFICATE) -> None:
-    """ValueError if writing an export of this kind to `output` would destroy something."""
+    """UserError if writing an export of this kind to `output` would destroy something."""
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
-        raise ValueError(f"{output} exists and is not a folder; give another --output")
+        raise UserError(f"{output} exists and is not a folder; give another --output")
     names = _files(output)
     if not names and not any(output.iterdir()):
         return
@@ -68,7 +69,7 @@ def refuse_foreign(output: Path, kind: str, record: str = CERTIFICATE) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         same = unchanged = False
     if not same or not unchanged:
-        raise ValueError(
+        raise UserError(
             f"{output} holds something else than an unchanged {kind} export; give another --output or remove it"
         )
 

@@ -9,6 +9,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from megatron_lcl.errors import UserError
+
 _PACKAGES = {  # import name → package, what to install
     "transformers": ("transformers", "'megatron-lcl[hf]'"),
     "timm": ("timm", "'megatron-lcl[hf]'"),
@@ -18,12 +20,12 @@ _PACKAGES = {  # import name → package, what to install
 
 
 def require(library: str, what: str) -> dict[str, str]:
-    """The library's version, under its name. ValueError that says what to install where it does not import."""
+    """The library's version, under its name. UserError that says what to install where it does not import."""
     package, install = _PACKAGES[library]
     try:
         importlib.import_module(library)
     except ImportError:
-        raise ValueError(f"{what} needs {package}: pip install {install}") from None
+        raise UserError(f"{what} needs {package}: pip install {install}") from None
     return {library: importlib.metadata.version(package)}
 
 

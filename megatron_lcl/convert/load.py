@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from megatron_lcl.config import Config, Model, from_dict, read_yaml
 from megatron_lcl.data.manifest import MANIFEST, verify
 from megatron_lcl.data.store import MANIFEST as CORPUS_MANIFEST
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
 
@@ -32,22 +33,22 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
     taken; or a file (.pt, .pth, .bin, .safetensors) in the reference's open_clip format. For the last, `config` is a
     dict as in the reference's `model_configs/*.json`, or the path of such a file; None takes the .json of the
     checkpoint's own name beside it, or the published models' sizes where the shapes are theirs. Pickles are read with
-    `weights_only=True`. Raises ValueError, in one line, for whatever is not such a checkpoint.
+    `weights_only=True`. Raises UserError, in one line, for whatever is not such a checkpoint.
     """
     path = Path(path)
     if path.is_dir():
         if config is not None:
-            raise ValueError(f"{path} is a folder with a config of its own; `config` is for open_clip files")
+            raise UserError(f"{path} is a folder with a config of its own; `config` is for open_clip files")
         return _load_ours(find_checkpoint(path))
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}")
     state = read_state_dict(path)
     with torch.device("meta"):
         model = LCL(model_config(_open_clip_config(path, state, config)), seed=None)
     try:
         load_open_clip(model, state, assign=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return model
 
 
@@ -59,8 +60,8 @@ def find_checkpoint(path: Path) -> Path:
     complete = sorted(p.parent for p in steps.glob(f"step-*/{MANIFEST}") if (p.parent / WEIGHTS).is_file())
     if not complete:
         if (path / CORPUS_MANIFEST).is_file():
-            raise ValueError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
-        raise ValueError(
+            raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
+        raise UserError(
             f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
             f"or checkpoints/step-…/ with these and {MANIFEST}"
         )
@@ -78,9 +79,9 @@ def read_config(checkpoint: Path) -> Config:
     try:
         tree = read_yaml((checkpoint / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{checkpoint / CONFIG} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{checkpoint / CONFIG} cannot be read: {_one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{checkpoint / CONFIG} is not a config: it holds a {type(tree).__name__}")
+        raise UserError(f"{checkpoint / CONFIG} is not a config: it holds a {type(tree).__name__}")
     return from_dict(tree)
 
 
@@ -94,12 +95,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict of named tensors")
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict of named tensors")
     strange = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if strange:
-        raise ValueError(f"{path} is no state dict: {strange[0]!r} is a {type(loaded[strange[0]]).__name__}")
+        raise UserError(f"{path} is no state dict: {strange[0]!r} is a {type(loaded[strange[0]]).__name__}")
     if unnamed := [name for name in loaded if not isinstance(name, str)]:
-        raise ValueError(f"{path} is no state dict: it has a tensor under {unnamed[0]!r}, which is no name")
+        raise UserError(f"{path} is no state dict: it has a tensor under {unnamed[0]!r}, which is no name")
     prefix = "module." if all(name.startswith("module.") for name in loaded) else ""
     return {name.removeprefix(prefix): value for name, value in loaded.items()}
 
@@ -108,13 +109,13 @@ def _load_ours(checkpoint: Path) -> LCL:
     if (checkpoint / PROGRESS).is_file():  # a run's: what was imported has a record of another kind
         damage = verify(checkpoint, only=(WEIGHTS, CONFIG))
         if damage:
-            raise ValueError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
+            raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
     with torch.device("meta"):
         model = LCL(read_config(checkpoint).model, seed=None)
     state = _read_safetensors(checkpoint / WEIGHTS)
     expected = {name: p.shape for name, p in model.stages.named_parameters()}
     if faults := name_faults(expected, state):
-        raise ValueError(f"{checkpoint / WEIGHTS} {faults}; does {CONFIG} belong to it?")
+        raise UserError(f"{checkpoint / WEIGHTS} {faults}; does {CONFIG} belong to it?")
     model.stages.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model
 
@@ -123,7 +124,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
 
 
 def _read_pickle(path: Path) -> Any:
@@ -132,13 +133,13 @@ def _read_pickle(path: Path) -> Any:
     except UnpicklingError as error:
         held = _foreign_objects(path, error)
         if held:
-            raise ValueError(
+            raise UserError(
                 f"{path} is refused: a checkpoint is data, and this pickle wants to build {some(held)}; "
                 "save its state dict alone, or as safetensors"
             ) from None
-        raise ValueError(f"{path} is not a PyTorch checkpoint") from None  # torch would advise to run what is in it
+        raise UserError(f"{path} is not a PyTorch checkpoint") from None  # torch would advise to run what is in it
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a PyTorch checkpoint: {_one_line(error)}") from None  # a damaged file
+        raise UserError(f"{path} is not a PyTorch checkpoint: {_one_line(error)}") from None  # a damaged file
 
 
 def _foreign_objects(path: Path, error: UnpicklingError) -> list[str]:
@@ -161,9 +162,9 @@ def _open_clip_config(
     try:
         loaded = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model config {file} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"the model config {file} cannot be read: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"the model config {file} holds a {type(loaded).__name__}, not a mapping")
+        raise UserError(f"the model config {file} holds a {type(loaded).__name__}, not a mapping")
     return loaded
 
 
@@ -180,11 +181,11 @@ def _published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str
         context, width = state["text.positional_embedding"].shape
         vocab = state["text.token_embedding.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
+        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
     except (ValueError, IndexError):  # of other dimensions
-        raise ValueError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
+        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
     if (vision_width, vocab) != (768, 49411) or width not in (512, 768):
-        raise ValueError(
+        raise UserError(
             f"{path} has widths {vision_width} and {width} and {vocab} token ids, unlike the published models, and "
             "shapes do not tell the numbers of heads; pass its model config (config=…, --model-config FILE.json)"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.store import total
+from megatron_lcl.errors import UserError
 
 _ENOUGH = 1000
 """items after which the share of bad ones is judged before the end"""
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """The input is too bad. After any other error finished parts stay, so that the run can go on."""
 
 
@@ -18,7 +19,7 @@ class Budget:
 
     def __init__(self, max_bad_fraction: float) -> None:
         if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {max_bad_fraction}; give a number from 0 to 1")
+            raise UserError(f"max_bad_fraction is {max_bad_fraction}; give a number from 0 to 1")
         self._limit = max_bad_fraction
         self._drops = Drops()
         self._counts: dict[str, int] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.preprocess import Summary, preprocess
+from megatron_lcl.errors import UserError
 
 logger = logging.getLogger(__name__)
 _POLL = 2.0
@@ -35,15 +36,15 @@ def preprocess_on_slurm(
     The corpus is the same, byte for byte, as from one process. workers: processes, and so CPUs, of a job. logs: folder
     for the jobs' logs (default: beside the output). slurm: submitit's parameters, e.g. {"slurm_partition": "cpu",
     "timeout_min": 600, "slurm_array_parallelism": 64}. A share that failed or was lost is submitted again, up to
-    `retries` times. Raises ValueError where submitit is not installed, Slurm refuses the job, or a share fails for
+    `retries` times. Raises UserError where submitit is not installed, Slurm refuses the job, or a share fails for
     good.
     """
     try:
         import submitit
     except ImportError:
-        raise ValueError("Slurm needs the package submitit: `pip install megatron-lcl[slurm]`") from None
+        raise UserError("Slurm needs the package submitit: `pip install megatron-lcl[slurm]`") from None
     if shares < 1:
-        raise ValueError(f"shares is {shares}; give at least 1")
+        raise UserError(f"shares is {shares}; give at least 1")
     output = Path(output).resolve()
     folder = Path(logs) if logs is not None else output.with_name(output.name + ".slurm")
     arguments = {
@@ -72,11 +73,11 @@ def preprocess_on_slurm(
             if attempt < retries:
                 logger.warning("%d shares failed and are run again: %s", len(waiting), errors[waiting[0]])
     except NameError as error:  # what submitit says of a parameter that it does not know
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise UserError(str(error).splitlines()[0]) from None
     except (submitit.core.utils.FailedJobError, RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f"Slurm did not take the jobs: {error}") from None
+        raise UserError(f"Slurm did not take the jobs: {error}") from None
     if waiting:
-        raise ValueError(f"shares {waiting} of {shares} failed, the first with: {errors[waiting[0]]}; logs in {folder}")
+        raise UserError(f"shares {waiting} of {shares} failed, the first with: {errors[waiting[0]]}; logs in {folder}")
     return preprocess(**arguments)  # finished: only reads the summary
 
 

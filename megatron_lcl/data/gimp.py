@@ -10,6 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lcl.errors import UserError
+
 PACKAGE = "gimp-help-en"
 LICENCE = "GFDL-1.2-or-later"
 
@@ -31,12 +33,12 @@ class Manual:
 def fetch_manual(folder: str | Path) -> Manual:
     """Download the package into `folder` (kept, and used again) and unpack it there.
 
-    Raises ValueError that says how to pass a folder of HTML instead where apt or dpkg is missing or the download fails.
+    Raises UserError that says how to pass a folder of HTML instead where apt or dpkg is missing or the download fails.
     """
     folder = Path(folder).resolve()
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise ValueError(f"{tool} is not on this machine, so {PACKAGE} cannot be fetched; {_REMEDY}")
+            raise UserError(f"{tool} is not on this machine, so {PACKAGE} cannot be fetched; {_REMEDY}")
     folder.mkdir(parents=True, exist_ok=True)
     package = _downloaded(folder) or _download(folder)
     version = _run(["dpkg-deb", "--field", package.name, "Version"], folder)
@@ -50,7 +52,7 @@ def fetch_manual(folder: str | Path) -> Manual:
             shutil.rmtree(temporary, ignore_errors=True)
     pages = sorted(unpacked.rglob("index.html"), key=lambda p: len(p.parts))
     if not pages:
-        raise ValueError(f"{package} holds no HTML; {_REMEDY}")
+        raise UserError(f"{package} holds no HTML; {_REMEDY}")
     return Manual(pages[0].parent, PACKAGE, version, hashlib.sha256(package.read_bytes()).hexdigest())
 
 
@@ -69,7 +71,7 @@ def _download(folder: Path) -> Path:
         _run(["apt-get", "download", "-q", PACKAGE], temporary)
         package = _downloaded(temporary)
         if package is None:
-            raise ValueError(f"apt-get downloaded nothing; {_REMEDY}")
+            raise UserError(f"apt-get downloaded nothing; {_REMEDY}")
         return Path(shutil.move(str(package), str(folder / package.name)))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,7 +84,7 @@ def _run(command: list[str], folder: Path) -> str:
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"`{' '.join(command)}` failed ({error}); {_REMEDY}") from None
+        raise UserError(f"`{' '.join(command)}` failed ({error}); {_REMEDY}") from None
     if result.returncode:
         full = os.strerror(errno.ENOSPC)
         if full in result.stderr or "Wrote only" in result.stderr:  # as apt and tar say it
@@ -90,5 +92,5 @@ def _run(command: list[str], folder: Path) -> str:
         reason = next((line for line in result.stderr.splitlines() if line and not line.startswith("W:")), "no message")
         if command[0] == "apt-get":
             reason += f" (offline, or no package lists: `apt-get update`); {_REMEDY}"
-        raise ValueError(f"`{' '.join(command)}` in {folder} failed: {reason}")
+        raise UserError(f"`{' '.join(command)}` in {folder} failed: {reason}")
     return result.stdout.strip()

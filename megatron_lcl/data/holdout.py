@@ -25,6 +25,7 @@ from PIL import Image as Pillow
 
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.probe import BadImage, open_image, probe
+from megatron_lcl.errors import UserError
 
 MAX_RMS = 11.0
 MAX_BITS = 5
@@ -65,7 +66,7 @@ class Grouping:
     def _image(self, digest: bytes, data: bytes | None) -> int:
         if digest not in self._image_of:
             if len(self._image_of) >= MAX_IMAGES:
-                raise ValueError(
+                raise UserError(
                     f"over {MAX_IMAGES} images are too many to hold out by near-duplicates; use another source"
                 )
             self._image_of[digest] = len(self._image_of)
@@ -112,7 +113,7 @@ class Grouping:
         """Names of groups to hold out: whole small groups in a seeded order, up to `fraction` of the names,
         but one at least and never all.
 
-        A group that would overshoot is passed over, so the largest ones stay in training. Raises ValueError where
+        A group that would overshoot is passed over, so the largest ones stay in training. Raises UserError where
         nothing can be held out.
         """
         num = len(self._group_of)
@@ -128,7 +129,7 @@ class Grouping:
             if len(chosen) + len(names) <= target:
                 chosen.update(names)
         if not chosen:
-            raise ValueError(
+            raise UserError(
                 f"nothing to hold out: near-duplicate images join {num} pages into {len(groups)} "
                 f"groups, the smallest of {len(groups[-1]) if groups else 0}; at most {target} pages may go"
             )

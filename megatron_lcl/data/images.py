@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from megatron_lcl.data.probe import DAMAGE, eight_bits, open_image, orientation, upright
+from megatron_lcl.data.probe import DAMAGE, BadImage, eight_bits, open_image, orientation, upright
 
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
@@ -32,7 +32,7 @@ def decode_train(
     """A random crop, resized: uint8 [3, size, size].
 
     `draw` gives numbers in [0, 1); scale is the crop's share of the area, ratio its width over height (both as in
-    torchvision's RandomResizedCrop). ValueError if the image does not decode.
+    torchvision's RandomResizedCrop). BadImage if the image does not decode.
     """
     data = bytes(data)
     header = _jpeg_header(data)
@@ -64,7 +64,7 @@ def decode_train(
 def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
     """Shorter side to `size`, centre crop: uint8 [3, size, size], equal to CLIP's Resize(bicubic) and CenterCrop.
 
-    ValueError if the image does not decode.
+    BadImage if the image does not decode.
     """
     image = _open(bytes(data))
     short = min(image.size)
@@ -125,7 +125,7 @@ def _decode_jpeg(data: bytes, width: int, height: int, factor: float) -> np.ndar
         )
         return simplejpeg.decode_jpeg(data, "RGB", strict=False, **smallest)
     except ValueError as error:
-        raise ValueError(f"a JPEG that does not decode: {error}") from None
+        raise BadImage(f"a JPEG that does not decode: {error}") from None
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -143,7 +143,7 @@ def thumbnail(data: bytes | memoryview, side: int) -> str:
     """A data: URL of the image at no more than `side` pixels a side; an empty one for what does not decode."""
     try:
         image = _open(bytes(data))
-    except ValueError:
+    except BadImage:
         return "data:,"
     image.thumbnail((side, side))
     out = io.BytesIO()
@@ -158,7 +158,7 @@ def _open(data: bytes) -> PIL.Image.Image:
         image.load()
         return _rgb(upright(image))
     except DAMAGE as error:
-        raise ValueError(f"an image that does not decode: {error}") from None
+        raise BadImage(f"an image that does not decode: {error}") from None
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:

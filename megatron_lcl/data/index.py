@@ -34,6 +34,7 @@ from megatron_lcl.data.source import (
     save_array,
 )
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.errors import UserError
 
 CHUNK = 1 << 20
 """documents of one window at most: what is packed together"""
@@ -117,17 +118,17 @@ def open_ledger(
 ) -> Ledger:
     """The ledger of a new run, or of one resumed after `consumed` packs: `previous` and the changes of `data.corpora`.
 
-    Chooses I (`images_per_pack`) where the config leaves it open; a resumed run keeps it. ValueError if a setting that
+    Chooses I (`images_per_pack`) where the config leaves it open; a resumed run keeps it. UserError if a setting that
     fixes the packs has changed.
     """
     if not data.corpora:
-        raise ValueError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
+        raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
     blend = [{"path": c.path, "fingerprint": open_corpus(c.path).fingerprint, "weight": c.weight} for c in data.corpora]
     tokenizers = {c.path: open_corpus(c.path).manifest["tokenizer"]["fingerprint"] for c in data.corpora}
     if len(set(tokenizers.values())) > 1:
-        raise ValueError(f"the corpora of a blend must have the same tokenizer; these differ: {tokenizers}")
+        raise UserError(f"the corpora of a blend must have the same tokenizer; these differ: {tokenizers}")
     if len({c["fingerprint"] for c in blend}) < len(blend):
-        raise ValueError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
+        raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
     settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
     settings |= {"num_patches": num_patches, "context_length": context_length, "contrast_only": contrast_only}
     settings["version"] = VERSION
@@ -138,7 +139,7 @@ def open_ledger(
     for name, value in settings.items():
         old = previous.settings.get(name)
         if value != old and not (name == "images_per_pack" and value is None):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
                 f"start a new run"
             )
@@ -217,7 +218,7 @@ class PackIndex:
                 try:
                     if open_corpus(path).fingerprint != wanted:
                         continue
-                except ValueError:
+                except UserError:
                     continue
                 s = self.ledger.settings
                 self._sources[wanted] = open_source(
@@ -230,7 +231,7 @@ class PackIndex:
                 )
                 break
             else:
-                raise ValueError(
+                raise UserError(
                     f"a corpus that this run uses (fingerprint {wanted}) is at none of {', '.join(paths)}; put it back"
                 )
         return self._sources[wanted]
@@ -345,7 +346,7 @@ class PackIndex:
 def _mean_tokens(source: Source) -> float:
     total = int(source.tokens.sum(dtype=np.int64))
     if total == 0:
-        raise ValueError(
+        raise UserError(
             f"no document of {source.corpus.path} is left after selection; lower data.min_similarity or data.min_images"
         )
     return total / len(source.tokens)

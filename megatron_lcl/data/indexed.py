@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from megatron_lcl.errors import UserError
+
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[np.dtype, int] = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
@@ -172,20 +174,20 @@ class Indexed:
 
 
 def read_indexed(prefix: Path) -> Indexed:
-    """Map a container. ValueError names a file that is not one, or is cut."""
+    """Map a container. UserError names a file that is not one, or is cut."""
     index_path, data_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     try:
         index, data = memoryview(map_file(index_path)), memoryview(map_file(data_path))
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename or error} is missing; the corpus is incomplete") from None
+        raise UserError(f"{error.filename or error} is missing; the corpus is incomplete") from None
     if index.nbytes < _HEADER.size:
-        raise ValueError(f"{index_path} is cut: {index.nbytes} bytes")
+        raise UserError(f"{index_path} is cut: {index.nbytes} bytes")
     magic, version, code, num_sequences, num_entries = _HEADER.unpack_from(index)
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     if magic != MAGIC or version != 1 or code not in dtypes:
-        raise ValueError(f"{index_path} is not an int32 or uint8 IndexedDataset of version 1")
+        raise UserError(f"{index_path} is not an int32 or uint8 IndexedDataset of version 1")
     if index.nbytes != _HEADER.size + num_sequences * (4 + 8 + 1) + num_entries * 8:
-        raise ValueError(f"{index_path} has {index.nbytes} bytes, not what its {num_sequences} sequences need")
+        raise UserError(f"{index_path} has {index.nbytes} bytes, not what its {num_sequences} sequences need")
     start = _HEADER.size
 
     def take(kind: Any, count: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.images import thumbnail
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard
+from megatron_lcl.errors import UserError
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _THUMBNAIL = 320
@@ -58,7 +59,7 @@ def table(statistics: dict[str, Any]) -> str:
 
 
 def show(corpus: Corpus, i: int) -> str:
-    """Document `i` for the terminal. ValueError where there is none."""
+    """Document `i` for the terminal. UserError where there is none."""
     document = _document(corpus, i)
     lines = [f"document {i} of {len(corpus):,}: {len(document.texts)} texts, {len(document.images)} images"]
     lines += [item.text if isinstance(item, Text) else f"[{_caption(item)}]" for item in document.items]
@@ -91,7 +92,7 @@ def write_page(corpus: Corpus, file: str | Path, num_samples: int = 12, seed: in
 
 def _document(corpus: Corpus, i: int) -> Document:
     if not 0 <= i < len(corpus):
-        raise ValueError(f"there is no document {i}; the corpus has 0 … {len(corpus) - 1}")
+        raise UserError(f"there is no document {i}; the corpus has 0 … {len(corpus) - 1}")
     return corpus[i]
 
 

@@ -17,9 +17,11 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.batch import PackedBatch, num_runs
 from megatron_lcl.data.images import decode_eval, decode_train
 from megatron_lcl.data.index import InOrder, Ledger, Pack, PackIndex, open_ledger
+from megatron_lcl.data.probe import BadImage
 from megatron_lcl.data.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
 from megatron_lcl.data.source import Source, key, open_source, plain
 from megatron_lcl.data.store import Shard
+from megatron_lcl.errors import UserError
 
 ObjectiveName = Literal["lcl", "clip", "generation"]
 
@@ -102,7 +104,7 @@ class PackReader(Dataset[PackedBatch]):
                     slot = b * I + image.slot
                     try:
                         pixels[slot] = self._pixels(pack, origin, image)
-                    except ValueError as error:
+                    except BadImage as error:
                         bad.append((slot, f"{image.name}: {error}"))
                         continue
                     image_valid[slot] = 1
@@ -253,13 +255,13 @@ class PackedLoader(Iterable[PackedBatch]):
         pin_memory: bool = False,
     ) -> None:
         if global_batch % (world_size * micro_batch):
-            raise ValueError(
+            raise UserError(
                 f"train.global_batch = {global_batch} is not a multiple of {world_size} data-parallel processes times "
                 f"train.micro_batch = {micro_batch}; the nearest that is: "
                 f"{max(1, round(global_batch / (world_size * micro_batch))) * world_size * micro_batch}"
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} processes; ranks count from 0")
+            raise UserError(f"rank {rank} of {world_size} processes; ranks count from 0")
         clip = objective == "clip"
         index: PackIndex | InOrder
         if train:
@@ -267,7 +269,7 @@ class PackedLoader(Iterable[PackedBatch]):
             index = PackIndex(data, ledger)
         else:
             if len(data.corpora) != 1:
-                raise ValueError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
+                raise UserError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
             whole = open_ledger(data, num_patches, context_length, contrast_only=clip)
             slots = whole.settings["images_per_pack"]
             index = InOrder(

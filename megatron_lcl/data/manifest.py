@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from megatron_lcl.data.files import hash_file
+from megatron_lcl.errors import UserError
 
 MANIFEST = "manifest.json"
 
@@ -27,7 +28,7 @@ def manifest_text(files: Mapping[str, dict[str, Any]]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The fingerprints of a folder's files. ValueError where the manifest is damaged, OSError where there is none."""
+    """The fingerprints of a folder's files. UserError where the manifest is damaged, OSError where there is none."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
@@ -35,7 +36,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise ValueError("changed since it was written")
+        raise UserError("changed since it was written")
     return files
 
 

@@ -21,6 +21,7 @@ from megatron_lcl.data.store import (
     total,
     write_manifest,
 )
+from megatron_lcl.errors import UserError
 
 
 def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
 
     Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
     once the new manifest is written. Done before with the same corpora, it is recognised, and a removal that was cut
-    short goes on. Raises ValueError where the tokenizers differ, a corpus is given twice, or the folder holds something
+    short goes on. Raises UserError where the tokenizers differ, a corpus is given twice, or the folder holds something
     else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
@@ -54,16 +55,16 @@ def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
 def _join(sources: list[Path], output: Path) -> None:
     recipe: dict[str, Any] = {"merged": []}
     if not sources:
-        raise ValueError("no corpus to merge")
+        raise UserError("no corpus to merge")
     if len({s.resolve() for s in sources}) < len(sources):
-        raise ValueError("a corpus is given twice")
+        raise UserError("a corpus is given twice")
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; give a new folder")
+        raise UserError(f"{output} is not empty; give a new folder")
     manifests = [open_corpus(s).manifest for s in sources]
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
     if len(tokenizers) > 1:
         first, second = list(tokenizers.values())[:2]
-        raise ValueError(f"{first} and {second} have different tokenizers; preprocess them with the same one")
+        raise UserError(f"{first} and {second} have different tokenizers; preprocess them with the same one")
 
     files: dict[str, Any] = {}
     shards: list[dict[str, int]] = []
@@ -126,7 +127,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileNotFoundError:
-        raise ValueError(f"{source} is missing; `megatron-lcl verify` says what else is") from None
+        raise UserError(f"{source} is missing; `megatron-lcl verify` says what else is") from None
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
         with open(target, "rb") as file:

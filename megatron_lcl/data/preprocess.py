@@ -40,6 +40,7 @@ from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.pipeline import Job, Part, final_name, is_finished, parts_of, run_task
 from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, total, write_manifest
 from megatron_lcl.data.tokenizer import Tokenizer
+from megatron_lcl.errors import UserError
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -111,23 +112,23 @@ def preprocess(
     finishes, and a share that fails leaves the others' work alone.
 
     Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
-    ValueError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
+    UserError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
     input is unusable or more than `max_bad_fraction` of it is bad. After any other failure finished parts stay.
     """
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
-        raise ValueError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
+        raise UserError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
     Budget(max_bad_fraction)  # which checks it
     if not 0 < held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction is {held_out_fraction}; give a number between 0 and 1")
+        raise UserError(f"held_out_fraction is {held_out_fraction}; give a number between 0 and 1")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; give at least 1")
+        raise UserError(f"workers is {workers}; give at least 1")
     if max_image_side is not None and max_image_side < 2:
-        raise ValueError(f"max_image_side is {max_image_side}; give at least 2 pixels")
+        raise UserError(f"max_image_side is {max_image_side}; give at least 2 pixels")
     importer = importers.create(format, input, images, options or {})
     for folder in (output, *([Path(held_out)] if held_out is not None else [])):
         if Path(input).is_dir() and folder.resolve().is_relative_to(Path(input).resolve()):
-            raise ValueError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
+            raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
     given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     recipe: dict[str, Any] = {
         "format": format,
@@ -172,11 +173,11 @@ def preprocess(
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """`"i/n"` as (i, n), i from 0 to n-1. ValueError for anything else."""
+    """`"i/n"` as (i, n), i from 0 to n-1. UserError for anything else."""
     share, slash, total = text.partition("/")
     if slash and share.isdecimal() and total.isdecimal() and int(share) < int(total):
         return int(share), int(total)
-    raise ValueError(f"the share is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
+    raise UserError(f"the share is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
 
 
 def _with(training: Summary, rest: list[Summary]) -> Summary:
@@ -187,7 +188,7 @@ def _with(training: Summary, rest: list[Summary]) -> Summary:
 
 
 def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. ValueError for all else."""
+    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
     ours = json.loads(json.dumps(recipe))
     try:  # before the manifest: the record goes once that is there
         record = json.loads((folder / WORK / _RECORD).read_text("utf-8"))
@@ -196,21 +197,21 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     if (folder / MANIFEST).exists():
         theirs = read_manifest(folder).get("recipe", {})
         if different := [key for key in ours if key not in theirs or theirs[key] != ours[key]]:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
                 "corpora with `megatron-lcl merge`"
             )
         return True
     if record is not None:
         if record != ours:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds an unfinished corpus of other input or options; remove it or give a new folder"
             )
     elif folder.exists():
         if not folder.is_dir():
-            raise ValueError(f"{folder} is a file; give a new folder")
+            raise UserError(f"{folder} is a file; give a new folder")
         if others := sorted(p.name for p in folder.iterdir() if p.name != WORK):
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
             )
     return False
@@ -243,7 +244,7 @@ def _train_tokenizer(importer: Importer, tasks: list[list[Unit]], groups: frozen
 
 
 def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document]:
-    """All documents; ValueError where there is none."""
+    """All documents; UserError where there is none."""
     drops = Drops()
     found = False
     for unit in itertools.chain.from_iterable(tasks):
@@ -251,7 +252,7 @@ def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document
             found = True
             yield document
     if not found:
-        raise ValueError(nothing_left(drops))
+        raise UserError(nothing_left(drops))
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -317,9 +318,9 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"no space left for {folder}; free some and run the same command again") from None
+            raise UserError(f"no space left for {folder}; free some and run the same command again") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise ValueError(f"cannot write {folder}: {error.strerror}") from None
+            raise UserError(f"cannot write {folder}: {error.strerror}") from None
         raise
 
 
@@ -336,7 +337,7 @@ def _run(job: Job, tasks: list[list[Unit]], mine: list[int], workers: int) -> It
             for k, future in futures:
                 yield k, future.result()
         except BrokenProcessPool:
-            raise ValueError(
+            raise UserError(
                 "a worker process died, perhaps for want of memory; run the same command again, with fewer workers"
             ) from None
         finally:

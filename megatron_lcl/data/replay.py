@@ -19,6 +19,7 @@ from megatron_lcl.data.index import Ledger
 from megatron_lcl.data.loader import PackedLoader, SequenceOrigin
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megatron_lcl.errors import UserError
 
 _SHOWN = 144
 """side of an image on the page, pixels"""
@@ -30,10 +31,10 @@ def replay_html(
     """The batch of step `step` (counted from 0) of a run with this config, as one self-contained page.
 
     rank: only what data-parallel process `rank` of `world_size` reads; None: the whole step. ledger: the run's, from a
-    checkpoint, if its blend has changed or ranges were skipped. ValueError for a step or rank that cannot be.
+    checkpoint, if its blend has changed or ranges were skipped. UserError for a step or rank that cannot be.
     """
     if step < 0:
-        raise ValueError(f"step {step}; steps count from 0")
+        raise UserError(f"step {step}; steps count from 0")
     who = "all processes" if rank is None else f"process {rank} of {world_size}"
     mine, size = (0, 1) if rank is None else (rank, world_size)
     batch = config.train.global_batch

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 
 from megatron_lcl.config import Data
+from megatron_lcl.errors import UserError
 
 SEQUENCE, PIECE, START, STOP = range(4)
 """columns of an arrangement's rows; STOP = IMAGE_ROW marks an image"""
@@ -58,14 +59,14 @@ def rules_for(
     pairs: bool,
     contrast_only: bool = False,
 ) -> Rules:
-    """The rules for one corpus. ValueError if not even one image fits a sequence.
+    """The rules for one corpus. UserError if not even one image fits a sequence.
 
     pairs: the corpus is a source of image-text pairs; contrast_only: objective `clip`. `selects` is left to `Source`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
     smallest = 4 if contrast_only else num_patches + 5
     if max_tokens < smallest:
-        raise ValueError(
+        raise UserError(
             f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
             f"one of text; give model.language.context_length and data.tokens_per_pack at least {smallest}"
         )

@@ -23,6 +23,7 @@ import xxhash
 from megatron_lcl.config import Data
 from megatron_lcl.data.sequence import Rules, arranged_sizes, measure, mix, rules_for
 from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.errors import UserError
 
 VERSION = 1
 
@@ -48,7 +49,7 @@ def cache_folder(data: Data) -> Path:
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Have `folder` built by one process while others wait for it; complete or not there.
 
-    The lock is the kernel's, so a builder that dies frees it. ValueError where the folder cannot be written.
+    The lock is the kernel's, so a builder that dies frees it. UserError where the folder cannot be written.
     """
     if folder.is_dir():
         return folder
@@ -56,7 +57,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the pack index cannot be written to {folder.parent} ({error.strerror}); set data.cache to another folder"
         ) from None
     with lock:
@@ -67,7 +68,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
                 time.sleep(0.1)
                 continue
             except OSError as error:
-                raise ValueError(
+                raise UserError(
                     f"{folder.parent} is on a file system without locks ({error.strerror}); set data.cache to another"
                 ) from None
             if not folder.is_dir():

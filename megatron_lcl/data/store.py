@@ -26,6 +26,7 @@ import xxhash
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
+from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_lcl.data.tokenizer import Tokenizer
@@ -202,9 +203,9 @@ class Shard:
         try:
             images, placements = _arrow_columns(arrow_path)
         except FileNotFoundError:
-            raise ValueError(f"{arrow_path} is missing; the corpus is incomplete") from None
+            raise UserError(f"{arrow_path} is missing; the corpus is incomplete") from None
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{arrow_path} is damaged: {error}") from None
+            raise UserError(f"{arrow_path} is damaged: {error}") from None
         self.image_width: np.ndarray = images.field("width").to_numpy()
         self.image_height: np.ndarray = images.field("height").to_numpy()
         self.image_format: np.ndarray = images.field("format").to_numpy()
@@ -271,9 +272,9 @@ def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
     row.validate(full=True)  # else a wrong length leads outside the file
     lists = [row.column("images"), row.column("placements")]
     if [array.type.value_type for array in lists] != [_IMAGE_TYPE, _PLACEMENT_TYPE] or row.num_rows != 1:
-        raise ValueError("it has other columns")
+        raise UserError("it has other columns")
     if any(array.null_count for array in (*lists, *(field for array in lists for field in array.values.flatten()))):
-        raise ValueError("it has gaps")
+        raise UserError("it has gaps")
     return lists[0].values, lists[1].values
 
 
@@ -286,7 +287,7 @@ class Corpus(Sequence[Document]):
         try:
             _check_manifest(self.manifest)
         except (KeyError, TypeError):
-            raise ValueError(
+            raise UserError(
                 f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
             ) from None
         self._shards: dict[int, Shard] = {}
@@ -363,20 +364,20 @@ class Corpus(Sequence[Document]):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with its own hash added as "fingerprint". ValueError where `folder` is not a corpus."""
+    """The manifest, with its own hash added as "fingerprint". UserError where `folder` is not a corpus."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
         manifest = json.loads(raw)
         version = manifest["format_version"]
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
+        raise UserError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
+        raise UserError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
     return {**manifest, "fingerprint": xxhash.xxh3_128_hexdigest(raw)}
 
 
@@ -399,7 +400,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def open_corpus(path: str | Path) -> Corpus:
-    """Open the corpus in folder `path` by its manifest; shards are mapped on first use. ValueError if there is none."""
+    """Open the corpus in folder `path` by its manifest; shards are mapped on first use. UserError if there is none."""
     return Corpus(path)
 
 

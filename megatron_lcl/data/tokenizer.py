@@ -27,6 +27,8 @@ import numpy as np
 import regex
 import xxhash
 
+from megatron_lcl.errors import UserError
+
 JoinedEncoder = Callable[[list[str]], tuple[bytes, list[int]]]
 """Texts → all their ids one after another as int32, and how many each has. UnicodeEncodeError for lone surrogates."""
 SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
@@ -101,7 +103,7 @@ class Tokenizer(ABC):
 def load(source: str | Path) -> Tokenizer:
     """A tokenizer from `"clip"`, a SentencePiece model, or a file that `save` wrote.
 
-    Raises ValueError where there is no such file or it is neither.
+    Raises UserError where there is no such file or it is neither.
     """
     if str(source) == "clip":
         return ClipTokenizer(_installed_merges())
@@ -109,12 +111,12 @@ def load(source: str | Path) -> Tokenizer:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f'no tokenizer at {path} ({error.strerror}); give "clip" or a SentencePiece .model') from None
+        raise UserError(f'no tokenizer at {path} ({error.strerror}); give "clip" or a SentencePiece .model') from None
     if path.suffix == ".json":
         try:
             return ClipTokenizer([_pair(line) for line in json.loads(data)["merges"]])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not a tokenizer that megatron_lcl saved") from None
+            raise UserError(f"{path} is not a tokenizer that megatron_lcl saved") from None
     return SentencePieceTokenizer(data, str(path))
 
 
@@ -141,7 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("the file is empty")
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise ValueError(f"{name} is not a SentencePiece model") from None
+            raise UserError(f"{name} is not a SentencePiece model") from None
         self.base_size = self._processor.GetPieceSize()
 
     def __reduce__(self) -> tuple[type, tuple[bytes, str]]:
@@ -192,19 +194,19 @@ def train_sentencepiece(
 
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
     no normalisation, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
-    space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. ValueError without text or for an impossible
+    space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. UserError without text or for an impossible
     size.
     """
     import sentencepiece
 
     smallest = 256 + 1 + 100  # bytes, <unk>, and room for an alphabet
     if vocab_size - len(SPECIAL_TOKENS) < smallest:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {smallest + len(SPECIAL_TOKENS)}")
+        raise UserError(f"vocab_size is {vocab_size}; it must be at least {smallest + len(SPECIAL_TOKENS)}")
     model = io.BytesIO()
     lines = _training_lines(texts, max_bytes, max_piece_bytes)
     first = next(lines, None)
     if first is None:
-        raise ValueError("no text to train a tokenizer on")
+        raise UserError("no text to train a tokenizer on")
     try:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=(line for part in ([first], lines) for line in part),
@@ -224,7 +226,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"cannot train a tokenizer of {vocab_size} ids on these texts: {error}") from None
+        raise UserError(f"cannot train a tokenizer of {vocab_size} ids on these texts: {error}") from None
     return SentencePieceTokenizer(model.getvalue())
 
 
@@ -259,7 +261,7 @@ def _installed_merges() -> list[tuple[str, str]]:
             if file.is_file():
                 lines = gzip.decompress(file.read_bytes()).decode().split("\n")
                 return [_pair(line) for line in lines[1 : _NUM_MERGES + 1]]
-    raise ValueError(
+    raise UserError(
         f"CLIP's vocabulary ({_MERGES_FILE}) comes with the package open-clip-torch, which is not installed; "
         "`pip install --no-deps open-clip-torch` is enough"
     )

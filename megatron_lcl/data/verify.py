@@ -14,6 +14,7 @@ from megatron_lcl.data.indexed import read_indexed
 from megatron_lcl.data.probe import BadImage, probe
 from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
 from megatron_lcl.data.tokenizer import SPECIAL_TOKENS
+from megatron_lcl.errors import UserError
 
 _BLOCK = 8 << 20
 
@@ -34,7 +35,7 @@ def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[
 def _faults(path: Path, quick: bool) -> Iterator[str]:
     try:
         corpus = open_corpus(path)
-    except ValueError as error:
+    except UserError as error:
         yield str(error)
         return
     files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
@@ -48,13 +49,13 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
     try:
         if (corpus.tokenizer.fingerprint, corpus.tokenizer.vocab_size) != (named["fingerprint"], named["vocab_size"]):
             yield f"{named['file']}: not the tokenizer that the manifest names"
-    except ValueError as error:
+    except UserError as error:
         yield str(error)
     for number in range(corpus.num_shards):
         try:
             for fault in _shard_faults(corpus, number, named["vocab_size"] - len(SPECIAL_TOKENS), quick):
                 yield f"shard {number:05d}: {fault}"
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
 
 

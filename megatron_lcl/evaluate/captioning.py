@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders import Encoder, OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
@@ -32,7 +33,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if not 0 <= self.top_p <= 1 or not self.temperature > 0:
-            raise ValueError(
+            raise UserError(
                 f"top_p = {self.top_p} and temperature = {self.temperature}; give a share from 0 (greedy) to 1, and a "
                 "temperature above 0"
             )
@@ -49,7 +50,7 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
     start = [special.sot, special.soi, *[special.placeholder] * config.vision.num_patches, special.eoi, *prompt]
     room = min(decoding.max_tokens, config.language.context_length - len(start))
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"a caption's start has {len(start)} tokens, which leaves none of the model's context of "
             f"{config.language.context_length}"
         )
@@ -125,7 +126,7 @@ def caption(
     processes: int = 1,
     progress: bool = True,
 ) -> list[str]:
-    """One caption an image; the number of processes does not change them. ValueError naming an image that is broken."""
+    """One caption an image; the number of processes does not change them. UserError naming an image that is broken."""
     ids = encoder.need_tokenizer().encode(prompt) if prompt else []
     write = partial(_write, decoding or Decoding(), tuple(ids))
     batches = map_batches(encoder, images, write, batch_size, processes, "captions", progress)

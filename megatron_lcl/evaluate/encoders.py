@@ -30,8 +30,9 @@ from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.images import decode_eval
-from megatron_lcl.data.probe import open_image
+from megatron_lcl.data.probe import BadImage, open_image
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import some
 from megatron_lcl.model.stages import normalise
@@ -59,7 +60,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def prepare(self, data: bytes) -> torch.Tensor:
-        """Encoded bytes → [3, H, W] as `encode` takes it. ValueError if they do not decode."""
+        """Encoded bytes → [3, H, W] as `encode` takes it. UserError if they do not decode."""
 
     @abstractmethod
     def _encode(self, images: torch.Tensor) -> Features: ...
@@ -72,7 +73,7 @@ class Encoder(ABC):
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features."""
-        raise ValueError(f"{self.name} has no text encoder; zero-shot classification and retrieval need one")
+        raise UserError(f"{self.name} has no text encoder; zero-shot classification and retrieval need one")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,14 +132,12 @@ class OurEncoder(Encoder):
         self.tokenizer = tokenizer
         size = model.config.language.vocab_size
         if tokenizer is not None and tokenizer.vocab_size != size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}; give its own --tokenizer"
-            )
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}; give its own --tokenizer")
 
     def need_tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer; ValueError where none was found."""
+        """The tokenizer; UserError where none was found."""
         if self.tokenizer is None:
-            raise ValueError(f"the tokenizer of {self.name} is not known; give --tokenizer clip or the corpus's file")
+            raise UserError(f"the tokenizer of {self.name} is not known; give --tokenizer clip or the corpus's file")
         return self.tokenizer
 
     def prepare(self, data: bytes) -> torch.Tensor:
@@ -220,9 +219,9 @@ class HfEncoder(Encoder):
         # a classifier's checkpoint has no pooler, which some architectures put behind the class token
         self._has_pooler = not any("pooler." in name for name in missing)
         if missing := [name for name in missing if "pooler." not in name]:
-            raise ValueError(f"{spec} lacks {some(missing)}; transformers would make them up")
+            raise UserError(f"{spec} lacks {some(missing)}; transformers would make them up")
         if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
-            raise ValueError(f"{spec} has {some(wrong)} of another shape than its config says")
+            raise UserError(f"{spec} has {some(wrong)} of another shape than its config says")
         super().__init__(spec, module, device)
         pool = Path(folder) / POOL
         self._pool = read_pool(pool) if pool.is_file() else None
@@ -302,7 +301,7 @@ class OpenClipEncoder(Encoder):
             self._architecture, _, pretrained = model.partition("@")
             if not pretrained and self._architecture in open_clip.list_models():
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(self._architecture)) or "a file's path"
-                raise ValueError(f"{spec} names no weights; give {spec}@PRETRAINED, where PRETRAINED is one of {tags}")
+                raise UserError(f"{spec} names no weights; give {spec}@PRETRAINED, where PRETRAINED is one of {tags}")
         with _loading(spec, "OpenCLIP"):
             module, self._transform = open_clip.create_model_from_pretrained(self._architecture, pretrained or None)
         super().__init__(spec, module, device)
@@ -365,7 +364,7 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
 
     `timm:NAME` (also `timm:local-dir:DIR`), `hf:DIR`, `open_clip:NAME[@PRETRAINED]` (also `open_clip:local-dir:DIR`),
     or the path of an LCL checkpoint, whose tokenizer is that of its run's corpus, or CLIP's if its vocabulary has
-    CLIP's size, unless `tokenizer` names another. Raises ValueError where it does not load.
+    CLIP's size, unless `tokenizer` names another. Raises UserError where it does not load.
     """
     kind, _, name = str(spec).partition(":")
     if kind in _LIBRARIES and name:
@@ -415,11 +414,11 @@ def _loading(spec: str, library: str) -> Iterator[None]:
     ) as error:  # fmt: skip
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
-            raise ValueError(
+            raise UserError(
                 f"{spec} wants code of its own to be run, which is refused; only architectures that the library has "
                 "itself can be evaluated"
             ) from None
-        raise ValueError(f"{spec} does not load as a {library} model: {said}") from None
+        raise UserError(f"{spec} does not load as a {library} model: {said}") from None
 
 
 _CLIP_VOCABULARY = 49411
@@ -441,7 +440,7 @@ def _open(data: bytes) -> PIL.Image.Image:
     try:
         return open_image(data).convert("RGB")
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"an image that does not decode: {error}") from None
+        raise BadImage(f"an image that does not decode: {error}") from None
 
 
 def _tensor(out: Any) -> torch.Tensor:

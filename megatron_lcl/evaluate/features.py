@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.evaluate.workers import load, map_batches
@@ -44,7 +45,7 @@ def image_features(
     """Features of all images, in order, memory-mapped: pooled [N, D] float32, or patches [N, P, V] float16.
 
     `processes` > 1: each makes its own encoder (on a GPU of its own, say; see `EncoderSource`) and computes an equal
-    share. ValueError naming an image that does not decode, or where the encoder has no patch tokens.
+    share. UserError naming an image that does not decode, or where the encoder has no patch tokens.
     """
     key = xxhash.xxh3_128(f"{encoder.fingerprint} {kind} {len(images)}".encode())
     with ThreadPoolExecutor(8) as pool:
@@ -55,7 +56,7 @@ def image_features(
     if not file.is_file():
         shape = getattr(encoder.encode(load(encoder, images[0])[None]), kind).shape[1:]
         if kind == "patches" and shape[0] == 0:
-            raise ValueError(f"{encoder.name} gives no patch tokens, which an attentive probe pools")
+            raise UserError(f"{encoder.name} gives no patch tokens, which an attentive probe pools")
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=folder)
         os.close(handle)

@@ -31,6 +31,7 @@ from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import InOrder
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import Outputs
@@ -172,11 +173,11 @@ class HeldOutEvaluation:
     ) -> tuple[HeldOut, list[Example]]:
         """Measure the model after `step` steps; the numbers are on every process, the examples on the first one.
 
-        Raises ValueError, on every process, if the corpus has nothing for the tasks.
+        Raises UserError, on every process, if the corpus has nothing for the tasks.
         """
         mesh, packs = self.mesh, self.packs
         if not self.num_batches:
-            raise ValueError(f"{self.corpus} has no document that the run's data rules leave; nothing can be measured")
+            raise UserError(f"{self.corpus} has no document that the run's data rules leave; nothing can be measured")
         own = _Share()
         origins: list[_Origin] = []
         batches = iter(packs.loader if packs else ())
@@ -199,7 +200,7 @@ class HeldOutEvaluation:
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
         if not result.pairs and not result.targets:
-            raise ValueError(f"{self.corpus} has nothing for {' and '.join(self.tasks)}; there is nothing to evaluate")
+            raise UserError(f"{self.corpus} has nothing for {' and '.join(self.tasks)}; there is nothing to evaluate")
         return result, self._examples(origins, picked)
 
     def _measure(
@@ -253,11 +254,11 @@ class HeldOutEvaluation:
 
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
-    """The tasks, or, if none are named, those that the objective trains. ValueError where it does not train one."""
+    """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one."""
     trained = {"lcl": TASKS, "clip": ("retrieval",), "generation": ("generation",)}[config.objective.name]
     for task in tasks:
         if task not in trained:
-            raise ValueError(
+            raise UserError(
                 f"objective.name = {config.objective.name} does not train what {task} measures; leave it out"
             )
     return tuple(task for task in TASKS if task in (tasks or trained))

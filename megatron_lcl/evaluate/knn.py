@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Result, bootstrap
 from megatron_lcl.evaluate.sources import ImageSet
 
@@ -26,7 +27,7 @@ def knn_predict(
     Wu et al. 2018 (arXiv 1805.01978, section 3.4), with DINO's k and temperature (arXiv 2104.14294).
     """
     if k > len(train):
-        raise ValueError(f"k = {k} neighbours, but there are {len(train)} training images")
+        raise UserError(f"k = {k} neighbours, but there are {len(train)} training images")
     known = F.normalize(torch.from_numpy(np.array(train)).float().to(device), dim=-1)
     labels = torch.from_numpy(train_labels).to(device)
     predicted = []
@@ -61,10 +62,10 @@ def knn(
 
 
 def same_classes(train: ImageSet, test: ImageSet) -> np.ndarray:
-    """The test labels; ValueError where training and test images do not have the same classes."""
+    """The test labels; UserError where training and test images do not have the same classes."""
     train.need_labels()
     labels = test.need_labels()
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))[:3]
-        raise ValueError(f"the classes of {train.name} and {test.name} differ: {', '.join(differing) or 'their order'}")
+        raise UserError(f"the classes of {train.name} and {test.name} differ: {', '.join(differing) or 'their order'}")
     return labels

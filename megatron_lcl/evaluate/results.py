@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_lcl.convert.card import Measured
 from megatron_lcl.data.files import replace_bytes, replace_text
+from megatron_lcl.errors import UserError
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -83,7 +84,7 @@ def write_json(results: Sequence[Result], path: str | Path) -> None:
 
 
 def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
-    """What a results.json says of the encoder with this fingerprint, for a model card. ValueError if it is nothing."""
+    """What a results.json says of the encoder with this fingerprint, for a model card. UserError if it is nothing."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [
@@ -94,9 +95,9 @@ def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
         ]
         others = sorted({str(entry["encoder"]) for entry in entries})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results.json of `evaluate`: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not a results.json of `evaluate`: {type(error).__name__} {error}") from None
     if not found:
-        raise ValueError(f"{path} has no results of these weights; it has some of {', '.join(others) or 'nothing'}")
+        raise UserError(f"{path} has no results of these weights; it has some of {', '.join(others) or 'nothing'}")
     return found
 
 

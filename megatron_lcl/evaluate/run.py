@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_lcl.data.files import replace_text
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding, captioning
 from megatron_lcl.evaluate.encoders import Encoder, EncoderSource, OurEncoder
 from megatron_lcl.evaluate.features import Kind, image_features
@@ -50,29 +51,29 @@ def evaluate(
 
     k-NN and probes learn on `train_split`, all tasks are measured on `split` (None: as `open_images` says). `output`: a
     folder for results.json, results.txt, results.png and captions.jsonl; nothing is written before all is measured.
-    Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached. Raises ValueError,
+    Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached. Raises UserError,
     in one line, for data or models that do not fit the tasks.
     """
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
-        raise ValueError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
+        raise UserError(f"unknown task {', '.join(unknown) or '(none given)'}; there are {', '.join(TASKS)}")
     if batch_size < 1 or processes < 1:
-        raise ValueError(f"batch size {batch_size} and {processes} processes; give numbers from 1")
+        raise UserError(f"batch size {batch_size} and {processes} processes; give numbers from 1")
     for device in devices:
         _check_device(device)
     if output is not None and Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"{output} is not a folder")
+        raise UserError(f"{output} is not a folder")
     test = open_images(data, split, images, class_names, templates)
     train = None
     if _NEED_TRAINING & set(tasks):
         if not (Path(data) / train_split).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
             )
         train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
         same_classes(train, test)
         if k > len(train) and "knn" in tasks:
-            raise ValueError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
+            raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
@@ -91,7 +92,7 @@ def evaluate(
         for task in tasks:
             if task == "captioning":
                 if not isinstance(encoder, OurEncoder):
-                    raise ValueError(f"{spec} has no language model; only LCL checkpoints write captions")
+                    raise UserError(f"{spec} has no language model; only LCL checkpoints write captions")
                 result, captions = captioning(encoder, test, decoding, "", batch_size, processes, progress)
                 written.append((spec, captions))
             elif task in _NEED_TRAINING:
@@ -111,9 +112,7 @@ def _check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         said = str(error).splitlines()[0]
-        raise ValueError(
-            f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine"
-        ) from None
+        raise UserError(f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine") from None
 
 
 def _trained(

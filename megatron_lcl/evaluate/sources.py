@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_lcl.data.document import Image
 from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.open_clip_format import some
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -86,17 +87,17 @@ class ImageSet:
         return len(self.images)
 
     def need_labels(self) -> np.ndarray:
-        """The labels; ValueError where there are none."""
+        """The labels; UserError where there are none."""
         if self.labels is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} has no labels; this evaluation needs an image folder of classes or .cls files"
             )
         return self.labels
 
     def need_captions(self) -> tuple[tuple[str, ...], ...]:
-        """The captions; ValueError where there are none."""
+        """The captions; UserError where there are none."""
         if self.captions is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} has no captions; this evaluation needs COCO-Karpathy JSON, .txt files, a corpus"
             )
         return self.captions
@@ -118,7 +119,7 @@ def open_images(
     * a corpus of ours: each image with its matched text, or the nearest one.
 
     `split`: None takes `test` where there is one, else all of a folder that has no splits. `class_names` and
-    `templates` (a text file with one a line, or a list) replace those found. Raises ValueError, in one line, for a
+    `templates` (a text file with one a line, or a list) replace those found. Raises UserError, in one line, for a
     layout that is none of these, a split that is not there, an empty class, or class names that do not match.
     """
     path = Path(path)
@@ -126,27 +127,27 @@ def open_images(
         found = _karpathy(path, split or "test", Path(images) if images else path.parent)
     elif (path / "corpus.json").is_file():
         if split is not None:
-            raise ValueError(f"{path} is a corpus, which has no splits; give another corpus in place of {split!r}")
+            raise UserError(f"{path} is a corpus, which has no splits; give another corpus in place of {split!r}")
         found = _corpus(path)
     elif path.is_dir():
         folder = _split_folder(path, split)
         tars = sorted(folder.glob("*.tar"))
         found = _webdataset(path, tars) if tars else _folder(folder)
     else:
-        raise ValueError(f"there is no {path}")
+        raise UserError(f"there is no {path}")
     names: Sequence[str] = _lines(class_names) or found.classes
     if found.labels is not None and not names:
         names = [str(i) for i in range(int(found.labels.max()) + 1)]
     if found.labels is not None and len(names) <= int(found.labels.max()):
-        raise ValueError(
+        raise UserError(
             f"{len(names)} class names do not match {path}, whose labels go up to {int(found.labels.max())}"
         )
     if class_names is not None and found.classes and len(names) != len(found.classes):
-        raise ValueError(f"{len(names)} class names do not match the {len(found.classes)} classes of {path}")
+        raise UserError(f"{len(names)} class names do not match the {len(found.classes)} classes of {path}")
     chosen = _lines(templates) or found.templates
     bad = [template for template in chosen if "{c}" not in template]
     if bad:
-        raise ValueError(f"the template {bad[0]!r} has no {{c}} for the class name")
+        raise UserError(f"the template {bad[0]!r} has no {{c}} for the class name")
     return ImageSet(found.name, found.images, found.labels, tuple(names), found.captions, tuple(chosen))
 
 
@@ -158,23 +159,23 @@ def _split_folder(path: Path, split: str | None) -> Path:
     folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if split is None and "test" not in folders:
         if folders and set(folders) <= _SPLITS:  # not classes
-            raise ValueError(f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split)")
+            raise UserError(f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split)")
         return path
     if (split or "test") not in folders:
-        raise ValueError(f"{path} has no split {split!r}; there are the folders {some(folders) or '(none)'}")
+        raise UserError(f"{path} has no split {split!r}; there are the folders {some(folders) or '(none)'}")
     return path / (split or "test")
 
 
 def _folder(folder: Path) -> ImageSet:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
-        raise ValueError(f"{folder} has no class folders, no .tar files and no corpus.json")
+        raise UserError(f"{folder} has no class folders, no .tar files and no corpus.json")
     blobs: list[Blob] = []
     labels = []
     for label, sub in enumerate(classes):
         files = sorted(p for p in sub.rglob("*") if p.suffix.lower() in _SUFFIXES)
         if not files:
-            raise ValueError(f"the class folder {sub} has no images")
+            raise UserError(f"the class folder {sub} has no images")
         blobs += [FileBlob(file) for file in files]
         labels += [label] * len(files)
     return ImageSet(str(folder), tuple(blobs), np.array(labels), tuple(p.name for p in classes))
@@ -195,7 +196,7 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
                     if member.isfile():
                         samples[key][f".{suffix.lower()}"] = member.offset_data, member.size
         except (OSError, tarfile.TarError) as error:
-            raise ValueError(f"{path} is not a readable .tar: {error}") from None
+            raise UserError(f"{path} is not a readable .tar: {error}") from None
         for key, parts in samples.items():
             image = next((suffix for suffix in parts if suffix in _SUFFIXES), None)
             if image is None:
@@ -207,10 +208,10 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
                 lines = FileBlob(path, *parts[".txt"]).read().decode(errors="replace").split("\n")
                 captions.append(tuple(line.strip() for line in lines if line.strip()))
     if not blobs:
-        raise ValueError(f"the .tar files of {tars[0].parent} have no images")
+        raise UserError(f"the .tar files of {tars[0].parent} have no images")
     for kind, values in (("labels", labels), ("captions", captions)):
         if values and len(values) != len(blobs):
-            raise ValueError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
+            raise UserError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
     found = next((root / n for n in ("classnames.txt", "classes.txt") if (root / n).is_file()), None)
     templates = root / "zeroshot_classification_templates.txt"
     return ImageSet(
@@ -229,7 +230,7 @@ def _class_index(path: Path, key: str, data: bytes) -> int:
     except ValueError:
         index = -1
     if index < 0:
-        raise ValueError(f"{path}: {key}.cls holds {data[:20]!r}, not the index of a class")
+        raise UserError(f"{path}: {key}.cls holds {data[:20]!r}, not the index of a class")
     return index
 
 
@@ -240,14 +241,14 @@ def _karpathy(path: Path, split: str, folder: Path) -> ImageSet:
         files = [folder / e.get("filepath", "") / e["filename"] for e in chosen]
         captions = tuple(tuple(s["raw"].strip() for s in e["sentences"]) for e in chosen)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a COCO-Karpathy JSON file: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not a COCO-Karpathy JSON file: {type(error).__name__} {error}") from None
     if not chosen:
-        raise ValueError(f"{path} has no images in the split {split!r}; it has {sorted({e['split'] for e in entries})}")
+        raise UserError(f"{path} has no images in the split {split!r}; it has {sorted({e['split'] for e in entries})}")
     if not files[0].is_file():  # some copies leave out filepath's folder
         files = [folder / file.name for file in files]
     missing = next((file for file in files if not file.is_file()), None)
     if missing:
-        raise ValueError(f"{path} names the image {missing}, which is not there; give the folder of its images")
+        raise UserError(f"{path} names the image {missing}, which is not there; give the folder of its images")
     return ImageSet(f"{path} ({split})", tuple(FileBlob(file) for file in files), captions=captions)
 
 
@@ -269,7 +270,7 @@ def _corpus(path: Path) -> ImageSet:
                 blobs.append(CorpusBlob(corpus, d, position))
                 captions.append((getattr(document.items[matched], "text"),))  # noqa: B009
     if not blobs:
-        raise ValueError(f"the corpus {path} has no image with a text")
+        raise UserError(f"the corpus {path} has no image with a text")
     return ImageSet(str(path), tuple(blobs), captions=tuple(captions))
 
 
@@ -280,5 +281,5 @@ def _lines(source: str | Path | Sequence[str] | None) -> list[str]:
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from None
+        raise UserError(f"{source} cannot be read: {error}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

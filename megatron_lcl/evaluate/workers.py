@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from megatron_lcl.data.probe import BadImage
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders import Encoder, EncoderSource
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.parallel.cores import num_cores
@@ -34,7 +36,7 @@ def map_batches(
     """`work` on every batch of the images, results in order. The batches do not depend on the number of processes.
 
     With `processes` > 1 each makes its own encoder by `encoder.source` and has an equal share of the cores; `work`
-    must pickle. Raises ValueError naming an image that does not decode.
+    must pickle. Raises UserError naming an image that does not decode.
     """
     bar = tqdm(total=len(images), unit="images", desc=desc, disable=not progress)
     processes = min(processes, -(-len(images) // batch_size))
@@ -111,8 +113,8 @@ def _share(
 
 
 def load(encoder: Encoder, blob: Blob) -> torch.Tensor:
-    """The image as the encoder takes it. ValueError with its name where it does not decode."""
+    """The image as the encoder takes it. UserError with its name where it does not decode."""
     try:
         return encoder.prepare(blob.read())
-    except ValueError as error:
-        raise ValueError(f"{blob.name}: {error}") from None
+    except BadImage as error:
+        raise UserError(f"{blob.name}: {error}") from None

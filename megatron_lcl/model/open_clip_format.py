@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.special import SpecialTokens
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ _SPECIAL_NAMES = {
 
 
 def model_config(config: Mapping[str, Any]) -> Model:
-    """Sizes from a dict as in the reference's `model_configs/*.json`. ValueError names what is missing or not LCL's."""
+    """Sizes from a dict as in the reference's `model_configs/*.json`. UserError names what is missing or not LCL's."""
     vision, text, pool = (_section(config, name) for name in ("vision_cfg", "text_cfg", "pool_project_cfg"))
     if pool.get("pool_proj_type", "attn") != "attn":
-        raise ValueError(f"pool_project_cfg.pool_proj_type is {pool['pool_proj_type']!r}; only 'attn' is LCL's pool")
+        raise UserError(f"pool_project_cfg.pool_proj_type is {pool['pool_proj_type']!r}; only 'attn' is LCL's pool")
     width, head_width = _whole(vision, "vision_cfg.width"), _whole(vision, "vision_cfg.head_width", 64)
     if width % head_width:
-        raise ValueError(f"vision_cfg.head_width {head_width} does not divide vision_cfg.width {width}")
+        raise UserError(f"vision_cfg.head_width {head_width} does not divide vision_cfg.width {width}")
     try:
         v = Vision(
             image_size=_whole(vision, "vision_cfg.image_size"),
@@ -56,17 +57,17 @@ def model_config(config: Mapping[str, Any]) -> Model:
         model = Model(vision=v, language=t, pool_heads=_whole(pool, "pool_project_cfg.attn_num_heads"))
     except ValidationError as error:  # sizes that do not fit each other; the first of their faults
         fault = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ValueError(f"the model config's sizes do not fit: {fault}") from None
+        raise UserError(f"the model config's sizes do not fit: {fault}") from None
     embed_dim = _whole(config, "embed_dim")
     if embed_dim != t.width:
-        raise ValueError(f"embed_dim {embed_dim} and text_cfg.width {t.width} differ; LCL's are the same")
+        raise UserError(f"embed_dim {embed_dim} and text_cfg.width {t.width} differ; LCL's are the same")
     special = SpecialTokens.of(t.vocab_size)
     if special.sot < 1:
-        raise ValueError(f"text_cfg.vocab_size {t.vocab_size} leaves no room for five special tokens and any other")
+        raise UserError(f"text_cfg.vocab_size {t.vocab_size} leaves no room for five special tokens and any other")
     given = _section(config, "special_token_ids") if "special_token_ids" in config else {}
     for field, name in _SPECIAL_NAMES.items():
         if given.get(name, getattr(special, field)) != getattr(special, field):
-            raise ValueError(
+            raise UserError(
                 f"special_token_ids puts {name} at {given[name]!r}; it must be {getattr(special, field)}: "
                 "the special tokens are the vocabulary's last five ids"
             )
@@ -75,9 +76,9 @@ def model_config(config: Mapping[str, Any]) -> Model:
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if name not in config:
-        raise ValueError(f"the model config has no {name}; it must be one of the reference's model_configs")
+        raise UserError(f"the model config has no {name}; it must be one of the reference's model_configs")
     if not isinstance(config[name], Mapping):
-        raise ValueError(f"the model config's {name} is {config[name]!r}; it must be a mapping")
+        raise UserError(f"the model config's {name} is {config[name]!r}; it must be a mapping")
     return config[name]
 
 
@@ -85,17 +86,17 @@ def _whole(section: Mapping[str, Any], name: str, default: int | None = None) ->
     """A size; `name` with its section in front."""
     key = name.rpartition(".")[2]
     if key not in section and default is None:
-        raise ValueError(f"the model config has no {name}; it must be one of the reference's model_configs")
+        raise UserError(f"the model config has no {name}; it must be one of the reference's model_configs")
     value = section.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"the model config's {name} is {value!r}; it must be a whole number from 1")
+        raise UserError(f"the model config's {name} is {value!r}; it must be a whole number from 1")
     return value
 
 
 def _mlp_width(section: Mapping[str, Any], name: str) -> int:
     ratio, width = section.get("mlp_ratio", 4.0), _whole(section, f"{name}.width")
     if not isinstance(ratio, int | float) or not math.isfinite(ratio) or int(width * ratio) < 1:
-        raise ValueError(f"the model config's {name}.mlp_ratio is {ratio!r}; it must be a number above 0")
+        raise UserError(f"the model config's {name}.mlp_ratio is {ratio!r}; it must be a number above 0")
     return int(width * ratio)
 
 
@@ -103,11 +104,11 @@ def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: b
     """Put a state dict in the reference's format into a model of the same sizes.
 
     `assign`: parameters become views of the given tensors where they can, for a model made on the meta device; else
-    values are copied. Raises ValueError naming tensors that are missing, unknown, or of the wrong shape.
+    values are copied. Raises UserError naming tensors that are missing, unknown, or of the wrong shape.
     """
     expected = {name: tensor.shape for name, tensor in state_dict_open_clip(model).items()}
     if faults := name_faults(expected, state_dict):
-        raise ValueError(f"the checkpoint {faults}; is it for another model config?")
+        raise UserError(f"the checkpoint {faults}; is it for another model config?")
     ours = dict(model.stages.named_parameters())
     with torch.no_grad():
         for theirs, names in _names(model).items():

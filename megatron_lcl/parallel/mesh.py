@@ -12,10 +12,6 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class RunError(ValueError):
-    """Bad input that every process of a run finds, with the same message; the first one says it."""
-
-
 @dataclass(frozen=True)
 class Axis:
     """One axis: its processes, as a group and by their global ranks, and this process's place among them.

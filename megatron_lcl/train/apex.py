@@ -6,14 +6,15 @@ import importlib
 from typing import Any
 
 from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
 
 
 def from_apex(module: str, name: str, setting: str, remedy: str) -> Any:
-    """`apex.MODULE.NAME`. ValueError where NVIDIA's apex is absent, which says what asked for it."""
+    """`apex.MODULE.NAME`. UserError where NVIDIA's apex is absent, which says what asked for it."""
     try:
         return getattr(importlib.import_module(f"apex.{module}"), name)
     except (ImportError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"{setting}, but NVIDIA's apex is not installed (the package of that name on the Python package index is "
             f"something else); build it from NVIDIA's source, or {remedy}"
         ) from None
@@ -30,7 +31,7 @@ def fused_layer_norm() -> Any:
 
 
 def check_apex(config: Config) -> None:
-    """ValueError where the config asks for apex and it is absent."""
+    """UserError where the config asks for apex and it is absent."""
     if config.optimizer.name == "apex_fused_adam":
         fused_adam()
     if config.train.apex_layer_norm:

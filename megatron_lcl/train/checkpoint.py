@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.config import Checkpoint
 from megatron_lcl.data.manifest import verify
+from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_lcl.data.index import Ledger
@@ -92,11 +93,11 @@ def step_of(folder: Path) -> int:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Where the run stood that wrote a checkpoint. ValueError where another version of this format is there."""
+    """Where the run stood that wrote a checkpoint. UserError where another version of this format is there."""
     value = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     known = {f.name for f in fields(Progress)}
     if not isinstance(value, dict) or not value.keys() <= known or "layout" not in value:
-        raise ValueError(f"{folder / PROGRESS} is of another version of megatron_lcl; it should hold {sorted(known)}")
+        raise UserError(f"{folder / PROGRESS} is of another version of megatron_lcl; it should hold {sorted(known)}")
     return Progress(**{**value, "layout": Layout.from_json(value["layout"])})
 
 
@@ -132,13 +133,13 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     """The checkpoint to go on from by `checkpoint.resume` (None: none) and those passed over, with their faults.
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
-    by the same command goes on where it stopped. ValueError where all of them are damaged (weeks of work are not begun
+    by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
     anew without a word), or the one that `resume` names is.
     """
     folder, skipped = newest(list_checkpoints(run))
     if folder is None and skipped:
         latest, faults = next(iter(skipped.items()))
-        raise ValueError(
+        raise UserError(
             f"none of the {len(skipped)} checkpoints in {run / FOLDER} is whole ({latest.name}: {'; '.join(faults[:3])}"
             "); restore one, or remove them to begin anew"
         )
@@ -146,7 +147,7 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
         return folder, skipped
     named = Path(resume)
     if faults := verify(named):
-        raise ValueError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
+        raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
     return named, skipped
 
 

@@ -34,7 +34,8 @@ import torch.distributed as dist
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.manifest import MANIFEST, fingerprint, manifest_text
-from megatron_lcl.parallel.mesh import Axis, Mesh, RunError
+from megatron_lcl.errors import RunError
+from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import checkpoint, reshard
 from megatron_lcl.train.checkpoint import CONFIG, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
 from megatron_lcl.train.engine import resolve_dtype

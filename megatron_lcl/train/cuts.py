@@ -23,6 +23,7 @@ from torch import nn
 
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.initialise import initialise
 from megatron_lcl.model.stages import Activations, Outputs
 from megatron_lcl.parallel.collectives import share_size
@@ -47,14 +48,14 @@ class StageTime:
 
 
 def place_cuts(costs: Sequence[float], sizes: Sequence[float], parts: int) -> tuple[int, ...]:
-    """The first stage of each part, none empty. ValueError for more parts than stages.
+    """The first stage of each part, none empty. UserError for more parts than stages.
 
     costs: what each stage takes. Minimal is the cost of the dearest part; among such placements the sum of `sizes` over
     the cuts, sizes[i] being what is sent to stage i; among such the first cut comes as early as possible, then the
     second, and so on. O(parts · stages²): two dynamic programs, the second within the bound that the first one found.
     """
     if not 1 <= parts <= len(costs):
-        raise ValueError(f"{len(costs)} stages do not divide into {parts} parts; set parallel.pipeline to {len(costs)}")
+        raise UserError(f"{len(costs)} stages do not divide into {parts} parts; set parallel.pipeline to {len(costs)}")
     dearest = _best(costs, parts, lambda first, cost: cost, max)[0]
 
     def sent(first: int, cost: float) -> float:

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.stages import build_stages
 from megatron_lcl.train import checkpoint
 from megatron_lcl.train.layout import check_layout, num_micro_batches
@@ -35,7 +36,7 @@ LAST_LINE = "checks      passed: "
 def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int) -> str:
     """What `megatron-lcl train ARGUMENTS` would start on `nodes` nodes with `processes` processes each.
 
-    ValueError or OSError, with one line, where a check fails.
+    UserError or OSError, with one line, where a check fails.
     """
     check_requirements()
     check_devices(processes)
@@ -54,7 +55,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
 
 
 def check_requirements() -> None:
-    """ValueError naming the first package that is absent or of another version than we need."""
+    """UserError naming the first package that is absent or of another version than we need."""
     for text in _requirements():
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
@@ -62,9 +63,9 @@ def check_requirements() -> None:
         try:
             found = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            raise ValueError(f"{wanted} is not installed for {sys.executable}; pip install '{wanted}'") from None
+            raise UserError(f"{wanted} is not installed for {sys.executable}; pip install '{wanted}'") from None
         if not wanted.specifier.contains(found, prereleases=True):
-            raise ValueError(f"{wanted.name} {found} is installed for {sys.executable}, and {wanted} is needed")
+            raise UserError(f"{wanted.name} {found} is installed for {sys.executable}, and {wanted} is needed")
 
 
 def _requirements() -> list[str]:
@@ -76,32 +77,32 @@ def _requirements() -> list[str]:
 
 
 def check_devices(processes: int) -> None:
-    """ValueError where this machine has GPUs, or Slurm says so, and not one for every process. Takes none of them."""
+    """UserError where this machine has GPUs, or Slurm says so, and not one for every process. Takes none of them."""
     visible, given = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if given and not visible:
-        raise ValueError(
+        raise UserError(
             f"Slurm gives this node {given} GPUs, but torch {torch.__version__} sees none; a torch built for CUDA "
             f"{torch.version.cuda} is installed, compare the driver's version"
             if torch.version.cuda
             else f"Slurm gives this node {given} GPUs, but torch {torch.__version__} is built without CUDA"
         )
     if 0 < visible < processes:
-        raise ValueError(f"{processes} processes on a node where torch sees {visible} GPUs; start one a GPU")
+        raise UserError(f"{processes} processes on a node where torch sees {visible} GPUs; start one a GPU")
 
 
 def check_writable(run: Path) -> None:
-    """ValueError where the run folder, or the folder in which it would be made, cannot be written."""
+    """UserError where the run folder, or the folder in which it would be made, cannot be written."""
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"train.output = {run}: {existing} cannot be written; name another folder")
+        raise UserError(f"train.output = {run}: {existing} cannot be written; name another folder")
 
 
 def check_resolves(address: str) -> None:
-    """ValueError where the address at which processes meet has no meaning on this machine."""
+    """UserError where the address at which processes meet has no meaning on this machine."""
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"MASTER_ADDR = {address} does not resolve ({error.strerror}); set MASTER_ADDR to an address of the first "
             "node"
         ) from None

@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 from megatron_lcl.config import Guard
-from megatron_lcl.parallel.mesh import RunError
+from megatron_lcl.errors import RunError
 
 
 class BadSteps:

@@ -11,27 +11,28 @@ from typing import Any
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks, write_heldout
 from megatron_lcl.model.stages import Outputs
-from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.share import share
 from megatron_lcl.train.telemetry import Telemetry
 
 
 def check_heldout(config: Config) -> None:
-    """ValueError where `train.evaluate_every` is set and the section `evaluate` cannot be carried out."""
+    """UserError where `train.evaluate_every` is set and the section `evaluate` cannot be carried out."""
     if not config.train.evaluate_every:
         return
     if config.evaluate.corpus is None:
-        raise ValueError(
+        raise UserError(
             f"train.evaluate_every = {config.train.evaluate_every} needs held-out documents: --evaluate.corpus DIR, "
             "such as `preprocess --held-out DIR` writes"
         )
     check_tasks(config, config.evaluate.tasks)
     tokenizer = open_corpus(config.evaluate.corpus).tokenizer
     if any(open_corpus(c.path).tokenizer.fingerprint != tokenizer.fingerprint for c in config.data.corpora):
-        raise ValueError(
+        raise UserError(
             f"evaluate.corpus = {config.evaluate.corpus} has another tokenizer than data.corpora; preprocess the "
             "held-out documents with the same one"
         )
@@ -80,7 +81,7 @@ class HeldOutMeter:
         except _BrokenOff:
             self.telemetry.say(f"the evaluation after step {step} is broken off")
             return
-        except ValueError as error:  # on every process
+        except UserError as error:  # on every process
             raise RunError(str(error)) from None
         if not self.mesh.is_first:
             return

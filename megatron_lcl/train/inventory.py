@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_lcl.config import load, replace
 from megatron_lcl.data.manifest import MANIFEST, read_manifest, verify
+from megatron_lcl.errors import UserError
 from megatron_lcl.train.checkpoint import (
     CONFIG,
     delete,
@@ -19,10 +20,10 @@ from megatron_lcl.train.checkpoint import (
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; or the one that the path is. ValueError where it is neither."""
+    """The checkpoints of a run folder, oldest first; or the one that the path is. UserError where it is neither."""
     found = [path] if step_of(path) >= 0 and path.is_dir() else list_checkpoints(path)
     if not found:
-        raise ValueError(f"{path} holds no checkpoint; name a run's folder (train.output), or one of its checkpoints")
+        raise UserError(f"{path} holds no checkpoint; name a run's folder (train.output), or one of its checkpoints")
     return found
 
 
@@ -62,7 +63,7 @@ def prune(
     """Delete a run's checkpoints but the newest `keep_last` that verify and those at multiples of `keep_every` steps.
 
     None: as the run's config says. Damaged ones go too. Yields a line for each that is (or, with `dry_run`, would be)
-    deleted. ValueError, and nothing is deleted, where none verifies.
+    deleted. UserError, and nothing is deleted, where none verifies.
     """
     config = load(run / CONFIG)
     given = {"keep_last": keep_last, "keep_every": keep_every}
@@ -70,7 +71,7 @@ def prune(
     found = {folder: verify(folder) for folder in checkpoints_of(run)}
     whole = [folder for folder, wrong in found.items() if not wrong]
     if not whole:
-        raise ValueError(f"none of the {len(found)} checkpoints of {run} verifies; nothing was deleted")
+        raise UserError(f"none of the {len(found)} checkpoints of {run} verifies; nothing was deleted")
     old = set(superseded(whole, keep))
     for folder, wrong in found.items():
         if wrong or folder in old:

@@ -22,6 +22,7 @@ from types import FrameType
 import torch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # on Linux; elsewhere nothing
 
+from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.cores import num_cores
 
 GRACE_SECONDS = 30.0
@@ -57,7 +58,7 @@ def first_host(nodes: str) -> str:
     """The first of a list as Slurm writes it: "gpu[003-005,9],login" → "gpu003"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise ValueError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
+        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
 
 

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 import torch.distributed as dist
 
 from megatron_lcl.config import Config
-from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.parallel.mesh import Mesh
 
 
 def check_layout(config: Config, processes: int) -> int:
-    """The number of data-parallel replicas. ValueError where the layout does not divide or does not go together."""
+    """The number of data-parallel replicas. UserError where the layout does not divide or does not go together."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     for name, value in _split_by_tensor(config):
         if value % tensor:
             common = math.gcd(*(split for _, split in _split_by_tensor(config)))
             divisors = [d for d in range(1, common + 1) if common % d == 0]
             nearest = _nearest(tensor, divisors, lambda t: check_layout(_with(config, tensor=t), processes))
-            raise ValueError(
+            raise UserError(
                 f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that divides all that it "
                 f"splits is {nearest}"
             )
@@ -28,21 +29,21 @@ def check_layout(config: Config, processes: int) -> int:
     if pipeline > stages:
         up_to = range(1, stages + 1)
         nearest = _nearest(pipeline, up_to, lambda p: check_layout(_with(config, pipeline=p), processes))
-        raise ValueError(
+        raise UserError(
             f"parallel.pipeline = {pipeline}, but the model has {stages} stages; the nearest that goes is {nearest}"
         )
     if config.zero.stage > 1 and pipeline > 1:
-        raise ValueError(
+        raise UserError(
             f"zero.stage = {config.zero.stage} does not go with parallel.pipeline = {pipeline}: gradients stay whole "
             "until the last micro-batch has passed all stages; set zero.stage to 1"
         )
     if config.zero.stage == 3 and tensor > 1:
-        raise ValueError(
+        raise UserError(
             f"zero.stage = 3 does not go with parallel.tensor = {tensor}: both split the parameters; "
             "set zero.stage to 1 or 2, or parallel.tensor to 1"
         )
     if config.zero.stage == 3 and config.objective.name != "generation" and config.contrast.strategy == "retain":
-        raise ValueError(
+        raise UserError(
             "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
             "set contrast.strategy to recompute"
         )
@@ -50,7 +51,7 @@ def check_layout(config: Config, processes: int) -> int:
         replica = tensor * pipeline
         multiples = range(replica, 2 * processes + replica + 1, replica)
         nearest = _nearest(processes, multiples, lambda n: check_layout(config, n))
-        raise ValueError(
+        raise UserError(
             f"{processes} processes do not divide into replicas of parallel.tensor = {tensor} times parallel.pipeline "
             f"= {pipeline}; the nearest number that does is {nearest}"
         )
@@ -69,7 +70,7 @@ def _nearest(value: int, fitting: Iterable[int], check: Callable[[int], object])
     def passes(candidate: int) -> bool:
         try:
             check(candidate)
-        except ValueError:
+        except UserError:
             return False
         return True
 
@@ -87,11 +88,11 @@ def _split_by_tensor(config: Config) -> Iterator[tuple[str, int]]:
 
 
 def num_micro_batches(config: Config, data_parallel: int) -> int:
-    """Micro-batches of one replica in a step. ValueError where the global batch does not divide."""
+    """Micro-batches of one replica in a step. UserError where the global batch does not divide."""
     train, unit = config.train, config.train.micro_batch * data_parallel
     if train.global_batch % unit:
         nearest = max(unit, round(train.global_batch / unit) * unit)
-        raise ValueError(
+        raise UserError(
             f"train.global_batch = {train.global_batch} packs do not divide into {data_parallel} data-parallel "
             f"replicas with train.micro_batch = {train.micro_batch}; the nearest that does is {nearest}"
         )
@@ -105,7 +106,7 @@ def build_mesh(config: Config) -> Mesh:
     """
     try:
         data = check_layout(config, dist.get_world_size())
-    except ValueError as error:
+    except UserError as error:
         raise RunError(str(error)) from None
     topology = build_topology(config, data)
     lists = {

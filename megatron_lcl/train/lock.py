@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_lcl.errors import UserError
+
 LOCK = ".lock"
 PATIENCE_SECONDS = 30.0
 """a run that is started again at once may find the one before still ending"""
@@ -20,7 +22,7 @@ PATIENCE_SECONDS = 30.0
 def alone_in(run: Path) -> Iterator[None]:
     """The run folder, which is made where it is not there, is this process's until the block or the process ends.
 
-    ValueError naming the process that has it, after some patience. Where the file system has no locks (Lustre without
+    UserError naming the process that has it, after some patience. Where the file system has no locks (Lustre without
     `-o flock`, say) that is said, and nothing keeps others away.
     """
     run.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def _wait(run: Path, descriptor: int) -> None:
         else:
             return
         if time.monotonic() > deadline:
-            raise ValueError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
+            raise UserError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
         if not said:
             said = True
             _say(f"{run} is in use by {holder}; waiting up to {PATIENCE_SECONDS:.0f} s for it to end")

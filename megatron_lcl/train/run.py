@@ -19,7 +19,8 @@ from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
-from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train import checkpoint
 from megatron_lcl.train.apex import check_apex
 from megatron_lcl.train.audit import Audit
@@ -52,17 +53,15 @@ CONFIG = "config.yaml"
 
 
 def check(config: Config, processes: int) -> None:
-    """Everything that can be known to be wrong before anything starts: ValueError with one line."""
+    """Everything that can be known to be wrong before anything starts: UserError with one line."""
     if not config.data.corpora:
-        raise ValueError(
-            "data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR"
-        )
+        raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
     deepspeed_config(config, processes)
     check_apex(config)
     for corpus in config.data.corpora:
         tokenizer = open_corpus(corpus.path).tokenizer
         if tokenizer.vocab_size != config.model.language.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"model.language.vocab_size is {config.model.language.vocab_size}, but the tokenizer of {corpus.path} "
                 f"has {tokenizer.vocab_size} ids; set model.language.vocab_size to {tokenizer.vocab_size}"
             )
@@ -71,23 +70,23 @@ def check(config: Config, processes: int) -> None:
 
 
 def check_output(run: Path, config: Config) -> None:
-    """A run folder is new, empty, or holds the same run; ValueError names what differs."""
+    """A run folder is new, empty, or holds the same run; UserError names what differs."""
     saved = run / CONFIG
     if run.exists() and not run.is_dir():
-        raise ValueError(f"train.output = {run} is a file; name a folder")
+        raise UserError(f"train.output = {run} is a file; name a folder")
     if not saved.exists():
         if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
-            raise ValueError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
+            raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
     check_model(saved, config)
 
 
 def check_model(saved: Path, config: Config) -> None:
-    """The model is that of a saved config; ValueError names the fields that differ."""
+    """The model is that of a saved config; UserError names the fields that differ."""
     before, now = (_flat(to_dict(c)) for c in (load(saved), config))
     changed = sorted(k for k in before.keys() | now.keys() if k.startswith("model.") and before.get(k) != now.get(k))
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{saved.parent} holds a run of another model ("
             + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed)
             + "); name another folder"
@@ -316,7 +315,7 @@ def agree(config: Config, mesh: Mesh, held: contextlib.ExitStack) -> Start:
             check(config, mesh.world.size)
             held.enter_context(alone_in(Path(config.train.output)))
             return _decide(config)
-        except ValueError as error:
+        except UserError as error:
             return str(error)
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
@@ -350,13 +349,13 @@ def _decide(config: Config) -> Start:
 
 
 def check_corpora(ledger: Ledger, config: Config) -> None:
-    """The corpora are those that the run last read, by fingerprint, or `data.allow_change` is set; else ValueError."""
+    """The corpora are those that the run last read, by fingerprint, or `data.allow_change` is set; else UserError."""
     before = {c["fingerprint"]: c["path"] for c in ledger.blends()[-1]["blend"]}
     now = {open_corpus(c.path).fingerprint: c.path for c in config.data.corpora}
     if config.data.allow_change or before.keys() == now.keys():
         return
     gone, new = (", ".join(a[f] for f in a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
-    raise ValueError(
+    raise UserError(
         f"the corpora are not those that this run has read ({gone or 'nothing'} is missing, {new or 'nothing'} is new "
         "or has changed); put them back, or go on with these from here: --data.allow-change"
     )

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_lcl.config import Checkpoint
-from megatron_lcl.parallel.mesh import RunError
+from megatron_lcl.errors import RunError
 from megatron_lcl.train.audit import Audit
 from megatron_lcl.train.checkpoint import Progress
 from megatron_lcl.train.checkpointer import Checkpointer, SaveError

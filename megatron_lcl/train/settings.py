@@ -15,10 +15,11 @@ from typing import Any
 import pydantic
 
 from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
-    """Both together. ValueError where `theirs` sets something that stands in `ours`."""
+    """Both together. UserError where `theirs` sets something that stands in `ours`."""
     merged = dict(ours)
     for key, value in theirs.items():
         if key not in ours:
@@ -26,14 +27,12 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed")
         elif isinstance(ours[key], dict) and isinstance(value, dict):
             merged[key] = merge(ours[key], value, f"{path}.{key}")
         else:
-            raise ValueError(
-                f"{path}.{key} = {value!r} is decided by the rest of the config ({ours[key]!r}); remove it"
-            )
+            raise UserError(f"{path}.{key} = {value!r} is decided by the rest of the config ({ours[key]!r}); remove it")
     return merged
 
 
 def check(config: Config, settings: dict[str, Any], data_parallel: int) -> None:
-    """ValueError for what DeepSpeed does not take or would not heed. settings: the whole of DeepSpeed's config."""
+    """UserError for what DeepSpeed does not take or would not heed. settings: the whole of DeepSpeed's config."""
     theirs = config.deepspeed
     if not theirs:
         return
@@ -43,23 +42,23 @@ def check(config: Config, settings: dict[str, Any], data_parallel: int) -> None:
     parts = zero.get("zero_hpz_partition_size", 1)
     for name, used in (("offload_param", zero.get("offload_param")), ("zero_hpz_partition_size", parts > 1)):
         if used and config.zero.stage < 3:
-            raise ValueError(f"deepspeed.zero_optimization.{name} needs zero.stage = 3, not {config.zero.stage}")
+            raise UserError(f"deepspeed.zero_optimization.{name} needs zero.stage = 3, not {config.zero.stage}")
     if parts > 1 and data_parallel % parts:
         nearest = min((d for d in range(1, data_parallel + 1) if data_parallel % d == 0), key=lambda d: abs(d - parts))
-        raise ValueError(
+        raise UserError(
             f"deepspeed.zero_optimization.zero_hpz_partition_size = {parts} does not divide {data_parallel} "
             f"data-parallel processes; the nearest that does is {nearest}"
         )
 
 
 def _check_checkpoints(checkpoint: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
-    """ValueError where checkpoints would be written other than those that are read here."""
+    """UserError where checkpoints would be written other than those that are read here."""
     for name in sorted({"load_universal", "use_node_local_storage", "writer"} & checkpoint.keys()):
-        raise ValueError(f"deepspeed.checkpoint.{name} is decided by the `checkpoint` section; remove it")
+        raise UserError(f"deepspeed.checkpoint.{name} is decided by the `checkpoint` section; remove it")
     if zero.get("elastic_checkpoint"):
-        raise ValueError("deepspeed.zero_optimization.elastic_checkpoint is not needed, any layout loads; remove it")
+        raise UserError("deepspeed.zero_optimization.elastic_checkpoint is not needed, any layout loads; remove it")
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        raise ValueError(
+        raise UserError(
             "deepspeed.zero_optimization.offload_optimizer.device = nvme keeps the optimizer outside DeepSpeed's "
             "checkpoint files; set it to cpu"
         )
@@ -112,12 +111,12 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         section = next((name for name, value in theirs.items() if isinstance(value, dict) and where[0] in value), None)
         path = ".".join(["deepspeed", *([section] if section else []), *where])
         if first["type"] == "extra_forbidden":
-            raise ValueError(_unknown(path, _fields(DeepSpeedConfigModel))) from None
-        raise ValueError(f"{path} = {first['input']!r}: {first['msg']}") from None
+            raise UserError(_unknown(path, _fields(DeepSpeedConfigModel))) from None
+        raise UserError(f"{path} = {first['input']!r}: {first['msg']}") from None
     except Exception as error:  # noqa: BLE001 - whatever DeepSpeed has against its config
-        raise ValueError(f"deepspeed: {' '.join(str(error).split())}") from None
+        raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
     for path, known in _not_asked(theirs, asked, "deepspeed"):
-        raise ValueError(_unknown(path, known))
+        raise UserError(_unknown(path, known))
 
 
 def _not_asked(theirs: Mapping[str, Any], asked: _Asked, path: str) -> Iterator[tuple[str, set[str]]]:

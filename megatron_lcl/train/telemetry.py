@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.files import replace_text
+from megatron_lcl.errors import UserError
 from megatron_lcl.train.step import StepResult
 
 METRICS = "metrics.jsonl"
@@ -166,10 +167,10 @@ def keep_lines_before(path: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl. ValueError where one is damaged; one cut off in writing may end the file."""
+    """The lines of a run's metrics.jsonl. UserError where one is damaged; one cut off in writing may end the file."""
     path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {error}") from None

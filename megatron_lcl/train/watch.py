@@ -22,7 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lcl.parallel.mesh import Mesh, RunError
+from megatron_lcl.errors import RunError
+from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.launch import say_watched
 from megatron_lcl.train.signals import Stopped, leave
 

@@ -123,3 +123,27 @@ def test_the_checkouts_scripts_are_the_commands() -> None:
         result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("usage: megatron-lcl"), script
+
+
+FAULTY = """
+import sys
+import numpy as np
+import megatron_lcl.data.verify
+megatron_lcl.data.verify.verify = lambda *_: {fault}
+from megatron_lcl.cli import main
+sys.exit(main(["verify", "corpus"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [("np.zeros(3) + np.zeros(4)", "ValueError: operands"), ("(_ for _ in ()).throw(OSError('odd'))", "OSError: odd")],
+)
+def test_a_fault_of_the_program_is_not_taken_for_bad_input(fault: str, named: str) -> None:
+    """Only UserError, and what the system says of files, becomes one line with exit code 2."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY.format(fault=fault)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert named in done.stderr

@@ -14,6 +14,7 @@ import PIL.ImageOps
 import pytest
 
 from megatron_lcl.data.images import crop_box, decode_eval, decode_train
+from megatron_lcl.data.probe import BadImage
 from megatron_lcl.data.sequence import uniform
 
 
@@ -160,5 +161,5 @@ def test_damaged_files_are_value_errors() -> None:
         warnings.simplefilter("ignore")
         for data in damaged:
             for decode in (lambda d: decode_train(d, 64, draws()), lambda d: decode_eval(d, 64)):
-                with pytest.raises(ValueError, match="does not decode"):
+                with pytest.raises(BadImage, match="does not decode"):
                     decode(data)

@@ -19,6 +19,7 @@ from corpora import MakeCorpus, jpeg, random_documents
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data import loader
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.replay import render_first_packs, replay_html
@@ -224,6 +225,15 @@ def test_a_rotten_image_is_blank_counted_and_in_no_loss(make_corpus: MakeCorpus)
     assert len(bad) == 10
     assert "shard 0, image 0: " in bad[0]
     assert str(corpus.path) in bad[0]
+
+
+def test_a_fault_in_the_decoder_is_not_taken_for_a_bad_image(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus("c", [[[1, 2], (jpeg(0), None, None)]])
+    monkeypatch.setattr(loader, "decode_eval", lambda *_: np.zeros(3) + np.zeros(4))
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        list(loader_of(corpus.path, train=False, data={"workers": 0}))
 
 
 def test_too_many_rotten_images_in_a_row_stop_the_run(make_corpus: MakeCorpus) -> None:

@@ -47,7 +47,7 @@ def test_pictures_run_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n{} loop\n"
     with pytest.raises(BadImage, match="format that cannot be read"):
         probe(eps)
-    with pytest.raises(ValueError, match="does not decode"):
+    with pytest.raises(BadImage, match="does not decode"):
         decode_eval(eps, 32)
     assert not (tmp_path / "ran").exists()
 

@@ -14,7 +14,7 @@ from processes import run_processes
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Guard
-from megatron_lcl.parallel.mesh import RunError
+from megatron_lcl.errors import RunError
 from megatron_lcl.train import checkpoint
 from megatron_lcl.train.audit import read_audit
 from megatron_lcl.train.guard import BadSteps

@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.drops import Drops
+from megatron_lcl.errors import UserError
 
 ENTRY_POINTS = "megatron_lcl.importers"
 _BUILT_IN = {
@@ -51,7 +52,7 @@ class Importer(ABC):
 
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:
-        """ValueError, with the remedy, where `input` holds nothing of this format."""
+        """UserError, with the remedy, where `input` holds nothing of this format."""
 
     @abstractmethod
     def signature(self) -> str:
@@ -88,29 +89,29 @@ def formats() -> list[str]:
 
 
 def importer_class(format: str) -> type[Importer]:
-    """The importer of `format`. ValueError names the formats there are."""
+    """The importer of `format`. UserError names the formats there are."""
     if format in _BUILT_IN:
         module, name = _BUILT_IN[format].split(":")
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     for point in entry_points(group=ENTRY_POINTS):
         if point.name == format:
             return point.load()
-    raise ValueError(f"there is no format {format!r}; there are {', '.join(formats())}")
+    raise UserError(f"there is no format {format!r}; there are {', '.join(formats())}")
 
 
 def create(format: str, input: str | Path, images: str | Path | None, options: Mapping[str, Any]) -> Importer:
-    """An importer of `format` for `input`. ValueError for an unknown format or option, or input that is not there."""
+    """An importer of `format` for `input`. UserError for an unknown format or option, or input that is not there."""
     cls = importer_class(format)
     unknown = [name for name in options if name not in cls.options]
     if unknown:
         known = ", ".join(cls.options) or "none"
-        raise ValueError(f"format {format} has no option {unknown[0]!r}; it has: {known}")
+        raise UserError(f"format {format} has no option {unknown[0]!r}; it has: {known}")
     for name, parameter in inspect.signature(cls).parameters.items():
         kind = type(parameter.default)
         accepted = (int, float) if kind is float else (kind,)
         if name in options and kind in (str, int, float, bool) and type(options[name]) not in accepted:
-            raise ValueError(f"option {name} is {options[name]!r}; give a value such as {parameter.default!r}")
+            raise UserError(f"option {name} is {options[name]!r}; give a value such as {parameter.default!r}")
     for path in (input, images):
         if path is not None and not Path(path).exists():
-            raise ValueError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist")
     return cls(Path(input), None if images is None else Path(images), **options)

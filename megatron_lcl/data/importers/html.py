@@ -24,6 +24,7 @@ from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.probe import BadImage, probe
+from megatron_lcl.errors import UserError
 
 _PAGES_PER_UNIT = 64
 _DECORATION = 1 / 3
@@ -109,7 +110,7 @@ class HtmlImporter(Importer):
         files = [input] if input.is_file() else sorted(p for p in input.rglob("*") if p.suffix.lower() in suffixes)
         self.pages = [f.relative_to(self.root).as_posix() for f in files if f.is_file()]
         if not self.pages:
-            raise ValueError(f"no HTML pages (.html, .htm, .xhtml) in {input}; give the folder that holds them")
+            raise UserError(f"no HTML pages (.html, .htm, .xhtml) in {input}; give the folder that holds them")
         self._rules: _Rules | None = None
         self._facts: dict[str, tuple[bytes, str]] = {}
 

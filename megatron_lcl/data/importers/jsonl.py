@@ -18,6 +18,7 @@ from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import SUFFIXES, find_files, line_units, typed_lines
 from megatron_lcl.data.importers.sources import ImageSource, index_or_none, number_or_none, text_item
 from megatron_lcl.data.probe import BadImage
+from megatron_lcl.errors import UserError
 
 
 class _TextsOnly(msgspec.Struct):
@@ -33,7 +34,7 @@ class JsonlImporter(Importer):
         self.root = input if input.is_dir() else input.parent
         self.files = find_files(input, SUFFIXES)
         if not self.files:
-            raise ValueError(f"no {', '.join(SUFFIXES)} files in {input}")
+            raise UserError(f"no {', '.join(SUFFIXES)} files in {input}")
         self.images = ImageSource(images or self.root)
 
     def signature(self) -> str:

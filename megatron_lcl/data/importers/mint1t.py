@@ -21,6 +21,7 @@ from megatron_lcl.data.importers import Unit
 from megatron_lcl.data.importers.sources import decoded, text_item
 from megatron_lcl.data.importers.tars import TarImporter, tar_samples
 from megatron_lcl.data.probe import DAMAGE, MAX_PIXELS, eight_bits
+from megatron_lcl.errors import UserError
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
@@ -87,7 +88,7 @@ def _frames(data: bytes) -> Iterator[bytes | None]:
                 try:
                     image.seek(number)
                     if image.width * image.height > MAX_PIXELS:
-                        raise ValueError("too many pixels")
+                        raise UserError("too many pixels")
                     frame = image if image.mode in _PNG_MODES else eight_bits(image).convert("RGB")
                     frame.save(out, "PNG")
                     yield out.getvalue()

@@ -19,6 +19,7 @@ from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import SUFFIXES, find_files, json_lines, line_units
 from megatron_lcl.data.importers.sources import ImageSource, index_or_none, number_or_none, text_item
 from megatron_lcl.data.probe import BadImage
+from megatron_lcl.errors import UserError
 
 _SHARD = re.compile(r"shard_(\d+)")
 
@@ -30,7 +31,7 @@ class Mmc4Importer(Importer):
         self.root = input if input.is_dir() else input.parent
         self.files = sorted(find_files(input, (*SUFFIXES, ".zip")), key=lambda p: (_shard_number(p), p))
         if not self.files:
-            raise ValueError(f"no MMC4 shards (docs_shard_0_v2.jsonl.zip, …, or .jsonl) in {input}")
+            raise UserError(f"no MMC4 shards (docs_shard_0_v2.jsonl.zip, …, or .jsonl) in {input}")
         self.images = ImageSource(images)
         numbers = [_shard_number(file) for file in self.files]
         self._missing_before = {

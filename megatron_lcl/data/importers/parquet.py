@@ -19,6 +19,7 @@ from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import find_files
 from megatron_lcl.data.importers.sources import ImageSource, decoded, text_item
 from megatron_lcl.data.probe import BadImage
+from megatron_lcl.errors import UserError
 
 _EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXAMPLE = {"sha256": "0" * 64, "sha1": "0" * 40, "md5": "0" * 32, "file": "a", "row": 0, "position": 0, "number": 0}
@@ -38,12 +39,12 @@ class ObelicsImporter(Importer):
         self.root = input if input.is_dir() else input.parent
         self.files = find_files(input, (".parquet",))
         if not self.files:
-            raise ValueError(f"no .parquet files in {input}")
+            raise UserError(f"no .parquet files in {input}")
         try:
             image_name.format(**_EXAMPLE)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError, MemoryError, OverflowError):
             known = ", ".join("{" + field + "}" for field in _EXAMPLE)
-            raise ValueError(f"image_name is {image_name!r}; it may use {known}") from None
+            raise UserError(f"image_name is {image_name!r}; it may use {known}") from None
         self.image_name = image_name
         self.images = ImageSource(images)
 

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import find_files
+from megatron_lcl.errors import UserError
 
 
 def tar_units(input: Path, what: str) -> tuple[Path, list[Path], list[Unit]]:
-    """Root folder, tar files and units (payload: the path). ValueError where there are none."""
+    """Root folder, tar files and units (payload: the path). UserError where there are none."""
     files = find_files(input, (".tar", ".tar.gz"))
     if not files:
-        raise ValueError(f"no .tar files of {what} in {input}")
+        raise UserError(f"no .tar files of {what} in {input}")
     return (
         input if input.is_dir() else input.parent,
         files,
@@ -34,7 +35,7 @@ class TarImporter(Importer):
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         if images is not None:
-            raise ValueError(f"format {self.format} has its images in the tars; leave out the image folder")
+            raise UserError(f"format {self.format} has its images in the tars; leave out the image folder")
         self.root, self.files, self._units = tar_units(input, self.contents)
 
     def signature(self) -> str:
