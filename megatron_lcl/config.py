@@ -27,6 +27,7 @@ _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 def _divides(small: str, divisor: int, large: str, value: int) -> None:
@@ -164,8 +165,31 @@ class Objective:
         default="lcl",
         description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast",
     )
-    contrastive_weight: float = Field(default=0.1, description="weight of the contrastive loss (paper: 0.1)")
-    generation_weight: float = Field(default=1.0, description="weight of the generation loss (paper: 1.0)")
+    contrastive_weight: Weight = Field(
+        default=0.1,
+        description="of `lcl`: weight of the contrastive loss (paper: 0.1); the one loss of `clip` has weight 1",
+    )
+    generation_weight: Weight = Field(
+        default=1.0,
+        description="of `lcl`: weight of the generation loss (paper: 1.0); the one loss of `generation` has weight 1",
+    )
+
+    def __post_init__(self) -> None:
+        if self.weights == (0, 0):
+            raise UserError(
+                "objective.contrastive_weight and objective.generation_weight are both 0, which leaves nothing to "
+                "train for; give one of them a weight above 0"
+            )
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """What the contrastive and the generation loss count for in the step's loss."""
+        match self.name:
+            case "clip":
+                return 1.0, 0.0
+            case "generation":
+                return 0.0, 1.0
+        return self.contrastive_weight, self.generation_weight
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -193,7 +217,8 @@ class Optimizer:
         default=5e-4, description="peak learning rate (paper: 5e-4 pairs, 3e-4 interleaved)"
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="learning rate at the end of the cosine (reference: 0)"
+        default=0.0,
+        description="what the cosine falls to, one step after the last, whose own rate lies a little above (reference: 0)",
     )
     warmup: Count = Field(default=2000, description="steps of linear warmup (paper: 2000)")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")

@@ -11,6 +11,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.batch import PackedBatch, num_runs
 from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.train.optimizer import learning_rate
 
 STEPS = 3
 MIN_PACKS = 4
@@ -31,8 +32,8 @@ class Case:
     zero: int = 1
     strategy: str = "retain"
     climbs: bool = False
-    """the log scale starts just below ln 100, under a contrast that counts against similarity, so that it goes up and
-    is clamped; in other cases it goes down"""
+    """the log scale starts just below ln 100, and the steps go uphill, so that it goes up and is clamped; in other cases
+    it goes down"""
 
     @property
     def processes(self) -> int:
@@ -47,6 +48,11 @@ class Case:
     def global_batch(self) -> int:
         """Packs of a step: what decides the result, beside `climbs`."""
         return -(-MIN_PACKS // self.data) * self.data
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step: negative where the steps go uphill."""
+        rate = learning_rate(step, self.config().optimizer, STEPS)
+        return -rate if self.climbs else rate
 
     def config(self) -> Config:
         """The run's config."""
@@ -72,7 +78,6 @@ class Case:
                     "pool_heads": 4,
                 },
                 "data": {"tokens_per_pack": TOKENS, "images_per_pack": IMAGES},
-                "objective": {"contrastive_weight": -0.1 if self.climbs else 0.1},
                 "contrast": {
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),

@@ -91,7 +91,6 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     from megatron_lcl.train.engine import build_stepper, read_parameters
-    from megatron_lcl.train.optimizer import learning_rate
     from megatron_lcl.train.share import share
     from megatron_lcl.train.traffic import of_step
 
@@ -103,7 +102,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         with Traffic() as traffic:
             batches = share(packs if mesh.reads else None, num, 1, mesh, engine.device)
-            result = stepper.run(batches, learning_rate(step, config.optimizer, STEPS))
+            result = stepper.run(batches, case.lr(step))
         out.losses.append([result.generation, result.contrastive, result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1

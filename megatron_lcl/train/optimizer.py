@@ -35,9 +35,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.op
 
 
 def learning_rate(step: int, config: Optimizer, total_steps: int) -> float:
-    """Learning rate of a step (counted from 0): linear warmup, then half a cosine down to min_lr at the last step.
+    """Learning rate of a step (counted from 0): linear warmup, then half a cosine from lr down towards min_lr.
 
-    As in the reference (open_clip's cosine_lr): step s of the warmup has lr·(s+1)/warmup.
+    As in the reference (open_clip's cosine_lr): step s of the warmup has lr·(s+1)/warmup, and min_lr would be reached
+    by step `total_steps`, the first that is not made. Of 10 steps without warmup the last has 0.024·lr, not 0.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup

@@ -27,15 +27,22 @@ from megatron_lcl.train.engine import read_log_scale, update_log_scale
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave; the same on every process. Losses are unweighted global means, nats."""
+    """What a step gave; the same on every process.
+
+    `generation` and `contrastive` are unweighted global means, in nats. What is said of the contrast is over all pairs
+    of the global batch (`losses.contrastive.ContrastiveOutput`), and 0 where the objective has none.
+    """
 
     loss: float
+    """what the step minimizes: the weighted sum of both"""
     generation: float
     contrastive: float
     log_scale: float
     grad_norm: float
     image_accuracy: float
     text_accuracy: float
+    positive_similarity: float
+    hardest_negative_similarity: float
     mutual_information: float
     num_targets: int
     num_pairs: int
@@ -44,6 +51,7 @@ class StepResult:
     num_bad_images: int
 
 
+_OF_CONTRAST = ("contrastive", *ContrastiveOutput._fields[1:])
 _COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_images")
 
 
@@ -83,6 +91,8 @@ class Contrast:
 
     output: ContrastiveOutput
     """the same on every process of the stage"""
+    loss: torch.Tensor
+    """scalar: its loss times the objective's weight"""
     image: Sequence[torch.Tensor]
     """per micro-batch: gradient of the weighted global mean with respect to its image features [pairs, D]"""
     text: Sequence[torch.Tensor]
@@ -111,10 +121,11 @@ def start_contrast(
     def finish() -> Contrast:
         with torch.enable_grad():
             out = finish_contrastive_loss(gather)
-            image_grad, text_grad, scale_grad = torch.autograd.grad(out.loss * weight, (image, text, scale))
+            loss = out.loss * weight
+            image_grad, text_grad, scale_grad = torch.autograd.grad(loss, (image, text, scale))
         both = _gather_rows(torch.cat([image_grad, text_grad], 1), own, mesh)
         images, texts = (rows.split(sizes) for rows in both.split(image.shape[1], 1))
-        return Contrast(out, images, texts, mesh.tensor.all_reduce(scale_grad))
+        return Contrast(out, loss.detach(), images, texts, mesh.tensor.all_reduce(scale_grad))
 
     return finish
 
@@ -153,18 +164,18 @@ def surrogate(
     contrast: Contrast | None,
     micro_batch: int,
     num_micro_batches: int,
-    totals: Totals,
-    config: Config,
+    generation_scale: float,
 ) -> torch.Tensor:
-    """A scalar whose gradient, summed over micro-batches and replicas, is that of the step's loss."""
+    """A scalar whose gradient, summed over micro-batches and replicas, is that of the step's loss.
+
+    generation_scale: what a target's negative log-likelihood counts for in the step's loss.
+    """
     if contrast is None:  # in the graph all the same: its parameters have gradients, which are 0
         loss = (own.image.sum() + own.text.sum() + out.log_scale.sum()) * 0
     else:
         loss = out.log_scale.sum() * contrast.scale.sum() / num_micro_batches
         loss = loss + (own.image * contrast.image[micro_batch]).sum() + (own.text * contrast.text[micro_batch]).sum()
-    if config.objective.name != "clip":
-        loss = loss + out.generation * (config.objective.generation_weight / max(totals.counts["num_targets"], 1))
-    return loss
+    return loss + out.generation * generation_scale if generation_scale else loss
 
 
 def without_targets(batch: PackedBatch) -> PackedBatch:
@@ -189,7 +200,9 @@ class StepLoss:
 
         Their features are sent; the others' are waited for when the first surrogate is asked for.
         """
-        self.batches, self.totals, self.limit, self.config, self.mesh = batches, totals, limit, config, mesh
+        self.batches, self.totals, self.limit, self.mesh = batches, totals, limit, mesh
+        contrastive_weight, generation_weight = config.objective.weights
+        self.generation_scale = generation_weight / max(totals.counts["num_targets"], 1)
         self.generation = torch.zeros((), dtype=torch.float32, device=log_scale.device)
         """sum of the negative log-likelihoods so far"""
         self.contrast: Contrast | None = None
@@ -197,15 +210,14 @@ class StepLoss:
         if outputs:
             with torch.no_grad():
                 features = [Features(out, batch) for out, batch in zip(outputs, batches, strict=True)]
-            weight = config.objective.contrastive_weight
-            self._finish_contrast = start_contrast(features, log_scale, weight, totals, mesh)
+            self._finish_contrast = start_contrast(features, log_scale, contrastive_weight, totals, mesh)
 
     def of(self, m: int, out: Outputs) -> torch.Tensor:
         """The surrogate of micro-batch m, from its outputs with their graph; asked for in order."""
         if self._finish_contrast is not None:
             self.contrast, self._finish_contrast = self._finish_contrast(), None  # and all ranks' features are freed
         own, num = Features(out, self.batches[m]), len(self.batches)
-        loss = surrogate(out, own, self.contrast, m, num, self.totals, self.config)
+        loss = surrogate(out, own, self.contrast, m, num, self.generation_scale)
         self.generation += out.generation.detach()
         if m < num - 1:
             return loss
@@ -213,30 +225,19 @@ class StepLoss:
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scalars, once all micro-batches were there: the step's loss, and the generation loss in it, global means."""
-        objective, generation = self.config.objective, self.mesh.data.all_reduce(self.generation.clone())
-        generation = generation / max(self.totals.counts["num_targets"], 1)
-        loss = torch.zeros_like(generation)
-        if objective.name != "clip":
-            loss = loss + objective.generation_weight * generation
+        total = self.mesh.data.all_reduce(self.generation.clone())
+        loss = total * self.generation_scale if self.generation_scale else torch.zeros_like(total)
         if self.contrast is not None:
-            loss = loss + objective.contrastive_weight * self.contrast.output.loss.detach()
-        return loss, generation
+            loss = loss + self.contrast.loss
+        return loss, total / max(self.totals.counts["num_targets"], 1)
 
     def result(self, log_scale: torch.Tensor, grad_norm: float) -> StepResult:
         """After the optimizer's step; log_scale: [1], as it is now."""
         loss, generation = self.means()
-        zero = torch.zeros_like(generation)
-        out = self.contrast.output if self.contrast is not None else None
-        values = {
-            "loss": loss,
-            "generation": generation,
-            "contrastive": out.loss.detach() if out is not None else zero,
-            "log_scale": log_scale[0],
-            "image_accuracy": out.image_accuracy if out is not None else zero,
-            "text_accuracy": out.text_accuracy if out is not None else zero,
-            "mutual_information": out.mutual_information if out is not None else zero,
-        }
-        numbers = torch.stack([v.float() for v in values.values()]).tolist()  # one wait for the device
+        values = {"loss": loss, "generation": generation, "log_scale": log_scale[0]}
+        contrast = self.contrast.output if self.contrast is not None else (torch.zeros_like(loss),) * len(_OF_CONTRAST)
+        values |= dict(zip(_OF_CONTRAST, contrast, strict=True))
+        numbers = torch.stack([v.detach().float() for v in values.values()]).tolist()  # one wait for the device
         return StepResult(**dict(zip(values, numbers, strict=True)), grad_norm=grad_norm, **self.totals.counts)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from megatron_lcl import config as configs
+from megatron_lcl.train.optimizer import learning_rate
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -55,6 +57,9 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("optimizer.betas", "[0.9, true]", "config key `optimizer.betas.1` = True"),
         ("optimizer.betas", "0.9", "config key `optimizer.betas` = 0.9"),
         ("objective.generation_weight", ".inf", "config key `objective.generation_weight` = inf"),
+        ("objective.contrastive_weight", "-0.1", "config key `objective.contrastive_weight` = -0.1: .*greater than or"),
+        ("objective.generation_weight", "-1", "config key `objective.generation_weight` = -1: .*greater than or"),
+        ("objective", "{contrastive_weight: 0, generation_weight: 0}", "both 0, .*; give one of them a weight above 0"),
         ("train.progress", "1", "config key `train.progress` = 1: input should be a valid boolean"),
         ("zero.stage", "true", "config key `zero.stage` = True"),
         ("train.output", "7", "config key `train.output` = 7: input should be a valid string"),
@@ -65,6 +70,16 @@ def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str)
     with pytest.raises(ValueError, match=message) as caught:
         configs.load(None, {key: value})
     assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_learning_rate_is_that_of_the_step_after_the_last() -> None:
+    """open_clip's cosine_lr, by which the reference trains: 0.5 * (1 + cos(pi * step / steps)) * lr from the warmup on."""
+    settings = configs.Optimizer(lr=1.0, warmup=0, min_lr=0.0)
+    theirs = [0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(11)]
+    assert [learning_rate(step, settings, 10) for step in range(11)] == pytest.approx(theirs, abs=1e-12)
+    assert round(theirs[9], 3) == 0.024
+    (said,) = (help for name, _, _, help in configs.describe() if name == "optimizer.min_lr")
+    assert "one step after the last" in said
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ MODEL = {
     "pool_heads": 2,
 }
 NUM_STAGES = 8
+OF_CONTRAST = (
+    "image_accuracy",
+    "text_accuracy",
+    "positive_similarity",
+    "hardest_negative_similarity",
+    "mutual_information",
+)
 
 Split = tuple[tuple[tuple[int, ...], ...], ...]
 """for each replica, for each micro-batch, for each sequence: its number of images"""
@@ -45,8 +52,8 @@ class Case:
     strategy: str = "retain"
     objective: str = "lcl"
     climbs: bool = False
-    """the log scale starts just below ln 100, under a contrast that counts against similarity: it goes up, and is
-    clamped"""
+    """the log scale starts just below ln 100, and the steps go uphill, with a negative learning rate: so it goes up, and
+    is clamped"""
     dtype: str = "float32"
     clip_norm: float = 0.5
     tensor: int = 1
@@ -58,8 +65,8 @@ class Case:
     """of the loss"""
 
     @property
-    def contrastive_weight(self) -> float:
-        return -0.1 if self.climbs else 0.1
+    def lr(self) -> float:
+        return -LR if self.climbs else LR
 
     @property
     def config(self) -> Config:
@@ -73,7 +80,7 @@ class Case:
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
                 },
-                "objective": {"name": self.objective, "contrastive_weight": self.contrastive_weight},
+                "objective": {"name": self.objective},
                 "train": {
                     "global_batch": replicas * micro_batches,
                     "dtype": self.dtype,
@@ -130,8 +137,10 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    for group in optimizer.param_groups:
+        group["lr"] = case.lr
     log_scale = named[f"{NUM_STAGES - 1}.log_scale"]
-    found: dict[str, Any] = {"rows": []}
+    found: dict[str, Any] = {"rows": [], "contrast": []}
     for step in range(STEPS):
         batches = [batch for replica in global_batch(case, step) for batch in replica]
         outputs = [model(batch) for batch in batches]
@@ -144,11 +153,8 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
         contrast = torch.zeros(())
         if len(image):
             contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
-        loss = 0
-        if case.objective != "clip":
-            loss = loss + generation
-        if case.objective != "generation":
-            loss = loss + case.contrastive_weight * contrast
+        loss = {"lcl": generation + 0.1 * contrast, "clip": contrast, "generation": generation}[case.objective]
+        found["contrast"].append(of_contrast(image.detach(), text.detach(), contrast.detach(), case))
         optimizer.zero_grad()
         loss.backward()
         for parameter in model.parameters():  # DeepSpeed's gradients are zero where torch has none
@@ -163,6 +169,25 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
         found["rows"].append([float(v.detach()) for v in (loss, generation, contrast, norm, log_scale[0])])
     found["parameters"] = {name: p.detach().clone() for name, p in named.items()}
     return found
+
+
+def of_contrast(image: torch.Tensor, text: torch.Tensor, loss: torch.Tensor, case: Case) -> dict[str, float]:
+    """What is said of a step's contrast, from the whole matrix of similarities [N, N] at once."""
+    num = len(image)
+    if case.objective == "generation":
+        return dict.fromkeys(OF_CONTRAST, 0.0)
+    if num == 0:
+        return {**dict.fromkeys(OF_CONTRAST, 0.0), "hardest_negative_similarity": -1.0}
+    similarity, pairs = image @ text.t(), torch.arange(num)
+    others = similarity.masked_fill(torch.eye(num, dtype=torch.bool), -math.inf)
+    values = (
+        (similarity.argmax(1) == pairs).float().mean(),
+        (similarity.argmax(0) == pairs).float().mean(),
+        similarity.diagonal().mean(),
+        (others.amax(1).mean() + others.amax(0).mean()) / 2 if num > 1 else -1.0,
+        math.log(num) - loss,
+    )
+    return dict(zip(OF_CONTRAST, map(float, values), strict=True))
 
 
 def run_cases(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
@@ -208,7 +233,7 @@ def run_case(case: Case) -> dict[str, Any]:
             if mesh.pipeline.rank:
                 batches = [without_images(batch) for batch in batches]
             sent.clear()
-            result = stepper.run(batches, LR, case.limit)
+            result = stepper.run(batches, case.lr, case.limit)
             found["results"].append(asdict(result))
             found["applied"].append(engine.was_step_applied())
             found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
@@ -293,6 +318,10 @@ def faults_of(results: list[dict[str, Any]], expected: dict[str, Any], bound: fl
         for name, a, b in zip(("loss", "generation", "contrastive", "norm", "log scale"), ours, theirs, strict=True):
             if not abs(a - b) <= bound * abs(b):
                 faults.append(f"step {step}: {name} {a} instead of {b}")
+    for step, (result, contrast) in enumerate(zip(results[0]["results"], expected.get("contrast", ()), strict=False)):
+        for name, value in contrast.items():
+            if not abs(result[name] - value) <= bound * max(1.0, abs(value)):
+                faults.append(f"step {step}: {name} {result[name]} instead of {value}")
     for kind in ("gradients", "parameters"):
         away = distance(gathered(results, kind), expected[kind])
         if not away <= bound:

@@ -31,8 +31,8 @@ class Case:
     strategy: str = "retain"
     clip_norm: float = 0.0
     climbs: bool = False
-    """the log scale starts just below ln 100, not at the reference's, under a contrast that counts against similarity:
-    it goes up, and is clamped"""
+    """the log scale starts just below ln 100, not at the reference's, and the steps go uphill, with a negative learning
+    rate: so it goes up, and is clamped"""
     dtype: str = "float32"
     checkpointing: str = "none"
     objective: str = "lcl"
@@ -41,9 +41,8 @@ class Case:
     def processes(self) -> int:
         return self.tensor * len(self.split)
 
-    @property
-    def contrastive_weight(self) -> float:
-        return -0.1 if self.climbs else 0.1
+    def lr(self, settings: dict[str, Any]) -> float:
+        return -settings["lr"] if self.climbs else settings["lr"]
 
     def config(self, model: configs.Model, settings: dict[str, Any]) -> Config:
         tree = {
@@ -51,7 +50,7 @@ class Case:
             "zero": {"stage": self.zero},
             "parallel": {"tensor": self.tensor},
             "contrast": {"strategy": self.strategy},
-            "objective": {"name": self.objective, "contrastive_weight": self.contrastive_weight},
+            "objective": {"name": self.objective},
             "train": {
                 "global_batch": len(self.split) * len(self.split[0]),
                 "dtype": self.dtype,
@@ -100,15 +99,15 @@ def one_process(file: str, case: Case, clamp: bool = True) -> Run:
         for decays, decay in ((True, settings["weight_decay"]), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"])
+    for group in optimizer.param_groups:
+        group["lr"] = case.lr(settings)
     losses, gradients = [], {}
     chosen = sorted(s for replica in case.split for micro_batch in replica for s in micro_batch)
     for step in range(STEPS):
         text, images = _sequences(tensors, model, step, chosen)
         out = model(images, text)
         optimizer.zero_grad()
-        (
-            out.generation_loss + (case.contrastive_weight if case.objective == "lcl" else 0.0) * out.contrastive_loss
-        ).backward()
+        (out.generation_loss + (0.1 if case.objective == "lcl" else 0.0) * out.contrastive_loss).backward()
         if step == 0:
             gradients = {name: p.grad.clone().numpy() for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(named.values(), case.clip_norm or float("inf"))
@@ -206,7 +205,7 @@ def run_case(file: str, case: Case) -> Run:
         for sequences in case.split[mesh.data.rank]:
             text, images = _sequences(tensors, model, step, sequences)
             batches.append(pack_padded(text, (text != 0).sum(1), images, model.config))
-        result = stepper.run(batches, settings["lr"])
+        result = stepper.run(batches, case.lr(settings))
         losses.append([result.generation, result.contrastive, result.grad_norm, result.log_scale])
     unlike = []
     for name, parameter in named.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from processes import run_processes
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -80,6 +81,7 @@ def five_steps(
         }
     )
     mesh = init_processes(config)
+    contrast = of_contrast(model, tensors["batch0/images"], tensors["batch0/text"])
     engine = build_engine(model.stages, config, mesh)
     stepper = Stepper(engine, config, mesh)
     with_gradients = zero < 3 and dtype == "float32" and objective == "lcl"
@@ -94,11 +96,33 @@ def five_steps(
             chosen = torch.cat([images[:0], *(own_images[i] for i in sequences)])
             batches.append(pack_padded(text[sequences], (text[sequences] != 0).sum(1), chosen, model.config))
         result = stepper.run(batches, settings["lr"])
+        if step == 0 and dtype == "float32" and objective == "lcl":
+            assert {name: getattr(result, name) for name in contrast} == pytest.approx(contrast, rel=1e-5)
         rows.append([0.1 * result.contrastive, result.generation, result.loss, result.log_scale])
     if with_gradients:
         assert_gradients(gradients[0], tensors)  # what the first step's optimizer was given
     dist.destroy_process_group()
     return rows
+
+
+@torch.no_grad()
+def of_contrast(model: LCL, images: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
+    """What is to be said of the contrast over a batch, from the whole matrix of similarities, in float64."""
+    out = model(images, text)
+    similarity = out.image_features.double() @ out.text_features.double().t()
+    pairs = torch.arange(len(similarity))
+    others = similarity.masked_fill(torch.eye(len(pairs), dtype=torch.bool), -math.inf)
+    logits = similarity * out.logit_scale
+    loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+    return {
+        "contrastive": float(loss),
+        "image_accuracy": float((similarity.argmax(1) == pairs).double().mean()),
+        "text_accuracy": float((similarity.argmax(0) == pairs).double().mean()),
+        "positive_similarity": float(similarity.diagonal().mean()),
+        "hardest_negative_similarity": float((others.amax(0).mean() + others.amax(1).mean()) / 2),
+        "mutual_information": math.log(len(pairs)) - float(loss),
+        "num_pairs": len(pairs),
+    }
 
 
 def record_gradients(engine: Any, model: LCL) -> list[dict[str, torch.Tensor]]:
@@ -170,6 +194,44 @@ def test_without_a_contrast_zero3_accumulates_like_zero1(shared: Path) -> None:
     ours, theirs = torch.tensor(sharded, dtype=torch.float64), torch.tensor(plain, dtype=torch.float64)
     torch.testing.assert_close(ours[:, 1], theirs[:, 1], rtol=1e-5, atol=0)
     assert theirs[-1, 1] < theirs[0, 1]
+
+
+def one_loss(rank: int, reference: str, objective: str) -> tuple[float, float, list[float], float]:
+    """Of a step for one of the losses: what was reported and the gradient's norm, and both by plain autograd."""
+    from megatron_lcl.train.engine import build_engine, init_processes
+    from megatron_lcl.train.step import Stepper
+
+    tensors = load_file(reference)
+    with safe_open(reference, "pt") as file:
+        model_config = json.loads(file.metadata()["config"])
+    model = from_open_clip({n[6:]: t for n, t in tensors.items() if n.startswith("param/")}, model_config)
+    images, text = tensors["batch0/images"], tensors["batch0/text"]
+    out = model(images, text)
+    loss = out.contrastive_loss if objective == "clip" else out.generation_loss
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    config = configs.from_dict(
+        # the weights of `lcl`, whatever they are, are not this objective's
+        {
+            "objective": {"name": objective, "contrastive_weight": 0.1, "generation_weight": 7.0},
+            "optimizer": {"clip_norm": 0},
+            "train": {"global_batch": 1},
+        }
+    )
+    mesh = init_processes(config)
+    stepper = Stepper(build_engine(model.stages, config, mesh), config, mesh)
+    result = stepper.run([pack_padded(text, (text != 0).sum(1), images, model.config)], 0.0)
+    reported = result.contrastive if objective == "clip" else result.generation
+    return float(loss), float(norm), [result.loss, reported], result.grad_norm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clip", "generation"])
+def test_an_objective_of_one_loss_has_weight_1(objective: str, shared: Path) -> None:
+    file = str(shared / "reference" / "lcl_tiny.safetensors")
+    loss, norm, reported, grad_norm = run_processes(one_loss, 1, file, objective)[0]
+    assert reported == pytest.approx([loss] * 2, rel=1e-5)
+    assert grad_norm == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["lcl", "clip"])
