@@ -283,7 +283,8 @@ def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.cluster import preprocess_on_slurm
+    from megatron_lcl.data.cluster import preprocess_on_slurm, read_parameters
+    from megatron_lcl.data.importers import read_options
     from megatron_lcl.data.preprocess import parse_share, preprocess
 
     arguments = {
@@ -294,7 +295,7 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         "held_out_fraction": options.held_out_fraction,
         "max_bad_fraction": options.max_bad_fraction,
         "max_image_side": options.max_image_side,
-        "options": _pairs(options.option, nested=False),
+        "options": read_options(options.format, _pairs(options.option)),
         "workers": options.workers,
     }
     places = (options.format, options.input, options.output)
@@ -302,7 +303,7 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         if options.shard:
             raise UserError("--shard does one share here; --executor slurm does all --shares: give one of the two")
         shares = 8 if options.shares is None else options.shares
-        print(preprocess_on_slurm(*places, shares=shares, slurm=_pairs(options.slurm), **arguments))
+        print(preprocess_on_slurm(*places, shares=shares, slurm=read_parameters(_pairs(options.slurm)), **arguments))
     else:
         if options.slurm or options.shares is not None:
             raise UserError("--shares and --slurm are for --executor slurm")
@@ -310,23 +311,12 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         print(preprocess(*places, shard=shard, progress=True, **arguments))
 
 
-def _pairs(items: Sequence[str], nested: bool = True) -> dict[str, Any]:
-    """["key=value", …] as a dict, values read as YAML; without `nested`, {…} and […] are text, as in naming rules."""
-    import yaml
-
-    pairs = {}
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    """["key=value", …] as a dict."""
     for item in items:
-        key, equals, value = item.partition("=")
-        if not equals:
+        if "=" not in item:
             raise UserError(f"{item!r} is not KEY=VALUE")
-        try:
-            read = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # the second for a date that there is not
-            if nested:
-                raise UserError(f"the value of {item!r} is not YAML") from None
-            read = None
-        pairs[key] = read if nested or isinstance(read, str | bool | int | float) else value
-    return pairs
+    return {key: value for key, _, value in (item.partition("=") for item in items)}
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:

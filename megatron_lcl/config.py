@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_lcl import fields
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import read_yaml
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
@@ -375,8 +375,8 @@ _CONFIG = TypeAdapter(Config)
 def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
     """The config from a YAML file (or the defaults) with dotted overrides, e.g. {"train.steps": "100"}, on top.
 
-    Override values are YAML: `[1, 2]`, `null`, `true`. Raises UserError naming the key, its value, and the nearest
-    real key.
+    The type of its field decides what an override's text means (`fields.parse`): a name is taken as it is written, a
+    list or a mapping is YAML. Raises UserError naming the key, its value, and the nearest real key.
     """
     tree: dict[str, Any] = {}
     if file is not None:
@@ -393,20 +393,6 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
     for key, value in (overrides or {}).items():
         _put(tree, key.replace("-", "_"), value)
     return from_dict(tree)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """What a config's YAML holds. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -478,7 +464,7 @@ def _put(tree: dict[str, Any], key: str, value: str) -> None:
             raise UserError(f"--{key}: {section} is not a section; {_nearest(key)}")
         node = child
     try:
-        node[name] = read_yaml(value) if isinstance(value, str) else value
+        node[name] = fields.parse(fields.annotation_of(Config, key), value)
     except yaml.YAMLError:
         node[name] = value
 

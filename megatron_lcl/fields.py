@@ -1,12 +1,22 @@
-"""What stands in a tree of pydantic dataclasses: names, types, defaults and help of its fields."""
+"""What stands in a tree of pydantic dataclasses: names, types, defaults and help of its fields; values from text.
+
+The type decides what a text means (`convert`), not YAML's guesses: `0123` is a folder's name where a name is wanted, and
+123 where a number is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic.fields import FieldInfo
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -23,6 +33,90 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
 def fields_of(cls: type) -> dict[str, FieldInfo]:
     """The fields by name."""
     return cls.__pydantic_fields__  # type: ignore[attr-defined]
+
+
+def annotation_of(cls: type, dotted: str) -> Any:
+    """The type of the field with a dotted name; None where there is no such field."""
+    annotation: Any = cls
+    for name in dotted.split("."):
+        info = fields_of(annotation).get(name) if dataclasses.is_dataclass(annotation) else None
+        if info is None:
+            return None
+        annotation = info.annotation
+    return annotation
+
+
+def parse(annotation: Any, text: str) -> Any:
+    """What a text gives for a field of a type. Lists, mappings and sections are YAML, their parts again by type.
+
+    Where no type is known (None, Any) YAML decides. A text that the type does not take comes back as it is, for whoever checks the value to name. Raises yaml.YAMLError.
+    """
+    if annotation is None or any(part is Any or Any in get_args(part) for part in _alternatives(annotation)):
+        return read_yaml(text)
+    if any(_holds_others(part) for part in _alternatives(annotation)):
+        return convert(annotation, yaml.load(text, yaml.BaseLoader))  # every scalar as it is written
+    return convert(annotation, text)
+
+
+def convert(annotation: Any, value: Any) -> Any:
+    """A text, or lists and mappings of texts, as a type wants it; what it does not take comes back as it is."""
+    kinds = _alternatives(annotation)
+    if isinstance(value, list):
+        return [convert(_part(kinds, number), part) for number, part in enumerate(value)]
+    if isinstance(value, Mapping):
+        section = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        return {
+            key: convert(annotation_of(section, key), part) if section and annotation_of(section, key) else part
+            for key, part in value.items()
+        }
+    if not isinstance(value, str):
+        return value
+    if value == "null" and (types.NoneType in kinds or any(map(dataclasses.is_dataclass, kinds))):  # a section's: empty
+        return None
+    if bool in kinds and value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    if int in kinds and re.fullmatch(r"[-+]?[0-9](_?[0-9])*", value):
+        return int(value)
+    if float in kinds:
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML makes of a text. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    """The types of a union, without what is annotated about them."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return set().union(*(_alternatives(part) for part in get_args(annotation)))
+    return {annotation}
+
+
+def _holds_others(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or get_origin(kind) in (tuple, list, dict, Iterable)
+
+
+def _part(kinds: set[Any], number: int) -> Any:
+    """The type of a list's part."""
+    for kind in kinds:
+        if get_origin(kind) in (tuple, list, Iterable):
+            arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
+            return arguments[min(number, len(arguments) - 1)]
+    return str
 
 
 def section_of(info: FieldInfo) -> type | None:

@@ -7,10 +7,13 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import yaml
 
 from megatron_lcl.data.preprocess import Summary, preprocess
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import parse
 
 logger = logging.getLogger(__name__)
 _POLL = 2.0
@@ -79,6 +82,24 @@ def preprocess_on_slurm(
     if waiting:
         raise UserError(f"shares {waiting} of {shares} failed, the first with: {errors[waiting[0]]}; logs in {folder}")
     return preprocess(**arguments)  # finished: only reads the summary
+
+
+def read_parameters(texts: Mapping[str, str]) -> dict[str, Any]:
+    """submitit's parameters from text, each as submitit's own annotation wants it (`fields.parse`).
+
+    One without an annotation is text. UserError for a list or mapping that is not YAML.
+    """
+    try:
+        from submitit import AutoExecutor
+        from submitit.slurm.slurm import _make_sbatch_string
+    except ImportError:  # `preprocess_on_slurm` says so
+        return dict(texts)
+    types = {f"slurm_{name}": kind for name, kind in get_type_hints(_make_sbatch_string).items()}
+    types |= AutoExecutor._typed_parameters()
+    try:
+        return {name: parse(types.get(name, str), text) for name, text in texts.items()}
+    except yaml.YAMLError as error:
+        raise UserError(f"a parameter for Slurm is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _run_share(arguments: dict[str, Any], share: int, num_shares: int) -> int:

@@ -29,6 +29,7 @@ def generation_loss(
     targets: torch.Tensor,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    agreed: bool = False,
 ) -> torch.Tensor:
     """Sum over rows of -log p(target), in nats: a float32 scalar, the same on every rank of the group.
 
@@ -39,6 +40,8 @@ def generation_loss(
     group: the tensor-parallel ranks that share the vocabulary; None: all of it is here.
     vocab_size: the real size, where the last rows of the last ranks' weights are padding: those never count, and their
         gradient is zero. None: no padding.
+    agreed: the caller has seen to it that R, D, the dtype, V and vocab_size are the same on every rank, as a trainer
+        has that hands one batch to all of them. Then nothing is exchanged but what the loss needs, and no host waits.
 
     hidden and weight are of one dtype (under autocast they are converted to its dtype): float32, bfloat16 or float16
     (logits, their exponentials and sums over rows in float32), or float64 (then so is the result).
@@ -49,8 +52,8 @@ def generation_loss(
 
     The gradient is computed in forward, if gradients are enabled and asked for, and kept until backward, as large as
     hidden and weight in float32; it is once differentiable. Raises ValueError for shapes, dtypes, devices or a
-    vocab_size that do not fit or are not the same on every rank, on every rank of the group, and on a caller that is
-    not in the group.
+    vocab_size that do not fit or are not the same on every rank, on every rank of the group (where `agreed`: on the
+    rank whose own do not fit), and on a caller that is not in the group.
     """
     rank, size = rank_and_size(group)
     device = hidden.device.type
@@ -59,7 +62,11 @@ def generation_loss(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if vocab_size is None:
         vocab_size = size * weight.shape[:1].numel()
-    _check(hidden, weight, targets, group, size, vocab_size)
+    error = _error(hidden, weight, targets, size, vocab_size)
+    if not agreed:
+        _compare(hidden, weight, vocab_size, error, group)
+    elif error is not None:
+        raise ValueError(error)
     if len(hidden) == 0:  # zeros in backward, none kept until then
         return (hidden.sum() + weight[:0].sum()).to(_arithmetic(hidden.dtype))
     first = rank * len(weight)
@@ -68,16 +75,10 @@ def generation_loss(
     return _GenerationFunction.apply(hidden, weight, targets, group, first, num_real, with_gradient)
 
 
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    size: int,
-    vocab_size: int,
+def _compare(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, error: str | None, group: dist.ProcessGroup | None
 ) -> None:
-    """Whatever is wrong on any rank raises here, on every rank."""
-    error = _error(hidden, weight, targets, size, vocab_size)
+    """Whatever is wrong on any rank raises here, on every rank; error: what is wrong on this one."""
     facts = (0,) * 5
     if error is None:
         facts = (len(hidden), hidden.shape[1], DTYPES.index(hidden.dtype), len(weight), vocab_size)

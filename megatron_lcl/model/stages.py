@@ -245,7 +245,8 @@ class Head(nn.Module):
         rows_RD = gather(x.hidden[:size], self.axis, num_rows)
         hidden = self.vocabulary_norm(rows_RD[x.target_positions])
         targets = x.targets[x.target_positions]
-        nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size)
+        # the tensor ranks have one batch, and equal parts of one vocabulary
+        nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size, agreed=True)
         contexts_SD = self.text_features(rows_RD[own_share(x.image_soi.clamp(min=0), self.axis)])
         latents_SD = unit_norm(x.hidden[size:])
         latents_ND, contexts_ND = (gather_same(y, self.axis, num_images) for y in (latents_SD, contexts_SD))

@@ -235,6 +235,8 @@ class Checkpointer:
             raise RunError(f"DeepSpeed could not read {folder}")
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
+            for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer
+                del group[key]
             group.update(settings)
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for parameter, state in optimizer.optimizer.state.items():

@@ -30,8 +30,47 @@ def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.op
     """AdamW over parameter groups. ValueError where NVIDIA's apex is asked for and absent."""
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "apex_fused_adam":
-        return fused_adam()(groups, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+        optimizer = steps_beside_moments(fused_adam()(groups, adam_w_mode=True, **settings))
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+    optimizer.register_load_state_dict_pre_hook(_of_earlier_versions)
+    return optimizer
+
+
+def _of_earlier_versions(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A state in which apex has kept the count of steps itself, with the count where `steps_beside_moments` keeps it."""
+    counts = [group["step"] for group in saved["param_groups"] if "step" in group]
+    if not counts:
+        return saved
+    count = torch.tensor(float(counts[0]))
+    return {**saved, "state": {key: {"step": count.clone(), **state} for key, state in saved["state"].items()}}
+
+
+def steps_beside_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Apex's optimizer, its count of steps kept where torch keeps it: with each parameter's moments, as a tensor.
+
+    Apex keeps one whole number in the parameter group. Checkpoints would then depend on the optimizer, and ZeRO-3, which
+    steps a group piece by piece, would be counted once for every piece.
+    """
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
+            counts = {int(state["step"]) for state in states if "step" in state}
+            assert len(counts) <= 1, f"the parameters of a group have made {counts} steps"
+            group.pop("step", None)  # apex then begins at 1
+            if counts:
+                group["step"] = counts.pop()
+
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if state := optimizer.state.get(parameter):
+                    state["step"] = torch.tensor(float(group["step"]))
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    return optimizer
 
 
 def learning_rate(step: int, config: Optimizer, total_steps: int) -> float:

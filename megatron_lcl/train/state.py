@@ -76,9 +76,11 @@ class State:
         return torch.cat(shares, dim).narrow(dim, 0, shape[dim]).contiguous()
 
     @property
-    def step(self) -> Any:
-        """Adam's count of steps."""
-        return next(iter(self.base["state"].values()))["step"]
+    def step(self) -> torch.Tensor:
+        """Adam's count of steps, as torch keeps it."""
+        state = next(iter(self.base["state"].values()))
+        # apex's own place for it, and earlier versions' of this package
+        return state["step"] if "step" in state else torch.tensor(float(self.base["param_groups"][0]["step"]))
 
     def write_weights(self, path: Path) -> dict[str, Any]:
         """All parameters, float32, as a safetensors file, one after another; its entry in the manifest.

@@ -160,8 +160,8 @@ def _stage(stage: int, batch: PackedBatch, config: Config, tensor: int, a: int) 
     if stage <= vision.layers + 1 + language.layers:
         return [tokens] * 4, [*[tokens] * 6, *_twice(6 * d, a)]
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
-    header, statistics = HEADER * LONG * tensor, 3 * batch.num_targets * FLOAT * tensor
-    return [tokens, header, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
+    statistics = 3 * batch.num_targets * FLOAT * tensor
+    return [tokens, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
 
 
 def _twice(numbers: int, a: int) -> Iterable[int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -37,6 +40,10 @@ class Job:
     dtype: str = "float32"
     sub_group_size: int = 10**9
     """DeepSpeed's `zero_optimization.sub_group_size`, with which ZeRO-3 cuts its files differently"""
+    optimizer: str = "adamw"
+    """or apex_fused_adam: the stand-in"""
+    before: bool = False
+    """apex's count of steps stays where apex keeps it, as it did before it was kept beside the moments"""
     again: bool = False
     """load the checkpoint once more, into the engine that has gone on, and go on again"""
 
@@ -47,7 +54,7 @@ def build_config(folder: Path, job: Job) -> Config:
     language = {"context_length": 32, "vocab_size": 99, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
     tree: dict[str, Any] = {
         "model": {"vision": vision, "language": language, "pool_heads": 4},
-        "optimizer": {"weight_decay": 0.3, "clip_norm": 0.5},
+        "optimizer": {"name": job.optimizer, "weight_decay": 0.3, "clip_norm": 0.5},
         "zero": {"stage": job.zero},
         "deepspeed": {"zero_optimization": {"sub_group_size": job.sub_group_size}},
         "parallel": {"tensor": job.tensor, "pipeline": job.pipeline},
@@ -90,7 +97,8 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
 
     config = build_config(folder, job)
     mesh = init_processes(config)
-    engine = build_engine(build_module(config, mesh, CUTS if job.pipeline > 1 else None), config, mesh)
+    with apex(job.before):
+        engine = build_engine(build_module(config, mesh, CUTS if job.pipeline > 1 else None), config, mesh)
     stepper = build_stepper(engine, config, mesh)
     run, said = Path(config.train.output), []
     each = GLOBAL_BATCH // mesh.data.size
@@ -124,6 +132,19 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
             checkpoints.load(step_folder(run if job.source is None else folder / job.source, FIRST))
             again = steps(FIRST, 2 * FIRST)
     return {"rows": rows, "again": again, "said": said, "groups": groups, "saved": checkpoints.finished()}
+
+
+@contextlib.contextmanager
+def apex(before: bool) -> Iterator[None]:
+    """The stand-in can be imported as apex.optimizers; before: nothing is made of how it keeps its books."""
+    import apex_stand_in
+
+    from megatron_lcl.train import optimizer
+
+    modules = {"apex": ModuleType("apex"), "apex.optimizers": apex_stand_in}
+    as_it_is = patch.object(optimizer, "steps_beside_moments", lambda made: made)
+    with patch.dict(sys.modules, modules), as_it_is if before else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -25,6 +25,11 @@ SOURCES = {
     "tensor": Job("tensor", 2, tensor=2, again=True),
     "pipeline": Job("pipeline", pipeline=2, again=True),
     "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
+    "apex": Job("apex", 1, optimizer="apex_fused_adam", again=True),
+    # as it was written before: nothing but apex's own books
+    "apex, before": Job("apex, before", 1, optimizer="apex_fused_adam", before=True),
+    # several pieces of each parameter group
+    "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", sub_group_size=2000, again=True),
 }
 GROUPS = [(0.3, LR[2 * FIRST - 1]), (0.0, LR[2 * FIRST - 1])]
 """weight decay and learning rate of every parameter group in the last step"""
@@ -35,7 +40,10 @@ Result = dict[str, dict[str, Any]]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """What each source gave when it went on, and then went on from its own checkpoint in a fresh engine."""
     folder = tmp_path_factory.mktemp("runs")
-    fresh = [dataclasses.replace(s, name=f"{s.name}-fresh", source=s.name, again=False) for s in SOURCES.values()]
+    fresh = [
+        dataclasses.replace(s, name=f"{s.name}-fresh", source=s.name, again=False, before=False)
+        for s in SOURCES.values()
+    ]
     return folder, run_processes(run_jobs, 2, str(folder), [*SOURCES.values(), *fresh])[0]
 
 
@@ -45,7 +53,8 @@ def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(name: str, s
     """Though what was saved in the background was written only after training had gone on."""
     undisturbed, fresh = saved[1][name], saved[1][f"{name}-fresh"]
     assert fresh["rows"] == undisturbed["rows"]
-    assert undisturbed["again"] == undisturbed["rows"], "into an engine that has gone on"
+    if SOURCES[name].again:
+        assert undisturbed["again"] == undisturbed["rows"], "into an engine that has gone on"
     assert fresh["said"] == []
     assert fresh["groups"] == GROUPS
     assert [(s.step, s.stall_seconds > 0, s.write_seconds > 0) for s in undisturbed["saved"]] == [
@@ -81,6 +90,12 @@ def test_at_two_processes(saved: tuple[Path, Result]) -> None:
             ("tensor", Job("d", pipeline=2)),
             ("zero1", Job("e", 3, sub_group_size=2000)),
             ("zero3", Job("f", 1)),
+            ("apex", Job("apex a", 3, optimizer="apex_fused_adam", sub_group_size=2000)),
+            ("apex, before", Job("apex b", 2, tensor=2, optimizer="apex_fused_adam")),
+            # another optimizer, at the same layout
+            ("apex", Job("apex c")),
+            ("apex, before", Job("apex d")),
+            ("zero1", Job("apex e", optimizer="apex_fused_adam")),
         ],
     )
 
@@ -103,6 +118,12 @@ def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
     resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], [split])
     rows = run_processes(run_jobs, 1, str(folder), [Job("n", 3, source="split")])[0]["n"]["rows"]
     assert_close(rows, expected["zero1"]["rows"], split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["apex", "apex, before", "apex, zero3"])
+def test_apex_takes_the_steps_of_adamw(name: str, saved: tuple[Path, Result]) -> None:
+    assert_close(saved[1][name]["rows"], saved[1]["zero1"]["rows"], SOURCES[name])
 
 
 def resume(processes: int, saved: tuple[Path, Result], cases: list[tuple[str, Job]], more: Any = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,45 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 def test_one_path_is_a_corpus() -> None:
     assert configs.load(None, {"data.corpora": "some/dir"}).data.corpora == (configs.Corpus("some/dir"),)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        *(("train.output", name, name) for name in ("0123", "no", "7", "1e3", "null", "2020-01-01", "[a", "a: b", "~")),
+        *(("evaluate.corpus", name, name) for name in ("0123", "off", "nullable")),
+        ("evaluate.corpus", "null", None),
+        ("checkpoint.resume", "0x10", "0x10"),
+        ("train.steps", "0123", 123),
+        ("train.steps", "1_000", 1000),
+        ("data.images_per_pack", "null", None),
+        ("data.images_per_pack", "010", 10),
+        ("guard.spike_sigmas", "6", 6.0),
+        ("optimizer.lr", "1e-3", 1e-3),
+        ("optimizer.betas", "[0.9, .95]", (0.9, 0.95)),
+        ("optimizer.betas", "[0, 1e-1]", (0.0, 0.1)),
+        ("train.progress", "no", False),
+        ("train.progress", "True", True),
+        ("data.corpora", "0123", (configs.Corpus("0123"),)),
+        ("data.corpora", "[{path: 0123, weight: 010}, {path: no}]", (configs.Corpus("0123", 10.0), configs.Corpus("no"))),
+        ("evaluate.tasks", "[retrieval]", ("retrieval",)),
+        # what belongs to DeepSpeed has no type here
+        ("deepspeed", "{communication_data_type: fp32, a: [1, 0.5, true]}",
+         {"communication_data_type": "fp32", "a": [1, 0.5, True]}),
+    ],
+)  # fmt: skip
+def test_the_field_decides_what_a_text_means(key: str, text: str, value: object) -> None:
+    found: Any = configs.load(None, {key: text})
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_of_a_section_and_below_a_mapping() -> None:
+    config = configs.load(None, {"train": "{output: 0123, steps: 007}", "deepspeed.zero_optimization.x": "007"})
+    assert (config.train.output, config.train.steps) == ("0123", 7)
+    assert config.deepspeed == {"zero_optimization": {"x": 7}}
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -47,23 +87,22 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ),
         ("model.vision.heads", "7", "model.vision.heads = 7 does not divide"),
         ("data.crop_scale", "[0.9, 0.1]", "data.crop_scale is"),
-        ("train", "3", "config section `train` is 3"),
-        ("train.steps", "true", "config key `train.steps` = True: input should be a valid integer"),
-        ("train.steps", "2.0", "config key `train.steps` = 2.0: input should be a valid integer"),
-        ("optimizer.lr", "true", "config key `optimizer.lr` = True: input should be a valid number"),
+        ("train", "3", "config section `train` is '3'"),
+        ("train.steps", "true", "config key `train.steps` = 'true': input should be a valid integer"),
+        ("train.steps", "2.0", "config key `train.steps` = '2.0': input should be a valid integer"),
+        ("optimizer.lr", "true", "config key `optimizer.lr` = 'true': input should be a valid number"),
         ("optimizer.lr", "fast", "config key `optimizer.lr` = 'fast'"),
-        ("optimizer.lr", "nan", "config key `optimizer.lr` = 'nan'"),
-        ("optimizer.lr", ".nan", "config key `optimizer.lr` = nan: input should be a finite number"),
-        ("optimizer.betas", "[0.9, true]", "config key `optimizer.betas.1` = True"),
-        ("optimizer.betas", "0.9", "config key `optimizer.betas` = 0.9"),
-        ("objective.generation_weight", ".inf", "config key `objective.generation_weight` = inf"),
+        ("optimizer.lr", "nan", "config key `optimizer.lr` = nan: input should be a finite number"),
+        ("optimizer.lr", "1:30", "config key `optimizer.lr` = '1:30': input should be a valid number"),
+        ("optimizer.betas", "[0.9, true]", "config key `optimizer.betas.1` = 'true'"),
+        ("optimizer.betas", "0.9", "config key `optimizer.betas` = '0.9'"),
+        ("objective.generation_weight", "inf", "config key `objective.generation_weight` = inf"),
         ("objective.contrastive_weight", "-0.1", "config key `objective.contrastive_weight` = -0.1: .*greater than or"),
-        ("objective.generation_weight", "-1", "config key `objective.generation_weight` = -1: .*greater than or"),
+        ("objective.generation_weight", "-1", "config key `objective.generation_weight` = -1.0: .*greater than or"),
         ("objective", "{contrastive_weight: 0, generation_weight: 0}", "both 0, .*; give one of them a weight above 0"),
-        ("train.progress", "1", "config key `train.progress` = 1: input should be a valid boolean"),
-        ("zero.stage", "true", "config key `zero.stage` = True"),
-        ("train.output", "7", "config key `train.output` = 7: input should be a valid string"),
-        ("data.corpora", "[{path: a, weight: true}]", "config key `data.corpora.0.weight` = True"),
+        ("train.progress", "1", "config key `train.progress` = '1': input should be a valid boolean"),
+        ("zero.stage", "true", "config key `zero.stage` = 'true'"),
+        ("data.corpora", "[{path: a, weight: true}]", "config key `data.corpora.0.weight` = 'true'"),
     ],
 )
 def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str) -> None:

@@ -81,12 +81,40 @@ def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> Non
     main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--images", "c", "--tokenizer", "d",
           "--vocab-size", "500", "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
           "--max-image-side", "512", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
-          "--option", "max_words=7", "--option", "text_pages=true", "--workers", "3", "--shard", "1/4"])  # fmt: skip
+          "--workers", "3", "--shard", "1/4"])  # fmt: skip
     assert given == {
         "at": ("obelics", "a", "b"), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": "e",
         "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
-        "options": {"image_name": "{md5}", "rule": "{row}_{file}", "max_words": 7, "text_pages": True},
+        "options": {"image_name": "{md5}", "rule": "{row}_{file}"},
         "workers": 3, "shard": (1, 4), "progress": True,
+    }  # fmt: skip
+
+
+def test_the_option_decides_what_a_text_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options))
+    places = ["--input", "a", "--output", "b"]
+    main(["preprocess", "--format", "html", *places, "--option", "min_side=064", "--option", "max_page_share=1",
+          "--option", "text_pages=no"])  # fmt: skip
+    assert given["options"] == {"min_side": 64, "max_page_share": 1.0, "text_pages": False}
+    main(["preprocess", "--format", "obelics", *places, "--option", "image_name=0123"])
+    assert given["options"] == {"image_name": "0123"}
+
+
+def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    from megatron_lcl.data import cluster
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options["slurm"]))
+    texts = ["slurm_account=0123", "slurm_partition=no", "timeout_min=0600", "mem_gb=2", "slurm_mem=64e3",
+             "slurm_exclusive=yes", "slurm_additional_parameters={reservation: a, nice: 10}", "slurm_setup=[a, 01]"]  # fmt: skip
+    arguments = [word for text in texts for word in ("--slurm", text)]
+    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", *arguments])
+    assert given == {
+        "slurm_account": "0123", "slurm_partition": "no", "timeout_min": 600, "mem_gb": 2.0, "slurm_mem": "64e3",
+        "slurm_exclusive": True, "slurm_additional_parameters": {"reservation": "a", "nice": 10},
+        "slurm_setup": ["a", "01"],
     }  # fmt: skip
 
 
@@ -158,7 +186,6 @@ def test_a_stored_zip_that_is_cut_and_one_of_two_members(tmp_path: Path) -> None
         ("jsonl", ["--slurm", "a=b"], "are for --executor slurm"),
         ("jsonl", ["--output", "in/out"], "lies in the folder of the input"),
         ("jsonl", ["--held-out", "in"], "lies in the folder of the input"),
-        ("obelics", ["--option", "image_name=5"], "option image_name is 5"),
         ("obelics", ["--option", "image_name={row.x}"], "it may use {sha256}"),
         ("obelics", ["--option", "image_name={row[0]}"], "it may use {sha256}"),
         ("obelics", ["--option", "image_name={file:05d}"], "it may use {sha256}"),

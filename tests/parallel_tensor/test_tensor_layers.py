@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from processes import run_processes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_lcl import config as configs
+from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.lcl import StageList, pack_padded
 from megatron_lcl.model.stages import build_stages, stage_specs
 from megatron_lcl.parallel import collectives
 from megatron_lcl.parallel import layers as layers_module
@@ -292,3 +296,51 @@ def test_the_same_seed_gives_the_same_full_parameters(size: int) -> None:
         together = torch.cat(parts, dim)
         assert torch.equal(together.narrow(dim, 0, parameter.shape[dim]), parameter), name
         assert not together.narrow(dim, parameter.shape[dim], together.shape[dim] - parameter.shape[dim]).any()
+
+
+class Sent(TorchDispatchMode):
+    """The dtypes of all tensors that are handed to the network, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.dtypes += [leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def a_micro_batch(rank: int) -> tuple[list[torch.dtype], list[torch.dtype], float]:
+    """What two tensor ranks send for a micro-batch's forward and backward, and for a generation loss alone; the loss."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    axis = Axis(dist.group.WORLD, rank, 2, (0, 1))
+    stages = [make() for make in stage_specs(MODEL, 2.0, axis=axis)]
+    initialise(dict(enumerate(stages)), MODEL, seed=5, axis=axis)
+    with Sent() as sent:
+        out = StageList(*stages)(batch_of_two_texts())
+        out.generation.backward()
+    hidden, targets = torch.ones(3, MODEL.language.width), torch.tensor([1, 2, 30])
+    with Sent() as alone:
+        generation_loss(hidden, stages[-1].vocabulary, targets, axis.group, MODEL.language.vocab_size)
+    dist.destroy_process_group()
+    return sent.dtypes, alone.dtypes, float(out.generation.detach())
+
+
+def batch_of_two_texts() -> PackedBatch:
+    texts = torch.tensor([[32, 5, 6, 7, 33], [32, 9, 8, 33, 0]])
+    return pack_padded(texts, torch.tensor([5, 4]), torch.empty(0, 3, 16, 16, dtype=torch.uint8), MODEL)
+
+
+def test_in_a_micro_batch_no_host_waits_for_integers() -> None:
+    """What tensor ranks compare before a generation loss that stands alone, the trainer knows: they have one batch."""
+    stages = build_stages(MODEL, 2.0)
+    initialise(dict(enumerate(stages)), MODEL, seed=5)
+    expected = float(StageList(*stages)(batch_of_two_texts()).generation.detach())
+    for sent, alone, loss in run_processes(a_micro_batch, 2):
+        assert sent
+        assert all(dtype.is_floating_point for dtype in sent)
+        assert torch.int64 in alone
+        assert loss == pytest.approx(expected, rel=1e-5)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apex_stand_in
 import pytest
 import torch
 from small_corpus import make_corpus
@@ -233,16 +234,9 @@ def test_one_cuda_device(config_file: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 APEX = {  # what the config asks of it; its own kernels need a GPU
-    "optimizers": """
-class FusedAdam(torch.optim.AdamW):
-    def __init__(self, groups, adam_w_mode, **settings):
-        assert adam_w_mode
-        super().__init__(groups, **settings)
-    def step(self, *arguments, **keywords):
-        print("FusedAdam.step")
-        return super().step(*arguments, **keywords)
-""",
+    "optimizers": Path(apex_stand_in.__file__).read_text(encoding="utf-8"),
     "normalization": """
+import torch
 class FusedLayerNorm(torch.nn.LayerNorm):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -270,7 +264,7 @@ def test_apex_is_used_where_it_is_asked_for(
     assert not run.exists()
     for name, text in APEX.items():
         (tmp_path / "apex" / name).mkdir(parents=True)
-        (tmp_path / "apex" / name / "__init__.py").write_text("import torch\n" + text)
+        (tmp_path / "apex" / name / "__init__.py").write_text(text)
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     said = train(config_file, run, *asked, "--processes", "1")

@@ -20,6 +20,7 @@ import xxhash
 from megatron_lcl.data.document import Document
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import parse
 
 ENTRY_POINTS = "megatron_lcl.importers"
 _BUILT_IN = {
@@ -97,6 +98,12 @@ def importer_class(format: str) -> type[Importer]:
         if point.name == format:
             return point.load()
     raise UserError(f"there is no format {format!r}; there are {', '.join(formats())}")
+
+
+def read_options(format: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Options from text, each as its default's type wants it (`fields.parse`). UserError for an unknown format."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(importer_class(format)).parameters.items()}
+    return {name: parse(type(defaults.get(name, "")), text) for name, text in texts.items()}
 
 
 def create(format: str, input: str | Path, images: str | Path | None, options: Mapping[str, Any]) -> Importer:
