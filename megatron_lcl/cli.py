@@ -15,7 +15,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_lcl import config as configs
 from megatron_lcl.errors import RunError, UserError

@@ -218,7 +218,7 @@ class Optimizer:
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
-        description="what the cosine falls to, one step after the last, whose own rate lies a little above (reference: 0)",
+        description="what the cosine falls to, one step after the last, whose own is a little above (reference: 0)",
     )
     warmup: Count = Field(default=2000, description="steps of linear warmup (paper: 2000)")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
@@ -338,6 +338,11 @@ class Train:
         default=1, description="apply activation_checkpointing to every so-many-th block of each encoder"
     )
     seed: int = Field(default=0, description="seed of the initial parameters")
+    init_from: str | None = Field(
+        default=None,
+        description="begin with the weights, and nothing else, of an import, a run or one of its checkpoints, or a "
+        "file in open_clip's format; a run that has checkpoints of its own goes on from these",
+    )
     evaluate_every: Count = Field(
         default=0, description="measure on evaluate.corpus every so many steps, and at the end; 0: never"
     )

@@ -1,7 +1,7 @@
 """What stands in a tree of pydantic dataclasses: names, types, defaults and help of its fields; values from text.
 
-The type decides what a text means (`convert`), not YAML's guesses: `0123` is a folder's name where a name is wanted, and
-123 where a number is.
+The type decides what a text means (`convert`), not YAML's guesses: `0123` is a folder's name where a name is wanted,
+and 123 where a number is.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
             yield f"{prefix}{name}", _type_name(info.annotation), _plain_text(default), info.description or ""
 
 
-def fields_of(cls: type) -> dict[str, FieldInfo]:
+def fields_of(cls: Any) -> dict[str, FieldInfo]:
     """The fields by name."""
-    return cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return cls.__pydantic_fields__
 
 
-def annotation_of(cls: type, dotted: str) -> Any:
+def annotation_of(cls: Any, dotted: str) -> Any:
     """The type of the field with a dotted name; None where there is no such field."""
     annotation: Any = cls
     for name in dotted.split("."):
@@ -49,7 +49,8 @@ def annotation_of(cls: type, dotted: str) -> Any:
 def parse(annotation: Any, text: str) -> Any:
     """What a text gives for a field of a type. Lists, mappings and sections are YAML, their parts again by type.
 
-    Where no type is known (None, Any) YAML decides. A text that the type does not take comes back as it is, for whoever checks the value to name. Raises yaml.YAMLError.
+    Where no type is known (None, Any) YAML decides. A text that the type does not take comes back as it is, for whoever
+    checks the value to name. Raises yaml.YAMLError.
     """
     if annotation is None or any(part is Any or Any in get_args(part) for part in _alternatives(annotation)):
         return read_yaml(text)

@@ -14,9 +14,9 @@ from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.convert import hf, openclip, timm
 from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
-from megatron_lcl.convert.folder import new_folder, write_record
+from megatron_lcl.convert.folder import IMPORT, new_folder, write_record
 from megatron_lcl.convert.libraries import require
-from megatron_lcl.convert.load import CONFIG, MANIFEST, WEIGHTS, load_model
+from megatron_lcl.convert.load import CONFIG, WEIGHTS, load_model
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.errors import UserError
@@ -86,7 +86,7 @@ def _export(
 def import_checkpoint(
     format: str, input: str | Path, output: str | Path, model_config: str | Path | Mapping[str, Any] | None = None
 ) -> LCL:
-    """A checkpoint in the reference's format as a folder of ours, which `load_model` and `train` read.
+    """A checkpoint in the reference's format as a folder of ours, which `load_model` reads, and `train.init_from`.
 
     `model_config`: see `load_model`. Raises UserError as it does, and where `output` holds something else.
     """
@@ -94,10 +94,10 @@ def import_checkpoint(
         raise UserError(f"unknown import format {format!r}; there is open_clip")
     if Path(input).is_dir():
         raise UserError(f"{input} is a folder; import takes a checkpoint file in open_clip's format")
-    with new_folder(Path(output), "import", MANIFEST) as folder:
+    with new_folder(Path(output), IMPORT) as folder:
         model = load_model(input, model_config)
         save_checkpoint(model, Config(model=model.config), folder)
-        write_record(folder, "import", {"source": Path(input).name}, MANIFEST)
+        write_record(folder, IMPORT, {"source": Path(input).name})
     return model
 
 

@@ -14,16 +14,20 @@ from megatron_lcl.data.files import hash_file
 from megatron_lcl.errors import UserError
 
 CERTIFICATE = "certificate.json"
+IMPORT = "import"
+"""kind of folder that `import` writes"""
+_RECORDS = {IMPORT: ("import.json", "manifest.json")}
+"""names of the file that lists a folder's files, by kind; the first is written, the others earlier versions wrote"""
 
 
 @contextlib.contextmanager
-def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[Path]:
+def new_folder(output: Path, kind: str) -> Iterator[Path]:
     """A temporary folder beside `output`, which takes its place when the block ends without an error.
 
     An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
-    its `record` file lists it); such an export is replaced. Raises UserError before any work otherwise.
+    its record lists it); such an export is replaced. Raises UserError before any work otherwise.
     """
-    refuse_foreign(output, kind, record)
+    refuse_foreign(output, kind)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -34,7 +38,7 @@ def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[P
         fresh, old = temporary / "new", temporary / "old"
         fresh.mkdir()
         yield fresh
-        refuse_foreign(output, kind, record)
+        refuse_foreign(output, kind)
         if output.exists():
             output.rename(old)
         fresh.rename(output)
@@ -44,14 +48,30 @@ def new_folder(output: Path, kind: str, record: str = CERTIFICATE) -> Iterator[P
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_record(folder: Path, kind: str, facts: dict[str, Any], record: str = CERTIFICATE) -> None:
-    """The `record` file: the facts, and every file of the folder with its XXH3 (128 bits)."""
+def write_record(folder: Path, kind: str, facts: dict[str, Any]) -> None:
+    """The folder's record: the facts, and every file of the folder with its XXH3 (128 bits)."""
     files = {name: hash_file(folder / name) for name in _files(folder)}
     content = {"format": kind, **facts, "files": files}
-    (folder / record).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / _records(kind)[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def refuse_foreign(output: Path, kind: str, record: str = CERTIFICATE) -> None:
+def read_record(folder: Path, kind: str) -> tuple[str, dict[str, Any]] | None:
+    """A folder's record, as (name of its file, content); None where the folder is not of this kind."""
+    for name in _records(kind):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.get("format") == kind and isinstance(content.get("files"), dict):
+            return name, content
+    return None
+
+
+def _records(kind: str) -> tuple[str, ...]:
+    return _RECORDS.get(kind, (CERTIFICATE,))
+
+
+def refuse_foreign(output: Path, kind: str) -> None:
     """UserError if writing an export of this kind to `output` would destroy something."""
     if not output.exists() and not output.is_symlink():
         return
@@ -60,15 +80,13 @@ def refuse_foreign(output: Path, kind: str, record: str = CERTIFICATE) -> None:
     names = _files(output)
     if not names and not any(output.iterdir()):
         return
-    try:
-        content = json.loads((output / record).read_text(encoding="utf-8"))
-        same = content["format"] == kind
-        unchanged = set(names) == {*content["files"], record} and all(
-            hash_file(output / name) == digest for name, digest in content["files"].items()
+    unchanged = False
+    if record := read_record(output, kind):
+        name, content = record
+        unchanged = set(names) == {*content["files"], name} and all(
+            hash_file(output / file) == digest for file, digest in content["files"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        same = unchanged = False
-    if not same or not unchanged:
+    if not unchanged:
         raise UserError(
             f"{output} holds something else than an unchanged {kind} export; give another --output or remove it"
         )

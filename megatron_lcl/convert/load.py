@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_lcl.config import Config, Model, from_dict, read_yaml
+from megatron_lcl.convert.folder import IMPORT, read_record
+from megatron_lcl.data.files import hash_file
 from megatron_lcl.data.manifest import MANIFEST, verify
 from megatron_lcl.data.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
@@ -44,7 +46,7 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
         raise UserError(f"there is no checkpoint {path}")
     state = read_state_dict(path)
     with torch.device("meta"):
-        model = LCL(model_config(_open_clip_config(path, state, config)), seed=None)
+        model = LCL(model_config(open_clip_sizes(path, state, config)), seed=None)
     try:
         load_open_clip(model, state, assign=True)
     except UserError as error:
@@ -90,7 +92,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
     Takes off the keys `state_dict` and `model` and the prefix `module.`; floats of any precision stay as they are.
     """
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    loaded = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -105,14 +107,22 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in loaded.items()}
 
 
-def _load_ours(checkpoint: Path) -> LCL:
-    if (checkpoint / PROGRESS).is_file():  # a run's: what was imported has a record of another kind
+def check_whole(checkpoint: Path) -> None:
+    """UserError where a folder's weights are not those that a run or `import` wrote into it."""
+    if (checkpoint / PROGRESS).is_file():
         damage = verify(checkpoint, only=(WEIGHTS, CONFIG))
         if damage:
             raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
+    record = read_record(checkpoint, IMPORT)
+    if record and hash_file(checkpoint / WEIGHTS) != record[1]["files"].get(WEIGHTS):
+        raise UserError(f"{checkpoint / WEIGHTS} is not what `import` wrote; import the checkpoint again")
+
+
+def _load_ours(checkpoint: Path) -> LCL:
+    check_whole(checkpoint)
     with torch.device("meta"):
         model = LCL(read_config(checkpoint).model, seed=None)
-    state = _read_safetensors(checkpoint / WEIGHTS)
+    state = read_safetensors(checkpoint / WEIGHTS)
     expected = {name: p.shape for name, p in model.stages.named_parameters()}
     if faults := name_faults(expected, state):
         raise UserError(f"{checkpoint / WEIGHTS} {faults}; does {CONFIG} belong to it?")
@@ -120,7 +130,8 @@ def _load_ours(checkpoint: Path) -> LCL:
     return model
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped. UserError where it is none."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -150,9 +161,10 @@ def _foreign_objects(path: Path, error: UnpicklingError) -> list[str]:
         return sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))  # older than the zip format: the first one
 
 
-def _open_clip_config(
-    path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | str | Path | None
+def open_clip_sizes(
+    path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | str | Path | None = None
 ) -> Mapping[str, Any]:
+    """The model config of a file in the reference's format, as `load_model` finds it."""
     if isinstance(config, Mapping):
         return config
     beside = path.with_suffix(".json")

@@ -27,12 +27,12 @@ def at_image_size(model: LCL, image_size: int) -> LCL:
         other = LCL(config, seed=None)
     parameters = {name: p.detach() for name, p in model.stages.named_parameters()}
     other.stages.load_state_dict(parameters | {"0.positions": other.patches.positions}, assign=True)
-    other.patches.positions = nn.Parameter(_interpolate(model.patches.positions.detach(), vision.num_patches))
+    other.patches.positions = nn.Parameter(interpolate_positions(model.patches.positions.detach(), vision.num_patches))
     return other
 
 
-def _interpolate(positions: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """[1+P, V] → [1+num_patches, V]."""
+def interpolate_positions(positions: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """Position embeddings of another number of patches, the class token's first: [1+P, V] → [1+num_patches, V]."""
     old, new = math.isqrt(len(positions) - 1), math.isqrt(num_patches)
     grid = positions[1:].float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)

@@ -28,11 +28,17 @@ def manifest_text(files: Mapping[str, dict[str, Any]]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The fingerprints of a folder's files. UserError where the manifest is damaged, OSError where there is none."""
+    """The fingerprints of a folder's files. UserError where the manifest is damaged or another kind of
+    folder's, OSError where there is none."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
+        content = json.loads(text)
+        if "format" in content:  # what `import` wrote under this name before it had one of its own
+            raise UserError(f"lists the files of an {content['format']}, not of a run's checkpoint")
+        files = content["files"]
         whole = text == manifest_text(files)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:

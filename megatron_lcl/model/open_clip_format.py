@@ -7,7 +7,7 @@ into its three parameters, the patch convolution [V, 3, p, p] is flattened to [V
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,16 +111,23 @@ def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: b
         raise UserError(f"the checkpoint {faults}; is it for another model config?")
     ours = dict(model.stages.named_parameters())
     with torch.no_grad():
-        for theirs, names in _names(model).items():
+        for name, value in under_our_names(model, state_dict):
+            if assign:
+                stage, _, leaf = name.rpartition(".")
+                setattr(model.stages.get_submodule(stage), leaf, torch.nn.Parameter(value.float().contiguous()))
+            else:
+                ours[name].copy_(value)
+
+
+def under_our_names(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a state dict in the reference's format has of a model's parameters, by our names; views. Shapes must fit."""
+    shapes = {name: parameter.shape for name, parameter in model.stages.named_parameters()}
+    for theirs, names in _names(model).items():
+        if theirs in state_dict:
             parts = state_dict[theirs].reshape(len(names), -1)
             for name, part in zip(names, parts, strict=True):
-                parameter = ours[name]
-                value = part.view(parameter.shape[::-1]).t() if theirs in _TRANSPOSED else part.view(parameter.shape)
-                if assign:
-                    stage, _, leaf = name.rpartition(".")
-                    setattr(model.stages.get_submodule(stage), leaf, torch.nn.Parameter(value.float().contiguous()))
-                else:
-                    parameter.copy_(value)
+                shape = shapes[name]
+                yield name, part.view(shape[::-1]).t() if theirs in _TRANSPOSED else part.view(shape)
 
 
 def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:

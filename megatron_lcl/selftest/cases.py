@@ -32,8 +32,8 @@ class Case:
     zero: int = 1
     strategy: str = "retain"
     climbs: bool = False
-    """the log scale starts just below ln 100, and the steps go uphill, so that it goes up and is clamped; in other cases
-    it goes down"""
+    """the log scale starts just below ln 100, and the steps go uphill, so that it goes up and is clamped; in other
+    cases it goes down"""
 
     @property
     def processes(self) -> int:

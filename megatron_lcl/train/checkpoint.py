@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.config import Checkpoint
+from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.manifest import verify
 from megatron_lcl.errors import UserError
 
@@ -146,6 +147,11 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     if folder is not None or resume == "auto":
         return folder, skipped
     named = Path(resume)
+    if read_record(named, IMPORT):
+        raise UserError(
+            f"checkpoint.resume = {resume} is an import: weights alone, without an optimizer and a place in the data; "
+            f"begin with them by --train.init_from {resume}"
+        )
     if faults := verify(named):
         raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
     return named, skipped

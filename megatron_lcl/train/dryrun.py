@@ -47,7 +47,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         check_resolves(os.environ["MASTER_ADDR"])
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
-    lines += [*_data(config), _run(Path(config.train.output)), _software()]
+    lines += [*_data(config), _run(config), _software()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
 
@@ -159,9 +159,11 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data        {part.path} (weight {part.weight:g}): {len(corpus):,} documents"
 
 
-def _run(run: Path) -> str:
-    saved = checkpoint.list_checkpoints(run)
-    return f"run         {run}: " + (f"goes on from {saved[-1].name}, if it verifies" if saved else "starts at step 0")
+def _run(config: Config) -> str:
+    run, weights = Path(config.train.output), config.train.init_from
+    if saved := checkpoint.list_checkpoints(run):
+        return f"run         {run}: goes on from {saved[-1].name}, if it verifies"
+    return f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
 
 
 def _software() -> str:

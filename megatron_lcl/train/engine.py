@@ -25,6 +25,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import settings
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.cuts import even_cuts
+from megatron_lcl.train.initial_weights import InitialWeights, put
 from megatron_lcl.train.layout import build_mesh, build_topology, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
 
@@ -132,16 +133,21 @@ def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
     return stage_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute)
 
 
-def build_module(config: Config, mesh: Mesh, cuts: Sequence[int] | None = None) -> Any:
+def build_module(
+    config: Config, mesh: Mesh, cuts: Sequence[int] | None = None, weights: InitialWeights | None = None
+) -> Any:
     """This process's stages, parameters drawn from `train.seed`: a StageList, in a pipeline a PipelinePart.
 
     cuts: the first stage of each part of a pipeline (see `cuts.place_cuts`); None: equally many stages in each.
+    weights: what parameters begin with in place of what was drawn.
     """
     specs = specs_of(config, mesh.tensor)
     bounds = [*(cuts or even_cuts(len(specs), mesh.pipeline.size)), len(specs)]
     own = range(bounds[mesh.pipeline.rank], bounds[mesh.pipeline.rank + 1])
     stages = {index: specs[index]() for index in own}
     initialise(stages, config.model, config.train.seed, mesh.tensor)
+    if weights is not None:
+        put(weights, stages, mesh.tensor)
     if mesh.pipeline.size == 1:
         return StageList(*stages.values())
     from megatron_lcl.train.pipeline import PipelinePart

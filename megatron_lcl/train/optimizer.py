@@ -38,7 +38,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.op
 
 
 def _of_earlier_versions(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """A state in which apex has kept the count of steps itself, with the count where `steps_beside_moments` keeps it."""
+    """A state in which apex has kept the count of steps, with the count where `steps_beside_moments` keeps it."""
     counts = [group["step"] for group in saved["param_groups"] if "step" in group]
     if not counts:
         return saved
@@ -49,8 +49,8 @@ def _of_earlier_versions(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dic
 def steps_beside_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Apex's optimizer, its count of steps kept where torch keeps it: with each parameter's moments, as a tensor.
 
-    Apex keeps one whole number in the parameter group. Checkpoints would then depend on the optimizer, and ZeRO-3, which
-    steps a group piece by piece, would be counted once for every piece.
+    Apex keeps one whole number in the parameter group. Checkpoints would then depend on the optimizer, and
+    ZeRO-3, which steps a group piece by piece, would be counted once for every piece.
     """
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.config import Config, load, to_dict, to_yaml
+from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
@@ -39,6 +40,7 @@ from megatron_lcl.train.engine import (
 )
 from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
+from megatron_lcl.train.initial_weights import InitialWeights, find_initial_weights
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.lock import alone_in
 from megatron_lcl.train.optimizer import learning_rate
@@ -67,6 +69,20 @@ def check(config: Config, processes: int) -> None:
             )
     check_heldout(config)
     check_output(Path(config.train.output), config)
+    if not checkpoint.list_checkpoints(Path(config.train.output)):
+        check_beginning(config)
+
+
+def check_beginning(config: Config) -> None:
+    """What a run that has no checkpoint of its own is to begin with can be had; UserError where it cannot."""
+    if config.train.init_from is None:
+        return
+    if config.checkpoint.resume != "auto":
+        raise UserError(
+            f"checkpoint.resume = {config.checkpoint.resume} and train.init_from = {config.train.init_from}: a run "
+            "goes on from the one or begins with the weights of the other; give one of the two"
+        )
+    find_initial_weights(config, verify=False)
 
 
 def check_output(run: Path, config: Config) -> None:
@@ -74,6 +90,8 @@ def check_output(run: Path, config: Config) -> None:
     saved = run / CONFIG
     if run.exists() and not run.is_dir():
         raise UserError(f"train.output = {run} is a file; name a folder")
+    if read_record(run, IMPORT):
+        raise UserError(f"train.output = {run} is an import; name another folder, and this one as train.init_from")
     if not saved.exists():
         if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
@@ -116,7 +134,8 @@ def train(config: Config, signals: Signals | None = None) -> Path:
     try:
         with Watch(mesh, config.guard.timeout, config.guard.long_timeout) as watch, contextlib.ExitStack() as held:
             start = agree(config, mesh, held)
-            engine = build_engine(build_module(config, mesh, pipeline_cuts(config, mesh, start)), config, mesh)
+            module = build_module(config, mesh, pipeline_cuts(config, mesh, start), start.weights)
+            engine = build_engine(module, config, mesh)
             run = Path(config.train.output)
             with (
                 Telemetry(run, config, mesh.is_first, start.progress.step) as telemetry,
@@ -158,6 +177,10 @@ class Training:
         if start.folder:
             self.saver.step, self.saver.folder = start.progress.step, start.folder
             telemetry.say(f"going on from {start.folder}")
+        elif start.weights:
+            telemetry.say(start.weights.said(config))
+            facts = {"missing": start.weights.missing, "unused": start.weights.unused}
+            self.audit.write("initial weights", 0, path=str(start.weights.path), **facts)
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
@@ -302,6 +325,8 @@ class Start:
     """with the ledger from here on"""
     passed_over: dict[Path, list[str]]
     """newer checkpoints that are damaged, and how"""
+    weights: InitialWeights | None = None
+    """what a new run begins with; None: with what is drawn"""
 
 
 def agree(config: Config, mesh: Mesh, held: contextlib.ExitStack) -> Start:
@@ -345,7 +370,8 @@ def _decide(config: Config) -> Start:
         consumed=before.packs,
     )
     replace_text(run / CONFIG, to_yaml(config))
-    return Start(folder, replace(before, ledger=ledger.to_json()), passed_over)
+    weights = find_initial_weights(config) if folder is None else None
+    return Start(folder, replace(before, ledger=ledger.to_json()), passed_over, weights)
 
 
 def check_corpora(ledger: Ledger, config: Config) -> None:

@@ -43,7 +43,7 @@ def test_one_path_is_a_corpus() -> None:
         ("train.progress", "no", False),
         ("train.progress", "True", True),
         ("data.corpora", "0123", (configs.Corpus("0123"),)),
-        ("data.corpora", "[{path: 0123, weight: 010}, {path: no}]", (configs.Corpus("0123", 10.0), configs.Corpus("no"))),
+        ("data.corpora", "[{path: 01, weight: 010}, {path: no}]", (configs.Corpus("01", 10.0), configs.Corpus("no"))),
         ("evaluate.tasks", "[retrieval]", ("retrieval",)),
         # what belongs to DeepSpeed has no type here
         ("deepspeed", "{communication_data_type: fp32, a: [1, 0.5, true]}",
@@ -112,7 +112,7 @@ def test_errors_name_the_key_and_the_nearest(key: str, value: str, message: str)
 
 
 def test_the_smallest_learning_rate_is_that_of_the_step_after_the_last() -> None:
-    """open_clip's cosine_lr, by which the reference trains: 0.5 * (1 + cos(pi * step / steps)) * lr from the warmup on."""
+    """open_clip's cosine_lr, as the reference trains: 0.5 * (1 + cos(pi * step / steps)) * lr after the warmup."""
     settings = configs.Optimizer(lr=1.0, warmup=0, min_lr=0.0)
     theirs = [0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(11)]
     assert [learning_rate(step, settings, 10) for step in range(11)] == pytest.approx(theirs, abs=1e-12)

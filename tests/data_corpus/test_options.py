@@ -108,12 +108,13 @@ def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPat
     given: dict[str, Any] = {}
     monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options["slurm"]))
     texts = ["slurm_account=0123", "slurm_partition=no", "timeout_min=0600", "mem_gb=2", "slurm_mem=64e3",
-             "slurm_exclusive=yes", "slurm_additional_parameters={reservation: a, nice: 10}", "slurm_setup=[a, 01]"]  # fmt: skip
+             "slurm_exclusive=yes", "slurm_additional_parameters={reservation: a, nice: 9}",
+             "slurm_setup=[a, 01]"]  # fmt: skip
     arguments = [word for text in texts for word in ("--slurm", text)]
     main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", *arguments])
     assert given == {
         "slurm_account": "0123", "slurm_partition": "no", "timeout_min": 600, "mem_gb": 2.0, "slurm_mem": "64e3",
-        "slurm_exclusive": True, "slurm_additional_parameters": {"reservation": "a", "nice": 10},
+        "slurm_exclusive": True, "slurm_additional_parameters": {"reservation": "a", "nice": 9},
         "slurm_setup": ["a", "01"],
     }  # fmt: skip
 

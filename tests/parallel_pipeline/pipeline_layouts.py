@@ -52,8 +52,8 @@ class Case:
     strategy: str = "retain"
     objective: str = "lcl"
     climbs: bool = False
-    """the log scale starts just below ln 100, and the steps go uphill, with a negative learning rate: so it goes up, and
-    is clamped"""
+    """the log scale starts just below ln 100, and the steps go uphill, with a negative learning rate: so it goes up,
+    and is clamped"""
     dtype: str = "float32"
     clip_norm: float = 0.5
     tensor: int = 1

@@ -58,6 +58,8 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
         FAULTS[4]: patch.object(gather_same, "backward", gather.backward),
         FAULTS[5]: patch.object(layers, "start_reduce_scatter", own),
         FAULTS[6]: patch.object(layers.RowLinear, "forward", biased),
-        FAULTS[7]: patch.object(stages, "generation_loss", lambda *arguments, **options: loss(*arguments[:4], **options)),
+        FAULTS[7]: patch.object(
+            stages, "generation_loss", lambda *arguments, **options: loss(*arguments[:4], **options)
+        ),
         FAULTS[8]: patch("deepspeed.runtime.zero.stage_1_and_2.is_model_parallel_parameter", lambda parameter: False),
     }[fault]

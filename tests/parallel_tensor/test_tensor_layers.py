@@ -312,7 +312,7 @@ class Sent(TorchDispatchMode):
 
 
 def a_micro_batch(rank: int) -> tuple[list[torch.dtype], list[torch.dtype], float]:
-    """What two tensor ranks send for a micro-batch's forward and backward, and for a generation loss alone; the loss."""
+    """What a tensor rank sends for a micro-batch's forward and backward, and for a generation loss alone; the loss."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

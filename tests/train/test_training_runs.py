@@ -152,6 +152,37 @@ def test_going_on_at_another_layout(finished: Path, config_file: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_another(
+    finished: Path, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run of two processes, at other layouts: step 0, a new optimizer; then on from its own checkpoints."""
+    weights, one, two = (tmp_path / name for name in ("weights", "one", "two"))
+    shutil.copytree(finished, weights)
+    asked = ["--train.init_from", str(weights), "--train.seed", "7"]
+    said = train(config_file, one, *asked, "--processes", "1")
+    assert f"beginning with the weights of {weights}/checkpoints/step-00000004\n" in said
+    train(config_file, two, *asked, "--processes", "2", "--parallel.tensor", "2", "--train.steps", "1")
+    before = losses(one)
+    assert [step for step, *_ in before] == [1, 2, 3, 4]
+    assert before[0] == pytest.approx(losses(two)[0], rel=1e-5)
+    assert before[0][1] < losses(finished)[1][1] < losses(finished)[0][1], "better than what is drawn"
+    event = json.loads((one / "audit.jsonl").read_text().splitlines()[0])
+    assert (event["event"], event["step"], event["missing"], event["unused"]) == ("initial weights", 0, [], [])
+    assert configs.load(one / "config.yaml").train.init_from == str(weights)
+
+    shutil.rmtree(weights)  # the run needs it no more
+    shutil.rmtree(one / "checkpoints" / "step-00000004")
+    said = train(config_file, one, *asked, "--processes", "1")
+    assert "going on from" in said
+    assert "beginning with" not in said
+    assert losses(one) == before
+    for how in ([], ["--dry-run"]):
+        new = ["train", "--config", str(config_file), "--train.output", str(tmp_path / "new"), *asked, *how]
+        assert main(new) == 2
+        assert f"train.init_from = {weights} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(finished: Path, config_file: Path) -> None:
     before = losses(finished)
     train(config_file, finished, "--processes", "2")

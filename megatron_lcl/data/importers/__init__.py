@@ -102,7 +102,9 @@ def importer_class(format: str) -> type[Importer]:
 
 def read_options(format: str, texts: Mapping[str, str]) -> dict[str, Any]:
     """Options from text, each as its default's type wants it (`fields.parse`). UserError for an unknown format."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(importer_class(format)).parameters.items()}
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(importer_class(format)).parameters.items()
+    }
     return {name: parse(type(defaults.get(name, "")), text) for name, text in texts.items()}
 
 
