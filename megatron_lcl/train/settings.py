@@ -36,6 +36,9 @@ def check(config: Config, settings: dict[str, Any], data_parallel: int) -> None:
     theirs = config.deepspeed
     if not theirs:
         return
+    for name in ("optimizer", "scheduler"):  # DeepSpeed would build none: it is given ours
+        if name in theirs:
+            raise UserError(f"deepspeed.{name} is decided by the `optimizer` section; remove it")
     _check_names(theirs, settings)
     zero = theirs.get("zero_optimization", {})
     _check_checkpoints(theirs.get("checkpoint", {}), zero)

@@ -46,6 +46,8 @@ def test_what_deepspeed_knows_is_passed_on(deepspeed: dict[str, Any], sections: 
         (zero(stage=3), {}, r"deepspeed.zero_optimization.stage = 3 is decided by the rest of the config \(1\)"),
         ({"train_batch_size": 4}, {}, "train_batch_size = 4 is decided"),
         ({"bf16": True}, {}, "bf16 = True is decided"),
+        ({"optimizer": {"type": "FusedAdam"}}, {}, "deepspeed.optimizer is decided by the `optimizer` section"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "deepspeed.scheduler is decided by the `optimizer` section"),
         ({"zero_optimisation": {}}, {}, "deepspeed.zero_optimisation is no .* mean zero_optimization"),
         (zero(ofload_optimizer=ON_CPU), {}, "zero_optimization.ofload_optimizer is no .* mean offload_optimizer"),
         (zero(offload_optimizer={"devise": "cpu"}), {}, "offload_optimizer.devise is no .* mean device"),
