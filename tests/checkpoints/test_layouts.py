@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from small_runs import FIRST, LR, Job, run_jobs
+from small_runs import FIRST, LR, Job, build_config, run_jobs
 
-from megatron_lcl import load_model
+from megatron_lcl import LCL, load_model
+from megatron_lcl import config as configs
 from megatron_lcl.convert.certificate import check_images, our_features
 from megatron_lcl.convert.export import export
 from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.checkpoint import step_folder
+from megatron_lcl.train.initial_weights import find_initial_weights, put
 
 # written by two processes each
 SOURCES = {
@@ -76,6 +79,20 @@ def test_exports_compute_what_one_layout_trained(
     images = check_images(16)
     ours = our_features(load_model(reference), images)
     torch.testing.assert_close(theirs.encode(images).patches, ours.patches, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_run_of_any_layout_gives_its_weights_to_another(name: str, saved: tuple[Path, Result]) -> None:
+    """`train.init_from`, the run's folder: the weights of its newest checkpoint into a model drawn otherwise."""
+    config = configs.replace(build_config(saved[0], SOURCES[name]), train__init_from=str(saved[0] / name))
+    weights = find_initial_weights(config)
+    assert weights is not None
+    assert (weights.path, weights.missing, weights.unused) == (step_folder(saved[0] / name, FIRST), [], [])
+    model, theirs = LCL(config.model, seed=1), load_model(step_folder(saved[0] / name, FIRST))
+    put(weights, dict(enumerate(model.stages)), ALONE)
+    for ours, expected in zip(model.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.slow
