@@ -23,7 +23,7 @@ _FORCE, _NEVER = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_L
 _REMEDY = "go on only from a checkpoint that a run of megatron_lcl wrote; train.init_from takes weights from elsewhere"
 
 
-def deepspeed_types() -> list[Callable[..., Any]]:
+def deepspeed_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """The classes in DeepSpeed's checkpoints beside tensors and plain values; none does more than keep values."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

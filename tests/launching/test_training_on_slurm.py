@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,9 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
     return [(line["step"], line["loss"], line["contrastive"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-def sbatch(slurm: Slurm, folder: Path, *arguments: str) -> str:
+def sbatch(slurm: Slurm, folder: Path, *arguments: str, partition: str = "test") -> str:
     environment = {**slurm.environment, "VENV": str(Path(sys.executable).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    options = ["--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1"]
+    options = ["--parsable", f"--partition={partition}", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1"]
     return slurm.run("sbatch", *options, SCRIPT, *arguments, cwd=folder, env=environment)
 
 
@@ -54,6 +55,48 @@ def test_requeued_over_two_nodes_it_ends_like_an_undisturbed_run(slurm: Slurm, t
     subprocess.run([*command, "--train.output", str(undisturbed)], check=True, timeout=300, env=environment)
     assert losses(run) == losses(undisturbed)
     assert [step for step, *_ in losses(run)] == list(range(1, STEPS + 1))
+
+
+def processes_of(job: str, node: str) -> list[int]:
+    """A job's processes of training on a node, loaders included, which are its children."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+        if (
+            wanted <= set(environment)
+            and b"megatron_lcl" in words
+            and Path(words[0].decode()).name.startswith("python")
+        ):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_that_loses_its_process_is_left_out_and_the_run_ends(
+    slurm: Slurm, tiny: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "a run"
+    arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "5", "--train.output", str(run)]
+    job = sbatch(slurm, tmp_path, *arguments, partition="spare")
+    saved = run / "checkpoints" / "step-00000005"
+    slurm.wait(saved.exists, "a checkpoint", 300)
+    for pid in processes_of(job, "n2"):
+        os.kill(pid, signal.SIGKILL)
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the job has ended", 300)
+    text = (tmp_path / f"lcl_vitg-{job}.log").read_text()
+    assert slurm.state(job) == "COMPLETED", text
+    assert (slurm.field(job, "Restarts"), slurm.field(job, "NodeList")) == ("1", "n[1,3]")
+    assert "exit code 137; back into the queue, without n2" in text
+    first = (tmp_path / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
+    assert re.search(r"process 1 died or its machine did: .* \(host n2, last step done: \d+\)", first), first
+    assert "going on from" in first
+    assert [step for step, *_ in losses(run)][-1] == STEPS
 
 
 @pytest.mark.slow
