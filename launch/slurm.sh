@@ -56,19 +56,32 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   exit 2
 fi
 mkdir -p "$logs"
+source "$here/restarts.sh"
+export MEGATRON_LCL_FAULTS=$PWD/$logs # where processes say which node has failed
+max_restarts=${MAX_RESTARTS:-3} out=
 echo "--- $(date -Is): start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; logs in $PWD/$logs"
 
 # --- the check: once on every node, before anything takes a GPU
-rm -f "$logs"/check-*
+rm -f "$logs"/check-* "$logs"/fault-*
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 check=("${step[@]}" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
 check+=(--distribution=block --output="$logs/check-%t.log" --error="$logs/check-%t.err")
-if ! "${check[@]}" "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>"$logs/check-srun"; then
-  # one line for each fault, with the nodes that have it
+code=0 bad=()
+"${check[@]}" "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>"$logs/check-srun" || code=$?
+count_start
+if [ "$code" != 0 ]; then
   for task in "${!names[@]}"; do
-    grep -qs '^checks  *passed' "$logs/check-$task.log" ||
-      printf '%s\t%s\n' "${names[task]}" "$(cat "$logs/check-srun" "$logs/check-$task.err" 2>/dev/null | tail -n 1)"
+    grep -qs '^checks  *passed' "$logs/check-$task.log" || bad+=("$task")
+  done
+  # one line for each fault, with the nodes that have it
+  for task in "${bad[@]}"; do
+    printf '%s\t%s\n' "${names[task]}" "$(cat "$logs/check-srun" "$logs/check-$task.err" 2>/dev/null | tail -n 1)"
   done | awk -F'\t' '{nodes[$2] = nodes[$2] " " $1} END {for (fault in nodes) print fault " (on" nodes[fault] ")"}' >&2
+  # what some nodes only cannot do is no bad input
+  if [ "$dry" = no ] && [ "${#bad[@]}" -lt "$nodes" ] && may_restart &&
+    leave_out "$(for task in "${bad[@]}"; do echo "${names[task]}"; done)"; then
+    requeue "the check has failed" "$out"
+  fi
   exit 2
 fi
 for task in "${!names[@]}"; do
@@ -79,22 +92,31 @@ for task in "${!names[@]}"; do
 done
 cat "$logs/check-0.log"
 [ "$dry" = no ] || exit 0
+[ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down under it each time
 
 # --- the run
 trap : TERM # Slurm's TERM reaches the processes too; this script waits until they have saved
 code=0
-"${run[@]}" || code=$?
+"${run[@]}" 2>"$logs/srun" || code=$?
+cat "$logs/srun" >&2
 if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved
-  # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
-  if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
-    echo "--- $(date -Is): saved; back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
+  forget_starts
+  requeue saved
 elif [ "$code" != 0 ]; then
   echo "--- $(date -Is): exit code $code; last lines of the processes that say why:" >&2
   for log in "$logs"/rank-*.log; do
     last=$(tail -n 1 "$log")
     case $last in megatron-lcl* | *Error*) echo "${log##*/}: $last" ;; esac
   done | head -n 8 >&2
+  if was_lost "$code"; then
+    now=$(timeout 600 "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>/dev/null | goes_on || true)
+    [ -z "$now" ] || [ "$now" = "$from" ] || again=0 # it has saved since
+    failed=$(failed_nodes)
+    [ "$nodes" -gt 1 ] && [ "$(wc -w <<<"$failed")" = "$nodes" ] && failed= # whose fault was it?
+    if may_restart; then
+      [ -z "$failed" ] || leave_out "$failed" || true
+      requeue "exit code $code" "$out"
+    fi
+  fi
 fi
 exit "$code"

@@ -266,7 +266,8 @@ class Checkpoint:
     )
     resume: str = Field(
         default="auto",
-        description="auto: from the newest checkpoint in train.output that verifies; or a checkpoint to begin from",
+        description="auto: from the newest checkpoint in train.output that verifies; or a checkpoint to begin from, of "
+        "a run of ours: pickles that hold more than tensors, plain values and DeepSpeed's own few classes are refused",
     )
     max_failures: Positive = Field(
         default=3, description="stop when so many saves in a row could not be written; training goes on before"

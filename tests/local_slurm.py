@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, on loopback only: the fixture `slurm`.
+"""A real Slurm of two nodes, and one to spare, on this machine, on loopback only: the fixture `slurm`.
 
 Nothing outside a temporary folder is touched: its own munged (own key and socket), its own ports. Needs Debian's
 packages slurm-wlm and munge, and root (slurmd starts jobs as other users).
@@ -46,7 +46,9 @@ KillWait=20
 MpiDefault=none
 NodeName=n1 Gres=gpu:2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory={memory}
 NodeName=n2 Gres=gpu:2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory={memory}
+NodeName=n3 Gres=gpu:2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2 RealMemory={memory}
 PartitionName=test Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=spare Nodes=n[1-3] MaxTime=INFINITE State=UP
 """
 # cred_expire: how long a requeued job waits before it starts again (Slurm's default: 120 s)
 GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # stand in for two GPUs of every node
@@ -100,7 +102,7 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """Slurm with the nodes n1 and n2, of two CPUs each; skips, saying why, where it cannot run."""
+    """Slurm with the nodes n1 and n2, of two CPUs each, and n3 in the partition `spare`; skips where it cannot run."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"no Slurm here ({', '.join(missing)} not found; Debian: apt-get install slurm-wlm munge)")
@@ -119,10 +121,10 @@ def _path() -> str:
 def start(folder: Path) -> Iterator[Slurm]:
     """All daemons as children of this process; at the end jobs are killed and the daemons ended."""
     folder.chmod(0o755)
-    for part in ("munge", "state", "spool-n1", "spool-n2"):
+    for part in ("munge", "state", "spool-n1", "spool-n2", "spool-n3"):
         (folder / part).mkdir(mode=0o755)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // 4
-    conf = CONF.format(host=socket.gethostname(), folder=folder, ports=_free_ports(3), memory=memory)
+    conf = CONF.format(host=socket.gethostname(), folder=folder, ports=_free_ports(4), memory=memory)
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(GPUS)
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
@@ -143,10 +145,10 @@ def start(folder: Path) -> Iterator[Slurm]:
         daemon("munged", "--force", "--foreground", f"--socket={munge / 'socket'}", *files)
         slurm.wait((munge / "socket").exists, "munged's socket", 20)
         daemon("slurmctld", "-D", "-c")
-        daemon("slurmd", "-D", "-N", "n1")
-        daemon("slurmd", "-D", "-N", "n2")
+        for node in ("n1", "n2", "n3"):
+            daemon("slurmd", "-D", "-N", node)
         daemons.callback(_kill_jobs, folder)
-        slurm.wait(lambda: slurm.idle_nodes() == 2, "two idle nodes", 60)
+        slurm.wait(lambda: slurm.idle_nodes() == 3, "three idle nodes", 60)
         yield slurm
 
 

@@ -361,7 +361,7 @@ class PackedLoader(Iterable[PackedBatch]):
         for pid, pack in self.reader.progress.tolist():
             if pid > 0 and not _alive(pid):
                 where = "between two packs" if pack < 0 else f"at pack {pack}: {self._describe(pack)}"
-                return RuntimeError(
+                return LoaderKilled(
                     f"loader process {pid} was killed {where}. If the machine is short of memory, lower data.workers"
                 )
         return error
@@ -371,6 +371,10 @@ class PackedLoader(Iterable[PackedBatch]):
         return "; ".join(f"document {o.document} of {o.corpus}" for o in origins[:8]) + (
             "; …" if len(origins) > 8 else ""
         )
+
+
+class LoaderKilled(RuntimeError):
+    """A loader process has gone without an error of its own: the machine is short of memory, as a rule."""
 
 
 def _alive(pid: int) -> bool:

@@ -40,6 +40,7 @@ from megatron_lcl.train import checkpoint, reshard
 from megatron_lcl.train.checkpoint import CONFIG, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
 from megatron_lcl.train.engine import resolve_dtype
 from megatron_lcl.train.state import PARTITION_DIMS, State, save_hashed
+from megatron_lcl.train.unpickle import refused, restricted
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
@@ -211,9 +212,10 @@ class Checkpointer:
 
         At another layout the checkpoint is first converted (`reshard`), once, by the first process; the others wait.
         Learning rates, weight decays, betas, epsilon and the clipping norm stay as this run's config has them. RunError
-        where the conversion cannot be written.
+        where the conversion cannot be written, or a file would build what is no part of a checkpoint (`unpickle`).
         """
         self.close()
+        self._refuse_foreign(folder)
         before = checkpoint.read_progress(folder)
         said = []
         if self.mesh.is_first and before.code != code_versions():
@@ -227,7 +229,7 @@ class Checkpointer:
         values = {name: getattr(optimizer, name) for name in kept if hasattr(optimizer, name)}
         engine._config.load_universal_checkpoint = not same
         try:
-            with quiet():
+            with quiet(), restricted():
                 path, _ = engine.load_checkpoint(str(folder), tag=STATE if same else reshard.UNIVERSAL)
         finally:
             engine._config.load_universal_checkpoint = False
@@ -247,6 +249,13 @@ class Checkpointer:
         if (folder / RNG / self._rng_file()).exists():
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
         return said
+
+    def _refuse_foreign(self, folder: Path) -> None:
+        """The processes look through the files together, so that one that is refused ends all of them alike."""
+        peers, files = self._peers, sorted(folder.rglob("*.pt"))
+        faults = peers.gather_objects(refused(files[peers.rank :: peers.size]))
+        if fault := next((fault for fault in faults if fault), None):
+            raise RunError(fault)
 
     def _convert(self, folder: Path) -> bool:
         outcome: bool | str = False

@@ -38,6 +38,7 @@ from megatron_lcl.train.engine import (
     resolve_dtype,
     specs_of,
 )
+from megatron_lcl.train.faults import lost
 from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
 from megatron_lcl.train.initial_weights import InitialWeights, find_initial_weights
@@ -118,12 +119,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@lost()
 def train(config: Config, signals: Signals | None = None) -> Path:
     """Run (or go on with) the training that `config` describes; the final checkpoint's folder.
 
     Every process of the launch calls it. Goes on from the newest checkpoint in `train.output` that verifies. Raises
     `signals.Stopped` where a signal asked for the end and all is saved; RunError on every process where the run cannot
-    go on. A process that dies or hangs ends the others: see `watch`.
+    go on, SystemExit where this machine or the network has failed (`faults`). A process that dies or hangs ends the
+    others: see `watch`.
 
     signals: where they have been listened for since before the call.
     """

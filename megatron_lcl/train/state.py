@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_lcl.config import Model
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.train.unpickle import load_mapped
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 """what there is of every parameter: its float32 value and Adam's two moments"""
@@ -44,14 +45,14 @@ class State:
         self._local_shapes: dict[int, dict[str, torch.Size]] = {}
         self._pieces: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
         for part, file in _numbered(folder, _MODEL):
-            self.common: dict[str, Any] = _map(file)
+            self.common: dict[str, Any] = load_mapped(file)
             """what DeepSpeed keeps beside the parameters: step counts and the like"""
             self._local_shapes[part[0]] = {
                 n: shape for group in self.common["param_shapes"] for n, shape in group.items()
             }
             self.partition_dims |= self.common[PARTITION_DIMS]
         for (_rank, part_number), file in sorted(_numbered(folder, _OPTIMIZER)):
-            loaded = _map(file)
+            loaded = load_mapped(file)
             self.optimizer: dict[str, Any] = loaded["optimizer_state_dict"]
             """DeepSpeed's optimizer object, as one process wrote it"""
             self.version: str = loaded["ds_version"]
@@ -107,10 +108,6 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[tuple[in
     for file in sorted(folder.iterdir()):
         if match := pattern.fullmatch(file.name):
             yield tuple(map(int, match.groups())), file
-
-
-def _map(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
 
 
 def _pieces_zero12(optimizer: dict[str, Any], _shapes: Any) -> Iterator[tuple[str, Piece]]:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sys
 import threading
 import time
@@ -18,17 +17,16 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.faults import LOST, code_of, is_distributed, is_local, name_nodes, node
 from megatron_lcl.train.launch import say_watched
 from megatron_lcl.train.signals import Stopped, leave
 
-LOST = 71
-"""exit code: another process died or hangs (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
 PERIOD_SECONDS = 1.0
 SUSPICION_SECONDS = 8.0
 """a process that is silent for so long is dead, once a collective has failed here"""
@@ -39,6 +37,7 @@ class State:
     """What a process says about itself."""
 
     host: str = ""
+    """its name, or that of the node in Slurm"""
     step: int = 0
     """steps done"""
     doing: str = "starting"
@@ -55,11 +54,25 @@ class State:
     beat: int = 0
     ended: str | None = None
     """"" after a regular end, else what went wrong"""
+    code: int = LOST
+    """exit code of the others where something went wrong"""
+    broken: bool = False
+    """whether this machine is to blame for it"""
 
     def at(self) -> str:
         """Where the process was, for a message."""
         place = f" at {self.place}" if self.place else ""
         return f"{self.doing}{place} (host {self.host}, last step done: {self.step})"
+
+
+class Fault(NamedTuple):
+    """What has gone wrong in a run, as one process sees it."""
+
+    message: str
+    nodes: list[str]
+    """where, as far as that can be told"""
+    code: int = LOST
+    """exit code of those who see it"""
 
 
 class Watch:
@@ -76,7 +89,7 @@ class Watch:
         # one server answers them all; but seeing a fault, everywhere, may take half of the time at most
         self.talk_period = min(self.period * max(1.0, self.size / 64), timeout / 14)
         self.limit, self.long_limit = (t - 7 * self.talk_period for t in (timeout, max(timeout, long_timeout)))
-        self._state = State(host=socket.gethostname())
+        self._state = State(host=node())
         self._first: int | None = None
         self._since = time.monotonic(), self.long_limit
         """when the main thread last came by, and how many seconds from then on are no hang"""
@@ -119,12 +132,13 @@ class Watch:
         if self.size == 1:
             return
         together = error is None or isinstance(error, RunError | Stopped)
-        if not together and _is_distributed(error):  # who is the cause? the judge says so and ends this process
+        if not together and is_distributed(error):  # who is the cause? the judge says so and ends this process
             self._come_by(f"{self._state.doing}; a collective has failed", math.inf)
             self._suspicious = True
             self._closing.wait(self.limit)
         self._closing.set()
         self._state.ended = "" if together else f"{type(error).__name__}: {error}"
+        self._state.code, self._state.broken = code_of(error), is_local(error)
         with contextlib.suppress(RuntimeError):
             self._publish()
         if not together:
@@ -161,21 +175,27 @@ class Watch:
         while not self._closing.wait(self.period):
             fault = self._fault()
             if fault and not self._closing.wait(3 * self.talk_period):  # until the others have seen it too
-                leave(LOST, f"{fault}. Ending process {self.rank} at step {self._state.step}")
+                name_nodes(fault.nodes, self.rank)
+                leave(fault.code, f"{fault.message}. Ending process {self.rank} at step {self._state.step}")
 
-    def _fault(self) -> str | None:
+    def _fault(self) -> Fault | None:
         now, heard, silence = time.monotonic(), dict(self._heard), self.limit
         if self._suspicious:
             silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.talk_period))
         for rank, (state, _) in heard.items():
             if state.ended:
-                return f"process {rank} failed while {state.at()}: {state.ended}"
+                nodes = [state.host] if state.broken else []
+                return Fault(f"process {rank} failed while {state.at()}: {state.ended}", nodes, state.code)
         for rank, (state, when) in heard.items():
             if state.ended is None and now - when > silence and now - self._heard_any < silence:
-                return f"process {rank} died or its machine did: no word for {now - when:.0f} s, while {state.at()}"
+                silent = f"no word for {now - when:.0f} s, while {state.at()}"
+                return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
         if now - self._heard_any > silence:
             keeper = heard[0][0].at() if 0 in heard else "unknown"
-            return f"process 0 or the launcher, which keep the store, are gone or out of reach; process 0: {keeper}"
+            nodes = [heard[0][0].host] if 0 in heard else []
+            return Fault(
+                f"process 0 or the launcher, which keep the store, are gone or out of reach; process 0: {keeper}", nodes
+            )
         states = {self.rank: self._state, **{rank: state for rank, (state, _) in heard.items()}}
         states = {rank: state for rank, state in states.items() if state.ended is None}
         late = {rank: state for rank, state in states.items() if state.waiting > state.limit}
@@ -188,11 +208,12 @@ class Watch:
             causes = suspects({rank: state.sequences for rank, state in states.items()})
         if causes and len(causes) < len(states):
             names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
-            return f"{names}. The others have waited for {seconds:.0f} s"
+            return Fault(f"{names}. The others have waited for {seconds:.0f} s", [states[rank].host for rank in causes])
         rank, state = next(iter(late.items()))
-        return (
+        return Fault(
             f"{len(late)} processes have hung for {seconds:.0f} s and none is behind the others: is the network or the "
-            f"storage down? Process {rank} is {state.at()}"
+            f"storage down? Process {rank} is {state.at()}",
+            [],
         )
 
 
@@ -229,11 +250,3 @@ def _place() -> tuple[str, bool]:
     ours = [(f, line) for f, line in frames if f"{os.sep}megatron_lcl{os.sep}" in f.f_code.co_filename]
     frame, line = (ours or frames)[0]
     return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}", waits
-
-
-def _is_distributed(error: BaseException | None) -> bool:
-    """Whether a collective failed here because of another process. gloo raises plain RuntimeErrors."""
-    words = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "broken pipe")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
-    )

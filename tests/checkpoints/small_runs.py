@@ -48,6 +48,10 @@ class Job:
     """load the checkpoint once more, into the engine that has gone on, and go on again"""
 
 
+JOBS = [Job("whole", 1), Job("sharded", 3)]
+"""what the fixture `runs` holds"""
+
+
 def build_config(folder: Path, job: Job) -> Config:
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "heads": 4, "mlp_width": 64}
     # 99 token ids: padded by one row where two processes share them

@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import run_processes
-from small_runs import Job, build_config, run_jobs
+from small_runs import JOBS, Job, build_config
 
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
@@ -20,16 +19,6 @@ from megatron_lcl.config import Checkpoint
 from megatron_lcl.data.manifest import verify
 from megatron_lcl.train import checkpoint, reshard
 from megatron_lcl.train.state import KEYS, State
-
-JOBS = [Job("whole", 1), Job("sharded", 3)]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of two processes, with a checkpoint each."""
-    folder = tmp_path_factory.mktemp("runs")
-    run_processes(run_jobs, 2, str(folder), JOBS)
-    return folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from local_slurm import Slurm
@@ -25,6 +26,7 @@ case " $* " in *" --dry-run "*)
   [ "${OLDER:-}" != "${SLURMD_NODENAME:-login}" ] || echo "software    torch 1.0"
   echo "command     $MEGATRON_LCL_LAUNCH"
   [ -n "${SLURM_JOB_ID:-}" ] || printf '<%s>' "$@"
+  echo "run         runs/an output: goes on from $(cat "${SLURM_SUBMIT_DIR:-.}/newest" 2>/dev/null)"
   echo "checks      passed: all"
   exit ;;
 esac
@@ -32,6 +34,7 @@ trap 'echo saved && exit 75' USR1 TERM
 echo "start ${SLURM_RESTART_COUNT:-0}, task $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, $SLURM_LOCALID on $SLURMD_NODENAME"
 echo "GPUs $CUDA_VISIBLE_DEVICES"
 printf '<%s>' "$@" && echo
+eval "${DOES:-}"
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
 if [ "${CRASHES:-}" = "$SLURM_PROCID" ]; then echo "OSError: no such thing" && exit 1; fi
 [ -z "${CRASHES:-}" ] || exit 0
@@ -141,6 +144,89 @@ def test_a_requeue_from_outside_is_not_asked_for_twice(slurm: Slurm, checkout: P
     assert [known.get(word, word) for word in planned(before)] == ran
     script_says = planned(slurm.run(*script, cwd=folder))
     assert {"--nodes=32", "--ntasks=256", "--ntasks-per-node=8"} <= set(script_says)
+
+
+class Lost(NamedTuple):
+    """A job that loses a process, and what becomes of it."""
+
+    options: tuple[str, ...]
+    does: str
+    """what its tasks do"""
+    environment: dict[str, str]
+
+
+TELL = 'echo n2 >"$MEGATRON_LCL_FAULTS/fault-$SLURM_PROCID"; '
+LOST = {
+    "killed": Lost(("--nodes=1",), '[ "${SLURM_RESTART_COUNT:-0}" = 1 ] || kill -KILL $$', {}),
+    "no progress": Lost(("--nodes=2",), TELL + "echo step-5 >newest; exit 71", {"MAX_RESTARTS": "1"}),
+    "watched": Lost(
+        ("--nodes=2", "--partition=spare"),
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then ' + TELL + "exit 71; fi",
+        {},
+    ),
+    "check": Lost(("--nodes=2", "--partition=spare"), "exit 0", {"FAULTY": "n2"}),
+    "never": Lost(("--nodes=1",), "exit 71", {"MAX_RESTARTS": "0"}),
+    "bad input": Lost(("--nodes=1",), "exit 2", {}),
+    "program": Lost(("--nodes=1",), "exit 1", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def lost(slurm: Slurm, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+    """Each job's number and folder; all wait for Slurm at the same time."""
+    jobs = {}
+    for name, job in LOST.items():
+        folder = tmp_path_factory.mktemp("lost") / "sub mit"
+        folder.mkdir()
+        options = ("--gpus-per-node=0", "--ntasks-per-node=1", *job.options)
+        jobs[name] = submit(slurm, checkout, folder, *options, DOES=job.does, **job.environment), folder
+    return jobs
+
+
+def ended(slurm: Slurm, job: str) -> tuple[str, ...]:
+    """How a job has ended, how often it was started again, which nodes it leaves out, and where it ran last."""
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), "the job has ended")
+    return tuple(slurm.field(job, name) for name in ("JobState", "ExitCode", "Restarts", "ExcNodeList", "NodeList"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("killed", ("COMPLETED", "0:0", "1", "n1", "n2")),
+        ("watched", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
+        ("check", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
+    ],
+)
+def test_what_is_lost_starts_again_without_the_node(
+    name: str, end: tuple[str, ...], slurm: Slurm, lost: dict[str, tuple[str, Path]]
+) -> None:
+    """By what srun says, or the processes that watched each other; also a node that alone fails the check."""
+    job, folder = lost[name]
+    assert ended(slurm, job) == end
+    assert log(folder, job).count(f"back into the queue, without {end[3]}") == 1
+
+
+@pytest.mark.slow
+def test_starts_from_the_same_checkpoint_are_bounded(slurm: Slurm, lost: dict[str, tuple[str, Path]]) -> None:
+    """Two of them here. A checkpoint that came in the first start gives all of them back."""
+    job, folder = lost["no progress"]
+    assert ended(slurm, job) == ("FAILED", "71:0", "2", "(null)", "n[1-2]")
+    text = log(folder, job)
+    assert text.splitlines()[-1] == "--- the job has been started 2 times from the same checkpoint (MAX_RESTARTS=1)"
+    assert text.count("there are not enough nodes to do without n2") == 2
+    assert text.count("goes on from step-5") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bad input", "program", "never"])
+def test_what_would_only_happen_again_does_not_start_again(
+    name: str, slurm: Slurm, lost: dict[str, tuple[str, Path]]
+) -> None:
+    job, folder = lost[name]
+    code = {"bad input": 2, "program": 1, "never": 71}[name]
+    assert ended(slurm, job)[:4] == ("FAILED", f"{code}:0", "0", "(null)")
+    assert "back into the queue" not in log(folder, job)
 
 
 @pytest.mark.slow

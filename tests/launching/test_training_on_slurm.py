@@ -1,10 +1,11 @@
-"""Training on a real Slurm: a job over two nodes that is put back into the queue ends like a run that never stopped."""
+"""Training on a real Slurm: a job over two nodes that is stopped and loses one ends like a run that never stopped."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from local_slurm import Slurm
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
-STEPS = 60
+STEPS = 100
 
 
 def losses(run: Path) -> list[tuple[int, float, float, float]]:
@@ -24,28 +25,58 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
 
 def sbatch(slurm: Slurm, folder: Path, *arguments: str) -> str:
     environment = {**slurm.environment, "VENV": str(Path(sys.executable).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    options = ["--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1"]
+    options = ["--parsable", "--partition=spare", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1"]
     return slurm.run("sbatch", *options, SCRIPT, *arguments, cwd=folder, env=environment)
+
+
+def processes_of(job: str, node: str) -> list[int]:
+    """A job's processes of training on a node, loaders included, which are its children."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+        if (
+            wanted <= set(environment)
+            and b"megatron_lcl" in words
+            and Path(words[0].decode()).name.startswith("python")
+        ):
+            found.append(int(process.name))
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_requeued_over_two_nodes_it_ends_like_an_undisturbed_run(slurm: Slurm, tiny: list[str], tmp_path: Path) -> None:
+def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
+    slurm: Slurm, tiny: list[str], tmp_path: Path
+) -> None:
+    """Over two nodes: put back into the queue, and then killed on the second of them, which is not used again."""
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
     arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "25"]
     job = sbatch(slurm, folder, *arguments, "--train.output", "a run")
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
-    slurm.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "six steps", 300)
+    slurm.wait(lambda: metrics.exists() and len(losses(run)) > 5, "six steps", 300)
     slurm.run("scontrol", "requeue", job)
-    slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the job has ended", 300)
-    assert slurm.field(job, "Restarts") == "1"
-    first = (folder / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
-    stopped = re.search(r"SIGTERM: ended after step (\d+)", first)
-    assert stopped is not None, first
+    rank0 = folder / f"lcl_vitg-{job}" / "rank-0000.log"
+    slurm.wait(lambda: rank0.read_text().count("going on from") == 1, "the second start has its checkpoint", 300)
+    stopped = re.search(r"SIGTERM: ended after step (\d+)", rank0.read_text())
+    assert stopped is not None, rank0.read_text()
     assert 5 < int(stopped[1]) < STEPS
-    assert f"step-{int(stopped[1]):08d}" in first  # going on from there
-    assert log.read_text().count("processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:") == 2
+    assert f"going on from a run/checkpoints/step-{int(stopped[1]):08d}" in rank0.read_text()
+    slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
+    for pid in processes_of(job, "n2"):
+        os.kill(pid, signal.SIGKILL)
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the job has ended", 300)
+    assert slurm.state(job) == "COMPLETED", log.read_text()
+    assert (slurm.field(job, "Restarts"), slurm.field(job, "NodeList")) == ("2", "n[1,3]")
+    assert "exit code 137; back into the queue, without n2" in log.read_text()
+    said = rank0.read_text()
+    assert re.search(r"process 1 died or its machine did: .* \(host n2, last step done: \d+\)", said), said
+    assert log.read_text().count("processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:") == 3
 
     undisturbed = tmp_path / "undisturbed"
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"

@@ -1,0 +1,68 @@
+# shellcheck shell=bash
+# Sourced by slurm.sh: what a job needs to start again, without the nodes that have failed.
+# Uses $logs (the job's folder), $nodes (how many the job has) and $max_restarts.
+
+# Where a run would go on, from a dry run's text.
+goes_on() { sed -n 's/^run  *//p' "$@" 2>/dev/null | head -n 1; }
+
+# Counts this start in $again: how often the job was started again from the same checkpoint, $from. Every start counts,
+# whatever ended the one before, so that nodes that go down under the job count too; `forget_starts` takes them back.
+count_start() {
+  from=$(goes_on "${logs:?}"/check-*.log)
+  echo "$from" >>"$logs/starts"
+  again=$(($(grep -cxF -e "$from" "$logs/starts") - 1))
+}
+forget_starts() { rm -f "$logs/starts"; }
+
+# Whether the job may start once more; says why not.
+may_restart() {
+  [ "$again" -ge "${max_restarts:?}" ] || return 0
+  echo "--- the job has been started $((again + 1)) times from the same checkpoint (MAX_RESTARTS=$max_restarts)" >&2
+  return 1
+}
+
+# Whether another start may go better after this exit code: a process or a machine was lost (71), or a signal ended a
+# process, but for Ctrl-C's (130); or srun could not start all. A fault of the program (1) or of its input (2) would only
+# happen again.
+was_lost() {
+  [ "$1" = 71 ] || { [ "$1" -gt 128 ] && [ "$1" != 130 ]; } ||
+    grep -qs 'srun: error: .*\(ailed on node\|Node failure\|Unable to create step\)' "$logs/srun"
+}
+
+# The nodes that have failed, one a line: as most of the processes say that watched the others, or else as srun does.
+failed_nodes() {
+  local told
+  told=$(cat "$logs"/fault-* 2>/dev/null | sort | uniq -c | sort -rn | sed -n '1s/^ *[0-9]* *//p')
+  [ -n "$told" ] || told=$(sed -n "$srun_names" "$logs/srun" | paste -sd ,)
+  [ -z "$told" ] || scontrol show hostnames "$told" | sort -u
+}
+srun_names='s/^srun: error: .*ailed on node \([^ :]*\):.*/\1/p
+s/^srun: error: \([^ :]*\): tasks\{0,1\} [^:]*: \(Killed\|Aborted\|Segmentation\|Bus error\|Illegal\|Out Of\).*/\1/p'
+
+# `leave_out NODES` (one a line): sets $out to these and to those that the job leaves out already. 1, with the reason,
+# where not enough others are up: a job that cannot start would wait for ever.
+leave_out() {
+  local already up
+  already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^.*ExcNodeList=\([^ (]*\).*/\1/p')
+  out=$({ [ -z "$already" ] || scontrol show hostnames "$already"; echo "$1"; } | sort -u)
+  up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
+    awk '$2 ~ /^(idle|alloc|mix|comp|resv|reserved|plan)/ {print $1}' | sort -u)
+  [ "$(comm -23 <(echo "$up") <(echo "$out") | wc -l)" -lt "${nodes:?}" ] || return 0
+  echo "--- there are not enough nodes to do without $(paste -sd ' ' <<<"$1")" >&2
+  out=
+  return 1
+}
+
+# `requeue REASON [NODES]`: back into the queue; the next start is without NODES (one a line).
+requeue() {
+  local without=${2:-}
+  trap '' TERM # which Slurm sends at once
+  # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
+  [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ] || return 0
+  echo "--- $(date -Is): $1; back into the queue${without:+, without $(paste -sd ' ' <<<"$without")}"
+  scontrol requeue "$SLURM_JOB_ID" || return 0
+  # Slurm takes this only once the job waits; the script has the cluster's KillWait left for it
+  [ -z "$without" ] || until scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$(paste -sd , <<<"$without")"; do
+    sleep 1
+  done
+}

@@ -1,0 +1,74 @@
+"""Reading the pickles of a checkpoint without letting them run anything.
+
+A pickle may name any function of any module to be called while it is read. Here only tensors, Python's plain values and
+the few classes of DeepSpeed's own files are built, by torch's restricted reader (`torch.load(weights_only=True)`). It
+imports and calls nothing that is not on its list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+_FORCE, _NEVER = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""torch's own variables, which `torch.load` reads at each call"""
+_REMEDY = "go on only from a checkpoint that a run of megatron_lcl wrote; train.init_from takes weights from elsewhere"
+
+
+def deepspeed_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """The classes in DeepSpeed's checkpoints beside tensors and plain values; none does more than keep values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def restricted() -> Iterator[None]:
+    """Inside, every `torch.load` of this process builds only what is allowed, whatever its caller asks for.
+
+    DeepSpeed asks for `weights_only=False` in many places. Otherwise: pickle.UnpicklingError.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _NEVER)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(deepspeed_types()):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def load_mapped(file: Path) -> Any:
+    """The content of a file that `torch.save` wrote; tensors are mapped, not read. UnpicklingError as `restricted`."""
+    with restricted():
+        return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+
+
+def refused(files: Iterable[Path]) -> str | None:
+    """Why the first of these files that is refused is; None: all can be read. Nothing of them is run."""
+    for file in files:
+        try:
+            load_mapped(file)
+        except UnpicklingError as error:
+            wanted = foreign_objects(file, error)
+            what = f"wants to build {', '.join(wanted[:3])}" if wanted else "is no checkpoint of DeepSpeed's"
+            return f"{file} is refused: a checkpoint is data, and this pickle {what}; {_REMEDY}"
+    return None
+
+
+def foreign_objects(file: Path, error: UnpicklingError) -> list[str]:
+    """What a pickle names that is not allowed, found without running any of it; as far as it can be told."""
+    found: list[str] = []
+    with restricted(), contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return sorted(found) or sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
