@@ -36,7 +36,7 @@ def test_requeued_over_two_nodes_it_ends_like_an_undisturbed_run(slurm: Slurm, t
     arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "25"]
     job = sbatch(slurm, folder, *arguments, "--train.output", "a run")
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
-    slurm.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, "six steps", 300)
+    slurm.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 6, "six steps", 300)
     slurm.run("scontrol", "requeue", job)
     slurm.wait(lambda: slurm.state(job) == "COMPLETED", "the job has ended", 300)
     assert slurm.field(job, "Restarts") == "1"
