@@ -3,8 +3,8 @@
 `choose_attention` picks a back-end once, for a device and a dtype; what it returns is handed to the model's layers.
 `Adaptive` serves models whose device and dtype may change (those of the library): it chooses when it is called.
 
-On CUDA in half precision: flash-attn where it is installed and loads, else torch's own variable-length kernel; both need
-compute capability 8.0 (Ampere). On CUDA in float32, which they lack, or on older cards: dense attention under a
+On CUDA in half precision: flash-attn where it is installed and loads, else torch's own variable-length kernel; both
+need compute capability 8.0 (Ampere). On CUDA in float32, which they lack, or on older cards: dense attention under a
 block-diagonal mask. On CPU: one call per sequence.
 
 Shape legend: R rows of all sequences one after another, H heads, K features of a head, C sequences.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ AttentionName = Literal["flash_attn", "torch_varlen", "dense", "per_sequence"]
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(q, k, v [R, H, K], cu_seqlens, max_seqlen) → [R, H, K]: causal attention inside each sequence, softmax(q·k/√K) v.
 
-`cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbours are empty sequences,
-and no row lies outside. `max_seqlen` bounds the longest.
+`cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbours are empty
+sequences, and no row lies outside. `max_seqlen` bounds the longest.
 """
 
 NAMES: tuple[AttentionName, ...] = ("flash_attn", "torch_varlen", "dense", "per_sequence")
@@ -60,9 +61,9 @@ def choose_attention(
 ) -> Attention:
     """The back-end to use on a device in a dtype. UserError where `wanted` names one that cannot be used, and why.
 
-    capability: the device's, as `torch.cuda.get_device_capability` gives it; None: it is asked for. head_width: features
-    of a head, where known. deterministic: of flash-attn, the slower backward that gives the same bits every time
-    (the others follow torch.use_deterministic_algorithms).
+    capability: the device's, as `torch.cuda.get_device_capability` gives it; None: it is asked for. head_width:
+    features of a head, where known. deterministic: of flash-attn, the slower backward that gives the same bits every
+    time (the others follow torch.use_deterministic_algorithms).
     """
     if capability is None and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -78,12 +79,9 @@ def choose_attention(
     for name in NAMES:
         if not (fault := faults(name)):
             return Attention(name, _function(name, deterministic), tuple(passed_over))
-        if not fault.endswith(NOT_INSTALLED):
+        if is_installed(name):
             passed_over.append(fault)
     raise AssertionError("dense attention runs everywhere")
-
-
-NOT_INSTALLED = "is not installed"
 
 
 def find_fault(
@@ -109,24 +107,29 @@ def find_fault(
     return load_fault(name)
 
 
+def is_installed(name: AttentionName) -> bool:
+    """Whether there is something to import, whether it loads or not."""
+    return name not in _SOURCES or importlib.util.find_spec(_SOURCES[name][0]) is not None
+
+
 def load_fault(name: AttentionName) -> str | None:
     """Why a back-end's package cannot be imported here, whatever the device; None if it can, or there is none.
 
     A package built for another torch is there, but its library lacks symbols: only importing it shows that.
     """
-    if name not in ("flash_attn", "torch_varlen"):
+    if name not in _SOURCES:
         return None
+    if not is_installed(name):
+        return f"{name} is not installed"
     module, attribute = _SOURCES[name]
     try:
         getattr(importlib.import_module(module), attribute)
     except Exception as error:  # noqa: BLE001 - whatever importing somebody's library raises
-        if isinstance(error, ModuleNotFoundError) and error.name == module:
-            return f"{name} {NOT_INSTALLED}"
         return f"{name} is installed but does not load ({type(error).__name__}: {' '.join(str(error).split())})"
     return None
 
 
-_SOURCES = {
+_SOURCES: dict[str, tuple[str, str]] = {
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
 }

@@ -307,12 +307,12 @@ class Train:
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "dense", "per_sequence"] = Field(
         default="auto",
-        description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, else "
-        "dense; per_sequence on CPU. One that is named and cannot be used is an error",
+        description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, "
+        "else dense; on CPU per_sequence. One that is named and cannot be used is an error",
     )
     deterministic: bool = Field(
         default=False,
-        description="on CUDA: kernels and sums that give the same bits every time, somewhat slower (docs/parallelism.md)",
+        description="on CUDA: kernels and sums that give the same bits every time, slower (docs/parallelism.md)",
     )
     activation_checkpointing: Literal["none", "full", "attention"] = Field(
         default="none",

@@ -23,10 +23,10 @@ from megatron_lcl.losses.kernels import import_fault, triton_fault
 
 # Relative, of the norm of what a kernel gives, forward and gradients. Measured on CPU: in float32 at most 3e-7 and
 # 4e-7. Attention in bfloat16 rounds its result and its gradients (by 2⁻⁹ at most): 2.1e-3 and 3.4e-3; flash kernels
-# round the probabilities between their two products as well, so three times that is allowed, and float16 rounds an eighth
-# of it. Losses compute in float32 from the rounded features: 1.4e-7 forward; gradients are rounded: 3.2e-3 in bfloat16
-# (weights and result), 2.1e-4 in float16, for which devices multiply as TF32 (2⁻¹¹). A single row of the 473 that is
-# wrong is off by 5e-2, a wrong mask or scale by 1e-1 and more.
+# round the probabilities between their two products as well, so about five times that is allowed, and float16 rounds an
+# eighth of it. Losses compute in float32 from the rounded features: 1.4e-7 forward; gradients are rounded: 3.2e-3 in
+# bfloat16 (weights and result), 2.1e-4 in float16, for which devices multiply as TF32 (2⁻¹¹). A single row of the 473
+# that is wrong is off by 5e-2, a wrong mask or scale by 1e-1 and more.
 ATTENTION = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 4e-3)}
 LOSSES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 1e-2), torch.float16: (1e-5, 2e-3)}
 
@@ -127,7 +127,7 @@ class _Packed:
     def plain(self, *qkv: torch.Tensor) -> torch.Tensor:
         sequences = zip(*(x.split(list(LENGTHS)) for x in qkv), strict=True)
         parts = [[x.transpose(0, 1) for x in sequence] for sequence in sequences]
-        return torch.cat([_softmax_product(*part, causal=True).transpose(0, 1) for part in parts])
+        return torch.cat([_softmax_product(q, k, v, causal=True).transpose(0, 1) for q, k, v in parts])
 
 
 def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
@@ -164,8 +164,8 @@ def _both_losses(
         image, text = (F.normalize(x, dim=1).to(dtype) for x in _draw(device, torch.float32, *[(70, 40)] * 2))
         scale = torch.tensor([2.6], device=device)
 
-        def contrastive(*leaves: torch.Tensor) -> torch.Tensor:
-            return contrastive_loss(*leaves, kernels=contrast).loss
+        def contrastive(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+            return contrastive_loss(image, text, log_scale, kernels=contrast).loss
 
         yield _compare(
             f"contrastive loss {title}, {_name(dtype)}", [image, text, scale], contrastive, _info_nce, LOSSES[dtype]
@@ -174,8 +174,8 @@ def _both_losses(
         hidden, weight = _draw(device, dtype, (20, 24), (5000, 24))
         targets = torch.arange(20, device=device) * 249
 
-        def generation(*leaves: torch.Tensor, targets: torch.Tensor = targets) -> torch.Tensor:
-            return generation_loss(*leaves, targets, vocab_size=4990, kernels=softmax)
+        def generation(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor = targets) -> torch.Tensor:
+            return generation_loss(hidden, weight, targets, vocab_size=4990, kernels=softmax)
 
         def entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor = targets) -> torch.Tensor:
             return F.cross_entropy(hidden @ weight[:4990].t(), targets, reduction="sum")

@@ -20,7 +20,7 @@ import torch
 from packaging.requirements import Requirement
 
 from megatron_lcl import config as configs
-from megatron_lcl.attention import NAMES, NOT_INSTALLED, load_fault
+from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.errors import UserError
@@ -98,7 +98,7 @@ def check_devices(processes: int) -> None:
 
 
 def is_elsewhere(nodes: int) -> bool:
-    """Whether the run's devices are other machines': without a GPU here, under a torch or for a launch that wants them."""
+    """Whether the run's devices are not this machine's: it has no GPU, but torch or the launch wants them."""
     if torch.cuda.device_count() or "SLURM_JOB_ID" in os.environ:
         return False
     return bool(torch.version.cuda) or nodes > 1 or LAUNCH in os.environ
@@ -168,7 +168,7 @@ def _model(config: Config) -> Iterator[str]:
 def _kernels(config: Config, elsewhere: bool) -> Iterator[str]:
     if elsewhere:
         yield f"kernels     attention {config.train.attention}, chosen on the run's devices"
-        passed_over = [fault for name in NAMES if (fault := load_fault(name)) and not fault.endswith(NOT_INSTALLED)]
+        passed_over = [fault for name in NAMES if is_installed(name) and (fault := load_fault(name))]
     else:
         first, *passed_over = choose_kernels(config).lines()
         yield f"kernels     {first}"

@@ -1,9 +1,9 @@
 """What a training process must hold at once: a lower bound, compared with the memory there is before a run starts.
 
-Counted is only what certainly lies there together, so a run that is refused would surely have failed; one that passes may
-still need more (buffers of the network, a block's temporaries, fragments). benchmarks/memory_estimate.py shows it beside
-what is measured. Layers and packs are taken to be spread evenly over tensor and pipeline ranks: the process that has
-most has at least that.
+Counted is only what certainly lies there together, so a run that is refused would surely have failed; one that passes
+may still need more (buffers of the network, a block's temporaries, fragments). benchmarks/memory_estimate.py shows it
+beside what is measured. Layers and packs are taken to be spread evenly over tensor and pipeline ranks: the process that
+has most has at least that.
 
 Bytes that a block keeps of a row from forward to backward, in numbers of its width: the inputs of both norms and what
 they give (4), q, k, v and what attention gives (4), and what goes into GELU and comes out (2 · mlp_width / width).
