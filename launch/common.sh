@@ -28,7 +28,7 @@ PY
   )
   if ! grep -qsx "$files $extras" "$venv/installed"; then
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || new_venv # it was interrupted before pip was in it
-    echo "installing into $venv …" >&2
+    echo "installing into $venv … (log: $venv/install.log)" >&2
     {
       "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade pip setuptools wheel &&
         "$venv/bin/python" -m pip install --disable-pip-version-check --editable "${root}[$extras]"

@@ -8,9 +8,9 @@ make_venv dev
 get() {  # the command that tells whether it is there, the packages that have it
   PATH=$PATH:/usr/sbin command -v "$1" >/dev/null && return
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
-  echo "installing ${*:2} …" >&2
+  echo "installing ${*:2} … (log: $venv/apt.log)" >&2
   install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
-  { install "${@:2}" || { apt-get update && install "${@:2}"; }; } >/dev/null 2>&1 ||
+  { install "${@:2}" || { apt-get update && install "${@:2}"; }; } >>"$venv/apt.log" 2>&1 ||
     echo "${*:2} could not be installed; tests that need it skip" >&2
 }
 get slurmctld slurm-wlm munge

@@ -1,7 +1,11 @@
-"""Attention over packed sequences: one function, its back-ends chosen by device and dtype.
+"""Attention over packed sequences: one function, several back-ends.
 
-On CUDA in half precision: flash-attn where it is installed, else torch's own variable-length kernel. On CUDA in
-float32, which they lack: dense attention under a block-diagonal mask. On CPU: one call per sequence.
+`choose_attention` picks a back-end once, for a device and a dtype; what it returns is handed to the model's layers.
+`Adaptive` serves models whose device and dtype may change (those of the library): it chooses when it is called.
+
+On CUDA in half precision: flash-attn where it is installed and loads, else torch's own variable-length kernel; both
+need compute capability 8.0 (Ampere). On CUDA in float32, which they lack, or on older cards: dense attention under a
+block-diagonal mask. On CPU: one call per sequence.
 
 Shape legend: R rows of all sequences one after another, H heads, K features of a head, C sequences.
 """
@@ -9,36 +13,147 @@ Shape legend: R rows of all sequences one after another, H heads, K features of 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from megatron_lcl.errors import UserError
 
-def packed_causal_attention(
-    q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
-    """Causal attention inside each sequence, softmax(q·k/√K) v.
+AttentionName = Literal["flash_attn", "torch_varlen", "dense", "per_sequence"]
+PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(q, k, v [R, H, K], cu_seqlens, max_seqlen) → [R, H, K]: causal attention inside each sequence, softmax(q·k/√K) v.
 
-    `cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbours are empty
-    sequences, and no row lies outside. `max_seqlen` bounds the longest. Returns [R, H, K].
+`cu_seqlens` [C+1] int32: row where each sequence starts, then the end of the last; equal neighbours are empty
+sequences, and no row lies outside. `max_seqlen` bounds the longest.
+"""
+
+NAMES: tuple[AttentionName, ...] = ("flash_attn", "torch_varlen", "dense", "per_sequence")
+"""in the order in which they are tried on CUDA"""
+HALF = (torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)
+"""oldest CUDA compute capability for which flash-attn and torch's variable-length kernel are built"""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A back-end that can be used here."""
+
+    name: AttentionName
+    attend: PackedAttention
+    passed_over: tuple[str, ...] = ()
+    """why each installed back-end that comes before it is not used; one line each"""
+
+
+def choose_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    wanted: AttentionName | Literal["auto"] = "auto",
+    *,
+    capability: tuple[int, int] | None = None,
+    head_width: int | None = None,
+    deterministic: bool = False,
+) -> Attention:
+    """The back-end to use on a device in a dtype. UserError where `wanted` names one that cannot be used, and why.
+
+    capability: the device's, as `torch.cuda.get_device_capability` gives it; None: it is asked for. head_width:
+    features of a head, where known. deterministic: of flash-attn, the slower backward that gives the same bits every
+    time (the others follow torch.use_deterministic_algorithms).
     """
-    if q_RHK.is_cuda and q_RHK.dtype in (torch.float16, torch.bfloat16):
-        if _has_flash_attn():
-            from flash_attn import flash_attn_varlen_func
+    if capability is None and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+    faults = functools.partial(find_fault, device=device, dtype=dtype, capability=capability, head_width=head_width)
+    if wanted != "auto":
+        if fault := faults(wanted):
+            raise UserError(f"train.attention = {wanted}, but {fault}; set train.attention to auto")
+        return Attention(wanted, _function(wanted, deterministic))
+    if device.type != "cuda" or dtype not in HALF:
+        name: AttentionName = "dense" if device.type == "cuda" else "per_sequence"
+        return Attention(name, _function(name, deterministic))
+    passed_over: list[str] = []
+    for name in NAMES:
+        if not (fault := faults(name)):
+            return Attention(name, _function(name, deterministic), tuple(passed_over))
+        if is_installed(name):
+            passed_over.append(fault)
+    raise AssertionError("dense attention runs everywhere")
 
-            return flash_attn_varlen_func(
-                q_RHK, k_RHK, v_RHK, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True
-            )
-        from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q_RHK, k_RHK, v_RHK, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
-        assert isinstance(out, torch.Tensor)
-        return out
-    if q_RHK.device.type == "cpu":
-        return _by_sequence(q_RHK, k_RHK, v_RHK, cu_seqlens)
-    return _block_diagonal(q_RHK, k_RHK, v_RHK, cu_seqlens)
+def find_fault(
+    name: AttentionName,
+    device: torch.device,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    head_width: int | None = None,
+) -> str | None:
+    """Why a back-end cannot be used; None if it can. Imports it if all else is right."""
+    if name in ("dense", "per_sequence"):
+        return None
+    if device.type != "cuda":
+        return f"{name} needs a CUDA device, not {device.type}"
+    if dtype not in HALF:
+        return f"{name} needs train.dtype bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    assert capability is not None
+    if capability < CAPABILITY:
+        return f"{name} needs compute capability 8.0 (Ampere) or newer, and the GPU has {capability[0]}.{capability[1]}"
+    if head_width is not None and (head_width > 256 or (name == "torch_varlen" and head_width % 8)):
+        limit = "at most 256" if head_width > 256 else "a multiple of 8"
+        return f"{name} needs heads of {limit} features, and the model's have {head_width}"
+    return load_fault(name)
+
+
+def is_installed(name: AttentionName) -> bool:
+    """Whether there is something to import, whether it loads or not."""
+    return name not in _SOURCES or importlib.util.find_spec(_SOURCES[name][0]) is not None
+
+
+def load_fault(name: AttentionName) -> str | None:
+    """Why a back-end's package cannot be imported here, whatever the device; None if it can, or there is none.
+
+    A package built for another torch is there, but its library lacks symbols: only importing it shows that.
+    """
+    if name not in _SOURCES:
+        return None
+    if not is_installed(name):
+        return f"{name} is not installed"
+    module, attribute = _SOURCES[name]
+    try:
+        getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # noqa: BLE001 - whatever importing somebody's library raises
+        return f"{name} is installed but does not load ({type(error).__name__}: {' '.join(str(error).split())})"
+    return None
+
+
+_SOURCES: dict[str, tuple[str, str]] = {
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+
+
+def _function(name: AttentionName, deterministic: bool) -> PackedAttention:
+    if name == "flash_attn":
+        return functools.partial(_flash_attn, deterministic=deterministic)
+    return {"torch_varlen": _torch_varlen, "dense": _block_diagonal, "per_sequence": _by_sequence}[name]
+
+
+class Adaptive:
+    """A `PackedAttention` that chooses by the device and dtype it is called with, once for each."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[tuple[torch.device, torch.dtype], PackedAttention] = {}
+
+    def __call__(
+        self, q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        key = (q_RHK.device, q_RHK.dtype)
+        if key not in self._chosen:
+            self._chosen[key] = choose_attention(*key, head_width=q_RHK.shape[-1]).attend
+        return self._chosen[key](q_RHK, k_RHK, v_RHK, cu_seqlens, max_seqlen)
 
 
 def full_attention(q_NHLK: torch.Tensor, k_NHLK: torch.Tensor, v_NHLK: torch.Tensor) -> torch.Tensor:
@@ -46,12 +161,31 @@ def full_attention(q_NHLK: torch.Tensor, k_NHLK: torch.Tensor, v_NHLK: torch.Ten
     return F.scaled_dot_product_attention(q_NHLK, k_NHLK, v_NHLK)
 
 
-@functools.cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+# --- the back-ends -----------------------------------------------------------------------------------------------
 
 
-def _by_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def _flash_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *, deterministic: bool
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *lengths, causal=True, deterministic=deterministic)
+
+
+def _torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _by_sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     assert bounds[-1] == len(q), f"sequences end at row {bounds[-1]} of {len(q)}"
@@ -63,7 +197,9 @@ def _by_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: 
     return torch.cat(parts) if parts else q + k + v  # no rows, but every process must have the same graph
 
 
-def _block_diagonal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def _block_diagonal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
     row = torch.arange(len(q), device=q.device)
     sequence = torch.searchsorted(cu_seqlens.to(row.dtype), row, right=True)
     mask = (sequence[:, None] == sequence) & (row[:, None] >= row)

@@ -331,6 +331,15 @@ class Train:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
     )
+    attention: Literal["auto", "flash_attn", "torch_varlen", "dense", "per_sequence"] = Field(
+        default="auto",
+        description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, "
+        "else dense; on CPU per_sequence. One that is named and cannot be used is an error",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="on CUDA: kernels and sums that give the same bits every time, slower (docs/parallelism.md)",
+    )
     activation_checkpointing: Literal["none", "full", "attention"] = Field(
         default="none",
         description="what backward computes again to save memory: nothing, whole blocks, or their attention half",

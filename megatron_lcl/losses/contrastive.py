@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from megatron_lcl.losses import contrastive_tiles
 from megatron_lcl.losses.group import exchange, rank_and_size
+from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.parallel.collectives import all_gather
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,6 +63,8 @@ class FeatureGather:
     text_nD: torch.Tensor
     log_scale: torch.Tensor
     counts: tuple[int, ...]
+    kernels: ModuleType
+    """what does the arithmetic"""
     rank: int = 0
     group: dist.ProcessGroup | None = None
     own: torch.Tensor | None = None
@@ -91,6 +94,7 @@ def contrastive_loss(
     log_scale: torch.Tensor,
     group: dist.ProcessGroup | None = None,
     counts: Sequence[int] | None = None,
+    kernels: ModuleType | None = None,
 ) -> ContrastiveOutput:
     """Symmetric InfoNCE of n own pairs against the N pairs of all ranks of `group`.
 
@@ -100,6 +104,7 @@ def contrastive_loss(
     group: the ranks whose pairs are each other's negatives; None: this process alone, also where torch.distributed is
         initialised.
     counts: n of each rank of the group, in rank order, if the caller knows it: it is compared with what the ranks say.
+    kernels: the module that does the arithmetic, `contrastive_tiles` or `contrastive_triton`; None: chosen by device.
 
     `.loss` is the global mean, the same on every rank. Convention: sum. backward gives the gradient of that global mean
     with respect to this rank's own rows, and this rank's share of the gradient of log_scale; the shares sum to the
@@ -110,7 +115,7 @@ def contrastive_loss(
     or the dtype differs between ranks, or if a rank's counts are not those of the group; and on a caller that is not in
     the group. Non-finite features give a non-finite loss.
     """
-    return finish_contrastive_loss(start_gather(image_features, text_features, log_scale, group, counts))
+    return finish_contrastive_loss(start_gather(image_features, text_features, log_scale, group, counts, kernels))
 
 
 def start_gather(
@@ -119,6 +124,7 @@ def start_gather(
     log_scale: torch.Tensor,
     group: dist.ProcessGroup | None = None,
     counts: Sequence[int] | None = None,
+    kernels: ModuleType | None = None,
 ) -> FeatureGather:
     """First half of `contrastive_loss`: sends this rank's features and returns while they travel.
 
@@ -128,7 +134,8 @@ def start_gather(
     rank, _ = rank_and_size(group)
     image_features, text_features = image_features.contiguous(), text_features.contiguous()
     sizes = _sizes(image_features, text_features, log_scale, group, counts)
-    gather = FeatureGather(image_features, text_features, log_scale, sizes, rank, group)
+    kernels = kernels or _backend(image_features)
+    gather = FeatureGather(image_features, text_features, log_scale, sizes, kernels, rank, group)
     longest = max(sizes)
     if group is not None and longest > 0:
         # side by side: two matrices as they arrive
@@ -153,7 +160,7 @@ class _ContrastiveFunction(torch.autograd.Function):
         with torch.autocast(image_nD.device.type, enabled=False):
             scale = log_scale.to(dtype).exp().reshape(())
             image_ND, text_ND = (features.detach() for features in gather.wait())
-            rows = _backend(image_nD).forward(image_nD, text_nD, image_ND, text_ND, offset, scale)
+            rows = gather.kernels.forward(image_nD, text_nD, image_ND, text_ND, offset, scale)
 
             # logsumexp - positive as log(1 + exp(negatives - positive)): exact also when the loss is tiny. The last
             # term is 0, or NaN where a positive is infinite, which the first alone would hide.
@@ -173,7 +180,7 @@ class _ContrastiveFunction(torch.autograd.Function):
             sums, image_lse_N, text_lse_N = _gather_rows(gather, sums, lse_2n)
 
         ctx.save_for_backward(image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, scale)
-        ctx.offset, ctx.log_scale = offset, (log_scale.shape, log_scale.dtype)
+        ctx.offset, ctx.log_scale, ctx.kernels = offset, (log_scale.shape, log_scale.dtype), gather.kernels
         loss, image_hits, text_hits, positive_mean, hardest_mean = (sums / max(N, 1)).unbind()
         if N < 2:
             hardest_mean = torch.full_like(hardest_mean, -1.0)
@@ -187,7 +194,7 @@ class _ContrastiveFunction(torch.autograd.Function):
         image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, scale = ctx.saved_tensors
         with torch.autocast(image_nD.device.type, enabled=False):
             factor = grad.to(scale.dtype) * scale / (2 * max(1, len(image_ND)))
-            image_grad, text_grad, scale_grad = _backend(image_nD).backward(
+            image_grad, text_grad, scale_grad = ctx.kernels.backward(
                 image_nD, text_nD, image_ND, text_ND, image_lse_N, text_lse_N, ctx.offset, scale, factor
             )
         shape, dtype = ctx.log_scale
@@ -195,7 +202,7 @@ class _ContrastiveFunction(torch.autograd.Function):
 
 
 def _backend(features: torch.Tensor) -> ModuleType:
-    if features.is_cuda and features.dtype != torch.float64:
+    if features.is_cuda and features.dtype != torch.float64 and triton_fault() is None:
         from megatron_lcl.losses import contrastive_triton
 
         return contrastive_triton

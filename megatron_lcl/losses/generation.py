@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_lcl.losses import softmax_torch
 from megatron_lcl.losses.group import exchange, rank_and_size
+from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.parallel.collectives import all_gather
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,6 +31,7 @@ def generation_loss(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     agreed: bool = False,
+    kernels: ModuleType | None = None,
 ) -> torch.Tensor:
     """Sum over rows of -log p(target), in nats: a float32 scalar, the same on every rank of the group.
 
@@ -42,6 +44,7 @@ def generation_loss(
         gradient is zero. None: no padding.
     agreed: the caller has seen to it that R, D, the dtype, V and vocab_size are the same on every rank, as a trainer
         has that hands one batch to all of them. Then nothing is exchanged but what the loss needs, and no host waits.
+    kernels: the module for the softmax, `softmax_torch` or `softmax_triton`; None: chosen by device.
 
     hidden and weight are of one dtype (under autocast they are converted to its dtype): float32, bfloat16 or float16
     (logits, their exponentials and sums over rows in float32), or float64 (then so is the result).
@@ -72,7 +75,7 @@ def generation_loss(
     first = rank * len(weight)
     num_real = min(max(vocab_size - first, 0), len(weight))
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _GenerationFunction.apply(hidden, weight, targets, group, first, num_real, with_gradient)
+    return _GenerationFunction.apply(hidden, weight, targets, group, first, num_real, with_gradient, kernels)
 
 
 def _compare(
@@ -116,12 +119,14 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 class _GenerationFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, targets_R, group, first, num_real, with_gradient):
-        wanted = [with_gradient and needed for needed in ctx.needs_input_grad[:2]]
+    def forward(ctx, hidden_RD, weight_VD, targets_R, group, first, num_real, with_gradient, kernels):
+        of_hidden, of_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         with torch.autocast(hidden_RD.device.type, enabled=False):
             # Kept beside, not among, the saved tensors: a checkpointed segment that ends here and is recomputed has
             # nothing to fetch from this function and stops short of it.
-            loss, *ctx.gradients = _chunked(hidden_RD, weight_VD, targets_R - first, group, num_real, *wanted)
+            loss, *ctx.gradients = _chunked(
+                hidden_RD, weight_VD, targets_R - first, group, num_real, of_hidden, of_weight, kernels
+            )
         ctx.dtype = hidden_RD.dtype
         return loss
 
@@ -137,7 +142,7 @@ class _GenerationFunction(torch.autograd.Function):
             ctx.gradients = None  # handed over, not copied: as large as the weight
             scaled = [None if g is None else g.mul_(grad) for g in gradients]
         # rounded last: sums over all rows may be too large for float16 until `grad`, a mean's, makes them smaller
-        return *(None if g is None else g.to(ctx.dtype) for g in scaled), None, None, None, None, None
+        return *(None if g is None else g.to(ctx.dtype) for g in scaled), *[None] * 6
 
 
 def _chunked(
@@ -148,6 +153,7 @@ def _chunked(
     num_real: int,
     hidden_wanted: bool,
     weight_wanted: bool,
+    kernels: ModuleType | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Loss and the wanted gradients, float32 or float64; targets_R count from this rank's first vocabulary entry."""
     dtype, device = _arithmetic(hidden_RD.dtype), hidden_RD.device
@@ -161,7 +167,7 @@ def _chunked(
     weight_VD = weight_VD[: max(1, num_real)]
     V = len(weight_VD)
     memory = torch.empty(min(step, len(hidden_RD)), V, dtype=dtype, device=device)  # fresh memory costs page faults
-    softmax = _softmax(memory)
+    softmax = kernels or _softmax(memory)
     for rows in (slice(start, start + step) for start in range(0, len(hidden_RD), step)):
         hidden_cD, targets_c = hidden_RD[rows], targets_R[rows].long()
         logits_cV = _matmul(hidden_cD, weight_VD.t(), memory[: len(hidden_cD)])
@@ -181,7 +187,7 @@ def _chunked(
 
 
 def _softmax(logits: torch.Tensor) -> ModuleType:
-    if logits.is_cuda and logits.dtype == torch.float32:
+    if logits.is_cuda and logits.dtype == torch.float32 and triton_fault() is None:
         from megatron_lcl.losses import softmax_triton
 
         return softmax_triton

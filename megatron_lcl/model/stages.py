@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_lcl.attention import full_attention, packed_causal_attention
+from megatron_lcl.attention import Adaptive, PackedAttention, full_attention
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
@@ -196,9 +196,12 @@ class PoolInterleave(nn.Module):
 class LanguageBlock(Block):
     """Block in which a row sees the rows before it in its sequence; the image latents behind the rows pass through."""
 
-    def __init__(self, language: Language, norm: Norm, axis: Axis, recompute: Recompute = "none") -> None:
+    def __init__(
+        self, language: Language, norm: Norm, axis: Axis, recompute: Recompute, attention: PackedAttention
+    ) -> None:
         super().__init__(language.width, language.heads, language.mlp_width, norm, axis, recompute)
         self.context_length = language.context_length  # no run of rows is longer
+        self.packed_attention = attention
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
@@ -207,7 +210,7 @@ class LanguageBlock(Block):
         rows_SD, latents_SD = x.hidden[:size], x.hidden[size:]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return packed_causal_attention(q, k, v, x.cu_seqlens, self.context_length)
+            return self.packed_attention(q, k, v, x.cu_seqlens, self.context_length)
 
         return x._replace(hidden=torch.cat([self.residual(rows_SD, num_rows, attend), latents_SD]))
 
@@ -286,23 +289,25 @@ def stage_specs(
     axis: Axis = ALONE,
     recompute: Recompute = "none",
     recompute_every: int = 1,
+    attention: PackedAttention | None = None,
 ) -> list[functools.partial[Any]]:
     """What makes each stage, in order; nothing is built yet.
 
     axis: the tensor ranks that share every layer. recompute: what backward computes again, in every
-    `recompute_every`-th block of each encoder.
+    `recompute_every`-th block of each encoder. attention: of the language blocks; None: chosen when it is called.
     """
     vision, language = model.vision, model.language
+    attention = attention or Adaptive()
 
-    def blocks(stage: type[nn.Module], encoder: Vision | Language) -> list[functools.partial[Any]]:
+    def blocks(stage: type[nn.Module], encoder: Vision | Language, *more: Any) -> list[functools.partial[Any]]:
         parts = [recompute if i % recompute_every == 0 else "none" for i in range(encoder.layers)]
-        return [functools.partial(stage, encoder, norm, axis, part) for part in parts]
+        return [functools.partial(stage, encoder, norm, axis, part, *more) for part in parts]
 
     return [
         functools.partial(Patches, vision, norm, axis),
         *blocks(VisionBlock, vision),
         functools.partial(PoolInterleave, model, norm, axis),
-        *blocks(LanguageBlock, language),
+        *blocks(LanguageBlock, language, attention),
         functools.partial(Head, language, initial_log_scale, norm, axis),
     ]
 

@@ -34,6 +34,7 @@ class Case:
     climbs: bool = False
     """the log scale starts just below ln 100, and the steps go uphill, so that it goes up and is clamped; in other
     cases it goes down"""
+    dtype: str = "float32"
 
     @property
     def processes(self) -> int:
@@ -42,6 +43,7 @@ class Case:
     @property
     def name(self) -> str:
         name = f"tp {self.tensor}  pp {self.pipeline}  dp {self.data}  ZeRO-{self.zero}  {self.strategy}"
+        name += f", {self.dtype}" * (self.dtype != "float32")
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
@@ -89,7 +91,7 @@ class Case:
                     "steps": STEPS,
                     "global_batch": self.global_batch,
                     "micro_batch": 1,
-                    "dtype": "float32",  # on every device: it is what the bounds are for
+                    "dtype": self.dtype,  # the same on every device: it is what the bounds are for
                 },
                 # no parameter is so small that ZeRO-3 leaves it whole
                 "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
@@ -114,6 +116,11 @@ CASES = (
     Case(pipeline=2, data=2, strategy="recompute", climbs=True),
     Case(pipeline=4),
     Case(tensor=4),
+    # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
+    Case(dtype="bfloat16"),
+    Case(tensor=2, dtype="bfloat16"),
+    Case(pipeline=2, data=2, strategy="recompute", dtype="bfloat16"),
+    Case(data=2, zero=3, strategy="recompute", dtype="bfloat16"),
 )
 
 

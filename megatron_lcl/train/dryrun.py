@@ -19,12 +19,16 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from megatron_lcl import config as configs
+from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.stages import build_stages
 from megatron_lcl.train import checkpoint
+from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.memory import estimate
 from megatron_lcl.train.run import check
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
@@ -40,13 +44,16 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
     """
     check_requirements()
     check_devices(processes)
-    check(config, nodes * processes)
+    elsewhere = is_elsewhere(nodes)
+    check(config, nodes * processes, nodes, elsewhere)
     check_writable(Path(config.train.output))
     checks = ["requirements", "devices", "layout", "corpora", "run folder"]
+    checks += [] if elsewhere else ["kernels", "memory"]
     if "MASTER_ADDR" in os.environ:
         check_resolves(os.environ["MASTER_ADDR"])
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
+    lines += [*_kernels(config, elsewhere), _memory(config, nodes * processes, elsewhere)]
     lines += [*_data(config), _run(config), _software()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
@@ -88,6 +95,13 @@ def check_devices(processes: int) -> None:
         )
     if 0 < visible < processes:
         raise UserError(f"{processes} processes on a node where torch sees {visible} GPUs; start one a GPU")
+
+
+def is_elsewhere(nodes: int) -> bool:
+    """Whether the run's devices are not this machine's: it has no GPU, but torch or the launch wants them."""
+    if torch.cuda.device_count() or "SLURM_JOB_ID" in os.environ:
+        return False
+    return bool(torch.version.cuda) or nodes > 1 or LAUNCH in os.environ
 
 
 def check_writable(run: Path) -> None:
@@ -151,6 +165,24 @@ def _model(config: Config) -> Iterator[str]:
     yield "model       " + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items()) + " parameters"
 
 
+def _kernels(config: Config, elsewhere: bool) -> Iterator[str]:
+    if elsewhere:
+        yield f"kernels     attention {config.train.attention}, chosen on the run's devices"
+        passed_over = [fault for name in NAMES if is_installed(name) and (fault := load_fault(name))]
+    else:
+        first, *passed_over = choose_kernels(config).lines()
+        yield f"kernels     {first}"
+    yield from (f"            {fault}" for fault in passed_over)
+
+
+def _memory(config: Config, processes: int, elsewhere: bool) -> str:
+    # nothing of this machine's, which may have a little more or less than the next one
+    if elsewhere and config.train.dtype == "auto":
+        config = configs.replace(config, train__dtype="bfloat16")
+    slots = "" if config.data.images_per_pack else ", with one image a pack; how many there are is chosen at the start"
+    return f"memory      a process holds at least {estimate(config, processes).describe()}{slots}"
+
+
 def _data(config: Config) -> Iterator[str]:
     for part in config.data.corpora:
         corpus = open_corpus(part.path)
@@ -167,7 +199,7 @@ def _run(config: Config) -> str:
 
 
 def _software() -> str:
-    names = ("torch", "deepspeed", "megatron-lcl")
+    names = ("torch", "triton", "flash-attn", "deepspeed", "megatron-lcl")
     versions = [f"{name} {version}" for name in names if (version := _version(name))]
     devices = torch.cuda.device_count()
     found = f"{devices} GPU{'s' * (devices > 1)} visible" if devices else "no GPU visible"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
 from megatron_lcl.model.block import Norm
 from megatron_lcl.model.initialise import initialise
@@ -130,7 +131,21 @@ def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
     """What makes each stage of the run, in order; `axis`: the tensor ranks that share every layer."""
     initial_log_scale, train = config.contrast.initial_log_scale, config.train
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
-    return stage_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute)
+    attention = choose_run_attention(config).attend
+    return stage_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention)
+
+
+def choose_run_attention(config: Config) -> Attention:
+    """The language model's attention on this process's device. UserError where `train.attention` cannot be used."""
+    language, train = config.model.language, config.train
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return choose_attention(
+        device,
+        DTYPES[resolve_dtype(config)],
+        train.attention,
+        head_width=language.width // language.heads,
+        deterministic=train.deterministic,
+    )
 
 
 def build_module(

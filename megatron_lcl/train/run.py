@@ -28,6 +28,7 @@ from megatron_lcl.train.audit import Audit
 from megatron_lcl.train.checkpoint import Progress
 from megatron_lcl.train.checkpointer import Checkpointer
 from megatron_lcl.train.cuts import choose_cuts
+from megatron_lcl.train.determinism import check_determinism, determinism
 from megatron_lcl.train.engine import (
     DTYPES,
     build_engine,
@@ -42,8 +43,10 @@ from megatron_lcl.train.faults import lost
 from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
 from megatron_lcl.train.initial_weights import InitialWeights, find_initial_weights
+from megatron_lcl.train.kernels import check_kernels, choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.lock import alone_in
+from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.optimizer import learning_rate
 from megatron_lcl.train.replicas import find_difference
 from megatron_lcl.train.saver import Saver
@@ -55,12 +58,19 @@ from megatron_lcl.train.watch import Watch
 CONFIG = "config.yaml"
 
 
-def check(config: Config, processes: int) -> None:
-    """Everything that can be known to be wrong before anything starts: UserError with one line."""
+def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = False) -> None:
+    """Everything that can be known to be wrong before anything starts: UserError with one line.
+
+    elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
+    """
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
     deepspeed_config(config, processes)
     check_apex(config)
+    check_kernels(config, elsewhere)
+    check_determinism(config)
+    if not elsewhere:
+        check_memory(config, processes, local_processes(processes, nodes))
     for corpus in config.data.corpora:
         tokenizer = open_corpus(corpus.path).tokenizer
         if tokenizer.vocab_size != config.model.language.vocab_size:
@@ -133,6 +143,11 @@ def train(config: Config, signals: Signals | None = None) -> Path:
     if signals is None:
         with Signals() as signals:
             return train(config, signals)
+    with determinism(config.train.deterministic):
+        return _train(config, signals)
+
+
+def _train(config: Config, signals: Signals) -> Path:
     mesh = init_processes(config)
     try:
         with Watch(mesh, config.guard.timeout, config.guard.long_timeout) as watch, contextlib.ExitStack() as held:
@@ -187,6 +202,8 @@ class Training:
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
+        if self.progress.step < self.config.train.steps:
+            self._say_kernels()
         while self.progress.step < self.config.train.steps:
             self._stop_if_asked()
             self._step()
@@ -198,6 +215,12 @@ class Training:
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
+
+    def _say_kernels(self) -> None:
+        kernels = choose_kernels(self.config)
+        for line in describe(kernels, self.mesh):
+            self.telemetry.say(line)
+        self.telemetry.write({"step": self.progress.step, **kernels.facts()})
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step
@@ -342,7 +365,10 @@ def agree(config: Config, mesh: Mesh, held: contextlib.ExitStack) -> Start:
         try:
             check(config, mesh.world.size)
             held.enter_context(alone_in(Path(config.train.output)))
-            return _decide(config)
+            start = _decide(config)
+            images = Ledger.from_json(start.progress.ledger).settings["images_per_pack"]
+            check_memory(config, mesh.world.size, local_processes(mesh.world.size), images)
+            return start
         except UserError as error:
             return str(error)
         except OSError as error:

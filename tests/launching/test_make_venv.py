@@ -39,18 +39,19 @@ class Checkout:
 
     def make(self, extras: str, **environment: str) -> list[str]:
         """What was asked of Python."""
-        result = self._run(extras, environment)
+        result = self.run(extras, environment)
         assert result.returncode == 0, result.stderr
         return self._asked()
 
     def refused(self, **environment: str) -> str:
         """The one line that is said, with exit code 2."""
-        result = self._run("hf", environment)
+        result = self.run("hf", environment)
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
         return line
 
-    def _run(self, extras: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    def run(self, extras: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """The script's end, whatever it is."""
         ours = {"PYTHON": str(self.python), "VENV": str(self.venv), "ASKED": str(self.asked)}
         command = f"set -eu; source '{self.root}/launch/common.sh'; make_venv {extras}"
         return subprocess.run(
@@ -58,7 +59,7 @@ class Checkout:
             capture_output=True,
             text=True,
             timeout=60,
-            env={**os.environ, **ours, **environment},
+            env={**os.environ, **ours, **(environment or {})},
         )
 
     def _asked(self) -> list[str]:
@@ -79,6 +80,14 @@ def test_each_set_of_extras_is_installed_once(checkout: Checkout) -> None:
     (checkout.root / "pyproject.toml").write_text("[project]\ndependencies = []\n")
     assert checkout.make("hf") == ["install [hf]"]
     assert checkout.make("dev") == ["install [dev]"]
+
+
+def test_an_installation_names_its_log_and_is_quiet_otherwise(checkout: Checkout) -> None:
+    log = checkout.venv / "install.log"
+    first, second = checkout.run("hf"), checkout.run("hf")
+    assert first.stderr == f"installing into {checkout.venv} … (log: {log})\n"
+    assert log.is_file()
+    assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
 
 
 def test_another_python_needs_an_installation_of_its_own(checkout: Checkout) -> None:

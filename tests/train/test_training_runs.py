@@ -68,6 +68,7 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.slow
 def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[0]["step"], lines[0]["attention"], lines[0]["loss_kernels"]) == (0, "per_sequence", "torch")
     saves = [line for line in lines if "checkpoint_bytes" in line]
     assert [line["step"] for line in saves] == [2, 4]
     assert all(0 < line["checkpoint_stall_seconds"] < 60 for line in saves)
@@ -262,6 +263,25 @@ def test_one_cuda_device(config_file: Path, tmp_path: Path, monkeypatch: pytest.
     # bfloat16 rounds to 1 in 256; Adam's first steps are as large for a small gradient as for a large one
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_deterministic_runs_on_cuda_are_equal_to_the_last_bit(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs, and one that goes on from step 2, on the device's own kernels in bfloat16."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    runs = [tmp_path / name for name in ("one", "two", "resumed")]
+    for run in runs[:2]:
+        train(config_file, run, "--processes", "1", "--train.deterministic", "true")
+    shutil.copytree(runs[0], runs[2])
+    checkpoint.delete(checkpoint.list_checkpoints(runs[2])[-1])
+    assert "going on from" in train(config_file, runs[2], "--processes", "1", "--train.deterministic", "true")
+    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
+    weights = [(checkpoint.list_checkpoints(run)[-1] / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1] == weights[2]
 
 
 APEX = {  # what the config asks of it; its own kernels need a GPU

@@ -1,0 +1,29 @@
+"""Whether the Triton kernels of the losses can run here. Where they cannot, plain torch does the same arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import shutil
+
+
+@functools.cache
+def triton_fault() -> str | None:
+    """Why Triton kernels cannot be built for this machine's GPUs, in one line; None if they can."""
+    if fault := import_fault():
+        return fault
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler, and there is no gcc or clang on the PATH; install one, or name it in CC"
+    return None
+
+
+def import_fault() -> str | None:
+    """Why Triton cannot be imported; None if it can."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # noqa: BLE001 - whatever importing somebody's library raises
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed"
+        return f"triton is installed but does not load ({type(error).__name__}: {' '.join(str(error).split())})"
+    return None

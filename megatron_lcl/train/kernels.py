@@ -1,0 +1,69 @@
+"""Which kernels a run uses, and saying so: in its first lines, in metrics.jsonl, in the dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_lcl.attention import Attention, load_fault
+from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
+from megatron_lcl.losses.kernels import triton_fault
+from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.engine import choose_run_attention
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Names of what computes, and why something faster that is installed does not."""
+
+    attention: str
+    losses: str
+    passed_over: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The kernels in one line, then one for each that is passed over."""
+        return [f"attention {self.attention}, losses {self.losses}", *self.passed_over]
+
+    def facts(self) -> dict[str, Any]:
+        """The same for metrics.jsonl."""
+        return {"attention": self.attention, "loss_kernels": self.losses, "kernels_passed_over": list(self.passed_over)}
+
+
+def choose_kernels(config: Config) -> Kernels:
+    """What a process of the run uses on this machine. UserError where `train.attention` cannot be used."""
+    attention: Attention = choose_run_attention(config)
+    losses, passed_over = "torch", attention.passed_over
+    if torch.cuda.is_available():
+        fault = triton_fault()
+        losses = "torch" if fault else "triton"
+        passed_over += (fault,) if fault else ()
+    return Kernels(attention.name, losses, passed_over)
+
+
+def check_kernels(config: Config, elsewhere: bool) -> None:
+    """UserError where `train.attention` cannot be used. elsewhere: the run's devices are not this machine's."""
+    if config.train.attention == "auto":
+        return
+    if not elsewhere:
+        choose_run_attention(config)
+    elif fault := load_fault(config.train.attention):
+        raise UserError(f"train.attention = {config.train.attention}, but {fault}; set train.attention to auto")
+
+
+def describe(kernels: Kernels, mesh: Mesh) -> Iterator[str]:
+    """Lines for the person who watches; where processes use different kernels, those of each. All call it together."""
+    everyone = mesh.world.gather_objects(kernels)
+    for one in dict.fromkeys(everyone):
+        ranks = [rank for rank, other in enumerate(everyone) if other == one]
+        where = "" if len(ranks) == len(everyone) else f" on process{'es' * (len(ranks) > 1)} {_spans(ranks)}"
+        first, *more = one.lines()
+        yield f"kernels{where}: {first}"
+        yield from more
+
+
+def _spans(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")

@@ -1,0 +1,211 @@
+"""What a training process must hold at once: a lower bound, compared with the memory there is before a run starts.
+
+Counted is only what certainly lies there together, so a run that is refused would surely have failed; one that passes
+may still need more (buffers of the network, a block's temporaries, fragments). benchmarks/memory_estimate.py shows it
+beside what is measured. Layers and packs are taken to be spread evenly over tensor and pipeline ranks: the process that
+has most has at least that.
+
+Bytes that a block keeps of a row from forward to backward, in numbers of its width: the inputs of both norms and what
+they give (4), q, k, v and what attention gives (4), and what goes into GELU and comes out (2 · mlp_width / width).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config, Language, Vision
+from megatron_lcl.errors import UserError
+from megatron_lcl.model.stages import build_stages
+from megatron_lcl.train.engine import DTYPES, resolve_dtype
+from megatron_lcl.train.launch import is_launched
+from megatron_lcl.train.layout import check_layout, num_micro_batches
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one process must hold at once, by what they are for."""
+
+    parameters: float
+    optimizer: float
+    """Adam's moments and the float32 master weights"""
+    batches: float
+    """images of all micro-batches of a step"""
+    graph: float
+    """what one micro-batch's forward keeps for its backward"""
+    num_graphs: int
+    """how many of them are kept at once"""
+    gradients: float
+
+    @property
+    def total(self) -> float:
+        """The most at one time: all graphs, or, when the first backward is through, one less and the gradients."""
+        graphs = max(self.num_graphs * self.graph, (self.num_graphs - 1) * self.graph + self.gradients)
+        return self.parameters + self.optimizer + self.batches + graphs
+
+    def describe(self) -> str:
+        """The sum and its parts, in GB (10⁹ bytes)."""
+        kept = f"{self.num_graphs} micro-batches" if self.num_graphs > 1 else "a micro-batch"
+        parts = {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            f"graphs of {kept}": self.num_graphs * self.graph,
+            "batches": self.batches,
+        }
+        return f"{_gb(self.total)} GB (" + ", ".join(f"{name} {_gb(size)}" for name, size in parts.items()) + ")"
+
+
+def estimate(config: Config, processes: int, images_per_pack: int | None = None) -> Estimate:
+    """The lower bound for a process of a run on so many. UserError where the layout does not divide.
+
+    images_per_pack: image slots, where the run has chosen them; None: `data.images_per_pack`, or one.
+    """
+    data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
+    model, train, stage = config.model, config.train, config.zero.stage
+    number = DTYPES[resolve_dtype(config)].itemsize
+    with torch.device("meta"):
+        stages = build_stages(model, config.contrast.initial_log_scale)
+    own = sum(p.numel() for s in stages for p in s.parameters()) / split
+    micro_batches = num_micro_batches(config, data)
+    images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
+    contrasts = config.objective.name != "generation"
+    zero = config.deepspeed.get("zero_optimization", {})
+    on_device = not torch.cuda.is_available()  # what is offloaded lies in the same memory
+    keeps_parameters, keeps_optimizer = (on_device or not zero.get(f"offload_{x}") for x in ("param", "optimizer"))
+    return Estimate(
+        parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
+        optimizer=12 * own / data * keeps_optimizer,
+        batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,
+        graph=_graph(config, images, number) / split,
+        num_graphs=micro_batches if contrasts and config.contrast.strategy == "retain" else 1,
+        gradients=number * own / (data if stage > 1 else 1) * keeps_optimizer,
+    )
+
+
+def _graph(config: Config, images: int, number: int) -> float:
+    """Bytes that the forward of a micro-batch keeps; number: bytes of one in an activation."""
+    vision, language = config.model.vision, config.model.language
+    rows, tokens = images * (1 + vision.num_patches), config.train.micro_batch * config.data.tokens_per_pack
+    patches = images * 3 * vision.image_size**2 + rows * vision.width
+    pool = rows * (4 * vision.width + 2 * language.width)
+    kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
+    if config.objective.name != "clip":  # the gradient of the vocabulary: see losses/generation.py
+        kept += 4 * language.vocab_size * language.width
+    return kept
+
+
+def _blocks(encoder: Vision | Language, config: Config) -> float:
+    """Numbers that all blocks of an encoder keep of a row."""
+    train, wide = config.train, 2 * encoder.mlp_width
+    whole = 8 * encoder.width + wide
+    lessened = {"none": whole, "attention": 3 * encoder.width + wide, "full": encoder.width}
+    num_lessened = math.ceil(encoder.layers / train.activation_checkpointing_every)
+    return num_lessened * lessened[train.activation_checkpointing] + (encoder.layers - num_lessened) * whole
+
+
+# --- the memory there is -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process may use: of a GPU, or its share of this machine's."""
+
+    size: float
+    where: str
+
+
+def available(local: int) -> Memory:
+    """A visible GPU's memory (the largest one's); without one, that of this machine for `local` processes.
+
+    Swap counts, and a cgroup's limit.
+    """
+    if torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        return Memory(max(sizes), f"the GPU has {_gb(max(sizes))}")
+    size = min([_physical(Path("/proc/meminfo")), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return Memory(size / local, f"this machine has {_gb(size)}" + (f" for {local} processes" if local > 1 else ""))
+
+
+def _physical(meminfo: Path) -> float:
+    """Bytes of memory and swap; infinite where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return 1024 * sum(float(lines[name].split()[0]) for name in ("MemTotal", "SwapTotal"))
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def _limits(own: Path, root: Path) -> Iterator[float]:
+    """Limits of this process's cgroup and those around it (version 2; of version 1 the memory controller's)."""
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        folder = base / path.strip("/")
+        for place in (folder, *folder.parents):
+            if place == base.parent:
+                break
+            try:
+                yield float((place / name).read_text())
+            except (OSError, ValueError):  # "max", or a container that shows no more than its own group
+                continue
+
+
+def check_memory(config: Config, processes: int, local: int, images_per_pack: int | None = None) -> Estimate:
+    """What a process needs at least; UserError where it is not there, with its parts and what would need less.
+
+    local: the processes of this machine; it shares its memory among them where they run on its CPU.
+    """
+    needs, has = estimate(config, processes, images_per_pack), available(local)
+    if needs.total > has.size:
+        raise UserError(
+            f"a step needs at least {needs.describe()} a process, and {has.where} GB; "
+            + _remedy(config, processes, has.size, images_per_pack)
+        )
+    return needs
+
+
+def local_processes(processes: int, nodes: int = 1) -> int:
+    """How many of a run's processes are certainly on this machine."""
+    if is_launched():
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, processes // nodes)
+
+
+def _remedy(config: Config, processes: int, size: float, images_per_pack: int | None) -> str:
+    """Settings that need less, one added after the other until a step may fit."""
+    changes = [
+        ("contrast.strategy", "recompute"),
+        ("train.micro_batch", 1),
+        ("train.activation_checkpointing", "full"),
+        ("zero.stage", 2),
+        ("zero.stage", 3),
+    ]
+    chosen: dict[str, str] = {}
+    needs = estimate(config, processes, images_per_pack).total
+    for field, value in changes:
+        try:
+            changed = configs.replace(config, **{field.replace(".", "__"): value})
+            less = estimate(changed, processes, images_per_pack).total
+        except UserError:  # does not go with the layout
+            continue
+        if less < needs:
+            config, needs, chosen[field] = changed, less, f"{field} to {value}"
+        if needs <= size:
+            return f"set {' and '.join(chosen.values())} (then at least {_gb(needs)} GB)"
+    return "split the model over more processes (parallel.tensor, parallel.pipeline), or make packs smaller"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.0f}" if size >= 10e9 else f"{size / 1e9:.2g}"

@@ -1,0 +1,104 @@
+"""`train.deterministic`: on during training, off behind it; what cannot keep it is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lcl import config as configs
+from megatron_lcl.errors import UserError
+from megatron_lcl.parallel.layers import VocabularyEmbedding
+from megatron_lcl.parallel.mesh import ALONE
+from megatron_lcl.train.determinism import check_determinism, determinism
+
+ON = configs.load(None, {"train.deterministic": "true"})
+NO_DETERMINISTIC_FORM = "does not have a deterministic implementation"
+
+
+def put() -> torch.Tensor:
+    """An operation that torch refuses where the same bits are asked for."""
+    return torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
+
+
+def test_only_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with determinism(False):
+        put()
+        assert "NCCL_ALGO" not in os.environ
+    with determinism(True):
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":4096:8", "Ring")
+        with pytest.raises(RuntimeError, match=NO_DETERMINISTIC_FORM):
+            put()
+    put()
+    check_determinism(ON)
+
+
+@pytest.mark.parametrize(("name", "value"), [("CUBLAS_WORKSPACE_CONFIG", ":0:0"), ("NCCL_ALGO", "Tree")])
+def test_an_environment_that_forbids_it_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    check_determinism(configs.load())
+    with pytest.raises(UserError, match=f"train.deterministic is set, but {name} = {value}; unset it"):
+        check_determinism(ON)
+
+
+def test_the_embedding_looks_up_the_same_rows() -> None:
+    embedding, ids = VocabularyEmbedding(7, 3, ALONE), torch.tensor([1, 5, 1])
+    plain = torch.autograd.grad(embedding(ids).square().sum(), embedding.weight)[0]
+    with determinism(True):
+        rows = embedding(ids)
+        assert "Index" in str(rows.grad_fn)  # not EmbeddingBackward, whose sums on CUDA come in any order
+        ours = torch.autograd.grad(rows.square().sum(), embedding.weight)[0]
+    torch.testing.assert_close(ours, plain)
+
+
+RUN = """
+import sys
+import torch
+from megatron_lcl import config as configs
+from megatron_lcl.train import step
+from megatron_lcl.train.run import train
+
+run = step.Stepper.run
+def noted(self, *arguments):
+    print("deterministic", torch.are_deterministic_algorithms_enabled(), flush=True)
+    if sys.argv[3] == "planted":
+        torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
+    return run(self, *arguments)
+step.Stepper.run = noted
+train(configs.load(sys.argv[1], {"train.output": sys.argv[2], "train.deterministic": "true", "train.steps": "2"}))
+print("behind it", torch.are_deterministic_algorithms_enabled())
+"""
+
+
+@pytest.mark.slow
+def test_it_is_on_during_training(tmp_path: Path) -> None:
+    from small_corpus import make_corpus
+    from train.test_training_runs import CONFIG, losses
+
+    from megatron_lcl.data.store import open_corpus
+
+    corpus, file = make_corpus(tmp_path / "documents", seed=0), tmp_path / "config.yaml"
+    vocab_size = open_corpus(corpus).tokenizer.vocab_size
+    file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=tmp_path / "cache"))
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", RUN, str(file), str(tmp_path / name), name]
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+    done = run("as it is")
+    assert done.returncode == 0, done.stderr
+    assert "kernels: attention per_sequence, losses torch" in done.stdout
+    assert done.stdout.count("deterministic True") == 2
+    assert done.stdout.splitlines()[-1] == "behind it False"
+    assert [step for step, *_ in losses(tmp_path / "as it is")] == [1, 2]
+    planted = run("planted")
+    assert planted.returncode == 1
+    assert NO_DETERMINISTIC_FORM in planted.stderr

@@ -1,0 +1,196 @@
+"""Which kernels are used: a flash-attn that does not load, a card that is too old, one that is asked for by name."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from launching.conftest import tiny  # noqa: F401 - a fixture
+
+from megatron_lcl.attention import Adaptive, choose_attention, find_fault
+from megatron_lcl.cli import main
+from megatron_lcl.errors import UserError
+from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
+from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.train.kernels import Kernels, describe
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+AMPERE, TURING = (8, 0), (7, 5)
+WRONG_ABI = 'raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E\\n(in this torch)")\n'
+WORKING = "def flash_attn_varlen_func(*arguments, **keywords):\n    return keywords\n"
+
+
+def install(folder: Path, text: str, patch: pytest.MonkeyPatch) -> None:
+    """A package flash_attn of this text."""
+    (folder / "flash_attn").mkdir(parents=True)
+    (folder / "flash_attn" / "__init__.py").write_text(text)
+    patch.delitem(sys.modules, "flash_attn", raising=False)
+    patch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def wrong_abi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn built for another torch."""
+    install(tmp_path / "packages", WRONG_ABI, monkeypatch)
+
+
+@pytest.fixture
+def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """flash-attn that returns its keywords; forgotten again."""
+    install(tmp_path / "packages", WORKING, monkeypatch)
+    yield
+    sys.modules.pop("flash_attn", None)
+
+
+@pytest.mark.usefixtures("wrong_abi")
+def test_a_flash_attn_that_does_not_load_is_said_and_the_next_is_used() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        chosen = choose_attention(CUDA, dtype, capability=AMPERE)
+        assert chosen.name == "torch_varlen"
+        (line,) = chosen.passed_over
+        assert line == (
+            "flash_attn is installed but does not load (ImportError: flash_attn_2_cuda.so: undefined symbol: "
+            "_ZN3c105ErrorC2E (in this torch))"
+        )
+    with pytest.raises(UserError, match=r"train.attention = flash_attn, but flash_attn is installed but does not load"):
+        choose_attention(CUDA, torch.bfloat16, "flash_attn", capability=AMPERE)
+
+
+@pytest.mark.usefixtures("working")
+def test_an_older_card_gets_dense_attention() -> None:
+    chosen = choose_attention(CUDA, torch.bfloat16, capability=TURING)
+    assert chosen.name == "dense"
+    needs = "needs compute capability 8.0 (Ampere) or newer, and the GPU has 7.5"
+    assert chosen.passed_over == (f"flash_attn {needs}", f"torch_varlen {needs}")
+    with pytest.raises(UserError, match=r"the GPU has 7.5; set train.attention to auto"):
+        choose_attention(CUDA, torch.bfloat16, "torch_varlen", capability=TURING)
+
+
+def test_what_is_not_installed_is_not_worth_a_line() -> None:
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    assert choose_attention(CUDA, torch.bfloat16, capability=AMPERE).passed_over == ()
+    assert len(choose_attention(CUDA, torch.bfloat16, capability=TURING).passed_over) == 1
+    with pytest.raises(UserError, match="flash_attn is not installed"):
+        choose_attention(CUDA, torch.bfloat16, "flash_attn", capability=AMPERE)
+
+
+@pytest.mark.usefixtures("working")
+def test_what_each_device_and_dtype_uses() -> None:
+    assert choose_attention(CUDA, torch.bfloat16, capability=AMPERE).name == "flash_attn"
+    assert choose_attention(CUDA, torch.float32, capability=AMPERE).name == "dense"
+    assert choose_attention(CPU, torch.bfloat16).name == "per_sequence"
+    assert choose_attention(CUDA, torch.bfloat16, "torch_varlen", capability=AMPERE).name == "torch_varlen"
+    assert choose_attention(CPU, torch.float32, "dense").name == "dense"
+    assert choose_attention(CUDA, torch.float16, capability=AMPERE, head_width=320).name == "dense"
+    assert find_fault("torch_varlen", CUDA, torch.float16, AMPERE, 20) is not None
+    assert find_fault("flash_attn", CUDA, torch.float16, AMPERE, 20) is None
+    for name, device, dtype in (("flash_attn", CPU, torch.bfloat16), ("torch_varlen", CUDA, torch.float32)):
+        with pytest.raises(UserError, match=f"train.attention = {name}, but {name} needs"):
+            choose_attention(device, dtype, name, capability=AMPERE)
+
+
+@pytest.mark.usefixtures("working")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attn_is_asked_for_its_deterministic_backward(deterministic: bool) -> None:
+    chosen = choose_attention(CUDA, torch.bfloat16, capability=AMPERE, deterministic=deterministic)
+    rows: Any = torch.zeros(3, 1, 8)
+    assert chosen.attend(rows, rows, rows, rows, 3) == {"causal": True, "deterministic": deterministic}
+
+
+def test_dense_and_per_sequence_are_the_same() -> None:
+    qkv = [torch.randn(9, 2, 4) for _ in range(3)]
+    bounds = torch.tensor([0, 1, 6, 6, 9, 9], dtype=torch.int32)
+    ours = [choose_attention(CPU, torch.float32, name).attend(*qkv, bounds, 9) for name in ("dense", "per_sequence")]
+    torch.testing.assert_close(*ours)
+    torch.testing.assert_close(Adaptive()(*qkv, bounds, 9), ours[1])
+
+
+def test_by_config(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:  # noqa: F811
+    if torch.cuda.is_available():
+        pytest.skip("has a device")
+    run = ["--processes", "2", *tiny, "--train.output", str(tmp_path / "run")]
+    for how in (["--dry-run"], []):
+        assert main(["train", *how, *run, "--train.attention", "flash_attn"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("flash_attn needs a CUDA device, not cpu; set train.attention to auto")
+    assert main(["train", "--dry-run", *run, "--train.attention", "dense"]) == 0
+    assert "\nkernels     attention dense, losses torch\n" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("wrong_abi")
+def test_the_dry_run_imports_what_is_installed(
+    capsys: pytest.CaptureFixture[str],
+    tiny: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a login node: a torch for CUDA, and no GPU."""
+    for name in ("SLURM_JOB_ID", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    run = ["train", "--dry-run", "--nodes", "2", "--processes", "4", *tiny]
+    assert main(run) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("kernels     attention auto, chosen on the run's devices")
+    assert "flash_attn is installed but does not load (ImportError: flash_attn_2_cuda.so: undefined" in lines[at + 1]
+    assert main([*run, "--train.attention", "flash_attn"]) == 2
+    assert "does not load" in capsys.readouterr().err
+
+
+def test_losses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+
+    def fault() -> str | None:
+        kernels.triton_fault.cache_clear()
+        return kernels.triton_fault()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "triton", None)
+            assert fault() == "triton is not installed"
+            assert contrastive._backend(on_cuda) is contrastive_tiles
+            assert generation._softmax(on_cuda) is softmax_torch
+        pytest.importorskip("triton")
+        with monkeypatch.context() as patch:
+            patch.setenv("CC", "cc")
+            assert fault() is None
+            patch.delenv("CC")
+            patch.setenv("PATH", "/nowhere")
+            assert "no gcc or clang" in (fault() or "")
+            assert contrastive._backend(on_cuda) is contrastive_tiles
+    finally:
+        kernels.triton_fault.cache_clear()
+
+
+def test_our_kernels_have_no_atomics() -> None:
+    """What `train.deterministic` relies on."""
+    sources = list((Path(kernels.__file__).parent).glob("*_triton.py"))
+    assert len(sources) == 2
+    for source in sources:
+        assert not re.search(r"\.atomic_", source.read_text(encoding="utf-8"))
+
+
+class FourProcesses(Axis):
+    """An axis on which one process has other kernels."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, value, Kernels("dense", "triton", ("flash_attn is too new",)), value]
+
+
+def test_processes_with_other_kernels_are_named() -> None:
+    ours = Kernels("flash_attn", "triton", ())
+    assert list(describe(ours, Mesh(ALONE, ALONE))) == ["kernels: attention flash_attn, losses triton"]
+    assert list(describe(ours, Mesh(FourProcesses(), ALONE))) == [
+        "kernels on processes 0, 1, 3: attention flash_attn, losses triton",
+        "kernels on process 2: attention dense, losses triton",
+        "flash_attn is too new",
+    ]
