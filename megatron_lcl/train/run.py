@@ -152,6 +152,7 @@ class Training:
             self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._asked)
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
+        self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
         self._passed_over(start.passed_over)
         self._go_to(start.folder, start.progress)
@@ -210,6 +211,9 @@ class Training:
         self._compare_replicas()
         if not self.bad.in_a_row:
             self.bad.rewinds = 0
+        if self.loader:
+            self.ledger = self.loader.ledger_after(self.progress.packs)
+            self.progress = replace(self.progress, ledger=self.ledger.to_json())
         with self.watch.long(self.progress.step, "saving"):
             self.saver.save(replace(self.progress, guard=self.bad.state()))
 
@@ -286,7 +290,8 @@ class Training:
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
         if self.mesh.reads:
-            self.batches = iter(build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger))
+            self.loader = build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger)
+            self.batches = iter(self.loader)
 
 
 # --- where to begin ----------------------------------------------------------------------------------------------
