@@ -298,7 +298,8 @@ class PackedLoader(Iterable[PackedBatch]):
     def ledger_after(self, consumed: int) -> Ledger:
         """The ledger for a checkpoint after `consumed` packs: a run that goes on from there builds one chunk."""
         index = self.reader.index
-        assert self.ledger is not None and isinstance(index, PackIndex)
+        assert self.ledger is not None
+        assert isinstance(index, PackIndex)
         self.ledger = index.ledger_at(self.ledger.locate(consumed))
         return self.ledger
 

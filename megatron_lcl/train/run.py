@@ -19,6 +19,7 @@ from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.summary import summarize
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train import checkpoint
@@ -159,6 +160,10 @@ class Training:
         if start.folder:
             self.saver.step, self.saver.folder = start.progress.step, start.folder
             telemetry.say(f"going on from {start.folder}")
+        if self.loader and mesh.is_first:
+            summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
+            telemetry.say(f"packs: {summary}")
+            telemetry.write({"step": self.progress.step, **summary.numbers()})
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
