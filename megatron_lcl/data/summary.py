@@ -31,11 +31,12 @@ class Summary:
 
     def __str__(self) -> str:
         how = "chosen" if self.chosen else "given"
-        text = f"{self.images_per_pack} image slots a pack ({how}); in {self.packs} packs "
+        slots = f"{self.images_per_pack} image"
+        text = f"{slots} slot{'s' * (self.images_per_pack > 1)} a pack ({how}); in {self.packs} packs "
         text += f"{self.pairs:,} of {self.images:,} images ({_share(self.pairs, self.images):.1%}) are in the contrast"
         text += f", {self.cut:,} of {self.documents:,} documents ({_share(self.cut, self.documents):.1%}) are cut"
         if self.cut_for_images:
-            text += f", {self.cut_for_images:,} as they have over {self.images_per_pack} images"
+            text += f", {self.cut_for_images:,} as they have over {slots}{'s' * (self.images_per_pack > 1)}"
         return text
 
     def numbers(self) -> dict[str, Any]:
