@@ -96,14 +96,16 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable[[Path], _T]) -> _T:
-    """What `opened` makes of a folder that is there or is built; again, where it is deleted in between."""
-    while True:
+    """What `opened` makes of a folder that is there or is built; again, where it is deleted in between or not whole."""
+    for left in (2, 1, 0):
         built = build_once(folder, build)
         try:
             return opened(built)
-        except FileNotFoundError:
-            if built.is_dir():  # it is not whole, and will not get better
+        except OSError as error:
+            if error.errno not in GONE or not left:
                 raise
+            _delete(built)
+    raise AssertionError
 
 
 def _acquired(descriptor: int) -> bool:
@@ -221,7 +223,7 @@ class Rows:
 
 def _opened(owner: Any, path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    weakref.finalize(owner, os.close, descriptor)
+    weakref.finalize(owner, os.close, descriptor).atexit = False
     return descriptor
 
 

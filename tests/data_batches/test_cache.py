@@ -217,7 +217,7 @@ def test_consumed_chunks_go_whatever_the_limit(data: Data, monkeypatch: pytest.M
     hour_ago = time.time() - 4000
     for folder in folders[:5]:
         os.utime(folder, (hour_ago, hour_ago))
-    index.prepare(index.chunks[-1].stop)
+    index.prepare(index.chunks[-1].stop + 60)  # the next one may be there already
     assert [folder.is_dir() for folder in folders[:6]] == [False] * 5 + [True]
     assert all(folder.with_name(folder.name + ".json").exists() for folder in folders[:5])
     fresh = PackIndex(data, index.ledger)
@@ -244,7 +244,8 @@ def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(tmp_p
     assert {p.name for p in tmp_path.iterdir()} == left - {"packs-new"}
 
 
-def _read(data: Data, ledger: Ledger, locks: bool, pipe: Connection) -> None:
+def _read(data: Data, ledger: Ledger, locks: bool, pipe: Connection, other_end: Connection) -> None:
+    other_end.close()  # so that this process ends with the test
     if not locks:
         _without_locks("not coherent")
     index = PackIndex(data, ledger)
@@ -262,9 +263,10 @@ def reader(request: pytest.FixtureRequest, data: Data) -> Iterator[tuple[bool, C
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     ledger = open_ledger(data, P, CONTEXT)
-    process = context.Process(target=_read, args=(data, ledger, request.param, theirs))
+    process = context.Process(target=_read, args=(data, ledger, request.param, theirs, ours))
     process.start()
     yield request.param, ours
+    ours.close()
     process.join(60)
     assert process.exitcode == 0
 
@@ -300,6 +302,8 @@ def test_a_chunk_that_another_machine_deleted_is_built_again(data: Data, monkeyp
     assert entries_of(index, range(last, PACKS)) == truth[last:]
     assert stale
     assert index.chunks[-1].folder.is_dir()
+    (index.chunks[0].folder / "entries.npy").unlink()
+    assert PackIndex(data, index.ledger)[0].entries.tolist() == truth[0], "a folder that is not whole is built again"
 
 
 # --- replay ------------------------------------------------------------------------------------------------------
