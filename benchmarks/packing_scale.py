@@ -1,4 +1,5 @@
-"""Pack index of 10^5, 10^6 and 10^7 documents: seconds on one core, peak memory, and how full the packs are.
+"""Pack index of 10^5, 10^6 and 10^7 documents: seconds on one core, peak memory, how full the packs are, and what it
+costs to go on at the last pack with an empty cache: from a checkpoint's state, and from pack 0.
 
 Documents are resampled from real MMC4 annotations (a shard `docs_*.jsonl`, CLIP tokens, 49 patches an image): their
 segments, image matches and similarities. One shard of 100,000 documents is written and linked as often as needed, so
@@ -10,6 +11,7 @@ the whole path is measured: reading the corpus, selection, shuffling, blending, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -77,6 +79,10 @@ def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, que
     ended = time.perf_counter()
     records = [json.loads((c.folder / "chunk.json").read_text()) for c in index.chunks]
     slots = packs * index.images_per_pack
+    fresh = dataclasses.replace(data, cache=f"{cache}-again")
+    resumed = time.perf_counter()
+    PackIndex(fresh, index.ledger_at(packs - 1)).prepare(packs - 1)
+    going_on = time.perf_counter() - resumed
     queue.put(
         {
             "documents": num_documents,
@@ -85,10 +91,19 @@ def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, que
             "pack": ended - measured,
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "packs": packs,
+            "going_on": going_on,
+            "chunks_mb": megabytes(cache, "packs-*"),
+            "going_on_mb": megabytes(f"{cache}-again", "packs-*"),
+            "sizes_mb": megabytes(cache, "documents-*"),
             "tokens": sum(r["tokens"] for r in records) / (packs * tokens_per_pack),
             "images": sum(r["images"] for r in records) / slots,
         }
     )
+
+
+def megabytes(cache: str, names: str) -> float:
+    """What the folders of these names hold."""
+    return sum(file.stat().st_size for folder in Path(cache).glob(names) for file in folder.glob("*.npy")) / 1e6
 
 
 def run(folder: Path, cache: Path, num_documents: int, tokens_per_pack: int) -> dict[str, Any]:
@@ -107,7 +122,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="T")
     parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     arguments = parser.parse_args()
-    print("documents      I   sizes s   packs s   total s   s per 10^6   peak MiB       packs   tokens   images")
+    print(
+        "documents      I   sizes s   packs s   total s   s per 10^6   peak MiB       packs   tokens   images"
+        "   sizes MB  chunks MB   going on: s  chunks MB"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         for number, num_documents in enumerate([SHARD, *arguments.documents]):  # the first run compiles
             folder = Path(temporary) / f"corpus{number}"
@@ -119,7 +137,8 @@ def main() -> None:
                     f"{r['documents']:>10,}  {r['images_per_pack']:>4}  {r['measure']:8.2f}  {r['pack']:8.2f}"
                     f"  {total:8.2f}  {total / num_documents * 1e6:11.2f}  {r['peak']:9.0f}  {r['packs']:>10,}"
                     f"  {r['tokens']:.2%}"
-                    f"  {r['images']:.2%}",
+                    f"  {r['images']:.2%}"
+                    f"  {r['sizes_mb']:9.1f}  {r['chunks_mb']:9.1f}  {r['going_on']:12.2f}  {r['going_on_mb']:9.1f}",
                     flush=True,
                 )
 

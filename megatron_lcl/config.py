@@ -145,6 +145,9 @@ class Data:
     cache: str | None = Field(
         default=None, description="folder for pack indices; null: megatron_lcl under the user's cache folder"
     )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        default=100, description="GB (10^9 bytes) of that folder; over it, what was unused longest is deleted"
+    )
     max_bad_images: Positive = Field(
         default=100, description="stop after so many images in a row that no longer decode"
     )

@@ -6,33 +6,31 @@ depends on.
 
     <cache>/packs-<hash>/   entries.npy (ENTRY), offsets.npy int64: pack b holds entries offsets[b]:offsets[b+1];
                             chunk.json: what it depends on, the state at its end, counts
+
+A state is where a chunk begins: {"pack": its first, "positions": {corpus: [epoch, documents drawn in it]}, "blend":
+number of the one before it, "served": {corpus: tokens of that blend}}. The ledger keeps them, so that any pack is found
+by building one chunk, whatever of the cache was deleted.
 """
 
 from __future__ import annotations
 
+import bisect
+import errno
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megatron_lcl.config import Data
-from megatron_lcl.data import packing
+from megatron_lcl.data import cache, packing
+from megatron_lcl.data.cache import fingerprint
 from megatron_lcl.data.sequence import shuffled
-from megatron_lcl.data.source import (
-    VERSION,
-    Source,
-    build_once,
-    cache_folder,
-    fingerprint,
-    key,
-    open_source,
-    save_array,
-)
+from megatron_lcl.data.source import VERSION, Source, key, open_source
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.errors import UserError
 
@@ -55,6 +53,8 @@ _SETTINGS = (
     "seed",
 )
 _SHUFFLE = 1 << 62
+_T = TypeVar("_T")
+_BEGIN: dict[str, Any] = {"pack": 0, "blend": -1, "positions": {}, "served": {}}
 
 
 # --- ledger ------------------------------------------------------------------------------------------------------
@@ -70,14 +70,17 @@ class Ledger:
 
     settings: dict[str, Any]
     entries: tuple[dict[str, Any], ...] = field(default=())
+    states: tuple[dict[str, Any], ...] = field(default=(), compare=False)
+    """where chunks begin that were read, by pack, but for the first; they follow from the rest, and save time"""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {"settings": self.settings, "entries": list(self.entries)}
+        return {"settings": self.settings, "entries": list(self.entries), "states": list(self.states)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
-        return cls(dict(value["settings"]), tuple(value["entries"]))
+        """From what `to_json` gave; checkpoints written before there were states have none."""
+        return cls(dict(value["settings"]), tuple(value["entries"]), tuple(value.get("states", ())))
 
     def locate(self, consumed: int) -> int:
         """Number of the pack that comes after `consumed` packs were used: those of skipped ranges are jumped over."""
@@ -91,7 +94,7 @@ class Ledger:
         """A ledger in which the `count` packs that would follow after `consumed` packs are not used."""
         start = self.locate(consumed)
         stop = self.locate(consumed + count - 1) + 1
-        return Ledger(self.settings, (*self.entries, {"from_pack": start, "skip": stop - start}))
+        return replace(self, entries=(*self.entries, {"from_pack": start, "skip": stop - start}))
 
     def _skipped(self) -> list[list[int]]:
         merged: list[list[int]] = []
@@ -146,7 +149,10 @@ def open_ledger(
     last = previous.blends()[-1]["blend"]
     if [(c["fingerprint"], c["weight"]) for c in blend] == [(c["fingerprint"], c["weight"]) for c in last]:
         return previous
-    return Ledger(previous.settings, (*previous.entries, {"from_pack": previous.locate(consumed), "blend": blend}))
+    start = previous.locate(consumed)
+    # windows that begin before `start` stay as they were, so what they end in does
+    states = tuple(state for state in previous.states if state["pack"] <= start)
+    return Ledger(previous.settings, (*previous.entries, {"from_pack": start, "blend": blend}), states)
 
 
 def _choose_images(data: Data, num_patches: int, context_length: int, contrast_only: bool) -> int:
@@ -172,13 +178,28 @@ class Pack:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Packs first … stop-1, in `folder`; `end` is the state that the next chunk begins with."""
+    """Packs first … stop-1, in `folder`, unless that was deleted; from state `begin` to `end`, the next one's."""
 
     first: int
     stop: int
     folder: Path
     corpora: tuple[str, ...]
+    begin: dict[str, Any]
     end: dict[str, Any]
+
+
+class _Entries:
+    """The entries of a chunk, from files that stay open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._use = cache.Use(folder, cache.RECORD)
+        self._entries, self._offsets = (cache.Rows(folder / f"{name}.npy") for name in ("entries", "offsets"))
+
+    def of(self, local: int) -> np.ndarray:
+        """Those of the chunk's pack number `local`."""
+        self._use.renew()
+        start, stop = self._offsets.read(local, local + 2)
+        return self._entries.read(int(start), int(stop))
 
 
 class PackIndex:
@@ -188,26 +209,44 @@ class PackIndex:
         self.ledger = ledger
         self.images_per_pack: int = ledger.settings["images_per_pack"]
         self._data = data
-        self._cache = cache_folder(data)
-        self.chunks: list[Chunk] = []
-        """built or found so far, from the first on"""
+        self._cache = cache.cache_folder(data)
+        self._states = sorted((_BEGIN, *ledger.states), key=_pack_of)
+        self._found: dict[Path, Chunk] = {}
+        self._last: Chunk | None = None
         self._sources: dict[str, Source] = {}
-        self._loaded: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self._opened: dict[Path, _Entries] = {}
         self._ahead = 0
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Those built or found so far, by their packs."""
+        return sorted(self._found.values(), key=lambda chunk: (chunk.first, chunk.stop))
 
     def __getitem__(self, number: int) -> Pack:
         chunk = self._chunk_of(number)
-        if chunk.folder not in self._loaded:
-            while len(self._loaded) > 1:
-                self._loaded.pop(next(iter(self._loaded)))
-            entries, offsets = (np.load(chunk.folder / f"{n}.npy", mmap_mode="r") for n in ("entries", "offsets"))
-            self._loaded[chunk.folder] = entries, offsets
-        entries, offsets = self._loaded[chunk.folder]
-        if chunk is self.chunks[-1] and self._ahead < chunk.stop and 4 * (number - chunk.first) >= 3 * len(offsets):
+        entries = self._entries(chunk, number - chunk.first)
+        sources = [self.source(f) for f in chunk.corpora]
+        for source in sources:
+            source.use.renew()
+        if self._ahead < chunk.stop and 4 * (number - chunk.first) >= 3 * (chunk.stop - chunk.first):
             self._ahead = chunk.stop  # so that nobody waits at its end; a failure comes back when it is needed
-            threading.Thread(target=self._next_chunk, daemon=True).start()
-        local = number - chunk.first
-        return Pack(number, [self.source(f) for f in chunk.corpora], entries[offsets[local] : offsets[local + 1]])
+            threading.Thread(target=self._built, args=(chunk.end, lambda _: None), daemon=True).start()
+        return Pack(number, sources, entries)
+
+    def prepare(self, number: int) -> None:
+        """Have the chunk of pack `number` built."""
+        self._built(self._chunk_of(number).begin, lambda _: None)
+
+    def close(self) -> None:
+        """Let go of the chunks' files; they are opened again when they are needed."""
+        self._opened.clear()
+
+    def ledger_at(self, number: int) -> Ledger:
+        """The ledger with all states up to that from which pack `number` is found, as far as records say them."""
+        state = self._state_before(number)
+        while (chunk := self._recorded(state)) is not None and chunk.stop <= number:
+            state = chunk.end
+        return replace(self.ledger, states=tuple(s for s in self._states if 0 < s["pack"] <= number))
 
     def source(self, wanted: str) -> Source:
         """The corpus with this fingerprint, looked for where config and ledger say."""
@@ -236,19 +275,52 @@ class PackIndex:
                 )
         return self._sources[wanted]
 
+    def _entries(self, chunk: Chunk, local: int) -> np.ndarray:
+        while True:
+            if chunk.folder not in self._opened:
+                while len(self._opened) > 1:
+                    self._opened.pop(next(iter(self._opened)))
+                self._opened[chunk.folder] = self._built(chunk.begin, _Entries)
+            try:
+                return self._opened[chunk.folder].of(local)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                del self._opened[chunk.folder]  # another machine deleted it; it is built again
+
     def _chunk_of(self, number: int) -> Chunk:
-        while not self.chunks or number >= self.chunks[-1].stop:
-            self.chunks.append(self._next_chunk())
-        return next(c for c in reversed(self.chunks) if c.first <= number)
+        if self._last is not None and self._last.first <= number < self._last.stop:
+            return self._last
+        state = self._state_before(number)
+        while True:
+            chunk = self._recorded(state) or self._note(state, self._built(state, _record_in))
+            if number < chunk.stop:
+                self._last = chunk
+                return chunk
+            state = chunk.end
 
-    def prepare(self, number: int) -> None:
-        """Have the chunk of pack `number` built."""
-        self._chunk_of(number)
+    def _state_before(self, number: int) -> dict[str, Any]:
+        return self._states[bisect.bisect_right(self._states, number, key=_pack_of) - 1]
 
-    def _next_chunk(self) -> Chunk:
-        state: dict[str, Any] = (
-            self.chunks[-1].end if self.chunks else {"pack": 0, "blend": -1, "positions": {}, "served": {}}
-        )
+    def _recorded(self, state: dict[str, Any]) -> Chunk | None:
+        """The chunk that begins in a state, if it was ever built."""
+        folder = self._place(state)[0]
+        if folder in self._found:
+            return self._found[folder]
+        record = cache.read_record(folder)
+        return None if record is None else self._note(state, record)
+
+    def _note(self, state: dict[str, Any], record: dict[str, Any]) -> Chunk:
+        folder, inputs = self._place(state)
+        corpora = tuple(fingerprint for fingerprint, _ in inputs["blend"])
+        end = record["end"]
+        chunk = self._found[folder] = Chunk(state["pack"], end["pack"], folder, corpora, state, end)
+        if self._state_before(end["pack"]) != end:
+            bisect.insort(self._states, end, key=_pack_of)
+        return chunk
+
+    def _place(self, state: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """The folder of the chunk that begins in a state, and all that its packs depend on."""
         blends = self.ledger.blends()
         current = max(i for i, e in enumerate(blends) if i == 0 or e["from_pack"] <= state["pack"])
         later = [e["from_pack"] for e in blends[current + 1 :]]
@@ -259,10 +331,21 @@ class PackIndex:
             "until": min(later, default=None),
             "state": {**state, "blend": current, "served": state["served"] if state["blend"] == current else {}},
         }
-        folder = build_once(self._cache / f"packs-{fingerprint(inputs)}", lambda path: self._build_chunk(path, inputs))
-        record = json.loads((folder / "chunk.json").read_text())
-        corpora = tuple(fingerprint for fingerprint, _ in inputs["blend"])
-        return Chunk(state["pack"], record["end"]["pack"], folder, corpora, record["end"])
+        return self._cache / f"packs-{fingerprint(inputs)}", inputs
+
+    def _built(self, state: dict[str, Any], opened: Callable[[Path], _T]) -> _T:
+        """What `opened` makes of the folder of the chunk that begins in a state, which is built if it is not there."""
+        folder, inputs = self._place(state)
+        built = []
+
+        def build(path: Path) -> None:
+            self._build_chunk(path, inputs)
+            built.append(path)
+
+        result = cache.build_and_open(folder, build, opened)
+        if built:
+            cache.trim(self._cache, self._data.cache_gb * 1e9, keep=folder)
+        return result
 
     def _build_chunk(self, folder: Path, inputs: dict[str, Any]) -> None:
         state = json.loads(json.dumps(inputs["state"]))
@@ -277,10 +360,10 @@ class PackIndex:
             blocks.append(window[0])
             counts.append(np.diff(window[1]))
         offsets = np.cumsum(np.concatenate(counts))
-        save_array(folder / "entries.npy", np.concatenate(blocks))
-        save_array(folder / "offsets.npy", offsets)
+        cache.save_array(folder / "entries.npy", np.concatenate(blocks))
+        cache.save_array(folder / "offsets.npy", offsets)
         record = {"inputs": inputs, "end": state, "packs": len(offsets) - 1, "documents": documents, **totals}
-        (folder / "chunk.json").write_text(json.dumps(record, indent=1))
+        (folder / cache.RECORD).write_text(json.dumps(record, indent=1))
 
     def _window(
         self, blend: list[list[Any]], state: dict[str, Any], totals: dict[str, int]
@@ -297,7 +380,7 @@ class PackIndex:
         served = np.array([state["served"].get(f, 0) for f, _ in blend], np.float64)
 
         left = [len(s.tokens) - p[1] for s, p in zip(sources, positions, strict=True)]
-        means = [_mean_tokens(s) for s in sources]
+        means = [s.mean_tokens for s in sources]
         stops = [math.ceil(n / math.ceil(n / (CHUNK // num))) for n in left]
         needs = [stop * mean / w for stop, mean, w in zip(stops, means, weights, strict=True)]
         spans = [
@@ -343,13 +426,13 @@ class PackIndex:
         return entries[order], offsets, int(taken.sum())
 
 
-def _mean_tokens(source: Source) -> float:
-    total = int(source.tokens.sum(dtype=np.int64))
-    if total == 0:
-        raise UserError(
-            f"no document of {source.corpus.path} is left after selection; lower data.min_similarity or data.min_images"
-        )
-    return total / len(source.tokens)
+def _pack_of(state: dict[str, Any]) -> int:
+    return int(state["pack"])
+
+
+def _record_in(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / cache.RECORD).read_text(encoding="utf-8"))
+    return record
 
 
 class InOrder:
@@ -370,8 +453,12 @@ class InOrder:
         return len(self._offsets) - 1
 
     def __getitem__(self, number: int) -> Pack:
+        self._source.use.renew()
         bounds = self._offsets[number : number + 2] if number < len(self) else (0, 0)
         return Pack(number, [self._source], self._entries[bounds[0] : bounds[1]])
 
     def prepare(self, number: int) -> None:
         """Nothing is built later."""
+
+    def close(self) -> None:
+        """No files are open for long."""

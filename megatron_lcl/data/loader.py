@@ -295,6 +295,14 @@ class PackedLoader(Iterable[PackedBatch]):
         """Where the sequences and images of a pack (an element of `PackedBatch.packs`) came from."""
         return self.reader.provenance(pack)
 
+    def ledger_after(self, consumed: int) -> Ledger:
+        """The ledger for a checkpoint after `consumed` packs: a run that goes on from there builds one chunk."""
+        index = self.reader.index
+        assert self.ledger is not None
+        assert isinstance(index, PackIndex)
+        self.ledger = index.ledger_at(self.ledger.locate(consumed))
+        return self.ledger
+
     def _locate(self, consumed: int) -> int:
         return consumed if self.ledger is None else self.ledger.locate(consumed)
 

@@ -7,20 +7,15 @@ The hash is over all that the files depend on, so a changed corpus or config nev
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import json
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.sequence import Rules, arranged_sizes, measure, mix, rules_for
 from megatron_lcl.data.store import Corpus, open_corpus
 from megatron_lcl.errors import UserError
@@ -34,75 +29,6 @@ def key(*values: int) -> Any:
     for value in values:
         result = np.uint64(mix(result, np.uint64(int(value) % (1 << 64))))
     return result
-
-
-# --- cache -------------------------------------------------------------------------------------------------------
-
-
-def cache_folder(data: Data) -> Path:
-    """`data.cache`, or megatron_lcl in the user's cache folder."""
-    if data.cache is not None:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Have `folder` built by one process while others wait for it; complete or not there.
-
-    The lock is the kernel's, so a builder that dies frees it. UserError where the folder cannot be written.
-    """
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(
-            f"the pack index cannot be written to {folder.parent} ({error.strerror}); set data.cache to another folder"
-        ) from None
-    with lock:
-        while not folder.is_dir():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.1)
-                continue
-            except OSError as error:
-                raise UserError(
-                    f"{folder.parent} is on a file system without locks ({error.strerror}); set data.cache to another"
-                ) from None
-            if not folder.is_dir():
-                for left_over in folder.parent.glob(folder.name + ".*.tmp"):
-                    shutil.rmtree(left_over, ignore_errors=True)
-                _build(folder, build)
-    return folder
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
-    try:
-        build(temporary)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def fingerprint(inputs: Mapping[str, Any]) -> str:
-    """XXH3-128 of plain values."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(inputs, sort_keys=True).encode())
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file and fsync it."""
-    with open(path, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- sources -----------------------------------------------------------------------------------------------------
@@ -127,8 +53,11 @@ class Source:
         self.key = key(seed, int(corpus.fingerprint[:16], 16))
         whole = rules._replace(max_images=0)  # sizes of whole documents do not depend on it
         inputs = {"version": VERSION, "corpus": corpus.fingerprint, "rules": whole._asdict()}
-        folder = build_once(cache / f"documents-{fingerprint(inputs)}", self._measure)
-        self.rules = rules._replace(selects=json.loads((folder / "source.json").read_text())["selects"])
+        build_and_open(cache / f"documents-{fingerprint(inputs)}", self._measure, self._open)
+
+    def _open(self, folder: Path) -> None:
+        self.use = Use(folder, "source.json")
+        self.rules = self.rules._replace(selects=json.loads((folder / "source.json").read_text())["selects"])
         self.tokens, self.images, self.placements = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "images", "placements")
         )
@@ -149,6 +78,17 @@ class Source:
         for array in arrays.values():
             array.flush()
         (folder / "source.json").write_text(json.dumps({"selects": selects}))
+
+    @functools.cached_property
+    def mean_tokens(self) -> float:
+        """Token places of a document, those left out counted as 0. UserError if all are left out."""
+        total = int(self.tokens.sum(dtype=np.int64))
+        if total == 0:
+            raise UserError(
+                f"no document of {self.corpus.path} is left after selection; lower data.min_similarity or "
+                "data.min_images"
+            )
+        return total / len(self.tokens)
 
     def pieces(self, k: int) -> Any:
         """Shard k's lengths, modes, document offsets, similarities and matched texts."""

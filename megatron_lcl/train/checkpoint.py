@@ -73,7 +73,8 @@ class Progress:
     packs: int
     """packs consumed"""
     ledger: dict[str, Any]
-    """what the packs depend on, the corpora's fingerprints among it (data.index.Ledger.to_json)"""
+    """what the packs depend on, the corpora's fingerprints among it, and where chunks of packs begin
+    (data.index.Ledger.to_json)"""
     guard: dict[str, Any] = field(default_factory=dict)
     """what the guard over bad steps has counted (train.guard.BadSteps.state)"""
     layout: Layout = Layout()
@@ -110,13 +111,19 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step-*") if path.is_dir() and step_of(path) >= 0)
 
 
+def last_progress(run: Path) -> Progress | None:
+    """Where a run stands by its newest checkpoint whose `progress.json` is whole; None where there is none."""
+    saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
+    return read_progress(saved[-1]) if saved else None
+
+
 def last_ledger(run: Path) -> Ledger | None:
     """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
     # its compiler takes a while to import, and `checkpoint list` has no use for it
     from megatron_lcl.data.index import Ledger
 
-    saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
-    return Ledger.from_json(read_progress(saved[-1]).ledger) if saved else None
+    progress = last_progress(run)
+    return Ledger.from_json(progress.ledger) if progress else None
 
 
 def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:

@@ -22,7 +22,9 @@ from packaging.requirements import Requirement
 from megatron_lcl import config as configs
 from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
+from megatron_lcl.data.index import Ledger
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.stages import build_stages
 from megatron_lcl.train import checkpoint
@@ -54,7 +56,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
     lines += [*_kernels(config, elsewhere), _memory(config, nodes * processes, elsewhere)]
-    lines += [*_data(config), _run(config), _software()]
+    lines += [*_data(config), _packs(config), _run(config), _software()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
 
@@ -189,6 +191,13 @@ def _data(config: Config) -> Iterator[str]:
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
         yield f"data        {part.path} (weight {part.weight:g}): {len(corpus):,} documents"
+
+
+def _packs(config: Config) -> str:
+    """Builds the index of the first packs where the cache does not have it: the run would have to."""
+    progress = checkpoint.last_progress(Path(config.train.output))
+    previous = Ledger.from_json(progress.ledger) if progress else None
+    return f"packs       {summarize_config(config, previous, progress.packs if progress else 0)}"
 
 
 def _run(config: Config) -> str:

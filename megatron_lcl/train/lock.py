@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,23 +19,73 @@ PATIENCE_SECONDS = 30.0
 """a run that is started again at once may find the one before still ending"""
 
 
+BEAT_SECONDS = 5.0
+"""how often the process that has the run folder touches the lock file"""
+
+
 @contextlib.contextmanager
 def alone_in(run: Path) -> Iterator[None]:
     """The run folder, which is made where it is not there, is this process's until the block or the process ends.
 
     UserError naming the process that has it, after some patience. Where the file system has no locks (Lustre without
-    `-o flock`, say) that is said, and nothing keeps others away.
+    `-o flock`, say) that is said. There, and where locks reach no further than one machine (Lustre's `localflock`, some
+    NFS), a run is known to live by the time of its lock file; two that start within the same seconds are not
+    kept apart.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("a+", encoding="utf-8") as file:
-        _wait(run, file.fileno())
+        locked = _wait(run, file.fileno())
+        file.seek(0)
+        holder, here = file.read(), f" on {socket.gethostname()}"
+        if holder and not (locked and holder.endswith(here)):  # a lock that we got says that all on this machine ended
+            _watch(run, holder)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()}{here}")
         file.flush()
+        try:
+            with _touched(run / LOCK):
+                yield
+        finally:
+            file.truncate(0)
+
+
+def _watch(run: Path, holder: str) -> None:
+    """UserError where the process that wrote the lock file goes on touching it."""
+    before, deadline = _touched_at(run), time.monotonic() + 3 * BEAT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, BEAT_SECONDS / 5))
+        if _touched_at(run) != before:
+            raise UserError(
+                f"train.output = {run} is in use by {holder}, which locks of this file system do not say; end "
+                "that run, or name another folder"
+            )
+
+
+def _touched_at(run: Path) -> int:
+    with (run / LOCK).open("rb") as file:  # opened anew: NFS then asks its server
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+@contextlib.contextmanager
+def _touched(path: Path) -> Iterator[None]:
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        ended.set()
+        thread.join()
 
 
-def _wait(run: Path, descriptor: int) -> None:
+def _wait(run: Path, descriptor: int) -> bool:
+    """Get the lock; False: there are none."""
     deadline, said = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
@@ -43,9 +94,9 @@ def _wait(run: Path, descriptor: int) -> None:
             holder = (run / LOCK).read_text(encoding="utf-8") or "another process"
         except OSError as error:
             _say(f"{run} cannot be locked ({error.strerror}); see to it that no other run uses it")
-            return
+            return False
         else:
-            return
+            return True
         if time.monotonic() > deadline:
             raise UserError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
         if not said:

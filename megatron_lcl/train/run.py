@@ -20,6 +20,7 @@ from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.summary import summarize
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train import checkpoint
@@ -189,6 +190,7 @@ class Training:
             self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._asked)
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
+        self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
         self._passed_over(start.passed_over)
         self._go_to(start.folder, start.progress)
@@ -199,6 +201,10 @@ class Training:
             telemetry.say(start.weights.said(config))
             facts = {"missing": start.weights.missing, "unused": start.weights.unused}
             self.audit.write("initial weights", 0, path=str(start.weights.path), **facts)
+        if self.loader and mesh.is_first:
+            summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
+            telemetry.say(f"packs: {summary}")
+            telemetry.write({"step": self.progress.step, **summary.numbers()})
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
@@ -259,6 +265,9 @@ class Training:
         self._compare_replicas()
         if not self.bad.in_a_row:
             self.bad.rewinds = 0
+        if self.loader:
+            self.ledger = self.loader.ledger_after(self.progress.packs)
+            self.progress = replace(self.progress, ledger=self.ledger.to_json())
         with self.watch.long(self.progress.step, "saving"):
             self.saver.save(replace(self.progress, guard=self.bad.state()))
 
@@ -335,7 +344,8 @@ class Training:
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
         if self.mesh.reads:
-            self.batches = iter(build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger))
+            self.loader = build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger)
+            self.batches = iter(self.loader)
 
 
 # --- where to begin ----------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from corpora import MakeCorpus, random_documents
 
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data import index as pack_index
+from megatron_lcl.data.cache import build_once
 from megatron_lcl.data.index import Ledger, PackIndex, open_ledger
-from megatron_lcl.data.source import build_once
 
 P, CONTEXT = 4, 128
 

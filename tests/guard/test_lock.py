@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from fleet import Fleet, last_step, losses, train
 
+from megatron_lcl.errors import UserError
 from megatron_lcl.train import checkpoint, lock
 from megatron_lcl.train.audit import read_audit
 from megatron_lcl.train.lock import LOCK, alone_in
@@ -73,3 +75,34 @@ def test_a_file_system_without_locks_is_no_obstacle(
     with alone_in(tmp_path):
         pass
     assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
+
+
+@pytest.mark.parametrize("how", ["not coherent", "refused"])
+def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    program = (
+        "import fcntl, socket, sys, time\n"
+        "from megatron_lcl.train import lock\n"
+        "lock.BEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
+        "with lock.alone_in(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+
+        def flock(*_: Any) -> None:
+            if how == "refused":
+                raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on another"), alone_in(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with alone_in(tmp_path):  # it is dead, though it could not say so
+        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert (tmp_path / LOCK).read_text() == ""

@@ -45,6 +45,8 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
     assert "data 4 x pipeline 1 x tensor 2, ZeRO stage 1" in lines["layout"]
     assert "8 packs of 96 tokens: 768 tokens a step; a replica runs 1 micro-batch of 2" in lines["batch"]
     assert lines["data"].endswith(": 40 documents")
+    assert lines["packs"].startswith("4 image slots a pack (given); in 64 packs ")
+    assert lines["packs"].endswith("186 of 186 images (100.0%) are in the contrast, 0 of 186 documents (0.0%) are cut")
     assert lines["run"] == f"{run}: starts at step 0"
     assert f"torch {torch.__version__}" in lines["software"]
     assert list(lines)[-1] == "checks"
@@ -74,6 +76,7 @@ def test_what_is_wrong_is_one_line(
         return err
 
     assert "8 packs do not divide into 6 data-parallel" in fault("--nodes", "2", "--processes", "3")
+    assert "set data.cache to another folder" in fault("--data.cache", "/dev/null/cache")
     assert "/nowhere is not a corpus" in fault("--data.corpora", "/nowhere")
     assert "--nodes goes with --dry-run" in _not_dry(capsys, tiny)
     with monkeypatch.context() as patch:

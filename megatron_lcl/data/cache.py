@@ -1,0 +1,318 @@
+"""The cache folder: what one process builds and all may use, and which of it goes.
+
+    <cache>/packs-<hash>/, documents-<hash>/   what `index` and `source` keep; complete or not there
+    <cache>/packs-<hash>.json                  the record of a chunk whose folder was deleted
+    <cache>/<name>.<random>.tmp/               a folder that one process builds
+    <cache>/<name>.lock                        held by the process that builds
+
+Nothing here depends on locks, which some file systems do not have (Lustre without `-o flock`) and others keep to one
+machine (`localflock`, some NFS): each builder has a folder of its own, renaming it is the only way in, who comes second
+throws its own away, and what is deleted is built again. Locks only save work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from megatron_lcl.config import Data
+from megatron_lcl.errors import UserError
+
+RECORD = "chunk.json"
+"""the file of a folder that outlives it, as <folder>.json"""
+BEAT_SECONDS = 10.0
+"""how often a builder and a user of a folder set its time, so that it is seen to be in use"""
+LOST_SECONDS = 60.0
+"""a folder being built whose time is older has no builder that others should wait for"""
+RECENT_SECONDS = 300.0
+"""chunks used since are kept, whatever the limit"""
+CONSUMED_SECONDS = 3600.0
+"""chunks not used since are deleted, whatever the limit"""
+DAY = 86400.0
+"""what others have mapped, and what may still be built, is deleted when its time is older"""
+GONE = (errno.ENOENT, errno.ESTALE)
+"""errors of a file that was deleted"""
+_LEFT_OVER = {".old": 0.0, ".tmp": DAY, ".lock": DAY, ".json": 30 * DAY}
+"""ages at which what is no folder in use is deleted"""
+_SHARED = ("packs-", "documents-")
+_T = TypeVar("_T")
+
+
+def cache_folder(data: Data) -> Path:
+    """`data.cache`, or megatron_lcl in the user's cache folder."""
+    if data.cache is not None:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """XXH3-128 of plain values."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(inputs, sort_keys=True).encode())
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Have `folder` built, by one process while others wait for it, as far as locks work; complete or not there.
+
+    A builder that dies frees its lock; one that only seems to live is waited for no longer than LOST_SECONDS. UserError
+    where the folder cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(
+            f"the pack index cannot be written to {folder.parent} ({error.strerror}); set data.cache to another folder"
+        ) from None
+    with lock:
+        began = time.monotonic()
+        while not _acquired(lock.fileno()):
+            if folder.is_dir():
+                return folder
+            if time.monotonic() - began > LOST_SECONDS and not _being_built(folder):
+                break
+            time.sleep(0.1)
+        if not folder.is_dir():
+            _build(folder, build)
+    return folder
+
+
+def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable[[Path], _T]) -> _T:
+    """What `opened` makes of a folder that is there or is built; again, where it is deleted in between or not whole."""
+    for left in (2, 1, 0):
+        built = build_once(folder, build)
+        try:
+            return opened(built)
+        except OSError as error:
+            if error.errno not in GONE or not left:
+                raise
+            _delete(built)
+    raise AssertionError
+
+
+def _acquired(descriptor: int) -> bool:
+    """The lock is ours, or there are none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _being_built(folder: Path) -> bool:
+    return any(_age(path) < LOST_SECONDS for path in folder.parent.glob(folder.name + ".*.tmp"))
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
+    try:
+        with _kept_fresh(temporary):
+            build(temporary)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another builder came first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _kept_fresh(folder: Path) -> Iterator[None]:
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            _touch(folder)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):  # deleted meanwhile, or another user's
+        os.utime(path)
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was changed or touched; infinite where it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file and fsync it."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- using -------------------------------------------------------------------------------------------------------
+
+
+class Use:
+    """A folder that this process reads: others see it by a shared lock on one of its files and by the folder's time."""
+
+    def __init__(self, folder: Path, file: str) -> None:
+        self.folder = folder
+        descriptor = _opened(self, folder / file)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        self._renewed = time.monotonic()
+        _touch(folder)
+
+    def renew(self) -> None:
+        """Say that it is still used; to be called at every use."""
+        if time.monotonic() - self._renewed > BEAT_SECONDS:
+            self._renewed = time.monotonic()
+            _touch(self.folder)
+
+
+class Rows:
+    """Rows of a `.npy` file of one dimension, read when they are asked for.
+
+    Not mapped: where another machine deletes a mapped file on NFS, the process that looks at it is killed (SIGBUS). A
+    read fails there with ESTALE; elsewhere a file that is open outlives its deletion.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._descriptor = path, _opened(self, path)
+        with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
+            version = np.lib.format.read_magic(file)
+            assert version == (1, 0)
+            _, _, self._dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start … stop-1, read-only."""
+        size = self._dtype.itemsize
+        content = os.pread(self._descriptor, (stop - start) * size, self._start + start * size)
+        if len(content) != (stop - start) * size:
+            raise UserError(f"{self._path} ends too early; delete {self._path.parent}, it will be built again")
+        return np.frombuffer(content, self._dtype)
+
+
+def _opened(owner: Any, path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    weakref.finalize(owner, os.close, descriptor).atexit = False
+    return descriptor
+
+
+# --- deleting ----------------------------------------------------------------------------------------------------
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a chunk's folder, also when that is deleted; None: it has to be built."""
+    for path in (folder / RECORD, _record_of(folder)):  # in this order: see `_delete`
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return record
+    return None
+
+
+def _record_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".json")
+
+
+def trim(cache: Path, limit: float, keep: Path) -> None:
+    """Delete chunks that were consumed, and, while the cache has over `limit` bytes, what was unused longest.
+
+    What a process has open (as far as locks say so), what was used of late and the folder `keep` stay. Deleting the
+    wrong thing costs the time to build it again; only a mapped `documents-…` must not go under a reader, so those have
+    to be unused for a day. Records and what was left by dead builders go when they are old.
+    """
+    folders = []
+    with contextlib.suppress(OSError):
+        for path in list(cache.iterdir()):
+            age = _age(path)
+            if not path.name.startswith(_SHARED) or age == float("inf"):
+                continue
+            if path.is_dir() and not path.suffix:
+                folders.append((age, path, _size(path)))
+            elif age > _LEFT_OVER.get(path.suffix, float("inf")):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    total = sum(size for *_, size in folders)
+    for age, path, size in sorted(folders, reverse=True):
+        chunk = path.name.startswith("packs-")
+        unused = age > (RECENT_SECONDS if chunk else DAY)
+        wanted = (total > limit and unused) or (chunk and age > CONSUMED_SECONDS)
+        if wanted and path != keep and not _in_use(path) and _delete(path):
+            total -= size
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except OSError:  # deleted meanwhile
+        return 0
+
+
+def _in_use(folder: Path) -> bool:
+    """A process has the folder in use, as far as locks say so."""
+    for path in folder.glob("*.json"):
+        try:
+            with open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _delete(folder: Path) -> bool:
+    """Delete a folder but for its record, which is under its new name before it is gone under the old one."""
+    try:
+        if (folder / RECORD).exists():
+            _replace(_record_of(folder), (folder / RECORD).read_bytes())
+        gone = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".old", dir=folder.parent))
+        folder.rename(gone)
+    except OSError:  # another process was faster, or the folder is another user's
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
+    return True
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file as a whole, whoever else does so at the same time."""
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
