@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_lcl.config import Config, load, to_dict, to_yaml
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.contrast import corpora_without_pairs
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
@@ -59,14 +60,25 @@ def check(config: Config, processes: int) -> None:
     deepspeed_config(config, processes)
     check_apex(config)
     for corpus in config.data.corpora:
-        tokenizer = open_corpus(corpus.path).tokenizer
+        opened = open_corpus(corpus.path)
+        opened.check_sizes()
+        tokenizer = opened.tokenizer
         if tokenizer.vocab_size != config.model.language.vocab_size:
             raise UserError(
                 f"model.language.vocab_size is {config.model.language.vocab_size}, but the tokenizer of {corpus.path} "
                 f"has {tokenizer.vocab_size} ids; set model.language.vocab_size to {tokenizer.vocab_size}"
             )
     check_heldout(config)
+    without_pairs(config)
     check_output(Path(config.train.output), config)
+
+
+def without_pairs(config: Config) -> tuple[str, ...]:
+    """The corpora that give the objective's contrast nothing; UserError where all of them do."""
+    model = config.model
+    return corpora_without_pairs(
+        config.data, model.vision.num_patches, model.language.context_length, config.objective.name
+    )
 
 
 def check_output(run: Path, config: Config) -> None:
@@ -154,6 +166,8 @@ class Training:
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
         self.batches: Iterator[PackedBatch] = iter(())
         self._passed_over(start.passed_over)
+        for path in start.without_pairs:
+            telemetry.say(f"{path} gives the contrast no pair")
         self._go_to(start.folder, start.progress)
         if start.folder:
             self.saver.step, self.saver.folder = start.progress.step, start.folder
@@ -302,6 +316,8 @@ class Start:
     """with the ledger from here on"""
     passed_over: dict[Path, list[str]]
     """newer checkpoints that are damaged, and how"""
+    without_pairs: tuple[str, ...] = ()
+    """corpora that give the contrast nothing"""
 
 
 def agree(config: Config, mesh: Mesh, held: contextlib.ExitStack) -> Start:
@@ -345,7 +361,7 @@ def _decide(config: Config) -> Start:
         consumed=before.packs,
     )
     replace_text(run / CONFIG, to_yaml(config))
-    return Start(folder, replace(before, ledger=ledger.to_json()), passed_over)
+    return Start(folder, replace(before, ledger=ledger.to_json()), passed_over, without_pairs(config))
 
 
 def check_corpora(ledger: Ledger, config: Config) -> None:
