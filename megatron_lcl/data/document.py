@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+
+Kind = Literal["matched", "natural", "pairs"]
+"""how images stand to texts: matched to one of them by similarity, and selected by it; in reading order; or one image
+and one text that belong together, in any order"""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Text(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -34,6 +39,8 @@ class Document(msgspec.Struct, frozen=True):
     items: tuple[Text | Image, ...]
     name: str = ""
     metadata: dict[str, Any] = {}
+    kind: Kind | None = None
+    """None: that of its source"""
 
     @property
     def texts(self) -> list[Text]:

@@ -201,5 +201,8 @@ def read_indexed(prefix: Path) -> Indexed:
     documents = take(np.dtype(np.int64), num_entries)
     modes = take(np.dtype(np.int8), num_sequences)
     dtype: Any = dtypes[code]
+    needed = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if num_sequences else 0
+    if data.nbytes != needed:
+        raise UserError(f"{data_path} has {data.nbytes} bytes, its index needs {needed}")
     elements = np.frombuffer(data, dtype) if data.nbytes else np.empty(0, dtype)
     return Indexed(lengths, pointers, documents, modes, elements)

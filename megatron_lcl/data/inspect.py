@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.document import KINDS, Document, Image, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.images import thumbnail
@@ -33,6 +33,7 @@ def stats(corpus: Corpus) -> dict[str, Any]:
         "source": corpus.manifest["source"],
         "tokenizer": corpus.manifest["tokenizer"],
         "shards": corpus.num_shards,
+        "kinds": {kind: corpus.kinds.count(kind) for kind in KINDS if kind in corpus.kinds},
         "counts": corpus.manifest["counts"],
         "drops": corpus.manifest["drops"],
         "image_formats": {name: int(n) for name, n in zip(FORMATS, formats, strict=True) if n},
@@ -46,6 +47,7 @@ def table(statistics: dict[str, Any]) -> str:
         f"{statistics['path']}  ({statistics['shards']} shards, {statistics['tokenizer']['vocab_size']:,} token ids)"
     ]
     lines += [f"  {name:<14}{count:>16,}" for name, count in statistics["counts"].items()]
+    lines.append("  kinds         " + ", ".join(f"{kind} ({n:,} shards)" for kind, n in statistics["kinds"].items()))
     lines.append("")
     lines.append(f"{'':<24}" + "".join(f"{f'{q:.0%}':>10}" for q in _QUANTILES) + f"{'mean':>12}")
     for name, d in statistics["distributions"].items():

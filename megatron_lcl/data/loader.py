@@ -194,8 +194,9 @@ class PackReader(Dataset[PackedBatch]):
         p = int(source.placements[document])
         q = p + int(modes.sum())
         arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
-        rows = arrange(*arrays, source.document_key(document, epoch), source.rules)
-        return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, source.rules), a, shard
+        rules = source.rules_of(k)
+        rows = arrange(*arrays, source.document_key(document, epoch), rules)
+        return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, rules), a, shard
 
     def _targets(self, pack: Pack, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
         """targets of one sequence from its tokens: the next id unless that is a placeholder or `<eoi>`."""

@@ -14,6 +14,7 @@ from megatron_lcl.data.files import sync
 from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.store import (
     FORMAT_VERSION,
+    KIND,
     MANIFEST,
     open_corpus,
     read_manifest,
@@ -29,8 +30,8 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
 
     Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
     once the new manifest is written. Done before with the same corpora, it is recognised, and a removal that was cut
-    short goes on. Raises UserError where the tokenizers differ, a corpus is given twice, or the folder holds something
-    else.
+    short goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers differ, a corpus is
+    given twice or has lost a file or part of one, or the folder holds something else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
     if not _is_done(sources, output, move):
@@ -60,23 +61,26 @@ def _join(sources: list[Path], output: Path) -> None:
         raise UserError("a corpus is given twice")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a new folder")
-    manifests = [open_corpus(s).manifest for s in sources]
+    opened = [open_corpus(s) for s in sources]
+    manifests = [corpus.manifest for corpus in opened]
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
     if len(tokenizers) > 1:
         first, second = list(tokenizers.values())[:2]
         raise UserError(f"{first} and {second} have different tokenizers; preprocess them with the same one")
 
     files: dict[str, Any] = {}
-    shards: list[dict[str, int]] = []
+    shards: list[dict[str, Any]] = []
     links: list[tuple[Path, str]] = []
     drops = Drops()
-    for source, manifest in zip(sources, manifests, strict=True):
+    for source, corpus in zip(sources, opened, strict=True):
+        corpus.check_sizes()
+        manifest = corpus.manifest
         recipe["merged"].append(manifest["fingerprint"])
-        for number, counts in enumerate(manifest["shards"]):
+        for number, (counts, kind) in enumerate(zip(manifest["shards"], corpus.kinds, strict=True)):
             for old, new in zip(shard_files(number), shard_files(len(shards)), strict=True):
                 links.append((source / old, new))
                 files[new] = manifest["files"][old]
-            shards.append(counts)
+            shards.append({**counts, KIND: kind})
         drops.add(Drops.from_dict(manifest["drops"]))
     tokenizer = manifests[0]["tokenizer"]
     links.append((sources[0] / tokenizer["file"], tokenizer["file"]))

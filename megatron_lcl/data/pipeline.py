@@ -1,8 +1,9 @@
 """One task of `preprocess`: a run of input units → finished parts in the work folder.
 
-A part is one shard (five files) and a small JSON record that says what it holds. Parts end after whole batches of
-documents, by size alone, so a task that is started again skips the documents of its finished parts and writes the rest
-as if nothing had happened; and the bytes do not depend on who writes them.
+A part is a folder, put there complete under its name: a shard (five files) for each kind of documents in it, a file of
+the documents' hashes, and a small JSON record that says what it holds. Parts end after whole batches of documents, by
+size alone, so a task that is started again skips the documents of its finished parts and writes the rest as if nothing
+had happened; and the bytes do not depend on who writes them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import gc
 import io
 import itertools
 import json
-import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,20 +22,25 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.document import Document, Image, Kind, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.holdout import group_name
 from megatron_lcl.data.importers import Importer, Unit
 from megatron_lcl.data.indexed import write_file
 from megatron_lcl.data.probe import BadImage, Probe, downscale, probe
-from megatron_lcl.data.store import ShardWriter, shard_files
+from megatron_lcl.data.scratch import put_in_place, scratch_folder, waiting_for_others
+from megatron_lcl.data.store import ShardWriter, total
 from megatron_lcl.data.tokenizer import JoinedEncoder, Tokenizer
 
 BATCH = 384
-"""texts and images tokenised together, whole documents, each counted as one more; parts end between batches"""
+"""texts and images of one kind of documents tokenised together, each document counted as one more; parts end between
+batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
+DIGESTS = "digests"
+"""a part's file of hashes, uint64, of its documents"""
+_RECORD = "part.json"
 PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
 """a part's index is kept in memory until it ends, so it ends after a batch in which it comes to so many of either"""
 
@@ -70,14 +75,18 @@ class Part:
     """nothing of the task follows"""
     documents_read: int
     """documents wanted of the task up to this part's end, whether or not they were written"""
-    files: dict[str, Any] = field(default_factory=dict)
-    """empty where no document was left to write"""
-    counts: dict[str, int] = field(default_factory=dict)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """of each kind of documents: `kind` (None: not said), `number` in this part, `has_similarities`, `files`, `counts`;
+    none where no document was left to write"""
     drops: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return f"part-{self.task:06d}-{self.number:04d}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return total(shard["counts"] for shard in self.shards)
 
 
 def parts_of(folder: Path, task: int) -> list[Part]:
@@ -85,7 +94,7 @@ def parts_of(folder: Path, task: int) -> list[Part]:
     parts: list[Part] = []
     for number in itertools.count():
         try:
-            record = json.loads((folder / f"part-{task:06d}-{number:04d}.json").read_text("utf-8"))
+            record = json.loads((folder / f"part-{task:06d}-{number:04d}" / _RECORD).read_text("utf-8"))
         except FileNotFoundError:
             return parts
         parts.append(Part(**record))
@@ -111,26 +120,35 @@ def _young_collections() -> Iterator[None]:
 
 @_young_collections()
 def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
-    """Write what is missing of a task's parts; returns the drops of all its parts."""
-    parts = parts_of(job.folder, task)
-    number = len(parts)
-    if not is_finished(parts):
-        drops = Drops()
-        # what the importer drops is counted once, with the training side
-        reading = Drops() if job.keep_groups else drops
-        every = (document for unit in units for document in job.importer.documents(unit, reading))
-        documents = filter(job.wants, every) if job.groups else every
-        num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
-        drops.clear()  # what came up to here is on the records of the finished parts
-        encode = job.tokenizer.joined_encoder()
-        while not is_finished(parts):
-            parts.append(_write_part(job, encode, task, number, documents, num_read, drops))
-            num_read, number = parts[-1].documents_read, number + 1
-            drops.clear()
-    total = Drops()
+    """Write what is missing of a task's parts; returns the drops of all its parts.
+
+    While another process does the same task it is waited for, where there are locks. Where there are none, both write
+    the same parts, each in a folder of its own, and those that come second are given up.
+    """
+    with waiting_for_others(job.folder / f"lock-{task:06d}"), scratch_folder(job.folder) as scratch:
+        parts = parts_of(job.folder, task)
+        if not is_finished(parts):
+            _write_parts(job, task, units, parts, scratch)
+    drops = Drops()
     for part in parts:
-        total.add(Drops.from_dict(part.drops))
-    return total
+        drops.add(Drops.from_dict(part.drops))
+    return drops
+
+
+def _write_parts(job: Job, task: int, units: list[Unit], parts: list[Part], scratch: Path) -> None:
+    """Write the parts that follow on `parts`, and append them."""
+    drops = Drops()
+    # what the importer drops is counted once, with the training side
+    reading = Drops() if job.keep_groups else drops
+    every = (document for unit in units for document in job.importer.documents(unit, reading))
+    documents = filter(job.wants, every) if job.groups else every
+    num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
+    drops.clear()  # what came up to here is on the records of the finished parts
+    encode = job.tokenizer.joined_encoder()
+    while not is_finished(parts):
+        parts.append(_write_part(job, encode, task, len(parts), documents, num_read, drops, scratch))
+        num_read = parts[-1].documents_read
+        drops.clear()
 
 
 def _write_part(
@@ -141,49 +159,92 @@ def _write_part(
     documents: Iterator[Document],
     num_read: int,
     drops: Drops,
+    scratch: Path,
 ) -> Part:
-    scratch = job.folder / f"task-{task:06d}"
-    scratch.mkdir(exist_ok=True)
-    for leftover in scratch.iterdir():  # of a run that was killed
-        leftover.unlink()
-    writer = ShardWriter(scratch, number)
-    digests: list[int] = []
+    name = Part(task, number, False, 0).name
+    folder, default = scratch / name, job.importer.kind
+    folder.mkdir()
+    shards: dict[Kind | None, _OpenShard] = {}
     last = True
     try:
-        while batch := _next_batch(documents, job.shard_documents - writer.num_documents):
-            num_read += len(batch.documents)
-            digests += _write_batch(job, encode, writer, batch, drops)
-            if (
-                writer.num_bytes >= job.shard_bytes
-                or writer.num_documents >= job.shard_documents
-                or writer.num_pieces >= PART_PIECES
-                or writer.num_images >= PART_IMAGES
-            ):
-                last = False
-                break
-        name = Part(task, number, last, num_read).name
-        if writer.num_documents:
-            files, counts = writer.finish()
-            # the record names the files as they are in the work folder
-            renamed = {source: f"{name}{suffix}" for source, suffix in zip(shard_files(number), _SUFFIXES, strict=True)}
-            for source, target in renamed.items():
-                os.replace(scratch / source, job.folder / target)
-            files = {renamed[source]: info for source, info in files.items()}
-            write_file(job.folder / f"{name}.digests", np.array(digests, np.uint64).tobytes())
-        else:
-            writer.abort()
-            files, counts = {}, {}
-        sync(job.folder)
-        part = Part(task, number, last, num_read, files, counts, drops.to_dict())
-        write_file(job.folder / f"{name}.json", json.dumps(vars(part)).encode())
+        for document in documents:
+            num_read += 1
+            kind = document.kind or default
+            shard = shards.get(kind)
+            if shard is None:
+                shard = shards[kind] = _OpenShard(ShardWriter(folder, len(shards)), job.shard_documents)
+            if shard.add(document):
+                shard.write_batch(job, encode, drops)
+                if shard.is_full(job.shard_bytes):
+                    last = False
+                    break
+        records = []
+        for kind, shard in shards.items():
+            shard.write_batch(job, encode, drops)
+            if shard.writer.num_documents:
+                similarities = shard.writer.has_similarities
+                files, counts = shard.writer.finish()
+                record = {"kind": kind, "number": shard.writer.number, "has_similarities": similarities}
+                records.append({**record, "files": files, "counts": counts})
+            else:
+                shard.writer.abort()
     except BaseException:
-        writer.abort()
+        for shard in shards.values():
+            shard.writer.abort()
         raise
-    finally:
-        for leftover in scratch.iterdir():
-            leftover.unlink()
-        scratch.rmdir()
+    digests = [digest for shard in shards.values() for digest in shard.digests]
+    write_file(folder / DIGESTS, np.array(digests, np.uint64).tobytes())
+    part = Part(task, number, last, num_read, records, drops.to_dict())
+    write_file(folder / _RECORD, json.dumps(vars(part)).encode())
+    sync(folder)
+    put_in_place(folder, job.folder / name)
+    sync(job.folder)
     return part
+
+
+class _OpenShard:
+    """A shard that is being written, and the documents that wait until there are enough of them for a batch."""
+
+    def __init__(self, writer: ShardWriter, max_documents: int) -> None:
+        self.writer, self._max_documents = writer, max_documents
+        self.digests: list[int] = []
+        """a hash of each document written"""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._documents: list[Document] = []
+        self._texts: list[str] = []
+        self._size = self._num_items = 0
+        self._only_texts = True
+        self._room = self._max_documents - self.writer.num_documents
+
+    def add(self, document: Document) -> bool:
+        """Whether there is a batch now: documents of about BATCH items, no more than the shard has room for."""
+        self._documents.append(document)
+        items = document.items
+        self._num_items += 1 + len(items)
+        try:  # sooner done than asking each item what it is
+            self._texts += [item.text for item in items]  # type: ignore[union-attr]
+        except AttributeError:
+            self._only_texts = False
+            self._size += sum(len(image.data) for image in document.images)
+        return self._num_items >= BATCH or self._size >= BATCH_BYTES or len(self._documents) >= self._room
+
+    def write_batch(self, job: Job, encode: JoinedEncoder, drops: Drops) -> None:
+        """Write the documents that wait."""
+        if self._documents:
+            batch = _Batch(self._documents, self._texts if self._only_texts else None)
+            self.digests += _write_batch(job, encode, self.writer, batch, drops)
+        self._begin()
+
+    def is_full(self, shard_bytes: int) -> bool:
+        writer = self.writer
+        return (
+            writer.num_bytes >= shard_bytes
+            or writer.num_documents >= self._max_documents
+            or writer.num_pieces >= PART_PIECES
+            or writer.num_images >= PART_IMAGES
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,35 +252,6 @@ class _Batch:
     documents: list[Document]
     texts: list[str] | None
     """of all documents, in order; None where there are images"""
-
-
-def _next_batch(documents: Iterator[Document], room: int) -> _Batch | None:
-    """Documents of about BATCH items, no more than the part has room for."""
-    batch: list[Document] = []
-    texts: list[str] = []
-    size = num_items = 0
-    only_texts = True
-    for document in itertools.islice(documents, room):
-        batch.append(document)
-        items = document.items
-        num_items += 1 + len(items)
-        try:  # sooner done than asking each item what it is
-            texts += [item.text for item in items]  # type: ignore[union-attr]
-        except AttributeError:
-            only_texts = False
-            size += sum(len(image.data) for image in document.images)
-        if num_items >= BATCH or size >= BATCH_BYTES:
-            break
-    return _Batch(batch, texts if only_texts else None) if batch else None
-
-
-_SUFFIXES = (".tokens.bin", ".tokens.idx", ".images.bin", ".images.idx", ".arrow")
-
-
-def final_name(part_file: str, shard: int) -> str:
-    """The name in the corpus of one of a part's files."""
-    suffix = "." + part_file.split(".", 1)[1]
-    return shard_files(shard)[_SUFFIXES.index(suffix)]
 
 
 # --- one batch ---------------------------------------------------------------------------------------------------

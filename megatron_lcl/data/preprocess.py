@@ -2,20 +2,19 @@
 
 The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished` (`pipeline.py`) in
 any order, by any number of processes or machines; at the end the parts get their shard numbers, and `corpus.json` is
-written. So the bytes never depend on who did the work, and a run that was killed goes on where it stopped.
+written (`finish.py`). So the bytes never depend on who did the work, a run that was killed goes on where it stopped,
+and whoever runs the same command beside it, on any machine, does no harm: see `scratch.py`.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import json
 import logging
 import multiprocessing
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,26 +23,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from megatron_lcl.data import importers
 from megatron_lcl.data import tokenizer as tokenizers
 from megatron_lcl.data.budget import Budget, Unusable, nothing_left
 from megatron_lcl.data.document import Document
-from megatron_lcl.data.drops import LOG, Drops
-from megatron_lcl.data.files import sync
+from megatron_lcl.data.drops import Drops
+from megatron_lcl.data.finish import finish
 from megatron_lcl.data.holdout import Grouping, group_name
 from megatron_lcl.data.importers import Importer, Unit
 from megatron_lcl.data.importers.sources import images_signature
 from megatron_lcl.data.indexed import write_file
-from megatron_lcl.data.pipeline import Job, Part, final_name, is_finished, parts_of, run_task
-from megatron_lcl.data.store import FORMAT_VERSION, MANIFEST, read_manifest, total, write_manifest
+from megatron_lcl.data.pipeline import Job, is_finished, parts_of, run_task
+from megatron_lcl.data.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.data.store import MANIFEST, read_manifest
 from megatron_lcl.data.tokenizer import Tokenizer
 from megatron_lcl.errors import UserError
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
+_LAYOUT = {"unfinished": 2}
+"""part of the record: how unfinished work lies in its folder"""
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
@@ -190,8 +191,9 @@ def _with(training: Summary, rest: list[Summary]) -> Summary:
 def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
     ours = json.loads(json.dumps(recipe))
+    work = folder / WORK
     try:  # before the manifest: the record goes once that is there
-        record = json.loads((folder / WORK / _RECORD).read_text("utf-8"))
+        record = json.loads((work / _RECORD).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         record = None
     if (folder / MANIFEST).exists():
@@ -203,7 +205,12 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
             )
         return True
     if record is not None:
-        if record != ours:
+        if record == ours:
+            raise UserError(
+                f"{work} was begun by an earlier release and cannot be gone on with; remove it and run the same "
+                "command again, or finish it with that release"
+            )
+        if record != {**ours, **_LAYOUT}:
             raise UserError(
                 f"{folder} holds an unfinished corpus of other input or options; remove it or give a new folder"
             )
@@ -269,15 +276,14 @@ def _write_corpus(
     shard: tuple[int, int] | None,
     progress: bool,
 ) -> None:
-    if _finished(folder, recipe):  # by other shares, since the first look
-        return
     work = job.folder
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with _clear_errors(folder):
-            work.mkdir(parents=True, exist_ok=True)
-            _claim(work, recipe)
-            with _locked(work):
+        with _clear_errors(folder), _in_work_folder(work) as scratch:
+            _claim(work, recipe, scratch)
+            if _finished(folder, recipe):  # by others, since the first look
+                return
+            with waiting_for_others(work / "lock"):
                 job.importer.prepare(work)
             share, num_shares = shard or (0, 1)
             mine = [k for k in range(len(tasks)) if k % num_shares == share]
@@ -285,26 +291,43 @@ def _write_corpus(
             done = tqdm(_run(job, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
             for number, drops in done:
                 budget.add(drops, [part.counts for part in parts_of(work, number)])
-            with _locked(work):
+            with waiting_for_others(work / "lock"):
                 parts = [parts_of(work, k) for k in range(len(tasks))]
                 if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
-                    _finish(folder, recipe, job, [part for task in parts for part in task], max_bad_fraction, source)
+                    all_parts = list(itertools.chain.from_iterable(parts))
+                    finish(folder, recipe, job, all_parts, max_bad_fraction, source, scratch, workers)
     except BaseException as error:
-        # a share may find the work folder gone: another one found all done, finished and cleared up
+        # the work folder may be gone: another process found all done, finished and cleared up
         if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
-            if shard is None and (isinstance(error, Unusable) or not any(work.glob("part-*.json"))):
+            clear_dead(work)
+            if shard is None and not is_used(work) and (isinstance(error, Unusable) or not any(work.glob("part-*"))):
                 _remove(folder, created)
             raise
-    if (folder / MANIFEST).exists():
-        _clear_up(folder)
+    finally:
+        if (folder / MANIFEST).exists():
+            _clear_up(folder)
 
 
-def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
-    """Record whose the work folder is. Shares that start together all write the same, each under a name of its own."""
-    if not (work / _RECORD).exists():
-        own = work / f"{uuid.uuid4()}.json"
-        write_file(own, json.dumps(recipe).encode())
-        os.replace(own, work / _RECORD)
+@contextmanager
+def _in_work_folder(work: Path) -> Iterator[Path]:
+    """A scratch folder in the work folder, which is made if need be."""
+    work.mkdir(parents=True, exist_ok=True)
+    clear_dead(work)
+    with scratch_folder(work) as scratch:
+        yield scratch
+
+
+def _claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
+    """Record whose the work folder is, unless it is recorded: of several processes at once one does."""
+    own = scratch / _RECORD
+    write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
+    try:
+        os.link(own, work / _RECORD)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not (work / _RECORD).exists():
+            os.replace(own, work / _RECORD)
 
 
 def _clear_up(folder: Path) -> None:
@@ -353,89 +376,6 @@ def _start_worker(job: Job) -> None:
 
 def _worker_task(k: int, units: list[Unit]) -> Drops:
     return run_task(_job_of_this_worker[0], k, units)
-
-
-# --- after the work ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """One process at a time; a lock dies with its holder."""
-    with open(work / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _finish(
-    folder: Path,
-    recipe: Mapping[str, Any],
-    job: Job,
-    parts: list[Part],
-    max_bad_fraction: float,
-    source: dict[str, Any],
-) -> None:
-    """Give the parts their shard numbers and write the manifest; repeatable, should it be interrupted."""
-    work = job.folder
-    drops = Drops()
-    for part in parts:
-        drops.add(Drops.from_dict(part.drops))
-    counts = total(part.counts for part in parts)
-    budget = Budget(max_bad_fraction)
-    budget.add(drops, [counts])
-    budget.check(at_least=1)
-    filled = [part for part in parts if part.files]
-    if not filled:
-        raise Unusable(nothing_left(drops))
-    repeated = _num_repeated(work, filled, counts["documents"])
-    if repeated:
-        drops.note("document", "duplicate of another (kept)", count=repeated)
-
-    files: dict[str, Any] = {}
-    for number, part in enumerate(filled):
-        for name, info in part.files.items():
-            target = final_name(name, number)
-            if (work / name).exists():  # else it was renamed before an interruption
-                os.replace(work / name, folder / target)
-            files[target] = info
-    temporary = work / job.tokenizer.file_name
-    job.tokenizer.save(temporary)
-    for name, content in ((job.tokenizer.file_name, temporary.read_bytes()), (LOG, drops.log())):
-        files[name] = write_file(folder / name, content)
-    sync(folder)
-    write_manifest(
-        folder,
-        {
-            "format_version": FORMAT_VERSION,
-            "source": {"format": recipe["format"], **source},
-            "tokenizer": {
-                "file": job.tokenizer.file_name,
-                "fingerprint": job.tokenizer.fingerprint,
-                "vocab_size": job.tokenizer.vocab_size,
-            },
-            "counts": counts,
-            "drops": drops.to_dict(),
-            "shards": [part.counts for part in filled],
-            "files": dict(sorted(files.items())),
-            "recipe": recipe,
-        },
-    )
-    for row in drops.rows():
-        logger.info("%s: %s %d (%s)", row["what"], row["reason"], row["count"], "; ".join(row["names"]))
-
-
-def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:
-    """Documents that repeat an earlier one, counted in slices of the hashes that fit in memory."""
-    num_slices = 1 + num_documents // (1 << 23)
-    bounds = [(1 << 64) * k // num_slices for k in range(num_slices + 1)]
-    repeated = 0
-    for low, high in itertools.pairwise(bounds):
-        found = []
-        for part in parts:
-            digests = np.fromfile(work / f"{part.name}.digests", np.uint64)
-            found.append(digests[(digests >= np.uint64(low)) & (digests <= np.uint64(high - 1))])
-        values = np.concatenate(found)
-        repeated += len(values) - len(np.unique(values))
-    return repeated
 
 
 def _remove(folder: Path, created: list[Path]) -> None:

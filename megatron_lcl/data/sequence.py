@@ -33,14 +33,14 @@ class Rules(NamedTuple):
     max_images: int
     """images of one sequence: I"""
     selects: bool
-    """the source has similarities: select by them"""
+    """the documents are matched: select by similarity"""
     min_similarity: float
     images_per_segment: int
     images_per_document: int
     min_images: int
     image_first: float
     pairs: bool
-    """the source is image-text pairs: the image goes with the text"""
+    """the documents are image-text pairs: the image goes with the text"""
     reference_pairs: bool
     """pairs in the reference's one-ended forms"""
 
@@ -58,10 +58,12 @@ def rules_for(
     *,
     pairs: bool,
     contrast_only: bool = False,
+    matched: bool = False,
 ) -> Rules:
-    """The rules for one corpus. UserError if not even one image fits a sequence.
+    """The rules for documents of one kind: pairs, matched or (neither) natural. UserError if not even one image fits a
+    sequence.
 
-    pairs: the corpus is a source of image-text pairs; contrast_only: objective `clip`. `selects` is left to `Source`.
+    contrast_only: objective `clip`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
     smallest = 4 if contrast_only else num_patches + 5
@@ -74,7 +76,7 @@ def rules_for(
         num_patches=0 if contrast_only else num_patches,
         max_tokens=max_tokens,
         max_images=images_per_pack,
-        selects=False,
+        selects=matched,
         min_similarity=data.min_similarity,
         images_per_segment=data.max_images_per_segment,
         images_per_document=data.max_images,
@@ -137,7 +139,7 @@ def shuffled(key: Any, size: int, start: int, stop: int) -> np.ndarray:
 def select(similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules) -> np.ndarray:
     """Which of M placements stay, bool [M]; the number that stays does not depend on `key`.
 
-    Sources without similarities keep all. Otherwise, in the reference's order: similarity at least `min_similarity`;
+    Documents that are not matched keep all. Otherwise, in the reference's order: similarity at least `min_similarity`;
     per text segment `images_per_segment` drawn at random; of those the first `images_per_document` in reading order.
     """
     num = len(matched)
@@ -178,13 +180,13 @@ def measure(
     tokens: np.ndarray,
     images: np.ndarray,
     placements: np.ndarray,
-) -> None:
+) -> int:
     """Fill, for each document of a shard: token places (0: left out), images kept, first placement.
 
     tokens, images int32 [documents], placements int64 [documents]. Token places are those of the document as one
-    sequence; with P = 0, of all its pairs together.
+    sequence; with P = 0, of all its pairs together. Returns how many of the images kept may have a text before them.
     """
-    placement = 0
+    placement, pairs = 0, 0
     for d in range(len(tokens)):
         first, text = placement, 0
         for k in range(offsets[d], offsets[d + 1]):
@@ -209,6 +211,28 @@ def measure(
             tokens[d] = text + num * (rules.num_patches + 2) + 2
         if (rules.selects and num < rules.min_images) or (text == 0 and num == 0):
             tokens[d] = images[d] = 0
+        elif rules.num_patches == 0:
+            pairs += images[d]
+        else:
+            pairs += _num_preceded(modes[offsets[d] : offsets[d + 1]], matched[first:placement], keep, rules)
+    return pairs
+
+
+@numba.njit(cache=True, nogil=True)
+def _num_preceded(modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, rules: Rules) -> int:
+    """How many of a document's kept images may stand behind a text, in whatever way `arrange` places them."""
+    num_texts = len(modes) - len(matched)
+    count, texts, placement = 0, 0, 0
+    for k in range(len(modes)):
+        if modes[k] == 0:
+            texts += 1
+            continue
+        j = placement
+        placement += 1
+        segment = 0 if rules.pairs and num_texts == 1 else matched[j]
+        before = segment + (rules.image_first < 1) if 0 <= segment < num_texts else texts
+        count += keep[j] and before > 0
+    return count
 
 
 # --- arrangement -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.cache import Use, build_and_open, cache_folder, fingerprint
+from megatron_lcl.data.document import KINDS, Kind
 from megatron_lcl.data.sequence import Rules, arranged_sizes, measure, mix, rules_for
-from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.data.store import Corpus, Shard, open_corpus
 from megatron_lcl.errors import UserError
 
 VERSION = 1
@@ -41,23 +43,31 @@ def plain(array: np.ndarray) -> np.ndarray:
     return view
 
 
+def pieces_of(shard: Shard) -> Any:
+    """A shard's lengths, modes, document offsets, similarities and matched texts, as `measure` takes them."""
+    arrays = shard.lengths, shard.modes, shard.document_offsets, shard.similarity, shard.matched_text
+    return tuple(map(plain, arrays))
+
+
 class Source:
     """A corpus with the rules for its sequences, and the size of each document (D documents), memory-mapped.
 
+    kinds: of each shard's documents, which decides the shard's rules; rules: what these have in common.
     tokens int32 [D]: token places were the document one sequence, 0 if it is left out; images int32 [D]: images that
     stay; placements int64 [D]: number, in its shard, of its first placement.
     """
 
-    def __init__(self, corpus: Corpus, rules: Rules, seed: int, cache: Path) -> None:
-        self.corpus, self.rules = corpus, rules
+    def __init__(self, corpus: Corpus, rules: Mapping[Kind, Rules], seed: int, cache: Path) -> None:
+        self.corpus, self.rules, self._rules = corpus, rules["natural"], rules
         self.key = key(seed, int(corpus.fingerprint[:16], 16))
-        whole = rules._replace(max_images=0)  # sizes of whole documents do not depend on it
-        inputs = {"version": VERSION, "corpus": corpus.fingerprint, "rules": whole._asdict()}
+        # sizes of whole documents do not depend on max_images
+        whole = {kind: of_kind._replace(max_images=0)._asdict() for kind, of_kind in rules.items()}
+        inputs = {"version": VERSION, "corpus": corpus.fingerprint, "rules": whole}
         build_and_open(cache / f"documents-{fingerprint(inputs)}", self._measure, self._open)
 
     def _open(self, folder: Path) -> None:
         self.use = Use(folder, "source.json")
-        self.rules = self.rules._replace(selects=json.loads((folder / "source.json").read_text())["selects"])
+        self.kinds: list[Kind] = json.loads((folder / "source.json").read_text())["kinds"]
         self.tokens, self.images, self.placements = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "images", "placements")
         )
@@ -67,17 +77,17 @@ class Source:
             name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (len(self.corpus),))
             for name, dtype in (("tokens", np.int32), ("images", np.int32), ("placements", np.int64))
         }
-        pieces = (self.pieces(k) for k in range(self.corpus.num_shards))
-        selects = any(bool((similarity >= -np.inf).any()) for _, _, _, similarity, _ in pieces)
-        rules = self.rules._replace(selects=selects)
-        for k, (start, stop) in enumerate(
-            zip(self.corpus.document_starts, self.corpus.document_starts[1:], strict=False)
-        ):
+        starts = self.corpus.document_starts
+        for k, (kind, start, stop) in enumerate(zip(self.corpus.kinds, starts, starts[1:], strict=False)):
             sizes = (a[start:stop] for a in arrays.values())
-            measure(*self.pieces(k), rules, *sizes)  # type: ignore[call-arg]
+            measure(*self.pieces(k), self._rules[kind], *sizes)  # type: ignore[call-arg]
         for array in arrays.values():
             array.flush()
-        (folder / "source.json").write_text(json.dumps({"selects": selects}))
+        (folder / "source.json").write_text(json.dumps({"kinds": self.corpus.kinds}))
+
+    def rules_of(self, k: int) -> Rules:
+        """The rules for shard k's documents."""
+        return self._rules[self.kinds[k]]
 
     @functools.cached_property
     def mean_tokens(self) -> float:
@@ -91,10 +101,8 @@ class Source:
         return total / len(self.tokens)
 
     def pieces(self, k: int) -> Any:
-        """Shard k's lengths, modes, document offsets, similarities and matched texts."""
-        shard = self.corpus.shard(k)
-        arrays = shard.lengths, shard.modes, shard.document_offsets, shard.similarity, shard.matched_text
-        return tuple(map(plain, arrays))
+        """See `pieces_of`."""
+        return pieces_of(self.corpus.shard(k))
 
     def document_key(self, document: int, epoch: int) -> Any:
         """What the selection and placement of a document in an epoch are drawn from."""
@@ -118,7 +126,7 @@ class Source:
             keys = np.array([self.document_key(int(d), epoch) for d in documents[mine]], np.uint64)
             placements = self.placements[start : self.corpus.document_starts[k + 1]]
             local = documents[mine] - start
-            rows = arranged_sizes(*self.pieces(k), placements, local, keys, rules)  # type: ignore[call-arg]
+            rows = arranged_sizes(*self.pieces(k), placements, local, keys, self.rules_of(k))  # type: ignore[call-arg]
             first = np.searchsorted(rows[:, 0], np.arange(len(mine)))
             part = np.arange(len(rows)) - first[rows[:, 0]]
             blocks.append(np.stack([mine[rows[:, 0]], part, rows[:, 1], rows[:, 2]], 1).astype(np.int32))
@@ -134,13 +142,23 @@ def open_source(
     contrast_only: bool = False,
 ) -> Source:
     """Open the corpus in folder `path` as a source of sequences."""
-    corpus = open_corpus(path)
-    rules = rules_for(
-        data,
-        num_patches,
-        context_length,
-        images_per_pack,
-        pairs=corpus.manifest.get("source", {}).get("format") == "webdataset",
-        contrast_only=contrast_only,
-    )
-    return Source(corpus, rules, data.seed, cache_folder(data))
+    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, contrast_only)
+    return Source(open_corpus(path), rules, data.seed, cache_folder(data))
+
+
+def rules_of_kinds(
+    data: Data, num_patches: int, context_length: int, images_per_pack: int, contrast_only: bool = False
+) -> dict[Kind, Rules]:
+    """The rules for documents of each kind."""
+    return {
+        kind: rules_for(
+            data,
+            num_patches,
+            context_length,
+            images_per_pack,
+            pairs=kind == "pairs",
+            matched=kind == "matched",
+            contrast_only=contrast_only,
+        )
+        for kind in KINDS
+    }

@@ -15,6 +15,8 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data import kinds
+from megatron_lcl.data.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.files import sync
 from megatron_lcl.data.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
 from megatron_lcl.errors import UserError
@@ -36,6 +39,10 @@ MANIFEST = "corpus.json"
 TEXT, IMAGE = 0, 1
 COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
 SHARD_FILES = ("tokens-{}.bin", "tokens-{}.idx", "images-{}.bin", "images-{}.idx", "images-{}.arrow")
+KIND = "kind"
+"""key of a shard's kind of documents, beside its counts"""
+_STATS = 16
+"""files that are looked at at once: a look may travel over the network"""
 FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
 
 _IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format", pa.int8()), ("xxh3", pa.binary(16))])
@@ -54,6 +61,7 @@ class ShardWriter:
     """Writes one shard's five files into `folder`; nothing stands under its name before `finish`."""
 
     def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
         self._tokens = IndexedWriter(folder / f"tokens-{number:05d}", np.int32)
         self._images = IndexedWriter(folder / f"images-{number:05d}", np.uint8)
         self._arrow_path = folder / f"images-{number:05d}.arrow"
@@ -72,6 +80,10 @@ class ShardWriter:
     @property
     def num_images(self) -> int:
         return self._images.num_sequences
+
+    @property
+    def has_similarities(self) -> bool:
+        return any(similarity == similarity for similarity in self._similarity)  # not NaN
 
     @property
     def num_bytes(self) -> int:
@@ -166,7 +178,7 @@ class ShardWriter:
         return write_file(self._arrow_path, sink.getvalue().to_pybytes())
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind; no harm to what is finished."""
         self._tokens.abort()
         self._images.abort()
 
@@ -301,10 +313,21 @@ class Corpus(Sequence[Document]):
     def __repr__(self) -> str:
         return f"Corpus({str(self.path)!r}, {len(self)} documents)"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """XXH3-128 of the manifest, which holds the hash of every file."""
-        return self.manifest["fingerprint"]
+        """XXH3-128 of the manifest, which holds the hash of every file.
+
+        Where an earlier release's `merge` lost the kinds, of these as well: its batches are not what they were then.
+        """
+        own = self.manifest["fingerprint"]
+        if kinds.were_lost(self.manifest):
+            return xxhash.xxh3_128_hexdigest(" ".join([own, *self.kinds]).encode())
+        return own
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each shard's documents."""
+        return kinds.of_shards(self)
 
     @property
     def num_shards(self) -> int:
@@ -313,8 +336,32 @@ class Corpus(Sequence[Document]):
     def shard(self, k: int) -> Shard:
         """Shard `k`, opened on first use."""
         if k not in self._shards:
+            self._check_sizes(shard_files(k))
             self._shards[k] = Shard(self.path, k)
         return self._shards[k]
+
+    def check_sizes(self) -> None:
+        """UserError where a file is missing, or does not have the size that it was written with. Reads none."""
+        self._check_sizes(self.manifest["files"])
+
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor(_STATS) if len(names := list(names)) > _STATS else nullcontext() as pool:
+            for fault in (pool.map if pool else map)(self._size_fault, names):
+                if fault:
+                    raise UserError(
+                        f"{fault}; copy it again from where the corpus came from, or remove the folder and run "
+                        f"`megatron-lcl preprocess` again (`megatron-lcl verify {self.path}` says what else is wrong)"
+                    )
+
+    def _size_fault(self, name: str) -> str:
+        path = self.path / name
+        try:
+            size, expected = path.stat().st_size, self.manifest["files"][name]["size"]
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except KeyError:
+            return f"{path} is not in the manifest"
+        return "" if size == expected else f"{path} has {size:,} bytes, but was written with {expected:,}"
 
     @property
     def shards(self) -> list[Shard]:
@@ -397,6 +444,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     are(int, tokenizer["vocab_size"], *(info["size"] for info in manifest["files"].values()))
     for counts in (manifest["counts"], *manifest["shards"]):
         are(int, *(counts[name] for name in COUNTS))
+    if any(shard.get(KIND, KINDS[0]) not in KINDS for shard in manifest["shards"]):
+        raise TypeError
 
 
 def open_corpus(path: str | Path) -> Corpus:
@@ -404,10 +453,7 @@ def open_corpus(path: str | Path) -> Corpus:
     return Corpus(path)
 
 
-def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sum of count dictionaries, key by key."""
-    result: dict[str, int] = {}
-    for count in counts:
-        for key, value in count.items():
-            result[key] = result.get(key, 0) + value
-    return result
+def total(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Sums of what is counted of shards (COUNTS); one that lacks a count has none of it."""
+    shards = list(shards)
+    return {name: sum(shard.get(name, 0) for shard in shards) for name in COUNTS}

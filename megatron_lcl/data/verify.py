@@ -12,7 +12,7 @@ import xxhash
 from megatron_lcl.data.files import hash_file
 from megatron_lcl.data.indexed import read_indexed
 from megatron_lcl.data.probe import BadImage, probe
-from megatron_lcl.data.store import FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
+from megatron_lcl.data.store import COUNTS, FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
 from megatron_lcl.data.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.errors import UserError
 
@@ -86,8 +86,8 @@ def _shard_faults(corpus: Corpus, number: int, base_size: int, quick: bool) -> I
         "images": shard.num_images,
         "image_bytes": int(shard.image_sizes.sum(dtype=np.int64)),
     }
-    if counts != corpus.manifest["shards"][number]:
-        yield f"holds {counts}, the manifest says {corpus.manifest['shards'][number]}"
+    if counts != (said := {name: corpus.manifest["shards"][number][name] for name in COUNTS}):
+        yield f"holds {counts}, the manifest says {said}"
     if not quick:
         for j in range(shard.num_images):
             yield from _image_faults(shard, j)

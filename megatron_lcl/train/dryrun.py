@@ -31,7 +31,7 @@ from megatron_lcl.train import checkpoint
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.run import check
+from megatron_lcl.train.run import check, without_pairs
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
@@ -186,11 +186,14 @@ def _memory(config: Config, processes: int, elsewhere: bool) -> str:
 
 
 def _data(config: Config) -> Iterator[str]:
+    nothing = without_pairs(config)
     for part in config.data.corpora:
         corpus = open_corpus(part.path)
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
-        yield f"data        {part.path} (weight {part.weight:g}): {len(corpus):,} documents"
+        yield f"data        {part.path} (weight {part.weight:g}): {len(corpus):,} documents" + (
+            ", no pair for the contrast" if part.path in nothing else ""
+        )
 
 
 def _packs(config: Config) -> str:

@@ -30,7 +30,9 @@ def check_heldout(config: Config) -> None:
             "such as `preprocess --held-out DIR` writes"
         )
     check_tasks(config, config.evaluate.tasks)
-    tokenizer = open_corpus(config.evaluate.corpus).tokenizer
+    corpus = open_corpus(config.evaluate.corpus)
+    corpus.check_sizes()
+    tokenizer = corpus.tokenizer
     if any(open_corpus(c.path).tokenizer.fingerprint != tokenizer.fingerprint for c in config.data.corpora):
         raise UserError(
             f"evaluate.corpus = {config.evaluate.corpus} has another tokenizer than data.corpora; preprocess the "

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_lcl.config import Config, load, to_dict, to_yaml
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.contrast import corpora_without_pairs
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.data.index import Ledger, open_ledger
 from megatron_lcl.data.loader import PackedLoader
@@ -73,13 +74,16 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
     if not elsewhere:
         check_memory(config, processes, local_processes(processes, nodes))
     for corpus in config.data.corpora:
-        tokenizer = open_corpus(corpus.path).tokenizer
+        opened = open_corpus(corpus.path)
+        opened.check_sizes()
+        tokenizer = opened.tokenizer
         if tokenizer.vocab_size != config.model.language.vocab_size:
             raise UserError(
                 f"model.language.vocab_size is {config.model.language.vocab_size}, but the tokenizer of {corpus.path} "
                 f"has {tokenizer.vocab_size} ids; set model.language.vocab_size to {tokenizer.vocab_size}"
             )
     check_heldout(config)
+    without_pairs(config)
     check_output(Path(config.train.output), config)
     if not checkpoint.list_checkpoints(Path(config.train.output)):
         check_beginning(config)
@@ -95,6 +99,14 @@ def check_beginning(config: Config) -> None:
             "goes on from the one or begins with the weights of the other; give one of the two"
         )
     find_initial_weights(config, verify=False)
+
+
+def without_pairs(config: Config) -> tuple[str, ...]:
+    """The corpora that give the objective's contrast nothing; UserError where all of them do."""
+    model = config.model
+    return corpora_without_pairs(
+        config.data, model.vision.num_patches, model.language.context_length, config.objective.name
+    )
 
 
 def check_output(run: Path, config: Config) -> None:
@@ -193,6 +205,8 @@ class Training:
         self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
         self._passed_over(start.passed_over)
+        for path in start.without_pairs:
+            telemetry.say(f"{path} gives the contrast no pair")
         self._go_to(start.folder, start.progress)
         if start.folder:
             self.saver.step, self.saver.folder = start.progress.step, start.folder
@@ -363,6 +377,8 @@ class Start:
     """newer checkpoints that are damaged, and how"""
     weights: InitialWeights | None = None
     """what a new run begins with; None: with what is drawn"""
+    without_pairs: tuple[str, ...] = ()
+    """corpora that give the contrast nothing"""
 
 
 def agree(config: Config, mesh: Mesh, held: contextlib.ExitStack) -> Start:
@@ -410,7 +426,8 @@ def _decide(config: Config) -> Start:
     )
     replace_text(run / CONFIG, to_yaml(config))
     weights = find_initial_weights(config) if folder is None else None
-    return Start(folder, replace(before, ledger=ledger.to_json()), passed_over, weights)
+    start = replace(before, ledger=ledger.to_json())
+    return Start(folder, start, passed_over, weights, without_pairs(config))
 
 
 def check_corpora(ledger: Ledger, config: Config) -> None:

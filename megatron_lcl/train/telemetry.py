@@ -54,7 +54,9 @@ class Telemetry:
 
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every, self.total, self._run = config.train.log_every, config.train.steps, run
-        self._progress = config.train.progress
+        self._progress, self._contrasts = config.train.progress, config.objective.name != "generation"
+        self.num_without_pairs = 0
+        """steps that had nothing to contrast, since this process started"""
         self._file: Any = None
         if is_first:
             self._open(first_step)
@@ -94,6 +96,10 @@ class Telemetry:
             return
         self.rates.add(result, seconds, data_seconds)
         self._bar.update()
+        if self._contrasts and not result.num_pairs:
+            self.num_without_pairs += 1
+            if self.num_without_pairs == 1:
+                self.say(f"step {step} has no pair: nothing is contrasted in it; metrics.jsonl counts such steps")
         if skipped is not None:
             self.say(f"step {step} left out: {skipped}")
             self.write({"step": step, "skipped": skipped, "lr": lr})
@@ -101,7 +107,7 @@ class Telemetry:
         if step % self.every and step != self.total:
             return
         rates = self.rates.values()
-        self.write({"step": step, **asdict(result), "lr": lr, **rates})
+        self.write({"step": step, **asdict(result), "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
         images, tokens = rates["images_per_second"], rates["tokens_per_second"]
         self._bar.set_postfix_str(f"loss {result.loss:.3f}, {images:.0f} images/s, {tokens:.0f} tokens/s")
         self.rates = Rates()
@@ -148,6 +154,8 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
+            if self.num_without_pairs > 1:
+                self.say(f"{self.num_without_pairs} steps had no pair: nothing was contrasted in them")
             self._close()
 
 

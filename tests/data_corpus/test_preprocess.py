@@ -61,6 +61,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+def parts_in(work: Path) -> dict[str, dict[str, bytes]]:
+    return {part.name: contents(part) for part in work.glob("part-*")}
+
+
 @pytest.fixture(scope="module")
 def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("expected") / "corpus"
@@ -82,7 +86,7 @@ def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], t
     for share, tasks in ((2, {2}), (0, {2, 0, 3}), (1, None)):
         summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
         if tasks is not None:
-            assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*.json")} == tasks
+            assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*")} == tasks
     assert summary.counts["documents"] == 5 * 149
     assert contents(tmp_path / "out") == expected
 
@@ -96,11 +100,11 @@ def test_parse_share() -> None:
 
 def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
     preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
-    parts = contents(tmp_path / "out" / WORK)
-    assert {name.split("-")[1] for name in parts if name.startswith("part-")} == {"000000", "000002", "000004"}
+    parts = parts_in(tmp_path / "out" / WORK)
+    assert {name.split("-")[1] for name in parts} == {"000000", "000002", "000004"}
     with pytest.raises(ValueError, match="are bad"):
         preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), max_bad_fraction=0, **SMALL)
-    assert parts.items() <= contents(tmp_path / "out" / WORK).items()
+    assert parts.items() <= parts_in(tmp_path / "out" / WORK).items()
 
 
 _SHARES = """
@@ -184,7 +188,7 @@ def test_killed_at_any_moment_it_goes_on(source: Path, expected: dict[str, bytes
         try:
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
-                if len(list(work.glob("part-*.json"))) >= num_parts:
+                if len(list(work.glob("part-*"))) >= num_parts:
                     break
                 time.sleep(0.001)
         finally:
@@ -231,7 +235,7 @@ def test_an_unexpected_error_leaves_finished_parts(
         patched.setattr(importers, "importer_class", lambda format: FaultyImporter)
         with pytest.raises(ValueError, match="not in list"):
             preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
-    assert len(list((tmp_path / "out" / WORK).glob("part-*.json"))) == 6
+    assert len(list((tmp_path / "out" / WORK).glob("part-*"))) == 6
     preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
     assert contents(tmp_path / "out") == expected
 

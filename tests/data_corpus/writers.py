@@ -38,7 +38,7 @@ def write_images(documents: Sequence[Document], folder: Path) -> None:
 
 
 def write_jsonl(documents: Sequence[Document], folder: Path) -> None:
-    """With similarities and matches, where there are any."""
+    """With similarities, matches and kinds, where there are any."""
     write_images(documents, folder)
     with open(folder / "documents.jsonl", "w", encoding="utf-8") as file:
         for document in documents:
@@ -53,7 +53,8 @@ def write_jsonl(documents: Sequence[Document], folder: Path) -> None:
                     if item.matched_text is not None:
                         entry["matched_text_index"] = item.matched_text
                     items.append(entry)
-            file.write(json.dumps({"items": items}) + "\n")
+            kind = {} if document.kind is None else {"kind": document.kind}
+            file.write(json.dumps({**kind, "items": items}) + "\n")
 
 
 def write_mmc4(documents: Sequence[Document], folder: Path, images: Path) -> None:

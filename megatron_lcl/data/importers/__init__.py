@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import xxhash
 
-from megatron_lcl.data.document import Document
+from megatron_lcl.data.document import Document, Kind
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import parse
@@ -50,6 +50,8 @@ class Importer(ABC):
 
     options: ClassVar[dict[str, str]] = {}
     """keyword arguments besides `input` and `images`, with their description"""
+    kind: Kind | None = None
+    """that of documents which do not say theirs; None: matched if any of these has similarities, else natural"""
 
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:

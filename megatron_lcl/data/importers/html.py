@@ -81,6 +81,8 @@ class _Rules:
 class HtmlImporter(Importer):
     """`input` is the folder (or one page); every .html, .htm and .xhtml below it is a page, in the order of names."""
 
+    kind = "natural"
+
     options: ClassVar[dict[str, str]] = {
         "min_side": "images with a shorter side are left out, pixels (64)",
         "max_aspect": "images with a longer to a shorter side above this are left out (8)",

@@ -1,6 +1,7 @@
 """The generic form: one document a line, `{"items": [{"text": "…"}, {"image": "relative/path.jpg"}, …]}`.
 
 Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
+A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not.
 Images are found below `images`, else below the folder of the input.
 """
 
@@ -8,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
-from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import Importer, Unit, files_signature
 from megatron_lcl.data.importers.lines import SUFFIXES, find_files, line_units, typed_lines
@@ -25,12 +26,21 @@ class _TextsOnly(msgspec.Struct):
     """A line that is nothing but texts, as most are of a text corpus: read without a look at each item in Python."""
 
     items: tuple[Text, ...]
+    kind: Kind | None = None
 
 
 class JsonlImporter(Importer):
     """`input`: a file or a folder of .jsonl, .jsonl.gz, .jsonl.zst files."""
 
-    def __init__(self, input: Path, images: Path | None = None) -> None:
+    options: ClassVar[dict[str, str]] = {
+        "kind": f"kind of the documents whose line does not say it: {', '.join(KINDS)}; default: matched if any of "
+        "them has similarities, else natural",
+    }
+
+    def __init__(self, input: Path, images: Path | None = None, kind: str = "") -> None:
+        if kind not in ("", *KINDS):
+            raise UserError(f"kind is {kind!r}; give {', '.join(KINDS)}")
+        self.kind = kind or None  # type: ignore[assignment]
         self.root = input if input.is_dir() else input.parent
         self.files = find_files(input, SUFFIXES)
         if not self.files:
@@ -50,9 +60,11 @@ class JsonlImporter(Importer):
         near = (unit.payload[0].name.split(".")[0],)
         for name, line in typed_lines(unit, drops, _TextsOnly):
             if isinstance(line, _TextsOnly):
-                yield Document(line.items, name=name)
+                yield Document(line.items, name=name, kind=line.kind)
+            elif (kind := line.get("kind")) is not None and kind not in KINDS:
+                drops.bad("document", f"its kind is none of {', '.join(KINDS)}", name)
             elif isinstance(items := line.get("items"), list):
-                yield Document(tuple(self._items(items, near, name, drops)), name=name)
+                yield Document(tuple(self._items(items, near, name, drops)), name=name, kind=kind)
             else:
                 drops.bad("document", 'no list "items"', name)
 

@@ -27,7 +27,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 class Mint1tImporter(TarImporter):
-    format, contents = "mint1t", "MINT-1T"
+    format, contents, kind = "mint1t", "MINT-1T", "natural"
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for sample in tar_samples(unit.payload, drops):

@@ -27,6 +27,8 @@ _SHARD = re.compile(r"shard_(\d+)")
 class Mmc4Importer(Importer):
     """`input`: one shard, or a folder of them. An image stands before the sentence it is matched to."""
 
+    kind = "matched"
+
     def __init__(self, input: Path, images: Path | None = None) -> None:
         self.root = input if input.is_dir() else input.parent
         self.files = sorted(find_files(input, (*SUFFIXES, ".zip")), key=lambda p: (_shard_number(p), p))

@@ -20,7 +20,7 @@ _TEXTS = ("txt", "text", "caption")
 
 
 class WebDatasetImporter(TarImporter):
-    format, contents = "webdataset", "image-text pairs"
+    format, contents, kind = "webdataset", "image-text pairs", "pairs"
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for sample in tar_samples(unit.payload, drops):

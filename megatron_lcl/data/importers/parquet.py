@@ -29,6 +29,8 @@ _BATCH = 64
 class ObelicsImporter(Importer):
     """`input`: a parquet file or a folder of them; a row group is a unit."""
 
+    kind = "natural"
+
     options: ClassVar[dict[str, str]] = {
         "image_name": "name of an image's file, without or with extension, of {sha256}, {sha1}, {md5} of its URL, "
         "{file} (the parquet file's name without extension), {row}, {position} (in the lists), {number} (among the "

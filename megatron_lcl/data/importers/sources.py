@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +16,7 @@ from megatron_lcl.data.document import Text
 from megatron_lcl.data.drops import Drops
 from megatron_lcl.data.importers import files_signature
 from megatron_lcl.data.probe import BadImage
+from megatron_lcl.data.scratch import put_in_place, scratch_folder
 
 MAX_FILE = 256 << 20
 _DAMAGED = "damaged.json"
@@ -50,13 +50,14 @@ class ImageSource:
         """List the tars into a folder below `folder`, unless that was done before."""
         self._folder = folder / "images-in-tars"
         if self.tars and not self._folder.exists():
-            unfinished = folder / "images-in-tars.tmp"
-            unfinished.mkdir(exist_ok=True)
-            damaged: list[str] = []
-            for number, run in enumerate(_sorted_runs(self.tars, damaged)):
-                np.save(unfinished / f"{number:06d}.npy", run)
-            (unfinished / _DAMAGED).write_text(json.dumps(damaged))
-            os.replace(unfinished, self._folder)
+            with scratch_folder(folder) as scratch:
+                unfinished = scratch / "images-in-tars"
+                unfinished.mkdir()
+                damaged: list[str] = []
+                for number, run in enumerate(_sorted_runs(self.tars, damaged)):
+                    np.save(unfinished / f"{number:06d}.npy", run)
+                (unfinished / _DAMAGED).write_text(json.dumps(damaged))
+                put_in_place(unfinished, self._folder)
 
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
         """The first of the names that there is. BadImage says why there is none.

@@ -1,0 +1,85 @@
+"""Several processes that write into one folder: each has a scratch folder of its own, and never touches another's.
+
+What is complete is renamed into place as a whole, which succeeds for exactly one; so nothing depends on a lock. Locks,
+where the file system has them, save work that would be done twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PREFIX = "scratch-"
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def scratch_folder(work: Path) -> Iterator[Path]:
+    """A new folder below `work` for this process alone; gone at the end, with what is in it."""
+    folder = work / f"{_PREFIX}{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename a complete folder; where another process was first, its own stays, and ours is not needed."""
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def clear_dead(work: Path) -> None:
+    """Remove the scratch folders of processes of this machine that are no more."""
+    for folder in work.glob(_PREFIX + "*"):
+        machine, pid, _ = folder.name.removeprefix(_PREFIX).rsplit("-", 2)
+        if machine == _machine() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_used(work: Path) -> bool:
+    """Whether any process has a scratch folder here; one of another machine may be dead."""
+    return next(work.glob(_PREFIX + "*"), None) is not None
+
+
+@contextmanager
+def waiting_for_others(file: Path) -> Iterator[None]:
+    """After the process that is in here with the same `file`, where the file system has locks; they die with it."""
+    with open(file, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no locks here
+        yield
+
+
+def _machine() -> str:
+    """Within it, until it is switched off, process ids are unique; hosts may have one name, and containers one host."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip().replace("-", "")
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return uuid.uuid4().hex  # nobody's
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
