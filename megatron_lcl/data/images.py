@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from megatron_lcl.data.probe import DAMAGE, BadImage, eight_bits, open_image, orientation, upright
+from megatron_lcl.data.probe import DAMAGE, BadImage, eight_bits, open_image, orientation, upright, what_it_is
 
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
@@ -161,7 +161,8 @@ def decode_rgb(data: bytes) -> PIL.Image.Image:
         image.load()
         image = _rgb(upright(image))
     except DAMAGE as error:
-        raise BadImage(f"an image that does not decode: {error}") from None
+        reason = what_it_is(data) if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise BadImage(f"an image that does not decode: {reason}") from None
     image.info = {}  # it still has the EXIF data, and whoever reads them would turn the picture once more
     return image
 

@@ -192,6 +192,7 @@ def open_source(
     context_length: int,
     images_per_pack: int,
     contrast_only: bool = False,
+    carry_text: bool = False,
 ) -> Source:
     """Open the corpus in folder `path` as a source of sequences."""
     corpus = open_corpus(path)
@@ -202,5 +203,6 @@ def open_source(
         images_per_pack,
         pairs=corpus.manifest.get("source", {}).get("format") == "webdataset",
         contrast_only=contrast_only,
+        carry_text=carry_text,
     )
     return Source(corpus, rules, data.seed, cache_folder(data))
