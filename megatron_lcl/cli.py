@@ -164,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", metavar="clip|FILE", help="default: that of the model's corpus, or CLIP's")
     sub.add_argument("--split", help="of the data, measured on (default: test, or all of a folder without splits)")
     sub.add_argument("--train-split", default="train", help="of the data, k-NN and probes learn on it (%(default)s)")
+    sub.add_argument("--skip-bad-images", action="store_true", help="leave out and count images that do not decode")
     sub.add_argument("--top-p", type=float, default=0.0, help="captions by nucleus sampling (default: greedy)")
     sub.add_argument("--seed", type=int, default=0, help="of intervals, probes and sampling (%(default)s)")
     sub.add_argument("--processes", type=int, default=1, help="share images among so many (%(default)s)")
@@ -395,6 +396,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
         batch_size=options.batch_size,
         decoding=Decoding(top_p=options.top_p, seed=options.seed),
         seed=options.seed,
+        skip_bad_images=options.skip_bad_images,
         processes=options.processes,
         devices=tuple(options.devices or ())
         or tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))

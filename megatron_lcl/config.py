@@ -151,6 +151,10 @@ class Data:
     max_bad_images: Positive = Field(
         default=100, description="stop after so many images in a row that no longer decode"
     )
+    max_bad_fraction: Fraction = Field(
+        default=0.05,
+        description="stop when a larger share of a process's last 1,000 images no longer decodes (20 of them or more)",
+    )
     allow_change: bool = Field(default=False, description="go on with corpora other than those that the run began with")
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from megatron_lcl.data.probe import DAMAGE, BadImage, eight_bits, open_image, orientation, upright
+from megatron_lcl.data.probe import DAMAGE, BadImage, eight_bits, open_image, orientation, upright, what_it_is
 
 # EXIF orientation → (counter-clockwise quarter turns, then mirrored left to right)
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
@@ -37,7 +37,7 @@ def decode_train(
     data = bytes(data)
     header = _jpeg_header(data)
     if header is None:
-        pixels = np.asarray(_open(data))
+        pixels = np.asarray(decode_rgb(data))
         turns, mirrored = 0, False
         height, width = pixels.shape[:2]
         left, top, crop_width, crop_height = crop_box(width, height, draw, scale, ratio)
@@ -66,7 +66,7 @@ def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
 
     BadImage if the image does not decode.
     """
-    image = _open(bytes(data))
+    image = decode_rgb(bytes(data))
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
@@ -142,7 +142,7 @@ def _jpeg_orientation(data: bytes) -> int:
 def thumbnail(data: bytes | memoryview, side: int) -> str:
     """A data: URL of the image at no more than `side` pixels a side; an empty one for what does not decode."""
     try:
-        image = _open(bytes(data))
+        image = decode_rgb(bytes(data))
     except BadImage:
         return "data:,"
     image.thumbnail((side, side))
@@ -151,14 +151,20 @@ def thumbnail(data: bytes | memoryview, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _open(data: bytes) -> PIL.Image.Image:
-    """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white."""
+def decode_rgb(data: bytes) -> PIL.Image.Image:
+    """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white.
+
+    What every encoder is given, ours and other libraries'. BadImage if the image does not decode.
+    """
     try:
         image = open_image(data)
         image.load()
-        return _rgb(upright(image))
+        image = _rgb(upright(image))
     except DAMAGE as error:
-        raise BadImage(f"an image that does not decode: {error}") from None
+        reason = what_it_is(data) if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise BadImage(f"an image that does not decode: {reason}") from None
+    image.info = {}  # it still has the EXIF data, and whoever reads them would turn the picture once more
+    return image
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:

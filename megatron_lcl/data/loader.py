@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.bad_images import BadImages
 from megatron_lcl.data.batch import PackedBatch, num_runs
 from megatron_lcl.data.images import decode_eval, decode_train
 from megatron_lcl.data.index import InOrder, Ledger, Pack, PackIndex, open_ledger
@@ -232,7 +233,7 @@ class PackedLoader(Iterable[PackedBatch]):
     give; None: without end, or, with train=False, all.
 
     train=False: every document of `data.corpora` (one corpus) that selection leaves, exactly once, in order, without
-    augmentation; the last batch is filled up with empty packs.
+    augmentation; no cut takes an image's text away (`Rules.carry_text`); the last batch is filled up with empty packs.
 
     ledger: see `open_ledger`; None begins a new one. Each iteration starts again at first_pack.
     """
@@ -274,7 +275,8 @@ class PackedLoader(Iterable[PackedBatch]):
             whole = open_ledger(data, num_patches, context_length, contrast_only=clip)
             slots = whole.settings["images_per_pack"]
             index = InOrder(
-                open_source(data.corpora[0].path, data, num_patches, context_length, slots, clip), data.tokens_per_pack
+                open_source(data.corpora[0].path, data, num_patches, context_length, slots, clip, carry_text=True),
+                data.tokens_per_pack,
             )
             if steps is None:
                 steps = -(-max(0, len(index) - first_pack) // global_batch)
@@ -323,17 +325,9 @@ class PackedLoader(Iterable[PackedBatch]):
         return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        in_a_row = 0
+        bad = BadImages(self._data)
         for batch in self._batches():
-            failed = dict(batch.bad_images)
-            slots = np.flatnonzero(batch.image_valid.numpy())
-            for slot in sorted([*failed, *slots.tolist()]):
-                in_a_row = in_a_row + 1 if slot in failed else 0
-                if in_a_row > self._data.max_bad_images:
-                    raise RuntimeError(
-                        f"{in_a_row} images in a row did not decode, the last one {failed[slot]}; check the corpus "
-                        f"with `megatron-lcl verify`, or raise data.max_bad_images"
-                    )
+            bad.count(batch)
             yield batch
 
     def _batches(self) -> Iterator[PackedBatch]:

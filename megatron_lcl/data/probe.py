@@ -68,7 +68,7 @@ def probe(data: bytes) -> Probe:
         except Pillow.DecompressionBombError:
             raise BadImage("too many pixels") from None
         except DAMAGE:
-            raise BadImage(_what_it_is(data)) from None
+            raise BadImage(what_it_is(data)) from None
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage("too many pixels")
@@ -164,7 +164,8 @@ def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
     return out.getvalue()
 
 
-def _what_it_is(data: bytes) -> str:
+def what_it_is(data: bytes) -> str:
+    """What stands in place of an image, by its first bytes."""
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")) or b"<html" in head:
         return "HTML, not an image"

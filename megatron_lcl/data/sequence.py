@@ -43,6 +43,8 @@ class Rules(NamedTuple):
     """the documents are image-text pairs: the image goes with the text"""
     reference_pairs: bool
     """pairs in the reference's one-ended forms"""
+    carry_text: bool
+    """where a document is cut before an image, the end of the text before it goes along (evaluation)"""
 
     @property
     def image_tokens(self) -> int:
@@ -59,11 +61,12 @@ def rules_for(
     pairs: bool,
     contrast_only: bool = False,
     matched: bool = False,
+    carry_text: bool = False,
 ) -> Rules:
     """The rules for documents of one kind: pairs, matched or (neither) natural. UserError if not even one image fits a
     sequence.
 
-    contrast_only: objective `clip`.
+    contrast_only: objective `clip`; carry_text: see `Rules`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
     smallest = 4 if contrast_only else num_patches + 5
@@ -84,6 +87,7 @@ def rules_for(
         image_first=data.image_first,
         pairs=pairs,
         reference_pairs=pairs and data.pair_layout == "reference" and not contrast_only,
+        carry_text=carry_text,
     )
 
 
@@ -250,7 +254,8 @@ def arrange(
     lengths int32 [K], modes int8 [K]; similarity float32 [M], matched int32 [M].
     A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
     images and all texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a
-    segment and its images staying together where they fit one sequence; a text is cut only if it is itself too long.
+    segment and its images staying together where they fit one sequence; a text is cut only if it is itself too long,
+    or (`carry_text`) for an image after it that would begin a sequence.
     """
     keep = select(similarity, matched, key, rules)
     num_texts = 0
@@ -325,6 +330,15 @@ def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules
         if modes[piece] == 1:
             if image_tokens > room or slots == 0:
                 sequence, room, slots = sequence + 1, capacity, rules.max_images
+            if rules.carry_text and count > 0 and rows[count - 1, 0] != sequence and rows[count - 1, 3] != IMAGE_ROW:
+                text, stop = rows[count - 1, 1], rows[count - 1, 3]
+                start = max(rows[count - 1, 2], stop - (capacity - image_tokens))
+                if start == rows[count - 1, 2]:  # all of it; other rows stand before it, else the image would fit
+                    count -= 1
+                else:
+                    rows[count - 1, 3] = start
+                count = _put(rows, count, sequence, text, start, stop)
+                room -= stop - start
             count = _put(rows, count, sequence, piece, 0, IMAGE_ROW)
             room, slots = room - image_tokens, slots - 1
             continue

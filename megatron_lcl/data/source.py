@@ -140,14 +140,20 @@ def open_source(
     context_length: int,
     images_per_pack: int,
     contrast_only: bool = False,
+    carry_text: bool = False,
 ) -> Source:
     """Open the corpus in folder `path` as a source of sequences."""
-    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, contrast_only)
+    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, contrast_only, carry_text)
     return Source(open_corpus(path), rules, data.seed, cache_folder(data))
 
 
 def rules_of_kinds(
-    data: Data, num_patches: int, context_length: int, images_per_pack: int, contrast_only: bool = False
+    data: Data,
+    num_patches: int,
+    context_length: int,
+    images_per_pack: int,
+    contrast_only: bool = False,
+    carry_text: bool = False,
 ) -> dict[Kind, Rules]:
     """The rules for documents of each kind."""
     return {
@@ -159,6 +165,7 @@ def rules_of_kinds(
             pairs=kind == "pairs",
             matched=kind == "matched",
             contrast_only=contrast_only,
+            carry_text=carry_text,
         )
         for kind in KINDS
     }

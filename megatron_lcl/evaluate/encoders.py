@@ -17,7 +17,6 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 import xxhash
@@ -29,13 +28,15 @@ from megatron_lcl.convert.libraries import quietly, require
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data import tokenizer as tokenizers
-from megatron_lcl.data.images import decode_eval
-from megatron_lcl.data.probe import BadImage, open_image
+from megatron_lcl.data.images import decode_eval, decode_rgb
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import some
 from megatron_lcl.model.stages import normalise
+
+_DECODING = "decode_rgb"
+"""of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
 
 
 class Features(NamedTuple):
@@ -60,7 +61,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def prepare(self, data: bytes) -> torch.Tensor:
-        """Encoded bytes → [3, H, W] as `encode` takes it. UserError if they do not decode."""
+        """Encoded bytes → [3, H, W] as `encode` takes it. BadImage if they do not decode."""
 
     @abstractmethod
     def _encode(self, images: torch.Tensor) -> Features: ...
@@ -178,7 +179,7 @@ class TimmEncoder(Encoder):
         super().__init__(spec, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(_open(data))
+        return self._transform(decode_rgb(data))
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
@@ -195,7 +196,7 @@ class TimmEncoder(Encoder):
 
     @property
     def settings(self) -> Any:
-        return [self._version, self._config]
+        return [self._version, _DECODING, self._config]
 
 
 class HfEncoder(Encoder):
@@ -227,7 +228,7 @@ class HfEncoder(Encoder):
         self._pool = read_pool(pool) if pool.is_file() else None
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._processor(_open(data), return_tensors="pt")["pixel_values"][0]
+        return self._processor(decode_rgb(data), return_tensors="pt")["pixel_values"][0]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
@@ -285,7 +286,14 @@ class HfEncoder(Encoder):
     def settings(self) -> Any:
         module: Any = self.module
         config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
-        return [self._version, config, self._processor.to_dict(), self._pool and self._pool[1], self._has_pooler]
+        return [
+            self._version,
+            _DECODING,
+            config,
+            self._processor.to_dict(),
+            self._pool and self._pool[1],
+            self._has_pooler,
+        ]
 
 
 class OpenClipEncoder(Encoder):
@@ -308,7 +316,7 @@ class OpenClipEncoder(Encoder):
         self._spec = spec
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(_open(data))  # type: ignore[operator]
+        return self._transform(decode_rgb(data))  # type: ignore[operator]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
@@ -340,7 +348,7 @@ class OpenClipEncoder(Encoder):
     @property
     def settings(self) -> Any:
         module: Any = self.module
-        return [self._version, module.visual.preprocess_cfg]
+        return [self._version, _DECODING, module.visual.preprocess_cfg]
 
 
 def _hf_tokenizer(architecture: str) -> bool:
@@ -434,13 +442,6 @@ def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | N
         if (Path(corpus.path) / "corpus.json").is_file():
             return open_corpus(corpus.path).tokenizer
     return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None
-
-
-def _open(data: bytes) -> PIL.Image.Image:
-    try:
-        return open_image(data).convert("RGB")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise BadImage(f"an image that does not decode: {error}") from None
 
 
 def _tensor(out: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The two things LCL trains, measured on documents that it has not seen: the contrast and the generation.
 
-Every document of a held-out corpus once, without augmentation. Retrieval: each image's latent z against the context
+Every document of a held-out corpus once, without augmentation, by rules of its own (see `rules`). Retrieval: each image's latent z against the context
 features of all held-out pairs; the true one is the context read at the image's own `<soi>`. And the other way round:
 given the text before an image, find it among all held-out images, and among those of its own document.
 
@@ -16,15 +16,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_lcl import config as configs
-from megatron_lcl.config import Config, Corpus, EvaluationTask
+from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.files import replace_text
@@ -33,6 +32,7 @@ from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
+from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.stages import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
@@ -41,6 +41,8 @@ RESULT, EXAMPLES, PICTURE = "heldout.json", "heldout_examples.json", "heldout.pn
 CONTEXT_CHARACTERS = 400
 _ROWS = 1024
 """of a similarity matrix at a time"""
+_TOKENS = 4096
+"""token places of a forward pass outside of a run"""
 
 TASKS: tuple[EvaluationTask, ...] = get_args(EvaluationTask)
 
@@ -78,6 +80,12 @@ class HeldOut:
     documents: int
     pairs: int
     targets: int
+    images: int = 0
+    """that the documents have and that decode; those without a text before them are no pair"""
+    bad_images: tuple[str, ...] = ()
+    """names and reasons of those that do not decode, which are left out (on the processes that read)"""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """see `heldout_rules`; results from before there were any have none"""
     step: int | None = None
     """steps that the model was trained for, where that is known"""
     image_to_context_recall_at_1: float | None = None
@@ -102,7 +110,7 @@ class HeldOut:
 
     def numbers(self) -> dict[str, float]:
         """What was measured, by name, without the counts."""
-        skipped = ("documents", "pairs", "targets", "step", "pairs_with_rivals")
+        skipped = ("documents", "pairs", "targets", "images", "step", "pairs_with_rivals")
         values = {name: value for name, value in asdict(self).items() if name not in skipped}
         return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
@@ -113,8 +121,14 @@ def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = No
     `output`: folder for the numbers and the examples as JSON, which the report shows, and for a picture.
     """
     folder = find_checkpoint(checkpoint)
+    config, tokenizer = read_config(folder), open_corpus(corpus).tokenizer
+    if tokenizer.vocab_size != config.model.language.vocab_size:
+        raise UserError(
+            f"the tokenizer of {corpus} has {tokenizer.vocab_size} ids, the model {config.model.language.vocab_size}; "
+            "preprocess the held-out documents with the model's tokenizer"
+        )
     model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    result, examples = evaluate_heldout(model, read_config(folder), corpus, step=step_of(folder))
+    result, examples = evaluate_heldout(model, config, corpus, step=step_of(folder))
     if output is not None:
         write_heldout(output, result, examples)
         write_picture([as_result(result, str(checkpoint))], output / PICTURE)
@@ -129,7 +143,7 @@ def evaluate_heldout(
     progress: bool = True,
     step: int | None = None,
 ) -> tuple[HeldOut, list[Example]]:
-    """Measure `model` on every document of `corpus`, with the sequence rules of the run's `config`."""
+    """Measure `model`, of the run's `config`, on every document of `corpus`."""
     device = next(model.parameters()).device
     model.eval()
 
@@ -137,8 +151,8 @@ def evaluate_heldout(
         assert read is not None
         return [(batch, model.stages(batch.to(device))) for batch in read]
 
-    alone = Mesh(Axis(), Axis())
-    return HeldOutEvaluation(config, corpus, alone, forward).run(step, num_examples, intervals=True, progress=progress)
+    evaluation = HeldOutEvaluation(config, corpus, Mesh(Axis(), Axis()), forward, tokens=_TOKENS)
+    return evaluation.run(step, num_examples, intervals=True, progress=progress)
 
 
 class HeldOutEvaluation:
@@ -151,18 +165,20 @@ class HeldOutEvaluation:
         mesh: Mesh,
         forward: Forward,
         tasks: Sequence[EvaluationTask] = (),
-        micro_batch: int = 1,
+        tokens: int = 0,
         at_once: int = 1,
     ) -> None:
         """Every process calls it.
 
-        tasks: what to measure; none: what the run's objective trains. micro_batch: packs of a forward pass; at_once:
-        micro-batches that `forward` gets together, always so many (a pipeline wants it; what the corpus lacks is
-        padding). Neither changes the numbers.
+        tasks: what to measure; none: what the run's objective trains. tokens: token places of a forward pass, where
+        a pack is not larger; at_once: micro-batches that `forward` gets together, always so many (a pipeline wants
+        it; what the corpus lacks is padding). Neither changes the numbers.
         """
         self.corpus, self.mesh, self.forward, self.at_once = str(corpus), mesh, forward, at_once
-        self.tasks = check_tasks(config, tasks)
-        self.packs = _Packs(config, corpus, mesh.data, micro_batch, at_once) if mesh.reads else None
+        self.tasks, self.rules = check_tasks(config, tasks), heldout_rules(config.model)
+        self.micro_batch = max(1, tokens // self.rules["sequence_tokens"])
+        """packs of a forward pass"""
+        self.packs = _Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.reads else None
         self.num_batches, self.num_documents = mesh.replica.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )
@@ -177,16 +193,22 @@ class HeldOutEvaluation:
         """
         mesh, packs = self.mesh, self.packs
         if not self.num_batches:
-            raise UserError(f"{self.corpus} has no document that the run's data rules leave; nothing can be measured")
+            raise UserError(
+                f"{self.corpus} has no document that the rules of evaluation leave; nothing can be measured"
+            )
         own = _Share()
         origins: list[_Origin] = []
+        bad: list[str] = []
         batches = iter(packs.loader if packs else ())
-        bar = tqdm(desc="evaluate", unit="pack", total=self.num_batches, disable=not (progress and mesh.is_first))
+        bar = tqdm(desc="evaluate", unit="batch", total=self.num_batches, disable=not (progress and mesh.is_first))
         for _ in range(0, self.num_batches, self.at_once):
             read = list(itertools.islice(batches, self.at_once)) if packs else None
             for batch in read or ():
                 assert packs is not None
                 origins += packs.origins(batch)
+                bad += [reason for _, reason in batch.bad_images]
+            if read is not None:
+                read = [_slots_in_use(batch, "generation" in self.tasks) for batch in read]
             for batch, out in self.forward(read, self.at_once):
                 own.add(batch, out)
             bar.update(self.at_once)
@@ -199,8 +221,13 @@ class HeldOutEvaluation:
         found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.stage.size)
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
+        if packs:
+            result = replace(result, bad_images=tuple(itertools.chain.from_iterable(mesh.data.gather_objects(bad))))
         if not result.pairs and not result.targets:
-            raise UserError(f"{self.corpus} has nothing for {' and '.join(self.tasks)}; there is nothing to evaluate")
+            left_out = f" ({len(result.bad_images)} of its images do not decode)" if result.bad_images else ""
+            raise UserError(
+                f"{self.corpus} has nothing for {' and '.join(self.tasks)}{left_out}; there is nothing to evaluate"
+            )
         return result, self._examples(origins, picked)
 
     def _measure(
@@ -211,7 +238,8 @@ class HeldOutEvaluation:
         Called on the last pipeline stage; everything is gathered over its replicas.
         """
         data = self.mesh.data
-        result = HeldOut(self.corpus, self.num_documents, 0, 0)
+        images = sum(data.gather_objects(own.num_images))
+        result = HeldOut(self.corpus, self.num_documents, 0, 0, images, rules=self.rules)
         if "generation" in self.tasks:
             nll, targets = data.all_reduce(own.generation).tolist()
             if targets:
@@ -280,14 +308,14 @@ class _Packs:
     def __init__(
         self,
         config: Config,
-        corpus: str | Path,
+        corpus: str,
         data: Axis,
         micro_batch: int,
         at_once: int,
     ) -> None:
-        vision = config.model.vision
+        vision, documents = config.model.vision, heldout_rules(config.model)["sequences"] == "documents"
         self.loader = PackedLoader(
-            configs.replace(config, data__corpora=[asdict(Corpus(path=str(corpus)))]).data,
+            heldout_data(config, corpus),
             num_patches=vision.num_patches,
             image_size=vision.image_size,
             context_length=config.model.language.context_length,
@@ -296,7 +324,7 @@ class _Packs:
             global_batch=data.size * micro_batch * at_once,
             micro_batch=micro_batch,
             train=False,
-            objective=config.objective.name,
+            objective="lcl" if documents else "clip",
             pin_memory=torch.cuda.is_available(),
         )
         index = self.loader.reader.index
@@ -325,6 +353,15 @@ class _Packs:
         return Pair(origin.document, origin.shard, origin.image, text[-CONTEXT_CHARACTERS:])
 
 
+def _slots_in_use(batch: PackedBatch, with_targets: bool) -> PackedBatch:
+    """The batch without its empty image slots; a pack has as many as could fit a sequence, and most stay empty."""
+    used = batch.image_valid.nonzero()[:, 0]
+    if not len(used):  # one at least: a stage wants rows
+        used = torch.zeros(1, dtype=torch.int64)
+    slots = {name: getattr(batch, name)[used] for name in ("images", "image_start", "image_soi", "image_valid")}
+    return replace(batch, **slots, num_targets=batch.num_targets if with_targets else 0)
+
+
 class _Share:
     """What the model made of this replica's share."""
 
@@ -333,6 +370,7 @@ class _Share:
         self.generation = torch.zeros(2, dtype=torch.float64)
         """sum of the negative log-likelihoods (nats), number of targets"""
         self.scale = 1.0
+        self.num_images = 0
 
     def add(self, batch: PackedBatch, out: Outputs | None) -> None:
         if out is None:
@@ -345,6 +383,7 @@ class _Share:
         self.features.append((out.image_features[pairs], out.text_features[pairs]))
         self.generation[0] += out.generation
         self.generation[1] += batch.num_targets
+        self.num_images += batch.num_images
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Image and text features of the pairs, [n, D] each."""
@@ -451,7 +490,10 @@ def as_result(result: HeldOut, encoder: str) -> Result:
 
 def table(result: HeldOut) -> str:
     """The numbers for a terminal."""
-    rows = [("documents, pairs", f"{result.documents}, {result.pairs}")]
+    rows = [("documents, images, pairs", f"{result.documents}, {result.images}, {result.pairs}")]
+    if result.bad_images:
+        first = "; ".join(result.bad_images[:3]) + ("; …" if len(result.bad_images) > 3 else "")
+        rows.append(("images left out", f"{len(result.bad_images)} do not decode: {first}"))
     for title, metric in as_result(result, "").metrics.items():
         assert metric.chance is not None
         between = f"   ({metric.low:.1%} to {metric.high:.1%})" if result.intervals else ""

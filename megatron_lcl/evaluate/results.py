@@ -42,6 +42,8 @@ class Result:
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     """of the encoder: its weights, configuration and preprocessing"""
+    num_bad: int = 0
+    """images that did not decode and are not among the items"""
 
 
 def bootstrap(
@@ -72,7 +74,8 @@ def table(results: Sequence[Result]) -> str:
         for name, m in result.metrics.items():
             chance = "" if m.chance is None else f"{m.chance:.4f}"
             interval = f"{m.low:.4f} – {m.high:.4f}"
-            rows.append((result.task, result.encoder, name, f"{m.value:.4f}", interval, chance, str(result.num_items)))
+            items = f"{result.num_items} ({result.num_bad} bad left out)" if result.num_bad else str(result.num_items)
+            rows.append((result.task, result.encoder, name, f"{m.value:.4f}", interval, chance, items))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

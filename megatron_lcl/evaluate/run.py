@@ -13,8 +13,9 @@ import torch
 from megatron_lcl.data.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding, captioning
+from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad
 from megatron_lcl.evaluate.encoders import Encoder, EncoderSource, OurEncoder
-from megatron_lcl.evaluate.features import Kind, image_features
+from megatron_lcl.evaluate.features import Kind, default_cache, image_features
 from megatron_lcl.evaluate.knn import knn, same_classes
 from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, linear_probe
 from megatron_lcl.evaluate.results import Result, table, write_json, write_picture
@@ -46,6 +47,7 @@ def evaluate(
     processes: int = 1,
     devices: tuple[str, ...] = ("cpu",),
     progress: bool = True,
+    skip_bad_images: bool = False,
 ) -> list[Result]:
     """Run `tasks` (of TASKS) on every model (see `load_encoder`); data as `open_images` takes it.
 
@@ -53,6 +55,9 @@ def evaluate(
     folder for results.json, results.txt, results.png and captions.jsonl; nothing is written before all is measured.
     Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached. Raises UserError,
     in one line, for data or models that do not fit the tasks.
+
+    All images are checked before any is encoded. UserError naming those that do not decode; or, with
+    `skip_bad_images`, they are left out, counted in the results, and named in the file bad_images.txt of `output`.
     """
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
@@ -72,8 +77,7 @@ def evaluate(
             )
         train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
         same_classes(train, test)
-        if k > len(train) and "knn" in tasks:
-            raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
+        _check_neighbours(k, train, tasks)
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
@@ -81,10 +85,18 @@ def evaluate(
 
     results: list[Result] = []
     written: list[tuple[str, list[str]]] = []
-    for spec in models:
+    bad: tuple[list[BadBlob], list[BadBlob]] = [], []
+    for number, spec in enumerate(models):
         encoder = EncoderSource(spec, tokenizer, devices)(0)
         if {"zero-shot", "retrieval"} & set(tasks):
             encoder.encode_texts(["a text"])  # says at once if it cannot
+        if number == 0:
+            folder = default_cache() if cache is None else Path(cache)
+            bad = tuple(find_bad(s.images, folder, progress, s.name) if s else [] for s in (test, train))  # type: ignore[assignment]
+            test = without_bad(test, bad[0], skip_bad_images)
+            if train is not None:
+                train = without_bad(train, bad[1], skip_bad_images)
+                _check_neighbours(k, train, tasks)
 
         def features(of: ImageSet, kind: Kind = "pooled", encoder: Encoder = encoder) -> np.ndarray:
             return image_features(encoder, of.images, kind, cache, batch_size, processes, progress)
@@ -101,10 +113,17 @@ def evaluate(
             else:
                 run = zero_shot if task == "zero-shot" else retrieval
                 result = run(encoder, test, features(test), seed, progress=progress)
-            results.append(replace(result, fingerprint=encoder.fingerprint))
+            if bad[1] and task in _NEED_TRAINING:
+                result = replace(result, settings={**result.settings, "bad train images": len(bad[1])})
+            results.append(replace(result, fingerprint=encoder.fingerprint, num_bad=len(bad[0])))
     if output is not None:
-        _write(Path(output), results, test, written)
+        _write(Path(output), results, test, written, [*bad[0], *bad[1]])
     return results
+
+
+def _check_neighbours(k: int, train: ImageSet, tasks: Sequence[str]) -> None:
+    if k > len(train) and "knn" in tasks:
+        raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
 
 
 def _check_device(name: str) -> None:
@@ -147,8 +166,16 @@ def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
     return replace(train, classes=longer), replace(test, classes=longer)
 
 
-def _write(folder: Path, results: list[Result], test: ImageSet, written: list[tuple[str, list[str]]]) -> None:
+def _write(
+    folder: Path,
+    results: list[Result],
+    test: ImageSet,
+    written: list[tuple[str, list[str]]],
+    bad: list[BadBlob],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if bad:
+        replace_text(folder / "bad_images.txt", "".join(f"{b.name}: {b.reason}\n" for b in bad))
     write_json(results, folder / "results.json")
     replace_text(folder / "results.txt", table(results) + "\n")
     write_picture(results, folder / "results.png")

@@ -246,9 +246,12 @@ def _karpathy(path: Path, split: str, folder: Path) -> ImageSet:
         raise UserError(f"{path} has no images in the split {split!r}; it has {sorted({e['split'] for e in entries})}")
     if not files[0].is_file():  # some copies leave out filepath's folder
         files = [folder / file.name for file in files]
-    missing = next((file for file in files if not file.is_file()), None)
+    missing = [file for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{path} names the image {missing}, which is not there; give the folder of its images")
+        raise UserError(
+            f"{path} names {len(files):,} images, of which {len(missing):,} are not there, first {missing[0]}; give "
+            "the folder of its images"
+        )
     return ImageSet(f"{path} ({split})", tuple(FileBlob(file) for file in files), captions=captions)
 
 

@@ -113,7 +113,10 @@ def _share(
 
 
 def load(encoder: Encoder, blob: Blob) -> torch.Tensor:
-    """The image as the encoder takes it. UserError with its name where it does not decode."""
+    """The image as the encoder takes it. UserError with its name where it does not decode.
+
+    What `evaluate` encodes was checked before; that this happens there means that the file has changed since.
+    """
     try:
         return encoder.prepare(blob.read())
     except BadImage as error:

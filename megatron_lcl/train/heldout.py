@@ -59,7 +59,7 @@ class HeldOutMeter:
         def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
             if asked():
                 raise _BrokenOff
-            batches = share(read, num, config.train.micro_batch, mesh, device)
+            batches = share(read, num, self.evaluation.micro_batch, mesh, device)
             return list(itertools.zip_longest(batches, stepper.forward(batches)))
 
         self.evaluation = HeldOutEvaluation(
@@ -68,7 +68,7 @@ class HeldOutMeter:
             mesh,
             forward,
             config.evaluate.tasks,
-            config.train.micro_batch,
+            config.train.micro_batch * config.data.tokens_per_pack,  # as many as in a step
             at_once,
         )
 
@@ -87,6 +87,8 @@ class HeldOutMeter:
             raise RunError(str(error)) from None
         if not self.mesh.is_first:
             return
+        if result.bad_images:
+            self.telemetry.say(f"{len(result.bad_images)} held-out images do not decode, first {result.bad_images[0]}")
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
         self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})

@@ -261,7 +261,7 @@ class Training:
             self.audit.write("step left out", step + 1, reason=skipped, packs=packs)
         if result.num_bad_images:
             reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
-            self.telemetry.write({"step": step + 1, "bad_images": list(itertools.chain.from_iterable(reasons))})
+            self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + config.train.global_batch)
 
     def _after_step(self) -> None:

@@ -55,8 +55,8 @@ class Telemetry:
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every, self.total, self._run = config.train.log_every, config.train.steps, run
         self._progress, self._contrasts = config.train.progress, config.objective.name != "generation"
-        self.num_without_pairs = 0
-        """steps that had nothing to contrast, since this process started"""
+        self.num_without_pairs = self._num_bad = 0
+        """steps that had nothing to contrast, and images that did not decode, since this process started"""
         self._file: Any = None
         if is_first:
             self._open(first_step)
@@ -127,6 +127,13 @@ class Telemetry:
             written = False
         if written:
             self._fault = ""
+
+    def bad_images(self, step: int, reasons: list[str]) -> None:
+        """Images of a step that did not decode: all to the metrics; the first, the tenth, … also to the console."""
+        self.write({"step": step, "bad_images": reasons})
+        before, self._num_bad = self._num_bad, self._num_bad + len(reasons)
+        if len(str(before)) < len(str(self._num_bad)) or not before:
+            self.say(f"step {step}: an image is left out, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
 
     def _draw(self, values: dict[str, Any]) -> None:
         self._board = self._board or self._open_board(values["step"])

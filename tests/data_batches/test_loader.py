@@ -24,6 +24,7 @@ from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.loader import PackedLoader
 from megatron_lcl.data.replay import render_first_packs, replay_html
 from megatron_lcl.data.store import open_corpus
+from megatron_lcl.errors import UserError
 
 P, SIZE, CONTEXT, T = 4, 16, 96, 256
 
@@ -238,9 +239,28 @@ def test_a_fault_in_the_decoder_is_not_taken_for_a_bad_image(
 
 def test_too_many_rotten_images_in_a_row_stop_the_run(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", [[[1, 2], (b"\xff\xd8" + bytes([d]), None, None)] for d in range(30)])
-    with pytest.raises(RuntimeError, match=r"6 images in a row did not decode.*max_bad_images"):
+    with pytest.raises(UserError, match=r"6 images in a row did not decode.*max_bad_images"):
         list(loader_of(corpus.path, train=False, data={"max_bad_images": 5}))
-    list(loader_of(corpus.path, train=False, data={"max_bad_images": 30}))
+    list(loader_of(corpus.path, train=False, data={"max_bad_images": 30, "max_bad_fraction": 1.0}))
+
+
+def test_too_large_a_share_of_rotten_images_stops_the_run(make_corpus: MakeCorpus) -> None:
+    good = jpeg(0)
+
+    def read(name: str, bad: list[bool], **data: Any) -> int:
+        images = [b"\xff\xd8 was picture %d" % i if b else good for i, b in enumerate(bad)]
+        corpus = make_corpus(name, [[[1], (image, None, None)] for image in images])
+        batches = loader_of(corpus.path, train=False, data={"max_bad_fraction": 0.1, **data})
+        return sum(batch.num_bad_images for batch in batches)
+
+    assert read("first", [True] * 19 + [False] * 20) == 19  # few of few say nothing
+    with pytest.raises(UserError, match=r"20 of the last 39 images did not decode.*, image 20: .*max_bad_fraction"):
+        read("then", [True] * 19 + [False] * 19 + [True])
+    share = [n % 10 == 9 for n in range(1500)]  # a tenth, not more
+    assert read("tenth", share) == 150
+    with pytest.raises(UserError, match=r"101 of the last 1000 images did not decode"):
+        read("late", [*share, False, True, True])
+    assert read("allowed", [*share, False, True, True], max_bad_fraction=0.11) == 152
 
 
 def _slow(seconds: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_lcl.config import Data
 from megatron_lcl.data.sequence import IMAGE_ROW, Rules, arrange, arranged_sizes, has_ends, rules_for, select, shuffled
 
-NATURAL = Rules(4, 32, 2, False, 0.24, 1, 6, 1, 0.5, False, False)
+NATURAL = Rules(4, 32, 2, False, 0.24, 1, 6, 1, 0.5, False, False, False)
 
 
 @st.composite
@@ -26,18 +27,20 @@ def documents(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 rules_of = st.builds(
-    lambda selects, first, images, per_segment, pairs, reference: NATURAL._replace(
+    lambda selects, first, images, per_segment, pairs, reference, carry: NATURAL._replace(
         selects=selects,
         image_first=first,
         max_images=images,
         images_per_segment=per_segment,
         pairs=pairs,
         reference_pairs=pairs and reference,
+        carry_text=carry,
     ),
     st.booleans(),
     st.sampled_from([0.0, 0.5, 1.0]),
     st.integers(1, 3),
     st.integers(1, 2),
+    st.booleans(),
     st.booleans(),
     st.booleans(),
 )
@@ -60,7 +63,7 @@ def test_every_token_and_selected_image_stands_in_exactly_one_place(document, ru
     # texts in order, no sequence over its limits, sizes as the packer is told
     texts = [(p, s) for _, p, s, e in rows if e != IMAGE_ROW]
     assert texts == sorted(texts)
-    assert list(rows[:, 0]) == sorted(rows[:, 0])
+    assert list(dict.fromkeys(rows[:, 0])) == list(range(len(set(rows[:, 0]))))
     begins, ends = has_ends(rows, modes, rules)
     sizes = []
     for sequence in np.unique(rows[:, 0]):
@@ -79,10 +82,26 @@ def test_every_token_and_selected_image_stands_in_exactly_one_place(document, ru
 @given(documents(), rules_of, st.integers(0, 2**63))
 def test_a_text_is_cut_only_if_it_is_too_long(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
     lengths, modes, similarity, matched = document
-    rows = arrange(lengths, modes, similarity, matched, np.uint64(seed), rules)
+    rows = arrange(lengths, modes, similarity, matched, np.uint64(seed), rules._replace(carry_text=False))
     times = Counter(int(p) for _, p, _, e in rows if e != IMAGE_ROW)
     for piece, count in times.items():
         assert count == 1 or lengths[piece] > rules.max_tokens - 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents(), rules_of, st.integers(0, 2**63))
+def test_no_cut_takes_the_text_away_that_stands_before_an_image(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
+    lengths, modes, similarity, matched = document
+    rows = arrange(lengths, modes, similarity, matched, np.uint64(seed), rules._replace(carry_text=True))
+    for before, row in itertools.pairwise(rows):
+        if row[3] == IMAGE_ROW and before[3] != IMAGE_ROW:
+            assert row[0] == before[0]
+    lengths, modes = np.array([20, 6, 1], np.int32), np.array([0, 0, 1], np.int8)  # 30 places; the image takes 6
+    nan, none = np.full(1, np.nan, np.float32), np.full(1, -1, np.int32)
+    rows = arrange(lengths, modes, nan, none, np.uint64(seed), NATURAL._replace(carry_text=True))
+    assert rows.tolist() == [[0, 0, 0, 20], [1, 1, 0, 6], [1, 2, 0, -1]]
+    rows = arrange(lengths[1:] * 9, modes[1:], nan, none, np.uint64(seed), NATURAL._replace(carry_text=True))
+    assert rows.tolist() == [[0, 0, 0, 30], [1, 0, 30, 54], [1, 1, 0, -1]]
 
 
 def test_selection_is_the_reference_s() -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_batches.corpora import random_documents, write_corpus
+from data_batches.corpora import Piece, random_documents, write_corpus
 
 from megatron_lcl import load_model
+from megatron_lcl.config import Data
 from megatron_lcl.convert.card import card_of
 from megatron_lcl.convert.load import find_checkpoint, read_config
 from megatron_lcl.evaluate.heldout import evaluate_heldout
@@ -32,8 +34,9 @@ evaluate: {{corpus: {folder}/heldout}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("during")
-    write_corpus(folder / "corpus", random_documents(20, seed=1, mean_text=12.0))
-    write_corpus(folder / "heldout", random_documents(15, seed=2, mean_text=12.0))
+    rotten: list[list[Piece]] = [[[d], (b"\xff\xd8 was picture %d" % d, None, None)] for d in range(6)]
+    write_corpus(folder / "corpus", [*random_documents(20, seed=1, mean_text=12.0), *rotten])
+    write_corpus(folder / "heldout", [*random_documents(15, seed=2, mean_text=12.0), *rotten[:2]])
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
     return folder
 
@@ -53,26 +56,41 @@ def train(folder: Path, output: str, *arguments: str) -> subprocess.CompletedPro
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", [("--zero.stage", "3", "--contrast.strategy", "recompute"), ("--parallel.pipeline", "2")]
+    "layout",
+    [
+        ("--zero.stage", "3", "--contrast.strategy", "recompute", "--data.tokens_per_pack", "128"),
+        ("--parallel.pipeline", "2", "--data.images_per_pack", "1", "--data.image_first", "1"),
+    ],
 )
 def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, layout: tuple[str, ...]) -> None:
-    run = folder / f"run-{len(layout)}"
+    run = folder / f"run-{layout[1]}"
     finished = train(folder, run.name, "--processes", "2", *layout)
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "heldout/bits_per_token" in line]
     assert [line["step"] for line in measured] == [2, 3]  # every second step, and at the end
-    config = read_config(find_checkpoint(run))
+    config = replace(read_config(find_checkpoint(run)), data=Data(cache=str(folder / "cache")))  # no longer its own
     result, examples = evaluate_heldout(load_model(run), config, folder / "heldout", progress=False)
     for name, value in result.numbers().items():
         assert measured[-1][f"heldout/{name}"] == pytest.approx(value, rel=1e-5), name
+    bad = [name for line in lines for name in line.get("bad_images", ())]
+    assert f"an image is left out, {bad[0]} (" in finished.stdout
+    assert finished.stdout.count("2 held-out images do not decode, first ") == 2
     assert measured[0]["heldout/bits_per_token"] != measured[1]["heldout/bits_per_token"]
     assert next((run / "tensorboard").iterdir())
 
     recorded = json.loads((run / "heldout.json").read_text())
     assert (recorded["step"], recorded["corpus"]) == (3, str(folder / "heldout"))
+    assert recorded["rules"] == result.rules
+    assert (recorded["pairs"], recorded["images"]) == (result.pairs, result.images)
+    assert recorded["bad_images"] == list(result.bad_images)
     page = write_report(run).read_text(encoding="utf-8")  # nobody tells it the corpus
+    assert "Rules of evaluation, version 1." in page
+    assert "2 images did not decode and are left out" in page
     assert page.count('alt="held-out image of document') == len(examples)
+    old = {name: value for name, value in recorded.items() if name not in ("rules", "images", "bad_images")}
+    (run / "heldout.json").write_text(json.dumps(old))  # as an earlier version wrote it
+    assert "as an earlier version did" in write_report(run).read_text(encoding="utf-8")
     told = {m.metric: m.value for m in card_of(find_checkpoint(run)).metrics}
     assert told["bits per token"] == pytest.approx(result.bits_per_token)
     (folder / "heldout").rename(folder / "away")

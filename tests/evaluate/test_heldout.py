@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from data_batches.corpora import random_documents, write_corpus
+from data_batches.corpora import Piece, jpeg, random_documents, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_processes
@@ -23,6 +23,7 @@ from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.document import Text
 from megatron_lcl.data.loader import PackedLoader
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import (
     Example,
     HeldOut,
@@ -98,7 +99,9 @@ def own_model() -> LCL:
 def test_equals_a_brute_force_count(folder: Path) -> None:
     config, model, corpus = settings(folder), own_model(), open_corpus(folder / "corpus")
     result, examples = evaluate_heldout(model, config, folder / "corpus", progress=False)
-    data = dataclasses.replace(config.data, corpora=({"path": str(folder / "corpus")},))
+    # a pack is one sequence of the model's context, with as many images as it has places for
+    data = Data(({"path": str(folder / "corpus")},), 48, (48 - 2) // (4 + 2), cache=str(folder / "cache"))
+    data = dataclasses.replace(data, image_first=0.0, workers=0)
     loader = PackedLoader(data, TINY.vision.num_patches, 16, 48, train=False)
     image, text, document, nll, targets = [], [], [], 0.0, 0
     for batch in loader:
@@ -174,8 +177,8 @@ def _evaluate(folder: Path, mesh: Mesh) -> tuple[HeldOut, list[Example]]:
         last = mesh.pipeline.rank == mesh.pipeline.size - 1
         return [(batch, model.stages(batch) if last else None) for batch in batches]
 
-    sizes = {"micro_batch": 2, "at_once": 3}
-    evaluation = HeldOutEvaluation(settings(folder), folder / "corpus", mesh, forward, **sizes)
+    evaluation = HeldOutEvaluation(settings(folder), folder / "corpus", mesh, forward, tokens=100, at_once=3)
+    assert evaluation.micro_batch == 2
     first, second = evaluation.run(), evaluation.run(intervals=True)
     assert dataclasses.replace(second[0], intervals={}) == first[0], "an evaluation changes the next"
     return second
@@ -208,3 +211,70 @@ def test_tasks_are_those_that_the_objective_trains(folder: Path) -> None:
     assert result.image_to_context_recall_at_1 is None
     assert not examples
     assert "recall" not in table(result)
+
+
+def test_numbers_do_not_depend_on_the_settings_of_training(tmp_path: Path) -> None:
+    """The same corpus and weights give the same pairs, whatever `data.*` and the objective were."""
+    matched = random_documents(12, seed=6, matched=True, mean_text=12.0)
+    documents = [*random_documents(12, seed=5, mean_text=12.0), *matched]
+    write_corpus(tmp_path / "corpus", documents, num_shards=2)
+    model = own_model()
+
+    def measured(objective: str = "lcl", **data: Any) -> tuple[HeldOut, list[Example]]:
+        section = Data(workers=0, cache=str(tmp_path / "cache"), **data)
+        config = Config(model=TINY, data=section, objective=Objective(name=objective))
+        return evaluate_heldout(model, config, tmp_path / "corpus", progress=False)
+
+    result, examples = measured(tokens_per_pack=256)
+    assert result.pairs > 20
+    assert result.rules["version"] == 1
+    assert result.rules["sequence_tokens"] == 48
+    assert measured(tokens_per_pack=1024) == (result, examples)
+    assert measured(tokens_per_pack=40, images_per_pack=1) == (result, examples)
+    other: dict[str, Any] = {"min_similarity": 0.0, "max_images_per_segment": 3, "min_images": 0, "max_images": 1}
+    other |= {"image_first": 1.0, "pair_layout": "reference", "contrast_leading_images": True, "seed": 7}
+    assert measured(**other) == (result, examples)
+    # what another objective does not train is not measured; what it does is the same
+    clip, clip_examples = measured("clip")
+    assert clip_examples == examples
+    assert clip == dataclasses.replace(result, targets=0, bits_per_token=None)
+    generation, _ = measured("generation")
+    assert (generation.targets, generation.bits_per_token) == (result.targets, result.bits_per_token)
+
+
+def test_a_context_too_short_for_an_image_is_measured_on_lone_texts(tmp_path: Path) -> None:
+    """Objective clip can train it; there is one pair for each image with a text."""
+    model = LCL(dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, context_length=8)))
+    write_corpus(tmp_path / "corpus", [[(jpeg(d), None, None), [d + 1, d + 2]] for d in range(9)])
+    config = Config(model.config, Data(workers=0, cache=str(tmp_path / "cache")), Objective(name="clip"))
+    result, _ = evaluate_heldout(model.eval(), config, tmp_path / "corpus", progress=False)
+    assert (result.rules["sequences"], result.images, result.pairs) == ("pairs", 9, 9)
+
+
+@pytest.mark.parametrize("layout", ["document", "reference"])
+def test_every_pair_is_measured(tmp_path: Path, layout: Any) -> None:
+    """Half of them stood image first; and of a long caption the image began a sequence without it."""
+    captions = [[d + 1, d + 2, *range(10, 10 + 3 * d)] for d in range(40)]
+    pairs: list[list[Piece]] = [[(jpeg(d), None, None), caption] for d, caption in enumerate(captions)]
+    write_corpus(tmp_path / "corpus", pairs, source="webdataset")
+    config = Config(TINY, Data(workers=0, cache=str(tmp_path / "cache"), pair_layout=layout))
+    result, examples = evaluate_heldout(own_model(), config, tmp_path / "corpus", num_examples=99, progress=False)
+    assert (result.documents, result.images, result.pairs) == (40, 40, 40)
+    # every token but the image's own is a target once: text, `<soi>`, and `<eot>` of each sequence
+    sequences = [1 if len(caption) + 6 <= 46 else math.ceil((len(caption) + 6) / 46) for caption in captions]
+    assert result.targets == sum(len(caption) + 1 for caption in captions) + sum(sequences)
+    assert all(example.pair.context for example in examples)
+
+
+def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
+    bad = b"\xff\xd8 this was a picture"
+    write_corpus(tmp_path / "corpus", [[[d + 1, 2], (bad if d % 4 == 3 else jpeg(d), None, None)] for d in range(120)])
+    config = Config(TINY, Data(workers=0, cache=str(tmp_path / "cache"), max_bad_images=1))
+    result, _ = evaluate_heldout(own_model(), config, tmp_path / "corpus", progress=False)
+    assert (result.pairs, result.images, len(result.bad_images)) == (90, 90, 30)
+    assert "shard 0, image 3: " in result.bad_images[0]
+    assert "30 do not decode" in table(result)
+    write_corpus(tmp_path / "rotten", [[[1], (bad, None, None)]])
+    with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
+        config = dataclasses.replace(config, objective=Objective(name="clip"))
+        evaluate_heldout(own_model(), config, tmp_path / "rotten", progress=False)

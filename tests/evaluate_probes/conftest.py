@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from megatron_lcl.data.probe import BadImage
 from megatron_lcl.evaluate.encoders import Encoder, Features
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
@@ -31,7 +32,7 @@ class PixelEncoder(Encoder):
         try:
             pixels = np.array(Image.open(io.BytesIO(data)).convert("L"), np.float32)
         except OSError as error:
-            raise ValueError(f"an image that does not decode: {error}") from None
+            raise BadImage(f"an image that does not decode: {error}") from None
         return torch.from_numpy(pixels / 255)[None]
 
     def _encode(self, images: torch.Tensor) -> Features:

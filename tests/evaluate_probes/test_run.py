@@ -5,19 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.tokenizer import train_sentencepiece
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding
+from megatron_lcl.evaluate.checking import find_bad, without_bad
 from megatron_lcl.evaluate.encoders import load_encoder
 from megatron_lcl.evaluate.probes import AttentiveSettings
 from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.evaluate.sources import open_images
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +167,78 @@ def test_command_line(
         assert words in said.splitlines()[-1]
         assert len(said.splitlines()) == 1
     assert not (tmp_path / "one").exists()
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG whose header says side × side pixels, as a whole file would; nobody should get as far as to read more."""
+    out = io.BytesIO()
+    Image.new("1", (1, 1)).save(out, "PNG")
+    header = struct.pack(">4sIIBBBBB", b"IHDR", side, side, 1, 0, 0, 0, 0)
+    data = out.getvalue()
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def test_all_bad_images_are_found_before_any_is_encoded(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are named in one line; or left out and counted, by option."""
+    from megatron_lcl.cli import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    first, *others = sorted((data / "test").rglob("*.png"))
+    bad = {
+        "huge": (others[-1].with_name("y.png"), huge_png(24_960), "too many pixels"),
+        "cut": (others[40].with_name("z.png"), others[40].read_bytes()[:60], "truncated or damaged"),
+        "page": (others[90].with_name("a.jpg"), b"<!doctype html><p>not found", "HTML, not an image"),
+        "train": (next((data / "train").rglob("*.png")).with_name("x.png"), b"", "empty file"),
+    }
+    for file, content, _ in bad.values():
+        file.write_bytes(content)
+    command = ["evaluate", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main([*command, "--task", "knn"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "3 of the 203 images of" in said
+    for name in ("huge", "cut", "page"):
+        file, _, reason = bad[name]
+        assert f"{file} ({reason})" in said
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not (tmp_path / "out").exists()
+
+    assert main([*command, "--task", "knn", "--task", "linear-probe", "--skip-bad-images"]) == 0
+    table = capsys.readouterr().out
+    assert "200 (3 bad left out)" in table
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(r["num_items"], r["num_bad"], r["settings"]["bad train images"]) for r in results} == {(200, 3, 1)}
+    named = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    assert sorted(named) == sorted(f"{file}: {reason}" for file, _, reason in bad.values())
+    # what is left is what it was without them
+    for file, *_ in bad.values():
+        file.unlink()
+    clean = evaluate([str(checkpoint)], ["knn", "linear-probe"], data, progress=False)
+    assert [r["metrics"]["accuracy"]["value"] for r in results] == [r.metrics["accuracy"].value for r in clean]
+
+    for file in (*others, first):
+        file.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"200 of the 200 .* and 180 more"):
+        evaluate([str(checkpoint)], ["knn"], data, progress=False)
+    with pytest.raises(UserError, match="no image of .* can be used"):
+        evaluate([str(checkpoint)], ["knn"], data, progress=False, skip_bad_images=True)
+
+
+def test_captions_stay_with_their_images_where_bad_ones_are_left_out(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    images = sorted((folder / "test").rglob("*.png"))[:6]
+    for i, file in enumerate(images):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i in (0, 3) else file.read_bytes())
+    sentences = [[{"raw": f"caption {i}"}] for i in range(6)]
+    entries = [{"filename": f"{i}.png", "split": "test", "sentences": s} for i, s in enumerate(sentences)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    data = open_images(tmp_path / "coco.json")
+    left = without_bad(data, find_bad(data.images, tmp_path / "cache"), skip=True)
+    assert [blob.name for blob in left.images] == [str(tmp_path / f"{i}.png") for i in (1, 2, 4, 5)]
+    assert left.captions == tuple((f"caption {i}",) for i in (1, 2, 4, 5))
+    assert find_bad(left.images, tmp_path / "cache") == []
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # that these are good is known from now on

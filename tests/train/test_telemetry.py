@@ -41,3 +41,16 @@ def test_a_cut_line_is_passed_over_and_damage_is_named(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"st\n')
     with pytest.raises(ValueError, match=f"{file} is damaged"):
         read_metrics(tmp_path)
+
+
+def test_bad_images_are_said_when_they_first_come_and_at_powers_of_ten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configs.load(None, {"train.progress": "false"})
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        for step in range(1, 61):
+            telemetry.bad_images(step, [f"image {step}: cut off", f"image {step} b: empty"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["step 1", "step 5", "step 50"]
+    assert said[1] == "step 5: an image is left out, image 5: cut off (10 so far, see metrics.jsonl)"
+    assert read_metrics(tmp_path)[6]["bad_images"] == ["image 7: cut off", "image 7 b: empty"]
