@@ -142,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
             if not model:
                 raise RuntimeError("the file is empty")
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second where the damage is in the message about it
             raise UserError(f"{name} is not a SentencePiece model") from None
         self.base_size = self._processor.GetPieceSize()
 
