@@ -35,7 +35,7 @@ FOUR = {
     "many micro-batches": Case((0, 2, 4, 6), (((1,), (2,), (0,), (1,), (3,), (1, 1)),), "recompute"),
     "replicas, scale at its bound": Case((0, 4), WITHOUT_IMAGES, climbs=True),
     "replicas, recompute": Case((0, 3), WITHOUT_IMAGES, "recompute"),
-    "replicas, clip": Case((0, 5), WITHOUT_IMAGES, objective="clip", clip_norm=0.1),
+    "replicas, clip": Case((0, 5), WITHOUT_IMAGES, objective="clip"),
     "tensor": Case((0, 4), RAGGED, tensor=2, climbs=True),
     "tensor, recompute": Case((0, 3), RAGGED, "recompute", tensor=2),
 }
