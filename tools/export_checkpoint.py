@@ -1,9 +1,10 @@
 """`megatron-lcl export` from a checkout that is not installed."""
 
-import os
 import sys
+from pathlib import Path
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not this folder: its names hide Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_lcl.cli import main
 
-raise SystemExit(main(["export", *sys.argv[1:]]))
+if __name__ == "__main__":  # worker processes import this file too
+    raise SystemExit(main(["export", *sys.argv[1:]]))

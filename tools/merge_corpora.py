@@ -1,0 +1,10 @@
+"""`megatron-lcl merge` from a checkout that is not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from megatron_lcl.cli import main
+
+if __name__ == "__main__":  # worker processes import this file too
+    raise SystemExit(main(["merge", *sys.argv[1:]]))
