@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.bad_images import BadImages
 from megatron_lcl.data.batch import PackedBatch, num_runs
 from megatron_lcl.data.images import decode_eval, decode_train
 from megatron_lcl.data.index import InOrder, Ledger, Pack, PackIndex, open_ledger
-from megatron_lcl.data.bad_images import BadImages
 from megatron_lcl.data.probe import BadImage
 from megatron_lcl.data.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
 from megatron_lcl.data.source import Source, key, open_source, plain

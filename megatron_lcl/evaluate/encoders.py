@@ -35,7 +35,6 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.open_clip_format import some
 from megatron_lcl.model.stages import normalise
 
-
 _DECODING = "decode_rgb"
 """of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
 

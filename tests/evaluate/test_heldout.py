@@ -275,6 +275,6 @@ def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
     assert "shard 0, image 3: " in result.bad_images[0]
     assert "30 do not decode" in table(result)
     write_corpus(tmp_path / "rotten", [[[1], (bad, None, None)]])
+    config = dataclasses.replace(config, objective=Objective(name="clip"))
     with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
-        config = dataclasses.replace(config, objective=Objective(name="clip"))
         evaluate_heldout(own_model(), config, tmp_path / "rotten", progress=False)
