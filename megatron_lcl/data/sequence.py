@@ -333,8 +333,10 @@ def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules
             if rules.carry_text and count > 0 and rows[count - 1, 0] != sequence and rows[count - 1, 3] != IMAGE_ROW:
                 text, stop = rows[count - 1, 1], rows[count - 1, 3]
                 start = max(rows[count - 1, 2], stop - (capacity - image_tokens))
-                if start == rows[count - 1, 2]:  # all of it; other rows stand before it, else the image would fit
+                if start == rows[count - 1, 2]:  # all of it
                     count -= 1
+                    if count == 0 or rows[count - 1, 0] != sequence - 1:  # it stood alone: there is no cut
+                        sequence -= 1
                 else:
                     rows[count - 1, 3] = start
                 count = _put(rows, count, sequence, text, start, stop)

@@ -1,8 +1,9 @@
 """The two things LCL trains, measured on documents that it has not seen: the contrast and the generation.
 
-Every document of a held-out corpus once, without augmentation, by rules of its own (see `rules`). Retrieval: each image's latent z against the context
-features of all held-out pairs; the true one is the context read at the image's own `<soi>`. And the other way round:
-given the text before an image, find it among all held-out images, and among those of its own document.
+Every document of a held-out corpus once, without augmentation, by rules of its own (see `rules`). Retrieval: each
+image's latent z against the context features of all held-out pairs; the true one is the context read at the image's own
+`<soi>`. And the other way round: given the text before an image, find it among all held-out images, and among those of
+its own document.
 
 Every data-parallel replica reads and computes a share of the corpus, and ranks its own pairs against everybody's, so
 during training nobody waits for one process to evaluate.
@@ -238,8 +239,8 @@ class HeldOutEvaluation:
         Called on the last pipeline stage; everything is gathered over its replicas.
         """
         data = self.mesh.data
-        images = sum(data.gather_objects(own.num_images))
-        result = HeldOut(self.corpus, self.num_documents, 0, 0, images, rules=self.rules)
+        num_images = sum(data.gather_objects(own.num_images))
+        result = HeldOut(self.corpus, self.num_documents, 0, 0, num_images, rules=self.rules)
         if "generation" in self.tasks:
             nll, targets = data.all_reduce(own.generation).tolist()
             if targets:

@@ -20,6 +20,7 @@ from processes import run_processes
 
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
+from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.batch import PackedBatch
 from megatron_lcl.data.document import Text
 from megatron_lcl.data.loader import PackedLoader
@@ -29,6 +30,7 @@ from megatron_lcl.evaluate.heldout import (
     HeldOut,
     HeldOutEvaluation,
     check_tasks,
+    evaluate_checkpoint,
     evaluate_heldout,
     places,
     recall,
@@ -275,6 +277,13 @@ def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
     assert "shard 0, image 3: " in result.bad_images[0]
     assert "30 do not decode" in table(result)
     write_corpus(tmp_path / "rotten", [[[1], (bad, None, None)]])
+    config = dataclasses.replace(config, objective=Objective(name="clip"))
     with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
-        config = dataclasses.replace(config, objective=Objective(name="clip"))
         evaluate_heldout(own_model(), config, tmp_path / "rotten", progress=False)
+
+
+def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = LCL(dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, vocab_size=520)))
+    save_checkpoint(model, Config(model=model.config), tmp_path)
+    with pytest.raises(UserError, match="has 517 ids, the model 520"):
+        evaluate_checkpoint(tmp_path, folder / "corpus")

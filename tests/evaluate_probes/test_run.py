@@ -223,7 +223,7 @@ def test_all_bad_images_are_found_before_any_is_encoded(
         file.write_bytes(b"x")
     with pytest.raises(UserError, match=r"200 of the 200 .* and 180 more"):
         evaluate([str(checkpoint)], ["knn"], data, progress=False)
-    with pytest.raises(UserError, match="no image of .* can be used"):
+    with pytest.raises(UserError, match=r"no image of .* can be used"):
         evaluate([str(checkpoint)], ["knn"], data, progress=False, skip_bad_images=True)
 
 
