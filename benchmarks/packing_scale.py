@@ -28,6 +28,7 @@ SHARD = 100_000
 
 def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
     """A corpus of resampled documents: sizes are real, all token ids are 0, all images the same."""
+    from megatron_lcl.data.drops import Drops
     from megatron_lcl.data.store import ShardWriter, total, write_manifest
     from megatron_lcl.data.tokenizer import load
 
@@ -54,7 +55,8 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
             os.link(folder / name, folder / name.replace("00000", f"{k:05d}"))
     shards = [counts] * (num_documents // SHARD)
     write_manifest(folder, {
-        "format_version": 1, "source": {}, "shards": shards, "counts": total(shards), "files": files,
+        "format_version": 1, "source": {"format": "mmc4"}, "drops": Drops().to_dict(),
+        "shards": shards, "counts": total(shards), "files": files,
         "tokenizer": {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint,
                       "vocab_size": tokenizer.vocab_size},
     })  # fmt: skip

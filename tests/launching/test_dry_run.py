@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,8 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
     assert "data 4 x pipeline 1 x tensor 2, ZeRO stage 1" in lines["layout"]
     assert "8 packs of 96 tokens: 768 tokens a step; a replica runs 1 micro-batch of 2" in lines["batch"]
     assert lines["data"].endswith(": 40 documents")
-    assert lines["packs"].startswith("4 image slots a pack (given); in 64 packs ")
-    assert lines["packs"].endswith("186 of 186 images (100.0%) are in the contrast, 0 of 186 documents (0.0%) are cut")
+    said = r"4 image slots a pack \(given\); in 64 packs (\d+) of \1 images \(100.0%\) are in the contrast, 0 of \1 doc"
+    assert re.match(said, lines["packs"])
     assert lines["run"] == f"{run}: starts at step 0"
     assert f"torch {torch.__version__}" in lines["software"]
     assert list(lines)[-1] == "checks"
