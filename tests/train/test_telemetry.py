@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -41,3 +42,21 @@ def test_a_cut_line_is_passed_over_and_damage_is_named(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"st\n')
     with pytest.raises(ValueError, match=f"{file} is damaged"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["lcl", "generation"])
+def test_steps_without_pairs_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    overrides = {"train.steps": "9", "train.log_every": "2", "train.progress": "false", "objective.name": objective}
+    with Telemetry(tmp_path, configs.load(None, overrides), True, 0) as telemetry:
+        for step in range(1, 9):
+            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=4 if step in (2, 6) else 0), 1e-3, 0.1, 0.0)
+    counted = [line["steps_without_pairs"] for line in read_metrics(tmp_path)]
+    said = capsys.readouterr().out.splitlines()
+    if objective == "generation":
+        assert (counted, said) == ([0, 0, 0, 0], [])
+    else:
+        assert counted == [1, 3, 4, 6]
+        assert said[0].startswith("step 1 has no pair: nothing is contrasted in it")
+        assert said[1:] == ["6 steps had no pair: nothing was contrasted in them"]
