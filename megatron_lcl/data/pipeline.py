@@ -167,17 +167,20 @@ def _write_part(
     shards: dict[Kind | None, _OpenShard] = {}
     last = True
     try:
-        for document in documents:
-            num_read += 1
+        document = next(documents, None)
+        while document is not None:
             kind = document.kind or default
             shard = shards.get(kind)
             if shard is None:
                 shard = shards[kind] = _OpenShard(ShardWriter(folder, len(shards)), job.shard_documents)
-            if shard.add(document):
+            taken, document = shard.take(document, documents)
+            num_read += taken
+            if shard.has_batch:
                 shard.write_batch(job, encode, drops)
                 if shard.is_full(job.shard_bytes):
                     last = False
                     break
+                document = next(documents, None)
         records = []
         for kind, shard in shards.items():
             shard.write_batch(job, encode, drops)
@@ -216,19 +219,34 @@ class _OpenShard:
         self._texts: list[str] = []
         self._size = self._num_items = 0
         self._only_texts = True
-        self._room = self._max_documents - self.writer.num_documents
+        self.has_batch = False
+        """there are documents of about BATCH items, or as many as the shard has room for"""
 
-    def add(self, document: Document) -> bool:
-        """Whether there is a batch now: documents of about BATCH items, no more than the shard has room for."""
-        self._documents.append(document)
-        items = document.items
-        self._num_items += 1 + len(items)
-        try:  # sooner done than asking each item what it is
-            self._texts += [item.text for item in items]  # type: ignore[union-attr]
-        except AttributeError:
-            self._only_texts = False
-            self._size += sum(len(image.data) for image in document.images)
-        return self._num_items >= BATCH or self._size >= BATCH_BYTES or len(self._documents) >= self._room
+    def take(self, first: Document, documents: Iterator[Document]) -> tuple[int, Document | None]:
+        """Add a document, and those of its kind that follow, until there is a batch.
+
+        Returns how many were added, and the next document where that is of another kind, or None.
+        """
+        kind, room = first.kind, self._max_documents - self.writer.num_documents
+        batch, texts, num_items, size = self._documents, self._texts, self._num_items, self._size  # sooner found
+        before, following = len(batch), None
+        for document in itertools.chain((first,), documents):
+            if document.kind != kind:
+                following = document
+                break
+            batch.append(document)
+            items = document.items
+            num_items += 1 + len(items)
+            try:  # sooner done than asking each item what it is
+                texts += [item.text for item in items]  # type: ignore[union-attr]
+            except AttributeError:
+                self._only_texts = False
+                size += sum(len(image.data) for image in document.images)
+            if num_items >= BATCH or size >= BATCH_BYTES or len(batch) >= room:
+                self.has_batch = True
+                break
+        self._num_items, self._size = num_items, size
+        return len(batch) - before, following
 
     def write_batch(self, job: Job, encode: JoinedEncoder, drops: Drops) -> None:
         """Write the documents that wait."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config, load, to_yaml
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.load import open_clip_config
-from megatron_lcl.data import gimp
+from megatron_lcl.data import gimp, pipeline
 from megatron_lcl.data.document import Document, Image, Text
 from megatron_lcl.data.preprocess import WORK, preprocess
 from megatron_lcl.evaluate.heldout import Example, HeldOut, Pair, write_heldout
@@ -155,16 +156,23 @@ def test_pages_go_to_pipes_and_through_links(documents: Path, tmp_path: Path) ->
     assert (tmp_path / "page.html").read_text() in shown
 
 
-def test_hashes_of_documents_are_written_or_the_part_is_not_done(documents: Path, tmp_path: Path) -> None:
+def test_hashes_of_documents_are_written_or_the_part_is_not_done(
+    documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a part's hashes do not fit, nothing says that the part is finished, and the next run makes it good."""
-    work = tmp_path / "corpus" / WORK
-    work.mkdir(parents=True)
     arguments = ("jsonl", documents / "in", tmp_path / "corpus")
-    for suffix in ("", ".tmp"):
-        (work / f"part-000000-0000.digests{suffix}").symlink_to("/dev/full")
-    with pytest.raises(ValueError, match="no space left for"):
-        preprocess(*arguments, vocab_size=400)
-    assert not list(work.glob("*.json"))
+    original, work = pipeline.write_file, tmp_path / "corpus" / WORK
+
+    def write_file(path: Path, content: bytes) -> Any:
+        if path.name == pipeline.DIGESTS:
+            path.with_name(path.name + ".tmp").symlink_to("/dev/full")
+        return original(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_file", write_file)
+        with pytest.raises(ValueError, match="no space left for"):
+            preprocess(*arguments, vocab_size=400, shard=(0, 2))
+    assert not list(work.glob("part-*"))
     preprocess(*arguments, vocab_size=400)
     assert snapshot(tmp_path / "corpus") == snapshot(documents / "corpus")
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from data_corpus.writers import picture, write_jsonl
 from local_slurm import Slurm
 
 from megatron_lcl.cli import main
+from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.preprocess import preprocess
 from megatron_lcl.train import dryrun
 from megatron_lcl.train.launch import adopt_slurm, first_host
 
@@ -139,3 +144,38 @@ def test_first_host_of_a_list() -> None:
 def test_first_host_as_slurm_itself_reads_it(slurm: Slurm) -> None:
     for nodes in HOSTS:
         assert first_host(nodes) == slurm.run("scontrol", "show", "hostnames", nodes).splitlines()[0]
+
+
+def test_a_corpus_that_lost_part_of_a_file(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
+    """Found in training and in held-out documents, whichever shard it is in, before anything starts."""
+    whole = Path(tiny[tiny.index("--data.corpora") + 1])
+    shutil.copytree(whole, tmp_path / "cut")
+    file = tmp_path / "cut/tokens-00000.bin"
+    file.write_bytes(file.read_bytes()[:-40])
+    message = f"megatron-lcl train: {file} has {file.stat().st_size:,} bytes, but was written with "
+    heldout = ["--evaluate.corpus", str(tmp_path / "cut"), "--train.evaluate_every", "1"]
+    for more in (["--data.corpora", str(tmp_path / "cut")], heldout):
+        code, _, err = dry_run(capsys, *tiny, *more)
+        assert (code, err.startswith(message), err.count("\n")) == (2, True, 1), err
+
+
+def test_a_contrast_without_pairs(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
+    corpora = {}
+    tokenizer = next(Path(tiny[tiny.index("--data.corpora") + 1]).glob("tokenizer.*"))
+    for name, kind in (("leading", None), ("pairs", "pairs")):
+        documents = [Document((Image(picture(k)), Text("a red stone")), kind=kind) for k in range(8)]
+        write_jsonl(documents, tmp_path / name / "in")
+        preprocess("jsonl", tmp_path / name / "in", tmp_path / name / "corpus", tokenizer=tokenizer)
+        corpora[name] = str(tmp_path / name / "corpus")
+    for objective, ending in (("lcl", "8 documents, no pair for the contrast"), ("generation", "8 documents")):
+        blend = ["--data.corpora", json.dumps([{"path": path} for path in corpora.values()])]
+        code, out, err = dry_run(capsys, *tiny, *blend, "--objective.name", objective)
+        assert (code, err) == (0, "")
+        lines = [line for line in out.splitlines() if line.startswith("data ")]
+        assert [line.endswith(end) for line, end in zip(lines, (ending, "8 documents"), strict=True)] == [True, True]
+    code, _, err = dry_run(capsys, *tiny, "--data.corpora", corpora["leading"])
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"contrasts images with texts, but in {corpora['leading']} no image has a text before it" in err
+    assert (
+        dry_run(capsys, *tiny, "--data.corpora", corpora["leading"], "--data.contrast_leading_images", "true")[0] == 0
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -54,3 +55,21 @@ def test_bad_images_are_said_when_they_first_come_and_at_powers_of_ten(
     assert [line.partition(":")[0] for line in said] == ["step 1", "step 5", "step 50"]
     assert said[1] == "step 5: an image is left out, image 5: cut off (10 so far, see metrics.jsonl)"
     assert read_metrics(tmp_path)[6]["bad_images"] == ["image 7: cut off", "image 7 b: empty"]
+
+
+@pytest.mark.parametrize("objective", ["lcl", "generation"])
+def test_steps_without_pairs_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    overrides = {"train.steps": "9", "train.log_every": "2", "train.progress": "false", "objective.name": objective}
+    with Telemetry(tmp_path, configs.load(None, overrides), True, 0) as telemetry:
+        for step in range(1, 9):
+            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=4 if step in (2, 6) else 0), 1e-3, 0.1, 0.0)
+    counted = [line["steps_without_pairs"] for line in read_metrics(tmp_path)]
+    said = capsys.readouterr().out.splitlines()
+    if objective == "generation":
+        assert (counted, said) == ([0, 0, 0, 0], [])
+    else:
+        assert counted == [1, 3, 4, 6]
+        assert said[0].startswith("step 1 has no pair: nothing is contrasted in it")
+        assert said[1:] == ["6 steps had no pair: nothing was contrasted in them"]
