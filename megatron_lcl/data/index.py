@@ -216,6 +216,7 @@ class PackIndex:
         self._sources: dict[str, Source] = {}
         self._opened: dict[Path, _Entries] = {}
         self._ahead = 0
+        self._builder: threading.Thread | None = None
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -230,7 +231,8 @@ class PackIndex:
             source.use.renew()
         if self._ahead < chunk.stop and 4 * (number - chunk.first) >= 3 * (chunk.stop - chunk.first):
             self._ahead = chunk.stop  # so that nobody waits at its end; a failure comes back when it is needed
-            threading.Thread(target=self._built, args=(chunk.end, lambda _: None), daemon=True).start()
+            self._builder = threading.Thread(target=self._built, args=(chunk.end, lambda _: None), daemon=True)
+            self._builder.start()
         return Pack(number, sources, entries)
 
     def prepare(self, number: int) -> None:
@@ -238,7 +240,12 @@ class PackIndex:
         self._built(self._chunk_of(number).begin, lambda _: None)
 
     def close(self) -> None:
-        """Let go of the chunks' files; they are opened again when they are needed."""
+        """Let go of the chunks' files, which are opened again when they are needed, and end what is built beside.
+
+        To be called before processes are forked: a lock that another thread holds would be held in them for ever.
+        """
+        if self._builder is not None:
+            self._builder.join()
         self._opened.clear()
 
     def ledger_at(self, number: int) -> Ledger:
