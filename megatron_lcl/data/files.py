@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from pathlib import Path
 
 import xxhash
@@ -38,7 +39,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
         path.write_bytes(content)
         return
     target = path.resolve()
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # two may write one file at once
     try:
         temporary.write_bytes(content)
         sync(temporary)
