@@ -27,9 +27,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from megatron_lcl import config as configs
-from megatron_lcl.train import reshard
-from megatron_lcl.train.checkpoint import STATE, Progress, step_folder
-from megatron_lcl.train.checkpointer import Checkpointer
+from megatron_lcl.train.checkpoint import reshard
+from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
+from megatron_lcl.train.checkpoint.folder import STATE, Progress, step_folder
 from megatron_lcl.train.engine import build_engine, build_module, init_processes
 
 PEAK = """

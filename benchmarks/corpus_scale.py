@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lcl.data.preprocess import preprocess
-from megatron_lcl.data.store import FORMAT_VERSION, ShardWriter, open_corpus, write_manifest
-from megatron_lcl.data.tokenizer import load, train_sentencepiece
+from megatron_lcl.data.corpus.store import FORMAT_VERSION, ShardWriter, open_corpus, write_manifest
+from megatron_lcl.data.corpus.tokenizer import load, train_sentencepiece
+from megatron_lcl.data.prepare.preprocess import preprocess
 
 
 def main() -> None:

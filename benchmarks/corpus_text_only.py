@@ -27,10 +27,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from megatron_lcl.data.document import Text
-from megatron_lcl.data.indexed import IndexedWriter
-from megatron_lcl.data.preprocess import preprocess
-from megatron_lcl.data.tokenizer import Tokenizer, load, train_sentencepiece
+from megatron_lcl.data.corpus.document import Text
+from megatron_lcl.data.corpus.indexed import IndexedWriter
+from megatron_lcl.data.corpus.tokenizer import Tokenizer, load, train_sentencepiece
+from megatron_lcl.data.prepare.preprocess import preprocess
 
 CLAIM = 0.85
 

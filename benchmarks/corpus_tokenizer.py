@@ -13,7 +13,7 @@ from pathlib import Path
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from megatron_lcl.data.tokenizer import load
+from megatron_lcl.data.corpus.tokenizer import load
 
 
 def main() -> None:

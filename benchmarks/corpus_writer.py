@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_lcl.data.store import ShardWriter
+from megatron_lcl.data.corpus.store import ShardWriter
 
 
 def main() -> None:

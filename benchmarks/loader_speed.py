@@ -22,7 +22,7 @@ from typing import Any
 
 def throughput(arguments: argparse.Namespace) -> None:
     from megatron_lcl import config as configs
-    from megatron_lcl.data.loader import PackedLoader
+    from megatron_lcl.data.loading.loader import PackedLoader
 
     print("workers  packs/s  images/s  tokens/s  tokens used  image slots used")
     for workers in arguments.workers:
@@ -61,7 +61,7 @@ def _first_batch(folder: str, cache: str, queue: Any) -> None:
 
     before, started = _resident(), time.perf_counter()
     from megatron_lcl.config import Corpus, Data
-    from megatron_lcl.data.loader import PackedLoader
+    from megatron_lcl.data.loading.loader import PackedLoader
 
     data = Data(corpora=(Corpus(folder),), workers=0, cache=cache)
     next(iter(PackedLoader(data, 49, 224, 2048)))

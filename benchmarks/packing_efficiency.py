@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lcl.data.packing import best_fit, choose_images_per_pack, max_sequences
-from megatron_lcl.data.tokenizer import load
+from megatron_lcl.data.corpus.tokenizer import load
+from megatron_lcl.data.loading.packing import best_fit, choose_images_per_pack, max_sequences
 
 
 def real_sizes(annotations: Path) -> np.ndarray:

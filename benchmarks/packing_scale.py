@@ -28,9 +28,9 @@ SHARD = 100_000
 
 def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
     """A corpus of resampled documents: sizes are real, all token ids are 0, all images the same."""
-    from megatron_lcl.data.drops import Drops
-    from megatron_lcl.data.store import ShardWriter, total, write_manifest
-    from megatron_lcl.data.tokenizer import load
+    from megatron_lcl.data.corpus.drops import Drops
+    from megatron_lcl.data.corpus.store import ShardWriter, total, write_manifest
+    from megatron_lcl.data.corpus.tokenizer import load
 
     tokenizer = load("clip")
     documents = []
@@ -65,7 +65,7 @@ def write_corpus(folder: Path, annotations: Path, num_documents: int, image: byt
 def build(folder: str, cache: str, num_documents: int, tokens_per_pack: int, queue: Any) -> None:
     """One epoch's index, in a process of its own so that its peak memory is its own."""
     from megatron_lcl.config import Corpus, Data
-    from megatron_lcl.data.index import PackIndex, open_ledger
+    from megatron_lcl.data.loading.pack_index import PackIndex, open_ledger
 
     data = Data(corpora=(Corpus(folder),), tokens_per_pack=tokens_per_pack, cache=cache)
     started = time.perf_counter()

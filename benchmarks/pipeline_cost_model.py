@@ -34,7 +34,7 @@ import torch
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 
@@ -101,8 +101,9 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     torch.set_num_threads(1)
     from deepspeed.runtime.pipe import schedule
 
-    from megatron_lcl.train import cuts as cuts_module
-    from megatron_lcl.train.cuts import (
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
+    from megatron_lcl.train.pipeline import partition as cuts_module
+    from megatron_lcl.train.pipeline.partition import (
         StageSamples,
         agree_on_costs,
         even_cuts,
@@ -111,7 +112,6 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
         part_sums,
         place_cuts,
     )
-    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
 
     # until this process ends
     patch.object(cuts_module, "time", SimpleNamespace(perf_counter=time.process_time)).start()

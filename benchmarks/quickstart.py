@@ -30,8 +30,8 @@ import yaml
 from PIL import Image as PILImage
 
 import megatron_lcl
-from megatron_lcl.data.document import Image, Text
-from megatron_lcl.data.images import decode_eval
+from megatron_lcl.data.corpus.document import Image, Text
+from megatron_lcl.data.loading.images import decode_eval
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES, GIBIBYTES = 10, 4.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_lcl.convert.load import load_model
     from megatron_lcl.convert.open_clip import from_open_clip
-    from megatron_lcl.data.store import open_corpus
+    from megatron_lcl.data.corpus.store import open_corpus
     from megatron_lcl.model.lcl import LCL
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ _HOME = {
     "LCL": "model.lcl",
     "from_open_clip": "convert.open_clip",
     "load_model": "convert.load",
-    "open_corpus": "data.store",
+    "open_corpus": "data.corpus.store",
 }
 
 

@@ -283,9 +283,9 @@ def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.cluster import preprocess_on_slurm, read_parameters
-    from megatron_lcl.data.importers import read_options
-    from megatron_lcl.data.preprocess import parse_share, preprocess
+    from megatron_lcl.data.prepare.cluster import preprocess_on_slurm, read_parameters
+    from megatron_lcl.data.prepare.importers import read_options
+    from megatron_lcl.data.prepare.preprocess import parse_share, preprocess
 
     arguments = {
         "images": options.images,
@@ -337,7 +337,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if options.nodes != 1:
         raise UserError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
-    from megatron_lcl.train.signals import Signals, Stopped
+    from megatron_lcl.train.resilience.signals import Signals, Stopped
 
     if not launch.is_launched():
         from megatron_lcl.train.run import check
@@ -429,7 +429,7 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
-    from megatron_lcl.data.verify import verify
+    from megatron_lcl.data.prepare.verify import verify
 
     faults = verify(options.corpus, options.quick)
     print("\n".join(faults) if faults else f"{options.corpus}: no fault found")
@@ -439,8 +439,8 @@ def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
 def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
     import json
 
-    from megatron_lcl.data import inspect
-    from megatron_lcl.data.store import open_corpus
+    from megatron_lcl.data.corpus.store import open_corpus
+    from megatron_lcl.data.pages import inspect
 
     if (options.html or options.json) and options.what not in ([], ["stats"]):
         raise UserError("--html and --json are of the whole corpus; leave out `show N`")
@@ -459,16 +459,16 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.merge import merge
+    from megatron_lcl.data.prepare.merge import merge
 
     counts = merge(options.corpora, options.output, options.move)["counts"]
     print(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.files import replace_text
-    from megatron_lcl.data.replay import replay_html
-    from megatron_lcl.train.checkpoint import last_ledger
+    from megatron_lcl.data.corpus.files import replace_text
+    from megatron_lcl.data.pages.replay import replay_html
+    from megatron_lcl.train.checkpoint.folder import last_ledger
 
     config = configs.load(options.config)
     ledger = last_ledger(Path(config.train.output))
@@ -479,7 +479,7 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
-    from megatron_lcl.train import inventory
+    from megatron_lcl.train.checkpoint import inventory
 
     folder = Path(options.folder)
     if options.what == "list":

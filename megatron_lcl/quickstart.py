@@ -17,10 +17,10 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert.certificate import summary
 from megatron_lcl.convert.export import export
 from megatron_lcl.convert.load import find_checkpoint
-from megatron_lcl.data.files import replace_text
-from megatron_lcl.data.gimp import fetch_manual
-from megatron_lcl.data.preprocess import preprocess
-from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.gimp import fetch_manual
+from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.report import write_report

@@ -14,14 +14,14 @@ from markupsafe import Markup
 
 from megatron_lcl import config as configs
 from megatron_lcl.convert.load import find_checkpoint
-from megatron_lcl.data.drops import Drops
-from megatron_lcl.data.files import replace_text
-from megatron_lcl.data.images import thumbnail
-from megatron_lcl.data.replay import render_first_packs
-from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
-from megatron_lcl.train.checkpoint import last_ledger
+from megatron_lcl.train.checkpoint.folder import last_ledger
 from megatron_lcl.train.run import CONFIG
 from megatron_lcl.train.telemetry import read_metrics
 

@@ -16,7 +16,7 @@ a red round stone lies under the green tree while water runs past an old mill an
 
 def make_corpus(folder: Path, seed: int, tokenizer: Path | None = None) -> Path:
     """A corpus of 24 documents, some without images; with the tokenizer of another corpus, or one of its own."""
-    from megatron_lcl.data.preprocess import preprocess
+    from megatron_lcl.data.prepare.preprocess import preprocess
 
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from data_corpus.writers import picture, write_jsonl
-from launching.conftest import TINY, WORDS
+from data.writers import picture, write_jsonl
+from launch.conftest import TINY, WORDS
 
 from megatron_lcl.cli import main
-from megatron_lcl.data.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image, Text
 
 ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(r"^ *(megatron-lcl (?:preprocess|verify|inspect|train|evaluate|export) .*)$", re.M)

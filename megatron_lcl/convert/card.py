@@ -18,7 +18,7 @@ import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
-from megatron_lcl.data.store import read_manifest
+from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
 
 

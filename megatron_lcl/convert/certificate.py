@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.layers import Patches, PoolInterleave, VisionBlock, normalise
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.stages import Patches, PoolInterleave, VisionBlock, normalise
 
 BOUND = 1e-5
 """largest relative difference of an export"""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.files import hash_file
+from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.errors import UserError
 
 CERTIFICATE = "certificate.json"

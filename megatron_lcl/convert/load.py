@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Config, Model, from_dict, read_yaml
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.files import hash_file
-from megatron_lcl.data.manifest import MANIFEST, verify
-from megatron_lcl.data.store import MANIFEST as CORPUS_MANIFEST
+from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.data.corpus.manifest import MANIFEST, verify
+from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.open_clip_format import load_open_clip, model_config, name_faults, some
+from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, some
 
 WEIGHTS, CONFIG, PROGRESS = "model.safetensors", "config.yaml", "progress.json"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.open_clip_format import load_open_clip, model_config
+from megatron_lcl.model.reference_format import load_open_clip, model_config
 
 
 def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> LCL:

@@ -22,9 +22,9 @@ from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.open_clip_format import parts_open_clip
-from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
+from megatron_lcl.model.reference_format import parts_open_clip
 
 KIND = "open_clip"
 LIBRARY = "open_clip"

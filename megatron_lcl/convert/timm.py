@@ -22,8 +22,8 @@ from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.load import mlp_ratio
 from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.stages import IMAGE_MEAN, IMAGE_STD
 
 KIND = "timm"
 LIBRARY = "timm"

@@ -17,8 +17,8 @@ from megatron_lcl.evaluate.encoders import Encoder, OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches
+from megatron_lcl.model.layers import Activations, normalise
 from megatron_lcl.model.lcl import LCL, pack_padded
-from megatron_lcl.model.stages import Activations, normalise
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from megatron_lcl.data.files import replace_text
-from megatron_lcl.data.probe import BadImage, probe
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.probe import BadImage, probe
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.parallel.cores import num_cores

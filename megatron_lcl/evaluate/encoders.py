@@ -27,13 +27,13 @@ from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.libraries import quietly, require
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.convert.pool import POOL
-from megatron_lcl.data import tokenizer as tokenizers
-from megatron_lcl.data.images import decode_eval, decode_rgb
-from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.images import decode_eval, decode_rgb
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.layers import normalise
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.open_clip_format import some
-from megatron_lcl.model.stages import normalise
+from megatron_lcl.model.reference_format import some
 
 _DECODING = "decode_rgb"
 """of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""

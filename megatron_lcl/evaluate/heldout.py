@@ -26,16 +26,16 @@ from tqdm import tqdm
 
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
-from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.data.files import replace_text
-from megatron_lcl.data.index import InOrder
-from megatron_lcl.data.loader import PackedLoader
-from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.pack_index import InOrder
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
 from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
+from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.stages import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 RESULT, EXAMPLES, PICTURE = "heldout.json", "heldout_examples.json", "heldout.png"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl.convert.card import Measured
-from megatron_lcl.data.files import replace_bytes, replace_text
+from megatron_lcl.data.corpus.files import replace_bytes, replace_text
 from megatron_lcl.errors import UserError
 
 CONFIDENCE = 0.95

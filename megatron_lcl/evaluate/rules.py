@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_lcl.config import Config, Corpus, Data, Model
-from megatron_lcl.data.packing import max_sequences
+from megatron_lcl.data.loading.packing import max_sequences
 
 VERSION = 1
 """to be raised when what follows, or how a document is cut, changes"""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_lcl.data.files import replace_text
+from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding, captioning
 from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad

@@ -15,10 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_lcl.data.document import Image
-from megatron_lcl.data.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.document import Image
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.open_clip_format import some
+from megatron_lcl.model.reference_format import some
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _DEFAULT_TEMPLATE = "a photo of a {c}."

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from megatron_lcl.data.probe import BadImage
+from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders import Encoder, EncoderSource
 from megatron_lcl.evaluate.sources import Blob

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from megatron_lcl.losses import contrastive_tiles
 from megatron_lcl.losses.group import exchange, rank_and_size
 from megatron_lcl.losses.kernels import triton_fault
-from megatron_lcl.parallel.collectives import all_gather
+from megatron_lcl.parallel.mappings import all_gather
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

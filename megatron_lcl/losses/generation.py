@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_lcl.losses import softmax_torch
 from megatron_lcl.losses.group import exchange, rank_and_size
 from megatron_lcl.losses.kernels import triton_fault
-from megatron_lcl.parallel.collectives import all_gather
+from megatron_lcl.parallel.mappings import all_gather
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_LOGITS = 2**25

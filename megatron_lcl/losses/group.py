@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.parallel.collectives import all_gather
+from megatron_lcl.parallel.mappings import all_gather
 
 HEADER = 6
 """integers that every rank tells the others before anything else: whether it has an error, and up to five facts"""

@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.config import Model
-from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.block import Norm
-from megatron_lcl.model.initialise import initialise
-from megatron_lcl.model.open_clip_format import state_dict_open_clip
-from megatron_lcl.model.special import SpecialTokens
-from megatron_lcl.model.stages import (
+from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.layers import (
     Activations,
     Head,
     LanguageBlock,
@@ -27,6 +25,8 @@ from megatron_lcl.model.stages import (
     build_stages,
     unit_norm,
 )
+from megatron_lcl.model.reference_format import state_dict_open_clip
+from megatron_lcl.model.special import SpecialTokens
 
 
 class StageList(nn.Sequential):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_lcl.parallel.collectives import (
+from megatron_lcl.parallel.mappings import (
     finish,
     gather_same,
     reduce_scatter,

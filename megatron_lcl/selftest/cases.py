@@ -9,7 +9,7 @@ import torch
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.data.batch import PackedBatch, num_runs
+from megatron_lcl.data.loading.batch import PackedBatch, num_runs
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train.optimizer import learning_rate
 

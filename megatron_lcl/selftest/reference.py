@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.model.initialise import initialise
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.layers import MAX_LOG_SCALE, build_stages
 from megatron_lcl.model.lcl import StageList
-from megatron_lcl.model.stages import MAX_LOG_SCALE, build_stages
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.parallel.traffic import Traffic
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
+from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
 
 AXES = ("world", "data", "pipeline", "tensor", "replica", "stage")
@@ -90,9 +90,9 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
+    from megatron_lcl.selftest.traffic import of_step
+    from megatron_lcl.train.broadcast_batches import share
     from megatron_lcl.train.engine import build_stepper, read_parameters
-    from megatron_lcl.train.share import share
-    from megatron_lcl.train.traffic import of_step
 
     config = case.config()
     num = config.train.global_batch // mesh.data.size

@@ -22,12 +22,12 @@ from packaging.requirements import Requirement
 from megatron_lcl import config as configs
 from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
-from megatron_lcl.data.index import Ledger
-from megatron_lcl.data.store import open_corpus
-from megatron_lcl.data.summary import summarize_config
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.stages import build_stages
-from megatron_lcl.train import checkpoint
+from megatron_lcl.model.layers import build_stages
+from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import estimate

@@ -18,17 +18,17 @@ from torch import nn
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
 from megatron_lcl.model.block import Norm
-from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.layers import Head, stage_specs
 from megatron_lcl.model.lcl import StageList
-from megatron_lcl.model.stages import Head, stage_specs
 from megatron_lcl.parallel.layers import full_tensor
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import settings
 from megatron_lcl.train.apex import fused_layer_norm
-from megatron_lcl.train.cuts import even_cuts
-from megatron_lcl.train.initial_weights import InitialWeights, put
+from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, put
 from megatron_lcl.train.layout import build_mesh, build_topology, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
+from megatron_lcl.train.pipeline.partition import even_cuts
 
 BUCKET = 50_000_000
 """numbers in a sum of gradients over replicas: DeepSpeed's own are so large that a model of 500 million has one sum"""
@@ -165,7 +165,7 @@ def build_module(
         put(weights, stages, mesh.tensor)
     if mesh.pipeline.size == 1:
         return StageList(*stages.values())
-    from megatron_lcl.train.pipeline import PipelinePart
+    from megatron_lcl.train.pipeline.engine import PipelinePart
 
     return PipelinePart(stages, bounds, build_topology(config, mesh.data.size))
 
@@ -186,7 +186,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
                 model=module, optimizer=optimizer, config=settings_of_run, mpu=mpu, dist_init_required=False
             )
         else:
-            from megatron_lcl.train.pipeline import build_pipeline_engine
+            from megatron_lcl.train.pipeline.engine import build_pipeline_engine
 
             engine = build_pipeline_engine(module, optimizer, settings_of_run, config, mesh)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
@@ -201,7 +201,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:
 def build_stepper(engine: Any, config: Config, mesh: Mesh) -> Any:
     """What runs steps on the engine, `run(batches, lr) -> StepResult`: a Stepper, in a pipeline a PipelineStepper."""
     if mesh.pipeline.size > 1:
-        from megatron_lcl.train.pipeline import PipelineStepper
+        from megatron_lcl.train.pipeline.engine import PipelineStepper
 
         return PipelineStepper(engine, config, mesh)
     from megatron_lcl.train.step import Stepper

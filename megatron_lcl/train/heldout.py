@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.config import Config
-from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.data.store import open_corpus
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks, write_heldout
-from megatron_lcl.model.stages import Outputs
+from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.broadcast_batches import share
 from megatron_lcl.train.layout import num_micro_batches
-from megatron_lcl.train.share import share
 from megatron_lcl.train.telemetry import Telemetry
 
 

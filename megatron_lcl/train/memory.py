@@ -22,7 +22,7 @@ import torch
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.stages import build_stages
+from megatron_lcl.model.layers import build_stages
 from megatron_lcl.train.engine import DTYPES, resolve_dtype
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches

@@ -15,21 +15,22 @@ import torch.distributed as dist
 
 from megatron_lcl.config import Config, load, to_dict, to_yaml
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.data.contrast import corpora_without_pairs
-from megatron_lcl.data.files import replace_text
-from megatron_lcl.data.index import Ledger, open_ledger
-from megatron_lcl.data.loader import PackedLoader
-from megatron_lcl.data.store import open_corpus
-from megatron_lcl.data.summary import summarize
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.contrast import corpora_without_pairs
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.pack_index import Ledger, open_ledger
+from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train import checkpoint
 from megatron_lcl.train.apex import check_apex
-from megatron_lcl.train.audit import Audit
-from megatron_lcl.train.checkpoint import Progress
-from megatron_lcl.train.checkpointer import Checkpointer
-from megatron_lcl.train.cuts import choose_cuts
+from megatron_lcl.train.broadcast_batches import share
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
+from megatron_lcl.train.checkpoint.folder import Progress
+from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
+from megatron_lcl.train.checkpoint.saver import Saver
 from megatron_lcl.train.determinism import check_determinism, determinism
 from megatron_lcl.train.engine import (
     DTYPES,
@@ -41,21 +42,20 @@ from megatron_lcl.train.engine import (
     resolve_dtype,
     specs_of,
 )
-from megatron_lcl.train.faults import lost
-from megatron_lcl.train.guard import BadSteps
 from megatron_lcl.train.heldout import HeldOutMeter, check_heldout
-from megatron_lcl.train.initial_weights import InitialWeights, find_initial_weights
 from megatron_lcl.train.kernels import check_kernels, choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
-from megatron_lcl.train.lock import alone_in
 from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.optimizer import learning_rate
-from megatron_lcl.train.replicas import find_difference
-from megatron_lcl.train.saver import Saver
-from megatron_lcl.train.share import share
-from megatron_lcl.train.signals import Signals, Stopped
+from megatron_lcl.train.pipeline.partition import choose_cuts
+from megatron_lcl.train.resilience.audit import Audit
+from megatron_lcl.train.resilience.bad_steps import BadSteps
+from megatron_lcl.train.resilience.faults import lost
+from megatron_lcl.train.resilience.lock import alone_in
+from megatron_lcl.train.resilience.replicas import find_difference
+from megatron_lcl.train.resilience.signals import Signals, Stopped
+from megatron_lcl.train.resilience.watchdog import Watch
 from megatron_lcl.train.telemetry import Telemetry
-from megatron_lcl.train.watch import Watch
 
 CONFIG = "config.yaml"
 

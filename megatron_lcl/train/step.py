@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.config import Config
-from megatron_lcl.data.batch import PackedBatch
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
-from megatron_lcl.model.stages import MAX_LOG_SCALE, Outputs
+from megatron_lcl.model.layers import MAX_LOG_SCALE, Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.engine import read_log_scale, update_log_scale
 

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_lcl.config import Config
-from megatron_lcl.data.files import replace_text
+from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.step import StepResult
 

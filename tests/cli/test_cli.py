@@ -128,8 +128,8 @@ def test_the_checkouts_scripts_are_the_commands() -> None:
 FAULTY = """
 import sys
 import numpy as np
-import megatron_lcl.data.verify
-megatron_lcl.data.verify.verify = lambda *_: {fault}
+import megatron_lcl.data.prepare.verify
+megatron_lcl.data.prepare.verify.verify = lambda *_: {fault}
 from megatron_lcl.cli import main
 sys.exit(main(["verify", "corpus"]))
 """

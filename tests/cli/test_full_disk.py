@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 from convert.conftest import TINY, random_model
-from data_corpus.writers import picture, write_jsonl
+from data.writers import picture, write_jsonl
 
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, load, to_yaml
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.load import open_clip_config
-from megatron_lcl.data import gimp, pipeline
-from megatron_lcl.data.document import Document, Image, Text
-from megatron_lcl.data.preprocess import WORK, preprocess
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.prepare import gimp
+from megatron_lcl.data.prepare import preprocess_task as pipeline
+from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.evaluate.heldout import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
 

@@ -17,8 +17,8 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.card import Card, Measured
 from megatron_lcl.convert.export import export, export_model, save_checkpoint
-from megatron_lcl.data.images import decode_eval
-from megatron_lcl.model.stages import IMAGE_STD, normalise
+from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.model.layers import IMAGE_STD, normalise
 
 transformers = pytest.importorskip("transformers")
 GIANT = Model(Vision(224, 14, 1408, 2, 16, 6144), Language(128, 1000, 512, 1, 8, 2048), 8)

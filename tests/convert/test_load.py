@@ -19,7 +19,7 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
 from megatron_lcl.convert.load import _published_config, open_clip_config
-from megatron_lcl.model.open_clip_format import model_config
+from megatron_lcl.model.reference_format import model_config
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_batches.corpora import Piece, random_documents, write_corpus
+from data.corpora import Piece, random_documents, write_corpus
 
 from megatron_lcl import load_model
 from megatron_lcl.config import Data

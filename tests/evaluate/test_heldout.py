@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from data_batches.corpora import Piece, jpeg, random_documents, write_corpus
+from data.corpora import Piece, jpeg, random_documents, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_processes
@@ -21,9 +21,9 @@ from processes import run_processes
 from megatron_lcl import LCL, open_corpus
 from megatron_lcl.config import Config, Data, Language, Model, Objective, Vision
 from megatron_lcl.convert.export import save_checkpoint
-from megatron_lcl.data.batch import PackedBatch
-from megatron_lcl.data.document import Text
-from megatron_lcl.data.loader import PackedLoader
+from megatron_lcl.data.corpus.document import Text
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import (
     Example,

@@ -50,7 +50,7 @@ def test_parameters_survive_the_round_trip(model: LCL, parameters: dict[str, tor
 
 
 def test_published_names_and_shapes(shared: Path) -> None:
-    from megatron_lcl.model.open_clip_format import model_config
+    from megatron_lcl.model.reference_format import model_config
 
     pool = {"pool_proj_type": "attn", "attn_num_heads": 8}
     for file, patch, context, width in (("ViT-B-32_mmc4", 32, 2048, 512), ("ViT-B-16_laion", 16, 280, 768)):
@@ -80,8 +80,8 @@ def test_outputs_and_losses(model: LCL, tensors: dict[str, torch.Tensor]) -> Non
 
 
 def test_logits_and_labels(model: LCL, tensors: dict[str, torch.Tensor]) -> None:
+    from megatron_lcl.model.layers import Activations
     from megatron_lcl.model.lcl import pack_padded
-    from megatron_lcl.model.stages import Activations
 
     text = tensors["batch0/text"]
     batch = pack_padded(text, (text != 0).sum(1), tensors["batch0/images"], model.config)

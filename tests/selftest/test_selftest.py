@@ -56,8 +56,8 @@ def test_a_scale_that_is_not_clamped_would_be_seen(monkeypatch: pytest.MonkeyPat
 
 def lose_a_sum(rank: int) -> None:
     """What tensor ranks owe each other for the parameters that all of them hold is not summed."""
-    from megatron_lcl.model import stages
-    from megatron_lcl.parallel import collectives
+    from megatron_lcl.model import layers as stages
+    from megatron_lcl.parallel import mappings as collectives
 
     assert stages is not None
     summing = collectives.sum_gradients
@@ -68,7 +68,7 @@ def lose_a_sum(rank: int) -> None:
 
 def gather_in_another_order(rank: int) -> None:
     """A collective that puts the ranks' rows together in the wrong order."""
-    from megatron_lcl.parallel import collectives
+    from megatron_lcl.parallel import mappings as collectives
 
     gather = collectives.all_gather
 
@@ -119,7 +119,7 @@ def forget_the_clamp(rank: int) -> None:
 
 def send_twice(rank: int) -> None:
     """Right in every number, and wasteful."""
-    from megatron_lcl.parallel import collectives
+    from megatron_lcl.parallel import mappings as collectives
 
     gather = collectives.all_gather
 

@@ -87,7 +87,7 @@ def test_it_is_on_during_training(tmp_path: Path) -> None:
     from small_corpus import make_corpus
     from train.test_training_runs import CONFIG, losses
 
-    from megatron_lcl.data.store import open_corpus
+    from megatron_lcl.data.corpus.store import open_corpus
 
     corpus, file = make_corpus(tmp_path / "documents", seed=0), tmp_path / "config.yaml"
     vocab_size = open_corpus(corpus).tokenizer.vocab_size

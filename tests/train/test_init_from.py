@@ -22,11 +22,11 @@ from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import pack_padded
-from megatron_lcl.model.open_clip_format import model_config
+from megatron_lcl.model.reference_format import model_config
 from megatron_lcl.parallel.mesh import ALONE
-from megatron_lcl.train.checkpoint import choose
-from megatron_lcl.train.initial_weights import find_initial_weights, put
-from megatron_lcl.train.inventory import faults
+from megatron_lcl.train.checkpoint.folder import choose
+from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, put
+from megatron_lcl.train.checkpoint.inventory import faults
 from megatron_lcl.train.run import check_beginning, check_output
 
 TINY = configs.from_dict(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching.conftest import tiny  # noqa: F401 - a fixture
+from launch.conftest import tiny  # noqa: F401 - a fixture
 
 from megatron_lcl.attention import Adaptive, choose_attention, find_fault
 from megatron_lcl.cli import main

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lcl.model.initialise import initialise
+from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.layers import build_stages
 from megatron_lcl.model.lcl import StageList
-from megatron_lcl.model.stages import build_stages
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import step

@@ -1,0 +1,176 @@
+"""Does an encoded image decode, how large is it, and which way up? What every image passes on its way into a corpus,
+and what whoever decodes it later relies on."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image as Pillow
+
+from megatron_lcl.data.corpus.store import FORMATS
+
+MAX_PIXELS = 89_478_485
+"""above this Pillow suspects a decompression bomb; decoded, so many take 360 MB"""
+_OPENED = [format for format in FORMATS if format not in ("?", "MPO")]
+"""not all that Pillow knows, as it hands EPS to Ghostscript; an MPO opens as a JPEG"""
+DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Pillow.DecompressionBombError,
+)  # fmt: skip
+"""what Pillow and the libraries behind it raise for files that are not whole"""
+_ROWS = 32
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what turns the picture upright"""
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Size in pixels, as shown (after the orientation that EXIF asks for), and Pillow's name of the format."""
+
+    width: int
+    height: int
+    format: str
+
+
+def open_image(data: bytes) -> Pillow.Image:
+    """Pillow's lazily decoded image, of one of the corpus's formats (`store.FORMATS`); raises one of DAMAGE."""
+    return Pillow.open(io.BytesIO(data), formats=_OPENED)
+
+
+def probe(data: bytes) -> Probe:
+    """Decode the first frame and throw it away. BadImage says what is wrong: empty, truncated, too many pixels …"""
+    if not data:
+        raise BadImage("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = open_image(data)
+        except Pillow.DecompressionBombError:
+            raise BadImage("too many pixels") from None
+        except DAMAGE:
+            raise BadImage(what_it_is(data)) from None
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage("too many pixels")
+        try:
+            if not (image.format == "JPEG" and image.mode in ("RGB", "L") and _reads_as_jpeg(data)):
+                image.load()
+        except Pillow.DecompressionBombError:
+            raise BadImage("too many pixels") from None
+        except DAMAGE:
+            raise BadImage("truncated or damaged") from None
+        if orientation(image) >= 5:
+            width, height = height, width
+    return Probe(width, height, image.format or "?")
+
+
+def orientation(image: Pillow.Image) -> int:
+    """EXIF's orientation, 1 … 8; 1, as it lies, where there is none or the EXIF data are damaged."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+        return value if value in _UPRIGHT else 1
+    except DAMAGE:
+        return 1
+
+
+def upright(image: Pillow.Image) -> Pillow.Image:
+    """The picture turned as its EXIF data say. (Pillow's own function also rewrites them, and fails if it cannot.)"""
+    image.load()  # a TIFF turns itself here
+    turn = _UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def eight_bits(image: Pillow.Image) -> Pillow.Image:
+    """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    deep = image.mode.startswith("I;16") or any(
+        np.fmax.reduce(levels, axis=None, initial=0) > 255 for _, levels in _strips(image)
+    )
+    grey = Pillow.new("L", image.size)
+    for top, levels in _strips(image):
+        eight = np.clip(levels / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8)
+        grey.paste(Pillow.fromarray(eight), (0, top))
+    return grey
+
+
+def _strips(image: Pillow.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows as float64); all of a large picture would take 700 MB."""
+    for top in range(0, image.height, _ROWS):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))), np.float64)
+
+
+def _reads_as_jpeg(data: bytes) -> bool:
+    """A quick check of the whole file; False also for faults that Pillow gets over."""
+    try:
+        simplejpeg.decode_jpeg(data, min_width=1, min_height=1, min_factor=8, strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def downscale(data: bytes, max_side: int, quality: int = 90) -> bytes:
+    """`data`, or where a side is longer than `max_side` pixels, a smaller JPEG (PNG where it is transparent).
+
+    BadImage if that is not possible.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _downscaled(data, max_side, quality)
+        except DAMAGE:
+            raise BadImage("cannot be scaled down") from None
+
+
+def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
+    image = open_image(data)
+    if max(image.size) <= max_side:
+        return data
+    image.draft("RGB", (max_side, max_side))
+    frame = upright(image)
+    has_alpha = "A" in frame.getbands() or "transparency" in frame.info
+    frame = eight_bits(frame)
+    wanted = "RGBA" if has_alpha else "RGB"
+    if frame.mode != wanted and (has_alpha or frame.mode != "L"):  # a copy of the whole, which may be large
+        frame = frame.convert(wanted)
+    scale = max_side / max(frame.size)
+    size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+    frame = frame.resize(size, Pillow.Resampling.LANCZOS).convert(wanted)
+    out = io.BytesIO()
+    if has_alpha:
+        frame.save(out, "PNG")
+    else:
+        frame.save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def what_it_is(data: bytes) -> str:
+    """What stands in place of an image, by its first bytes."""
+    head = data[:512].lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")) or b"<html" in head:
+        return "HTML, not an image"
+    if head.startswith(b"version https://git-lfs"):
+        return "Git-LFS pointer, not an image"
+    if head.startswith((b"<svg", b"<?xml")):
+        return "SVG or XML, not a bitmap"
+    return "not an image, or a format that cannot be read"

@@ -1,0 +1,459 @@
+"""The corpus on disk: shards of tokens and images, and the manifest that says what belongs to it.
+
+corpus.json                 the manifest, written last
+tokenizer.model | .json     a copy of the tokenizer, so that the folder stands alone
+tokens-00000.bin .idx       pieces of documents (`indexed.py`): mode 0 token ids of a text, mode 1 an image's index
+images-00000.bin .idx       encoded images, uint8, each once per shard
+images-00000.arrow          one row: large_list `images` (width, height, format, xxh3), large_list `placements`
+                            (similarity, matched_text), an entry for each piece of mode 1 in order
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from megatron_lcl.data.corpus import kinds
+from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
+from megatron_lcl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lcl.data.corpus.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "corpus.json"
+TEXT, IMAGE = 0, 1
+COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
+SHARD_FILES = ("tokens-{}.bin", "tokens-{}.idx", "images-{}.bin", "images-{}.idx", "images-{}.arrow")
+KIND = "kind"
+"""key of a shard's kind of documents, beside its counts"""
+_STATS = 16
+"""files that are looked at at once: a look may travel over the network"""
+FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
+
+_IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format", pa.int8()), ("xxh3", pa.binary(16))])
+_PLACEMENT_TYPE = pa.struct([("similarity", pa.float32()), ("matched_text", pa.int32())])
+
+
+def shard_files(number: int) -> list[str]:
+    """File names of shard `number`."""
+    return [name.format(f"{number:05d}") for name in SHARD_FILES]
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes one shard's five files into `folder`; nothing stands under its name before `finish`."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
+        self._tokens = IndexedWriter(folder / f"tokens-{number:05d}", np.int32)
+        self._images = IndexedWriter(folder / f"images-{number:05d}", np.uint8)
+        self._arrow_path = folder / f"images-{number:05d}.arrow"
+        self._index_of: dict[bytes, int] = {}
+        self._widths, self._heights, self._formats = array("i"), array("i"), array("b")
+        self._similarity, self._matched = array("f"), array("i")
+
+    @property
+    def num_documents(self) -> int:
+        return self._tokens.num_documents
+
+    @property
+    def num_pieces(self) -> int:
+        return self._tokens.num_sequences
+
+    @property
+    def num_images(self) -> int:
+        return self._images.num_sequences
+
+    @property
+    def has_similarities(self) -> bool:
+        return any(similarity == similarity for similarity in self._similarity)  # not NaN
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tokens and images so far."""
+        return self._tokens.num_bytes + self._images.num_bytes
+
+    def add_text(self, ids: Sequence[int] | np.ndarray) -> None:
+        """A text piece: its token ids, without special tokens."""
+        self._tokens.add(np.asarray(ids, np.int32), TEXT)
+
+    def add_texts(self, pieces: list[bytes]) -> None:
+        """Several text pieces, given as the bytes of their int32 ids; faster than one by one."""
+        self._tokens.add_run(b"".join(pieces), [len(piece) // 4 for piece in pieces], TEXT)
+
+    def add_text_documents(self, ids: bytes, lengths: list[int], counts: list[int]) -> None:
+        """Documents of texts only, complete: all their int32 ids, the tokens of each piece, the pieces of each."""
+        first = self.num_pieces
+        self._tokens.add_run(ids, lengths, TEXT)
+        self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
+
+    def add_image(
+        self,
+        data: bytes,
+        width: int,
+        height: int,
+        format: str,
+        similarity: float | None = None,
+        matched_text: int | None = None,
+    ) -> bytes:
+        """An image piece: encoded bytes, stored once however often they come; width and height in pixels, as shown.
+
+        Returns their XXH3-128.
+        """
+        digest = xxhash.xxh3_128_digest(data)
+        index = self._index_of.setdefault(digest, len(self._index_of))
+        if index == self._images.num_sequences:
+            self._images.add(data, IMAGE)
+            self._images.end_document()
+            self._widths.append(width)
+            self._heights.append(height)
+            self._formats.append(FORMATS.index(format) if format in FORMATS else 0)
+        self._tokens.add(index.to_bytes(4, "little"), IMAGE)
+        self._similarity.append(float("nan") if similarity is None else similarity)
+        self._matched.append(-1 if matched_text is None else matched_text)
+        return digest
+
+    def end_document(self) -> None:
+        self._tokens.end_document()
+
+    def finish(self) -> tuple[dict[str, FileInfo], dict[str, int]]:
+        """Put the files under their names; returns {file name: size and hash} and the shard's counts."""
+        counts = {
+            "documents": self.num_documents,
+            "pieces": self.num_pieces,
+            "tokens": self._tokens.num_bytes // 4 - len(self._matched),  # an image piece is one number
+            "placements": len(self._matched),
+            "images": self._images.num_sequences,
+            "image_bytes": self._images.num_bytes,
+        }
+        files = {**self._tokens.finish(), **self._images.finish()}
+        files[self._arrow_path.name] = self._write_arrow()
+        return files, counts
+
+    def _write_arrow(self) -> FileInfo:
+        columns: dict[str, tuple[pa.StructType, list[pa.Array]]] = {
+            "images": (
+                _IMAGE_TYPE,
+                [
+                    _arrow(self._widths, pa.int32()),
+                    _arrow(self._heights, pa.int32()),
+                    _arrow(self._formats, pa.int8()),
+                    pa.FixedSizeBinaryArray.from_buffers(
+                        pa.binary(16), len(self._index_of), [None, pa.py_buffer(b"".join(self._index_of))]
+                    ),
+                ],
+            ),
+            "placements": (
+                _PLACEMENT_TYPE,
+                [_arrow(self._similarity, pa.float32()), _arrow(self._matched, pa.int32())],
+            ),
+        }
+        lists = {
+            name: pa.LargeListArray.from_arrays(
+                pa.array([0, len(arrays[0])], pa.int64()), pa.StructArray.from_arrays(arrays, fields=list(kind))
+            )
+            for name, (kind, arrays) in columns.items()
+        }
+        batch = pa.record_batch(lists)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema.with_metadata({"formats": ",".join(FORMATS)})) as writer:
+            writer.write_batch(batch)
+        return write_file(self._arrow_path, sink.getvalue().to_pybytes())
+
+    def abort(self) -> None:
+        """Leave nothing behind; no harm to what is finished."""
+        self._tokens.abort()
+        self._images.abort()
+
+
+def _arrow(values: array, kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `corpus.json`, fsync it and the folder; with it the corpus exists."""
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    sync(folder)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class Shard:
+    """One shard, memory-mapped. All arrays are read-only views.
+
+    lengths int32 [num_pieces], modes int8 [num_pieces]: 0 text, 1 image
+    document_offsets int64 [num_documents+1], piece numbers
+    similarity float32 [num_placements], NaN in natural order; a placement is a piece of mode 1, in order
+    matched_text int32 [num_placements], -1 in natural order
+    image_width, image_height int32 [num_images], pixels as shown
+    image_format int8 [num_images], an index into FORMATS; image_xxh3 uint8 [num_images, 16]
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
+        self._tokens = read_indexed(folder / f"tokens-{number:05d}")
+        self._images = read_indexed(folder / f"images-{number:05d}")
+        arrow_path = folder / f"images-{number:05d}.arrow"
+        try:
+            images, placements = _arrow_columns(arrow_path)
+        except FileNotFoundError:
+            raise UserError(f"{arrow_path} is missing; the corpus is incomplete") from None
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{arrow_path} is damaged: {error}") from None
+        self.image_width: np.ndarray = images.field("width").to_numpy()
+        self.image_height: np.ndarray = images.field("height").to_numpy()
+        self.image_format: np.ndarray = images.field("format").to_numpy()
+        digests = images.field("xxh3").buffers()[1]
+        self.image_xxh3 = np.frombuffer(digests, np.uint8, 16 * len(images)).reshape(-1, 16)
+        self.similarity: np.ndarray = placements.field("similarity").to_numpy()
+        self.matched_text: np.ndarray = placements.field("matched_text").to_numpy()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._tokens.lengths
+
+    @property
+    def modes(self) -> np.ndarray:
+        return self._tokens.modes
+
+    @property
+    def document_offsets(self) -> np.ndarray:
+        return self._tokens.documents
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._tokens.documents) - 1
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self._tokens.lengths)
+
+    @property
+    def num_images(self) -> int:
+        return len(self._images.lengths)
+
+    @property
+    def image_sizes(self) -> np.ndarray:
+        """int32 [num_images], encoded bytes of each image."""
+        return self._images.lengths
+
+    @cached_property
+    def placement_of(self) -> np.ndarray:
+        """int32 [num_pieces]: for a piece of mode 1 its number among the placements; for a text, of the next one."""
+        return np.cumsum(self.modes, dtype=np.int32) - self.modes
+
+    def piece(self, k: int) -> np.ndarray | int:
+        """Piece `k`: int32 token ids of a text, or the index of an image in this shard."""
+        values = self._tokens.sequence(k)
+        return int(values[0]) if self.modes[k] == IMAGE else values
+
+    def pieces(self, start: int, stop: int) -> np.ndarray:
+        """int32 elements of pieces start … stop-1 one after another (`lengths` tells them apart)."""
+        if start >= stop:
+            return np.empty(0, np.int32)
+        first = int(self._tokens.pointers[start]) // 4
+        last = int(self._tokens.pointers[stop - 1]) // 4 + int(self._tokens.lengths[stop - 1])
+        return self._tokens.data[first:last]
+
+    def image(self, j: int) -> memoryview:
+        """Encoded bytes of image `j`."""
+        return self._images.sequence(j).data
+
+
+def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
+    """Images and placements; raises whatever a damaged file makes pyarrow raise."""
+    row = pa.ipc.open_file(map_file(path)).get_batch(0)
+    row.validate(full=True)  # else a wrong length leads outside the file
+    lists = [row.column("images"), row.column("placements")]
+    if [array.type.value_type for array in lists] != [_IMAGE_TYPE, _PLACEMENT_TYPE] or row.num_rows != 1:
+        raise UserError("it has other columns")
+    if any(array.null_count for array in (*lists, *(field for array in lists for field in array.values.flatten()))):
+        raise UserError("it has gaps")
+    return lists[0].values, lists[1].values
+
+
+class Corpus(Sequence[Document]):
+    """A finished corpus; `corpus[i]` is its i-th Document. Cheap to open, pickled by its path."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        try:
+            _check_manifest(self.manifest)
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
+            ) from None
+        self._shards: dict[int, Shard] = {}
+        counts = [shard["documents"] for shard in self.manifest["shards"]]
+        self.document_starts = np.array([0, *itertools.accumulate(counts)], np.int64)
+        """int64 [num_shards+1]: number of each shard's first document, and the total"""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Corpus, (self.path,)
+
+    def __repr__(self) -> str:
+        return f"Corpus({str(self.path)!r}, {len(self)} documents)"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """XXH3-128 of the manifest, which holds the hash of every file.
+
+        Where an earlier release's `merge` lost the kinds, of these as well: its batches are not what they were then.
+        """
+        own = self.manifest["fingerprint"]
+        if kinds.were_lost(self.manifest):
+            return xxhash.xxh3_128_hexdigest(" ".join([own, *self.kinds]).encode())
+        return own
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each shard's documents."""
+        return kinds.of_shards(self)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.document_starts) - 1
+
+    def shard(self, k: int) -> Shard:
+        """Shard `k`, opened on first use."""
+        if k not in self._shards:
+            self._check_sizes(shard_files(k))
+            self._shards[k] = Shard(self.path, k)
+        return self._shards[k]
+
+    def check_sizes(self) -> None:
+        """UserError where a file is missing, or does not have the size that it was written with. Reads none."""
+        self._check_sizes(self.manifest["files"])
+
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor(_STATS) if len(names := list(names)) > _STATS else nullcontext() as pool:
+            for fault in (pool.map if pool else map)(self._size_fault, names):
+                if fault:
+                    raise UserError(
+                        f"{fault}; copy it again from where the corpus came from, or remove the folder and run "
+                        f"`megatron-lcl preprocess` again (`megatron-lcl verify {self.path}` says what else is wrong)"
+                    )
+
+    def _size_fault(self, name: str) -> str:
+        path = self.path / name
+        try:
+            size, expected = path.stat().st_size, self.manifest["files"][name]["size"]
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except KeyError:
+            return f"{path} is not in the manifest"
+        return "" if size == expected else f"{path} has {size:,} bytes, but was written with {expected:,}"
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All shards, opened."""
+        return [self.shard(k) for k in range(self.num_shards)]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from megatron_lcl.data.corpus.tokenizer import load
+
+        return load(self.path / self.manifest["tokenizer"]["file"])
+
+    def __len__(self) -> int:
+        return int(self.document_starts[-1])
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(shard, document in that shard) of document `i`; IndexError past the end."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} of a corpus of {len(self)}")
+        i %= len(self)
+        k = bisect.bisect_right(self.document_starts, i) - 1
+        return k, i - int(self.document_starts[k])
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        k, local = self.locate(int(i))
+        shard = self.shard(k)
+        start, stop = (int(x) for x in shard.document_offsets[local : local + 2])
+        return Document(tuple(self._items(shard, start, stop)), name=f"shard {k}, document {local}")
+
+    def _items(self, shard: Shard, start: int, stop: int) -> Iterator[Text | Image]:
+        for k in range(start, stop):
+            piece = shard.piece(k)
+            if isinstance(piece, int):
+                placement = int(shard.placement_of[k])
+                matched = int(shard.matched_text[placement])
+                similarity = float(shard.similarity[placement])
+                yield Image(
+                    bytes(shard.image(piece)),
+                    name=f"shard {shard.number}, image {piece}",
+                    similarity=None if np.isnan(similarity) else similarity,
+                    matched_text=None if matched < 0 else matched,
+                )
+            else:
+                yield Text(self.tokenizer.decode(piece))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with its own hash added as "fingerprint". UserError where `folder` is not a corpus."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+        version = manifest["format_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
+    return {**manifest, "fingerprint": xxhash.xxh3_128_hexdigest(raw)}
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """KeyError or TypeError where something is not there, or of another type."""
+
+    def are(kind: type, *values: object) -> None:
+        if not all(type(value) is kind for value in values):
+            raise TypeError
+
+    are(dict, manifest["source"], manifest["tokenizer"], manifest["counts"], manifest["files"], manifest["drops"])
+    are(dict, *(manifest["drops"][key] for key in ("bad", "left_out", "noted", "names")))
+    are(list, manifest["shards"])
+    are(dict, *manifest["shards"], *manifest["files"].values())
+    tokenizer = manifest["tokenizer"]
+    are(str, tokenizer["file"], tokenizer["fingerprint"], *(info["xxh3"] for info in manifest["files"].values()))
+    are(int, tokenizer["vocab_size"], *(info["size"] for info in manifest["files"].values()))
+    for counts in (manifest["counts"], *manifest["shards"]):
+        are(int, *(counts[name] for name in COUNTS))
+    if any(shard.get(KIND, KINDS[0]) not in KINDS for shard in manifest["shards"]):
+        raise TypeError
+
+
+def open_corpus(path: str | Path) -> Corpus:
+    """Open the corpus in folder `path` by its manifest; shards are mapped on first use. UserError if there is none."""
+    return Corpus(path)
+
+
+def total(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Sums of what is counted of shards (COUNTS); one that lacks a count has none of it."""
+    shards = list(shards)
+    return {name: sum(shard.get(name, 0) for shard in shards) for name in COUNTS}

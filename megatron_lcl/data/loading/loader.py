@@ -1,0 +1,410 @@
+"""Pack index × corpora → PackedBatch, in this process or in worker processes that survive the main one's signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.data.loading.bad_images import BadImages
+from megatron_lcl.data.loading.batch import PackedBatch, num_runs
+from megatron_lcl.data.loading.images import decode_eval, decode_train
+from megatron_lcl.data.loading.pack_index import InOrder, Ledger, Pack, PackIndex, open_ledger
+from megatron_lcl.data.loading.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
+from megatron_lcl.data.loading.source import Source, key, open_source, plain
+from megatron_lcl.errors import UserError
+
+ObjectiveName = Literal["lcl", "clip", "generation"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOrigin:
+    """Where the image of a slot came from."""
+
+    slot: int
+    """image slot inside the pack"""
+    shard: int
+    image: int
+    """index of the stored image in its shard"""
+    name: str
+    soi: int
+    """row of its `<soi>` inside the pack"""
+    pair: bool
+    """it takes part in the contrast, if it decodes"""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOrigin:
+    """Where a sequence of a pack came from, and which rows of the pack it has."""
+
+    corpus: str
+    """the corpus's folder"""
+    document: int
+    """number in the corpus"""
+    epoch: int
+    part: int
+    """0, or the how-manieth piece of a document that was cut"""
+    start: int
+    stop: int
+    images: tuple[ImageOrigin, ...]
+
+
+class PackReader(Dataset[PackedBatch]):
+    """Assembles packs: `reader[(n, m)]` is the batch of packs n and m. A pure function of its arguments."""
+
+    def __init__(
+        self,
+        index: PackIndex | InOrder,
+        data: Data,
+        num_patches: int,
+        image_size: int,
+        context_length: int,
+        *,
+        train: bool,
+        objective: ObjectiveName,
+    ) -> None:
+        self.index, self.data = index, data
+        self.num_patches, self.image_size, self.train, self.objective = num_patches, image_size, train, objective
+        self.max_seqlen = min(context_length, data.tokens_per_pack)
+        self.progress: torch.Tensor | None = None
+
+    def __getitem__(self, packs: tuple[int, ...]) -> PackedBatch:
+        T, I, size = self.data.tokens_per_pack, self.index.images_per_pack, self.image_size  # noqa: E741
+        B, R = len(packs), num_runs(self.data.tokens_per_pack, self.max_seqlen)
+        lengths = [B * T, B * T, B * R + 1, B * T, B * T, B * I, B * I, B * I]
+        integers = torch.full([sum(lengths)], -1, dtype=torch.int32).split(lengths)  # one block of shared memory
+        tokens, positions, runs, targets, target_positions, image_start, image_soi, image_valid = (
+            x.numpy() for x in integers
+        )
+        tokens[:] = positions[:] = image_valid[:] = 0
+        runs[-1] = B * T
+        images = torch.zeros(B * I, 3, size, size, dtype=torch.uint8)
+        pixels = images.numpy()
+        bad: list[tuple[int, str]] = []
+        num_tokens = 0
+        for b, number in enumerate(packs):
+            self._report(number)
+            pack = self.index[number]
+            row, starts = b * T, [b * T]
+            for origin in self._sequences(pack, tokens[row : row + T]):
+                start, stop = row + origin.start, row + origin.stop
+                positions[start:stop] = np.arange(stop - start)
+                self._targets(pack, origin, tokens[start:stop], targets[start:stop])
+                starts.append(stop)
+                for image in origin.images:
+                    slot = b * I + image.slot
+                    try:
+                        pixels[slot] = self._pixels(pack, origin, image)
+                    except BadImage as error:
+                        bad.append((slot, f"{image.name}: {error}"))
+                        continue
+                    image_valid[slot] = 1
+                    image_soi[slot] = row + image.soi if image.pair else -1
+                    image_start[slot] = row + image.soi + 1 if self.objective != "clip" else -1
+            num_tokens += starts[-1] - row
+            while starts[-1] < row + T:  # what is left, in runs that attention can take
+                starts.append(min(starts[-1] + self.max_seqlen, row + T))
+            runs[b * R : (b + 1) * R] = row + T
+            runs[b * R : b * R + len(starts)] = starts
+        self._report(-1)
+        rows = np.flatnonzero(targets >= 0)
+        target_positions[: len(rows)] = rows
+        return PackedBatch(
+            integers[0],
+            integers[1],
+            integers[2],
+            integers[3],
+            integers[4],
+            images,
+            integers[5],
+            integers[6],
+            integers[7],
+            num_targets=len(rows),
+            num_pairs=int((image_soi >= 0).sum()),
+            num_images=int(image_valid.sum()),
+            num_tokens=num_tokens,
+            max_seqlen=self.max_seqlen,
+            num_bad_images=len(bad),
+            packs=tuple(packs),
+            bad_images=tuple(bad),
+        )
+
+    def provenance(self, number: int) -> list[SequenceOrigin]:
+        """The sequences of pack `number`, in order."""
+        return self._sequences(self.index[number], np.zeros(self.data.tokens_per_pack, np.int32))
+
+    def _sequences(self, pack: Pack, tokens: np.ndarray) -> list[SequenceOrigin]:
+        """Write the pack's token ids into tokens [T] and say what they are."""
+        origins = []
+        row = slot = 0
+        for entry in pack.entries:
+            source = pack.sources[entry["corpus"]]
+            document, epoch, part = int(entry["document"]), int(entry["epoch"]), int(entry["part"])
+            images: list[ImageOrigin] = []
+            start = row
+            special = source.corpus.tokenizer
+            rows, begins, ends, first_piece, shard = self._rows(source, document, epoch, part)
+            if begins:
+                tokens[row] = special.sot
+                row += 1
+            has_text = False
+            for r in rows:
+                piece = shard.piece(first_piece + int(r[PIECE]))
+                if r[STOP] != IMAGE_ROW:
+                    text = piece[r[START] : r[STOP]]  # type: ignore[index]
+                    tokens[row : row + len(text)] = text
+                    row += len(text)
+                    has_text = has_text or len(text) > 0
+                    continue
+                pair = self.objective != "generation" and (
+                    has_text or (self.data.contrast_leading_images and row > start)
+                )
+                name = f"{source.corpus.path}, shard {shard.number}, image {piece}"
+                images.append(ImageOrigin(slot, shard.number, int(piece), name, row, pair))
+                slot += 1
+                tokens[row] = special.soi
+                row += 1
+                if self.objective != "clip":
+                    tokens[row : row + self.num_patches] = special.placeholder
+                    tokens[row + self.num_patches] = special.eoi
+                    row += self.num_patches + 1
+            if ends:
+                tokens[row] = special.eot
+                row += 1
+            origin = SequenceOrigin(str(source.corpus.path), document, epoch, part, start, row, tuple(images))
+            origins.append(origin)
+        return origins
+
+    def _rows(self, source: Source, document: int, epoch: int, part: int) -> tuple[np.ndarray, bool, bool, int, Shard]:
+        """The rows of one sequence (see `arrange`), whether `<sot>` and `<eot>` are around it, the piece that row
+        piece 0 is, and its shard."""
+        k, local = source.corpus.locate(document)
+        shard = source.corpus.shard(k)
+        a, b = (int(x) for x in shard.document_offsets[local : local + 2])
+        modes = plain(shard.modes[a:b])
+        p = int(source.placements[document])
+        q = p + int(modes.sum())
+        arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
+        rules = source.rules_of(k)
+        rows = arrange(*arrays, source.document_key(document, epoch), rules)
+        return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, rules), a, shard
+
+    def _targets(self, pack: Pack, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
+        """targets of one sequence from its tokens: the next id unless that is a placeholder or `<eoi>`."""
+        if self.objective == "clip":
+            return
+        targets[:-1] = tokens[1:]
+        for image in origin.images:
+            first = image.soi - origin.start
+            targets[first : first + self.num_patches + 1] = -1
+
+    def _pixels(self, pack: Pack, origin: SequenceOrigin, image: ImageOrigin) -> np.ndarray:
+        corpus = next(s.corpus for s in pack.sources if str(s.corpus.path) == origin.corpus)
+        data = corpus.shard(image.shard).image(image.image)
+        if not self.train:
+            return decode_eval(data, self.image_size)
+        seed, turn = key(self.data.seed, pack.number, image.slot), iter(range(1 << 30))
+        return decode_train(
+            data, self.image_size, lambda: uniform(seed, next(turn)), self.data.crop_scale, self.data.crop_ratio
+        )
+
+    def _report(self, pack: int) -> None:
+        """Say which pack this worker is at, for the message should it be killed."""
+        worker = torch.utils.data.get_worker_info()
+        if self.progress is not None and worker is not None:
+            self.progress[worker.id, 0], self.progress[worker.id, 1] = os.getpid(), pack
+
+
+class PackedLoader(Iterable[PackedBatch]):
+    """The micro-batches of one data-parallel rank, in order: global_batch / (world_size * micro_batch) to a step.
+
+    first_pack: packs the run has consumed before (the sum of `global_batch` over its steps); whatever the world size,
+    micro-batch or number of workers, the packs of a step are the same, in the same global order. steps: how many to
+    give; None: without end, or, with train=False, all.
+
+    train=False: every document of `data.corpora` (one corpus) that selection leaves, exactly once, in order, without
+    augmentation; no cut takes an image's text away (`Rules.carry_text`); the last batch is filled up with empty packs.
+
+    ledger: see `open_ledger`; None begins a new one. Each iteration starts again at first_pack.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        num_patches: int,
+        image_size: int,
+        context_length: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        global_batch: int = 1,
+        micro_batch: int = 1,
+        first_pack: int = 0,
+        steps: int | None = None,
+        train: bool = True,
+        objective: ObjectiveName = "lcl",
+        ledger: Ledger | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if global_batch % (world_size * micro_batch):
+            raise UserError(
+                f"train.global_batch = {global_batch} is not a multiple of {world_size} data-parallel processes times "
+                f"train.micro_batch = {micro_batch}; the nearest that is: "
+                f"{max(1, round(global_batch / (world_size * micro_batch))) * world_size * micro_batch}"
+            )
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} of {world_size} processes; ranks count from 0")
+        clip = objective == "clip"
+        index: PackIndex | InOrder
+        if train:
+            ledger = ledger or open_ledger(data, num_patches, context_length, contrast_only=clip)
+            index = PackIndex(data, ledger)
+        else:
+            if len(data.corpora) != 1:
+                raise UserError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
+            whole = open_ledger(data, num_patches, context_length, contrast_only=clip)
+            slots = whole.settings["images_per_pack"]
+            index = InOrder(
+                open_source(data.corpora[0].path, data, num_patches, context_length, slots, clip, carry_text=True),
+                data.tokens_per_pack,
+            )
+            if steps is None:
+                steps = -(-max(0, len(index) - first_pack) // global_batch)
+        self.ledger = ledger
+        """what the packs depend on, for the checkpoint; None in evaluation"""
+        self.reader = PackReader(index, data, num_patches, image_size, context_length, train=train, objective=objective)
+        self.steps = steps
+        self.micro_batches = global_batch // (world_size * micro_batch)
+        self._data, self._first, self._global_batch, self._micro_batch = data, first_pack, global_batch, micro_batch
+        self._rank, self._world_size, self._pin = rank, world_size, pin_memory
+        index.prepare(self._locate(first_pack))
+
+    @property
+    def images_per_pack(self) -> int:
+        """I, given or chosen."""
+        return self.reader.index.images_per_pack
+
+    def provenance(self, pack: int) -> list[SequenceOrigin]:
+        """Where the sequences and images of a pack (an element of `PackedBatch.packs`) came from."""
+        return self.reader.provenance(pack)
+
+    def ledger_after(self, consumed: int) -> Ledger:
+        """The ledger for a checkpoint after `consumed` packs: a run that goes on from there builds one chunk."""
+        index = self.reader.index
+        assert self.ledger is not None
+        assert isinstance(index, PackIndex)
+        self.ledger = index.ledger_at(self.ledger.locate(consumed))
+        return self.ledger
+
+    def _locate(self, consumed: int) -> int:
+        return consumed if self.ledger is None else self.ledger.locate(consumed)
+
+    def _packs(self) -> Iterator[tuple[int, ...]]:
+        step = 0
+        while self.steps is None or step < self.steps:
+            first = self._first + step * self._global_batch
+            for micro in range(self.micro_batches):
+                start = first + (micro * self._world_size + self._rank) * self._micro_batch
+                yield tuple(self._locate(start + b) for b in range(self._micro_batch))
+            step += 1
+
+    def __len__(self) -> int:
+        """Micro-batches in all. TypeError if there is no end."""
+        if self.steps is None:
+            raise TypeError("a training loader without `steps` has no end")
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        bad = BadImages(self._data)
+        for batch in self._batches():
+            bad.count(batch)
+            yield batch
+
+    def _batches(self) -> Iterator[PackedBatch]:
+        workers = self._data.workers
+        if workers == 0:
+            yield from map(self.reader.__getitem__, self._packs())
+            return
+        self.reader.progress = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
+        loader: DataLoader[PackedBatch] = DataLoader(
+            self.reader,
+            sampler=self._packs(),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self._pin,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork",
+        )
+        main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD) if main else None
+        batches = iter(loader)
+        if main:  # without torch's handler, which raises anywhere in the main program; a dead worker is noticed below
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._explained(error) from error
+            yield batch
+
+    def _explained(self, error: RuntimeError) -> RuntimeError:
+        assert self.reader.progress is not None
+        for pid, pack in self.reader.progress.tolist():
+            if pid > 0 and not _alive(pid):
+                where = "between two packs" if pack < 0 else f"at pack {pack}: {self._describe(pack)}"
+                return LoaderKilled(
+                    f"loader process {pid} was killed {where}. If the machine is short of memory, lower data.workers"
+                )
+        return error
+
+    def _describe(self, pack: int) -> str:
+        origins = self.reader.provenance(pack)
+        return "; ".join(f"document {o.document} of {o.corpus}" for o in origins[:8]) + (
+            "; …" if len(origins) > 8 else ""
+        )
+
+
+class LoaderKilled(RuntimeError):
+    """A loader process has gone without an error of its own: the machine is short of memory, as a rule."""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _start_worker(worker: int) -> None:
+    """A worker ends when the main process wants it to, and by no other SIGTERM, SIGINT or SIGUSR1.
+
+    Schedulers and terminals signal the whole process group; the main process then saves, and needs its workers.
+    """
+    import cv2
+
+    signal.set_wakeup_fd(-1)  # the main process may listen there, to its own signals
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def _end_on_request(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)

@@ -1,0 +1,171 @@
+"""A corpus as a source of sequences: the size of every document, kept in the cache folder.
+
+    <cache>/documents-<hash>/   tokens.npy, images.npy int32 [D], placements.npy int64 [D], source.json: see `Source`
+
+The hash is over all that the files depend on, so a changed corpus or config never meets old ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.document import KINDS, Kind
+from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
+from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
+from megatron_lcl.data.loading.sequence import Rules, arranged_sizes, measure, mix, rules_for
+from megatron_lcl.errors import UserError
+
+VERSION = 1
+
+
+def key(*values: int) -> Any:
+    """A 64-bit hash of some integers (np.uint64), for whatever is random."""
+    result = np.uint64(0)
+    for value in values:
+        result = np.uint64(mix(result, np.uint64(int(value) % (1 << 64))))
+    return result
+
+
+# --- sources -----------------------------------------------------------------------------------------------------
+
+
+def plain(array: np.ndarray) -> np.ndarray:
+    """The array aligned and read-only, whatever it was: compiled functions then see one type and compile once."""
+    view = np.require(array, requirements=["A", "C"]).view(np.ndarray)
+    view.flags.writeable = False
+    return view
+
+
+def pieces_of(shard: Shard) -> Any:
+    """A shard's lengths, modes, document offsets, similarities and matched texts, as `measure` takes them."""
+    arrays = shard.lengths, shard.modes, shard.document_offsets, shard.similarity, shard.matched_text
+    return tuple(map(plain, arrays))
+
+
+class Source:
+    """A corpus with the rules for its sequences, and the size of each document (D documents), memory-mapped.
+
+    kinds: of each shard's documents, which decides the shard's rules; rules: what these have in common.
+    tokens int32 [D]: token places were the document one sequence, 0 if it is left out; images int32 [D]: images that
+    stay; placements int64 [D]: number, in its shard, of its first placement.
+    """
+
+    def __init__(self, corpus: Corpus, rules: Mapping[Kind, Rules], seed: int, cache: Path) -> None:
+        self.corpus, self.rules, self._rules = corpus, rules["natural"], rules
+        self.key = key(seed, int(corpus.fingerprint[:16], 16))
+        # sizes of whole documents do not depend on max_images
+        whole = {kind: of_kind._replace(max_images=0)._asdict() for kind, of_kind in rules.items()}
+        inputs = {"version": VERSION, "corpus": corpus.fingerprint, "rules": whole}
+        build_and_open(cache / f"documents-{fingerprint(inputs)}", self._measure, self._open)
+
+    def _open(self, folder: Path) -> None:
+        self.use = Use(folder, "source.json")
+        self.kinds: list[Kind] = json.loads((folder / "source.json").read_text())["kinds"]
+        self.tokens, self.images, self.placements = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "images", "placements")
+        )
+
+    def _measure(self, folder: Path) -> None:
+        arrays = {
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (len(self.corpus),))
+            for name, dtype in (("tokens", np.int32), ("images", np.int32), ("placements", np.int64))
+        }
+        starts = self.corpus.document_starts
+        for k, (kind, start, stop) in enumerate(zip(self.corpus.kinds, starts, starts[1:], strict=False)):
+            sizes = (a[start:stop] for a in arrays.values())
+            measure(*self.pieces(k), self._rules[kind], *sizes)  # type: ignore[call-arg]
+        for array in arrays.values():
+            array.flush()
+        (folder / "source.json").write_text(json.dumps({"kinds": self.corpus.kinds}))
+
+    def rules_of(self, k: int) -> Rules:
+        """The rules for shard k's documents."""
+        return self._rules[self.kinds[k]]
+
+    @functools.cached_property
+    def mean_tokens(self) -> float:
+        """Token places of a document, those left out counted as 0. UserError if all are left out."""
+        total = int(self.tokens.sum(dtype=np.int64))
+        if total == 0:
+            raise UserError(
+                f"no document of {self.corpus.path} is left after selection; lower data.min_similarity or "
+                "data.min_images"
+            )
+        return total / len(self.tokens)
+
+    def pieces(self, k: int) -> Any:
+        """See `pieces_of`."""
+        return pieces_of(self.corpus.shard(k))
+
+    def document_key(self, document: int, epoch: int) -> Any:
+        """What the selection and placement of a document in an epoch are drawn from."""
+        return key(int(self.key), epoch, document)
+
+    def sizes(self, documents: np.ndarray, epoch: int) -> np.ndarray:
+        """Sizes of sequences, int32 [N, 4]: rows (document's place in the list, part, tokens, images).
+
+        documents: int64, numbers in the corpus; those left out give no row.
+        """
+        tokens, images = self.tokens[documents], self.images[documents]
+        rules = self.rules
+        several = (tokens > rules.max_tokens) | (images > rules.max_images) | ((rules.num_patches == 0) & (images > 1))
+        whole = np.flatnonzero((tokens > 0) & ~several)
+        blocks = [np.stack([whole, np.zeros_like(whole), tokens[whole], images[whole]], 1).astype(np.int32)]
+        places = np.flatnonzero(several)
+        shards = np.searchsorted(self.corpus.document_starts, documents[places], "right") - 1
+        for k in np.unique(shards):
+            mine = places[shards == k]
+            start = self.corpus.document_starts[k]
+            keys = np.array([self.document_key(int(d), epoch) for d in documents[mine]], np.uint64)
+            placements = self.placements[start : self.corpus.document_starts[k + 1]]
+            local = documents[mine] - start
+            rows = arranged_sizes(*self.pieces(k), placements, local, keys, self.rules_of(k))  # type: ignore[call-arg]
+            first = np.searchsorted(rows[:, 0], np.arange(len(mine)))
+            part = np.arange(len(rows)) - first[rows[:, 0]]
+            blocks.append(np.stack([mine[rows[:, 0]], part, rows[:, 1], rows[:, 2]], 1).astype(np.int32))
+        return np.concatenate(blocks)
+
+
+def open_source(
+    path: str | Path,
+    data: Data,
+    num_patches: int,
+    context_length: int,
+    images_per_pack: int,
+    contrast_only: bool = False,
+    carry_text: bool = False,
+) -> Source:
+    """Open the corpus in folder `path` as a source of sequences."""
+    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, contrast_only, carry_text)
+    return Source(open_corpus(path), rules, data.seed, cache_folder(data))
+
+
+def rules_of_kinds(
+    data: Data,
+    num_patches: int,
+    context_length: int,
+    images_per_pack: int,
+    contrast_only: bool = False,
+    carry_text: bool = False,
+) -> dict[Kind, Rules]:
+    """The rules for documents of each kind."""
+    return {
+        kind: rules_for(
+            data,
+            num_patches,
+            context_length,
+            images_per_pack,
+            pairs=kind == "pairs",
+            matched=kind == "matched",
+            contrast_only=contrast_only,
+            carry_text=carry_text,
+        )
+        for kind in KINDS
+    }

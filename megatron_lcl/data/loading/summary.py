@@ -1,0 +1,93 @@
+"""What a run's packs hold, in numbers that are said before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lcl.config import Config
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+
+PACKS = 64
+"""packs that are looked at; those of a corpus are alike, being drawn at random"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of some packs: images, those in the contrast, documents, those that had to be cut."""
+
+    images_per_pack: int
+    chosen: bool
+    """I was chosen to fill the packs, and not given"""
+    packs: int
+    images: int
+    pairs: int
+    documents: int
+    cut: int
+    """documents that are several sequences"""
+    cut_for_images: int
+    """those of them that have over I images"""
+
+    def __str__(self) -> str:
+        how = "chosen" if self.chosen else "given"
+        slots = f"{self.images_per_pack} image"
+        text = f"{slots} slot{'s' * (self.images_per_pack > 1)} a pack ({how}); in {self.packs} packs "
+        text += f"{self.pairs:,} of {self.images:,} images ({_share(self.pairs, self.images):.1%}) are in the contrast"
+        text += f", {self.cut:,} of {self.documents:,} documents ({_share(self.cut, self.documents):.1%}) are cut"
+        if self.cut_for_images:
+            text += f", {self.cut_for_images:,} as they have over {slots}{'s' * (self.images_per_pack > 1)}"
+        return text
+
+    def numbers(self) -> dict[str, Any]:
+        """For the metrics."""
+        return {
+            "images_per_pack": self.images_per_pack,
+            "contrast_share": _share(self.pairs, self.images),
+            "cut_share": _share(self.cut, self.documents),
+        }
+
+
+def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
+    """Of the packs that a training loader gives after `consumed` packs."""
+    reader, ledger = loader.reader, loader.ledger
+    assert isinstance(reader.index, PackIndex)
+    assert ledger is not None
+    images = pairs = documents = cut = cut_for_images = 0
+    for number in (ledger.locate(consumed + i) for i in range(PACKS)):
+        pack = reader.index[number]
+        for origin in reader.provenance(number):
+            images += len(origin.images)
+            pairs += sum(image.pair for image in origin.images)
+        for entry in pack.entries[pack.entries["part"] == 0]:  # one of each document
+            source, document = pack.sources[entry["corpus"]], entry["document"]
+            many = bool(source.images[document] > source.rules.max_images)
+            documents += 1
+            if source.rules.num_patches:  # else a sequence is an image with its text, and nothing is cut
+                cut += many or bool(source.tokens[document] > source.rules.max_tokens)
+                cut_for_images += many
+    reader.index.close()
+    return Summary(loader.images_per_pack, chosen, PACKS, images, pairs, documents, cut, cut_for_images)
+
+
+def summarize_config(config: Config, previous: Ledger | None, consumed: int) -> Summary:
+    """Of a run's next packs after `consumed` packs; previous: its ledger, where it has one."""
+    vision, context_length, objective = config.model.vision, config.model.language.context_length, config.objective.name
+    clip = objective == "clip"
+    ledger = open_ledger(
+        config.data, vision.num_patches, context_length, contrast_only=clip, previous=previous, consumed=consumed
+    )
+    loader = PackedLoader(
+        config.data,
+        vision.num_patches,
+        vision.image_size,
+        context_length,
+        first_pack=consumed,
+        objective=objective,
+        ledger=ledger,
+    )
+    return summarize(loader, consumed, config.data.images_per_pack is None)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / max(1, whole)

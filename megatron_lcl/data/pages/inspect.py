@@ -1,0 +1,149 @@
+"""A corpus as people see it: statistics, one document in the terminal, a page of sample documents."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from megatron_lcl.data.corpus.document import KINDS, Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.store import FORMATS, IMAGE, TEXT, Corpus, Shard
+from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.errors import UserError
+
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_THUMBNAIL = 320
+
+
+def stats(corpus: Corpus) -> dict[str, Any]:
+    """Counts, and quantiles (0, 5, 25, 50, 75, 95, 100 %) with means of what the documents are made of; JSON-able."""
+    values = _values(corpus)
+    formats = np.zeros(len(FORMATS), np.int64)
+    for number in range(corpus.num_shards):
+        formats += np.bincount(corpus.shard(number).image_format, minlength=len(FORMATS))
+    return {
+        "path": str(corpus.path),
+        "fingerprint": corpus.fingerprint,
+        "source": corpus.manifest["source"],
+        "tokenizer": corpus.manifest["tokenizer"],
+        "shards": corpus.num_shards,
+        "kinds": {kind: corpus.kinds.count(kind) for kind in KINDS if kind in corpus.kinds},
+        "counts": corpus.manifest["counts"],
+        "drops": corpus.manifest["drops"],
+        "image_formats": {name: int(n) for name, n in zip(FORMATS, formats, strict=True) if n},
+        "distributions": {name: _summary(array) for name, array in values.items() if len(array)},
+    }
+
+
+def table(statistics: dict[str, Any]) -> str:
+    """`stats` for the terminal."""
+    lines = [
+        f"{statistics['path']}  ({statistics['shards']} shards, {statistics['tokenizer']['vocab_size']:,} token ids)"
+    ]
+    lines += [f"  {name:<14}{count:>16,}" for name, count in statistics["counts"].items()]
+    lines.append("  kinds         " + ", ".join(f"{kind} ({n:,} shards)" for kind, n in statistics["kinds"].items()))
+    lines.append("")
+    lines.append(f"{'':<24}" + "".join(f"{f'{q:.0%}':>10}" for q in _QUANTILES) + f"{'mean':>12}")
+    for name, d in statistics["distributions"].items():
+        lines.append(f"{name:<24}" + "".join(f"{q:>10,.4g}" for q in d["quantiles"]) + f"{d['mean']:>12,.4g}")
+    lines.append("")
+    lines.append("image formats: " + ", ".join(f"{k} {n:,}" for k, n in statistics["image_formats"].items()))
+    for row in Drops.from_dict(statistics["drops"]).rows():
+        lines.append(f"{row['what']:<10}{row['count']:>12,}  {row['reason']}")
+        lines += [f"{'':<24}{name}" for name in row["names"]]
+    return "\n".join(lines)
+
+
+def show(corpus: Corpus, i: int) -> str:
+    """Document `i` for the terminal. UserError where there is none."""
+    document = _document(corpus, i)
+    lines = [f"document {i} of {len(corpus):,}: {len(document.texts)} texts, {len(document.images)} images"]
+    lines += [item.text if isinstance(item, Text) else f"[{_caption(item)}]" for item in document.items]
+    return "\n\n".join(lines)
+
+
+def write_page(corpus: Corpus, file: str | Path, num_samples: int = 12, seed: int = 0) -> Path:
+    """One self-contained HTML page: statistics, histograms, and `num_samples` documents drawn at random."""
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(len(corpus), size=min(num_samples, len(corpus)), replace=False))
+    samples = []
+    for i in map(int, chosen):
+        document = _document(corpus, i)
+        parts = [
+            {"text": item.text}
+            if isinstance(item, Text)
+            else {"image": thumbnail(item.data, _THUMBNAIL), "caption": _caption(item)}
+            for item in document.items
+        ]
+        samples.append({"number": i, "parts": parts})
+    statistics = stats(corpus)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "inspect.html").read_text("utf-8"))
+    histograms = [(name, _histogram(array)) for name, array in _values(corpus).items() if len(array)]
+    page = template.render(statistics=statistics, table=table(statistics), histograms=histograms, samples=samples)
+    file = Path(file)
+    replace_text(file, page)
+    return file
+
+
+def _document(corpus: Corpus, i: int) -> Document:
+    if not 0 <= i < len(corpus):
+        raise UserError(f"there is no document {i}; the corpus has 0 … {len(corpus) - 1}")
+    return corpus[i]
+
+
+def _values(corpus: Corpus) -> dict[str, np.ndarray]:
+    """What the histograms are of, for the whole corpus."""
+    shards = [corpus.shard(number) for number in range(corpus.num_shards)]
+    similarity = np.concatenate([s.similarity for s in shards])
+    return {
+        "tokens a document": np.concatenate(
+            [_per_document(s, np.where(s.modes == TEXT, s.lengths, 0)) for s in shards]
+        ),
+        "images a document": np.concatenate([_per_document(s, s.modes == IMAGE) for s in shards]),
+        "tokens a text": np.concatenate([s.lengths[s.modes == TEXT] for s in shards]),
+        "similarity": similarity[~np.isnan(similarity)],
+        "image width, pixels": np.concatenate([s.image_width for s in shards]),
+        "image height, pixels": np.concatenate([s.image_height for s in shards]),
+        "image size, bytes": np.concatenate([s.image_sizes for s in shards]),
+    }
+
+
+def _per_document(shard: Shard, values: np.ndarray) -> np.ndarray:
+    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.diff(sums[shard.document_offsets])
+
+
+def _summary(array: np.ndarray) -> dict[str, Any]:
+    return {"mean": float(array.mean()), "quantiles": [float(q) for q in np.quantile(array, _QUANTILES)]}
+
+
+def _caption(image: Image) -> str:
+    match = "" if image.similarity is None else f", similarity {image.similarity:.3f}"
+    text = "" if image.matched_text is None else f" to text {image.matched_text}"
+    return f"image, {len(image.data):,} bytes{match}{text}"
+
+
+def _histogram(array: np.ndarray, num_bins: int = 40, width: int = 360, height: int = 120) -> str:
+    """An SVG of bars; the last one takes in what lies above the 99th percentile."""
+    low, high = float(array.min()), float(np.quantile(array, 0.99))
+    if high <= low:
+        high = low + 1
+    counts, edges = np.histogram(np.clip(array, low, high), bins=num_bins, range=(low, high))
+    tallest = max(1, int(counts.max()))
+    bar = width / num_bins
+    bars: Iterable[str] = (
+        f'<rect x="{k * bar:.1f}" y="{height * (1 - n / tallest):.1f}" width="{bar - 1:.1f}" '
+        f'height="{height * n / tallest:.1f}"><title>{html.escape(f"{edges[k]:,.4g} … {edges[k + 1]:,.4g}: {n:,}")}'
+        "</title></rect>"
+        for k, n in enumerate(counts.tolist())
+    )
+    labels = f'<text x="0" y="{height + 14}">{low:,.4g}</text>'
+    labels += f'<text x="{width}" y="{height + 14}" text-anchor="end">{high:,.4g}</text>'
+    return f'<svg viewBox="0 0 {width} {height + 18}" role="img">{"".join(bars)}{labels}</svg>'

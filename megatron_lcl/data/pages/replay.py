@@ -1,0 +1,136 @@
+"""A step's batch as an HTML page: what the model reads, pack by pack. No GPU, no process group, any machine."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import jinja2
+import numpy as np
+import PIL.Image
+
+from megatron_lcl.config import Config
+from megatron_lcl.config import replace as replaced
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.loader import PackedLoader, SequenceOrigin
+from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.errors import UserError
+
+_SHOWN = 144
+"""side of an image on the page, pixels"""
+
+
+def replay_html(
+    config: Config, step: int, rank: int | None = None, world_size: int = 1, ledger: Ledger | None = None
+) -> str:
+    """The batch of step `step` (counted from 0) of a run with this config, as one self-contained page.
+
+    rank: only what data-parallel process `rank` of `world_size` reads; None: the whole step. ledger: the run's, from a
+    checkpoint, if its blend has changed or ranges were skipped. UserError for a step or rank that cannot be.
+    """
+    if step < 0:
+        raise UserError(f"step {step}; steps count from 0")
+    who = "all processes" if rank is None else f"process {rank} of {world_size}"
+    mine, size = (0, 1) if rank is None else (rank, world_size)
+    batch = config.train.global_batch
+    packs = _render(config, _loader(config, step * batch, batch, mine, size, ledger))
+    return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
+
+
+def render_first_packs(config: Config, packs: int, ledger: Ledger | None = None) -> str:
+    """A run's first packs as an HTML fragment that brings its styles: all but the first folded, images as shown."""
+    return _render(config, _loader(config, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
+
+
+def _loader(
+    config: Config, first_pack: int, packs: int, rank: int, world_size: int, ledger: Ledger | None
+) -> PackedLoader:
+    vision = config.model.vision
+    return PackedLoader(
+        replaced(config, data__workers=0).data,
+        vision.num_patches,
+        vision.image_size,
+        config.model.language.context_length,
+        rank=rank,
+        world_size=world_size,
+        global_batch=packs,
+        first_pack=first_pack,
+        steps=1,
+        objective=config.objective.name,
+        ledger=ledger,
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    loader = jinja2.PackageLoader("megatron_lcl", "data/pages/templates")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+
+
+def _render(config: Config, loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
+    tokenizer, num_patches = open_corpus(config.data.corpora[0].path).tokenizer, config.model.vision.num_patches
+    packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, num_patches, side) for batch in loader]
+    return _template("packs.html").render(
+        packs=packs,
+        folded=folded,
+        shown=_SHOWN,
+        tokens_per_pack=config.data.tokens_per_pack,
+        images_per_pack=loader.images_per_pack,
+    )
+
+
+def _pack(
+    batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, num_patches: int, side: int | None
+) -> dict[str, Any]:
+    """What the template shows of a batch of one pack; images are scaled down to `side` pixels, if it is given."""
+    slot_of = {image.soi: image.slot for origin in origins for image in origin.images}
+    pair_of = {row: n for n, row in enumerate(sorted(r for r in batch.image_soi.tolist() if r >= 0), 1)}
+    bad = dict(batch.bad_images)
+    ids, targets = batch.tokens.numpy(), batch.targets.numpy()
+    is_target = np.zeros(len(ids), bool)
+    is_target[1:] = targets[:-1] >= 0
+    assert (ids[is_target] == targets[:-1][is_target[1:]]).all()
+
+    def parts(start: int, stop: int) -> Iterator[dict[str, Any]]:
+        def kind(row: int) -> tuple[str, bool]:
+            special = int(ids[row]) - tokenizer.sot
+            return "text" if special < 0 else SPECIAL_TOKENS[special], bool(is_target[row])
+
+        for (name, counts), group in groupby(range(start, stop), kind):
+            run = list(group)
+            part: dict[str, Any] = {"kind": name, "counts": counts}
+            if name == "text":
+                part["text"] = tokenizer.decode(ids[run])
+            elif run[0] in slot_of:
+                slot = slot_of[run[0]]
+                part["pair"] = pair_of.get(run[0])
+                part["bad"] = bad.get(slot)
+                part["src"] = None if slot in bad else _png(batch.images[slot].numpy(), side)
+            yield part
+
+    sequences = [
+        {"origin": o, "parts": list(parts(o.start, o.stop)), "share": (o.stop - o.start) / len(ids)} for o in origins
+    ]
+    return {
+        "number": batch.packs[0],
+        "sequences": sequences,
+        "num_tokens": batch.num_tokens,
+        "num_images": batch.num_images,
+        "num_pairs": batch.num_pairs,
+        "num_targets": batch.num_targets,
+        "num_patches": num_patches,
+    }
+
+
+def _png(pixels: np.ndarray, side: int | None) -> str:
+    """uint8 [3, H, W] as a data URL, lossless; at no more than `side` pixels a side, if it is given."""
+    out = io.BytesIO()
+    image = PIL.Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    if side is not None:
+        image.thumbnail((side, side))
+    image.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

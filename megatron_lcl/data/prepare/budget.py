@@ -1,0 +1,61 @@
+"""How much of the input may be bad, and what to say where it is more."""
+
+from __future__ import annotations
+
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.store import total
+from megatron_lcl.errors import UserError
+
+_ENOUGH = 1000
+"""items after which the share of bad ones is judged before the end"""
+
+
+class Unusable(UserError):
+    """The input is too bad. After any other error finished parts stay, so that the run can go on."""
+
+
+class Budget:
+    """Stops a run of which too much is bad."""
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction is {max_bad_fraction}; give a number from 0 to 1")
+        self._limit = max_bad_fraction
+        self._drops = Drops()
+        self._counts: dict[str, int] = {}
+
+    def add(self, drops: Drops, counts: list[dict[str, int]]) -> None:
+        self._drops.add(drops)
+        self._counts = total([self._counts, *counts])
+        self.check(at_least=_ENOUGH)
+
+    def check(self, at_least: int) -> None:
+        good = {
+            "image": self._counts.get("placements", 0),
+            "document": self._counts.get("documents", 0),
+            "text": self._counts.get("pieces", 0) - self._counts.get("placements", 0),
+        }
+        for kind in ("image", "document", "text"):
+            bad = self._drops.num_bad(kind)  # type: ignore[arg-type]
+            seen = bad + good[kind]
+            if bad and seen >= at_least and bad > self._limit * seen:
+                raise Unusable(
+                    f"{bad:,} of {seen:,} {kind}s are bad ({bad / seen:.0%}; max_bad_fraction is {self._limit:g}); "
+                    f"{_dominant(self._drops, kind)}"
+                )
+
+
+def nothing_left(drops: Drops) -> str:
+    return f"no usable document: {_dominant(drops, 'image') or _dominant(drops) or 'the input is empty'}"
+
+
+def _dominant(drops: Drops, kind: str = "") -> str:
+    """The most frequent reason for which something of `kind` is bad, or was left out; "" if there is none."""
+    counts = {reason: n for reason, n in drops.bad_counts.items() if reason.startswith(kind)}
+    if not counts:
+        counts = {reason: n for reason, n in drops.left_out_counts.items() if reason.startswith(kind)}
+    if not counts:
+        return ""
+    reason = max(counts, key=lambda r: counts[r])
+    names = drops.names.get(reason)
+    return f"mostly {reason}, {counts[reason]:,}" + (f" (e.g. {names[0]})" if names else "")

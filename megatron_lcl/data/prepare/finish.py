@@ -1,0 +1,154 @@
+"""The end of `preprocess`: finished parts, compared with their records, become a corpus.
+
+Everything here may be interrupted and repeated, and two processes may do it at the same time: both write the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lcl.data.corpus.drops import LOG, Drops
+from megatron_lcl.data.corpus.files import hash_file, sync
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.store import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
+from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
+from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Job, Part
+from megatron_lcl.errors import UserError
+
+_THREADS = 4
+"""files that are read at once at least: what one waits for, another may have"""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _File:
+    part: Path
+    """folder"""
+    source: Path
+    target: Path
+    info: dict[str, Any]
+
+
+def finish(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    job: Job,
+    parts: list[Part],
+    max_bad_fraction: float,
+    source: dict[str, Any],
+    scratch: Path,
+    workers: int,
+) -> None:
+    """Give the parts' shards their numbers and write the manifest.
+
+    scratch: a folder of this process alone, on the same file system. Raises UserError where a file is not what its
+    record says, or too much of the input was bad; FileNotFoundError where another process has done it meanwhile.
+    """
+    work = job.folder
+    drops = Drops()
+    for part in parts:
+        drops.add(Drops.from_dict(part.drops))
+    counts = total(part.counts for part in parts)
+    budget = Budget(max_bad_fraction)
+    budget.add(drops, [counts])
+    budget.check(at_least=1)
+    filled = [(part, shard) for part in parts for shard in part.shards]
+    if not filled:
+        raise Unusable(nothing_left(drops))
+    repeated = _num_repeated(work, parts, counts["documents"])
+    if repeated:
+        drops.note("document", "duplicate of another (kept)", count=repeated)
+    unsaid = "matched" if any(s["has_similarities"] for _, s in filled if s["kind"] is None) else "natural"
+    shards = [{**shard["counts"], KIND: shard["kind"] or unsaid} for _, shard in filled]
+
+    moves = [
+        _File(work / part.name, work / part.name / name, folder / target, shard["files"][name])
+        for number, (part, shard) in enumerate(filled)
+        for name, target in zip(shard_files(shard["number"]), shard_files(number), strict=True)
+    ]
+    with ThreadPoolExecutor(max(workers, _THREADS)) as pool:
+        for file, fault in zip(moves, pool.map(_fault, moves), strict=True):
+            if fault:
+                if (folder / MANIFEST).exists():
+                    raise FileNotFoundError(file.source)
+                raise UserError(f"{fault}; remove {file.part} and run the same command again")
+    files = {}
+    for file in moves:
+        if file.source.exists():  # else it was renamed before an interruption, or by another process
+            _replace(file.source, file.target)
+        files[file.target.name] = file.info
+    tokenizer = job.tokenizer
+    tokenizer.save(scratch / f"new-{tokenizer.file_name}")
+    for name, content in (
+        (tokenizer.file_name, (scratch / f"new-{tokenizer.file_name}").read_bytes()),
+        (LOG, drops.log()),
+    ):
+        files[name] = write_file(scratch / name, content)
+        os.replace(scratch / name, folder / name)
+    sync(folder)
+    write_manifest(
+        scratch,
+        {
+            "format_version": FORMAT_VERSION,
+            "source": {"format": recipe["format"], **source},
+            "tokenizer": {
+                "file": tokenizer.file_name,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+            },
+            "counts": counts,
+            "drops": drops.to_dict(),
+            "shards": shards,
+            "files": dict(sorted(files.items())),
+            "recipe": recipe,
+        },
+    )
+    os.replace(scratch / MANIFEST, folder / MANIFEST)
+    sync(folder)
+    for row in drops.rows():
+        logger.info("%s: %s %d (%s)", row["what"], row["reason"], row["count"], "; ".join(row["names"]))
+
+
+def _fault(file: _File) -> str:
+    """What is wrong with a file, in its part or already in the corpus; "" if nothing is."""
+    for path in (file.source, file.target, file.source, file.target):  # another process may rename it between two looks
+        try:
+            size, digest = path.stat().st_size, hash_file(path)
+        except FileNotFoundError:
+            continue
+        if size != file.info["size"]:
+            return f"{path} has {size:,} bytes, but was written with {file.info['size']:,}"
+        return "" if digest == file.info["xxh3"] else f"{path} has changed since it was written"
+    return f"{file.source} is missing"
+
+
+def _replace(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        if not target.exists():
+            raise
+
+
+def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:
+    """Documents that repeat an earlier one, counted in slices of the hashes that fit in memory."""
+    num_slices = 1 + num_documents // (1 << 23)
+    bounds = [(1 << 64) * k // num_slices for k in range(num_slices + 1)]
+    repeated = 0
+    for low, high in itertools.pairwise(bounds):
+        found = []
+        for part in parts:
+            digests = np.fromfile(work / part.name / DIGESTS, np.uint64)
+            found.append(digests[(digests >= np.uint64(low)) & (digests <= np.uint64(high - 1))])
+        values = np.concatenate(found)
+        repeated += len(values) - len(np.unique(values))
+    return repeated

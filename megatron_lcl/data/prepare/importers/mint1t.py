@@ -1,0 +1,96 @@
+"""MINT-1T's PDF part (Awadalla et al. 2024), experimental: tars of `<key>.json` and multi-frame `<key>.tiff`.
+
+The JSON file has lists `texts` and `images`, one of them not null at each position. That frame k of the TIFF is the
+k-th image that is not null is inferred, not documented; where the counts differ, the document's images are left out.
+Frames are stored as PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image as Pillow
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.probe import DAMAGE, MAX_PIXELS, eight_bits
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.sources import decoded, text_item
+from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
+from megatron_lcl.errors import UserError
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+class Mint1tImporter(TarImporter):
+    format, contents, kind = "mint1t", "MINT-1T", "natural"
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        for sample in tar_samples(unit.payload, drops):
+            name = f"{unit.name}:{sample['__key__']}"
+            try:
+                record = json.loads(decoded(sample["json"], name, drops))
+                texts, images = record["texts"], record["images"]
+            except (KeyError, ValueError, TypeError, RecursionError):
+                drops.bad("document", "no lists texts and images", name)
+                continue
+            if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+                drops.bad("document", "texts and images are not lists of one length", name)
+                continue
+            yield Document(tuple(self._items(texts, images, sample, name, drops)), name=name)
+
+    def _items(
+        self, texts: list[Any], images: list[Any], sample: dict[str, Any], name: str, drops: Drops
+    ) -> Iterator[Text | Image]:
+        num_images = sum(image is not None for image in images)
+        frames: Iterator[bytes | None] = iter(())
+        data = sample.get("tiff", sample.get("tif", b""))
+        found = _num_frames(data) if data else 0
+        if found != num_images or (data and not found):
+            reason = "no TIFF, or not readable" if found == 0 else "TIFF with another number of frames"
+            drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found or 1)
+        elif found:
+            frames = _frames(data)
+        for number, (text, image) in enumerate(zip(texts, images, strict=True)):
+            if text is not None and image is not None:
+                drops.bad("text", "both image and text at one position", name)
+            if image is None:
+                yield text_item(text, name, drops)
+                continue
+            frame = next(frames, b"")
+            if frame is None:
+                drops.bad("image", "truncated or damaged", f"{name}: position {number}")
+            elif frame:
+                yield Image(frame, name=f"{name}#{number}")
+
+
+def _num_frames(data: bytes) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Pillow.open(io.BytesIO(data), formats=["TIFF"]) as image:
+                return int(getattr(image, "n_frames", 1))
+        except DAMAGE:
+            return 0
+
+
+def _frames(data: bytes) -> Iterator[bytes | None]:
+    """Each frame as PNG; None for one that does not decode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Pillow.open(io.BytesIO(data), formats=["TIFF"]) as image:
+            for number in range(int(getattr(image, "n_frames", 1))):
+                out = io.BytesIO()
+                try:
+                    image.seek(number)
+                    if image.width * image.height > MAX_PIXELS:
+                        raise UserError("too many pixels")
+                    frame = image if image.mode in _PNG_MODES else eight_bits(image).convert("RGB")
+                    frame.save(out, "PNG")
+                    yield out.getvalue()
+                except DAMAGE:
+                    yield None

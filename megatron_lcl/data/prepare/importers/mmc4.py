@@ -1,0 +1,123 @@
+"""MMC4 (Zhu et al. 2023): web pages as lists of sentences, and images matched to them by CLIP similarity.
+
+Annotations are `docs_shard_{i}_v2.jsonl.zip` and their variants (`docs_no_face_shard_{i}_v3.jsonl`, …). Images, which
+the data set does not ship, lie under `images`: flat, in a folder per shard, or in tar files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
+from megatron_lcl.data.prepare.importers.lines import SUFFIXES, find_files, json_lines, line_units
+from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, number_or_none, text_item
+from megatron_lcl.errors import UserError
+
+_SHARD = re.compile(r"shard_(\d+)")
+
+
+class Mmc4Importer(Importer):
+    """`input`: one shard, or a folder of them. An image stands before the sentence it is matched to."""
+
+    kind = "matched"
+
+    def __init__(self, input: Path, images: Path | None = None) -> None:
+        self.root = input if input.is_dir() else input.parent
+        self.files = sorted(find_files(input, (*SUFFIXES, ".zip")), key=lambda p: (_shard_number(p), p))
+        if not self.files:
+            raise UserError(f"no MMC4 shards (docs_shard_0_v2.jsonl.zip, …, or .jsonl) in {input}")
+        self.images = ImageSource(images)
+        numbers = [_shard_number(file) for file in self.files]
+        self._missing_before = {
+            file: max(0, number - before - 1)
+            for file, number, before in zip(self.files[1:], numbers[1:], numbers[:-1], strict=True)
+        }
+
+    def signature(self) -> str:
+        return files_signature(self.files, self.root)
+
+    def units(self) -> list[Unit]:
+        return line_units(self.files)
+
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        path, start, _ = unit.payload
+        missing = self._missing_before.get(path, 0)
+        if missing and not start:
+            drops.note("document", "shards that are not there", f"before {path.name}", missing)
+        for name, page in json_lines(unit, drops):
+            texts, infos = page.get("text_list"), page.get("image_info")
+            if not isinstance(texts, list):
+                drops.bad("document", "no text_list", name)
+                continue
+            if not isinstance(infos, list):
+                drops.bad("image", "no image_info", name)
+                infos = []
+            yield self._document(texts, infos, page.get("similarity_matrix"), path, name, drops)
+
+    def _document(
+        self, texts: list[Any], infos: list[Any], matrix: Any, path: Path, name: str, drops: Drops
+    ) -> Document:
+        similarities = _matrix(matrix, len(infos), len(texts))
+        if matrix is not None and similarities is None:
+            drops.note("document", "similarity_matrix of the wrong size", name)
+        folders = _folders(path)
+        images_of: dict[int, list[Image]] = {}
+        for number, info in enumerate(infos):
+            if not isinstance(info, dict) or not isinstance(info.get("image_name"), str):
+                drops.bad("image", "no name", name)
+                continue
+            index = index_or_none(info.get("matched_text_index"))
+            if index is None or not 0 <= index < len(texts):
+                reason = "matched text null" if index is None else "matched text out of range"
+                drops.bad("image", reason, f"{name}: {info['image_name']}")
+                continue
+            similarity = number_or_none(info.get("matched_sim"))
+            if similarity is None and similarities is not None:
+                similarity = float(similarities[number, index])
+            if similarity is None:
+                drops.bad("image", "no similarity", f"{name}: {info['image_name']}")
+                continue
+            try:
+                data = self.images.read(
+                    [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)], near=folders
+                )
+            except BadImage as error:
+                drops.bad("image", str(error), f"{name}: {info['image_name'][:200]}")
+                continue
+            images_of.setdefault(index, []).append(Image(data, info["image_name"], similarity, index))
+        items: list[Text | Image] = []
+        for index, text in enumerate(texts):
+            items += [*images_of.get(index, ()), text_item(text, name, drops)]
+        return Document(tuple(items), name=name)
+
+
+def _matrix(matrix: Any, rows: int, columns: int) -> np.ndarray | None:
+    """[images, texts], or None if it is not of that size."""
+    if not isinstance(matrix, list) or len(matrix) != rows:
+        return None
+    if any(not isinstance(row, list) or len(row) != columns for row in matrix):
+        return None
+    numbers = [[number_or_none(value) for value in row] for row in matrix]
+    return np.array([[np.nan if v is None else v for v in row] for row in numbers]).reshape(rows, columns)
+
+
+def _shard_number(path: Path) -> int:
+    found = _SHARD.search(path.name)
+    return int(found[1]) if found else 0
+
+
+def _folders(shard: Path) -> list[str]:
+    """Folders, or tars, in which a shard's images may lie."""
+    number = _shard_number(shard)
+    return [shard.name.split(".")[0], f"shard_{number}", str(number), f"{number:05d}"]

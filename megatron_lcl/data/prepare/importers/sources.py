@@ -1,0 +1,217 @@
+"""Where images are: a folder, a tar file, or a folder of tar files. Names never lead outside."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_lcl.data.corpus.document import Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
+
+MAX_FILE = 256 << 20
+_DAMAGED = "damaged.json"
+_RUN = 1 << 21
+"""names sorted together: 48 MiB"""
+
+
+def images_signature(root: Path) -> str:
+    """Changes with the folder's name and with its tars' names, sizes and times; other files are too many to look at."""
+    return f"{root.resolve().name} {files_signature(_tars(root), root.parent)}"
+
+
+class ImageSource:
+    """Images by name below `root`: a folder, which may itself hold tar files, or one tar file; None: there are none.
+
+    Tar files are listed once, and their members kept as sorted arrays of 24 bytes for each image's name, and 24 for its
+    name without folders: in files that all processes map, after `prepare`, else in memory.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+        self.tars = [] if root is None else _tars(root)
+        self._folder: Path | None = None
+        self._runs: list[np.ndarray] | None = None
+        self._damaged: list[str] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_runs": None}
+
+    def prepare(self, folder: Path) -> None:
+        """List the tars into a folder below `folder`, unless that was done before."""
+        self._folder = folder / "images-in-tars"
+        if self.tars and not self._folder.exists():
+            with scratch_folder(folder) as scratch:
+                unfinished = scratch / "images-in-tars"
+                unfinished.mkdir()
+                damaged: list[str] = []
+                for number, run in enumerate(_sorted_runs(self.tars, damaged)):
+                    np.save(unfinished / f"{number:06d}.npy", run)
+                (unfinished / _DAMAGED).write_text(json.dumps(damaged))
+                put_in_place(unfinished, self._folder)
+
+    def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
+        """The first of the names that there is. BadImage says why there is none.
+
+        near: names, without extension, of tars to look into before the others, as names may repeat from tar to tar.
+        """
+        if self._root is None:
+            raise BadImage("no image folder was given")
+        candidates = [names] if isinstance(names, str) else list(names)
+        for name in candidates:
+            _check_name(name)
+        for name in candidates:
+            if (data := _read_file(self._root / name)) is not None:
+                return data
+        if self.tars:
+            found = [self._find(key) for key in dict.fromkeys((*candidates, *map(_anywhere, candidates)))]
+            own = [[member for member in members if self.tars[member[0]].stem in near] for members in found]
+            if members := next(filter(None, (*own, *found)), None):
+                contents = {self._read_member(*member) for member in members}
+                if len(contents) > 1:  # nothing says which is meant
+                    raise BadImage("several images of this name in the tars")
+                return contents.pop()
+            if self._damaged:
+                raise BadImage(f"file missing, and {self._damaged[0]} is damaged or cut")
+        raise BadImage("file missing")
+
+    def _find(self, key: str) -> list[tuple[int, int, int]]:
+        """(tar, first byte, size) of all members of a name."""
+        if self._runs is None:
+            if self._folder is None:
+                self._damaged = []
+                self._runs = list(_sorted_runs(self.tars, self._damaged))
+            else:
+                self._damaged = json.loads((self._folder / _DAMAGED).read_text())
+                self._runs = [np.load(file, mmap_mode="r") for file in sorted(self._folder.glob("*.npy"))]
+        digest = np.uint64(_digest(key))
+        found = []
+        for names, starts, places in self._runs:
+            for k in itertools.count(int(np.searchsorted(names, digest))):
+                if k == len(names) or names[k] != digest:
+                    break
+                found.append((int(places[k]) >> 32, int(starts[k]), int(places[k]) & 0xFFFF_FFFF))
+        return found
+
+    def _read_member(self, number: int, start: int, size: int) -> bytes:
+        if size > MAX_FILE:
+            raise BadImage(f"over {MAX_FILE >> 20} MiB")
+        with open(self.tars[number], "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+
+def _tars(root: Path) -> list[Path]:
+    return [root] if root.is_file() else sorted(root.glob("*.tar"))
+
+
+def _anywhere(name: str) -> str:
+    """The key under which a member is found whatever its folder; no name has a NUL."""
+    return "\0" + PurePosixPath(name).name
+
+
+def _digest(key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass"))
+
+
+def _sorted_runs(tars: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
+    """All members of the tars, under their name and under that without folders: uint64 [3, n] arrays of up to _RUN.
+
+    Names of tars that end early are added to `damaged`.
+
+    Rows: the key's XXH3, ascending; first byte; number of the tar (upper 32 bits) and size (lower 32 bits).
+    """
+    run, length = np.empty((3, _RUN), np.uint64), 0
+    for number, path in enumerate(tars):
+        for name, start, size in _members(path, damaged):
+            place = number << 32 | min(size, 0xFFFF_FFFF)
+            run[:, length] = _digest(name), start, place
+            run[:, length + 1] = _digest(_anywhere(name)), start, place
+            length += 2
+            if length == _RUN:
+                yield run[:, np.argsort(run[0], kind="stable")]
+                length = 0
+    yield run[:, np.argsort(run[0, :length], kind="stable")]
+
+
+def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, size) of the regular files in a tar, as far as it can be read."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
+                if member.size < 0:
+                    raise tarfile.ReadError("negative size")
+                if member.isfile():
+                    yield member.name.removeprefix("./"), member.offset_data, member.size
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        damaged.append(path.name)
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is not a plain relative path."""
+    path = PurePosixPath(name)
+    if not name.strip():
+        raise BadImage("no name")
+    if path.is_absolute() or ".." in path.parts or "\0" in name or PureWindowsPath(name).drive or "\\" in name:
+        raise BadImage("name leads outside the folder")
+
+
+def _read_file(path: Path) -> bytes | None:
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise BadImage(f"over {MAX_FILE >> 20} MiB")
+        return path.read_bytes()
+    except (OSError, ValueError):
+        return None
+
+
+def decoded(raw: bytes, name: str, drops: Drops) -> str:
+    """UTF-8 as a string; what is none of it is replaced, and noted."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        drops.note("document", "invalid UTF-8 replaced", name)
+        return raw.decode(errors="replace")
+
+
+def text_item(value: object, name: str, drops: Drops) -> Text:
+    """A Text; an empty one, which keeps its place among the texts and is counted here, where `value` is not a text."""
+    if isinstance(value, str) and value.strip():
+        return Text(value)
+    if isinstance(value, str):
+        drops.left_out("text", "blank", name)
+    else:
+        drops.bad("text", "null" if value is None else "not a string", name)
+    return Text("")
+
+
+def number_or_none(value: object) -> float | None:
+    """A number as float, whatever else as NaN; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return float("nan")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("nan")
+
+
+def index_or_none(value: object) -> int | None:
+    """An index, or -1 (out of range) for whatever is not a whole number; None stays None."""
+    if value is None:
+        return None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, float) and value.is_integer():
+        whole = True
+    return int(value) if whole else -1  # type: ignore[call-overload]

@@ -1,0 +1,138 @@
+"""Several corpora of one tokenizer as one: shards are linked or moved, never rewritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.corpus.drops import LOG, Drops
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.store import (
+    FORMAT_VERSION,
+    KIND,
+    MANIFEST,
+    open_corpus,
+    read_manifest,
+    shard_files,
+    total,
+    write_manifest,
+)
+from megatron_lcl.errors import UserError
+
+
+def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False) -> dict[str, Any]:
+    """Join corpora, in the given order, into the new folder `output`; returns its manifest.
+
+    Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
+    once the new manifest is written. Done before with the same corpora, it is recognised, and a removal that was cut
+    short goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers differ, a corpus is
+    given twice or has lost a file or part of one, or the folder holds something else.
+    """
+    sources, output = [Path(c) for c in corpora], Path(output)
+    if not _is_done(sources, output, move):
+        _join(sources, output)
+    if move:
+        for source in sources:
+            _remove(source)
+    return read_manifest(output)
+
+
+def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
+    """Whether `output` is what joining the sources gave; of moved ones some, or all, may be gone."""
+    if not (output / MANIFEST).exists():
+        return False
+    merged = read_manifest(output).get("recipe", {}).get("merged", ())
+    there = [read_manifest(s)["fingerprint"] if (s / MANIFEST).exists() else None for s in sources]
+    return len(there) == len(merged) > 0 and all(
+        a == b or (move and a is None) for a, b in zip(there, merged, strict=True)
+    )
+
+
+def _join(sources: list[Path], output: Path) -> None:
+    recipe: dict[str, Any] = {"merged": []}
+    if not sources:
+        raise UserError("no corpus to merge")
+    if len({s.resolve() for s in sources}) < len(sources):
+        raise UserError("a corpus is given twice")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty; give a new folder")
+    opened = [open_corpus(s) for s in sources]
+    manifests = [corpus.manifest for corpus in opened]
+    tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
+    if len(tokenizers) > 1:
+        first, second = list(tokenizers.values())[:2]
+        raise UserError(f"{first} and {second} have different tokenizers; preprocess them with the same one")
+
+    files: dict[str, Any] = {}
+    shards: list[dict[str, Any]] = []
+    links: list[tuple[Path, str]] = []
+    drops = Drops()
+    for source, corpus in zip(sources, opened, strict=True):
+        corpus.check_sizes()
+        manifest = corpus.manifest
+        recipe["merged"].append(manifest["fingerprint"])
+        for number, (counts, kind) in enumerate(zip(manifest["shards"], corpus.kinds, strict=True)):
+            for old, new in zip(shard_files(number), shard_files(len(shards)), strict=True):
+                links.append((source / old, new))
+                files[new] = manifest["files"][old]
+            shards.append({**counts, KIND: kind})
+        drops.add(Drops.from_dict(manifest["drops"]))
+    tokenizer = manifests[0]["tokenizer"]
+    links.append((sources[0] / tokenizer["file"], tokenizer["file"]))
+    files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]
+
+    created = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        for old_path, new in links:
+            _link(old_path, output / new)
+        files[LOG] = write_file(output / LOG, drops.log())
+        sync(output)
+        write_manifest(
+            output,
+            {
+                "format_version": FORMAT_VERSION,
+                "source": {"merged": [m["source"] for m in manifests]},
+                "tokenizer": tokenizer,
+                "counts": total(shards),
+                "drops": drops.to_dict(),
+                "shards": shards,
+                "files": dict(sorted(files.items())),
+                "recipe": recipe,
+            },
+        )
+    except BaseException:
+        for name in (*(new for _, new in links), LOG):
+            (output / name).unlink(missing_ok=True)
+        if created:
+            output.rmdir()
+        raise
+
+
+def _remove(source: Path) -> None:
+    """Remove a corpus, and nothing else from its folder; repeatable, should it be interrupted."""
+    moved = source / f"{MANIFEST}.moved"
+    if (source / MANIFEST).exists():
+        os.replace(source / MANIFEST, moved)  # first: a corpus is whole or it is none
+    if moved.exists():
+        for name in json.loads(moved.read_bytes())["files"]:
+            (source / name).unlink(missing_ok=True)
+        moved.unlink()
+    if source.exists() and not any(source.iterdir()):
+        source.rmdir()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise UserError(f"{source} is missing; `megatron-lcl verify` says what else is") from None
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())

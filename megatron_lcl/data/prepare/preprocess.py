@@ -1,0 +1,402 @@
+"""Documents in any known format → a corpus (`store.py`), and, where asked for, a second one of held-out documents.
+
+The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished` (`pipeline.py`) in
+any order, by any number of processes or machines; at the end the parts get their shard numbers, and `corpus.json` is
+written (`finish.py`). So the bytes never depend on who did the work, a run that was killed goes on where it stopped,
+and whoever runs the same command beside it, on any machine, does no harm: see `scratch.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.document import Document
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.store import MANIFEST, read_manifest
+from megatron_lcl.data.corpus.tokenizer import Tokenizer
+from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
+from megatron_lcl.data.prepare.finish import finish
+from megatron_lcl.data.prepare.holdout import Grouping, group_name
+from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.data.prepare.importers.sources import images_signature
+from megatron_lcl.data.prepare.preprocess_task import Job, is_finished, parts_of, run_task
+from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.errors import UserError
+
+WORK = "_unfinished"
+_RECORD = "recipe.json"
+_LAYOUT = {"unfinished": 2}
+"""part of the record: how unfinished work lies in its folder"""
+TASK_BYTES = 32 << 20
+"""a task is a run of units of at least so many bytes"""
+SHARD_BYTES = 4 << 30
+SHARD_DOCUMENTS = 500_000
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a corpus holds and what was left out on the way."""
+
+    path: Path
+    counts: dict[str, int]
+    """documents, pieces, tokens, placements, images, image_bytes"""
+    drops: Drops
+    vocab_size: int
+    """0 while shares of other processes are missing"""
+    reused: bool = False
+    """the folder already held the finished corpus"""
+    held_out: Summary | None = None
+
+    def __str__(self) -> str:
+        if not self.vocab_size:
+            return f"{self.path}: this share is done, others are not yet"
+        c = self.counts
+        lines = [
+            f"{self.path}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['placements']:,} images "
+            f"({c['images']:,} distinct in a shard, {c['image_bytes'] / 1e6:,.1f} MB), {self.vocab_size:,} token ids"
+        ]
+        for row in self.drops.rows():
+            example = f"  (e.g. {row['names'][0]})" if row["names"] else ""
+            lines.append(f"  {row['what']}  {row['count']:,}  {row['reason']}{example}")
+        if self.held_out is not None:
+            lines.append(f"held out: {self.held_out}")
+        return "\n".join(lines)
+
+
+def preprocess(
+    format: str,
+    input: str | Path,
+    output: str | Path,
+    *,
+    images: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+    vocab_size: int = 4096,
+    held_out: str | Path | None = None,
+    held_out_fraction: float = 0.13,
+    seed: int = 0,
+    max_bad_fraction: float = 0.2,
+    max_image_side: int | None = None,
+    source: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    shard: tuple[int, int] | None = None,
+    task_bytes: int = TASK_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    shard_documents: int = SHARD_DOCUMENTS,
+    progress: bool = False,
+) -> Summary:
+    """Write the corpus `output` from `input`; returns what it holds.
+
+    tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents.
+    held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
+    in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
+    is. options: the importer's own. shard: (i, n) does every n-th task, the i-th of 0 … n-1; whoever finds all done
+    finishes, and a share that fails leaves the others' work alone.
+
+    Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
+    UserError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
+    input is unusable or more than `max_bad_fraction` of it is bad. After any other failure finished parts stay.
+    """
+    output = Path(output)
+    if held_out is not None and Path(held_out).resolve() == output.resolve():
+        raise UserError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
+    Budget(max_bad_fraction)  # which checks it
+    if not 0 < held_out_fraction < 1:
+        raise UserError(f"held_out_fraction is {held_out_fraction}; give a number between 0 and 1")
+    if workers < 1:
+        raise UserError(f"workers is {workers}; give at least 1")
+    if max_image_side is not None and max_image_side < 2:
+        raise UserError(f"max_image_side is {max_image_side}; give at least 2 pixels")
+    importer = importers.create(format, input, images, options or {})
+    for folder in (output, *([Path(held_out)] if held_out is not None else [])):
+        if Path(input).is_dir() and folder.resolve().is_relative_to(Path(input).resolve()):
+            raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
+    given = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    recipe: dict[str, Any] = {
+        "format": format,
+        "input": importer.signature(),
+        "images": None if images is None else images_signature(Path(images)),
+        "options": dict(options or {}),
+        "tokenizer": given.fingerprint if given else {"train": vocab_size},
+        "max_image_side": max_image_side,
+        "held_out": [held_out_fraction, seed] if held_out is not None else None,
+        "layout": [task_bytes, shard_bytes, shard_documents],
+    }
+    sides = [(output, {**recipe, "side": "training"})]
+    if held_out is not None:
+        sides.append((Path(held_out), {**recipe, "side": "held out"}))
+    finished = [_finished(folder, side) for folder, side in sides]
+    for (folder, _), done in zip(sides, finished, strict=True):
+        if done:
+            _clear_up(folder)
+    if all(finished):
+        training, *rest = (_summary(folder, reused=True) for folder, _ in sides)
+        return _with(training, rest)
+
+    tasks = _tasks(importer.units(), task_bytes)
+    groups = _held_out_groups(importer, tasks, held_out_fraction, seed) if held_out is not None else frozenset()
+    tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size)
+    summaries = []
+    for (folder, side), done in zip(sides, finished, strict=True):
+        if not done:
+            job = Job(
+                importer,
+                tokenizer,
+                folder / WORK,
+                max_image_side,
+                shard_bytes,
+                shard_documents,
+                groups,
+                keep_groups=side["side"] == "held out",
+            )
+            _write_corpus(folder, side, job, tasks, max_bad_fraction, dict(source or {}), workers, shard, progress)
+        summaries.append(_summary(folder))
+    return _with(summaries[0], summaries[1:])
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """`"i/n"` as (i, n), i from 0 to n-1. UserError for anything else."""
+    share, slash, total = text.partition("/")
+    if slash and share.isdecimal() and total.isdecimal() and int(share) < int(total):
+        return int(share), int(total)
+    raise UserError(f"the share is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
+
+
+def _with(training: Summary, rest: list[Summary]) -> Summary:
+    return Summary(**{**vars(training), "held_out": rest[0] if rest else None})
+
+
+# --- before the work ---------------------------------------------------------------------------------------------
+
+
+def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
+    ours = json.loads(json.dumps(recipe))
+    work = folder / WORK
+    try:  # before the manifest: the record goes once that is there
+        record = json.loads((work / _RECORD).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        record = None
+    if (folder / MANIFEST).exists():
+        theirs = read_manifest(folder).get("recipe", {})
+        if different := [key for key in ours if key not in theirs or theirs[key] != ours[key]]:
+            raise UserError(
+                f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
+                "corpora with `megatron-lcl merge`"
+            )
+        return True
+    if record is not None:
+        if record == ours:
+            raise UserError(
+                f"{work} was begun by an earlier release and cannot be gone on with; remove it and run the same "
+                "command again, or finish it with that release"
+            )
+        if record != {**ours, **_LAYOUT}:
+            raise UserError(
+                f"{folder} holds an unfinished corpus of other input or options; remove it or give a new folder"
+            )
+    elif folder.exists():
+        if not folder.is_dir():
+            raise UserError(f"{folder} is a file; give a new folder")
+        if others := sorted(p.name for p in folder.iterdir() if p.name != WORK):
+            raise UserError(
+                f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
+            )
+    return False
+
+
+def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
+    """Runs of consecutive units of at least `task_bytes`."""
+    tasks: list[list[Unit]] = []
+    size = task_bytes
+    for unit in units:
+        if size >= task_bytes:
+            tasks.append([])
+            size = 0
+        tasks[-1].append(unit)
+        size += unit.size
+    return tasks
+
+
+def _held_out_groups(importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int) -> frozenset[str]:
+    grouping = Grouping()
+    for document in _documents(importer, tasks):
+        grouping.add(document)
+    return frozenset(grouping.held_out(fraction, seed))
+
+
+def _train_tokenizer(importer: Importer, tasks: list[list[Unit]], groups: frozenset[str], vocab_size: int) -> Tokenizer:
+    documents = (document for document in _documents(importer, tasks) if group_name(document) not in groups)
+    texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
+    return tokenizers.train_sentencepiece(texts, vocab_size)
+
+
+def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document]:
+    """All documents; UserError where there is none."""
+    drops = Drops()
+    found = False
+    for unit in itertools.chain.from_iterable(tasks):
+        for document in importer.documents(unit, drops):
+            found = True
+            yield document
+    if not found:
+        raise UserError(nothing_left(drops))
+
+
+# --- the work ----------------------------------------------------------------------------------------------------
+
+
+def _write_corpus(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    job: Job,
+    tasks: list[list[Unit]],
+    max_bad_fraction: float,
+    source: dict[str, Any],
+    workers: int,
+    shard: tuple[int, int] | None,
+    progress: bool,
+) -> None:
+    work = job.folder
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _clear_errors(folder), _in_work_folder(work) as scratch:
+            _claim(work, recipe, scratch)
+            if _finished(folder, recipe):  # by others, since the first look
+                return
+            with waiting_for_others(work / "lock"):
+                job.importer.prepare(work)
+            share, num_shares = shard or (0, 1)
+            mine = [k for k in range(len(tasks)) if k % num_shares == share]
+            budget = Budget(max_bad_fraction)
+            done = tqdm(_run(job, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
+            for number, drops in done:
+                budget.add(drops, [part.counts for part in parts_of(work, number)])
+            with waiting_for_others(work / "lock"):
+                parts = [parts_of(work, k) for k in range(len(tasks))]
+                if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
+                    all_parts = list(itertools.chain.from_iterable(parts))
+                    finish(folder, recipe, job, all_parts, max_bad_fraction, source, scratch, workers)
+    except BaseException as error:
+        # the work folder may be gone: another process found all done, finished and cleared up
+        if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
+            clear_dead(work)
+            if shard is None and not is_used(work) and (isinstance(error, Unusable) or not any(work.glob("part-*"))):
+                _remove(folder, created)
+            raise
+    finally:
+        if (folder / MANIFEST).exists():
+            _clear_up(folder)
+
+
+@contextmanager
+def _in_work_folder(work: Path) -> Iterator[Path]:
+    """A scratch folder in the work folder, which is made if need be."""
+    work.mkdir(parents=True, exist_ok=True)
+    clear_dead(work)
+    with scratch_folder(work) as scratch:
+        yield scratch
+
+
+def _claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
+    """Record whose the work folder is, unless it is recorded: of several processes at once one does."""
+    own = scratch / _RECORD
+    write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
+    try:
+        os.link(own, work / _RECORD)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not (work / _RECORD).exists():
+            os.replace(own, work / _RECORD)
+
+
+def _clear_up(folder: Path) -> None:
+    """Once the manifest is written nothing else is needed."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left for {folder}; free some and run the same command again") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"cannot write {folder}: {error.strerror}") from None
+        raise
+
+
+def _run(job: Job, tasks: list[list[Unit]], mine: list[int], workers: int) -> Iterator[tuple[int, Drops]]:
+    """Run the tasks, in this process or in `workers` others; yields their drops in order."""
+    if workers <= 1 or len(mine) <= 1:
+        for k in mine:
+            yield k, run_task(job, k, tasks[k])
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (job,)) as pool:
+        futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
+        try:
+            for k, future in futures:
+                yield k, future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died, perhaps for want of memory; run the same command again, with fewer workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_job_of_this_worker: list[Job] = []
+
+
+def _start_worker(job: Job) -> None:
+    _job_of_this_worker[:] = [job]
+
+
+def _worker_task(k: int, units: list[Unit]) -> Drops:
+    return run_task(_job_of_this_worker[0], k, units)
+
+
+def _remove(folder: Path, created: list[Path]) -> None:
+    """Take back what a failed run wrote, and the folders that were made for it, the innermost first."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    for path in created:
+        try:
+            path.rmdir()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            logger.warning("%s is left, as it is not empty", path)
+            break
+
+
+def _summary(folder: Path, reused: bool = False) -> Summary:
+    if not (folder / MANIFEST).exists():  # other shares are not done yet
+        return Summary(
+            folder, dict.fromkeys(("documents", "tokens", "placements", "images", "image_bytes"), 0), Drops(), 0
+        )
+    manifest = read_manifest(folder)
+    return Summary(
+        folder, manifest["counts"], Drops.from_dict(manifest["drops"]), manifest["tokenizer"]["vocab_size"], reused
+    )

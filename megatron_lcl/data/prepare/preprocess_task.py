@@ -1,0 +1,418 @@
+"""One task of `preprocess`: a run of input units → finished parts in the work folder.
+
+A part is a folder, put there complete under its name: a shard (five files) for each kind of documents in it, a file of
+the documents' hashes, and a small JSON record that says what it holds. Parts end after whole batches of documents, by
+size alone, so a task that is started again skips the documents of its finished parts and writes the rest as if nothing
+had happened; and the bytes do not depend on who writes them.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.probe import BadImage, Probe, downscale, probe
+from megatron_lcl.data.corpus.store import ShardWriter, total
+from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
+from megatron_lcl.data.prepare.holdout import group_name
+from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder, waiting_for_others
+
+BATCH = 384
+"""texts and images of one kind of documents tokenised together, each document counted as one more; parts end between
+batches"""
+BATCH_BYTES = 64 << 20
+"""fewer, where their images are larger than this together"""
+DIGESTS = "digests"
+"""a part's file of hashes, uint64, of its documents"""
+_RECORD = "part.json"
+PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
+"""a part's index is kept in memory until it ends, so it ends after a batch in which it comes to so many of either"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a run has in common. Picklable."""
+
+    importer: Importer
+    tokenizer: Tokenizer
+    folder: Path
+    """the work folder"""
+    max_image_side: int | None
+    shard_bytes: int
+    shard_documents: int
+    groups: frozenset[str] = frozenset()
+    """names of held-out groups"""
+    keep_groups: bool = False
+    """write the documents of `groups`, or (False) all others"""
+
+    def wants(self, document: Document) -> bool:
+        return (group_name(document) in self.groups) == self.keep_groups
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part's record."""
+
+    task: int
+    number: int
+    last: bool
+    """nothing of the task follows"""
+    documents_read: int
+    """documents wanted of the task up to this part's end, whether or not they were written"""
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """of each kind of documents: `kind` (None: not said), `number` in this part, `has_similarities`, `files`, `counts`;
+    none where no document was left to write"""
+    drops: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.task:06d}-{self.number:04d}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return total(shard["counts"] for shard in self.shards)
+
+
+def parts_of(folder: Path, task: int) -> list[Part]:
+    """The finished parts of a task, in order."""
+    parts: list[Part] = []
+    for number in itertools.count():
+        try:
+            record = json.loads((folder / f"part-{task:06d}-{number:04d}" / _RECORD).read_text("utf-8"))
+        except FileNotFoundError:
+            return parts
+        parts.append(Part(**record))
+    raise AssertionError
+
+
+def is_finished(parts: list[Part]) -> bool:
+    return bool(parts) and parts[-1].last
+
+
+@contextmanager
+def _young_collections() -> Iterator[None]:
+    """Python's garbage collector looks only at what is made from here on, not again and again at all modules."""
+    mine = not gc.get_freeze_count()
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
+
+
+@_young_collections()
+def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
+    """Write what is missing of a task's parts; returns the drops of all its parts.
+
+    While another process does the same task it is waited for, where there are locks. Where there are none, both write
+    the same parts, each in a folder of its own, and those that come second are given up.
+    """
+    with waiting_for_others(job.folder / f"lock-{task:06d}"), scratch_folder(job.folder) as scratch:
+        parts = parts_of(job.folder, task)
+        if not is_finished(parts):
+            _write_parts(job, task, units, parts, scratch)
+    drops = Drops()
+    for part in parts:
+        drops.add(Drops.from_dict(part.drops))
+    return drops
+
+
+def _write_parts(job: Job, task: int, units: list[Unit], parts: list[Part], scratch: Path) -> None:
+    """Write the parts that follow on `parts`, and append them."""
+    drops = Drops()
+    # what the importer drops is counted once, with the training side
+    reading = Drops() if job.keep_groups else drops
+    every = (document for unit in units for document in job.importer.documents(unit, reading))
+    documents = filter(job.wants, every) if job.groups else every
+    num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
+    drops.clear()  # what came up to here is on the records of the finished parts
+    encode = job.tokenizer.joined_encoder()
+    while not is_finished(parts):
+        parts.append(_write_part(job, encode, task, len(parts), documents, num_read, drops, scratch))
+        num_read = parts[-1].documents_read
+        drops.clear()
+
+
+def _write_part(
+    job: Job,
+    encode: JoinedEncoder,
+    task: int,
+    number: int,
+    documents: Iterator[Document],
+    num_read: int,
+    drops: Drops,
+    scratch: Path,
+) -> Part:
+    name = Part(task, number, False, 0).name
+    folder, default = scratch / name, job.importer.kind
+    folder.mkdir()
+    shards: dict[Kind | None, _OpenShard] = {}
+    last = True
+    try:
+        document = next(documents, None)
+        while document is not None:
+            kind = document.kind or default
+            shard = shards.get(kind)
+            if shard is None:
+                shard = shards[kind] = _OpenShard(ShardWriter(folder, len(shards)), job.shard_documents)
+            taken, document = shard.take(document, documents)
+            num_read += taken
+            if shard.has_batch:
+                shard.write_batch(job, encode, drops)
+                if shard.is_full(job.shard_bytes):
+                    last = False
+                    break
+                document = next(documents, None)
+        records = []
+        for kind, shard in shards.items():
+            shard.write_batch(job, encode, drops)
+            if shard.writer.num_documents:
+                similarities = shard.writer.has_similarities
+                files, counts = shard.writer.finish()
+                record = {"kind": kind, "number": shard.writer.number, "has_similarities": similarities}
+                records.append({**record, "files": files, "counts": counts})
+            else:
+                shard.writer.abort()
+    except BaseException:
+        for shard in shards.values():
+            shard.writer.abort()
+        raise
+    digests = [digest for shard in shards.values() for digest in shard.digests]
+    write_file(folder / DIGESTS, np.array(digests, np.uint64).tobytes())
+    part = Part(task, number, last, num_read, records, drops.to_dict())
+    write_file(folder / _RECORD, json.dumps(vars(part)).encode())
+    sync(folder)
+    put_in_place(folder, job.folder / name)
+    sync(job.folder)
+    return part
+
+
+class _OpenShard:
+    """A shard that is being written, and the documents that wait until there are enough of them for a batch."""
+
+    def __init__(self, writer: ShardWriter, max_documents: int) -> None:
+        self.writer, self._max_documents = writer, max_documents
+        self.digests: list[int] = []
+        """a hash of each document written"""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._documents: list[Document] = []
+        self._texts: list[str] = []
+        self._size = self._num_items = 0
+        self._only_texts = True
+        self.has_batch = False
+        """there are documents of about BATCH items, or as many as the shard has room for"""
+
+    def take(self, first: Document, documents: Iterator[Document]) -> tuple[int, Document | None]:
+        """Add a document, and those of its kind that follow, until there is a batch.
+
+        Returns how many were added, and the next document where that is of another kind, or None.
+        """
+        kind, room = first.kind, self._max_documents - self.writer.num_documents
+        batch, texts, num_items, size = self._documents, self._texts, self._num_items, self._size  # sooner found
+        before, following = len(batch), None
+        for document in itertools.chain((first,), documents):
+            if document.kind != kind:
+                following = document
+                break
+            batch.append(document)
+            items = document.items
+            num_items += 1 + len(items)
+            try:  # sooner done than asking each item what it is
+                texts += [item.text for item in items]  # type: ignore[union-attr]
+            except AttributeError:
+                self._only_texts = False
+                size += sum(len(image.data) for image in document.images)
+            if num_items >= BATCH or size >= BATCH_BYTES or len(batch) >= room:
+                self.has_batch = True
+                break
+        self._num_items, self._size = num_items, size
+        return len(batch) - before, following
+
+    def write_batch(self, job: Job, encode: JoinedEncoder, drops: Drops) -> None:
+        """Write the documents that wait."""
+        if self._documents:
+            batch = _Batch(self._documents, self._texts if self._only_texts else None)
+            self.digests += _write_batch(job, encode, self.writer, batch, drops)
+        self._begin()
+
+    def is_full(self, shard_bytes: int) -> bool:
+        writer = self.writer
+        return (
+            writer.num_bytes >= shard_bytes
+            or writer.num_documents >= self._max_documents
+            or writer.num_pieces >= PART_PIECES
+            or writer.num_images >= PART_IMAGES
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    documents: list[Document]
+    texts: list[str] | None
+    """of all documents, in order; None where there are images"""
+
+
+# --- one batch ---------------------------------------------------------------------------------------------------
+
+
+def _write_batch(job: Job, encode: JoinedEncoder, writer: ShardWriter, batch: _Batch, drops: Drops) -> list[int]:
+    """Write a batch of documents; returns a hash of each one written."""
+    documents = batch.documents
+    try:
+        ids, lengths = encode(_blanked(_texts(documents) if batch.texts is None else batch.texts))
+    except UnicodeEncodeError:
+        documents = [_with_valid_texts(document, drops) for document in documents]
+        ids, lengths = encode(_blanked(_texts(documents)))
+    counts = [len(document.items) for document in documents]
+    if batch.texts is not None and all(lengths) and all(counts):  # nothing to leave out
+        writer.add_text_documents(ids, lengths, counts)
+        return _digests(ids, lengths, counts)
+    rest = io.BytesIO(ids)
+    pieces = (rest.read(4 * length) for length in lengths)
+    digests = [_write_document(job, writer, document, pieces, drops) for document in documents]
+    return [digest for digest in digests if digest is not None]
+
+
+def _texts(documents: list[Document]) -> list[str]:
+    return [text.text for document in documents for text in document.texts]
+
+
+def _blanked(texts: list[str]) -> list[str]:
+    """The same, with "" for blank ones."""
+    return ["" if text.isspace() else text for text in texts] if any(map(str.isspace, texts)) else texts
+
+
+def _with_valid_texts(document: Document, drops: Drops) -> Document:
+    """Lone surrogates replaced, and counted."""
+    items = [Text(_valid(item.text)) if isinstance(item, Text) else item for item in document.items]
+    if count := sum(item != original for item, original in zip(items, document.items, strict=True)):
+        drops.note("text", "invalid Unicode replaced", document.name, count)
+    return Document(tuple(items), document.name, document.metadata)
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _digests(ids: bytes, lengths: list[int], counts: list[int]) -> list[int]:
+    """`_digest` of documents of `counts` texts each."""
+    digests = []
+    data, sizes = memoryview(ids), memoryview(array("I", lengths).tobytes())
+    first = start = 0
+    for count in counts:
+        stop = first + count
+        end = start + 4 * sum(lengths[first:stop])
+        digests.append(_digest(data[start:end], sizes[4 * first : 4 * stop]))
+        first, start = stop, end
+    return digests
+
+
+_IMAGE = -1
+"""instead of a length"""
+
+
+def _digest(content: bytes | memoryview, lengths: bytes | memoryview) -> int:
+    """Equal for documents that are equal: their pieces, ids of texts and hashes of images, and how long each is."""
+    return xxhash.xxh3_64_intdigest(content, xxhash.xxh3_64_intdigest(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadyImage:
+    image: Image
+    data: bytes
+    size: Probe
+
+
+def _write_document(
+    job: Job, writer: ShardWriter, document: Document, encoded: Iterator[bytes], drops: Drops
+) -> int | None:
+    """Write one document, taking its texts' ids from `encoded`; returns its hash, or None where nothing was left."""
+    runs: list[list[bytes] | _ReadyImage] = []  # texts between images together
+    texts: list[bytes] = []
+    new_number: list[int] = []  # of each text, once those without tokens are gone; -1 for these
+    num_texts = 0
+    for item in document.items:
+        if isinstance(item, Text):
+            if ids := next(encoded):
+                new_number.append(num_texts)
+                num_texts += 1
+                texts.append(ids)
+            else:
+                new_number.append(-1)
+                if item.text:  # an importer counts an empty one itself
+                    reason = "blank" if item.text.isspace() else "without tokens"
+                    drops.left_out("text", reason, document.name)
+        elif (ready := _ready_image(job, item, document, drops)) is not None:
+            runs += [texts, ready]
+            texts = []
+    runs.append(texts)
+    content: list[bytes] = []
+    lengths = array("i")
+    for run in runs:
+        if isinstance(run, list):
+            if run:
+                writer.add_texts(run)
+                content += run
+                lengths.extend(len(ids) // 4 for ids in run)
+        elif reason := _bad_match(run.image, new_number):
+            drops.bad("image", reason, f"{document.name}: {run.image.name}")
+        else:
+            image, size = run.image, run.size
+            matched = None if image.matched_text is None else new_number[image.matched_text]
+            content.append(writer.add_image(run.data, size.width, size.height, size.format, image.similarity, matched))
+            lengths.append(_IMAGE)
+    if not content:
+        drops.bad("document", "nothing left", document.name)
+        return None
+    writer.end_document()
+    return _digest(b"".join(content), lengths.tobytes())
+
+
+def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:
+    """The image with the bytes to store and their size; None, and counted, if it cannot be used."""
+    try:
+        size, data = probe(image.data), image.data
+        if job.max_image_side and max(size.width, size.height) > job.max_image_side:
+            data = downscale(data, job.max_image_side)
+            size = probe(data)
+    except BadImage as error:
+        drops.bad("image", str(error), f"{document.name}: {image.name}")
+        return None
+    if size.width == size.height == 1:
+        drops.left_out("image", "1x1 pixel", f"{document.name}: {image.name}")
+        return None
+    return _ReadyImage(image, data, size)
+
+
+_MAX_SIMILARITY = float(np.finfo(np.float32).max)
+
+
+def _bad_match(image: Image, new_number: list[int]) -> str:
+    """Why an image's match makes it unusable; "" if it does not."""
+    if image.similarity is not None and not abs(image.similarity) <= _MAX_SIMILARITY:
+        return "similarity is not a number"
+    if image.matched_text is None:
+        return ""
+    if not 0 <= image.matched_text < len(new_number):
+        return "matched text out of range"
+    return "matched text is blank" if new_number[image.matched_text] < 0 else ""

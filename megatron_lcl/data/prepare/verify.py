@@ -1,0 +1,164 @@
+"""Is a corpus whole? Checksums, offsets, index ranges, token ids, and that every image decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.data.corpus.indexed import read_indexed
+from megatron_lcl.data.corpus.probe import BadImage, probe
+from megatron_lcl.data.corpus.store import COUNTS, FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
+from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
+from megatron_lcl.errors import UserError
+
+_BLOCK = 8 << 20
+
+
+def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[str]:
+    """The first `max_faults` faults of the corpus at `path`, a line each; an empty list if there is none.
+
+    `quick` leaves out the images: that they decode, and have the stored size and hash.
+    """
+    faults: list[str] = []
+    for fault in _faults(Path(path), quick):
+        faults.append(fault)
+        if len(faults) == max_faults:
+            break
+    return faults
+
+
+def _faults(path: Path, quick: bool) -> Iterator[str]:
+    try:
+        corpus = open_corpus(path)
+    except UserError as error:
+        yield str(error)
+        return
+    files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
+    for name, info in files.items():
+        yield from _file_faults(path / name, info)
+    listed = {name for number in range(corpus.num_shards) for name in shard_files(number)}
+    for name in sorted({*listed, named["file"]} - set(files)):
+        yield f"{name}: not in the manifest"
+    if total(corpus.manifest["shards"]) != corpus.manifest["counts"]:
+        yield "corpus.json: the counts are not the sum of the shards'"
+    try:
+        if (corpus.tokenizer.fingerprint, corpus.tokenizer.vocab_size) != (named["fingerprint"], named["vocab_size"]):
+            yield f"{named['file']}: not the tokenizer that the manifest names"
+    except UserError as error:
+        yield str(error)
+    for number in range(corpus.num_shards):
+        try:
+            for fault in _shard_faults(corpus, number, named["vocab_size"] - len(SPECIAL_TOKENS), quick):
+                yield f"shard {number:05d}: {fault}"
+        except UserError as error:
+            yield str(error)
+
+
+def _file_faults(path: Path, info: dict[str, Any]) -> Iterator[str]:
+    try:
+        size, digest = path.stat().st_size, hash_file(path)
+    except OSError as error:
+        yield f"{path.name}: {error.strerror}"
+        return
+    if size != info["size"]:
+        yield f"{path.name}: {size:,} bytes, not {info['size']:,}"
+    elif digest != info["xxh3"]:
+        yield f"{path.name}: its XXH3 is not that of the manifest"
+
+
+def _shard_faults(corpus: Corpus, number: int, base_size: int, quick: bool) -> Iterator[str]:
+    shard = Shard(corpus.path, number)
+    structure = list(_structure_faults(corpus.path, number, shard))
+    yield from structure
+    if structure:
+        return  # what follows reads by these offsets
+    yield from _content_faults(shard, base_size)
+    counts = {
+        "documents": shard.num_documents,
+        "pieces": shard.num_pieces,
+        "tokens": int(shard.lengths[shard.modes == TEXT].sum(dtype=np.int64)),
+        "placements": int((shard.modes == IMAGE).sum()),
+        "images": shard.num_images,
+        "image_bytes": int(shard.image_sizes.sum(dtype=np.int64)),
+    }
+    if counts != (said := {name: corpus.manifest["shards"][number][name] for name in COUNTS}):
+        yield f"holds {counts}, the manifest says {said}"
+    if not quick:
+        for j in range(shard.num_images):
+            yield from _image_faults(shard, j)
+
+
+def _structure_faults(folder: Path, number: int, shard: Shard) -> Iterator[str]:
+    for kind in ("tokens", "images"):
+        container = read_indexed(folder / f"{kind}-{number:05d}")
+        lengths = container.lengths.astype(np.int64)
+        ends = np.cumsum(lengths)
+        if (lengths < 1).any():
+            yield f"{kind}: sequence {int(np.argmax(lengths < 1))} is empty"
+        if not np.array_equal(container.pointers, (ends - lengths) * container.data.itemsize):
+            yield f"{kind}: pointers do not follow from the lengths"
+        if (ends[-1] if len(ends) else 0) != len(container.data):
+            yield f"{kind}: the lengths do not add up to the data"
+        documents = container.documents
+        if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 1).any():
+            yield f"{kind}: document offsets are not ascending from 0 to {len(lengths)}"
+        if not np.isin(container.modes, (TEXT, IMAGE) if kind == "tokens" else (IMAGE,)).all():
+            yield f"{kind}: a mode that does not exist"
+    num_placements = int((shard.modes == IMAGE).sum())
+    if not num_placements == len(shard.similarity) == len(shard.matched_text):
+        yield f"arrow: {len(shard.similarity)} placements, {num_placements} image pieces"
+    if not shard.num_images == len(shard.image_width) == len(shard.image_height) == len(shard.image_xxh3):
+        yield f"arrow: {len(shard.image_width)} images, {shard.num_images} stored"
+
+
+def _content_faults(shard: Shard, base_size: int) -> Iterator[str]:
+    is_image = shard.modes == IMAGE
+    if (shard.lengths[is_image] != 1).any():
+        yield "an image piece that is not one number"
+        return
+    elements = shard.pieces(0, shard.num_pieces)
+    for first in range(0, shard.num_pieces, _BLOCK // 64):  # in blocks, so that memory stays small
+        last = min(first + _BLOCK // 64, shard.num_pieces)
+        values = shard.pieces(first, last)
+        limits = np.repeat(np.where(is_image[first:last], shard.num_images, base_size), shard.lengths[first:last])
+        wrong = (values < 0) | (values >= limits)
+        if wrong.any():
+            where = int(np.argmax(wrong))
+            ends = np.cumsum(shard.lengths[first:last])
+            piece = first + int(np.searchsorted(ends, where, side="right"))
+            kind = "image index" if is_image[piece] else "token id"
+            yield f"piece {piece}: {kind} {int(values[where])} is out of range"
+            return
+    used = np.unique(elements[np.cumsum(shard.lengths, dtype=np.int64)[is_image] - 1])
+    if len(used) != shard.num_images:
+        yield f"{shard.num_images - len(used)} stored images that no document shows"
+    infinite = np.isinf(shard.similarity)
+    if infinite.any():
+        yield f"placement {int(np.argmax(infinite))}: its similarity is infinite"
+    document_of = np.repeat(np.arange(shard.num_documents), np.diff(shard.document_offsets))
+    num_texts = np.bincount(document_of[~is_image], minlength=shard.num_documents)
+    limit = num_texts[document_of[is_image]]
+    wrong = (shard.matched_text < -1) | (shard.matched_text >= limit)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        yield f"placement {at}: matched text {int(shard.matched_text[at])} of a document with {int(limit[at])} texts"
+
+
+def _image_faults(shard: Shard, j: int) -> Iterator[str]:
+    data = bytes(shard.image(j))
+    if xxhash.xxh3_128_digest(data) != shard.image_xxh3[j].tobytes():
+        yield f"image {j}: its XXH3 is not the stored one"
+    try:
+        found = probe(data)
+    except BadImage as error:
+        yield f"image {j}: {error}"
+        return
+    if (found.width, found.height) != (shard.image_width[j], shard.image_height[j]):
+        yield f"image {j}: {found.width}x{found.height}, not {shard.image_width[j]}x{shard.image_height[j]}"
+    if not 0 <= shard.image_format[j] < len(FORMATS):
+        yield f"image {j}: format {shard.image_format[j]} does not exist"

@@ -1,0 +1,324 @@
+"""The model as ONE list of stages: [patches, ViT blocks…, pool + interleave, language blocks…, head].
+
+Every stage maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
+`nn.Sequential`, a pipeline as a `PipelineModule`; parameters are called `{index}.name` in both.
+
+Between stages, rows are split over the tensor ranks (see parallel.collectives): in the vision encoder the 1+P rows of
+all image slots; behind it the token rows, and likewise the image latents.
+
+Shape legend: N image slots, P patches of an image, L = 1+P, V vision width, D language width, R = B*T token places; S
+rows of this tensor rank's share of whatever it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lcl.attention import Adaptive, PackedAttention, full_attention
+from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.losses.generation import generation_loss
+from megatron_lcl.model.block import Block, Norm, Recompute
+from megatron_lcl.parallel.layers import (
+    ColumnLinear,
+    RowParts,
+    SharedParameters,
+    VocabularyEmbedding,
+    gathered_linear,
+    mark_split,
+)
+from megatron_lcl.parallel.mappings import gather, gather_same, own_share, pad_rows, reduce_scatter, share_size
+from megatron_lcl.parallel.mesh import ALONE, Axis
+
+MAX_LOG_SCALE = math.log(100)
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Activations(NamedTuple):
+    """What one stage hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
+
+    hidden: torch.Tensor
+    """before the first stage: images [N, 3, H, W], uint8 or normalised float; in the vision encoder: the own share of
+    N*L rows, [S, V]; from pool + interleave on: [S, D], the own share of R token rows, then that of N image latents"""
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    targets: torch.Tensor
+    target_positions: torch.Tensor
+    """only the rows that have a target"""
+    image_start: torch.Tensor
+    image_soi: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Activations:
+        x = cls(batch.images, *(getattr(batch, name) for name in cls._fields[1:]))
+        return x._replace(target_positions=x.target_positions[: batch.num_targets])
+
+
+class Outputs(NamedTuple):
+    """What the head gives: the same on every tensor rank, which all do the same with it."""
+
+    generation: torch.Tensor
+    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar"""
+    image_features: torch.Tensor
+    """[N, D] float32 unit-norm image latents z, of every slot"""
+    text_features: torch.Tensor
+    """[N, D] float32 unit-norm context features read at each slot's `<soi>` (meaningless where image_soi is -1)"""
+    log_scale: torch.Tensor
+    """[1] float32"""
+
+
+class Patches(nn.Module):
+    """Patch embedding, class token, learned positions, first norm."""
+
+    def __init__(self, vision: Vision, norm: Norm, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.patch_size = vision.patch_size
+        self.projection = nn.Linear(3 * vision.patch_size**2, vision.width, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(vision.width))
+        self.positions = nn.Parameter(torch.empty(1 + vision.num_patches, vision.width))
+        self.norm = norm(vision.width)
+        self.shared = SharedParameters(self, axis)
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        num_images, length = len(x.hidden), len(self.positions)
+        size = share_size(num_images * length, self.axis)
+        start = self.axis.rank * size
+        first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
+        with self.shared.summing():
+            rows_SV = self.encode(x.hidden[first:last]).flatten(0, 1)[start - first * length :][:size]
+        return x._replace(hidden=pad_rows(rows_SV, size))
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W], uint8 or normalised float → [N, L, V]."""
+        if images.dtype == torch.uint8:
+            images = normalise(images)
+        n, _, height, width = images.shape
+        p = self.patch_size
+        rows = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = self.projection(rows.to(self.projection.weight.dtype))
+        classes = self.class_embedding.expand(n, 1, -1)
+        return self.norm(torch.cat([classes, patches], 1) + self.positions)
+
+
+class VisionBlock(Block):
+    """Block in which every patch of an image sees every other."""
+
+    def __init__(self, vision: Vision, norm: Norm, axis: Axis, recompute: Recompute = "none") -> None:
+        super().__init__(vision.width, vision.heads, vision.mlp_width, norm, axis, recompute)
+        self.length = 1 + vision.num_patches
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        num_rows = len(x.image_start) * self.length
+        return x._replace(hidden=self.residual(x.hidden, num_rows, self._attend))
+
+    def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
+        """The block in one process, on whole images [N, L, V]."""
+        hidden = self.residual(hidden_NLV.flatten(0, 1), hidden_NLV.shape[:2].numel(), self._attend)
+        return hidden.view_as(hidden_NLV)
+
+    def _attend(self, *qkv: torch.Tensor) -> torch.Tensor:
+        heads = (x.unflatten(0, (len(x) // self.length, self.length)).transpose(1, 2) for x in qkv)
+        return full_attention(*heads).transpose(1, 2).flatten(0, 1)
+
+
+class PoolInterleave(nn.Module):
+    """Final vision norm; attention pool; token embedding; patch embeddings put at the images' placeholders.
+
+    The pool has one learned query; q, k and v have each a LayerNorm and a bias, the output projection has none. The
+    same v-norm, v-projection and output projection, applied to each patch, give the P embeddings of the placeholders.
+    """
+
+    def __init__(self, model: Model, norm: Norm, axis: Axis) -> None:
+        super().__init__()
+        v, d = model.vision.width, model.language.width
+        self.axis, self.heads = axis, model.pool_heads // axis.size
+        self.length = 1 + model.vision.num_patches
+        self.norm = norm(v)
+        self.query = nn.Parameter(torch.empty(1, v))
+        self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
+        self.q, self.k, self.v = (ColumnLinear(v, d, axis) for _ in range(3))
+        self.out = RowParts(d, d, axis)
+        self.embedding = VocabularyEmbedding(model.language.vocab_size, d, axis)
+        self.positions = nn.Parameter(torch.empty(model.language.context_length, d))
+        self.shared = SharedParameters(self, axis)
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        with self.shared.summing():
+            return x._replace(hidden=self._rows(x))
+
+    def _rows(self, x: Activations) -> torch.Tensor:
+        # until they are split again, all rows are summands: of the latents, of patches, of tokens' embeddings
+        latents_ND, patches_NPD = self._pool(self.norm(x.hidden), len(x.image_start))
+        tokens_RD = self.embedding(x.tokens)
+        num_rows, num_patches = len(tokens_RD), patches_NPD.shape[1]
+        offsets = torch.arange(num_patches, device=x.hidden.device)
+        rows_NP = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
+        # an empty slot's embeddings go to one row too many, which is cut off again
+        rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
+        rows_SD = reduce_scatter(rows_RD, self.axis) + self.positions[own_share(x.positions, self.axis)]
+        return torch.cat([rows_SD, reduce_scatter(latents_ND, self.axis)])
+
+    def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
+        """The normed patch tokens [N, P, V], the features that LCL trains."""
+        return self.norm(hidden_NLV[:, 1:])
+
+    def pool(self, hidden_NLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ViT output [N, L, V] → image latents z [N, D], not normalised, and placeholders' embeddings [N, P, D].
+
+        In one process.
+        """
+        return self._pool(self.norm(hidden_NLV).flatten(0, 1), len(hidden_NLV))
+
+    def _pool(self, normed_SV: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows = num_images * self.length
+        q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
+        shares = (self.norm_k(normed_SV), self.norm_v(normed_SV))
+        k, v = gathered_linear(shares, (self.k, self.v), self.axis, num_rows)
+        k, v = (x.unflatten(0, (num_images, self.length))[:, 1:] for x in (k, v))  # without the class token
+        heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
+        pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
+        return self.out(pooled), self.out(v)
+
+
+class LanguageBlock(Block):
+    """Block in which a row sees the rows before it in its sequence; the image latents behind the rows pass through."""
+
+    def __init__(
+        self, language: Language, norm: Norm, axis: Axis, recompute: Recompute, attention: PackedAttention
+    ) -> None:
+        super().__init__(language.width, language.heads, language.mlp_width, norm, axis, recompute)
+        self.context_length = language.context_length  # no run of rows is longer
+        self.packed_attention = attention
+
+    def forward(self, inputs: Activations) -> Activations:
+        x = Activations(*inputs)
+        num_rows = len(x.tokens)
+        size = share_size(num_rows, self.axis)
+        rows_SD, latents_SD = x.hidden[:size], x.hidden[size:]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return self.packed_attention(q, k, v, x.cu_seqlens, self.context_length)
+
+        return x._replace(hidden=torch.cat([self.residual(rows_SD, num_rows, attend), latents_SD]))
+
+
+class Head(nn.Module):
+    """Final norm and projection of the context features; language-model head with its own norm; the log scale."""
+
+    def __init__(self, language: Language, initial_log_scale: float, norm: Norm, axis: Axis) -> None:
+        super().__init__()
+        self.axis, self.vocab_size = axis, language.vocab_size
+        self.initial_log_scale = initial_log_scale
+        self.norm = norm(language.width)
+        self.projection = nn.Linear(language.width, language.width, bias=False)
+        self.vocabulary_norm = norm(language.width)
+        self.vocabulary = nn.Parameter(torch.empty(share_size(self.vocab_size, axis), language.width))
+        mark_split(self.vocabulary, 0, self.vocab_size)
+        self.shared = SharedParameters(self, axis)
+        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient comes whole
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
+        """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves, but stays float32."""
+        log_scale = self.log_scale.data
+        super()._apply(fn, recurse)
+        if log_scale.dtype == torch.float32 and not log_scale.is_meta:
+            self.log_scale.data = log_scale.to(self.log_scale.device)
+        return self
+
+    def forward(self, inputs: Activations) -> Outputs:
+        with self.shared.summing():
+            return self._outputs(Activations(*inputs))
+
+    def _outputs(self, x: Activations) -> Outputs:
+        num_rows, num_images = len(x.tokens), len(x.image_soi)
+        size = share_size(num_rows, self.axis)
+        rows_RD = gather(x.hidden[:size], self.axis, num_rows)
+        hidden = self.vocabulary_norm(rows_RD[x.target_positions])
+        targets = x.targets[x.target_positions]
+        # the tensor ranks have one batch, and equal parts of one vocabulary
+        nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size, agreed=True)
+        contexts_SD = self.text_features(rows_RD[own_share(x.image_soi.clamp(min=0), self.axis)])
+        latents_SD = unit_norm(x.hidden[size:])
+        latents_ND, contexts_ND = (gather_same(y, self.axis, num_images) for y in (latents_SD, contexts_SD))
+        # a copy: where a parameter itself is an output, DeepSpeed's bf16 optimizer loses its gradient without an error
+        log_scale = self.log_scale.to(torch.float32, copy=True)
+        return Outputs(nll, latents_ND, contexts_ND, log_scale)
+
+    @torch.no_grad()
+    def clamp_log_scale(self) -> None:
+        """Back into [0, ln 100], after each step (CLIP)."""
+        self.log_scale.clamp_(0, MAX_LOG_SCALE)
+
+    def text_features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Language-model outputs [N, D] → unit-norm context features [N, D], float32."""
+        return unit_norm(self.projection(self.norm(hidden_ND)))
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Language-model outputs [N, D] → logits [N, vocabulary]; for writing text, never in training."""
+        return F.linear(self.vocabulary_norm(hidden_ND), self.vocabulary)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB [N, 3, H, W] → float32, CLIP's mean and standard deviation."""
+    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def unit_norm(features: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to length one, in float32."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def stage_specs(
+    model: Model,
+    initial_log_scale: float,
+    norm: Norm = nn.LayerNorm,
+    axis: Axis = ALONE,
+    recompute: Recompute = "none",
+    recompute_every: int = 1,
+    attention: PackedAttention | None = None,
+) -> list[functools.partial[Any]]:
+    """What makes each stage, in order; nothing is built yet.
+
+    axis: the tensor ranks that share every layer. recompute: what backward computes again, in every
+    `recompute_every`-th block of each encoder. attention: of the language blocks; None: chosen when it is called.
+    """
+    vision, language = model.vision, model.language
+    attention = attention or Adaptive()
+
+    def blocks(stage: type[nn.Module], encoder: Vision | Language, *more: Any) -> list[functools.partial[Any]]:
+        parts = [recompute if i % recompute_every == 0 else "none" for i in range(encoder.layers)]
+        return [functools.partial(stage, encoder, norm, axis, part, *more) for part in parts]
+
+    return [
+        functools.partial(Patches, vision, norm, axis),
+        *blocks(VisionBlock, vision),
+        functools.partial(PoolInterleave, model, norm, axis),
+        *blocks(LanguageBlock, language, attention),
+        functools.partial(Head, language, initial_log_scale, norm, axis),
+    ]
+
+
+def build_stages(
+    model: Model,
+    initial_log_scale: float,
+    norm: Norm = nn.LayerNorm,
+    axis: Axis = ALONE,
+    recompute: Recompute = "none",
+    recompute_every: int = 1,
+) -> list[nn.Module]:
+    """The list of stages (see `stage_specs`), parameters not yet initialised (see `initialise`)."""
+    return [make() for make in stage_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]

@@ -1,0 +1,367 @@
+"""Writing checkpoints while training goes on, and going on from them.
+
+A save has two halves. In the first, on the main thread, DeepSpeed hands over what it would write (`Snapshot`). In the
+second, in a thread where `checkpoint.background` is set, every process writes and hashes its files under a temporary
+name, and the first one adds the weights, the manifest and the final name. The halves of the processes talk over a group
+of their own: gloo, in host memory, so that they never meet the training's collectives, and patient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.errors import RunError
+from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checkpoint import reshard
+from megatron_lcl.train.checkpoint.folder import CONFIG, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
+from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
+from megatron_lcl.train.checkpoint.unpickle import refused, restricted
+from megatron_lcl.train.engine import resolve_dtype
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+"""how long processes wait for one that writes or converts; one that has died is noticed at once"""
+
+
+class SaveError(RunError):
+    """A checkpoint could not be written. Every process raises it, nothing is left of it, and training can go on."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete."""
+
+    folder: Path
+    step: int
+    num_bytes: int
+    stall_seconds: float
+    """for which training stood still, on this process"""
+    write_seconds: float
+    """from the first file to the final name"""
+    not_deleted: list[str]
+    """older files that should have gone and did not, and why"""
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of a run; every process has one, made together and used together.
+
+    `save` and `wait` raise SaveError on all processes or on none. Close it (or leave its `with` block) before the
+    process group is destroyed.
+    """
+
+    def __init__(self, engine: Any, config: Config, mesh: Mesh, run: Path) -> None:
+        from megatron_lcl.train.checkpoint.snapshot import Snapshot
+
+        self.engine, self.config, self.mesh, self.run = engine, config, mesh, run
+        self.layout = layout_of(engine, config, mesh)
+        self._snapshot = engine.checkpoint_engine = Snapshot(copies=config.checkpoint.background)
+        engine._copy_recovery_script = lambda save_path: None  # it writes, and for a purpose that our weights serve
+        self._peers = Axis()
+        if mesh.world.size > 1:
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._peers = Axis(group, mesh.world.rank, mesh.world.size, mesh.world.ranks)
+        self._thread: threading.Thread | None = None
+        self._fault: SaveError | None = None
+        self._finished: deque[Saved] = deque()
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress, since: float | None = None) -> Path:
+        """Save a checkpoint; the folder where it is, or, in the background, soon will be.
+
+        In the background a save begins by waiting for the one before, and raises SaveError if that one failed. It has
+        then not begun itself; call it again to save all the same.
+
+        since: when (`time.perf_counter()`) training came to a stand for it; by default now.
+        """
+        started = time.perf_counter() if since is None else since
+        self.wait()
+        progress = replace(progress, layout=self.layout, code=code_versions() if self.mesh.is_first else {})
+        final = checkpoint.step_folder(self.run, progress.step)
+        temporary = final.with_name(f".{final.name}.tmp")
+        client_state = {PARTITION_DIMS: partition_dims(self.engine.module)}
+        self.engine.save_checkpoint(str(temporary), tag=STATE, client_state=client_state, save_latest=False)
+        files = [(temporary / RNG / self._rng_file(), random_state())]
+        self._together(lambda: files.extend(self._snapshot.take()))
+        if self.config.checkpoint.background:
+            stall = time.perf_counter() - started
+            self._thread = threading.Thread(
+                target=self._write_apart, args=(files, temporary, final, progress, stall), name="checkpoint"
+            )
+            self._thread.start()
+        else:
+            saved = self._write(files, temporary, final, progress)
+            self._finished.append(replace(saved, stall_seconds=time.perf_counter() - started))
+        return final
+
+    @property
+    def writing(self) -> bool:
+        """Whether this process is writing in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the save in the background, if there is one, is complete. SaveError if it failed."""
+        self.close()
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
+
+    def finished(self) -> list[Saved]:
+        """Saves completed since the last call, for the log. Does not wait; not the same on all processes at a time."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]
+
+    def close(self) -> None:
+        """Let a save in the background come to its end, whichever that is."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_apart(
+        self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress, stall: float
+    ) -> None:
+        try:
+            saved = self._write(files, temporary, final, progress)
+            self._finished.append(replace(saved, stall_seconds=stall))
+        except SaveError as error:
+            self._fault = error
+        except BaseException as error:  # noqa: BLE001 whatever it is, there is no checkpoint
+            self._fault = SaveError(f"the checkpoint was not written: {explain(error)}")
+
+    def _write(self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress) -> Saved:
+        started, first = time.perf_counter(), self.mesh.is_first
+        try:
+            self._together(lambda: make_room(temporary) if first else None)
+            manifests = self._together(lambda: write_files(files, temporary))
+            whole = {name: file for manifest in manifests for name, file in manifest.items()}
+            not_deleted = self._together(lambda: self._finish(temporary, final, progress, whole) if first else [])
+        except BaseException:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        num_bytes = sum(file["bytes"] for file in whole.values())
+        return Saved(final, progress.step, num_bytes, 0.0, time.perf_counter() - started, not_deleted[0])
+
+    def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
+        """The first process's part once all files of all processes are there, which it adds to; as `tidy`."""
+        files[WEIGHTS] = State(temporary / STATE, self.config.model).write_weights(temporary / WEIGHTS)
+        for name, text in ((CONFIG, to_yaml(self.config)), (PROGRESS, json.dumps(asdict(progress)))):
+            (temporary / name).write_text(text, encoding="utf-8")
+            files[name] = fingerprint(temporary / name)
+        (temporary / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+        for name in (WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
+            sync(temporary / name)
+        if final.exists():  # the same step saved again after a resume
+            checkpoint.set_aside(final)
+        os.rename(temporary, final)
+        sync(final.parent)
+        return checkpoint.tidy(self.run, self.config.checkpoint)
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Every process's result; SaveError on all where one fails, so that none waits for it."""
+        outcome: tuple[T | None, str | None]
+        try:
+            outcome = action(), None
+        except Exception as error:  # noqa: BLE001 whatever it is, the others must hear of it
+            outcome = None, explain(error)
+        try:
+            outcomes = self._peers.gather_objects(outcome)
+        except RuntimeError as error:
+            raise SaveError(f"lost another process while saving: {explain(error)}") from None
+        for rank, (_, fault) in enumerate(outcomes):
+            if fault is not None:
+                raise SaveError(f"process {rank} could not write the checkpoint: {fault}")
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    def _rng_file(self) -> str:
+        return f"rank-{self.mesh.world.rank:05d}.pt"
+
+    # --- going on ------------------------------------------------------------------------------------------------
+
+    def load(self, folder: Path) -> list[str]:
+        """Parameters, optimizer and random-number generators of a checkpoint that verifies; what there is to say.
+
+        At another layout the checkpoint is first converted (`reshard`), once, by the first process; the others wait.
+        Learning rates, weight decays, betas, epsilon and the clipping norm stay as this run's config has them. RunError
+        where the conversion cannot be written, or a file would build what is no part of a checkpoint (`unpickle`).
+        """
+        self.close()
+        self._refuse_foreign(folder)
+        before = checkpoint.read_progress(folder)
+        said = []
+        if self.mesh.is_first and before.code != code_versions():
+            said.append(f"{folder} was written by " + ", ".join(f"{k} {v}" for k, v in before.code.items()))
+        same = before.layout == self.layout
+        if not same and self._convert(folder):
+            said.append(f"converted {folder} from {before.layout} to {self.layout}")
+        optimizer, engine = self.engine.optimizer, self.engine
+        ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
+        kept = ["clip_grad"] + ["loss_scaler", "dynamic_loss_scale"] * (before.layout.dtype != self.layout.dtype)
+        values = {name: getattr(optimizer, name) for name in kept if hasattr(optimizer, name)}
+        engine._config.load_universal_checkpoint = not same
+        try:
+            with quiet(), restricted():
+                path, _ = engine.load_checkpoint(str(folder), tag=STATE if same else reshard.UNIVERSAL)
+        finally:
+            engine._config.load_universal_checkpoint = False
+        if path is None:
+            raise RunError(f"DeepSpeed could not read {folder}")
+        # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
+        for group, settings in zip(optimizer.param_groups, ours, strict=True):
+            for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer
+                del group[key]
+            group.update(settings)
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for parameter, state in optimizer.optimizer.state.items():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
+        for name, value in values.items():
+            setattr(optimizer, name, value)
+        if (folder / RNG / self._rng_file()).exists():
+            set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
+        return said
+
+    def _refuse_foreign(self, folder: Path) -> None:
+        """The processes look through the files together, so that one that is refused ends all of them alike."""
+        peers, files = self._peers, sorted(folder.rglob("*.pt"))
+        faults = peers.gather_objects(refused(files[peers.rank :: peers.size]))
+        if fault := next((fault for fault in faults if fault), None):
+            raise RunError(fault)
+
+    def _convert(self, folder: Path) -> bool:
+        outcome: bool | str = False
+        if self.mesh.is_first:
+            try:
+                outcome = reshard.convert(folder, self.config.model)
+            except Exception as error:  # noqa: BLE001 whatever it is, the others must hear of it
+                outcome = f"{folder} is of another layout and could not be converted: {explain(error)}"
+        outcome = self._peers.broadcast_object(outcome)
+        if isinstance(outcome, str):
+            raise RunError(outcome)
+        return outcome
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what DeepSpeed prints and warns of while it loads, which is nothing to do anything about."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:
+    """The layout of a run; every process calls it."""
+    first_stage = min(int(name.split(".")[0]) for name, _ in engine.module.named_parameters())
+    layout = Layout(
+        tensor=mesh.tensor.size,
+        pipeline=mesh.pipeline.size,
+        data=mesh.data.size,
+        zero_stage=config.zero.stage,
+        dtype=resolve_dtype(config),
+        cuts=tuple(mesh.pipeline.gather_objects(first_stage)),
+        deepspeed=config.deepspeed,
+    )
+    return Layout.from_json(json.loads(json.dumps(asdict(layout))))
+
+
+def partition_dims(module: torch.nn.Module) -> dict[str, int]:
+    """The dimension along which tensor parallelism splits, of those parameters of this process that it splits."""
+    named = module.named_parameters()
+    return {name: p.partition_dim for name, p in named if getattr(p, "tensor_model_parallel", False)}  # type: ignore
+
+
+def make_room(temporary: Path) -> None:
+    """Remove what interrupted saves have left; what cannot be removed is at least not where this save writes."""
+    if temporary.exists():
+        checkpoint.set_aside(temporary)
+    checkpoint.clear_leftovers(temporary.parent)
+
+
+def write_files(files: list[tuple[Path, Any]], root: Path) -> dict[str, dict[str, Any]]:
+    """Write (path, content), durably, letting go of each when it is written; their entries in the manifest."""
+    entries = {}
+    while files:
+        path, content = files.pop()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries[path.relative_to(root).as_posix()] = save_hashed(path, content)
+        sync(path)
+    return entries
+
+
+def random_state() -> dict[str, Any]:
+    """States of all generators of this process; readable with weights_only."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state |= {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}  # type: ignore
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back into the states that `random_state` read."""
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """Versions of what computes: this package (and its git commit, in a checkout), PyTorch, DeepSpeed."""
+    import deepspeed
+
+    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    with contextlib.suppress(PackageNotFoundError):  # run from a checkout that is not installed
+        versions["megatron_lcl"] = version("megatron-lcl")
+    checkout = Path(__file__).parents[3]
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            versions["commit"] = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+    return versions
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"

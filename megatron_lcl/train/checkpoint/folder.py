@@ -1,0 +1,211 @@
+"""Checkpoints on disk: a folder that is complete or is not there.
+
+    RUN/checkpoints/step-00001000/
+        state/…              DeepSpeed's own files: parameters, optimizer, one set per process
+        rng/rank-00000.pt …  random-number generators of each process
+        model.safetensors    all parameters in float32, whole, unpadded, named `{index}.name`: what `load_model` reads
+        config.yaml          the run's config
+        progress.json        step, packs consumed, the ledger that says which, layout, code
+        manifest.json        size and XXH3 of every file above; written last
+        universal/…          only where the run went on at another layout: the same state, for any (see `reshard`)
+
+`checkpointer` writes them, `state` reads what DeepSpeed wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_lcl.config import Checkpoint
+from megatron_lcl.convert.folder import IMPORT, read_record
+from megatron_lcl.data.corpus.manifest import verify
+from megatron_lcl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lcl.data.loading.pack_index import Ledger
+
+FOLDER, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
+    "checkpoints",
+    "progress.json",
+    "model.safetensors",
+    "config.yaml",
+    "state",
+    "rng",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides how DeepSpeed's files divide the model among processes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero_stage: int = 1
+    dtype: str = "float32"
+    cuts: tuple[int, ...] = (0,)
+    """first stage of each pipeline part"""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """the config's `deepspeed` section"""
+
+    def __str__(self) -> str:
+        axes = [(self.tensor, "tensor"), (self.pipeline, "pipeline"), (self.data, "data")]
+        sizes = " x ".join(f"{size} {name}" for size, name in axes if size > 1) or "1 process"
+        return f"{sizes}, ZeRO-{self.zero_stage}, {self.dtype}"
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        return cls(**{**value, "cuts": tuple(value["cuts"])})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int
+    """optimizer steps done"""
+    packs: int
+    """packs consumed"""
+    ledger: dict[str, Any]
+    """what the packs depend on, the corpora's fingerprints among it, and where chunks of packs begin
+    (data.index.Ledger.to_json)"""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """what the guard over bad steps has counted (train.guard.BadSteps.state)"""
+    layout: Layout = Layout()
+    """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
+    code: dict[str, str] = field(default_factory=dict)
+    """versions that wrote the checkpoint; filled in by `Checkpointer.save`"""
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, once it is complete."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step whose checkpoint a folder is; -1 where it is none."""
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood that wrote a checkpoint. UserError where another version of this format is there."""
+    value = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    known = {f.name for f in fields(Progress)}
+    if not isinstance(value, dict) or not value.keys() <= known or "layout" not in value:
+        raise UserError(f"{folder / PROGRESS} is of another version of megatron_lcl; it should hold {sorted(known)}")
+    return Progress(**{**value, "layout": Layout.from_json(value["layout"])})
+
+
+# --- which one --------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first. Under their final names they are complete, unless damage came later."""
+    return sorted(path for path in (run / FOLDER).glob("step-*") if path.is_dir() and step_of(path) >= 0)
+
+
+def last_progress(run: Path) -> Progress | None:
+    """Where a run stands by its newest checkpoint whose `progress.json` is whole; None where there is none."""
+    saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
+    return read_progress(saved[-1]) if saved else None
+
+
+def last_ledger(run: Path) -> Ledger | None:
+    """What the run's packs depend on, as its newest checkpoint knows it; None where there is none."""
+    # its compiler takes a while to import, and `checkpoint list` has no use for it
+    from megatron_lcl.data.loading.pack_index import Ledger
+
+    progress = last_progress(run)
+    return Ledger.from_json(progress.ledger) if progress else None
+
+
+def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The last of these checkpoints that verifies (None: none does), and the faults of those that were passed over."""
+    skipped: dict[Path, list[str]] = {}
+    for folder in reversed(folders):
+        faults = verify(folder)
+        if not faults:
+            return folder, skipped
+        skipped[folder] = faults
+    return None, skipped
+
+
+def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The checkpoint to go on from by `checkpoint.resume` (None: none) and those passed over, with their faults.
+
+    A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
+    by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
+    anew without a word), or the one that `resume` names is.
+    """
+    folder, skipped = newest(list_checkpoints(run))
+    if folder is None and skipped:
+        latest, faults = next(iter(skipped.items()))
+        raise UserError(
+            f"none of the {len(skipped)} checkpoints in {run / FOLDER} is whole ({latest.name}: {'; '.join(faults[:3])}"
+            "); restore one, or remove them to begin anew"
+        )
+    if folder is not None or resume == "auto":
+        return folder, skipped
+    named = Path(resume)
+    if read_record(named, IMPORT):
+        raise UserError(
+            f"checkpoint.resume = {resume} is an import: weights alone, without an optimizer and a place in the data; "
+            f"begin with them by --train.init_from {resume}"
+        )
+    if faults := verify(named):
+        raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
+    return named, skipped
+
+
+# --- what is kept ------------------------------------------------------------------------------------------------
+
+
+def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
+    """Those of a run's checkpoints (oldest first) that `keep_last` and `keep_every` do not keep."""
+    older = folders[: -keep.keep_last]
+    return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
+
+
+def tidy(run: Path, keep: Checkpoint) -> list[str]:
+    """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why."""
+    faults: list[str] = []
+    for folder in superseded(list_checkpoints(run), keep):
+        try:
+            set_aside(folder)
+        except OSError as error:
+            faults.append(f"{folder}: {error.strerror}")
+    return faults + clear_leftovers(run / FOLDER)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder so that it is no checkpoint, but what `clear_leftovers` removes; the name, which no other has."""
+    return folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{time.time_ns()}.old"))
+
+
+def delete(folder: Path) -> list[str]:
+    """Delete a checkpoint; where that is interrupted, what is left does not look like one. As `clear_leftovers`."""
+    return _remove(set_aside(folder))
+
+
+def clear_leftovers(folder: Path) -> list[str]:
+    """Remove what was left in a run's folder of checkpoints by a save or a deletion that was interrupted.
+
+    What cannot be removed, and why: on NFS a file that anybody has open stays until it is closed. A later call may.
+    """
+    return [fault for leftover in folder.glob(".step-*") for fault in _remove(leftover)]
+
+
+def _remove(folder: Path) -> list[str]:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # whatever else of it can go
+        return [f"{error.filename or folder}: {error.strerror or error}"]
+    return []

@@ -1,0 +1,204 @@
+"""`train.init_from`: a run whose first step has the weights of a checkpoint, and nothing else of it.
+
+The checkpoint is an import, a run of any layout or one of its checkpoints, or a file in the format of the published
+ones. Only safetensors and pickles of plain tensors are read (`convert.load`).
+
+Parameters are called `{index}.name`, and an index says something only beside its model's numbers of layers. So what is
+matched is the place: the same layer of the same encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_lcl.config import Config, Model, to_dict
+from megatron_lcl.convert.load import (
+    WEIGHTS,
+    check_whole,
+    find_checkpoint,
+    open_clip_sizes,
+    read_config,
+    read_safetensors,
+    read_state_dict,
+)
+from megatron_lcl.convert.resolution import interpolate_positions
+from megatron_lcl.errors import UserError
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
+from megatron_lcl.parallel.layers import full_shape, shard
+from megatron_lcl.parallel.mesh import Axis
+
+_POSITIONS = "0.positions"
+"""of the vision encoder, which are interpolated to another image size"""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What of a checkpoint becomes what of a model. The first process finds it; all put it in their places."""
+
+    path: Path
+    """the checkpoint's folder, or the file"""
+    names: dict[str, str]
+    """parameter of the model → that of the checkpoint's model (`{index}.name` both)"""
+    missing: list[str]
+    """parameters of the model that the checkpoint lacks: they begin as `train.seed` draws them"""
+    unused: list[str]
+    """tensors of the checkpoint that the model has no place for, as they are called there"""
+    image_size: int | None
+    """of the checkpoint's model, if the model's is another: position embeddings are interpolated"""
+
+    def said(self, config: Config) -> str:
+        """One line for the person who watches."""
+        parts = [f"beginning with the weights of {self.path}"]
+        if self.missing:
+            parts.append(f"it lacks {some(self.missing)}, which begin as train.seed draws them")
+        if self.unused:
+            parts.append(f"not used of it: {some(self.unused)}")
+        if self.image_size is not None:
+            sizes = f"{self.image_size} to {config.model.vision.image_size} px"
+            parts.append(f"position embeddings interpolated from {sizes}")
+        return "; ".join(parts)
+
+
+def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights | None:
+    """What `train.init_from` names, None where it names nothing.
+
+    UserError for what is no checkpoint, has nothing that the model has, or has it in another shape. verify: also read
+    every byte, and refuse what is damaged.
+    """
+    if config.train.init_from is None:
+        return None
+    path = Path(config.train.init_from)
+    path = find_checkpoint(path) if path.is_dir() else path
+    if verify and path.is_dir():
+        check_whole(path)
+    theirs, tensors, unused = _read(path)
+    shapes = _shapes(config.model)
+    names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
+    if not names:
+        raise UserError(f"train.init_from = {path} has no tensor that the model has; name an LCL checkpoint")
+    _check_fit(path, config.model, theirs, {name: tensors[source] for name, source in names.items()}, shapes)
+    used = set(names.values())
+    return InitialWeights(
+        path,
+        names,
+        sorted(shapes.keys() - names.keys(), key=_order),
+        [*sorted(tensors.keys() - used, key=_order), *unused],
+        theirs.vision.image_size if theirs.vision.image_size != config.model.vision.image_size else None,
+    )
+
+
+def put(weights: InitialWeights, stages: Mapping[int, nn.Module], axis: Axis) -> None:
+    """The weights into this process's stages, by their index in the list of all, in place.
+
+    axis: the tensor ranks that share them.
+    """
+    _, tensors, _ = _read(weights.path)
+    for index, stage in stages.items():
+        for name, parameter in stage.named_parameters():
+            source = weights.names.get(f"{index}.{name}")
+            if source is None:
+                continue
+            value, shape = tensors[source].float(), full_shape(parameter)
+            if value.shape != shape:
+                value = interpolate_positions(value, shape[0] - 1)
+            parameter.data.copy_(shard(value, parameter, axis))
+
+
+def _read(path: Path) -> tuple[Model, dict[str, torch.Tensor], list[str]]:
+    """The checkpoint's model, its tensors under our names (mapped), and names of those that are none of the model's."""
+    if path.is_dir():
+        model, state = read_config(path).model, read_safetensors(path / WEIGHTS)
+        expected = _shapes(model)
+        known = {name: tensor for name, tensor in state.items() if name in expected}
+        _check_tensors(path / WEIGHTS, expected, known)
+        return model, known, sorted(state.keys() - known.keys())
+    if not path.is_file():
+        raise UserError(f"train.init_from = {path} does not exist; name an import, a run's folder, or a checkpoint")
+    state = read_state_dict(path)
+    model = model_config(open_clip_sizes(path, state))
+    with torch.device("meta"):
+        empty = LCL(model, seed=None)
+    expected = {name: tensor.shape for name, tensor in state_dict_open_clip(empty).items()}
+    known = {name: tensor for name, tensor in state.items() if name in expected}
+    _check_tensors(path, expected, known)
+    return model, dict(under_our_names(empty, known)), sorted(state.keys() - known.keys())
+
+
+def _check_tensors(path: Path, expected: Mapping[str, torch.Size], known: Mapping[str, torch.Tensor]) -> None:
+    if faults := name_faults({name: expected[name] for name in known}, known):
+        raise UserError(f"{path} {faults}; does its model config belong to it?")
+
+
+def _shapes(model: Model) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in LCL(model, seed=None).stages.named_parameters()}
+
+
+def _layers(model: Model) -> list[tuple[str, int]]:
+    """What stands at each index of the model's list of layers."""
+    vision, language = (range(encoder.layers) for encoder in (model.vision, model.language))
+    return [
+        ("patches", 0),
+        *(("vision", n) for n in vision),
+        ("pool", 0),
+        *(("language", n) for n in language),
+        ("head", 0),
+    ]
+
+
+def _counterpart(name: str, model: Model, theirs: Model) -> str | None:
+    """A parameter's name in another model; None where that one has no such layer."""
+    index, _, leaf = name.partition(".")
+    layer, layers = _layers(model)[int(index)], _layers(theirs)
+    return f"{layers.index(layer)}.{leaf}" if layer in layers else None
+
+
+def _order(name: str) -> tuple[int, str]:
+    index, _, leaf = name.partition(".")
+    return int(index), leaf
+
+
+def _check_fit(
+    path: Path,
+    model: Model,
+    theirs: Model,
+    given: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    """UserError where a tensor has another shape than the model's, or another meaning: heads do not show in shapes."""
+    wrong = [name for name, tensor in given.items() if tensor.shape != shapes[name]]
+    same_patches = (model.vision.patch_size, model.vision.width) == (theirs.vision.patch_size, theirs.vision.width)
+    if same_patches and _POSITIONS in wrong:
+        wrong.remove(_POSITIONS)
+    faults = [
+        f"{name} has the shape {tuple(given[name].shape)}, the model's {tuple(shapes[name])}" for name in wrong[:3]
+    ]
+    faults += [f"{len(wrong) - 3} more tensors differ"] * (len(wrong) > 3)
+    other = [
+        f"{key} is {before} there and {now} here"
+        for key, before, now in _differences(theirs, model)
+        if wrong or key.endswith("heads")
+    ]
+    if wrong or other:
+        raise UserError(f"train.init_from = {path} does not fit the model: {'; '.join([*faults, *other])}")
+
+
+def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]]:
+    """Sizes that are not the same in two models, but for those that need not be."""
+    free = {"model.vision.image_size", "model.vision.layers", "model.language.layers"}
+    before, now = _flat(to_dict(Config(model=theirs))), _flat(to_dict(Config(model=model)))
+    return [(key, before[key], now[key]) for key in now if before[key] != now[key] and key not in free]
+
+
+def _flat(config: dict[str, dict]) -> dict[str, object]:
+    model = config["model"]
+    sections = {
+        f"model.{section}.{key}": value for section in ("vision", "language") for key, value in model[section].items()
+    }
+    return {**sections, "model.pool_heads": model["pool_heads"]}

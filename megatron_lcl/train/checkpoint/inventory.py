@@ -1,0 +1,80 @@
+"""What `megatron-lcl checkpoint` does: list, verify and prune the checkpoints of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from megatron_lcl.config import load, replace
+from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
+from megatron_lcl.errors import UserError
+from megatron_lcl.train.checkpoint.folder import (
+    CONFIG,
+    delete,
+    list_checkpoints,
+    read_progress,
+    step_of,
+    superseded,
+)
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; or the one that the path is. UserError where it is neither."""
+    found = [path] if step_of(path) >= 0 and path.is_dir() else list_checkpoints(path)
+    if not found:
+        raise UserError(f"{path} holds no checkpoint; name a run's folder (train.output), or one of its checkpoints")
+    return found
+
+
+def table(path: Path, quick: bool = False) -> str:
+    """Step, time, size, layout and state of every checkpoint. `quick`: by the files' sizes, without reading them."""
+    rows = [("step", "saved", "size", "layout", "state")]
+    for folder in checkpoints_of(path):
+        faults = verify(folder, quick)
+        state = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        rows.append((f"{step_of(folder):,}", *_facts(folder), state or ("complete" if quick else "verified")))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{step:>{widths[0]}}  {saved:<{widths[1]}}  {size:>{widths[2]}}  {layout:<{widths[3]}}  {state}"
+        for step, saved, size, layout, state in rows
+    )
+
+
+def _facts(folder: Path) -> tuple[str, str, str]:
+    try:
+        size = sum(file["bytes"] for file in read_manifest(folder).values())
+        saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        return saved, f"{size / 1e6:,.1f} MB", str(read_progress(folder).layout)
+    except (OSError, ValueError, TypeError, KeyError):
+        return "?", "?", "?"
+
+
+def faults(path: Path, quick: bool = False) -> Iterator[str]:
+    """What is wrong with a run's checkpoints, one line a file."""
+    for folder in checkpoints_of(path):
+        for fault in verify(folder, quick):
+            yield f"{folder.name}/{fault}"
+
+
+def prune(
+    run: Path, keep_last: int | None = None, keep_every: int | None = None, dry_run: bool = False
+) -> Iterator[str]:
+    """Delete a run's checkpoints but the newest `keep_last` that verify and those at multiples of `keep_every` steps.
+
+    None: as the run's config says. Damaged ones go too. Yields a line for each that is (or, with `dry_run`, would be)
+    deleted. UserError, and nothing is deleted, where none verifies.
+    """
+    config = load(run / CONFIG)
+    given = {"keep_last": keep_last, "keep_every": keep_every}
+    keep = replace(config, **{f"checkpoint__{k}": v for k, v in given.items() if v is not None}).checkpoint
+    found = {folder: verify(folder) for folder in checkpoints_of(run)}
+    whole = [folder for folder, wrong in found.items() if not wrong]
+    if not whole:
+        raise UserError(f"none of the {len(found)} checkpoints of {run} verifies; nothing was deleted")
+    old = set(superseded(whole, keep))
+    for folder, wrong in found.items():
+        if wrong or folder in old:
+            left = [] if dry_run else delete(folder)
+            yield f"{'would delete' if dry_run else 'deleted'} {folder}" + (f" (damaged: {wrong[0]})" if wrong else "")
+            yield from (f"could not delete {fault}" for fault in left)

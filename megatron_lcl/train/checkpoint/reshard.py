@@ -1,0 +1,72 @@
+"""A checkpoint of any layout as DeepSpeed's Universal Checkpoint, from which any other layout loads.
+
+    step-00001000/universal/
+        zero/{index}.name/{fp32,exp_avg,exp_avg_sq,step}.pt      whole and unpadded
+        zero/optimizer_state.pt                                  loss scale and the like
+        mp_rank_00_model_states.pt                               counts; what ZeRO-1 and 2 look for
+        zero_pp_rank_0_mp_rank_00_model_states.pt                the same, what ZeRO-3 looks for
+        manifest.json
+
+DeepSpeed's own converter writes two dialects, one that only ZeRO-1 and 2 load and one that only ZeRO-3 loads, by way of
+a file for every piece of every parameter. This one writes what all of them load, one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_lcl.config import Model
+from megatron_lcl.data.corpus.manifest import MANIFEST, manifest_text, verify
+from megatron_lcl.train.checkpoint.folder import STATE
+from megatron_lcl.train.checkpoint.state import KEYS, State, save_hashed
+
+UNIVERSAL = "universal"
+
+
+def convert(folder: Path, model: Model) -> bool:
+    """Make sure that a checkpoint has its universal form; whether it had to be written. One process calls it.
+
+    Written under a temporary name, manifest last, renamed. One that does not verify is written again, so it need not
+    outlive a power failure. OSError where the checkpoint's folder cannot be written.
+    """
+    final, temporary = folder / UNIVERSAL, folder / f".{UNIVERSAL}.tmp"
+    if not verify(final):
+        return False
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)
+    try:
+        _write(State(folder / STATE, model), temporary)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return True
+
+
+def _write(state: State, folder: Path) -> None:
+    files: dict[str, dict[str, object]] = {}
+
+    def save(name: str, content: object) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        files[name] = save_hashed(folder / name, content)
+
+    for name, shape in state.shapes.items():
+        dim = state.partition_dims.get(name, 0)
+        for key in KEYS:
+            content = {"param": state.whole(name, key), "cat_dim": dim}
+            if dim == 0 and len(shape) > 1:
+                content["vocab_tensor"] = True  # DeepSpeed's word for rows that may have to be padded again
+            save(f"zero/{name}/{key}.pt", content)
+        save(f"zero/{name}/step.pt", state.step)
+    groups, shards = state.base["param_groups"], {"fp32_flat_groups", "param_slice_mappings"}
+    shards |= {"single_partition_of_fp32_groups", "base_optimizer_state", "optimizer_state_dict"}
+    common = {key: value for key, value in state.optimizer.items() if key not in shards}
+    zero3 = {"state": {0: {"step": state.step}}, "param_groups": groups}
+    common |= {"param_groups": groups, "optimizer_state_dict": zero3, "ds_version": state.version}
+    save("zero/optimizer_state.pt", common)
+    counts = {**state.common, "module": {}, "param_shapes": None, "mp_world_size": 1}
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        save(name, counts)
+    (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")

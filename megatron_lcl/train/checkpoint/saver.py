@@ -1,0 +1,66 @@
+"""Saves that may fail: the run goes on without them for a while."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_lcl.config import Checkpoint
+from megatron_lcl.errors import RunError
+from megatron_lcl.train.checkpoint.checkpointer import Checkpointer, SaveError
+from megatron_lcl.train.checkpoint.folder import Progress
+from megatron_lcl.train.resilience.audit import Audit
+from megatron_lcl.train.telemetry import Telemetry
+
+
+class Saver:
+    """Counts saves that failed, in a row, and says and audits each. Used by all processes together."""
+
+    def __init__(self, checkpoints: Checkpointer, config: Checkpoint, telemetry: Telemetry, audit: Audit) -> None:
+        self.checkpoints, self.config, self.telemetry, self.audit = checkpoints, config, telemetry, audit
+        self.step, self.folder = 0, Path()
+        """the last save that is complete"""
+        self.failures, self.fault = 0, ""
+        """saves that failed since then, and why the last one did"""
+        self._writing: tuple[int, Path] | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Save, in the background if the config says so; RunError after `max_failures` in a row that failed."""
+        since = time.perf_counter()
+        self.settle()
+        try:
+            self._writing = progress.step, self.checkpoints.save(progress, since)
+        except SaveError as error:
+            self._failed(progress.step, error)
+        if not self.config.background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for a save in the background, if there is one, and count how it ended."""
+        if self._writing is None:
+            return
+        (step, folder), self._writing = self._writing, None
+        try:
+            self.checkpoints.wait()
+        except SaveError as error:
+            self._failed(step, error)
+            return
+        self.step, self.folder, self.failures = step, folder, 0
+        for saved in self.checkpoints.finished():
+            numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
+            self.telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
+            if saved.not_deleted:
+                self.audit.write("not deleted", saved.step, files=saved.not_deleted)
+                self.telemetry.say(f"could not delete {'; '.join(saved.not_deleted[:3])}")
+
+    def _failed(self, step: int, error: SaveError) -> None:
+        self.failures, self.fault = self.failures + 1, str(error)
+        self.audit.write("checkpoint failed", step, reason=str(error), in_a_row=self.failures)
+        if self.failures >= self.config.max_failures:
+            raise RunError(f"{error}; it is save number {self.failures} in a row that failed; {self.last}")
+        self.telemetry.say(f"no checkpoint of step {step}: {error}; {self.last}")
+
+    @property
+    def last(self) -> str:
+        """Where the run can go on, in words."""
+        return f"the last complete checkpoint is of step {self.step}" if self.step else "there is no checkpoint yet"

@@ -1,0 +1,165 @@
+"""Reads what DeepSpeed wrote, at any layout, as whole parameters and optimizer states.
+
+A parameter lies in DeepSpeed's files in pieces: a tensor-parallel rank holds a share of it (`partition_dim`), and the
+data-parallel ranks hold consecutive runs of that share, flattened. The files are mapped, not read: only the piece that
+is asked for is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+
+from megatron_lcl.config import Model
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.train.checkpoint.unpickle import load_mapped
+
+KEYS = ("fp32", "exp_avg", "exp_avg_sq")
+"""what there is of every parameter: its float32 value and Adam's two moments"""
+PARTITION_DIMS = "partition_dims"
+"""key under which `Checkpointer` adds to every process's file which parameters tensor parallelism splits, and where"""
+
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+
+Piece = Callable[[str], torch.Tensor]
+"""a key of KEYS → a run of elements of the flattened share"""
+
+
+class State:
+    """The content of a checkpoint's `state` folder."""
+
+    def __init__(self, folder: Path, model: Model) -> None:
+        with torch.device("meta"):
+            parameters = LCL(model, seed=None).stages.named_parameters()
+        self.shapes: dict[str, torch.Size] = {name: parameter.shape for name, parameter in parameters}
+        """whole, unpadded"""
+        self.partition_dims: dict[str, int] = {}
+        self._local_shapes: dict[int, dict[str, torch.Size]] = {}
+        self._pieces: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
+        for part, file in _numbered(folder, _MODEL):
+            self.common: dict[str, Any] = load_mapped(file)
+            """what DeepSpeed keeps beside the parameters: step counts and the like"""
+            self._local_shapes[part[0]] = {
+                n: shape for group in self.common["param_shapes"] for n, shape in group.items()
+            }
+            self.partition_dims |= self.common[PARTITION_DIMS]
+        for (_rank, part_number), file in sorted(_numbered(folder, _OPTIMIZER)):
+            loaded = load_mapped(file)
+            self.optimizer: dict[str, Any] = loaded["optimizer_state_dict"]
+            """DeepSpeed's optimizer object, as one process wrote it"""
+            self.version: str = loaded["ds_version"]
+            zero3 = "fp32_flat_groups" in self.optimizer
+            pieces = _pieces_zero3 if zero3 else _pieces_zero12
+            for name, piece in pieces(self.optimizer, self.common["param_shapes"]):
+                self._pieces[name][part_number].append(piece)
+        assert self._pieces.keys() == self.shapes.keys(), "the files do not hold this model"
+        self.base: dict[str, Any] = self.optimizer["optimizer_state_dict" if zero3 else "base_optimizer_state"]
+        """torch's optimizer, as one process wrote it"""
+
+    def whole(self, name: str, key: str) -> torch.Tensor:
+        """A parameter's value or moment, whole, unpadded, on the CPU."""
+        shares = []
+        for part, pieces in sorted(self._pieces[name].items()):
+            shape = self._local_shapes[part][name]
+            shares.append(torch.cat([piece(key) for piece in pieces])[: shape.numel()].view(shape))
+        shape = self.shapes[name]
+        if name not in self.partition_dims:  # every tensor-parallel rank has the same
+            return shares[0].view(shape)
+        dim = self.partition_dims[name]
+        return torch.cat(shares, dim).narrow(dim, 0, shape[dim]).contiguous()
+
+    @property
+    def step(self) -> torch.Tensor:
+        """Adam's count of steps, as torch keeps it."""
+        state = next(iter(self.base["state"].values()))
+        # apex's own place for it, and earlier versions' of this package
+        return state["step"] if "step" in state else torch.tensor(float(self.base["param_groups"][0]["step"]))
+
+    def write_weights(self, path: Path) -> dict[str, Any]:
+        """All parameters, float32, as a safetensors file, one after another; its entry in the manifest.
+
+        Format: huggingface/safetensors, README: length of the header (8 bytes), header (JSON), data.
+        """
+        header, offset = {}, 0
+        for name, shape in self.shapes.items():
+            end = offset + 4 * shape.numel()
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+
+        def write(file: IO[bytes]) -> None:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in self.shapes:
+                file.write(self.whole(name, "fp32").float().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+        return write_hashed(path, write)
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[tuple[int, ...], Path]]:
+    for file in sorted(folder.iterdir()):
+        if match := pattern.fullmatch(file.name):
+            yield tuple(map(int, match.groups())), file
+
+
+def _pieces_zero12(optimizer: dict[str, Any], _shapes: Any) -> Iterator[tuple[str, Piece]]:
+    """ZeRO-1 and 2: this process's run of the flattened group; which parameters lie in it is written beside it."""
+    states = optimizer["base_optimizer_state"]["state"]
+    for group, fp32 in enumerate(optimizer["single_partition_of_fp32_groups"]):
+        flat = {"fp32": fp32, **states[group]}
+        for name, place in optimizer["param_slice_mappings"][group].items():
+            yield name, _run(flat, place.start, place.numel)
+
+
+def _pieces_zero3(optimizer: dict[str, Any], shapes: Any) -> Iterator[tuple[str, Piece]]:
+    """ZeRO-3: of every parameter an equal run, the last one padded."""
+    states, num_ranks = optimizer["optimizer_state_dict"]["state"], optimizer["partition_count"]
+    for group, fp32 in enumerate(optimizer["fp32_flat_groups"]):
+        flat, start = {"fp32": fp32, **states[group]}, 0
+        for name, shape in shapes[group].items():
+            length = -(-shape.numel() // num_ranks)
+            yield name, _run(flat, start, length)
+            start += length
+
+
+def _run(flat: dict[str, torch.Tensor], start: int, length: int) -> Piece:
+    return lambda key: flat[key].narrow(0, start, length)
+
+
+class _Hashed:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest, self.size = file, xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_hashed(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
+    """Write a file by a function that gets it open; its entry in the manifest. OSError where that fails."""
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        try:
+            write(hashed)
+        except RuntimeError as error:  # torch.save hides the disk's word behind its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    return {"bytes": hashed.size, "xxh3": hashed.digest.hexdigest()}
+
+
+def save_hashed(path: Path, content: Any) -> dict[str, Any]:
+    """`torch.save`; the file's entry in the manifest."""
+    return write_hashed(path, lambda file: torch.save(content, file))

@@ -1,0 +1,241 @@
+"""Pipeline parallelism, with the negatives of the whole global batch: DeepSpeed's PipelineEngine, other instructions.
+
+Every process knows the integers of all its replica's micro-batches (`share`), so ONE float tensor, the hidden rows,
+travels from part to part, and its gradient back. Shapes follow from the integers; none is sent.
+
+The last part computes the losses. What the others owe to them arrives as the gradient of their hidden rows, already
+scaled: they must not scale it again, neither by float16's loss scale nor by the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import p2p, schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import nn
+
+from megatron_lcl.config import Config
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.model.layers import MAX_LOG_SCALE, Activations, Outputs
+from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.engine import DTYPES, read_log_scale, resolve_dtype, update_log_scale
+from megatron_lcl.train.pipeline.partition import hidden_shape
+from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward, order_of
+from megatron_lcl.train.step import StepLoss, StepResult, Totals, without_targets
+
+LossOf = Callable[[int, Outputs], torch.Tensor]
+"""what the last part minimises, from the number of a micro-batch and what the head gave for it"""
+
+
+class PipelinePart(PipelineModule):
+    """This process's consecutive stages; parameters are called `{index}.name`, as without a pipeline."""
+
+    def __init__(self, stages: Mapping[int, nn.Module], bounds: Sequence[int], topology: Any) -> None:
+        """stages: this process's, by their index; bounds: the first stage of each part, and the number of all."""
+        self.parts = list(bounds)
+        with contextlib.redirect_stdout(io.StringIO()):  # what DeepSpeed prints would tear the progress bar
+            super().__init__([stages.get(index) for index in range(bounds[-1])], topology=topology)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+
+class PartEngine(PipelineEngine):
+    """DeepSpeed's engine of one part of the pipeline; see the file's head."""
+
+    def __init__(self, shape_of: Callable[[PackedBatch], tuple[int, ...]], dtype: torch.dtype, **arguments: Any):
+        """shape_of: shape of what this part receives for a micro-batch; dtype: of what travels."""
+        super().__init__(**arguments)
+        self._shape_of, self._dtype = shape_of, dtype
+        self.pipe_buffers["gradients"] = []
+
+    def all_forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
+        """What the head gave for each micro-batch (none in other parts). Without gradients enabled nothing is kept."""
+        self._begin(batches)
+        self._exec_schedule(AllForward(self.micro_batches, self.num_stages, self.stage_id))
+        outputs = self.pipe_buffers["outputs"]
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["outputs"] = [None] * len(outputs)
+        return outputs[: len(batches)] if self.is_last_stage() else []
+
+    def all_backward(self, loss_of: LossOf) -> None:
+        """After `all_forward` with gradients enabled: the backwards, and the optimizer step."""
+        self._loss_of = loss_of
+        self._exec_schedule(AllBackward(self.micro_batches, self.num_stages, self.stage_id))
+
+    def one_forward_one_backward(self, batches: Sequence[PackedBatch], loss_of: LossOf) -> None:
+        """Forwards, backwards and the optimizer step in DeepSpeed's order."""
+        self._begin(batches)
+        self._loss_of = loss_of
+        self._exec_schedule(schedule.TrainSchedule(self.micro_batches, self.num_stages, self.stage_id))
+
+    def _begin(self, batches: Sequence[PackedBatch]) -> None:
+        assert len(batches) == self.micro_batches, f"{len(batches)} micro-batches, not {self.micro_batches}"
+        self._batches, self._num_forwards, self._num_backwards = batches, 0, 0
+
+    def _exec_nothing(self, buffer_id: int) -> None:
+        """Micro-batches are here already."""
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        shape = self._shape_of(self._batches[self._num_forwards])
+        hidden = self._receive(shape, self.prev_stage)
+        self.pipe_buffers["inputs"][buffer_id] = hidden.requires_grad_(torch.is_grad_enabled())
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        x = Activations.of(self._batches[self._num_forwards])
+        self._num_forwards += 1
+        if not self.is_first_stage():
+            x = x._replace(hidden=self.pipe_buffers["inputs"][buffer_id])
+        out = DeepSpeedEngine.forward(self, x)
+        self.pipe_buffers["outputs"][buffer_id] = out if self.is_last_stage() else out.hidden
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        hidden = self.pipe_buffers["outputs"][buffer_id]
+        self._send(hidden.detach(), self.next_stage)
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        shape = self.pipe_buffers["outputs"][buffer_id].shape
+        self.pipe_buffers["gradients"][buffer_id] = self._receive(shape, self.next_stage)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        out, self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["outputs"][buffer_id], None
+        if self.is_last_stage():
+            loss = self._loss_of(self._num_backwards, out)
+        else:
+            loss = _Known.apply(out, self.pipe_buffers["gradients"][buffer_id])
+            self.pipe_buffers["gradients"][buffer_id] = None
+        self._num_backwards += 1
+        DeepSpeedEngine.backward(self, loss, scale_wrt_gas=False)
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        hidden, self.pipe_buffers["inputs"][buffer_id] = self.pipe_buffers["inputs"][buffer_id], None
+        self._send(hidden.grad, self.prev_stage)
+
+    def _receive(self, shape: Sequence[int], part: int) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=self._dtype, device=self.device)
+        if tensor.numel():
+            p2p.recv(tensor, part)
+        return tensor
+
+    def _send(self, tensor: torch.Tensor, part: int) -> None:
+        assert tensor.dtype == self._dtype, f"{tensor.dtype} between parts, not {self._dtype}"
+        if tensor.numel():
+            p2p.send(tensor.contiguous(), part)
+
+    _INSTRUCTION_MAP = {  # noqa: RUF012  (DeepSpeed looks functions up here, not methods by name)
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.LoadMicroBatch: _exec_nothing,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.RecvGrad: _exec_recv_grads,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.SendGrad: _exec_send_grads,
+    }
+
+
+class _Known(torch.autograd.Function):
+    """A scalar; the gradient of `hidden` is `gradient`, whatever the scalar is multiplied by before backward.
+
+    So every part, like the last one, hands DeepSpeed a loss, and DeepSpeed does around its backward what it must.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, gradient):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gradient)
+        return torch.zeros((), device=hidden.device)
+
+    @staticmethod
+    def backward(ctx, _):  # type: ignore[no-untyped-def]
+        return ctx.saved_tensors[0], None
+
+
+def build_pipeline_engine(
+    part: PipelinePart, optimizer: torch.optim.Optimizer, settings: dict[str, Any], config: Config, mesh: Mesh
+) -> PartEngine:
+    """DeepSpeed's engine around this process's stages; settings: DeepSpeed's config."""
+    mpu, first = part.mpu(), part.parts[part.stage_id]
+    return PartEngine(
+        lambda batch: hidden_shape(first, batch, config.model, mesh.tensor),
+        DTYPES[resolve_dtype(config)],
+        args=None,
+        model=part,
+        optimizer=optimizer,
+        mpu=mpu,
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, mpu),
+    )
+
+
+class PipelineStepper:
+    """Runs steps on the engine of a pipeline; as `Stepper` without one."""
+
+    def __init__(self, engine: PartEngine, config: Config, mesh: Mesh) -> None:
+        self.engine, self.config, self.mesh = engine, config, mesh
+        self.order = order_of(config)
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
+        """What the model makes of this replica's micro-batches, on the last part, elsewhere nothing; no step."""
+        outputs = self.engine.all_forward(batches)
+        if not outputs:
+            return []
+        log_scale = read_log_scale(self.engine.module.forward_funcs[-1].log_scale)
+        return [out._replace(log_scale=log_scale) for out in outputs]
+
+    def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
+        """One step on this replica's micro-batches; every process of the replica has their integers.
+
+        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see `refuse`
+        and the engine's `was_step_applied`.
+        """
+        engine, config, mesh = self.engine, self.config, self.mesh
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        totals = Totals.of(batches, mesh, engine.device)
+        outputs: list[Outputs] = []
+        retain, is_last, result = self.order == "retain", engine.is_last_stage(), None
+        if self.order != "1F1B":
+            with torch.set_grad_enabled(retain):
+                outputs = engine.all_forward(batches if retain else [without_targets(batch) for batch in batches])
+        if is_last:
+            log_scale = engine.module.forward_funcs[-1].log_scale
+            loss = StepLoss(outputs, batches, read_log_scale(log_scale), totals, limit, config, mesh)
+        del outputs  # their graphs go one by one
+
+        def loss_of(m: int, out: Outputs) -> torch.Tensor:
+            return loss.of(m, out) * mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
+
+        if retain:
+            engine.all_backward(loss_of)
+        else:
+            engine.one_forward_one_backward(batches, loss_of)
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        if is_last:
+            update_log_scale(log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
+            result = loss.result(read_log_scale(log_scale), grad_norm)
+        return self._everywhere(result)
+
+    def _everywhere(self, result: StepResult | None) -> StepResult:
+        """The last part's result, on every process."""
+        fields = dataclasses.fields(StepResult)
+        values = [getattr(result, field.name) for field in fields] if result is not None else [0.0] * len(fields)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
+        numbers = self.mesh.pipeline.broadcast(tensor, source=self.mesh.pipeline.size - 1).tolist()
+        found: dict[str, Any] = {f.name: int(n) if f.type == "int" else n for f, n in zip(fields, numbers, strict=True)}
+        return StepResult(**found)

@@ -1,0 +1,222 @@
+"""Where to cut the list of stages into the parts of a pipeline: so that the slowest part is as fast as it can be.
+
+The cost model: a part takes as long as its stages take one after another, and a stage as long as the others of its
+kind, which a short measurement on the run's own device, of its own shapes, finds out at the start: one of the patches,
+of a vision block, of pool and embedding, of a language block, of the head with the vocabulary's cross-entropy (each
+again where activation checkpointing treats it differently). What `recompute` and checkpointing compute twice is in it.
+benchmarks/pipeline_cost_model.py shows how far off it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_lcl.config import Config, Model
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.errors import UserError
+from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.layers import Activations, Outputs
+from megatron_lcl.parallel.mappings import share_size
+from megatron_lcl.parallel.mesh import Axis, Mesh
+
+WARM_UPS, REPEATS = 2, 10
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds that a stage takes for one micro-batch."""
+
+    forward: float
+    """with its graph kept"""
+    backward: float
+    plain: float
+    """forward without a graph and without targets: for the features only"""
+
+    def of_step(self, recompute: bool) -> float:
+        """All of a micro-batch's share of a step; recompute: the forward runs without a graph first."""
+        return self.forward + self.backward + (self.plain if recompute else 0.0)
+
+
+def place_cuts(costs: Sequence[float], sizes: Sequence[float], parts: int) -> tuple[int, ...]:
+    """The first stage of each part, none empty. UserError for more parts than stages.
+
+    costs: what each stage takes. Minimal is the cost of the dearest part; among such placements the sum of `sizes` over
+    the cuts, sizes[i] being what is sent to stage i; among such the first cut comes as early as possible, then the
+    second, and so on. O(parts · stages²): two dynamic programs, the second within the bound that the first one found.
+    """
+    if not 1 <= parts <= len(costs):
+        raise UserError(f"{len(costs)} stages do not divide into {parts} parts; set parallel.pipeline to {len(costs)}")
+    dearest = _best(costs, parts, lambda first, cost: cost, max)[0]
+
+    def sent(first: int, cost: float) -> float:
+        return math.inf if cost > dearest else sizes[first] if first else 0.0
+
+    return _best(costs, parts, sent, lambda a, b: a + b)[1]
+
+
+def _best(
+    costs: Sequence[float],
+    parts: int,
+    value: Callable[[int, float], float],
+    combine: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The smallest combined value of the parts, and the lexicographically first placement that has it."""
+    end = len(costs)
+    nothing: tuple[float, tuple[int, ...]] = (math.inf, ())
+    table = [nothing] * end + [(0.0, nothing[1])]  # of the last p parts, by their first stage
+    for _ in range(parts):
+        table = [
+            min(
+                (
+                    (combine(value(first, math.fsum(costs[first:after])), table[after][0]), (first, *table[after][1]))
+                    for after in range(first + 1, end + 1)
+                ),
+                default=nothing,
+            )
+            for first in range(end)
+        ] + [nothing]
+    return table[0]
+
+
+def even_cuts(num_stages: int, parts: int) -> tuple[int, ...]:
+    """The first stage of each part, where all have equally many stages, or one more."""
+    return place_cuts([1.0] * num_stages, [0.0] * num_stages, parts)
+
+
+def hidden_shape(stage: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
+    """Shape of what the stage of this index (not the first) receives for a micro-batch, from part to part.
+
+    Up to the pool [S, V], a share of N*(1+P) rows; behind it [S, D], a share of R rows, then one of N. axis: the tensor
+    ranks, which share the rows.
+    """
+    images, rows = len(batch.image_start), len(batch.tokens)
+    if stage <= 1 + model.vision.layers:
+        return share_size(images * (1 + model.vision.num_patches), axis), model.vision.width
+    return share_size(rows, axis) + share_size(images, axis), model.language.width
+
+
+def choose_cuts(
+    specs: Sequence[partial[nn.Module]],
+    sample: PackedBatch | None,
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """The first stage of each part of the run's pipeline, the same on every process; all processes call it.
+
+    specs: as `stage_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
+    """
+    batch = mesh.world.broadcast_object(sample)
+    assert batch is not None, "the first process has no sample"
+    costs = measure_costs(StageSamples(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
+    shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
+    return place_cuts(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
+
+
+def measure_costs(samples: StageSamples, config: Config, mesh: Mesh) -> list[float]:
+    """Seconds that each stage takes for a micro-batch in a step, the same on every process; all call it together."""
+    measured = [samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
+    return agree_on_costs(samples.times(measured), config, mesh)
+
+
+def agree_on_costs(times: Sequence[StageTime], config: Config, mesh: Mesh) -> list[float]:
+    """Seconds that each stage takes for a micro-batch in a step: the median of what all processes measured.
+
+    They measure at the same time, as they will work at the same time, be it on devices or on cores that they share.
+    """
+    twice = config.objective.name != "generation" and config.contrast.strategy == "recompute"
+    own = [time.of_step(twice) for time in times]
+    mesh.world.barrier()
+    return [statistics.median(of_stage) for of_stage in zip(*mesh.world.gather_objects(own), strict=True)]
+
+
+Kind = tuple[Any, ...]
+"""what stages that take equally long have in common: what makes them, and with what arguments"""
+
+
+class StageSamples:
+    """A stage of each kind with something to work on; all tensor ranks of `axis` make it and measure together."""
+
+    def __init__(
+        self,
+        specs: Sequence[partial[nn.Module]],
+        batch: PackedBatch,
+        config: Config,
+        axis: Axis,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """batch: a micro-batch of the run, with its images."""
+        batch = batch.to(device)
+        self._kinds: list[Kind] = [(make.func, make.args) for make in specs]
+        self._samples: dict[Kind, tuple[nn.Module, Activations]] = {}
+        for index, (make, kind) in enumerate(zip(specs, self._kinds, strict=True)):
+            if kind not in self._samples:
+                stage = make()
+                initialise({index: stage}, config.model, config.train.seed, axis)
+                self._samples[kind] = stage.to(device, dtype), _input_of(index, batch, config, axis, dtype)
+
+    def measure(self) -> dict[Kind, tuple[float, float, float]]:
+        """Seconds of one forward, one backward and one plain forward of each kind.
+
+        The kinds take turns, so that what else the machine does for a while meets all of them.
+        """
+        return {kind: _measure(*sample) for kind, sample in self._samples.items()}
+
+    def times(self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]]) -> list[StageTime]:
+        """Each stage's time: the medians of what its kind took in these measurements."""
+        medians = {
+            kind: StageTime(*map(statistics.median, zip(*(of[kind] for of in measured), strict=True)))
+            for kind in self._samples
+        }
+        return [medians[kind] for kind in self._kinds]
+
+
+def _input_of(index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype) -> Activations:
+    x = Activations.of(batch)
+    if index == 0:
+        return x
+    shape = hidden_shape(index, batch, config.model, axis)
+    return x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
+
+
+def _measure(stage: nn.Module, x: Activations) -> tuple[float, float, float]:
+    """One measurement, in the order of StageTime."""
+    out, forward = _timed(partial(stage, x), x.tokens.device)
+    _, backward = _timed(_backward_of(out), x.tokens.device)
+    with torch.no_grad():
+        _, plain = _timed(partial(stage, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
+    return forward, backward, plain
+
+
+def _backward_of(out: Any) -> Callable[[], None]:
+    if isinstance(out, Outputs):
+        loss = out.generation + out.image_features.sum() + out.text_features.sum() + out.log_scale.sum()
+        return loss.backward
+    return partial(out.hidden.backward, torch.ones_like(out.hidden))
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+def part_sums(values: Sequence[float], cuts: Sequence[int]) -> list[float]:
+    """The sum of the stages' values over each part."""
+    return [math.fsum(values[a:b]) for a, b in itertools.pairwise([*cuts, len(values)])]

@@ -1,0 +1,88 @@
+"""Whose fault an error is: the machine's, where another start may go better on other machines, or the program's.
+
+Launch scripts read the answer in two places: the exit code, and, where MEGATRON_LCL_FAULTS names a folder, the nodes to
+do without, one file for each process that knows of any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_lcl.data.loading.loader import LoaderKilled
+from megatron_lcl.errors import UserError
+
+LOST = 71
+"""exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
+FOLDER = "MEGATRON_LCL_FAULTS"
+"""variable with the folder in which processes say which nodes have failed"""
+_WRITE_SECONDS = 5.0
+"""the storage may be what hangs"""
+_STORAGE = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ETIMEDOUT}
+
+
+def node() -> str:
+    """This machine's name as Slurm knows it, or its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def name_nodes(nodes: Sequence[str], rank: int | str) -> None:
+    """Tell the launch script, if it wants to know, which nodes have failed."""
+    if FOLDER not in os.environ or not nodes:
+        return
+    file, line = Path(os.environ[FOLDER], f"fault-{rank}"), ",".join(sorted(set(nodes))) + "\n"
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            file.write_text(line, encoding="utf-8")
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(_WRITE_SECONDS)
+
+
+def is_distributed(error: BaseException | None) -> bool:
+    """Whether a collective failed here because of another process. gloo raises plain RuntimeErrors."""
+    words = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "broken pipe")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    )
+
+
+def is_local(error: BaseException | None) -> bool:
+    """Whether this machine has failed: its GPU, its memory (a loader process was killed), or its way to the files."""
+    if isinstance(error, OSError):  # one of a loader process has its number in the text alone
+        numbers = {error.errno, *map(int, re.findall(r"\[Errno (\d+)\]", str(error)))}
+        return bool(numbers & _STORAGE)
+    return isinstance(error, torch.AcceleratorError | LoaderKilled)
+
+
+def code_of(error: BaseException | None) -> int:
+    """The exit code for an error that one process meets: 2 bad input, LOST the machine's fault, 1 the program's."""
+    if isinstance(error, UserError):
+        return 2
+    return LOST if is_local(error) or is_distributed(error) else 1
+
+
+@contextlib.contextmanager
+def lost() -> Iterator[None]:
+    """An error that is a machine's fault is printed with its traceback and ends the process with LOST (SystemExit)."""
+    try:
+        yield
+    except Exception as error:
+        if code_of(error) != LOST:
+            raise
+        traceback.print_exception(error)
+        if is_local(error):  # a collective tells only that there is a fault, not where
+            name_nodes([node()], os.environ.get("RANK", "0"))
+        raise SystemExit(LOST) from error

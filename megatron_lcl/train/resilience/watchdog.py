@@ -1,0 +1,252 @@
+"""Every process watches every other: one that dies or hangs ends the run with a message that names it.
+
+Each process writes a line about itself into the store of torch.distributed, over a connection of its own, and reads
+those of all others. Threads do both, so a main thread that waits in a collective for ever is no obstacle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from megatron_lcl.errors import RunError
+from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.launch import say_watched
+from megatron_lcl.train.resilience.faults import LOST, code_of, is_distributed, is_local, name_nodes, node
+from megatron_lcl.train.resilience.signals import Stopped, leave
+
+PERIOD_SECONDS = 1.0
+SUSPICION_SECONDS = 8.0
+"""a process that is silent for so long is dead, once a collective has failed here"""
+
+
+@dataclass
+class State:
+    """What a process says about itself."""
+
+    host: str = ""
+    """its name, or that of the node in Slurm"""
+    step: int = 0
+    """steps done"""
+    doing: str = "starting"
+    waiting: float = 0.0
+    """seconds since its main thread last came by"""
+    limit: float = math.inf
+    """how many of them are no hang, at what it does"""
+    sequences: dict[str, int] = field(default_factory=dict)
+    """collectives begun in each process group"""
+    place: str = ""
+    """file, line and function that the main thread is in, once it waits"""
+    with_others: bool = False
+    """whether it waits there for other processes"""
+    beat: int = 0
+    ended: str | None = None
+    """"" after a regular end, else what went wrong"""
+    code: int = LOST
+    """exit code of the others where something went wrong"""
+    broken: bool = False
+    """whether this machine is to blame for it"""
+
+    def at(self) -> str:
+        """Where the process was, for a message."""
+        place = f" at {self.place}" if self.place else ""
+        return f"{self.doing}{place} (host {self.host}, last step done: {self.step})"
+
+
+class Fault(NamedTuple):
+    """What has gone wrong in a run, as one process sees it."""
+
+    message: str
+    nodes: list[str]
+    """where, as far as that can be told"""
+    code: int = LOST
+    """exit code of those who see it"""
+
+
+class Watch:
+    """This process's line and its view of the others.
+
+    timeout: seconds from a fault to the end of the other processes.
+    long_timeout: the same (but not below it) for a hang before the first step, in it, or inside `long`. A process that
+    dies there is noticed within `timeout` all the same.
+    """
+
+    def __init__(self, mesh: Mesh, timeout: float, long_timeout: float) -> None:
+        self.rank, self.size, self.timeout = mesh.world.rank, mesh.world.size, timeout
+        self.period = min(PERIOD_SECONDS, timeout / 20)
+        # one server answers them all; but seeing a fault, everywhere, may take half of the time at most
+        self.talk_period = min(self.period * max(1.0, self.size / 64), timeout / 14)
+        self.limit, self.long_limit = (t - 7 * self.talk_period for t in (timeout, max(timeout, long_timeout)))
+        self._state = State(host=node())
+        self._first: int | None = None
+        self._since = time.monotonic(), self.long_limit
+        """when the main thread last came by, and how many seconds from then on are no hang"""
+        self._heard: dict[int, tuple[State, float]] = {}
+        self._heard_any = time.monotonic()
+        self._suspicious = False
+        self._closing = threading.Event()
+
+    # --- the main thread's side ---
+
+    def beat(self, step: int, doing: str) -> None:
+        """The main thread comes by: so many steps are done, and this is what it does next.
+
+        The first step may take long, for what is compiled or filled in it.
+        """
+        self._first = step if self._first is None else self._first
+        self._state.step = step
+        self._come_by(doing, self.limit if step != self._first else self.long_limit)
+
+    @contextlib.contextmanager
+    def long(self, step: int, doing: str) -> Iterator[None]:
+        """Work that may take long, until the next `beat`: saving, evaluating. step: as there."""
+        self._state.step = step
+        self._come_by(doing, self.long_limit)
+        yield
+
+    def _come_by(self, doing: str, limit: float) -> None:
+        self._state.doing, self._since = doing, (time.monotonic(), limit)
+
+    def __enter__(self) -> Watch:
+        if self.size > 1:
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()
+            say_watched(self.timeout)
+            for loop in (self._talk, self._judge):
+                threading.Thread(target=loop, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.size == 1:
+            return
+        together = error is None or isinstance(error, RunError | Stopped)
+        if not together and is_distributed(error):  # who is the cause? the judge says so and ends this process
+            self._come_by(f"{self._state.doing}; a collective has failed", math.inf)
+            self._suspicious = True
+            self._closing.wait(self.limit)
+        self._closing.set()
+        self._state.ended = "" if together else f"{type(error).__name__}: {error}"
+        self._state.code, self._state.broken = code_of(error), is_local(error)
+        with contextlib.suppress(RuntimeError):
+            self._publish()
+        if not together:
+            time.sleep(3 * self.talk_period)  # this may be the process that keeps the store
+
+    # --- the threads ---
+
+    def _talk(self) -> None:
+        while not self._closing.wait(self.talk_period):
+            try:
+                self._publish()
+                others = [r for r in range(self.size) if r in self._heard or self._store.check([_key(r)])]
+                lines = self._store.multi_get([_key(r) for r in others]) if others else []
+            except RuntimeError:
+                return  # the store is gone, and with it process 0 or the launcher: the judge counts the silence
+            self._heard_any = now = time.monotonic()
+            for rank, line in zip(others, lines, strict=True):
+                state = State(**json.loads(line))
+                before = self._heard.get(rank)
+                if rank != self.rank and (before is None or before[0].beat != state.beat):
+                    self._heard[rank] = state, now
+
+    def _publish(self) -> None:
+        state = self._state
+        state.beat += 1
+        since, limit = self._since
+        state.waiting = time.monotonic() - since  # before the limit: the judge looks on
+        state.limit = limit
+        state.sequences = _sequences()
+        state.place, state.with_others = _place() if state.waiting > state.limit / 2 else ("", False)
+        self._store.set(_key(self.rank), json.dumps(state.__dict__))
+
+    def _judge(self) -> None:
+        while not self._closing.wait(self.period):
+            fault = self._fault()
+            if fault and not self._closing.wait(3 * self.talk_period):  # until the others have seen it too
+                name_nodes(fault.nodes, self.rank)
+                leave(fault.code, f"{fault.message}. Ending process {self.rank} at step {self._state.step}")
+
+    def _fault(self) -> Fault | None:
+        now, heard, silence = time.monotonic(), dict(self._heard), self.limit
+        if self._suspicious:
+            silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.talk_period))
+        for rank, (state, _) in heard.items():
+            if state.ended:
+                nodes = [state.host] if state.broken else []
+                return Fault(f"process {rank} failed while {state.at()}: {state.ended}", nodes, state.code)
+        for rank, (state, when) in heard.items():
+            if state.ended is None and now - when > silence and now - self._heard_any < silence:
+                silent = f"no word for {now - when:.0f} s, while {state.at()}"
+                return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
+        if now - self._heard_any > silence:
+            keeper = heard[0][0].at() if 0 in heard else "unknown"
+            nodes = [heard[0][0].host] if 0 in heard else []
+            return Fault(
+                f"process 0 or the launcher, which keep the store, are gone or out of reach; process 0: {keeper}", nodes
+            )
+        states = {self.rank: self._state, **{rank: state for rank, (state, _) in heard.items()}}
+        states = {rank: state for rank, state in states.items() if state.ended is None}
+        late = {rank: state for rank, state in states.items() if state.waiting > state.limit}
+        if not late:
+            return None
+        seconds = max(state.waiting for state in late.values())
+        # who is the cause may not be late yet by what was last heard of it
+        causes = [rank for rank, state in states.items() if state.place and not state.with_others]
+        if not causes or len(causes) == len(states):  # all wait, or wait for their devices
+            causes = suspects({rank: state.sequences for rank, state in states.items()})
+        if causes and len(causes) < len(states):
+            names = "; ".join(f"process {rank} hangs while {states[rank].at()}" for rank in causes)
+            return Fault(f"{names}. The others have waited for {seconds:.0f} s", [states[rank].host for rank in causes])
+        rank, state = next(iter(late.items()))
+        return Fault(
+            f"{len(late)} processes have hung for {seconds:.0f} s and none is behind the others: is the network or the "
+            f"storage down? Process {rank} is {state.at()}",
+            [],
+        )
+
+
+def suspects(sequences: dict[int, dict[str, int]]) -> list[int]:
+    """Processes that wait for nobody, by the collectives that each has begun in each of its groups.
+
+    Whoever has begun more collectives in a group than another member waits for that member. Who waits for nobody, but
+    is waited for, is the cause.
+    """
+    waiting: set[int] = set()
+    awaited: set[int] = set()
+    for name in {name for own in sequences.values() for name in own}:
+        counts = {rank: own[name] for rank, own in sequences.items() if name in own}
+        waiting |= {rank for rank, count in counts.items() if count > min(counts.values())}
+        awaited |= {rank for rank, count in counts.items() if count < max(counts.values())}
+    return sorted(awaited - waiting)
+
+
+def _key(rank: int) -> str:
+    return f"megatron_lcl/watch/{rank}"
+
+
+def _sequences() -> dict[str, int]:
+    """Collectives begun by this process, by group: torch counts them for its own flight recorder."""
+    groups: Any = dist.distributed_c10d._world.pg_names
+    return {name: group._get_sequence_number_for_group() for group, name in list(groups.items())}
+
+
+def _place() -> tuple[str, bool]:
+    """Where the main thread is, by the innermost function of this package, and whether it waits for other processes."""
+    main = threading.main_thread().ident
+    frames = list(traceback.walk_stack(sys._current_frames().get(main or 0)))
+    waits = any("/torch/distributed/" in frame.f_code.co_filename for frame, _ in frames[:8])
+    ours = [(f, line) for f, line in frames if f"{os.sep}megatron_lcl{os.sep}" in f.f_code.co_filename]
+    frame, line = (ours or frames)[0]
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}", waits

@@ -1,0 +1,425 @@
+"""The format against Megatron-Core's own reader and writer, and against planted damage."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data import writers
+from data.prepare.test_formats import TOKENIZER, plain
+from data.writers import picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lxml import html
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import Shard, ShardWriter, open_corpus
+from megatron_lcl.data.pages.inspect import show, stats, table, write_page
+from megatron_lcl.data.prepare import cluster
+from megatron_lcl.data.prepare.merge import merge
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.verify import verify
+
+DOCUMENTS = [
+    Document((Text("one"), Image(picture(0)), Text("two"))),
+    Document((Image(picture(1)), Image(picture(0)))),
+    Document((Text("only text, a little longer than the others"),)),
+    Document((Text("a"), Image(picture(2), "", 0.25, 1), Text("b"), Image(picture(1), "", 0.5, 0))),
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    writers.write_jsonl(DOCUMENTS, tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "corpus", tokenizer=TOKENIZER)
+    return tmp_path / "corpus"
+
+
+def test_documents_come_back(corpus: Path) -> None:
+    opened = open_corpus(corpus)
+    assert len(opened) == 4
+    assert plain(opened[:]) == plain(DOCUMENTS)
+    assert plain([opened[-1], pickle.loads(pickle.dumps(opened))[1]]) == plain([DOCUMENTS[3], DOCUMENTS[1]])
+    with pytest.raises(IndexError):
+        opened[4]
+
+
+def test_arrays(corpus: Path) -> None:
+    shard = open_corpus(corpus).shard(0)
+    assert shard.modes.tolist() == [0, 1, 0, 1, 1, 0, 0, 1, 0, 1]
+    assert shard.document_offsets.tolist() == [0, 3, 5, 6, 10]
+    assert shard.matched_text.tolist() == [-1, -1, -1, 1, 0]
+    np.testing.assert_array_equal(shard.similarity, np.array([np.nan, np.nan, np.nan, 0.25, 0.5], np.float32))
+    assert [shard.piece(k) for k in (1, 3, 4, 7, 9)] == [0, 1, 0, 2, 1]
+    assert (shard.image_width == 40).all()
+    assert (shard.image_height == 30).all()
+    assert shard.placement_of[[1, 3, 4, 7, 9]].tolist() == [0, 1, 2, 3, 4]
+    assert (shard.lengths.dtype, shard.modes.dtype, shard.document_offsets.dtype) == (np.int32, np.int8, np.int64)
+    with pytest.raises(ValueError, match="read-only"):
+        shard.lengths[0] = 1
+
+
+def test_megatron_core_reads_it(corpus: Path) -> None:
+    dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset").IndexedDataset
+    ours = open_corpus(corpus).shard(0)
+    tokens, images = (dataset(str(corpus / f"{kind}-00000"), multimodal=True) for kind in ("tokens", "images"))
+    assert len(tokens) == ours.num_pieces
+    np.testing.assert_array_equal(tokens.document_indices, ours.document_offsets)
+    for k in range(len(tokens)):
+        sequence, mode = tokens[k]
+        assert mode == ours.modes[k]
+        np.testing.assert_array_equal(sequence, np.atleast_1d(ours.piece(k)))
+    for j in range(len(images)):
+        assert images[j][0].tobytes() == bytes(ours.image(j))
+
+
+pieces = st.one_of(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), st.binary(min_size=1, max_size=9))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(pieces, min_size=1, max_size=4), max_size=5))
+def test_byte_for_byte_as_megatron_core_writes(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int] | bytes]]
+) -> None:
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    folder = tmp_path_factory.mktemp("bytes")
+    writer = ShardWriter(folder, 0)
+    builder = module.IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.int32, multimodal=True)
+    seen: list[bytes] = []
+    for document in documents:
+        for piece in document:
+            if isinstance(piece, bytes):
+                writer.add_image(piece, 1, 1, "PNG")
+                seen += [piece] * (piece not in seen)
+                builder.add_item(torch.tensor([seen.index(piece)]), mode=1)
+            else:
+                writer.add_text(piece)
+                builder.add_item(torch.tensor(piece), mode=0)
+        writer.end_document()
+        builder.end_document()
+    writer.finish()
+    builder.finalize(str(folder / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (folder / f"tokens-00000.{suffix}").read_bytes() == (folder / f"theirs.{suffix}").read_bytes()
+    shard = Shard(folder, 0)
+    assert [bytes(shard.image(j)) for j in range(shard.num_images)] == seen
+
+
+# --- verify: every planted fault is found ------------------------------------------------------------------------
+
+
+def flip(name: str, offset: int, value: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        raw = bytearray((folder / name).read_bytes())
+        start = offset % len(raw)
+        raw[start : start + len(value)] = value
+        (folder / name).write_bytes(raw)
+
+    return damage
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def forge(folder: Path) -> None:
+    """Make the manifest agree with the damaged files, so that only their content gives them away."""
+    import xxhash
+
+    manifest = json.loads((folder / "corpus.json").read_text())
+    for name in manifest["files"]:
+        raw = (folder / name).read_bytes()
+        manifest["files"][name] = {"size": len(raw), "xxh3": xxhash.xxh3_128_hexdigest(raw)}
+    (folder / "corpus.json").write_text(json.dumps(manifest))
+
+
+def test_a_good_corpus_verifies(corpus: Path) -> None:
+    assert verify(corpus) == []
+    assert verify(corpus, quick=True) == []
+
+
+NAMES = ("tokens-00000.bin", "tokens-00000.idx", "images-00000.bin", "images-00000.idx", "images-00000.arrow")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "tokenizer.model"])
+@pytest.mark.parametrize("damage", [cut, remove, lambda name: flip(name, -9, b"\x55\xaa")])
+def test_verify_finds_damaged_files(corpus: Path, name: str, damage: Callable[[str], Callable[[Path], None]]) -> None:
+    damage(name)(corpus)
+    assert any(name in fault for fault in verify(corpus, quick=True))
+
+
+INDEX = 34  # bytes of header; then 10 int32 lengths, 10 int64 pointers, 5 int64 documents, 10 int8 modes
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip("tokens-00000.bin", 0, (10**6).to_bytes(4, "little")), "token id 1000000 is out of range"),
+        (flip("tokens-00000.bin", 0, (-1).to_bytes(4, "little", signed=True)), "token id -1 is out of range"),
+        (flip("tokens-00000.idx", INDEX, (99).to_bytes(4, "little")), "pointers do not follow|do not add up"),
+        (flip("tokens-00000.idx", INDEX + 48, (4).to_bytes(8, "little")), "pointers do not follow"),
+        (flip("tokens-00000.idx", INDEX + 128, (9).to_bytes(8, "little")), "document offsets"),
+        (flip("tokens-00000.idx", -1, b"\x07"), "mode that does not exist"),
+        (flip("tokens-00000.idx", 0, b"XX"), "not an int32 or uint8 IndexedDataset"),
+        (flip("images-00000.bin", 40, b"\0\0\0\0"), "image 0: "),
+    ],
+)
+def test_verify_finds_wrong_content(corpus: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(corpus)
+    forge(corpus)
+    faults = " | ".join(verify(corpus))
+    assert any(part in faults for part in message.split("|")), faults
+
+
+def test_verify_finds_wrong_image_index_and_tokenizer(corpus: Path) -> None:
+    shard = open_corpus(corpus).shard(0)
+    offset = 4 * int(shard.lengths[0])
+    flip("tokens-00000.bin", offset, (7).to_bytes(4, "little"))(corpus)
+    forge(corpus)
+    assert any("image index 7 is out of range" in f for f in verify(corpus))
+    manifest = json.loads((corpus / "corpus.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "another"
+    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    assert any("not the tokenizer" in f for f in verify(corpus))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, "tokenizer.model", "corpus.json"])
+def test_any_changed_byte_is_a_fault_and_never_a_crash(
+    corpus: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a manifest that knows nothing of it, too, which leaves only the content to give it away."""
+    raw, manifest = (corpus / name).read_bytes(), (corpus / "corpus.json").read_bytes()
+    for number in range(120):
+        rng = random.Random(number)
+        changed = bytearray(raw)
+        changed[rng.randrange(len(raw))] ^= rng.choice((1, 4, 16, 64, 128, 255))
+        (corpus / name).write_bytes(changed)
+        code = main(["verify", str(corpus), "--quick"])
+        out, err = capsys.readouterr()
+        assert not err
+        assert code == 1 or (code == 0 and name == "corpus.json"), (number, out)  # whose names and source are free
+        if name != "corpus.json":
+            assert f"{name}: its XXH3 is not that of the manifest" in out
+            forge(corpus)
+            assert main(["verify", str(corpus), "--quick"]) in (0, 1)
+            assert not capsys.readouterr().err
+            (corpus / "corpus.json").write_bytes(manifest)
+    (corpus / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m["files"]["tokens-00000.bin"].pop("size"),
+        lambda m: m["files"].update({"tokens-00000.bin": 3}),
+        lambda m: m["shards"].append({}),
+        lambda m: m.update(shards=3),
+        lambda m: m.pop("counts"),
+        lambda m: m["tokenizer"].update(vocab_size="5"),
+        lambda m: m["shards"][0].update(documents=4.0),
+        lambda m: m.pop("drops"),
+        lambda m: m["drops"].pop("noted"),
+    ],
+)
+def test_an_edited_manifest_is_damaged(corpus: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((corpus / "corpus.json").read_text())
+    damage(manifest)
+    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    remedy = "remove the folder and run `megatron-lcl preprocess` again"
+    assert verify(corpus) == [f"{corpus / 'corpus.json'} is damaged; {remedy}"]
+    with pytest.raises(ValueError, match="is damaged"):
+        open_corpus(corpus)
+
+
+def test_a_fault_does_not_hide_the_others(corpus: Path) -> None:
+    for name, offset in (("tokenizer.model", 0), ("images-00000.arrow", -12), ("tokens-00000.bin", 0)):
+        flip(name, offset, b"\xff" * 8)(corpus)
+    faults = verify(corpus)
+    for name in ("tokenizer.model: its XXH3", "images-00000.arrow: its XXH3", "tokens-00000.bin: its XXH3",
+                 "images-00000.arrow is damaged", "tokenizer.model is not a SentencePiece model"):  # fmt: skip
+        assert sum(name in fault for fault in faults) == 1, (name, faults)
+
+
+def test_opening_what_is_no_corpus(tmp_path: Path, corpus: Path) -> None:
+    for bad in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ValueError, match="is not a corpus"):
+            open_corpus(bad)
+    (corpus / "corpus.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        open_corpus(corpus)
+    (corpus / "corpus.json").write_text('{"format_version": 99}')
+    with pytest.raises(ValueError, match="format version 99"):
+        open_corpus(corpus)
+
+
+# --- merge -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_merge(corpus: Path, tmp_path: Path, move: bool) -> None:
+    writers.write_jsonl(DOCUMENTS[:2], tmp_path / "in2")
+    preprocess("jsonl", tmp_path / "in2", tmp_path / "second", tokenizer=TOKENIZER)
+    manifest = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
+    assert manifest["counts"]["documents"] == 6
+    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
+    assert verify(tmp_path / "both") == []
+    assert corpus.exists() != move
+    linked = {p.name: p.stat().st_nlink for p in (tmp_path / "both").iterdir()}
+    ours = {"corpus.json", "drops.jsonl"}  # written anew; moved or linked, nothing else is copied
+    assert {name for name, links in linked.items() if links == 1} == (set(linked) if move else ours)
+    again = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
+    assert again["fingerprint"] == manifest["fingerprint"]
+
+
+def test_a_move_that_is_interrupted_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers.write_jsonl(DOCUMENTS[:2], tmp_path / "in2")
+    second = tmp_path / "second"
+    preprocess("jsonl", tmp_path / "in2", second, tokenizer=TOKENIZER)
+    (second / "diary.txt").write_text("dear")
+    original, removed = Path.unlink, 0
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        nonlocal removed
+        if removed == 1:
+            raise KeyboardInterrupt
+        removed += path.exists() and path.parent in (corpus, second)
+        original(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlink)
+        for step in range(16):  # each run removes one file more: seven of each corpus, and its manifest
+            removed = 0
+            with pytest.raises(KeyboardInterrupt) if step < 15 else nullcontext():
+                merge([corpus, second], tmp_path / "both", move=True)
+            assert verify(tmp_path / "both", quick=True) == []
+    assert not corpus.exists()
+    assert [p.name for p in second.iterdir()] == ["diary.txt"]
+    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
+
+
+def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
+    preprocess("jsonl", tmp_path / "in", tmp_path / "clip", tokenizer="clip")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        merge([corpus, tmp_path / "clip"], tmp_path / "out")
+    with pytest.raises(ValueError, match="given twice"):
+        merge([corpus, corpus], tmp_path / "out")
+    with pytest.raises(ValueError, match="not empty"):
+        merge([corpus], tmp_path)
+    with pytest.raises(ValueError, match="is not a corpus"):
+        merge([corpus, tmp_path / "nowhere"], tmp_path / "out")
+    (tmp_path / "clip" / "images-00000.arrow").unlink()
+    with pytest.raises(ValueError, match="missing"):
+        merge([tmp_path / "clip"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge([corpus], tmp_path / "out")
+    with pytest.raises(ValueError, match="not empty"):  # and not that it was done before, as of one that was moved
+        merge([tmp_path / "nowhere"], tmp_path / "out")
+
+
+# --- inspect -----------------------------------------------------------------------------------------------------
+
+
+def test_stats(corpus: Path) -> None:
+    statistics = stats(open_corpus(corpus))
+    json.dumps(statistics)
+    assert statistics["counts"]["documents"] == 4
+    assert statistics["distributions"]["images a document"]["mean"] == pytest.approx(5 / 4)
+    assert statistics["distributions"]["similarity"]["quantiles"][0] == 0.25
+    assert statistics["image_formats"] == {"PNG": 3}
+    assert "tokens a document" in table(statistics)
+
+
+def test_show_and_page(corpus: Path, tmp_path: Path) -> None:
+    text = show(open_corpus(corpus), 3)
+    assert text.split("\n\n")[1:] == [
+        "a", f"[image, {len(picture(2)):,} bytes, similarity 0.250 to text 1]",
+        "b", f"[image, {len(picture(1)):,} bytes, similarity 0.500 to text 0]",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no document 4"):
+        show(open_corpus(corpus), 4)
+    page = write_page(open_corpus(corpus), tmp_path / "page.html").read_text("utf-8")
+    assert page.count("data:image/jpeg;base64,") == 5
+    assert "http" not in page.replace("http-equiv", "")
+    assert "only text, a little longer" in page
+
+
+def test_histograms_count_everything(corpus: Path, tmp_path: Path) -> None:
+    page = write_page(open_corpus(corpus), tmp_path / "page.html").read_text("utf-8")
+    tree = html.fromstring(page.encode())
+    figures = {f.findtext("figcaption"): f for f in tree.xpath('//div[@class="histograms"]/figure')}
+    shard = open_corpus(corpus).shard(0)
+    tokens = [int(shard.lengths[a:b][shard.modes[a:b] == 0].sum()) for a, b in pairwise(shard.document_offsets)]
+    expected = {
+        "tokens a document": tokens, "images a document": [1, 2, 0, 2], "similarity": [0.25, 0.5],
+        "image width, pixels": [40] * 3, "image height, pixels": [30] * 3,
+        "tokens a text": shard.lengths[shard.modes == 0].tolist(),
+        "image size, bytes": [len(picture(k)) for k in range(3)],
+    }  # fmt: skip
+    assert set(figures) == set(expected)
+    for name, values in expected.items():
+        bars = [rect.findtext("title").rsplit(": ", 1) for rect in figures[name].xpath(".//rect")]
+        counts = [int(count) for _, count in bars]
+        heights = [float(rect.get("height")) for rect in figures[name].xpath(".//rect")]
+        assert sum(counts) == len(values), name
+        np.testing.assert_allclose(heights, np.array(counts) / max(counts) * 120, atol=0.06)
+        first, last = (float(label.replace(",", "")) for label in figures[name].xpath(".//text/text()"))
+        assert first == pytest.approx(min(values), rel=1e-3)
+        assert counts[0] == sum(v < first + (last - first) / len(counts) for v in values), name
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    assert run("verify", corpus) == (0, f"{corpus}: no fault found\n", "")
+    code, out, _ = run("inspect", corpus, "stats", "--json")
+    assert (code, json.loads(out)) == (0, json.loads(json.dumps(stats(open_corpus(corpus)))))
+    assert run("inspect", corpus) == (0, table(stats(open_corpus(corpus))) + "\n", "")
+    assert run("inspect", corpus, "show", "3") == (0, show(open_corpus(corpus), 3) + "\n", "")
+    assert run("inspect", corpus, "show", "4")[0] == 2
+    assert run("inspect", corpus, "show")[0] == 2
+
+    TOKENIZER.save(tmp_path / "t.model")
+    common = ("preprocess", "--format", "jsonl", "--input", tmp_path / "in", "--tokenizer", tmp_path / "t.model")
+    for share in ("1/2", "0/2"):
+        code, out, _ = run(*common, "--output", tmp_path / "shares", "--shard", share)
+        assert code == 0
+    assert "4 documents" in out
+    assert (tmp_path / "shares/corpus.json").read_bytes() == (corpus / "corpus.json").read_bytes()
+    assert run(*common, "--output", tmp_path / "shares", "--shard", "2/2")[0] == 2
+
+    code, out, _ = run("merge", corpus, tmp_path / "shares", "--output", tmp_path / "both")
+    assert (code, out.split(":")[1].split(",")[0]) == (0, " 8 documents")
+    assert run("merge", corpus, corpus, "--output", tmp_path / "twice")[0] == 2
+    flip("tokens-00000.bin", 0, b"\xff")(corpus)
+    code, out, err = run("verify", corpus, "--quick")
+    assert (code, err) == (1, "")
+    assert out.startswith("tokens-00000.bin: its XXH3")
+
+
+def test_preprocess_on_slurm_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options, places=places))
+    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", "--shares", "7",
+          "--slurm", "slurm_partition=cpu", "--slurm", "timeout_min=5", "--workers", "3"])  # fmt: skip
+    assert (given["places"], given["shares"], given["workers"]) == (("jsonl", "a", "b"), 7, 3)
+    assert given["slurm"] == {"slurm_partition": "cpu", "timeout_min": 5}

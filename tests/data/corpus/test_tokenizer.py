@@ -1,0 +1,141 @@
+"""Ids against the reference's own tokenizer; texts there and back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+
+open_clip = pytest.importorskip("open_clip.tokenizer")
+REFERENCE = open_clip.SimpleTokenizer(additional_special_tokens=["<img_placehold>", "<start_of_img>", "<end_of_img>"])
+CLIP = tokenizers.load("clip")
+
+
+def names_a_special_token(text: str) -> bool:
+    """There alone the reference differs, on purpose: it encodes such a string as the special token."""
+    return any(token in tokenizers.clip_clean(text) for token in tokenizers.SPECIAL_TOKENS)
+
+
+# what ftfy, HTML-unescaping, lower-casing and Unicode classes act on
+FRAGMENTS = [
+    "'s", "'LL", "'ſ", "’s", "â€™", "Ã©", "&amp;amp;", "&amp;amp;amp;amp;lt;",
+    "&lt;", "é", "e\u0301", "ﬁ", "İ", "ß", "ΣΑΣ", "Ⅷ", "½", "漢字", "ｆｕｌｌ",
+    "\u200b", "\xad", "\xa0", "\u3000", "\r\n", "\t", "“hi”", "…", "—", "😀",
+    "👩‍👩‍👧", "٣", "ก็", "a", " ", "  ", "1", "23", "<b>", "_", "-", "\x1b[31m",
+    "\ufeff", "Â", "Ñ", "â", "€", "œ", "™", "K", "\u2028", "ʼ", "ǆ", "\u0345",
+    "\U0001f1e6", "\x85", "\x1c", "`", "ﾔ", "\u0130", "\U00018e3b", "ＡＢ", "ŉ",
+    "«", "\ud7ff", "\n", "\nÃ ", "Â ", "Ã\n",
+]  # fmt: skip
+
+
+def test_special_ids_as_in_the_reference() -> None:
+    ours = [CLIP.sot, CLIP.eot, CLIP.placeholder, CLIP.soi, CLIP.eoi]
+    assert ours == [REFERENCE.encoder[t] for t in tokenizers.SPECIAL_TOKENS] == [49406, 49407, 49408, 49409, 49410]
+    assert CLIP.vocab_size == REFERENCE.vocab_size == 49411
+
+
+def test_real_texts(shared: Path) -> None:
+    lines = (shared / "samples/mmc4/docs_no_face_shard_151_v3.jsonl").read_text("utf-8").splitlines()
+    texts = [text for line in lines for text in json.loads(line)["text_list"]]
+    assert len(texts) > 1000
+    assert CLIP.encode_batch(texts) == [REFERENCE.encode(text) for text in texts]
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.text(max_size=40))
+def test_any_text_as_in_the_reference(text: str) -> None:
+    assume(not names_a_special_token(text))
+    assert CLIP.encode(text) == REFERENCE.encode(text)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(codec="latin-1"), max_size=3)), max_size=8))
+def test_awkward_text_as_in_the_reference(parts: list[str]) -> None:
+    text = "".join(parts)
+    assume(not names_a_special_token(text))
+    assert tokenizers.clip_clean(text) == open_clip._clean_lower(text)
+    assert CLIP.encode(text) == REFERENCE.encode(text)
+
+
+def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "_MAX_WORDS", 50)
+    clip = pickle.loads(pickle.dumps(CLIP))
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdef", k=rng.randint(1, 90))) for _ in range(300)]
+    assert clip.encode_batch(texts) == [REFERENCE.encode(text) for text in texts]
+    assert len(clip._words) <= 50
+
+
+@pytest.mark.parametrize("special", tokenizers.SPECIAL_TOKENS)
+def test_special_strings_are_text(special: str) -> None:
+    sentencepiece = tokenizers.train_sentencepiece(["abc <start_of_text> de " * 50], 400)
+    for tokenizer in (CLIP, sentencepiece):
+        ids = tokenizer.encode(f"a {special} b")
+        assert ids
+        assert max(ids) < tokenizer.base_size
+        assert tokenizer.decode([tokenizer.sot, *ids, tokenizer.eoi]).startswith("<start_of_text>a")
+    assert sentencepiece.decode(sentencepiece.encode(f"a {special} b")) == f"a {special} b"
+
+
+SENTENCEPIECE = tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_sentencepiece_loses_nothing(text: str) -> None:
+    assert SENTENCEPIECE.decode(SENTENCEPIECE.encode(text)) == text
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE])
+@pytest.mark.parametrize("texts", [[], ["a", "", "jumps over the dog"], ["quick brown " * 100, "", "\u00e9"]])
+def test_ids_joined_as_apart(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> None:
+    """SentencePiece gives short texts' ids as lists, long ones' as arrays."""
+    apart = tokenizer.encode_batch(texts)
+    joined, lengths = tokenizer.joined_encoder()(texts)
+    assert lengths == [len(ids) for ids in apart]
+    assert np.frombuffer(joined, np.int32).tolist() == [i for ids in apart for i in ids]
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE])
+@pytest.mark.parametrize("length", [1, 1000])
+def test_lone_surrogates_are_not_encoded(tokenizer: tokenizers.Tokenizer, length: int) -> None:
+    encode = tokenizer.joined_encoder()
+    with pytest.raises(UnicodeEncodeError):
+        encode(["a", "\ud800" + "b" * length])
+    assert encode(["a"])[1] == [1]  # goes on
+
+
+def test_training_is_deterministic_and_bounded() -> None:
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(3000)]
+    texts = [" ".join(rng.choices(words, k=500)) for _ in range(40)] + ["x" * 10_000, "", "\0"]
+    first, second = (tokenizers.train_sentencepiece(iter(texts), 1200) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 1200
+    with pytest.raises(ValueError, match="vocab_size is 100"):
+        tokenizers.train_sentencepiece(texts, 100)
+    with pytest.raises(ValueError, match="no text"):
+        tokenizers.train_sentencepiece(["", " \n"], 1000)
+
+
+@pytest.mark.parametrize("tokenizer", [CLIP, SENTENCEPIECE])
+def test_saved_and_loaded(tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / tokenizer.file_name)
+    for again in (tokenizers.load(tmp_path / tokenizer.file_name), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.vocab_size == tokenizer.vocab_size
+        assert again.encode("Hello, world") == tokenizer.encode("Hello, world")
+
+
+def test_no_clip_package_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps open-clip-torch"):
+        tokenizers.load("clip")

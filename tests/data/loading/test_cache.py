@@ -1,0 +1,339 @@
+"""The cache: right without locks, bounded, and any of it may go while others read."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpora import MakeCorpus, jpeg, random_documents
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.loading import cache as cache_module
+from megatron_lcl.data.loading import pack_index as pack_index
+from megatron_lcl.data.loading.cache import build_once, trim
+from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.pages.replay import replay_html
+
+P, CONTEXT, PACKS = 4, 128, 260
+
+
+# --- without locks -----------------------------------------------------------------------------------------------
+
+
+def _without_locks(how: str) -> None:
+    def flock(*_: Any) -> None:
+        if how != "not coherent":
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.flock = flock  # type: ignore[assignment]
+
+
+def _build_without_locks(folder: str, how: str, turn: int, start: Any) -> None:
+    _without_locks(how)
+
+    def build(path: Path) -> None:
+        (path / "one").write_text(str(turn))
+        time.sleep(0.6)
+        (path / "two").write_text(str(turn))
+
+    start.wait()
+    time.sleep(0.15 * turn)
+    found = build_once(Path(folder), build)
+    assert (found / "one").read_text() == (found / "two").read_text()
+
+
+@pytest.mark.parametrize("how", ["not coherent", "refused"])
+def test_builders_that_no_lock_keeps_apart_do_not_harm_each_other(tmp_path: Path, how: str) -> None:
+    context = multiprocessing.get_context("fork")
+    start = context.Event()
+    arguments = [(str(tmp_path / "packs-x"), how, turn, start) for turn in range(4)]
+    processes = [context.Process(target=_build_without_locks, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert {p.name for p in tmp_path.iterdir()} == {"packs-x", "packs-x.lock"}
+
+
+def test_a_builder_that_only_seems_to_live_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine is gone and the server of files has not noticed, say: the lock stays, and nothing is built."""
+    monkeypatch.setattr(cache_module, "LOST_SECONDS", 0.5)
+    with open(tmp_path / "packs-x.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        live = tmp_path / "packs-x.other.tmp"
+        live.mkdir()
+        began = time.monotonic()
+        build_once(tmp_path / "packs-x", lambda path: (path / "ours").touch())
+        assert time.monotonic() - began >= 0.5
+    assert (tmp_path / "packs-x" / "ours").exists()
+    assert live.is_dir(), "who knows"
+
+
+def test_a_long_build_is_seen_to_be_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "BEAT_SECONDS", 0.05)
+
+    def build(path: Path) -> None:
+        os.utime(path, (1, 1))
+        deadline = time.monotonic() + 30
+        while path.stat().st_mtime == 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        trim(tmp_path, 0, tmp_path)  # by another process
+        assert path.is_dir()
+
+    build_once(tmp_path / "packs-x", build)
+
+
+# --- states ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 100)
+    monkeypatch.setattr(pack_index, "CHUNK", 120)
+
+
+@pytest.fixture
+def data(make_corpus: MakeCorpus, tmp_path: Path) -> Data:
+    corpus = make_corpus("c", random_documents(300, 10))
+    return Data(corpora=(Corpus(str(corpus.path)),), tokens_per_pack=256, cache=str(tmp_path / "first"), workers=0)
+
+
+def entries_of(index: PackIndex, packs: range) -> list[Any]:
+    return [index[n].entries.tolist() for n in packs]
+
+
+def as_saved(ledger: Ledger) -> Ledger:
+    return Ledger.from_json(json.loads(json.dumps(ledger.to_json())))
+
+
+def chunks_in(data: Data) -> list[Path]:
+    return sorted(path for path in Path(str(data.cache)).glob("packs-*") if path.is_dir() and not path.suffix)
+
+
+def elsewhere(data: Data, name: str) -> Data:
+    """The same with an empty cache."""
+    return dataclasses.replace(data, cache=str(Path(str(data.cache)).with_name(name)))
+
+
+def test_a_run_goes_on_by_building_one_chunk(data: Data) -> None:
+    index = PackIndex(data, open_ledger(data, P, CONTEXT))
+    truth = entries_of(index, range(PACKS))
+    assert len(index.chunks) > 6
+    for at in (0, index.chunks[2].first, index.chunks[4].first + 1, index.chunks[5].stop - 1):
+        saved = as_saved(index.ledger_at(at))
+        assert [s["pack"] for s in saved.states] == [c.first for c in index.chunks if 0 < c.first <= at]
+        fresh = elsewhere(data, f"from {at}")
+        later = PackIndex(fresh, open_ledger(fresh, P, CONTEXT, previous=saved, consumed=at))
+        later.prepare(at)
+        assert len(chunks_in(fresh)) == 1
+        assert entries_of(later, range(at, PACKS)) == truth[at:]
+        assert later.ledger_at(PACKS).states == index.ledger_at(PACKS).states, "no state is lost or twice"
+
+
+def test_a_checkpoint_without_states_goes_on_too(data: Data) -> None:
+    index = PackIndex(data, open_ledger(data, P, CONTEXT))
+    truth = entries_of(index, range(PACKS))
+    old = index.ledger_at(PACKS).to_json()
+    del old["states"]
+    fresh = elsewhere(data, "fresh")
+    later = PackIndex(fresh, Ledger.from_json(old))
+    assert later[PACKS - 1].entries.tolist() == truth[-1]
+    assert later.ledger_at(PACKS).states == index.ledger_at(PACKS).states
+
+
+def test_states_go_with_changed_blends_and_skipped_packs(data: Data, make_corpus: MakeCorpus) -> None:
+    other = make_corpus("other", random_documents(200, 7))
+    first = PackIndex(data, open_ledger(data, P, CONTEXT))
+    both = dataclasses.replace(data, corpora=(*data.corpora, Corpus(str(other.path), 0.5)))
+    first.prepare(100)
+    before = as_saved(first.ledger_at(100))  # as after a rewind: states of packs that the new blend changes
+    ledger = open_ledger(both, P, CONTEXT, previous=before, consumed=47)
+    assert 0 < len(ledger.states) < len(before.states)
+    index = PackIndex(elsewhere(both, "whole"), dataclasses.replace(ledger, states=()))
+    truth = entries_of(index, range(PACKS))
+    assert truth[:47] == entries_of(first, range(47))
+    assert entries_of(PackIndex(both, ledger), range(PACKS)) == truth
+    skipped = as_saved(index.ledger_at(PACKS)).skip(60, 25)
+    assert len(skipped.states) == len(index.ledger_at(PACKS).states) > len(ledger.states)
+    for at in (50, 60, 100):
+        fresh = elsewhere(both, f"from {at}")
+        later = PackIndex(fresh, as_saved(skipped))
+        number = skipped.locate(at)
+        later.prepare(number)
+        assert len(chunks_in(fresh)) == 1
+        assert entries_of(later, range(number, PACKS)) == truth[number:]
+
+
+# --- what goes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks may go as soon as nobody has them."""
+    monkeypatch.setattr(cache_module, "RECENT_SECONDS", -1.0)
+
+
+def size_of(data: Data) -> int:
+    folders = (path for path in Path(str(data.cache)).glob("*-*") if path.is_dir() and not path.suffix)
+    return sum(cache_module._size(folder) for folder in folders)
+
+
+def test_the_cache_keeps_to_its_limit_and_nothing_is_lost(data: Data, at_once: None) -> None:
+    unlimited = PackIndex(data, open_ledger(data, P, CONTEXT))
+    truth = entries_of(unlimited, range(PACKS))
+    (documents,) = (p for p in Path(str(data.cache)).glob("documents-*") if p.is_dir())
+    one = max(cache_module._size(path) for path in chunks_in(data))
+    limit = cache_module._size(documents) + 4 * one
+    assert size_of(data) > 1.5 * limit
+    small = dataclasses.replace(elsewhere(data, "small"), cache_gb=limit / 1e9)
+    index = PackIndex(small, unlimited.ledger)
+    for number in range(PACKS):
+        assert index[number].entries.tolist() == truth[number]
+        assert size_of(small) <= limit + one, "the one that was just built comes on top"
+    assert any(p.is_dir() for p in Path(str(small.cache)).glob("documents-*")), "used within a day"
+    assert len(index.ledger_at(PACKS).states) == len(unlimited.ledger_at(PACKS).states)
+    assert index[0].entries.tolist() == truth[0], "back to a chunk that was deleted"
+
+
+def test_consumed_chunks_go_whatever_the_limit(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = PackIndex(data, open_ledger(data, P, CONTEXT))
+    entries_of(index, range(PACKS))
+    folders = [chunk.folder for chunk in index.chunks]
+    hour_ago = time.time() - 4000
+    for folder in folders[:5]:
+        os.utime(folder, (hour_ago, hour_ago))
+    index.prepare(index.chunks[-1].stop + 60)  # the next one may be there already
+    assert [folder.is_dir() for folder in folders[:6]] == [False] * 5 + [True]
+    assert all(folder.with_name(folder.name + ".json").exists() for folder in folders[:5])
+    fresh = PackIndex(data, index.ledger)
+    fresh.prepare(index.chunks[4].first)
+    assert [folder.is_dir() for folder in folders[:6]] == [False] * 4 + [True] * 2, "found through the records"
+
+
+def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(tmp_path: Path) -> None:
+    now = time.time()
+    ages = {"documents-old": 90000, "documents-new": 80000, "packs-old": 3000, "packs-new": 400, "packs-now": 10}
+    ages |= {"packs-a.x.tmp": 90000, "packs-b.x.tmp": 80000, "packs-c.x.old": 10}
+    for name, age in ages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (now - age, now - age))
+    for name in ("packs-d.lock", "packs-e.json", "packs-f.json", "features"):
+        (tmp_path / name).touch()
+    for name, days in (("packs-d.lock", 2), ("packs-e.json", 40), ("packs-f.json", 20), ("features", 99)):
+        os.utime(tmp_path / name, (now - days * 86400,) * 2)
+    trim(tmp_path, 350, keep=tmp_path / "packs-now")
+    left = {"documents-new", "packs-new", "packs-now", "packs-b.x.tmp", "packs-f.json", "features"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+    trim(tmp_path, 0, keep=tmp_path / "packs-now")
+    assert {p.name for p in tmp_path.iterdir()} == left - {"packs-new"}
+
+
+def _read(data: Data, ledger: Ledger, locks: bool, pipe: Connection, other_end: Connection) -> None:
+    other_end.close()  # so that this process ends with the test
+    if not locks:
+        _without_locks("not coherent")
+    index = PackIndex(data, ledger)
+    pipe.send(index[0].entries.tolist())
+    maps = Path("/proc/self/maps").read_text()
+    assert "documents-" in maps
+    assert "packs-" not in maps, "a mapped file that goes on NFS ends the process with SIGBUS"
+    pipe.recv()
+    pipe.send(entries_of(index, range(PACKS)))
+
+
+@pytest.fixture(params=[True, False], ids=["locks", "no locks"])
+def reader(request: pytest.FixtureRequest, data: Data) -> Iterator[tuple[bool, Connection]]:
+    """A process that has the first chunk open."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    ledger = open_ledger(data, P, CONTEXT)
+    process = context.Process(target=_read, args=(data, ledger, request.param, theirs, ours))
+    process.start()
+    yield request.param, ours
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_chunk_goes_while_another_process_reads(
+    data: Data, at_once: None, reader: tuple[bool, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks, pipe = reader
+    truth = entries_of(PackIndex(elsewhere(data, "other"), open_ledger(data, P, CONTEXT)), range(PACKS))
+    assert pipe.recv() == truth[0]
+    (folder,) = chunks_in(data)
+    trim(Path(str(data.cache)), 0, keep=Path("none"))
+    assert folder.is_dir() == locks, "it is known to be open"
+    shutil.rmtree(folder, ignore_errors=True)  # by somebody who asks nobody
+    pipe.send("go on")
+    assert pipe.recv() == truth
+
+
+def test_a_chunk_that_another_machine_deleted_is_built_again(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = PackIndex(data, open_ledger(data, P, CONTEXT))
+    truth = entries_of(index, range(PACKS))
+    shutil.rmtree(index.chunks[-1].folder)
+    plain, stale = os.pread, []
+
+    def pread(*arguments: Any) -> bytes:  # what NFS says
+        if not stale:
+            stale.append(arguments)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return plain(*arguments)
+
+    monkeypatch.setattr(os, "pread", pread)
+    last = index.chunks[-1].first
+    assert entries_of(index, range(last, PACKS)) == truth[last:]
+    assert stale
+    assert index.chunks[-1].folder.is_dir()
+    (index.chunks[0].folder / "entries.npy").unlink()
+    assert PackIndex(data, index.ledger)[0].entries.tolist() == truth[0], "a folder that is not whole is built again"
+
+
+# --- replay ------------------------------------------------------------------------------------------------------
+
+
+def test_replay_of_an_earlier_step_starts_from_the_nearest_state(
+    make_corpus: MakeCorpus, tmp_path: Path, at_once: None
+) -> None:
+    documents = [[[d % 500, d // 500], (jpeg(d % 20), None, None), [d % 500] * (d % 30 + 1)] for d in range(300)]
+    corpus = make_corpus("c", documents)
+    overrides = {
+        "data.corpora": str(corpus.path),
+        "data.tokens_per_pack": "128",
+        "data.cache": str(tmp_path / "kept"),
+        "model.vision.image_size": "16",
+        "model.vision.patch_size": "8",
+        "model.language.context_length": "128",
+        "train.global_batch": "4",
+    }
+    config = configs.load(overrides=overrides)
+    index = PackIndex(config.data, open_ledger(config.data, P, 128))
+    index.prepare(4 * 60)
+    pages = {step: replay_html(config, step, ledger=index.ledger) for step in (3, 25, 59)}
+    saved = as_saved(index.ledger_at(4 * 60))
+    index.close()
+    trim(tmp_path / "kept", 0, keep=tmp_path)
+    assert chunks_in(config.data) == []
+    for step, page in pages.items():  # after eviction, and after the cache was deleted
+        for name in ("kept", f"cache of {step}"):
+            there = configs.load(overrides={**overrides, "data.cache": str(tmp_path / name)})
+            before = len(chunks_in(there.data))
+            assert replay_html(there, step, ledger=saved) == page
+            assert len(chunks_in(there.data)) - before <= 2, "its own and perhaps the next"

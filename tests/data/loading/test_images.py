@@ -1,0 +1,165 @@
+"""Decoding against Pillow and torchvision, on every kind of file."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.loading.images import crop_box, decode_eval, decode_train
+from megatron_lcl.data.loading.sequence import uniform
+
+
+def draws(seed: int = 0) -> Callable[[], float]:
+    turn = iter(range(1 << 30))
+    return lambda: uniform(np.uint64(seed), next(turn))
+
+
+def picture(width: int = 300, height: int = 200) -> PIL.Image.Image:
+    """Smooth, coloured, and different in each corner."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    pixels = np.stack([255 * x, 255 * y, 127 + 127 * np.sin(9 * x * y + 4 * x)], -1)
+    return PIL.Image.fromarray(pixels.astype(np.uint8))
+
+
+def encode(image: PIL.Image.Image, format: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def whole(data: bytes, size: int = 64) -> np.ndarray:
+    """The training path with the largest crop there is, as floats."""
+    return decode_train(data, size, draws(), (1.0, 1.0), (1.5, 1.5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (33, 500), (20, 10)])
+def test_evaluation_is_clip_s_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = picture(*size)
+    pipeline = transforms.Compose(
+        [transforms.Resize(64, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(64)]
+    )
+    expected = np.asarray(pipeline(image)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(decode_eval(encode(image, "PNG"), 64), expected)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [(900, 700), (300, 200), (100, 60)])
+def test_training_crops_are_torchvision_s(format: str, size: tuple[int, int]) -> None:
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    data = encode(picture(*size), format, quality=95)
+    opened = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    for seed in range(5):
+        left, top, width, height = crop_box(*size, draws(seed), (0.5, 1.0), (3 / 4, 4 / 3))
+        reference = functional.resized_crop(
+            opened, top, left, height, width, [224, 224], functional.InterpolationMode.BICUBIC
+        )
+        expected = np.asarray(reference, np.float32).transpose(2, 0, 1)
+        got = decode_train(data, 224, draws(seed), (0.5, 1.0), (3 / 4, 4 / 3))
+        assert got.shape == (3, 224, 224)
+        assert got.dtype == np.uint8
+        assert np.abs(got - expected).mean() < 0.01 * 255
+
+
+def test_crop_boxes_have_torchvision_s_distribution() -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    image, scale, ratio = torch.zeros(3, 200, 300), (0.3, 0.9), (3 / 4, 4 / 3)
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
+    ours = np.array([crop_box(300, 200, draws(s), scale, ratio) for s in range(4000)])[:, [1, 0, 3, 2]]
+    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), rtol=0.05)
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.06)
+    assert crop_box(1000, 10, draws(), (0.9, 1.0), ratio) == (493, 0, 13, 10)  # nothing fits: the largest, centred
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_pictures_are_turned_as_exif_says(orientation: int, format: str) -> None:
+    image = picture()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(image, format, exif=exif, quality=95)
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
+    ratio = upright.width / upright.height
+    expected = np.asarray(upright.resize((64, 64), PIL.Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1)
+    got = decode_train(data, 64, draws(), (1.0, 1.0), (ratio, ratio))
+    assert np.abs(got - expected).mean() < 3
+    assert np.abs(decode_eval(data, 64)[:, 32, 32] - expected[:, 32, 32]).max() < 8
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_turned_crops_are_those_of_the_upright_picture(orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    turned = encode(picture(1200, 800), "JPEG", exif=exif, quality=98)
+    upright = encode(PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(turned))), "JPEG", quality=98)
+    for seed in range(5):
+        a, b = (decode_train(x, 64, draws(seed), (0.1, 0.3)).astype(np.float32) for x in (turned, upright))
+        assert np.abs(a - b).mean() < 2
+
+
+def test_transparent_parts_are_white() -> None:
+    for mode in ("RGBA", "LA", "PA"):
+        image = PIL.Image.new("RGBA", (30, 20), (200, 0, 0, 0)).convert("RGBA")
+        image.paste((0, 0, 0, 255), (0, 0, 15, 20))
+        data = encode(image.convert(mode) if mode != "PA" else image.quantize(), "PNG")
+        for got in (whole(data, 8), decode_eval(data, 8)):
+            assert got[:, 4, 7].min() > 240, mode
+        assert whole(data, 8)[:, 4, 0].max() < 15, mode
+
+
+def test_grey_palette_one_bit_and_cmyk() -> None:
+    image = picture()
+    reference = whole(encode(image, "PNG"))
+    for mode, format in (("L", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("CMYK", "TIFF")):
+        converted = image.convert(mode)
+        got = whole(encode(converted, format))
+        expected = whole(encode(converted.convert("RGB"), "PNG"))
+        assert np.abs(got - expected).mean() < 4, (mode, format)
+    assert set(np.unique(whole(encode(PIL.Image.new("1", (30, 20), 1), "PNG")))) == {255}
+    assert reference.std() > 30
+
+
+def test_sixteen_bits_become_eight() -> None:
+    grey = np.linspace(0, 65535, 300 * 200).reshape(200, 300).astype(np.uint16)
+    data = encode(PIL.Image.fromarray(grey), "PNG")
+    got, expected = whole(data), whole(encode(PIL.Image.fromarray((grey // 257).astype(np.uint8)), "PNG"))
+    assert np.abs(got - expected).max() <= 2
+    ok, colour = cv2.imencode(".png", np.repeat(grey[..., None], 3, 2))
+    assert ok
+    assert np.abs(whole(colour.tobytes()) - expected).max() <= 2
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [PIL.Image.new("RGB", (30, 20), c) for c in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    red, green, blue = whole(data, 8)[:, 4, 4]
+    assert red > 250 > 5 > max(green, blue)
+
+
+def test_real_odd_files(shared: Path) -> None:
+    for path in sorted((shared / "samples/images").iterdir()):
+        for got in (decode_train(path.read_bytes(), 64, draws()), decode_eval(path.read_bytes(), 64)):
+            assert got.shape == (3, 64, 64), path.name
+            assert got.std() > 1, path.name
+
+
+def test_damaged_files_are_value_errors() -> None:
+    jpeg, png = encode(picture(), "JPEG"), encode(picture(), "PNG")
+    damaged = [b"", b"\xff\xd8", jpeg[:100], png[: len(png) // 2], b"<html>", png[:40] + b"\0" * 60 + png[100:]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for data in damaged:
+            for decode in (lambda d: decode_train(d, 64, draws()), lambda d: decode_eval(d, 64)):
+                with pytest.raises(BadImage, match="does not decode"):
+                    decode(data)

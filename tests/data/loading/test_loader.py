@@ -1,0 +1,421 @@
+"""Batches: their contents against the rules written out again, equality over world sizes, and what may go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from corpora import MakeCorpus, jpeg, random_documents
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading import loader
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.pages.replay import render_first_packs, replay_html
+from megatron_lcl.errors import UserError
+
+P, SIZE, CONTEXT, T = 4, 16, 96, 256
+
+
+def loader_of(path: Path, *, data: dict[str, Any] | None = None, **options: Any) -> PackedLoader:
+    fields = {"tokens_per_pack": T, "workers": 0, **(data or {})}
+    return PackedLoader(Data(corpora=(Corpus(str(path)),), **fields), P, SIZE, CONTEXT, **options)
+
+
+def flat(batches: list[PackedBatch], slots: int) -> list[list[np.ndarray]]:
+    """Each pack by itself, rows counted from the pack's own start."""
+    packs = []
+    for batch in batches:
+        num = len(batch.packs)
+        runs = batch.cu_seqlens.numpy()[:-1].reshape(num, -1)
+        for b in range(num):
+            rows, images = slice(b * T, (b + 1) * T), slice(b * slots, (b + 1) * slots)
+            own = [batch.tokens[rows], batch.positions[rows], batch.targets[rows], batch.images[images]]
+            own.append(batch.image_valid[images])
+            shifted = [batch.image_start[images], batch.image_soi[images]]
+            shifted = [torch.where(x >= 0, x - b * T, x) for x in shifted]
+            packs.append([np.array(batch.packs[b]), *(x.numpy() for x in own + shifted), runs[b] - b * T])
+    return packs
+
+
+@pytest.mark.parametrize("objective", ["lcl", "generation", "clip"])
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("leading", [False, True])
+def test_a_batch_is_what_its_documents_say(
+    make_corpus: MakeCorpus, objective: Any, matched: bool, leading: bool
+) -> None:
+    corpus = make_corpus("c", random_documents(120, 1, matched=matched, mean_text=30), num_shards=2)
+    options = {"contrast_leading_images": leading}
+    loader = loader_of(corpus.path, data=options, micro_batch=2, global_batch=4, steps=10, objective=objective)
+    special, slots = corpus.tokenizer, loader.images_per_pack
+    shapes = set()
+    pairs = 0
+    for batch in loader:
+        integers = [x for _, x in batch._integers()]
+        assert {x.dtype for x in integers} == {torch.int32}
+        shapes.add(tuple(tuple(x.shape) for x in [*integers, batch.images]))
+        tokens, targets = batch.tokens.tolist(), batch.targets.tolist()
+        positions, soi, start = batch.positions.tolist(), batch.image_soi.tolist(), batch.image_start.tolist()
+        expected_targets = [-1] * len(tokens)
+        bounds = set()
+        total = 0
+        for b, number in enumerate(batch.packs):
+            end = 0
+            for o in loader.provenance(number):
+                assert o.start == end
+                end = o.stop
+                rows = list(range(b * T + o.start, b * T + o.stop))
+                bounds.add(rows[0])
+                assert [positions[r] for r in rows] == list(range(len(rows)))
+                ids = [tokens[r] for r in rows]
+                assert ids[0] == special.sot
+                assert ids[-1] == (special.soi if objective == "clip" else special.eot)
+                assert ids.count(special.soi) == len(o.images)
+                for row, following in zip(rows, ids[1:], strict=False):
+                    if following not in (special.placeholder, special.eoi) and objective != "clip":
+                        expected_targets[row] = following
+                for image in o.images:
+                    row, slot = b * T + image.soi, b * slots + image.slot
+                    assert tokens[row] == special.soi
+                    if objective != "clip":
+                        assert tokens[row + 1 : row + P + 2] == [special.placeholder] * P + [special.eoi]
+                    has_text = any(i < special.sot for i in tokens[rows[0] : row])
+                    takes_part = objective != "generation" and (has_text or (leading and row > rows[0]))
+                    assert soi[slot] == (row if takes_part else -1)
+                    assert start[slot] == (-1 if objective == "clip" else row + 1)
+                    pairs += takes_part
+                    stored = open_corpus(o.corpus).shard(image.shard).image(image.image)
+                    assert bytes(stored).startswith(b"\xff\xd8")
+            total += end
+            assert not any(tokens[b * T + end : (b + 1) * T])
+        assert targets == expected_targets
+        which = [r for r, t in enumerate(targets) if t >= 0]
+        assert batch.target_positions.tolist() == which + [-1] * (len(tokens) - len(which))
+        assert batch.num_targets == len(which)
+        assert batch.num_tokens == total
+        assert batch.num_pairs == sum(s >= 0 for s in soi)
+        assert batch.num_images == int(batch.image_valid.sum())
+        runs = batch.cu_seqlens.tolist()
+        assert runs[0] == 0
+        assert runs[-1] == len(tokens)
+        assert bounds <= set(runs)
+        assert min(np.diff(runs)) >= 0
+        assert max(np.diff(runs)) <= batch.max_seqlen == CONTEXT
+    assert len(shapes) == 1
+    assert (pairs > 0) == (objective != "generation")
+
+
+def test_the_text_is_the_corpus_s(make_corpus: MakeCorpus) -> None:
+    documents = random_documents(60, 2, mean_text=8)
+    corpus = make_corpus("c", documents)
+    loader = loader_of(corpus.path, steps=8, data={"min_images": 0})
+    special = corpus.tokenizer
+    seen = Counter[int]()
+    for batch in loader:
+        for o in loader.provenance(batch.packs[0]):
+            ids = [i for i in batch.tokens[o.start : o.stop].tolist() if i < special.sot]
+            whole = [i for piece in documents[o.document] if not isinstance(piece, tuple) for i in piece]
+            if o.part == 0 and len(ids) == len(whole):
+                assert ids == whole
+                seen[o.document] += 1
+    assert len(seen) > 30
+
+
+@pytest.mark.slow
+def test_the_same_packs_and_pixels_at_every_world_size(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(200, 3, matched=True), num_shards=2)
+    slots = loader_of(corpus.path).images_per_pack
+    steps, global_batch = 3, 24
+
+    def step_of(world_size: int, micro_batch: int, workers: int = 0, first: int = 0) -> list[list[np.ndarray]]:
+        ranks = [
+            list(
+                loader_of(
+                    corpus.path,
+                    data={"workers": workers},
+                    rank=rank,
+                    world_size=world_size,
+                    micro_batch=micro_batch,
+                    global_batch=global_batch,
+                    first_pack=first * global_batch,
+                    steps=steps - first,
+                )
+            )
+            for rank in range(world_size)
+        ]
+        per_step = global_batch // world_size // micro_batch
+        assert {len(r) for r in ranks} == {per_step * (steps - first)}
+        in_order = [r[m] for m in range(per_step * (steps - first)) for r in ranks]
+        return flat(in_order, slots)
+
+    expected = step_of(1, 1)
+    assert [int(p[0]) for p in expected] == list(range(steps * global_batch))
+    for world_size, micro_batch, workers, first in (
+        (1, 24, 0, 0),
+        (2, 3, 0, 0),
+        (3, 4, 2, 0),
+        (8, 1, 0, 0),
+        (8, 3, 0, 2),
+    ):
+        got = step_of(world_size, micro_batch, workers, first)
+        for mine, other in zip(got, expected[first * global_batch :], strict=True):
+            for x, y in zip(mine, other, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_augmentation_differs_between_packs_and_stays_in_a_replay(make_corpus: MakeCorpus) -> None:
+    picture = jpeg(1, 64, 64)
+    corpus = make_corpus("c", [[[1, 2, 3], (picture, None, None)] for _ in range(40)])
+    batches = [list(loader_of(corpus.path, steps=2)) for _ in range(2)]
+    assert torch.equal(batches[0][1].images, batches[1][1].images)
+    valid = batches[0][0].images[batches[0][0].image_valid == 1]
+    assert len(valid.flatten(1).unique(dim=0)) > len(valid) // 2
+    other = next(iter(loader_of(corpus.path, steps=1, data={"seed": 5})))
+    assert not torch.equal(other.images, batches[0][0].images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_gives_every_document_once_in_order(make_corpus: MakeCorpus, workers: int) -> None:
+    corpus = make_corpus("c", random_documents(70, 4, mean_text=60), num_shards=2)
+    ranks = [
+        loader_of(
+            corpus.path, data={"workers": workers}, train=False, rank=r, world_size=2, micro_batch=2, global_batch=4
+        )
+        for r in range(2)
+    ]
+    batches = [list(loader) for loader in ranks]
+    assert len({len(b) for b in batches}) == 1
+    assert [len(loader) for loader in ranks] == [len(b) for b in batches]
+    packs = [p for pair in zip(*batches, strict=True) for batch in pair for p in batch.packs]
+    assert packs == list(range(len(packs)))
+    seen = [(o.document, o.part) for p in packs for o in ranks[0].provenance(p)]
+    assert seen == sorted(set(seen))
+    assert {d for d, _ in seen} == set(range(70))
+    again = [x.images for x in ranks[0]]
+    assert all(torch.equal(x, y.images) for x, y in zip(again, batches[0], strict=True))
+    assert sum(b.num_tokens for pair in batches for b in pair) == sum(
+        o.stop - o.start for p in packs for o in ranks[0].provenance(p)
+    )
+
+
+def test_a_rotten_image_is_blank_counted_and_in_no_loss(make_corpus: MakeCorpus) -> None:
+    rotten = b"\xff\xd8 this was a picture"
+    documents = [[[1, 2, 3], (rotten if d % 3 == 0 else jpeg(d), None, None), [4, 5]] for d in range(30)]
+    corpus = make_corpus("c", documents)
+    loader = loader_of(corpus.path, train=False, micro_batch=2, global_batch=2)
+    bad: list[str] = []
+    for batch in loader:
+        for slot, reason in batch.bad_images:
+            assert batch.image_valid[slot] == 0
+            assert batch.image_soi[slot] == batch.image_start[slot] == -1
+            assert not batch.images[slot].any()
+            bad.append(reason)
+        assert batch.num_pairs == batch.num_images == int((batch.image_start >= 0).sum())
+    assert len(bad) == 10
+    assert "shard 0, image 0: " in bad[0]
+    assert str(corpus.path) in bad[0]
+
+
+def test_a_fault_in_the_decoder_is_not_taken_for_a_bad_image(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus("c", [[[1, 2], (jpeg(0), None, None)]])
+    monkeypatch.setattr(loader, "decode_eval", lambda *_: np.zeros(3) + np.zeros(4))
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        list(loader_of(corpus.path, train=False, data={"workers": 0}))
+
+
+def test_too_many_rotten_images_in_a_row_stop_the_run(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", [[[1, 2], (b"\xff\xd8" + bytes([d]), None, None)] for d in range(30)])
+    with pytest.raises(UserError, match=r"6 images in a row did not decode.*max_bad_images"):
+        list(loader_of(corpus.path, train=False, data={"max_bad_images": 5}))
+    list(loader_of(corpus.path, train=False, data={"max_bad_images": 30, "max_bad_fraction": 1.0}))
+
+
+def test_too_large_a_share_of_rotten_images_stops_the_run(make_corpus: MakeCorpus) -> None:
+    good = jpeg(0)
+
+    def read(name: str, bad: list[bool], **data: Any) -> int:
+        images = [b"\xff\xd8 was picture %d" % i if b else good for i, b in enumerate(bad)]
+        corpus = make_corpus(name, [[[1], (image, None, None)] for image in images])
+        batches = loader_of(corpus.path, train=False, data={"max_bad_fraction": 0.1, **data})
+        return sum(batch.num_bad_images for batch in batches)
+
+    assert read("first", [True] * 19 + [False] * 20) == 19  # few of few say nothing
+    with pytest.raises(UserError, match=r"20 of the last 39 images did not decode.*, image 20: .*max_bad_fraction"):
+        read("then", [True] * 19 + [False] * 19 + [True])
+    share = [n % 10 == 9 for n in range(1500)]  # a tenth, not more
+    assert read("tenth", share) == 150
+    with pytest.raises(UserError, match=r"101 of the last 1000 images did not decode"):
+        read("late", [*share, False, True, True])
+    assert read("allowed", [*share, False, True, True], max_bad_fraction=0.11) == 152
+
+
+def _slow(seconds: float) -> Any:
+    from megatron_lcl.data.loading import loader
+
+    decode = loader.decode_train
+
+    def slow(*arguments: Any) -> np.ndarray:
+        time.sleep(seconds)
+        return decode(*arguments)
+
+    return slow
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_an_error_that_names_the_sample(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus("c", random_documents(50, 5))
+    monkeypatch.setattr("megatron_lcl.data.loading.loader.decode_train", _slow(0.2))
+    loader = loader_of(corpus.path, data={"workers": 2})
+    batches = iter(loader)
+    next(batches)
+    victim = int(loader.reader.progress[0, 0])  # type: ignore[index]
+    while loader.reader.progress[0, 1] < 0:  # type: ignore[index]
+        time.sleep(0.01)
+    os.kill(victim, signal.SIGKILL)
+    time.sleep(0.5)  # it does not break into whatever else the main process is at
+    started = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=rf"loader process {victim} was killed at pack \d+: document \d+ of "
+    ) as caught:
+        list(batches)
+    assert time.monotonic() - started < 30
+    pack = int(str(caught.value).split("at pack ")[1].split(":")[0])
+    assert f"document {loader.provenance(pack)[0].document} of" in str(caught.value)
+
+
+def _serve(path: str, connection: Any) -> None:
+    """A main process that notes SIGTERM and goes on reading batches, as a trainer does that saves first."""
+    os.setpgid(0, 0)
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    batches = iter(loader_of(Path(path), data={"workers": 2}))
+    next(batches)
+    connection.send("ready")
+    while not told:
+        time.sleep(0.01)
+    connection.send([next(batches).packs[0] for _ in range(20)])
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_signal_to_the_whole_group(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(50, 6))
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(str(corpus.path), there))
+    process.start()
+    try:
+        assert here.poll(60)
+        assert here.recv() == "ready"
+        os.killpg(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
+        assert here.poll(30)
+        assert here.recv() == list(range(1, 21))
+        process.join(30)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+
+
+def _fails(path: str) -> None:
+    """A main process that dies of an error while something still holds its loader."""
+    batches = iter(loader_of(Path(path), data={"workers": 2}))
+    _fails.held = batches  # type: ignore[attr-defined]
+    next(batches)
+    raise RuntimeError("the run failed")
+
+
+@pytest.mark.slow
+def test_workers_do_not_keep_a_failed_run_from_ending(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(50, 6))
+    process = multiprocessing.get_context("spawn").Process(target=_fails, args=(str(corpus.path),))
+    process.start()
+    try:
+        process.join(60)
+        assert process.exitcode == 1
+    finally:
+        process.kill()
+
+
+def test_a_batch_moves_whole(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(30, 7))
+    batch = next(iter(loader_of(corpus.path, micro_batch=2, global_batch=2)))
+    moved = batch.to("cpu")
+    for field in dataclasses.fields(PackedBatch):
+        mine, other = getattr(batch, field.name), getattr(moved, field.name)
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+def test_layouts_that_do_not_divide_are_errors(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(30, 8))
+    with pytest.raises(ValueError, match="nearest that is: 12"):
+        loader_of(corpus.path, global_batch=13, world_size=2, micro_batch=3)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        loader_of(corpus.path, global_batch=2, world_size=2, rank=2)
+
+
+def test_pairs_in_the_reference_s_forms(make_corpus: MakeCorpus) -> None:
+    documents = [[(jpeg(d), None, None), [d, d + 1, d + 2]] for d in range(40)]
+    corpus = make_corpus("c", documents, source="webdataset")
+    special, forms = corpus.tokenizer, Counter[str]()
+    for layout in ("document", "reference"):
+        loader = loader_of(corpus.path, steps=4, data={"pair_layout": layout, "contrast_leading_images": True})
+        for batch in loader:
+            for o in loader.provenance(batch.packs[0]):
+                ids = batch.tokens[o.start : o.stop].tolist()
+                image = [special.soi, *[special.placeholder] * P, special.eoi]
+                text = [o.document, o.document + 1, o.document + 2]
+                first = [image, text] if ids[0] == special.soi or ids[1] == special.soi else [text, image]
+                inside = first[0] + first[1]
+                if layout == "document":
+                    assert ids == [special.sot, *inside, special.eot]
+                else:
+                    assert ids == ([*inside, special.eot] if first[0] == image else [special.sot, *inside])
+                    assert o.images[0].pair == (first[0] == text)  # all but a `<soi>` that is the first token
+                forms[f"{layout} {'image' if first[0] == image else 'text'} first"] += 1
+    assert len(forms) == 4
+    assert min(forms.values()) > 10
+
+
+def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
+    words = [[ord(c) - 33 for c in "abc"]]
+    documents = [[*words, (jpeg(d) if d else b"\xff\xd8 rot", None, None), [d, d]] for d in range(12)]
+    corpus = make_corpus("c", documents)
+    overrides = {
+        "data.corpora": str(corpus.path),
+        "data.tokens_per_pack": "64",
+        "model.vision.image_size": "16",
+        "model.vision.patch_size": "8",
+        "train.global_batch": "4",
+    }
+    config = configs.load(overrides=overrides)
+    page = replay_html(config, 1)
+    assert page.count('<details class="pack" open>') == 4
+    assert all(f"Pack {n}</summary>" in page for n in range(4, 8))
+    second = replay_html(config, 1, rank=1, world_size=2)
+    assert [n for n in range(4, 8) if f"Pack {n}</summary>" in second] == [5, 7]
+    whole = replay_html(config, 0)
+    loader = PackedLoader(config.data, 4, 16, 2048)
+    num_images = sum(len(o.images) for n in range(4) for o in loader.provenance(n))
+    assert whole.count("data:image/png;base64,") + whole.count('class="blank"') == num_images > 0
+    assert "does not decode" in "".join(replay_html(config, s) for s in range(2))
+    first = render_first_packs(config, 3)
+    assert re.findall(r'class="pack"( open)?>\s*<summary>Pack (\d)<', first) == [(" open", "0"), ("", "1"), ("", "2")]
+    skipped = render_first_packs(config, 2, loader.ledger.skip(0, 2))
+    assert re.findall(r"<summary>Pack (\d)<", skipped) == ["2", "3"]
+    with pytest.raises(ValueError, match="count from 0"):
+        replay_html(config, -1)

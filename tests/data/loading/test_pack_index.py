@@ -1,0 +1,251 @@
+"""The pack index: epochs, blends, the ledger, and what the cache may and may not share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import MakeCorpus, random_documents
+
+from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.loading import pack_index as pack_index
+from megatron_lcl.data.loading.cache import build_once
+from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+
+P, CONTEXT = 4, 128
+
+
+def data_of(*corpora: tuple[Path, float], **options: Any) -> Data:
+    return Data(corpora=tuple(Corpus(str(p), w) for p, w in corpora), tokens_per_pack=256, **options)
+
+
+def index_of(data: Data, previous: Ledger | None = None, consumed: int = 0) -> PackIndex:
+    return PackIndex(data, open_ledger(data, P, CONTEXT, previous=previous, consumed=consumed))
+
+
+def documents_of(index: PackIndex, packs: range | list[int]) -> list[tuple[str, int, int]]:
+    """(corpus, epoch, document) of the first parts in some packs, in order."""
+    return [
+        (str(pack.sources[e["corpus"]].corpus.path), int(e["epoch"]), int(e["document"]))
+        for pack in map(index.__getitem__, packs)
+        for e in pack.entries
+        if e["part"] == 0
+    ]
+
+
+def test_an_epoch_has_every_document_once_and_ends_before_the_next(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(150, 1, mean_text=40), num_shards=3)
+    index = index_of(data_of((corpus.path, 1)))
+    seen = documents_of(index, range(300))
+    for epoch in range(3):
+        block = seen[epoch * 150 : (epoch + 1) * 150]
+        assert {e for _, e, _ in block} == {epoch}
+        assert {d for *_, d in block} == set(range(150))
+    orders = [[d for *_, d in seen[e * 150 : (e + 1) * 150]] for e in range(3)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) != orders[0]
+
+
+def test_every_part_of_a_long_document_is_packed(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(60, 2, mean_text=300))
+    index = index_of(data_of((corpus.path, 1)))
+    parts: Counter[tuple[int, int, int]] = Counter()
+    for number in range(500):
+        parts.update((int(e["epoch"]), int(e["document"]), int(e["part"])) for e in index[number].entries)
+    assert max(parts.values()) == 1
+    first = {k for k in parts if k[0] == 0}
+    for document in range(60):
+        numbers = sorted(p for _, d, p in first if d == document)
+        assert numbers == list(range(len(numbers)))
+        assert numbers
+    assert any(p for _, _, p in first)
+
+
+def test_documents_without_enough_images_are_left_out_by_rule(make_corpus: MakeCorpus) -> None:
+    documents = random_documents(80, 3, matched=True)
+    corpus = make_corpus("c", documents)
+    keeps = {d for d, pieces in enumerate(documents) if any(isinstance(p, tuple) and p[1] >= 0.24 for p in pieces)}
+    assert len(keeps) < 80
+    index = index_of(data_of((corpus.path, 1)))
+    seen = [d for _, e, d in documents_of(index, range(100)) if e == 0]
+    assert sorted(seen) == sorted(keeps)
+    everything = index_of(data_of((corpus.path, 1), min_images=0))
+    assert {d for _, e, d in documents_of(everything, range(100)) if e == 0} == set(range(80))
+    with pytest.raises(ValueError, match=r"no document of .* is left"):
+        index_of(data_of((corpus.path, 1), min_similarity=0.9, images_per_pack=2)).prepare(0)
+
+
+def test_blend_counts_tokens(make_corpus: MakeCorpus) -> None:
+    a = make_corpus("a", random_documents(500, 4, mean_text=10))
+    b = make_corpus("b", random_documents(300, 5, mean_text=40))
+    index = index_of(data_of((a.path, 1), (b.path, 3)))
+    tokens = {str(a.path): 0, str(b.path): 0}
+    for number in range(400):
+        pack = index[number]
+        for e in pack.entries:
+            source = pack.sources[e["corpus"]]
+            tokens[str(source.corpus.path)] += int(source.tokens[e["document"]]) if e["part"] == 0 else 0
+    share = tokens[str(a.path)] / sum(tokens.values())
+    assert share == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_changed_blend_repeats_and_loses_nothing(make_corpus: MakeCorpus) -> None:
+    a = make_corpus("a", random_documents(400, 6))
+    b = make_corpus("b", random_documents(200, 7))
+    before = index_of(data_of((a.path, 1)))
+    old = [before[n].entries.tolist() for n in range(20)]
+    after = index_of(data_of((a.path, 1), (b.path, 1)), previous=before.ledger, consumed=20)
+    assert after.ledger.entries[: len(before.ledger.entries)] == before.ledger.entries
+    assert [after[n].entries.tolist() for n in range(20)] == old
+    seen = documents_of(after, range(600))
+    path_a, path_b = str(a.path), str(b.path)
+    switch = next(i for i, (c, *_) in enumerate(seen) if c == path_b)
+    assert switch > 0
+    for path, size in ((path_a, 400), (path_b, 200)):
+        mine = [(e, d) for c, e, d in seen if c == path]
+        assert len(set(mine)) == len(mine)
+        full = [e for e in {e for e, _ in mine} if e < max(e for e, _ in mine)]
+        assert full
+        for epoch in full:  # every epoch that is over had every document, also the one in which the blend changed
+            assert {d for e, d in mine if e == epoch} == set(range(size))
+        assert [e for e, _ in mine] == sorted(e for e, _ in mine)
+    later = seen[switch:]
+    for some in (later, later[:100]):  # shares count from the change, nothing is made up for
+        assert 0.3 < sum(c == path_a for c, *_ in some) / len(some) < 0.7
+    # an unchanged config appends nothing
+    same = open_ledger(data_of((a.path, 1), (b.path, 1)), P, CONTEXT, previous=after.ledger, consumed=90)
+    assert same == after.ledger
+    assert Ledger.from_json(json.loads(json.dumps(same.to_json()))) == same
+
+
+def test_skipped_packs_are_jumped_over(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(50, 8))
+    ledger = index_of(data_of((corpus.path, 1))).ledger
+    assert [ledger.locate(n) for n in range(4)] == [0, 1, 2, 3]
+    once = ledger.skip(4, 3)
+    assert [once.locate(n) for n in range(7)] == [0, 1, 2, 3, 7, 8, 9]
+    twice = once.skip(3, 2)  # packs 3 and 7
+    assert [twice.locate(n) for n in range(5)] == [0, 1, 2, 8, 9]
+    assert twice.entries[:2] == once.entries
+    assert index_of(data_of((corpus.path, 1)), previous=twice)[5].entries.tolist()
+
+
+def test_a_setting_that_fixes_the_packs_cannot_change_in_a_run(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(50, 8))
+    data = data_of((corpus.path, 1))
+    ledger = open_ledger(data, P, CONTEXT)
+    with pytest.raises(ValueError, match="seed is 1, but this run began with 0"):
+        open_ledger(dataclasses.replace(data, seed=1), P, CONTEXT, previous=ledger)
+    with pytest.raises(ValueError, match="context_length"):
+        open_ledger(data, P, 64, previous=ledger)
+    kept = open_ledger(data, P, CONTEXT, previous=ledger)
+    assert kept.settings["images_per_pack"] == ledger.settings["images_per_pack"]
+
+
+def test_seed_corpus_and_config_each_give_their_own_index(make_corpus: MakeCorpus, cache: Path) -> None:
+    documents = random_documents(120, 9, matched=True)
+    one, two = make_corpus("one", documents), make_corpus("two", documents[:-1])
+    options: list[dict[str, Any]] = [{}, {"seed": 1}, {"min_similarity": 0.3}, {"image_first": 0.0}]
+    datas = [data_of((one.path, 1), **o) for o in options] + [data_of((two.path, 1))]
+    folders = []
+    for data in datas:
+        index = index_of(data)
+        index.prepare(0)
+        folders.append(index.chunks[0].folder)
+    assert len(set(folders)) == len(folders)
+    again = index_of(datas[0])
+    again.prepare(0)
+    assert again.chunks[0].folder == folders[0]
+    moved = one.path.rename(one.path.with_name("elsewhere"))  # the fingerprint counts, not the path
+    there = index_of(data_of((moved, 1)))
+    there.prepare(0)
+    assert there.chunks[0].folder == folders[0]
+
+
+def test_chunks_go_on_where_the_last_one_ended(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus("c", random_documents(300, 10))
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 100)
+    monkeypatch.setattr(pack_index, "CHUNK", 120)
+    index = index_of(data_of((corpus.path, 1)))
+    seen = documents_of(index, range(400))
+    assert len(index.chunks) > 4
+    assert all(a.stop == b.first for a, b in zip(index.chunks, index.chunks[1:], strict=False))
+    for epoch in range(2):
+        block = seen[epoch * 300 : (epoch + 1) * 300]
+        assert sorted(d for *_, d in block) == list(range(300))
+        assert {e for _, e, _ in block} == {epoch}
+
+
+def _build_slowly(folder: str, log: str) -> None:
+    def build(path: Path) -> None:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.5)
+        (path / "done").touch()
+
+    assert (build_once(Path(folder), build) / "done").exists()
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_build_slowly, args=(str(tmp_path / "x"), str(log))) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(log.read_text().split()) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"x", "x.lock", "log"}
+
+
+def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    def fails(path: Path) -> None:
+        (path / "half").touch()
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        build_once(tmp_path / "x", fails)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.lock"]
+    assert build_once(tmp_path / "x", lambda path: (path / "done").touch()).is_dir()
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    corpus = make_corpus("c", random_documents(20, 11))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"set data\.cache"):
+        index_of(data_of((corpus.path, 1), cache=str(tmp_path / "file" / "cache")))
+
+
+def test_a_read_only_corpus_works(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(20, 12))
+    before = sorted(corpus.path.iterdir())
+    for path in [*before, corpus.path]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        index_of(data_of((corpus.path, 1))).prepare(0)
+    finally:
+        corpus.path.chmod(0o755)
+    assert sorted(corpus.path.iterdir()) == before
+    assert np.array_equal(np.sort(before), before)
+
+
+def test_blends_need_one_tokenizer_and_distinct_corpora(make_corpus: MakeCorpus) -> None:
+    a, b = make_corpus("a", random_documents(20, 13)), make_corpus("b", random_documents(20, 14))
+    with pytest.raises(ValueError, match="twice"):
+        index_of(data_of((a.path, 1), (a.path, 2)))
+    manifest = json.loads((b.path / "corpus.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "another"
+    (b.path / "corpus.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="same tokenizer"):
+        index_of(data_of((a.path, 1), (b.path, 1)))
+    with pytest.raises(ValueError, match="empty"):
+        index_of(data_of())

@@ -1,0 +1,29 @@
+"""What is held out of few documents."""
+
+from __future__ import annotations
+
+import pytest
+from data.writers import picture
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.prepare.holdout import Grouping
+
+
+def grouping(images: list[int]) -> Grouping:
+    """A document for each image, which its number tells apart."""
+    found = Grouping()
+    for k, image in enumerate(images):
+        found.add(Document((Text("text"), Image(picture(image, 80, 70))), name=str(k)))
+    return found
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 9])
+def test_of_a_few_pages_one_is_held_out(num: int) -> None:
+    assert len(grouping(list(range(num))).held_out(0.13)) == 1
+
+
+def test_something_stays_in_training() -> None:
+    assert len(grouping([0, 1, 2]).held_out(0.99)) == 2
+    for images in ([0], [0, 0], [0, 0, 0]):
+        with pytest.raises(ValueError, match=f"nothing to hold out: .* join {len(images)} pages into 1 groups"):
+            grouping(images).held_out(0.13)

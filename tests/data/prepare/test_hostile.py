@@ -1,0 +1,165 @@
+"""Input that is made, or happens, to break the tool: it is counted, in bounded memory, and nothing else runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from data import writers
+from data.corpus.test_bad_samples import corpus_of, encoded
+from data.prepare.test_formats import TOKENIZER
+from data.writers import picture
+from PIL import Image as Pillow
+
+from megatron_lcl.data.corpus.probe import MAX_PIXELS, BadImage, probe
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.data.prepare.importers.sources import ImageSource
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.verify import verify
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    summary = corpus_of(tmp_path, [{"items": [{"text": "a"}, {"image": "\ud800.png"}]}], {})
+    (tmp_path / "in" / os.fsdecode(b"b\xff.jsonl")).write_bytes(b'{"items": 3}')
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "o2", tokenizer=TOKENIZER, max_bad_fraction=1)
+    str(summary).encode()
+    assert summary.drops.names["image: file missing"] == ["a.jsonl@0: \\ud800.png"]
+    assert summary.drops.names['document: no list "items"'] == ["b\\udcff.jsonl@0"]
+    assert not verify(tmp_path / "o2")
+
+
+def test_pictures_run_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, where that is installed."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n{} loop\n"
+    with pytest.raises(BadImage, match="format that cannot be read"):
+        probe(eps)
+    with pytest.raises(BadImage, match="does not decode"):
+        decode_eval(eps, 32)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("side", [9_500, 13_000])
+def test_more_pixels_than_fit_in_memory(side: int) -> None:
+    """Ours is the lower bound: Pillow raises above twice as many."""
+    assert MAX_PIXELS < side * side < 2 * MAX_PIXELS
+    with pytest.raises(BadImage, match="too many pixels"):
+        probe(encoded(Pillow.new("1", (side, side)), "PNG"))
+
+
+def peak_mib(source: Path, output: Path, **options: object) -> float:
+    """Of a process that preprocesses `source`."""
+    TOKENIZER.save(output.with_suffix(".model"))
+    program = (
+        "import re; from megatron_lcl.data.prepare.preprocess import preprocess\n"
+        f"preprocess('jsonl', {str(source)!r}, {str(output)!r}, tokenizer={str(output.with_suffix('.model'))!r}, "
+        f"**{options!r})\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024)"
+    )  # not ru_maxrss, which begins with this process's
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    return float(done.stdout)
+
+
+def test_a_small_file_that_unpacks_to_much(tmp_path: Path) -> None:
+    line = json.dumps({"items": [{"text": "x" * 1000}] * 990}).encode() + b"\n"
+    compressor = zstandard.ZstdCompressor(level=3).compressobj()
+    packed = b"".join(compressor.compress(line) for _ in range(150)) + compressor.flush()
+    (tmp_path / "in.jsonl.zst").write_bytes(packed)
+    assert len(packed) < 64 << 10  # one read of the file, of which all would come at once
+    assert 150 * len(line) > 140e6
+    assert peak_mib(tmp_path / "in.jsonl.zst", tmp_path / "out") < 200
+    assert open_corpus(tmp_path / "out").manifest["counts"]["pieces"] == 150 * 990
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "I"])
+def test_the_largest_picture_is_scaled_down_in_600_mib(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "in").mkdir()
+    big = Pillow.new(mode, (9_450, 9_450), 40_000 if mode != "RGB" else "red")
+    if mode == "I":
+        big.save(tmp_path / "in/big.png", "TIFF", compression="tiff_adobe_deflate")
+    else:
+        big.save(tmp_path / "in/big.png")
+    (tmp_path / "in/a.jsonl").write_text(json.dumps({"items": [{"image": "big.png"}]}))
+    assert peak_mib(tmp_path / "in", tmp_path / "out", max_image_side=64) < 600
+    ((small,),) = (document.images for document in open_corpus(tmp_path / "out"))
+    with Pillow.open(io.BytesIO(small.data)) as image:
+        assert image.size == (64, 64)
+        pixel = image.convert("RGB").getpixel((32, 32))
+    level = round(40_000 / 257)
+    assert pixel == pytest.approx((254, 0, 0) if mode == "RGB" else (level, level, level), abs=2)
+
+
+def test_a_similarity_that_float32_cannot_hold(tmp_path: Path) -> None:
+    items = [
+        {"text": "a"},
+        *({"image": "a.png", "similarity": s, "matched_text_index": 0} for s in (1e39, -1e39, 3e38)),
+    ]
+    summary = corpus_of(tmp_path, [{"items": items}], {"a.png": picture(0)})
+    assert summary.drops.bad_counts == {"image: similarity is not a number": 2}
+    assert not verify(tmp_path / "out")
+
+
+def test_a_tar_whose_sizes_are_negative(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        writers._add(archive, "0.png", picture(0))
+        header = tarfile.TarInfo("1.png")
+        header.size = -512
+        archive.addfile(header)
+        writers._add(archive, "2.png", picture(2))
+    source = ImageSource(tmp_path)
+    assert source.read("0.png") == picture(0)
+    with pytest.raises(BadImage, match=r"file missing, and 0\.tar is damaged or cut"):
+        source.read("2.png")
+
+
+def test_frames_that_no_position_has(tmp_path: Path) -> None:
+    tiff = encoded(Pillow.new("RGB", (8, 8)), "TIFF", save_all=True, append_images=[Pillow.new("RGB", (8, 8))] * 2)
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        writers._add(archive, "0.json", json.dumps({"texts": ["a", "b"], "images": [None, None]}).encode())
+        writers._add(archive, "0.tiff", tiff)
+        writers._add(archive, "1.json", json.dumps({"texts": ["c"], "images": [None]}).encode())
+        writers._add(archive, "1.tiff", b"garbage")
+    summary = preprocess("mint1t", tmp_path / "0.tar", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
+    assert summary.drops.bad_counts == {
+        "image: TIFF with another number of frames": 3,
+        "image: no TIFF, or not readable": 1,
+    }
+    assert summary.counts["pieces"] == 3
+
+
+def test_a_parquet_file_that_has_a_column_twice(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    lists = pa.array([["a"]])
+    pq.write_table(pa.Table.from_arrays([lists, lists, lists], ["images", "texts", "texts"]), tmp_path / "in/a.parquet")
+    good = pa.table({"images": [[None]], "texts": [["t"]]})
+    pq.write_table(good, tmp_path / "in/b.parquet")
+    summary = preprocess("obelics", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
+    assert summary.drops.bad_counts == {"document: no columns images and texts": 1}
+    assert summary.counts["documents"] == 1
+
+
+@pytest.mark.parametrize("name", ["A.JSONL.ZST", "A.JSONL"])
+def test_suffixes_in_capitals(tmp_path: Path, name: str) -> None:
+    line = b'{"items": [{"text": "a"}]}\n'
+    (tmp_path / name).write_bytes(zstandard.ZstdCompressor().compress(line) if name.endswith("ZST") else line)
+    summary = preprocess("jsonl", tmp_path / name, tmp_path / "out", tokenizer=TOKENIZER)
+    assert (summary.counts["documents"], summary.drops.bad_counts) == (1, {})
+
+
+@pytest.mark.parametrize("side", [-5, 0, 1])
+def test_pictures_of_no_size_are_refused(tmp_path: Path, side: int) -> None:
+    writers.write_jsonl([], tmp_path / "in")
+    with pytest.raises(ValueError, match=f"max_image_side is {side}"):
+        preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=side)

@@ -1,0 +1,241 @@
+"""The HTML importer on pages made for the purpose, the manual's download, and importers of other packages."""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.writers import picture
+
+from megatron_lcl.data.corpus.document import Document, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare import gimp, importers
+from megatron_lcl.data.prepare.importers import Importer, Unit, create
+
+LARGE, OTHER, ICON, WIDE = picture(0, 80, 70), picture(1, 90, 80), picture(2, 16, 16), picture(3, 900, 70)
+
+
+def read(folder: Path, pages: dict[str, str], files: dict[str, bytes] | None = None, **options: Any) -> tuple[
+    list[list[str]], Drops
+]:  # fmt: skip
+    """Documents as lists of texts and image names in brackets."""
+    for name, data in {**(files or {}), **{k: v.encode() for k, v in pages.items()}}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    importer, drops = create("html", folder, None, options), Drops()
+    documents = [d for unit in importer.units() for d in importer.documents(unit, drops)]
+    return [[i.text if isinstance(i, Text) else f"[{i.name[:20]}]" for i in d.items] for d in documents], drops
+
+
+def test_sentences_and_reading_order(tmp_path: Path) -> None:
+    page = """<html><head><title>not this</title><style>p {}</style></head><body><h1>The  title</h1>
+    <p>A <b>bold</b>&nbsp;word, an icon <img src="icon.png"> in the
+    sentence<br>and a line.</p><script>no()</script><table><tr><td>one</td><td>two</td></tr></table>
+    Loose text <a href="x">linked</a>, <figure><img src="large.png" alt="no"><figcaption>Caption</figcaption></figure>
+    <ul><li>first</li><li>second<p>paragraph</p></li></ul><pre>  two
+      lines</pre><!-- no --><p hidden>no</p><p style="display: none">no</p>end&amp;</body></html>"""
+    documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE, "icon.png": ICON})
+    assert documents == [
+        [
+            "The title\nA bold word, an icon in the sentence\nand a line.\none two\nLoose text linked,",
+            "[large.png]",
+            "Caption\nfirst\nsecond\nparagraph\n  two\n      lines\nend&",
+        ]
+    ]
+    assert drops.left_out_counts == {"image: under 64 pixels on a side": 1}
+
+
+@pytest.mark.parametrize(
+    "navigation",
+    [
+        "<nav>NAV <img src=other.png></nav>",
+        "<div class=navheader>NAV</div>",
+        "<div class='x navfooter'>NAV</div>",
+        "<div role=navigation>NAV</div>",
+        "<footer>NAV</footer>",
+        "<header><p>NAV</p></header>",
+        "<div id=toc>NAV</div>",
+        "<div class=sphinxsidebar>NAV</div>",
+        "<div class=related role=x><h3>Navigation</h3>NAV</div>",
+        "<div id=toc><h2>Contents</h2>NAV</div>",
+        "<section id=navigation><p>NAV</p></section>",
+        "<ul>" + "".join(f"<li><a href='p{k}.html'>NAV {k}</a></li>" for k in range(8)) + "</ul>",
+    ],
+)
+def test_navigation_is_left_out(tmp_path: Path, navigation: str) -> None:
+    page = f"<body>{navigation}<article><header><h1>Title</h1></header><p>Text.<img src=large.png></article></body>"
+    documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE, "other.png": OTHER})
+    assert documents == [["Title\nText.", "[large.png]"]]
+    assert drops.left_out_counts == {"text: navigation": 1}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "<section id=navigation><h2>Navigation</h2>{}</section>",
+        "<section id=footer><span id=id1></span><h3>Footer</h3>{}</section>",
+        "<div class=section id=related><h1>Related</h1>{}</div>",
+        "<div class='section level2' id=toc><h2>Toc</h2>{}</div>",
+        "<h2 id=navigation>Navigation</h2>{}",
+    ],
+)
+def test_a_section_named_so_by_its_own_heading_is_text(tmp_path: Path, section: str) -> None:
+    page = f"<body>{section.format('<p>How to steer.</p><img src=large.png>')}</body>"
+    documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE})
+    assert len(documents) == 1
+    assert [documents[0][0].split("\n")[1], documents[0][1]] == ["How to steer.", "[large.png]"]
+    assert drops.left_out_counts == {}
+
+
+def test_lists_with_links_are_text(tmp_path: Path) -> None:
+    items = "".join(f"<li><a href='http://x/{k}'>Name {k}</a>, who wrote about it at length</li>" for k in range(8))
+    documents, _ = read(tmp_path, {"a.html": f"<ul>{items}</ul><img src=large.png>"}, {"large.png": LARGE})
+    assert documents[0][0].count("who wrote") == 8
+
+
+def test_image_sources(tmp_path: Path) -> None:
+    inside = "data:image/png;base64," + base64.b64encode(OTHER).decode()
+    sources = [
+        "../img/a%20b.png?v=1#x",
+        "/root.png",
+        inside,
+        "http://elsewhere/x.png",
+        "../../out.png",
+        "gone.png",
+        "v.svg",
+    ]
+    page = "text" + "".join(f'<p><img src="{s}"></p>' for s in sources) + '<img src="data:," data-src="/lazy.png">'
+    (tmp_path / "out.png").write_bytes(LARGE)
+    files = {"img/a b.png": LARGE, "root.png": picture(5, 70, 70), "lazy.png": picture(6, 70, 70)}
+    documents, drops = read(tmp_path / "site", {"sub/a.html": page}, files)
+    assert documents == [["text", "[../img/a%20b.png?v=1]", "[/root.png]", f"[{inside[:20]}]", "[/lazy.png]"]]
+    assert drops.bad_counts == {"image: on another host": 1, "image: outside the folder": 1, "image: file missing": 1}
+    assert drops.left_out_counts == {"image: vector graphics": 1}
+
+
+def test_sizes_repeats_and_decoration(tmp_path: Path) -> None:
+    pages = {
+        f"{k:02d}.html": f"<p>page {k}</p><img src=logo.png><img src=wide.png><img src=own{k}.png><img src=own{k}.png>"
+        + ("<img src=often.png>" if k < 3 else "")
+        for k in range(80)
+    }
+    files = {"logo.png": LARGE, "wide.png": WIDE, "often.png": OTHER}
+    files |= {f"own{k}.png": picture(100 + k, 70, 70) for k in range(80)}
+    documents, drops = read(tmp_path, pages, files, max_repeats=2)
+    assert len(documents) == 80
+    assert documents[2] == ["page 2", "[own2.png]"]
+    assert [d[1:] for d in documents[:2]] == [["[own0.png]", "[often.png]"], ["[own1.png]", "[often.png]"]]
+    assert drops.left_out_counts == {
+        "image: stands on over 5% of the pages": 80,
+        "image: aspect above 8": 80,
+        "image: repeated (on a page, or on more than 2 pages)": 81,
+    }
+
+
+@pytest.mark.parametrize(
+    ("head", "redirects"),
+    [
+        ("<meta http-equiv=refresh content='0; url=b.html'>", True),
+        ("<META HTTP-EQUIV=Refresh CONTENT=\"0;URL='b.html'\">", True),
+        ("<meta content=0;b.html http-equiv=refresh>", True),
+        ("<meta http-equiv=refresh content='0; url=https://elsewhere/s/a.html'>", True),
+        ("<meta http-equiv=refresh content='0; url=/a.html'>", True),
+        ("<noscript><meta http-equiv=refresh content='0; url=b.html'></noscript>", False),
+        ("<meta http-equiv=refresh content=300>", False),
+        ("<meta http-equiv=refresh content='300; url=a.html?again#top'>", False),
+        ("<meta http-equiv=refresh content='300; url=../s/a.html'>", False),
+        ("<meta http-equiv=refresh content='300; url=?again'>", False),
+        ("<meta name=refresh content='0; url=b.html'>", False),
+    ],
+)
+def test_what_is_a_redirect(tmp_path: Path, head: str, redirects: bool) -> None:
+    page = f"<html><head>{head}</head><body><p>text <code>&lt;meta http-equiv=refresh&gt;</code><img src=large.png>"
+    documents, drops = read(tmp_path, {"s/a.html": page}, {"s/large.png": LARGE})
+    assert (documents == []) == redirects
+    assert drops.left_out_counts == ({"document: redirect": 1} if redirects else {})
+
+
+def test_redirects_duplicates_and_pages_without_images(tmp_path: Path) -> None:
+    page = "<p>same</p><img src=large.png>"
+    pages = {"a.html": page, "b.html": page, "c.html": "<p>only text</p>",
+             "d.html": "<meta http-equiv='refresh' content='0; url=a.html'>moved<img src=large.png>"}  # fmt: skip
+    documents, drops = read(tmp_path, pages, {"large.png": LARGE})
+    assert documents == [["same", "[large.png]"]]
+    assert drops.left_out_counts == {
+        "document: repeats another page": 1, "document: page without images": 1, "document: redirect": 1,
+    }  # fmt: skip
+    documents, _ = read(tmp_path, {}, text_pages=True)
+    assert documents == [["same", "[large.png]"], ["only text"]]
+
+
+def test_long_pages_are_cut_at_headings(tmp_path: Path) -> None:
+    sections = "".join(f"<h2>Heading {k}</h2><p>{'word ' * 400}</p><p>end {k}</p>" for k in range(5))
+    documents, _ = read(tmp_path, {"a.html": f"<p>intro<img src=large.png></p>{sections}"}, {"large.png": LARGE})
+    assert [len(" ".join(t for t in d if t[0] != "[").split()) for d in documents] == [809, 808, 404]
+    assert documents[0][:2] == ["intro", "[large.png]"]
+    assert [d[0].split("\n")[0] for d in documents[1:]] == ["Heading 2", "Heading 4"]
+
+
+def test_encodings_and_broken_markup(tmp_path: Path) -> None:
+    files = {
+        "a.html": '<meta charset="iso-8859-1"><p>caf\xe9<img src=large.png>'.encode("latin-1"),
+        "b.html": "<p>na\xefve<b><i>x</b></i></div></p></p><img src=large.png><table><td>z".encode(),
+        "c.html": b"", "d.html": b"\xff\xfe\0\0\x01<<<>>>", "e.html": b"<" * 5000, "f.html": b"<div>" * 3000 + b"deep",
+        "large.png": LARGE,
+    }  # fmt: skip
+    documents, _ = read(tmp_path, {}, files)
+    assert documents[:2] == [["café", "[large.png]"], ["naïvex", "[large.png]", "z"]]
+
+
+# --- the manual's package ----------------------------------------------------------------------------------------
+
+
+def test_without_apt_the_message_says_how_to_pass_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gimp.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"apt-get is not on this machine.*--html DIR"):
+        gimp.fetch_manual(tmp_path)
+
+
+def test_offline_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 100, "", "E: Unable to locate package gimp-help-en\n")
+    monkeypatch.setattr(gimp.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gimp.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(ValueError, match=r"Unable to locate package.*offline.*--html DIR"):
+        gimp.fetch_manual(tmp_path / "manual")
+    assert not list((tmp_path / "manual").iterdir())
+
+
+# --- importers of other packages ---------------------------------------------------------------------------------
+
+
+class HaikuImporter(Importer):
+    """Three lines a document."""
+
+    def __init__(self, input: Path, images: Path | None = None) -> None:
+        self.input = input
+
+    def signature(self) -> str:
+        return importers.files_signature([self.input], self.input.parent)
+
+    def units(self) -> list[Unit]:
+        return [Unit(self.input.name, self.input.stat().st_size)]
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        lines = self.input.read_text().splitlines()
+        for k in range(0, len(lines), 3):
+            yield Document(tuple(map(Text, lines[k : k + 3])), name=f"haiku {k // 3}")
+
+
+def test_another_packages_importer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("haiku", f"{__name__}:HaikuImporter", importers.ENTRY_POINTS)
+    monkeypatch.setattr(importers, "entry_points", lambda group: [point] if group == importers.ENTRY_POINTS else [])
+    assert "haiku" in importers.formats()
+    (tmp_path / "h.txt").write_text("an old silent pond\na frog jumps into the pond\nsplash! silence again\n")
+    importer = create("haiku", tmp_path / "h.txt", None, {})
+    (document,) = importer.documents(importer.units()[0], Drops())
+    assert len(document.texts) == 3

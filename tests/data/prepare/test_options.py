@@ -1,0 +1,233 @@
+"""Options and limits of `preprocess`: each changes what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data import writers
+from data.prepare.test_formats import TOKENIZER, plain
+from data.writers import picture
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare import preprocess as preprocess_module
+from megatron_lcl.data.prepare import preprocess_task as pipeline
+from megatron_lcl.data.prepare.budget import Unusable
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
+from megatron_lcl.data.prepare.preprocess import preprocess
+
+DOCUMENTS = [Document((Image(picture(k)), Text(f"text {k}"))) for k in range(40)]
+
+
+def shards(tmp_path: Path, **limits: Any) -> list[int]:
+    """Documents of each shard."""
+    writers.write_jsonl(DOCUMENTS, tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, **limits)
+    corpus = open_corpus(tmp_path / "out")
+    assert plain(list(corpus)) == plain(DOCUMENTS)
+    return [shard["documents"] for shard in corpus.manifest["shards"]]
+
+
+def test_what_ends_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "BATCH", 12)  # items, and one for each document: four documents
+    assert shards(tmp_path / "none") == [40]
+    assert shards(tmp_path / "documents", shard_documents=15) == [15, 15, 10]
+    enough = sum(len(picture(k)) for k in range(8))
+    assert shards(tmp_path / "bytes", shard_bytes=enough) == [8] * 5
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "PART_PIECES", 9)
+        assert shards(tmp_path / "pieces") == [8] * 5
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "PART_IMAGES", 5)
+        assert shards(tmp_path / "images") == [8] * 5
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", 2 * len(picture(0)) - 100)
+    assert shards(tmp_path / "batch", shard_bytes=1) == [2] * 20
+
+
+def test_too_much_that_is_bad_ends_the_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    documents = JsonlImporter.documents
+
+    def watched(self: JsonlImporter, unit: Unit, drops: Drops) -> Iterator[Document]:
+        seen.append(unit.name)
+        return documents(self, unit, drops)
+
+    monkeypatch.setattr(JsonlImporter, "documents", watched)
+    (tmp_path / "in").mkdir()
+    for k in range(4):
+        lines = ['{"items": [{"text": "a"}]}'] * 700 + ['{"items": 3}'] * 300
+        (tmp_path / f"in/{k}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(Unusable, match="300 of 1,000 documents are bad"):
+        preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, task_bytes=1)
+    assert seen == ["0.jsonl"]
+
+
+def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options, at=places))
+    main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--images", "c", "--tokenizer", "d",
+          "--vocab-size", "500", "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
+          "--max-image-side", "512", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
+          "--workers", "3", "--shard", "1/4"])  # fmt: skip
+    assert given == {
+        "at": ("obelics", "a", "b"), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": "e",
+        "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
+        "options": {"image_name": "{md5}", "rule": "{row}_{file}"},
+        "workers": 3, "shard": (1, 4), "progress": True,
+    }  # fmt: skip
+
+
+def test_the_option_decides_what_a_text_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options))
+    places = ["--input", "a", "--output", "b"]
+    main(["preprocess", "--format", "html", *places, "--option", "min_side=064", "--option", "max_page_share=1",
+          "--option", "text_pages=no"])  # fmt: skip
+    assert given["options"] == {"min_side": 64, "max_page_share": 1.0, "text_pages": False}
+    main(["preprocess", "--format", "obelics", *places, "--option", "image_name=0123"])
+    assert given["options"] == {"image_name": "0123"}
+
+
+def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    from megatron_lcl.data.prepare import cluster
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options["slurm"]))
+    texts = ["slurm_account=0123", "slurm_partition=no", "timeout_min=0600", "mem_gb=2", "slurm_mem=64e3",
+             "slurm_exclusive=yes", "slurm_additional_parameters={reservation: a, nice: 9}",
+             "slurm_setup=[a, 01]"]  # fmt: skip
+    arguments = [word for text in texts for word in ("--slurm", text)]
+    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", *arguments])
+    assert given == {
+        "slurm_account": "0123", "slurm_partition": "no", "timeout_min": 600, "mem_gb": 2.0, "slurm_mem": "64e3",
+        "slurm_exclusive": True, "slurm_additional_parameters": {"reservation": "a", "nice": 9},
+        "slurm_setup": ["a", "01"],
+    }  # fmt: skip
+
+
+def test_one_share_or_all_on_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm",
+                 "--shard", "0/2"]) == 2  # fmt: skip
+    assert "give one of the two" in capsys.readouterr().err
+
+
+URLS = ["http://x/é", "http://y/2"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        ("{sha256}", [hashlib.sha256(url.encode()).hexdigest() for url in URLS]),
+        ("{sha1}", [hashlib.sha1(url.encode()).hexdigest() for url in URLS]),
+        ("{md5}", [hashlib.md5(url.encode()).hexdigest() for url in URLS]),
+        ("{file}-{row}-{number}", ["a-1-0", "a-1-1"]),
+        ("{row}.{position}.jpg", ["1.0.jpg", "1.2.jpg"]),
+    ],
+)
+def test_image_names_of_obelics(tmp_path: Path, rule: str, names: list[str]) -> None:
+    rows = [{"images": [None], "texts": ["s"]}, {"images": [URLS[0], None, URLS[1]], "texts": [None, "t", None]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "images").mkdir()
+    for k, name in enumerate(names):
+        (tmp_path / "images" / name).write_bytes(picture(k))
+    preprocess("obelics", tmp_path / "a.parquet", tmp_path / "out", images=tmp_path / "images", tokenizer=TOKENIZER,
+               options={"image_name": rule})  # fmt: skip
+    assert [i.data for i in open_corpus(tmp_path / "out")[1].images] == [picture(0), picture(1)]
+
+
+def test_images_in_one_tar(tmp_path: Path) -> None:
+    writers.write_jsonl(DOCUMENTS, tmp_path / "in")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for file in sorted((tmp_path / "in").glob("*.img")):
+            writers._add(archive, f"folder/{file.name}", file.read_bytes())
+            file.unlink()
+    preprocess("jsonl", tmp_path / "in", tmp_path / "out", images=tmp_path / "images.tar", tokenizer=TOKENIZER)
+    assert plain(list(open_corpus(tmp_path / "out"))) == plain(DOCUMENTS)
+
+
+def test_a_stored_zip_that_is_cut_and_one_of_two_members(tmp_path: Path) -> None:
+    line = json.dumps({"items": [{"text": "a"}]}) + "\n"
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in/cut.jsonl.zip", "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("x", line * 100)
+    raw = (tmp_path / "in/cut.jsonl.zip").read_bytes()
+    (tmp_path / "in/cut.jsonl.zip").write_bytes(raw[: raw.index(b"{") + 50 * len(line)])
+    with zipfile.ZipFile(tmp_path / "in/two.jsonl.zip", "w") as archive:
+        archive.writestr("x", line * 3)
+        archive.writestr("y", line * 4)
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    assert summary.counts["documents"] == 57
+    assert summary.drops.bad_counts == {"document: truncated file, the lines after it are lost": 1}
+    assert summary.drops.noted_counts["document: zip holds 2 files, not one"] == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "arguments", "message"),
+    [
+        ("jsonl", ["--workers", "0"], "workers is 0"),
+        ("jsonl", ["--max-bad-fraction", "nan"], "max_bad_fraction is nan"),
+        ("jsonl", ["--max-bad-fraction", "-1"], "max_bad_fraction is -1.0"),
+        ("jsonl", ["--held-out-fraction", "2"], "held_out_fraction is 2.0"),
+        ("jsonl", ["--max-image-side", "1"], "max_image_side is 1"),
+        ("jsonl", ["--shares", "3"], "are for --executor slurm"),
+        ("jsonl", ["--slurm", "a=b"], "are for --executor slurm"),
+        ("jsonl", ["--output", "in/out"], "lies in the folder of the input"),
+        ("jsonl", ["--held-out", "in"], "lies in the folder of the input"),
+        ("obelics", ["--option", "image_name={row.x}"], "it may use {sha256}"),
+        ("obelics", ["--option", "image_name={row[0]}"], "it may use {sha256}"),
+        ("obelics", ["--option", "image_name={file:05d}"], "it may use {sha256}"),
+        ("obelics", ["--option", "image_name={md5:99999999999}"], "it may use {sha256}"),
+        ("html", ["--option", "min_side=64px"], "option min_side is '64px'; give a value such as 64"),
+        ("html", ["--option", "min_side="], "option min_side is ''"),
+        ("html", ["--option", "min_side=2020-13-45"], "option min_side is '2020-13-45'"),
+        ("html", ["--option", "max_words=1e3"], "option max_words is '1e3'"),
+        ("html", ["--option", "max_page_share=5%"], "option max_page_share is '5%'"),
+        ("html", ["--option", "text_pages=maybe"], "option text_pages is 'maybe'; give a value such as False"),
+    ],
+)
+def test_wrong_uses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    format: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    writers.write_jsonl(DOCUMENTS[:1], tmp_path / "in")
+    (tmp_path / "in/a.html").write_text("<p>text</p>")
+    pq.write_table(pa.Table.from_pylist([{"images": [None], "texts": ["s"]}]), tmp_path / "in/a.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["preprocess", "--format", format, "--input", "in", "--output", "out", "--tokenizer", "clip", *arguments]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("rule", ["{sha256:.8}", "{file:>3}", "{row:05d}_{number}"])
+def test_naming_rules_may_format(tmp_path: Path, rule: str) -> None:
+    pq.write_table(pa.Table.from_pylist([{"images": [None], "texts": ["s"]}]), tmp_path / "a.parquet")
+    options = {"image_name": rule}
+    preprocess("obelics", tmp_path / "a.parquet", tmp_path / "out", tokenizer=TOKENIZER, options=options)
+
+
+def test_one_share_says_that_others_are_missing(tmp_path: Path) -> None:
+    for k in range(2):
+        writers.write_jsonl([Document((Text(f"text {k}"),))], tmp_path / f"in/{k}")
+    arguments = ("jsonl", tmp_path / "in", tmp_path / "out")
+    first = preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, shard=(1, 2))
+    assert str(first) == f"{tmp_path}/out: this share is done, others are not yet"
+    assert "2 documents" in str(preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, shard=(0, 2)))

@@ -1,0 +1,443 @@
+"""Same bytes from any number of workers and machines, after any interruption; bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data import writers
+from data.prepare.test_formats import TOKENIZER, plain
+from data.writers import picture
+
+from megatron_lcl.data.corpus import indexed
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import preprocess as preprocess_module
+from megatron_lcl.data.prepare import preprocess_task as pipeline
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
+from megatron_lcl.data.prepare.preprocess import WORK, Summary, parse_share, preprocess
+from megatron_lcl.data.prepare.verify import verify
+
+SMALL = {"task_bytes": 1, "shard_documents": 64}  # a task per file, several shards a task
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five JSON-lines files of 150 documents with images, some of them in several documents, and some faults."""
+    folder = tmp_path_factory.mktemp("source")
+    for part in range(5):
+        documents = [
+            Document((Text(f"document {part} {k} " * (1 + k % 7)), Image(picture(k % 40)), Text(f"end {k % 3}")))
+            for k in range(150)
+        ]
+        writers.write_images(documents, folder)
+        lines = []
+        for document in documents:
+            items: list[dict[str, Any]] = [
+                {"text": i.text} if isinstance(i, Text) else {"image": writers.name_of(i)} for i in document.items
+            ]
+            lines.append(json.dumps({"items": items}))
+        lines[20] = lines[20][:30]
+        lines[100] = json.dumps({"items": [{"image": "not-there.jpg"}, {"text": "alone"}]})
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def parts_in(work: Path) -> dict[str, dict[str, bytes]]:
+    return {part.name: contents(part) for part in work.glob("part-*")}
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected") / "corpus"
+    summary = preprocess("jsonl", source, folder, tokenizer=TOKENIZER, **SMALL)
+    assert summary.counts["documents"] == 5 * 149
+    assert summary.drops.bad_counts == {"document: not JSON": 5, "image: file missing": 5}
+    assert not verify(folder)
+    assert len(open_corpus(folder).shards) == 15
+    return contents(folder)
+
+
+@pytest.mark.slow
+def test_workers_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, workers=2, **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    for share, tasks in ((2, {2}), (0, {2, 0, 3}), (1, None)):
+        summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
+        if tasks is not None:
+            assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*")} == tasks
+    assert summary.counts["documents"] == 5 * 149
+    assert contents(tmp_path / "out") == expected
+
+
+def test_parse_share() -> None:
+    assert parse_share("2/3") == (2, 3)
+    for wrong in ("3/3", "1", "a/b", "-1/2", "1/2/3", "/2", ""):
+        with pytest.raises(ValueError, match="i from 0 to n-1"):
+            parse_share(wrong)
+
+
+def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    parts = parts_in(tmp_path / "out" / WORK)
+    assert {name.split("-")[1] for name in parts} == {"000000", "000002", "000004"}
+    with pytest.raises(ValueError, match="are bad"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), max_bad_fraction=0, **SMALL)
+    assert parts.items() <= parts_in(tmp_path / "out" / WORK).items()
+
+
+_SHARES = """
+import os, sys, time
+from megatron_lcl.data.prepare.preprocess import preprocess
+if __name__ == "__main__":
+    for trial in range(4):
+        start, children = time.monotonic() + 0.3, []
+        for share in range(8):
+            if not (child := os.fork()):
+                while time.monotonic() < start:
+                    pass
+                try:
+                    preprocess("jsonl", sys.argv[1], f"{sys.argv[2]}/{trial}", tokenizer=sys.argv[3], shard=(share, 8),
+                               task_bytes=1, shard_documents=64)
+                    os._exit(0)
+                except BaseException as error:
+                    print(trial, share, repr(error), flush=True)
+                os._exit(1)
+            children.append(child)
+        if any([os.waitpid(child, 0)[1] for child in children]):
+            sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_shares_at_the_same_moment(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "t.model")
+    command = [sys.executable, "-c", _SHARES, str(source), str(tmp_path), str(tmp_path / "t.model")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for trial in range(4):
+        assert contents(tmp_path / str(trial)) == expected
+
+
+@pytest.mark.parametrize("where", ["_tasks", "_run"])
+def test_a_share_whose_corpus_others_finish_meanwhile(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Share 3 of 6 has work to do, share 5 has none; either is overtaken before it starts, or before it ends."""
+    original = getattr(preprocess_module, where)
+
+    def overtaken(*arguments: Any) -> Any:
+        done = list(original(*arguments))
+        monkeypatch.undo()
+        for other in range(6):
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(other, 6), **SMALL)
+        return done
+
+    for share in (3, 5):
+        output = tmp_path / str(share)
+        monkeypatch.setattr(preprocess_module, where, overtaken)
+        summary = preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(share, 6), **SMALL)
+        assert summary.counts["documents"] == 5 * 149
+        assert contents(output) == expected
+
+
+def test_a_share_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from megatron_lcl.data.prepare.preprocess import preprocess
+if __name__ == "__main__":
+    preprocess("jsonl", sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], task_bytes=1, shard_documents=64)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "t.model")
+    command = [sys.executable, "-c", _RUN, str(source), str(tmp_path / "out"), str(tmp_path / "t.model")]
+    work = tmp_path / "out" / WORK
+    for num_parts in (1, 4, 9, 14):  # kill once so many parts are finished, in the middle of the next
+        process = subprocess.Popen(command)
+        try:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if len(list(work.glob("part-*"))) >= num_parts:
+                    break
+                time.sleep(0.001)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert (tmp_path / "out" / "corpus.json").exists() or work.exists()
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "t.model", **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+class DeadlyImporter(JsonlImporter):
+    """Kills the worker that reads the third file."""
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        if unit.name == "part-2.jsonl" and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().documents(unit, drops)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importers, "importer_class", lambda format: DeadlyImporter)
+    with pytest.raises(ValueError, match="a worker process died"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, workers=2, **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+class FaultyImporter(JsonlImporter):
+    """Has a bug that the third file shows."""
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        if unit.name == "part-2.jsonl":
+            raise ValueError("list.index(x): x not in list")
+        return super().documents(unit, drops)
+
+
+def test_an_unexpected_error_leaves_finished_parts(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(importers, "importer_class", lambda format: FaultyImporter)
+        with pytest.raises(ValueError, match="not in list"):
+            preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert len(list((tmp_path / "out" / WORK).glob("part-*"))) == 6
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_interrupted_after_every_step_of_finishing(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run gets one file further than the one before, and is stopped before the next."""
+    output, original, reached = tmp_path / "out", os.replace, 0
+
+    def replace(a: Any, b: Any) -> None:
+        nonlocal reached
+        if Path(b).parent == output and not Path(b).exists():
+            if reached == 1:
+                raise KeyboardInterrupt
+            reached += 1
+        original(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for step in range(1, len(expected)):
+        reached = 0
+        with pytest.raises(KeyboardInterrupt):
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
+        assert len([p for p in output.iterdir() if p.suffix != ".tmp" and p.name != WORK]) == step
+    reached = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(preprocess_module, "_clear_up", interrupt)  # the manifest is there, the parts' records as well
+        with pytest.raises(KeyboardInterrupt):
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
+    assert (output / WORK).exists()
+    assert preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL).reused
+    assert contents(output) == expected
+
+
+def interrupt(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_run_twice_is_recognised(source: Path, tmp_path: Path) -> None:
+    first = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
+    again = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
+    assert (first.reused, again.reused) == (False, True)
+    assert first.counts == again.counts
+
+
+def test_other_images_make_another_corpus(tmp_path: Path) -> None:
+    documents = [Document((Image(picture(0), "", 0.5, 0), Text("a")))]
+    writers.write_mmc4(documents, tmp_path / "in", tmp_path / "images")
+    assert (
+        preprocess("mmc4", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1).reused is False
+    )
+    with pytest.raises(ValueError, match="its images differ"):
+        preprocess("mmc4", tmp_path / "in", tmp_path / "out", images=tmp_path / "images", tokenizer=TOKENIZER)
+    shutil.copytree(tmp_path / "images", tmp_path / "elsewhere/images")
+    for where in ("images", "elsewhere/images"):
+        summary = preprocess("mmc4", tmp_path / "in", tmp_path / "two", images=tmp_path / where, tokenizer=TOKENIZER)
+        assert summary.counts["images"] == 1
+    assert summary.reused
+    with tarfile.open(tmp_path / "elsewhere/images/0.tar", "w") as tar:
+        writers._add(tar, "x.png", picture(1))
+    with pytest.raises(ValueError, match="its images differ"):
+        preprocess("mmc4", tmp_path / "in", tmp_path / "two", images=tmp_path / "elsewhere/images", tokenizer=TOKENIZER)
+
+
+def run(tmp_path: Path, *args: Any, **options: Any) -> Summary:
+    return preprocess(*args, tmp_path / "out", tokenizer=TOKENIZER, **options)
+
+
+def test_refuses_another_corpus(source: Path, tmp_path: Path) -> None:
+    run(tmp_path, "jsonl", source)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another corpus .*tokenizer"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer="clip")
+    with pytest.raises(ValueError, match="another corpus"):
+        preprocess("mmc4", source, tmp_path / "out", tokenizer=TOKENIZER)
+    assert contents(tmp_path / "out") == before
+
+
+def test_refuses_other_files_and_other_unfinished_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"diary\.txt"):
+        preprocess("jsonl", source, tmp_path / "full", tokenizer=TOKENIZER)
+    assert contents(tmp_path / "full") == {"diary.txt": b"dear"}
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    with pytest.raises(ValueError, match="unfinished corpus"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer="clip", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("format", "files", "message"),
+    [
+        ("html", {"a.txt": b"x"}, "no HTML pages"),
+        ("html", {"a.html": b"<p>only text"}, "page without images"),
+        ("html", {"a.html": b"<p>x<img src=gone.png>"}, "file missing"),
+        ("html", {"a.html": b"<p>x<img src=a.png>", "a.png": picture(0)}, "under 64 pixels"),
+        ("html", {"a.html": b""}, "no usable document"),
+        ("jsonl", {"a.txt": b"x"}, r"no \.jsonl"),
+        ("jsonl", {"a.jsonl": b""}, "no usable document"),
+        ("jsonl", {"a.jsonl": b"junk\n" * 9}, "not JSON, 9"),
+        ("mmc4", {"a.txt": b"x"}, "no MMC4 shards"),
+        ("obelics", {"a.txt": b"x"}, r"no \.parquet"),
+        ("mint1t", {"a.txt": b"x"}, r"no \.tar"),
+        ("webdataset", {"a.tar": b"x"}, "damaged or truncated tar"),
+        ("latin", {"a.txt": b"x"}, "no format 'latin'"),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_bad_input_leaves_nothing(
+    tmp_path: Path, format: str, files: dict[str, bytes], message: str, train: bool
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        preprocess(format, tmp_path / "in", tmp_path / "new" / "out", tokenizer=None if train else TOKENIZER)
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_input_and_unknown_option(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        run(tmp_path, "jsonl", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no option 'colour'"):
+        run(tmp_path, "jsonl", source, options={"colour": 1})
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "nowhere.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=tmp_path / "bad.model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_budget_names_what_dominates(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"5 of 745 images are bad .*file missing, 5 \(e\.g\. part-0"):
+        run(tmp_path, "jsonl", source, max_bad_fraction=0.001)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("after", [0, 200_000])
+def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    written = 0
+    original = indexed.HashingFile._flush
+
+    def flush(self: indexed.HashingFile) -> None:
+        nonlocal written
+        written += self._num_pending
+        if written > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(self)
+
+    monkeypatch.setattr(indexed.HashingFile, "_flush", flush)
+    with pytest.raises(ValueError, match="no space left"):
+        run(tmp_path, "jsonl", source, **SMALL)
+    left = [p.name for p in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert not any(name.endswith(".tmp") or name.startswith("task-") for name in left)
+    assert (after == 0) == (not left)  # finished parts stay for the next run
+    monkeypatch.undo()
+    run(tmp_path, "jsonl", source, **SMALL)
+    assert not verify(tmp_path / "out")
+
+
+def test_max_image_side(tmp_path: Path) -> None:
+    documents = [Document((Image(picture(1, 200, 100)), Image(picture(2, 50, 40)), Text("x")))]
+    writers.write_jsonl(documents, tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=80)
+    shard = open_corpus(tmp_path / "out").shard(0)
+    assert shard.image_width.tolist() == [80, 50]
+    assert shard.image_height.tolist() == [40, 40]
+    assert bytes(shard.image(1)) == documents[0].images[1].data
+
+
+def test_images_are_stored_once_a_shard(tmp_path: Path) -> None:
+    documents = [Document((Image(picture(k % 2)), Text(f"{k}"), Image(picture(0)))) for k in range(6)]
+    writers.write_jsonl(documents, tmp_path / "in")
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    assert (summary.counts["images"], summary.counts["placements"]) == (2, 12)
+    assert plain(list(open_corpus(tmp_path / "out"))) == plain(documents)
+
+
+def test_duplicates_are_counted_across_shards(tmp_path: Path) -> None:
+    documents = [Document((Text(f"text {k % 50}"), Image(picture(0)))) for k in range(150)]
+    writers.write_jsonl(documents, tmp_path / "in")
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, shard_documents=32)
+    assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 100}
+    assert summary.counts["documents"] == 150
+
+
+def test_what_duplicates_are(tmp_path: Path) -> None:
+    """The same pieces one by one, however they came: other boundaries make another document, as do blank texts not."""
+    image = Image(picture(0))
+    twice = [Document((Text("over the"), Text("lazy dog")))]
+    once = [
+        Document((Text("over the lazy dog"),)),
+        Document((Text("over"), Text(" the"), Text("lazy dog"))),
+        Document((Text("over the"), image, Text("lazy dog"))),
+        Document((image, Text("over the"), Text("lazy dog"))),
+        Document((image,)),
+    ]
+    others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(120)]
+    assert sum(1 + len(d.items) for d in others) > 2 * pipeline.BATCH  # so some are written without, some with images
+    again = [Document((Text("over the"), Text(" \n"), Text("lazy dog")))]
+    writers.write_jsonl([*twice, *others, *once, *again], tmp_path / "in")
+    summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
+    assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 1}

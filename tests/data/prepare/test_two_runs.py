@@ -1,0 +1,269 @@
+"""Several processes that run one command into one folder: without locks, too, stopped, killed, and started anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from data import writers
+from data.prepare.test_preprocess import contents, parts_in
+from data.writers import picture
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
+from megatron_lcl.data.prepare.preprocess import WORK, preprocess
+from megatron_lcl.data.prepare.verify import verify
+
+SMALL = {"tokenizer": "clip", "task_bytes": 1, "shard_documents": 64}
+RUN = """
+import fcntl, json, os, signal, sys
+from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
+from megatron_lcl.data.prepare.preprocess import preprocess
+num, locks, stop, source, output, options = json.loads(sys.argv[1])
+original = JsonlImporter.documents
+def documents(self, unit, drops):
+    for k, document in enumerate(original(self, unit, drops)):
+        if [unit.name, k] == stop:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield document
+JsonlImporter.documents = documents
+if not locks:
+    fcntl.flock = lambda file, operation: None  # as where it is not coherent over the cluster
+children = []
+while len(children) < num - 1:
+    if not (child := os.fork()):
+        children = []
+        break
+    children.append(child)
+preprocess("jsonl", source, output, **options)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+BEGINNING, MIDDLE = ("part-0.jsonl", 40), ("part-1.jsonl", 150)
+"""a file and a document, at which a process stops by itself: amid its first part, or after some"""
+KINDS = ("natural", "pairs", None)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of 200 documents, of one kind and of three, with some faults."""
+    folder = tmp_path_factory.mktemp("source")
+    for part in range(3):
+        documents = [
+            Document((Image(picture(k % 30)), Text(f"document {part} {k} " * (1 + k % 5))), kind=KINDS[part * k % 3])
+            for k in range(200)
+        ]
+        writers.write_jsonl(documents, folder)
+        lines = (folder / "documents.jsonl").read_text().splitlines()
+        lines[50] = lines[50][:20]
+        lines[60] = json.dumps({"items": [{"image": "not-there.jpg"}, {"text": "alone"}]})
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    (folder / "documents.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected") / "corpus"
+    preprocess("jsonl", source, folder, **SMALL)  # type: ignore[arg-type]
+    assert not verify(folder)
+    return contents(folder)
+
+
+@contextmanager
+def run(
+    source: Path, output: Path, num: int = 1, locks: bool = False, stop: tuple[str, int] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`num` processes, which begin at the same moment; the first is returned, and ends last."""
+    arguments = json.dumps([num, locks, stop, str(source), str(output), SMALL])
+    command = [sys.executable, "-c", RUN, arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if stop:
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            yield process
+        finally:
+            process.kill()
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+def test_several_at_once(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    for num in (2, 3):
+        output = tmp_path / str(num)
+        with run(source, output, num) as processes:
+            ended(processes)
+        assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_a_part_that_is_submitted_again_while_it_lives(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The first one stands still amid its work; the second does all; then the first goes on, to the same end."""
+    output = tmp_path / "out"
+    with run(source, output, stop=MIDDLE) as first:
+        with run(source, output) as second:
+            ended(second)
+        assert contents(output) == expected
+        first.send_signal(signal.SIGCONT)
+        ended(first)
+    assert contents(output) == expected  # the work folder is gone too
+
+
+@pytest.mark.slow
+def test_one_that_is_overtaken_by_a_share(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """The same, but that the other does this task alone, so the work is not finished when the first goes on."""
+    output = tmp_path / "out"
+    with run(source, output, stop=MIDDLE) as first, monkeypatched_flock():
+        preprocess("jsonl", source, output, shard=(1, 3), **SMALL)  # type: ignore[arg-type]
+        parts = parts_in(output / WORK)
+        first.send_signal(signal.SIGCONT)
+        ended(first)
+    assert {name.split("-")[1] for name in parts} == {"000000", "000001"}
+    assert contents(output) == expected
+
+
+@contextmanager
+def monkeypatched_flock() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcntl.flock", lambda file, operation: None)
+        yield
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_leaves_its_scratch_to_the_next(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with run(source, output, stop=MIDDLE) as first:
+        first.kill()
+    assert len(list((output / WORK).glob("scratch-*"))) == 2  # of the run and of the task
+    preprocess("jsonl", source, output, shard=(2, 3), **SMALL)  # type: ignore[arg-type]
+    assert not list((output / WORK).glob("scratch-*"))
+    preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_with_locks_a_task_has_one_owner(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """The second waits while the first lives, however long it takes, and goes on where that was killed."""
+    output = tmp_path / "out"
+    with run(source, output, locks=True, stop=MIDDLE) as first:
+        before = parts_in(output / WORK)
+        with run(source, output, locks=True) as second:
+            assert second.stderr
+            assert "lock-000001: another process is at work; waiting for it" in second.stderr.readline()
+            assert second.poll() is None
+            assert parts_in(output / WORK) == before
+            first.kill()
+            ended(second)
+    assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_one_that_fails_leaves_the_other_s_work(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with run(source, output, stop=BEGINNING) as first, monkeypatched_flock():
+        with pytest.raises(ValueError, match="are bad"):
+            preprocess("jsonl", source, output, max_bad_fraction=0, **SMALL)  # type: ignore[arg-type]
+        first.send_signal(signal.SIGCONT)
+        ended(first)
+    assert contents(output) == expected
+
+
+class OtherwiseOccupied(JsonlImporter):
+    """At the third file another run of the same command comes, does all, and is done."""
+
+    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        if unit.name == "part-2.jsonl" and not os.environ.get("NESTED"):
+            os.environ["NESTED"] = "1"
+            preprocess("jsonl", self.root, os.environ["OUTPUT"], **SMALL)  # type: ignore[arg-type]
+        return super().documents(unit, drops)
+
+
+def test_one_that_is_overtaken_amid_a_task(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importers, "importer_class", lambda format: OtherwiseOccupied)
+    monkeypatch.setattr("fcntl.flock", lambda file, operation: None)
+    monkeypatch.setenv("OUTPUT", str(tmp_path / "out"))
+    monkeypatch.setenv("NESTED", "")
+    preprocess("jsonl", source, tmp_path / "out", **SMALL)  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_what_was_written_is_compared_before_the_manifest_is(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, damage: str
+) -> None:
+    output = tmp_path / "out"
+    preprocess("jsonl", source, output, shard=(0, 2), **SMALL)  # type: ignore[arg-type]
+    part = output / WORK / "part-000000-0001"
+    file = part / "tokens-00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[5] ^= 16
+    file.write_bytes(raw[:-40] if damage == "cut" else raw)
+    if damage == "remove":
+        file.unlink()
+    why = {"cut": f"has .* bytes, but was written with {len(raw):,}", "flip": "has changed", "remove": "is missing"}[
+        damage
+    ]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{file} {why}.*; remove {part} and run the same command again"):
+            preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+        assert not (output / "corpus.json").exists()
+    for left in part.iterdir():
+        left.unlink()
+    part.rmdir()
+    preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    assert contents(output) == expected
+
+
+def test_work_that_an_earlier_release_began_is_refused(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    preprocess("jsonl", source, output, shard=(0, 2), **SMALL)  # type: ignore[arg-type]
+    record = json.loads((output / WORK / "recipe.json").read_text())
+    del record["unfinished"]
+    (output / WORK / "recipe.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{output / WORK} was begun by an earlier release.* remove it"):
+        preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_commands_at_once_one_has_the_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Both found it empty; the other was sooner to say that it is its own."""
+    from megatron_lcl.data.prepare import preprocess as module
+
+    output, original = tmp_path / "out", module._claim
+
+    def overtaken(*arguments: object) -> None:
+        monkeypatch.setattr(module, "_claim", original)
+        preprocess("jsonl", source, output, shard=(0, 2), **{**SMALL, "shard_documents": 100})  # type: ignore[arg-type]
+        original(*arguments)  # type: ignore[arg-type]
+
+    def no_links(a: object, b: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(module, "_claim", overtaken)
+    with pytest.raises(ValueError, match="unfinished corpus of other input or options"):
+        preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
+    assert any((output / WORK).glob("part-*"))

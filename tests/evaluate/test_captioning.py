@@ -1,0 +1,139 @@
+"""Captions: the decoder against plain recomputation, and the numbers against the libraries they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lcl import LCL
+from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.evaluate.captioning import Decoding, caption, caption_metrics, generate, nucleus, tokenise
+from megatron_lcl.evaluate.encoders import OurEncoder
+from megatron_lcl.evaluate.sources import FileBlob
+from megatron_lcl.model.layers import Activations
+from megatron_lcl.model.lcl import pack_padded
+
+CONFIG = Model(Vision(16, 8, 32, 1, 2, 64), Language(20, 25, 32, 2, 2, 64), 2)
+
+
+def images(n: int) -> torch.Tensor:
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def naive_greedy(model: LCL, image: torch.Tensor, steps: int) -> list[int]:
+    """One image, the whole model again for every token."""
+    special = model.special
+    ids = [special.sot, special.soi, *[special.placeholder] * 4, special.eoi]
+    start = len(ids)
+    for _ in range(steps):
+        rows = torch.tensor([ids])
+        batch = pack_padded(rows, torch.tensor([len(ids)]), image[None], model.config)
+        x: Any = Activations.of(batch)
+        for stage in list(model.stages)[:-1]:
+            x = stage(x)
+        logits = model.head.logits(x.hidden[len(ids) - 1])
+        allowed = [i for i in range(25) if i not in (special.sot, special.placeholder, special.soi, special.eoi)]
+        best = max(allowed, key=lambda i: logits[i].item())
+        if best == special.eot:
+            break
+        ids.append(best)
+    return ids[start:]
+
+
+def test_greedy_is_the_plain_recomputation() -> None:
+    model, pictures = LCL(CONFIG, seed=3), images(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        expected = [naive_greedy(model, picture, 8) for picture in pictures]
+    assert generate(model, pictures, Decoding(max_tokens=8)) == expected
+    assert generate(model, pictures, Decoding(max_tokens=8, top_p=1e-9)) == expected  # one token in the nucleus
+    assert any(expected)
+
+
+def test_limits() -> None:
+    model = LCL(CONFIG)
+    assert all(len(ids) <= 13 for ids in generate(model, images(2), Decoding(max_tokens=100)))  # 20 - 7
+    with pytest.raises(ValueError, match="context of 20"):
+        generate(model, images(2), Decoding(), prompt=[1] * 13)
+    drawn = generate(model, images(3), Decoding(top_p=0.9, seed=5))
+    assert (
+        drawn
+        == generate(model, images(3), Decoding(top_p=0.9, seed=5))
+        != generate(model, images(3), Decoding(top_p=0.9, seed=6))
+    )
+    assert all(0 <= i < 20 for ids in drawn for i in ids)  # no special token
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.05, 1))
+def test_nucleus_against_transformers(seed: int, top_p: float) -> None:
+    warper = pytest.importorskip("transformers").TopPLogitsWarper(top_p)
+    logits = 3 * torch.randn(4, 30, generator=torch.Generator().manual_seed(seed))
+    theirs = warper(torch.zeros(4, 1, dtype=torch.int64), logits.clone()).softmax(-1)
+    assert torch.allclose(nucleus(logits, top_p), theirs, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_has_learned_captions_writes_them() -> None:
+    model, pictures = LCL(CONFIG), images(4)
+    captions = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8, 9, 7]]
+    special = model.special
+    rows = torch.zeros(4, 13, dtype=torch.int64)
+    for row, ids in zip(rows, captions, strict=True):
+        whole = [special.sot, special.soi, *[special.placeholder] * 4, special.eoi, *ids, special.eot]
+        row[: len(whole)] = torch.tensor(whole)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        loss = model(pictures, rows).generation_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert generate(model, pictures, Decoding()) == captions
+
+
+WRITTEN = ["A dog runs on the green grass.", "two people ride a bike", "it's a red house by the sea", "nothing like it"]
+REFERENCES = [
+    ["A brown dog runs on green grass", "the dog is running on the grass"],
+    ["Two people, riding one bike!", "a man and a woman ride a bike", "two people ride"],
+    ["it's a red house", "a house by the sea"],
+    ["a bowl of fruit", "fruit on a table"],
+]
+
+
+def test_metrics_against_pycocoevalcap_and_torchmetrics() -> None:
+    cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
+    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
+    torchmetrics = pytest.importorskip("torchmetrics.text")
+    found = caption_metrics(WRITTEN, REFERENCES)
+    truth = {i: [tokenise(r) for r in several] for i, several in enumerate(REFERENCES)}
+    ours = {i: [tokenise(w)] for i, w in enumerate(WRITTEN)}
+    assert found["CIDEr"].value == pytest.approx(cider.compute_score(truth, ours)[0])
+    assert found["BLEU-4"].value == pytest.approx(bleu.compute_score(truth, ours, verbose=0)[0][3])
+    theirs = torchmetrics.BLEUScore(4)([ours[i][0] for i in range(4)], [truth[i] for i in range(4)])
+    assert found["BLEU-4"].value == pytest.approx(theirs.item(), rel=1e-5)
+    for metric in found.values():
+        assert metric.low <= metric.value <= metric.high
+    perfect = caption_metrics([several[0] for several in REFERENCES], REFERENCES)
+    assert perfect["BLEU-4"].value == pytest.approx(1)
+    assert np.isfinite(perfect["CIDEr"].value)
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    tokenizer = train_sentencepiece([f"some words of {a}" for a in "abcdefghijklmnopqrstuvwxyz"] * 3, 400)
+    config = Model(CONFIG.vision, dataclasses.replace(CONFIG.language, vocab_size=tokenizer.vocab_size), 2)
+    (tmp_path / "bad.png").write_bytes(b"xx")
+    with pytest.raises(ValueError, match=r"bad\.png: "):
+        caption(OurEncoder("x", LCL(config), tokenizer), [FileBlob(tmp_path / "bad.png")], progress=False)
+
+
+def test_tokenise() -> None:
+    assert tokenise("It's a dog, isn't it?  Yes!") == "it's a dog isn't it yes"

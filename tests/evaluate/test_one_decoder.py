@@ -1,0 +1,84 @@
+"""Ours and other libraries' encoders are given the same pixels, whatever the file says about them."""
+
+from __future__ import annotations
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_lcl import LCL
+from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.model.layers import normalise
+
+SIZE = 32
+"""of the pictures and of the model, so that what `prepare` gives are the picture's own pixels"""
+
+_PACKAGES = {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}
+
+
+def picture() -> np.ndarray:
+    """Another colour in each corner, uint8 [SIZE, SIZE, 3]."""
+    y, x = np.mgrid[0 : 1 : SIZE * 1j, 0 : 1 : SIZE * 1j]
+    return np.stack([255 * x, 255 * y, 200 * x * y], -1).round().astype(np.uint8)
+
+
+def rotated() -> tuple[bytes, np.ndarray]:
+    """A file whose EXIF data say 6: to be shown, what is stored has to be turned a quarter clockwise."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(picture()).save(out, "PNG", exif=exif)
+    return out.getvalue(), np.rot90(picture(), -1)
+
+
+def transparent() -> tuple[bytes, np.ndarray]:
+    """The right half is not there; what is stored under it is red."""
+    alpha, out = np.full((SIZE, SIZE, 1), 255, np.uint8), io.BytesIO()
+    pixels = picture()
+    shown = pixels.copy()
+    pixels[:, SIZE // 2 :] = (255, 0, 0)
+    shown[:, SIZE // 2 :] = 255
+    alpha[:, SIZE // 2 :] = 0
+    Image.fromarray(np.concatenate([pixels, alpha], -1)).save(out, "PNG")
+    return out.getvalue(), shown
+
+
+def sixteen_bits() -> tuple[bytes, np.ndarray]:
+    """Grey levels of 16 bits; Pillow's own conversion cuts them off at 255."""
+    grey, out = picture()[..., 0], io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(out, "PNG")
+    return out.getvalue(), np.stack([grey] * 3, -1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in `ours`, and what its exports are called."""
+    folder = tmp_path_factory.mktemp("decoder")
+    model = LCL(Model(Vision(SIZE, 8, 32, 1, 2, 64), Language(64, 517, 32, 1, 2, 64), 2))
+    (folder / "ours").mkdir()
+    save_checkpoint(model, Config(model=model.config), folder / "ours")
+    for format in ("hf", "timm", "open_clip"):
+        if find_spec(_PACKAGES[format]):
+            export_model(model, format, folder / format)
+    return folder
+
+
+@pytest.mark.parametrize("library", ["ours", "hf", "timm", "open_clip"])
+@pytest.mark.parametrize("file", [rotated, transparent, sixteen_bits])
+def test_every_encoder_is_given_the_same_pixels(folder: Path, library: str, file) -> None:  # type: ignore[no-untyped-def]
+    if library != "ours":
+        pytest.importorskip(_PACKAGES[library])
+    prefix = {"ours": "", "hf": "hf:"}.get(library, f"{library}:local-dir:")
+    data, shown = file()
+    expected = torch.from_numpy(np.ascontiguousarray(shown.transpose(2, 0, 1)))
+    given = load_encoder(f"{prefix}{folder / library}").prepare(data)
+    if given.dtype == torch.uint8:
+        assert torch.equal(given, expected)
+    else:  # other libraries normalise, with the same mean and deviation
+        assert torch.allclose(given, normalise(expected[None])[0], atol=1e-5)

@@ -1,0 +1,244 @@
+"""All tasks in one call, on real digits and a real checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_lcl import LCL, load_model
+from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.captioning import Decoding
+from megatron_lcl.evaluate.checking import find_bad, without_bad
+from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.evaluate.probes import AttentiveSettings
+from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.evaluate.sources import open_images
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_sentencepiece([f"a photo of a {i}" for i in range(10)] * 3 + ["zero one two three four"] * 3, 400)
+    model = LCL(Model(Vision(16, 4, 64, 2, 4, 128), Language(64, tokenizer.vocab_size, 48, 1, 4, 96), 4))
+    save_checkpoint(model, Config(model=model.config), folder)
+    tokenizer.save(folder / "words.model")
+    return folder
+
+
+def test_labelled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    export_model(load_model(checkpoint), "timm", tmp_path / "timm")
+    results = evaluate(
+        [str(checkpoint), f"timm:local-dir:{tmp_path / 'timm'}"],
+        ["knn", "linear-probe", "attentive-probe"],
+        folder,
+        output=tmp_path / "out",
+        k=5,
+        attentive=AttentiveSettings(epochs=15, batch_size=32, lr=3e-3, seeds=(0,)),
+        cache=tmp_path / "cache",
+        progress=False,
+    )
+    values = {(r.task, r.encoder): r.metrics["accuracy"].value for r in results}
+    assert len(values) == 6
+    assert min(values.values()) > 0.3, values  # an untrained encoder still sees pixels; chance is 0.1
+    assert sorted(os.listdir(tmp_path / "out")) == ["results.json", "results.png", "results.txt"]
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 6
+
+
+def test_texts(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    images = sorted((folder / "test").rglob("*.png"))[:12]
+    entries = [
+        {"filepath": "", "filename": str(p.relative_to(folder)), "split": "test", "sentences": [{"raw": p.parent.name}]}
+        for p in images
+    ]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    results = evaluate(
+        [str(checkpoint)],
+        ["retrieval", "captioning"],
+        tmp_path / "coco.json",
+        output=tmp_path / "out",
+        images=folder,
+        tokenizer=str(checkpoint / "words.model"),
+        decoding=Decoding(max_tokens=5),
+        cache=tmp_path / "cache",
+        progress=False,
+    )
+    assert [r.task for r in results] == ["retrieval", "captioning"]
+    captions = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [Path(c["image"]) for c in captions] == images
+
+
+def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def refused(words: str, *tasks: str, data: Path = folder, **options: object) -> None:
+        with pytest.raises(ValueError, match=words) as error:
+            evaluate([str(checkpoint)], tasks, data, tmp_path / "out", cache=tmp_path, progress=False, **options)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+        assert os.listdir(tmp_path) == []
+
+    refused("unknown task segmentation", "segmentation")
+    refused("none given")
+    refused("no captions", "retrieval")
+    refused("no folder 'train'", "knn", data=folder / "test")
+    refused("k = 1000", "knn", k=1000)
+    refused("--tokenizer", "zero-shot")
+    refused("no split 'tset'", "knn", split="tset")
+
+
+def test_seed_reaches_the_attentive_probe_and_results_name_the_weights(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = AttentiveSettings(epochs=1, lr=3e-3, seeds=(0, 1))
+    first, same, other = (
+        evaluate([str(checkpoint)], ["attentive-probe"], folder, attentive=settings, seed=seed, cache=tmp_path)[0]
+        for seed in (0, 0, 5)
+    )
+    assert first == same
+    assert other.settings["seeds"] == (5, 6)
+    assert other.settings["accuracy by seed"] != first.settings["accuracy by seed"]
+    assert first.fingerprint == load_encoder(checkpoint).fingerprint
+
+
+def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    image = next((folder / "test").rglob("*.png")).read_bytes()
+    for split, labels in (("train", (0, 1, 2)), ("test", (0, 1))):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
+            for label in labels:
+                for name, data in (("png", image), ("cls", b"%d" % label)):
+                    member = tarfile.TarInfo(f"{label}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    (result,) = evaluate([str(checkpoint)], ["knn"], tmp_path, k=2, cache=tmp_path / "cache", progress=False)
+    assert result.metrics["accuracy"].chance == pytest.approx(1 / 3)
+
+
+def test_command_line(
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Splits, seed and nucleus sampling reach the tasks; one line for what cannot be."""
+    from megatron_lcl.cli import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "learn").symlink_to(folder / "train")
+    (tmp_path / "data" / "measure").symlink_to(folder / "test")
+    command = [
+        "evaluate",
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    splits = ["--split", "measure", "--train-split", "learn", "--seed", "3"]
+    assert main([*command, *splits, "--task", "knn"]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (result["num_items"], result["settings"]["seed"]) == (200, 3)
+    assert main([*command, *splits, "--task", "captioning", "--top-p", "1.5"]) == 2
+    capsys.readouterr()
+    model, other = ["evaluate", "--model", str(checkpoint)], ["--model", f"hf:{tmp_path}"]
+    for arguments, words in (
+        ([*model, *other, "--corpus", str(tmp_path)], "no LCL model"),
+        ([*model, *model[1:], "--corpus", str(tmp_path), "--output", str(tmp_path / "one")], "one --model at a time"),
+        ([*model, "--corpus", str(tmp_path), "--task", "knn"], "--task goes with --data"),
+        ([*model, "--data", str(folder), "--task", "knn", "--device", "cuda:77"], "cuda:77"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert words in said.splitlines()[-1]
+        assert len(said.splitlines()) == 1
+    assert not (tmp_path / "one").exists()
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG whose header says side × side pixels, as a whole file would; nobody should get as far as to read more."""
+    out = io.BytesIO()
+    Image.new("1", (1, 1)).save(out, "PNG")
+    header = struct.pack(">4sIIBBBBB", b"IHDR", side, side, 1, 0, 0, 0, 0)
+    data = out.getvalue()
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def test_all_bad_images_are_found_before_any_is_encoded(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are named in one line; or left out and counted, by option."""
+    from megatron_lcl.cli import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    first, *others = sorted((data / "test").rglob("*.png"))
+    bad = {
+        "huge": (others[-1].with_name("y.png"), huge_png(24_960), "too many pixels"),
+        "cut": (others[40].with_name("z.png"), others[40].read_bytes()[:60], "truncated or damaged"),
+        "page": (others[90].with_name("a.jpg"), b"<!doctype html><p>not found", "HTML, not an image"),
+        "train": (next((data / "train").rglob("*.png")).with_name("x.png"), b"", "empty file"),
+    }
+    for file, content, _ in bad.values():
+        file.write_bytes(content)
+    command = ["evaluate", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main([*command, "--task", "knn"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "3 of the 203 images of" in said
+    for name in ("huge", "cut", "page"):
+        file, _, reason = bad[name]
+        assert f"{file} ({reason})" in said
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not (tmp_path / "out").exists()
+
+    assert main([*command, "--task", "knn", "--task", "linear-probe", "--skip-bad-images"]) == 0
+    table = capsys.readouterr().out
+    assert "200 (3 bad left out)" in table
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(r["num_items"], r["num_bad"], r["settings"]["bad train images"]) for r in results} == {(200, 3, 1)}
+    named = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    assert sorted(named) == sorted(f"{file}: {reason}" for file, _, reason in bad.values())
+    # what is left is what it was without them
+    for file, *_ in bad.values():
+        file.unlink()
+    clean = evaluate([str(checkpoint)], ["knn", "linear-probe"], data, progress=False)
+    assert [r["metrics"]["accuracy"]["value"] for r in results] == [r.metrics["accuracy"].value for r in clean]
+
+    for file in (*others, first):
+        file.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"200 of the 200 .* and 180 more"):
+        evaluate([str(checkpoint)], ["knn"], data, progress=False)
+    with pytest.raises(UserError, match=r"no image of .* can be used"):
+        evaluate([str(checkpoint)], ["knn"], data, progress=False, skip_bad_images=True)
+
+
+def test_captions_stay_with_their_images_where_bad_ones_are_left_out(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    images = sorted((folder / "test").rglob("*.png"))[:6]
+    for i, file in enumerate(images):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i in (0, 3) else file.read_bytes())
+    sentences = [[{"raw": f"caption {i}"}] for i in range(6)]
+    entries = [{"filename": f"{i}.png", "split": "test", "sentences": s} for i, s in enumerate(sentences)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    data = open_images(tmp_path / "coco.json")
+    left = without_bad(data, find_bad(data.images, tmp_path / "cache"), skip=True)
+    assert [blob.name for blob in left.images] == [str(tmp_path / f"{i}.png") for i in (1, 2, 4, 5)]
+    assert left.captions == tuple((f"caption {i}",) for i in (1, 2, 4, 5))
+    assert find_bad(left.images, tmp_path / "cache") == []
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # that these are good is known from now on

@@ -1,0 +1,192 @@
+"""Data layouts, the feature cache, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_lcl.evaluate.features import image_features
+from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
+from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.zero_shot import retrieval, zero_shot
+
+
+def pixels(data: ImageSet, i: int) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data.images[i].read())))
+
+
+def write_tar(path: Path, samples: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_folder(folder: Path, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    train, test = open_images(folder, "train"), open_images(folder, "test")
+    assert (len(train), len(test)) == (300, 200)
+    assert test.classes == train.classes
+    assert test.classes[3] == "3 three"
+    images, labels = digits
+    for i in (0, 57, 199):
+        number = int(Path(test.images[i].name).stem)
+        assert test.need_labels()[i] == labels[number]
+        assert (pixels(test, i) == (images[number] * 255).round()).all()
+
+
+def test_webdataset_in_clip_benchmarks_layout(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
+    test = open_images(folder, "test")
+    (tmp_path / "test").mkdir()
+    for shard, indices in enumerate(np.array_split(np.arange(200), 3)):
+        samples = {}
+        for i in indices:
+            samples[f"./s{i:05d}.png"] = test.images[i].read()
+            samples[f"./s{i:05d}.cls"] = str(test.need_labels()[i]).encode()
+        write_tar(tmp_path / "test" / f"{shard}.tar", samples)
+    (tmp_path / "classnames.txt").write_text("\n".join(name.split()[1] for name in test.classes))
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}\nthe digit {c}\n")
+    data = open_images(tmp_path, "test")
+    assert [data.images[i].read() for i in range(200)] == [blob.read() for blob in test.images]
+    assert (data.need_labels() == test.need_labels()).all()
+    assert data.templates == ("a drawing of a {c}", "the digit {c}")
+    result = zero_shot(encoder, data, image_features(encoder, data.images, cache=tmp_path, progress=False))
+    assert result.metrics["accuracy"].value > 0.7
+    assert result.settings["templates"] == 2
+
+
+def test_webdataset_without_names(folder: Path, tmp_path: Path) -> None:
+    """Classes are numbers then, and a list of names may have more than the split has images of."""
+    image = open_images(folder, "test").images[0].read()
+    write_tar(tmp_path / "0.tar", {"a.png": image, "a.cls": b"0", "b.png": image, "b.cls": b"2"})
+    assert open_images(tmp_path).classes == ("0", "1", "2")
+    assert open_images(tmp_path, class_names=["a", "b", "c", "d"]).classes == ("a", "b", "c", "d")
+    with pytest.raises(ValueError, match="2 class names do not match"):
+        open_images(tmp_path, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="no split 'tset'"):
+        open_images(tmp_path, "tset")
+
+
+def test_webdataset_captions_and_karpathy(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
+    test = open_images(folder, "test")
+    chosen = [int(np.flatnonzero(test.need_labels() == c)[0]) for c in range(10)]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    samples, entries = {}, []
+    (tmp_path / "val2014").mkdir()
+    for c, i in enumerate(chosen):
+        samples |= {f"{c}.png": test.images[i].read(), f"{c}.txt": f"a {words[c]}\nthe {words[c]}\n".encode()}
+        (tmp_path / "val2014" / f"{c}.png").write_bytes(test.images[i].read())
+        sentences = [{"raw": f"a {words[c]}"}, {"raw": f"the {words[c]} "}]
+        entries.append({"filepath": "val2014", "filename": f"{c}.png", "split": "test", "sentences": sentences})
+    entries.append(entries[0] | {"split": "restval"})
+    (tmp_path / "wds").mkdir()
+    write_tar(tmp_path / "wds" / "0.tar", samples)
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
+    results = []
+    for data in (open_images(tmp_path / "wds"), open_images(tmp_path / "dataset_coco.json", images=tmp_path)):
+        assert data.need_captions()[3] == ("a three", "the three")
+        features = image_features(encoder, data.images, cache=tmp_path, progress=False)
+        results.append(retrieval(encoder, data, features).metrics)
+    assert results[0] == results[1]
+    assert results[0]["image → text recall@5"].value >= 0.8
+    with pytest.raises(ValueError, match="restval"):
+        open_images(tmp_path / "dataset_coco.json", "validation", tmp_path)
+    with pytest.raises(ValueError, match="not there"):
+        open_images(tmp_path / "dataset_coco.json", images=tmp_path / "wds")
+
+
+def test_features_are_cached_by_content(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
+    images = open_images(folder, "test").images[:50]
+    before = encoder.calls
+    first = image_features(encoder, images, cache=tmp_path, batch_size=16, progress=False)
+    assert first.shape == (50, 64)
+    assert np.array_equal(first[7], pixels(open_images(folder, "test"), 7).ravel().astype(np.float32) / 255)
+    computed = encoder.calls
+    assert computed > before
+    assert np.array_equal(image_features(encoder, images, cache=tmp_path, progress=False), first)
+    assert encoder.calls == computed  # read, not computed
+    patches = image_features(encoder, images, "patches", cache=tmp_path, progress=False)
+    assert (patches.shape, patches.dtype) == ((50, 16, 4), np.float16)
+    computed = encoder.calls
+    other = image_features(encoder, images[::-1], cache=tmp_path, progress=False)
+    assert np.array_equal(other, first[::-1])
+    assert encoder.calls > computed
+    assert len(list(tmp_path.iterdir())) == 3  # no temporary file left
+
+
+def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
+    def refused(words: str, call: Callable[[], object]) -> None:
+        with pytest.raises(ValueError, match=words) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+    refused("there is no", lambda: open_images(tmp_path / "none"))
+    (tmp_path / "nothing").mkdir()
+    refused("no class folders", lambda: open_images(tmp_path / "nothing"))
+    refused("no split 'tset'; there are the folders test, train", lambda: open_images(folder, "tset"))
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    refused("no split 'test', but train", lambda: open_images(tmp_path / "split"))
+    refused("9 class names do not match", lambda: open_images(folder, "test", class_names=["x"] * 9))
+    refused("no {c}|no \\{c\\}", lambda: open_images(folder, "test", templates=["a photo"]))
+    refused("no captions", lambda: open_images(folder, "test").need_captions())
+    (tmp_path / "a" / "full").mkdir(parents=True)
+    (tmp_path / "a" / "empty").mkdir()
+    (tmp_path / "a" / "full" / "x.png").write_bytes(b"not an image")
+    refused("empty has no images", lambda: open_images(tmp_path / "a"))
+    (tmp_path / "a" / "empty").rmdir()
+    broken = open_images(tmp_path / "a")
+    refused("x.png: .*does not decode", lambda: image_features(encoder, broken.images, cache=tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+    good, bad = open_images(folder, "test").images[:3], broken.images
+    refused("x.png: .*does not decode", lambda: image_features(encoder, (*good, *bad), cache=tmp_path / "c"))
+    assert list((tmp_path / "c").iterdir()) == []
+    (tmp_path / "w").mkdir()
+    write_tar(tmp_path / "w" / "0.tar", {"a.png": b"x", "a.cls": b"cat"})
+    refused("index of a class", lambda: open_images(tmp_path / "w"))
+    write_tar(tmp_path / "w" / "0.tar", {"a.png": b"x", "a.cls": b"1", "b.png": b"x"})
+    refused("2 images but 1 labels", lambda: open_images(tmp_path / "w"))
+    (tmp_path / "w" / "0.tar").write_bytes(b"x" * 1000)
+    refused("not a readable .tar", lambda: open_images(tmp_path / "w"))
+    (tmp_path / "k.json").write_text('{"images": [{"split": "test"}]}')
+    refused("not a COCO-Karpathy", lambda: open_images(tmp_path / "k.json"))
+
+
+def test_results_as_table_json_and_picture(tmp_path: Path) -> None:
+    metrics = {"accuracy": Metric(0.5, 0.4, 0.6, 0.1), "top 5": Metric(1.0, 1.0, 1.0)}
+    results = [Result("k-NN", "ours", "digits", 10, metrics, {"k": 5}), Result("zero-shot", "b", "digits", 10, metrics)]
+    lines = table(results).splitlines()
+    assert len(lines) == 5
+    assert "0.4000 – 0.6000" in lines[1]
+    write_json(results, tmp_path / "r.json")
+    loaded = json.loads((tmp_path / "r.json").read_text())
+    assert loaded[0]["metrics"]["accuracy"] == {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1}
+    write_picture(results, tmp_path / "r.png")
+    assert Image.open(tmp_path / "r.png").size[0] > 400
+
+
+def test_corpus(folder: Path, tmp_path: Path) -> None:
+    from megatron_lcl.data.prepare.preprocess import preprocess
+
+    lines = []
+    for label in range(3):
+        a, b = sorted((folder / "test" / open_images(folder, "test").classes[label]).glob("*.png"))[:2]
+        items = [{"image": str(a.relative_to(folder))}, {"text": f"after the first {label}"}, {"text": f"far {label}"}]
+        matched = {"image": str(b.relative_to(folder)), "similarity": 0.5, "matched_text_index": 0}
+        lines.append(json.dumps({"items": [*items, matched] if label == 1 else items}))
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    preprocess(format="jsonl", input=tmp_path / "docs.jsonl", images=folder, output=tmp_path / "corpus", vocab_size=400)
+    data = open_images(tmp_path / "corpus")
+    with pytest.raises(ValueError, match="no splits"):
+        open_images(tmp_path / "corpus", "test")
+    texts = [captions[0] for captions in data.need_captions()]
+    assert texts[0] == "after the first 0"
+    assert len(data) == 4
+    assert texts.count("after the first 1") == 2  # one next to its text, one matched to it
+    assert pixels(data, 0).shape == (8, 8)

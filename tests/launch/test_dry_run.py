@@ -1,0 +1,181 @@
+"""`train --dry-run`: what it prints, what it finds wrong; and the ranks of a task of srun."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from data.writers import picture, write_jsonl
+from local_slurm import Slurm
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.train import dryrun
+from megatron_lcl.train.launch import adopt_slurm, first_host
+
+TASK = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["train", "--dry-run", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    more = ["--parallel.tensor", "2", "--train.micro_batch", "2", "--train.output", str(run)]
+    code, out, err = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny, *more)
+    assert (code, err) == (0, "")
+    lines = {line[:12].strip(): line[12:] for line in out.splitlines()}
+    assert lines["processes"] == "8: 4 on each of 2 nodes"
+    assert lines["each node"].startswith("torchrun --nnodes=2 --nproc-per-node=4 ")
+    assert lines["each node"].endswith(f"--train.output '{run}'")
+    assert "data 4 x pipeline 1 x tensor 2, ZeRO stage 1" in lines["layout"]
+    assert "8 packs of 96 tokens: 768 tokens a step; a replica runs 1 micro-batch of 2" in lines["batch"]
+    assert lines["data"].endswith(": 40 documents")
+    said = r"4 image slots a pack \(given\); in 64 packs (\d+) of \1 images \(100.0%\) are in the contrast, 0 of \1 doc"
+    assert re.match(said, lines["packs"])
+    assert lines["run"] == f"{run}: starts at step 0"
+    assert f"torch {torch.__version__}" in lines["software"]
+    assert list(lines)[-1] == "checks"
+    assert lines["checks"].startswith("passed: ")
+    assert not run.exists()
+
+
+def test_on_one_machine_the_command_is_the_one_that_was_given(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = dry_run(capsys, "--processes", "4", *tiny)
+    assert " -m megatron_lcl train --model.vision.image_size 16 " in out
+    assert "--processes 4\n" in out
+    monkeypatch.setenv("MEGATRON_LCL_LAUNCH", "srun --nodes=2 ")
+    _, out, _ = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny)
+    assert "\ncommand     srun --nodes=2\n" in out, "the script's own"
+    assert "each node" not in out
+
+
+def test_what_is_wrong_is_one_line(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*arguments: str) -> str:
+        code, out, err = dry_run(capsys, *tiny, *arguments)
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        return err
+
+    assert "8 packs do not divide into 6 data-parallel" in fault("--nodes", "2", "--processes", "3")
+    assert "set data.cache to another folder" in fault("--data.cache", "/dev/null/cache")
+    assert "/nowhere is not a corpus" in fault("--data.corpora", "/nowhere")
+    assert "--nodes goes with --dry-run" in _not_dry(capsys, tiny)
+    with monkeypatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "a.name.that.is.invalid")
+        assert "MASTER_ADDR = a.name.that.is.invalid does not resolve" in fault("--processes", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(dryrun, "_requirements", lambda: ["numpy>=1", "torch>=99", 'absent; extra == "gpu"'])
+        assert f"torch {torch.__version__} is installed for " in fault("--processes", "2")
+        patch.setattr(dryrun, "_requirements", lambda: ["a-package-nobody-has>=2"])
+        assert "a-package-nobody-has>=2 is not installed for " in fault("--processes", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("SLURM_GPUS_ON_NODE", "8")
+        assert "Slurm gives this node 8 GPUs, but torch " in fault("--processes", "8")
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        assert "8 processes on a node where torch sees 4 GPUs" in fault("--processes", "8")
+
+
+def _not_dry(capsys: pytest.CaptureFixture[str], tiny: list[str]) -> str:
+    assert main(["train", "--nodes", "2", *tiny]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_task_of_srun_knows_its_rank() -> None:
+    task = dict(TASK)
+    adopt_slurm(task)
+    assert {name: task[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
+        "RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": "gpu07",
+    }  # fmt: skip
+    assert 10_000 <= int(task["MASTER_PORT"]) < 30_000
+
+
+def test_what_is_set_from_outside_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_torchrun = TASK | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    alone = TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    for before in (under_torchrun, alone, {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0"}, {}):
+        after = dict(before)
+        adopt_slurm(after)
+        assert after == before
+    named = TASK | {"MASTER_ADDR": "ib0.gpu07", "MASTER_PORT": "4000"}
+    adopt_slurm(named)
+    assert (named["MASTER_ADDR"], named["MASTER_PORT"]) == ("ib0.gpu07", "4000")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    bound = dict(TASK)
+    adopt_slurm(bound)
+    assert bound["LOCAL_RANK"] == "0"  # Slurm shows the task nothing but its own GPU
+
+
+HOSTS = ("n1", "n1,n2", "gpu[003-005,9],login", "gpu[9,003-005]", "rack[1-2]-node[07-12]", "a-1,b[1-2]", "x[5]y")
+
+
+def test_first_host_of_a_list() -> None:
+    assert [first_host(nodes) for nodes in HOSTS] == ["n1", "n1", "gpu003", "gpu9", "rack1-node07", "a-1", "x5y"]
+    with pytest.raises(ValueError, match="names no node"):
+        first_host("")
+
+
+@pytest.mark.slow
+def test_first_host_as_slurm_itself_reads_it(slurm: Slurm) -> None:
+    for nodes in HOSTS:
+        assert first_host(nodes) == slurm.run("scontrol", "show", "hostnames", nodes).splitlines()[0]
+
+
+def test_a_corpus_that_lost_part_of_a_file(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
+    """Found in training and in held-out documents, whichever shard it is in, before anything starts."""
+    whole = Path(tiny[tiny.index("--data.corpora") + 1])
+    shutil.copytree(whole, tmp_path / "cut")
+    file = tmp_path / "cut/tokens-00000.bin"
+    file.write_bytes(file.read_bytes()[:-40])
+    message = f"megatron-lcl train: {file} has {file.stat().st_size:,} bytes, but was written with "
+    heldout = ["--evaluate.corpus", str(tmp_path / "cut"), "--train.evaluate_every", "1"]
+    for more in (["--data.corpora", str(tmp_path / "cut")], heldout):
+        code, _, err = dry_run(capsys, *tiny, *more)
+        assert (code, err.startswith(message), err.count("\n")) == (2, True, 1), err
+
+
+def test_a_contrast_without_pairs(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
+    corpora = {}
+    tokenizer = next(Path(tiny[tiny.index("--data.corpora") + 1]).glob("tokenizer.*"))
+    for name, kind in (("leading", None), ("pairs", "pairs")):
+        documents = [Document((Image(picture(k)), Text("a red stone")), kind=kind) for k in range(8)]
+        write_jsonl(documents, tmp_path / name / "in")
+        preprocess("jsonl", tmp_path / name / "in", tmp_path / name / "corpus", tokenizer=tokenizer)
+        corpora[name] = str(tmp_path / name / "corpus")
+    for objective, ending in (("lcl", "8 documents, no pair for the contrast"), ("generation", "8 documents")):
+        blend = ["--data.corpora", json.dumps([{"path": path} for path in corpora.values()])]
+        code, out, err = dry_run(capsys, *tiny, *blend, "--objective.name", objective)
+        assert (code, err) == (0, "")
+        lines = [line for line in out.splitlines() if line.startswith("data ")]
+        assert [line.endswith(end) for line, end in zip(lines, (ending, "8 documents"), strict=True)] == [True, True]
+    code, _, err = dry_run(capsys, *tiny, "--data.corpora", corpora["leading"])
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"contrasts images with texts, but in {corpora['leading']} no image has a text before it" in err
+    assert (
+        dry_run(capsys, *tiny, "--data.corpora", corpora["leading"], "--data.contrast_leading_images", "true")[0] == 0
+    )

@@ -1,0 +1,98 @@
+"""torchrun and DeepSpeed's own launcher start a run as the scripts call them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.train import launch
+from megatron_lcl.train.checkpoint import folder as checkpoint
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+# what pdsh does for DeepSpeed, on this machine: `pdsh -S -f N -w HOST,HOST COMMAND…`, %n becomes the host's number
+PDSH = """#!/usr/bin/env bash
+IFS=, read -ra hosts <<<"$5"
+command="${*:6}"
+for n in "${!hosts[@]}"; do bash -c "${command//%n/$n}" & done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+SSH = """#!/usr/bin/env bash
+echo 127.0.0.1
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "VENV": str(Path(sys.executable).parents[1]), **more}
+
+
+@pytest.mark.slow
+def test_torchrun_passes_signals_on_and_waits_for_the_save(tiny: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["bash", str(LAUNCH / "torchrun.sh"), *tiny, "--train.steps", "1000", "--train.output", str(run)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(PROCESSES="2"))
+    try:
+        deadline = time.monotonic() + 150
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(100) != 0
+    finally:
+        process.kill()
+    assert "SIGUSR1: ended after step" in (tmp_path / "log").read_text()
+    (folder,) = checkpoint.list_checkpoints(run)
+    assert checkpoint.verify(folder) == []
+
+
+@pytest.mark.slow
+def test_deepspeed_starts_the_machines_of_a_hostfile(tiny: list[str], tmp_path: Path) -> None:
+    for name, text in (("pdsh", PDSH), ("ssh", SSH)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    run = tmp_path / "run"
+    command = ["bash", str(LAUNCH / "hostfile.sh"), str(tmp_path / "hosts"), *tiny, "--train.steps", "2"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = subprocess.run(
+        [*command, "--train.output", str(run)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment(PATH=path, DS_ACCELERATOR="cpu"),
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    (folder,) = checkpoint.list_checkpoints(run)
+    assert folder.name == "step-00000002"
+    assert "'two': [0]" in result.stdout + result.stderr  # the launcher's view: both hosts, a process each
+
+
+def test_without_a_hostfile_its_script_says_how(tmp_path: Path) -> None:
+    command = ["bash", str(LAUNCH / "hostfile.sh"), str(tmp_path / "absent")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: bash ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.sched_getaffinity(0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    try:
+        os.sched_setaffinity(0, {min(before)})  # as in a container or a job with one core
+        assert launch.default_processes(8) == num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert num_cores() == len(before)
+    assert launch.default_processes(8) == min(2, len(before))

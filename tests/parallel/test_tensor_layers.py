@@ -1,0 +1,346 @@
+"""Collectives with gradients and split layers on real processes against the same in one; shards; initial parameters."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import run_processes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_lcl import config as configs
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.losses.generation import generation_loss
+from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.layers import build_stages, stage_specs
+from megatron_lcl.model.lcl import StageList, pack_padded
+from megatron_lcl.parallel import layers as layers_module
+from megatron_lcl.parallel import mappings as collectives
+from megatron_lcl.parallel.layers import (
+    ColumnLinear,
+    RowLinear,
+    SharedParameters,
+    VocabularyEmbedding,
+    full_shape,
+    full_tensor,
+    gathered_linear,
+    is_split,
+    mark_split,
+    shard,
+)
+from megatron_lcl.parallel.mesh import ALONE, Axis
+
+SIZE = 3
+ROWS = (0, 1, 2, 6, 7)
+
+
+def everything(rank: int) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    axis = Axis(dist.group.WORLD, rank, SIZE, tuple(range(SIZE)))
+    for num_rows in ROWS:
+        check_collectives(axis, num_rows)
+        check_layers(axis, num_rows)
+    check_two_sources(axis)
+    check_order(axis)
+    check_embedding(axis)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_sums(axis, dtype)
+    dist.destroy_process_group()
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    """The same on every rank."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(ours: torch.Tensor | None, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def check_collectives(axis: Axis, num_rows: int) -> None:
+    whole = draw(num_rows, 4, seed=0)
+    of_ranks = [draw(num_rows, 4, seed=1 + rank) for rank in range(SIZE)]  # what each rank does with the rows
+    summed = torch.stack(of_ranks).sum(0)
+
+    share = collectives.own_share(whole, axis).requires_grad_()
+    assert len(share) == -(-num_rows // SIZE)
+    gathered = collectives.gather(share, axis, num_rows)
+    same(gathered, whole)
+    (gathered * of_ranks[axis.rank]).sum().backward()
+    same(share.grad, collectives.own_share(summed, axis))
+
+    share = collectives.own_share(whole, axis).requires_grad_()
+    gathered = collectives.gather_same(share, axis, num_rows)
+    same(gathered, whole)
+    (gathered * of_ranks[0]).sum().backward()
+    same(share.grad, collectives.own_share(of_ranks[0], axis))
+
+    parts = of_ranks[axis.rank].clone().requires_grad_()
+    share = collectives.reduce_scatter(parts, axis)
+    same(share, collectives.own_share(summed, axis))
+    (share * collectives.own_share(whole, axis)).sum().backward()
+    same(parts.grad, whole)
+
+
+def check_layers(axis: Axis, num_rows: int) -> None:
+    """Two column-split layers on one input, their product through a row-split one, as in a block."""
+    full = [nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 5)]
+    split: list[Any] = [ColumnLinear(4, 6, axis), ColumnLinear(4, 6, axis), RowLinear(6, 5, axis)]
+    for number, (one, ours) in enumerate(zip(full, split, strict=True)):
+        for name, parameter in one.named_parameters():
+            parameter.data.copy_(draw(*parameter.shape, seed=10 + number))
+            own = getattr(ours, name)
+            assert full_shape(own) == parameter.shape
+            own.data.copy_(shard(parameter.data, own, axis))
+            same(full_tensor(own.data, own, axis), parameter.data)
+    shared = SharedParameters(nn.ModuleList(split), axis)
+    whole, weights = draw(num_rows, 4, seed=0).requires_grad_(), draw(num_rows, 5, seed=1)
+    expected = full[2](F.gelu(full[0](whole)) * full[1](whole))
+    (expected * weights).sum().backward()
+
+    share = collectives.own_share(whole.detach(), axis).requires_grad_()
+    with shared.summing():
+        a, b = gathered_linear([share, share], split[:2], axis, num_rows)
+        assert len(a) == num_rows
+        out = split[2](F.gelu(a) * b)
+    same(collectives.gather_same(out, axis, num_rows), expected)
+    (out * collectives.own_share(weights, axis)).sum().backward()
+    same(share.grad, collectives.own_share(whole.grad, axis))  # type: ignore[arg-type]
+    for one, ours in zip(full, split, strict=True):
+        for name, parameter in one.named_parameters():
+            own = getattr(ours, name)
+            same(full_tensor(own.grad, own, axis), parameter.grad)  # type: ignore[arg-type]
+
+
+def check_two_sources(axis: Axis) -> None:
+    """Layers of which each has rows of its own, and one that has those of another."""
+    layers = [ColumnLinear(4, 6, axis) for _ in range(3)]
+    for number, layer in enumerate(layers):
+        layer.weight.data.copy_(shard(draw(6, 4, seed=20 + number), layer.weight, axis))
+        layer.bias.data.zero_()
+    full = [draw(6, 4, seed=20 + number).requires_grad_() for number in range(3)]
+    wholes = [draw(7, 4, seed=30 + number).requires_grad_() for number in range(2)]
+    weights = [draw(7, 6, seed=40 + number) for number in range(3)]
+    expected = [wholes[i] @ weight.t() for i, weight in zip((0, 1, 0), full, strict=True)]
+    sum((out * w).sum() for out, w in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
+    shares = [collectives.own_share(whole.detach(), axis).requires_grad_() for whole in wholes]
+    outputs = gathered_linear([shares[0], shares[1], shares[0]], layers, axis, 7)
+    own = slice(axis.rank * 2, axis.rank * 2 + 2)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        same(ours, theirs[:, own])
+    sum((out * w[:, own]).sum() for out, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
+    for share, whole in zip(shares, wholes, strict=True):
+        same(share.grad, collectives.own_share(whole.grad, axis))  # type: ignore[arg-type]
+    for layer, weight in zip(layers, full, strict=True):
+        same(layer.weight.grad, weight.grad[own])  # type: ignore[index]
+
+
+class Order(TorchDispatchMode):
+    """What starts, is multiplied, and is waited for, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "aten" and function._opname in ("mm", "addmm", "addmm_"):
+            self.events.append("multiply")
+        return function(*args, **(kwargs or {}))
+
+    def of(self, name: str, start: Any) -> Any:
+        def starting(*arguments: Any) -> tuple[torch.Tensor, Any]:
+            self.events.append(f"start {name}")
+            tensor, work = start(*arguments)
+
+            def wait() -> None:
+                self.events.append(f"wait {name}")
+                work.wait()
+
+            return tensor, SimpleNamespace(wait=wait)
+
+        return starting
+
+
+def check_order(axis: Axis) -> None:
+    """Something is multiplied while rows, or their gradients, are under way."""
+    layers = [ColumnLinear(4, 6, axis) for _ in range(2)]
+    order, gather, scatter = Order(), layers_module.start_gather, layers_module.start_reduce_scatter
+    with (
+        patch.object(layers_module, "start_gather", order.of("gather", gather)),
+        patch.object(layers_module, "start_reduce_scatter", order.of("sum", scatter)),
+        order,
+    ):
+        shares = [draw(2, 4, seed=number).requires_grad_() for number in range(2)]
+        outputs = gathered_linear(shares, layers, axis, 6)
+        forward, order.events = order.events, []
+        (outputs[0].sum() + outputs[1].sum()).backward()
+    assert forward == ["start gather"] * 2 + ["wait gather", "multiply"] * 2
+    of_rows, of_weights = ["multiply", "start sum"] * 2, ["multiply"] * 2
+    expected = ["start gather"] * 2 + of_rows + ["wait gather"] * 2 + of_weights + ["wait sum"] * 2
+    assert order.events == expected, order.events
+
+
+def check_embedding(axis: Axis) -> None:
+    one, ours = nn.Embedding(7, 4), VocabularyEmbedding(7, 4, axis)
+    one.weight.data.copy_(draw(7, 4, seed=3))
+    ours.weight.data.copy_(shard(one.weight.data, ours.weight, axis))
+    ids, weights = torch.tensor([6, 0, 3, 3, 2, 5, 1], dtype=torch.int32), draw(7, 4, seed=4)
+    expected = one(ids)
+    (expected * weights).sum().backward()
+    out = collectives.reduce_scatter(ours(ids), axis)
+    same(out, collectives.own_share(expected, axis))
+    (out * collectives.own_share(weights, axis)).sum().backward()
+    same(full_tensor(ours.weight.grad, ours.weight, axis), one.weight.grad)  # type: ignore[arg-type]
+
+
+def check_sums(axis: Axis, dtype: torch.dtype) -> None:
+    """A parameter that is used twice, in two micro-batches, after a cast of its module."""
+    norm = nn.LayerNorm(4)
+    shared = SharedParameters(norm, axis)
+    norm.to(dtype)
+    calls = []
+    norm.bias.register_post_accumulate_grad_hook(lambda parameter: calls.append(parameter.grad.clone()))
+    losses = []
+    for _ in range(2):  # both forwards before the first backward
+        with shared.summing():
+            losses.append((norm.bias * (1 + axis.rank) + norm.bias).sum())
+    assert isinstance(norm.bias, nn.Parameter)
+    for loss in losses:
+        loss.backward()
+    assert [call[0] for call in calls] == [9, 18], "summed before it is accumulated, once in a backward"
+    assert not norm.weight.grad.any(), "one all-reduce for all"  # type: ignore[union-attr]
+
+
+def test_collectives_and_layers_equal_one_process() -> None:
+    run_processes(everything, SIZE)
+
+
+def test_at_size_one_everything_is_itself() -> None:
+    rows = torch.randn(5, 4, requires_grad=True)
+    assert collectives.own_share(rows, ALONE) is rows
+    assert collectives.gather(rows, ALONE, 5) is rows
+    assert collectives.gather_same(rows, ALONE, 5) is rows
+    assert collectives.reduce_scatter(rows, ALONE) is rows
+    assert full_tensor(rows, rows, ALONE) is rows
+    layer = nn.Linear(2, 2)
+    weight = layer.weight
+    with SharedParameters(layer, ALONE).summing():
+        assert layer.weight is weight
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    full_size=st.integers(1, 20),
+    size=st.integers(1, 6),
+    data=st.data(),
+)
+def test_shards_make_up_the_full_tensor(shape: list[int], full_size: int, size: int, data: Any) -> None:
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    shape[dim] = full_size
+    full = torch.randn(shape)
+    mark_split(full, dim, full_size)
+    parts = [shard(full, full, Axis(None, rank, size)) for rank in range(size)]
+    assert len({part.shape for part in parts}) == 1
+    together = torch.cat(parts, dim)
+    assert torch.equal(together.narrow(dim, 0, full_size), full)
+    assert not together.narrow(dim, full_size, together.shape[dim] - full_size).any()
+
+
+MODEL = configs.from_dict(
+    {
+        "model": {
+            "vision": {"image_size": 16, "patch_size": 8, "width": 24, "layers": 1, "heads": 4, "mlp_width": 8},
+            "language": {
+                "context_length": 20,
+                "vocab_size": 37,
+                "width": 16,
+                "layers": 1,
+                "heads": 4,
+                "mlp_width": 12,
+            },
+            "pool_heads": 4,
+        }
+    }
+).model
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_same_seed_gives_the_same_full_parameters(size: int) -> None:
+    whole = dict(enumerate(build_stages(MODEL, 2.0)))
+    initialise(whole, MODEL, seed=5)
+    ranks = []
+    for rank in range(size):
+        axis = Axis(None, rank, size)
+        # a pipeline rank holds some of the stages only
+        stages = {i: make() for i, make in enumerate(stage_specs(MODEL, 2.0, axis=axis)) if i in (0, 2, 4)}
+        initialise(stages, MODEL, seed=5, axis=axis)
+        ranks.append({f"{i}.{n}": p for i, stage in stages.items() for n, p in stage.named_parameters()})
+    expected = {f"{i}.{n}": p for i in (0, 2, 4) for n, p in whole[i].named_parameters()}
+    assert all(parts.keys() == expected.keys() for parts in ranks)
+    for name, parameter in expected.items():
+        parts = [of_rank[name] for of_rank in ranks]
+        if not is_split(parameter):
+            assert all(torch.equal(part, parameter) for part in parts), name
+            continue
+        dim = parts[0].partition_dim  # type: ignore[attr-defined]
+        together = torch.cat(parts, dim)
+        assert torch.equal(together.narrow(dim, 0, parameter.shape[dim]), parameter), name
+        assert not together.narrow(dim, parameter.shape[dim], together.shape[dim] - parameter.shape[dim]).any()
+
+
+class Sent(TorchDispatchMode):
+    """The dtypes of all tensors that are handed to the network, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.dtypes += [leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def a_micro_batch(rank: int) -> tuple[list[torch.dtype], list[torch.dtype], float]:
+    """What a tensor rank sends for a micro-batch's forward and backward, and for a generation loss alone; the loss."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    axis = Axis(dist.group.WORLD, rank, 2, (0, 1))
+    stages = [make() for make in stage_specs(MODEL, 2.0, axis=axis)]
+    initialise(dict(enumerate(stages)), MODEL, seed=5, axis=axis)
+    with Sent() as sent:
+        out = StageList(*stages)(batch_of_two_texts())
+        out.generation.backward()
+    hidden, targets = torch.ones(3, MODEL.language.width), torch.tensor([1, 2, 30])
+    with Sent() as alone:
+        generation_loss(hidden, stages[-1].vocabulary, targets, axis.group, MODEL.language.vocab_size)
+    dist.destroy_process_group()
+    return sent.dtypes, alone.dtypes, float(out.generation.detach())
+
+
+def batch_of_two_texts() -> PackedBatch:
+    texts = torch.tensor([[32, 5, 6, 7, 33], [32, 9, 8, 33, 0]])
+    return pack_padded(texts, torch.tensor([5, 4]), torch.empty(0, 3, 16, 16, dtype=torch.uint8), MODEL)
+
+
+def test_in_a_micro_batch_no_host_waits_for_integers() -> None:
+    """What tensor ranks compare before a generation loss that stands alone, the trainer knows: they have one batch."""
+    stages = build_stages(MODEL, 2.0)
+    initialise(dict(enumerate(stages)), MODEL, seed=5)
+    expected = float(StageList(*stages)(batch_of_two_texts()).generation.detach())
+    for sent, alone, loss in run_processes(a_micro_batch, 2):
+        assert sent
+        assert all(dtype.is_floating_point for dtype in sent)
+        assert torch.int64 in alone
+        assert loss == pytest.approx(expected, rel=1e-5)

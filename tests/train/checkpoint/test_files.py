@@ -1,0 +1,187 @@
+"""What is in a checkpoint's folder: any damage is found, and what DeepSpeed wrote is read as DeepSpeed reads it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_runs import JOBS, Job, build_config
+
+from megatron_lcl import load_model
+from megatron_lcl.cli import main
+from megatron_lcl.config import Checkpoint
+from megatron_lcl.data.corpus.manifest import verify
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checkpoint import reshard
+from megatron_lcl.train.checkpoint.state import KEYS, State
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    """A copy of a run with two checkpoints, the second of which may be damaged."""
+    return two_checkpoints(runs, tmp_path)
+
+
+def two_checkpoints(runs: Path, folder: Path) -> Path:
+    original = checkpoint.step_folder(runs / "whole", 3)
+    for step in (3, 4):
+        shutil.copytree(original, checkpoint.step_folder(folder / "run", step))
+    shutil.copy(original / "config.yaml", folder / "run" / "config.yaml")
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_contents(runs: Path) -> None:
+    folder = checkpoint.step_folder(runs / "whole", 3)
+    progress = checkpoint.read_progress(folder)
+    assert (progress.step, progress.packs) == (3, 18)
+    assert str(progress.layout) == "2 data, ZeRO-1, float32"
+    assert progress.code["torch"] == torch.__version__
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names >= {"model.safetensors", "config.yaml", "progress.json", "manifest.json", "rng/rank-00001.pt"}
+    assert names - {"manifest.json"} == json.loads((folder / "manifest.json").read_text())["files"].keys()
+    assert load_model(runs / "whole").config == build_config(runs, JOBS[0]).model
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_flipped_bit_of_any_file_is_found(
+    data: st.DataObject, runs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The damaged checkpoint is refused, by name of the file, and the one before is used."""
+    run = two_checkpoints(runs, tmp_path_factory.mktemp("flipped"))
+    older, newer = checkpoint.list_checkpoints(run)
+    file = data.draw(st.sampled_from(sorted(path for path in newer.rglob("*") if path.is_file())))
+    content = bytearray(file.read_bytes())
+    position, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    content[position] ^= 1 << bit
+    file.write_bytes(content)
+    folder, skipped = checkpoint.choose(run, "auto")
+    assert folder == older
+    assert list(skipped) == [newer]
+    assert skipped[newer][0].startswith(file.relative_to(newer).as_posix())
+    shutil.rmtree(run)
+
+
+@pytest.mark.slow
+def test_a_file_that_is_missing_shorter_or_longer_is_found(run: Path) -> None:
+    newer = checkpoint.step_folder(run, 4)
+    for file in sorted(path for path in newer.rglob("*") if path.is_file()):
+        content, name = file.read_bytes(), file.relative_to(newer).as_posix()
+        for changed in (None, content[:-1], content + b"\0", b""):
+            file.unlink()
+            if changed is not None:
+                file.write_bytes(changed)
+            assert [fault.split(":")[0] for fault in verify(newer, quick=True)] == [name]
+            file.write_bytes(content)
+    assert verify(newer) == []
+
+
+@pytest.mark.slow
+def test_no_run_begins_anew_over_damaged_checkpoints(run: Path) -> None:
+    for folder in checkpoint.list_checkpoints(run):
+        (folder / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is whole \(step-00000004: config.yaml"):
+        checkpoint.choose(run, "auto")
+
+
+@pytest.mark.slow
+def test_a_run_begins_from_another_runs_checkpoint_and_then_goes_on_from_its_own(run: Path, tmp_path: Path) -> None:
+    named = str(checkpoint.step_folder(run, 3))
+    assert checkpoint.choose(tmp_path / "new", named) == (Path(named), {})
+    shutil.copytree(run, tmp_path / "new")
+    assert checkpoint.choose(tmp_path / "new", named)[0] == checkpoint.step_folder(tmp_path / "new", 4)
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint: manifest\.json: missing"):
+        checkpoint.choose(tmp_path / "other", str(run))
+
+
+@pytest.mark.slow
+def test_damaged_weights_are_not_loaded(run: Path) -> None:
+    weights = checkpoint.step_folder(run, 4) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors: changed since it was written"):
+        load_model(run)
+    load_model(checkpoint.step_folder(run, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_parameters_and_moments_are_those_of_deepspeeds_own_converter(
+    job: Job, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    folder, model = checkpoint.step_folder(runs / job.name, 3) / "state", build_config(runs, job).model
+    arguments = {"input_folder": str(folder), "output_folder": str(tmp_path / "universal"), "keep_temp_folder": False}
+    arguments |= {"num_extract_workers": 1, "num_merge_workers": 1, "inject_missing_state": True, "strict": False}
+    ds_to_universal.main(argparse.Namespace(**arguments))
+    ours = State(folder, model)
+    for name in ours.shapes:
+        for key in KEYS:
+            theirs = torch.load(tmp_path / "universal" / "zero" / name / f"{key}.pt", weights_only=False)
+            theirs = theirs["param"] if isinstance(theirs, dict) else theirs.view(ours.shapes[name])
+            assert torch.equal(ours.whole(name, key), theirs), (name, key)
+
+
+@pytest.mark.slow
+def test_a_conversion_is_made_once_unless_it_is_damaged(run: Path, runs: Path) -> None:
+    folder, model = checkpoint.step_folder(run, 3), build_config(runs, JOBS[0]).model
+    assert reshard.convert(folder, model)
+    assert not reshard.convert(folder, model)
+    file = folder / "universal" / "zero" / "5.log_scale" / "exp_avg.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    assert reshard.convert(folder, model)
+    assert verify(folder / "universal") == []
+    assert verify(folder) == [], "the checkpoint itself is as it was"
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_list_verify_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(checkpoint.step_folder(run, 3), checkpoint.step_folder(run, 6))
+    file = checkpoint.step_folder(run, 4) / "state" / "mp_rank_00_model_states.pt"
+    file.write_bytes(file.read_bytes()[:-2] + b"xy")
+    assert main(["checkpoint", "list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["step", "saved", "size", "layout", "state"]
+    assert [line.split()[0] for line in lines[1:]] == ["3", "4", "6"]
+    assert lines[1].endswith("2 data, ZeRO-1, float32  verified")
+    assert lines[2].endswith("state/mp_rank_00_model_states.pt: changed since it was written")
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    assert capsys.readouterr().out.startswith("step-00000004/state/mp_rank_00_model_states.pt: changed")
+    assert main(["checkpoint", "verify", str(checkpoint.step_folder(run, 3))]) == 0
+    assert main(["checkpoint", "verify", str(run / "nothing")]) == 2
+    capsys.readouterr()
+
+    prune = ["checkpoint", "prune", str(run), "--keep-last", "1"]
+    assert main([*prune, "--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.startswith("would delete") for line in said] == [True, True]
+    assert len(checkpoint.list_checkpoints(run)) == 3
+    assert main([*prune, "--keep-every", "3"]) == 0
+    assert "step-00000004 (damaged: state/mp_rank" in capsys.readouterr().out
+    assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [3, 6]
+    assert main(prune) == 0
+    assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [6]
+    (checkpoint.step_folder(run, 6) / "config.yaml").unlink()
+    assert main(prune) == 2
+    assert "nothing was deleted" in capsys.readouterr().err
+    assert len(checkpoint.list_checkpoints(run)) == 1
+
+
+def test_what_is_kept() -> None:
+    folders = [checkpoint.step_folder(Path("run"), step) for step in range(100, 1100, 100)]
+    old = checkpoint.superseded(folders, Checkpoint(keep_last=2, keep_every=400))
+    assert [checkpoint.step_of(f) for f in old] == [100, 200, 300, 500, 600, 700]

@@ -1,0 +1,160 @@
+"""A checkpoint goes on at the layout that wrote it to the last bit, and at any other with equal losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_processes
+from small_runs import FIRST, LR, Job, build_config, run_jobs
+
+from megatron_lcl import LCL, load_model
+from megatron_lcl import config as configs
+from megatron_lcl.convert.certificate import check_images, our_features
+from megatron_lcl.convert.export import export
+from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.parallel.mesh import ALONE
+from megatron_lcl.train.checkpoint.folder import step_folder
+from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, put
+
+# written by two processes each
+SOURCES = {
+    "zero1": Job("zero1", 1, again=True),
+    "zero2": Job("zero2", 2, again=True),
+    "zero3": Job("zero3", 3, again=True),
+    "tensor": Job("tensor", 2, tensor=2, again=True),
+    "pipeline": Job("pipeline", pipeline=2, again=True),
+    "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
+    "apex": Job("apex", 1, optimizer="apex_fused_adam", again=True),
+    # as it was written before: nothing but apex's own books
+    "apex, before": Job("apex, before", 1, optimizer="apex_fused_adam", before=True),
+    # several pieces of each parameter group
+    "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", sub_group_size=2000, again=True),
+}
+GROUPS = [(0.3, LR[2 * FIRST - 1]), (0.0, LR[2 * FIRST - 1])]
+"""weight decay and learning rate of every parameter group in the last step"""
+Result = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """What each source gave when it went on, and then went on from its own checkpoint in a fresh engine."""
+    folder = tmp_path_factory.mktemp("runs")
+    fresh = [
+        dataclasses.replace(s, name=f"{s.name}-fresh", source=s.name, again=False, before=False)
+        for s in SOURCES.values()
+    ]
+    return folder, run_processes(run_jobs, 2, str(folder), [*SOURCES.values(), *fresh])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_at_the_same_layout_the_losses_are_the_same_to_the_last_bit(name: str, saved: tuple[Path, Result]) -> None:
+    """Though what was saved in the background was written only after training had gone on."""
+    undisturbed, fresh = saved[1][name], saved[1][f"{name}-fresh"]
+    assert fresh["rows"] == undisturbed["rows"]
+    if SOURCES[name].again:
+        assert undisturbed["again"] == undisturbed["rows"], "into an engine that has gone on"
+    assert fresh["said"] == []
+    assert fresh["groups"] == GROUPS
+    assert [(s.step, s.stall_seconds > 0, s.write_seconds > 0) for s in undisturbed["saved"]] == [
+        (step, True, True) for step in (FIRST - 1, FIRST)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "format"), [("tensor", "hf"), ("pipeline", "timm"), ("zero3", "open_clip")])
+def test_exports_compute_what_one_layout_trained(
+    name: str, format: str, saved: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """Through the other library, against the model that ZeRO-1 trained, which is the same to rounding."""
+    pytest.importorskip({"hf": "transformers"}.get(format, format))
+    run, reference = (step_folder(saved[0] / source, FIRST) for source in (name, "zero1"))
+    facts = export(run, format, tmp_path / "out")
+    assert facts["latents"]["relative_difference"] < 1e-5
+    theirs = load_encoder(f"{format}:{'' if format == 'hf' else 'local-dir:'}{tmp_path / 'out'}")
+    images = check_images(16)
+    ours = our_features(load_model(reference), images)
+    torch.testing.assert_close(theirs.encode(images).patches, ours.patches, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_run_of_any_layout_gives_its_weights_to_another(name: str, saved: tuple[Path, Result]) -> None:
+    """`train.init_from`, the run's folder: the weights of its newest checkpoint into a model drawn otherwise."""
+    config = configs.replace(build_config(saved[0], SOURCES[name]), train__init_from=str(saved[0] / name))
+    weights = find_initial_weights(config)
+    assert weights is not None
+    assert (weights.path, weights.missing, weights.unused) == (step_folder(saved[0] / name, FIRST), [], [])
+    model, theirs = LCL(config.model, seed=1), load_model(step_folder(saved[0] / name, FIRST))
+    put(weights, dict(enumerate(model.stages)), ALONE)
+    for ours, expected in zip(model.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.slow
+def test_at_two_processes(saved: tuple[Path, Result]) -> None:
+    resume(
+        2,
+        saved,
+        [
+            ("tensor", Job("a", 3)),
+            ("zero3", Job("b", 2, tensor=2)),
+            ("pipeline", Job("c", 1, tensor=2)),
+            ("tensor", Job("d", pipeline=2)),
+            ("zero1", Job("e", 3, sub_group_size=2000)),
+            ("zero3", Job("f", 1)),
+            ("apex", Job("apex a", 3, optimizer="apex_fused_adam", sub_group_size=2000)),
+            ("apex, before", Job("apex b", 2, tensor=2, optimizer="apex_fused_adam")),
+            # another optimizer, at the same layout
+            ("apex", Job("apex c")),
+            ("apex, before", Job("apex d")),
+            ("zero1", Job("apex e", optimizer="apex_fused_adam")),
+        ],
+    )
+
+
+@pytest.mark.slow
+def test_at_one_process(saved: tuple[Path, Result]) -> None:
+    resume(1, saved, [("zero1", Job("g", 3)), ("pipeline", Job("h", 2)), ("tensor", Job("i", 1))])
+
+
+@pytest.mark.slow
+def test_at_three_processes(saved: tuple[Path, Result]) -> None:
+    resume(3, saved, [("zero3", Job("j", 3)), ("zero2", Job("k", 2)), ("pipeline", Job("l", 3))])
+
+
+@pytest.mark.slow
+def test_at_four_processes_and_back(saved: tuple[Path, Result]) -> None:
+    """Two by two, and from there to one process."""
+    folder, expected = saved
+    split = Job("split", tensor=2, pipeline=2)
+    resume(4, saved, [("zero3", Job("m", tensor=2, pipeline=2))], [split])
+    rows = run_processes(run_jobs, 1, str(folder), [Job("n", 3, source="split")])[0]["n"]["rows"]
+    assert_close(rows, expected["zero1"]["rows"], split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["apex", "apex, before", "apex, zero3"])
+def test_apex_takes_the_steps_of_adamw(name: str, saved: tuple[Path, Result]) -> None:
+    assert_close(saved[1][name]["rows"], saved[1]["zero1"]["rows"], SOURCES[name])
+
+
+def resume(processes: int, saved: tuple[Path, Result], cases: list[tuple[str, Job]], more: Any = ()) -> None:
+    folder, expected = saved
+    jobs = [dataclasses.replace(job, source=source) for source, job in cases]
+    for results in run_processes(run_jobs, processes, str(folder), [*jobs, *more]):
+        for job in [*jobs, *more]:
+            assert_close(results[job.name]["rows"], expected[job.source or "zero1"]["rows"], job)
+            assert results[job.name]["groups"] == GROUPS, job
+    for source, _ in cases:  # converted once, beside what it was made from
+        assert (folder / source / "checkpoints" / "step-00000003" / "universal" / "manifest.json").is_file()
+
+
+def assert_close(ours: Any, theirs: Any, job: Job) -> None:
+    ours, theirs = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+    torch.testing.assert_close(ours[:, :2], theirs[:, :2], rtol=1e-5, atol=0, msg=lambda text: f"{job}\n{text}")
+    torch.testing.assert_close(ours[:, 2], theirs[:, 2], rtol=1e-4, atol=0, msg=lambda text: f"{job}\n{text}")

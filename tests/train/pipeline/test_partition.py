@@ -1,0 +1,66 @@
+"""Placement of cuts against all placements."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pipeline_layouts import Case, micro_batch
+
+from megatron_lcl import config as configs
+from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.train.engine import specs_of
+from megatron_lcl.train.pipeline import partition as cuts
+from megatron_lcl.train.pipeline.partition import StageSamples, even_cuts, part_sums, place_cuts
+
+
+def by_trying_all(costs: list[int], sizes: list[int], parts: int) -> tuple[int, ...]:
+    every = ((0, *rest) for rest in itertools.combinations(range(1, len(costs)), parts - 1))
+    return min(every, key=lambda cuts: (max(part_sums(costs, cuts)), sum(sizes[c] for c in cuts[1:]), cuts))
+
+
+@given(
+    stages=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=9), parts=st.integers(1, 9)
+)
+def test_no_placement_is_better(stages: list[tuple[int, int]], parts: int) -> None:
+    """Small numbers: many ties, which fewer bytes decide, then earlier cuts."""
+    parts = min(parts, len(stages))
+    costs, sizes = (list(column) for column in zip(*stages, strict=True))
+    assert place_cuts(costs, sizes, parts) == by_trying_all(costs, sizes, parts)
+
+
+@given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), parts=st.integers(1, 4))
+def test_no_slowest_part_is_faster(costs: list[float], parts: int) -> None:
+    sizes = [0] * len(costs)
+    ours, best = (f(costs, sizes, parts) for f in (place_cuts, by_trying_all))  # type: ignore[operator]
+    assert max(part_sums(costs, ours)) == max(part_sums(costs, best))
+
+
+def test_examples() -> None:
+    assert place_cuts([3, 1, 1, 1, 3], [9, 9, 9, 9, 9], 3) == (0, 1, 4)
+    assert place_cuts([1, 1, 1, 1], [9, 9, 9, 1], 2) == (0, 2)  # fewer bytes never make the slowest part slower
+    assert place_cuts([1, 0, 0, 1], [9, 2, 1, 1], 2) == (0, 2)
+    assert even_cuts(27, 4) == (0, 6, 13, 20)
+    with pytest.raises(ValueError, match=r"2 stages do not divide into 3 parts; set parallel\.pipeline to 2"):
+        place_cuts([1, 1], [1, 1], 3)
+
+
+def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts calls: which kinds there are, and what a stage's time is made of."""
+    ticks = itertools.count()
+    monkeypatch.setattr(cuts, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
+    case = Case((0,), (((1, 2),),), checkpointing="full")
+    config = configs.replace(case.config, train__activation_checkpointing_every=2, model__vision__layers=4)
+    batch = micro_batch((1, 2), config, torch.Generator().manual_seed(0))
+    samples = StageSamples(specs_of(config, Axis()), batch, config, Axis(), torch.device("cpu"), torch.float32)
+    times = samples.times([samples.measure() for _ in range(3)])
+    assert len(times) == 10
+    assert times[1] == times[3] != times[2] == times[4]  # every second block computes its forward twice
+    assert times[6] == times[8] != times[7]
+    assert len(set(times)) == 7
+    assert times[0].of_step(recompute=False) == times[0].forward + times[0].backward
+    assert times[0].of_step(recompute=True) == times[0].forward + times[0].backward + times[0].plain

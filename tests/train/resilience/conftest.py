@@ -1,0 +1,43 @@
+"""A tiny corpus and config, and what an undisturbed run on them gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fleet import losses, train
+from small_corpus import make_corpus
+
+CONFIG = """
+model:
+  vision: {{image_size: 16, patch_size: 8, width: 16, layers: 1, heads: 2, mlp_width: 32}}
+  language: {{context_length: 64, vocab_size: {vocab_size}, width: 16, layers: 1, heads: 2, mlp_width: 32}}
+  pool_heads: 2
+data: {{corpora: {corpus}, cache: {cache}, tokens_per_pack: 64, images_per_pack: 3, workers: 1}}
+optimizer: {{lr: 1.0e-2, warmup: 1}}
+train: {{steps: 12, global_batch: 4, log_every: 1, progress: false, dtype: float32}}
+checkpoint: {{every: 4}}
+guard: {{timeout: 12}}
+"""
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of 12 steps that saves every 4."""
+    from megatron_lcl.data.corpus.store import open_corpus
+
+    folder = tmp_path_factory.mktemp("guard")
+    corpus = make_corpus(folder / "documents", seed=0)
+    file = folder / "config.yaml"
+    vocab_size = open_corpus(corpus).tokenizer.vocab_size
+    file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=folder / "cache"))
+    file.with_suffix(".json").write_text(json.dumps({"corpus": str(corpus)}))
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """What each step of an undisturbed run on two processes gives."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(run, "--config", config_file)
+    return losses(run)

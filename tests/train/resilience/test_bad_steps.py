@@ -1,0 +1,361 @@
+"""Steps that must not count change nothing; too many of them, and the run goes back and jumps over their packs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fleet import lines, losses, train
+from processes import run_processes
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Guard
+from megatron_lcl.errors import RunError
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.resilience.audit import read_audit
+from megatron_lcl.train.resilience.bad_steps import BadSteps
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+FAULTS = ["loss", "gradient", "contrast", "spike"]
+
+
+def leave_out(rank: int, layouts: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """For each (ZeRO stage, dtype): `leave_out_at`."""
+    import torch.distributed as dist
+
+    outcomes = {layout: leave_out_at(rank, *layout) for layout in layouts}
+    dist.destroy_process_group()
+    return outcomes
+
+
+def leave_out_at(rank: int, zero: int, dtype: str) -> dict[str, Any]:
+    """Three good steps, with bad ones of every kind between them, and the same without: all state of both, by bits.
+
+    The faults come from the second process alone; the spike is one because of the limit.
+    """
+    from small_model import batches_of, build_config
+
+    from megatron_lcl.train.engine import build_engine, build_module, init_processes
+    from megatron_lcl.train.step import Stepper
+
+    config = build_config(zero, dtype)
+    mesh = init_processes(config)
+    outcomes: dict[str, Any] = {}
+    for faults in ([], FAULTS):
+        engine = build_engine(build_module(config, mesh), config, mesh)
+        stepper = Stepper(engine, config, mesh)
+        results = []
+        for step in range(3):
+            for fault in faults if step > 0 else ():  # after the first, for the optimizer has a state then
+                plant(engine, fault if rank == 1 else "")
+                limit = 0.5 if fault == "spike" else math.inf
+                result = stepper.run(batches_of(9, rank, config), 1e-2, limit)
+                plant(engine, "")
+                outcomes[f"{fault} {step}"] = engine.was_step_applied(), result.loss
+            results.append(stepper.run(batches_of(step, rank, config), 1e-2))
+            assert engine.was_step_applied()
+        outcomes["with" if faults else "without"] = results, state_of(engine)
+    same = outcomes["with"][0] == outcomes["without"][0]
+    pairs = zip(outcomes["with"][1], outcomes["without"][1], strict=True)
+    equal = [bool(torch.equal(a, b)) for a, b in pairs]
+    bad = {name: value for name, value in outcomes.items() if not name.startswith("with")}
+    return {"same": same, "equal": equal, "bad": bad}
+
+
+def plant(engine: Any, fault: str) -> None:
+    """Every forward of the engine's module from now on has this fault."""
+    from megatron_lcl.model.layers import Outputs
+
+    module = engine.module
+    if not fault:
+        module.__dict__.pop("forward", None)
+        return
+
+    def forward(batch: Any) -> Outputs:
+        out: Outputs = type(module).forward(module, batch)
+        if fault == "loss":  # infinite, with gradients that are not
+            return out._replace(generation=out.generation + math.inf)
+        if fault == "contrast":
+            return out._replace(text_features=out.text_features * math.nan)
+        if fault == "gradient" and torch.is_grad_enabled():
+            out.generation.register_hook(lambda gradient: gradient * math.inf)
+        return out
+
+    module.forward = forward
+
+
+def state_of(engine: Any) -> list[torch.Tensor]:
+    """Parameters as the forward reads them, and every tensor of the optimizer."""
+    found = [p.detach().clone() for p in engine.module.parameters()]
+    inner = engine.optimizer.optimizer
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            found.append(parameter.detach().clone())
+            values = inner.state[parameter].items()
+            found += [v.clone() for _, v in sorted(values) if isinstance(v, torch.Tensor)]
+    return found
+
+
+@pytest.mark.slow
+def test_a_bad_step_changes_nothing() -> None:
+    layouts = [(zero, dtype) for zero in (1, 2, 3) for dtype in ("float32", "bfloat16")]
+    for outcomes in run_processes(leave_out, 2, layouts):
+        for layout, outcome in outcomes.items():
+            assert outcome["same"], layout
+            assert len(outcome["equal"]) > 50
+            assert all(outcome["equal"]), layout
+            bad = outcome["bad"]
+            assert len(bad) == 8
+            assert not any(applied for applied, _ in bad.values()), layout
+            assert bad["loss 1"][1] == math.inf
+            assert math.isnan(bad["contrast 1"][1])
+            assert math.isfinite(bad["gradient 1"][1])
+            assert math.isfinite(bad["spike 1"][1])
+
+
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
+    guard = BadSteps(Guard(spike_sigmas=6.0, spike_window=8))
+    for step, loss in enumerate([3.0, 3.1, 2.9]):
+        assert guard.limit() == math.inf
+        guard.record((step, 0), loss, True, 1)
+    guard.record((3, 0), 3.0, True, 1)
+    deviation = math.sqrt((0.1**2 + 0.1**2) / 3)
+    assert guard.limit() == pytest.approx(3.0 + 6 * deviation)
+    before = guard.limit()
+    reason = guard.record((4, 16), 9.0, False, 1)
+    assert reason is not None
+    assert "spike" in reason
+    assert guard.limit() == before, "a spike is no measure of spikes"
+    assert guard.began == (4, 16)
+    again = BadSteps(guard.config, json.loads(json.dumps(guard.state())))
+    assert again.state() == guard.state()
+    assert BadSteps(Guard()).limit() == math.inf
+
+
+def test_bad_steps_count_in_a_row() -> None:
+    guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
+    assert guard.record((0, 0), math.nan, False, 1) == "loss is nan"
+    assert not guard.too_many
+    assert guard.record((1, 4), 3.0, True, 1) is None
+    assert guard.record((2, 8), 3.0, False, 1) == "gradient is not finite"
+    assert guard.record((3, 12), 3.0, False, 65536) == "gradient too large for float16 at loss scale 65536"
+    assert not guard.too_many, "float16 looks for its scale"
+    assert guard.record((4, 16), math.inf, False, 1) == "loss is inf"
+    assert guard.too_many
+    assert guard.began == (2, 8)
+    guard.rewind({}, 5)
+    assert not guard.too_many
+    with pytest.raises(RunError, match="after 1 rewinds to the same checkpoint"):
+        guard.rewind({}, 5)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run)]
+
+
+def poison(rank: int, packs: list[int], kind: str) -> None:
+    """Whoever reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
+    from megatron_lcl.model.lcl import StageList
+
+    plain = StageList.forward
+
+    def forward(self, batch):  # type: ignore[no-untyped-def]
+        out = plain(self, batch)
+        if not set(batch.packs) & set(packs):
+            return out
+        return out._replace(generation=out.generation * (math.nan if kind == "nan" else 1000))
+
+    StageList.forward = forward  # type: ignore[method-assign]
+
+
+def without_packs(rank: int, consumed: int, count: int) -> None:
+    """A run whose ledger leaves out packs from the beginning."""
+    from megatron_lcl.train import run
+
+    plain = run.open_ledger
+    run.open_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
+
+
+@pytest.fixture(scope="module")
+def without(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """What the steps give if packs 24 to 31, those of the seventh and eighth step, were not there."""
+    run = tmp_path_factory.mktemp("runs") / "without"
+    train(run, "--config", config_file, plant=without_packs, planted=(24, 8))
+    return losses(run)
+
+
+@pytest.mark.slow
+def test_bad_steps_are_left_out_together_and_audited(
+    config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Steps 7 and 8, each because of one pack of one process; step 8 was to be saved."""
+    run = tmp_path / "run"
+    said = train(run, "--config", config_file, plant=poison, planted=([26, 31], "nan"))
+    assert "step 7 left out: loss is nan" in said
+    assert losses(run)[:6] == undisturbed[:6]
+    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12]
+    events = [(line["event"], line["step"], line["reason"], line["packs"]) for line in read_audit(run)]
+    assert events == [
+        ("step left out", 7, "loss is nan", [24, 25, 26, 27]),
+        ("step left out", 8, "loss is nan", [28, 29, 30, 31]),
+    ]
+    assert saved_steps(run) == [4, 12], "nothing good is saved amid bad steps"
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nan", "spike"])
+def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """Steps 7 and 8 are bad: back to step 4, again to step 6, and on with the packs after theirs."""
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--guard.max_bad_steps", "2"]
+    if kind == "spike":
+        words += ["--guard.spike_sigmas", "6", "--guard.spike_window", "8"]
+    train(run, *words, plant=poison, planted=([26, 31], kind))
+    assert losses(run) == without
+    events = [(line["event"], line["step"]) for line in read_audit(run)]
+    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+    assert read_audit(run)[-1]["skip"] == {"from_pack": 24, "skip": 8}
+    progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
+    assert (progress.step, progress.packs) == (12, 48)
+    assert progress.ledger["entries"][-1] == {"from_pack": 24, "skip": 8}
+
+
+def poison_a_pipeline(rank: int, packs: list[int]) -> None:
+    """The last part's processes get a loss that is not a number for these packs. Cuts are not measured, but given."""
+    from megatron_lcl.train import run as loop
+    from megatron_lcl.train.pipeline.engine import PipelineStepper
+    from megatron_lcl.train.step import StepLoss
+
+    loop.choose_cuts = lambda *_: (0, 3)
+
+    plain, loss, bad = PipelineStepper.run, StepLoss.means, [False]
+
+    def run(self, batches, *arguments):  # type: ignore[no-untyped-def]
+        bad[0] = any(set(batch.packs) & set(packs) for batch in batches)
+        return plain(self, batches, *arguments)
+
+    def means(self: StepLoss) -> Any:
+        value, generation = loss(self)
+        return (value * math.nan if bad[0] else value), generation
+
+    PipelineStepper.run, StepLoss.means = run, means  # type: ignore[method-assign]
+
+
+def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
+    """As `without_packs`, with the same cuts."""
+    poison_a_pipeline(rank, [])
+    without_packs(rank, consumed, count)
+
+
+@pytest.mark.slow
+def test_in_a_pipeline_all_parts_leave_out_and_rewind(config_file: str, tmp_path: Path) -> None:
+    words = ["--config", config_file, "--parallel.pipeline", "2", "--guard.max_bad_steps", "2"]
+    train(tmp_path / "without", *words, plant=without_packs_in_a_pipeline, planted=(24, 8))
+    train(tmp_path / "run", *words, plant=poison_a_pipeline, planted=([26, 31],))
+    assert losses(tmp_path / "run") == losses(tmp_path / "without")
+    events = [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")]
+    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+
+
+@pytest.mark.slow
+def test_a_series_of_bad_steps_goes_on_after_a_resume(
+    config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Stopped between two bad steps: saved amid them, counted on, and that save is not what the run goes back to."""
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--guard.max_bad_steps", "2"]
+    train(run, *words, code=75, plant=poison_and_stop, planted=([26, 31], str(tmp_path / "stopped")))
+    assert saved_steps(run) == [4, 7]
+    said = train(run, *words, plant=poison, planted=([26, 31], "nan"))
+    assert "steps 7 to 8 were bad: back to" in said
+    assert losses(run) == without
+    assert saved_steps(run) == [4, 8, 12]
+    events = [(line["event"], line["step"]) for line in read_audit(run)]
+    assert events == [("step left out", 7), ("stopped", 7), ("step left out", 8), ("rewind", 8)]
+
+
+def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
+    """As `poison`; the seventh step brings a signal."""
+    import os
+    import signal
+
+    from megatron_lcl.train.step import Stepper
+
+    poison(rank, packs, "nan")
+    plain, calls = Stepper.run, []
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        result = plain(self, *arguments)
+        if len(calls) == 7 and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    Stepper.run = run  # type: ignore[method-assign]
+
+
+def damage(rank: int, packs: list[int], run: str) -> None:
+    """As `poison`; in the eighth step a byte of the checkpoint of step 6 changes."""
+    from megatron_lcl.train.step import Stepper
+
+    poison(rank, packs, "nan")
+    plain, calls = Stepper.run, []
+
+    def damaging(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 8 and rank == 0:
+            file = checkpoint.step_folder(Path(run), 6) / "model.safetensors"
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return plain(self, *arguments)
+
+    Stepper.run = damaging  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_rewind_passes_over_damage_and_says_so(
+    config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Saves of steps 2, 4 and 6; back to step 4."""
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--guard.max_bad_steps", "2", "--checkpoint.every", "2"]
+    said = train(run, *words, "--checkpoint.background", "false", plant=damage, planted=([26, 31], str(run)))
+    assert losses(run) == without
+    damaged = checkpoint.step_folder(run, 6)
+    assert f"passed over {damaged}: model.safetensors: changed since it was written" in said
+    audited = read_audit(run)
+    events = [(line["event"], line["step"]) for line in audited]
+    assert events == [("step left out", 7), ("step left out", 8), ("checkpoint passed over", 8), ("rewind", 8)]
+    assert audited[2]["folder"] == str(damaged)
+    assert audited[2]["faults"] == ["model.safetensors: changed since it was written"]
+    assert (audited[3]["to"], audited[3]["folder"]) == (4, str(checkpoint.step_folder(run, 4)))
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_go_back_says_so(config_file: str, tmp_path: Path) -> None:
+    words = ["--config", config_file, "--guard.max_bad_steps", "2"]
+    said = train(tmp_path / "early", *words, code=2, plant=poison, planted=([5, 9], "nan"))
+    assert "steps 2 to 3 were bad, and there is no checkpoint before them" in said
+    everything = list(range(20, 400))
+    said = train(tmp_path / "ever", *words, code=2, plant=poison, planted=(everything, "nan"))
+    assert "after 3 rewinds to the same checkpoint" in said
+    assert said.count("megatron-lcl train:") == 1
+    assert sum(line["event"] == "rewind" for line in read_audit(tmp_path / "ever")) == 3
+
+
+def test_the_config_says_what_a_guard_may_be() -> None:
+    with pytest.raises(ValueError, match=r"guard\.timeout"):
+        configs.from_dict({"guard": {"timeout": 1}})

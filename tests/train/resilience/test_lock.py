@@ -1,0 +1,109 @@
+"""Two runs never share a run folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import Fleet, last_step, losses, train
+
+from megatron_lcl.errors import UserError
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.resilience import lock
+from megatron_lcl.train.resilience.audit import read_audit
+from megatron_lcl.train.resilience.lock import LOCK, alone_in
+
+LONG = ["--train.steps", "2000", "--checkpoint.every", "2"]
+
+
+def impatient(rank: int) -> None:
+    """A second of patience."""
+    lock.PATIENCE_SECONDS = 1.0
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_and_changes_nothing(config_file: str, tmp_path: Path) -> None:
+    """Neither the first one's metrics nor the saves that it is writing."""
+    run, second = tmp_path / "run", tmp_path / "second" / "run"
+    second.parent.mkdir()
+    second.symlink_to(run)
+    with Fleet(run, "--config", config_file, *LONG) as fleet:
+        fleet.wait_for_step(3)
+        said = train(second, "--config", config_file, *LONG, code=2, plant=impatient)
+        holder = f"process {fleet.pid(0)} on {socket.gethostname()}"
+        assert f"is in use by {holder}; waiting up to 1 s" in said
+        assert said.count("megatron-lcl train:") == 1
+        assert f"is in use by {holder}; end that run, or name another folder" in said
+        at = last_step(run)
+        fleet.wait_for_step(at + 3)
+        os.kill(fleet.pid(0), signal.SIGTERM)
+        assert fleet.wait() == [75, 75], fleet.said()
+    assert [step for step, *_ in losses(run)] == list(range(1, last_step(run) + 1))
+    assert [line["event"] for line in read_audit(run)] == ["stopped"], "every save was complete"
+    assert all(checkpoint.verify(folder) == [] for folder in checkpoint.list_checkpoints(run))
+
+
+def test_the_lock_is_waited_for_and_given_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"from megatron_lcl.train.resilience.lock import *; import time\n"
+         f"with alone_in(Path({str(tmp_path)!r})): print(flush=True); time.sleep(1)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with alone_in(tmp_path):
+        assert holder.wait(10) == 0
+    assert f"in use by process {holder.pid} on " in capfd.readouterr().err
+    with alone_in(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone_in(tmp_path):
+        pass
+    assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
+
+
+@pytest.mark.parametrize("how", ["not coherent", "refused"])
+def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    program = (
+        "import fcntl, socket, sys, time\n"
+        "from megatron_lcl.train.resilience import lock\n"
+        "lock.BEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
+        "with lock.alone_in(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+
+        def flock(*_: Any) -> None:
+            if how == "refused":
+                raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on another"), alone_in(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with alone_in(tmp_path):  # it is dead, though it could not say so
+        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert (tmp_path / LOCK).read_text() == ""

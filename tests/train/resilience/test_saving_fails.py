@@ -1,0 +1,116 @@
+"""A disk that is full and a folder that is read-only: training goes on, and stops after so many saves in a row."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import losses, train
+
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.resilience.audit import read_audit
+
+
+def full_disk(rank: int, guilty: int, failing: Container[int]) -> None:
+    """A limit on the size of files stands in for the disk of one process, in some of its saves, counted from 1.
+
+    The write fails in the middle of a file.
+    """
+    from megatron_lcl.train.checkpoint import checkpointer
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    plain, calls = checkpointer.write_files, []
+
+    def write_files(*arguments: Any) -> Any:
+        calls.append(1)
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == guilty and len(calls) in failing:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+        try:
+            return plain(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    checkpointer.write_files = write_files
+
+
+def full_disk_for_all(rank: int) -> None:
+    """From the end of the third step to the end of the seventh no file of the first process grows past 600 bytes."""
+    from megatron_lcl.train.telemetry import Telemetry
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    plain = Telemetry.step
+
+    def step(self: Telemetry, number: int, *arguments: Any) -> None:
+        if rank == 0 and number in (3, 7):
+            limit = 600 if number == 3 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        plain(self, number, *arguments)
+
+    Telemetry.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_metrics_wait_for_space(config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """A disk that is full is full for metrics too."""
+    run = tmp_path / "run"
+    said = train(run, "--config", config_file, plant=full_disk_for_all)
+    assert losses(run) == undisturbed
+    assert said.count("metrics cannot be written") == 1
+    assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [8, 12]
+    assert [(line["event"], line["step"]) for line in read_audit(run)] == [("checkpoint failed", 4)]
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_training_goes_on_when_the_disk_is_full_for_a_while(
+    background: str, config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Saves of steps 2, 4, …, 12; those of 4, 6 and 10 fail, on the second process. Three in a row would end it."""
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--checkpoint.every", "2", "--checkpoint.background", background]
+    said = train(run, *words, "--checkpoint.keep_last", "9", plant=full_disk, planted=(1, (2, 3, 5)))
+    assert losses(run) == undisturbed
+    assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [2, 8, 12]
+    assert all(checkpoint.verify(folder) == [] for folder in checkpoint.list_checkpoints(run))
+    assert not list((run / checkpoint.FOLDER).glob(".*"))
+    events = [(line["event"], line["step"], line["in_a_row"]) for line in read_audit(run)]
+    assert events == [("checkpoint failed", 4, 1), ("checkpoint failed", 6, 2), ("checkpoint failed", 10, 1)]
+    assert "process 1 could not write the checkpoint" in read_audit(run)[0]["reason"]
+    assert "no checkpoint of step 4" in said
+    assert "the last complete checkpoint is of step 2" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_it_stops_after_so_many_failures_in_a_row(config_file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--checkpoint.every", "2", "--checkpoint.max_failures", "2"]
+    said = train(run, *words, code=2, plant=full_disk, planted=(0, range(2, 99)))
+    assert said.count("megatron-lcl train:") == 1
+    assert "save number 2 in a row that failed; the last complete checkpoint is of step 2" in said
+    assert "Traceback" not in said
+    (left,) = checkpoint.list_checkpoints(run)
+    assert checkpoint.step_of(left) == 2
+    assert checkpoint.verify(left) == []
+    assert not list((run / checkpoint.FOLDER).glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_read_only_folder(config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """Checkpoints go to a file system that takes no files, whoever asks: all steps are done, the end says why not."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(Path(config_file).read_text())
+    (run / checkpoint.FOLDER).symlink_to("/proc/sys")
+    said = train(run, "--config", config_file, "--checkpoint.max_failures", "9", code=2)
+    assert losses(run) == undisturbed
+    assert [line["event"] for line in read_audit(run)] == ["checkpoint failed"] * 3
+    assert said.count("megatron-lcl train:") == 1
+    assert "all steps are done, but there is no checkpoint yet" in said
+    assert "Traceback" not in said

@@ -1,0 +1,240 @@
+"""Signals: all processes end after the same step, with one checkpoint of it, and a code that means requeue."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fleet import Fleet, alive, descendants, last_step, losses, train
+
+from megatron_lcl.train import launch
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.resilience.audit import read_audit
+
+REQUEUE = 75
+LONG = ["--train.steps", "12", "--checkpoint.every", "100"]
+
+
+def slow_steps(rank: int, marks: str, seconds: float = 0.1) -> None:
+    """Steps that a test can catch."""
+    from megatron_lcl.train.step import Stepper
+
+    plain = Stepper.run
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        time.sleep(seconds)
+        return plain(self, *arguments)
+
+    Stepper.run = run  # type: ignore[method-assign]
+
+
+def slow_saves(rank: int, marks: str) -> None:
+    """Saves that a test can catch: the second process leaves a mark when it begins to write, and takes a second."""
+    from megatron_lcl.train.checkpoint import checkpointer
+
+    plain = checkpointer.write_files
+
+    def write_files(*arguments):  # type: ignore[no-untyped-def]
+        if rank == 1:
+            Path(marks).touch()
+            time.sleep(1.0)
+        return plain(*arguments)
+
+    checkpointer.write_files = write_files
+
+
+def stuck(rank: int, marks: str) -> None:
+    """The second process never comes to its fifth step."""
+    slow_steps(rank, marks)
+    from megatron_lcl.train.step import Stepper
+
+    plain, calls = Stepper.run, []
+
+    def run(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if rank == 1 and len(calls) == 5:
+            Path(marks).touch()
+            time.sleep(3600)
+        return plain(self, *arguments)
+
+    Stepper.run = run  # type: ignore[method-assign]
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run)]
+
+
+def goes_on(run: Path, config_file: str, undisturbed: list[tuple]) -> None:
+    assert "going on from" in train(run, "--config", config_file, *LONG)
+    assert losses(run) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_all(
+    signum: signal.Signals, config_file: str, undisturbed: list[tuple], tmp_path: Path
+) -> None:
+    """SIGUSR1 also reaches the loader processes, as a scheduler sends it."""
+    run = tmp_path / "run"
+    with Fleet(run, "--config", config_file, *LONG, plant=slow_steps, planted=("",)) as fleet:
+        fleet.wait_for_step(4)
+        loaders = descendants(fleet.pid(1))
+        assert loaders, "no loader process is alive"
+        os.kill(fleet.pid(1), signum)
+        for loader in loaders if signum == signal.SIGUSR1 else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(loader, signum)
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
+        said = fleet.said()
+    (step,) = saved_steps(run)
+    assert 4 <= step == last_step(run) < 12
+    assert f"{signum.name}: ended after step {step}" in said
+    assert said.count("ended after") == 1
+    assert "Traceback" not in said
+    (line,) = read_audit(run)
+    assert (line["event"], line["signal"], line["saved"]) == ("stopped", signum, step)
+    goes_on(run, config_file, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_signal_while_saving(background: str, config_file: str, undisturbed: list[tuple], tmp_path: Path) -> None:
+    """With training waiting for the save there is one save; else steps go on beside it, and one more is due."""
+    run, marks = tmp_path / "run", tmp_path / "saving"
+    words = ["--config", config_file, "--checkpoint.every", "4", "--checkpoint.background", background]
+    with Fleet(run, *words, plant=slow_saves, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        os.kill(fleet.pid(0), signal.SIGTERM)
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
+    steps = saved_steps(run)
+    assert steps == ([4] if background == "false" else sorted({4, last_step(run)}))
+    assert all(checkpoint.verify(folder) == [] for folder in checkpoint.list_checkpoints(run))
+    goes_on(run, config_file, undisturbed)
+
+
+def slow_evaluation(rank: int, marks: str) -> None:
+    """Evaluations that would take a minute; the first process leaves a mark at the second batch."""
+    from megatron_lcl.train.step import Stepper
+
+    plain, calls = Stepper.forward, []
+
+    def forward(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 2 and rank == 0:
+            Path(marks).touch()
+        time.sleep(1.0)
+        return plain(self, *arguments)
+
+    Stepper.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation(config_file: str, undisturbed: list[tuple], tmp_path: Path) -> None:
+    """What was due is saved before the evaluation; that is broken off."""
+    run, marks = tmp_path / "run", tmp_path / "evaluating"
+    corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
+    words = ["--config", config_file, "--train.evaluate_every", "4", "--evaluate.corpus", corpus]
+    with Fleet(run, *words, plant=slow_evaluation, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        os.kill(fleet.pid(1), signal.SIGUSR1)
+        assert fleet.wait(20) == [REQUEUE, REQUEUE], fleet.said()
+        assert "the evaluation after step 4 is broken off" in fleet.said()
+    assert saved_steps(run) == [4]
+    assert last_step(run) == 4
+    goes_on(run, config_file, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once_even_in_a_collective(config_file: str, tmp_path: Path) -> None:
+    run, marks = tmp_path / "run", tmp_path / "stuck"
+    words = ["--config", config_file, *LONG, "--guard.timeout", "300"]
+    with Fleet(run, *words, plant=stuck, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        time.sleep(0.5)
+        os.kill(fleet.pid(0), signal.SIGTERM)
+        os.kill(fleet.pid(0), signal.SIGTERM)  # as from scheduler and launcher: the same
+        time.sleep(1.5)
+        assert fleet.processes[0].is_alive()
+        loaders = descendants(fleet.pid(0))
+        os.kill(fleet.pid(0), signal.SIGTERM)
+        fleet.processes[0].join(20)
+        assert fleet.processes[0].exitcode == 128 + signal.SIGTERM, fleet.said()
+        assert "SIGTERM again" in fleet.said()
+        time.sleep(0.5)
+        assert not alive(loaders)
+
+
+def slow_meeting(rank: int, marks: str) -> None:
+    """The second process leaves a mark when it joins the others, and takes a second."""
+    from megatron_lcl.train import run as loop
+
+    plain = loop.init_processes
+
+    def init_processes(*arguments):  # type: ignore[no-untyped-def]
+        if rank == 1:
+            Path(marks).touch()
+            time.sleep(1.0)
+        return plain(*arguments)
+
+    loop.init_processes = init_processes
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step(config_file: str, tmp_path: Path) -> None:
+    """Even before the processes know of each other."""
+    run, marks = tmp_path / "run", tmp_path / "meeting"
+    with Fleet(run, "--config", config_file, plant=slow_meeting, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        os.kill(fleet.pid(1), signal.SIGUSR1)
+        assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()
+        assert "SIGUSR1: ended after step 0" in fleet.said()
+    assert (saved_steps(run), last_step(run)) == ([], 0)
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_signals_on_and_is_not_outlived(config_file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "megatron_lcl", "train", "--config", config_file, "--train.output", str(run)]
+    command += ["--processes", "2", "--train.steps", "2000", "--checkpoint.every", "0"]
+
+    def ended(launcher: subprocess.Popen[str], signum: int, when: Callable[[], bool]) -> str:
+        """What the launcher said that got a signal."""
+        deadline = time.monotonic() + 120
+        try:
+            while not when():
+                assert launcher.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            children = descendants(launcher.pid)
+            assert len(alive(children)) >= 2
+            launcher.send_signal(signum)
+            launcher.wait(120)
+        finally:
+            launcher.kill()
+        time.sleep(1.0)
+        assert not alive(children)
+        return launcher.communicate(timeout=10)[1]
+
+    killed = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    ended(killed, signal.SIGKILL, lambda: len(descendants(killed.pid)) == 2)
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said = ended(launcher, signal.SIGUSR1, lambda: last_step(run) >= 3)
+    assert launcher.returncode == REQUEUE, said
+    assert "SIGUSR1: ended after step" in said
+    assert saved_steps(run) == [last_step(run)]
+
+
+def test_a_process_whose_parent_has_died_already_ends_too() -> None:
+    """Between its fork and its wish to end with its parent there is a moment."""
+    for parent, code in ((os.getpid(), 0), (os.getpid() + 1, -signal.SIGKILL)):
+        child = subprocess.Popen([sys.executable, "-c", ""], preexec_fn=partial(launch._end_with, parent))
+        assert child.wait(60) == code
