@@ -104,24 +104,24 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
     from megatron_lcl.train.pipeline import partition as cuts_module
     from megatron_lcl.train.pipeline.partition import (
-        StageSamples,
+        LayerSamples,
         agree_on_costs,
-        even_cuts,
         hidden_shape,
         measure_costs,
-        part_sums,
-        place_cuts,
+        partition_balanced,
+        partition_uniform,
+        stage_sums,
     )
 
     # until this process ends
     patch.object(cuts_module, "time", SimpleNamespace(perf_counter=time.process_time)).start()
     mesh, packs = init_processes(config), [make_pack(name, config, m) for m in range(MICRO_BATCHES)]
     specs = specs_of(config, mesh.tensor)
-    samples = StageSamples(specs, packs[0], config, mesh.tensor, torch.device("cpu"), torch.float32)
+    samples = LayerSamples(specs, packs[0], config, mesh.tensor, torch.device("cpu"), torch.float32)
     costs = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
     parts = mesh.pipeline.size
-    cuts = even_cuts(len(specs), parts) if even else place_cuts(costs, sizes, parts)
+    cuts = partition_uniform(len(specs), parts) if even else partition_balanced(costs, sizes, parts)
     mesh.world.barrier()
     engine = build_engine(build_module(config, mesh, cuts), config, mesh)
     spent: list[float] = []
@@ -148,7 +148,7 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
         mesh.world.barrier()
     del seconds[:WARM_UPS], stages[:WARM_UPS]
     bounds, in_turn = [*cuts, len(specs)], agree_on_costs(samples.times(stages), config, mesh)
-    predicted = part_sums(in_turn, cuts), part_sums(costs, cuts)
+    predicted = stage_sums(in_turn, cuts), stage_sums(costs, cuts)
     measured = sum(statistics.median(of_instruction) for of_instruction in zip(*seconds, strict=True)) / MICRO_BATCHES
     results.put((rank, bounds[rank : rank + 2], predicted, measured))
     mesh.world.barrier()

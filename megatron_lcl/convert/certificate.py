@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import Patches, PoolInterleave, VisionBlock, normalise
+from megatron_lcl.model.layers import Patches, PoolInterleave, VisionBlock, normalize
 from megatron_lcl.model.lcl import LCL
 
 BOUND = 1e-5
@@ -33,14 +33,14 @@ def check_images(size: int) -> torch.Tensor:
     scales = [size, max(size // 4, 2), max(size // 16, 2), 2]
     noise = [torch.randint(256, (1, 3, scale, scale), generator=generator).float() for scale in scales]
     images = torch.cat([F.interpolate(x, (size, size), mode="bilinear", align_corners=True) for x in noise])
-    return normalise(images.to(torch.uint8))
+    return normalize(images.to(torch.uint8))
 
 
 @torch.no_grad()
 def our_features(model: LCL, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> Features:
     """The model's features, computed in float32 with parameters rounded to `dtype`, one stage at a time."""
     hidden = images
-    for stage in model.stages:
+    for stage in model.layers:
         with _rounded(stage, dtype):
             if isinstance(stage, PoolInterleave):
                 return Features(stage.patch_features(hidden), stage.pool(hidden)[0])

@@ -103,5 +103,5 @@ def import_checkpoint(
 
 def save_checkpoint(model: LCL, config: Config, folder: Path) -> None:
     """`model.safetensors` and `config.yaml` into a folder."""
-    save_parts(dict(model.stages.named_parameters()), folder / WEIGHTS, torch.float32)
+    save_parts(dict(model.layers.named_parameters()), folder / WEIGHTS, torch.float32)
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")

@@ -123,10 +123,10 @@ def _load_ours(checkpoint: Path) -> LCL:
     with torch.device("meta"):
         model = LCL(read_config(checkpoint).model, seed=None)
     state = read_safetensors(checkpoint / WEIGHTS)
-    expected = {name: p.shape for name, p in model.stages.named_parameters()}
+    expected = {name: p.shape for name, p in model.layers.named_parameters()}
     if faults := name_faults(expected, state):
         raise UserError(f"{checkpoint / WEIGHTS} {faults}; does {CONFIG} belong to it?")
-    model.stages.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    model.layers.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model
 
 

@@ -25,8 +25,8 @@ def at_image_size(model: LCL, image_size: int) -> LCL:
     config = dataclasses.replace(model.config, vision=vision)
     with torch.device("meta"):
         other = LCL(config, seed=None)
-    parameters = {name: p.detach() for name, p in model.stages.named_parameters()}
-    other.stages.load_state_dict(parameters | {"0.positions": other.patches.positions}, assign=True)
+    parameters = {name: p.detach() for name, p in model.layers.named_parameters()}
+    other.layers.load_state_dict(parameters | {"0.positions": other.patches.positions}, assign=True)
     other.patches.positions = nn.Parameter(interpolate_positions(model.patches.positions.detach(), vision.num_patches))
     return other
 

@@ -17,7 +17,7 @@ from megatron_lcl.evaluate.encoders import Encoder, OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches
-from megatron_lcl.model.layers import Activations, normalise
+from megatron_lcl.model.layers import Activations, normalize
 from megatron_lcl.model.lcl import LCL, pack_padded
 
 
@@ -43,7 +43,7 @@ class Decoding:
 def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Sequence[int] = ()) -> list[list[int]]:
     """Token ids that follow `<sot> <soi> image <eoi>` and the prompt's ids, one list an image, without `<eot>`.
 
-    images: [N, 3, H, W], normalised float or uint8. Only text tokens and `<eot>` can come. Images are encoded
+    images: [N, 3, H, W], normalized float or uint8. Only text tokens and `<eot>` can come. Images are encoded
     once, and keys and values of the rows before are kept, so a token costs one row of each sequence.
     """
     special, config = model.special, model.config
@@ -56,7 +56,7 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
         )
     device = model.pool.query.device
     generator = torch.Generator().manual_seed(decoding.seed)
-    rows = _start_rows(model, start, normalise(images) if images.dtype == torch.uint8 else images)
+    rows = _start_rows(model, start, normalize(images) if images.dtype == torch.uint8 else images)
     caches = [_Cache() for _ in model.language_blocks]
     written = torch.empty(len(images), 0, dtype=torch.int64, device=device)
     finished = torch.zeros(len(images), dtype=torch.bool, device=device)

@@ -31,7 +31,7 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval, decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import normalise
+from megatron_lcl.model.layers import normalize
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import some
 
@@ -145,7 +145,7 @@ class OurEncoder(Encoder):
         return torch.from_numpy(np.ascontiguousarray(decode_eval(data, self.module.config.vision.image_size)))
 
     def _encode(self, images: torch.Tensor) -> Features:
-        hidden = self.module.vision_tokens(normalise(images) if images.dtype == torch.uint8 else images)
+        hidden = self.module.vision_tokens(normalize(images) if images.dtype == torch.uint8 else images)
         return Features(self.module.pool.pool(hidden)[0], self.module.pool.patch_features(hidden))
 
     @torch.no_grad()

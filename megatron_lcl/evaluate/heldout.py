@@ -30,7 +30,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import InOrder
+from megatron_lcl.data.loading.pack_index import SequentialIndex
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
 from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
@@ -150,7 +150,7 @@ def evaluate_heldout(
 
     def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
         assert read is not None
-        return [(batch, model.stages(batch.to(device))) for batch in read]
+        return [(batch, model.layers(batch.to(device))) for batch in read]
 
     evaluation = HeldOutEvaluation(config, corpus, Mesh(Axis(), Axis()), forward, tokens=_TOKENS)
     return evaluation.run(step, num_examples, intervals=True, progress=progress)
@@ -179,8 +179,8 @@ class HeldOutEvaluation:
         self.tasks, self.rules = check_tasks(config, tasks), heldout_rules(config.model)
         self.micro_batch = max(1, tokens // self.rules["sequence_tokens"])
         """packs of a forward pass"""
-        self.packs = _Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.reads else None
-        self.num_batches, self.num_documents = mesh.replica.broadcast_object(
+        self.packs = _Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.loads_data else None
+        self.num_batches, self.num_documents = mesh.model_parallel.broadcast_object(
             (len(self.packs.loader), self.packs.num_documents) if self.packs else (0, 0)
         )
 
@@ -214,12 +214,12 @@ class HeldOutEvaluation:
                 own.add(batch, out)
             bar.update(self.at_once)
         bar.close()
-        documents = mesh.replica.broadcast_object([origin.document for origin in origins])
+        documents = mesh.model_parallel.broadcast_object([origin.document for origin in origins])
 
         found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
         if own.features is not None:  # the last pipeline stage
             found = self._measure(own, documents, num_examples, intervals)
-        found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.stage.size)
+        found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.data_tensor.size)
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
         if packs:
@@ -329,7 +329,7 @@ class _Packs:
             pin_memory=torch.cuda.is_available(),
         )
         index = self.loader.reader.index
-        assert isinstance(index, InOrder)
+        assert isinstance(index, SequentialIndex)
         self.num_documents = index.num_documents
         self._tokenizer = open_corpus(corpus).tokenizer
 

@@ -102,7 +102,7 @@ def contrastive_loss(
         float64. D and the dtype are the same on every rank; n may differ and be 0.
     log_scale: natural log of the scale (the inverse temperature), shape [] or [1].
     group: the ranks whose pairs are each other's negatives; None: this process alone, also where torch.distributed is
-        initialised.
+        initialized.
     counts: n of each rank of the group, in rank order, if the caller knows it: it is compared with what the ranks say.
     kernels: the module that does the arithmetic, `contrastive_tiles` or `contrastive_triton`; None: chosen by device.
 

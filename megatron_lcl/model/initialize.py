@@ -19,7 +19,7 @@ from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import ALONE, Axis
 
 
-def initialise(stages: Mapping[int, nn.Module], model: Model, seed: int, axis: Axis = ALONE) -> None:
+def initialize(stages: Mapping[int, nn.Module], model: Model, seed: int, axis: Axis = ALONE) -> None:
     """Fill the parameters of the given stages, by their index in the list of all, in place.
 
     axis: the tensor ranks that share them.

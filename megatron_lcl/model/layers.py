@@ -34,7 +34,14 @@ from megatron_lcl.parallel.layers import (
     gathered_linear,
     mark_split,
 )
-from megatron_lcl.parallel.mappings import gather, gather_same, own_share, pad_rows, reduce_scatter, share_size
+from megatron_lcl.parallel.mappings import (
+    gather_from_sequence_parallel,
+    gather_replicated,
+    local_shard,
+    pad_rows,
+    reduce_scatter_to_sequence_parallel,
+    shard_size,
+)
 from megatron_lcl.parallel.mesh import ALONE, Axis
 
 MAX_LOG_SCALE = math.log(100)
@@ -46,7 +53,7 @@ class Activations(NamedTuple):
     """What one stage hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
 
     hidden: torch.Tensor
-    """before the first stage: images [N, 3, H, W], uint8 or normalised float; in the vision encoder: the own share of
+    """before the first stage: images [N, 3, H, W], uint8 or normalized float; in the vision encoder: the own share of
     N*L rows, [S, V]; from pool + interleave on: [S, D], the own share of R token rows, then that of N image latents"""
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -92,7 +99,7 @@ class Patches(nn.Module):
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
         num_images, length = len(x.hidden), len(self.positions)
-        size = share_size(num_images * length, self.axis)
+        size = shard_size(num_images * length, self.axis)
         start = self.axis.rank * size
         first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
         with self.shared.summing():
@@ -100,9 +107,9 @@ class Patches(nn.Module):
         return x._replace(hidden=pad_rows(rows_SV, size))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], uint8 or normalised float → [N, L, V]."""
+        """Images [N, 3, H, W], uint8 or normalized float → [N, L, V]."""
         if images.dtype == torch.uint8:
-            images = normalise(images)
+            images = normalize(images)
         n, _, height, width = images.shape
         p = self.patch_size
         rows = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -168,15 +175,18 @@ class PoolInterleave(nn.Module):
         rows_NP = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
         # an empty slot's embeddings go to one row too many, which is cut off again
         rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
-        rows_SD = reduce_scatter(rows_RD, self.axis) + self.positions[own_share(x.positions, self.axis)]
-        return torch.cat([rows_SD, reduce_scatter(latents_ND, self.axis)])
+        rows_SD = (
+            reduce_scatter_to_sequence_parallel(rows_RD, self.axis)
+            + self.positions[local_shard(x.positions, self.axis)]
+        )
+        return torch.cat([rows_SD, reduce_scatter_to_sequence_parallel(latents_ND, self.axis)])
 
     def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The normed patch tokens [N, P, V], the features that LCL trains."""
         return self.norm(hidden_NLV[:, 1:])
 
     def pool(self, hidden_NLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ViT output [N, L, V] → image latents z [N, D], not normalised, and placeholders' embeddings [N, P, D].
+        """ViT output [N, L, V] → image latents z [N, D], not normalized, and placeholders' embeddings [N, P, D].
 
         In one process.
         """
@@ -206,7 +216,7 @@ class LanguageBlock(Block):
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
         num_rows = len(x.tokens)
-        size = share_size(num_rows, self.axis)
+        size = shard_size(num_rows, self.axis)
         rows_SD, latents_SD = x.hidden[:size], x.hidden[size:]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -225,7 +235,7 @@ class Head(nn.Module):
         self.norm = norm(language.width)
         self.projection = nn.Linear(language.width, language.width, bias=False)
         self.vocabulary_norm = norm(language.width)
-        self.vocabulary = nn.Parameter(torch.empty(share_size(self.vocab_size, axis), language.width))
+        self.vocabulary = nn.Parameter(torch.empty(shard_size(self.vocab_size, axis), language.width))
         mark_split(self.vocabulary, 0, self.vocab_size)
         self.shared = SharedParameters(self, axis)
         self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient comes whole
@@ -244,15 +254,15 @@ class Head(nn.Module):
 
     def _outputs(self, x: Activations) -> Outputs:
         num_rows, num_images = len(x.tokens), len(x.image_soi)
-        size = share_size(num_rows, self.axis)
-        rows_RD = gather(x.hidden[:size], self.axis, num_rows)
+        size = shard_size(num_rows, self.axis)
+        rows_RD = gather_from_sequence_parallel(x.hidden[:size], self.axis, num_rows)
         hidden = self.vocabulary_norm(rows_RD[x.target_positions])
         targets = x.targets[x.target_positions]
         # the tensor ranks have one batch, and equal parts of one vocabulary
         nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size, agreed=True)
-        contexts_SD = self.text_features(rows_RD[own_share(x.image_soi.clamp(min=0), self.axis)])
+        contexts_SD = self.text_features(rows_RD[local_shard(x.image_soi.clamp(min=0), self.axis)])
         latents_SD = unit_norm(x.hidden[size:])
-        latents_ND, contexts_ND = (gather_same(y, self.axis, num_images) for y in (latents_SD, contexts_SD))
+        latents_ND, contexts_ND = (gather_replicated(y, self.axis, num_images) for y in (latents_SD, contexts_SD))
         # a copy: where a parameter itself is an output, DeepSpeed's bf16 optimizer loses its gradient without an error
         log_scale = self.log_scale.to(torch.float32, copy=True)
         return Outputs(nll, latents_ND, contexts_ND, log_scale)
@@ -271,7 +281,7 @@ class Head(nn.Module):
         return F.linear(self.vocabulary_norm(hidden_ND), self.vocabulary)
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 RGB [N, 3, H, W] → float32, CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
     return (images.float() / 255 - mean) / std
@@ -282,7 +292,7 @@ def unit_norm(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
-def stage_specs(
+def layer_specs(
     model: Model,
     initial_log_scale: float,
     norm: Norm = nn.LayerNorm,
@@ -312,7 +322,7 @@ def stage_specs(
     ]
 
 
-def build_stages(
+def build_layers(
     model: Model,
     initial_log_scale: float,
     norm: Norm = nn.LayerNorm,
@@ -320,5 +330,5 @@ def build_stages(
     recompute: Recompute = "none",
     recompute_every: int = 1,
 ) -> list[nn.Module]:
-    """The list of stages (see `stage_specs`), parameters not yet initialised (see `initialise`)."""
-    return [make() for make in stage_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]
+    """The list of stages (see `layer_specs`), parameters not yet initialized (see `initialize`)."""
+    return [make() for make in layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]

@@ -13,7 +13,7 @@ from megatron_lcl.config import Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.block import Norm
-from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import (
     Activations,
     Head,
@@ -22,14 +22,14 @@ from megatron_lcl.model.layers import (
     Patches,
     PoolInterleave,
     VisionBlock,
-    build_stages,
+    build_layers,
     unit_norm,
 )
 from megatron_lcl.model.reference_format import state_dict_open_clip
 from megatron_lcl.model.special import SpecialTokens
 
 
-class StageList(nn.Sequential):
+class LayerList(nn.Sequential):
     """All stages in one process; parameters are called `{index}.name`, as in a pipeline."""
 
     def forward(self, batch: PackedBatch) -> Outputs:
@@ -70,33 +70,33 @@ class LCL(nn.Module):
         super().__init__()
         self.config = config
         self.special = SpecialTokens.of(config.language.vocab_size)
-        stages = build_stages(config, initial_log_scale, norm)
+        stages = build_layers(config, initial_log_scale, norm)
         if seed is not None:
-            initialise(dict(enumerate(stages)), config, seed)
-        self.stages = StageList(*stages)
+            initialize(dict(enumerate(stages)), config, seed)
+        self.layers = LayerList(*stages)
 
     @property
     def patches(self) -> Patches:
-        return self.stages[0]  # type: ignore[return-value]
+        return self.layers[0]  # type: ignore[return-value]
 
     @property
     def vision_blocks(self) -> list[VisionBlock]:
-        return [stage for stage in self.stages if isinstance(stage, VisionBlock)]
+        return [stage for stage in self.layers if isinstance(stage, VisionBlock)]
 
     @property
     def pool(self) -> PoolInterleave:
-        return self.stages[1 + self.config.vision.layers]  # type: ignore[return-value]
+        return self.layers[1 + self.config.vision.layers]  # type: ignore[return-value]
 
     @property
     def language_blocks(self) -> list[LanguageBlock]:
-        return [stage for stage in self.stages if isinstance(stage, LanguageBlock)]
+        return [stage for stage in self.layers if isinstance(stage, LanguageBlock)]
 
     @property
     def head(self) -> Head:
-        return self.stages[-1]  # type: ignore[return-value]
+        return self.layers[-1]  # type: ignore[return-value]
 
     def vision_tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], normalised float or uint8 → vision blocks' output [N, 1+P, V], before the final norm."""
+        """Images [N, 3, H, W], normalized float or uint8 → vision blocks' output [N, 1+P, V], before the final norm."""
         size = self.config.vision.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images have the shape {tuple(images.shape)}; the model takes [N, 3, {size}, {size}]")
@@ -106,7 +106,7 @@ class LCL(nn.Module):
         return hidden
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], normalised float or uint8 → image latents z [N, D], unit norm, float32."""
+        """Images [N, 3, H, W], normalized float or uint8 → image latents z [N, D], unit norm, float32."""
         return unit_norm(self.pool.pool(self.vision_tokens(images))[0])
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class LCL(nn.Module):
         size = self.config.vision.image_size
         batch = pack_padded(asked, ends + 1, token_ids.new_empty(0, 3, size, size, dtype=torch.uint8), self.config)
         x: Any = Activations.of(batch)
-        for stage in list(self.stages)[:-1]:
+        for stage in list(self.layers)[:-1]:
             x = stage(x)
         return self.head.text_features(x.hidden[torch.cumsum(ends + 1, 0) - 1])
 
@@ -134,12 +134,12 @@ class LCL(nn.Module):
     def forward(self, images: torch.Tensor, token_ids: torch.Tensor) -> LCLOutput:
         """Both losses of a batch of sequences.
 
-        images [N, 3, H, W], normalised float or uint8, in the order of the `<soi>` in token_ids [B, S] (int64,
+        images [N, 3, H, W], normalized float or uint8, in the order of the `<soi>` in token_ids [B, S] (int64,
         right-padded with 0). Reference rules for the contrast: every image takes part unless its `<soi>` is its
         sequence's first token. ValueError where images and placeholders do not fit each other.
         """
         batch = pack_padded(token_ids, _lengths(token_ids), images, self.config)
-        out = self.stages(batch)
+        out = self.layers(batch)
         pairs = (batch.image_soi >= 0).nonzero()[:, 0]
         image_features, text_features = out.image_features[pairs], out.text_features[pairs]
         contrast = contrastive_loss(image_features, text_features, out.log_scale)

@@ -109,19 +109,19 @@ def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: b
     expected = {name: tensor.shape for name, tensor in state_dict_open_clip(model).items()}
     if faults := name_faults(expected, state_dict):
         raise UserError(f"the checkpoint {faults}; is it for another model config?")
-    ours = dict(model.stages.named_parameters())
+    ours = dict(model.layers.named_parameters())
     with torch.no_grad():
         for name, value in under_our_names(model, state_dict):
             if assign:
                 stage, _, leaf = name.rpartition(".")
-                setattr(model.stages.get_submodule(stage), leaf, torch.nn.Parameter(value.float().contiguous()))
+                setattr(model.layers.get_submodule(stage), leaf, torch.nn.Parameter(value.float().contiguous()))
             else:
                 ours[name].copy_(value)
 
 
 def under_our_names(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """What a state dict in the reference's format has of a model's parameters, by our names; views. Shapes must fit."""
-    shapes = {name: parameter.shape for name, parameter in model.stages.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.layers.named_parameters()}
     for theirs, names in _names(model).items():
         if theirs in state_dict:
             parts = state_dict[theirs].reshape(len(names), -1)
@@ -140,7 +140,7 @@ def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:
 
 def parts_open_clip(model: LCL) -> dict[str, list[torch.Tensor]]:
     """`state_dict_open_clip` before concatenation: views of the model's parameters."""
-    ours = {name: p.detach() for name, p in model.stages.named_parameters()}
+    ours = {name: p.detach() for name, p in model.layers.named_parameters()}
     v, p = model.config.vision, model.config.vision.patch_size
     shapes = {
         "logit_scale": (),
@@ -161,7 +161,7 @@ _TRANSPOSED = {"text.text_projection"}
 
 def _names(model: LCL) -> dict[str, list[str]]:
     """Their name → our names, in the order in which ours are concatenated."""
-    index = {id(stage): str(i) for i, stage in enumerate(model.stages)}
+    index = {id(stage): str(i) for i, stage in enumerate(model.layers)}
     patches, pool, head = (index[id(stage)] for stage in (model.patches, model.pool, model.head))
     names = {
         "logit_scale": [f"{head}.log_scale"],

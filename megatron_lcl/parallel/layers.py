@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.parallel.mappings import (
+    copy_to_tensor_parallel,
     finish,
-    gather_same,
-    reduce_scatter,
-    share_size,
+    gather_replicated,
+    reduce_scatter_to_sequence_parallel,
+    shard_size,
     start_gather,
     start_reduce_scatter,
-    sum_gradients,
 )
 from megatron_lcl.parallel.mesh import Axis
 
@@ -51,7 +51,7 @@ def shard(full: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> torch.Tens
     if not is_split(parameter):
         return full
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    size = share_size(full.shape[dim], axis)
+    size = shard_size(full.shape[dim], axis)
     part = full.narrow(dim, min(axis.rank * size, full.shape[dim]), _num_real(axis.rank, size, full.shape[dim]))
     missing = size - part.shape[dim]
     return F.pad(part, (0, 0) * (full.dim() - 1 - dim) + (0, missing)) if missing else part
@@ -66,7 +66,7 @@ def full_tensor(value: torch.Tensor, parameter: torch.Tensor, axis: Axis) -> tor
         return value
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
     rows = value.detach().transpose(0, dim)
-    return gather_same(rows, axis, full_shape(parameter)[dim]).transpose(0, dim).contiguous()
+    return gather_replicated(rows, axis, full_shape(parameter)[dim]).transpose(0, dim).contiguous()
 
 
 def _num_real(rank: int, size: int, full_size: int) -> int:
@@ -93,7 +93,7 @@ class SharedParameters:
             yield
             return
         parameters = [getattr(part, name) for part, name in self.places]
-        self._put(sum_gradients(parameters, self.axis))
+        self._put(copy_to_tensor_parallel(parameters, self.axis))
         try:
             yield
         finally:
@@ -193,14 +193,14 @@ class RowLinear(nn.Linear):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         if self.axis.size == 1:
             return super().forward(rows)
-        return reduce_scatter(F.linear(rows, self.weight), self.axis) + self.bias
+        return reduce_scatter_to_sequence_parallel(F.linear(rows, self.weight), self.axis) + self.bias
 
 
 class VocabularyEmbedding(nn.Embedding):
     """Embedding whose entries are split: gives the rows of the own ids and zeros for others, so that ranks sum."""
 
     def __init__(self, vocab_size: int, width: int, axis: Axis) -> None:
-        super().__init__(share_size(vocab_size, axis), width)
+        super().__init__(shard_size(vocab_size, axis), width)
         self.axis = axis
         mark_split(self.weight, 0, vocab_size)
 

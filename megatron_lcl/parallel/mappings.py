@@ -5,8 +5,8 @@ every rank holds a share of the rows. R rows split into `size` shares of ceil(R 
 shares end with rows of zeros, which nobody but this file sees. At size 1 every function gives its argument back.
 
 What a gradient means: that of a share is whole, what one process would have there. Of rows that every rank holds, each
-rank has the part that its own use of them contributes; the parts add up to the whole. `gather_same` is the exception:
-every rank does the same with its result and gets the same, whole gradient for it.
+rank has the part that its own use of them contributes; the parts add up to the whole.
+`gather_replicated` is the exception: every rank does the same with its result and gets the same, whole gradient for it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def share_size(num_rows: int, axis: Axis) -> int:
+def shard_size(num_rows: int, axis: Axis) -> int:
     """Rows of one rank's share of `num_rows`."""
     return -(-num_rows // axis.size)
 
 
-def own_share(rows: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """This rank's share of rows [R, ...] that every rank holds; has no use for a gradient (see `gather_same`)."""
+def local_shard(rows: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's share of rows [R, ...] that every rank holds; has no use for a gradient (see `gather_replicated`)."""
     if axis.size == 1:
         return rows
-    size = share_size(len(rows), axis)
+    size = shard_size(len(rows), axis)
     return pad_rows(rows[axis.rank * size : (axis.rank + 1) * size], size)
 
 
@@ -44,22 +44,22 @@ def pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
 
 
-def gather(share: torch.Tensor, axis: Axis, num_rows: int) -> torch.Tensor:
+def gather_from_sequence_parallel(share: torch.Tensor, axis: Axis, num_rows: int) -> torch.Tensor:
     """All ranks' shares → all `num_rows` rows, on every rank. Backward sums the ranks' gradients (reduce-scatter)."""
     return share if axis.size == 1 else _Gather.apply(share, axis, num_rows)
 
 
-def gather_same(share: torch.Tensor, axis: Axis, num_rows: int) -> torch.Tensor:
+def gather_replicated(share: torch.Tensor, axis: Axis, num_rows: int) -> torch.Tensor:
     """All ranks' shares → all `num_rows` rows, with which every rank does the same. Backward keeps the own share."""
     return share if axis.size == 1 else _GatherSame.apply(share, axis, num_rows)
 
 
-def reduce_scatter(parts: torch.Tensor, axis: Axis) -> torch.Tensor:
+def reduce_scatter_to_sequence_parallel(parts: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Rows [R, ...] whose sum over ranks is meant → this rank's share of the sum. Backward gathers."""
     return parts if axis.size == 1 else _ReduceScatter.apply(parts, axis)
 
 
-def sum_gradients(tensors: Sequence[torch.Tensor], axis: Axis) -> Sequence[torch.Tensor]:
+def copy_to_tensor_parallel(tensors: Sequence[torch.Tensor], axis: Axis) -> Sequence[torch.Tensor]:
     """Tensors of one dtype that are the same on every rank, to compute with. Backward sums their gradients over ranks.
 
     For what is used on a share of the rows, or for a share of the result. One all-reduce for the gradients of all.
@@ -75,7 +75,7 @@ def start_gather(share: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
 
 def start_reduce_scatter(parts: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
     """The own share of the sum, and what to wait for before looking at it."""
-    size = share_size(len(parts), axis)
+    size = shard_size(len(parts), axis)
     share = parts.new_empty(size, *parts.shape[1:])
     return share, _reduce_scatter(
         share, pad_rows(parts, axis.size * size).contiguous(), group=axis.group, async_op=True
@@ -108,7 +108,7 @@ class _GatherSame(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return own_share(grad, ctx.axis), None, None
+        return local_shard(grad, ctx.axis), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):

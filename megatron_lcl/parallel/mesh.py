@@ -75,14 +75,14 @@ class Mesh:
     """parts of the list of stages, in order"""
     tensor: Axis = ALONE
     """shares of every layer"""
-    replica: Axis = ALONE
+    model_parallel: Axis = ALONE
     """all processes of this data-parallel replica: its pipeline and tensor ranks"""
-    stage: Axis = ALONE
+    data_tensor: Axis = ALONE
     """all processes of this pipeline stage: its data and tensor ranks, the latter next to each other"""
 
     @classmethod
     def of_world(cls) -> Mesh:
-        """All processes of the initialised default group as data-parallel replicas."""
+        """All processes of the initialized default group as data-parallel replicas."""
         world = _world()
         alone = Axis(ranks=(dist.get_rank(),))
         return cls(world, world, alone, alone, alone, world)
@@ -98,9 +98,9 @@ class Mesh:
         return self.world.rank == 0
 
     @property
-    def reads(self) -> bool:
+    def loads_data(self) -> bool:
         """Whether this process reads the batches of its replica and hands them to the others."""
-        return self.replica.rank == 0
+        return self.model_parallel.rank == 0
 
 
 def _world() -> Axis:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.initialize import initialise
-from megatron_lcl.model.layers import MAX_LOG_SCALE, build_stages
-from megatron_lcl.model.lcl import StageList
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
+from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 
 
@@ -35,9 +35,9 @@ class Trajectory:
 def reference(case: Case) -> Trajectory:
     """The steps of a case without any parallelism, DeepSpeed or fused loss, on the CPU."""
     config = case.config()
-    stages = build_stages(config.model, config.contrast.initial_log_scale)
-    initialise(dict(enumerate(stages)), config.model, config.train.seed)
-    model = StageList(*stages)
+    stages = build_layers(config.model, config.contrast.initial_log_scale)
+    initialize(dict(enumerate(stages)), config.model, config.train.seed)
+    model = LayerList(*stages)
     settings = config.optimizer
     groups = [
         {"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "weight_decay": decay}
@@ -64,7 +64,7 @@ def reference(case: Case) -> Trajectory:
     return out
 
 
-def _losses(model: StageList, batches: list[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(model: LayerList, batches: list[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = [model(batch) for batch in batches]
     generation = torch.stack([out.generation for out in outputs]).sum() / sum(b.num_targets for b in batches)
     chosen = [(b.image_soi >= 0).nonzero()[:, 0] for b in batches]

@@ -1,6 +1,6 @@
 """Bytes that a process sends in a step: the formulas of docs/parallelism.md, for one layout and one batch.
 
-Without activation checkpointing, and with gradients reduced in float32. Shape legend as in model.stages. `a`: bytes of
+Without activation checkpointing, and with gradients reduced in float32. Shape legend as in model.layers. `a`: bytes of
 a number in an activation or a parameter; r = (p - 1)/p.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.group import HEADER
-from megatron_lcl.parallel.mappings import share_size
+from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.selftest.count_traffic import ring
 from megatron_lcl.train.engine import DTYPES, resolve_dtype
@@ -54,7 +54,7 @@ def num_bytes(config: Config) -> int:
 def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:
     """Handing a step's micro-batches to the other processes of the replica (train.share)."""
     sent: Sent = defaultdict(float)
-    replica, tensor = mesh.replica, mesh.tensor
+    replica, tensor = mesh.model_parallel, mesh.tensor
     header = 6 + 8 + 4 + config.train.micro_batch
     sent[replica.ranks] += ring(len(batches) * header * LONG, replica.size)
     for batch in batches:
@@ -123,11 +123,11 @@ def zero3(sizes: Sequence[int], batches: int, config: Config, mesh: Mesh) -> Sen
 def contrast(pairs: Sequence[int], width: int, mesh: Mesh) -> Sent:
     """The contrast: features and sums once, nothing in backward; tensor ranks exchange rows of gradients."""
     sent: Sent = defaultdict(float)
-    stage, tensor = mesh.stage, mesh.tensor
-    most = max(1, *(share_size(n, tensor) for n in pairs))
+    stage, tensor = mesh.data_tensor, mesh.tensor
+    most = max(1, *(shard_size(n, tensor) for n in pairs))
     for of_rank in (HEADER * LONG, most * 2 * width * FLOAT, (5 + 2 * most) * FLOAT):
         sent[stage.ranks] += ring(of_rank * stage.size, stage.size)
-    own = share_size(pairs[mesh.data.rank], tensor)
+    own = shard_size(pairs[mesh.data.rank], tensor)
     sent[tensor.ranks] += ring(own * 2 * width * FLOAT * tensor.size, tensor.size)
     return sent
 

@@ -16,7 +16,7 @@ from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
 
-AXES = ("world", "data", "pipeline", "tensor", "replica", "stage")
+AXES = ("world", "data", "pipeline", "tensor", "model_parallel", "data_tensor")
 
 
 class GroupError(RuntimeError):
@@ -91,7 +91,7 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     from megatron_lcl.selftest.traffic import of_step
-    from megatron_lcl.train.broadcast_batches import share
+    from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.engine import build_stepper, read_parameters
 
     config = case.config()
@@ -101,7 +101,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     for step in range(STEPS):
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         with Traffic() as traffic:
-            batches = share(packs if mesh.reads else None, num, 1, mesh, engine.device)
+            batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)
             result = stepper.run(batches, case.lr(step))
         out.losses.append([result.generation, result.contrastive, result.log_scale])
         out.grad_norms.append(result.grad_norm)

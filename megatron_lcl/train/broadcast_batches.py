@@ -19,25 +19,25 @@ _TENSORS = [f.name for f in dataclasses.fields(PackedBatch) if f.type == "torch.
 _NUMBERS = [f.name for f in dataclasses.fields(PackedBatch) if f.type == "int"]
 
 
-def share(
+def broadcast_batches(
     batches: Sequence[PackedBatch] | None, num: int, packs_per_batch: int, mesh: Mesh, device: torch.device
 ) -> list[PackedBatch]:
     """The `num` micro-batches of a step, on every process of the replica and on its device.
 
-    batches: what this process read; None where another one reads (`Mesh.reads`). Behind the first pipeline stage
+    batches: what this process read; None where another one reads (`Mesh.loads_data`). Behind the first pipeline stage
     `images` has no rows. `bad_images` is where they were read only, their number everywhere.
     """
-    assert (batches is not None) == mesh.reads, "exactly one process of a replica reads"
+    assert (batches is not None) == mesh.loads_data, "exactly one process of a replica reads"
     if batches is not None:
         assert len(batches) == num, f"{len(batches)} micro-batches, not {num}"
         batches = [batch.to(device) for batch in batches]
-        if mesh.replica.size == 1:
+        if mesh.model_parallel.size == 1:
             return batches
     width = len(_NUMBERS) + len(_TENSORS) + 4 + packs_per_batch
     header = torch.zeros(num, width, dtype=torch.int64)
     if batches is not None:
         header = torch.tensor([_header(batch, packs_per_batch) for batch in batches], dtype=torch.int64)
-    rows = mesh.replica.broadcast(header.to(device)).tolist()
+    rows = mesh.model_parallel.broadcast(header.to(device)).tolist()
     return [_one(row, batches[m] if batches is not None else None, mesh, device) for m, row in enumerate(rows)]
 
 
@@ -56,7 +56,7 @@ def _one(row: list[int], own: PackedBatch | None, mesh: Mesh, device: torch.devi
         integers = torch.empty(sum(lengths), dtype=torch.int32, device=device)
     else:
         integers = torch.cat([getattr(own, name) for name in _TENSORS])
-    mesh.replica.broadcast(integers)
+    mesh.model_parallel.broadcast(integers)
     if mesh.pipeline.rank > 0:
         images = torch.empty(0, *shape[1:], dtype=torch.uint8, device=device)
     else:

@@ -26,7 +26,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.pack_index import Ledger
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import build_stages
+from megatron_lcl.model.layers import build_layers
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
@@ -160,7 +160,7 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     with torch.device("meta"):
-        stages = build_stages(config.model, config.contrast.initial_log_scale)
+        stages = build_layers(config.model, config.contrast.initial_log_scale)
     counts = [sum(p.numel() for p in stage.parameters()) for stage in stages]
     vision = sum(counts[: 1 + config.model.vision.layers])
     parts = {"vision": vision, "pool and language": sum(counts) - vision}

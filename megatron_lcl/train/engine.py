@@ -18,9 +18,9 @@ from torch import nn
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
 from megatron_lcl.model.block import Norm
-from megatron_lcl.model.initialize import initialise
-from megatron_lcl.model.layers import Head, stage_specs
-from megatron_lcl.model.lcl import StageList
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import Head, layer_specs
+from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.parallel.layers import full_tensor
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import settings
@@ -28,7 +28,7 @@ from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, put
 from megatron_lcl.train.layout import build_mesh, build_topology, check_layout, num_micro_batches
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
-from megatron_lcl.train.pipeline.partition import even_cuts
+from megatron_lcl.train.pipeline.partition import partition_uniform
 
 BUCKET = 50_000_000
 """numbers in a sum of gradients over replicas: DeepSpeed's own are so large that a model of 500 million has one sum"""
@@ -107,7 +107,7 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero.stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler, also where it is offloaded
-        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},  # see step.refuse
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},  # see step.nan_if_rejected
         "fp16": {"enabled": dtype == "float16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
@@ -132,7 +132,7 @@ def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
     initial_log_scale, train = config.contrast.initial_log_scale, config.train
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     attention = choose_run_attention(config).attend
-    return stage_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention)
+    return layer_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention)
 
 
 def choose_run_attention(config: Config) -> Attention:
@@ -151,23 +151,23 @@ def choose_run_attention(config: Config) -> Attention:
 def build_module(
     config: Config, mesh: Mesh, cuts: Sequence[int] | None = None, weights: InitialWeights | None = None
 ) -> Any:
-    """This process's stages, parameters drawn from `train.seed`: a StageList, in a pipeline a PipelinePart.
+    """This process's stages, parameters drawn from `train.seed`: a LayerList, in a pipeline a PipelineStage.
 
-    cuts: the first stage of each part of a pipeline (see `cuts.place_cuts`); None: equally many stages in each.
+    cuts: the first stage of each part of a pipeline (see `cuts.partition_balanced`); None: equally many stages in each.
     weights: what parameters begin with in place of what was drawn.
     """
     specs = specs_of(config, mesh.tensor)
-    bounds = [*(cuts or even_cuts(len(specs), mesh.pipeline.size)), len(specs)]
+    bounds = [*(cuts or partition_uniform(len(specs), mesh.pipeline.size)), len(specs)]
     own = range(bounds[mesh.pipeline.rank], bounds[mesh.pipeline.rank + 1])
     stages = {index: specs[index]() for index in own}
-    initialise(stages, config.model, config.train.seed, mesh.tensor)
+    initialize(stages, config.model, config.train.seed, mesh.tensor)
     if weights is not None:
         put(weights, stages, mesh.tensor)
     if mesh.pipeline.size == 1:
-        return StageList(*stages.values())
-    from megatron_lcl.train.pipeline.engine import PipelinePart
+        return LayerList(*stages.values())
+    from megatron_lcl.train.pipeline.engine import PipelineStage
 
-    return PipelinePart(stages, bounds, build_topology(config, mesh.data.size))
+    return PipelineStage(stages, bounds, build_topology(config, mesh.data.size))
 
 
 def build_engine(module: Any, config: Config, mesh: Mesh) -> Any:

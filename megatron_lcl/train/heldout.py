@@ -15,7 +15,7 @@ from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks, write_heldout
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.broadcast_batches import share
+from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.telemetry import Telemetry
 
@@ -59,7 +59,7 @@ class HeldOutMeter:
         def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
             if asked():
                 raise _BrokenOff
-            batches = share(read, num, self.evaluation.micro_batch, mesh, device)
+            batches = broadcast_batches(read, num, self.evaluation.micro_batch, mesh, device)
             return list(itertools.zip_longest(batches, stepper.forward(batches)))
 
         self.evaluation = HeldOutEvaluation(

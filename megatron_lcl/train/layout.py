@@ -113,8 +113,8 @@ def build_mesh(config: Config) -> Mesh:
         "data": topology.get_axis_comm_lists("data"),
         "pipeline": topology.get_axis_comm_lists("pipe"),
         "tensor": topology.get_axis_comm_lists("model"),
-        "replica": [sorted(topology.filter_match(data=i)) for i in range(data)],
-        "stage": [sorted(topology.filter_match(pipe=i)) for i in range(config.parallel.pipeline)],
+        "model_parallel": [sorted(topology.filter_match(data=i)) for i in range(data)],
+        "data_tensor": [sorted(topology.filter_match(pipe=i)) for i in range(config.parallel.pipeline)],
     }
     assert all(math.prod([len(of_axis), len(of_axis[0])]) == dist.get_world_size() for of_axis in lists.values())
     return Mesh.of_lists(lists)

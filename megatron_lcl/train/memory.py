@@ -22,7 +22,7 @@ import torch
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import build_stages
+from megatron_lcl.model.layers import build_layers
 from megatron_lcl.train.engine import DTYPES, resolve_dtype
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
@@ -71,7 +71,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     model, train, stage = config.model, config.train, config.zero.stage
     number = DTYPES[resolve_dtype(config)].itemsize
     with torch.device("meta"):
-        stages = build_stages(model, config.contrast.initial_log_scale)
+        stages = build_layers(model, config.contrast.initial_log_scale)
     own = sum(p.numel() for s in stages for p in s.parameters()) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)

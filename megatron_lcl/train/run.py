@@ -25,7 +25,7 @@ from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.apex import check_apex
-from megatron_lcl.train.broadcast_batches import share
+from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
@@ -47,14 +47,14 @@ from megatron_lcl.train.kernels import check_kernels, choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.optimizer import learning_rate
-from megatron_lcl.train.pipeline.partition import choose_cuts
+from megatron_lcl.train.pipeline.partition import choose_partition
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 from megatron_lcl.train.resilience.faults import lost
 from megatron_lcl.train.resilience.lock import alone_in
 from megatron_lcl.train.resilience.replicas import find_difference
 from megatron_lcl.train.resilience.signals import Signals, Stopped
-from megatron_lcl.train.resilience.watchdog import Watch
+from megatron_lcl.train.resilience.watchdog import Watchdog
 from megatron_lcl.train.telemetry import Telemetry
 
 CONFIG = "config.yaml"
@@ -163,9 +163,9 @@ def train(config: Config, signals: Signals | None = None) -> Path:
 def _train(config: Config, signals: Signals) -> Path:
     mesh = init_processes(config)
     try:
-        with Watch(mesh, config.guard.timeout, config.guard.long_timeout) as watch, contextlib.ExitStack() as held:
+        with Watchdog(mesh, config.guard.timeout, config.guard.long_timeout) as watch, contextlib.ExitStack() as held:
             start = agree(config, mesh, held)
-            module = build_module(config, mesh, pipeline_cuts(config, mesh, start), start.weights)
+            module = build_module(config, mesh, pipeline_partition(config, mesh, start), start.weights)
             engine = build_engine(module, config, mesh)
             run = Path(config.train.output)
             with (
@@ -189,7 +189,7 @@ class Training:
         telemetry: Telemetry,
         checkpoints: Checkpointer,
         signals: Signals,
-        watch: Watch,
+        watch: Watchdog,
     ) -> None:
         self.config, self.mesh, self.engine, self.start = config, mesh, engine, start
         self.telemetry, self.signals, self.watch = telemetry, signals, watch
@@ -199,7 +199,7 @@ class Training:
         self.bad = BadSteps(config.guard, start.progress.guard)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
-            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._asked)
+            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._stop_requested)
         self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress, self.ledger = start.progress, Ledger.from_json(start.progress.ledger)
         self.loader: PackedLoader | None = None
@@ -231,7 +231,7 @@ class Training:
                 self._rewind()
             else:
                 self._after_step()
-        self.saver.settle()
+        self.saver.finish_pending()
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
@@ -244,14 +244,14 @@ class Training:
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step
-        self.watch.beat(step, "reading data")
+        self.watch.heartbeat(step, "reading data")
         started = time.perf_counter()
-        own = [next(self.batches) for _ in range(self.micro_batches)] if mesh.reads else None
+        own = [next(self.batches) for _ in range(self.micro_batches)] if mesh.loads_data else None
         loaded = time.perf_counter()
-        self.watch.beat(step, "computing")
+        self.watch.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
-        shared = share(own, self.micro_batches, config.train.micro_batch, mesh, self.engine.device)
+        shared = broadcast_batches(own, self.micro_batches, config.train.micro_batch, mesh, self.engine.device)
         result = self.stepper.run(shared, lr, self.bad.limit())
         at, applied = (step, self.progress.packs), self.engine.was_step_applied()
         skipped = self.bad.record(at, result.loss, applied, scale)
@@ -267,26 +267,26 @@ class Training:
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
         last = step == self.config.train.steps
-        if last or (every and step % every == 0 and not self.bad.in_a_row):  # amid bad steps nothing good is saved
+        if last or (every and step % every == 0 and not self.bad.consecutive):  # amid bad steps nothing good is saved
             self._save()
         elif compare and step % compare == 0:
             self._compare_replicas()
         if self.heldout and (last or step % self.config.train.evaluate_every == 0):
-            with self.watch.long(step, "evaluating"):
+            with self.watch.long_phase(step, "evaluating"):
                 self.heldout.measure(step)
 
     def _save(self) -> None:
         self._compare_replicas()
-        if not self.bad.in_a_row:
+        if not self.bad.consecutive:
             self.bad.rewinds = 0
         if self.loader:
             self.ledger = self.loader.ledger_after(self.progress.packs)
             self.progress = replace(self.progress, ledger=self.ledger.to_json())
-        with self.watch.long(self.progress.step, "saving"):
+        with self.watch.long_phase(self.progress.step, "saving"):
             self.saver.save(replace(self.progress, guard=self.bad.state()))
 
     def _compare_replicas(self) -> None:
-        if not self.config.guard.every or self.mesh.stage.size == 1:
+        if not self.config.guard.every or self.mesh.data_tensor.size == 1:
             return
         found = find_difference(self.engine.module, self.mesh)
         if found is not None:
@@ -296,31 +296,31 @@ class Training:
                 "stores wrongly; leave it out, and the same command goes on from the last checkpoint"
             )
 
-    def _asked(self) -> int:
+    def _stop_requested(self) -> int:
         """The signal that any process has received, 0 for none; the same on all, which ask together."""
         flags = torch.tensor([self.signals.received, self.checkpoints.writing], device=self.engine.device)
         signum, writing = self.mesh.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         if not writing:
-            self.saver.settle()
+            self.saver.finish_pending()
         return signum
 
     def _stop_if_asked(self) -> None:
-        step, signum = self.progress.step, self._asked()
+        step, signum = self.progress.step, self._stop_requested()
         if not signum:
             return
-        with self.watch.long(step, "saving before the end"):
-            self.saver.settle()
+        with self.watch.long_phase(step, "saving before the end"):
+            self.saver.finish_pending()
             if self.saver.step != step:
                 self._save()
-            self.saver.settle()
+            self.saver.finish_pending()
         self.audit.write("stopped", step, signal=signum, saved=self.saver.step)
         raise Stopped(signum, step, self.saver.step)
 
     def _rewind(self) -> None:
         """Back to the last checkpoint before the bad steps; their packs are jumped over from then on."""
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
-        with self.watch.long(at, "rewinding"):
-            self.saver.settle()
+        with self.watch.long_phase(at, "rewinding"):
+            self.saver.finish_pending()
 
             def decide() -> tuple[Path | None, dict[Path, list[str]]]:
                 own = checkpoint.list_checkpoints(run)
@@ -357,7 +357,7 @@ class Training:
         self.progress, self.ledger = progress, Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
-        if self.mesh.reads:
+        if self.mesh.loads_data:
             self.loader = build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger)
             self.batches = iter(self.loader)
 
@@ -443,7 +443,7 @@ def check_corpora(ledger: Ledger, config: Config) -> None:
     )
 
 
-def pipeline_cuts(config: Config, mesh: Mesh, start: Start) -> tuple[int, ...]:
+def pipeline_partition(config: Config, mesh: Mesh, start: Start) -> tuple[int, ...]:
     """Where the parts of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs."""
     progress, ledger = start.progress, Ledger.from_json(start.progress.ledger)
     if progress.layout.pipeline == mesh.pipeline.size:
@@ -453,7 +453,7 @@ def pipeline_cuts(config: Config, mesh: Mesh, start: Start) -> tuple[int, ...]:
         packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
         sample = build_loader(config, mesh, progress.step, progress.packs, ledger).reader[packs]
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return choose_cuts(specs_of(config, mesh.tensor), sample, config, mesh, device, DTYPES[resolve_dtype(config)])
+    return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, device, DTYPES[resolve_dtype(config)])
 
 
 def build_loader(config: Config, mesh: Mesh, first_step: int, first_pack: int, ledger: Ledger) -> PackedLoader:

@@ -56,7 +56,7 @@ _COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_imag
 
 
 @dataclass(frozen=True)
-class Totals:
+class GlobalCounts:
     """Counts of the global batch, known to every process before the forward."""
 
     counts: dict[str, int]
@@ -65,7 +65,7 @@ class Totals:
     """pairs of each data-parallel replica"""
 
     @classmethod
-    def of(cls, batches: Sequence[PackedBatch], mesh: Mesh, device: torch.device) -> Totals:
+    def of(cls, batches: Sequence[PackedBatch], mesh: Mesh, device: torch.device) -> GlobalCounts:
         """From the micro-batches of this replica; one small exchange over the data axis."""
         own = torch.tensor([sum(getattr(batch, name) for batch in batches) for name in _COUNTS], device=device)
         table = own[None]
@@ -101,7 +101,7 @@ class Contrast:
 
 
 def start_contrast(
-    features: Sequence[Features], log_scale: torch.Tensor, weight: float, totals: Totals, mesh: Mesh
+    features: Sequence[Features], log_scale: torch.Tensor, weight: float, totals: GlobalCounts, mesh: Mesh
 ) -> Callable[[], Contrast]:
     """Sends this replica's features to the others; what it returns waits for theirs, and is called once.
 
@@ -116,7 +116,7 @@ def start_contrast(
     )
     scale = log_scale.detach().clone().requires_grad_()
     counts = [count for of_replica in shares for count in of_replica]
-    gather = start_gather(image, text, scale, group=mesh.stage.group, counts=counts)
+    gather = start_gather(image, text, scale, group=mesh.data_tensor.group, counts=counts)
 
     def finish() -> Contrast:
         with torch.enable_grad():
@@ -146,7 +146,7 @@ def _gather_rows(own: torch.Tensor, shares: list[int], mesh: Mesh) -> torch.Tens
     return torch.cat([part[:count] for part, count in zip(parts, shares, strict=True)])
 
 
-def refuse(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
+def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
     """The surrogate as it is where the step's loss is finite and not above `limit`, else NaN, with NaN as gradients.
 
     Before every optimizer step DeepSpeed asks all processes together whether a gradient is not finite, as it must for
@@ -191,7 +191,7 @@ class StepLoss:
         outputs: Sequence[Outputs],
         batches: Sequence[PackedBatch],
         log_scale: torch.Tensor,
-        totals: Totals,
+        totals: GlobalCounts,
         limit: float,
         config: Config,
         mesh: Mesh,
@@ -221,7 +221,7 @@ class StepLoss:
         self.generation += out.generation.detach()
         if m < num - 1:
             return loss
-        return refuse(loss, self.means()[0], self.limit)
+        return nan_if_rejected(loss, self.means()[0], self.limit)
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scalars, once all micro-batches were there: the step's loss, and the generation loss in it, global means."""
@@ -258,13 +258,13 @@ class Stepper:
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
         """One step on this replica's micro-batches, which lie on the engine's device.
 
-        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see `refuse`
-        and the engine's `was_step_applied`.
+        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see
+        `nan_if_rejected` and the engine's `was_step_applied`.
         """
         engine, config, mesh = self.engine, self.config, self.mesh
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = Totals.of(batches, mesh, engine.device)
+        totals = GlobalCounts.of(batches, mesh, engine.device)
         head = engine.module[-1]
         outputs: list[Outputs] = []
         if self.with_contrast:

@@ -18,7 +18,7 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.card import Card, Measured
 from megatron_lcl.convert.export import export, export_model, save_checkpoint
 from megatron_lcl.data.loading.images import decode_eval
-from megatron_lcl.model.layers import IMAGE_STD, normalise
+from megatron_lcl.model.layers import IMAGE_STD, normalize
 
 transformers = pytest.importorskip("transformers")
 GIANT = Model(Vision(224, 14, 1408, 2, 16, 6144), Language(128, 1000, 512, 1, 8, 2048), 8)
@@ -38,7 +38,7 @@ def test_preprocessing(exported: Path) -> None:
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     file = io.BytesIO()
     image.save(file, "PNG")
-    ours = normalise(torch.from_numpy(decode_eval(file.getvalue(), 64).copy())[None])[0]
+    ours = normalize(torch.from_numpy(decode_eval(file.getvalue(), 64).copy())[None])[0]
     assert theirs.shape == (3, 64, 64)
     assert (theirs - ours).abs().max() < 2.5 / 255 / min(IMAGE_STD)  # two resizers round differently
 

@@ -24,7 +24,7 @@ def test_there_and_back(model: LCL, tmp_path: Path) -> None:
     back = load_model(tmp_path / "back")
     assert back.config == model.config
     theirs = dict(back.stages.named_parameters())
-    assert all(torch.equal(p, theirs[name]) for name, p in model.stages.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in model.layers.named_parameters())
 
 
 def test_create_model(model: LCL, tmp_path: Path) -> None:

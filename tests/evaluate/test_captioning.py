@@ -37,7 +37,7 @@ def naive_greedy(model: LCL, image: torch.Tensor, steps: int) -> list[int]:
         rows = torch.tensor([ids])
         batch = pack_padded(rows, torch.tensor([len(ids)]), image[None], model.config)
         x: Any = Activations.of(batch)
-        for stage in list(model.stages)[:-1]:
+        for stage in list(model.layers)[:-1]:
             x = stage(x)
         logits = model.head.logits(x.hidden[len(ids) - 1])
         allowed = [i for i in range(25) if i not in (special.sot, special.placeholder, special.soi, special.eoi)]

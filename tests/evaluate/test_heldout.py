@@ -107,7 +107,7 @@ def test_equals_a_brute_force_count(folder: Path) -> None:
     loader = PackedLoader(data, TINY.vision.num_patches, 16, 48, train=False)
     image, text, document, nll, targets = [], [], [], 0.0, 0
     for batch in loader:
-        out = model.stages(batch)
+        out = model.layers(batch)
         nll, targets = nll + float(out.generation), targets + batch.num_targets
         origins = {i.slot: o for o in loader.provenance(batch.packs[0]) for i in o.images}
         for slot in range(loader.images_per_pack):
@@ -172,12 +172,12 @@ def _evaluate(folder: Path, mesh: Mesh) -> tuple[HeldOut, list[Example]]:
     model = own_model()
 
     def forward(read: Sequence[PackedBatch] | None, num: int) -> list[Any]:
-        assert (read is not None) == mesh.reads
-        batches = mesh.replica.broadcast_object(read)
+        assert (read is not None) == mesh.loads_data
+        batches = mesh.model_parallel.broadcast_object(read)
         assert batches is not None
         assert len(batches) == num
         last = mesh.pipeline.rank == mesh.pipeline.size - 1
-        return [(batch, model.stages(batch) if last else None) for batch in batches]
+        return [(batch, model.layers(batch) if last else None) for batch in batches]
 
     evaluation = HeldOutEvaluation(settings(folder), folder / "corpus", mesh, forward, tokens=100, at_once=3)
     assert evaluation.micro_batch == 2

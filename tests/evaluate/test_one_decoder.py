@@ -15,7 +15,7 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.evaluate.encoders import load_encoder
-from megatron_lcl.model.layers import normalise
+from megatron_lcl.model.layers import normalize
 
 SIZE = 32
 """of the pictures and of the model, so that what `prepare` gives are the picture's own pixels"""
@@ -80,5 +80,5 @@ def test_every_encoder_is_given_the_same_pixels(folder: Path, library: str, file
     given = load_encoder(f"{prefix}{folder / library}").prepare(data)
     if given.dtype == torch.uint8:
         assert torch.equal(given, expected)
-    else:  # other libraries normalise, with the same mean and deviation
-        assert torch.allclose(given, normalise(expected[None])[0], atol=1e-5)
+    else:  # other libraries normalize, with the same mean and deviation
+        assert torch.allclose(given, normalize(expected[None])[0], atol=1e-5)

@@ -86,7 +86,7 @@ def test_logits_and_labels(model: LCL, tensors: dict[str, torch.Tensor]) -> None
     text = tensors["batch0/text"]
     batch = pack_padded(text, (text != 0).sum(1), tensors["batch0/images"], model.config)
     x: Any = Activations.of(batch)
-    for stage in model.stages[:-1]:
+    for stage in model.layers[:-1]:
         x = stage(x)
     logits = model.head.logits(x.hidden[x.target_positions])
     assert torch.equal(x.targets[x.target_positions], tensors["out/labels"])
@@ -111,7 +111,7 @@ def test_five_optimizer_steps(
     model: LCL, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], parameters: dict[str, torch.Tensor]
 ) -> None:
     settings = metadata["optimizer"]
-    groups = parameter_groups(model.stages.named_parameters(), settings["weight_decay"])
+    groups = parameter_groups(model.layers.named_parameters(), settings["weight_decay"])
     optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"])
     for step, expected in enumerate(tensors["traj"]):
         batch = f"batch{step % 2}"
@@ -126,7 +126,7 @@ def test_five_optimizer_steps(
 
 
 def test_decay_groups_are_the_references(model: LCL, metadata: dict[str, Any]) -> None:
-    no_decay, _ = sorted(parameter_groups(model.stages.named_parameters(), 0.2), key=lambda g: g["weight_decay"])
+    no_decay, _ = sorted(parameter_groups(model.layers.named_parameters(), 0.2), key=lambda g: g["weight_decay"])
     marked = {id(p) for p in no_decay["params"]}
     with torch.no_grad():
         for parameter in model.parameters():

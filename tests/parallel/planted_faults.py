@@ -46,18 +46,18 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
         return all_reduce(axis, tensor) / axis.size
 
     def own(rows: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
-        return collectives.own_share(rows, axis).contiguous(), reduce_scatter(rows, axis)[1]
+        return collectives.local_shard(rows, axis).contiguous(), reduce_scatter(rows, axis)[1]
 
     def biased(layer: layers.RowLinear, rows: torch.Tensor) -> torch.Tensor:
         return collectives.reduce_scatter(torch.nn.Linear.forward(layer, rows), layer.axis)
 
-    gather, gather_same = collectives._Gather, collectives._GatherSame
+    gather, gather_replicated = collectives._Gather, collectives._GatherSame
     return {
         FAULTS[0]: patch.object(block, "SharedParameters", functools.partial(Forgetful, "norm2.weight")),
         FAULTS[1]: patch.object(block, "SharedParameters", functools.partial(Forgetful, "mlp.down.bias")),
         FAULTS[2]: patch.object(Axis, "all_reduce", averaged),
-        FAULTS[3]: patch.object(gather, "backward", gather_same.backward),
-        FAULTS[4]: patch.object(gather_same, "backward", gather.backward),
+        FAULTS[3]: patch.object(gather, "backward", gather_replicated.backward),
+        FAULTS[4]: patch.object(gather_replicated, "backward", gather.backward),
         FAULTS[5]: patch.object(layers, "start_reduce_scatter", own),
         FAULTS[6]: patch.object(layers.RowLinear, "forward", biased),
         FAULTS[7]: patch.object(

@@ -93,7 +93,7 @@ def reference(file: str, case: Case) -> tuple[LCL, dict[str, torch.Tensor], dict
 def one_process(file: str, case: Case, clamp: bool = True) -> Run:
     """The truth: every sequence in one forward, torch's own optimizer and clipping."""
     model, tensors, settings = reference(file, case)
-    named = dict(model.stages.named_parameters())
+    named = dict(model.layers.named_parameters())
     groups = [
         {"params": [p for p in named.values() if (p.dim() >= 2) == decays], "weight_decay": decay}
         for decays, decay in ((True, settings["weight_decay"]), (False, 0.0))
@@ -179,7 +179,7 @@ def run_case(file: str, case: Case) -> Run:
     config = case.config(model.config, settings)
     mesh = init_processes(config)
     module = build_module(config, mesh)
-    full = dict(model.stages.named_parameters())
+    full = dict(model.layers.named_parameters())
     for name, parameter in module.named_parameters():
         parameter.data.copy_(shard(full[name].data, parameter, mesh.tensor))
     engine = build_engine(module, config, mesh)

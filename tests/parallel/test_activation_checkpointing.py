@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lcl import config as configs
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.initialize import initialise
-from megatron_lcl.model.layers import build_stages
-from megatron_lcl.model.lcl import StageList, pack_padded
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.model.special import SpecialTokens
 
 LAYERS = 4
@@ -80,9 +80,9 @@ class Run:
     """A forward and a backward; `kept`: the bytes alive between them."""
 
     def __init__(self, recompute: Any, every: int = 1) -> None:
-        stages = build_stages(MODEL, 2.0, recompute=recompute, recompute_every=every)
-        initialise(dict(enumerate(stages)), MODEL, seed=0)
-        model, batch = StageList(*stages), make_batch()
+        stages = build_layers(MODEL, 2.0, recompute=recompute, recompute_every=every)
+        initialize(dict(enumerate(stages)), MODEL, seed=0)
+        model, batch = LayerList(*stages), make_batch()
         with Alive() as alive:
             out = model(batch)
             loss = out.generation + (out.image_features * out.text_features).sum() * out.log_scale.sum()

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from megatron_lcl import config as configs
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
-from megatron_lcl.model.initialize import initialise
-from megatron_lcl.model.layers import build_stages, stage_specs
-from megatron_lcl.model.lcl import StageList, pack_padded
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import build_layers, layer_specs
+from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.parallel import layers as layers_module
 from megatron_lcl.parallel import mappings as collectives
 from megatron_lcl.parallel.layers import (
@@ -72,23 +72,23 @@ def check_collectives(axis: Axis, num_rows: int) -> None:
     of_ranks = [draw(num_rows, 4, seed=1 + rank) for rank in range(SIZE)]  # what each rank does with the rows
     summed = torch.stack(of_ranks).sum(0)
 
-    share = collectives.own_share(whole, axis).requires_grad_()
+    share = collectives.local_shard(whole, axis).requires_grad_()
     assert len(share) == -(-num_rows // SIZE)
     gathered = collectives.gather(share, axis, num_rows)
     same(gathered, whole)
     (gathered * of_ranks[axis.rank]).sum().backward()
-    same(share.grad, collectives.own_share(summed, axis))
+    same(share.grad, collectives.local_shard(summed, axis))
 
-    share = collectives.own_share(whole, axis).requires_grad_()
-    gathered = collectives.gather_same(share, axis, num_rows)
+    share = collectives.local_shard(whole, axis).requires_grad_()
+    gathered = collectives.gather_replicated(share, axis, num_rows)
     same(gathered, whole)
     (gathered * of_ranks[0]).sum().backward()
-    same(share.grad, collectives.own_share(of_ranks[0], axis))
+    same(share.grad, collectives.local_shard(of_ranks[0], axis))
 
     parts = of_ranks[axis.rank].clone().requires_grad_()
     share = collectives.reduce_scatter(parts, axis)
-    same(share, collectives.own_share(summed, axis))
-    (share * collectives.own_share(whole, axis)).sum().backward()
+    same(share, collectives.local_shard(summed, axis))
+    (share * collectives.local_shard(whole, axis)).sum().backward()
     same(parts.grad, whole)
 
 
@@ -108,14 +108,14 @@ def check_layers(axis: Axis, num_rows: int) -> None:
     expected = full[2](F.gelu(full[0](whole)) * full[1](whole))
     (expected * weights).sum().backward()
 
-    share = collectives.own_share(whole.detach(), axis).requires_grad_()
+    share = collectives.local_shard(whole.detach(), axis).requires_grad_()
     with shared.summing():
         a, b = gathered_linear([share, share], split[:2], axis, num_rows)
         assert len(a) == num_rows
         out = split[2](F.gelu(a) * b)
-    same(collectives.gather_same(out, axis, num_rows), expected)
-    (out * collectives.own_share(weights, axis)).sum().backward()
-    same(share.grad, collectives.own_share(whole.grad, axis))  # type: ignore[arg-type]
+    same(collectives.gather_replicated(out, axis, num_rows), expected)
+    (out * collectives.local_shard(weights, axis)).sum().backward()
+    same(share.grad, collectives.local_shard(whole.grad, axis))  # type: ignore[arg-type]
     for one, ours in zip(full, split, strict=True):
         for name, parameter in one.named_parameters():
             own = getattr(ours, name)
@@ -133,14 +133,14 @@ def check_two_sources(axis: Axis) -> None:
     weights = [draw(7, 6, seed=40 + number) for number in range(3)]
     expected = [wholes[i] @ weight.t() for i, weight in zip((0, 1, 0), full, strict=True)]
     sum((out * w).sum() for out, w in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
-    shares = [collectives.own_share(whole.detach(), axis).requires_grad_() for whole in wholes]
+    shares = [collectives.local_shard(whole.detach(), axis).requires_grad_() for whole in wholes]
     outputs = gathered_linear([shares[0], shares[1], shares[0]], layers, axis, 7)
     own = slice(axis.rank * 2, axis.rank * 2 + 2)
     for ours, theirs in zip(outputs, expected, strict=True):
         same(ours, theirs[:, own])
     sum((out * w[:, own]).sum() for out, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
     for share, whole in zip(shares, wholes, strict=True):
-        same(share.grad, collectives.own_share(whole.grad, axis))  # type: ignore[arg-type]
+        same(share.grad, collectives.local_shard(whole.grad, axis))  # type: ignore[arg-type]
     for layer, weight in zip(layers, full, strict=True):
         same(layer.weight.grad, weight.grad[own])  # type: ignore[index]
 
@@ -198,8 +198,8 @@ def check_embedding(axis: Axis) -> None:
     expected = one(ids)
     (expected * weights).sum().backward()
     out = collectives.reduce_scatter(ours(ids), axis)
-    same(out, collectives.own_share(expected, axis))
-    (out * collectives.own_share(weights, axis)).sum().backward()
+    same(out, collectives.local_shard(expected, axis))
+    (out * collectives.local_shard(weights, axis)).sum().backward()
     same(full_tensor(ours.weight.grad, ours.weight, axis), one.weight.grad)  # type: ignore[arg-type]
 
 
@@ -227,9 +227,9 @@ def test_collectives_and_layers_equal_one_process() -> None:
 
 def test_at_size_one_everything_is_itself() -> None:
     rows = torch.randn(5, 4, requires_grad=True)
-    assert collectives.own_share(rows, ALONE) is rows
+    assert collectives.local_shard(rows, ALONE) is rows
     assert collectives.gather(rows, ALONE, 5) is rows
-    assert collectives.gather_same(rows, ALONE, 5) is rows
+    assert collectives.gather_replicated(rows, ALONE, 5) is rows
     assert collectives.reduce_scatter(rows, ALONE) is rows
     assert full_tensor(rows, rows, ALONE) is rows
     layer = nn.Linear(2, 2)
@@ -276,14 +276,14 @@ MODEL = configs.from_dict(
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_same_seed_gives_the_same_full_parameters(size: int) -> None:
-    whole = dict(enumerate(build_stages(MODEL, 2.0)))
-    initialise(whole, MODEL, seed=5)
+    whole = dict(enumerate(build_layers(MODEL, 2.0)))
+    initialize(whole, MODEL, seed=5)
     ranks = []
     for rank in range(size):
         axis = Axis(None, rank, size)
         # a pipeline rank holds some of the stages only
-        stages = {i: make() for i, make in enumerate(stage_specs(MODEL, 2.0, axis=axis)) if i in (0, 2, 4)}
-        initialise(stages, MODEL, seed=5, axis=axis)
+        stages = {i: make() for i, make in enumerate(layer_specs(MODEL, 2.0, axis=axis)) if i in (0, 2, 4)}
+        initialize(stages, MODEL, seed=5, axis=axis)
         ranks.append({f"{i}.{n}": p for i, stage in stages.items() for n, p in stage.named_parameters()})
     expected = {f"{i}.{n}": p for i in (0, 2, 4) for n, p in whole[i].named_parameters()}
     assert all(parts.keys() == expected.keys() for parts in ranks)
@@ -317,10 +317,10 @@ def a_micro_batch(rank: int) -> tuple[list[torch.dtype], list[torch.dtype], floa
 
     dist.init_process_group("gloo")
     axis = Axis(dist.group.WORLD, rank, 2, (0, 1))
-    stages = [make() for make in stage_specs(MODEL, 2.0, axis=axis)]
-    initialise(dict(enumerate(stages)), MODEL, seed=5, axis=axis)
+    stages = [make() for make in layer_specs(MODEL, 2.0, axis=axis)]
+    initialize(dict(enumerate(stages)), MODEL, seed=5, axis=axis)
     with Sent() as sent:
-        out = StageList(*stages)(batch_of_two_texts())
+        out = LayerList(*stages)(batch_of_two_texts())
         out.generation.backward()
     hidden, targets = torch.ones(3, MODEL.language.width), torch.tensor([1, 2, 30])
     with Sent() as alone:
@@ -336,9 +336,9 @@ def batch_of_two_texts() -> PackedBatch:
 
 def test_in_a_micro_batch_no_host_waits_for_integers() -> None:
     """What tensor ranks compare before a generation loss that stands alone, the trainer knows: they have one batch."""
-    stages = build_stages(MODEL, 2.0)
-    initialise(dict(enumerate(stages)), MODEL, seed=5)
-    expected = float(StageList(*stages)(batch_of_two_texts()).generation.detach())
+    stages = build_layers(MODEL, 2.0)
+    initialize(dict(enumerate(stages)), MODEL, seed=5)
+    expected = float(LayerList(*stages)(batch_of_two_texts()).generation.detach())
     for sent, alone, loss in run_processes(a_micro_batch, 2):
         assert sent
         assert all(dtype.is_floating_point for dtype in sent)

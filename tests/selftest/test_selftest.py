@@ -60,10 +60,10 @@ def lose_a_sum(rank: int) -> None:
     from megatron_lcl.parallel import mappings as collectives
 
     assert stages is not None
-    summing = collectives.sum_gradients
+    summing = collectives.copy_to_tensor_parallel
     for module in list(sys.modules.values()):
-        if getattr(module, "sum_gradients", None) is summing:
-            module.sum_gradients = lambda tensors, axis: tensors  # type: ignore[union-attr]
+        if getattr(module, "copy_to_tensor_parallel", None) is summing:
+            module.copy_to_tensor_parallel = lambda tensors, axis: tensors  # type: ignore[union-attr]
 
 
 def gather_in_another_order(rank: int) -> None:

@@ -146,12 +146,12 @@ def begun(path: Path, **changes: Any) -> tuple[LCL, Any]:
     weights = find_initial_weights(config)
     assert weights is not None
     model = LCL(config.model, seed=2)
-    put(weights, dict(enumerate(model.stages)), ALONE)
+    put(weights, dict(enumerate(model.layers)), ALONE)
     return model, weights
 
 
 def parameters(model: LCL) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.stages.named_parameters()}
+    return {name: p.detach() for name, p in model.layers.named_parameters()}
 
 
 def test_every_weight_is_taken_and_nothing_is_said_to_be_missing(source: Path) -> None:

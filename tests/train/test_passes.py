@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lcl.model.initialize import initialise
-from megatron_lcl.model.layers import build_stages
-from megatron_lcl.model.lcl import StageList
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import step
@@ -41,9 +41,9 @@ class Engine:
 
     def __init__(self, case: Case) -> None:
         config = case.config()
-        stages = build_stages(config.model, config.contrast.initial_log_scale)
-        initialise(dict(enumerate(stages)), config.model, config.train.seed)
-        self.module = StageList(*stages)
+        stages = build_layers(config.model, config.contrast.initial_log_scale)
+        initialize(dict(enumerate(stages)), config.model, config.train.seed)
+        self.module = LayerList(*stages)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
         self.events: list[str] = []
 

@@ -82,7 +82,7 @@ def five_steps(
     )
     mesh = init_processes(config)
     contrast = of_contrast(model, tensors["batch0/images"], tensors["batch0/text"])
-    engine = build_engine(model.stages, config, mesh)
+    engine = build_engine(model.layers, config, mesh)
     stepper = Stepper(engine, config, mesh)
     with_gradients = zero < 3 and dtype == "float32" and objective == "lcl"
     gradients = record_gradients(engine, model) if with_gradients else []
@@ -135,7 +135,7 @@ def record_gradients(engine: Any, model: LCL) -> list[dict[str, torch.Tensor]]:
     def recording_step() -> None:
         if not recorded and engine.is_gradient_accumulation_boundary():
             copy = from_open_clip(model.state_dict_open_clip(), open_clip_config(model.config))
-            for ours, theirs in zip(model.stages.parameters(), copy.stages.parameters(), strict=True):
+            for ours, theirs in zip(model.layers.parameters(), copy.stages.parameters(), strict=True):
                 gradient = safe_get_full_grad(ours)
                 theirs.data.copy_(torch.zeros_like(theirs) if gradient is None else gradient)
             recorded.append(copy.state_dict_open_clip())
@@ -219,7 +219,7 @@ def one_loss(rank: int, reference: str, objective: str) -> tuple[float, float, l
         }
     )
     mesh = init_processes(config)
-    stepper = Stepper(build_engine(model.stages, config, mesh), config, mesh)
+    stepper = Stepper(build_engine(model.layers, config, mesh), config, mesh)
     result = stepper.run([pack_padded(text, (text != 0).sum(1), images, model.config)], 0.0)
     reported = result.contrastive if objective == "clip" else result.generation
     return float(loss), float(norm), [result.loss, reported], result.grad_norm

@@ -142,11 +142,11 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
 def _kept_fresh(folder: Path) -> Iterator[None]:
     ended = threading.Event()
 
-    def beat() -> None:
+    def heartbeat() -> None:
         while not ended.wait(BEAT_SECONDS):
             _touch(folder)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=heartbeat, daemon=True)
     thread.start()
     try:
         yield

@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch, num_runs
 from megatron_lcl.data.loading.images import decode_eval, decode_train
-from megatron_lcl.data.loading.pack_index import InOrder, Ledger, Pack, PackIndex, open_ledger
+from megatron_lcl.data.loading.pack_index import Ledger, Pack, PackIndex, SequentialIndex, open_ledger
 from megatron_lcl.data.loading.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
 from megatron_lcl.data.loading.source import Source, key, open_source, plain
 from megatron_lcl.errors import UserError
@@ -64,7 +64,7 @@ class PackReader(Dataset[PackedBatch]):
 
     def __init__(
         self,
-        index: PackIndex | InOrder,
+        index: PackIndex | SequentialIndex,
         data: Data,
         num_patches: int,
         image_size: int,
@@ -265,7 +265,7 @@ class PackedLoader(Iterable[PackedBatch]):
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size} processes; ranks count from 0")
         clip = objective == "clip"
-        index: PackIndex | InOrder
+        index: PackIndex | SequentialIndex
         if train:
             ledger = ledger or open_ledger(data, num_patches, context_length, contrast_only=clip)
             index = PackIndex(data, ledger)
@@ -274,7 +274,7 @@ class PackedLoader(Iterable[PackedBatch]):
                 raise UserError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
             whole = open_ledger(data, num_patches, context_length, contrast_only=clip)
             slots = whole.settings["images_per_pack"]
-            index = InOrder(
+            index = SequentialIndex(
                 open_source(data.corpora[0].path, data, num_patches, context_length, slots, clip, carry_text=True),
                 data.tokens_per_pack,
             )

@@ -442,7 +442,7 @@ def _record_in(folder: Path) -> dict[str, Any]:
     return record
 
 
-class InOrder:
+class SequentialIndex:
     """Every document of one corpus that is not left out, once and in order. Packs past the end are empty."""
 
     def __init__(self, source: Source, tokens_per_pack: int) -> None:

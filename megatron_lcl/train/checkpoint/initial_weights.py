@@ -137,7 +137,7 @@ def _check_tensors(path: Path, expected: Mapping[str, torch.Size], known: Mappin
 
 def _shapes(model: Model) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in LCL(model, seed=None).stages.named_parameters()}
+        return {name: parameter.shape for name, parameter in LCL(model, seed=None).layers.named_parameters()}
 
 
 def _layers(model: Model) -> list[tuple[str, int]]:

@@ -27,15 +27,15 @@ class Saver:
     def save(self, progress: Progress) -> None:
         """Save, in the background if the config says so; RunError after `max_failures` in a row that failed."""
         since = time.perf_counter()
-        self.settle()
+        self.finish_pending()
         try:
             self._writing = progress.step, self.checkpoints.save(progress, since)
         except SaveError as error:
             self._failed(progress.step, error)
         if not self.config.background:
-            self.settle()
+            self.finish_pending()
 
-    def settle(self) -> None:
+    def finish_pending(self) -> None:
         """Wait for a save in the background, if there is one, and count how it ended."""
         if self._writing is None:
             return
@@ -55,7 +55,7 @@ class Saver:
 
     def _failed(self, step: int, error: SaveError) -> None:
         self.failures, self.fault = self.failures + 1, str(error)
-        self.audit.write("checkpoint failed", step, reason=str(error), in_a_row=self.failures)
+        self.audit.write("checkpoint failed", step, reason=str(error), consecutive=self.failures)
         if self.failures >= self.config.max_failures:
             raise RunError(f"{error}; it is save number {self.failures} in a row that failed; {self.last}")
         self.telemetry.say(f"no checkpoint of step {step}: {error}; {self.last}")

@@ -38,7 +38,7 @@ class State:
 
     def __init__(self, folder: Path, model: Model) -> None:
         with torch.device("meta"):
-            parameters = LCL(model, seed=None).stages.named_parameters()
+            parameters = LCL(model, seed=None).layers.named_parameters()
         self.shapes: dict[str, torch.Size] = {name: parameter.shape for name, parameter in parameters}
         """whole, unpadded"""
         self.partition_dims: dict[str, int] = {}

@@ -31,13 +31,13 @@ from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.engine import DTYPES, read_log_scale, resolve_dtype, update_log_scale
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward, order_of
-from megatron_lcl.train.step import StepLoss, StepResult, Totals, without_targets
+from megatron_lcl.train.step import GlobalCounts, StepLoss, StepResult, without_targets
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
 """what the last part minimises, from the number of a micro-batch and what the head gave for it"""
 
 
-class PipelinePart(PipelineModule):
+class PipelineStage(PipelineModule):
     """This process's consecutive stages; parameters are called `{index}.name`, as without a pipeline."""
 
     def __init__(self, stages: Mapping[int, nn.Module], bounds: Sequence[int], topology: Any) -> None:
@@ -50,7 +50,7 @@ class PipelinePart(PipelineModule):
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
-class PartEngine(PipelineEngine):
+class ContrastivePipelineEngine(PipelineEngine):
     """DeepSpeed's engine of one part of the pipeline; see the file's head."""
 
     def __init__(self, shape_of: Callable[[PackedBatch], tuple[int, ...]], dtype: torch.dtype, **arguments: Any):
@@ -116,7 +116,7 @@ class PartEngine(PipelineEngine):
         if self.is_last_stage():
             loss = self._loss_of(self._num_backwards, out)
         else:
-            loss = _Known.apply(out, self.pipe_buffers["gradients"][buffer_id])
+            loss = InjectGradient.apply(out, self.pipe_buffers["gradients"][buffer_id])
             self.pipe_buffers["gradients"][buffer_id] = None
         self._num_backwards += 1
         DeepSpeedEngine.backward(self, loss, scale_wrt_gas=False)
@@ -148,7 +148,7 @@ class PartEngine(PipelineEngine):
     }
 
 
-class _Known(torch.autograd.Function):
+class InjectGradient(torch.autograd.Function):
     """A scalar; the gradient of `hidden` is `gradient`, whatever the scalar is multiplied by before backward.
 
     So every part, like the last one, hands DeepSpeed a loss, and DeepSpeed does around its backward what it must.
@@ -165,11 +165,11 @@ class _Known(torch.autograd.Function):
 
 
 def build_pipeline_engine(
-    part: PipelinePart, optimizer: torch.optim.Optimizer, settings: dict[str, Any], config: Config, mesh: Mesh
-) -> PartEngine:
+    part: PipelineStage, optimizer: torch.optim.Optimizer, settings: dict[str, Any], config: Config, mesh: Mesh
+) -> ContrastivePipelineEngine:
     """DeepSpeed's engine around this process's stages; settings: DeepSpeed's config."""
     mpu, first = part.mpu(), part.parts[part.stage_id]
-    return PartEngine(
+    return ContrastivePipelineEngine(
         lambda batch: hidden_shape(first, batch, config.model, mesh.tensor),
         DTYPES[resolve_dtype(config)],
         args=None,
@@ -185,7 +185,7 @@ def build_pipeline_engine(
 class PipelineStepper:
     """Runs steps on the engine of a pipeline; as `Stepper` without one."""
 
-    def __init__(self, engine: PartEngine, config: Config, mesh: Mesh) -> None:
+    def __init__(self, engine: ContrastivePipelineEngine, config: Config, mesh: Mesh) -> None:
         self.engine, self.config, self.mesh = engine, config, mesh
         self.order = order_of(config)
 
@@ -201,13 +201,13 @@ class PipelineStepper:
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
         """One step on this replica's micro-batches; every process of the replica has their integers.
 
-        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see `refuse`
-        and the engine's `was_step_applied`.
+        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see
+        `nan_if_rejected` and the engine's `was_step_applied`.
         """
         engine, config, mesh = self.engine, self.config, self.mesh
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = Totals.of(batches, mesh, engine.device)
+        totals = GlobalCounts.of(batches, mesh, engine.device)
         outputs: list[Outputs] = []
         retain, is_last, result = self.order == "retain", engine.is_last_stage(), None
         if self.order != "1F1B":

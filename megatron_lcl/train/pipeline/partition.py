@@ -24,16 +24,16 @@ from torch import nn
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.initialize import initialise
+from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Activations, Outputs
-from megatron_lcl.parallel.mappings import share_size
+from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 WARM_UPS, REPEATS = 2, 10
 
 
 @dataclass(frozen=True)
-class StageTime:
+class LayerTime:
     """Seconds that a stage takes for one micro-batch."""
 
     forward: float
@@ -47,7 +47,7 @@ class StageTime:
         return self.forward + self.backward + (self.plain if recompute else 0.0)
 
 
-def place_cuts(costs: Sequence[float], sizes: Sequence[float], parts: int) -> tuple[int, ...]:
+def partition_balanced(costs: Sequence[float], sizes: Sequence[float], parts: int) -> tuple[int, ...]:
     """The first stage of each part, none empty. UserError for more parts than stages.
 
     costs: what each stage takes. Minimal is the cost of the dearest part; among such placements the sum of `sizes` over
@@ -88,9 +88,9 @@ def _best(
     return table[0]
 
 
-def even_cuts(num_stages: int, parts: int) -> tuple[int, ...]:
+def partition_uniform(num_stages: int, parts: int) -> tuple[int, ...]:
     """The first stage of each part, where all have equally many stages, or one more."""
-    return place_cuts([1.0] * num_stages, [0.0] * num_stages, parts)
+    return partition_balanced([1.0] * num_stages, [0.0] * num_stages, parts)
 
 
 def hidden_shape(stage: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
@@ -101,11 +101,11 @@ def hidden_shape(stage: int, batch: PackedBatch, model: Model, axis: Axis) -> tu
     """
     images, rows = len(batch.image_start), len(batch.tokens)
     if stage <= 1 + model.vision.layers:
-        return share_size(images * (1 + model.vision.num_patches), axis), model.vision.width
-    return share_size(rows, axis) + share_size(images, axis), model.language.width
+        return shard_size(images * (1 + model.vision.num_patches), axis), model.vision.width
+    return shard_size(rows, axis) + shard_size(images, axis), model.language.width
 
 
-def choose_cuts(
+def choose_partition(
     specs: Sequence[partial[nn.Module]],
     sample: PackedBatch | None,
     config: Config,
@@ -115,22 +115,22 @@ def choose_cuts(
 ) -> tuple[int, ...]:
     """The first stage of each part of the run's pipeline, the same on every process; all processes call it.
 
-    specs: as `stage_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
+    specs: as `layer_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
     """
     batch = mesh.world.broadcast_object(sample)
     assert batch is not None, "the first process has no sample"
-    costs = measure_costs(StageSamples(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
+    costs = measure_costs(LayerSamples(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
     shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
-    return place_cuts(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
+    return partition_balanced(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
 
 
-def measure_costs(samples: StageSamples, config: Config, mesh: Mesh) -> list[float]:
+def measure_costs(samples: LayerSamples, config: Config, mesh: Mesh) -> list[float]:
     """Seconds that each stage takes for a micro-batch in a step, the same on every process; all call it together."""
     measured = [samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
     return agree_on_costs(samples.times(measured), config, mesh)
 
 
-def agree_on_costs(times: Sequence[StageTime], config: Config, mesh: Mesh) -> list[float]:
+def agree_on_costs(times: Sequence[LayerTime], config: Config, mesh: Mesh) -> list[float]:
     """Seconds that each stage takes for a micro-batch in a step: the median of what all processes measured.
 
     They measure at the same time, as they will work at the same time, be it on devices or on cores that they share.
@@ -145,7 +145,7 @@ Kind = tuple[Any, ...]
 """what stages that take equally long have in common: what makes them, and with what arguments"""
 
 
-class StageSamples:
+class LayerSamples:
     """A stage of each kind with something to work on; all tensor ranks of `axis` make it and measure together."""
 
     def __init__(
@@ -164,7 +164,7 @@ class StageSamples:
         for index, (make, kind) in enumerate(zip(specs, self._kinds, strict=True)):
             if kind not in self._samples:
                 stage = make()
-                initialise({index: stage}, config.model, config.train.seed, axis)
+                initialize({index: stage}, config.model, config.train.seed, axis)
                 self._samples[kind] = stage.to(device, dtype), _input_of(index, batch, config, axis, dtype)
 
     def measure(self) -> dict[Kind, tuple[float, float, float]]:
@@ -174,10 +174,10 @@ class StageSamples:
         """
         return {kind: _measure(*sample) for kind, sample in self._samples.items()}
 
-    def times(self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]]) -> list[StageTime]:
+    def times(self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]]) -> list[LayerTime]:
         """Each stage's time: the medians of what its kind took in these measurements."""
         medians = {
-            kind: StageTime(*map(statistics.median, zip(*(of[kind] for of in measured), strict=True)))
+            kind: LayerTime(*map(statistics.median, zip(*(of[kind] for of in measured), strict=True)))
             for kind in self._samples
         }
         return [medians[kind] for kind in self._kinds]
@@ -192,7 +192,7 @@ def _input_of(index: int, batch: PackedBatch, config: Config, axis: Axis, dtype:
 
 
 def _measure(stage: nn.Module, x: Activations) -> tuple[float, float, float]:
-    """One measurement, in the order of StageTime."""
+    """One measurement, in the order of LayerTime."""
     out, forward = _timed(partial(stage, x), x.tokens.device)
     _, backward = _timed(_backward_of(out), x.tokens.device)
     with torch.no_grad():
@@ -217,6 +217,6 @@ def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, floa
     return result, time.perf_counter() - started
 
 
-def part_sums(values: Sequence[float], cuts: Sequence[int]) -> list[float]:
+def stage_sums(values: Sequence[float], cuts: Sequence[int]) -> list[float]:
     """The sum of the stages' values over each part."""
     return [math.fsum(values[a:b]) for a, b in itertools.pairwise([*cuts, len(values)])]

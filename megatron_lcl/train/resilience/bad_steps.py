@@ -1,7 +1,7 @@
 """Steps that must not count: losses and gradients that are not finite, and loss spikes.
 
-The step itself leaves the model as it was (`train.step.refuse`); here is counted and decided. All numbers are the same
-on every process, so every process decides the same.
+The step itself leaves the model as it was (`train.step.nan_if_rejected`); here is counted and decided. All numbers are
+the same on every process, so every process decides the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BadSteps:
     def __init__(self, config: Guard, state: dict[str, Any] | None = None) -> None:
         state = state or {}
         self.config = config
-        self.in_a_row: int = state.get("in_a_row", 0)
+        self.consecutive: int = state.get("consecutive", state.get("in_a_row", 0))  # its name in older checkpoints
         self.began: tuple[int, int] = tuple(state.get("began", (0, 0)))  # type: ignore[assignment]
         """steps done and packs consumed before the first of them"""
         self.rewinds: int = state.get("rewinds", 0)
@@ -34,7 +34,7 @@ class BadSteps:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; plain values."""
-        counts = {"in_a_row": self.in_a_row, "began": list(self.began), "rewinds": self.rewinds}
+        counts = {"consecutive": self.consecutive, "began": list(self.began), "rewinds": self.rewinds}
         return {**counts, "losses": list(self._losses)}
 
     def limit(self) -> float:
@@ -52,15 +52,15 @@ class BadSteps:
         scale is being looked for.
         """
         if applied:
-            self.in_a_row = 0
+            self.consecutive = 0
             if self.config.spike_sigmas is not None:
                 self._losses.append(loss)
             return None
         limit = self.limit()
         if math.isfinite(loss) and loss <= limit and loss_scale > 1:
             return f"gradient too large for float16 at loss scale {loss_scale:g}"
-        self.began = self.began if self.in_a_row else at
-        self.in_a_row += 1
+        self.began = self.began if self.consecutive else at
+        self.consecutive += 1
         if not math.isfinite(loss):
             return f"loss is {loss}"
         return f"loss {loss:.6g} is a spike, above {limit:.6g}" if loss > limit else "gradient is not finite"
@@ -68,15 +68,16 @@ class BadSteps:
     @property
     def too_many(self) -> bool:
         """Whether the run must go back to where it was good."""
-        return self.in_a_row >= self.config.max_bad_steps
+        return self.consecutive >= self.config.max_bad_steps
 
     def rewind(self, state: dict[str, Any] | None, step: int) -> None:
         """Take up the state of the checkpoint that the run goes back to. RunError after too many times."""
         rewinds = self.rewinds + 1
         if rewinds > self.config.max_rewinds:
             raise RunError(
-                f"{self.in_a_row} steps in a row were bad up to step {step}, after {self.rewinds} rewinds to the same "
-                "checkpoint; audit.jsonl says which and why. Lower optimizer.lr, or look at the packs with `replay`"
+                f"{self.consecutive} steps in a row were bad up to step {step}, after {self.rewinds} rewinds to the "
+                "same checkpoint; audit.jsonl says which and why. Lower optimizer.lr, or look at the packs with "
+                "`replay`"
             )
         self.__init__(self.config, state)  # type: ignore[misc]
         self.rewinds = rewinds

@@ -70,12 +70,12 @@ def _touched_at(run: Path) -> int:
 def _touched(path: Path) -> Iterator[None]:
     ended = threading.Event()
 
-    def beat() -> None:
+    def heartbeat() -> None:
         while not ended.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(path)
 
-    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread = threading.Thread(target=heartbeat, name="lock", daemon=True)
     thread.start()
     try:
         yield

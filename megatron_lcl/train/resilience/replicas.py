@@ -32,7 +32,7 @@ def find_difference(module: nn.Module, mesh: Mesh) -> str | None:
     exact = mesh.data.size <= 2 or dist.get_backend() == "gloo"
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.numel()]
     compared = []
-    for axis, split in ((mesh.stage if exact else mesh.data, False), (mesh.data, True)):
+    for axis, split in ((mesh.data_tensor if exact else mesh.data, False), (mesh.data, True)):
         own = [(name, parameter) for name, parameter in named if is_split(parameter) == split]
         compared.append((axis, [name for name, _ in own], _gather(fingerprint([p for _, p in own]), axis)))
     differs = torch.stack([(rows != rows[0]).any() for _, _, rows in compared]).any()

@@ -75,7 +75,7 @@ class Fault(NamedTuple):
     """exit code of those who see it"""
 
 
-class Watch:
+class Watchdog:
     """This process's line and its view of the others.
 
     timeout: seconds from a fault to the end of the other processes.
@@ -100,7 +100,7 @@ class Watch:
 
     # --- the main thread's side ---
 
-    def beat(self, step: int, doing: str) -> None:
+    def heartbeat(self, step: int, doing: str) -> None:
         """The main thread comes by: so many steps are done, and this is what it does next.
 
         The first step may take long, for what is compiled or filled in it.
@@ -110,7 +110,7 @@ class Watch:
         self._come_by(doing, self.limit if step != self._first else self.long_limit)
 
     @contextlib.contextmanager
-    def long(self, step: int, doing: str) -> Iterator[None]:
+    def long_phase(self, step: int, doing: str) -> Iterator[None]:
         """Work that may take long, until the next `beat`: saving, evaluating. step: as there."""
         self._state.step = step
         self._come_by(doing, self.long_limit)
@@ -119,7 +119,7 @@ class Watch:
     def _come_by(self, doing: str, limit: float) -> None:
         self._state.doing, self._since = doing, (time.monotonic(), limit)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if self.size > 1:
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()

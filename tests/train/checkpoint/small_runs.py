@@ -94,7 +94,7 @@ def run_jobs(rank: int, folder: str, jobs: list[Job]) -> dict[str, Any]:
 
 
 def run_job(folder: Path, job: Job) -> dict[str, Any]:
-    from megatron_lcl.train.broadcast_batches import share
+    from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.checkpoint import checkpointer
     from megatron_lcl.train.checkpoint.folder import Progress, step_folder
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
@@ -111,8 +111,8 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
         rows = []
         for step in range(first, last):
             own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
-            batches = [pack(step, number, config) for number in own] if mesh.reads else None
-            result = stepper.run(share(batches, each, 1, mesh, engine.device), LR[step])
+            batches = [pack(step, number, config) for number in own] if mesh.loads_data else None
+            result = stepper.run(broadcast_batches(batches, each, 1, mesh, engine.device), LR[step])
             rows.append((result.loss, result.contrastive, result.grad_norm))
         return rows
 

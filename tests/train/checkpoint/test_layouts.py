@@ -90,7 +90,7 @@ def test_a_run_of_any_layout_gives_its_weights_to_another(name: str, saved: tupl
     assert weights is not None
     assert (weights.path, weights.missing, weights.unused) == (step_folder(saved[0] / name, FIRST), [], [])
     model, theirs = LCL(config.model, seed=1), load_model(step_folder(saved[0] / name, FIRST))
-    put(weights, dict(enumerate(model.stages)), ALONE)
+    put(weights, dict(enumerate(model.layers)), ALONE)
     for ours, expected in zip(model.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(ours, expected)
 

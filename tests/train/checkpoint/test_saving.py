@@ -139,7 +139,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         draw()
         saver.save(Progress(1, 6, {}))
         drawn = draw()
-        saver.settle()
+        saver.finish_pending()
         seed(99)
         draw()
         checkpoints.load(checkpoint.step_folder(run, 1))
@@ -149,10 +149,10 @@ def life(rank: int, folder: str) -> dict[str, Any]:
         started = time.perf_counter()
         saver.save(Progress(3, 18, {}))
         waited = time.perf_counter() - started
-        saver.settle()
+        saver.finish_pending()
         checkpoints._write = go_wrong  # type: ignore[method-assign]
         saver.save(Progress(4, 24, {}))
-        saver.settle()
+        saver.finish_pending()
     audited = read_audit(run) if mesh.is_first else []
     dist.destroy_process_group()
     stalls = {line["step"]: line["checkpoint_stall_seconds"] for line in log.lines}

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.initialize import initialise
-from megatron_lcl.model.layers import build_stages
-from megatron_lcl.model.lcl import StageList, pack_padded
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.model.special import SpecialTokens
 
 VOCABULARY, STEPS, LR = 61, 3, 3e-3
@@ -123,10 +123,10 @@ def global_batch(case: Case, step: int) -> list[list[PackedBatch]]:
     return [[micro_batch(m, case.config, generator) for m in replica] for replica in case.split]
 
 
-def stages_of(config: Config) -> StageList:
-    stages = build_stages(config.model, config.contrast.initial_log_scale)
-    initialise(dict(enumerate(stages)), config.model, config.train.seed)
-    return StageList(*stages)
+def stages_of(config: Config) -> LayerList:
+    stages = build_layers(config.model, config.contrast.initial_log_scale)
+    initialize(dict(enumerate(stages)), config.model, config.train.seed)
+    return LayerList(*stages)
 
 
 def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:

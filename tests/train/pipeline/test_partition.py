@@ -15,12 +15,12 @@ from megatron_lcl import config as configs
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import specs_of
 from megatron_lcl.train.pipeline import partition as cuts
-from megatron_lcl.train.pipeline.partition import StageSamples, even_cuts, part_sums, place_cuts
+from megatron_lcl.train.pipeline.partition import LayerSamples, partition_balanced, partition_uniform, stage_sums
 
 
 def by_trying_all(costs: list[int], sizes: list[int], parts: int) -> tuple[int, ...]:
     every = ((0, *rest) for rest in itertools.combinations(range(1, len(costs)), parts - 1))
-    return min(every, key=lambda cuts: (max(part_sums(costs, cuts)), sum(sizes[c] for c in cuts[1:]), cuts))
+    return min(every, key=lambda cuts: (max(stage_sums(costs, cuts)), sum(sizes[c] for c in cuts[1:]), cuts))
 
 
 @given(
@@ -30,23 +30,23 @@ def test_no_placement_is_better(stages: list[tuple[int, int]], parts: int) -> No
     """Small numbers: many ties, which fewer bytes decide, then earlier cuts."""
     parts = min(parts, len(stages))
     costs, sizes = (list(column) for column in zip(*stages, strict=True))
-    assert place_cuts(costs, sizes, parts) == by_trying_all(costs, sizes, parts)
+    assert partition_balanced(costs, sizes, parts) == by_trying_all(costs, sizes, parts)
 
 
 @given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), parts=st.integers(1, 4))
 def test_no_slowest_part_is_faster(costs: list[float], parts: int) -> None:
     sizes = [0] * len(costs)
-    ours, best = (f(costs, sizes, parts) for f in (place_cuts, by_trying_all))  # type: ignore[operator]
-    assert max(part_sums(costs, ours)) == max(part_sums(costs, best))
+    ours, best = (f(costs, sizes, parts) for f in (partition_balanced, by_trying_all))  # type: ignore[operator]
+    assert max(stage_sums(costs, ours)) == max(stage_sums(costs, best))
 
 
 def test_examples() -> None:
-    assert place_cuts([3, 1, 1, 1, 3], [9, 9, 9, 9, 9], 3) == (0, 1, 4)
-    assert place_cuts([1, 1, 1, 1], [9, 9, 9, 1], 2) == (0, 2)  # fewer bytes never make the slowest part slower
-    assert place_cuts([1, 0, 0, 1], [9, 2, 1, 1], 2) == (0, 2)
-    assert even_cuts(27, 4) == (0, 6, 13, 20)
+    assert partition_balanced([3, 1, 1, 1, 3], [9, 9, 9, 9, 9], 3) == (0, 1, 4)
+    assert partition_balanced([1, 1, 1, 1], [9, 9, 9, 1], 2) == (0, 2)  # fewer bytes never make the slowest part slower
+    assert partition_balanced([1, 0, 0, 1], [9, 2, 1, 1], 2) == (0, 2)
+    assert partition_uniform(27, 4) == (0, 6, 13, 20)
     with pytest.raises(ValueError, match=r"2 stages do not divide into 3 parts; set parallel\.pipeline to 2"):
-        place_cuts([1, 1], [1, 1], 3)
+        partition_balanced([1, 1], [1, 1], 3)
 
 
 def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
     case = Case((0,), (((1, 2),),), checkpointing="full")
     config = configs.replace(case.config, train__activation_checkpointing_every=2, model__vision__layers=4)
     batch = micro_batch((1, 2), config, torch.Generator().manual_seed(0))
-    samples = StageSamples(specs_of(config, Axis()), batch, config, Axis(), torch.device("cpu"), torch.float32)
+    samples = LayerSamples(specs_of(config, Axis()), batch, config, Axis(), torch.device("cpu"), torch.float32)
     times = samples.times([samples.measure() for _ in range(3)])
     assert len(times) == 10
     assert times[1] == times[3] != times[2] == times[4]  # every second block computes its forward twice

@@ -166,9 +166,9 @@ def saved_steps(run: Path) -> list[int]:
 
 def poison(rank: int, packs: list[int], kind: str) -> None:
     """Whoever reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
-    from megatron_lcl.model.lcl import StageList
+    from megatron_lcl.model.lcl import LayerList
 
-    plain = StageList.forward
+    plain = LayerList.forward
 
     def forward(self, batch):  # type: ignore[no-untyped-def]
         out = plain(self, batch)
@@ -176,7 +176,7 @@ def poison(rank: int, packs: list[int], kind: str) -> None:
             return out
         return out._replace(generation=out.generation * (math.nan if kind == "nan" else 1000))
 
-    StageList.forward = forward  # type: ignore[method-assign]
+    LayerList.forward = forward  # type: ignore[method-assign]
 
 
 def without_packs(rank: int, consumed: int, count: int) -> None:
@@ -239,7 +239,7 @@ def poison_a_pipeline(rank: int, packs: list[int]) -> None:
     from megatron_lcl.train.pipeline.engine import PipelineStepper
     from megatron_lcl.train.step import StepLoss
 
-    loop.choose_cuts = lambda *_: (0, 3)
+    loop.choose_partition = lambda *_: (0, 3)
 
     plain, loss, bad = PipelineStepper.run, StepLoss.means, [False]
 

@@ -27,7 +27,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import launch
 from megatron_lcl.train.resilience.faults import LOST, code_of, is_local, lost
-from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watch, suspects
+from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watchdog, suspects
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
 BUSY = 8.0  # seconds that a machine may add that is busy with others
@@ -44,7 +44,7 @@ def hang(rank: int, guilty: int, where: str, mark: str) -> None:
     from megatron_lcl.train.checkpoint import checkpointer
     from megatron_lcl.train.step import Stepper
 
-    loop.choose_cuts = lambda *_: (0, 2, 4)
+    loop.choose_partition = lambda *_: (0, 2, 4)
     os.environ |= {"SLURMD_NODENAME": f"node-{rank}", "MEGATRON_LCL_FAULTS": str(Path(mark).parent)}
     if rank != guilty:
         return
@@ -340,7 +340,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
 @pytest.mark.parametrize("size", [2, 64, 256, 4096])
 @pytest.mark.parametrize("timeout", [10.0, 28.0, 600.0])
 def test_at_any_size_a_step_may_take_half_the_timeout(size: int, timeout: float) -> None:
-    watch = Watch(Mesh(*[Axis(size=size)] * 2), timeout, 10.0)
+    watch = Watchdog(Mesh(*[Axis(size=size)] * 2), timeout, 10.0)
     assert timeout / 2 <= watch.limit <= watch.long_limit < timeout
     assert watch.limit + 7 * watch.talk_period == pytest.approx(timeout)
 

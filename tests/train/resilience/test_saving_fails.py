@@ -79,7 +79,7 @@ def test_training_goes_on_when_the_disk_is_full_for_a_while(
     assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [2, 8, 12]
     assert all(checkpoint.verify(folder) == [] for folder in checkpoint.list_checkpoints(run))
     assert not list((run / checkpoint.FOLDER).glob(".*"))
-    events = [(line["event"], line["step"], line["in_a_row"]) for line in read_audit(run)]
+    events = [(line["event"], line["step"], line["consecutive"]) for line in read_audit(run)]
     assert events == [("checkpoint failed", 4, 1), ("checkpoint failed", 6, 2), ("checkpoint failed", 10, 1)]
     assert "process 1 could not write the checkpoint" in read_audit(run)[0]["reason"]
     assert "no checkpoint of step 4" in said
