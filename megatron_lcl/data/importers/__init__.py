@@ -49,6 +49,8 @@ class Importer(ABC):
 
     options: ClassVar[dict[str, str]] = {}
     """keyword arguments besides `input` and `images`, with their description"""
+    rules: ClassVar[int] = 1
+    """counted up when the same input and options give other documents than before"""
 
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:
