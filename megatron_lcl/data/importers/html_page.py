@@ -224,7 +224,8 @@ class _Walker:
                         continue
                     if node in self._mains:
                         self._main, start = node, len(self._page.events)
-                    self._add("text", node.text)
+                    if node.text:
+                        self._add("text", node.text)
             elif skipped in (None, node):
                 if skipped is None:
                     self._leave(node)
@@ -232,7 +233,7 @@ class _Walker:
                         self._main = None
                         self.ranges.append((start, len(self._page.events)))
                 skipped = None
-                if node is not root:
+                if node is not root and node.tail:
                     self._add("text", node.tail)
 
     def _enter(self, node: Any) -> bool:
@@ -268,10 +269,10 @@ class _Walker:
         if tag in _BLOCKS:
             self._add("break")
 
-    def _add(self, kind: str, value: str | None = "") -> None:
+    def _add(self, kind: str, value: str = "") -> None:
         events = self._page.events
         if kind == "text" and self._preformatted:
-            for number, line in enumerate((value or "").split("\n")):
+            for number, line in enumerate(value.split("\n")):
                 if number:
                     events.append(("break", ""))
                 events.append(("verbatim", line))
@@ -279,7 +280,7 @@ class _Walker:
             if value:
                 events.append(("link" if kind == "text" and self._links else kind, value))
         elif kind == "heading" or not events or events[-1][0] != kind:
-            events.append((kind, value or ""))
+            events.append((kind, value))
 
     def _is_navigation(self, node: Any, attributes: dict[str, str]) -> bool:
         tag = node.tag
