@@ -141,6 +141,8 @@ def preprocess(
         "held_out": [held_out_fraction, seed] if held_out is not None else None,
         "layout": [task_bytes, shard_bytes, shard_documents],
     }
+    if importer.rules > 1:  # else as older versions wrote it
+        recipe["rules"] = importer.rules
     sides = [(output, {**recipe, "side": "training"})]
     if held_out is not None:
         sides.append((Path(held_out), {**recipe, "side": "held out"}))
@@ -148,6 +150,13 @@ def preprocess(
     for (folder, _), done in zip(sides, finished, strict=True):
         if done:
             _clear_up(folder)
+    if any(finished) and not all(finished):
+        for (folder, side), done in zip(sides, finished, strict=True):
+            if done and _rules_differ(folder, side):
+                raise UserError(
+                    f"{folder} was made by another version's rules for {format}, and its other half is not finished; "
+                    "remove both, or give new folders"
+                )
     if all(finished):
         training, *rest = (_summary(folder, reused=True) for folder, _ in sides)
         return _with(training, rest)
@@ -198,7 +207,14 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
         record = None
     if (folder / MANIFEST).exists():
         theirs = read_manifest(folder).get("recipe", {})
-        if different := [key for key in ours if key not in theirs or theirs[key] != ours[key]]:
+        different = [key for key in ours if key not in theirs or theirs[key] != ours[key]]
+        if different == ["rules"]:  # whoever trains from it goes on with it
+            logger.warning(
+                "%s was made by another version's rules for %s and stays as it is; give a new folder for today's",
+                folder,
+                recipe["format"],
+            )
+        elif different:
             raise UserError(
                 f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
                 "corpora with `megatron-lcl merge`"
@@ -212,7 +228,8 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
             )
         if record != {**ours, **_LAYOUT}:
             raise UserError(
-                f"{folder} holds an unfinished corpus of other input or options; remove it or give a new folder"
+                f"{folder} holds an unfinished corpus of other input, options or version; remove it or give "
+                "a new folder"
             )
     elif folder.exists():
         if not folder.is_dir():
@@ -222,6 +239,10 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
                 f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
             )
     return False
+
+
+def _rules_differ(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    return read_manifest(folder).get("recipe", {}).get("rules") != recipe.get("rules")
 
 
 def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:

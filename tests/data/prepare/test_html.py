@@ -47,7 +47,7 @@ def test_sentences_and_reading_order(tmp_path: Path) -> None:
             "Caption\nfirst\nsecond\nparagraph\n  two\n      lines\nend&",
         ]
     ]
-    assert drops.left_out_counts == {"image: under 64 pixels on a side": 1}
+    assert drops.left_out_counts == {"image: under 64 pixels on a side": 1, "text: hidden": 2}
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ class Importer(ABC):
     """keyword arguments besides `input` and `images`, with their description"""
     kind: Kind | None = None
     """that of documents which do not say theirs; None: matched if any of these has similarities, else natural"""
+    rules: ClassVar[int] = 1
+    """counted up when the same input and options give other documents than before"""
 
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:

@@ -1,0 +1,379 @@
+"""One HTML page: its texts, images and headings in reading order, without what is not its content.
+
+Three kinds of elements are left out. Navigation: by tag, role, or the class and id words that the common tools write.
+Hidden ones: by attribute, style, or class. And, where the page marks its main part (`main`, `role="main"`, or a single
+`article`) and this holds enough of the text to be believed, all that stands outside of it.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import lxml.etree
+
+from megatron_lcl.data.corpus.document import Image
+
+_MAIN_SHARE, _ARTICLE_SHARE = 0.2, 0.5
+"""of the text that is not navigation: less, and the landmark is not believed. HTML says that `main` is the dominant
+content; an `article` need not be more than a part of it"""
+_HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6"))
+_BLOCKS = _HEADINGS | frozenset(
+    "address article aside blockquote body br caption center dd details dialog dir div dl dt fieldset figcaption "  # noqa: SIM905
+    "figure footer form header hgroup hr html legend li main menu nav ol option p pre search section summary table "
+    "tbody tfoot thead tr ul".split()
+)
+_SKIPPED = frozenset(
+    "audio button canvas datalist embed head iframe input map math meter noscript object progress script select "  # noqa: SIM905
+    "style svg template textarea title video".split()
+)
+_CELLS = frozenset(("td", "th"))
+_SKIPPED_ROLES = frozenset(("navigation", "banner", "contentinfo", "search", "menu", "menubar", "toolbar", "doc-toc"))
+
+
+def _words(*patterns: str) -> re.Pattern[str]:
+    """Any of the patterns as a word of a class or id."""
+    return re.compile(rf"(?:^|\s)(?:{'|'.join(patterns)})(?:\s|$)", re.IGNORECASE)
+
+
+# class or id words of navigation, by the tool that writes them
+_NAVIGATION = _words(
+    r"nav|navbar\S*|navheader|navfooter|navigation|nav-?links|navtree|side-?nav|bread-?crumbs?|related",
+    r"toc|table-?of-?contents|local-?toc|page-?toc|pagination|pager|footer|site-?footer|page-?footer|site-?header",
+    r"cookie\S*|reportbug|headerlink|back-to-top",
+    r"sphinxsidebar|toctree-wrapper|viewcode-(?:link|back)",  # Sphinx
+    r"sidebar-drawer|toc-drawer|related-pages|bottom-of-page|mobile-header|content-icon-container",  # Furo
+    r"bd-(?:sidebar|header|footer|toc)\S*|prev-next-\S+",  # PyData
+    r"wy-nav-(?:side|top)|wy-breadcrumbs\S*|rst-footer-buttons|rst-versions",  # Read the Docs
+    r"md-(?:nav|sidebar|header|footer|tabs|search|source|top|dialog|consent|content__button)(?:[-_]\S*)?",  # Material
+    r"bs-sidebar",  # MkDocs
+    r"theme-doc-(?:sidebar|breadcrumbs|toc)\S*|theme-edit-this-page|pagination-nav\S*",  # Docusaurus
+    r"titlebar-nav|doxygen-nav|titlearea|main-nav|nav-path|navpath|navrow\d|tabs\d?|nav-tree|MSearch\S+",  # Doxygen
+    r"mw-navigation|mw-editsection|vector-toc|mw-head|mw-panel|mw-portlet\S*|mw-indicators",  # MediaWiki
+    r"siteSub|contentSub\d?|jump-to-nav|printfooter|catlinks|navbox\S*",
+)
+_SIDEBAR = _words(r"side-?bar\S*")
+_HIDDEN_CLASS = _words(
+    r"visually-?hidden\S*|sr-only\S*|screen-?reader-?(?:text|only)\S*|a11y-hidden|hidden-visually|assistive-text",
+    r"skip-?(?:link|nav|to-|content)\S*|md-skip|mw-jump-link",
+)
+_HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+_REFRESH = re.compile(r"\s*[\d.]+\s*[;,]?\s*(?:url\s*=\s*)?[\"']?([^\"']*)", re.IGNORECASE)
+"""the value of a refresh: seconds, and the page that is shown then (HTML standard, declarative refresh)"""
+_ROLE_MAIN = lxml.etree.XPath("//*[@role='main']")
+_DOCBOOK = _words(r"chapter|sect[1-5]|appendix|preface|refentry")
+_LETTER = re.compile(r"\w")
+
+Event = tuple[str, "str | Image"]
+"""("text" | "link" | "verbatim", characters), ("break", ""), ("heading", tag) where one begins, ("title", "") for the
+page's title from outside of its main part, ("image", source, or the image itself)"""
+
+
+class Block(NamedTuple):
+    """A paragraph or an image, as it stands among the others of a page."""
+
+    kind: str
+    """"heading", "title", "text" or "image"""
+    value: Any
+    """the characters, or what the image's event held"""
+    links: tuple[str, ...] = ()
+    """the parts of a text that is links and nothing else"""
+
+
+@dataclass
+class Page:
+    """What is on a page, in order, and what was left out of it."""
+
+    events: list[tuple[str, str]] = field(default_factory=list)
+    num_navigation: int = 0
+    """elements"""
+    num_hidden: int = 0
+    """elements with text"""
+    num_outside: int = 0
+    """texts outside of the main part"""
+    redirect: bool = False
+
+
+def parse_page(raw: bytes, name: str) -> Page:
+    """The page with the path `name`; an empty one where nothing can be read.
+
+    Raises lxml.etree.LxmlError or ValueError for some of what is no HTML at all.
+    """
+    tree = _parse_html(raw)
+    if tree is None:
+        return Page()
+    mains, needed_share = _main_part(tree)
+    page = _read(tree, mains, needed_share) if mains else None
+    if page is None:
+        page = Page()
+        _Walker(page).walk(tree)
+    page.redirect = _is_redirect(tree, name)
+    return page
+
+
+def _parse_html(raw: bytes) -> Any:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        parser = lxml.etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True)  # finds <meta charset>
+        return lxml.etree.fromstring(raw, parser)
+    parser = lxml.etree.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True, encoding="utf-8")
+    return lxml.etree.fromstring(text.encode("utf-8"), parser) if text.strip() else None
+
+
+def _is_redirect(tree: Any, name: str) -> bool:
+    """Whether a browser with scripts goes on from the page to another one by itself; not where it loads it again."""
+    for meta in tree.iter("meta"):
+        unused = next(meta.iterancestors("noscript", "template"), None) is not None
+        if (meta.get("http-equiv") or "").lower() == "refresh" and not unused:
+            found = _REFRESH.match(meta.get("content") or "")
+            target = urlsplit(found[1].strip() if found else "")
+            path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), unquote(target.path)))
+            if target.netloc or (target.path and path != f"/{name}"):
+                return True
+    return False
+
+
+# --- the main part -----------------------------------------------------------------------------------------------
+
+
+def _main_part(tree: Any) -> tuple[list[Any], float]:
+    """The outermost elements that the page marks as its content, none where it does not; the text they must hold."""
+    mains = _outermost([*tree.iter("main"), *_ROLE_MAIN(tree)])
+    if mains:
+        return mains, _MAIN_SHARE
+    articles = _outermost(tree.iter("article"))
+    return (articles if len(articles) == 1 else []), _ARTICLE_SHARE
+
+
+def _outermost(nodes: Iterable[Any]) -> list[Any]:
+    """Those that lie in no other."""
+    found = dict.fromkeys(nodes)
+    return [node for node in found if not any(ancestor in found for ancestor in node.iterancestors())]
+
+
+def _read(tree: Any, mains: list[Any], needed_share: float) -> Page | None:
+    """The page of these elements; None where they hold too little of the text to be the content."""
+    page = Page()
+    walker = _Walker(page, mains)
+    walker.walk(tree)
+    inside: list[tuple[str, str]] = []
+    outside: list[tuple[str, str]] = []
+    last = 0
+    for start, end in walker.ranges:
+        outside += page.events[last:start]
+        inside += [*page.events[start:end], ("break", "")]
+        last = end
+    before = page.events[: walker.ranges[0][0]] if walker.ranges else []
+    outside += page.events[last:]
+    inner, outer = _num_characters(inside), _num_characters(outside)
+    if not inner or inner < needed_share * (inner + outer):
+        return None
+    page.num_outside = sum(block.kind != "image" for block in assemble(outside))
+    titles = [] if ("heading", "h1") in inside else list(_titles(before))
+    if len(titles) == 1:
+        page.num_outside -= 1
+        inside = [("title", ""), ("text", titles[0]), ("break", ""), *inside]
+    page.events = inside
+    return page
+
+
+def _num_characters(events: Iterable[tuple[str, str]]) -> int:
+    return sum(sum(map(len, value.split())) for kind, value in events if kind in ("text", "link", "verbatim"))
+
+
+def _titles(events: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The texts of h1 headings."""
+    parts: list[str] | None = None
+    for kind, value in [*events, ("break", "")]:
+        if kind in ("text", "link"):
+            if parts is not None:
+                parts.append(value)
+            continue
+        if parts and (title := "".join(parts)).strip():
+            yield title
+        parts = [] if (kind, value) == ("heading", "h1") else None
+
+
+class _Walker:
+    """Reads a tree in document order into a page's events."""
+
+    def __init__(self, page: Page, mains: Iterable[Any] = ()) -> None:
+        self._page = page
+        self._mains = list(mains)
+        self._around = {ancestor for main in self._mains for ancestor in (main, *main.iterancestors())}
+        self._main: Any = None
+        self._preformatted = self._links = 0
+        self.ranges: list[tuple[int, int]] = []
+        """first and last event, exclusive, of each main element that was read"""
+
+    def walk(self, root: Any) -> None:
+        start = 0
+        skipped: Any = None
+        nodes = lxml.etree.iterwalk(root, events=("start", "end"))
+        for event, node in nodes:
+            if event == "start":
+                if skipped is None:
+                    if not self._enter(node):
+                        skipped = node
+                        nodes.skip_subtree()
+                        continue
+                    if node in self._mains:
+                        self._main, start = node, len(self._page.events)
+                    if node.text:
+                        self._add("text", node.text)
+            elif skipped in (None, node):
+                if skipped is None:
+                    self._leave(node)
+                    if node is self._main:
+                        self._main = None
+                        self.ranges.append((start, len(self._page.events)))
+                skipped = None
+                if node is not root and node.tail:
+                    self._add("text", node.tail)
+
+    def _enter(self, node: Any) -> bool:
+        """False where the element and all in it is to be left out."""
+        tag = node.tag
+        if not isinstance(tag, str) or tag in _SKIPPED:
+            return False
+        attributes = dict(node.items())
+        if _is_hidden(tag, attributes):
+            self._page.num_hidden += any(text.strip() for text in node.itertext())
+            return False
+        if node not in self._around and self._is_navigation(node, attributes):
+            self._page.num_navigation += 1
+            if tag in _BLOCKS:
+                self._add("break")
+            return False
+        if tag == "img":
+            self._add("image", _source(node))
+        elif tag in _HEADINGS:
+            self._add("heading", tag)
+        elif tag in _BLOCKS:
+            self._add("break")
+        elif tag in _CELLS:
+            self._add("text", " ")
+        self._preformatted += tag == "pre"
+        self._links += tag == "a" and "href" in attributes
+        return True
+
+    def _leave(self, node: Any) -> None:
+        tag = node.tag
+        self._preformatted -= tag == "pre"
+        self._links -= tag == "a" and node.get("href") is not None
+        if tag in _BLOCKS:
+            self._add("break")
+
+    def _add(self, kind: str, value: str = "") -> None:
+        events = self._page.events
+        if kind == "text" and self._preformatted:
+            for number, line in enumerate(value.split("\n")):
+                if number:
+                    events.append(("break", ""))
+                events.append(("verbatim", line))
+        elif kind in ("text", "image"):
+            if value:
+                events.append(("link" if kind == "text" and self._links else kind, value))
+        elif kind == "heading" or not events or events[-1][0] != kind:
+            events.append((kind, value))
+
+    def _is_navigation(self, node: Any, attributes: dict[str, str]) -> bool:
+        tag = node.tag
+        if tag == "nav" or attributes.get("role", "").lower() in _SKIPPED_ROLES:
+            return True
+        if tag in ("header", "footer") and node.getparent() is not None and node.getparent().tag in ("body", "div"):
+            # of the page, not of an article or section; a page's own title may stand in its header
+            return tag == "footer" or not any(True for _ in node.iter("h1", "h2", "h3"))
+        if tag in ("body", "html", "main", "article"):
+            return False
+        if tag == "aside" and self._mains and self._main is None:
+            return True
+        names, identity = attributes.get("class"), attributes.get("id")
+        if names and (_NAVIGATION.search(names) or (_SIDEBAR.search(names) and not _is_authors_box(node))):
+            return True
+        if identity and (_NAVIGATION.search(identity) or _SIDEBAR.search(identity)) and not _is_titled(node):
+            return True
+        # in the main part a list of links is the author's: tools mark theirs
+        if tag not in ("ul", "ol", "dl", "table") or self._main is not None or not _is_list_of_links(node):
+            return False
+        return not any(_DOCBOOK.search(ancestor.get("class") or "") for ancestor in node.iterancestors("div"))
+
+
+def _source(image: Any) -> str:
+    source = (image.get("src") or "").strip()
+    lazy = (image.get("data-src") or image.get("data-original") or "").strip()
+    return lazy if lazy and (not source or source.startswith("data:")) else source
+
+
+def _is_hidden(tag: str, attributes: dict[str, str]) -> bool:
+    if tag == "dialog" and "open" not in attributes:
+        return True
+    if not attributes or tag in ("html", "body"):  # a hidden body is shown by a script once all is loaded
+        return False
+    return (
+        "hidden" in attributes
+        or attributes.get("aria-hidden") == "true"
+        or bool(_HIDDEN_STYLE.search(attributes.get("style", "")))
+        or bool(_HIDDEN_CLASS.search(attributes.get("class", "")))
+    )
+
+
+def _is_titled(node: Any) -> bool:
+    """A heading, or a section that begins with its own: tools make its id of its words, be they "Navigation"."""
+    if node.tag in _HEADINGS:
+        return True
+    if node.tag != "section" and "section" not in (node.get("class") or "").split():
+        return False
+    first = next((child for child in node if child.tag not in ("a", "span")), None)
+    return first is not None and first.tag in _HEADINGS
+
+
+def _is_authors_box(node: Any) -> bool:
+    """A box beside the text as docutils writes it (or the title in one), which is no navigation."""
+    return any("sidebar-title" in (part.get("class") or "").split() for part in (node, *node))
+
+
+def _is_list_of_links(node: Any) -> bool:
+    """A table of contents under any name: six links or more, to the same site, hold nearly all of its text."""
+    links = [a for a in node.iter("a") if a.get("href")]
+    if len(links) < 6:
+        return False
+    in_links = sum(len("".join("".join(a.itertext()).split())) for a in links)
+    local = sum(not urlsplit(a.get("href")).netloc for a in links)
+    return local > 0.8 * len(links) and in_links > 0.8 * len("".join("".join(node.itertext()).split()))
+
+
+# --- paragraphs --------------------------------------------------------------------------------------------------
+
+
+def assemble(events: Iterable[Event]) -> Iterator[Block]:
+    """The paragraphs and images of a page's events, blank paragraphs left out."""
+    parts: list[tuple[str, str]] = []
+    kind = "text"
+    for event, value in [*events, ("break", "")]:
+        if isinstance(value, str) and event in ("text", "link", "verbatim"):
+            parts.append((event, value))
+            continue
+        if parts:
+            raw = "".join([part for _, part in parts])
+            paragraph = raw.rstrip() if parts[-1][0] == "verbatim" else " ".join(raw.split())
+            if paragraph.strip():
+                yield Block(kind, paragraph, _only_links(parts))
+                kind = "text"
+            parts = []
+        if event in ("heading", "title"):
+            kind = event
+        if event == "image":
+            yield Block("image", value)
+
+
+def _only_links(parts: list[tuple[str, str]]) -> tuple[str, ...]:
+    """The texts of a paragraph's links where nothing but punctuation is between them, else none."""
+    if all(kind == "link" or not _LETTER.search(text) for kind, text in parts):
+        return tuple(text for kind, text in parts if kind == "link" and _LETTER.search(text))
+    return ()
