@@ -68,7 +68,8 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.slow
 def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert (lines[0]["step"], lines[0]["attention"], lines[0]["loss_kernels"]) == (0, "per_sequence", "torch")
+    (kernels,) = (line for line in lines if "attention" in line)
+    assert (kernels["step"], kernels["attention"], kernels["loss_kernels"]) == (0, "per_sequence", "torch")
     saves = [line for line in lines if "checkpoint_bytes" in line]
     assert [line["step"] for line in saves] == [2, 4]
     assert all(0 < line["checkpoint_stall_seconds"] < 60 for line in saves)

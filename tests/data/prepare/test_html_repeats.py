@@ -86,12 +86,20 @@ def blocks() -> st.SearchStrategy[list[Block]]:
     text = st.sampled_from("abcdefgh").map(lambda c: f"the text called {c}")
     return st.lists(
         st.one_of(
-            st.builds(Block, st.sampled_from(["text", "text", "heading"]), text),
-            st.builds(Block, st.just("image"), st.binary(max_size=1)),
+            st.builds(lambda kind, t: Block(kind, t), st.sampled_from(["text", "text", "heading"]), text),
+            st.builds(lambda data: Block("image", data), st.binary(max_size=1)),
             st.builds(lambda t: Block("text", t, (t,)), text),
         ),
         max_size=6,
     )
+
+
+def test_empty_links_say_nothing_of_their_line() -> None:
+    pages = [[Block("text", f"What stands on page {i} alone.", ("", " "))] for i in range(2 * MIN_PAGES)]
+    texts = EdgeTexts()
+    for page in pages:
+        texts.add(page)
+    assert [without_repeated(page, texts.repeated(0.25)) for page in pages] == [(page, []) for page in pages]
 
 
 @settings(max_examples=80, deadline=None)

@@ -63,9 +63,7 @@ def without_repeated(blocks: Sequence[Block], repeated: frozenset[int]) -> tuple
             block = blocks[i]
             if block.kind == "image":
                 break
-            if (
-                block.kind == "heading"
-            ):  # belongs to what follows, which at the end is nothing; but a page keeps its title
+            if block.kind == "heading":  # belongs to what follows, at the end to nothing; but a page keeps its title
                 may_go = at_end and i != first_heading
             else:
                 may_go = bool(block.links or block.kind == "title" or _is_long(block))
@@ -89,5 +87,5 @@ def _is_long(block: Block) -> bool:
 def _keys(block: Block) -> Iterable[int]:
     """Hashes of the text and of the links that it consists of, dates and white space aside; none of an image."""
     if block.kind != "image":
-        for text in (block.value, *block.links):
+        for text in (block.value, *filter(str.strip, block.links)):  # an empty link says nothing of its line
             yield xxhash.xxh3_64_intdigest(_STAMP.sub("0", text.strip()).encode(errors="replace"))
