@@ -28,10 +28,10 @@ from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checks import check, without_pairs
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.run import check, without_pairs
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""

@@ -23,9 +23,9 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
-from megatron_lcl.train.engine import DTYPES, resolve_dtype
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 
 @dataclass(frozen=True)

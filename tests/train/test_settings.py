@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_lcl import config as configs
-from megatron_lcl.train.engine import deepspeed_config
+from megatron_lcl.train.settings import deepspeed_config
 
 ZERO_3 = {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}}
 ON_CPU = {"device": "cpu"}

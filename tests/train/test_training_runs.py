@@ -104,14 +104,14 @@ def test_a_pipeline_is_the_same_run_and_keeps_its_cuts(finished: Path, config_fi
     for ours, theirs in zip(before, losses(finished), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert (flat(run) - flat(finished)).norm() < 1e-5 * flat(finished).norm()
-    cuts = checkpoint.read_progress(last).layout.cuts
-    assert cuts[0] == 0 < cuts[1] < 6  # measured
+    partition = checkpoint.read_progress(last).layout.partition
+    assert partition[0] == 0 < partition[1] < 6  # measured
     checkpoint.delete(last)
     said = train(config_file, run, *layout)
     assert str(middle) in said
     assert "from 2 pipeline" not in said  # nothing had to be converted
     assert losses(run) == before
-    assert checkpoint.read_progress(last).layout.cuts == cuts
+    assert checkpoint.read_progress(last).layout.partition == partition
 
 
 def flat(run: Path) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_resuming_is_bitwise_and_passes_over_damage(finished: Path, config_file:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "cut off')
     said = train(config_file, run, "--processes", "2")
-    assert "passed over" in said
+    assert "rejected" in said
     assert "model.safetensors" in said
     assert "going on from" in said
     assert losses(run) == before

@@ -36,12 +36,13 @@ from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
-from megatron_lcl.train.checkpoint.folder import CONFIG, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
+from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import refused, restricted
-from megatron_lcl.train.engine import resolve_dtype
+from megatron_lcl.train.precision import resolve_dtype
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
@@ -286,14 +287,14 @@ def quiet() -> Iterator[None]:
 
 def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:
     """The layout of a run; every process calls it."""
-    first_stage = min(int(name.split(".")[0]) for name, _ in engine.module.named_parameters())
+    first_layer = min(int(name.split(".")[0]) for name, _ in engine.module.named_parameters())
     layout = Layout(
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         data=mesh.data.size,
         zero_stage=config.zero.stage,
         dtype=resolve_dtype(config),
-        cuts=tuple(mesh.pipeline.gather_objects(first_stage)),
+        partition=tuple(mesh.pipeline.gather_objects(first_layer)),
         deepspeed=config.deepspeed,
     )
     return Layout.from_json(json.loads(json.dumps(asdict(layout))))

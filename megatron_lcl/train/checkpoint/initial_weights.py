@@ -18,7 +18,6 @@ from torch import nn
 
 from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import (
-    WEIGHTS,
     check_whole,
     find_checkpoint,
     open_clip_sizes,
@@ -32,6 +31,7 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
 from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.run_folder import WEIGHTS
 
 _POSITIONS = "0.positions"
 """of the vision encoder, which are interpolated to another image size"""
@@ -52,7 +52,7 @@ class InitialWeights:
     image_size: int | None
     """of the checkpoint's model, if the model's is another: position embeddings are interpolated"""
 
-    def said(self, config: Config) -> str:
+    def describe(self, config: Config) -> str:
         """One line for the person who watches."""
         parts = [f"beginning with the weights of {self.path}"]
         if self.missing:
@@ -93,7 +93,7 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
     )
 
 
-def put(weights: InitialWeights, stages: Mapping[int, nn.Module], axis: Axis) -> None:
+def load_initial_weights(weights: InitialWeights, stages: Mapping[int, nn.Module], axis: Axis) -> None:
     """The weights into this process's stages, by their index in the list of all, in place.
 
     axis: the tensor ranks that share them.

@@ -75,7 +75,7 @@ def code_of(error: BaseException | None) -> int:
 
 
 @contextlib.contextmanager
-def lost() -> Iterator[None]:
+def exit_if_lost() -> Iterator[None]:
     """An error that is a machine's fault is printed with its traceback and ends the process with LOST (SystemExit)."""
     try:
         yield

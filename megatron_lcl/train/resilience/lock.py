@@ -24,7 +24,7 @@ BEAT_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def alone_in(run: Path) -> Iterator[None]:
+def lock_run_folder(run: Path) -> Iterator[None]:
     """The run folder, which is made where it is not there, is this process's until the block or the process ends.
 
     UserError naming the process that has it, after some patience. Where the file system has no locks (Lustre without

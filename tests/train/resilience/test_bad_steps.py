@@ -181,10 +181,10 @@ def poison(rank: int, packs: list[int], kind: str) -> None:
 
 def without_packs(rank: int, consumed: int, count: int) -> None:
     """A run whose ledger leaves out packs from the beginning."""
-    from megatron_lcl.train import run
+    from megatron_lcl.train import resume_point
 
-    plain = run.open_ledger
-    run.open_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
+    plain = resume_point.open_ledger
+    resume_point.open_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +207,8 @@ def test_bad_steps_are_left_out_together_and_audited(
     assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12]
     events = [(line["event"], line["step"], line["reason"], line["packs"]) for line in read_audit(run)]
     assert events == [
-        ("step left out", 7, "loss is nan", [24, 25, 26, 27]),
-        ("step left out", 8, "loss is nan", [28, 29, 30, 31]),
+        ("step skipped", 7, "loss is nan", [24, 25, 26, 27]),
+        ("step skipped", 8, "loss is nan", [28, 29, 30, 31]),
     ]
     assert saved_steps(run) == [4, 12], "nothing good is saved amid bad steps"
     for text in (run / "metrics.jsonl").read_text().splitlines():
@@ -226,7 +226,7 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
     train(run, *words, plant=poison, planted=([26, 31], kind))
     assert losses(run) == without
     events = [(line["event"], line["step"]) for line in read_audit(run)]
-    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
     assert read_audit(run)[-1]["skip"] == {"from_pack": 24, "skip": 8}
     progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
     assert (progress.step, progress.packs) == (12, 48)
@@ -267,7 +267,7 @@ def test_in_a_pipeline_all_parts_leave_out_and_rewind(config_file: str, tmp_path
     train(tmp_path / "run", *words, plant=poison_a_pipeline, planted=([26, 31],))
     assert losses(tmp_path / "run") == losses(tmp_path / "without")
     events = [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")]
-    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_a_series_of_bad_steps_goes_on_after_a_resume(
     assert losses(run) == without
     assert saved_steps(run) == [4, 8, 12]
     events = [(line["event"], line["step"]) for line in read_audit(run)]
-    assert events == [("step left out", 7), ("stopped", 7), ("step left out", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("stopped", 7), ("step skipped", 8), ("rewind", 8)]
 
 
 def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
@@ -335,10 +335,10 @@ def test_a_rewind_passes_over_damage_and_says_so(
     said = train(run, *words, "--checkpoint.background", "false", plant=damage, planted=([26, 31], str(run)))
     assert losses(run) == without
     damaged = checkpoint.step_folder(run, 6)
-    assert f"passed over {damaged}: model.safetensors: changed since it was written" in said
+    assert f"rejected {damaged}: model.safetensors: changed since it was written" in said
     audited = read_audit(run)
     events = [(line["event"], line["step"]) for line in audited]
-    assert events == [("step left out", 7), ("step left out", 8), ("checkpoint passed over", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("checkpoint rejected", 8), ("rewind", 8)]
     assert audited[2]["folder"] == str(damaged)
     assert audited[2]["faults"] == ["model.safetensors: changed since it was written"]
     assert (audited[3]["to"], audited[3]["folder"]) == (4, str(checkpoint.step_folder(run, 4)))

@@ -26,7 +26,7 @@ from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import launch
-from megatron_lcl.train.resilience.faults import LOST, code_of, is_local, lost
+from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watchdog, suspects
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
@@ -298,12 +298,12 @@ def test_a_machines_fault_keeps_its_traceback_and_names_the_node(
 ) -> None:
     monkeypatch.setenv("MEGATRON_LCL_FAULTS", str(tmp_path))
     monkeypatch.setenv("SLURMD_NODENAME", "n042")
-    with pytest.raises(SystemExit) as ended, lost():
+    with pytest.raises(SystemExit) as ended, exit_if_lost():
         raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
     assert ended.value.code == LOST
     assert "Traceback" in capfd.readouterr().err
     assert (tmp_path / "fault-0").read_text() == "n042\n"
-    with pytest.raises(ValueError, match="shapes"), lost():
+    with pytest.raises(ValueError, match="shapes"), exit_if_lost():
         raise ValueError("shapes")
 
 
