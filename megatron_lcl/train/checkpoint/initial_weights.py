@@ -4,7 +4,7 @@ The checkpoint is an import, a run of any layout or one of its checkpoints, or a
 ones. Only safetensors and pickles of plain tensors are read (`convert.load`).
 
 Parameters are called `{index}.name`, and an index says something only beside its model's numbers of layers. So what is
-matched is the place: the same layer of the same encoder.
+matched is the layer: the same one of the same encoder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _POSITIONS = "0.positions"
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What of a checkpoint becomes what of a model. The first process finds it; all put it in their places."""
+    """What of a checkpoint becomes what of a model. The first process finds it; all load it."""
 
     path: Path
     """the checkpoint's folder, or the file"""
@@ -48,7 +48,7 @@ class InitialWeights:
     missing: list[str]
     """parameters of the model that the checkpoint lacks: they begin as `train.seed` draws them"""
     unused: list[str]
-    """tensors of the checkpoint that the model has no place for, as they are called there"""
+    """tensors of the checkpoint that the model does not have, by their names there"""
     image_size: int | None
     """of the checkpoint's model, if the model's is another: position embeddings are interpolated"""
 
@@ -93,14 +93,14 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
     )
 
 
-def load_initial_weights(weights: InitialWeights, stages: Mapping[int, nn.Module], axis: Axis) -> None:
-    """The weights into this process's stages, by their index in the list of all, in place.
+def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module], axis: Axis) -> None:
+    """Copy the weights into this process's layers, by their index in the list of all.
 
     axis: the tensor ranks that share them.
     """
     _, tensors, _ = _read(weights.path)
-    for index, stage in stages.items():
-        for name, parameter in stage.named_parameters():
+    for index, layer in layers.items():
+        for name, parameter in layer.named_parameters():
             source = weights.names.get(f"{index}.{name}")
             if source is None:
                 continue

@@ -165,7 +165,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def poison(rank: int, packs: list[int], kind: str) -> None:
-    """Whoever reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
+    """A process that reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
     from megatron_lcl.model.lcl import LayerList
 
     plain = LayerList.forward
@@ -202,7 +202,7 @@ def test_bad_steps_are_left_out_together_and_audited(
     """Steps 7 and 8, each because of one pack of one process; step 8 was to be saved."""
     run = tmp_path / "run"
     said = train(run, "--config", config_file, plant=poison, planted=([26, 31], "nan"))
-    assert "step 7 left out: loss is nan" in said
+    assert "step 7 skipped: loss is nan" in said
     assert losses(run)[:6] == undisturbed[:6]
     assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12]
     events = [(line["event"], line["step"], line["reason"], line["packs"]) for line in read_audit(run)]
@@ -210,7 +210,7 @@ def test_bad_steps_are_left_out_together_and_audited(
         ("step skipped", 7, "loss is nan", [24, 25, 26, 27]),
         ("step skipped", 8, "loss is nan", [28, 29, 30, 31]),
     ]
-    assert saved_steps(run) == [4, 12], "nothing good is saved amid bad steps"
+    assert saved_steps(run) == [4, 12], "no good state is saved between bad steps"
     for text in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
@@ -274,7 +274,7 @@ def test_in_a_pipeline_all_parts_leave_out_and_rewind(config_file: str, tmp_path
 def test_a_series_of_bad_steps_goes_on_after_a_resume(
     config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    """Stopped between two bad steps: saved amid them, counted on, and that save is not what the run goes back to."""
+    """Stopped between two bad steps: saved between them, counted on, and that save is not what the run goes back to."""
     run = tmp_path / "run"
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     train(run, *words, code=75, plant=poison_and_stop, planted=([26, 31], str(tmp_path / "stopped")))

@@ -82,11 +82,11 @@ def test_a_file_system_without_locks_is_no_obstacle(
 def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
     program = (
         "import fcntl, socket, sys, time\n"
         "from megatron_lcl.train.resilience import lock\n"
-        "lock.BEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
+        "lock.HEARTBEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
         "with lock.lock_run_folder(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
