@@ -24,7 +24,6 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.report import write_report
-from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.launch import default_processes, start_local
 
@@ -63,7 +62,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
     )
     config = quickstart_config(output, steps)
     say(3, "train")
-    if code := _train(config, output / CONFIG):
+    if code := _train(config, output / "config.yaml"):
         return code
     say(4, "evaluate on held-out documents")
     checkpoint = find_checkpoint(output / "run")
@@ -93,7 +92,7 @@ def quickstart_config(output: Path, steps: int | None) -> Config:
         overrides["train.steps"] = str(steps)
     with importlib.resources.as_file(packaged) as file:
         config = configs.load(file, overrides)
-    replace_text(output / CONFIG, configs.to_yaml(config))
+    replace_text(output / "config.yaml", configs.to_yaml(config))
     return config
 
 

@@ -1,4 +1,4 @@
-"""Names in a run folder that more than one package reads or writes.
+"""Names in a run folder that more than one package reads or writes. Imports nothing, so that listing one stays fast.
 
 RUN/
     config.yaml                 the run's config

@@ -20,7 +20,6 @@ from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
 from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _describe(corpus: Path) -> str:
 
 def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     """Numbers of the run's heldout.json, if they were measured on this checkpoint."""
-    if checkpoint.parent.name != CHECKPOINTS:
+    if checkpoint.parent.name != "checkpoints":
         return ()
     try:
         numbers = json.loads((checkpoint.parent.parent / "heldout.json").read_text(encoding="utf-8"))

@@ -45,14 +45,14 @@ from megatron_lcl.train.telemetry import Telemetry
 
 @exit_if_lost()
 def train(config: Config, signals: Signals | None = None) -> Path:
-    """Run (or go on with) the training that `config` describes; the final checkpoint's folder.
+    """Run (or resume) the training that `config` describes; the final checkpoint's folder.
 
-    Every process of the launch calls it. Goes on from the newest checkpoint in `train.output` that verifies. Raises
+    Every process of the launch calls it. Resumes from the newest checkpoint in `train.output` that verifies. Raises
     `signals.Stopped` where a signal requested the end and all is saved; RunError on every process where the run cannot
     go on, SystemExit where this machine or the network has failed (`faults`). A process that dies or hangs ends the
     others (`watchdog`).
 
-    signals: where they have been listened for since before the call.
+    signals: open since before the call, where there are any.
     """
     if signals is None:
         with Signals() as signals:
@@ -118,7 +118,7 @@ class Training:
         self._begin()
 
     def _begin(self) -> None:
-        """Go to the resume point, and say what is begun or gone on with."""
+        """Load what the run resumes from, and log it."""
         point, telemetry = self.point, self.telemetry
         self._log_rejected(point.rejected)
         for path in point.without_pairs:
@@ -184,9 +184,8 @@ class Training:
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
         last = step == self.config.train.steps
-        if last or (
-            every and step % every == 0 and not self.bad.consecutive
-        ):  # between bad steps no good state can be saved
+        due = every and step % every == 0 and not self.bad.consecutive  # between bad steps the state may not be good
+        if last or due:
             self._save()
         elif compare and step % compare == 0:
             self._compare_replicas()
@@ -263,7 +262,8 @@ class Training:
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()))
             self.telemetry.rewind(before.step)
-        self.saver.step, self.saver.folder = before.step, folder
+        self.saver.step = before.step
+        self.saver.folder = folder
 
     def _log_rejected(self, faults: dict[Path, list[str]]) -> None:
         for folder, wrong in faults.items():
@@ -273,7 +273,8 @@ class Training:
     def _go_to(self, folder: Path | None, progress: Progress) -> None:
         """Parameters, optimizer and generators of a checkpoint (None: as they are), and its position in the data."""
         self.batches = iter(())  # the loader processes end
-        self.progress, self.ledger = progress, Ledger.from_json(progress.ledger)
+        self.progress = progress
+        self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
         if self.mesh.loads_data:

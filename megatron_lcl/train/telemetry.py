@@ -73,7 +73,7 @@ class Telemetry:
         self._fault = ""
         self._file = (self._run / METRICS).open("a", encoding="utf-8")
         self._board = self._open_board(step + 1)
-        # from here on: the time left is that of the steps to come, at the rate of those made since
+        # a new bar: its time left is that of the steps to come, at the rate of those made since
         self._bar = tqdm(initial=step, total=self.total, unit="step", disable=not self._progress, dynamic_ncols=True)
 
     def _open_board(self, step: int) -> Any:
