@@ -158,9 +158,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
 
             engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(
-        scaler, "raise_error_at_min_scale"
-    ):  # below its smallest a step is a bad step like others: see `bad_steps`
+    if hasattr(scaler, "raise_error_at_min_scale"):  # at the smallest scale too an overflow is one more bad step
         scaler.raise_error_at_min_scale = False
     for head, value in zip(heads, initial, strict=True):
         # the cast to half precision has rounded the start value, and with it the float32 master

@@ -1,8 +1,8 @@
 """One run at a time in a run folder.
 
 The lock file also names the process that holds it, and its time says whether that lives where the file system has no
-locks. `filelock` would take over one call of `fcntl.flock` of this: it has no result for "no locks here" (it falls back
-to a lock file that a killed process leaves behind), and its versions before 4 empty the file while they wait for it.
+locks. `filelock` would replace the one call of `fcntl.flock`, and not fit beside the rest: where flock is missing it
+falls back to the existence of a file, and versions 3 open the file with O_TRUNC while they wait, which removes the name.
 """
 
 from __future__ import annotations
