@@ -2,7 +2,7 @@
 
 The lock file also names the process that holds it, and its time says whether that lives where the file system has no
 locks. `filelock` would replace the one call of `fcntl.flock`, and not fit beside the rest: where flock is missing it
-falls back to the existence of a file, and versions 3 open the file with O_TRUNC while they wait, which removes the name.
+falls back to the existence of a file, and versions 3 open the file with O_TRUNC to wait, which removes the name.
 """
 
 from __future__ import annotations
