@@ -1,7 +1,7 @@
 """Every process watches every other: one that dies or hangs ends the run with a message that names it.
 
 Each process writes its state into the store of torch.distributed, over a connection of its own, and reads
-those of all others. Threads do both, so a main thread that waits in a collective for ever is no obstacle.
+those of all others. Threads do both, so a main thread that waits in a collective forever is no obstacle.
 """
 
 from __future__ import annotations

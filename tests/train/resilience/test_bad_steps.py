@@ -140,7 +140,7 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
     assert BadSteps(Guard()).limit() == math.inf
 
 
-def test_bad_steps_count_in_a_row() -> None:
+def test_consecutive_bad_steps_are_counted() -> None:
     guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
     assert guard.record((0, 0), math.nan, False, 1) == "loss is nan"
     assert not guard.too_many
@@ -234,7 +234,7 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
 
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
-    """The last part's processes get a loss that is not a number for these packs. Cuts are not measured, but given."""
+    """The last stage's processes get a loss that is not a number for these packs. The partition is given, not measured."""
     from megatron_lcl.train import run as loop
     from megatron_lcl.train.pipeline.engine import PipelineStepper
     from megatron_lcl.train.step import StepLoss
@@ -255,7 +255,7 @@ def poison_a_pipeline(rank: int, packs: list[int]) -> None:
 
 
 def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
-    """As `without_packs`, with the same cuts."""
+    """As `without_packs`, with the same partition."""
     poison_a_pipeline(rank, [])
     without_packs(rank, consumed, count)
 
