@@ -340,7 +340,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.train.resilience.signals import Signals, Stopped
 
     if not launch.is_launched():
-        from megatron_lcl.train.run import check
+        from megatron_lcl.train.checks import check
 
         check(config, processes)
         if processes > 1:

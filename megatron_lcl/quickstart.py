@@ -24,8 +24,8 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.report import write_report
+from megatron_lcl.train.checks import check
 from megatron_lcl.train.launch import default_processes, start_local
-from megatron_lcl.train.run import check
 
 VOCAB_SIZE = 2048
 

@@ -21,8 +21,8 @@ from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
+from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import last_ledger
-from megatron_lcl.train.run import CONFIG
 from megatron_lcl.train.telemetry import read_metrics
 
 MAX_THUMBNAIL = 320

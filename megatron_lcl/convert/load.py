@@ -24,8 +24,7 @@ from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, some
-
-WEIGHTS, CONFIG, PROGRESS = "model.safetensors", "config.yaml", "progress.json"
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -58,14 +57,14 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` is, or, if it is a run folder, the newest complete one inside."""
     if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
         return path
-    steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     complete = sorted(p.parent for p in steps.glob(f"step-*/{MANIFEST}") if (p.parent / WEIGHTS).is_file())
     if not complete:
         if (path / CORPUS_MANIFEST).is_file():
             raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
         raise UserError(
             f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
-            f"or checkpoints/step-…/ with these and {MANIFEST}"
+            f"or {CHECKPOINTS}/step-…/ with these and {MANIFEST}"
         )
     return complete[-1]
 

@@ -17,8 +17,8 @@ from megatron_lcl.losses.group import HEADER
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.selftest.count_traffic import ring
-from megatron_lcl.train.engine import DTYPES, resolve_dtype
 from megatron_lcl.train.pipeline.partition import hidden_shape
+from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.step import without_targets
 
 FLOAT, LONG = 4, 8

@@ -28,10 +28,10 @@ from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checks import check, without_pairs
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.run import check, without_pairs
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
@@ -160,8 +160,8 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     with torch.device("meta"):
-        stages = build_layers(config.model, config.contrast.initial_log_scale)
-    counts = [sum(p.numel() for p in stage.parameters()) for stage in stages]
+        layers = build_layers(config.model, config.contrast.initial_log_scale)
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     vision = sum(counts[: 1 + config.model.vision.layers])
     parts = {"vision": vision, "pool and language": sum(counts) - vision}
     yield "model       " + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items()) + " parameters"
@@ -170,11 +170,11 @@ def _model(config: Config) -> Iterator[str]:
 def _kernels(config: Config, elsewhere: bool) -> Iterator[str]:
     if elsewhere:
         yield f"kernels     attention {config.train.attention}, chosen on the run's devices"
-        passed_over = [fault for name in NAMES if is_installed(name) and (fault := load_fault(name))]
+        skipped = [fault for name in NAMES if is_installed(name) and (fault := load_fault(name))]
     else:
-        first, *passed_over = choose_kernels(config).lines()
+        first, *skipped = choose_kernels(config).lines()
         yield f"kernels     {first}"
-    yield from (f"            {fault}" for fault in passed_over)
+    yield from (f"            {fault}" for fault in skipped)
 
 
 def _memory(config: Config, processes: int, elsewhere: bool) -> str:
@@ -187,12 +187,12 @@ def _memory(config: Config, processes: int, elsewhere: bool) -> str:
 
 def _data(config: Config) -> Iterator[str]:
     nothing = without_pairs(config)
-    for part in config.data.corpora:
-        corpus = open_corpus(part.path)
+    for entry in config.data.corpora:
+        corpus = open_corpus(entry.path)
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
-        yield f"data        {part.path} (weight {part.weight:g}): {len(corpus):,} documents" + (
-            ", no pair for the contrast" if part.path in nothing else ""
+        yield f"data        {entry.path} (weight {entry.weight:g}): {len(corpus):,} documents" + (
+            ", no pair for the contrast" if entry.path in nothing else ""
         )
 
 

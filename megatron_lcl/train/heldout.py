@@ -1,4 +1,4 @@
-"""The held-out evaluation that a run makes every so many steps: all processes together, each its share."""
+"""The held-out evaluation that a run makes every so many steps: all processes together, each some documents."""
 
 from __future__ import annotations
 
@@ -40,25 +40,33 @@ def check_heldout(config: Config) -> None:
         )
 
 
-class _BrokenOff(Exception):
-    """A signal asks the run to end; every process raises it at the same batch."""
+class _Interrupted(Exception):
+    """A signal requests the end of the run; every process raises it at the same batch."""
 
 
 class HeldOutMeter:
     """Measures between two steps. Every process has one."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, stepper: Any, device: Any, telemetry: Telemetry, asked: Callable[[], int]
+        self,
+        config: Config,
+        mesh: Mesh,
+        stepper: Any,
+        device: Any,
+        telemetry: Telemetry,
+        stop_requested: Callable[[], int],
     ) -> None:
-        """`stepper`: gives the outputs of micro-batches on the last pipeline stage. `asked`: whether a signal asks the
-        run to end, the same on every process."""
-        self.config, self.mesh, self.telemetry = config, mesh, telemetry
+        """stepper: gives the outputs of micro-batches on the last pipeline stage. stop_requested: whether a signal
+        requests the end of the run, the same on every process."""
+        self.config = config
+        self.mesh = mesh
+        self.telemetry = telemetry
         at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
         assert config.evaluate.corpus is not None
 
         def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
-            if asked():
-                raise _BrokenOff
+            if stop_requested():
+                raise _Interrupted
             batches = broadcast_batches(read, num, self.evaluation.micro_batch, mesh, device)
             return list(itertools.zip_longest(batches, stepper.forward(batches)))
 
@@ -75,12 +83,12 @@ class HeldOutMeter:
     def measure(self, step: int) -> None:
         """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.
 
-        A signal breaks it off, for what it leaves of a job's time is for saving.
+        A signal interrupts it: the time left of the job is for saving.
         """
         started = time.perf_counter()
         try:
             result, examples = self.evaluation.run(step)
-        except _BrokenOff:
+        except _Interrupted:
             self.telemetry.say(f"the evaluation after step {step} is broken off")
             return
         except UserError as error:  # on every process

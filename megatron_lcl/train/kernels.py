@@ -25,7 +25,7 @@ class Kernels:
     passed_over: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The kernels in one line, then one for each that is passed over."""
+        """The kernels in one line, then one for each that is skipped."""
         return [f"attention {self.attention}, losses {self.losses}", *self.passed_over]
 
     def facts(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.cores import num_cores
 
 GRACE_SECONDS = 30.0
-"""how long the other processes may take to end by themselves once one has failed, beside what their watch takes"""
+"""how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
 WATCHED = "MEGATRON_LCL_WATCHED"
 """variable with the number of the pipe into which `start_local`'s processes say that they watch each other"""
 
@@ -72,7 +72,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on. When one process has ended with a failure, the others notice that by
-    themselves (`watch`); those that do not, or have not even begun to watch, are killed after a while. None outlives
+    themselves (`watchdog`); those that do not, or have not even begun to watch, are killed after a while. None outlives
     this process (on Linux).
     """
     threads = max(1, num_cores() // processes)

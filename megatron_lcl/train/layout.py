@@ -1,4 +1,4 @@
-"""The layout of a run: which process does what, and what does not go together, said before anything starts."""
+"""The layout of a run: which process does what, and what does not go together, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def check_layout(config: Config, processes: int) -> int:
                 f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that divides all that it "
                 f"splits is {nearest}"
             )
-    stages = config.model.vision.layers + config.model.language.layers + 3
-    if pipeline > stages:
-        up_to = range(1, stages + 1)
+    layers = config.model.vision.layers + config.model.language.layers + 3
+    if pipeline > layers:
+        up_to = range(1, layers + 1)
         nearest = _nearest(pipeline, up_to, lambda p: check_layout(_with(config, pipeline=p), processes))
         raise UserError(
-            f"parallel.pipeline = {pipeline}, but the model has {stages} stages; the nearest that goes is {nearest}"
+            f"parallel.pipeline = {pipeline}, but the model has {layers} layers; the nearest that goes is {nearest}"
         )
     if config.zero.stage > 1 and pipeline > 1:
         raise UserError(

@@ -23,9 +23,9 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
-from megatron_lcl.train.engine import DTYPES, resolve_dtype
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     model, train, stage = config.model, config.train, config.zero.stage
     number = DTYPES[resolve_dtype(config)].itemsize
     with torch.device("meta"):
-        stages = build_layers(model, config.contrast.initial_log_scale)
-    own = sum(p.numel() for s in stages for p in s.parameters()) / split
+        layers = build_layers(model, config.contrast.initial_log_scale)
+    own = sum(p.numel() for layer in layers for p in layer.parameters()) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
     contrasts = config.objective.name != "generation"
@@ -153,11 +153,11 @@ def _limits(own: Path, root: Path) -> Iterator[float]:
             continue
         base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
         folder = base / path.strip("/")
-        for place in (folder, *folder.parents):
-            if place == base.parent:
+        for ancestor in (folder, *folder.parents):
+            if ancestor == base.parent:
                 break
             try:
-                yield float((place / name).read_text())
+                yield float((ancestor / name).read_text())
             except (OSError, ValueError):  # "max", or a container that shows no more than its own group
                 continue
 

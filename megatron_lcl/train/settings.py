@@ -1,7 +1,7 @@
-"""The config's `deepspeed:` section: what goes into DeepSpeed's config beside what the rest of ours decides.
+"""DeepSpeed's config, derived from ours: what the other sections decide, and what `deepspeed:` adds.
 
-It is checked by DeepSpeed's own classes, before anything starts. Where DeepSpeed would look away (a misspelt section,
-an option that its ZeRO stage does not know) it is an error here.
+That section is checked by DeepSpeed's own classes, before anything starts. What DeepSpeed would ignore (a misspelled
+section, an option that its ZeRO stage does not know) is an error here.
 """
 
 from __future__ import annotations
@@ -16,23 +16,59 @@ import pydantic
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.precision import resolve_dtype
+
+BUCKET = 50_000_000
+"""numbers in a sum of gradients over replicas: DeepSpeed's own are so large that a model of 500 million has one sum"""
 
 
-def merge(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
+def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
+    """DeepSpeed's config for a run on so many processes.
+
+    ValueError where the layout does not divide, or `deepspeed:` sets something that DeepSpeed does not take or the rest
+    of our config decides.
+    """
+    data_parallel = check_layout(config, processes)
+    dtype = resolve_dtype(config)
+    ours: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": num_micro_batches(config, data_parallel),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_optimization": {"stage": config.zero.stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler, also where it is offloaded
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},  # see step.nan_if_rejected
+        "fp16": {"enabled": dtype == "float16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31,
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
+    }
+    merged = _merge(ours, config.deepspeed)
+    # gradients are summed over replicas in float32 in every precision, unless the user wants half the bytes
+    merged.setdefault("communication_data_type", "fp32")
+    if config.zero.stage < 3 and config.parallel.pipeline == 1:  # a sum travels while backward goes on; so not too late
+        merged["zero_optimization"] = {"overlap_comm": True, "reduce_bucket_size": BUCKET} | merged["zero_optimization"]
+    _check(config, merged, data_parallel)
+    return merged
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
     """Both together. UserError where `theirs` sets something that stands in `ours`."""
     merged = dict(ours)
     for key, value in theirs.items():
         if key not in ours:
             merged[key] = value
         elif isinstance(ours[key], dict) and isinstance(value, dict):
-            merged[key] = merge(ours[key], value, f"{path}.{key}")
+            merged[key] = _merge(ours[key], value, f"{path}.{key}")
         else:
             raise UserError(f"{path}.{key} = {value!r} is decided by the rest of the config ({ours[key]!r}); remove it")
     return merged
 
 
-def check(config: Config, settings: dict[str, Any], data_parallel: int) -> None:
-    """UserError for what DeepSpeed does not take or would not heed. settings: the whole of DeepSpeed's config."""
+def _check(config: Config, settings: dict[str, Any], data_parallel: int) -> None:
+    """UserError for what DeepSpeed does not take or would ignore. settings: the whole of DeepSpeed's config."""
     theirs = config.deepspeed
     if not theirs:
         return
@@ -67,27 +103,27 @@ def _check_checkpoints(checkpoint: Mapping[str, Any], zero: Mapping[str, Any]) -
         )
 
 
-class _Asked(dict[str, Any]):
-    """A dict that knows which of its keys were asked for."""
+class _Recording(dict[str, Any]):
+    """A dict that records which of its keys were looked up."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__({k: _Asked(v) if isinstance(v, dict) else v for k, v in values.items()})
-        self.asked: set[Any] = set()
+        super().__init__({k: _Recording(v) if isinstance(v, dict) else v for k, v in values.items()})
+        self.looked_up: set[Any] = set()
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.looked_up.add(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(key)
+        self.looked_up.add(key)
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.looked_up.add(key)
         return super().get(key, default)
 
     def __iter__(self) -> Iterator[str]:
-        return super().__iter__()  # one of its own, so that `**settings` asks for every key
+        return super().__iter__()  # one of its own, so that `**settings` looks up every key
 
     def keys(self) -> Any:
         return self  # so that `key in settings.keys()` is seen
@@ -95,7 +131,7 @@ class _Asked(dict[str, Any]):
     def items(self) -> Any:
         return [(key, self[key]) for key in self]
 
-    def __copy__(self) -> _Asked:
+    def __copy__(self) -> _Recording:
         return self
 
 
@@ -104,10 +140,10 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     # the global batch follows from these two, whatever DeepSpeed takes for the number of processes here
-    asked = _Asked({key: value for key, value in settings.items() if key != "train_batch_size"})
+    recording = _Recording({key: value for key, value in settings.items() if key != "train_batch_size"})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            DeepSpeedConfig(asked)
+            DeepSpeedConfig(recording)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"]]
@@ -116,19 +152,19 @@ def _check_names(theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         if first["type"] == "extra_forbidden":
             raise UserError(_unknown(path, _fields(DeepSpeedConfigModel))) from None
         raise UserError(f"{path} = {first['input']!r}: {first['msg']}") from None
-    except Exception as error:  # noqa: BLE001 - whatever DeepSpeed has against its config
+    except Exception as error:  # noqa: BLE001 - whatever DeepSpeed objects to in its config
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
-    for path, known in _not_asked(theirs, asked, "deepspeed"):
+    for path, known in _ignored(theirs, recording, "deepspeed"):
         raise UserError(_unknown(path, known))
 
 
-def _not_asked(theirs: Mapping[str, Any], asked: _Asked, path: str) -> Iterator[tuple[str, set[str]]]:
-    """Paths of the keys that DeepSpeed did not look at, and what it looked for in their places."""
+def _ignored(theirs: Mapping[str, Any], recording: _Recording, path: str) -> Iterator[tuple[str, set[str]]]:
+    """Paths of the keys that DeepSpeed did not look up, and what it looked up in their places."""
     for key, value in theirs.items():
-        if key not in asked.asked:
-            yield f"{path}.{key}", asked.asked
-        elif isinstance(value, dict) and asked[key].asked:  # else DeepSpeed looks into it when it comes to it
-            yield from _not_asked(value, asked[key], f"{path}.{key}")
+        if key not in recording.looked_up:
+            yield f"{path}.{key}", recording.looked_up
+        elif isinstance(value, dict) and recording[key].looked_up:  # else DeepSpeed reads it later
+            yield from _ignored(value, recording[key], f"{path}.{key}")
 
 
 def _fields(model: Any) -> set[str]:

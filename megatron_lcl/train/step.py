@@ -22,7 +22,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
 from megatron_lcl.model.layers import MAX_LOG_SCALE, Outputs
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.engine import read_log_scale, update_log_scale
+from megatron_lcl.train.master_weights import read_log_scale, update_log_scale
 
 
 @dataclass(frozen=True)

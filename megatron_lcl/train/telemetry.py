@@ -53,10 +53,15 @@ class Telemetry:
     """Logs on the first process; on the others every call does nothing."""
 
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
-        self.every, self.total, self._run = config.train.log_every, config.train.steps, run
-        self._progress, self._contrasts = config.train.progress, config.objective.name != "generation"
-        self.num_without_pairs = self._num_bad = 0
-        """steps that had nothing to contrast, and images that did not decode, since this process started"""
+        self.every = config.train.log_every
+        self.total = config.train.steps
+        self._run = run
+        self._progress = config.train.progress
+        self._contrasts = config.objective.name != "generation"
+        self.num_without_pairs = 0
+        """steps that had nothing to contrast, since this process started"""
+        self._num_bad = 0
+        """images that did not decode, since this process started"""
         self._file: Any = None
         if is_first:
             self._open(first_step)
@@ -68,7 +73,7 @@ class Telemetry:
         self._fault = ""
         self._file = (self._run / METRICS).open("a", encoding="utf-8")
         self._board = self._open_board(step + 1)
-        # from here on: the time left is that of the steps to come, at the rate of those made since
+        # a new bar: its time left is that of the steps to come, at the rate of those made since
         self._bar = tqdm(initial=step, total=self.total, unit="step", disable=not self._progress, dynamic_ncols=True)
 
     def _open_board(self, step: int) -> Any:
@@ -83,7 +88,7 @@ class Telemetry:
                 self._attempt(file.close)
 
     def rewind(self, step: int) -> None:
-        """Step number `step` is the last one done: what was said about later ones is taken back."""
+        """Step number `step` is the last one done: lines about later ones are removed."""
         if self._file is not None:
             self._close()
             self._open(step)
@@ -91,7 +96,7 @@ class Telemetry:
     def step(
         self, step: int, result: StepResult, lr: float, seconds: float, data_seconds: float, skipped: str | None = None
     ) -> None:
-        """After step number `step` (counted from 1). skipped: why it was left out, if it was; it has no loss then."""
+        """After step number `step` (counted from 1). skipped: why, if it was; it has no loss then."""
         if self._file is None:
             return
         self.rates.add(result, seconds, data_seconds)
@@ -101,7 +106,7 @@ class Telemetry:
             if self.num_without_pairs == 1:
                 self.say(f"step {step} has no pair: nothing is contrasted in it; metrics.jsonl counts such steps")
         if skipped is not None:
-            self.say(f"step {step} left out: {skipped}")
+            self.say(f"step {step} skipped: {skipped}")
             self.write({"step": step, "skipped": skipped, "lr": lr})
             return
         if step % self.every and step != self.total:
@@ -133,7 +138,7 @@ class Telemetry:
         self.write({"step": step, "bad_images": reasons})
         before, self._num_bad = self._num_bad, self._num_bad + len(reasons)
         if len(str(before)) < len(str(self._num_bad)) or not before:
-            self.say(f"step {step}: an image is left out, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
+            self.say(f"step {step}: an image is skipped, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
 
     def _draw(self, values: dict[str, Any]) -> None:
         self._board = self._board or self._open_board(values["step"])

@@ -74,7 +74,7 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     for name, value in result.numbers().items():
         assert measured[-1][f"heldout/{name}"] == pytest.approx(value, rel=1e-5), name
     bad = [name for line in lines for name in line.get("bad_images", ())]
-    assert f"an image is left out, {bad[0]} (" in finished.stdout
+    assert f"an image is skipped, {bad[0]} (" in finished.stdout
     assert finished.stdout.count("2 held-out images do not decode, first ") == 2
     assert measured[0]["heldout/bits_per_token"] != measured[1]["heldout/bits_per_token"]
     assert next((run / "tensorboard").iterdir())

@@ -18,7 +18,7 @@ from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase
 from megatron_lcl.selftest.run import selftest
-from megatron_lcl.train.engine import resolve_dtype
+from megatron_lcl.train.precision import resolve_dtype
 
 TENSOR, PIPELINE, DATA = Case(tensor=2), Case(pipeline=2), Case(data=2)
 

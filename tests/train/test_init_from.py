@@ -25,9 +25,9 @@ from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.reference_format import model_config
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.checkpoint.folder import choose
-from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, put
+from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights
 from megatron_lcl.train.checkpoint.inventory import faults
-from megatron_lcl.train.run import check_beginning, check_output
+from megatron_lcl.train.checks import check_beginning, check_output
 
 TINY = configs.from_dict(
     {
@@ -146,7 +146,7 @@ def begun(path: Path, **changes: Any) -> tuple[LCL, Any]:
     weights = find_initial_weights(config)
     assert weights is not None
     model = LCL(config.model, seed=2)
-    put(weights, dict(enumerate(model.layers)), ALONE)
+    load_initial_weights(weights, dict(enumerate(model.layers)), ALONE)
     return model, weights
 
 
@@ -173,7 +173,7 @@ def test_layers_are_matched_by_their_place(source: Path) -> None:
     assert torch.equal(ours["6.vocabulary"], theirs["6.vocabulary"])
     assert {name.split(".")[0] for name in weights.missing} == {"3"}
     assert {name.split(".")[0] for name in weights.unused} == {"5"}
-    said = weights.said(configs.Config(model=model.config))
+    said = weights.describe(configs.Config(model=model.config))
     assert "it lacks 3.attention.k.bias, " in said
     assert "not used of it: 5.attention.k.bias" in said
 
@@ -194,7 +194,7 @@ def test_tensors_that_are_missing_keep_what_was_drawn(source: Path) -> None:
 def test_another_image_size_interpolates_the_positions(source: Path) -> None:
     model, weights = begun(source, model__vision__image_size=32)
     assert weights.image_size == 16
-    assert "interpolated from 16 to 32 px" in weights.said(configs.Config(model=model.config))
+    assert "interpolated from 16 to 32 px" in weights.describe(configs.Config(model=model.config))
     expected = parameters(at_image_size(load_model(source), 32))
     assert all(torch.equal(value, expected[name]) for name, value in parameters(model).items())
 

@@ -37,7 +37,7 @@ def test_what_is_left_is_data_parallel() -> None:
         (4, {"parallel": {"tensor": 4}}, "parallel.tensor = 4 does not divide model.language.heads = 6; .* is 2$"),
         (12, {"parallel": {"tensor": 12}}, "does not divide model.language.heads = 6; .* is 6$"),
         (8, {"parallel": {"tensor": 8}}, "nearest that divides all that it splits is 2$"),
-        (8, {"parallel": {"pipeline": 8}}, "has 6 stages; the nearest that goes is 4$"),
+        (8, {"parallel": {"pipeline": 8}}, "has 6 layers; the nearest that goes is 4$"),
         (
             6,
             {"parallel": {"tensor": 2, "pipeline": 2}},

@@ -1,4 +1,4 @@
-"""DeepSpeed's own settings: passed on, and refused by name where nobody would heed them."""
+"""DeepSpeed's own settings: passed on, and refused by name where DeepSpeed would ignore them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_lcl import config as configs
-from megatron_lcl.train.engine import deepspeed_config
+from megatron_lcl.train.settings import deepspeed_config
 
 ZERO_3 = {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}}
 ON_CPU = {"device": "cpu"}
@@ -63,6 +63,6 @@ def test_what_deepspeed_knows_is_passed_on(deepspeed: dict[str, Any], sections: 
         (zero(offload_optimizer={"device": "nvme"}), {}, "set it to cpu"),
     ],
 )
-def test_what_would_not_be_heeded_is_refused(deepspeed: dict[str, Any], sections: dict[str, Any], message: str) -> None:
+def test_what_would_be_ignored_is_refused(deepspeed: dict[str, Any], sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(deepspeed, 4, **sections)

@@ -236,7 +236,7 @@ def test_an_objective_of_one_loss_has_weight_1(objective: str, shared: Path) -> 
 
 @pytest.mark.parametrize("objective", ["lcl", "clip"])
 def test_zero3_with_kept_graphs_is_refused(objective: str) -> None:
-    from megatron_lcl.train.engine import deepspeed_config
+    from megatron_lcl.train.settings import deepspeed_config
 
     config = configs.from_dict({"zero": {"stage": 3}, "objective": {"name": objective}})
     with pytest.raises(ValueError, match=r"set contrast\.strategy to recompute"):

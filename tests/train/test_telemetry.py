@@ -35,7 +35,7 @@ def test_time_left_after_resuming_and_after_a_rewind(tmp_path: Path, capsys: pyt
             assert left == pytest.approx((1000 - int(step)) * per_step, rel=0.5, abs=1)
 
 
-def test_a_cut_line_is_passed_over_and_damage_is_named(tmp_path: Path) -> None:
+def test_a_cut_line_is_skipped_and_damage_is_named(tmp_path: Path) -> None:
     file = tmp_path / METRICS
     file.write_text('{"step": 1}\n{"step": 2}\n{"st')  # as a killed run, or one that is writing, leaves it
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
@@ -53,7 +53,7 @@ def test_bad_images_are_said_when_they_first_come_and_at_powers_of_ten(
             telemetry.bad_images(step, [f"image {step}: cut off", f"image {step} b: empty"])
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said] == ["step 1", "step 5", "step 50"]
-    assert said[1] == "step 5: an image is left out, image 5: cut off (10 so far, see metrics.jsonl)"
+    assert said[1] == "step 5: an image is skipped, image 5: cut off (10 so far, see metrics.jsonl)"
     assert read_metrics(tmp_path)[6]["bad_images"] == ["image 7: cut off", "image 7 b: empty"]
 
 

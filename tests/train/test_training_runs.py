@@ -18,6 +18,7 @@ from small_corpus import make_corpus
 from megatron_lcl import config as configs
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.report import write_report
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -98,31 +99,43 @@ def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path
 
 
 @pytest.mark.slow
-def test_a_pipeline_is_the_same_run_and_keeps_its_cuts(finished: Path, config_file: Path, tmp_path: Path) -> None:
+def test_a_pipeline_is_the_same_run_and_keeps_its_partition(finished: Path, config_file: Path, tmp_path: Path) -> None:
     run, layout = tmp_path / "run", ["--processes", "2", "--parallel.pipeline", "2", "--contrast.strategy", "recompute"]
     train(config_file, run, *layout)
     before, (middle, last) = losses(run), checkpoint.list_checkpoints(run)
     for ours, theirs in zip(before, losses(finished), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert (flat(run) - flat(finished)).norm() < 1e-5 * flat(finished).norm()
-    cuts = checkpoint.read_progress(last).layout.cuts
-    assert cuts[0] == 0 < cuts[1] < 6  # measured
+    partition = checkpoint.read_progress(last).layout.partition
+    assert partition[0] == 0 < partition[1] < 6  # measured
     checkpoint.delete(last)
+    as_before_partition_was_called_so(middle)
     said = train(config_file, run, *layout)
     assert str(middle) in said
     assert "from 2 pipeline" not in said  # nothing had to be converted
     assert losses(run) == before
-    assert checkpoint.read_progress(last).layout.cuts == cuts
+    assert checkpoint.read_progress(last).layout.partition == partition
+
+
+def as_before_partition_was_called_so(folder: Path) -> None:
+    """The checkpoint as earlier versions wrote it: `cuts`, and `in_a_row` for consecutive bad steps."""
+    file = folder / "progress.json"
+    progress = json.loads(file.read_text())
+    progress["layout"]["cuts"] = progress["layout"].pop("partition")
+    progress["guard"]["in_a_row"] = progress["guard"].pop("consecutive")
+    file.write_text(json.dumps(progress))
+    files = read_manifest(folder)
+    (folder / MANIFEST).write_text(manifest_text({**files, file.name: fingerprint(file)}))
 
 
 def flat(run: Path) -> torch.Tensor:
     """All parameters but key biases: their gradients are rounding, which Adam turns into steps of full size."""
-    named = load_model(run).stages.named_parameters()
+    named = load_model(run).layers.named_parameters()
     return torch.cat([p.detach().flatten() for name, p in named if not name.endswith("k.bias")])
 
 
 @pytest.mark.slow
-def test_resuming_is_bitwise_and_passes_over_damage(finished: Path, config_file: Path, tmp_path: Path) -> None:
+def test_resuming_is_bitwise_and_rejects_damage(finished: Path, config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "resumed"
     shutil.copytree(finished, run)
     before = losses(run)
@@ -133,7 +146,7 @@ def test_resuming_is_bitwise_and_passes_over_damage(finished: Path, config_file:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "cut off')
     said = train(config_file, run, "--processes", "2")
-    assert "passed over" in said
+    assert "rejected" in said
     assert "model.safetensors" in said
     assert "going on from" in said
     assert losses(run) == before

@@ -2,8 +2,8 @@
 
 A save has two halves. In the first, on the main thread, DeepSpeed hands over what it would write (`Snapshot`). In the
 second, in a thread where `checkpoint.background` is set, every process writes and hashes its files under a temporary
-name, and the first one adds the weights, the manifest and the final name. The halves of the processes talk over a group
-of their own: gloo, in host memory, so that they never meet the training's collectives, and patient.
+name, and the first one adds the weights, the manifest and the final name. The second halves communicate over a
+group of their own: gloo, in host memory, apart from the training's collectives, with a timeout of a day.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
-from megatron_lcl.train.checkpoint.folder import CONFIG, PROGRESS, RNG, STATE, WEIGHTS, Layout, Progress
+from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import refused, restricted
-from megatron_lcl.train.engine import resolve_dtype
+from megatron_lcl.train.precision import resolve_dtype
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)
+TIMEOUT = timedelta(days=1)
 """how long processes wait for one that writes or converts; one that has died is noticed at once"""
 
 
@@ -77,13 +78,16 @@ class Checkpointer:
     def __init__(self, engine: Any, config: Config, mesh: Mesh, run: Path) -> None:
         from megatron_lcl.train.checkpoint.snapshot import Snapshot
 
-        self.engine, self.config, self.mesh, self.run = engine, config, mesh, run
+        self.engine = engine
+        self.config = config
+        self.mesh = mesh
+        self.run = run
         self.layout = layout_of(engine, config, mesh)
         self._snapshot = engine.checkpoint_engine = Snapshot(copies=config.checkpoint.background)
         engine._copy_recovery_script = lambda save_path: None  # it writes, and for a purpose that our weights serve
         self._peers = Axis()
         if mesh.world.size > 1:
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self._peers = Axis(group, mesh.world.rank, mesh.world.size, mesh.world.ranks)
         self._thread: threading.Thread | None = None
         self._fault: SaveError | None = None
@@ -97,7 +101,7 @@ class Checkpointer:
         In the background a save begins by waiting for the one before, and raises SaveError if that one failed. It has
         then not begun itself; call it again to save all the same.
 
-        since: when (`time.perf_counter()`) training came to a stand for it; by default now.
+        since: when (`time.perf_counter()`) training stopped for it; by default now.
         """
         started = time.perf_counter() if since is None else since
         self.wait()
@@ -107,11 +111,11 @@ class Checkpointer:
         client_state = {PARTITION_DIMS: partition_dims(self.engine.module)}
         self.engine.save_checkpoint(str(temporary), tag=STATE, client_state=client_state, save_latest=False)
         files = [(temporary / RNG / self._rng_file(), random_state())]
-        self._together(lambda: files.extend(self._snapshot.take()))
+        self._on_all(lambda: files.extend(self._snapshot.take()))
         if self.config.checkpoint.background:
             stall = time.perf_counter() - started
             self._thread = threading.Thread(
-                target=self._write_apart, args=(files, temporary, final, progress, stall), name="checkpoint"
+                target=self._write_in_background, args=(files, temporary, final, progress, stall), name="checkpoint"
             )
             self._thread.start()
         else:
@@ -136,7 +140,7 @@ class Checkpointer:
         return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def close(self) -> None:
-        """Let a save in the background come to its end, whichever that is."""
+        """Wait until a save in the background has ended, well or not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -147,7 +151,7 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write_apart(
+    def _write_in_background(
         self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress, stall: float
     ) -> None:
         try:
@@ -161,10 +165,10 @@ class Checkpointer:
     def _write(self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress) -> Saved:
         started, first = time.perf_counter(), self.mesh.is_first
         try:
-            self._together(lambda: make_room(temporary) if first else None)
-            manifests = self._together(lambda: write_files(files, temporary))
+            self._on_all(lambda: make_room(temporary) if first else None)
+            manifests = self._on_all(lambda: write_files(files, temporary))
             whole = {name: file for manifest in manifests for name, file in manifest.items()}
-            not_deleted = self._together(lambda: self._finish(temporary, final, progress, whole) if first else [])
+            not_deleted = self._on_all(lambda: self._finish(temporary, final, progress, whole) if first else [])
         except BaseException:
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -173,7 +177,7 @@ class Checkpointer:
         return Saved(final, progress.step, num_bytes, 0.0, time.perf_counter() - started, not_deleted[0])
 
     def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
-        """The first process's part once all files of all processes are there, which it adds to; as `tidy`."""
+        """What the first process does once the files of all processes are there; the result of `tidy`."""
         files[WEIGHTS] = State(temporary / STATE, self.config.model).write_weights(temporary / WEIGHTS)
         for name, text in ((CONFIG, to_yaml(self.config)), (PROGRESS, json.dumps(asdict(progress)))):
             (temporary / name).write_text(text, encoding="utf-8")
@@ -187,12 +191,12 @@ class Checkpointer:
         sync(final.parent)
         return checkpoint.tidy(self.run, self.config.checkpoint)
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
+    def _on_all(self, action: Callable[[], T]) -> list[T]:
         """Every process's result; SaveError on all where one fails, so that none waits for it."""
         outcome: tuple[T | None, str | None]
         try:
             outcome = action(), None
-        except Exception as error:  # noqa: BLE001 whatever it is, the others must hear of it
+        except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
             outcome = None, explain(error)
         try:
             outcomes = self._peers.gather_objects(outcome)
@@ -263,7 +267,7 @@ class Checkpointer:
         if self.mesh.is_first:
             try:
                 outcome = reshard.convert(folder, self.config.model)
-            except Exception as error:  # noqa: BLE001 whatever it is, the others must hear of it
+            except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
                 outcome = f"{folder} is of another layout and could not be converted: {explain(error)}"
         outcome = self._peers.broadcast_object(outcome)
         if isinstance(outcome, str):
@@ -273,7 +277,7 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what DeepSpeed prints and warns of while it loads, which is nothing to do anything about."""
+    """Without what DeepSpeed prints and warns of while it loads, on which a user cannot act."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -286,14 +290,14 @@ def quiet() -> Iterator[None]:
 
 def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:
     """The layout of a run; every process calls it."""
-    first_stage = min(int(name.split(".")[0]) for name, _ in engine.module.named_parameters())
+    first_layer = min(int(name.split(".")[0]) for name, _ in engine.module.named_parameters())
     layout = Layout(
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         data=mesh.data.size,
         zero_stage=config.zero.stage,
         dtype=resolve_dtype(config),
-        cuts=tuple(mesh.pipeline.gather_objects(first_stage)),
+        partition=tuple(mesh.pipeline.gather_objects(first_layer)),
         deepspeed=config.deepspeed,
     )
     return Layout.from_json(json.loads(json.dumps(asdict(layout))))

@@ -26,18 +26,13 @@ from megatron_lcl.config import Checkpoint
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import CHECKPOINTS, PROGRESS
 
 if TYPE_CHECKING:
     from megatron_lcl.data.loading.pack_index import Ledger
 
-FOLDER, PROGRESS, WEIGHTS, CONFIG, STATE, RNG = (
-    "checkpoints",
-    "progress.json",
-    "model.safetensors",
-    "config.yaml",
-    "state",
-    "rng",
-)
+STATE = "state"
+RNG = "rng"
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ class Layout:
     data: int = 1
     zero_stage: int = 1
     dtype: str = "float32"
-    cuts: tuple[int, ...] = (0,)
-    """first stage of each pipeline part"""
+    partition: tuple[int, ...] = (0,)
+    """first layer of each pipeline stage"""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """the config's `deepspeed` section"""
 
@@ -61,7 +56,9 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
-        return cls(**{**value, "cuts": tuple(value["cuts"])})
+        """From what `progress.json` holds; older checkpoints call the partition "cuts"."""
+        others = {key: item for key, item in value.items() if key not in ("partition", "cuts")}
+        return cls(**others, partition=tuple(value["partition" if "partition" in value else "cuts"]))
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,9 @@ class Progress:
     """packs consumed"""
     ledger: dict[str, Any]
     """what the packs depend on, the corpora's fingerprints among it, and where chunks of packs begin
-    (data.index.Ledger.to_json)"""
+    (data.loading.pack_index.Ledger.to_json)"""
     guard: dict[str, Any] = field(default_factory=dict)
-    """what the guard over bad steps has counted (train.guard.BadSteps.state)"""
+    """what was counted of bad steps (train.resilience.bad_steps.BadSteps.state)"""
     layout: Layout = Layout()
     """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
     code: dict[str, str] = field(default_factory=dict)
@@ -85,7 +82,7 @@ class Progress:
 
 def step_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step is, once it is complete."""
-    return run / FOLDER / f"step-{step:08d}"
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
@@ -108,7 +105,7 @@ def read_progress(folder: Path) -> Progress:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first. Under their final names they are complete, unless damage came later."""
-    return sorted(path for path in (run / FOLDER).glob("step-*") if path.is_dir() and step_of(path) >= 0)
+    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir() and step_of(path) >= 0)
 
 
 def last_progress(run: Path) -> Progress | None:
@@ -127,32 +124,32 @@ def last_ledger(run: Path) -> Ledger | None:
 
 
 def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last of these checkpoints that verifies (None: none does), and the faults of those that were passed over."""
-    skipped: dict[Path, list[str]] = {}
+    """The last of these checkpoints that verifies (None: none does), and the faults of newer ones."""
+    rejected: dict[Path, list[str]] = {}
     for folder in reversed(folders):
         faults = verify(folder)
         if not faults:
-            return folder, skipped
-        skipped[folder] = faults
-    return None, skipped
+            return folder, rejected
+        rejected[folder] = faults
+    return None, rejected
 
 
 def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The checkpoint to go on from by `checkpoint.resume` (None: none) and those passed over, with their faults.
+    """The checkpoint to go on from by `checkpoint.resume` (None: none) and those rejected, with their faults.
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
     anew without a word), or the one that `resume` names is.
     """
-    folder, skipped = newest(list_checkpoints(run))
-    if folder is None and skipped:
-        latest, faults = next(iter(skipped.items()))
+    folder, rejected = newest(list_checkpoints(run))
+    if folder is None and rejected:
+        latest, faults = next(iter(rejected.items()))
         raise UserError(
-            f"none of the {len(skipped)} checkpoints in {run / FOLDER} is whole ({latest.name}: {'; '.join(faults[:3])}"
-            "); restore one, or remove them to begin anew"
+            f"none of the {len(rejected)} checkpoints in {run / CHECKPOINTS} is whole ({latest.name}: "
+            f"{'; '.join(faults[:3])}); restore one, or remove them to begin anew"
         )
     if folder is not None or resume == "auto":
-        return folder, skipped
+        return folder, rejected
     named = Path(resume)
     if read_record(named, IMPORT):
         raise UserError(
@@ -161,7 +158,7 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
         )
     if faults := verify(named):
         raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
-    return named, skipped
+    return named, rejected
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------
@@ -181,7 +178,7 @@ def tidy(run: Path, keep: Checkpoint) -> list[str]:
             set_aside(folder)
         except OSError as error:
             faults.append(f"{folder}: {error.strerror}")
-    return faults + clear_leftovers(run / FOLDER)
+    return faults + clear_leftovers(run / CHECKPOINTS)
 
 
 def set_aside(folder: Path) -> Path:

@@ -4,7 +4,7 @@ The checkpoint is an import, a run of any layout or one of its checkpoints, or a
 ones. Only safetensors and pickles of plain tensors are read (`convert.load`).
 
 Parameters are called `{index}.name`, and an index says something only beside its model's numbers of layers. So what is
-matched is the place: the same layer of the same encoder.
+matched is the layer: the same one of the same encoder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import nn
 
 from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import (
-    WEIGHTS,
     check_whole,
     find_checkpoint,
     open_clip_sizes,
@@ -32,6 +31,7 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
 from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.run_folder import WEIGHTS
 
 _POSITIONS = "0.positions"
 """of the vision encoder, which are interpolated to another image size"""
@@ -39,7 +39,7 @@ _POSITIONS = "0.positions"
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What of a checkpoint becomes what of a model. The first process finds it; all put it in their places."""
+    """What of a checkpoint becomes what of a model. The first process finds it; all load it."""
 
     path: Path
     """the checkpoint's folder, or the file"""
@@ -48,11 +48,11 @@ class InitialWeights:
     missing: list[str]
     """parameters of the model that the checkpoint lacks: they begin as `train.seed` draws them"""
     unused: list[str]
-    """tensors of the checkpoint that the model has no place for, as they are called there"""
+    """tensors of the checkpoint that the model does not have, by their names there"""
     image_size: int | None
     """of the checkpoint's model, if the model's is another: position embeddings are interpolated"""
 
-    def said(self, config: Config) -> str:
+    def describe(self, config: Config) -> str:
         """One line for the person who watches."""
         parts = [f"beginning with the weights of {self.path}"]
         if self.missing:
@@ -93,14 +93,14 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
     )
 
 
-def put(weights: InitialWeights, stages: Mapping[int, nn.Module], axis: Axis) -> None:
-    """The weights into this process's stages, by their index in the list of all, in place.
+def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module], axis: Axis) -> None:
+    """Copy the weights into this process's layers, by their index in the list of all.
 
     axis: the tensor ranks that share them.
     """
     _, tensors, _ = _read(weights.path)
-    for index, stage in stages.items():
-        for name, parameter in stage.named_parameters():
+    for index, layer in layers.items():
+        for name, parameter in layer.named_parameters():
             source = weights.names.get(f"{index}.{name}")
             if source is None:
                 continue

@@ -9,14 +9,8 @@ from pathlib import Path
 from megatron_lcl.config import load, replace
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.errors import UserError
-from megatron_lcl.train.checkpoint.folder import (
-    CONFIG,
-    delete,
-    list_checkpoints,
-    read_progress,
-    step_of,
-    superseded,
-)
+from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.checkpoint.folder import delete, list_checkpoints, read_progress, step_of, superseded
 
 
 def checkpoints_of(path: Path) -> list[Path]:

@@ -7,7 +7,7 @@
         zero_pp_rank_0_mp_rank_00_model_states.pt                the same, what ZeRO-3 looks for
         manifest.json
 
-DeepSpeed's own converter writes two dialects, one that only ZeRO-1 and 2 load and one that only ZeRO-3 loads, by way of
+DeepSpeed's own converter writes two formats, one that only ZeRO-1 and 2 load and one that only ZeRO-3 loads, by way of
 a file for every piece of every parameter. This one writes what all of them load, one parameter at a time.
 """
 
@@ -57,7 +57,7 @@ def _write(state: State, folder: Path) -> None:
         for key in KEYS:
             content = {"param": state.whole(name, key), "cat_dim": dim}
             if dim == 0 and len(shape) > 1:
-                content["vocab_tensor"] = True  # DeepSpeed's word for rows that may have to be padded again
+                content["vocab_tensor"] = True  # so DeepSpeed calls rows that may have to be padded again
             save(f"zero/{name}/{key}.pt", content)
         save(f"zero/{name}/step.pt", state.step)
     groups, shards = state.base["param_groups"], {"fp32_flat_groups", "param_slice_mappings"}

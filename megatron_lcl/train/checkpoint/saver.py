@@ -1,4 +1,4 @@
-"""Saves that may fail: the run goes on without them for a while."""
+"""Saves that may fail: the run goes on without them up to `checkpoint.max_failures` times in a row."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from megatron_lcl.train.telemetry import Telemetry
 
 
 class Saver:
-    """Counts saves that failed, in a row, and says and audits each. Used by all processes together."""
+    """Counts consecutive saves that failed; logs and audits each. Used by all processes together."""
 
     def __init__(self, checkpoints: Checkpointer, config: Checkpoint, telemetry: Telemetry, audit: Audit) -> None:
-        self.checkpoints, self.config, self.telemetry, self.audit = checkpoints, config, telemetry, audit
-        self.step, self.folder = 0, Path()
-        """the last save that is complete"""
-        self.failures, self.fault = 0, ""
-        """saves that failed since then, and why the last one did"""
+        self.checkpoints = checkpoints
+        self.config = config
+        self.telemetry = telemetry
+        self.audit = audit
+        self.step = 0
+        """step of the last save that is complete"""
+        self.folder = Path()
+        """and its folder"""
+        self.failures = 0
+        """saves that failed since then"""
+        self.fault = ""
+        """why the last of them did"""
         self._writing: tuple[int, Path] | None = None
 
     def save(self, progress: Progress) -> None:
@@ -45,7 +52,9 @@ class Saver:
         except SaveError as error:
             self._failed(step, error)
             return
-        self.step, self.folder, self.failures = step, folder, 0
+        self.step = step
+        self.folder = folder
+        self.failures = 0
         for saved in self.checkpoints.finished():
             numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
             self.telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
@@ -54,7 +63,8 @@ class Saver:
                 self.telemetry.say(f"could not delete {'; '.join(saved.not_deleted[:3])}")
 
     def _failed(self, step: int, error: SaveError) -> None:
-        self.failures, self.fault = self.failures + 1, str(error)
+        self.failures += 1
+        self.fault = str(error)
         self.audit.write("checkpoint failed", step, reason=str(error), consecutive=self.failures)
         if self.failures >= self.config.max_failures:
             raise RunError(f"{error}; it is save number {self.failures} in a row that failed; {self.last}")

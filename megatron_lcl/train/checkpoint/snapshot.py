@@ -1,7 +1,8 @@
 """DeepSpeed's checkpoint engine as we need it: it keeps what DeepSpeed would write, and writes nothing itself.
 
-DeepSpeed's `save_checkpoint` is full of barriers. A process whose disk is full would leave them and strand the others;
-one that only collects cannot fail. What was collected is then written by `Checkpointer`, at once or in a thread.
+DeepSpeed's `save_checkpoint` is full of barriers, in which the other processes would hang if one failed (its disk is
+full, say); one that only collects cannot fail. What was collected is then written by `Checkpointer`, at once or in a
+thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Snapshot(TorchCheckpointEngine):
     """Collects files; `take` hands them over. Reading is DeepSpeed's own."""
 
     def __init__(self, copies: bool) -> None:
-        """copies: training goes on before the files are written, so what is collected shares nothing with it."""
+        """copies: training goes on before the files are written, so what is collected must share no memory with it."""
         super().__init__()
         self._buffers = HostBuffers() if copies else None
         self._files: list[tuple[Path, Any]] = []
@@ -30,11 +31,11 @@ class Snapshot(TorchCheckpointEngine):
         try:
             content = state_dict if self._buffers is None else self._buffers.copy(state_dict)
             self._files.append((Path(path), content))
-        except Exception as error:  # noqa: BLE001 raised here, the other processes would wait for this one for ever
+        except Exception as error:  # noqa: BLE001 raised here, the other processes would wait for this one forever
             self._fault = error
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: whoever writes the files makes their folders."""
+        """Nothing: `Checkpointer` makes the folders of the files that it writes."""
 
     def preserves_storage_sharing(self) -> bool:
         """Whether DeepSpeed must clone views so that they do not drag whole buffers along; a copy never does."""
@@ -65,7 +66,7 @@ class HostBuffers:
         self._used = 0
 
     def copy(self, value: Any) -> Any:
-        """A copy that shares nothing with its source: of tensors, of containers of them, and of whatever else."""
+        """A copy that shares no memory with its source: of tensors, of containers of them, and of whatever else."""
         match value:
             case torch.Tensor():
                 return self._buffer(value).copy_(value.detach())

@@ -1,7 +1,7 @@
 """Reads what DeepSpeed wrote, at any layout, as whole parameters and optimizer states.
 
-A parameter lies in DeepSpeed's files in pieces: a tensor-parallel rank holds a share of it (`partition_dim`), and the
-data-parallel ranks hold consecutive runs of that share, flattened. The files are mapped, not read: only the piece that
+A parameter lies in DeepSpeed's files in pieces: a tensor-parallel rank holds a shard of it (`partition_dim`), and the
+data-parallel ranks hold consecutive runs of that shard, flattened. The files are mapped, not read: only the piece that
 is asked for is in memory.
 """
 
@@ -30,7 +30,7 @@ _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim
 _MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 
 Piece = Callable[[str], torch.Tensor]
-"""a key of KEYS → a run of elements of the flattened share"""
+"""a key of KEYS → a run of elements of the flattened shard"""
 
 
 class State:
@@ -44,14 +44,14 @@ class State:
         self.partition_dims: dict[str, int] = {}
         self._local_shapes: dict[int, dict[str, torch.Size]] = {}
         self._pieces: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
-        for part, file in _numbered(folder, _MODEL):
+        for (tensor_rank,), file in _numbered(folder, _MODEL):
             self.common: dict[str, Any] = load_mapped(file)
             """what DeepSpeed keeps beside the parameters: step counts and the like"""
-            self._local_shapes[part[0]] = {
+            self._local_shapes[tensor_rank] = {
                 n: shape for group in self.common["param_shapes"] for n, shape in group.items()
             }
             self.partition_dims |= self.common[PARTITION_DIMS]
-        for (_rank, part_number), file in sorted(_numbered(folder, _OPTIMIZER)):
+        for (_rank, tensor_rank), file in sorted(_numbered(folder, _OPTIMIZER)):
             loaded = load_mapped(file)
             self.optimizer: dict[str, Any] = loaded["optimizer_state_dict"]
             """DeepSpeed's optimizer object, as one process wrote it"""
@@ -59,28 +59,28 @@ class State:
             zero3 = "fp32_flat_groups" in self.optimizer
             pieces = _pieces_zero3 if zero3 else _pieces_zero12
             for name, piece in pieces(self.optimizer, self.common["param_shapes"]):
-                self._pieces[name][part_number].append(piece)
+                self._pieces[name][tensor_rank].append(piece)
         assert self._pieces.keys() == self.shapes.keys(), "the files do not hold this model"
         self.base: dict[str, Any] = self.optimizer["optimizer_state_dict" if zero3 else "base_optimizer_state"]
         """torch's optimizer, as one process wrote it"""
 
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A parameter's value or moment, whole, unpadded, on the CPU."""
-        shares = []
-        for part, pieces in sorted(self._pieces[name].items()):
-            shape = self._local_shapes[part][name]
-            shares.append(torch.cat([piece(key) for piece in pieces])[: shape.numel()].view(shape))
+        shards = []
+        for tensor_rank, pieces in sorted(self._pieces[name].items()):
+            shape = self._local_shapes[tensor_rank][name]
+            shards.append(torch.cat([piece(key) for piece in pieces])[: shape.numel()].view(shape))
         shape = self.shapes[name]
         if name not in self.partition_dims:  # every tensor-parallel rank has the same
-            return shares[0].view(shape)
+            return shards[0].view(shape)
         dim = self.partition_dims[name]
-        return torch.cat(shares, dim).narrow(dim, 0, shape[dim]).contiguous()
+        return torch.cat(shards, dim).narrow(dim, 0, shape[dim]).contiguous()
 
     @property
     def step(self) -> torch.Tensor:
         """Adam's count of steps, as torch keeps it."""
         state = next(iter(self.base["state"].values()))
-        # apex's own place for it, and earlier versions' of this package
+        # where apex keeps it, and earlier versions of this package did
         return state["step"] if "step" in state else torch.tensor(float(self.base["param_groups"][0]["step"]))
 
     def write_weights(self, path: Path) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def _pieces_zero12(optimizer: dict[str, Any], _shapes: Any) -> Iterator[tuple[st
     states = optimizer["base_optimizer_state"]["state"]
     for group, fp32 in enumerate(optimizer["single_partition_of_fp32_groups"]):
         flat = {"fp32": fp32, **states[group]}
-        for name, place in optimizer["param_slice_mappings"][group].items():
-            yield name, _run(flat, place.start, place.numel)
+        for name, address in optimizer["param_slice_mappings"][group].items():
+            yield name, _run(flat, address.start, address.numel)
 
 
 def _pieces_zero3(optimizer: dict[str, Any], shapes: Any) -> Iterator[tuple[str, Piece]]:
@@ -138,7 +138,9 @@ class _Hashed:
     """A file that hashes what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.size = file, xxhash.xxh3_128(), 0
+        self.file = file
+        self.digest = xxhash.xxh3_128()
+        self.size = 0
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
@@ -155,7 +157,7 @@ def write_hashed(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
         hashed = _Hashed(file)
         try:
             write(hashed)
-        except RuntimeError as error:  # torch.save hides the disk's word behind its own
+        except RuntimeError as error:  # torch.save raises its own error over the disk's
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     return {"bytes": hashed.size, "xxh3": hashed.digest.hexdigest()}
 

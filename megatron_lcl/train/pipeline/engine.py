@@ -28,9 +28,10 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.layers import MAX_LOG_SCALE, Activations, Outputs
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.engine import DTYPES, read_log_scale, resolve_dtype, update_log_scale
+from megatron_lcl.train.master_weights import read_log_scale, update_log_scale
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward, order_of
+from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.step import GlobalCounts, StepLoss, StepResult, without_targets
 
 LossOf = Callable[[int, Outputs], torch.Tensor]

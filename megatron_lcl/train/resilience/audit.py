@@ -1,4 +1,4 @@
-"""What a run left out or could not do, and why: audit.jsonl in the run folder. Lines are only ever added."""
+"""What a run skipped or could not do, and why: audit.jsonl in the run folder. Lines are only ever added."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Audit:
 
 
 def read_audit(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's audit.jsonl, oldest first; one that was cut off in writing is left out."""
+    """The lines of a run's audit.jsonl, oldest first; one that was cut off in writing is skipped."""
     path, lines = run / AUDIT, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

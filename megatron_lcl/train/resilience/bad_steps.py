@@ -1,7 +1,7 @@
 """Steps that must not count: losses and gradients that are not finite, and loss spikes.
 
-The step itself leaves the model as it was (`train.step.nan_if_rejected`); here is counted and decided. All numbers are
-the same on every process, so every process decides the same.
+The step itself leaves the model as it was (`train.step.nan_if_rejected`); here they are counted, and it is decided when
+to rewind. All numbers are the same on every process, so every process decides the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_lcl.errors import RunError
 
 
 class BadSteps:
-    """Counts steps that were left out, in a row, and knows what loss is a spike.
+    """Counts consecutive steps that were skipped, and knows what loss is a spike.
 
     A spike (opt-in): a loss more than `spike_sigmas` standard deviations above the mean of the last `spike_window`
     steps that counted, once half a window is there (the rule of OLMo-core's SkipStepOptimizer).
@@ -45,7 +45,7 @@ class BadSteps:
         return statistics.fmean(self._losses) + sigmas * statistics.stdev(self._losses)
 
     def record(self, at: tuple[int, int], loss: float, applied: bool, loss_scale: float) -> str | None:
-        """Count a step; why it was left out, None if it was not.
+        """Count a step; why it was skipped, None if it was not.
 
         at: steps done and packs consumed before it.
         loss_scale: that of float16 before the step, 1 without. A gradient too large for float16 is no bad step: the
@@ -67,7 +67,7 @@ class BadSteps:
 
     @property
     def too_many(self) -> bool:
-        """Whether the run must go back to where it was good."""
+        """Whether the run must go back to a checkpoint from before them."""
         return self.consecutive >= self.config.max_bad_steps
 
     def rewind(self, state: dict[str, Any] | None, step: int) -> None:

@@ -1,7 +1,7 @@
-"""Whose fault an error is: the machine's, where another start may go better on other machines, or the program's.
+"""What an error is due to: the machine, so that a restart on others may succeed, or the program.
 
-Launch scripts read the answer in two places: the exit code, and, where MEGATRON_LCL_FAULTS names a folder, the nodes to
-do without, one file for each process that knows of any.
+Launch scripts read it from two sources: the exit code, and, where MEGATRON_LCL_FAULTS names a folder, the nodes to
+exclude, one file for each process that knows of any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lcl.errors import UserError
 
 LOST = 71
 """exit code: a process or a machine was lost (EX_OSERR of sysexits.h); the last checkpoint is where to go on"""
-FOLDER = "MEGATRON_LCL_FAULTS"
+FAULTS = "MEGATRON_LCL_FAULTS"
 """variable with the folder in which processes say which nodes have failed"""
 _WRITE_SECONDS = 5.0
 """the storage may be what hangs"""
@@ -38,9 +38,9 @@ def node() -> str:
 
 def name_nodes(nodes: Sequence[str], rank: int | str) -> None:
     """Tell the launch script, if it wants to know, which nodes have failed."""
-    if FOLDER not in os.environ or not nodes:
+    if FAULTS not in os.environ or not nodes:
         return
-    file, line = Path(os.environ[FOLDER], f"fault-{rank}"), ",".join(sorted(set(nodes))) + "\n"
+    file, line = Path(os.environ[FAULTS], f"fault-{rank}"), ",".join(sorted(set(nodes))) + "\n"
 
     def write() -> None:
         with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def code_of(error: BaseException | None) -> int:
 
 
 @contextlib.contextmanager
-def lost() -> Iterator[None]:
+def exit_if_lost() -> Iterator[None]:
     """An error that is a machine's fault is printed with its traceback and ends the process with LOST (SystemExit)."""
     try:
         yield

@@ -1,4 +1,9 @@
-"""One run at a time in a run folder."""
+"""One run at a time in a run folder.
+
+The lock file also names the process that holds it, and its time says whether that lives where the file system has no
+locks. `filelock` would replace the one call of `fcntl.flock`, and not fit beside the rest: where flock is missing it
+falls back to the existence of a file, and versions 3 open the file with O_TRUNC to wait, which removes the name.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +22,12 @@ from megatron_lcl.errors import UserError
 LOCK = ".lock"
 PATIENCE_SECONDS = 30.0
 """a run that is started again at once may find the one before still ending"""
-
-
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 """how often the process that has the run folder touches the lock file"""
 
 
 @contextlib.contextmanager
-def alone_in(run: Path) -> Iterator[None]:
+def lock_run_folder(run: Path) -> Iterator[None]:
     """The run folder, which is made where it is not there, is this process's until the block or the process ends.
 
     UserError naming the process that has it, after some patience. Where the file system has no locks (Lustre without
@@ -34,11 +37,11 @@ def alone_in(run: Path) -> Iterator[None]:
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("a+", encoding="utf-8") as file:
-        locked = _wait(run, file.fileno())
+        locked = _acquire(run, file.fileno())
         file.seek(0)
         holder, here = file.read(), f" on {socket.gethostname()}"
         if holder and not (locked and holder.endswith(here)):  # a lock that we got says that all on this machine ended
-            _watch(run, holder)
+            _refuse_living(run, holder)
         file.truncate(0)
         file.write(f"process {os.getpid()}{here}")
         file.flush()
@@ -49,11 +52,11 @@ def alone_in(run: Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def _watch(run: Path, holder: str) -> None:
+def _refuse_living(run: Path, holder: str) -> None:
     """UserError where the process that wrote the lock file goes on touching it."""
-    before, deadline = _touched_at(run), time.monotonic() + 3 * BEAT_SECONDS
+    before, deadline = _touched_at(run), time.monotonic() + 3 * HEARTBEAT_SECONDS
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, BEAT_SECONDS / 5))
+        time.sleep(min(1.0, HEARTBEAT_SECONDS / 5))
         if _touched_at(run) != before:
             raise UserError(
                 f"train.output = {run} is in use by {holder}, which locks of this file system do not say; end "
@@ -71,7 +74,7 @@ def _touched(path: Path) -> Iterator[None]:
     ended = threading.Event()
 
     def heartbeat() -> None:
-        while not ended.wait(BEAT_SECONDS):
+        while not ended.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(path)
 
@@ -84,8 +87,8 @@ def _touched(path: Path) -> Iterator[None]:
         thread.join()
 
 
-def _wait(run: Path, descriptor: int) -> bool:
-    """Get the lock; False: there are none."""
+def _acquire(run: Path, descriptor: int) -> bool:
+    """Get the lock; False: the file system has none."""
     deadline, said = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:

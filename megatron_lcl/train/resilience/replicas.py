@@ -17,13 +17,12 @@ _CHUNK = 1 << 22
 
 
 def find_difference(module: nn.Module, mesh: Mesh) -> str | None:
-    """Which processes hold other parameters than their fellows; None if all agree.
+    """Which processes hold other parameters than their replicas; None if all agree.
 
-    Every process calls it, and gets the same answer. Fellows are the processes of the data axis. What is compared is
-    what ZeRO-1 and 2 replicate: the parameters as the forward pass reads them. Their optimizer states, and under ZeRO-3
-    the parameters too, exist once, so that nothing is there to compare with. ZeRO rewrites all replicas from the
-    owners' float32 copies in every step: found is what happened since, and what the step's all-gather delivered
-    wrongly.
+    Every process calls it, and gets the same answer. Replicas are along the data axis. What is compared is what ZeRO-1
+    and 2 replicate: the parameters as the forward pass reads them. Their optimizer states, and under ZeRO-3 the
+    parameters too, exist once, so that nothing is there to compare with. ZeRO rewrites all replicas from the owners'
+    float32 copies in every step: found is what happened since, and what the step's all-gather delivered wrongly.
 
     Parameters that the tensor axis does not split are the same along that axis too, and have optimizer states of their
     own there, so that a difference stays. They can be compared where sums over the data axis are the same to the last
@@ -52,7 +51,7 @@ def _gather(mine: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One int64 for each tensor, [len(tensors)]: the sum of its elements' bits, each times an odd number of its place.
+    """One int64 for each tensor, [len(tensors)]: the sum of its elements' bits, each times an odd number of its index.
 
     Sums of integers do not depend on their order, and one flipped bit always changes the sum: an odd multiple of a
     power of two below 2^64 is not 0.
@@ -65,14 +64,14 @@ def _sum(flat: torch.Tensor) -> torch.Tensor:
     bits = flat.view(_BITS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, len(bits), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + len(part), device=flat.device)
-        total += (part * (2 * places + 1)).sum()
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        indices = torch.arange(start, start + len(chunk), device=flat.device)
+        total += (chunk * (2 * indices + 1)).sum()
     return total
 
 
 def _describe(rows: list[list[int]], ranks: Sequence[int], names: Sequence[str]) -> str:
-    """In words, for the fellows `ranks`, one row of fingerprints each. "" if they agree."""
+    """In words, for the replicas `ranks`, one row of fingerprints each. "" if they agree."""
     tuples = [tuple(row) for row in rows]
     (common, votes), *others = Counter(tuples).most_common()
     if not others:
@@ -82,7 +81,6 @@ def _describe(rows: list[list[int]], ranks: Sequence[int], names: Sequence[str])
     if votes * 2 > len(tuples):
         odd = [rank for rank, row in zip(ranks, tuples, strict=True) if row != common]
         return f"process {', '.join(map(str, odd))} differs from the {votes} others {where}"
-    camps = [[rank for rank, row in zip(ranks, tuples, strict=True) if row == kind] for kind in dict.fromkeys(tuples)]
-    return (
-        f"processes {' and '.join(', '.join(map(str, camp)) for camp in camps)} differ {where}, and none has a majority"
-    )
+    groups = [[rank for rank, row in zip(ranks, tuples, strict=True) if row == kind] for kind in dict.fromkeys(tuples)]
+    named = " and ".join(", ".join(map(str, group)) for group in groups)
+    return f"processes {named} differ {where}, and none has a majority"

@@ -1,7 +1,7 @@
 """Every process watches every other: one that dies or hangs ends the run with a message that names it.
 
-Each process writes a line about itself into the store of torch.distributed, over a connection of its own, and reads
-those of all others. Threads do both, so a main thread that waits in a collective for ever is no obstacle.
+Each process writes its state into the store of torch.distributed, over a connection of its own, and reads
+those of all others. Threads do both, so a main thread that waits in a collective forever is no obstacle.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ class State:
     """steps done"""
     doing: str = "starting"
     waiting: float = 0.0
-    """seconds since its main thread last came by"""
+    """seconds since the last heartbeat of its main thread"""
     limit: float = math.inf
-    """how many of them are no hang, at what it does"""
+    """how many of them are no hang, in what it does"""
     sequences: dict[str, int] = field(default_factory=dict)
     """collectives begun in each process group"""
-    place: str = ""
+    location: str = ""
     """file, line and function that the main thread is in, once it waits"""
     with_others: bool = False
     """whether it waits there for other processes"""
-    beat: int = 0
+    num_published: int = 0
+    """how often it has published this"""
     ended: str | None = None
     """"" after a regular end, else what went wrong"""
     code: int = LOST
@@ -61,8 +62,8 @@ class State:
 
     def at(self) -> str:
         """Where the process was, for a message."""
-        place = f" at {self.place}" if self.place else ""
-        return f"{self.doing}{place} (host {self.host}, last step done: {self.step})"
+        location = f" at {self.location}" if self.location else ""
+        return f"{self.doing}{location} (host {self.host}, last step done: {self.step})"
 
 
 class Fault(NamedTuple):
@@ -76,55 +77,59 @@ class Fault(NamedTuple):
 
 
 class Watchdog:
-    """This process's line and its view of the others.
+    """Publishes this process's state and reads those of the others.
 
     timeout: seconds from a fault to the end of the other processes.
-    long_timeout: the same (but not below it) for a hang before the first step, in it, or inside `long`. A process that
-    dies there is noticed within `timeout` all the same.
+    long_timeout: the same (but not below it) for a hang before the first step, in it, or inside `long_phase`. A process
+    that dies there is noticed within `timeout` all the same.
     """
 
     def __init__(self, mesh: Mesh, timeout: float, long_timeout: float) -> None:
-        self.rank, self.size, self.timeout = mesh.world.rank, mesh.world.size, timeout
+        self.rank = mesh.world.rank
+        self.size = mesh.world.size
+        self.timeout = timeout
         self.period = min(PERIOD_SECONDS, timeout / 20)
         # one server answers them all; but seeing a fault, everywhere, may take half of the time at most
-        self.talk_period = min(self.period * max(1.0, self.size / 64), timeout / 14)
-        self.limit, self.long_limit = (t - 7 * self.talk_period for t in (timeout, max(timeout, long_timeout)))
+        self.publish_period = min(self.period * max(1.0, self.size / 64), timeout / 14)
+        self.limit = timeout - 7 * self.publish_period
+        self.long_limit = max(timeout, long_timeout) - 7 * self.publish_period
         self._state = State(host=node())
         self._first: int | None = None
         self._since = time.monotonic(), self.long_limit
-        """when the main thread last came by, and how many seconds from then on are no hang"""
-        self._heard: dict[int, tuple[State, float]] = {}
-        self._heard_any = time.monotonic()
+        """when the last heartbeat was, and how many seconds from then on are no hang"""
+        self._others: dict[int, tuple[State, float]] = {}
+        self._last_contact = time.monotonic()
         self._suspicious = False
         self._closing = threading.Event()
 
     # --- the main thread's side ---
 
     def heartbeat(self, step: int, doing: str) -> None:
-        """The main thread comes by: so many steps are done, and this is what it does next.
+        """The main thread works: so many steps are done, and this is what it does next.
 
-        The first step may take long, for what is compiled or filled in it.
+        The first step may take long, for what is compiled or cached in it.
         """
         self._first = step if self._first is None else self._first
         self._state.step = step
-        self._come_by(doing, self.limit if step != self._first else self.long_limit)
+        self._set_phase(doing, self.limit if step != self._first else self.long_limit)
 
     @contextlib.contextmanager
     def long_phase(self, step: int, doing: str) -> Iterator[None]:
-        """Work that may take long, until the next `beat`: saving, evaluating. step: as there."""
+        """Work that may take long, until the next `heartbeat`: saving, evaluating. step: as there."""
         self._state.step = step
-        self._come_by(doing, self.long_limit)
+        self._set_phase(doing, self.long_limit)
         yield
 
-    def _come_by(self, doing: str, limit: float) -> None:
-        self._state.doing, self._since = doing, (time.monotonic(), limit)
+    def _set_phase(self, doing: str, limit: float) -> None:
+        self._state.doing = doing
+        self._since = time.monotonic(), limit
 
     def __enter__(self) -> Watchdog:
         if self.size > 1:
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
             say_watched(self.timeout)
-            for loop in (self._talk, self._judge):
+            for loop in (self._publish_and_read, self._end_on_fault):
                 threading.Thread(target=loop, daemon=True).start()
         return self
 
@@ -132,8 +137,8 @@ class Watchdog:
         if self.size == 1:
             return
         together = error is None or isinstance(error, RunError | Stopped)
-        if not together and is_distributed(error):  # who is the cause? the judge says so and ends this process
-            self._come_by(f"{self._state.doing}; a collective has failed", math.inf)
+        if not together and is_distributed(error):  # `_end_on_fault` names the cause and ends this process
+            self._set_phase(f"{self._state.doing}; a collective has failed", math.inf)
             self._suspicious = True
             self._closing.wait(self.limit)
         self._closing.set()
@@ -142,68 +147,69 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):
             self._publish()
         if not together:
-            time.sleep(3 * self.talk_period)  # this may be the process that keeps the store
+            time.sleep(3 * self.publish_period)  # this may be the process that serves the store
 
     # --- the threads ---
 
-    def _talk(self) -> None:
-        while not self._closing.wait(self.talk_period):
+    def _publish_and_read(self) -> None:
+        while not self._closing.wait(self.publish_period):
             try:
                 self._publish()
-                others = [r for r in range(self.size) if r in self._heard or self._store.check([_key(r)])]
+                others = [r for r in range(self.size) if r in self._others or self._store.check([_key(r)])]
                 lines = self._store.multi_get([_key(r) for r in others]) if others else []
             except RuntimeError:
-                return  # the store is gone, and with it process 0 or the launcher: the judge counts the silence
-            self._heard_any = now = time.monotonic()
+                return  # the store is gone, and with it process 0 or the launcher: see `_fault`
+            self._last_contact = now = time.monotonic()
             for rank, line in zip(others, lines, strict=True):
                 state = State(**json.loads(line))
-                before = self._heard.get(rank)
-                if rank != self.rank and (before is None or before[0].beat != state.beat):
-                    self._heard[rank] = state, now
+                before = self._others.get(rank)
+                if rank != self.rank and (before is None or before[0].num_published != state.num_published):
+                    self._others[rank] = state, now
 
     def _publish(self) -> None:
         state = self._state
-        state.beat += 1
+        state.num_published += 1
         since, limit = self._since
-        state.waiting = time.monotonic() - since  # before the limit: the judge looks on
+        state.waiting = time.monotonic() - since  # set before the limit: the other thread reads both
         state.limit = limit
         state.sequences = _sequences()
-        state.place, state.with_others = _place() if state.waiting > state.limit / 2 else ("", False)
+        state.location, state.with_others = _location() if state.waiting > state.limit / 2 else ("", False)
         self._store.set(_key(self.rank), json.dumps(state.__dict__))
 
-    def _judge(self) -> None:
+    def _end_on_fault(self) -> None:
         while not self._closing.wait(self.period):
             fault = self._fault()
-            if fault and not self._closing.wait(3 * self.talk_period):  # until the others have seen it too
+            if fault and not self._closing.wait(3 * self.publish_period):  # until the others have seen it too
                 name_nodes(fault.nodes, self.rank)
                 leave(fault.code, f"{fault.message}. Ending process {self.rank} at step {self._state.step}")
 
     def _fault(self) -> Fault | None:
-        now, heard, silence = time.monotonic(), dict(self._heard), self.limit
+        now, others, silence = time.monotonic(), dict(self._others), self.limit
         if self._suspicious:
-            silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.talk_period))
-        for rank, (state, _) in heard.items():
+            silence = min(self.limit, max(SUSPICION_SECONDS, 5 * self.publish_period))
+        for rank, (state, _) in others.items():
             if state.ended:
                 nodes = [state.host] if state.broken else []
                 return Fault(f"process {rank} failed while {state.at()}: {state.ended}", nodes, state.code)
-        for rank, (state, when) in heard.items():
-            if state.ended is None and now - when > silence and now - self._heard_any < silence:
-                silent = f"no word for {now - when:.0f} s, while {state.at()}"
+        for rank, (state, when) in others.items():
+            if state.ended is None and now - when > silence and now - self._last_contact < silence:
+                silent = f"silent for {now - when:.0f} s, while {state.at()}"
                 return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
-        if now - self._heard_any > silence:
-            keeper = heard[0][0].at() if 0 in heard else "unknown"
-            nodes = [heard[0][0].host] if 0 in heard else []
+        if now - self._last_contact > silence:
+            server = others[0][0].at() if 0 in others else "unknown"
+            nodes = [others[0][0].host] if 0 in others else []
             return Fault(
-                f"process 0 or the launcher, which keep the store, are gone or out of reach; process 0: {keeper}", nodes
+                f"process 0 or the launcher, which serve the store, are gone or out of reach; process 0: {server}",
+                nodes,
             )
-        states = {self.rank: self._state, **{rank: state for rank, (state, _) in heard.items()}}
+        states = {self.rank: self._state, **{rank: state for rank, (state, _) in others.items()}}
         states = {rank: state for rank, state in states.items() if state.ended is None}
         late = {rank: state for rank, state in states.items() if state.waiting > state.limit}
         if not late:
             return None
         seconds = max(state.waiting for state in late.values())
-        # who is the cause may not be late yet by what was last heard of it
-        causes = [rank for rank, state in states.items() if state.place and not state.with_others]
+        # the process that is the cause may not be late yet by the state that was last read of it
+        causes = [rank for rank, state in states.items() if state.location and not state.with_others]
         if not causes or len(causes) == len(states):  # all wait, or wait for their devices
             causes = suspects({rank: state.sequences for rank, state in states.items()})
         if causes and len(causes) < len(states):
@@ -218,10 +224,10 @@ class Watchdog:
 
 
 def suspects(sequences: dict[int, dict[str, int]]) -> list[int]:
-    """Processes that wait for nobody, by the collectives that each has begun in each of its groups.
+    """Processes that wait for no other, by the collectives that each has begun in each of its groups.
 
-    Whoever has begun more collectives in a group than another member waits for that member. Who waits for nobody, but
-    is waited for, is the cause.
+    A process that has begun more collectives in a group than another member waits for that member. One that waits for
+    no other, but is waited for, is the cause.
     """
     waiting: set[int] = set()
     awaited: set[int] = set()
@@ -242,7 +248,7 @@ def _sequences() -> dict[str, int]:
     return {name: group._get_sequence_number_for_group() for group, name in list(groups.items())}
 
 
-def _place() -> tuple[str, bool]:
+def _location() -> tuple[str, bool]:
     """Where the main thread is, by the innermost function of this package, and whether it waits for other processes."""
     main = threading.main_thread().ident
     frames = list(traceback.walk_stack(sys._current_frames().get(main or 0)))

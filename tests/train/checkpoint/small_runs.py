@@ -23,7 +23,7 @@ from megatron_lcl.model.special import SpecialTokens
 
 GLOBAL_BATCH = 6  # divides among one, two and three processes
 LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
-CUTS = (0, 4)  # of two pipeline parts
+PARTITION = (0, 4)  # of a pipeline of two stages
 FIRST = 3  # steps before the checkpoint; as many after
 
 
@@ -102,7 +102,7 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
     config = build_config(folder, job)
     mesh = init_processes(config)
     with apex(job.before):
-        engine = build_engine(build_module(config, mesh, CUTS if job.pipeline > 1 else None), config, mesh)
+        engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
     stepper = build_stepper(engine, config, mesh)
     run, said = Path(config.train.output), []
     each = GLOBAL_BATCH // mesh.data.size

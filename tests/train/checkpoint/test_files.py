@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from small_runs import JOBS, Job, build_config
 
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
-from megatron_lcl.config import Checkpoint
+from megatron_lcl.config import Checkpoint, Guard
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.state import KEYS, State
+from megatron_lcl.train.resilience.bad_steps import BadSteps
 
 
 @pytest.fixture
@@ -34,6 +36,22 @@ def two_checkpoints(runs: Path, folder: Path) -> Path:
         shutil.copytree(original, checkpoint.step_folder(folder / "run", step))
     shutil.copy(original / "config.yaml", folder / "run" / "config.yaml")
     return folder / "run"
+
+
+OF_OLDER_VERSIONS = """{"step": 3, "packs": 18, "ledger": {"settings": {}, "entries": []},
+ "guard": {"in_a_row": 2, "began": [1, 6], "rewinds": 1, "losses": [2.5]},
+ "layout": {"tensor": 1, "pipeline": 2, "data": 2, "zero_stage": 1, "dtype": "float32",
+  "cuts": [0, 3], "deepspeed": {}},
+ "code": {"torch": "2.11.0", "deepspeed": "0.18.0"}}"""
+
+
+def test_what_older_versions_wrote_is_read(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text(OF_OLDER_VERSIONS)
+    progress = checkpoint.read_progress(tmp_path)
+    assert progress.layout == checkpoint.Layout(pipeline=2, data=2, partition=(0, 3))
+    assert json.loads(json.dumps(asdict(progress.layout)))["partition"] == [0, 3]
+    bad = BadSteps(Guard(), progress.guard)
+    assert (bad.consecutive, bad.began, bad.rewinds) == (2, (1, 6), 1)
 
 
 @pytest.mark.slow

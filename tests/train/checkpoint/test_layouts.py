@@ -18,7 +18,7 @@ from megatron_lcl.convert.export import export
 from megatron_lcl.evaluate.encoders import load_encoder
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.checkpoint.folder import step_folder
-from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, put
+from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights
 
 # written by two processes each
 SOURCES = {
@@ -90,7 +90,7 @@ def test_a_run_of_any_layout_gives_its_weights_to_another(name: str, saved: tupl
     assert weights is not None
     assert (weights.path, weights.missing, weights.unused) == (step_folder(saved[0] / name, FIRST), [], [])
     model, theirs = LCL(config.model, seed=1), load_model(step_folder(saved[0] / name, FIRST))
-    put(weights, dict(enumerate(model.layers)), ALONE)
+    load_initial_weights(weights, dict(enumerate(model.layers)), ALONE)
     for ours, expected in zip(model.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(ours, expected)
 

@@ -140,7 +140,7 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
     assert BadSteps(Guard()).limit() == math.inf
 
 
-def test_bad_steps_count_in_a_row() -> None:
+def test_consecutive_bad_steps_are_counted() -> None:
     guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
     assert guard.record((0, 0), math.nan, False, 1) == "loss is nan"
     assert not guard.too_many
@@ -165,7 +165,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def poison(rank: int, packs: list[int], kind: str) -> None:
-    """Whoever reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
+    """A process that reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
     from megatron_lcl.model.lcl import LayerList
 
     plain = LayerList.forward
@@ -181,10 +181,10 @@ def poison(rank: int, packs: list[int], kind: str) -> None:
 
 def without_packs(rank: int, consumed: int, count: int) -> None:
     """A run whose ledger leaves out packs from the beginning."""
-    from megatron_lcl.train import run
+    from megatron_lcl.train import resume_point
 
-    plain = run.open_ledger
-    run.open_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
+    plain = resume_point.open_ledger
+    resume_point.open_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
 
 
 @pytest.fixture(scope="module")
@@ -202,15 +202,15 @@ def test_bad_steps_are_left_out_together_and_audited(
     """Steps 7 and 8, each because of one pack of one process; step 8 was to be saved."""
     run = tmp_path / "run"
     said = train(run, "--config", config_file, plant=poison, planted=([26, 31], "nan"))
-    assert "step 7 left out: loss is nan" in said
+    assert "step 7 skipped: loss is nan" in said
     assert losses(run)[:6] == undisturbed[:6]
     assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12]
     events = [(line["event"], line["step"], line["reason"], line["packs"]) for line in read_audit(run)]
     assert events == [
-        ("step left out", 7, "loss is nan", [24, 25, 26, 27]),
-        ("step left out", 8, "loss is nan", [28, 29, 30, 31]),
+        ("step skipped", 7, "loss is nan", [24, 25, 26, 27]),
+        ("step skipped", 8, "loss is nan", [28, 29, 30, 31]),
     ]
-    assert saved_steps(run) == [4, 12], "nothing good is saved amid bad steps"
+    assert saved_steps(run) == [4, 12], "no good state is saved between bad steps"
     for text in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
@@ -226,7 +226,7 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
     train(run, *words, plant=poison, planted=([26, 31], kind))
     assert losses(run) == without
     events = [(line["event"], line["step"]) for line in read_audit(run)]
-    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
     assert read_audit(run)[-1]["skip"] == {"from_pack": 24, "skip": 8}
     progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
     assert (progress.step, progress.packs) == (12, 48)
@@ -234,7 +234,7 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
 
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
-    """The last part's processes get a loss that is not a number for these packs. Cuts are not measured, but given."""
+    """The last stage's processes get a loss that is not a number for these packs. The partition is given, not measured."""
     from megatron_lcl.train import run as loop
     from megatron_lcl.train.pipeline.engine import PipelineStepper
     from megatron_lcl.train.step import StepLoss
@@ -255,7 +255,7 @@ def poison_a_pipeline(rank: int, packs: list[int]) -> None:
 
 
 def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
-    """As `without_packs`, with the same cuts."""
+    """As `without_packs`, with the same partition."""
     poison_a_pipeline(rank, [])
     without_packs(rank, consumed, count)
 
@@ -267,14 +267,14 @@ def test_in_a_pipeline_all_parts_leave_out_and_rewind(config_file: str, tmp_path
     train(tmp_path / "run", *words, plant=poison_a_pipeline, planted=([26, 31],))
     assert losses(tmp_path / "run") == losses(tmp_path / "without")
     events = [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")]
-    assert events == [("step left out", 7), ("step left out", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
 
 
 @pytest.mark.slow
 def test_a_series_of_bad_steps_goes_on_after_a_resume(
     config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    """Stopped between two bad steps: saved amid them, counted on, and that save is not what the run goes back to."""
+    """Stopped between two bad steps: saved between them, counted on, and that save is not what the run goes back to."""
     run = tmp_path / "run"
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     train(run, *words, code=75, plant=poison_and_stop, planted=([26, 31], str(tmp_path / "stopped")))
@@ -284,7 +284,7 @@ def test_a_series_of_bad_steps_goes_on_after_a_resume(
     assert losses(run) == without
     assert saved_steps(run) == [4, 8, 12]
     events = [(line["event"], line["step"]) for line in read_audit(run)]
-    assert events == [("step left out", 7), ("stopped", 7), ("step left out", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("stopped", 7), ("step skipped", 8), ("rewind", 8)]
 
 
 def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
@@ -335,10 +335,10 @@ def test_a_rewind_passes_over_damage_and_says_so(
     said = train(run, *words, "--checkpoint.background", "false", plant=damage, planted=([26, 31], str(run)))
     assert losses(run) == without
     damaged = checkpoint.step_folder(run, 6)
-    assert f"passed over {damaged}: model.safetensors: changed since it was written" in said
+    assert f"rejected {damaged}: model.safetensors: changed since it was written" in said
     audited = read_audit(run)
     events = [(line["event"], line["step"]) for line in audited]
-    assert events == [("step left out", 7), ("step left out", 8), ("checkpoint passed over", 8), ("rewind", 8)]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("checkpoint rejected", 8), ("rewind", 8)]
     assert audited[2]["folder"] == str(damaged)
     assert audited[2]["faults"] == ["model.safetensors: changed since it was written"]
     assert (audited[3]["to"], audited[3]["folder"]) == (4, str(checkpoint.step_folder(run, 4)))

@@ -38,6 +38,6 @@ def test_killed_again_and_again(rounds: int, steps: int, config_file: str, tmp_p
             assert checkpoint.step_of(complete[-1]) >= at - 2, "more than the save in writing was lost"
     said = train(run, *words, timeout=600)
     assert "going on from" in said
-    assert "passed over" not in said
+    assert "rejected" not in said
     assert losses(run) == losses(tmp_path / "undisturbed")
     assert not list((run / checkpoint.FOLDER).glob(".*"))

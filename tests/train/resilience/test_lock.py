@@ -19,7 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience import lock
 from megatron_lcl.train.resilience.audit import read_audit
-from megatron_lcl.train.resilience.lock import LOCK, alone_in
+from megatron_lcl.train.resilience.lock import LOCK, lock_run_folder
 
 LONG = ["--train.steps", "2000", "--checkpoint.every", "2"]
 
@@ -54,15 +54,15 @@ def test_a_second_run_is_refused_and_changes_nothing(config_file: str, tmp_path:
 def test_the_lock_is_waited_for_and_given_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", f"from megatron_lcl.train.resilience.lock import *; import time\n"
-         f"with alone_in(Path({str(tmp_path)!r})): print(flush=True); time.sleep(1)"],
+         f"with lock_run_folder(Path({str(tmp_path)!r})): print(flush=True); time.sleep(1)"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
     assert holder.stdout is not None
     holder.stdout.readline()
-    with alone_in(tmp_path):
+    with lock_run_folder(tmp_path):
         assert holder.wait(10) == 0
     assert f"in use by process {holder.pid} on " in capfd.readouterr().err
-    with alone_in(tmp_path):
+    with lock_run_folder(tmp_path):
         assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -73,7 +73,7 @@ def test_a_file_system_without_locks_is_no_obstacle(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with alone_in(tmp_path):
+    with lock_run_folder(tmp_path):
         pass
     assert capfd.readouterr().err.count("cannot be locked (Function not implemented)") == 1
 
@@ -82,12 +82,12 @@ def test_a_file_system_without_locks_is_no_obstacle(
 def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
     program = (
         "import fcntl, socket, sys, time\n"
         "from megatron_lcl.train.resilience import lock\n"
-        "lock.BEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
-        "with lock.alone_in(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+        "lock.HEARTBEAT_SECONDS = 0.2; socket.gethostname = lambda: 'another'; fcntl.flock = lambda *_: None\n"
+        "with lock.lock_run_folder(lock.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
     try:
@@ -99,11 +99,11 @@ def test_a_run_on_another_machine_is_known_to_live_where_locks_do_not_say_so(
                 raise OSError(errno.ENOLCK, "No locks available")
 
         monkeypatch.setattr(fcntl, "flock", flock)
-        with pytest.raises(UserError, match=f"in use by process {holder.pid} on another"), alone_in(tmp_path):
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on another"), lock_run_folder(tmp_path):
             pass
     finally:
         holder.kill()
         holder.wait()
-    with alone_in(tmp_path):  # it is dead, though it could not say so
+    with lock_run_folder(tmp_path):  # it is dead, though it could not say so
         assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert (tmp_path / LOCK).read_text() == ""

@@ -1,4 +1,4 @@
-"""A process that dies or hangs: the others end within the timeout and name it; nobody is left."""
+"""A process that dies or hangs: the others end within the timeout and name it; none is left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train import launch
-from megatron_lcl.train.resilience.faults import LOST, code_of, is_local, lost
+from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watchdog, suspects
 
 TIMEOUT, LONG_TIMEOUT = 12.0, 18.0
@@ -148,7 +148,7 @@ def outcome(fleet: Fleet, fault: float, step: int, watched: Sequence[int]) -> Ou
 
 
 def killed(guilty: int, config_file: str, folder: Path) -> Outcome:
-    """A failing collective makes suspicious: nobody waits for the timeout."""
+    """A failing collective makes suspicious: no process waits for the timeout."""
     with Fleet(folder / "run", "--config", config_file, *LONG, "--guard.timeout", "300") as fleet:
         fleet.wait_for_step(5)
         step = last_step(fleet.run)
@@ -298,12 +298,12 @@ def test_a_machines_fault_keeps_its_traceback_and_names_the_node(
 ) -> None:
     monkeypatch.setenv("MEGATRON_LCL_FAULTS", str(tmp_path))
     monkeypatch.setenv("SLURMD_NODENAME", "n042")
-    with pytest.raises(SystemExit) as ended, lost():
+    with pytest.raises(SystemExit) as ended, exit_if_lost():
         raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
     assert ended.value.code == LOST
     assert "Traceback" in capfd.readouterr().err
     assert (tmp_path / "fault-0").read_text() == "n042\n"
-    with pytest.raises(ValueError, match="shapes"), lost():
+    with pytest.raises(ValueError, match="shapes"), exit_if_lost():
         raise ValueError("shapes")
 
 
@@ -340,9 +340,9 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
 @pytest.mark.parametrize("size", [2, 64, 256, 4096])
 @pytest.mark.parametrize("timeout", [10.0, 28.0, 600.0])
 def test_at_any_size_a_step_may_take_half_the_timeout(size: int, timeout: float) -> None:
-    watch = Watchdog(Mesh(*[Axis(size=size)] * 2), timeout, 10.0)
-    assert timeout / 2 <= watch.limit <= watch.long_limit < timeout
-    assert watch.limit + 7 * watch.talk_period == pytest.approx(timeout)
+    watchdog = Watchdog(Mesh(*[Axis(size=size)] * 2), timeout, 10.0)
+    assert timeout / 2 <= watchdog.limit <= watchdog.long_limit < timeout
+    assert watchdog.limit + 7 * watchdog.publish_period == pytest.approx(timeout)
 
 
 def test_who_is_waited_for() -> None:

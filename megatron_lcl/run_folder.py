@@ -1,0 +1,15 @@
+"""Names in a run folder that more than one package reads or writes. Imports nothing, so that listing one stays fast.
+
+RUN/
+    config.yaml                 the run's config
+    metrics.jsonl               see train/telemetry.py
+    audit.jsonl                 see train/resilience/audit.py
+    checkpoints/step-00001000/  config.yaml, model.safetensors, progress.json …; see train/checkpoint/folder.py
+"""
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "model.safetensors"
+"""all parameters of a checkpoint, or of an import"""
+PROGRESS = "progress.json"
+"""where the run stood that wrote a checkpoint"""

@@ -1,0 +1,124 @@
+"""What is checked before a run starts. Each check raises UserError with one line that says what to set instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.config import Config, load, to_dict
+from megatron_lcl.convert.folder import IMPORT, read_record
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.contrast import corpora_without_pairs
+from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.apex import check_apex
+from megatron_lcl.train.checkpoint.folder import list_checkpoints
+from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
+from megatron_lcl.train.determinism import check_determinism
+from megatron_lcl.train.heldout import check_heldout
+from megatron_lcl.train.kernels import check_kernels
+from megatron_lcl.train.memory import check_memory, local_processes
+from megatron_lcl.train.settings import deepspeed_config
+
+
+def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = False) -> dict[str, Any]:
+    """Everything that can be known to be wrong before anything starts; DeepSpeed's config, derived and checked.
+
+    elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
+    """
+    if not config.data.corpora:
+        raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
+    settings = deepspeed_config(config, processes)
+    check_apex(config)
+    check_kernels(config, elsewhere)
+    check_determinism(config)
+    if not elsewhere:
+        check_memory(config, processes, local_processes(processes, nodes))
+    check_tokenizers(config)
+    check_heldout(config)
+    without_pairs(config)
+    run = Path(config.train.output)
+    check_output(run, config)
+    if not list_checkpoints(run):
+        check_beginning(config)
+    return settings
+
+
+def check_tokenizers(config: Config) -> None:
+    """The corpora's files have their sizes, and the model's vocabulary is that of their tokenizers."""
+    for corpus in config.data.corpora:
+        opened = open_corpus(corpus.path)
+        opened.check_sizes()
+        tokenizer = opened.tokenizer
+        if tokenizer.vocab_size != config.model.language.vocab_size:
+            raise UserError(
+                f"model.language.vocab_size is {config.model.language.vocab_size}, but the tokenizer of {corpus.path} "
+                f"has {tokenizer.vocab_size} ids; set model.language.vocab_size to {tokenizer.vocab_size}"
+            )
+
+
+def check_beginning(config: Config) -> None:
+    """`train.init_from` of a run that has no checkpoint of its own is readable and fits."""
+    if config.train.init_from is None:
+        return
+    if config.checkpoint.resume != "auto":
+        raise UserError(
+            f"checkpoint.resume = {config.checkpoint.resume} and train.init_from = {config.train.init_from}: a run "
+            "goes on from the one or begins with the weights of the other; give one of the two"
+        )
+    find_initial_weights(config, verify=False)
+
+
+def without_pairs(config: Config) -> tuple[str, ...]:
+    """The corpora that give the objective's contrast no pair; UserError where none gives any."""
+    model = config.model
+    return corpora_without_pairs(
+        config.data, model.vision.num_patches, model.language.context_length, config.objective.name
+    )
+
+
+def check_output(run: Path, config: Config) -> None:
+    """A run folder is new, empty, or holds the same run."""
+    saved = run / CONFIG
+    if run.exists() and not run.is_dir():
+        raise UserError(f"train.output = {run} is a file; name a folder")
+    if read_record(run, IMPORT):
+        raise UserError(f"train.output = {run} is an import; name another folder, and this one as train.init_from")
+    if not saved.exists():
+        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+            raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
+        return
+    check_model(saved, config)
+
+
+def check_model(saved: Path, config: Config) -> None:
+    """The model is that of a saved config; UserError names the fields that differ."""
+    before, now = (_flat(to_dict(c)) for c in (load(saved), config))
+    changed = sorted(k for k in before.keys() | now.keys() if k.startswith("model.") and before.get(k) != now.get(k))
+    if changed:
+        raise UserError(
+            f"{saved.parent} holds a run of another model ("
+            + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed)
+            + "); name another folder"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_corpora(ledger: Ledger, config: Config) -> None:
+    """The corpora are those that the run last read, by fingerprint, or `data.allow_change` is set."""
+    before = {c["fingerprint"]: c["path"] for c in ledger.blends()[-1]["blend"]}
+    now = {open_corpus(c.path).fingerprint: c.path for c in config.data.corpora}
+    if config.data.allow_change or before.keys() == now.keys():
+        return
+    gone, new = (", ".join(a[f] for f in a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
+    raise UserError(
+        f"the corpora are not those that this run has read ({gone or 'nothing'} is missing, {new or 'nothing'} is new "
+        "or has changed); put them back, or go on with these from here: --data.allow-change"
+    )
