@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, to_dict, to_yaml
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.files import replace_text
@@ -65,6 +66,7 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
 
     elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
     """
+    objectives.create(config)
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
     deepspeed_config(config, processes)
@@ -105,7 +107,11 @@ def without_pairs(config: Config) -> tuple[str, ...]:
     """The corpora that give the objective's contrast nothing; UserError where all of them do."""
     model = config.model
     return corpora_without_pairs(
-        config.data, model.vision.num_patches, model.language.context_length, config.objective.name
+        config.data,
+        model.vision.num_patches,
+        model.language.context_length,
+        objectives.create(config).sequences,
+        config.objective.name,
     )
 
 
@@ -420,7 +426,7 @@ def _decide(config: Config) -> Start:
         config.data,
         config.model.vision.num_patches,
         config.model.language.context_length,
-        contrast_only=config.objective.name == "clip",
+        sequences=objectives.create(config).sequences,
         previous=previous,
         consumed=before.packs,
     )
@@ -469,7 +475,7 @@ def build_loader(config: Config, mesh: Mesh, first_step: int, first_pack: int, l
         micro_batch=config.train.micro_batch,
         first_pack=first_pack,
         steps=config.train.steps - first_step,
-        objective=config.objective.name,
+        sequences=objectives.create(config).sequences,
         ledger=ledger,
         pin_memory=torch.cuda.is_available(),
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
@@ -54,7 +55,7 @@ class Telemetry:
 
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every, self.total, self._run = config.train.log_every, config.train.steps, run
-        self._progress, self._contrasts = config.train.progress, config.objective.name != "generation"
+        self._progress, self._contrasts = config.train.progress, objectives.create(config).sequences.contrast
         self.num_without_pairs = self._num_bad = 0
         """steps that had nothing to contrast, and images that did not decode, since this process started"""
         self._file: Any = None
@@ -107,7 +108,7 @@ class Telemetry:
         if step % self.every and step != self.total:
             return
         rates = self.rates.values()
-        self.write({"step": step, **asdict(result), "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
+        self.write({"step": step, **result.numbers(), "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
         images, tokens = rates["images_per_second"], rates["tokens_per_second"]
         self._bar.set_postfix_str(f"loss {result.loss:.3f}, {images:.0f} images/s, {tokens:.0f} tokens/s")
         self.rates = Rates()
