@@ -38,21 +38,21 @@ def mean_taken_again(engine: Any, mesh: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def negatives_of_one_micro_batch(engine: Any, mesh: Any) -> Iterator[None]:
     """Every micro-batch is contrasted within itself; the loss that is reported is right."""
-    from megatron_lcl.train import step
+    from megatron_lcl.objectives import contrast
 
-    start = step.start_contrast
+    start = contrast.start_contrast
 
-    def narrow(features: Any, scale: Any, weight: float, totals: Any, mesh: Any) -> Any:
-        found, parts = start(features, scale, weight, totals, mesh)(), []
+    def narrow(features: Any, scale: Any, weight: float, counts: Any, mesh: Any) -> Any:
+        found, parts = start(features, scale, weight, counts, mesh)(), []
         for own in features:
             pairs = mesh.data.gather_objects(len(own.image))
-            share = weight * sum(pairs) / sum(totals.pairs)
-            parts.append(start([own], scale, share, dataclasses.replace(totals, pairs=pairs), mesh)())
+            share = weight * sum(pairs) / sum(counts.pairs)
+            parts.append(start([own], scale, share, dataclasses.replace(counts, pairs=pairs), mesh)())
         image, text = [part.image[0] for part in parts], [part.text[0] for part in parts]
         scale = torch.stack([part.scale for part in parts]).sum(0)
         return lambda: dataclasses.replace(found, image=image, text=text, scale=scale)
 
-    with patch.object(step, "start_contrast", narrow):
+    with patch.object(contrast, "start_contrast", narrow):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ MODEL = {
     },
     "pool_heads": 2,
 }
-NUM_STAGES = 8
+NUM_LAYERS = 8
 OF_CONTRAST = (
     "image_accuracy",
     "text_accuracy",
@@ -141,7 +141,7 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=config.optimizer.eps)
     for group in optimizer.param_groups:
         group["lr"] = case.lr
-    log_scale = named[f"{NUM_STAGES - 1}.log_scale"]
+    log_scale = named[f"{NUM_LAYERS - 1}.log_scale"]
     found: dict[str, Any] = {"rows": [], "contrast": []}
     for step in range(STEPS):
         batches = [batch for replica in global_batch(case, step) for batch in replica]
@@ -236,7 +236,7 @@ def run_case(case: Case) -> dict[str, Any]:
                 batches = [without_images(batch) for batch in batches]
             sent.clear()
             result = stepper.run(batches, case.lr, case.limit)
-            found["results"].append(asdict(result))
+            found["results"].append(result.numbers())
             found["applied"].append(engine.was_step_applied())
             found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
             row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
@@ -286,7 +286,7 @@ def expected_bytes(case: Case, batches: list[PackedBatch]) -> list[int]:
 
 
 def without_images(batch: PackedBatch) -> PackedBatch:
-    """As `share` gives it to the later parts."""
+    """As `broadcast_batches` gives it to the later stages."""
     import dataclasses
 
     return dataclasses.replace(batch, images=batch.images[:0])
