@@ -20,7 +20,7 @@ _FIRST = 1024
 def corpora_without_pairs(
     data: Data, num_patches: int, context_length: int, sequences: Sequences, objective: str
 ) -> tuple[str, ...]:
-    """Paths of the corpora of `data` no image of which can ever be contrasted: no text precedes it, or selection drops it.
+    """Paths of the corpora of `data` no image of which can be contrasted: no text precedes it, or selection drops it.
 
     sequences: those that the run's objective reads, `objective` its name. None of them where nothing is contrasted.
     UserError where none of the corpora gives a pair.
