@@ -195,9 +195,9 @@ def selftest(
     if 0 in ranks:
         where = "NCCL" if torch.cuda.is_available() else "gloo"
         left = sum(case.processes > world for case in cases)
-        say(f"{world} processes, {where}" + (f"; {left} layouts need more and are left out" if left else ""))
+        say(f"{world} processes, {where}" + (f"; {left} layouts need more and are skipped" if left else ""))
         for fault in {fault for case in cases if (fault := _lacks(case))}:
-            say(f"{fault}: its layouts are left out")
+            say(f"{fault}: its layouts are skipped")
     truths: dict[tuple[int, bool], Trajectory] = {}
     verdicts: list[Verdict | KernelVerdict] = []
     for number, case in enumerate(fitting):

@@ -444,7 +444,7 @@ def _record_in(folder: Path) -> dict[str, Any]:
 
 
 class SequentialIndex:
-    """Every document of one corpus that is not left out, once and in order. Packs past the end are empty."""
+    """Every document of one corpus that is not skipped, once and in order. Packs past the end are empty."""
 
     def __init__(self, source: Source, tokens_per_pack: int) -> None:
         self.images_per_pack = source.rules.max_images
