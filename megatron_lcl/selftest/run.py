@@ -52,7 +52,7 @@ class Bounds:
 # logits up to 14), norms 1.6e-2, gradient 2.5e-2, parameters 1.6e-3, one tensor 4.6e-2; key biases, whose gradients are
 # mathematically zero, 3.2e-5 of the whole. Two to three times that is allowed, six times for the last. A sum that is
 # missing or made twice is off by half of itself or more. More messages than in float32 are too small to be counted (see
-# parallel.traffic): the formulas say up to 3.6e-3 more than is sent.
+# selftest.count_traffic): the formulas say up to 3.6e-3 more than is sent.
 BOUNDS = {
     "float32": Bounds(losses=1e-5, gradient=1e-5, parameters=1e-5, one=1e-4, floor=1e-7, sent=0.0),
     "bfloat16": Bounds(losses=5e-2, gradient=5e-2, parameters=4e-3, one=0.15, floor=2e-4, sent=5e-3),
