@@ -1,17 +1,17 @@
-"""The cost model that cuts a pipeline, beside measured times of its parts.
+"""The cost model that partitions a pipeline, beside measured times of its stages.
 
-Measured: a part at work in the pipeline, its forward and backward instructions in DeepSpeed's engine: the median over
+Measured: a stage at work in the pipeline, its forward and backward instructions in DeepSpeed's engine: the median over
 the steps of each instruction of a step, and the sum of these by the micro-batches. Predicted, from medians as well: the
-sum over the part's stages of what one stage of each kind takes alone (`train.cuts`). Two claims, and exit code 1 where
-one does not hold:
+sum over the stage's layers of what one layer of each kind takes alone (`train.pipeline.partition`). Two claims, and
+exit code 1 where one does not hold:
 
-* predicted and measured time of every part differ by less than 10 %. After every step each kind of stage is measured
+* predicted and measured time of every stage differ by less than 10 %. After every step each kind of layer is measured
   once, so that what else the machine does meets both alike;
-* so does every part's share of the sum over the parts, predicted from the one measurement at the start that places the
-  cuts, to which a common factor is nothing.
+* so does every stage's share of the sum over the stages, predicted from the one measurement at the start that decides
+  the partition, to which a common factor is nothing.
 
 In CPU time of one thread, which a busy machine changes little. The steps are real ones, on processes of their own.
-Also shown: what the dearest part takes where every part has equally many stages.
+Also shown: what the slowest stage takes where every stage has equally many layers.
 
     python benchmarks/pipeline_cost_model.py [--rounds 20]
 """
@@ -40,7 +40,7 @@ from megatron_lcl.model.special import SpecialTokens
 
 MICRO_BATCHES, WARM_UPS = 3, 2
 CLAIM = 0.10
-"""of what a part takes"""
+"""of what a stage takes"""
 ENCODER = {"heads": 4, "mlp_width": 1024, "width": 256}
 MODELS = {
     "wide head: ViT 6x256 of 49 patches, LM 6x256, vocabulary 16,003; packs of 384 tokens, 4 images": (
@@ -56,12 +56,12 @@ MODELS = {
 }
 
 
-def config_of(name: str, parts: int, **train: Any) -> Config:
+def config_of(name: str, num_stages: int, **train: Any) -> Config:
     vision, language, _ = MODELS[name]
     return configs.from_dict(
         {
             "model": {"vision": vision, "language": language, "pool_heads": 2},
-            "parallel": {"pipeline": parts},
+            "parallel": {"pipeline": num_stages},
             "contrast": {"strategy": train.pop("strategy", "retain")},
             "train": {"global_batch": MICRO_BATCHES, **train},
         }
@@ -94,7 +94,7 @@ def make_pack(name: str, config: Config, seed: int) -> PackedBatch:
 
 
 def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port: int, results: Any) -> None:
-    """One process of a pipeline: cut by the cost model or evenly, timed."""
+    """One process of a pipeline: partitioned by the cost model or evenly, timed."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.parallel.pipeline)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -102,7 +102,7 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     from deepspeed.runtime.pipe import schedule
 
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
-    from megatron_lcl.train.pipeline import partition as cuts_module
+    from megatron_lcl.train.pipeline import partition as partition_module
     from megatron_lcl.train.pipeline.partition import (
         LayerSamples,
         agree_on_costs,
@@ -114,16 +114,16 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     )
 
     # until this process ends
-    patch.object(cuts_module, "time", SimpleNamespace(perf_counter=time.process_time)).start()
+    patch.object(partition_module, "time", SimpleNamespace(perf_counter=time.process_time)).start()
     mesh, packs = init_processes(config), [make_pack(name, config, m) for m in range(MICRO_BATCHES)]
     specs = specs_of(config, mesh.tensor)
     samples = LayerSamples(specs, packs[0], config, mesh.tensor, torch.device("cpu"), torch.float32)
     costs = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
-    parts = mesh.pipeline.size
-    cuts = partition_uniform(len(specs), parts) if even else partition_balanced(costs, sizes, parts)
+    num_stages = mesh.pipeline.size
+    partition = partition_uniform(len(specs), num_stages) if even else partition_balanced(costs, sizes, num_stages)
     mesh.world.barrier()
-    engine = build_engine(build_module(config, mesh, cuts), config, mesh)
+    engine = build_engine(build_module(config, mesh, partition), config, mesh)
     spent: list[float] = []
 
     def timed(function: Any) -> Any:
@@ -138,31 +138,32 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     for kind in (schedule.ForwardPass, schedule.BackwardPass):
         instructions[kind] = timed(instructions[kind])
     stepper = build_stepper(engine, config, mesh)
-    seconds, stages = list[list[float]](), []
+    seconds, layers = list[list[float]](), []
     for _ in range(WARM_UPS + num_rounds):
         spent.clear()
         stepper.run(packs, 1e-4)
         seconds.append(list(spent))
         mesh.world.barrier()  # all measure at the same time, as they work
-        stages.append(samples.measure())
+        layers.append(samples.measure())
         mesh.world.barrier()
-    del seconds[:WARM_UPS], stages[:WARM_UPS]
-    bounds, in_turn = [*cuts, len(specs)], agree_on_costs(samples.times(stages), config, mesh)
-    predicted = stage_sums(in_turn, cuts), stage_sums(costs, cuts)
+    del seconds[:WARM_UPS], layers[:WARM_UPS]
+    bounds, in_turn = [*partition, len(specs)], agree_on_costs(samples.times(layers), config, mesh)
+    predicted = stage_sums(in_turn, partition), stage_sums(costs, partition)
     measured = sum(statistics.median(of_instruction) for of_instruction in zip(*seconds, strict=True)) / MICRO_BATCHES
     results.put((rank, bounds[rank : rank + 2], predicted, measured))
     mesh.world.barrier()
 
 
-def run(name: str, parts: int, even: bool, strategy: str, rounds: int) -> tuple[float, float]:
-    """Prints a row for each part; the worst error, and what the dearest part took."""
+def run(name: str, num_stages: int, even: bool, strategy: str, rounds: int) -> tuple[float, float]:
+    """Prints a row for each stage; the worst error, and what the slowest stage took."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context, config = mp.get_context("spawn"), config_of(name, parts, strategy=strategy, dtype="float32")
+    context, config = mp.get_context("spawn"), config_of(name, num_stages, strategy=strategy, dtype="float32")
     results: Any = context.Queue()
     workers = [
-        context.Process(target=work, args=(rank, name, config, even, rounds, port, results)) for rank in range(parts)
+        context.Process(target=work, args=(rank, name, config, even, rounds, port, results))
+        for rank in range(num_stages)
     ]
     for worker in workers:
         worker.start()
@@ -174,9 +175,8 @@ def run(name: str, parts: int, even: bool, strategy: str, rounds: int) -> tuple[
     for (rank, (first, after), _, seconds), expected, before in zip(rows, in_turn, at_start, strict=True):
         error, of_share = expected / seconds - 1, before / (drift * seconds) - 1
         worst = max(worst, abs(error), abs(of_share))
-        label = (
-            f"{strategy:9} {'even' if even else 'chosen':6} part {rank} of {parts}, stages {first:2} to {after - 1:2}"
-        )
+        layers = f"layers {first:2} to {after - 1:2}"
+        label = f"{strategy:9} {'even' if even else 'chosen':6} stage {rank} of {num_stages}, {layers}"
         times = f"{1000 * expected:8.1f} ms   {1000 * seconds:8.1f} ms"
         print(f"{label}   {times}   {100 * error:+5.1f} %   {100 * of_share:+5.1f} %", flush=True)
     return worst, max(row[3] for row in rows)
@@ -184,7 +184,7 @@ def run(name: str, parts: int, even: bool, strategy: str, rounds: int) -> tuple[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of a step and a measurement of each kind of stage")
+    parser.add_argument("--rounds", type=int, default=20, help="of a step and a measurement of each kind of layer")
     rounds, worst = parser.parse_args().rounds, 0.0
     for name in MODELS:
         print(f"\n{name}\n{'':49}  predicted     measured     error   of share")
@@ -192,7 +192,7 @@ def main() -> int:
         four, chosen = run(name, 4, False, "retain", rounds)
         evenly, even = run(name, 4, True, "retain", rounds)
         worst = max(worst, two, four, evenly)
-        print(f"dearest of 4 parts, chosen / even: {chosen / even:.2f}")
+        print(f"slowest of 4 stages, chosen / even: {chosen / even:.2f}")
     print(f"\nlargest error {100 * worst:.1f} %")
     return int(worst >= CLAIM)
 

@@ -466,13 +466,16 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl import objectives
     from megatron_lcl.data.corpus.files import replace_text
     from megatron_lcl.data.pages.replay import replay_html
     from megatron_lcl.train.checkpoint.folder import last_ledger
 
     config = configs.load(options.config)
     ledger = last_ledger(Path(config.train.output))
-    page = replay_html(config, options.step, options.rank, options.world_size, ledger)
+    page = replay_html(
+        config, objectives.create(config).sequences, options.step, options.rank, options.world_size, ledger
+    )
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)
     print(file)

@@ -166,11 +166,12 @@ class Data:
 
 @dataclass(frozen=True, config=_STRICT)
 class Objective:
-    """What is minimised."""
+    """What is minimized."""
 
-    name: Literal["lcl", "clip", "generation"] = Field(
+    name: str = Field(
         default="lcl",
-        description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast",
+        description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast; or one that "
+        "another package adds",
     )
     contrastive_weight: Weight = Field(
         default=0.1,
@@ -180,23 +181,6 @@ class Objective:
         default=1.0,
         description="of `lcl`: weight of the generation loss (paper: 1.0); the one loss of `generation` has weight 1",
     )
-
-    def __post_init__(self) -> None:
-        if self.weights == (0, 0):
-            raise UserError(
-                "objective.contrastive_weight and objective.generation_weight are both 0, which leaves nothing to "
-                "train for; give one of them a weight above 0"
-            )
-
-    @property
-    def weights(self) -> tuple[float, float]:
-        """What the contrastive and the generation loss count for in the step's loss."""
-        match self.name:
-            case "clip":
-                return 1.0, 0.0
-            case "generation":
-                return 0.0, 1.0
-        return self.contrastive_weight, self.generation_weight
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.convert.load import find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
@@ -46,7 +47,11 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         curves=_curves(metrics),
         evaluation=evaluation,
         examples=_examples(_read_json(run / EXAMPLES), evaluation),
-        batch=Markup(render_first_packs(config, min(config.train.global_batch, MAX_PACKS), last_ledger(run))),
+        batch=Markup(
+            render_first_packs(
+                config, objectives.create(config).sequences, min(config.train.global_batch, MAX_PACKS), last_ledger(run)
+            )
+        ),
         max_packs=MAX_PACKS,
         corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
         checkpoint=find_checkpoint(run).name if metrics else None,

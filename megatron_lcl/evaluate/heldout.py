@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
 from megatron_lcl.data.corpus.files import replace_text
@@ -31,6 +32,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.pack_index import SequentialIndex
+from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
 from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
@@ -284,7 +286,7 @@ class HeldOutEvaluation:
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
     """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one."""
-    trained = {"lcl": TASKS, "clip": ("retrieval",), "generation": ("generation",)}[config.objective.name]
+    trained = objectives.create(config).tasks
     for task in tasks:
         if task not in trained:
             raise UserError(
@@ -325,7 +327,7 @@ class _Packs:
             global_batch=data.size * micro_batch * at_once,
             micro_batch=micro_batch,
             train=False,
-            objective="lcl" if documents else "clip",
+            sequences=INTERLEAVED if documents else PAIRS,
             pin_memory=torch.cuda.is_available(),
         )
         index = self.loader.reader.index

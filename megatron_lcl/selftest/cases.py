@@ -17,7 +17,7 @@ STEPS = 3
 MIN_PACKS = 4
 """of a step; more where there are more replicas, each of which has one at least"""
 TOKENS, IMAGES, CONTEXT = 60, 4, 40
-"""token places and image slots of a pack; longest sequence"""
+"""token slots and image slots of a pack; longest sequence"""
 IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
 """images of each pack of each step, over and over: with two replicas the second one never has an image"""
 

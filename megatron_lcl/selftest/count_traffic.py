@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = 256
-"""bytes: what is smaller (a loss, a norm, a few counts) is not counted, here and in `train.traffic`"""
+"""bytes: what is smaller (a loss, a norm, a few counts) is not counted, here and in `selftest.traffic`"""
 
 _SENDING: dict[str, tuple[int, Any, int]] = {
     "allreduce": (0, 1, 2),

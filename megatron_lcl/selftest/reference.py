@@ -27,9 +27,9 @@ class Trajectory:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """after the last step"""
     sent: list[dict[tuple[int, ...], float]] = field(default_factory=list)
-    """of each process: bytes it sent for the last step, by the ranks of the group (see parallel.traffic)"""
+    """of each process: bytes it sent for the last step, by the ranks of the group (see selftest.count_traffic)"""
     expected: list[dict[tuple[int, ...], float]] = field(default_factory=list)
-    """the same by the formulas of train.traffic"""
+    """the same by the formulas of selftest.traffic"""
 
 
 def reference(case: Case) -> Trajectory:

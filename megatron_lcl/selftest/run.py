@@ -52,7 +52,7 @@ class Bounds:
 # logits up to 14), norms 1.6e-2, gradient 2.5e-2, parameters 1.6e-3, one tensor 4.6e-2; key biases, whose gradients are
 # mathematically zero, 3.2e-5 of the whole. Two to three times that is allowed, six times for the last. A sum that is
 # missing or made twice is off by half of itself or more. More messages than in float32 are too small to be counted (see
-# parallel.traffic): the formulas say up to 3.6e-3 more than is sent.
+# selftest.count_traffic): the formulas say up to 3.6e-3 more than is sent.
 BOUNDS = {
     "float32": Bounds(losses=1e-5, gradient=1e-5, parameters=1e-5, one=1e-4, floor=1e-7, sent=0.0),
     "bfloat16": Bounds(losses=5e-2, gradient=5e-2, parameters=4e-3, one=0.15, floor=2e-4, sent=5e-3),
@@ -195,9 +195,9 @@ def selftest(
     if 0 in ranks:
         where = "NCCL" if torch.cuda.is_available() else "gloo"
         left = sum(case.processes > world for case in cases)
-        say(f"{world} processes, {where}" + (f"; {left} layouts need more and are left out" if left else ""))
+        say(f"{world} processes, {where}" + (f"; {left} layouts need more and are skipped" if left else ""))
         for fault in {fault for case in cases if (fault := _lacks(case))}:
-            say(f"{fault}: its layouts are left out")
+            say(f"{fault}: its layouts are skipped")
     truths: dict[tuple[int, bool], Trajectory] = {}
     verdicts: list[Verdict | KernelVerdict] = []
     for number, case in enumerate(fitting):

@@ -11,34 +11,37 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.losses.group import HEADER
-from megatron_lcl.parallel.mappings import shard_size
+from megatron_lcl.objectives.base import Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.selftest.count_traffic import ring
+from megatron_lcl.train.broadcast_batches import Header
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.step import without_targets
 
 FLOAT, LONG = 4, 8
 
 Sent = defaultdict[tuple[int, ...], float]
-"""bytes by the global ranks of the group (see parallel.traffic.Traffic)"""
+"""bytes by the global ranks of the group (see count_traffic.Traffic)"""
 
 
 def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: Mesh) -> Sent:
     """What this process sends for a step on these micro-batches of its replica, reading included; all call it."""
     pairs = mesh.data.gather_objects(sum(batch.num_pairs for batch in batches))
-    parameters = dict(engine.module.named_parameters())
+    parameters, objective = dict(engine.module.named_parameters()), objectives.create(config)
     parts = [reading(batches, config, mesh)]
     if config.zero.stage == 3:
-        parts.append(zero3([p.ds_numel for p in parameters.values()], len(batches), config, mesh))
-        parts.append(contrast(pairs, config.model.language.width, mesh))
+        parts.append(
+            zero3([p.ds_numel for p in parameters.values()], len(batches), objective.num_forwards, config, mesh)
+        )
     else:
-        stages = sorted({int(name.split(".")[0]) for name in parameters})
+        layers = sorted({int(name.split(".")[0]) for name in parameters})
         groups = [sum(p.numel() for p in parameters.values() if (p.dim() >= 2) == decays) for decays in (True, False)]
-        parts.append(stepping(batches, pairs, stages, groups, config, mesh))
+        parts.append(stepping(batches, layers, groups, objective.num_forwards, config, mesh))
+    if mesh.pipeline.rank == mesh.pipeline.size - 1:
+        parts.append(of_terms(objective, pairs, mesh))
     total: Sent = defaultdict(float)
     for part in parts:
         for ranks, number in part.items():
@@ -52,13 +55,13 @@ def num_bytes(config: Config) -> int:
 
 
 def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:
-    """Handing a step's micro-batches to the other processes of the replica (train.share)."""
+    """Handing a step's micro-batches to the other processes of the replica (train.broadcast_batches)."""
     sent: Sent = defaultdict(float)
     replica, tensor = mesh.model_parallel, mesh.tensor
-    header = 6 + 8 + 4 + config.train.micro_batch
-    sent[replica.ranks] += ring(len(batches) * header * LONG, replica.size)
+    headers = len(batches) * Header.size(config.train.micro_batch)
+    sent[replica.ranks] += ring(headers * LONG, replica.size)
     for batch in batches:
-        sent[replica.ranks] += ring(sum(len(t) for _, t in batch._integers()) * FLOAT, replica.size)
+        sent[replica.ranks] += ring(sum(map(len, batch.integers().values())) * FLOAT, replica.size)
         if mesh.pipeline.rank == 0:
             sent[tensor.ranks] += ring(batch.images.numel(), tensor.size)
     return sent
@@ -66,79 +69,70 @@ def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:
 
 def stepping(
     batches: Sequence[PackedBatch],
-    pairs: Sequence[int],
-    stages: Sequence[int],
+    layers: Sequence[int],
     group_sizes: Sequence[int],
+    forwards: int,
     config: Config,
     mesh: Mesh,
 ) -> Sent:
-    """One step with ZeRO-1 or 2.
+    """The model's and the optimizer's part of a step with ZeRO-1 or 2.
 
-    pairs: of each data-parallel replica. stages: indices of those that this process holds. group_sizes: numbers in each
-    parameter group of this process.
+    layers: indices of those that this process holds. group_sizes: numbers in each parameter group of this process.
+    forwards: of a micro-batch; the first of two is for the features only.
     """
     sent: Sent = defaultdict(float)
-    passes = 2 if config.objective.name != "generation" and config.contrast.strategy == "recompute" else 1
     tensor, pipeline, a = mesh.tensor, mesh.pipeline, num_bytes(config)
     last = pipeline.rank == pipeline.size - 1
     me = pipeline.ranks[pipeline.rank]
     for batch in batches:
-        for stage in stages:
-            forward, backward = _stage(stage, batch, config, tensor.size, a)
-            if passes == 2:
-                forward += _stage(stage, without_targets(batch), config, tensor.size, a)[0]
+        for layer in layers:
+            forward, backward = _layer(layer, batch, config, tensor.size, a)
+            if forwards == 2:
+                forward += _layer(layer, without_targets(batch), config, tensor.size, a)[0]
             sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward, *backward])
         if not last:
-            sent[me, pipeline.ranks[pipeline.rank + 1]] += passes * _hidden(stages[-1] + 1, batch, config, mesh, a)
+            sent[me, pipeline.ranks[pipeline.rank + 1]] += forwards * _hidden(layers[-1] + 1, batch, config, mesh, a)
         if pipeline.rank > 0:
-            sent[me, pipeline.ranks[pipeline.rank - 1]] += _hidden(stages[0], batch, config, mesh, a)
+            sent[me, pipeline.ranks[pipeline.rank - 1]] += _hidden(layers[0], batch, config, mesh, a)
     data = mesh.data
     reductions = len(batches) if config.zero.stage == 2 else 1
     sent[data.ranks] += reductions * ring(sum(group_sizes) * FLOAT, data.size, 2)
     for size in group_sizes:
         sent[data.ranks] += ring(_round_up(size, 2 * data.size) * a, data.size)
-    if last and config.objective.name != "generation":
-        for ranks, number in contrast(pairs, config.model.language.width, mesh).items():
-            sent[ranks] += number
     return sent
 
 
-def zero3(sizes: Sequence[int], batches: int, config: Config, mesh: Mesh) -> Sent:
+def zero3(sizes: Sequence[int], batches: int, forwards: int, config: Config, mesh: Mesh) -> Sent:
     """ZeRO-3's parameters and gradients (Rajbhandari et al. 2020), without a pipeline or tensor ranks.
 
     sizes: numbers in each parameter. A micro-batch gathers parameters for each forward and for backward, and reduces
     its gradients; parameters up to DeepSpeed's persistence threshold stay, and are gathered once, after the step.
     """
     sent: Sent = defaultdict(float)
-    passes = 2 if config.objective.name != "generation" and config.contrast.strategy == "recompute" else 1
     threshold = config.deepspeed.get("zero_optimization", {}).get("stage3_param_persistence_threshold", 100_000)
     size = mesh.data.size
     for number in sizes:
-        gathers = batches * (passes + 1) if number > threshold else 1
+        gathers = batches * (forwards + 1) if number > threshold else 1
         gathered = gathers * num_bytes(config) + batches * FLOAT
         sent[mesh.data.ranks] += gathered * _round_up(number, size) * (size - 1) / size
     return sent
 
 
-def contrast(pairs: Sequence[int], width: int, mesh: Mesh) -> Sent:
-    """The contrast: features and sums once, nothing in backward; tensor ranks exchange rows of gradients."""
+def of_terms(objective: Objective, pairs: Sequence[int], mesh: Mesh) -> Sent:
+    """What the objective's terms send, where the head is. pairs: of each data-parallel replica."""
     sent: Sent = defaultdict(float)
-    stage, tensor = mesh.data_tensor, mesh.tensor
-    most = max(1, *(shard_size(n, tensor) for n in pairs))
-    for of_rank in (HEADER * LONG, most * 2 * width * FLOAT, (5 + 2 * most) * FLOAT):
-        sent[stage.ranks] += ring(of_rank * stage.size, stage.size)
-    own = shard_size(pairs[mesh.data.rank], tensor)
-    sent[tensor.ranks] += ring(own * 2 * width * FLOAT * tensor.size, tensor.size)
+    for axis, gathered in objective.gathers(pairs, mesh):
+        sent[axis.ranks] += ring(gathered, axis.size)
     return sent
 
 
-def _hidden(stage: int, batch: PackedBatch, config: Config, mesh: Mesh, a: int) -> int:
-    """The one tensor that a part sends to the next, which begins with `stage`; its gradient is as large."""
-    return math.prod(hidden_shape(stage, batch, config.model, mesh.tensor)) * a
+def _hidden(layer: int, batch: PackedBatch, config: Config, mesh: Mesh, a: int) -> int:
+    """The one tensor that a stage sends to the next, which begins with `layer`; its gradient is as large."""
+    return math.prod(hidden_shape(layer, batch, config.model, mesh.tensor)) * a
 
 
-def _stage(stage: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
-    """Bytes in all of each all-gather and reduce-scatter of a stage, in forward and in backward."""
+def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
+    """Bytes in all of each all-gather and reduce-scatter of a layer, in forward and in backward."""
     vision, language = config.model.vision, config.model.language
     v, d, length = vision.width, language.width, 1 + vision.num_patches
 
@@ -150,14 +144,14 @@ def _stage(stage: int, batch: PackedBatch, config: Config, tensor: int, a: int) 
         padded(len(batch.tokens)) * d * a,
         padded(len(batch.image_soi)) * d * a,
     )
-    if stage == 0:
+    if layer == 0:
         return [], [*_twice(3 * vision.patch_size**2 * v + v + length * v + 2 * v, a)]
-    if stage <= vision.layers:
+    if layer <= vision.layers:
         return [images] * 4, [*[images] * 6, *_twice(6 * v, a)]
-    if stage == vision.layers + 1:
+    if layer == vision.layers + 1:
         shared = 9 * v + language.context_length * d
         return [images, images, tokens, latents], [*[images] * 4, tokens, latents, *_twice(shared, a)]
-    if stage <= vision.layers + 1 + language.layers:
+    if layer <= vision.layers + 1 + language.layers:
         return [tokens] * 4, [*[tokens] * 6, *_twice(6 * d, a)]
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, to_dict
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.store import open_corpus
@@ -27,6 +28,7 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
 
     elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
     """
+    objectives.create(config)
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
     settings = deepspeed_config(config, processes)
@@ -74,7 +76,11 @@ def without_pairs(config: Config) -> tuple[str, ...]:
     """The corpora that give the objective's contrast no pair; UserError where none gives any."""
     model = config.model
     return corpora_without_pairs(
-        config.data, model.vision.num_patches, model.language.context_length, config.objective.name
+        config.data,
+        model.vision.num_patches,
+        model.language.context_length,
+        objectives.create(config).sequences,
+        config.objective.name,
     )
 
 

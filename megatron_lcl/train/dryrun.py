@@ -20,6 +20,7 @@ import torch
 from packaging.requirements import Requirement
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.store import open_corpus
@@ -200,7 +201,8 @@ def _packs(config: Config) -> str:
     """Builds the index of the first packs where the cache does not have it: the run would have to."""
     progress = checkpoint.last_progress(Path(config.train.output))
     previous = Ledger.from_json(progress.ledger) if progress else None
-    return f"packs       {summarize_config(config, previous, progress.packs if progress else 0)}"
+    sequences = objectives.create(config).sequences
+    return f"packs       {summarize_config(config, sequences, previous, progress.packs if progress else 0)}"
 
 
 def _run(config: Config) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
@@ -75,7 +76,6 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     own = sum(p.numel() for layer in layers for p in layer.parameters()) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
-    contrasts = config.objective.name != "generation"
     zero = config.deepspeed.get("zero_optimization", {})
     on_device = not torch.cuda.is_available()  # what is offloaded lies in the same memory
     keeps_parameters, keeps_optimizer = (on_device or not zero.get(f"offload_{x}") for x in ("param", "optimizer"))
@@ -84,7 +84,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
         optimizer=12 * own / data * keeps_optimizer,
         batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,
         graph=_graph(config, images, number) / split,
-        num_graphs=micro_batches if contrasts and config.contrast.strategy == "retain" else 1,
+        num_graphs=micro_batches if objectives.create(config).strategy == "retain" else 1,
         gradients=number * own / (data if stage > 1 else 1) * keeps_optimizer,
     )
 
@@ -96,7 +96,7 @@ def _graph(config: Config, images: int, number: int) -> float:
     patches = images * 3 * vision.image_size**2 + rows * vision.width
     pool = rows * (4 * vision.width + 2 * language.width)
     kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
-    if config.objective.name != "clip":  # the gradient of the vocabulary: see losses/generation.py
+    if objectives.create(config).sequences.targets:  # the gradient of the vocabulary: see losses/generation.py
         kept += 4 * language.vocab_size * language.width
     return kept
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.pack_index import Ledger, open_ledger
@@ -78,7 +79,7 @@ def _resolve(config: Config, settings: dict[str, Any]) -> ResumePoint:
         config.data,
         config.model.vision.num_patches,
         config.model.language.context_length,
-        contrast_only=config.objective.name == "clip",
+        sequences=objectives.create(config).sequences,
         previous=previous,
         consumed=saved.packs,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
@@ -308,7 +309,7 @@ def build_loader(config: Config, mesh: Mesh, first_step: int, first_pack: int, l
         micro_batch=config.train.micro_batch,
         first_pack=first_pack,
         steps=config.train.steps - first_step,
-        objective=config.objective.name,
+        sequences=objectives.create(config).sequences,
         ledger=ledger,
         pin_memory=torch.cuda.is_available(),
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
@@ -57,7 +58,7 @@ class Telemetry:
         self.total = config.train.steps
         self._run = run
         self._progress = config.train.progress
-        self._contrasts = config.objective.name != "generation"
+        self._contrasts = objectives.create(config).sequences.contrast
         self.num_without_pairs = 0
         """steps that had nothing to contrast, since this process started"""
         self._num_bad = 0
@@ -112,7 +113,7 @@ class Telemetry:
         if step % self.every and step != self.total:
             return
         rates = self.rates.values()
-        self.write({"step": step, **asdict(result), "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
+        self.write({"step": step, **result.numbers(), "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
         images, tokens = rates["images_per_second"], rates["tokens_per_second"]
         self._bar.set_postfix_str(f"loss {result.loss:.3f}, {images:.0f} images/s, {tokens:.0f} tokens/s")
         self.rates = Rates()

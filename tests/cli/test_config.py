@@ -99,7 +99,6 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("objective.generation_weight", "inf", "config key `objective.generation_weight` = inf"),
         ("objective.contrastive_weight", "-0.1", "config key `objective.contrastive_weight` = -0.1: .*greater than or"),
         ("objective.generation_weight", "-1", "config key `objective.generation_weight` = -1.0: .*greater than or"),
-        ("objective", "{contrastive_weight: 0, generation_weight: 0}", "both 0, .*; give one of them a weight above 0"),
         ("train.progress", "1", "config key `train.progress` = '1': input should be a valid boolean"),
         ("zero.stage", "true", "config key `zero.stage` = 'true'"),
         ("data.corpora", "[{path: a, weight: true}]", "config key `data.corpora.0.weight` = 'true'"),

@@ -105,10 +105,10 @@ def miss_a_gradient(rank: int) -> None:
 
 def forget_the_other_replicas(rank: int) -> None:
     """Negatives of a replica's own pairs only."""
-    from megatron_lcl.train import step
+    from megatron_lcl.objectives import contrast
 
-    start = step.start_gather
-    step.start_gather = lambda image, text, scale, **_: start(image, text, scale)
+    start = contrast.start_gather
+    contrast.start_gather = lambda image, text, scale, **_: start(image, text, scale)
 
 
 def forget_the_clamp(rank: int) -> None:

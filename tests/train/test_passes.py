@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.model.lcl import LayerList
+from megatron_lcl.objectives import contrast
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import step
@@ -66,7 +67,7 @@ def run(strategy: str) -> tuple[Engine, int, StepResult]:
     """An engine after one step, the rows it multiplied with the vocabulary, and the step's result."""
     case = Case(strategy=strategy)
     engine, config = Engine(case), case.config()
-    start, finish = step.start_gather, step.finish_contrastive_loss
+    start, finish = contrast.start_gather, contrast.finish_contrastive_loss
 
     def starting(*arguments: Any, **named: Any) -> Any:
         engine.events.append("gather")
@@ -77,8 +78,8 @@ def run(strategy: str) -> tuple[Engine, int, StepResult]:
         return finish(gather)
 
     with (
-        patch.object(step, "start_gather", starting),
-        patch.object(step, "finish_contrastive_loss", finishing),
+        patch.object(contrast, "start_gather", starting),
+        patch.object(contrast, "finish_contrastive_loss", finishing),
         patch.object(step, "update_log_scale", lambda parameter, function: None),
         VocabularyRows(config.model.language.vocab_size) as vocabulary,
     ):

@@ -13,7 +13,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.train.step import StepResult
 from megatron_lcl.train.telemetry import METRICS, Telemetry, read_metrics
 
-RESULT = StepResult(1.0, 1.0, 1.0, 2.0, 1.0, 0.5, 0.5, 0.3, 0.2, 0.1, 90, 4, 4, 100, 0)
+RESULT = StepResult(1.0, 2.0, 1.0, 90, 4, 4, 100, 0, {"generation": 1.0, "contrastive": 1.0, "image_accuracy": 0.5})
 SHOWN = re.compile(r"(\d+)/1000 \[\d\d:\d\d<(\d\d):(\d\d), +([\d.]+)(step/s|s/step)")
 
 

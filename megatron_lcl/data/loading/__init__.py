@@ -1,0 +1,7 @@
+"""Out of a corpus, to batches: documents → sequences → packs → PackedBatch.
+
+sequence.py places and cuts a document (compiled); source.py is a corpus with the size of each document; packing.py
+fills packs and pack_index.py says which document goes into which, with the ledger of a run; cache.py keeps both on
+disk; images.py decodes; loader.py assembles batches (batch.py). What is read is a plain record, `sequence.Sequences`.
+Begin with loader.PackReader. May import config and data.corpus, never torch.distributed.
+"""

@@ -1,7 +1,7 @@
 """PackedBatch: what one forward pass sees. Every shape is fixed by the config, for every rank and step.
 
-Shape legend: B packs of the micro-batch, T token places and I image slots of a pack, R runs of a pack (see
-`num_runs`), P placeholders per image, H = W image side. Rows are the B*T token places in order, image slots the B*I
+Shape legend: B packs of the micro-batch, T token slots and I image slots of a pack, R runs of a pack (see
+`num_runs`), P placeholders per image, H = W image side. Rows are the B*T token slots in order, image slots the B*I
 images in order; indices below count rows of the whole micro-batch.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
@@ -22,67 +22,90 @@ def num_runs(tokens_per_pack: int, max_seqlen: int) -> int:
     return max_sequences(tokens_per_pack) + math.ceil(tokens_per_pack / max_seqlen)
 
 
+Kind = Literal["integers", "images", "count", "origin"]
+"""of a field: an int32 tensor that every process of a replica needs; the images, for the first pipeline stage; a number
+known on the host, for every process; where the batch came from"""
+_INTEGERS, _IMAGES, _COUNT, _ORIGIN = ({"kind": kind} for kind in get_args(Kind))
+
+
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """B packs, flattened. Integer tensors are int32."""
+    """B packs, flattened. Each field declares its `Kind`."""
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] token ids; placeholders hold the tokenizer's placeholder id, what lies past a pack's last document 0"""
-    positions: torch.Tensor
+    positions: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] position inside the own sequence, 0 past the last document"""
-    cu_seqlens: torch.Tensor
+    cu_seqlens: torch.Tensor = field(metadata=_INTEGERS)
     """[B*R + 1] rows where runs start, then B*T. Each row is in exactly one run, no run is longer than `max_seqlen`: a
     run is a sequence, or a piece of what lies past a pack's last document (attention over it is finite and unused), or
     empty"""
-    targets: torch.Tensor
+    targets: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] id of the next token, -1 where there is none: before a placeholder or `<eoi>`, in a sequence's last row"""
-    target_positions: torch.Tensor
+    target_positions: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] rows that have a target, ascending, then -1"""
-    images: torch.Tensor
+    images: torch.Tensor = field(metadata=_IMAGES)
     """[B*I, 3, H, W] uint8 RGB, 0 where there is none"""
-    image_start: torch.Tensor
+    image_start: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] row of the image's first placeholder; -1 for a slot that is empty or whose image does not decode, and for
-    every slot of objective `clip`, which has no placeholders"""
-    image_soi: torch.Tensor
+    every slot where sequences have no placeholders (`Sequences.interleaved`)"""
+    image_soi: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] row of the image's `<soi>` if it takes part in the contrast, else -1"""
-    image_valid: torch.Tensor
+    image_valid: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] 1 where the slot holds an image that decoded, else 0"""
-    num_targets: int
+    num_targets: int = field(metadata=_COUNT)
     """rows that have a target (host)"""
-    num_pairs: int
+    num_pairs: int = field(metadata=_COUNT)
     """images that take part in the contrast (host)"""
-    num_images: int
+    num_images: int = field(metadata=_COUNT)
     """valid images (host)"""
-    num_tokens: int
+    num_tokens: int = field(metadata=_COUNT)
     """rows that belong to a document, placeholders included (host)"""
-    max_seqlen: int
+    max_seqlen: int = field(metadata=_COUNT)
     """min(context length, T): an upper bound of the longest run (host)"""
-    num_bad_images: int = 0
+    num_bad_images: int = field(metadata=_COUNT, default=0)
     """images that did not decode (host)"""
-    packs: tuple[int, ...] = ()
+    packs: tuple[int, ...] = field(metadata=_ORIGIN, default=())
     """global numbers of the packs (host)"""
-    bad_images: tuple[tuple[int, str], ...] = ()
+    bad_images: tuple[tuple[int, str], ...] = field(metadata=_ORIGIN, default=())
     """(slot, name and reason) of images that did not decode: blank, not valid, in neither loss (host)"""
 
-    def _integers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor) and field.name != "images":
-                yield field.name, value
+    def integers(self) -> dict[str, torch.Tensor]:
+        """The integer tensors by name, in order."""
+        return {name: getattr(self, name) for name in fields_of_kind("integers")}
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch on a device, in two copies: one for all integers, one for the images.
 
         With pinned memory (`pin_memory`) the copies run beside the computation.
         """
-        names, parts = zip(*self._integers(), strict=True)
-        flat = torch.cat(parts)
+        integers = self.integers()
+        flat = torch.cat(list(integers.values()))
         if torch.device(device).type == "cuda":
             flat = flat.pin_memory()
-        moved = flat.to(device, non_blocking=non_blocking).split([p.numel() for p in parts])
+        moved = flat.to(device, non_blocking=non_blocking).split([len(part) for part in integers.values()])
         images = self.images.to(device, non_blocking=non_blocking)
-        return dataclasses.replace(self, images=images, **dict(zip(names, moved, strict=True)))
+        return dataclasses.replace(self, images=images, **dict(zip(integers, moved, strict=True)))
 
     def pin_memory(self) -> PackedBatch:
         """The batch with its images in page-locked memory."""
         return dataclasses.replace(self, images=self.images.pin_memory())
+
+
+def fields_of_kind(kind: Kind) -> tuple[str, ...]:
+    """Names of the batch's fields of a kind, in order."""
+    return tuple(f.name for f in dataclasses.fields(PackedBatch) if f.metadata["kind"] == kind)
+
+
+def integer_sizes(B: int, T: int, I: int, R: int) -> dict[str, int]:  # noqa: E741
+    """Elements of each integer tensor, by name; shape legend as above."""
+    return {
+        "tokens": B * T,
+        "positions": B * T,
+        "cu_seqlens": B * R + 1,
+        "targets": B * T,
+        "target_positions": B * T,
+        "image_start": B * I,
+        "image_soi": B * I,
+        "image_valid": B * I,
+    }

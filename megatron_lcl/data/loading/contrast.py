@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.document import Kind
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.sequence import Rules, measure
+from megatron_lcl.data.loading.sequence import Rules, Sequences, measure
 from megatron_lcl.data.loading.source import pieces_of, rules_of_kinds
 from megatron_lcl.errors import UserError
 
@@ -19,19 +18,20 @@ _FIRST = 1024
 
 
 def corpora_without_pairs(
-    data: Data, num_patches: int, context_length: int, objective: Literal["lcl", "clip", "generation"]
+    data: Data, num_patches: int, context_length: int, sequences: Sequences, objective: str
 ) -> tuple[str, ...]:
-    """Paths of the corpora of `data` no image of which can ever be contrasted: no text precedes it, or it is left out.
+    """Paths of the corpora of `data` no image of which can be contrasted: no text precedes it, or selection drops it.
 
-    None where the objective has no contrast. UserError where none of the corpora gives a pair.
+    sequences: those that the run's objective reads, `objective` its name. None of them where nothing is contrasted.
+    UserError where none of the corpora gives a pair.
     """
-    if objective == "generation":
+    if not sequences.contrast:
         return ()
-    rules = rules_of_kinds(data, num_patches, context_length, 1, objective == "clip")
+    rules = rules_of_kinds(data, num_patches, context_length, 1, sequences)
     leading = data.contrast_leading_images
     paths = tuple(c.path for c in data.corpora if not _gives_pairs(open_corpus(c.path), rules, leading))
     if len(paths) == len(data.corpora):
-        none = "no image has a text" if objective == "clip" else "no image has a text before it"
+        none = "no image has a text before it" if sequences.interleaved else "no image has a text"
         raise UserError(
             f"objective.name = {objective} contrasts images with texts, but in {', '.join(paths)} {none} after "
             "selection. If they are image-text pairs as JSON lines, preprocess them with --option kind=pairs; else "

@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,14 +16,23 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.loading.bad_images import BadImages
-from megatron_lcl.data.loading.batch import PackedBatch, num_runs
+from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.images import decode_eval, decode_train
 from megatron_lcl.data.loading.pack_index import Ledger, Pack, PackIndex, SequentialIndex, open_ledger
-from megatron_lcl.data.loading.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP, arrange, has_ends, uniform
+from megatron_lcl.data.loading.sequence import (
+    IMAGE_ROW,
+    INTERLEAVED,
+    PIECE,
+    SEQUENCE,
+    START,
+    STOP,
+    Sequences,
+    arrange,
+    has_ends,
+    uniform,
+)
 from megatron_lcl.data.loading.source import Source, key, open_source, plain
 from megatron_lcl.errors import UserError
-
-ObjectiveName = Literal["lcl", "clip", "generation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class SequenceOrigin:
     """number in the corpus"""
     epoch: int
     part: int
-    """0, or the how-manieth piece of a document that was cut"""
+    """0, or the index of the piece of a document that was cut"""
     start: int
     stop: int
     images: tuple[ImageOrigin, ...]
@@ -71,21 +79,24 @@ class PackReader(Dataset[PackedBatch]):
         context_length: int,
         *,
         train: bool,
-        objective: ObjectiveName,
+        sequences: Sequences,
     ) -> None:
         self.index, self.data = index, data
-        self.num_patches, self.image_size, self.train, self.objective = num_patches, image_size, train, objective
+        self.num_patches, self.image_size = num_patches, image_size
+        self.train, self.sequences = train, sequences
         self.max_seqlen = min(context_length, data.tokens_per_pack)
         self.progress: torch.Tensor | None = None
 
     def __getitem__(self, packs: tuple[int, ...]) -> PackedBatch:
         T, I, size = self.data.tokens_per_pack, self.index.images_per_pack, self.image_size  # noqa: E741
         B, R = len(packs), num_runs(self.data.tokens_per_pack, self.max_seqlen)
-        lengths = [B * T, B * T, B * R + 1, B * T, B * T, B * I, B * I, B * I]
-        integers = torch.full([sum(lengths)], -1, dtype=torch.int32).split(lengths)  # one block of shared memory
-        tokens, positions, runs, targets, target_positions, image_start, image_soi, image_valid = (
-            x.numpy() for x in integers
-        )
+        sizes = integer_sizes(B, T, I, R)
+        parts = torch.full([sum(sizes.values())], -1, dtype=torch.int32).split(list(sizes.values()))
+        integers = dict(zip(sizes, parts, strict=True))  # in one block of shared memory
+        arrays = {name: part.numpy() for name, part in integers.items()}
+        tokens, positions, targets = arrays["tokens"], arrays["positions"], arrays["targets"]
+        runs, target_positions = arrays["cu_seqlens"], arrays["target_positions"]
+        image_start, image_soi, image_valid = arrays["image_start"], arrays["image_soi"], arrays["image_valid"]
         tokens[:] = positions[:] = image_valid[:] = 0
         runs[-1] = B * T
         images = torch.zeros(B * I, 3, size, size, dtype=torch.uint8)
@@ -110,7 +121,7 @@ class PackReader(Dataset[PackedBatch]):
                         continue
                     image_valid[slot] = 1
                     image_soi[slot] = row + image.soi if image.pair else -1
-                    image_start[slot] = row + image.soi + 1 if self.objective != "clip" else -1
+                    image_start[slot] = row + image.soi + 1 if self.sequences.interleaved else -1
             num_tokens += starts[-1] - row
             while starts[-1] < row + T:  # what is left, in runs that attention can take
                 starts.append(min(starts[-1] + self.max_seqlen, row + T))
@@ -120,15 +131,8 @@ class PackReader(Dataset[PackedBatch]):
         rows = np.flatnonzero(targets >= 0)
         target_positions[: len(rows)] = rows
         return PackedBatch(
-            integers[0],
-            integers[1],
-            integers[2],
-            integers[3],
-            integers[4],
-            images,
-            integers[5],
-            integers[6],
-            integers[7],
+            **integers,
+            images=images,
             num_targets=len(rows),
             num_pairs=int((image_soi >= 0).sum()),
             num_images=int(image_valid.sum()),
@@ -166,15 +170,13 @@ class PackReader(Dataset[PackedBatch]):
                     row += len(text)
                     has_text = has_text or len(text) > 0
                     continue
-                pair = self.objective != "generation" and (
-                    has_text or (self.data.contrast_leading_images and row > start)
-                )
+                pair = self.sequences.contrast and (has_text or (self.data.contrast_leading_images and row > start))
                 name = f"{source.corpus.path}, shard {shard.number}, image {piece}"
                 images.append(ImageOrigin(slot, shard.number, int(piece), name, row, pair))
                 slot += 1
                 tokens[row] = special.soi
                 row += 1
-                if self.objective != "clip":
+                if self.sequences.interleaved:
                     tokens[row : row + self.num_patches] = special.placeholder
                     tokens[row + self.num_patches] = special.eoi
                     row += self.num_patches + 1
@@ -201,7 +203,7 @@ class PackReader(Dataset[PackedBatch]):
 
     def _targets(self, pack: Pack, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
         """targets of one sequence from its tokens: the next id unless that is a placeholder or `<eoi>`."""
-        if self.objective == "clip":
+        if not self.sequences.targets:
             return
         targets[:-1] = tokens[1:]
         for image in origin.images:
@@ -235,7 +237,8 @@ class PackedLoader(Iterable[PackedBatch]):
     train=False: every document of `data.corpora` (one corpus) that selection leaves, exactly once, in order, without
     augmentation; no cut takes an image's text away (`Rules.carry_text`); the last batch is filled up with empty packs.
 
-    ledger: see `open_ledger`; None begins a new one. Each iteration starts again at first_pack.
+    sequences: those that the objective reads. ledger: see `open_ledger`; None begins a new one. Each iteration starts
+    again at first_pack.
     """
 
     def __init__(
@@ -252,7 +255,7 @@ class PackedLoader(Iterable[PackedBatch]):
         first_pack: int = 0,
         steps: int | None = None,
         train: bool = True,
-        objective: ObjectiveName = "lcl",
+        sequences: Sequences = INTERLEAVED,
         ledger: Ledger | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -264,25 +267,24 @@ class PackedLoader(Iterable[PackedBatch]):
             )
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size} processes; ranks count from 0")
-        clip = objective == "clip"
         index: PackIndex | SequentialIndex
         if train:
-            ledger = ledger or open_ledger(data, num_patches, context_length, contrast_only=clip)
+            ledger = ledger or open_ledger(data, num_patches, context_length, sequences=sequences)
             index = PackIndex(data, ledger)
         else:
             if len(data.corpora) != 1:
                 raise UserError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
-            whole = open_ledger(data, num_patches, context_length, contrast_only=clip)
+            whole = open_ledger(data, num_patches, context_length, sequences=sequences)
             slots = whole.settings["images_per_pack"]
             index = SequentialIndex(
-                open_source(data.corpora[0].path, data, num_patches, context_length, slots, clip, carry_text=True),
+                open_source(data.corpora[0].path, data, num_patches, context_length, slots, sequences, carry_text=True),
                 data.tokens_per_pack,
             )
             if steps is None:
                 steps = -(-max(0, len(index) - first_pack) // global_batch)
         self.ledger = ledger
         """what the packs depend on, for the checkpoint; None in evaluation"""
-        self.reader = PackReader(index, data, num_patches, image_size, context_length, train=train, objective=objective)
+        self.reader = PackReader(index, data, num_patches, image_size, context_length, train=train, sequences=sequences)
         self.steps = steps
         self.micro_batches = global_batch // (world_size * micro_batch)
         self._data, self._first, self._global_batch, self._micro_batch = data, first_pack, global_batch, micro_batch

@@ -30,7 +30,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
-from megatron_lcl.data.loading.sequence import shuffled
+from megatron_lcl.data.loading.sequence import INTERLEAVED, Sequences, shuffled
 from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
 from megatron_lcl.errors import UserError
 
@@ -115,7 +115,7 @@ def open_ledger(
     num_patches: int,
     context_length: int,
     *,
-    contrast_only: bool = False,
+    sequences: Sequences = INTERLEAVED,
     previous: Ledger | None = None,
     consumed: int = 0,
 ) -> Ledger:
@@ -133,11 +133,12 @@ def open_ledger(
     if len({c["fingerprint"] for c in blend}) < len(blend):
         raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
     settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
-    settings |= {"num_patches": num_patches, "context_length": context_length, "contrast_only": contrast_only}
+    settings |= {"num_patches": num_patches, "context_length": context_length}
+    settings["contrast_only"] = not sequences.interleaved  # the key that runs have stored
     settings["version"] = VERSION
     if previous is None:
         if settings["images_per_pack"] is None:
-            settings["images_per_pack"] = _choose_images(data, num_patches, context_length, contrast_only)
+            settings["images_per_pack"] = _choose_images(data, num_patches, context_length, sequences)
         return Ledger(settings, ({"from_pack": 0, "blend": blend},))
     for name, value in settings.items():
         old = previous.settings.get(name)
@@ -155,10 +156,10 @@ def open_ledger(
     return Ledger(previous.settings, (*previous.entries, {"from_pack": start, "blend": blend}), states)
 
 
-def _choose_images(data: Data, num_patches: int, context_length: int, contrast_only: bool) -> int:
+def _choose_images(data: Data, num_patches: int, context_length: int, sequences: Sequences) -> int:
     per_token, weights = 0.0, sum(c.weight for c in data.corpora)
     for c in data.corpora:
-        source = open_source(c.path, data, num_patches, context_length, 1, contrast_only)
+        source = open_source(c.path, data, num_patches, context_length, 1, sequences)
         images, tokens = source.images.sum(dtype=np.int64), source.tokens.sum(dtype=np.int64)
         per_token += c.weight / weights * float(images) / max(1, float(tokens))
     return packing.choose_images_per_pack(per_token, data.tokens_per_pack)
@@ -273,7 +274,7 @@ class PackIndex:
                     s["num_patches"],
                     s["context_length"],
                     s["images_per_pack"],
-                    s["contrast_only"],
+                    Sequences(interleaved=not s["contrast_only"]),
                 )
                 break
             else:
@@ -443,7 +444,7 @@ def _record_in(folder: Path) -> dict[str, Any]:
 
 
 class SequentialIndex:
-    """Every document of one corpus that is not left out, once and in order. Packs past the end are empty."""
+    """Every document of one corpus that is not skipped, once and in order. Packs past the end are empty."""
 
     def __init__(self, source: Source, tokens_per_pack: int) -> None:
         self.images_per_pack = source.rules.max_images

@@ -1,6 +1,6 @@
 """Putting sequences into packs of T tokens and I images, and drawing documents from a blend. Compiled, no files here.
 
-Shape legend: N sequences, B packs, C corpora, T token places, I image slots, S sequences a pack may hold.
+Shape legend: N sequences, B packs, C corpora, T token slots, I image slots, S sequences a pack may hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def max_sequences(tokens_per_pack: int) -> int:
 def choose_images_per_pack(images_per_token: float, tokens_per_pack: int) -> int:
     """I such that tokens and images fill up together as well as an integer allows: the fuller of the two neighbours.
 
-    With r images to T tokens in the corpus, I >= r leaves image slots empty (r/I used), I < r token places (I/r used).
+    With r images to T tokens in the corpus, I >= r leaves image slots empty (r/I used), I < r token slots (I/r used).
     """
     wanted = images_per_token * tokens_per_pack
     low = max(1, math.floor(wanted))

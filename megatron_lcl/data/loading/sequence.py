@@ -7,6 +7,7 @@ Shape legend: K pieces of a document in stored order, M of them images ("placeme
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numba
@@ -23,13 +24,30 @@ _U = np.uint64
 _GOLDEN, _MIX1, _MIX2 = _U(0x9E3779B97F4A7C15), _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequences are read from documents; an objective says it (`objectives.base.Objective.sequences`)."""
+
+    interleaved: bool = True
+    """a document as it stands, each image as `<soi>`, P placeholders, `<eoi>`; else a sequence `<sot> text <soi>` for
+    each image-text pair, the image encoded apart from it"""
+    contrast: bool = True
+    """images that a text precedes take part in the contrast"""
+    targets: bool = True
+    """each token's target is the next one, but for placeholders and `<eoi>`; else there are no targets"""
+
+
+INTERLEAVED = Sequences()
+PAIRS = Sequences(interleaved=False, targets=False)
+
+
 class Rules(NamedTuple):
     """What the sequences of a document depend on besides the document; plain numbers, for compiled code."""
 
     num_patches: int
-    """P: placeholders per image; 0: a sequence per image-text pair, the image outside of it (objective `clip`)"""
+    """P: placeholders per image; 0: a sequence per image-text pair, the image outside of it (`Sequences`)"""
     max_tokens: int
-    """token places of one sequence: min(context length, T)"""
+    """token slots of one sequence: min(context length, T)"""
     max_images: int
     """images of one sequence: I"""
     selects: bool
@@ -48,7 +66,7 @@ class Rules(NamedTuple):
 
     @property
     def image_tokens(self) -> int:
-        """Token places of one image: `<soi>`, P placeholders, `<eoi>`."""
+        """Token slots of one image: `<soi>`, P placeholders, `<eoi>`."""
         return self.num_patches + 2
 
 
@@ -59,24 +77,24 @@ def rules_for(
     images_per_pack: int,
     *,
     pairs: bool,
-    contrast_only: bool = False,
+    sequences: Sequences = INTERLEAVED,
     matched: bool = False,
     carry_text: bool = False,
 ) -> Rules:
     """The rules for documents of one kind: pairs, matched or (neither) natural. UserError if not even one image fits a
     sequence.
 
-    contrast_only: objective `clip`; carry_text: see `Rules`.
+    carry_text: see `Rules`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
-    smallest = 4 if contrast_only else num_patches + 5
+    smallest = num_patches + 5 if sequences.interleaved else 4
     if max_tokens < smallest:
         raise UserError(
             f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
             f"one of text; give model.language.context_length and data.tokens_per_pack at least {smallest}"
         )
     return Rules(
-        num_patches=0 if contrast_only else num_patches,
+        num_patches=num_patches if sequences.interleaved else 0,
         max_tokens=max_tokens,
         max_images=images_per_pack,
         selects=matched,
@@ -86,7 +104,7 @@ def rules_for(
         min_images=data.min_images,
         image_first=data.image_first,
         pairs=pairs,
-        reference_pairs=pairs and data.pair_layout == "reference" and not contrast_only,
+        reference_pairs=pairs and data.pair_layout == "reference" and sequences.interleaved,
         carry_text=carry_text,
     )
 
@@ -96,7 +114,7 @@ def rules_for(
 
 @numba.njit(cache=True, nogil=True)
 def mix(key: Any, value: Any) -> Any:
-    """A 64-bit hash of (key, value): SplitMix64's finaliser (Steele, Lea & Flood 2014), twice."""
+    """A 64-bit hash of (key, value): SplitMix64's finalizer (Steele, Lea & Flood 2014), twice."""
     x = _U(key) + _GOLDEN * (_U(value) + _U(1))
     for _ in range(2):
         x = (x ^ (x >> _U(30))) * _MIX1
@@ -185,9 +203,9 @@ def measure(
     images: np.ndarray,
     placements: np.ndarray,
 ) -> int:
-    """Fill, for each document of a shard: token places (0: left out), images kept, first placement.
+    """Fill, for each document of a shard: token slots (0: skipped), images kept, first placement.
 
-    tokens, images int32 [documents], placements int64 [documents]. Token places are those of the document as one
+    tokens, images int32 [documents], placements int64 [documents]. Token slots are those of the document as one
     sequence; with P = 0, of all its pairs together. Returns how many of the images kept may have a text before them.
     """
     placement, pairs = 0, 0
@@ -393,8 +411,8 @@ def _pairs(
 def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, bool]:
     """Whether the sequences of an arrangement begin with `<sot>` and end with `<eot>`.
 
-    Always both, but for the reference's pairs: `<soi>… <eoi> text <eot>` or `<sot> text <soi>… <eoi>`. (A pair of
-    objective `clip` is `<sot> text <soi>`, as the model encodes a lone text.)
+    Always both, but for the reference's pairs: `<soi>… <eoi> text <eot>` or `<sot> text <soi>… <eoi>`. (Where
+    pairs are sequences of their own, one is `<sot> text <soi>`, as the model encodes a lone text.)
     """
     if rules.num_patches == 0:
         return True, False

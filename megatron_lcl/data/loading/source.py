@@ -19,7 +19,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
-from megatron_lcl.data.loading.sequence import Rules, arranged_sizes, measure, mix, rules_for
+from megatron_lcl.data.loading.sequence import INTERLEAVED, Rules, Sequences, arranged_sizes, measure, mix, rules_for
 from megatron_lcl.errors import UserError
 
 VERSION = 1
@@ -53,7 +53,7 @@ class Source:
     """A corpus with the rules for its sequences, and the size of each document (D documents), memory-mapped.
 
     kinds: of each shard's documents, which decides the shard's rules; rules: what these have in common.
-    tokens int32 [D]: token places were the document one sequence, 0 if it is left out; images int32 [D]: images that
+    tokens int32 [D]: token slots were the document one sequence, 0 if it is skipped; images int32 [D]: images that
     stay; placements int64 [D]: number, in its shard, of its first placement.
     """
 
@@ -91,7 +91,7 @@ class Source:
 
     @functools.cached_property
     def mean_tokens(self) -> float:
-        """Token places of a document, those left out counted as 0. UserError if all are left out."""
+        """Token slots of a document, skipped ones counted as 0. UserError if all are skipped."""
         total = int(self.tokens.sum(dtype=np.int64))
         if total == 0:
             raise UserError(
@@ -109,9 +109,9 @@ class Source:
         return key(int(self.key), epoch, document)
 
     def sizes(self, documents: np.ndarray, epoch: int) -> np.ndarray:
-        """Sizes of sequences, int32 [N, 4]: rows (document's place in the list, part, tokens, images).
+        """Sizes of sequences, int32 [N, 4]: rows (document's index in the list, part, tokens, images).
 
-        documents: int64, numbers in the corpus; those left out give no row.
+        documents: int64, numbers in the corpus; skipped ones give no row.
         """
         tokens, images = self.tokens[documents], self.images[documents]
         rules = self.rules
@@ -139,11 +139,11 @@ def open_source(
     num_patches: int,
     context_length: int,
     images_per_pack: int,
-    contrast_only: bool = False,
+    sequences: Sequences = INTERLEAVED,
     carry_text: bool = False,
 ) -> Source:
     """Open the corpus in folder `path` as a source of sequences."""
-    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, contrast_only, carry_text)
+    rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, sequences, carry_text)
     return Source(open_corpus(path), rules, data.seed, cache_folder(data))
 
 
@@ -152,7 +152,7 @@ def rules_of_kinds(
     num_patches: int,
     context_length: int,
     images_per_pack: int,
-    contrast_only: bool = False,
+    sequences: Sequences = INTERLEAVED,
     carry_text: bool = False,
 ) -> dict[Kind, Rules]:
     """The rules for documents of each kind."""
@@ -164,7 +164,7 @@ def rules_of_kinds(
             images_per_pack,
             pairs=kind == "pairs",
             matched=kind == "matched",
-            contrast_only=contrast_only,
+            sequences=sequences,
             carry_text=carry_text,
         )
         for kind in KINDS

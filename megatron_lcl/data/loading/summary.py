@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.loading.sequence import Sequences
 
 PACKS = 64
 """packs that are looked at; those of a corpus are alike, being drawn at random"""
@@ -70,12 +71,14 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
     return Summary(loader.images_per_pack, chosen, PACKS, images, pairs, documents, cut, cut_for_images)
 
 
-def summarize_config(config: Config, previous: Ledger | None, consumed: int) -> Summary:
-    """Of a run's next packs after `consumed` packs; previous: its ledger, where it has one."""
-    vision, context_length, objective = config.model.vision, config.model.language.context_length, config.objective.name
-    clip = objective == "clip"
+def summarize_config(config: Config, sequences: Sequences, previous: Ledger | None, consumed: int) -> Summary:
+    """Of a run's next packs after `consumed` packs.
+
+    sequences: those that the run's objective reads; previous: the run's ledger, where it has one.
+    """
+    vision, context_length = config.model.vision, config.model.language.context_length
     ledger = open_ledger(
-        config.data, vision.num_patches, context_length, contrast_only=clip, previous=previous, consumed=consumed
+        config.data, vision.num_patches, context_length, sequences=sequences, previous=previous, consumed=consumed
     )
     loader = PackedLoader(
         config.data,
@@ -83,7 +86,7 @@ def summarize_config(config: Config, previous: Ledger | None, consumed: int) -> 
         vision.image_size,
         context_length,
         first_pack=consumed,
-        objective=objective,
+        sequences=sequences,
         ledger=ledger,
     )
     return summarize(loader, consumed, config.data.images_per_pack is None)

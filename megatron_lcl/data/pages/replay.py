@@ -19,6 +19,7 @@ from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader, SequenceOrigin
 from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.errors import UserError
 
 _SHOWN = 144
@@ -26,10 +27,16 @@ _SHOWN = 144
 
 
 def replay_html(
-    config: Config, step: int, rank: int | None = None, world_size: int = 1, ledger: Ledger | None = None
+    config: Config,
+    sequences: Sequences,
+    step: int,
+    rank: int | None = None,
+    world_size: int = 1,
+    ledger: Ledger | None = None,
 ) -> str:
     """The batch of step `step` (counted from 0) of a run with this config, as one self-contained page.
 
+    sequences: those that the run's objective reads.
     rank: only what data-parallel process `rank` of `world_size` reads; None: the whole step. ledger: the run's, from a
     checkpoint, if its blend has changed or ranges were skipped. UserError for a step or rank that cannot be.
     """
@@ -38,17 +45,23 @@ def replay_html(
     who = "all processes" if rank is None else f"process {rank} of {world_size}"
     mine, size = (0, 1) if rank is None else (rank, world_size)
     batch = config.train.global_batch
-    packs = _render(config, _loader(config, step * batch, batch, mine, size, ledger))
+    packs = _render(config, _loader(config, sequences, step * batch, batch, mine, size, ledger))
     return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
 
 
-def render_first_packs(config: Config, packs: int, ledger: Ledger | None = None) -> str:
+def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger: Ledger | None = None) -> str:
     """A run's first packs as an HTML fragment that brings its styles: all but the first folded, images as shown."""
-    return _render(config, _loader(config, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
+    return _render(config, _loader(config, sequences, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
 
 
 def _loader(
-    config: Config, first_pack: int, packs: int, rank: int, world_size: int, ledger: Ledger | None
+    config: Config,
+    sequences: Sequences,
+    first_pack: int,
+    packs: int,
+    rank: int,
+    world_size: int,
+    ledger: Ledger | None,
 ) -> PackedLoader:
     vision = config.model.vision
     return PackedLoader(
@@ -61,7 +74,7 @@ def _loader(
         global_batch=packs,
         first_pack=first_pack,
         steps=1,
-        objective=config.objective.name,
+        sequences=sequences,
         ledger=ledger,
     )
 

@@ -1,18 +1,16 @@
 """Pipeline parallelism, with the negatives of the whole global batch: DeepSpeed's PipelineEngine, other instructions.
 
-Every process knows the integers of all its replica's micro-batches (`share`), so ONE float tensor, the hidden rows,
-travels from part to part, and its gradient back. Shapes follow from the integers; none is sent.
+Every process knows the integers of all its replica's micro-batches (`broadcast_batches`), so ONE float tensor, the
+hidden rows, travels from stage to stage, and its gradient back. Shapes follow from the integers; none is sent.
 
-The last part computes the losses. What the others owe to them arrives as the gradient of their hidden rows, already
+The last stage computes the losses. What the others owe to them arrives as the gradient of their hidden rows, already
 scaled: they must not scale it again, neither by float16's loss scale nor by the number of micro-batches.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,42 +24,43 @@ from torch import nn
 
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.layers import MAX_LOG_SCALE, Activations, Outputs
+from megatron_lcl.model.layers import Activations, Outputs
+from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.master_weights import read_log_scale, update_log_scale
+from megatron_lcl.train.master_weights import read_log_scale
 from megatron_lcl.train.pipeline.partition import hidden_shape
-from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward, order_of
+from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.step import GlobalCounts, StepLoss, StepResult, without_targets
+from megatron_lcl.train.step import StepLoss, Stepper, StepResult, make_result, result_names
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
-"""what the last part minimises, from the number of a micro-batch and what the head gave for it"""
+"""what the last stage minimizes, from the index of a micro-batch and what the head gave for it"""
 
 
 class PipelineStage(PipelineModule):
-    """This process's consecutive stages; parameters are called `{index}.name`, as without a pipeline."""
+    """This process's consecutive layers; parameters are called `{index}.name`, as without a pipeline."""
 
-    def __init__(self, stages: Mapping[int, nn.Module], bounds: Sequence[int], topology: Any) -> None:
-        """stages: this process's, by their index; bounds: the first stage of each part, and the number of all."""
-        self.parts = list(bounds)
+    def __init__(self, layers: Mapping[int, nn.Module], bounds: Sequence[int], topology: Any) -> None:
+        """layers: this process's, by their index; bounds: the first layer of each stage, and the number of all."""
+        self.parts = list(bounds)  # DeepSpeed's name for it
         with contextlib.redirect_stdout(io.StringIO()):  # what DeepSpeed prints would tear the progress bar
-            super().__init__([stages.get(index) for index in range(bounds[-1])], topology=topology)
+            super().__init__([layers.get(index) for index in range(bounds[-1])], topology=topology)
 
     def _partition_layers(self, method: str = "") -> None:
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
 class ContrastivePipelineEngine(PipelineEngine):
-    """DeepSpeed's engine of one part of the pipeline; see the file's head."""
+    """DeepSpeed's engine of one stage of the pipeline; see the file's head."""
 
     def __init__(self, shape_of: Callable[[PackedBatch], tuple[int, ...]], dtype: torch.dtype, **arguments: Any):
-        """shape_of: shape of what this part receives for a micro-batch; dtype: of what travels."""
+        """shape_of: shape of what this stage receives for a micro-batch; dtype: of what travels."""
         super().__init__(**arguments)
         self._shape_of, self._dtype = shape_of, dtype
         self.pipe_buffers["gradients"] = []
 
     def all_forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
-        """What the head gave for each micro-batch (none in other parts). Without gradients enabled nothing is kept."""
+        """What the head gave for each micro-batch (none in other stages). Without gradients enabled nothing is kept."""
         self._begin(batches)
         self._exec_schedule(AllForward(self.micro_batches, self.num_stages, self.stage_id))
         outputs = self.pipe_buffers["outputs"]
@@ -126,16 +125,16 @@ class ContrastivePipelineEngine(PipelineEngine):
         hidden, self.pipe_buffers["inputs"][buffer_id] = self.pipe_buffers["inputs"][buffer_id], None
         self._send(hidden.grad, self.prev_stage)
 
-    def _receive(self, shape: Sequence[int], part: int) -> torch.Tensor:
+    def _receive(self, shape: Sequence[int], stage: int) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=self._dtype, device=self.device)
         if tensor.numel():
-            p2p.recv(tensor, part)
+            p2p.recv(tensor, stage)
         return tensor
 
-    def _send(self, tensor: torch.Tensor, part: int) -> None:
-        assert tensor.dtype == self._dtype, f"{tensor.dtype} between parts, not {self._dtype}"
+    def _send(self, tensor: torch.Tensor, stage: int) -> None:
+        assert tensor.dtype == self._dtype, f"{tensor.dtype} between stages, not {self._dtype}"
         if tensor.numel():
-            p2p.send(tensor.contiguous(), part)
+            p2p.send(tensor.contiguous(), stage)
 
     _INSTRUCTION_MAP = {  # noqa: RUF012  (DeepSpeed looks functions up here, not methods by name)
         **PipelineEngine._INSTRUCTION_MAP,
@@ -152,7 +151,7 @@ class ContrastivePipelineEngine(PipelineEngine):
 class InjectGradient(torch.autograd.Function):
     """A scalar; the gradient of `hidden` is `gradient`, whatever the scalar is multiplied by before backward.
 
-    So every part, like the last one, hands DeepSpeed a loss, and DeepSpeed does around its backward what it must.
+    So every stage, like the last one, hands DeepSpeed a loss, and DeepSpeed does around its backward what it must.
     """
 
     @staticmethod
@@ -166,15 +165,15 @@ class InjectGradient(torch.autograd.Function):
 
 
 def build_pipeline_engine(
-    part: PipelineStage, optimizer: torch.optim.Optimizer, settings: dict[str, Any], config: Config, mesh: Mesh
+    stage: PipelineStage, optimizer: torch.optim.Optimizer, settings: dict[str, Any], config: Config, mesh: Mesh
 ) -> ContrastivePipelineEngine:
-    """DeepSpeed's engine around this process's stages; settings: DeepSpeed's config."""
-    mpu, first = part.mpu(), part.parts[part.stage_id]
+    """DeepSpeed's engine around this process's layers; settings: DeepSpeed's config."""
+    mpu, first = stage.mpu(), stage.parts[stage.stage_id]
     return ContrastivePipelineEngine(
         lambda batch: hidden_shape(first, batch, config.model, mesh.tensor),
         DTYPES[resolve_dtype(config)],
         args=None,
-        model=part,
+        model=stage,
         optimizer=optimizer,
         mpu=mpu,
         dist_init_required=False,
@@ -183,60 +182,44 @@ def build_pipeline_engine(
     )
 
 
-class PipelineStepper:
-    """Runs steps on the engine of a pipeline; as `Stepper` without one."""
+class PipelineStepper(Stepper):
+    """Runs steps on the engine of a pipeline."""
 
-    def __init__(self, engine: ContrastivePipelineEngine, config: Config, mesh: Mesh) -> None:
-        self.engine, self.config, self.mesh = engine, config, mesh
-        self.order = order_of(config)
+    engine: ContrastivePipelineEngine
 
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
-        """What the model makes of this replica's micro-batches, on the last part, elsewhere nothing; no step."""
+        """What the model makes of this replica's micro-batches, on the last stage, elsewhere nothing; no step."""
         outputs = self.engine.all_forward(batches)
         if not outputs:
             return []
-        log_scale = read_log_scale(self.engine.module.forward_funcs[-1].log_scale)
+        log_scale = read_log_scale(self._log_scale())
         return [out._replace(log_scale=log_scale) for out in outputs]
 
-    def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
-        """One step on this replica's micro-batches; every process of the replica has their integers.
+    def _first_forwards(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
+        return self.engine.all_forward(batches)
 
-        A step whose loss is not finite or above `limit`, or whose gradient is not finite, changes nothing: see
-        `nan_if_rejected` and the engine's `was_step_applied`.
-        """
-        engine, config, mesh = self.engine, self.config, self.mesh
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        totals = GlobalCounts.of(batches, mesh, engine.device)
-        outputs: list[Outputs] = []
-        retain, is_last, result = self.order == "retain", engine.is_last_stage(), None
-        if self.order != "1F1B":
-            with torch.set_grad_enabled(retain):
-                outputs = engine.all_forward(batches if retain else [without_targets(batch) for batch in batches])
-        if is_last:
-            log_scale = engine.module.forward_funcs[-1].log_scale
-            loss = StepLoss(outputs, batches, read_log_scale(log_scale), totals, limit, config, mesh)
-        del outputs  # their graphs go one by one
+    def _backwards(self, batches: Sequence[PackedBatch], outputs: list[Outputs], loss: StepLoss | None) -> None:
+        outputs.clear()  # the engine has them; their graphs go one by one
 
         def loss_of(m: int, out: Outputs) -> torch.Tensor:
-            return loss.of(m, out) * mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
+            assert loss is not None
+            return loss.of(m, out) * self.mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
 
-        if retain:
-            engine.all_backward(loss_of)
+        if self.objective.strategy == "retain":
+            self.engine.all_backward(loss_of)
         else:
-            engine.one_forward_one_backward(batches, loss_of)
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        if is_last:
-            update_log_scale(log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
-            result = loss.result(read_log_scale(log_scale), grad_norm)
-        return self._everywhere(result)
+            self.engine.one_forward_one_backward(batches, loss_of)
 
-    def _everywhere(self, result: StepResult | None) -> StepResult:
-        """The last part's result, on every process."""
-        fields = dataclasses.fields(StepResult)
-        values = [getattr(result, field.name) for field in fields] if result is not None else [0.0] * len(fields)
+    def _log_scale(self) -> Any:
+        return self.engine.module.forward_funcs[-1].log_scale if self.engine.is_last_stage() else None
+
+    def _share(self, result: StepResult | None, counts: GlobalCounts) -> StepResult:
+        names = result_names(self.objective)
+        values = [0.0] * len(names)
+        if result is not None:
+            numbers = result.numbers()
+            values = [numbers[name] for name in names]
         tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
-        numbers = self.mesh.pipeline.broadcast(tensor, source=self.mesh.pipeline.size - 1).tolist()
-        found: dict[str, Any] = {f.name: int(n) if f.type == "int" else n for f, n in zip(fields, numbers, strict=True)}
-        return StepResult(**found)
+        shared = self.mesh.pipeline.broadcast(tensor, source=self.mesh.pipeline.size - 1).tolist()
+        return make_result(dict(zip(names, shared, strict=True)), self.objective, counts)

@@ -1,6 +1,6 @@
-"""Where to cut the list of stages into the parts of a pipeline: so that the slowest part is as fast as it can be.
+"""Which layers go into which stage of a pipeline: so that the slowest stage is as fast as it can be.
 
-The cost model: a part takes as long as its stages take one after another, and a stage as long as the others of its
+The cost model: a stage takes as long as its layers take one after another, and a layer as long as the others of its
 kind, which a short measurement on the run's own device, of its own shapes, finds out at the start: one of the patches,
 of a vision block, of pool and embedding, of a language block, of the head with the vocabulary's cross-entropy (each
 again where activation checkpointing treats it differently). What `recompute` and checkpointing compute twice is in it.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
@@ -34,7 +35,7 @@ WARM_UPS, REPEATS = 2, 10
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds that a stage takes for one micro-batch."""
+    """Seconds that a layer takes for one micro-batch."""
 
     forward: float
     """with its graph kept"""
@@ -43,38 +44,41 @@ class LayerTime:
     """forward without a graph and without targets: for the features only"""
 
     def of_step(self, recompute: bool) -> float:
-        """All of a micro-batch's share of a step; recompute: the forward runs without a graph first."""
+        """All of a step's work on a micro-batch; recompute: the forward runs without a graph first."""
         return self.forward + self.backward + (self.plain if recompute else 0.0)
 
 
-def partition_balanced(costs: Sequence[float], sizes: Sequence[float], parts: int) -> tuple[int, ...]:
-    """The first stage of each part, none empty. UserError for more parts than stages.
+def partition_balanced(costs: Sequence[float], sizes: Sequence[float], num_stages: int) -> tuple[int, ...]:
+    """The first layer of each stage, none empty. UserError for more stages than layers.
 
-    costs: what each stage takes. Minimal is the cost of the dearest part; among such placements the sum of `sizes` over
-    the cuts, sizes[i] being what is sent to stage i; among such the first cut comes as early as possible, then the
-    second, and so on. O(parts · stages²): two dynamic programs, the second within the bound that the first one found.
+    costs: what each layer takes. Minimal is the cost of the slowest stage; among such partitions the sum of `sizes`
+    over the boundaries, sizes[i] being what is sent to layer i; among such the first boundary comes as early as
+    possible, then the second, and so on. O(stages · layers²): two dynamic programs, the second within the bound that
+    the first one found.
     """
-    if not 1 <= parts <= len(costs):
-        raise UserError(f"{len(costs)} stages do not divide into {parts} parts; set parallel.pipeline to {len(costs)}")
-    dearest = _best(costs, parts, lambda first, cost: cost, max)[0]
+    if not 1 <= num_stages <= len(costs):
+        raise UserError(
+            f"{len(costs)} layers do not divide into {num_stages} stages; set parallel.pipeline to {len(costs)}"
+        )
+    slowest = _best(costs, num_stages, lambda first, cost: cost, max)[0]
 
     def sent(first: int, cost: float) -> float:
-        return math.inf if cost > dearest else sizes[first] if first else 0.0
+        return math.inf if cost > slowest else sizes[first] if first else 0.0
 
-    return _best(costs, parts, sent, lambda a, b: a + b)[1]
+    return _best(costs, num_stages, sent, lambda a, b: a + b)[1]
 
 
 def _best(
     costs: Sequence[float],
-    parts: int,
+    num_stages: int,
     value: Callable[[int, float], float],
     combine: Callable[[float, float], float],
 ) -> tuple[float, tuple[int, ...]]:
-    """The smallest combined value of the parts, and the lexicographically first placement that has it."""
+    """The smallest combined value of the stages, and the lexicographically first partition that has it."""
     end = len(costs)
     nothing: tuple[float, tuple[int, ...]] = (math.inf, ())
-    table = [nothing] * end + [(0.0, nothing[1])]  # of the last p parts, by their first stage
-    for _ in range(parts):
+    table = [nothing] * end + [(0.0, nothing[1])]  # of the last p stages, by their first layer
+    for _ in range(num_stages):
         table = [
             min(
                 (
@@ -88,19 +92,19 @@ def _best(
     return table[0]
 
 
-def partition_uniform(num_stages: int, parts: int) -> tuple[int, ...]:
-    """The first stage of each part, where all have equally many stages, or one more."""
-    return partition_balanced([1.0] * num_stages, [0.0] * num_stages, parts)
+def partition_uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """The first layer of each stage, where all have equally many layers, or one more."""
+    return partition_balanced([1.0] * num_layers, [0.0] * num_layers, num_stages)
 
 
-def hidden_shape(stage: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
-    """Shape of what the stage of this index (not the first) receives for a micro-batch, from part to part.
+def hidden_shape(layer: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
+    """Shape of what the layer of this index (not the first) receives for a micro-batch, from stage to stage.
 
-    Up to the pool [S, V], a share of N*(1+P) rows; behind it [S, D], a share of R rows, then one of N. axis: the tensor
-    ranks, which share the rows.
+    Up to the pool [S, V], a shard of N*(1+P) rows; behind it [S, D], a shard of R rows, then one of N. axis: the tensor
+    ranks, over which the rows are split.
     """
     images, rows = len(batch.image_start), len(batch.tokens)
-    if stage <= 1 + model.vision.layers:
+    if layer <= 1 + model.vision.layers:
         return shard_size(images * (1 + model.vision.num_patches), axis), model.vision.width
     return shard_size(rows, axis) + shard_size(images, axis), model.language.width
 
@@ -113,7 +117,7 @@ def choose_partition(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[int, ...]:
-    """The first stage of each part of the run's pipeline, the same on every process; all processes call it.
+    """The first layer of each stage of the run's pipeline, the same on every process; all processes call it.
 
     specs: as `layer_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
     """
@@ -125,28 +129,28 @@ def choose_partition(
 
 
 def measure_costs(samples: LayerSamples, config: Config, mesh: Mesh) -> list[float]:
-    """Seconds that each stage takes for a micro-batch in a step, the same on every process; all call it together."""
+    """Seconds that each layer takes for a micro-batch in a step, the same on every process; all call it together."""
     measured = [samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
     return agree_on_costs(samples.times(measured), config, mesh)
 
 
 def agree_on_costs(times: Sequence[LayerTime], config: Config, mesh: Mesh) -> list[float]:
-    """Seconds that each stage takes for a micro-batch in a step: the median of what all processes measured.
+    """Seconds that each layer takes for a micro-batch in a step: the median of what all processes measured.
 
     They measure at the same time, as they will work at the same time, be it on devices or on cores that they share.
     """
-    twice = config.objective.name != "generation" and config.contrast.strategy == "recompute"
-    own = [time.of_step(twice) for time in times]
+    recompute = objectives.create(config).num_forwards == 2
+    own = [time.of_step(recompute) for time in times]
     mesh.world.barrier()
-    return [statistics.median(of_stage) for of_stage in zip(*mesh.world.gather_objects(own), strict=True)]
+    return [statistics.median(of_layer) for of_layer in zip(*mesh.world.gather_objects(own), strict=True)]
 
 
 Kind = tuple[Any, ...]
-"""what stages that take equally long have in common: what makes them, and with what arguments"""
+"""what layers that take equally long have in common: what makes them, and with what arguments"""
 
 
 class LayerSamples:
-    """A stage of each kind with something to work on; all tensor ranks of `axis` make it and measure together."""
+    """A layer of each kind with something to work on; all tensor ranks of `axis` make it and measure together."""
 
     def __init__(
         self,
@@ -163,9 +167,9 @@ class LayerSamples:
         self._samples: dict[Kind, tuple[nn.Module, Activations]] = {}
         for index, (make, kind) in enumerate(zip(specs, self._kinds, strict=True)):
             if kind not in self._samples:
-                stage = make()
-                initialize({index: stage}, config.model, config.train.seed, axis)
-                self._samples[kind] = stage.to(device, dtype), _input_of(index, batch, config, axis, dtype)
+                layer = make()
+                initialize({index: layer}, config.model, config.train.seed, axis)
+                self._samples[kind] = layer.to(device, dtype), _input_of(index, batch, config, axis, dtype)
 
     def measure(self) -> dict[Kind, tuple[float, float, float]]:
         """Seconds of one forward, one backward and one plain forward of each kind.
@@ -175,7 +179,7 @@ class LayerSamples:
         return {kind: _measure(*sample) for kind, sample in self._samples.items()}
 
     def times(self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]]) -> list[LayerTime]:
-        """Each stage's time: the medians of what its kind took in these measurements."""
+        """Each layer's time: the medians of what its kind took in these measurements."""
         medians = {
             kind: LayerTime(*map(statistics.median, zip(*(of[kind] for of in measured), strict=True)))
             for kind in self._samples
@@ -191,12 +195,12 @@ def _input_of(index: int, batch: PackedBatch, config: Config, axis: Axis, dtype:
     return x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
 
 
-def _measure(stage: nn.Module, x: Activations) -> tuple[float, float, float]:
+def _measure(layer: nn.Module, x: Activations) -> tuple[float, float, float]:
     """One measurement, in the order of LayerTime."""
-    out, forward = _timed(partial(stage, x), x.tokens.device)
+    out, forward = _timed(partial(layer, x), x.tokens.device)
     _, backward = _timed(_backward_of(out), x.tokens.device)
     with torch.no_grad():
-        _, plain = _timed(partial(stage, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
+        _, plain = _timed(partial(layer, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
     return forward, backward, plain
 
 
@@ -217,6 +221,6 @@ def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, floa
     return result, time.perf_counter() - started
 
 
-def stage_sums(values: Sequence[float], cuts: Sequence[int]) -> list[float]:
-    """The sum of the stages' values over each part."""
-    return [math.fsum(values[a:b]) for a, b in itertools.pairwise([*cuts, len(values)])]
+def stage_sums(values: Sequence[float], partition: Sequence[int]) -> list[float]:
+    """The sum of the layers' values over each stage; partition: the first layer of each."""
+    return [math.fsum(values[a:b]) for a, b in itertools.pairwise([*partition, len(values)])]

@@ -24,6 +24,7 @@ from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.data.loading.sequence import INTERLEAVED
 from megatron_lcl.data.pages.replay import replay_html
 
 P, CONTEXT, PACKS = 4, 128, 260
@@ -326,7 +327,7 @@ def test_replay_of_an_earlier_step_starts_from_the_nearest_state(
     config = configs.load(overrides=overrides)
     index = PackIndex(config.data, open_ledger(config.data, P, 128))
     index.prepare(4 * 60)
-    pages = {step: replay_html(config, step, ledger=index.ledger) for step in (3, 25, 59)}
+    pages = {step: replay_html(config, INTERLEAVED, step, ledger=index.ledger) for step in (3, 25, 59)}
     saved = as_saved(index.ledger_at(4 * 60))
     index.close()
     trim(tmp_path / "kept", 0, keep=tmp_path)
@@ -335,5 +336,5 @@ def test_replay_of_an_earlier_step_starts_from_the_nearest_state(
         for name in ("kept", f"cache of {step}"):
             there = configs.load(overrides={**overrides, "data.cache": str(tmp_path / name)})
             before = len(chunks_in(there.data))
-            assert replay_html(there, step, ledger=saved) == page
+            assert replay_html(there, INTERLEAVED, step, ledger=saved) == page
             assert len(chunks_in(there.data)) - before <= 2, "its own and perhaps the next"

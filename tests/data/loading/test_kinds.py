@@ -19,9 +19,11 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.sequence import INTERLEAVED
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.objectives import objective_class
 
 PAIRS = [Document((Image(picture(k % 20)), Text(f"caption {k}"))) for k in range(40)]
 MATCHED = [Document((Image(picture(k), "", 0.5, 0), Text("a"), Image(picture(k + 1), "", 0.1, 0))) for k in range(8)]
@@ -36,7 +38,8 @@ def data(*paths: Path, **fields: Any) -> Data:
 
 def counted(path: Path, objective: Any = "lcl", **fields: Any) -> tuple[int, int, int]:
     """Documents, images and pairs of the whole corpus, each document once."""
-    loader = PackedLoader(data(path, **fields), P, SIZE, CONTEXT, train=False, objective=objective)
+    sequences = objective_class(objective).sequences
+    loader = PackedLoader(data(path, **fields), P, SIZE, CONTEXT, train=False, sequences=sequences)
     batches = list(loader)
     documents = {(o.document) for batch in batches for pack in batch.packs for o in loader.provenance(pack)}
     return len(documents), sum(b.num_images for b in batches), sum(b.num_pairs for b in batches)
@@ -144,7 +147,8 @@ def test_pairs_as_json_lines(tmp_path: Path) -> None:
 
 def test_corpora_that_give_no_pair_are_named(make_corpus: MakeCorpus) -> None:
     def said(*corpora: Any, objective: Any = "lcl", **fields: Any) -> list[str]:
-        paths = corpora_without_pairs(data(*(c.path for c in corpora), **fields), P, CONTEXT, objective)
+        run = data(*(c.path for c in corpora), **fields)
+        paths = corpora_without_pairs(run, P, CONTEXT, objective_class(objective).sequences, objective)
         return [Path(path).name for path in paths]
 
     leading = make_corpus("leading", [[(jpeg(k), None, None), [k]] for k in range(30)])
@@ -181,7 +185,7 @@ def test_the_count_of_pairs_before_the_start_is_no_less_than_there_are(make_corp
         documents = [[pieces[k] for k in rng.permutation(len(pieces))]] if pieces else [[[1]]]
         corpus = make_corpus(str(number), documents, source=("jsonl", "webdataset")[number % 2])
         try:
-            some = not corpora_without_pairs(data(corpus.path, image_first=0.0), P, CONTEXT, "lcl")
+            some = not corpora_without_pairs(data(corpus.path, image_first=0.0), P, CONTEXT, INTERLEAVED, "lcl")
         except ValueError:
             some = False
         assert some == (counted(corpus.path, image_first=0.0)[2] > 0), documents

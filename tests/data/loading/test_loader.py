@@ -23,8 +23,10 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import loader
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.sequence import INTERLEAVED
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
 from megatron_lcl.errors import UserError
+from megatron_lcl.objectives import objective_class
 
 P, SIZE, CONTEXT, T = 4, 16, 96, 256
 
@@ -58,12 +60,13 @@ def test_a_batch_is_what_its_documents_say(
 ) -> None:
     corpus = make_corpus("c", random_documents(120, 1, matched=matched, mean_text=30), num_shards=2)
     options = {"contrast_leading_images": leading}
-    loader = loader_of(corpus.path, data=options, micro_batch=2, global_batch=4, steps=10, objective=objective)
+    sequences = objective_class(objective).sequences
+    loader = loader_of(corpus.path, data=options, micro_batch=2, global_batch=4, steps=10, sequences=sequences)
     special, slots = corpus.tokenizer, loader.images_per_pack
     shapes = set()
     pairs = 0
     for batch in loader:
-        integers = [x for _, x in batch._integers()]
+        integers = [x for _, x in batch.integers().items()]
         assert {x.dtype for x in integers} == {torch.int32}
         shapes.add(tuple(tuple(x.shape) for x in [*integers, batch.images]))
         tokens, targets = batch.tokens.tolist(), batch.targets.tolist()
@@ -403,19 +406,19 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
         "train.global_batch": "4",
     }
     config = configs.load(overrides=overrides)
-    page = replay_html(config, 1)
+    page = replay_html(config, INTERLEAVED, 1)
     assert page.count('<details class="pack" open>') == 4
     assert all(f"Pack {n}</summary>" in page for n in range(4, 8))
-    second = replay_html(config, 1, rank=1, world_size=2)
+    second = replay_html(config, INTERLEAVED, 1, rank=1, world_size=2)
     assert [n for n in range(4, 8) if f"Pack {n}</summary>" in second] == [5, 7]
-    whole = replay_html(config, 0)
+    whole = replay_html(config, INTERLEAVED, 0)
     loader = PackedLoader(config.data, 4, 16, 2048)
     num_images = sum(len(o.images) for n in range(4) for o in loader.provenance(n))
     assert whole.count("data:image/png;base64,") + whole.count('class="blank"') == num_images > 0
-    assert "does not decode" in "".join(replay_html(config, s) for s in range(2))
-    first = render_first_packs(config, 3)
+    assert "does not decode" in "".join(replay_html(config, INTERLEAVED, s) for s in range(2))
+    first = render_first_packs(config, INTERLEAVED, 3)
     assert re.findall(r'class="pack"( open)?>\s*<summary>Pack (\d)<', first) == [(" open", "0"), ("", "1"), ("", "2")]
-    skipped = render_first_packs(config, 2, loader.ledger.skip(0, 2))
+    skipped = render_first_packs(config, INTERLEAVED, 2, loader.ledger.skip(0, 2))
     assert re.findall(r"<summary>Pack (\d)<", skipped) == ["2", "3"]
     with pytest.raises(ValueError, match="count from 0"):
-        replay_html(config, -1)
+        replay_html(config, INTERLEAVED, -1)

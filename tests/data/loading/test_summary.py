@@ -12,7 +12,9 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.pack_index import open_ledger
+from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.summary import PACKS, Summary, summarize_config
+from megatron_lcl.objectives import objective_class
 
 
 def config_of(path: Path, **overrides: Any) -> Config:
@@ -30,20 +32,22 @@ def config_of(path: Path, **overrides: Any) -> Config:
 def test_images_that_a_small_pack_cuts_off_from_their_text_are_said(make_corpus: MakeCorpus) -> None:
     images = [(jpeg(i), None, None) for i in range(3)]
     corpus = make_corpus("c", [[[d, d], *images] for d in range(40)])
-    enough = summarize_config(config_of(corpus.path, **{"data.images_per_pack": "3"}), None, 0)
+    enough = summarize_config(config_of(corpus.path, **{"data.images_per_pack": "3"}), INTERLEAVED, None, 0)
     assert enough == Summary(3, False, PACKS, images=64 * 3, pairs=64 * 3, documents=64, cut=0, cut_for_images=0)
-    small = summarize_config(config_of(corpus.path, **{"data.images_per_pack": "1"}), None, 0)
+    small = summarize_config(config_of(corpus.path, **{"data.images_per_pack": "1"}), INTERLEAVED, None, 0)
     assert small.pairs == pytest.approx(small.images / 3, abs=6)  # the first one of three has a text before it
     assert small.cut == small.documents == small.cut_for_images
     assert "1 image slot a pack (given); in 64 packs " in str(small)
     assert " are cut, " in str(small)
     assert str(small).endswith(" as they have over 1 image")
-    chosen = summarize_config(config_of(corpus.path), None, 0)
+    chosen = summarize_config(config_of(corpus.path), INTERLEAVED, None, 0)
     assert chosen.chosen
     assert str(chosen).startswith(f"{chosen.images_per_pack} image slots a pack (chosen); in 64 packs ")
-    generation = summarize_config(config_of(corpus.path, **{"objective.name": "generation"}), None, 0)
+    generation = summarize_config(
+        config_of(corpus.path, **{"objective.name": "generation"}), objective_class("generation").sequences, None, 0
+    )
     assert generation.pairs == 0 < generation.images
-    clip = summarize_config(config_of(corpus.path, **{"objective.name": "clip"}), None, 0)
+    clip = summarize_config(config_of(corpus.path, **{"objective.name": "clip"}), PAIRS, None, 0)
     assert (clip.pairs, clip.cut) == (clip.images, 0)
 
 
@@ -52,7 +56,7 @@ def test_it_counts_what_the_batches_hold(make_corpus: MakeCorpus, consumed: int)
     corpus = make_corpus("c", random_documents(60, 3, mean_text=10))
     config = config_of(corpus.path, **{"data.images_per_pack": "2"})
     ledger = open_ledger(config.data, 4, 64).skip(consumed + 10, 7)
-    summary = summarize_config(config, ledger, consumed)
+    summary = summarize_config(config, INTERLEAVED, ledger, consumed)
     loader = PackedLoader(config.data, 4, 16, 64, global_batch=PACKS, steps=1, first_pack=consumed, ledger=ledger)
     batches = list(loader)
     assert summary.images == sum(batch.num_images for batch in batches)

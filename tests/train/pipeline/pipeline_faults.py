@@ -24,7 +24,7 @@ def planted(name: str, engine: Any, mesh: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mean_taken_again(engine: Any, mesh: Any) -> Iterator[None]:
-    """A part divides by the number of micro-batches what it receives, which has been done."""
+    """A stage divides by the number of micro-batches what it receives, which has been done."""
     receive = engine._exec_recv_grads
 
     def receiving(buffer_id: int) -> None:
@@ -38,27 +38,27 @@ def mean_taken_again(engine: Any, mesh: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def negatives_of_one_micro_batch(engine: Any, mesh: Any) -> Iterator[None]:
     """Every micro-batch is contrasted within itself; the loss that is reported is right."""
-    from megatron_lcl.train import step
+    from megatron_lcl.objectives import contrast
 
-    start = step.start_contrast
+    start = contrast.start_contrast
 
-    def narrow(features: Any, scale: Any, weight: float, totals: Any, mesh: Any) -> Any:
-        found, parts = start(features, scale, weight, totals, mesh)(), []
+    def narrow(features: Any, scale: Any, weight: float, counts: Any, mesh: Any) -> Any:
+        found, separate = start(features, scale, weight, counts, mesh)(), []
         for own in features:
             pairs = mesh.data.gather_objects(len(own.image))
-            share = weight * sum(pairs) / sum(totals.pairs)
-            parts.append(start([own], scale, share, dataclasses.replace(totals, pairs=pairs), mesh)())
-        image, text = [part.image[0] for part in parts], [part.text[0] for part in parts]
-        scale = torch.stack([part.scale for part in parts]).sum(0)
+            share = weight * sum(pairs) / sum(counts.pairs)
+            separate.append(start([own], scale, share, dataclasses.replace(counts, pairs=pairs), mesh)())
+        image, text = [own.image[0] for own in separate], [own.text[0] for own in separate]
+        scale = torch.stack([own.scale for own in separate]).sum(0)
         return lambda: dataclasses.replace(found, image=image, text=text, scale=scale)
 
-    with patch.object(step, "start_contrast", narrow):
+    with patch.object(contrast, "start_contrast", narrow):
         yield
 
 
 @contextlib.contextmanager
 def averaged_twice(engine: Any, mesh: Any) -> Iterator[None]:
-    """The first part averages its gradients over replicas once more."""
+    """The first stage averages its gradients over replicas once more."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     def reduce(self: Any) -> None:
@@ -72,8 +72,8 @@ def averaged_twice(engine: Any, mesh: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def overflow_in_the_first_part(engine: Any, mesh: Any) -> Iterator[None]:
-    """In the second step a gradient of the first part is infinite."""
+def overflow_in_the_first_stage(engine: Any, mesh: Any) -> Iterator[None]:
+    """In the second step a gradient of the first stage is infinite."""
     backwards = itertools.count()
     parameter = next(engine.module.parameters())
 

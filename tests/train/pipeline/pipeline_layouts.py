@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ MODEL = {
     },
     "pool_heads": 2,
 }
-NUM_STAGES = 8
+NUM_LAYERS = 8
 OF_CONTRAST = (
     "image_accuracy",
     "text_accuracy",
@@ -47,7 +47,8 @@ Split = tuple[tuple[tuple[int, ...], ...], ...]
 class Case:
     """A layout, and how its global batch is split."""
 
-    cuts: tuple[int, ...]
+    partition: tuple[int, ...]
+    """the first layer of each pipeline stage"""
     split: Split
     strategy: str = "retain"
     objective: str = "lcl"
@@ -77,7 +78,7 @@ class Case:
             {
                 "model": MODEL,
                 "optimizer": {"clip_norm": self.clip_norm, "weight_decay": 0.1},
-                "parallel": {"pipeline": len(self.cuts), "tensor": self.tensor},
+                "parallel": {"pipeline": len(self.partition), "tensor": self.tensor},
                 "contrast": {
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
@@ -123,16 +124,16 @@ def global_batch(case: Case, step: int) -> list[list[PackedBatch]]:
     return [[micro_batch(m, case.config, generator) for m in replica] for replica in case.split]
 
 
-def stages_of(config: Config) -> LayerList:
-    stages = build_layers(config.model, config.contrast.initial_log_scale)
-    initialize(dict(enumerate(stages)), config.model, config.train.seed)
-    return LayerList(*stages)
+def layers_of(config: Config) -> LayerList:
+    layers = build_layers(config.model, config.contrast.initial_log_scale)
+    initialize(dict(enumerate(layers)), config.model, config.train.seed)
+    return LayerList(*layers)
 
 
 def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
     """Losses, gradient norms, log scales, first gradients, last parameters: plain torch, one process, no DeepSpeed."""
     config = case.config
-    model = stages_of(config)
+    model = layers_of(config)
     named = dict(model.named_parameters())
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.optimizer.weight_decay},
@@ -141,7 +142,7 @@ def truth(case: Case, max_log_scale: float = math.log(100)) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=config.optimizer.eps)
     for group in optimizer.param_groups:
         group["lr"] = case.lr
-    log_scale = named[f"{NUM_STAGES - 1}.log_scale"]
+    log_scale = named[f"{NUM_LAYERS - 1}.log_scale"]
     found: dict[str, Any] = {"rows": [], "contrast": []}
     for step in range(STEPS):
         batches = [batch for replica in global_batch(case, step) for batch in replica]
@@ -193,7 +194,7 @@ def of_contrast(image: torch.Tensor, text: torch.Tensor, loss: torch.Tensor, cas
 
 
 def run_cases(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
-    """The same from a pipeline, case after case, on the processes of one start; each gives what its part holds."""
+    """The same from a pipeline, case after case, on the processes of one start; each gives what its stage holds."""
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
@@ -214,7 +215,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
     config = case.config
     mesh = init_processes(config)
-    engine = build_engine(build_module(config, mesh, case.cuts), config, mesh)
+    engine = build_engine(build_module(config, mesh, case.partition), config, mesh)
     found: dict[str, Any] = {"rows": [], "results": [], "applied": [], "loss_scales": []}
     take_step = engine._take_model_step
 
@@ -236,7 +237,7 @@ def run_case(case: Case) -> dict[str, Any]:
                 batches = [without_images(batch) for batch in batches]
             sent.clear()
             result = stepper.run(batches, case.lr, case.limit)
-            found["results"].append(asdict(result))
+            found["results"].append(result.numbers())
             found["applied"].append(engine.was_step_applied())
             found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
             row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
@@ -250,7 +251,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def whole_tensors(engine: Any, mesh: Any, kind: str) -> dict[str, Any]:
-    """Gradients or float32 parameters of this part, of all tensor ranks."""
+    """Gradients or float32 parameters of this stage, of all tensor ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from megatron_lcl.parallel.layers import full_tensor
@@ -265,7 +266,7 @@ def whole_tensors(engine: Any, mesh: Any, kind: str) -> dict[str, Any]:
 
 
 def expected_bytes(case: Case, batches: list[PackedBatch]) -> list[int]:
-    """What each part sends in a step: over every cut, of every micro-batch, hidden rows forward and a gradient back.
+    """What each stage sends in a step: to the next, of every micro-batch, hidden rows; to the one before, a gradient.
 
     Up to the pool a row of 24 numbers for each of an image's 4 patches and its class token, behind it a row of 16 for
     each token and each image; each padded to a multiple of the tensor ranks, which share them.
@@ -276,9 +277,9 @@ def expected_bytes(case: Case, batches: list[PackedBatch]) -> list[int]:
 
     size = {"float32": 4}.get(case.dtype, 2)
     over = []
-    for cut in case.cuts[1:]:
+    for first in case.partition[1:]:
         images, tokens = [len(b.image_soi) for b in batches], [len(b.tokens) for b in batches]
-        in_encoder = cut <= MODEL["vision"]["layers"] + 1
+        in_encoder = first <= MODEL["vision"]["layers"] + 1
         vision, language = sum(rows(5 * n) * 24 for n in images), sum(rows(n) * 16 for n in [*tokens, *images])
         over.append(size * (vision if in_encoder else language))
     forwards = 2 if case.strategy == "recompute" and case.objective != "generation" else 1
@@ -286,7 +287,7 @@ def expected_bytes(case: Case, batches: list[PackedBatch]) -> list[int]:
 
 
 def without_images(batch: PackedBatch) -> PackedBatch:
-    """As `share` gives it to the later parts."""
+    """As `broadcast_batches` gives it to the later stages."""
     import dataclasses
 
     return dataclasses.replace(batch, images=batch.images[:0])

@@ -1,4 +1,4 @@
-"""Counts what a part of a pipeline sends, and how many micro-batches' graphs it keeps at once."""
+"""Counts what a stage of a pipeline sends, and how many micro-batches' graphs it keeps at once."""
 
 from __future__ import annotations
 

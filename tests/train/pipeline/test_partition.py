@@ -1,4 +1,4 @@
-"""Placement of cuts against all placements."""
+"""The partition of layers into stages against all partitions."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from pipeline_layouts import Case, micro_batch
 from megatron_lcl import config as configs
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import specs_of
-from megatron_lcl.train.pipeline import partition as cuts
+from megatron_lcl.train.pipeline import partition
 from megatron_lcl.train.pipeline.partition import LayerSamples, partition_balanced, partition_uniform, stage_sums
 
 
-def by_trying_all(costs: list[int], sizes: list[int], parts: int) -> tuple[int, ...]:
-    every = ((0, *rest) for rest in itertools.combinations(range(1, len(costs)), parts - 1))
-    return min(every, key=lambda cuts: (max(stage_sums(costs, cuts)), sum(sizes[c] for c in cuts[1:]), cuts))
+def by_trying_all(costs: list[int], sizes: list[int], num_stages: int) -> tuple[int, ...]:
+    every = ((0, *rest) for rest in itertools.combinations(range(1, len(costs)), num_stages - 1))
+    return min(every, key=lambda first: (max(stage_sums(costs, first)), sum(sizes[i] for i in first[1:]), first))
 
 
 @given(
-    stages=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=9), parts=st.integers(1, 9)
+    layers=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=9),
+    num_stages=st.integers(1, 9),
 )
-def test_no_placement_is_better(stages: list[tuple[int, int]], parts: int) -> None:
-    """Small numbers: many ties, which fewer bytes decide, then earlier cuts."""
-    parts = min(parts, len(stages))
-    costs, sizes = (list(column) for column in zip(*stages, strict=True))
-    assert partition_balanced(costs, sizes, parts) == by_trying_all(costs, sizes, parts)
+def test_no_partition_is_better(layers: list[tuple[int, int]], num_stages: int) -> None:
+    """Small numbers: many ties, which fewer bytes decide, then earlier boundaries."""
+    num_stages = min(num_stages, len(layers))
+    costs, sizes = (list(column) for column in zip(*layers, strict=True))
+    assert partition_balanced(costs, sizes, num_stages) == by_trying_all(costs, sizes, num_stages)
 
 
-@given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), parts=st.integers(1, 4))
-def test_no_slowest_part_is_faster(costs: list[float], parts: int) -> None:
+@given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), num_stages=st.integers(1, 4))
+def test_no_slowest_stage_is_faster(costs: list[float], num_stages: int) -> None:
     sizes = [0] * len(costs)
-    ours, best = (f(costs, sizes, parts) for f in (partition_balanced, by_trying_all))  # type: ignore[operator]
+    ours, best = (f(costs, sizes, num_stages) for f in (partition_balanced, by_trying_all))  # type: ignore[operator]
     assert max(stage_sums(costs, ours)) == max(stage_sums(costs, best))
 
 
 def test_examples() -> None:
     assert partition_balanced([3, 1, 1, 1, 3], [9, 9, 9, 9, 9], 3) == (0, 1, 4)
-    assert partition_balanced([1, 1, 1, 1], [9, 9, 9, 1], 2) == (0, 2)  # fewer bytes never make the slowest part slower
+    # fewer bytes never make the slowest stage slower
+    assert partition_balanced([1, 1, 1, 1], [9, 9, 9, 1], 2) == (0, 2)
     assert partition_balanced([1, 0, 0, 1], [9, 2, 1, 1], 2) == (0, 2)
     assert partition_uniform(27, 4) == (0, 6, 13, 20)
-    with pytest.raises(ValueError, match=r"2 stages do not divide into 3 parts; set parallel\.pipeline to 2"):
+    with pytest.raises(ValueError, match=r"2 layers do not divide into 3 stages; set parallel\.pipeline to 2"):
         partition_balanced([1, 1], [1, 1], 3)
 
 
 def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that counts calls: which kinds there are, and what a stage's time is made of."""
+    """With a clock that counts calls: which kinds there are, and what a layer's time is made of."""
     ticks = itertools.count()
-    monkeypatch.setattr(cuts, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
+    monkeypatch.setattr(partition, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
     case = Case((0,), (((1, 2),),), checkpointing="full")
     config = configs.replace(case.config, train__activation_checkpointing_every=2, model__vision__layers=4)
     batch = micro_batch((1, 2), config, torch.Generator().manual_seed(0))

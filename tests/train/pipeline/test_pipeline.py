@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_layouts import Case, distance, faults_of, gathered, run_cases, stages_of, truth
+from pipeline_layouts import Case, distance, faults_of, gathered, layers_of, run_cases, truth
 from processes import run_processes
 
 RAGGED = (((1, 2), (0,), (2, 0, 1)),)
@@ -47,10 +47,10 @@ FAULTS = {
 # the same sequences, in two replicas without a pipeline and in one with: nothing rounds but what rounds in both
 HALF = {
     f"{dtype}, {name}": Case(
-        cuts, split, strategy, dtype=dtype, deepspeed={"communication_data_type": "fp32", **scaling}
+        partition, split, strategy, dtype=dtype, deepspeed={"communication_data_type": "fp32", **scaling}
     )
     for dtype, scaling in (("bfloat16", {}), ("float16", {"fp16": {"initial_scale_power": 8}}))
-    for name, cuts, split, strategy in (
+    for name, partition, split, strategy in (
         ("no pipeline", (0,), (((1,), (0,)), ((2, 1), (1,))), "retain"),
         ("retain", (0, 4), (((1,), (0,), (2, 1), (1,)),), "retain"),
         ("recompute", (0, 4), (((1,), (0,), (2, 1), (1,)),), "recompute"),
@@ -64,7 +64,7 @@ OVERFLOW = Case(
     (0, 4),
     RAGGED,
     dtype="float16",
-    fault="overflow_in_the_first_part",
+    fault="overflow_in_the_first_stage",
     deepspeed={"fp16": {"initial_scale_power": 8, "hysteresis": 1}},
 )
 
@@ -91,7 +91,7 @@ def four() -> Runs:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
-def test_two_parts_give_what_one_process_gives(name: str, two: Runs) -> None:
+def test_two_stages_give_what_one_process_gives(name: str, two: Runs) -> None:
     assert faults_of(two[name], truth(TWO[name])) == []
 
 
@@ -117,7 +117,7 @@ def test_a_fault_is_seen(name: str, four: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_has_its_own_stages_only(four: Runs) -> None:
+def test_a_process_has_its_own_layers_only(four: Runs) -> None:
     held = [{int(name.split(".")[0]) for name in result["parameters"]} for result in four["retain"]]
     assert held == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
 
@@ -144,7 +144,7 @@ def test_in_half_precision_the_float32_scale_is_clamped(name: str, two: Runs) ->
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("strategy", ["retain", "recompute"])
 def test_half_precision_gives_what_replicas_give(dtype: str, strategy: str, two: Runs) -> None:
-    """Rounding is the same wherever a stage runs, until what is summed in another order rounds otherwise."""
+    """Rounding is the same wherever a layer runs, until what is summed in another order rounds otherwise."""
     replicas, pipeline = two[f"{dtype}, no pipeline"], two[f"{dtype}, {strategy}"]
     assert all(all(result["applied"]) for result in [*replicas, *pipeline])
     expected = {"rows": replicas[0]["rows"], **{k: gathered(replicas, k) for k in ("gradients", "parameters")}}
@@ -155,40 +155,40 @@ def test_half_precision_gives_what_replicas_give(dtype: str, strategy: str, two:
 
 
 @pytest.mark.slow
-def test_an_overflow_in_one_part_skips_the_step_in_all(two: Runs) -> None:
+def test_an_overflow_in_one_stage_skips_the_step_in_all(two: Runs) -> None:
     results = two["overflow"]
     for result in results:
         assert result["applied"] == [True, False, True]
         assert result["loss_scales"] == [2**8, 2**7, 2**7]
     rows = results[0]["rows"]
     assert math.isinf(rows[1][3])
-    assert rows[1][4] == rows[0][4] != rows[2][4]  # the log scale, in the other part, stayed
+    assert rows[1][4] == rows[0][4] != rows[2][4]  # the log scale, in the other stage, stayed
     plain = truth(dataclasses.replace(OVERFLOW, dtype="float32"))
     assert abs(rows[0][3] - plain["rows"][0][3]) < 1e-2 * plain["rows"][0][3]  # the norm of gradients without the scale
 
 
 @pytest.mark.slow
 def test_graphs_kept_at_once(two: Runs, four: Runs) -> None:
-    """retain: of every micro-batch. recompute: as 1F1B, of as many as there are parts from here on."""
+    """retain: of every micro-batch. recompute: as 1F1B, of as many as there are stages from here on."""
     for cases, runs in ((TWO, two), (FOUR, four)):
         for name, case in cases.items():
-            for part, most in (result["graphs"] for result in runs[name]):
+            for stage, most in (result["graphs"] for result in runs[name]):
                 micro_batches = len(case.split[0])
                 retain = case.strategy == "retain" and case.objective != "generation"
-                assert most == (micro_batches if retain else min(len(case.cuts) - part, micro_batches)), name
+                assert most == (micro_batches if retain else min(len(case.partition) - stage, micro_batches)), name
 
 
 @pytest.mark.slow
-def test_bytes_between_parts(two: Runs, four: Runs) -> None:
+def test_bytes_between_stages(two: Runs, four: Runs) -> None:
     for cases, runs in ((TWO | HALF, two), (FOUR, four)):
         for name in cases:
-            for part, sent, expected in (result["bytes"] for result in runs[name]):
-                assert sent == expected[part], name
+            for stage, sent, expected in (result["bytes"] for result in runs[name]):
+                assert sent == expected[stage], name
 
 
 @pytest.mark.slow
-def test_a_loss_above_the_limit_changes_nothing_in_any_part(four: Runs) -> None:
-    initial = {name: p.detach() for name, p in stages_of(REFUSED.config).named_parameters()}
+def test_a_loss_above_the_limit_changes_nothing_in_any_stage(four: Runs) -> None:
+    initial = {name: p.detach() for name, p in layers_of(REFUSED.config).named_parameters()}
     for result in four["refused"]:
         assert result["applied"] == [False] * 3
         assert all((initial[name].numpy() == value).all() for name, value in result["parameters"].items())

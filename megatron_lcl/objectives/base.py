@@ -1,0 +1,124 @@
+"""What an objective is, and what a step hands to it.
+
+A step's loss is the sum of an objective's terms, each a weighted mean over the global batch. A term lives for one step,
+where the head's outputs are: on every process without a pipeline, on the last stage with one. It gives, micro-batch by
+micro-batch, a surrogate: a scalar whose gradient, summed over micro-batches and replicas, is that of the term.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_lcl.config import Config, EvaluationTask
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.model.layers import Outputs
+from megatron_lcl.parallel.mesh import Axis, Mesh
+
+COUNTS = ("num_pairs", "num_targets", "num_images", "num_tokens", "num_bad_images")
+
+Strategy = Literal["retain", "recompute", "1F1B"]
+"""how forwards and backwards of a step follow each other: all forwards, their graphs kept, then all backwards; all
+forwards without graphs, then forwards and backwards; forwards and backwards only"""
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Counts of the global batch, known to every process before the forward."""
+
+    counts: dict[str, int]
+    """num_pairs, num_targets, num_images, num_tokens, num_bad_images of the global batch"""
+    pairs: list[int]
+    """pairs of each data-parallel replica"""
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch], mesh: Mesh, device: torch.device) -> GlobalCounts:
+        """From the micro-batches of this replica; one small exchange over the data axis."""
+        own = torch.tensor([sum(getattr(batch, name) for batch in batches) for name in COUNTS], device=device)
+        table = own[None]
+        if mesh.data.group is not None:
+            everyone = [torch.empty_like(own) for _ in range(mesh.data.size)]
+            dist.all_gather(everyone, own, group=mesh.data.group)
+            table = torch.stack(everyone)
+        table = table.cpu()
+        return cls(dict(zip(COUNTS, table.sum(0).tolist(), strict=True)), table[:, 0].tolist())
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step's loss is made of, known before the first backward."""
+
+    batches: Sequence[PackedBatch]
+    """the micro-batches of this replica"""
+    outputs: Sequence[Outputs]
+    """of the first forwards of all of them, with or without graphs; none where there is one forward only"""
+    log_scale: torch.Tensor
+    """[1] as it is before the step"""
+    counts: GlobalCounts
+    mesh: Mesh
+
+
+class Term(ABC):
+    """One loss of a step, a mean over the global batch times a weight."""
+
+    @abstractmethod
+    def surrogate(self, m: int, out: Outputs) -> torch.Tensor | None:
+        """Of micro-batch m, from its outputs with their graph; asked for in order. None: it adds no gradient."""
+
+    @abstractmethod
+    def loss(self) -> torch.Tensor:
+        """The term, float32 scalar, once all micro-batches were there; the same on every process that has it."""
+
+    @abstractmethod
+    def metrics(self) -> Mapping[str, torch.Tensor]:
+        """What is said of it, scalars by name, once all micro-batches were there."""
+
+
+class Objective(ABC):
+    """What a run minimizes. It is a function of the config, and the same on every process."""
+
+    sequences: ClassVar[Sequences]
+    """those that it reads from documents"""
+    tasks: ClassVar[tuple[EvaluationTask, ...]]
+    """the held-out tasks that it trains"""
+    metrics: ClassVar[tuple[str, ...]]
+    """names of all that its terms measure; what a step's terms do not give is 0"""
+    all_features_first: ClassVar[bool]
+    """its loss needs the features of all micro-batches before the first backward, as a contrast does"""
+
+    def __init__(self, config: Config) -> None:
+        """UserError where the settings leave nothing to train."""
+        self.config = config
+
+    @abstractmethod
+    def terms(self, step: StepInputs) -> Sequence[Term]:
+        """The terms of a step, in the order in which they are added; all processes that have outputs call it."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """How its forwards and backwards follow each other."""
+        return self.config.contrast.strategy if self.all_features_first else "1F1B"
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of a micro-batch in a step."""
+        return 2 if self.strategy == "recompute" else 1
+
+    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
+        """The all-gathers that its terms make in a step: the group, and the bytes that all its ranks have afterwards.
+
+        pairs: of each data-parallel replica.
+        """
+        return []
+
+
+def without_targets(batch: PackedBatch) -> PackedBatch:
+    """The batch for a pass of which only the features are wanted: the head multiplies no row with the vocabulary."""
+    return dataclasses.replace(batch, num_targets=0)

@@ -1,0 +1,142 @@
+"""The contrast of images with their contexts, negatives from the whole global batch, as one term of a step's loss.
+
+It needs every micro-batch's features before the first backward. The loss is taken on detached features; its gradients
+re-enter each micro-batch's graph as a weighted sum of its features. They are needed in the first backward only, so with
+`recompute` the features travel while the first micro-batch's second forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
+from megatron_lcl.losses.group import HEADER
+from megatron_lcl.model.layers import Outputs
+from megatron_lcl.objectives.base import GlobalCounts, StepInputs, Term
+from megatron_lcl.parallel.mappings import shard_size
+from megatron_lcl.parallel.mesh import Axis, Mesh
+
+METRICS = ("contrastive", *ContrastiveOutput._fields[1:])
+_FLOAT, _LONG = 4, 8
+
+
+class Features:
+    """Features of one micro-batch's pairs, attached to its graph."""
+
+    def __init__(self, out: Outputs, batch: PackedBatch) -> None:
+        pairs = torch.nonzero_static(batch.image_soi >= 0, size=batch.num_pairs)[:, 0]
+        self.image, self.text = out.image_features[pairs], out.text_features[pairs]
+
+
+@dataclass(frozen=True)
+class ContrastGradients:
+    """The contrastive loss of the global batch, and its weighted gradients for this replica's features."""
+
+    output: ContrastiveOutput
+    """the same on every process of the pipeline stage"""
+    loss: torch.Tensor
+    """scalar: its loss times the objective's weight"""
+    image: Sequence[torch.Tensor]
+    """per micro-batch: gradient of the weighted global mean with respect to its image features [pairs, D]"""
+    text: Sequence[torch.Tensor]
+    scale: torch.Tensor
+    """[1] this replica's part of the gradient of the log scale: the sum over replicas is the gradient"""
+
+
+class Contrast(Term):
+    """Symmetric InfoNCE over all pairs of the global batch. Its creation sends this replica's features."""
+
+    def __init__(self, step: StepInputs, weight: float) -> None:
+        self.batches = step.batches
+        with torch.no_grad():
+            features = [Features(out, batch) for out, batch in zip(step.outputs, step.batches, strict=True)]
+        self._finish: Callable[[], ContrastGradients] | None = start_contrast(
+            features, step.log_scale, weight, step.counts, step.mesh
+        )
+        self._found: ContrastGradients | None = None
+
+    def surrogate(self, m: int, out: Outputs) -> torch.Tensor:
+        if self._finish is not None:
+            self._found, self._finish = self._finish(), None  # and all ranks' features are freed
+        assert self._found is not None
+        found, own = self._found, Features(out, self.batches[m])
+        loss = out.log_scale.sum() * found.scale.sum() / len(self.batches)
+        return loss + (own.image * found.image[m]).sum() + (own.text * found.text[m]).sum()
+
+    def loss(self) -> torch.Tensor:
+        assert self._found is not None, "no surrogate was asked for"
+        return self._found.loss
+
+    def metrics(self) -> Mapping[str, torch.Tensor]:
+        assert self._found is not None, "no surrogate was asked for"
+        return dict(zip(METRICS, self._found.output, strict=True))
+
+
+def without_features(out: Outputs, batch: PackedBatch) -> torch.Tensor:
+    """0, with the features in its graph: where nothing is contrasted their parameters have gradients, which are 0."""
+    own = Features(out, batch)
+    return (own.image.sum() + own.text.sum() + out.log_scale.sum()) * 0
+
+
+def start_contrast(
+    features: Sequence[Features], log_scale: torch.Tensor, weight: float, counts: GlobalCounts, mesh: Mesh
+) -> Callable[[], ContrastGradients]:
+    """Sends this replica's features to the others; what it returns waits for theirs, and is called once.
+
+    The tensor-parallel ranks hold the same features; each computes a part of the rows.
+    """
+    sizes_of_replicas = [_split_evenly(pairs, mesh.tensor.size) for pairs in counts.pairs]
+    own = sizes_of_replicas[mesh.data.rank]
+    sizes = [len(f.image) for f in features]
+    image, text = (
+        torch.cat(rows).detach().split(own)[mesh.tensor.rank].requires_grad_()
+        for rows in ([f.image for f in features], [f.text for f in features])
+    )
+    scale = log_scale.detach().clone().requires_grad_()
+    of_ranks = [count for of_replica in sizes_of_replicas for count in of_replica]
+    gather = start_gather(image, text, scale, group=mesh.data_tensor.group, counts=of_ranks)
+
+    def finish() -> ContrastGradients:
+        with torch.enable_grad():
+            out = finish_contrastive_loss(gather)
+            loss = out.loss * weight
+            image_grad, text_grad, scale_grad = torch.autograd.grad(loss, (image, text, scale))
+        both = _gather_rows(torch.cat([image_grad, text_grad], 1), own, mesh)
+        images, texts = (rows.split(sizes) for rows in both.split(image.shape[1], 1))
+        return ContrastGradients(out, loss.detach(), images, texts, mesh.tensor.all_reduce(scale_grad))
+
+    return finish
+
+
+def contrast_gathers(pairs: Sequence[int], width: int, mesh: Mesh) -> list[tuple[Axis, int]]:
+    """All-gathers of a step, as `Objective.gathers` says: features and sums once, nothing in backward; tensor ranks
+    exchange rows of gradients.
+
+    width: of a feature.
+    """
+    stage, tensor = mesh.data_tensor, mesh.tensor
+    most = max(1, *(shard_size(n, tensor) for n in pairs))
+    own = shard_size(pairs[mesh.data.rank], tensor)
+    of_rank = (HEADER * _LONG, most * 2 * width * _FLOAT, (5 + 2 * most) * _FLOAT)
+    return [*((stage, num * stage.size) for num in of_rank), (tensor, own * 2 * width * _FLOAT * tensor.size)]
+
+
+def _split_evenly(rows: int, size: int) -> list[int]:
+    """Rows of each of `size` ranks, as equal as can be."""
+    return [rows // size + (rank < rows % size) for rank in range(size)]
+
+
+def _gather_rows(own: torch.Tensor, sizes: list[int], mesh: Mesh) -> torch.Tensor:
+    """Every tensor-parallel rank's rows, in order."""
+    if mesh.tensor.group is None:
+        return own
+    padded = own.new_zeros(max(sizes), own.shape[1])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=mesh.tensor.group)
+    return torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])

@@ -1,0 +1,139 @@
+"""Objectives by name: those there are, what each asks for, a wrong name, and objectives of another package in runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_corpus import make_corpus
+
+from megatron_lcl import config as configs
+from megatron_lcl import objectives
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+
+OF_ANOTHER_PACKAGE = '''
+from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.objectives.base import Objective
+from megatron_lcl.objectives.built_in import LatentCompression
+from megatron_lcl.objectives.contrast import Contrast
+from megatron_lcl.objectives.generation import Generation
+
+
+class Perplexity(Generation):
+    def metrics(self):
+        return {**super().metrics(), "perplexity": super().metrics()["generation"].exp()}
+
+
+class OnPairs(Objective):
+    """Generation on pairs only, and a metric of its own."""
+
+    sequences = Sequences(interleaved=False, contrast=False)
+    tasks = ("generation",)
+    metrics = ("generation", "perplexity")
+    all_features_first = False
+
+    def terms(self, step):
+        return [Perplexity(step, 1.0)]
+
+
+class Weighted(LatentCompression):
+    """The contrast counts for the more, the more pairs there are."""
+
+    def terms(self, step):
+        return [Contrast(step, 0.25 * step.counts.counts["num_pairs"]), Generation(step, 0.5)]
+'''
+CONFIG = """
+model:
+  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  language: {{context_length: 64, vocab_size: {vocab_size}, width: 32, layers: 2, heads: 2, mlp_width: 64}}
+  pool_heads: 2
+data: {{corpora: {corpus}, cache: {cache}, tokens_per_pack: 96, images_per_pack: 4, workers: 0}}
+train: {{steps: 2, global_batch: 4, log_every: 1, progress: false, dtype: float32}}
+checkpoint: {{every: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run's config and an installed package that adds two objectives."""
+    folder = tmp_path_factory.mktemp("objectives")
+    corpus = make_corpus(folder, seed=0)
+    vocab_size = open_corpus(corpus).tokenizer.vocab_size
+    text = CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=folder / "cache")
+    (folder / "config.yaml").write_text(text)
+    site = folder / "site"
+    (site / "more_objectives-1.dist-info").mkdir(parents=True)
+    (site / "more_objectives.py").write_text(OF_ANOTHER_PACKAGE)
+    (site / "more_objectives-1.dist-info/METADATA").write_text("Name: more-objectives\nVersion: 1\n")
+    points = "on_pairs = more_objectives:OnPairs\nweighted = more_objectives:Weighted\n"
+    (site / "more_objectives-1.dist-info/entry_points.txt").write_text(f"[{objectives.ENTRY_POINTS}]\n{points}")
+    return folder
+
+
+def test_what_the_built_in_objectives_ask_for() -> None:
+    def asked(name: str, strategy: str) -> tuple[str, int, bool, bool, bool]:
+        config = configs.from_dict({"objective": {"name": name}, "contrast": {"strategy": strategy}})
+        objective = objectives.create(config)
+        reads = objective.sequences
+        return objective.strategy, objective.num_forwards, reads.interleaved, reads.contrast, reads.targets
+
+    assert objectives.names() == ["clip", "generation", "lcl"]
+    assert asked("lcl", "retain") == ("retain", 1, True, True, True)
+    assert asked("lcl", "recompute") == ("recompute", 2, True, True, True)
+    assert asked("clip", "recompute") == ("recompute", 2, False, True, False)
+    assert asked("generation", "recompute") == ("1F1B", 1, True, False, True)
+
+
+def test_a_wrong_name_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--config", str(files / "config.yaml"), "--train.output", str(files / "none")]
+    assert main([*command, "--objective.name", "lcp"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "`objective.name` = 'lcp': there is no such objective; there are clip, generation, lcl, the nearest" in said
+    assert "the nearest is lcl" in said
+
+
+def test_weights_that_are_both_0() -> None:
+    weights = {"contrastive_weight": 0, "generation_weight": 0}
+    with pytest.raises(ValueError, match=r"both 0, .*; give one of them a weight above 0"):
+        objectives.create(configs.from_dict({"objective": weights}))
+    for name in ("clip", "generation"):  # whose one loss has weight 1
+        objectives.create(configs.from_dict({"objective": {"name": name, **weights}}))
+
+
+def run(files: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
+    """The lines of metrics of two steps with an objective of the other package."""
+    output = files / f"run-{name}-{len(arguments)}"
+    command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(files / "config.yaml")]
+    command += ["--train.output", str(output), "--objective.name", name, *arguments]
+    paths = os.pathsep.join([str(files / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("--parallel.pipeline", "2")], ids=["replicas", "pipeline"])
+def test_an_objective_of_another_package_trains(files: Path, layout: tuple[str, ...]) -> None:
+    name = "on_pairs" if layout else "weighted"
+    one, two = run(files, name), run(files, name, "--processes", "2", *layout)
+    for a, b in zip(one, two, strict=True):
+        assert [b[key] for key in ("loss", "generation", "grad_norm")] == pytest.approx(
+            [a[key] for key in ("loss", "generation", "grad_norm")], rel=1e-5
+        )
+        if name == "weighted":
+            expected = 0.25 * a["num_pairs"] * a["contrastive"] + 0.5 * a["generation"]
+            assert a["num_pairs"] > 1
+        else:
+            expected = a["generation"]
+            assert (a["num_pairs"], "contrastive" in a) == (0, False)
+            assert 1 < b["perplexity"] == pytest.approx(a["perplexity"], rel=1e-5)
+        assert a["loss"] == pytest.approx(expected, rel=1e-5)
