@@ -19,11 +19,11 @@ from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import Card, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
-from megatron_lcl.convert.load import mlp_ratio
 from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.reference_format import mlp_ratio
 
 KIND = "timm"
 LIBRARY = "timm"
