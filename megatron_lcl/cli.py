@@ -277,7 +277,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 
 def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
-    from megatron_lcl.quickstart import quickstart
+    from megatron_lcl.quickstart.run import quickstart
 
     return quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
 
@@ -495,7 +495,7 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.report import write_report
+    from megatron_lcl.report.page import write_report
 
     print(write_report(Path(options.folder), Path(options.output) if options.output else None))
 

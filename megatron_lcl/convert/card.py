@@ -17,9 +17,14 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
+from megatron_lcl.convert.load import CHECKPOINTS, find_checkpoint, read_config, step_of
 from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
+
+HELDOUT = "heldout.json"
+"""file of a run folder: what the latest held-out evaluation measured"""
+README = "README.md"
+"""the card's own file"""
 
 
 @dataclass(frozen=True)
@@ -94,16 +99,18 @@ def _describe(corpus: Path) -> str:
     except ValueError:  # it may be on another machine
         return f"{corpus.name} (the corpus is not here, so its manifest is not quoted)"
     counts = ", ".join(f"{name} {value:,}" for name, value in manifest["counts"].items() if isinstance(value, int))
-    source = ", ".join(f"{name} {value}" for name, value in manifest["source"].items())
+    # earlier versions wrote "licence"
+    facts = {"license" if name == "licence" else name: value for name, value in manifest["source"].items()}
+    source = ", ".join(f"{name} {value}" for name, value in facts.items())
     return f"{corpus.name}: {source} ({counts})"
 
 
 def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
-    """Numbers of the run's heldout.json, if they were measured on this checkpoint."""
-    if checkpoint.parent.name != "checkpoints":
+    """Numbers of the run's held-out evaluation, if they were measured on this checkpoint."""
+    if checkpoint.parent.name != CHECKPOINTS:
         return ()
     try:
-        numbers = json.loads((checkpoint.parent.parent / "heldout.json").read_text(encoding="utf-8"))
+        numbers = json.loads((checkpoint.parent.parent / HELDOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ()
     if numbers.pop("step", None) != step_of(checkpoint):
@@ -117,7 +124,7 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
 
 
 def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str = "") -> None:
-    """`README.md`. `arguments`: what timm.create_model makes the same model of."""
+    """The card as a file of an export's folder. `arguments`: what timm.create_model makes the same model of."""
     v, t = model.vision, model.language
     data = "\n".join(f"* {name}" for name in card.datasets) or "Not stated."
     metrics = "\n".join(f"| {m.task} | {m.data} | {m.metric} | {m.value:.6g} |" for m in card.metrics)
@@ -141,7 +148,7 @@ def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str
     ]
     if card.run is not None:
         sections.append(f"## Config\n\n```yaml\n{_config(card.run)}```")
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    (folder / README).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 _POOLED = "or the image latent z, which the attention pool makes of them:"

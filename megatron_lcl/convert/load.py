@@ -25,6 +25,9 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
 
 WEIGHTS, CONFIG, PROGRESS = "model.safetensors", "config.yaml", "progress.json"
+"""files of a checkpoint folder"""
+CHECKPOINTS = "checkpoints"
+"""folder of a run folder that its checkpoints are in"""
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -68,14 +71,14 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` is, or, if it is a run folder, the newest complete one inside."""
     if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
         return path
-    steps = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     complete = sorted(p.parent for p in steps.glob(f"step-*/{MANIFEST}") if (p.parent / WEIGHTS).is_file())
     if not complete:
         if (path / CORPUS_MANIFEST).is_file():
             raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
         raise UserError(
             f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
-            f"or checkpoints/step-…/ with these and {MANIFEST}"
+            f"or {CHECKPOINTS}/step-…/ with these and {MANIFEST}"
         )
     return complete[-1]
 

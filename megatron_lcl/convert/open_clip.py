@@ -1,6 +1,6 @@
 """Export to OpenCLIP, two things in one folder.
 
-`lcl.safetensors` with `lcl.json`: every parameter in the reference's format, which `import` takes back. And the
+`WHOLE` with its .json: every parameter in the reference's format, which `import` takes back. And the
 vision tower alone, as `open_clip.create_model("local-dir:…")` loads it: OpenCLIP has neither LCL's attention pool nor a
 text tower read at `<soi>`, so its `encode_image` is the mean of the normed patches, and its text tower is a
 placeholder: one tiny block of zeros.
@@ -27,6 +27,10 @@ from megatron_lcl.model.reference_format import open_clip_config, parts_open_cli
 
 KIND = "open_clip"
 LIBRARY = "open_clip"
+WHOLE = "lcl.safetensors"
+"""every parameter, in the reference's format"""
+TOWER, TOWER_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+"""OpenCLIP's names of a local folder's files"""
 _WIDTH = 8
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": _WIDTH, "heads": 1, "layers": 1, "mlp_ratio": 1.0}
 
@@ -35,14 +39,14 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
     tensors = parts_open_clip(model)
-    save_parts(tensors, folder / "lcl.safetensors", dtype)
+    save_parts(tensors, folder / WHOLE, dtype)
     config = open_clip_config(model.config)
-    write_json(folder / "lcl.json", config)
+    write_json((folder / WHOLE).with_suffix(".json"), config)
 
     tower = {name: parts for name, parts in tensors.items() if name.startswith("visual.")}
     tower |= {"visual.proj": [torch.eye(v.width)], "logit_scale": tensors["logit_scale"]}
     tower |= {name: [torch.zeros(shape)] for name, shape in _no_text_shapes(v.width).items()}
-    save_parts(tower, folder / "open_clip_model.safetensors", dtype)
+    save_parts(tower, folder / TOWER, dtype)
     tower_config = {
         "model_cfg": {
             "embed_dim": v.width,
@@ -56,7 +60,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
             "resize_mode": "shortest",
         },
     }
-    write_json(folder / "open_clip_config.json", tower_config)
+    write_json(folder / TOWER_CONFIG, tower_config)
     save_pool(model, folder, dtype)
     write_card(folder, KIND, model.config, card)
 
@@ -67,7 +71,7 @@ def features(folder: Path, size: int) -> Features:
 
     with torch.device("meta"), quietly():  # no memory for initial values
         tower: Any = open_clip.create_model(f"local-dir:{folder}", device="meta", load_weights=False).visual
-    tensors = load_file(folder / "open_clip_model.safetensors")
+    tensors = load_file(folder / TOWER)
     visual = {name.removeprefix("visual."): tensors[name] for name in tensors if name.startswith("visual.")}
     tower.load_state_dict(visual, assign=True)
     tower.float().eval().output_tokens = True

@@ -27,6 +27,8 @@ from megatron_lcl.model.reference_format import mlp_ratio
 
 KIND = "timm"
 LIBRARY = "timm"
+WEIGHTS = "model.safetensors"
+"""timm's name of the file"""
 
 _FAMILIES = {  # width, layers, heads, width of the feed-forward part → name, but for the patch size and "_clip_SIZE"
     (256, 10, 4, 1024): "vit_xsmall_patch{}",
@@ -72,7 +74,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     name, arguments = architecture(v)
     classifier = {key: torch.zeros(shape) for key, shape in _classifier(name, v.width).items()}
     num_classes = len(classifier["head.bias"])
-    save_parts({**_tensors(model), **classifier}, folder / "model.safetensors", dtype)
+    save_parts({**_tensors(model), **classifier}, folder / WEIGHTS, dtype)
     save_pool(model, folder, dtype)
     config = {
         "architecture": name,
@@ -107,7 +109,7 @@ def features(folder: Path, size: int) -> Features:
 
     with torch.device("meta"):  # no memory for initial values
         model: Any = timm.create_model(f"local-dir:{folder}")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / WEIGHTS)
     model.load_state_dict({key: t for key, t in tensors.items() if not key.startswith("head.")}, assign=True)
     model = model.float().eval()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -154,18 +153,22 @@ def captioning(
     references = data.need_captions()
     decoding = decoding or Decoding()
     written = caption(encoder, data.images, decoding, prompt, batch_size, processes, progress)
-    settings = {**asdict(decoding), "prompt": prompt}
+    settings = {**asdict(decoding), "prompt": prompt, "tokenization": "13a"}
     metrics = caption_metrics(written, references, decoding.seed)
     return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
 
 
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> dict[str, Metric]:
-    """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap."""
-    require("pycocoevalcap", "captioning")
+    """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap.
+
+    Both compare the words of `tokenize`.
+    """
+    for library in ("pycocoevalcap", "sacrebleu"):
+        require(library, "captioning")
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-    pairs = [(tokenise(w), [tokenise(r) for r in several]) for w, several in zip(written, references, strict=True)]
+    pairs = list(zip(tokenize(written), map(tokenize, references), strict=True))
     cider = CiderScorer()
     for hypothesis, several in pairs:
         cider.cook_append(hypothesis, several)
@@ -187,9 +190,14 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]],
 
 
 _BLEU_RESAMPLES = 200
-_WORD = re.compile(r"\w+(?:['’]\w+)?")
 
 
-def tokenise(text: str) -> str:
-    """Lower-case words, no punctuation, a space between; in place of the Penn Treebank tokenizer, which needs Java."""
-    return " ".join(_WORD.findall(text.lower()))
+def tokenize(texts: Sequence[str]) -> list[str]:
+    """Lower-case words with a space between: mteval's 13a tokenization by sacrebleu, without punctuation.
+
+    In place of the Penn Treebank tokenizer of the COCO script, which needs Java and drops punctuation, too.
+    """
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    split = Tokenizer13a()
+    return [" ".join(w for w in split(text.lower()).split() if any(c.isalnum() for c in w)) for text in texts]

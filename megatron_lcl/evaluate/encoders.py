@@ -26,8 +26,10 @@ from torch import nn
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.libraries import quietly, require
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
+from megatron_lcl.convert.open_clip import TOWER_CONFIG
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval, decode_rgb
 from megatron_lcl.errors import UserError
@@ -357,7 +359,7 @@ def _hf_tokenizer(architecture: str) -> bool:
 
     kind, _, place = architecture.partition(":")
     if kind == "local-dir":
-        config = json.loads((Path(place) / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        config = json.loads((Path(place) / TOWER_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     elif kind == "hf-hub":
         from open_clip.factory import _get_hf_config
 
@@ -439,7 +441,7 @@ def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | N
         return None
     config = read_config(find_checkpoint(path))
     for corpus in config.data.corpora:
-        if (Path(corpus.path) / "corpus.json").is_file():
+        if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
             return open_corpus(corpus.path).tokenizer
     return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None
 

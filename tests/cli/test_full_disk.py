@@ -25,7 +25,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare import gimp
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
-from megatron_lcl.evaluate.heldout import Example, HeldOut, Pair, write_heldout
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
 from megatron_lcl.model.reference_format import open_clip_config
 

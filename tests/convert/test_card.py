@@ -78,7 +78,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     card = card_of(checkpoint)
     task = "held-out documents"
     assert card.metrics == (Measured(task, "manual", "pairs", 7), Measured(task, "manual", "chance at 10", 0.25))
-    assert "licence GFDL" in card.datasets[0]
+    assert "license GFDL" in card.datasets[0]
     assert "documents 1,234" in card.datasets[0]
     assert "elsewhere" in card.datasets[1]
     (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "step": 9}))  # of an earlier checkpoint

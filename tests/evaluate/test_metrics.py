@@ -30,8 +30,9 @@ from megatron_lcl.evaluate.probes import (
     linear_probe,
 )
 from megatron_lcl.evaluate.results import bootstrap
+from megatron_lcl.evaluate.retrieval import chance_of_hit, retrieval, retrieval_ranks
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
-from megatron_lcl.evaluate.zero_shot import chance_of_hit, retrieval, retrieval_ranks, zero_shot
+from megatron_lcl.evaluate.zero_shot import zero_shot
 
 Digits = tuple[np.ndarray, np.ndarray]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -19,7 +19,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.report import write_report
+from megatron_lcl.report.page import write_report
 from megatron_lcl.train.checkpoint import folder as checkpoint
 
 CONFIG = """
