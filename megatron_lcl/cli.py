@@ -359,7 +359,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     if options.corpus:
-        from megatron_lcl.evaluate.encoders import is_ours
+        from megatron_lcl.evaluate.encoders.load import is_ours
         from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
         if options.tasks:
@@ -418,7 +418,7 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
 
     metrics = []
     if options.results:
-        from megatron_lcl.evaluate.encoders import load_encoder
+        from megatron_lcl.evaluate.encoders.load import load_encoder
         from megatron_lcl.evaluate.results import read_measured
 
         fingerprint = load_encoder(options.checkpoint).fingerprint

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders import Encoder, OurEncoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from megatron_lcl.evaluate.encoders import Encoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import ImageSet
 

@@ -14,7 +14,9 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding, captioning
 from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad
-from megatron_lcl.evaluate.encoders import Encoder, EncoderSource, OurEncoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.encoders.load import EncoderSource
 from megatron_lcl.evaluate.features import Kind, default_cache, image_features
 from megatron_lcl.evaluate.knn import knn, same_classes
 from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, linear_probe

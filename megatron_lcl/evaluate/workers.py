@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders import Encoder, EncoderSource
+from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.parallel.cores import num_cores
 
@@ -52,7 +52,7 @@ def map_batches(
 
 
 def _in_processes(
-    source: EncoderSource, images: Sequence[Blob], work: Work[T], batch_size: int, processes: int, bar: tqdm
+    source: Callable[[int], Encoder], images: Sequence[Blob], work: Work[T], batch_size: int, processes: int, bar: tqdm
 ) -> list[T]:
     batches = -(-len(images) // batch_size)
     bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
@@ -77,7 +77,7 @@ def _in_processes(
 
 
 def _process(
-    source: EncoderSource,
+    source: Callable[[int], Encoder],
     number: int,
     processes: int,
     images: Sequence[Blob],

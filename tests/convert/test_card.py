@@ -125,7 +125,7 @@ def test_results_of_an_evaluation_reach_the_card(
     from megatron_lcl.cli import main
     from megatron_lcl.config import Config
     from megatron_lcl.convert.export import save_checkpoint
-    from megatron_lcl.evaluate.encoders import load_encoder
+    from megatron_lcl.evaluate.encoders.load import load_encoder
     from megatron_lcl.evaluate.results import Metric, Result, write_json
 
     checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"

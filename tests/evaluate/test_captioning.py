@@ -16,7 +16,7 @@ from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.evaluate.captioning import Decoding, caption, caption_metrics, generate, nucleus, tokenize
-from megatron_lcl.evaluate.encoders import OurEncoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.sources import FileBlob
 from megatron_lcl.model.layers import Activations
 from megatron_lcl.model.lcl import pack_padded

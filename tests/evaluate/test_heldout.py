@@ -164,7 +164,9 @@ def over_processes(rank: int, folder: Path) -> list[tuple[HeldOut, list[Example]
     try:
         replicas = Mesh.of_world()
         alone = Axis(ranks=(rank,))
-        pipeline = Mesh(replicas.world, data=alone, pipeline=replicas.world, replica=replicas.world, stage=alone)
+        pipeline = Mesh(
+            replicas.world, data=alone, pipeline=replicas.world, model_parallel=replicas.world, data_tensor=alone
+        )
         return [_evaluate(folder, mesh) for mesh in (replicas, pipeline)]
     finally:
         dist.destroy_process_group()

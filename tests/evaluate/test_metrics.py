@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torchmetrics.retrieval import RetrievalHitRate
 
-from megatron_lcl.evaluate.encoders import Encoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.knn import knn, knn_predict
 from megatron_lcl.evaluate.probes import (
     AttentiveProbe,
