@@ -1,6 +1,6 @@
 """Export to OpenCLIP, two things in one folder.
 
-`WHOLE` with its .json: every parameter in the reference's format, which `import` takes back. And the
+`lcl.safetensors` with `lcl.json`: every parameter in the reference's format, which `import` takes back. And the
 vision tower alone, as `open_clip.create_model("local-dir:…")` loads it: OpenCLIP has neither LCL's attention pool nor a
 text tower read at `<soi>`, so its `encode_image` is the mean of the normed patches, and its text tower is a
 placeholder: one tiny block of zeros.
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
-from megatron_lcl.convert.card import Card, write_card
+from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
@@ -25,14 +25,34 @@ from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import open_clip_config, parts_open_clip
 
-KIND = "open_clip"
 LIBRARY = "open_clip"
-WHOLE = "lcl.safetensors"
-"""every parameter, in the reference's format"""
+WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
+"""every parameter and the sizes, in the reference's format"""
 TOWER, TOWER_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 """OpenCLIP's names of a local folder's files"""
 _WIDTH = 8
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": _WIDTH, "heads": 1, "layers": 1, "mlp_ratio": 1.0}
+
+USAGE = Usage(
+    "open_clip",
+    advice=(
+        "`encode_image` gives the mean of the normed patch tokens; the text tower is a placeholder, for OpenCLIP does "
+        f"not read texts as LCL does (`{WHOLE}` and `{WHOLE_CONFIG}` are the whole model, for megatron_lcl). For "
+        f"dense tasks use the tokens, {POOLED}"
+    ),
+    example=f"""\
+import open_clip, torch
+from PIL import Image
+from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
+
+model, transform = open_clip.create_model_from_pretrained("local-dir:.")
+images = transform(Image.open("image.jpg"))[None]
+model.eval().visual.output_tokens = True
+with torch.no_grad():
+    mean, patches = model.visual(images)  # [1, width], which encode_image gives too; [1, patches, width]
+    z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
+""",
+)
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
@@ -41,7 +61,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     tensors = parts_open_clip(model)
     save_parts(tensors, folder / WHOLE, dtype)
     config = open_clip_config(model.config)
-    write_json((folder / WHOLE).with_suffix(".json"), config)
+    write_json(folder / WHOLE_CONFIG, config)
 
     tower = {name: parts for name, parts in tensors.items() if name.startswith("visual.")}
     tower |= {"visual.proj": [torch.eye(v.width)], "logit_scale": tensors["logit_scale"]}
@@ -62,7 +82,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     }
     write_json(folder / TOWER_CONFIG, tower_config)
     save_pool(model, folder, dtype)
-    write_card(folder, KIND, model.config, card)
+    write_card(folder, USAGE, model.config, card)
 
 
 def features(folder: Path, size: int) -> Features:

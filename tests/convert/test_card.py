@@ -14,6 +14,7 @@ import torch
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.convert import hf
 from megatron_lcl.convert.card import Card, Measured, write_card
 from megatron_lcl.convert.export import export_model
 
@@ -90,7 +91,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
 
 
 def to_text(card: Card, folder: Path) -> str:
-    write_card(folder, "hf", TINY, card)
+    write_card(folder, hf.USAGE, TINY, card)
     return (folder / "README.md").read_text()
 
 
