@@ -207,7 +207,7 @@ def _slug(text: str) -> str:
 
 
 def _config(run: Config) -> str:
-    """The config as YAML; of what names a place on somebody's machine, the last part."""
+    """The config as YAML; of every path, its last component only."""
 
     def public(value: Any) -> Any:
         if isinstance(value, dict):

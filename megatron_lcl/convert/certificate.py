@@ -53,7 +53,7 @@ def compare(theirs: Features, ours: Features, rounded: Features) -> dict[str, An
     """Relative differences (Frobenius norms over all images) of an export from our model.
 
     The bound is on the difference from our model with the same rounded weights: that is the conversion's own error.
-    Raises UserError over the bound. What rounding the weights changed is told beside it.
+    Raises UserError over the bound. What rounding the weights changed stands beside it.
     """
     facts: dict[str, Any] = {"bound": BOUND}
     for name in Features._fields:

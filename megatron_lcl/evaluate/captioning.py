@@ -34,7 +34,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if not 0 <= self.top_p <= 1 or not self.temperature > 0:
             raise UserError(
-                f"top_p = {self.top_p} and temperature = {self.temperature}; give a share from 0 (greedy) to 1, and a "
+                f"top_p = {self.top_p} and temperature = {self.temperature}; give top_p from 0 (greedy) to 1, and a "
                 "temperature above 0"
             )
 

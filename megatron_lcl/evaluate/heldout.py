@@ -117,8 +117,12 @@ class HeldOutEvaluation:
         a pack is not larger; at_once: micro-batches that `forward` gets together, always so many (a pipeline wants
         it; what the corpus lacks is padding). Neither changes the numbers.
         """
-        self.corpus, self.mesh, self.forward, self.at_once = str(corpus), mesh, forward, at_once
-        self.tasks, self.rules = check_tasks(config, tasks), heldout_rules(config.model)
+        self.corpus = str(corpus)
+        self.mesh = mesh
+        self.forward = forward
+        self.at_once = at_once
+        self.tasks = check_tasks(config, tasks)
+        self.rules = heldout_rules(config.model)
         self.micro_batch = max(1, tokens // self.rules["sequence_tokens"])
         """packs of a forward pass"""
         self.packs = _Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.loads_data else None
@@ -230,7 +234,7 @@ def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[Evalua
     for task in tasks:
         if task not in trained:
             raise UserError(
-                f"objective.name = {config.objective.name} does not train what {task} measures; leave it out"
+                f"objective.name = {config.objective.name} does not train what {task} measures; remove that task"
             )
     return tuple(task for task in TASKS if task in (tasks or trained))
 

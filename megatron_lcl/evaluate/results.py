@@ -106,9 +106,9 @@ def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
     return found
 
 
-def _short(place: str) -> str:
+def _short(path: str) -> str:
     """A data set's name without the folders that it lies in, but for the split's."""
-    parts = Path(place).parts
+    parts = Path(path).parts
     return "/".join(parts[-2:] if parts[-1] in ("train", "val", "validation", "test") else parts[-1:])
 
 

@@ -26,7 +26,8 @@ class HfEncoder(Encoder):
         self._version = require("transformers", spec)
         from transformers import AutoImageProcessor, AutoModel
 
-        self._spec, self._folder = spec, folder
+        self._spec = spec
+        self._folder = folder
         with loading(spec, "Hugging Face"):
             module, report = AutoModel.from_pretrained(
                 folder,

@@ -49,7 +49,7 @@ def is_ours(spec: str) -> bool:
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """Makes the encoder of process i: what several processes share."""
+    """Makes the encoder of process i, for an evaluation by several processes."""
 
     spec: str
     tokenizer: str | None = None

@@ -77,13 +77,13 @@ def _hf_tokenizer(architecture: str) -> bool:
     """Whether OpenCLIP takes a Hugging Face tokenizer for this model."""
     import open_clip
 
-    kind, _, place = architecture.partition(":")
+    kind, _, name = architecture.partition(":")
     if kind == "local-dir":
-        config = json.loads((Path(place) / TOWER_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        config = json.loads((Path(name) / TOWER_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     elif kind == "hf-hub":
         from open_clip.factory import _get_hf_config
 
-        config = _get_hf_config(place)["model_cfg"]
+        config = _get_hf_config(name)["model_cfg"]
     else:
         config = open_clip.get_model_config(architecture)
     return bool(config["text_cfg"].get("hf_tokenizer_name"))
