@@ -73,7 +73,7 @@ def write(folder: str, name: str) -> int:
 
     from megatron_lcl import LCL
     from megatron_lcl.convert.export import save_checkpoint
-    from megatron_lcl.convert.load import open_clip_config
+    from megatron_lcl.model.reference_format import open_clip_config
 
     path = Path(folder)
     path.mkdir()

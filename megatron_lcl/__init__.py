@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_lcl.convert.load import load_model
-    from megatron_lcl.convert.open_clip import from_open_clip
+    from megatron_lcl.convert.load import from_open_clip, load_model
     from megatron_lcl.data.corpus.store import open_corpus
     from megatron_lcl.model.lcl import LCL
 
@@ -20,7 +19,7 @@ __all__ = ["LCL", "from_open_clip", "load_model", "open_corpus"]
 
 _HOME = {
     "LCL": "model.lcl",
-    "from_open_clip": "convert.open_clip",
+    "from_open_clip": "convert.load",
     "load_model": "convert.load",
     "open_corpus": "data.corpus.store",
 }

@@ -277,7 +277,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 
 def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
-    from megatron_lcl.quickstart import quickstart
+    from megatron_lcl.quickstart.run import quickstart
 
     return quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
 
@@ -359,7 +359,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     if options.corpus:
-        from megatron_lcl.evaluate.encoders import is_ours
+        from megatron_lcl.evaluate.encoders.load import is_ours
         from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
         if options.tasks:
@@ -418,7 +418,7 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
 
     metrics = []
     if options.results:
-        from megatron_lcl.evaluate.encoders import load_encoder
+        from megatron_lcl.evaluate.encoders.load import load_encoder
         from megatron_lcl.evaluate.results import read_measured
 
         fingerprint = load_encoder(options.checkpoint).fingerprint
@@ -498,7 +498,7 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.report import write_report
+    from megatron_lcl.report.page import write_report
 
     print(write_report(Path(options.folder), Path(options.output) if options.output else None))
 

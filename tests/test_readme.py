@@ -16,7 +16,9 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 
 ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(r"^ *(megatron-lcl (?:preprocess|verify|inspect|train|evaluate|export) .*)$", re.M)
-README, REPORT = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "megatron_lcl/report.html"))
+README, REPORT = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "megatron_lcl/report/report.html")
+)
 
 
 def test_the_reports_commands_are_the_readmes() -> None:

@@ -20,6 +20,12 @@ from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
 from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import CHECKPOINTS
+
+HELDOUT = "heldout.json"
+"""file of a run folder: what the latest held-out evaluation measured"""
+README = "README.md"
+"""the card's own file"""
 
 
 @dataclass(frozen=True)
@@ -94,16 +100,18 @@ def _describe(corpus: Path) -> str:
     except ValueError:  # it may be on another machine
         return f"{corpus.name} (the corpus is not here, so its manifest is not quoted)"
     counts = ", ".join(f"{name} {value:,}" for name, value in manifest["counts"].items() if isinstance(value, int))
-    source = ", ".join(f"{name} {value}" for name, value in manifest["source"].items())
+    # earlier versions wrote "licence"
+    facts = {"license" if name == "licence" else name: value for name, value in manifest["source"].items()}
+    source = ", ".join(f"{name} {value}" for name, value in facts.items())
     return f"{corpus.name}: {source} ({counts})"
 
 
 def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
-    """Numbers of the run's heldout.json, if they were measured on this checkpoint."""
-    if checkpoint.parent.name != "checkpoints":
+    """Numbers of the run's held-out evaluation, if they were measured on this checkpoint."""
+    if checkpoint.parent.name != CHECKPOINTS:
         return ()
     try:
-        numbers = json.loads((checkpoint.parent.parent / "heldout.json").read_text(encoding="utf-8"))
+        numbers = json.loads((checkpoint.parent.parent / HELDOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ()
     if numbers.pop("step", None) != step_of(checkpoint):
@@ -116,8 +124,24 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     )
 
 
-def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str = "") -> None:
-    """`README.md`. `arguments`: what timm.create_model makes the same model of."""
+POOLED = "or the image latent z, which the attention pool makes of them:"
+"""how the advice of every format ends, before the example"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a card says of a format: how its files are used."""
+
+    library: str
+    """the Hub's name of the library that loads them"""
+    advice: str
+    """which features to use"""
+    example: str
+    """Python that computes them, run in the export's folder"""
+
+
+def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
+    """The card as a file of an export's folder."""
     v, t = model.vision, model.language
     data = "\n".join(f"* {name}" for name in card.datasets) or "Not stated."
     metrics = "\n".join(f"| {m.task} | {m.data} | {m.metric} | {m.value:.6g} |" for m in card.metrics)
@@ -125,15 +149,15 @@ def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str
         "Measured on the checkpoint itself, in float32 and at its own image size.\n\n"
         f"| task | data | metric | value |\n| --- | --- | --- | --- |\n{metrics}"
     )
-    front = yaml.safe_dump(_front_matter(kind, card), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_front_matter(usage, card), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{front}---\n\n# {card.name}",
         "A vision transformer pre-trained from scratch by Latent Compression Learning (LCL, NeurIPS 2024, "
         "arXiv 2406.07543) on interleaved image-text documents, with megatron_lcl. "
         f"{v.layers} blocks of width {v.width}, {v.heads} heads, patches of {v.patch_size} px, images of "
         f"{v.image_size} px; image latents of width {t.width}.",
-        "## Which features to use\n\n" + _ADVICE[kind],
-        f"Run in this folder:\n\n```python\n{_EXAMPLE[kind].replace('ARGUMENTS', arguments)}```",
+        "## Which features to use\n\n" + usage.advice,
+        f"Run in this folder:\n\n```python\n{usage.example}```",
         "`certificate.json` has the measured difference between these features and megatron_lcl's own.",
         f"## Data\n\n{data}",
         "## Metrics\n\n" + (table if metrics else "None were given."),
@@ -141,73 +165,10 @@ def write_card(folder: Path, kind: str, model: Model, card: Card, arguments: str
     ]
     if card.run is not None:
         sections.append(f"## Config\n\n```yaml\n{_config(card.run)}```")
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    (folder / README).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-_POOLED = "or the image latent z, which the attention pool makes of them:"
-
-_ADVICE = {
-    "hf": (
-        "Not `pooler_output`: that is the class token's output, which LCL never reads and so never trains. And not "
-        "`last_hidden_state` as it is: it comes before the final norm. Use the normed patch tokens (for dense tasks, "
-        f"or their mean), {_POOLED}"
-    ),
-    "timm": (
-        "Not the class token: LCL never reads its output and so never trains it. `config.json` pools what LCL does "
-        "train, the mean of the normed patch tokens (`global_pool='avg', fc_norm=False`; without a classifier). For "
-        f"dense tasks use `forward_features`, {_POOLED}"
-    ),
-    "open_clip": (
-        "`encode_image` gives the mean of the normed patch tokens; the text tower is a placeholder, for OpenCLIP does "
-        "not read texts as LCL does (`lcl.safetensors` and `lcl.json` are the whole model, for megatron_lcl). For "
-        f"dense tasks use the tokens, {_POOLED}"
-    ),
-}
-
-_EXAMPLE = {  # ARGUMENTS is filled in
-    "hf": """\
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
-
-model, processor = AutoModel.from_pretrained(".").float(), AutoImageProcessor.from_pretrained(".")
-images = processor(Image.open("image.jpg"), return_tensors="pt")["pixel_values"]
-norm = getattr(model, "vision_model", model).post_layernorm
-with torch.no_grad():
-    patches = norm(model(images).last_hidden_state[:, 1:])  # [1, patches, width]
-    z = attention_pool(patches, *read_pool("lcl/attention_pool.safetensors"))  # [1, latent width]
-""",
-    "timm": """\
-import timm, torch
-from PIL import Image
-from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
-
-# also: timm.create_model(ARGUMENTS, checkpoint_path="model.safetensors"), which has a classifier of zeros
-model = timm.create_model("local-dir:.", pretrained=True).float().eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-images = transform(Image.open("image.jpg").convert("RGB"))[None]
-with torch.no_grad():
-    mean = model(images)  # [1, width]
-    patches = model.forward_features(images)[:, 1:]  # [1, patches, width]
-    z = attention_pool(patches, *read_pool("lcl/attention_pool.safetensors"))  # [1, latent width]
-""",
-    "open_clip": """\
-import open_clip, torch
-from PIL import Image
-from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
-
-model, transform = open_clip.create_model_from_pretrained("local-dir:.")
-images = transform(Image.open("image.jpg"))[None]
-model.eval().visual.output_tokens = True
-with torch.no_grad():
-    mean, patches = model.visual(images)  # [1, width], which encode_image gives too; [1, patches, width]
-    z = attention_pool(patches, *read_pool("lcl/attention_pool.safetensors"))  # [1, latent width]
-""",
-}
-
-
-def _front_matter(kind: str, card: Card) -> dict[str, Any]:
+def _front_matter(usage: Usage, card: Card) -> dict[str, Any]:
     known = card.license in _HUB_LICENSES
     # before a colon stands a name; what is no identifier by itself would be another's data set
     names = [text.partition(":")[0].partition(" (")[0] for text in card.datasets]
@@ -217,7 +178,7 @@ def _front_matter(kind: str, card: Card) -> dict[str, Any]:
         "license": card.license if known else "other",
         **({} if known else {"license_name": card.license}),
         "pipeline_tag": "image-feature-extraction",
-        "library_name": {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}[kind],
+        "library_name": usage.library,
         "tags": ["vision", "latent-compression-learning", "megatron-lcl"],
         **({"datasets": datasets} if datasets else {}),
         **({"metrics": metrics} if metrics else {}),
@@ -247,7 +208,7 @@ def _slug(text: str) -> str:
 
 
 def _config(run: Config) -> str:
-    """The config as YAML; of what names a place on somebody's machine, the last part."""
+    """The config as YAML; of every path, its last component only."""
 
     def public(value: Any) -> Any:
         if isinstance(value, dict):

@@ -38,22 +38,22 @@ def check_images(size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def our_features(model: LCL, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> Features:
-    """The model's features, computed in float32 with parameters rounded to `dtype`, one stage at a time."""
+    """The model's features, computed in float32 with parameters rounded to `dtype`, one layer at a time."""
     hidden = images
-    for stage in model.layers:
-        with _rounded(stage, dtype):
-            if isinstance(stage, PoolInterleave):
-                return Features(stage.patch_features(hidden), stage.pool(hidden)[0])
-            assert isinstance(stage, Patches | VisionBlock)
-            hidden = stage.encode(hidden)
-    raise AssertionError("the list of stages has no pool")
+    for layer in model.layers:
+        with _rounded(layer, dtype):
+            if isinstance(layer, PoolInterleave):
+                return Features(layer.patch_features(hidden), layer.pool(hidden)[0])
+            assert isinstance(layer, Patches | VisionBlock)
+            hidden = layer.encode(hidden)
+    raise AssertionError("the list of layers has no pool")
 
 
 def compare(theirs: Features, ours: Features, rounded: Features) -> dict[str, Any]:
     """Relative differences (Frobenius norms over all images) of an export from our model.
 
     The bound is on the difference from our model with the same rounded weights: that is the conversion's own error.
-    Raises UserError over the bound. What rounding the weights changed is told beside it.
+    Raises UserError over the bound. What rounding the weights changed stands beside it.
     """
     facts: dict[str, Any] = {"bound": BOUND}
     for name in Features._fields:
@@ -92,8 +92,8 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _rounded(stage: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    kept = [(p, p.data) for p in stage.parameters()] if dtype != torch.float32 else []
+def _rounded(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    kept = [(p, p.data) for p in layer.parameters()] if dtype != torch.float32 else []
     try:
         for parameter, data in kept:
             parameter.data = data.to(dtype).float()

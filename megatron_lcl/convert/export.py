@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Config, to_yaml
-from megatron_lcl.convert import hf, openclip, timm
+from megatron_lcl.convert import hf, open_clip, timm
 from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
 from megatron_lcl.convert.folder import IMPORT, new_folder, write_record
 from megatron_lcl.convert.libraries import require
-from megatron_lcl.convert.load import CONFIG, WEIGHTS, load_model
+from megatron_lcl.convert.load import load_model
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.run_folder import CONFIG, WEIGHTS
 
-_FORMATS: dict[str, ModuleType] = {"hf": hf, "timm": timm, "open_clip": openclip}
+_FORMATS: dict[str, ModuleType] = {"hf": hf, "timm": timm, "open_clip": open_clip}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
-from megatron_lcl.convert.card import Card, write_card
+from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
@@ -16,8 +16,29 @@ from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
 
-KIND = "hf"
 LIBRARY = "transformers"
+
+USAGE = Usage(
+    "transformers",
+    advice=(
+        "Not `pooler_output`: that is the class token's output, which LCL never reads and so never trains. And not "
+        "`last_hidden_state` as it is: it comes before the final norm. Use the normed patch tokens (for dense tasks, "
+        f"or their mean), {POOLED}"
+    ),
+    example=f"""\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
+
+model, processor = AutoModel.from_pretrained(".").float(), AutoImageProcessor.from_pretrained(".")
+images = processor(Image.open("image.jpg"), return_tensors="pt")["pixel_values"]
+norm = getattr(model, "vision_model", model).post_layernorm
+with torch.no_grad():
+    patches = norm(model(images).last_hidden_state[:, 1:])  # [1, patches, width]
+    z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
+""",
+)
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
@@ -57,7 +78,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     }
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor)
-    write_card(folder, KIND, model.config, card)
+    write_card(folder, USAGE, model.config, card)
 
 
 def features(folder: Path, size: int) -> Features:

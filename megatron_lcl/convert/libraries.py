@@ -16,6 +16,7 @@ _PACKAGES = {  # import name → package, what to install
     "timm": ("timm", "'megatron-lcl[hf]'"),
     "open_clip": ("open-clip-torch", "'megatron-lcl[clip]' timm"),
     "pycocoevalcap": ("pycocoevalcap", "'megatron-lcl[eval]'"),
+    "sacrebleu": ("sacrebleu", "'megatron-lcl[eval]'"),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -16,14 +15,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_lcl.config import Config, Model, from_dict, read_yaml
+from megatron_lcl.config import Config, from_dict, read_yaml
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import MANIFEST, verify
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
-from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, some
+from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
 
 
@@ -50,6 +49,17 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
         load_open_clip(model, state, assign=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return model
+
+
+def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> LCL:
+    """The model with the parameters of a state dict in the reference's format.
+
+    `config`: dict as in the reference's `model_configs/*.json`. Raises ValueError naming tensors that are missing,
+    unknown, or of the wrong shape.
+    """
+    model = LCL(model_config(config), seed=None)
+    load_open_clip(model, state_dict)
     return model
 
 
@@ -168,7 +178,7 @@ def open_clip_sizes(
         return config
     beside = path.with_suffix(".json")
     if config is None and not beside.is_file():
-        return _published_config(path, state)
+        return published_config(path, state)
     file = beside if config is None else Path(config)
     try:
         loaded = json.loads(file.read_text(encoding="utf-8"))
@@ -177,86 +187,6 @@ def open_clip_sizes(
     if not isinstance(loaded, dict):
         raise UserError(f"the model config {file} holds a {type(loaded).__name__}, not a mapping")
     return loaded
-
-
-def _published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Sizes of a published LCL ViT-B checkpoint, from its shapes.
-
-    Shapes do not tell the numbers of heads; the published models (ViT-B/32 and B/16, CLIP's vocabulary) have heads of
-    64 features throughout, the pool's included.
-    """
-    vision, text = "visual.transformer.resblocks.", "text.transformer.resblocks."
-    try:
-        num_positions, vision_width = state["visual.positional_embedding"].shape
-        patch = state["visual.conv1.weight"].shape[-1]
-        context, width = state["text.positional_embedding"].shape
-        vocab = state["text.token_embedding.weight"].shape[0]
-    except KeyError as error:
-        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
-    except (ValueError, IndexError):  # of other dimensions
-        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
-    if (vision_width, vocab) != (768, 49411) or width not in (512, 768):
-        raise UserError(
-            f"{path} has widths {vision_width} and {width} and {vocab} token ids, unlike the published models, and "
-            "shapes do not tell the numbers of heads; pass its model config (config=…, --model-config FILE.json)"
-        )
-    return {
-        "embed_dim": width,
-        "vision_cfg": {
-            "image_size": math.isqrt(num_positions - 1) * patch,
-            "layers": _count_blocks(state, vision),
-            "width": vision_width,
-            "patch_size": patch,
-        },
-        "text_cfg": {
-            "context_length": context,
-            "vocab_size": vocab,
-            "width": width,
-            "heads": width // 64,
-            "layers": _count_blocks(state, text),
-        },
-        "pool_project_cfg": {"pool_proj_type": "attn", "attn_num_heads": width // 64},
-    }
-
-
-def open_clip_config(model: Model) -> dict[str, Any]:
-    """Sizes as in the reference's `model_configs/*.json`; the inverse of `model_config`."""
-    v, t = model.vision, model.language
-    return {
-        "embed_dim": t.width,
-        "vision_cfg": {
-            "image_size": v.image_size,
-            "layers": v.layers,
-            "width": v.width,
-            "head_width": v.width // v.heads,
-            "patch_size": v.patch_size,
-            "mlp_ratio": mlp_ratio(v.mlp_width, v.width),
-        },
-        "text_cfg": {
-            "context_length": t.context_length,
-            "vocab_size": t.vocab_size,
-            "width": t.width,
-            "heads": t.heads,
-            "layers": t.layers,
-            "mlp_ratio": mlp_ratio(t.mlp_width, t.width),
-        },
-        "pool_project_cfg": {
-            "pool_proj_type": "attn",
-            "input_dim": v.width,
-            "output_dim": t.width,
-            "attn_num_heads": model.pool_heads,
-        },
-    }
-
-
-def mlp_ratio(hidden: int, width: int) -> float:
-    """A ratio that gives `hidden` back by open_clip's and timm's int(width * ratio)."""
-    exact = hidden / width
-    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
-
-
-def _count_blocks(state: Mapping[str, torch.Tensor], prefix: str) -> int:
-    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ asks for none.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ from safetensors.torch import load_file
 
 from megatron_lcl.config import Vision
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
-from megatron_lcl.convert.card import Card, write_card
+from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
-from megatron_lcl.convert.load import mlp_ratio
 from megatron_lcl.convert.pool import POOL, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.reference_format import mlp_ratio
 
-KIND = "timm"
 LIBRARY = "timm"
+WEIGHTS = "model.safetensors"
+"""timm's name of the file"""
 
 _FAMILIES = {  # width, layers, heads, width of the feed-forward part → name, but for the patch size and "_clip_SIZE"
     (256, 10, 4, 1024): "vit_xsmall_patch{}",
@@ -39,6 +41,30 @@ _FAMILIES = {  # width, layers, heads, width of the feed-forward part → name, 
     (1408, 40, 16, 6144): "vit_giant_patch{}",  # ViT-g
     (1664, 48, 16, 8192): "vit_gigantic_patch{}",  # ViT-G, "bigG"
 }
+
+USAGE = Usage(
+    "timm",
+    advice=(
+        "Not the class token: LCL never reads its output and so never trains it. `config.json` pools what LCL does "
+        "train, the mean of the normed patch tokens (`global_pool='avg', fc_norm=False`; without a classifier). For "
+        f"dense tasks use `forward_features`, {POOLED}"
+    ),
+    # ARGUMENTS: what create_model makes the same model of
+    example=f"""\
+import timm, torch
+from PIL import Image
+from lcl.attention_pool import attention_pool, read_pool  # a file of this folder
+
+# also: timm.create_model(ARGUMENTS, checkpoint_path="{WEIGHTS}"), which has a classifier of zeros
+model = timm.create_model("local-dir:.", pretrained=True).float().eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+images = transform(Image.open("image.jpg").convert("RGB"))[None]
+with torch.no_grad():
+    mean = model(images)  # [1, width]
+    patches = model.forward_features(images)[:, 1:]  # [1, patches, width]
+    z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
+""",
+)
 
 
 def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:
@@ -72,7 +98,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     name, arguments = architecture(v)
     classifier = {key: torch.zeros(shape) for key, shape in _classifier(name, v.width).items()}
     num_classes = len(classifier["head.bias"])
-    save_parts({**_tensors(model), **classifier}, folder / "model.safetensors", dtype)
+    save_parts({**_tensors(model), **classifier}, folder / WEIGHTS, dtype)
     save_pool(model, folder, dtype)
     config = {
         "architecture": name,
@@ -98,7 +124,8 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     }
     write_json(folder / "config.json", config)
     call = ", ".join([f'"{name}"', *(f"{key}={value}" for key, value in arguments.items())])
-    write_card(folder, KIND, model.config, card, call)
+    usage = dataclasses.replace(USAGE, example=USAGE.example.replace("ARGUMENTS", call))
+    write_card(folder, usage, model.config, card)
 
 
 def features(folder: Path, size: int) -> Features:
@@ -107,7 +134,7 @@ def features(folder: Path, size: int) -> Features:
 
     with torch.device("meta"):  # no memory for initial values
         model: Any = timm.create_model(f"local-dir:{folder}")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / WEIGHTS)
     model.load_state_dict({key: t for key, t in tensors.items() if not key.startswith("head.")}, assign=True)
     model = model.float().eval()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders import Encoder, OurEncoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap
 from megatron_lcl.evaluate.sources import Blob, ImageSet
 from megatron_lcl.evaluate.workers import map_batches
@@ -34,7 +34,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if not 0 <= self.top_p <= 1 or not self.temperature > 0:
             raise UserError(
-                f"top_p = {self.top_p} and temperature = {self.temperature}; give a share from 0 (greedy) to 1, and a "
+                f"top_p = {self.top_p} and temperature = {self.temperature}; give top_p from 0 (greedy) to 1, and a "
                 "temperature above 0"
             )
 
@@ -154,18 +154,22 @@ def captioning(
     references = data.need_captions()
     decoding = decoding or Decoding()
     written = caption(encoder, data.images, decoding, prompt, batch_size, processes, progress)
-    settings = {**asdict(decoding), "prompt": prompt}
+    settings = {**asdict(decoding), "prompt": prompt, "tokenization": "13a"}
     metrics = caption_metrics(written, references, decoding.seed)
     return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
 
 
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> dict[str, Metric]:
-    """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap."""
-    require("pycocoevalcap", "captioning")
+    """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap.
+
+    Both compare the words of `tokenize`.
+    """
+    for library in ("pycocoevalcap", "sacrebleu"):
+        require(library, "captioning")
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-    pairs = [(tokenise(w), [tokenise(r) for r in several]) for w, several in zip(written, references, strict=True)]
+    pairs = list(zip(tokenize(written), map(tokenize, references), strict=True))
     cider = CiderScorer()
     for hypothesis, several in pairs:
         cider.cook_append(hypothesis, several)
@@ -187,9 +191,14 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]],
 
 
 _BLEU_RESAMPLES = 200
-_WORD = re.compile(r"\w+(?:['’]\w+)?")
 
 
-def tokenise(text: str) -> str:
-    """Lower-case words, no punctuation, a space between; in place of the Penn Treebank tokenizer, which needs Java."""
-    return " ".join(_WORD.findall(text.lower()))
+def tokenize(texts: Sequence[str]) -> list[str]:
+    """Lower-case words with a space between: mteval's 13a tokenization by sacrebleu, without punctuation.
+
+    In place of the Penn Treebank tokenizer of the COCO script, which needs Java and drops punctuation, too.
+    """
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    split = Tokenizer13a()
+    return [" ".join(w for w in split(text.lower()).split() if any(c.isalnum() for c in w)) for text in texts]

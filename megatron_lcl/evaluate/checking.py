@@ -62,8 +62,8 @@ def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
         named = "; ".join(f"{b.name} ({b.reason})" for b in bad[:NAMED])
         more = f"; and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
         raise UserError(
-            f"{len(bad):,} of the {len(data):,} images of {data.name} cannot be used: {named}{more}. Mend or remove "
-            "them, or leave them out and have them counted: --skip-bad-images"
+            f"{len(bad):,} of the {len(data):,} images of {data.name} cannot be used: {named}{more}. Repair or remove "
+            "them, or have them skipped and counted: --skip-bad-images"
         )
     kept = np.delete(np.arange(len(data)), [b.index for b in bad])
     if not len(kept):

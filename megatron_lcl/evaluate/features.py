@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders import Encoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.evaluate.workers import load, map_batches
 

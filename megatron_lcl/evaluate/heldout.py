@@ -5,19 +5,18 @@ image's latent z against the context features of all held-out pairs; the true on
 `<soi>`. And the other way round: given the text before an image, find it among all held-out images, and among those of
 its own document.
 
-Every data-parallel replica reads and computes a share of the corpus, and ranks its own pairs against everybody's, so
-during training nobody waits for one process to evaluate.
+Every data-parallel replica reads and computes a part of the corpus, and ranks its own pairs against all replicas', so
+during training no process waits for another to evaluate.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -27,95 +26,38 @@ from tqdm import tqdm
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
-from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.pack_index import SequentialIndex
 from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.results import Metric, Result, bootstrap, write_picture
+from megatron_lcl.evaluate.heldout_results import (
+    CONTEXT_CHARACTERS,
+    PICTURE,
+    Example,
+    HeldOut,
+    Pair,
+    as_result,
+    table,
+    with_recalls,
+    write_heldout,
+)
+from megatron_lcl.evaluate.results import write_picture
+from megatron_lcl.evaluate.retrieval import rank_own
 from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
-RESULT, EXAMPLES, PICTURE = "heldout.json", "heldout_examples.json", "heldout.png"
-CONTEXT_CHARACTERS = 400
-_ROWS = 1024
-"""of a similarity matrix at a time"""
 _TOKENS = 4096
-"""token places of a forward pass outside of a run"""
+"""token slots of a forward pass outside of a run"""
 
 TASKS: tuple[EvaluationTask, ...] = get_args(EvaluationTask)
 
 Forward = Callable[[Sequence[PackedBatch] | None, int], Sequence[tuple[PackedBatch, Outputs | None]]]
 """`forward(read, num)`: what the model makes of `num` micro-batches, on every process of the replica. `read`: the
 micro-batches, on the process that reads for its replica, else None. Outputs are on the last pipeline stage only."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One image of the held-out corpus and the text before it in its sequence."""
-
-    document: int
-    shard: int
-    image: int
-    context: str
-    """the end of it, at most CONTEXT_CHARACTERS; a line end where another image stands"""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A pair with the contexts that the model finds nearest to its image."""
-
-    pair: Pair
-    rank: int
-    """place of the true context, 1 is best"""
-    nearest: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What was measured; None: not measured. Recalls are shares of the pairs; `chance` is what a random order gives."""
-
-    corpus: str
-    documents: int
-    pairs: int
-    targets: int
-    images: int = 0
-    """that the documents have and that decode; those without a text before them are no pair"""
-    bad_images: tuple[str, ...] = ()
-    """names and reasons of those that do not decode, which are left out (on the processes that read)"""
-    rules: dict[str, Any] = field(default_factory=dict)
-    """see `heldout_rules`; results from before there were any have none"""
-    step: int | None = None
-    """steps that the model was trained for, where that is known"""
-    image_to_context_recall_at_1: float | None = None
-    image_to_context_recall_at_10: float | None = None
-    context_to_image_recall_at_1: float | None = None
-    context_to_image_recall_at_10: float | None = None
-    chance_at_1: float | None = None
-    chance_at_10: float | None = None
-    median_rank: float | None = None
-    """of the true context"""
-    pairs_with_rivals: int = 0
-    """pairs whose document has another image to be mistaken for"""
-    image_in_document_recall_at_1: float | None = None
-    """given the context, the image among those of its document; of the pairs with rivals"""
-    chance_in_document: float | None = None
-    contrastive_loss: float | None = None
-    """nats, over all held-out pairs at once"""
-    bits_per_token: float | None = None
-    """mean negative log2-likelihood of the targets (text tokens, `<soi>`, `<eot>`)"""
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % bootstrap intervals of the recalls, over pairs"""
-
-    def numbers(self) -> dict[str, float]:
-        """What was measured, by name, without the counts."""
-        skipped = ("documents", "pairs", "targets", "images", "step", "pairs_with_rivals")
-        values = {name: value for name, value in asdict(self).items() if name not in skipped}
-        return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = None) -> str:
@@ -173,12 +115,16 @@ class HeldOutEvaluation:
     ) -> None:
         """Every process calls it.
 
-        tasks: what to measure; none: what the run's objective trains. tokens: token places of a forward pass, where
+        tasks: what to measure; none: what the run's objective trains. tokens: token slots of a forward pass, where
         a pack is not larger; at_once: micro-batches that `forward` gets together, always so many (a pipeline wants
         it; what the corpus lacks is padding). Neither changes the numbers.
         """
-        self.corpus, self.mesh, self.forward, self.at_once = str(corpus), mesh, forward, at_once
-        self.tasks, self.rules = check_tasks(config, tasks), heldout_rules(config.model)
+        self.corpus = str(corpus)
+        self.mesh = mesh
+        self.forward = forward
+        self.at_once = at_once
+        self.tasks = check_tasks(config, tasks)
+        self.rules = heldout_rules(config.model)
         self.micro_batch = max(1, tokens // self.rules["sequence_tokens"])
         """packs of a forward pass"""
         self.packs = _Packs(config, self.corpus, mesh.data, self.micro_batch, at_once) if mesh.loads_data else None
@@ -199,7 +145,7 @@ class HeldOutEvaluation:
             raise UserError(
                 f"{self.corpus} has no document that the rules of evaluation leave; nothing can be measured"
             )
-        own = _Share()
+        own = _ReplicaOutputs()
         origins: list[_Origin] = []
         bad: list[str] = []
         batches = iter(packs.loader if packs else ())
@@ -227,16 +173,16 @@ class HeldOutEvaluation:
         if packs:
             result = replace(result, bad_images=tuple(itertools.chain.from_iterable(mesh.data.gather_objects(bad))))
         if not result.pairs and not result.targets:
-            left_out = f" ({len(result.bad_images)} of its images do not decode)" if result.bad_images else ""
+            undecodable = f" ({len(result.bad_images)} of its images do not decode)" if result.bad_images else ""
             raise UserError(
-                f"{self.corpus} has nothing for {' and '.join(self.tasks)}{left_out}; there is nothing to evaluate"
+                f"{self.corpus} has nothing for {' and '.join(self.tasks)}{undecodable}; there is nothing to evaluate"
             )
         return result, self._examples(origins, picked)
 
     def _measure(
-        self, own: _Share, documents: list[int], num_examples: int, intervals: bool
+        self, own: _ReplicaOutputs, documents: list[int], num_examples: int, intervals: bool
     ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
-        """The numbers; and of some pairs their number, the place of their true context, and the nearest ones' numbers.
+        """The numbers; and of some pairs their index, the rank of their true context, and the nearest ones' indices.
 
         Called on the last pipeline stage; everything is gathered over its replicas.
         """
@@ -258,9 +204,9 @@ class HeldOutEvaluation:
         images, texts = _gather(image, sizes, data), _gather(text, sizes, data)
         own_documents = torch.tensor(documents, dtype=torch.int64, device=device)
         all_documents = _gather(own_documents, sizes, data)
-        forward, image_loss = places(image, texts, offset, own.scale)
-        backward, text_loss = places(text, images, offset, own.scale)
-        among, _ = places(text, images, offset, own.scale, (own_documents, all_documents))
+        forward, image_loss = rank_own(image, texts, offset, own.scale)
+        backward, text_loss = rank_own(text, images, offset, own.scale)
+        among, _ = rank_own(text, images, offset, own.scale, (own_documents, all_documents))
         rivals = all_documents.bincount()[own_documents]
         rows = torch.stack([*(x.double() for x in (forward, backward, among, rivals)), image_loss + text_loss], 1)
         rows_N = _gather(rows, sizes, data).cpu()
@@ -268,9 +214,9 @@ class HeldOutEvaluation:
         quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
         chosen = [i for i in order[quantiles].tolist() if offset <= i < offset + len(image)]
         nearest = [(i, (image[i - offset] @ texts.t()).topk(min(3, num_pairs)).indices.tolist()) for i in chosen]
-        told = itertools.chain.from_iterable(data.gather_objects(nearest))
-        picked = sorted(((i, int(rows_N[i, 0]), near) for i, near in told), key=lambda pick: (pick[1], pick[0]))
-        return _with_recalls(result, rows_N.numpy(), intervals), picked
+        gathered = itertools.chain.from_iterable(data.gather_objects(nearest))
+        picked = sorted(((i, int(rows_N[i, 0]), near) for i, near in gathered), key=lambda pick: (pick[1], pick[0]))
+        return with_recalls(result, rows_N.numpy(), intervals), picked
 
     def _examples(self, origins: list[_Origin], picked: list[tuple[int, int, list[int]]]) -> list[Example]:
         """Examples at evenly spaced quantiles of the rank, best first: neither the best nor the worst alone."""
@@ -280,8 +226,8 @@ class HeldOutEvaluation:
         offset = sum(data.gather_objects(len(origins))[: data.rank])
         needed = {i for i, _, near in picked for i in (i, *near)}
         own = {i: self.packs.pair(origins[i - offset]) for i in needed if offset <= i < offset + len(origins)}
-        pairs = {i: pair for told in data.gather_objects(own) for i, pair in told.items()}
-        return [Example(pairs[i], place, tuple(pairs[j] for j in near)) for i, place, near in picked]
+        pairs = {i: pair for theirs in data.gather_objects(own) for i, pair in theirs.items()}
+        return [Example(pairs[i], rank, tuple(pairs[j] for j in near)) for i, rank, near in picked]
 
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
@@ -290,7 +236,7 @@ def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[Evalua
     for task in tasks:
         if task not in trained:
             raise UserError(
-                f"objective.name = {config.objective.name} does not train what {task} measures; leave it out"
+                f"objective.name = {config.objective.name} does not train what {task} measures; remove that task"
             )
     return tuple(task for task in TASKS if task in (tasks or trained))
 
@@ -306,7 +252,7 @@ class _Origin:
 
 
 class _Packs:
-    """This replica's share of a held-out corpus, and where each pair came from."""
+    """This replica's part of a held-out corpus, and where each pair came from."""
 
     def __init__(
         self,
@@ -338,12 +284,12 @@ class _Packs:
     def origins(self, batch: PackedBatch) -> Iterator[_Origin]:
         """Of the batch's pairs, in the order of their slots."""
         tokens, soi = batch.tokens.numpy(), batch.image_soi.numpy()
-        places, slots = len(tokens) // len(batch.packs), self.loader.images_per_pack
+        pack_tokens, slots = len(tokens) // len(batch.packs), self.loader.images_per_pack
         for b, pack in enumerate(batch.packs):
             images = ((origin, image) for origin in self.loader.provenance(pack) for image in origin.images)
             for origin, image in sorted(images, key=lambda both: both[1].slot):
                 if soi[b * slots + image.slot] >= 0:
-                    before = tokens[b * places + origin.start : b * places + image.soi]
+                    before = tokens[b * pack_tokens + origin.start : b * pack_tokens + image.soi]
                     read = (before < self._tokenizer.sot) | (before == self._tokenizer.soi)
                     text = before[read][-CONTEXT_CHARACTERS:]
                     yield _Origin(int(origin.document), int(image.shard), int(image.image), text.copy())
@@ -359,14 +305,14 @@ class _Packs:
 def _slots_in_use(batch: PackedBatch, with_targets: bool) -> PackedBatch:
     """The batch without its empty image slots; a pack has as many as could fit a sequence, and most stay empty."""
     used = batch.image_valid.nonzero()[:, 0]
-    if not len(used):  # one at least: a stage wants rows
+    if not len(used):  # one at least: a pipeline stage sends rows
         used = torch.zeros(1, dtype=torch.int64)
     slots = {name: getattr(batch, name)[used] for name in ("images", "image_start", "image_soi", "image_valid")}
     return replace(batch, **slots, num_targets=batch.num_targets if with_targets else 0)
 
 
-class _Share:
-    """What the model made of this replica's share."""
+class _ReplicaOutputs:
+    """What the model made of this replica's part of the corpus."""
 
     def __init__(self) -> None:
         self.features: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -395,64 +341,6 @@ class _Share:
         return torch.cat(image), torch.cat(text)
 
 
-def places(
-    queries_nD: torch.Tensor,
-    candidates_ND: torch.Tensor,
-    offset: int = 0,
-    scale: float = 1.0,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Place [n] of each query's own candidate, number offset + i, 1 is best; and the cross-entropy [n] of finding it.
-
-    A tie counts against it, and so does NaN: a model that says nothing must not look good. The cross-entropy is that of
-    a softmax of `scale` times the inner products, nats. groups: of queries [n] and candidates [N]; only candidates of
-    the query's group count for the place.
-    """
-    ranks, losses = [], []
-    for low in range(0, len(queries_nD), _ROWS):
-        similarity = queries_nD[low : low + _ROWS] @ candidates_ND.t()
-        own = similarity.gather(1, torch.arange(len(similarity), device=similarity.device)[:, None] + low + offset)
-        better = ~(similarity < own)
-        if groups is not None:
-            better &= groups[0][low : low + _ROWS, None] == groups[1]
-        ranks.append(better.sum(1))
-        losses.append(((scale * similarity).logsumexp(1) - scale * own[:, 0]).double())
-    none = queries_nD.new_zeros(0, dtype=torch.int64)
-    return torch.cat([none, *ranks]), torch.cat([none.double(), *losses])
-
-
-def recall(places: np.ndarray | torch.Tensor, k: int) -> float:
-    """Share of places that are k or better."""
-    return float((torch.as_tensor(places) <= k).double().mean())
-
-
-def _with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
-    """`rows` [N, 5]: place of the context, of the image, of the image in its document; the document's pairs; loss."""
-    forward, backward, among, rivals, loss = rows.T
-    n, rivalled = len(rows), rivals > 1
-    hits = {
-        "image_to_context_recall_at_1": forward <= 1,
-        "image_to_context_recall_at_10": forward <= 10,
-        "context_to_image_recall_at_1": backward <= 1,
-        "context_to_image_recall_at_10": backward <= 10,
-    }
-    if rivalled.any():
-        hits["image_in_document_recall_at_1"] = among[rivalled] <= 1
-    bounds = {name: bootstrap(hit) for name, hit in hits.items()} if intervals else {}
-    return replace(
-        result,
-        pairs=n,
-        chance_at_1=min(1.0, 1 / n),
-        chance_at_10=min(1.0, 10 / n),
-        median_rank=float(np.median(forward)),
-        pairs_with_rivals=int(rivalled.sum()),
-        chance_in_document=float((1 / rivals[rivalled]).mean()) if rivalled.any() else None,
-        contrastive_loss=float(loss.mean()) / 2,
-        intervals={name: (metric.low, metric.high) for name, metric in bounds.items()},
-        **{name: float(hit.mean()) for name, hit in hits.items()},  # type: ignore[arg-type]
-    )
-
-
 def _gather(rows: torch.Tensor, sizes: Sequence[int], axis: Axis) -> torch.Tensor:
     """Every process's rows, in the order of the axis; `sizes`: how many each has."""
     if axis.group is None:
@@ -462,48 +350,3 @@ def _gather(rows: torch.Tensor, sizes: Sequence[int], axis: Axis) -> torch.Tenso
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=axis.group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> None:
-    """The numbers and the examples as two JSON files in `folder`, for the report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
-    replace_text(folder / EXAMPLES, json.dumps([asdict(e) for e in examples]) + "\n")
-
-
-_RECALLS = (
-    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1"),
-    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10"),
-    ("context → image recall@1", "context_to_image_recall_at_1", "chance_at_1"),
-    ("context → image recall@10", "context_to_image_recall_at_10", "chance_at_10"),
-    ("… in its document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
-)
-
-
-def as_result(result: HeldOut, encoder: str) -> Result:
-    """The recalls as a `Result`, for the picture."""
-    metrics = {}
-    for title, name, chance in _RECALLS:
-        value = getattr(result, name)
-        if value is not None:
-            low, high = result.intervals.get(name, (value, value))
-            metrics[title] = Metric(value, low, high, getattr(result, chance))
-    return Result("held-out documents", encoder, result.corpus, result.pairs, metrics)
-
-
-def table(result: HeldOut) -> str:
-    """The numbers for a terminal."""
-    rows = [("documents, images, pairs", f"{result.documents}, {result.images}, {result.pairs}")]
-    if result.bad_images:
-        first = "; ".join(result.bad_images[:3]) + ("; …" if len(result.bad_images) > 3 else "")
-        rows.append(("images left out", f"{len(result.bad_images)} do not decode: {first}"))
-    for title, metric in as_result(result, "").metrics.items():
-        assert metric.chance is not None
-        between = f"   ({metric.low:.1%} to {metric.high:.1%})" if result.intervals else ""
-        times = metric.value / metric.chance
-        rows.append((title, f"{metric.value:6.1%}   chance {metric.chance:5.1%}   {times:4.1f} times chance{between}"))
-    if result.median_rank is not None:
-        rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
-    if result.bits_per_token is not None:
-        rows.append(("generation", f"{result.bits_per_token:.3f} bits a token over {result.targets} targets"))
-    return "\n".join(f"{name:28}{value}" for name, value in rows)

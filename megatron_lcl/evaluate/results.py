@@ -15,6 +15,8 @@ from megatron_lcl.convert.card import Measured
 from megatron_lcl.data.corpus.files import replace_bytes, replace_text
 from megatron_lcl.errors import UserError
 
+RESULTS = "results.json"
+"""file of an evaluation's folder that `read_measured` reads"""
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 
@@ -74,7 +76,7 @@ def table(results: Sequence[Result]) -> str:
         for name, m in result.metrics.items():
             chance = "" if m.chance is None else f"{m.chance:.4f}"
             interval = f"{m.low:.4f} – {m.high:.4f}"
-            items = f"{result.num_items} ({result.num_bad} bad left out)" if result.num_bad else str(result.num_items)
+            items = f"{result.num_items} ({result.num_bad} bad skipped)" if result.num_bad else str(result.num_items)
             rows.append((result.task, result.encoder, name, f"{m.value:.4f}", interval, chance, items))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -87,7 +89,7 @@ def write_json(results: Sequence[Result], path: str | Path) -> None:
 
 
 def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
-    """What a results.json says of the encoder with this fingerprint, for a model card. UserError if it is nothing."""
+    """What such a file says of the encoder with this fingerprint, for a model card. UserError if it is nothing."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [
@@ -98,15 +100,15 @@ def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
         ]
         others = sorted({str(entry["encoder"]) for entry in entries})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a results.json of `evaluate`: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not a {RESULTS} of `evaluate`: {type(error).__name__} {error}") from None
     if not found:
         raise UserError(f"{path} has no results of these weights; it has some of {', '.join(others) or 'nothing'}")
     return found
 
 
-def _short(place: str) -> str:
+def _short(path: str) -> str:
     """A data set's name without the folders that it lies in, but for the split's."""
-    parts = Path(place).parts
+    parts = Path(path).parts
     return "/".join(parts[-2:] if parts[-1] in ("train", "val", "validation", "test") else parts[-1:])
 
 
@@ -129,8 +131,8 @@ def write_picture(results: Sequence[Result], path: str | Path) -> None:
         metrics = list(dict.fromkeys(name for _, name, _ in bars))
         bars.sort(key=lambda bar: metrics.index(bar[1]))  # what is compared stands together
         for y, (encoder, _, m) in enumerate(bars):
-            colour = f"C{encoders.index(encoder)}"
-            panel.barh(y, m.value, color=colour, xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]])
+            color = f"C{encoders.index(encoder)}"
+            panel.barh(y, m.value, color=color, xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]])
             panel.text(m.high, y, f"  {m.value:.3f}", va="center", fontsize=8)
             if m.chance is not None:
                 panel.plot([m.chance, m.chance], [y - 0.4, y + 0.4], color="black", linestyle=":")

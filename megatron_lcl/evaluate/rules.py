@@ -49,7 +49,7 @@ def heldout_rules(model: Model) -> dict[str, Any]:
 def heldout_data(config: Config, corpus: str) -> Data:
     """The `data` section of an evaluation on `corpus`: the rules; of the run's, where it caches and its workers.
 
-    Images that do not decode are left out and counted, however many they are.
+    Images that do not decode are skipped and counted, however many they are.
     """
     rules = heldout_rules(config.model)
     return Data(

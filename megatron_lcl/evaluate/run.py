@@ -14,13 +14,16 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding, captioning
 from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad
-from megatron_lcl.evaluate.encoders import Encoder, EncoderSource, OurEncoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.encoders.load import EncoderSource
 from megatron_lcl.evaluate.features import Kind, default_cache, image_features
 from megatron_lcl.evaluate.knn import knn, same_classes
 from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, linear_probe
-from megatron_lcl.evaluate.results import Result, table, write_json, write_picture
+from megatron_lcl.evaluate.results import RESULTS, Result, table, write_json, write_picture
+from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.sources import ImageSet, open_images
-from megatron_lcl.evaluate.zero_shot import retrieval, zero_shot
+from megatron_lcl.evaluate.zero_shot import zero_shot
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
 _NEED_TRAINING = frozenset({"knn", "linear-probe", "attentive-probe"})
@@ -57,7 +60,7 @@ def evaluate(
     in one line, for data or models that do not fit the tasks.
 
     All images are checked before any is encoded. UserError naming those that do not decode; or, with
-    `skip_bad_images`, they are left out, counted in the results, and named in the file bad_images.txt of `output`.
+    `skip_bad_images`, they are skipped, counted in the results, and named in the file bad_images.txt of `output`.
     """
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
@@ -77,7 +80,7 @@ def evaluate(
             )
         train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
         same_classes(train, test)
-        _check_neighbours(k, train, tasks)
+        _check_neighbors(k, train, tasks)
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
@@ -96,7 +99,7 @@ def evaluate(
             test = without_bad(test, bad[0], skip_bad_images)
             if train is not None:
                 train = without_bad(train, bad[1], skip_bad_images)
-                _check_neighbours(k, train, tasks)
+                _check_neighbors(k, train, tasks)
 
         def features(of: ImageSet, kind: Kind = "pooled", encoder: Encoder = encoder) -> np.ndarray:
             return image_features(encoder, of.images, kind, cache, batch_size, processes, progress)
@@ -121,7 +124,7 @@ def evaluate(
     return results
 
 
-def _check_neighbours(k: int, train: ImageSet, tasks: Sequence[str]) -> None:
+def _check_neighbors(k: int, train: ImageSet, tasks: Sequence[str]) -> None:
     if k > len(train) and "knn" in tasks:
         raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
 
@@ -176,7 +179,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     if bad:
         replace_text(folder / "bad_images.txt", "".join(f"{b.name}: {b.reason}\n" for b in bad))
-    write_json(results, folder / "results.json")
+    write_json(results, folder / RESULTS)
     replace_text(folder / "results.txt", table(results) + "\n")
     write_picture(results, folder / "results.png")
     if written:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders import Encoder, EncoderSource
+from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
 from megatron_lcl.parallel.cores import num_cores
 
@@ -35,7 +35,7 @@ def map_batches(
 ) -> list[T]:
     """`work` on every batch of the images, results in order. The batches do not depend on the number of processes.
 
-    With `processes` > 1 each makes its own encoder by `encoder.source` and has an equal share of the cores; `work`
+    With `processes` > 1 each makes its own encoder by `encoder.source` and has an equal number of the cores; `work`
     must pickle. Raises UserError naming an image that does not decode.
     """
     bar = tqdm(total=len(images), unit="images", desc=desc, disable=not progress)
@@ -43,7 +43,7 @@ def map_batches(
     with bar:
         if processes <= 1:
             results = []
-            for done, result in _share(encoder, images, work, batch_size, 0, num_cores()):
+            for done, result in _run_part(encoder, images, work, batch_size, 0, num_cores()):
                 results.append(result)
                 bar.update(done)
             return results
@@ -52,7 +52,7 @@ def map_batches(
 
 
 def _in_processes(
-    source: EncoderSource, images: Sequence[Blob], work: Work[T], batch_size: int, processes: int, bar: tqdm
+    source: Callable[[int], Encoder], images: Sequence[Blob], work: Work[T], batch_size: int, processes: int, bar: tqdm
 ) -> list[T]:
     batches = -(-len(images) // batch_size)
     bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
@@ -72,12 +72,12 @@ def _in_processes(
                 for job in finished:
                     job.result()
         finally:
-            stop.set()  # the others need not go on after an error
+            stop.set()  # after an error the others need not go on
         return [result for job in jobs for result in job.result()]
 
 
 def _process(
-    source: EncoderSource,
+    source: Callable[[int], Encoder],
     number: int,
     processes: int,
     images: Sequence[Blob],
@@ -90,7 +90,7 @@ def _process(
     threads = max(1, num_cores() // processes)
     torch.set_num_threads(threads)
     results = []
-    for count, result in _share(source(number), images, work, batch_size, start, threads):
+    for count, result in _run_part(source(number), images, work, batch_size, start, threads):
         results.append(result)
         done.put(count)
         if stop.is_set():
@@ -98,7 +98,7 @@ def _process(
     return results
 
 
-def _share(
+def _run_part(
     encoder: Encoder, images: Sequence[Blob], work: Work[T], batch_size: int, start: int, threads: int
 ) -> Iterator[tuple[int, T]]:
     """(images done, result) of each batch; images are decoded ahead by threads."""

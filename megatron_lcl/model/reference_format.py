@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,86 @@ def model_config(config: Mapping[str, Any]) -> Model:
                 "the special tokens are the vocabulary's last five ids"
             )
     return model
+
+
+def open_clip_config(model: Model) -> dict[str, Any]:
+    """Sizes as in the reference's `model_configs/*.json`; the inverse of `model_config`."""
+    v, t = model.vision, model.language
+    return {
+        "embed_dim": t.width,
+        "vision_cfg": {
+            "image_size": v.image_size,
+            "layers": v.layers,
+            "width": v.width,
+            "head_width": v.width // v.heads,
+            "patch_size": v.patch_size,
+            "mlp_ratio": mlp_ratio(v.mlp_width, v.width),
+        },
+        "text_cfg": {
+            "context_length": t.context_length,
+            "vocab_size": t.vocab_size,
+            "width": t.width,
+            "heads": t.heads,
+            "layers": t.layers,
+            "mlp_ratio": mlp_ratio(t.mlp_width, t.width),
+        },
+        "pool_project_cfg": {
+            "pool_proj_type": "attn",
+            "input_dim": v.width,
+            "output_dim": t.width,
+            "attn_num_heads": model.pool_heads,
+        },
+    }
+
+
+def published_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Sizes of a published LCL ViT-B checkpoint, from its shapes.
+
+    Shapes do not tell the numbers of heads; the published models (ViT-B/32 and B/16, CLIP's vocabulary) have heads of
+    64 features throughout, the pool's included.
+    """
+    vision, text = "visual.transformer.resblocks.", "text.transformer.resblocks."
+    try:
+        num_positions, vision_width = state["visual.positional_embedding"].shape
+        patch = state["visual.conv1.weight"].shape[-1]
+        context, width = state["text.positional_embedding"].shape
+        vocab = state["text.token_embedding.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: it lacks {error}") from None
+    except (ValueError, IndexError):  # of other dimensions
+        raise UserError(f"{path} is not an LCL checkpoint in open_clip's format: its shapes are others'") from None
+    if (vision_width, vocab) != (768, 49411) or width not in (512, 768):
+        raise UserError(
+            f"{path} has widths {vision_width} and {width} and {vocab} token ids, unlike the published models, and "
+            "shapes do not tell the numbers of heads; pass its model config (config=…, --model-config FILE.json)"
+        )
+    return {
+        "embed_dim": width,
+        "vision_cfg": {
+            "image_size": math.isqrt(num_positions - 1) * patch,
+            "layers": _count_blocks(state, vision),
+            "width": vision_width,
+            "patch_size": patch,
+        },
+        "text_cfg": {
+            "context_length": context,
+            "vocab_size": vocab,
+            "width": width,
+            "heads": width // 64,
+            "layers": _count_blocks(state, text),
+        },
+        "pool_project_cfg": {"pool_proj_type": "attn", "attn_num_heads": width // 64},
+    }
+
+
+def _count_blocks(state: Mapping[str, torch.Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """A ratio that gives `hidden` back by open_clip's and timm's int(width * ratio)."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

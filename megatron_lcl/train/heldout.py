@@ -12,7 +12,8 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks, write_heldout
+from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
+from megatron_lcl.evaluate.heldout_results import write_heldout
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches

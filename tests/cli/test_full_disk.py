@@ -21,13 +21,13 @@ from data.writers import picture, write_jsonl
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, load, to_yaml
 from megatron_lcl.convert.export import save_checkpoint
-from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare import gimp
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
-from megatron_lcl.evaluate.heldout import Example, HeldOut, Pair, write_heldout
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
+from megatron_lcl.model.reference_format import open_clip_config
 
 FREE = 4 << 10
 SIZES = "image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64"

@@ -14,6 +14,7 @@ import torch
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl.convert import hf
 from megatron_lcl.convert.card import Card, Measured, write_card
 from megatron_lcl.convert.export import export_model
 
@@ -78,7 +79,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     card = card_of(checkpoint)
     task = "held-out documents"
     assert card.metrics == (Measured(task, "manual", "pairs", 7), Measured(task, "manual", "chance at 10", 0.25))
-    assert "licence GFDL" in card.datasets[0]
+    assert "license GFDL" in card.datasets[0]
     assert "documents 1,234" in card.datasets[0]
     assert "elsewhere" in card.datasets[1]
     (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "step": 9}))  # of an earlier checkpoint
@@ -90,7 +91,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
 
 
 def to_text(card: Card, folder: Path) -> str:
-    write_card(folder, "hf", TINY, card)
+    write_card(folder, hf.USAGE, TINY, card)
     return (folder / "README.md").read_text()
 
 
@@ -125,7 +126,7 @@ def test_results_of_an_evaluation_reach_the_card(
     from megatron_lcl.cli import main
     from megatron_lcl.config import Config
     from megatron_lcl.convert.export import save_checkpoint
-    from megatron_lcl.evaluate.encoders import load_encoder
+    from megatron_lcl.evaluate.encoders.load import load_encoder
     from megatron_lcl.evaluate.results import Metric, Result, write_json
 
     checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"

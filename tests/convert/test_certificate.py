@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_lcl import LCL
-from megatron_lcl.convert import export, hf, openclip, timm
+from megatron_lcl.convert import export, hf, open_clip, timm
 from megatron_lcl.convert.certificate import compare
 from megatron_lcl.convert.export import export_model
 
-FORMATS = {"hf": (hf, "transformers"), "timm": (timm, "timm"), "open_clip": (openclip, "open_clip")}
+FORMATS = {"hf": (hf, "transformers"), "timm": (timm, "timm"), "open_clip": (open_clip, "open_clip")}
 
 
 @pytest.mark.parametrize("format", FORMATS)

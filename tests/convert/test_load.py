@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lcl import LCL, load_model
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
-from megatron_lcl.convert.load import _published_config, open_clip_config
-from megatron_lcl.model.reference_format import model_config
+from megatron_lcl.model.reference_format import model_config, open_clip_config, published_config
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def ours(model: LCL, tmp_path: Path) -> Path:
 
 
 def same(a: LCL, b: LCL) -> bool:
-    theirs = dict(b.stages.named_parameters())
-    pairs = [(value, theirs.pop(name)) for name, value in a.stages.named_parameters()]
+    theirs = dict(b.layers.named_parameters())
+    pairs = [(value, theirs.pop(name)) for name, value in a.layers.named_parameters()]
     return not theirs and a.config == b.config and all(torch.equal(x, y) and y.requires_grad for x, y in pairs)
 
 
@@ -99,7 +98,7 @@ def test_reference_file(shared: Path, tmp_path: Path) -> None:
 def test_published_checkpoints_need_no_config(shared: Path, tmp_path: Path, name: str, heads: int) -> None:
     shapes = json.loads((shared / "reference" / f"{name}.shapes.json").read_text())
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    config = model_config(_published_config(tmp_path / "x.pt", state))
+    config = model_config(published_config(tmp_path / "x.pt", state))
     patch = 16 if "16" in name else 32
     context = shapes["text.positional_embedding"][0]
     text = Language(context, 49411, 64 * heads, 12, heads, 256 * heads)

@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_lcl import LCL
 from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.resolution import at_image_size
-from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.evaluate.encoders.load import load_encoder
 
 
 def test_against_timm(model: LCL) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.evaluate.encoders import Encoder, Features
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -17,7 +17,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.convert.card import card_of
 from megatron_lcl.convert.load import find_checkpoint, read_config
 from megatron_lcl.evaluate.heldout import evaluate_heldout
-from megatron_lcl.report import write_report
+from megatron_lcl.report.page import write_report
 
 CONFIG = """
 model:
@@ -86,7 +86,7 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     assert recorded["bad_images"] == list(result.bad_images)
     page = write_report(run).read_text(encoding="utf-8")  # nobody tells it the corpus
     assert "Rules of evaluation, version 1." in page
-    assert "2 images did not decode and are left out" in page
+    assert "2 images did not decode and were skipped" in page
     assert page.count('alt="held-out image of document') == len(examples)
     old = {name: value for name, value in recorded.items() if name not in ("rules", "images", "bad_images")}
     (run / "heldout.json").write_text(json.dumps(old))  # as an earlier version wrote it

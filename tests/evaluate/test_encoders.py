@@ -17,7 +17,8 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megatron_lcl.evaluate.captioning import Decoding, caption
-from megatron_lcl.evaluate.encoders import EncoderSource, OurEncoder, load_encoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.sources import FileBlob, open_images
 from megatron_lcl.evaluate.zero_shot import zero_shot

@@ -26,28 +26,30 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import (
-    Example,
-    HeldOut,
     HeldOutEvaluation,
     check_tasks,
     evaluate_checkpoint,
     evaluate_heldout,
-    places,
-    recall,
-    table,
 )
+from megatron_lcl.evaluate.heldout_results import Example, HeldOut, table
+from megatron_lcl.evaluate.retrieval import rank_own
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 517, 32, 1, 2, 64), 2)
 
 
+def recall(ranks: torch.Tensor, k: int) -> float:
+    """Share of ranks that are k or better."""
+    return float((ranks <= k).double().mean())
+
+
 @given(st.integers(1, 12), st.integers(0, 10_000), st.integers(1, 3))
-def test_places_equal_a_count(n: int, seed: int, num_groups: int) -> None:
+def test_ranks_equal_a_count(n: int, seed: int, num_groups: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.randint(0, 5, (n, n), generator=generator).float()  # small integers: many ties
     groups = torch.randint(num_groups, (n,), generator=generator)
-    ours, losses = places(similarity, torch.eye(n), scale=0.5)
-    among, _ = places(similarity, torch.eye(n), scale=0.5, groups=(groups, groups))
+    ours, losses = rank_own(similarity, torch.eye(n), scale=0.5)
+    among, _ = rank_own(similarity, torch.eye(n), scale=0.5, groups=(groups, groups))
     for i in range(n):
         rivals = [j for j in range(n) if j != i and similarity[i, j] >= similarity[i, i]]
         assert ours[i] == 1 + len(rivals)
@@ -60,7 +62,7 @@ def test_recall_of_perfect_reversed_constant_and_broken_similarities() -> None:
     n = 20
 
     def share(similarity: torch.Tensor, k: int) -> float:
-        return recall(places(similarity, torch.eye(n))[0], k)
+        return recall(rank_own(similarity, torch.eye(n))[0], k)
 
     assert share(torch.eye(n), 1) == 1.0
     assert share(-torch.eye(n), 10) == 0.0
@@ -72,7 +74,7 @@ def test_recall_of_perfect_reversed_constant_and_broken_similarities() -> None:
 def test_recall_of_random_similarities_is_chance() -> None:
     n = 2000
     similarity = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
-    assert abs(recall(places(similarity, torch.eye(n))[0], 100) - 100 / n) < 0.015
+    assert abs(recall(rank_own(similarity, torch.eye(n))[0], 100) - 100 / n) < 0.015
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,9 @@ def over_processes(rank: int, folder: Path) -> list[tuple[HeldOut, list[Example]
     try:
         replicas = Mesh.of_world()
         alone = Axis(ranks=(rank,))
-        pipeline = Mesh(replicas.world, data=alone, pipeline=replicas.world, replica=replicas.world, stage=alone)
+        pipeline = Mesh(
+            replicas.world, data=alone, pipeline=replicas.world, model_parallel=replicas.world, data_tensor=alone
+        )
         return [_evaluate(folder, mesh) for mesh in (replicas, pipeline)]
     finally:
         dist.destroy_process_group()

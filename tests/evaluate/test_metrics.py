@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torchmetrics.retrieval import RetrievalHitRate
 
-from megatron_lcl.evaluate.encoders import Encoder
+from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.knn import knn, knn_predict
 from megatron_lcl.evaluate.probes import (
     AttentiveProbe,
@@ -30,8 +30,9 @@ from megatron_lcl.evaluate.probes import (
     linear_probe,
 )
 from megatron_lcl.evaluate.results import bootstrap
+from megatron_lcl.evaluate.retrieval import chance_of_hit, retrieval, retrieval_ranks
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
-from megatron_lcl.evaluate.zero_shot import chance_of_hit, retrieval, retrieval_ranks, zero_shot
+from megatron_lcl.evaluate.zero_shot import zero_shot
 
 Digits = tuple[np.ndarray, np.ndarray]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

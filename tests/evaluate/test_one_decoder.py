@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
-from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.model.layers import normalize
 
 SIZE = 32

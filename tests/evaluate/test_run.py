@@ -21,7 +21,7 @@ from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.captioning import Decoding
 from megatron_lcl.evaluate.checking import find_bad, without_bad
-from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.probes import AttentiveSettings
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.sources import open_images
@@ -208,7 +208,7 @@ def test_all_bad_images_are_found_before_any_is_encoded(
 
     assert main([*command, "--task", "knn", "--task", "linear-probe", "--skip-bad-images"]) == 0
     table = capsys.readouterr().out
-    assert "200 (3 bad left out)" in table
+    assert "200 (3 bad skipped)" in table
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {(r["num_items"], r["num_bad"], r["settings"]["bad train images"]) for r in results} == {(200, 3, 1)}
     named = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()

@@ -14,8 +14,9 @@ from PIL import Image
 
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
+from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.sources import ImageSet, open_images
-from megatron_lcl.evaluate.zero_shot import retrieval, zero_shot
+from megatron_lcl.evaluate.zero_shot import zero_shot
 
 
 def pixels(data: ImageSet, i: int) -> np.ndarray:

@@ -18,11 +18,10 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.export import import_checkpoint, save_checkpoint
-from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.convert.resolution import at_image_size
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import pack_padded
-from megatron_lcl.model.reference_format import model_config
+from megatron_lcl.model.reference_format import model_config, open_clip_config
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.checkpoint.folder import choose
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights

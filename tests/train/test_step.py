@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from megatron_lcl import LCL, from_open_clip
 from megatron_lcl import config as configs
-from megatron_lcl.convert.load import open_clip_config
 from megatron_lcl.model.lcl import pack_padded
+from megatron_lcl.model.reference_format import open_clip_config
 
 OFFLOADED = {"device": "cpu"}
 

@@ -20,7 +20,7 @@ from megatron_lcl import load_model
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.report import write_report
+from megatron_lcl.report.page import write_report
 from megatron_lcl.train.checkpoint import folder as checkpoint
 
 CONFIG = """

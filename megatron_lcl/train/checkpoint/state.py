@@ -7,7 +7,6 @@ is asked for is in memory.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 import xxhash
 
 from megatron_lcl.config import Model
+from megatron_lcl.convert.weights import write_safetensors
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.train.checkpoint.unpickle import load_mapped
 
@@ -84,24 +84,11 @@ class State:
         return state["step"] if "step" in state else torch.tensor(float(self.base["param_groups"][0]["step"]))
 
     def write_weights(self, path: Path) -> dict[str, Any]:
-        """All parameters, float32, as a safetensors file, one after another; its entry in the manifest.
-
-        Format: huggingface/safetensors, README: length of the header (8 bytes), header (JSON), data.
-        """
-        header, offset = {}, 0
-        for name, shape in self.shapes.items():
-            end = offset + 4 * shape.numel()
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-
-        def write(file: IO[bytes]) -> None:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in self.shapes:
-                file.write(self.whole(name, "fp32").float().contiguous().view(-1).view(torch.uint8).numpy().data)
-
-        return write_hashed(path, write)
+        """All parameters, float32, as a safetensors file, one after another; its entry in the manifest."""
+        tensors = {name: (torch.float32, shape) for name, shape in self.shapes.items()}
+        return write_hashed(
+            path, lambda file: write_safetensors(file, tensors, lambda name: [self.whole(name, "fp32")])
+        )
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[tuple[int, ...], Path]]:

@@ -15,7 +15,7 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
 from megatron_lcl.convert.certificate import check_images, our_features
 from megatron_lcl.convert.export import export
-from megatron_lcl.evaluate.encoders import load_encoder
+from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.checkpoint.folder import step_folder
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights, load_initial_weights

@@ -23,7 +23,7 @@ def test_there_and_back(model: LCL, tmp_path: Path) -> None:
     import_checkpoint("open_clip", tmp_path / "out" / "lcl.safetensors", tmp_path / "back")
     back = load_model(tmp_path / "back")
     assert back.config == model.config
-    theirs = dict(back.stages.named_parameters())
+    theirs = dict(back.layers.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in model.layers.named_parameters())
 
 

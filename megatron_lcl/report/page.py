@@ -21,12 +21,15 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.heldout import EXAMPLES, RESULT
+from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import last_ledger
 from megatron_lcl.train.telemetry import read_metrics
 
+REPORT = "report.html"
+"""the page in a run folder, and its template here"""
 MAX_THUMBNAIL = 320
+"""pixels of an example image's longer side"""
 MAX_PACKS = 16
 """of the first batch that are shown"""
 
@@ -38,9 +41,9 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     config = configs.load(run / CONFIG)
     metrics = [line for line in read_metrics(run) if "loss" in line]
     evaluation = _read_json(run / RESULT)
-    root = Path(__file__).resolve().parents[1]
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl", "."), autoescape=True)
-    page = environment.get_template("report.html").render(
+    root = Path(__file__).resolve().parents[2]
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True)
+    page = environment.get_template(REPORT).render(
         config=config,
         config_yaml=configs.to_yaml(config),
         last=metrics[-1] if metrics else None,
@@ -59,7 +62,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         checkout=_quoted(root) if (root / "launch").is_dir() else None,
         environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
     )
-    output = output or run / "report.html"
+    output = output or run / REPORT
     replace_text(output, page)
     return output
 

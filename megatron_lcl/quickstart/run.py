@@ -23,11 +23,14 @@ from megatron_lcl.data.prepare.gimp import fetch_manual
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.parallel.cores import num_cores
-from megatron_lcl.report import write_report
+from megatron_lcl.report.page import REPORT, write_report
+from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.launch import default_processes, start_local
 
 VOCAB_SIZE = 2048
+SOURCE, CORPUS, HELD_OUT, CACHE, RUN, ENCODER = "source", "corpus", "heldout", "cache", "run", "hf"
+"""folders of the output"""
 
 
 def quickstart(output: Path, html: Path | None = None, steps: int | None = None) -> int:
@@ -43,7 +46,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
     source: dict[str, str] = {}
     if html is None:
         say(1, "real documents: the GIMP manual")
-        manual = fetch_manual(output / "source")
+        manual = fetch_manual(output / SOURCE)
         html, source = manual.html, manual.source
     else:
         say(1, f"real documents: {html}")
@@ -52,9 +55,9 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
         preprocess(
             "html",
             html,
-            output / "corpus",
+            output / CORPUS,
             vocab_size=VOCAB_SIZE,
-            held_out=output / "heldout",
+            held_out=output / HELD_OUT,
             source=source,
             workers=min(2, num_cores()),
             progress=True,
@@ -62,37 +65,36 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
     )
     config = quickstart_config(output, steps)
     say(3, "train")
-    if code := _train(config, output / "config.yaml"):
+    if code := _train(config, output / CONFIG):
         return code
     say(4, "evaluate on held-out documents")
-    checkpoint = find_checkpoint(output / "run")
-    print(evaluate_checkpoint(checkpoint, output / "heldout", output / "run"))
+    run, encoder, page = output / RUN, output / ENCODER, output / REPORT
+    checkpoint = find_checkpoint(run)
+    print(evaluate_checkpoint(checkpoint, output / HELD_OUT, run))
     say(5, "export to Hugging Face")
-    certificate = export(checkpoint, "hf", output / "hf")
-    print(f"{output / 'hf'}: {summary(certificate)}")
+    certificate = export(checkpoint, "hf", encoder)
+    print(f"{encoder}: {summary(certificate)}")
     say(6, "report")
-    print(write_report(output / "run", output / "report.html"))
-    print(
-        f"\nDone in {time.monotonic() - started:.0f} s. Open {output / 'report.html'}; the encoder is {output / 'hf'}."
-    )
+    print(write_report(run, page))
+    print(f"\nDone in {time.monotonic() - started:.0f} s. Open {page}; the encoder is {encoder}.")
     return 0
 
 
 def quickstart_config(output: Path, steps: int | None) -> Config:
     """The packaged config for the corpus in `output`, also written to `output`/config.yaml."""
-    packaged = importlib.resources.files("megatron_lcl") / "quickstart.yaml"
-    corpus = output / "corpus"
+    packaged = importlib.resources.files("megatron_lcl.quickstart") / "quickstart.yaml"
+    corpus = output / CORPUS
     overrides = {
         "data.corpora": str(corpus),
-        "data.cache": str(output / "cache"),
-        "train.output": str(output / "run"),
+        "data.cache": str(output / CACHE),
+        "train.output": str(output / RUN),
         "model.language.vocab_size": str(open_corpus(corpus).tokenizer.vocab_size),
     }
     if steps is not None:
         overrides["train.steps"] = str(steps)
     with importlib.resources.as_file(packaged) as file:
         config = configs.load(file, overrides)
-    replace_text(output / "config.yaml", configs.to_yaml(config))
+    replace_text(output / CONFIG, configs.to_yaml(config))
     return config
 
 

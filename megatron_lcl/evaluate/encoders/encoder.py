@@ -1,0 +1,119 @@
+"""The interface of every image encoder, and what its features depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import nn
+
+from megatron_lcl.convert.libraries import quietly
+from megatron_lcl.errors import UserError
+
+DECODING = "decode_rgb"
+"""of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
+
+
+class Features(NamedTuple):
+    """What an encoder makes of N images, float32."""
+
+    pooled: torch.Tensor
+    """[N, D] one feature an image, not scaled"""
+    patches: torch.Tensor
+    """[N, P, V] its patch tokens, after the final norm where there is one; P = 0 for an encoder that has none"""
+
+
+class Encoder(ABC):
+    """A frozen image encoder, with a text encoder if it has one."""
+
+    source: Callable[[int], Encoder] | None = None
+    """makes the same encoder in process i of several (`load.EncoderSource`)"""
+
+    def __init__(self, name: str, module: nn.Module, device: str | torch.device = "cpu") -> None:
+        self.name = name
+        self.module = module.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def prepare(self, data: bytes) -> torch.Tensor:
+        """Encoded bytes → [3, H, W] as `encode` takes it. BadImage if they do not decode."""
+
+    @abstractmethod
+    def _encode(self, images: torch.Tensor) -> Features: ...
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> Features:
+        """[N, 3, H, W] → Features, on the CPU."""
+        pooled, patches = self._encode(images.to(self.device))
+        return Features(pooled.float().cpu(), patches.float().cpu())
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features."""
+        raise UserError(f"{self.name} has no text encoder; zero-shot classification and retrieval need one")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """XXH3 of all that decides the features: settings, the modules with their constants, the weights' bytes."""
+        digest = xxhash.xxh3_128(json.dumps([type(self).__name__, self.settings], default=str).encode())
+        for name, module in self.module.named_modules():
+            digest.update(f"{name} {type(module).__qualname__} {_constants(module)}\n".encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights."""
+        return self.module.state_dict()
+
+    @property
+    def settings(self) -> Any:
+        """What the modules do not show: preprocessing, a config that they look into, the library's version. As JSON."""
+        return ""
+
+
+def _constants(module: nn.Module) -> list[tuple[str, str]]:
+    """What a module keeps beside tensors and other modules: numbers of heads, epsilons, ways of pooling, functions."""
+
+    def plain(value: object) -> bool:
+        return isinstance(value, str | int | float | None) or (
+            isinstance(value, list | tuple) and all(plain(v) for v in value)
+        )
+
+    found = []
+    for name, value in sorted(vars(module).items()):
+        if name.startswith("_") or name == "name_or_path":  # PyTorch's own; where the files lie
+            continue
+        if plain(value):
+            found.append((name, repr(value)))
+        elif callable(value) and not isinstance(value, nn.Module):
+            found.append((name, getattr(value, "__qualname__", type(value).__qualname__)))
+    return found
+
+
+@contextlib.contextmanager
+def loading(spec: str, library: str) -> Iterator[None]:
+    """Whatever another library says of a folder or a name that it cannot load, in one line."""
+    try:
+        with quietly():
+            yield
+    except (
+        OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError, ImportError,
+        SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            raise UserError(
+                f"{spec} wants code of its own to be run, which is refused; only architectures that the library has "
+                "itself can be evaluated"
+            ) from None
+        raise UserError(f"{spec} does not load as a {library} model: {said}") from None

@@ -1,0 +1,121 @@
+"""Hugging Face's vision and CLIP models as encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_lcl.convert.attention_pool import attention_pool, read_pool
+from megatron_lcl.convert.libraries import require
+from megatron_lcl.convert.pool import POOL
+from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, loading
+from megatron_lcl.model.reference_format import some
+
+
+class HfEncoder(Encoder):
+    """A Hugging Face vision or CLIP model; an LCL export's own attention pool is used where it lies beside."""
+
+    def __init__(self, spec: str, folder: str, device: str | torch.device = "cpu") -> None:
+        self._version = require("transformers", spec)
+        from transformers import AutoImageProcessor, AutoModel
+
+        self._spec = spec
+        self._folder = folder
+        with loading(spec, "Hugging Face"):
+            module, report = AutoModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                trust_remote_code=False,
+            )
+            self._processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        missing = sorted(report["missing_keys"])
+        # a classifier's checkpoint has no pooler, which some architectures put behind the class token
+        self._has_pooler = not any("pooler." in name for name in missing)
+        if missing := [name for name in missing if "pooler." not in name]:
+            raise UserError(f"{spec} lacks {some(missing)}; transformers would make them up")
+        if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
+            raise UserError(f"{spec} has {some(wrong)} of another shape than its config says")
+        super().__init__(spec, module, device)
+        pool = Path(folder) / POOL
+        self._pool = read_pool(pool) if pool.is_file() else None
+
+    def prepare(self, data: bytes) -> torch.Tensor:
+        return self._processor(decode_rgb(data), return_tensors="pt")["pixel_values"][0]
+
+    def _encode(self, images: torch.Tensor) -> Features:
+        module: Any = self.module
+        vision = getattr(module, "vision_model", module)
+        out = vision(pixel_values=images)
+        hidden = out.last_hidden_state
+        if hidden.dim() == 4:  # a convolutional network's map
+            hidden = hidden.flatten(2).transpose(1, 2)
+            return Features(out.pooler_output.flatten(1), hidden)
+        config = vision.config
+        if config.model_type.startswith("clip"):  # the others' last hidden state comes after the final norm
+            hidden = vision.post_layernorm(hidden)
+        num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
+        patches = hidden[:, hidden.shape[1] - num_patches :]  # class and register tokens stand first
+        if self._pool is not None:
+            weights, heads = self._pool
+            weights = {key: value.to(images.device) for key, value in weights.items()}
+            return Features(attention_pool(patches, weights, heads), patches)
+        if hasattr(module, "get_image_features"):
+            return Features(_tensor(module.get_image_features(pixel_values=images)), patches)
+        pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
+        return Features(hidden[:, 0] if pooled is None else pooled, patches)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with loading(self._spec, "Hugging Face"):
+            return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        module: Any = self.module
+        if not hasattr(module, "get_text_features"):
+            return super().encode_texts(texts)
+        config = module.config
+        length = min(config.get_text_config().max_position_embeddings, self._tokenizer.model_max_length)
+        padded = config.model_type.startswith("siglip")  # which is trained on texts of one length, padding read too
+        tokens = self._tokenizer(
+            list(texts),
+            padding="max_length" if padded else True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).to(self.device)
+        inputs = {"input_ids": tokens["input_ids"]} if padded else dict(tokens)
+        return F.normalize(_tensor(module.get_text_features(**inputs)).float(), dim=-1).cpu()
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        pool = {} if self._pool is None else self._pool[0]
+        return {**super().tensors, **{f"attention_pool.{name}": tensor for name, tensor in pool.items()}}
+
+    @property
+    def settings(self) -> Any:
+        module: Any = self.module
+        config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
+        return [
+            self._version,
+            DECODING,
+            config,
+            self._processor.to_dict(),
+            self._pool and self._pool[1],
+            self._has_pooler,
+        ]
+
+
+def _tensor(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out.pooler_output

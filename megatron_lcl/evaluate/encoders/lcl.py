@@ -1,0 +1,61 @@
+"""LCL models as encoders of images and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
+from megatron_lcl.model.layers import normalize
+from megatron_lcl.model.lcl import LCL
+
+
+class OurEncoder(Encoder):
+    """An LCL model: pooled is the image latent z, texts are read at `<soi>`."""
+
+    module: LCL
+
+    def __init__(
+        self,
+        name: str,
+        model: LCL,
+        tokenizer: tokenizers.Tokenizer | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(name, model, device)
+        self.tokenizer = tokenizer
+        size = model.config.language.vocab_size
+        if tokenizer is not None and tokenizer.vocab_size != size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}; give its own --tokenizer")
+
+    def need_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer; UserError where none was found."""
+        if self.tokenizer is None:
+            raise UserError(f"the tokenizer of {self.name} is not known; give --tokenizer clip or the corpus's file")
+        return self.tokenizer
+
+    def prepare(self, data: bytes) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(decode_eval(data, self.module.config.vision.image_size)))
+
+    def _encode(self, images: torch.Tensor) -> Features:
+        hidden = self.module.vision_tokens(normalize(images) if images.dtype == torch.uint8 else images)
+        return Features(self.module.pool.pool(hidden)[0], self.module.pool.patch_features(hidden))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        tokenizer, room = self.need_tokenizer(), self.module.config.language.context_length - 2
+        rows = [[tokenizer.sot, *ids[:room], tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
+        padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        for row, ids in zip(padded, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        return self.module.encode_text(padded.to(self.device)).cpu()
+
+    @property
+    def settings(self) -> Any:
+        return str(self.module.config)

@@ -1,0 +1,77 @@
+"""The encoder that a name stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.hf import HfEncoder
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
+from megatron_lcl.evaluate.encoders.timm import TimmEncoder
+
+
+def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
+    """The encoder that `spec` names.
+
+    `timm:NAME` (also `timm:local-dir:DIR`), `hf:DIR`, `open_clip:NAME[@PRETRAINED]` (also `open_clip:local-dir:DIR`),
+    or the path of an LCL checkpoint, whose tokenizer is that of its run's corpus, or CLIP's if its vocabulary has
+    CLIP's size, unless `tokenizer` names another. Raises UserError where it does not load.
+    """
+    kind, _, name = str(spec).partition(":")
+    if kind in _LIBRARIES and name:
+        encoder: Encoder = _LIBRARIES[kind](str(spec), name, device)
+    else:
+        encoder = OurEncoder(str(spec), load_model(spec), _tokenizer(Path(spec), tokenizer), device)
+    encoder.source = EncoderSource(str(spec), None if tokenizer is None else str(tokenizer), (str(device),))
+    return encoder
+
+
+_LIBRARIES: dict[str, Callable[[str, str, str | torch.device], Encoder]] = {
+    "timm": TimmEncoder,
+    "hf": HfEncoder,
+    "open_clip": OpenClipEncoder,
+}
+
+
+def is_ours(spec: str) -> bool:
+    """Whether `spec` is a path rather than another library's model."""
+    return spec.partition(":")[0] not in _LIBRARIES
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Makes the encoder of process i, for an evaluation by several processes."""
+
+    spec: str
+    tokenizer: str | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    """process i takes the i-th, round and round"""
+
+    def __call__(self, number: int) -> Encoder:
+        encoder = load_encoder(self.spec, self.tokenizer, self.devices[number % len(self.devices)])
+        encoder.source = self
+        return encoder
+
+
+_CLIP_VOCABULARY = 49411
+
+
+def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | None:
+    if given is not None:
+        return tokenizers.load(given)
+    if not path.is_dir():
+        return None
+    config = read_config(find_checkpoint(path))
+    for corpus in config.data.corpora:
+        if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
+            return open_corpus(corpus.path).tokenizer
+    return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None

@@ -1,0 +1,155 @@
+"""What a held-out evaluation measured: its numbers and examples, as JSON for the report, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lcl.convert.card import HELDOUT as RESULT
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.evaluate.results import Metric, Result, bootstrap
+
+EXAMPLES, PICTURE = "heldout_examples.json", "heldout.png"
+CONTEXT_CHARACTERS = 400
+"""of an example's text"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image of the held-out corpus and the text before it in its sequence."""
+
+    document: int
+    shard: int
+    image: int
+    context: str
+    """the end of it, at most CONTEXT_CHARACTERS; a line end where another image stands"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair with the contexts that the model finds nearest to its image."""
+
+    pair: Pair
+    rank: int
+    """of the true context, 1 is best"""
+    nearest: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured; None: not measured. Recalls are shares of the pairs; `chance` is what a random order gives."""
+
+    corpus: str
+    documents: int
+    pairs: int
+    targets: int
+    images: int = 0
+    """that the documents have and that decode; those without a text before them are no pair"""
+    bad_images: tuple[str, ...] = ()
+    """names and reasons of those that do not decode, which are skipped (on the processes that read)"""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """see `heldout_rules`; results from before there were any have none"""
+    step: int | None = None
+    """steps that the model was trained for, where that is known"""
+    image_to_context_recall_at_1: float | None = None
+    image_to_context_recall_at_10: float | None = None
+    context_to_image_recall_at_1: float | None = None
+    context_to_image_recall_at_10: float | None = None
+    chance_at_1: float | None = None
+    chance_at_10: float | None = None
+    median_rank: float | None = None
+    """of the true context"""
+    pairs_with_rivals: int = 0
+    """pairs whose document has another image to be mistaken for"""
+    image_in_document_recall_at_1: float | None = None
+    """given the context, the image among those of its document; of the pairs with rivals"""
+    chance_in_document: float | None = None
+    contrastive_loss: float | None = None
+    """nats, over all held-out pairs at once"""
+    bits_per_token: float | None = None
+    """mean negative log2-likelihood of the targets (text tokens, `<soi>`, `<eot>`)"""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % bootstrap intervals of the recalls, over pairs"""
+
+    def numbers(self) -> dict[str, float]:
+        """What was measured, by name, without the counts."""
+        skipped = ("documents", "pairs", "targets", "images", "step", "pairs_with_rivals")
+        values = {name: value for name, value in asdict(self).items() if name not in skipped}
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
+    """`result` with what `rows` give [N, 5]: ranks of the context, of the image, of the image in its document; the
+    document's pairs; loss."""
+    forward, backward, among, rivals, loss = rows.T
+    n, rivalled = len(rows), rivals > 1
+    hits = {
+        "image_to_context_recall_at_1": forward <= 1,
+        "image_to_context_recall_at_10": forward <= 10,
+        "context_to_image_recall_at_1": backward <= 1,
+        "context_to_image_recall_at_10": backward <= 10,
+    }
+    if rivalled.any():
+        hits["image_in_document_recall_at_1"] = among[rivalled] <= 1
+    bounds = {name: bootstrap(hit) for name, hit in hits.items()} if intervals else {}
+    return replace(
+        result,
+        pairs=n,
+        chance_at_1=min(1.0, 1 / n),
+        chance_at_10=min(1.0, 10 / n),
+        median_rank=float(np.median(forward)),
+        pairs_with_rivals=int(rivalled.sum()),
+        chance_in_document=float((1 / rivals[rivalled]).mean()) if rivalled.any() else None,
+        contrastive_loss=float(loss.mean()) / 2,
+        intervals={name: (metric.low, metric.high) for name, metric in bounds.items()},
+        **{name: float(hit.mean()) for name, hit in hits.items()},  # type: ignore[arg-type]
+    )
+
+
+def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> None:
+    """The numbers and the examples as two JSON files in `folder`, for the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    replace_text(folder / EXAMPLES, json.dumps([asdict(e) for e in examples]) + "\n")
+
+
+_RECALLS = (
+    ("image → context recall@1", "image_to_context_recall_at_1", "chance_at_1"),
+    ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10"),
+    ("context → image recall@1", "context_to_image_recall_at_1", "chance_at_1"),
+    ("context → image recall@10", "context_to_image_recall_at_10", "chance_at_10"),
+    ("… in its document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
+)
+
+
+def as_result(result: HeldOut, encoder: str) -> Result:
+    """The recalls as a `Result`, for the picture."""
+    metrics = {}
+    for title, name, chance in _RECALLS:
+        value = getattr(result, name)
+        if value is not None:
+            low, high = result.intervals.get(name, (value, value))
+            metrics[title] = Metric(value, low, high, getattr(result, chance))
+    return Result("held-out documents", encoder, result.corpus, result.pairs, metrics)
+
+
+def table(result: HeldOut) -> str:
+    """The numbers for a terminal."""
+    rows = [("documents, images, pairs", f"{result.documents}, {result.images}, {result.pairs}")]
+    if result.bad_images:
+        first = "; ".join(result.bad_images[:3]) + ("; …" if len(result.bad_images) > 3 else "")
+        rows.append(("images skipped", f"{len(result.bad_images)} do not decode: {first}"))
+    for title, metric in as_result(result, "").metrics.items():
+        assert metric.chance is not None
+        between = f"   ({metric.low:.1%} to {metric.high:.1%})" if result.intervals else ""
+        times = metric.value / metric.chance
+        rows.append((title, f"{metric.value:6.1%}   chance {metric.chance:5.1%}   {times:4.1f} times chance{between}"))
+    if result.median_rank is not None:
+        rows.append(("median rank", f"{result.median_rank:.0f} of {result.pairs}"))
+    if result.bits_per_token is not None:
+        rows.append(("generation", f"{result.bits_per_token:.3f} bits a token over {result.targets} targets"))
+    return "\n".join(f"{name:28}{value}" for name, value in rows)

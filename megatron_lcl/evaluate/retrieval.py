@@ -1,0 +1,105 @@
+"""Retrieval among images and texts: the ranks of what belongs together, their recalls, and what chance gives."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.results import Metric, Result, bootstrap
+from megatron_lcl.evaluate.sources import ImageSet
+
+_ROWS = 1024
+"""of a similarity matrix at a time"""
+
+
+def retrieval(
+    encoder: Encoder,
+    data: ImageSet,
+    features: np.ndarray,
+    seed: int = 0,
+    batch: int = 256,
+    progress: bool = False,
+) -> Result:
+    """Recall@1/5/10, image → text (is one of the image's captions among the first k) and text → image.
+
+    Captions that are the same are one text, which belongs to all their images.
+    """
+    captions = data.need_captions()
+    number = {text: j for j, text in enumerate(dict.fromkeys(text for several in captions for text in several))}
+    pairs = np.array([(i, j) for i, several in enumerate(captions) for j in sorted({number[t] for t in several})])
+    texts = list(number)
+    bar = tqdm(range(0, len(texts), batch), unit_scale=batch, unit="texts", desc="captions", disable=not progress)
+    text_features = torch.cat([encoder.encode_texts(texts[i : i + batch]) for i in bar])
+    image_ranks, text_ranks = retrieval_ranks(torch.from_numpy(np.array(features)), text_features, pairs)
+    metrics: dict[str, Metric] = {}
+    own_texts, own_images = np.bincount(pairs[:, 0]), np.bincount(pairs[:, 1])
+    for k in (1, 5, 10):
+        image_chance, text_chance = chance_of_hit(own_texts, len(texts), k), chance_of_hit(own_images, len(captions), k)
+        metrics[f"image → text recall@{k}"] = bootstrap(image_ranks < k, seed, image_chance)
+        metrics[f"text → image recall@{k}"] = bootstrap(text_ranks < k, seed, text_chance)
+    settings = {"texts": len(texts), "seed": seed}
+    return Result("retrieval", encoder.name, data.name, len(captions), metrics, settings)
+
+
+def chance_of_hit(right: np.ndarray, total: int, k: int) -> float:
+    """Share of queries that a random order of `total` answers gives one of the right ones among the first k.
+
+    right [Q]: how many are right. 1 − C(total − right, k) / C(total, k), the mean over queries.
+    """
+    numbers, counts = np.unique(right, return_counts=True)
+    missed = [math.comb(total - int(n), min(k, total)) / math.comb(total, min(k, total)) for n in numbers]
+    return 1 - float(np.average(missed, weights=counts))
+
+
+def retrieval_ranks(images: torch.Tensor, texts: torch.Tensor, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """0-based ranks: of each image's best own text among the others' [N], of each text's best own image [M].
+
+    `pairs` [K, 2]: (image, text) that belong together; every image and every text has one. Cosine similarity; a tie
+    with another's counts as a miss, and so does NaN.
+    """
+    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+    own = torch.from_numpy(pairs)
+    return _ranks(images, texts, own), _ranks(texts, images, own.flip(1))
+
+
+def _ranks(queries: torch.Tensor, answers: torch.Tensor, pairs: torch.Tensor) -> np.ndarray:
+    ranks = []
+    for low in range(0, len(queries), _ROWS):
+        scores = queries[low : low + _ROWS] @ answers.t()
+        here = pairs[(pairs[:, 0] >= low) & (pairs[:, 0] < low + len(scores))]
+        mine = torch.zeros_like(scores, dtype=torch.bool)
+        mine[here[:, 0] - low, here[:, 1]] = True
+        best = scores.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
+        ranks.append((~(scores < best) & ~mine).sum(1))
+    return torch.cat(ranks).numpy()
+
+
+def rank_own(
+    queries_nD: torch.Tensor,
+    candidates_ND: torch.Tensor,
+    offset: int = 0,
+    scale: float = 1.0,
+    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """1-based rank [n] of each query's own candidate, index offset + i; and the cross-entropy [n] of finding it.
+
+    A tie counts against it, and so does NaN: a model that says nothing must not look good. The cross-entropy is that of
+    a softmax of `scale` times the inner products, nats. groups: of queries [n] and candidates [N]; only candidates of
+    the query's group count for the rank.
+    """
+    ranks, losses = [], []
+    for low in range(0, len(queries_nD), _ROWS):
+        similarity = queries_nD[low : low + _ROWS] @ candidates_ND.t()
+        own = similarity.gather(1, torch.arange(len(similarity), device=similarity.device)[:, None] + low + offset)
+        better = ~(similarity < own)
+        if groups is not None:
+            better &= groups[0][low : low + _ROWS, None] == groups[1]
+        ranks.append(better.sum(1))
+        losses.append(((scale * similarity).logsumexp(1) - scale * own[:, 0]).double())
+    none = queries_nD.new_zeros(0, dtype=torch.int64)
+    return torch.cat([none, *ranks]), torch.cat([none.double(), *losses])
