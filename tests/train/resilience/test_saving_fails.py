@@ -103,7 +103,7 @@ def test_it_stops_after_so_many_failures_in_a_row(config_file: str, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_read_only_folder(config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    """Checkpoints go to a file system that takes no files from any process: all steps are done, the end says why not."""
+    """Checkpoints go to a file system that takes no files: all steps are done, and the end says why none is saved."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(Path(config_file).read_text())
