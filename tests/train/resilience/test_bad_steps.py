@@ -234,7 +234,7 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
 
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
-    """The last stage's processes get a loss that is not a number for these packs. The partition is not measured."""
+    """The last stage's processes get a loss of NaN for these packs. The partition is given, not measured."""
     from megatron_lcl.train import run as loop
     from megatron_lcl.train.pipeline.engine import PipelineStepper
     from megatron_lcl.train.step import StepLoss
