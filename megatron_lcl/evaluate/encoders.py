@@ -28,7 +28,7 @@ from megatron_lcl.convert.libraries import quietly, require
 from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.store import MANIFEST, open_corpus
 from megatron_lcl.data.loading.images import decode_eval, decode_rgb
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import normalize
@@ -439,7 +439,7 @@ def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | N
         return None
     config = read_config(find_checkpoint(path))
     for corpus in config.data.corpora:
-        if (Path(corpus.path) / "corpus.json").is_file():
+        if (Path(corpus.path) / MANIFEST).is_file():
             return open_corpus(corpus.path).tokenizer
     return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None
 

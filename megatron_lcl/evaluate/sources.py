@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_lcl.data.corpus.document import Image
-from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.store import MANIFEST, Corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
 
@@ -125,7 +125,7 @@ def open_images(
     path = Path(path)
     if path.is_file():
         found = _karpathy(path, split or "test", Path(images) if images else path.parent)
-    elif (path / "corpus.json").is_file():
+    elif (path / MANIFEST).is_file():
         if split is not None:
             raise UserError(f"{path} is a corpus, which has no splits; give another corpus in place of {split!r}")
         found = _corpus(path)
@@ -169,7 +169,7 @@ def _split_folder(path: Path, split: str | None) -> Path:
 def _folder(folder: Path) -> ImageSet:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder} has no class folders, no .tar files and no corpus.json")
+        raise UserError(f"{folder} has no class folders, no .tar files and no {MANIFEST}")
     blobs: list[Blob] = []
     labels = []
     for label, sub in enumerate(classes):

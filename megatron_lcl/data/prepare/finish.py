@@ -21,7 +21,7 @@ from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
 from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
-from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Job, Part
+from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings
 from megatron_lcl.errors import UserError
 
 _THREADS = 4
@@ -41,7 +41,7 @@ class _File:
 def finish(
     folder: Path,
     recipe: Mapping[str, Any],
-    job: Job,
+    settings: TaskSettings,
     parts: list[Part],
     max_bad_fraction: float,
     source: dict[str, Any],
@@ -53,7 +53,7 @@ def finish(
     scratch: a folder of this process alone, on the same file system. Raises UserError where a file is not what its
     record says, or too much of the input was bad; FileNotFoundError where another process has done it meanwhile.
     """
-    work = job.folder
+    work = settings.folder
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
@@ -86,7 +86,7 @@ def finish(
         if file.source.exists():  # else it was renamed before an interruption, or by another process
             _replace(file.source, file.target)
         files[file.target.name] = file.info
-    tokenizer = job.tokenizer
+    tokenizer = settings.tokenizer
     tokenizer.save(scratch / f"new-{tokenizer.file_name}")
     for name, content in (
         (tokenizer.file_name, (scratch / f"new-{tokenizer.file_name}").read_bytes()),

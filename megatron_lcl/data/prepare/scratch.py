@@ -6,7 +6,6 @@ where the file system has them, save work that would be done twice.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -15,7 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 _PREFIX = "scratch-"
+_POLL_SECONDS = 0.2
+"""between attempts at a lock that another process holds"""
 logger = logging.getLogger(__name__)
 
 
@@ -54,13 +57,16 @@ def is_used(work: Path) -> bool:
 
 @contextmanager
 def waiting_for_others(file: Path) -> Iterator[None]:
-    """After the process that is in here with the same `file`, where the file system has locks; they die with it."""
+    """Hold a lock on `file`, once no other process does; without one where the file system has no locks.
+
+    The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
+    there are no locks, which a process that is killed on another machine leaves behind for ever.)
+    """
     with open(file, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not lock_descriptor(lock.fileno(), blocking=False):
+                logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
+                lock_descriptor(lock.fileno(), poll_interval=_POLL_SECONDS)
         except OSError:
             pass  # no locks here
         yield

@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data import writers
-from data.corpus.test_bad_samples import corpus_of, encoded, mutate
-from data.prepare.test_formats import TOKENIZER
+from data.helpers import TOKENIZER, corpus_of, encoded, mutate
 from data.writers import picture
 from PIL import Image as Pillow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.prepare.test_formats import check_all_formats, plain
+from data.helpers import check_all_formats, plain
 from lxml import html
 from PIL import Image as Pillow
 from scipy.fft import dctn

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from data import writers
-from data.prepare.test_formats import TOKENIZER
+from data.helpers import TOKENIZER
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Text
