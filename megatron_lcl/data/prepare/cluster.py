@@ -119,7 +119,7 @@ def _outcome(job: Any) -> str:
             if not _is_queued(job.job_id):
                 time.sleep(_QUERY)
                 if not job.done():
-                    return f"job {job.job_id} is gone and left no result; it was killed, or its node was"
+                    return f"job {job.job_id} ended without a result; it was killed, or its node failed"
             looked = time.monotonic()
     error = job.exception()
     return "" if error is None else (str(error).strip().splitlines() or [repr(error)])[-1]

@@ -25,7 +25,7 @@ from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSetting
 from megatron_lcl.errors import UserError
 
 _THREADS = 4
-"""files that are read at once at least: what one waits for, another may have"""
+"""files that are read at once, at least: while one waits for the disk, another is hashed"""
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +51,7 @@ def finish(
     """Give the parts' shards their numbers and write the manifest.
 
     scratch: a folder of this process alone, on the same file system. Raises UserError where a file is not what its
-    record says, or too much of the input was bad; FileNotFoundError where another process has done it meanwhile.
+    record says, or too much of the input was bad; FileNotFoundError where another process has finished meanwhile.
     """
     work = settings.folder
     drops = Drops()
@@ -120,7 +120,12 @@ def finish(
 
 def _fault(file: _File) -> str:
     """What is wrong with a file, in its part or already in the corpus; "" if nothing is."""
-    for path in (file.source, file.target, file.source, file.target):  # another process may rename it between two looks
+    for path in (
+        file.source,
+        file.target,
+        file.source,
+        file.target,
+    ):  # another process may rename it meanwhile
         try:
             size, digest = path.stat().st_size, hash_file(path)
         except FileNotFoundError:

@@ -3,7 +3,7 @@
 The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished`
 (`preprocess_task.py`) in any order, by any number of processes or machines; one of n jobs does every n-th task. At the
 end the parts get their shard numbers, and the manifest is written (`finish.py`). So the bytes never depend on who did
-the work, a run that was killed goes on where it stopped, and running the same command several times at once, on any
+the work, a run that was killed resumes where it stopped, and running the same command several times at once, on any
 machines, does no harm: see `scratch.py`.
 """
 
@@ -45,7 +45,7 @@ from megatron_lcl.errors import UserError
 WORK = "_unfinished"
 _RECORD = "recipe.json"
 _LAYOUT = {"unfinished": 2}
-"""part of the record: how unfinished work lies in its folder"""
+"""part of the record: version of the layout of unfinished work"""
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
@@ -113,7 +113,7 @@ def preprocess(
     is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; the job that finds all tasks
     done finishes the corpus, and a job that fails leaves the others' work alone.
 
-    Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
+    Run again with the same input it resumes where it was killed, and a finished corpus is recognized. Raises
     UserError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
     input is unusable or more than `max_bad_fraction` of it is bad. After any other failure finished parts stay.
     """
@@ -193,7 +193,7 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
     ours = json.loads(json.dumps(recipe))
     work = folder / WORK
-    try:  # before the manifest: the record goes once that is there
+    try:  # before the manifest: the record is deleted once that is there
         record = json.loads((work / _RECORD).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         record = None
@@ -208,7 +208,7 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     if record is not None:
         if record == ours:
             raise UserError(
-                f"{work} was begun by an earlier release and cannot be gone on with; remove it and run the same "
+                f"{work} was begun by an earlier release and cannot be resumed; remove it and run the same "
                 "command again, or finish it with that release"
             )
         if record != {**ours, **_LAYOUT}:
@@ -319,7 +319,7 @@ def _in_work_folder(work: Path) -> Iterator[Path]:
 
 
 def _claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
-    """Record whose the work folder is, unless it is recorded: of several processes at once one does."""
+    """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does."""
     own = scratch / _RECORD
     write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
     try:
@@ -362,7 +362,7 @@ def _run(settings: TaskSettings, tasks: list[list[Unit]], mine: list[int], worke
                 yield k, future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process died, perhaps for want of memory; run the same command again, with fewer workers"
+                "a worker process died, perhaps out of memory; run the same command again, with fewer workers"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -380,7 +380,7 @@ def _worker_task(k: int, units: list[Unit]) -> Drops:
 
 
 def _remove(folder: Path, created: list[Path]) -> None:
-    """Take back what a failed run wrote, and the folders that were made for it, the innermost first."""
+    """Remove what a failed run wrote, and the folders that were made for it, the innermost first."""
     shutil.rmtree(folder / WORK, ignore_errors=True)
     for path in created:
         try:

@@ -34,7 +34,7 @@ from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder, waiting_for_others
 
 BATCH = 384
-"""texts and images of one kind of documents tokenised together, each document counted as one more; parts end between
+"""texts and images of one kind of documents tokenized together, each document counted as one more; parts end between
 batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
@@ -107,7 +107,7 @@ def is_finished(parts: list[Part]) -> bool:
 
 @contextmanager
 def _young_collections() -> Iterator[None]:
-    """Python's garbage collector looks only at what is made from here on, not again and again at all modules."""
+    """Python's garbage collector traverses only objects created from here on, not all modules each time."""
     mine = not gc.get_freeze_count()
     if mine:
         gc.freeze()
@@ -123,7 +123,7 @@ def run_task(settings: TaskSettings, task: int, units: list[Unit]) -> Drops:
     """Write what is missing of a task's parts; returns the drops of all its parts.
 
     While another process does the same task it is waited for, where there are locks. Where there are none, both write
-    the same parts, each in a folder of its own, and those that come second are given up.
+    the same parts, each in a folder of its own, and those renamed second are discarded.
     """
     with waiting_for_others(settings.folder / f"lock-{task:06d}"), scratch_folder(settings.folder) as scratch:
         parts = parts_of(settings.folder, task)
@@ -143,7 +143,7 @@ def _write_parts(settings: TaskSettings, task: int, units: list[Unit], parts: li
     every = (document for unit in units for document in settings.importer.documents(unit, reading))
     documents = filter(settings.wants, every) if settings.groups else every
     num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
-    drops.clear()  # what came up to here is on the records of the finished parts
+    drops.clear()  # those up to here are in the records of the finished parts
     encode = settings.tokenizer.joined_encoder()
     while not is_finished(parts):
         parts.append(_write_part(settings, encode, task, len(parts), documents, num_read, drops, scratch))
@@ -209,7 +209,8 @@ class _OpenShard:
     """A shard that is being written, and the documents that wait until there are enough of them for a batch."""
 
     def __init__(self, writer: ShardWriter, max_documents: int) -> None:
-        self.writer, self._max_documents = writer, max_documents
+        self.writer = writer
+        self._max_documents = max_documents
         self.digests: list[int] = []
         """a hash of each document written"""
         self._begin()
@@ -217,7 +218,8 @@ class _OpenShard:
     def _begin(self) -> None:
         self._documents: list[Document] = []
         self._texts: list[str] = []
-        self._size = self._num_items = 0
+        self._size = 0
+        self._num_items = 0
         self._only_texts = True
         self.has_batch = False
         """there are documents of about BATCH items, or as many as the shard has room for"""
@@ -228,7 +230,12 @@ class _OpenShard:
         Returns how many were added, and the next document where that is of another kind, or None.
         """
         kind, room = first.kind, self._max_documents - self.writer.num_documents
-        batch, texts, num_items, size = self._documents, self._texts, self._num_items, self._size  # sooner found
+        batch, texts, num_items, size = (
+            self._documents,
+            self._texts,
+            self._num_items,
+            self._size,
+        )  # locals are faster
         before, following = len(batch), None
         for document in itertools.chain((first,), documents):
             if document.kind != kind:
@@ -237,7 +244,7 @@ class _OpenShard:
             batch.append(document)
             items = document.items
             num_items += 1 + len(items)
-            try:  # sooner done than asking each item what it is
+            try:  # faster than a type check of each item
                 texts += [item.text for item in items]  # type: ignore[union-attr]
             except AttributeError:
                 self._only_texts = False
@@ -286,7 +293,7 @@ def _write_batch(
         documents = [_with_valid_texts(document, drops) for document in documents]
         ids, lengths = encode(_blanked(_texts(documents)))
     counts = [len(document.items) for document in documents]
-    if batch.texts is not None and all(lengths) and all(counts):  # nothing to leave out
+    if batch.texts is not None and all(lengths) and all(counts):  # nothing to skip
         writer.add_text_documents(ids, lengths, counts)
         return _digests(ids, lengths, counts)
     rest = io.BytesIO(ids)
@@ -330,7 +337,7 @@ def _digests(ids: bytes, lengths: list[int], counts: list[int]) -> list[int]:
 
 
 _IMAGE = -1
-"""instead of a length"""
+"""in place of a length"""
 
 
 def _digest(content: bytes | memoryview, lengths: bytes | memoryview) -> int:

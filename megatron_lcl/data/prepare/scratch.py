@@ -1,6 +1,6 @@
 """Several processes that write into one folder: each has a scratch folder of its own, and never touches another's.
 
-What is complete is renamed into place as a whole, which succeeds for exactly one; so nothing depends on a lock. Locks,
+A complete folder is renamed into place, which succeeds for exactly one process; so nothing depends on a lock. Locks,
 where the file system has them, save work that would be done twice.
 """
 
@@ -34,7 +34,7 @@ def scratch_folder(work: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a complete folder; where another process was first, its own stays, and ours is not needed."""
+    """Rename a complete folder; where another process was first, its folder stays and ours is discarded."""
     try:
         os.rename(folder, target)
     except OSError:
@@ -43,7 +43,7 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 
 def clear_dead(work: Path) -> None:
-    """Remove the scratch folders of processes of this machine that are no more."""
+    """Remove the scratch folders of this machine's processes that have ended."""
     for folder in work.glob(_PREFIX + "*"):
         machine, pid, _ = folder.name.removeprefix(_PREFIX).rsplit("-", 2)
         if machine == _machine() and not _alive(int(pid)):
@@ -73,12 +73,12 @@ def waiting_for_others(file: Path) -> Iterator[None]:
 
 
 def _machine() -> str:
-    """Within it, until it is switched off, process ids are unique; hosts may have one name, and containers one host."""
+    """Names where process ids are unique, until the next boot: hosts may share a name, and containers a host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip().replace("-", "")
         return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return uuid.uuid4().hex  # nobody's
+        return uuid.uuid4().hex  # no process's
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Is a corpus whole? Checksums, offsets, index ranges, token ids, and that every image decodes."""
+"""Is a corpus complete and valid? Checksums, offsets, index ranges, token ids, and that every image decodes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BLOCK = 8 << 20
 def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[str]:
     """The first `max_faults` faults of the corpus at `path`, a line each; an empty list if there is none.
 
-    `quick` leaves out the images: that they decode, and have the stored size and hash.
+    `quick` skips the images: that they decode, and have the stored size and hash.
     """
     faults: list[str] = []
     for fault in _faults(Path(path), quick):

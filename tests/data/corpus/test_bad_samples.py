@@ -1,4 +1,4 @@
-"""What real collections are full of: odd images, names that lead outside, damaged files. Every drop is counted."""
+"""Protects: odd images decode as they should, damaged ones are refused, and every drop is counted by its reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.verify import verify
 
 BASE = Pillow.open(io.BytesIO(picture(3, 90, 70)))
-RED, *OTHERS = (Pillow.new("RGB", (90, 70), colour) for colour in ("red", "lime", "blue"))
+RED, *OTHERS = (Pillow.new("RGB", (90, 70), color) for color in ("red", "lime", "blue"))
 DEEP = np.arange(6300, dtype=np.uint16).reshape(70, 90) * 10
 ROTATED = Pillow.Exif()
 ROTATED[0x0112] = 6

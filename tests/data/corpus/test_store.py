@@ -1,4 +1,4 @@
-"""The format against Megatron-Core's own reader and writer, and against planted damage."""
+"""Protects the corpus format: byte for byte Megatron-Core's, and planted damage is found; the corpus commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and odd files in every source format: what can be read is, and every drop is counted."""
+"""Protects: of damaged and odd files in every source format what can be read is read, and every drop is counted."""
 
 from __future__ import annotations
 

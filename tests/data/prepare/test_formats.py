@@ -1,4 +1,4 @@
-"""The same documents, written out in every format and read back through a corpus."""
+"""Protects the importers: the same documents come back through a corpus from every source format."""
 
 from __future__ import annotations
 

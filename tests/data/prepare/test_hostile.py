@@ -1,4 +1,4 @@
-"""Input that is made, or happens, to break the tool: it is counted, in bounded memory, and nothing else runs."""
+"""Protects against hostile input: it is counted, in bounded memory, and no code of it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole GIMP manual: what the importer finds, what is held out, and every format there and back."""
+"""Protects the whole GIMP manual: what the importer finds, what is held out, and every format there and back."""
 
 from __future__ import annotations
 

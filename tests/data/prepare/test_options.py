@@ -1,4 +1,4 @@
-"""Options and limits of `preprocess`: each changes what it says."""
+"""Protects the options and limits of `preprocess`: each changes what it says."""
 
 from __future__ import annotations
 

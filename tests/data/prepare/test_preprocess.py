@@ -1,4 +1,4 @@
-"""Same bytes from any number of workers and machines, after any interruption; bad input leaves nothing behind."""
+"""Protects: the same bytes from any number of workers and jobs, after any interruption; bad input leaves nothing."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def interrupt(*_arguments: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_run_twice_is_recognised(source: Path, tmp_path: Path) -> None:
+def test_run_twice_is_recognized(source: Path, tmp_path: Path) -> None:
     first = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
     again = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
     assert (first.reused, again.reused) == (False, True)
@@ -427,9 +427,8 @@ def test_what_duplicates_are(tmp_path: Path) -> None:
         Document((image,)),
     ]
     others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(120)]
-    assert (
-        sum(1 + len(d.items) for d in others) > 2 * preprocess_task.BATCH
-    )  # so some are written without, some with images
+    # so some are written without, some with images
+    assert sum(1 + len(d.items) for d in others) > 2 * preprocess_task.BATCH
     again = [Document((Text("over the"), Text(" \n"), Text("lazy dog")))]
     writers.write_jsonl([*twice, *others, *once, *again], tmp_path / "in")
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)

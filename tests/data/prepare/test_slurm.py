@@ -1,4 +1,4 @@
-"""A job array of a real Slurm writes the same bytes; a job that is killed is run again alone."""
+"""Protects: a job array of a real Slurm writes the same bytes; a job that is killed is run again alone."""
 
 from __future__ import annotations
 

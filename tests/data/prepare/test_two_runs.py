@@ -1,4 +1,4 @@
-"""Several processes that run one command into one folder: without locks, too, stopped, killed, and started anew."""
+"""Protects a corpus that several processes write at once: without locks, too, stopped, killed, and started anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora that are whole as files, and wrong in what they say."""
+"""Protects `verify`: it finds corpora whose files are undamaged but whose content is wrong."""
 
 from __future__ import annotations
 
