@@ -285,7 +285,7 @@ def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.prepare.cluster import preprocess_on_slurm, read_parameters
     from megatron_lcl.data.prepare.importers import read_options
-    from megatron_lcl.data.prepare.preprocess import parse_share, preprocess
+    from megatron_lcl.data.prepare.preprocess import parse_job, preprocess
 
     arguments = {
         "images": options.images,
@@ -303,12 +303,12 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         if options.shard:
             raise UserError("--shard does one share here; --executor slurm does all --shares: give one of the two")
         shares = 8 if options.shares is None else options.shares
-        print(preprocess_on_slurm(*places, shares=shares, slurm=read_parameters(_pairs(options.slurm)), **arguments))
+        print(preprocess_on_slurm(*places, jobs=shares, slurm=read_parameters(_pairs(options.slurm)), **arguments))
     else:
         if options.slurm or options.shares is not None:
             raise UserError("--shares and --slurm are for --executor slurm")
-        shard = parse_share(options.shard) if options.shard else None
-        print(preprocess(*places, shard=shard, progress=True, **arguments))
+        job = parse_job(options.shard) if options.shard else None
+        print(preprocess(*places, job=job, progress=True, **arguments))
 
 
 def _pairs(items: Sequence[str]) -> dict[str, str]:

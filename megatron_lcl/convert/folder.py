@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.errors import UserError
 
 CERTIFICATE = "certificate.json"
 IMPORT = "import"
 """kind of folder that `import` writes"""
-_RECORDS = {IMPORT: ("import.json", "manifest.json")}
+_RECORDS = {IMPORT: ("import.json", MANIFEST)}
 """names of the file that lists a folder's files, by kind; the first is written, the others earlier versions wrote"""
 
 

@@ -22,7 +22,7 @@ class Text(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image as it came: encoded bytes, never decoded pixels."""
+    """An image as the source has it: encoded bytes, never decoded pixels."""
 
     data: bytes = field(repr=False)
     name: str = ""

@@ -1,4 +1,4 @@
-"""Files that must be whole: their hash, and making them durable."""
+"""Files: their hashes, and durable writes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
     A link stays, its target is replaced. Where this fails nothing is left behind, and the OSError names the file.
     """
-    if path.exists() and not path.is_file():  # a pipe or a device; it is not ours to replace
+    if path.exists() and not path.is_file():  # a pipe or a device, which is not replaced
         path.write_bytes(content)
         return
     target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # two may write one file at once
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # several may write one file at once
     try:
         temporary.write_bytes(content)
         sync(temporary)

@@ -174,14 +174,14 @@ class Indexed:
 
 
 def read_indexed(prefix: Path) -> Indexed:
-    """Map a container. UserError names a file that is not one, or is cut."""
+    """Map a container. UserError names a file that is not one, or is truncated."""
     index_path, data_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     try:
         index, data = memoryview(map_file(index_path)), memoryview(map_file(data_path))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or error} is missing; the corpus is incomplete") from None
     if index.nbytes < _HEADER.size:
-        raise UserError(f"{index_path} is cut: {index.nbytes} bytes")
+        raise UserError(f"{index_path} is truncated: {index.nbytes} bytes")
     magic, version, code, num_sequences, num_entries = _HEADER.unpack_from(index)
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     if magic != MAGIC or version != 1 or code not in dtypes:

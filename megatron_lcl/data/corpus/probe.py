@@ -1,5 +1,5 @@
-"""Does an encoded image decode, how large is it, and which way up? What every image passes on its way into a corpus,
-and what whoever decodes it later relies on."""
+"""Does an encoded image decode, how large is it, how is it oriented? Every image of a corpus has passed this check,
+and every decoder relies on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
     RuntimeError, MemoryError, struct.error, zlib.error, Pillow.DecompressionBombError,
 )  # fmt: skip
-"""what Pillow and the libraries behind it raise for files that are not whole"""
+"""what Pillow and the libraries behind it raise for damaged files"""
 _ROWS = 32
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -58,7 +58,7 @@ def open_image(data: bytes) -> Pillow.Image:
 
 
 def probe(data: bytes) -> Probe:
-    """Decode the first frame and throw it away. BadImage says what is wrong: empty, truncated, too many pixels …"""
+    """Decode the first frame and discard it. BadImage says what is wrong: empty, truncated, too many pixels …"""
     if not data:
         raise BadImage("empty file")
     with warnings.catch_warnings():
@@ -95,7 +95,7 @@ def orientation(image: Pillow.Image) -> int:
 
 def upright(image: Pillow.Image) -> Pillow.Image:
     """The picture turned as its EXIF data say. (Pillow's own function also rewrites them, and fails if it cannot.)"""
-    image.load()  # a TIFF turns itself here
+    image.load()  # of a TIFF, Pillow applies the orientation here
     turn = _UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -121,7 +121,7 @@ def _strips(image: Pillow.Image) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _reads_as_jpeg(data: bytes) -> bool:
-    """A quick check of the whole file; False also for faults that Pillow gets over."""
+    """A quick check of the whole file; False also for faults that Pillow tolerates."""
     try:
         simplejpeg.decode_jpeg(data, min_width=1, min_height=1, min_factor=8, strict=True)
     except ValueError:
@@ -165,7 +165,7 @@ def _downscaled(data: bytes, max_side: int, quality: int) -> bytes:
 
 
 def what_it_is(data: bytes) -> str:
-    """What stands in place of an image, by its first bytes."""
+    """What a file that is no image is, by its first bytes."""
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")) or b"<html" in head:
         return "HTML, not an image"

@@ -42,7 +42,7 @@ SHARD_FILES = ("tokens-{}.bin", "tokens-{}.idx", "images-{}.bin", "images-{}.idx
 KIND = "kind"
 """key of a shard's kind of documents, beside its counts"""
 _STATS = 16
-"""files that are looked at at once: a look may travel over the network"""
+"""files whose sizes are read at once: each may be a round trip to a file server"""
 FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
 
 _IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format", pa.int8()), ("xxh3", pa.binary(16))])
@@ -66,8 +66,11 @@ class ShardWriter:
         self._images = IndexedWriter(folder / f"images-{number:05d}", np.uint8)
         self._arrow_path = folder / f"images-{number:05d}.arrow"
         self._index_of: dict[bytes, int] = {}
-        self._widths, self._heights, self._formats = array("i"), array("i"), array("b")
-        self._similarity, self._matched = array("f"), array("i")
+        self._widths = array("i")
+        self._heights = array("i")
+        self._formats = array("b")
+        self._similarity = array("f")
+        self._matched = array("i")
 
     @property
     def num_documents(self) -> int:
@@ -113,7 +116,7 @@ class ShardWriter:
         similarity: float | None = None,
         matched_text: int | None = None,
     ) -> bytes:
-        """An image piece: encoded bytes, stored once however often they come; width and height in pixels, as shown.
+        """An image piece: encoded bytes, stored once in the shard; width and height in pixels, as shown.
 
         Returns their XXH3-128.
         """
@@ -178,7 +181,7 @@ class ShardWriter:
         return write_file(self._arrow_path, sink.getvalue().to_pybytes())
 
     def abort(self) -> None:
-        """Leave nothing behind; no harm to what is finished."""
+        """Remove what is unfinished; finished files stay."""
         self._tokens.abort()
         self._images.abort()
 
@@ -188,7 +191,7 @@ def _arrow(values: array, kind: pa.DataType) -> pa.Array:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `corpus.json`, fsync it and the folder; with it the corpus exists."""
+    """Write the manifest, fsync it and the folder; with it the corpus exists."""
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     sync(folder)
 

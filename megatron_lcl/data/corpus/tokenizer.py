@@ -124,11 +124,11 @@ def load(source: str | Path) -> Tokenizer:
 
 
 _LONG = 300
-"""characters of a text from which on an array of its ids comes sooner than a list"""
+"""characters of a text from which on an array of its ids is faster than a list"""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Any SentencePiece model, given as its serialised bytes."""
+    """Any SentencePiece model, given as its serialized bytes."""
 
     file_name = "tokenizer.model"
 
@@ -155,7 +155,7 @@ class SentencePieceTokenizer(Tokenizer):
     def joined_encoder(self) -> JoinedEncoder:
         from sentencepiece import ThreadPool
 
-        pool = ThreadPool(1)  # else each call starts a thread, for as long as ten short texts take
+        pool = ThreadPool(1)  # else each call starts a thread, which takes as long as ten short texts
 
         def encode(texts: list[str]) -> tuple[bytes, list[int]]:
             if sum(map(len, texts)) >= _LONG * len(texts):
@@ -193,7 +193,7 @@ def train_sentencepiece(
     """A unigram model trained on the first `max_bytes` of `texts`; the same texts give the same model.
 
     `vocab_size` counts the five special tokens; fewer pieces come out where the texts do not support so many. Lossless:
-    no normalisation, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
+    no normalization, byte fallback for rare characters (only U+2581, SentencePiece's mark for a space, comes back as a
     space). No ids are spent on SentencePiece's `<s>`, `</s>` and `<pad>`. UserError without text or for an impossible
     size.
     """
@@ -332,7 +332,7 @@ class ClipTokenizer(Tokenizer):
 
     def joined_encoder(self) -> JoinedEncoder:
         def encode(texts: list[str]) -> tuple[bytes, list[int]]:
-            "".join(texts).encode()  # a lone surrogate, which ftfy would replace and not tell
+            "".join(texts).encode()  # raises for a lone surrogate, which ftfy would replace silently
             pieces = self._encode_bytes(texts)
             return b"".join(pieces), [len(ids) // 4 for ids in pieces]
 
@@ -356,7 +356,7 @@ class ClipTokenizer(Tokenizer):
 
 
 _QUOTES = str.maketrans(dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"'))
-# Characters on which ftfy or HTML-unescaping may act by themselves: entities, controls, odd line ends, ligatures, full
+# Characters that ftfy or HTML-unescaping may change by themselves: entities, controls, odd line ends, ligatures, full
 # and half widths, surrogates, byte-order and interlinear marks.
 _UNCLEAN = re.compile(
     "[&\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u2028-\u202e\u2066-\u206f\u3000"

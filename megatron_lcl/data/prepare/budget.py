@@ -7,11 +7,11 @@ from megatron_lcl.data.corpus.store import total
 from megatron_lcl.errors import UserError
 
 _ENOUGH = 1000
-"""items after which the share of bad ones is judged before the end"""
+"""items after which the fraction of bad ones is judged before the end"""
 
 
 class Unusable(UserError):
-    """The input is too bad. After any other error finished parts stay, so that the run can go on."""
+    """Too much of the input is bad. After any other error finished parts stay, so that the run can be resumed."""
 
 
 class Budget:
@@ -50,7 +50,7 @@ def nothing_left(drops: Drops) -> str:
 
 
 def _dominant(drops: Drops, kind: str = "") -> str:
-    """The most frequent reason for which something of `kind` is bad, or was left out; "" if there is none."""
+    """The most frequent reason for which something of `kind` is bad, or is not wanted; "" if there is none."""
     counts = {reason: n for reason, n in drops.bad_counts.items() if reason.startswith(kind)}
     if not counts:
         counts = {reason: n for reason, n in drops.left_out_counts.items() if reason.startswith(kind)}

@@ -21,11 +21,11 @@ from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
 from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
-from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Job, Part
+from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings
 from megatron_lcl.errors import UserError
 
 _THREADS = 4
-"""files that are read at once at least: what one waits for, another may have"""
+"""files that are read at once, at least: while one waits for the disk, another is hashed"""
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ class _File:
 def finish(
     folder: Path,
     recipe: Mapping[str, Any],
-    job: Job,
+    settings: TaskSettings,
     parts: list[Part],
     max_bad_fraction: float,
     source: dict[str, Any],
@@ -51,9 +51,9 @@ def finish(
     """Give the parts' shards their numbers and write the manifest.
 
     scratch: a folder of this process alone, on the same file system. Raises UserError where a file is not what its
-    record says, or too much of the input was bad; FileNotFoundError where another process has done it meanwhile.
+    record says, or too much of the input was bad; FileNotFoundError where another process has finished meanwhile.
     """
-    work = job.folder
+    work = settings.folder
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
@@ -86,7 +86,7 @@ def finish(
         if file.source.exists():  # else it was renamed before an interruption, or by another process
             _replace(file.source, file.target)
         files[file.target.name] = file.info
-    tokenizer = job.tokenizer
+    tokenizer = settings.tokenizer
     tokenizer.save(scratch / f"new-{tokenizer.file_name}")
     for name, content in (
         (tokenizer.file_name, (scratch / f"new-{tokenizer.file_name}").read_bytes()),
@@ -120,7 +120,12 @@ def finish(
 
 def _fault(file: _File) -> str:
     """What is wrong with a file, in its part or already in the corpus; "" if nothing is."""
-    for path in (file.source, file.target, file.source, file.target):  # another process may rename it between two looks
+    for path in (
+        file.source,
+        file.target,
+        file.source,
+        file.target,
+    ):  # another process may rename it meanwhile
         try:
             size, digest = path.stat().st_size, hash_file(path)
         except FileNotFoundError:

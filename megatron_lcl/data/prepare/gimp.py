@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_lcl.errors import UserError
 
 PACKAGE = "gimp-help-en"
-LICENCE = "GFDL-1.2-or-later"
+LICENSE = "GFDL-1.2-or-later"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Manual:
 
     @property
     def source(self) -> dict[str, str]:
-        return {"package": self.package, "version": self.version, "sha256": self.sha256, "licence": LICENCE}
+        return {"package": self.package, "version": self.version, "sha256": self.sha256, "license": LICENSE}
 
 
 def fetch_manual(folder: str | Path) -> Manual:

@@ -6,7 +6,7 @@ Two images are near-duplicates where one of three agrees, all computed on the im
 
 * 16x16 RGB thumbnails differ by less than 11 levels (root mean square);
 * difference hashes (64 bits: is a pixel of a 9x8 grey thumbnail darker than its right neighbour) differ in at most 5;
-* 32x32 maps of edge strength correlate by more than 0.75, which also sees through changed colours and contrast.
+* 32x32 maps of edge strength correlate by more than 0.75, which also sees through changed colors and contrast.
 
 On the GIMP manual that joins everything that still shows its most repeated photograph (124 filtered variants, on pages
 that also share the original) and leaves about 70 of 464 pages in small groups.
@@ -113,7 +113,7 @@ class Grouping:
         """Names of groups to hold out: whole small groups in a seeded order, up to `fraction` of the names,
         but one at least and never all.
 
-        A group that would overshoot is passed over, so the largest ones stay in training. Raises UserError where
+        A group that would overshoot is skipped, so the largest ones stay in training. Raises UserError where
         nothing can be held out.
         """
         num = len(self._group_of)
@@ -137,7 +137,7 @@ class Grouping:
 
 
 def group_name(document: Document) -> str:
-    """Documents of one name stay on one side: the page of an HTML document, else the document itself."""
+    """Documents of one group are held out, or not, together: the page of an HTML document, else the document itself."""
     return document.metadata.get("group") or document.name
 
 
@@ -154,15 +154,15 @@ def _features(data: bytes) -> _Features | None:
         image = file.convert("RGBA")
     white = Pillow.new("RGBA", image.size, "white")
     white.alpha_composite(image)
-    colour = white.convert("RGB")
+    color = white.convert("RGB")
     box = Pillow.Resampling.BOX
-    grey = colour.convert("L").resize((64, 64), box)
+    grey = color.convert("L").resize((64, 64), box)
     row = np.asarray(grey.resize((9, 8), box), np.int16)
     vertical, horizontal = np.gradient(np.asarray(grey, np.float32))
     edges = np.hypot(vertical, horizontal).reshape(32, 2, 32, 2).mean((1, 3)).ravel()
     edges -= edges.mean()
     return _Features(
-        np.asarray(colour.resize((16, 16), box), np.float32).ravel(),
+        np.asarray(color.resize((16, 16), box), np.float32).ravel(),
         np.where(row[:, 1:] > row[:, :-1], 1, -1).astype(np.float32).ravel(),
         edges / (np.linalg.norm(edges) + 1e-3),
     )

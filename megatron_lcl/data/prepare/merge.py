@@ -29,8 +29,8 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     """Join corpora, in the given order, into the new folder `output`; returns its manifest.
 
     Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
-    once the new manifest is written. Done before with the same corpora, it is recognised, and a removal that was cut
-    short goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers differ, a corpus is
+    once the new manifest is written. Done before with the same corpora, it is recognized, and an interrupted removal
+    goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers differ, a corpus is
     given twice or has lost a file or part of one, or the folder holds something else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
@@ -118,7 +118,7 @@ def _remove(source: Path) -> None:
     """Remove a corpus, and nothing else from its folder; repeatable, should it be interrupted."""
     moved = source / f"{MANIFEST}.moved"
     if (source / MANIFEST).exists():
-        os.replace(source / MANIFEST, moved)  # first: a corpus is whole or it is none
+        os.replace(source / MANIFEST, moved)  # first: a corpus is complete or it is not there
     if moved.exists():
         for name in json.loads(moved.read_bytes())["files"]:
             (source / name).unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """Documents in any known format → a corpus (`store.py`), and, where asked for, a second one of held-out documents.
 
-The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished` (`pipeline.py`) in
-any order, by any number of processes or machines; at the end the parts get their shard numbers, and `corpus.json` is
-written (`finish.py`). So the bytes never depend on who did the work, a run that was killed goes on where it stopped,
-and whoever runs the same command beside it, on any machine, does no harm: see `scratch.py`.
+The input is cut into tasks by its order and sizes alone. Tasks write parts into `output/_unfinished`
+(`preprocess_task.py`) in any order, by any number of processes or machines; one of n jobs does every n-th task. At the
+end the parts get their shard numbers, and the manifest is written (`finish.py`). So the bytes never depend on who did
+the work, a run that was killed resumes where it stopped, and running the same command several times at once, on any
+machines, does no harm: see `scratch.py`.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from megatron_lcl.data.prepare.finish import finish
 from megatron_lcl.data.prepare.holdout import Grouping, group_name
 from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.data.prepare.importers.sources import images_signature
-from megatron_lcl.data.prepare.preprocess_task import Job, is_finished, parts_of, run_task
+from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
 from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
 from megatron_lcl.errors import UserError
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
 _LAYOUT = {"unfinished": 2}
-"""part of the record: how unfinished work lies in its folder"""
+"""part of the record: version of the layout of unfinished work"""
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
@@ -54,21 +55,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """What a corpus holds and what was left out on the way."""
+    """What a corpus holds and what was dropped on the way."""
 
     path: Path
     counts: dict[str, int]
     """documents, pieces, tokens, placements, images, image_bytes"""
     drops: Drops
     vocab_size: int
-    """0 while shares of other processes are missing"""
+    """0 while other jobs are not done"""
     reused: bool = False
     """the folder already held the finished corpus"""
     held_out: Summary | None = None
 
     def __str__(self) -> str:
         if not self.vocab_size:
-            return f"{self.path}: this share is done, others are not yet"
+            return f"{self.path}: this job is done, others are not yet"
         c = self.counts
         lines = [
             f"{self.path}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['placements']:,} images "
@@ -98,7 +99,7 @@ def preprocess(
     source: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     workers: int = 1,
-    shard: tuple[int, int] | None = None,
+    job: tuple[int, int] | None = None,
     task_bytes: int = TASK_BYTES,
     shard_bytes: int = SHARD_BYTES,
     shard_documents: int = SHARD_DOCUMENTS,
@@ -109,10 +110,10 @@ def preprocess(
     tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents.
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
     in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
-    is. options: the importer's own. shard: (i, n) does every n-th task, the i-th of 0 … n-1; whoever finds all done
-    finishes, and a share that fails leaves the others' work alone.
+    is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; the job that finds all tasks
+    done finishes the corpus, and a job that fails leaves the others' work alone.
 
-    Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
+    Run again with the same input it resumes where it was killed, and a finished corpus is recognized. Raises
     UserError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
     input is unusable or more than `max_bad_fraction` of it is bad. After any other failure finished parts stay.
     """
@@ -167,7 +168,7 @@ def preprocess(
     summaries = []
     for (folder, side), done in zip(sides, finished, strict=True):
         if not done:
-            job = Job(
+            settings = TaskSettings(
                 importer,
                 tokenizer,
                 folder / WORK,
@@ -177,17 +178,17 @@ def preprocess(
                 groups,
                 keep_groups=side["side"] == "held out",
             )
-            _write_corpus(folder, side, job, tasks, max_bad_fraction, dict(source or {}), workers, shard, progress)
+            _write_corpus(folder, side, settings, tasks, max_bad_fraction, dict(source or {}), workers, job, progress)
         summaries.append(_summary(folder))
     return _with(summaries[0], summaries[1:])
 
 
-def parse_share(text: str) -> tuple[int, int]:
+def parse_job(text: str) -> tuple[int, int]:
     """`"i/n"` as (i, n), i from 0 to n-1. UserError for anything else."""
-    share, slash, total = text.partition("/")
-    if slash and share.isdecimal() and total.isdecimal() and int(share) < int(total):
-        return int(share), int(total)
-    raise UserError(f"the share is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
+    index, slash, total = text.partition("/")
+    if slash and index.isdecimal() and total.isdecimal() and int(index) < int(total):
+        return int(index), int(total)
+    raise UserError(f"the job is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
 
 
 def _with(training: Summary, rest: list[Summary]) -> Summary:
@@ -201,7 +202,7 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
     ours = json.loads(json.dumps(recipe))
     work = folder / WORK
-    try:  # before the manifest: the record goes once that is there
+    try:  # before the manifest: the record is deleted once that is there
         record = json.loads((work / _RECORD).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         record = None
@@ -223,7 +224,7 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     if record is not None:
         if record == ours:
             raise UserError(
-                f"{work} was begun by an earlier release and cannot be gone on with; remove it and run the same "
+                f"{work} was begun by an earlier release and cannot be resumed; remove it and run the same "
                 "command again, or finish it with that release"
             )
         if record != {**ours, **_LAYOUT}:
@@ -289,15 +290,15 @@ def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document
 def _write_corpus(
     folder: Path,
     recipe: Mapping[str, Any],
-    job: Job,
+    settings: TaskSettings,
     tasks: list[list[Unit]],
     max_bad_fraction: float,
     source: dict[str, Any],
     workers: int,
-    shard: tuple[int, int] | None,
+    job: tuple[int, int] | None,
     progress: bool,
 ) -> None:
-    work = job.folder
+    work = settings.folder
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _clear_errors(folder), _in_work_folder(work) as scratch:
@@ -305,23 +306,23 @@ def _write_corpus(
             if _finished(folder, recipe):  # by others, since the first look
                 return
             with waiting_for_others(work / "lock"):
-                job.importer.prepare(work)
-            share, num_shares = shard or (0, 1)
-            mine = [k for k in range(len(tasks)) if k % num_shares == share]
+                settings.importer.prepare(work)
+            index, num_jobs = job or (0, 1)
+            mine = [k for k in range(len(tasks)) if k % num_jobs == index]
             budget = Budget(max_bad_fraction)
-            done = tqdm(_run(job, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
+            done = tqdm(_run(settings, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
             for number, drops in done:
                 budget.add(drops, [part.counts for part in parts_of(work, number)])
             with waiting_for_others(work / "lock"):
                 parts = [parts_of(work, k) for k in range(len(tasks))]
                 if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
                     all_parts = list(itertools.chain.from_iterable(parts))
-                    finish(folder, recipe, job, all_parts, max_bad_fraction, source, scratch, workers)
+                    finish(folder, recipe, settings, all_parts, max_bad_fraction, source, scratch, workers)
     except BaseException as error:
         # the work folder may be gone: another process found all done, finished and cleared up
         if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
             clear_dead(work)
-            if shard is None and not is_used(work) and (isinstance(error, Unusable) or not any(work.glob("part-*"))):
+            if job is None and not is_used(work) and (isinstance(error, Unusable) or not any(work.glob("part-*"))):
                 _remove(folder, created)
             raise
     finally:
@@ -339,7 +340,7 @@ def _in_work_folder(work: Path) -> Iterator[Path]:
 
 
 def _claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
-    """Record whose the work folder is, unless it is recorded: of several processes at once one does."""
+    """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does."""
     own = scratch / _RECORD
     write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
     try:
@@ -368,39 +369,39 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _run(job: Job, tasks: list[list[Unit]], mine: list[int], workers: int) -> Iterator[tuple[int, Drops]]:
+def _run(settings: TaskSettings, tasks: list[list[Unit]], mine: list[int], workers: int) -> Iterator[tuple[int, Drops]]:
     """Run the tasks, in this process or in `workers` others; yields their drops in order."""
     if workers <= 1 or len(mine) <= 1:
         for k in mine:
-            yield k, run_task(job, k, tasks[k])
+            yield k, run_task(settings, k, tasks[k])
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (job,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (settings,)) as pool:
         futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
         try:
             for k, future in futures:
                 yield k, future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process died, perhaps for want of memory; run the same command again, with fewer workers"
+                "a worker process died, perhaps out of memory; run the same command again, with fewer workers"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_job_of_this_worker: list[Job] = []
+_settings_of_this_worker: list[TaskSettings] = []
 
 
-def _start_worker(job: Job) -> None:
-    _job_of_this_worker[:] = [job]
+def _start_worker(settings: TaskSettings) -> None:
+    _settings_of_this_worker[:] = [settings]
 
 
 def _worker_task(k: int, units: list[Unit]) -> Drops:
-    return run_task(_job_of_this_worker[0], k, units)
+    return run_task(_settings_of_this_worker[0], k, units)
 
 
 def _remove(folder: Path, created: list[Path]) -> None:
-    """Take back what a failed run wrote, and the folders that were made for it, the innermost first."""
+    """Remove what a failed run wrote, and the folders that were made for it, the innermost first."""
     shutil.rmtree(folder / WORK, ignore_errors=True)
     for path in created:
         try:
@@ -413,7 +414,7 @@ def _remove(folder: Path, created: list[Path]) -> None:
 
 
 def _summary(folder: Path, reused: bool = False) -> Summary:
-    if not (folder / MANIFEST).exists():  # other shares are not done yet
+    if not (folder / MANIFEST).exists():  # other jobs are not done yet
         return Summary(
             folder, dict.fromkeys(("documents", "tokens", "placements", "images", "image_bytes"), 0), Drops(), 0
         )

@@ -34,7 +34,7 @@ from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder, waiting_for_others
 
 BATCH = 384
-"""texts and images of one kind of documents tokenised together, each document counted as one more; parts end between
+"""texts and images of one kind of documents tokenized together, each document counted as one more; parts end between
 batches"""
 BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
@@ -46,7 +46,7 @@ PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskSettings:
     """What every task of a run has in common. Picklable."""
 
     importer: Importer
@@ -107,7 +107,7 @@ def is_finished(parts: list[Part]) -> bool:
 
 @contextmanager
 def _young_collections() -> Iterator[None]:
-    """Python's garbage collector looks only at what is made from here on, not again and again at all modules."""
+    """Python's garbage collector traverses only objects created from here on, not all modules each time."""
     mine = not gc.get_freeze_count()
     if mine:
         gc.freeze()
@@ -119,40 +119,40 @@ def _young_collections() -> Iterator[None]:
 
 
 @_young_collections()
-def run_task(job: Job, task: int, units: list[Unit]) -> Drops:
+def run_task(settings: TaskSettings, task: int, units: list[Unit]) -> Drops:
     """Write what is missing of a task's parts; returns the drops of all its parts.
 
     While another process does the same task it is waited for, where there are locks. Where there are none, both write
-    the same parts, each in a folder of its own, and those that come second are given up.
+    the same parts, each in a folder of its own, and those renamed second are discarded.
     """
-    with waiting_for_others(job.folder / f"lock-{task:06d}"), scratch_folder(job.folder) as scratch:
-        parts = parts_of(job.folder, task)
+    with waiting_for_others(settings.folder / f"lock-{task:06d}"), scratch_folder(settings.folder) as scratch:
+        parts = parts_of(settings.folder, task)
         if not is_finished(parts):
-            _write_parts(job, task, units, parts, scratch)
+            _write_parts(settings, task, units, parts, scratch)
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
     return drops
 
 
-def _write_parts(job: Job, task: int, units: list[Unit], parts: list[Part], scratch: Path) -> None:
+def _write_parts(settings: TaskSettings, task: int, units: list[Unit], parts: list[Part], scratch: Path) -> None:
     """Write the parts that follow on `parts`, and append them."""
     drops = Drops()
     # what the importer drops is counted once, with the training side
-    reading = Drops() if job.keep_groups else drops
-    every = (document for unit in units for document in job.importer.documents(unit, reading))
-    documents = filter(job.wants, every) if job.groups else every
+    reading = Drops() if settings.keep_groups else drops
+    every = (document for unit in units for document in settings.importer.documents(unit, reading))
+    documents = filter(settings.wants, every) if settings.groups else every
     num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
-    drops.clear()  # what came up to here is on the records of the finished parts
-    encode = job.tokenizer.joined_encoder()
+    drops.clear()  # those up to here are in the records of the finished parts
+    encode = settings.tokenizer.joined_encoder()
     while not is_finished(parts):
-        parts.append(_write_part(job, encode, task, len(parts), documents, num_read, drops, scratch))
+        parts.append(_write_part(settings, encode, task, len(parts), documents, num_read, drops, scratch))
         num_read = parts[-1].documents_read
         drops.clear()
 
 
 def _write_part(
-    job: Job,
+    settings: TaskSettings,
     encode: JoinedEncoder,
     task: int,
     number: int,
@@ -162,7 +162,7 @@ def _write_part(
     scratch: Path,
 ) -> Part:
     name = Part(task, number, False, 0).name
-    folder, default = scratch / name, job.importer.kind
+    folder, default = scratch / name, settings.importer.kind
     folder.mkdir()
     shards: dict[Kind | None, _OpenShard] = {}
     last = True
@@ -172,18 +172,18 @@ def _write_part(
             kind = document.kind or default
             shard = shards.get(kind)
             if shard is None:
-                shard = shards[kind] = _OpenShard(ShardWriter(folder, len(shards)), job.shard_documents)
+                shard = shards[kind] = _OpenShard(ShardWriter(folder, len(shards)), settings.shard_documents)
             taken, document = shard.take(document, documents)
             num_read += taken
             if shard.has_batch:
-                shard.write_batch(job, encode, drops)
-                if shard.is_full(job.shard_bytes):
+                shard.write_batch(settings, encode, drops)
+                if shard.is_full(settings.shard_bytes):
                     last = False
                     break
                 document = next(documents, None)
         records = []
         for kind, shard in shards.items():
-            shard.write_batch(job, encode, drops)
+            shard.write_batch(settings, encode, drops)
             if shard.writer.num_documents:
                 similarities = shard.writer.has_similarities
                 files, counts = shard.writer.finish()
@@ -200,8 +200,8 @@ def _write_part(
     part = Part(task, number, last, num_read, records, drops.to_dict())
     write_file(folder / _RECORD, json.dumps(vars(part)).encode())
     sync(folder)
-    put_in_place(folder, job.folder / name)
-    sync(job.folder)
+    put_in_place(folder, settings.folder / name)
+    sync(settings.folder)
     return part
 
 
@@ -209,7 +209,8 @@ class _OpenShard:
     """A shard that is being written, and the documents that wait until there are enough of them for a batch."""
 
     def __init__(self, writer: ShardWriter, max_documents: int) -> None:
-        self.writer, self._max_documents = writer, max_documents
+        self.writer = writer
+        self._max_documents = max_documents
         self.digests: list[int] = []
         """a hash of each document written"""
         self._begin()
@@ -217,7 +218,8 @@ class _OpenShard:
     def _begin(self) -> None:
         self._documents: list[Document] = []
         self._texts: list[str] = []
-        self._size = self._num_items = 0
+        self._size = 0
+        self._num_items = 0
         self._only_texts = True
         self.has_batch = False
         """there are documents of about BATCH items, or as many as the shard has room for"""
@@ -228,7 +230,12 @@ class _OpenShard:
         Returns how many were added, and the next document where that is of another kind, or None.
         """
         kind, room = first.kind, self._max_documents - self.writer.num_documents
-        batch, texts, num_items, size = self._documents, self._texts, self._num_items, self._size  # sooner found
+        batch, texts, num_items, size = (
+            self._documents,
+            self._texts,
+            self._num_items,
+            self._size,
+        )  # locals are faster
         before, following = len(batch), None
         for document in itertools.chain((first,), documents):
             if document.kind != kind:
@@ -237,7 +244,7 @@ class _OpenShard:
             batch.append(document)
             items = document.items
             num_items += 1 + len(items)
-            try:  # sooner done than asking each item what it is
+            try:  # faster than a type check of each item
                 texts += [item.text for item in items]  # type: ignore[union-attr]
             except AttributeError:
                 self._only_texts = False
@@ -248,11 +255,11 @@ class _OpenShard:
         self._num_items, self._size = num_items, size
         return len(batch) - before, following
 
-    def write_batch(self, job: Job, encode: JoinedEncoder, drops: Drops) -> None:
+    def write_batch(self, settings: TaskSettings, encode: JoinedEncoder, drops: Drops) -> None:
         """Write the documents that wait."""
         if self._documents:
             batch = _Batch(self._documents, self._texts if self._only_texts else None)
-            self.digests += _write_batch(job, encode, self.writer, batch, drops)
+            self.digests += _write_batch(settings, encode, self.writer, batch, drops)
         self._begin()
 
     def is_full(self, shard_bytes: int) -> bool:
@@ -275,7 +282,9 @@ class _Batch:
 # --- one batch ---------------------------------------------------------------------------------------------------
 
 
-def _write_batch(job: Job, encode: JoinedEncoder, writer: ShardWriter, batch: _Batch, drops: Drops) -> list[int]:
+def _write_batch(
+    settings: TaskSettings, encode: JoinedEncoder, writer: ShardWriter, batch: _Batch, drops: Drops
+) -> list[int]:
     """Write a batch of documents; returns a hash of each one written."""
     documents = batch.documents
     try:
@@ -284,12 +293,12 @@ def _write_batch(job: Job, encode: JoinedEncoder, writer: ShardWriter, batch: _B
         documents = [_with_valid_texts(document, drops) for document in documents]
         ids, lengths = encode(_blanked(_texts(documents)))
     counts = [len(document.items) for document in documents]
-    if batch.texts is not None and all(lengths) and all(counts):  # nothing to leave out
+    if batch.texts is not None and all(lengths) and all(counts):  # nothing to skip
         writer.add_text_documents(ids, lengths, counts)
         return _digests(ids, lengths, counts)
     rest = io.BytesIO(ids)
     pieces = (rest.read(4 * length) for length in lengths)
-    digests = [_write_document(job, writer, document, pieces, drops) for document in documents]
+    digests = [_write_document(settings, writer, document, pieces, drops) for document in documents]
     return [digest for digest in digests if digest is not None]
 
 
@@ -328,7 +337,7 @@ def _digests(ids: bytes, lengths: list[int], counts: list[int]) -> list[int]:
 
 
 _IMAGE = -1
-"""instead of a length"""
+"""in place of a length"""
 
 
 def _digest(content: bytes | memoryview, lengths: bytes | memoryview) -> int:
@@ -344,7 +353,7 @@ class _ReadyImage:
 
 
 def _write_document(
-    job: Job, writer: ShardWriter, document: Document, encoded: Iterator[bytes], drops: Drops
+    settings: TaskSettings, writer: ShardWriter, document: Document, encoded: Iterator[bytes], drops: Drops
 ) -> int | None:
     """Write one document, taking its texts' ids from `encoded`; returns its hash, or None where nothing was left."""
     runs: list[list[bytes] | _ReadyImage] = []  # texts between images together
@@ -362,7 +371,7 @@ def _write_document(
                 if item.text:  # an importer counts an empty one itself
                     reason = "blank" if item.text.isspace() else "without tokens"
                     drops.left_out("text", reason, document.name)
-        elif (ready := _ready_image(job, item, document, drops)) is not None:
+        elif (ready := _ready_image(settings, item, document, drops)) is not None:
             runs += [texts, ready]
             texts = []
     runs.append(texts)
@@ -388,12 +397,12 @@ def _write_document(
     return _digest(b"".join(content), lengths.tobytes())
 
 
-def _ready_image(job: Job, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:
+def _ready_image(settings: TaskSettings, image: Image, document: Document, drops: Drops) -> _ReadyImage | None:
     """The image with the bytes to store and their size; None, and counted, if it cannot be used."""
     try:
         size, data = probe(image.data), image.data
-        if job.max_image_side and max(size.width, size.height) > job.max_image_side:
-            data = downscale(data, job.max_image_side)
+        if settings.max_image_side and max(size.width, size.height) > settings.max_image_side:
+            data = downscale(data, settings.max_image_side)
             size = probe(data)
     except BadImage as error:
         drops.bad("image", str(error), f"{document.name}: {image.name}")

@@ -1,12 +1,11 @@
 """Several processes that write into one folder: each has a scratch folder of its own, and never touches another's.
 
-What is complete is renamed into place as a whole, which succeeds for exactly one; so nothing depends on a lock. Locks,
+A complete folder is renamed into place, which succeeds for exactly one process; so nothing depends on a lock. Locks,
 where the file system has them, save work that would be done twice.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -15,7 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 _PREFIX = "scratch-"
+_POLL_SECONDS = 0.2
+"""between attempts at a lock that another process holds"""
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +34,7 @@ def scratch_folder(work: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Rename a complete folder; where another process was first, its own stays, and ours is not needed."""
+    """Rename a complete folder; where another process was first, its folder stays and ours is discarded."""
     try:
         os.rename(folder, target)
     except OSError:
@@ -40,7 +43,7 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 
 def clear_dead(work: Path) -> None:
-    """Remove the scratch folders of processes of this machine that are no more."""
+    """Remove the scratch folders of this machine's processes that have ended."""
     for folder in work.glob(_PREFIX + "*"):
         machine, pid, _ = folder.name.removeprefix(_PREFIX).rsplit("-", 2)
         if machine == _machine() and not _alive(int(pid)):
@@ -54,25 +57,28 @@ def is_used(work: Path) -> bool:
 
 @contextmanager
 def waiting_for_others(file: Path) -> Iterator[None]:
-    """After the process that is in here with the same `file`, where the file system has locks; they die with it."""
+    """Hold a lock on `file`, once no other process does; without one where the file system has no locks.
+
+    The lock ends with its process, however that ends. (filelock's `FileLock` would put a marker file in its place where
+    there are no locks, which a process that is killed on another machine leaves behind for ever.)
+    """
     with open(file, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not lock_descriptor(lock.fileno(), blocking=False):
+                logger.warning("%s: another process is at work; waiting for it", file.with_suffix(""))
+                lock_descriptor(lock.fileno(), poll_interval=_POLL_SECONDS)
         except OSError:
             pass  # no locks here
         yield
 
 
 def _machine() -> str:
-    """Within it, until it is switched off, process ids are unique; hosts may have one name, and containers one host."""
+    """Names where process ids are unique, until the next boot: hosts may share a name, and containers a host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip().replace("-", "")
         return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return uuid.uuid4().hex  # nobody's
+        return uuid.uuid4().hex  # no process's
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Is a corpus whole? Checksums, offsets, index ranges, token ids, and that every image decodes."""
+"""Is a corpus complete and valid? Checksums, offsets, index ranges, token ids, and that every image decodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import xxhash
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.indexed import read_indexed
 from megatron_lcl.data.corpus.probe import BadImage, probe
-from megatron_lcl.data.corpus.store import COUNTS, FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus, shard_files, total
+from megatron_lcl.data.corpus.store import (
+    COUNTS,
+    FORMATS,
+    IMAGE,
+    MANIFEST,
+    TEXT,
+    Corpus,
+    Shard,
+    open_corpus,
+    shard_files,
+    total,
+)
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.errors import UserError
 
@@ -22,7 +33,7 @@ _BLOCK = 8 << 20
 def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[str]:
     """The first `max_faults` faults of the corpus at `path`, a line each; an empty list if there is none.
 
-    `quick` leaves out the images: that they decode, and have the stored size and hash.
+    `quick` skips the images: that they decode, and have the stored size and hash.
     """
     faults: list[str] = []
     for fault in _faults(Path(path), quick):
@@ -45,7 +56,7 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
     for name in sorted({*listed, named["file"]} - set(files)):
         yield f"{name}: not in the manifest"
     if total(corpus.manifest["shards"]) != corpus.manifest["counts"]:
-        yield "corpus.json: the counts are not the sum of the shards'"
+        yield f"{MANIFEST}: the counts are not the sum of the shards'"
     try:
         if (corpus.tokenizer.fingerprint, corpus.tokenizer.vocab_size) != (named["fingerprint"], named["vocab_size"]):
             yield f"{named['file']}: not the tokenizer that the manifest names"

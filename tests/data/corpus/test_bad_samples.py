@@ -1,4 +1,4 @@
-"""What real collections are full of: odd images, names that lead outside, damaged files. Every drop is counted."""
+"""Protects: odd images decode as they should, damaged ones are refused, and every drop is counted by its reason."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import random
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from data.prepare.test_formats import TOKENIZER
+from data.helpers import corpus_of, encoded, mutate
 from data.writers import picture
 from PIL import Image as Pillow
 
@@ -21,18 +20,10 @@ from megatron_lcl.data.corpus.probe import BadImage, downscale, eight_bits, prob
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval, decode_train, thumbnail
 from megatron_lcl.data.pages.inspect import stats, table
-from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
 
-
-def encoded(image: Pillow.Image, format: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
 BASE = Pillow.open(io.BytesIO(picture(3, 90, 70)))
-RED, *OTHERS = (Pillow.new("RGB", (90, 70), colour) for colour in ("red", "lime", "blue"))
+RED, *OTHERS = (Pillow.new("RGB", (90, 70), color) for color in ("red", "lime", "blue"))
 DEEP = np.arange(6300, dtype=np.uint16).reshape(70, 90) * 10
 ROTATED = Pillow.Exif()
 ROTATED[0x0112] = 6
@@ -117,31 +108,6 @@ def test_grey_levels_beside_what_is_no_number(at: int) -> None:
     assert set(np.asarray(eight_bits(Pillow.fromarray(np.full((300, 4), 40.4, np.float32)))).ravel()) == {40}
 
 
-def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """Flip bits, overwrite, insert, delete or repeat a stretch, or cut the end."""
-    data = bytearray(raw)
-    for _ in range(rng.choice((1, 1, 2, 5, 30))):
-        if not data:
-            break
-        at, length = rng.randrange(len(data)), rng.choice((1, 2, 4, 16, 200))
-        kind = rng.randrange(6)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at : at + length] = rng.randbytes(length)
-        elif kind == 2:
-            data[at:at] = rng.choice(
-                (b'"', b"\\u0000", b"null", b"{", b"]", b"\n", b"\xff", b"-1", b"1e999", b"<", b"\0")
-            )
-        elif kind == 3:
-            del data[at : at + length]
-        elif kind == 4:
-            data[at:at] = data[at : at + length]
-        else:
-            del data[at:]
-    return bytes(data)
-
-
 def mutated_header(data: bytes, rng: random.Random) -> bytes:
     """Some bytes changed in the EXIF data, or near the start; a PNG's checksum is made to agree."""
     found = [at + len(mark) for mark in (b"Exif\0\0", b"eXIf", b"EXIF") if (at := data.find(mark)) >= 0]
@@ -209,15 +175,6 @@ def test_real_odd_images(shared: Path) -> None:
     assert len(files) >= 5
     for file in files:
         assert probe(file.read_bytes()).width == Pillow.open(file).width
-
-
-def corpus_of(tmp_path: Path, lines: list[Any], images: dict[str, bytes], **options: Any) -> Summary:
-    (tmp_path / "in").mkdir()
-    for name, data in images.items():
-        (tmp_path / "in" / name).write_bytes(data)
-    raw = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
-    (tmp_path / "in" / "a.jsonl").write_bytes(raw)
-    return preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1, **options)
 
 
 def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:

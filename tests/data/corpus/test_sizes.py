@@ -1,4 +1,4 @@
-"""A file that lost its end: named, with both sizes, by whatever opens the shard, and by a run before it starts."""
+"""Protects: a truncated file is named, with both sizes, by whatever opens its shard, and by a run before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The format against Megatron-Core's own reader and writer, and against planted damage."""
+"""Protects the corpus format: byte for byte Megatron-Core's, and planted damage is found; the corpus commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data import writers
-from data.prepare.test_formats import TOKENIZER, plain
+from data.helpers import TOKENIZER, plain
 from data.writers import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -400,14 +400,14 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     TOKENIZER.save(tmp_path / "t.model")
     common = ("preprocess", "--format", "jsonl", "--input", tmp_path / "in", "--tokenizer", tmp_path / "t.model")
-    for share in ("1/2", "0/2"):
-        code, out, _ = run(*common, "--output", tmp_path / "shares", "--shard", share)
+    for job in ("1/2", "0/2"):
+        code, out, _ = run(*common, "--output", tmp_path / "jobs", "--shard", job)
         assert code == 0
     assert "4 documents" in out
-    assert (tmp_path / "shares/corpus.json").read_bytes() == (corpus / "corpus.json").read_bytes()
-    assert run(*common, "--output", tmp_path / "shares", "--shard", "2/2")[0] == 2
+    assert (tmp_path / "jobs/corpus.json").read_bytes() == (corpus / "corpus.json").read_bytes()
+    assert run(*common, "--output", tmp_path / "jobs", "--shard", "2/2")[0] == 2
 
-    code, out, _ = run("merge", corpus, tmp_path / "shares", "--output", tmp_path / "both")
+    code, out, _ = run("merge", corpus, tmp_path / "jobs", "--output", tmp_path / "both")
     assert (code, out.split(":")[1].split(",")[0]) == (0, " 8 documents")
     assert run("merge", corpus, corpus, "--output", tmp_path / "twice")[0] == 2
     flip("tokens-00000.bin", 0, b"\xff")(corpus)
@@ -421,5 +421,5 @@ def test_preprocess_on_slurm_by_command(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options, places=places))
     main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", "--shares", "7",
           "--slurm", "slurm_partition=cpu", "--slurm", "timeout_min=5", "--workers", "3"])  # fmt: skip
-    assert (given["places"], given["shares"], given["workers"]) == (("jsonl", "a", "b"), 7, 3)
+    assert (given["places"], given["jobs"], given["workers"]) == (("jsonl", "a", "b"), 7, 3)
     assert given["slurm"] == {"slurm_partition": "cpu", "timeout_min": 5}

@@ -1,4 +1,4 @@
-"""Ids against the reference's own tokenizer; texts there and back."""
+"""Protects token ids: the same as those of the reference's tokenizer; texts survive encoding and decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and odd files in every source format: what can be read is, and every drop is counted."""
+"""Protects: of damaged and odd files in every source format what can be read is read, and every drop is counted."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data import writers
-from data.corpus.test_bad_samples import corpus_of, encoded, mutate
-from data.prepare.test_formats import TOKENIZER
+from data.helpers import TOKENIZER, corpus_of, encoded, mutate
 from data.writers import picture
 from PIL import Image as Pillow
 

@@ -1,4 +1,4 @@
-"""What is held out of few documents."""
+"""Protects the choice of held-out documents where there are few: one at least, never all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input that is made, or happens, to break the tool: it is counted, in bounded memory, and nothing else runs."""
+"""Protects against hostile input: it is counted, in bounded memory, and no code of it runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data import writers
-from data.corpus.test_bad_samples import corpus_of, encoded
-from data.prepare.test_formats import TOKENIZER
+from data.helpers import TOKENIZER, corpus_of, encoded
 from data.writers import picture
 from PIL import Image as Pillow
 

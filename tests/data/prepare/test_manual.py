@@ -1,4 +1,4 @@
-"""The whole GIMP manual: what the importer finds, what is held out, and every format there and back."""
+"""Protects the whole GIMP manual: what the importer finds, what is held out, and every format there and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.prepare.test_formats import check_all_formats, plain
+from data.helpers import check_all_formats, plain
 from lxml import html
 from PIL import Image as Pillow
 from scipy.fft import dctn

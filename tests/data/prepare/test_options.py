@@ -1,4 +1,4 @@
-"""Options and limits of `preprocess`: each changes what it says."""
+"""Protects the options and limits of `preprocess`: each changes what it says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data import writers
-from data.prepare.test_formats import TOKENIZER, plain
+from data.helpers import TOKENIZER, plain
 from data.writers import picture
 
 from megatron_lcl.cli import main
@@ -118,7 +118,7 @@ def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPat
     }  # fmt: skip
 
 
-def test_one_share_or_all_on_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_job_or_all_on_slurm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm",
                  "--shard", "0/2"]) == 2  # fmt: skip
     assert "give one of the two" in capsys.readouterr().err
@@ -224,10 +224,10 @@ def test_naming_rules_may_format(tmp_path: Path, rule: str) -> None:
     preprocess("obelics", tmp_path / "a.parquet", tmp_path / "out", tokenizer=TOKENIZER, options=options)
 
 
-def test_one_share_says_that_others_are_missing(tmp_path: Path) -> None:
+def test_one_job_says_that_others_are_missing(tmp_path: Path) -> None:
     for k in range(2):
         writers.write_jsonl([Document((Text(f"text {k}"),))], tmp_path / f"in/{k}")
     arguments = ("jsonl", tmp_path / "in", tmp_path / "out")
-    first = preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, shard=(1, 2))
-    assert str(first) == f"{tmp_path}/out: this share is done, others are not yet"
-    assert "2 documents" in str(preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, shard=(0, 2)))
+    first = preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, job=(1, 2))
+    assert str(first) == f"{tmp_path}/out: this job is done, others are not yet"
+    assert "2 documents" in str(preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, job=(0, 2)))

@@ -1,4 +1,4 @@
-"""Same bytes from any number of workers and machines, after any interruption; bad input leaves nothing behind."""
+"""Protects: the same bytes from any number of workers and jobs, after any interruption; bad input leaves nothing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from typing import Any
 
 import pytest
 from data import writers
-from data.prepare.test_formats import TOKENIZER, plain
+from data.helpers import TOKENIZER, contents, parts_in, plain
 from data.writers import picture
 
 from megatron_lcl.data.corpus import indexed
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import importers, preprocess_task
 from megatron_lcl.data.prepare import preprocess as preprocess_module
-from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
-from megatron_lcl.data.prepare.preprocess import WORK, Summary, parse_share, preprocess
+from megatron_lcl.data.prepare.preprocess import WORK, Summary, parse_job, preprocess
 from megatron_lcl.data.prepare.verify import verify
 
 SMALL = {"task_bytes": 1, "shard_documents": 64}  # a task per file, several shards a task
@@ -58,14 +57,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-def parts_in(work: Path) -> dict[str, dict[str, bytes]]:
-    return {part.name: contents(part) for part in work.glob("part-*")}
-
-
 @pytest.fixture(scope="module")
 def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("expected") / "corpus"
@@ -83,47 +74,47 @@ def test_workers_write_the_same_bytes(source: Path, expected: dict[str, bytes], 
     assert contents(tmp_path / "out") == expected
 
 
-def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    for share, tasks in ((2, {2}), (0, {2, 0, 3}), (1, None)):
-        summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
+def test_jobs_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    for index, tasks in ((2, {2}), (0, {2, 0, 3}), (1, None)):
+        summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(index, 3), **SMALL)
         if tasks is not None:
             assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*")} == tasks
     assert summary.counts["documents"] == 5 * 149
     assert contents(tmp_path / "out") == expected
 
 
-def test_parse_share() -> None:
-    assert parse_share("2/3") == (2, 3)
+def test_parse_job() -> None:
+    assert parse_job("2/3") == (2, 3)
     for wrong in ("3/3", "1", "a/b", "-1/2", "1/2/3", "/2", ""):
         with pytest.raises(ValueError, match="i from 0 to n-1"):
-            parse_share(wrong)
+            parse_job(wrong)
 
 
-def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+def test_a_job_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
     parts = parts_in(tmp_path / "out" / WORK)
     assert {name.split("-")[1] for name in parts} == {"000000", "000002", "000004"}
     with pytest.raises(ValueError, match="are bad"):
-        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), max_bad_fraction=0, **SMALL)
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(1, 2), max_bad_fraction=0, **SMALL)
     assert parts.items() <= parts_in(tmp_path / "out" / WORK).items()
 
 
-_SHARES = """
+_JOBS = """
 import os, sys, time
 from megatron_lcl.data.prepare.preprocess import preprocess
 if __name__ == "__main__":
     for trial in range(4):
         start, children = time.monotonic() + 0.3, []
-        for share in range(8):
+        for index in range(8):
             if not (child := os.fork()):
                 while time.monotonic() < start:
                     pass
                 try:
-                    preprocess("jsonl", sys.argv[1], f"{sys.argv[2]}/{trial}", tokenizer=sys.argv[3], shard=(share, 8),
+                    preprocess("jsonl", sys.argv[1], f"{sys.argv[2]}/{trial}", tokenizer=sys.argv[3], job=(index, 8),
                                task_bytes=1, shard_documents=64)
                     os._exit(0)
                 except BaseException as error:
-                    print(trial, share, repr(error), flush=True)
+                    print(trial, index, repr(error), flush=True)
                 os._exit(1)
             children.append(child)
         if any([os.waitpid(child, 0)[1] for child in children]):
@@ -132,9 +123,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_shares_at_the_same_moment(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_jobs_at_the_same_moment(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path / "t.model")
-    command = [sys.executable, "-c", _SHARES, str(source), str(tmp_path), str(tmp_path / "t.model")]
+    command = [sys.executable, "-c", _JOBS, str(source), str(tmp_path), str(tmp_path / "t.model")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     for trial in range(4):
@@ -142,31 +133,31 @@ def test_shares_at_the_same_moment(source: Path, expected: dict[str, bytes], tmp
 
 
 @pytest.mark.parametrize("where", ["_tasks", "_run"])
-def test_a_share_whose_corpus_others_finish_meanwhile(
+def test_a_job_whose_corpus_others_finish_meanwhile(
     source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Share 3 of 6 has work to do, share 5 has none; either is overtaken before it starts, or before it ends."""
+    """Job 3 of 6 has work to do, job 5 has none; either is overtaken before it starts, or before it ends."""
     original = getattr(preprocess_module, where)
 
     def overtaken(*arguments: Any) -> Any:
         done = list(original(*arguments))
         monkeypatch.undo()
         for other in range(6):
-            preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(other, 6), **SMALL)
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, job=(other, 6), **SMALL)
         return done
 
-    for share in (3, 5):
-        output = tmp_path / str(share)
+    for index in (3, 5):
+        output = tmp_path / str(index)
         monkeypatch.setattr(preprocess_module, where, overtaken)
-        summary = preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(share, 6), **SMALL)
+        summary = preprocess("jsonl", source, output, tokenizer=TOKENIZER, job=(index, 6), **SMALL)
         assert summary.counts["documents"] == 5 * 149
         assert contents(output) == expected
 
 
-def test_a_share_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), **SMALL)
+def test_a_job_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(1, 2), **SMALL)
     assert contents(tmp_path / "out") == expected
 
 
@@ -275,7 +266,7 @@ def interrupt(*_arguments: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_run_twice_is_recognised(source: Path, tmp_path: Path) -> None:
+def test_run_twice_is_recognized(source: Path, tmp_path: Path) -> None:
     first = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
     again = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
     assert (first.reused, again.reused) == (False, True)
@@ -321,7 +312,7 @@ def test_refuses_other_files_and_other_unfinished_work(source: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"diary\.txt"):
         preprocess("jsonl", source, tmp_path / "full", tokenizer=TOKENIZER)
     assert contents(tmp_path / "full") == {"diary.txt": b"dear"}
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
     with pytest.raises(ValueError, match="unfinished corpus"):
         preprocess("jsonl", source, tmp_path / "out", tokenizer="clip", **SMALL)
 
@@ -436,7 +427,8 @@ def test_what_duplicates_are(tmp_path: Path) -> None:
         Document((image,)),
     ]
     others = [Document(tuple(Text(f"quick {k} {j}") for j in range(9))) for k in range(120)]
-    assert sum(1 + len(d.items) for d in others) > 2 * pipeline.BATCH  # so some are written without, some with images
+    # so some are written without, some with images
+    assert sum(1 + len(d.items) for d in others) > 2 * preprocess_task.BATCH
     again = [Document((Text("over the"), Text(" \n"), Text("lazy dog")))]
     writers.write_jsonl([*twice, *others, *once, *again], tmp_path / "in")
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)

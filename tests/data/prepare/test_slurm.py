@@ -1,4 +1,4 @@
-"""Shares as a job array of a real Slurm: the same bytes; a share that is killed is run again alone."""
+"""Protects: a job array of a real Slurm writes the same bytes; a job that is killed is run again alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from data import writers
-from data.prepare.test_formats import TOKENIZER
-from data.prepare.test_preprocess import contents
+from data.helpers import TOKENIZER, contents
 from data.writers import picture
 from local_slurm import Slurm
 
@@ -19,7 +18,7 @@ from megatron_lcl.data.prepare.verify import verify
 pytest.importorskip("submitit")
 
 
-# In the job of share 1, before any Python starts: the first time round the job is killed, as if its node were lost.
+# In job 1, before any Python starts: the first time round the job is killed, as if its node were lost.
 LOST_ONCE = """\
 echo "${{SLURM_ARRAY_TASK_ID-alone}}" >> {folder}/ran
 if [ "$SLURM_ARRAY_TASK_COUNT" = 3 ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then
@@ -29,7 +28,7 @@ fi"""
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_job_array_writes_the_same_bytes_though_a_share_is_lost(
+def test_job_array_writes_the_same_bytes_though_a_job_is_lost(
     slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SLURM_CONF", "PATH"):
@@ -42,11 +41,11 @@ def test_job_array_writes_the_same_bytes_though_a_share_is_lost(
     options = {"tokenizer": tmp_path / "t.model", "task_bytes": 1}
     preprocess("jsonl", tmp_path / "in", tmp_path / "expected", **options)
     parameters = {"timeout_min": 5, "mem_gb": 1, "slurm_setup": [LOST_ONCE.format(folder=tmp_path)]}
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", shares=3, slurm=parameters, **options)
+    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", jobs=3, slurm=parameters, **options)
     assert summary.counts["documents"] == 160
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
-    assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "alone"]  # share 1 once more
+    assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "alone"]  # job 1 once more
 
 
 class FakeJob:
@@ -61,7 +60,7 @@ class FakeJob:
 
 
 class FakeExecutor:
-    """Runs jobs where they are submitted; share 1 is lost the first `num_lost` times."""
+    """Runs jobs where they are submitted; job 1 is lost the first `num_lost` times."""
 
     num_lost = 1
     submitted: list[list[int]]
@@ -73,26 +72,26 @@ class FakeExecutor:
     def update_parameters(self, **parameters: object) -> None:
         pass
 
-    def map_array(self, run, arguments, shares, totals):  # type: ignore[no-untyped-def]
-        self.submitted.append(shares)
+    def map_array(self, run, arguments, indices, totals):  # type: ignore[no-untyped-def]
+        self.submitted.append(indices)
         jobs = []
-        for argument, share, total in zip(arguments, shares, totals, strict=True):
-            if share == 1 and len(self.submitted) <= self.num_lost:
+        for argument, index, total in zip(arguments, indices, totals, strict=True):
+            if index == 1 and len(self.submitted) <= self.num_lost:
                 jobs.append(FakeJob(RuntimeError("node n2 went away")))
             else:
-                run(argument, share, total)
+                run(argument, index, total)
                 jobs.append(FakeJob(None))
         return jobs
 
 
-def test_a_lost_share_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import submitit
 
     writers.write_jsonl([Document((Text("a"), Image(picture(0))))] * 5, tmp_path / "in")
     monkeypatch.setattr(submitit, "AutoExecutor", FakeExecutor)
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", shares=3, tokenizer=TOKENIZER)
+    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", jobs=3, tokenizer=TOKENIZER)
     assert FakeExecutor.submitted == [[0, 1, 2], [1]]
     assert summary.counts["documents"] == 5
     monkeypatch.setattr(FakeExecutor, "num_lost", 9)
-    with pytest.raises(ValueError, match=r"shares \[1\] of 3 failed, the first with: node n2 went away"):
-        preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "two", shares=3, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match=r"jobs \[1\] of 3 failed, the first with: node n2 went away"):
+        preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "two", jobs=3, tokenizer=TOKENIZER)

@@ -1,4 +1,4 @@
-"""Corpora that are whole as files, and wrong in what they say."""
+"""Protects `verify`: it finds corpora whose files are undamaged but whose content is wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from data import writers
-from data.prepare.test_formats import TOKENIZER
+from data.helpers import TOKENIZER
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Text

@@ -2,6 +2,9 @@
 
 Another package adds a format with an entry point in the group `megatron_lcl.importers`, whose name is the format's and
 whose object is an `Importer` class.
+
+What the formats share: `lines.py` (JSON lines), `tars.py` (WebDataset tars), `sources.py` (images in folders and tars).
+Imports data.corpus only. Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations

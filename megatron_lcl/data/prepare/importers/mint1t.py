@@ -1,7 +1,7 @@
 """MINT-1T's PDF part (Awadalla et al. 2024), experimental: tars of `<key>.json` and multi-frame `<key>.tiff`.
 
 The JSON file has lists `texts` and `images`, one of them not null at each position. That frame k of the TIFF is the
-k-th image that is not null is inferred, not documented; where the counts differ, the document's images are left out.
+k-th image that is not null is inferred, not documented; where the counts differ, the document's images are dropped.
 Frames are stored as PNG.
 """
 

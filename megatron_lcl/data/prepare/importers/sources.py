@@ -25,7 +25,7 @@ _RUN = 1 << 21
 
 
 def images_signature(root: Path) -> str:
-    """Changes with the folder's name and with its tars' names, sizes and times; other files are too many to look at."""
+    """Changes with the folder's name and with its tars' names, sizes and times; other files are too many to list."""
     return f"{root.resolve().name} {files_signature(_tars(root), root.parent)}"
 
 
@@ -47,7 +47,7 @@ class ImageSource:
         return {**vars(self), "_runs": None}
 
     def prepare(self, folder: Path) -> None:
-        """List the tars into a folder below `folder`, unless that was done before."""
+        """List the tars into a folder below `folder`, unless it is there."""
         self._folder = folder / "images-in-tars"
         if self.tars and not self._folder.exists():
             with scratch_folder(folder) as scratch:

@@ -35,7 +35,7 @@ class TarImporter(Importer):
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         if images is not None:
-            raise UserError(f"format {self.format} has its images in the tars; leave out the image folder")
+            raise UserError(f"format {self.format} has its images in the tars; give no image folder")
         self.root, self.files, self._units = tar_units(input, self.contents)
 
     def signature(self) -> str:
