@@ -172,7 +172,7 @@ def test_hashes_of_documents_are_written_or_the_part_is_not_done(
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "write_file", write_file)
         with pytest.raises(ValueError, match="no space left for"):
-            preprocess(*arguments, vocab_size=400, shard=(0, 2))
+            preprocess(*arguments, vocab_size=400, job=(0, 2))
     assert not list(work.glob("part-*"))
     preprocess(*arguments, vocab_size=400)
     assert snapshot(tmp_path / "corpus") == snapshot(documents / "corpus")

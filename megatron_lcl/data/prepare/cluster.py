@@ -27,14 +27,14 @@ def preprocess_on_slurm(
     input: str | Path,
     output: str | Path,
     *,
-    shares: int,
+    jobs: int,
     workers: int = 1,
     logs: str | Path | None = None,
     retries: int = 2,
     slurm: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Summary:
-    """`preprocess` in `shares` jobs of one array, on folders that all nodes see; waits, and returns its summary.
+    """`preprocess` in `jobs` jobs of one array, on folders that all nodes see; waits, and returns its summary.
 
     The corpus is the same, byte for byte, as from one process. workers: processes, and so CPUs, of a job. logs: folder
     for the jobs' logs (default: beside the output). slurm: submitit's parameters, e.g. {"slurm_partition": "cpu",
@@ -46,8 +46,8 @@ def preprocess_on_slurm(
         import submitit
     except ImportError:
         raise UserError("Slurm needs the package submitit: `pip install megatron-lcl[slurm]`") from None
-    if shares < 1:
-        raise UserError(f"shares is {shares}; give at least 1")
+    if jobs < 1:
+        raise UserError(f"jobs is {jobs}; give at least 1")
     output = Path(output).resolve()
     folder = Path(logs) if logs is not None else output.with_name(output.name + ".slurm")
     arguments = {
@@ -65,11 +65,11 @@ def preprocess_on_slurm(
         executor.update_parameters(
             **{"name": "megatron-lcl-preprocess", "cpus_per_task": workers, "timeout_min": 1440, **(slurm or {})}
         )
-        waiting = list(range(shares))
+        waiting = list(range(jobs))
         for attempt in range(retries + 1):
-            jobs = executor.map_array(_run_share, [arguments] * len(waiting), waiting, [shares] * len(waiting))
-            logger.info("submitted %d shares as %s; logs in %s", len(jobs), jobs[0].job_id, folder)
-            errors = {share: _outcome(job) for share, job in zip(waiting, jobs, strict=True)}
+            submitted = executor.map_array(_run_share, [arguments] * len(waiting), waiting, [jobs] * len(waiting))
+            logger.info("submitted %d shares as %s; logs in %s", len(submitted), submitted[0].job_id, folder)
+            errors = {share: _outcome(job) for share, job in zip(waiting, submitted, strict=True)}
             waiting = [share for share, error in errors.items() if error]
             if not waiting:
                 break
@@ -80,7 +80,7 @@ def preprocess_on_slurm(
     except (submitit.core.utils.FailedJobError, RuntimeError, FileNotFoundError) as error:
         raise UserError(f"Slurm did not take the jobs: {error}") from None
     if waiting:
-        raise UserError(f"shares {waiting} of {shares} failed, the first with: {errors[waiting[0]]}; logs in {folder}")
+        raise UserError(f"jobs {waiting} of {jobs} failed, the first with: {errors[waiting[0]]}; logs in {folder}")
     return preprocess(**arguments)  # finished: only reads the summary
 
 
@@ -103,7 +103,7 @@ def read_parameters(texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _run_share(arguments: dict[str, Any], share: int, num_shares: int) -> int:
-    return preprocess(**arguments, shard=(share, num_shares)).counts["documents"]
+    return preprocess(**arguments, job=(share, num_shares)).counts["documents"]
 
 
 def _outcome(job: Any) -> str:

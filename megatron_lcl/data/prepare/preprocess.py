@@ -98,7 +98,7 @@ def preprocess(
     source: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     workers: int = 1,
-    shard: tuple[int, int] | None = None,
+    job: tuple[int, int] | None = None,
     task_bytes: int = TASK_BYTES,
     shard_bytes: int = SHARD_BYTES,
     shard_documents: int = SHARD_DOCUMENTS,
@@ -109,8 +109,8 @@ def preprocess(
     tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents.
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
     in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
-    is. options: the importer's own. shard: (i, n) does every n-th task, the i-th of 0 … n-1; whoever finds all done
-    finishes, and a share that fails leaves the others' work alone.
+    is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; whoever finds all done
+    finishes, and a job that fails leaves the others' work alone.
 
     Run again with the same input it goes on where it was killed, and a finished corpus is recognised. Raises
     UserError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
@@ -158,7 +158,7 @@ def preprocess(
     summaries = []
     for (folder, side), done in zip(sides, finished, strict=True):
         if not done:
-            job = Job(
+            common = Job(
                 importer,
                 tokenizer,
                 folder / WORK,
@@ -168,17 +168,17 @@ def preprocess(
                 groups,
                 keep_groups=side["side"] == "held out",
             )
-            _write_corpus(folder, side, job, tasks, max_bad_fraction, dict(source or {}), workers, shard, progress)
+            _write_corpus(folder, side, common, tasks, max_bad_fraction, dict(source or {}), workers, job, progress)
         summaries.append(_summary(folder))
     return _with(summaries[0], summaries[1:])
 
 
-def parse_share(text: str) -> tuple[int, int]:
+def parse_job(text: str) -> tuple[int, int]:
     """`"i/n"` as (i, n), i from 0 to n-1. UserError for anything else."""
     share, slash, total = text.partition("/")
     if slash and share.isdecimal() and total.isdecimal() and int(share) < int(total):
         return int(share), int(total)
-    raise UserError(f"the share is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
+    raise UserError(f"the job is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
 
 
 def _with(training: Summary, rest: list[Summary]) -> Summary:

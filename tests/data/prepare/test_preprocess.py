@@ -30,7 +30,7 @@ from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
-from megatron_lcl.data.prepare.preprocess import WORK, Summary, parse_share, preprocess
+from megatron_lcl.data.prepare.preprocess import WORK, Summary, parse_job, preprocess
 from megatron_lcl.data.prepare.verify import verify
 
 SMALL = {"task_bytes": 1, "shard_documents": 64}  # a task per file, several shards a task
@@ -85,26 +85,26 @@ def test_workers_write_the_same_bytes(source: Path, expected: dict[str, bytes], 
 
 def test_shares_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     for share, tasks in ((2, {2}), (0, {2, 0, 3}), (1, None)):
-        summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(share, 3), **SMALL)
+        summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(share, 3), **SMALL)
         if tasks is not None:
             assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*")} == tasks
     assert summary.counts["documents"] == 5 * 149
     assert contents(tmp_path / "out") == expected
 
 
-def test_parse_share() -> None:
-    assert parse_share("2/3") == (2, 3)
+def test_parse_job() -> None:
+    assert parse_job("2/3") == (2, 3)
     for wrong in ("3/3", "1", "a/b", "-1/2", "1/2/3", "/2", ""):
         with pytest.raises(ValueError, match="i from 0 to n-1"):
-            parse_share(wrong)
+            parse_job(wrong)
 
 
 def test_a_share_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
     parts = parts_in(tmp_path / "out" / WORK)
     assert {name.split("-")[1] for name in parts} == {"000000", "000002", "000004"}
     with pytest.raises(ValueError, match="are bad"):
-        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), max_bad_fraction=0, **SMALL)
+        preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(1, 2), max_bad_fraction=0, **SMALL)
     assert parts.items() <= parts_in(tmp_path / "out" / WORK).items()
 
 
@@ -119,7 +119,7 @@ if __name__ == "__main__":
                 while time.monotonic() < start:
                     pass
                 try:
-                    preprocess("jsonl", sys.argv[1], f"{sys.argv[2]}/{trial}", tokenizer=sys.argv[3], shard=(share, 8),
+                    preprocess("jsonl", sys.argv[1], f"{sys.argv[2]}/{trial}", tokenizer=sys.argv[3], job=(share, 8),
                                task_bytes=1, shard_documents=64)
                     os._exit(0)
                 except BaseException as error:
@@ -152,21 +152,21 @@ def test_a_share_whose_corpus_others_finish_meanwhile(
         done = list(original(*arguments))
         monkeypatch.undo()
         for other in range(6):
-            preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(other, 6), **SMALL)
+            preprocess("jsonl", source, output, tokenizer=TOKENIZER, job=(other, 6), **SMALL)
         return done
 
     for share in (3, 5):
         output = tmp_path / str(share)
         monkeypatch.setattr(preprocess_module, where, overtaken)
-        summary = preprocess("jsonl", source, output, tokenizer=TOKENIZER, shard=(share, 6), **SMALL)
+        summary = preprocess("jsonl", source, output, tokenizer=TOKENIZER, job=(share, 6), **SMALL)
         assert summary.counts["documents"] == 5 * 149
         assert contents(output) == expected
 
 
 def test_a_share_can_be_run_again(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(1, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(1, 2), **SMALL)
     assert contents(tmp_path / "out") == expected
 
 
@@ -321,7 +321,7 @@ def test_refuses_other_files_and_other_unfinished_work(source: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"diary\.txt"):
         preprocess("jsonl", source, tmp_path / "full", tokenizer=TOKENIZER)
     assert contents(tmp_path / "full") == {"diary.txt": b"dear"}
-    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, shard=(0, 2), **SMALL)
+    preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, job=(0, 2), **SMALL)
     with pytest.raises(ValueError, match="unfinished corpus"):
         preprocess("jsonl", source, tmp_path / "out", tokenizer="clip", **SMALL)
 

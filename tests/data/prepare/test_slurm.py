@@ -42,7 +42,7 @@ def test_job_array_writes_the_same_bytes_though_a_share_is_lost(
     options = {"tokenizer": tmp_path / "t.model", "task_bytes": 1}
     preprocess("jsonl", tmp_path / "in", tmp_path / "expected", **options)
     parameters = {"timeout_min": 5, "mem_gb": 1, "slurm_setup": [LOST_ONCE.format(folder=tmp_path)]}
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", shares=3, slurm=parameters, **options)
+    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", jobs=3, slurm=parameters, **options)
     assert summary.counts["documents"] == 160
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
@@ -90,9 +90,9 @@ def test_a_lost_share_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.Mon
 
     writers.write_jsonl([Document((Text("a"), Image(picture(0))))] * 5, tmp_path / "in")
     monkeypatch.setattr(submitit, "AutoExecutor", FakeExecutor)
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", shares=3, tokenizer=TOKENIZER)
+    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", jobs=3, tokenizer=TOKENIZER)
     assert FakeExecutor.submitted == [[0, 1, 2], [1]]
     assert summary.counts["documents"] == 5
     monkeypatch.setattr(FakeExecutor, "num_lost", 9)
-    with pytest.raises(ValueError, match=r"shares \[1\] of 3 failed, the first with: node n2 went away"):
-        preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "two", shares=3, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match=r"jobs \[1\] of 3 failed, the first with: node n2 went away"):
+        preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "two", jobs=3, tokenizer=TOKENIZER)

@@ -130,7 +130,7 @@ def test_one_that_is_overtaken_by_a_share(source: Path, expected: dict[str, byte
     """The same, but that the other does this task alone, so the work is not finished when the first goes on."""
     output = tmp_path / "out"
     with run(source, output, stop=MIDDLE) as first, monkeypatched_flock():
-        preprocess("jsonl", source, output, shard=(1, 3), **SMALL)  # type: ignore[arg-type]
+        preprocess("jsonl", source, output, job=(1, 3), **SMALL)  # type: ignore[arg-type]
         parts = parts_in(output / WORK)
         first.send_signal(signal.SIGCONT)
         ended(first)
@@ -153,7 +153,7 @@ def test_one_that_is_killed_leaves_its_scratch_to_the_next(
     with run(source, output, stop=MIDDLE) as first:
         first.kill()
     assert len(list((output / WORK).glob("scratch-*"))) == 2  # of the run and of the task
-    preprocess("jsonl", source, output, shard=(2, 3), **SMALL)  # type: ignore[arg-type]
+    preprocess("jsonl", source, output, job=(2, 3), **SMALL)  # type: ignore[arg-type]
     assert not list((output / WORK).glob("scratch-*"))
     preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert contents(output) == expected
@@ -212,7 +212,7 @@ def test_what_was_written_is_compared_before_the_manifest_is(
     source: Path, expected: dict[str, bytes], tmp_path: Path, damage: str
 ) -> None:
     output = tmp_path / "out"
-    preprocess("jsonl", source, output, shard=(0, 2), **SMALL)  # type: ignore[arg-type]
+    preprocess("jsonl", source, output, job=(0, 2), **SMALL)  # type: ignore[arg-type]
     part = output / WORK / "part-000000-0001"
     file = part / "tokens-00000.bin"
     raw = bytearray(file.read_bytes())
@@ -236,7 +236,7 @@ def test_what_was_written_is_compared_before_the_manifest_is(
 
 def test_work_that_an_earlier_release_began_is_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    preprocess("jsonl", source, output, shard=(0, 2), **SMALL)  # type: ignore[arg-type]
+    preprocess("jsonl", source, output, job=(0, 2), **SMALL)  # type: ignore[arg-type]
     record = json.loads((output / WORK / "recipe.json").read_text())
     del record["unfinished"]
     (output / WORK / "recipe.json").write_text(json.dumps(record))
@@ -255,7 +255,7 @@ def test_of_two_commands_at_once_one_has_the_folder(
 
     def overtaken(*arguments: object) -> None:
         monkeypatch.setattr(module, "_claim", original)
-        preprocess("jsonl", source, output, shard=(0, 2), **{**SMALL, "shard_documents": 100})  # type: ignore[arg-type]
+        preprocess("jsonl", source, output, job=(0, 2), **{**SMALL, "shard_documents": 100})  # type: ignore[arg-type]
         original(*arguments)  # type: ignore[arg-type]
 
     def no_links(a: object, b: object) -> None:
