@@ -44,10 +44,10 @@ class Vision:
 
     image_size: Positive = Field(default=224, description="side of the square input image, pixels")
     patch_size: Positive = Field(default=32, description="side of a patch, pixels; must divide image_size")
-    width: Positive = Field(default=768, description="hidden width")
+    width: Positive = Field(default=768, description="hidden width (ViT-B: 768)")
     layers: Positive = Field(default=12, description="number of blocks")
     heads: Positive = Field(default=12, description="attention heads; must divide width")
-    mlp_width: Positive = Field(default=3072, description="hidden width of the feed-forward part")
+    mlp_width: Positive = Field(default=3072, description="hidden width of the feed-forward network")
 
     def __post_init__(self) -> None:
         _divides("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
@@ -67,12 +67,12 @@ class Language:
         default=2048, description="longest sequence, tokens and placeholders together (learned positions)"
     )
     vocab_size: Positive = Field(
-        default=49411, description="token ids, special tokens included (CLIP byte-pair: 49,408 + 3)"
+        default=49411, description="number of token ids, special tokens included (CLIP's byte pairs: 49,408 + 3)"
     )
     width: Positive = Field(default=512, description="hidden width; image latents and features have the same")
     layers: Positive = Field(default=12, description="number of blocks")
     heads: Positive = Field(default=8, description="attention heads; must divide width")
-    mlp_width: Positive = Field(default=2048, description="hidden width of the feed-forward part")
+    mlp_width: Positive = Field(default=2048, description="hidden width of the feed-forward network")
 
     def __post_init__(self) -> None:
         _divides("model.language.heads", self.heads, "model.language.width", self.width)
@@ -95,7 +95,9 @@ class Corpus:
     """One corpus of a blend."""
 
     path: str = Field(description="folder that `preprocess` wrote")
-    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="share of the blend, counted in tokens")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="relative weight in the blend, counted in tokens"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -105,13 +107,15 @@ class Data:
     corpora: tuple[Corpus, ...] = Field(
         default=(), description="corpora to blend: a list of {path, weight}, or one path"
     )
-    tokens_per_pack: Positive = Field(default=2048, description="T: token places of a pack")
+    tokens_per_pack: Positive = Field(default=2048, description="token slots of a pack (T)")
     images_per_pack: Positive | None = Field(
-        default=None, description="I: image slots of a pack; null: chosen from the corpus so that both fill up"
+        default=None,
+        description="image slots of a pack (I); null: chosen from the corpora so that token and image slots fill up "
+        "alike",
     )
     min_similarity: float = Field(
         default=0.24,
-        description="matched sources: leave out an image whose similarity to its segment is lower (reference: 0.24)",
+        description="matched sources: skip an image whose similarity to its text segment is lower (reference: 0.24)",
     )
     max_images_per_segment: Positive = Field(
         default=1, description="matched sources: images kept per text segment, drawn at random (reference: 1)"
@@ -120,7 +124,7 @@ class Data:
         default=6, description="matched sources: images kept per document, the first ones (reference: 6)"
     )
     min_images: Count = Field(
-        default=1, description="matched sources: leave out documents with fewer images after selection (reference: 1)"
+        default=1, description="matched sources: skip documents with fewer images after selection (reference: 1)"
     )
     image_first: Fraction = Field(
         default=0.5,
@@ -132,30 +136,38 @@ class Data:
     )
     contrast_leading_images: bool = Field(
         default=False,
-        description="contrast an image that no text of its sequence precedes (reference: true, but for <soi> first)",
+        description="contrast also an image that no text of its sequence precedes (reference: true, except where <soi> "
+        "comes first)",
     )
     crop_scale: tuple[Fraction, Fraction] = Field(
-        default=(0.9, 1.0), description="random resized crop: share of the image's area (reference: 0.9, 1.0)"
+        default=(0.9, 1.0),
+        description="random resized crop: smallest and largest fraction of the image's area (reference: 0.9, 1.0)",
     )
     crop_ratio: tuple[float, float] = Field(
-        default=(0.75, 4 / 3), description="random resized crop: width over height (reference: 3/4, 4/3)"
+        default=(0.75, 4 / 3),
+        description="random resized crop: smallest and largest width over height (reference: 3/4, 4/3)",
     )
-    seed: int = Field(default=0, description="seed of shuffling, selection, placement and augmentation")
-    workers: Count = Field(default=2, description="loader processes per rank; 0: in the training process")
+    seed: int = Field(default=0, description="seed of shuffling, image selection, image placement and augmentation")
+    workers: Count = Field(default=2, description="data loader processes per rank; 0: load in the training process")
     cache: str | None = Field(
-        default=None, description="folder for pack indices; null: megatron_lcl under the user's cache folder"
+        default=None, description="folder for pack indices; null: megatron_lcl in the user's cache folder"
     )
     cache_gb: Annotated[float, Field(gt=0)] = Field(
-        default=100, description="GB (10^9 bytes) of that folder; over it, what was unused longest is deleted"
+        default=100,
+        description="size limit of the folder for pack indices, GB (10^9 bytes); over it, the least recently used are "
+        "deleted",
     )
     max_bad_images: Positive = Field(
-        default=100, description="stop after so many images in a row that no longer decode"
+        default=100, description="stop the run after so many consecutive images that do not decode"
     )
     max_bad_fraction: Fraction = Field(
         default=0.05,
-        description="stop when a larger share of a process's last 1,000 images no longer decodes (20 of them or more)",
+        description="stop the run when a larger fraction of a process's last 1,000 images does not decode (at least 20 "
+        "images)",
     )
-    allow_change: bool = Field(default=False, description="go on with corpora other than those that the run began with")
+    allow_change: bool = Field(
+        default=False, description="let a resumed run continue with other corpora than it began with"
+    )
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
@@ -175,11 +187,11 @@ class Objective:
     )
     contrastive_weight: Weight = Field(
         default=0.1,
-        description="of `lcl`: weight of the contrastive loss (paper: 0.1); the one loss of `clip` has weight 1",
+        description="weight of the contrastive loss in `lcl` (paper: 0.1); in `clip` it is 1",
     )
     generation_weight: Weight = Field(
         default=1.0,
-        description="of `lcl`: weight of the generation loss (paper: 1.0); the one loss of `generation` has weight 1",
+        description="weight of the generation loss in `lcl` (paper: 1.0); in `generation` it is 1",
     )
 
 
@@ -189,11 +201,12 @@ class Contrast:
 
     initial_log_scale: Annotated[float, Field(ge=0, le=math.log(100))] = Field(
         default=math.log(1 / 0.07),
-        description="log scale at the start (CLIP: ln(1/0.07)); it trains, and is clamped to [0, ln 100]",
+        description="initial log scale of the contrast (CLIP: ln(1/0.07)); it is learned and clamped to [0, ln 100]",
     )
     strategy: Literal["retain", "recompute"] = Field(
         default="retain",
-        description="gradient accumulation: keep every graph until the loss, or run forwards twice (ZeRO-3 must)",
+        description="retain: keep the graphs of all micro-batches until the loss; recompute: run the forwards twice, "
+        "which needs less memory (required with ZeRO-3)",
     )
 
 
@@ -202,25 +215,29 @@ class Optimizer:
     """AdamW with warmup and cosine decay."""
 
     name: Literal["adamw", "apex_fused_adam"] = Field(
-        default="adamw", description="apex_fused_adam needs NVIDIA's apex (not PyPI's package of that name)"
+        default="adamw",
+        description="adamw: torch's AdamW (paper); apex_fused_adam: FusedAdam of NVIDIA's apex (not PyPI's package of "
+        "that name)",
     )
     lr: Annotated[float, Field(gt=0)] = Field(
-        default=5e-4, description="peak learning rate (paper: 5e-4 pairs, 3e-4 interleaved)"
+        default=5e-4, description="peak learning rate (paper: 5e-4 on pairs, 3e-4 on interleaved documents)"
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
-        description="what the cosine falls to, one step after the last, whose own is a little above (reference: 0)",
+        description="learning rate that the cosine decay reaches one step after the last step (reference: 0)",
     )
     warmup: Count = Field(default=2000, description="steps of linear warmup (paper: 2000)")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.98), description="Adam's beta1, beta2 (paper: 0.9, 0.98)")
     eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="Adam's epsilon (paper: 1e-6)")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.2,
-        description="decay of parameters with two or more dimensions (paper: 0.2); others and the log scale have none",
+        description="weight decay of parameters with two or more dimensions (paper: 0.2); biases, norms and the log "
+        "scale have none",
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0,
-        description="clip the global gradient norm to this; 0: no clipping (ours: the paper's value is not known)",
+        description="largest global gradient norm, larger ones are clipped; 0: no clipping (the paper's value is not "
+        "published)",
     )
 
 
@@ -230,7 +247,8 @@ class Zero:
 
     stage: Annotated[int, Field(ge=1, le=3)] = Field(
         default=1,
-        description="what is sharded over data-parallel ranks: 1 optimizer states, 2 and gradients, 3 and parameters",
+        description="ZeRO stage, sharded over data-parallel ranks: 1 optimizer states; 2 also gradients; 3 also "
+        "parameters",
     )
 
 
@@ -239,29 +257,36 @@ class Parallel:
     """How one replica of the model is split; the processes divided by tensor * pipeline are data-parallel."""
 
     tensor: Positive = Field(
-        default=1, description="split every layer over so many processes (Megatron, with sequence parallelism)"
+        default=1,
+        description="tensor-parallel size: processes that share every layer (Megatron's, with sequence parallelism)",
     )
-    pipeline: Positive = Field(default=1, description="split the list of stages into so many consecutive parts")
+    pipeline: Positive = Field(default=1, description="pipeline stages into which the list of layers is split")
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Checkpoint:
     """What is saved, how often, and what is kept."""
 
-    every: Count = Field(default=1000, description="save every so many steps (and at the end); 0: at the end only")
-    keep_last: Positive = Field(default=3, description="newest checkpoints kept")
-    keep_every: Count = Field(default=0, description="also keep those at multiples of so many steps; 0: none")
+    every: Count = Field(
+        default=1000, description="steps between checkpoints, one more is saved at the end; 0: at the end only"
+    )
+    keep_last: Positive = Field(default=3, description="number of newest checkpoints kept")
+    keep_every: Count = Field(
+        default=0, description="checkpoints at multiples of so many steps are never deleted; 0: none"
+    )
     background: bool = Field(
         default=True,
-        description="write while training goes on, from a copy in host memory; false: training waits, no copy is made",
+        description="write checkpoints while training continues, from a copy in host memory; false: training waits, "
+        "without a copy",
     )
     resume: str = Field(
         default="auto",
-        description="auto: from the newest checkpoint in train.output that verifies; or a checkpoint to begin from, of "
-        "a run of ours: pickles that hold more than tensors, plain values and DeepSpeed's own few classes are refused",
+        description="auto: resume from the newest checkpoint in train.output that verifies; or the path of a "
+        "checkpoint of a megatron_lcl run (pickles with more than tensors, plain values and DeepSpeed's own few "
+        "classes are refused)",
     )
     max_failures: Positive = Field(
-        default=3, description="stop when so many saves in a row could not be written; training goes on before"
+        default=3, description="stop the run after so many consecutive checkpoints that could not be written"
     )
 
 
@@ -271,26 +296,32 @@ class Guard:
 
     timeout: Annotated[float, Field(ge=10)] = Field(
         default=600.0,
-        description="seconds after which the other processes end when one has died or hangs; a step must be shorter",
+        description="hang timeout of a step, seconds: when a process makes no progress for so long, all end; a step "
+        "must be shorter",
     )
     long_timeout: Annotated[float, Field(ge=10)] = Field(
         default=3600.0,
-        description="the same, if more, for a hang where much may be right: start, first step, saving, evaluating",
+        description="hang timeout during start-up, first step, saving and evaluation, seconds (at least guard.timeout "
+        "is used)",
     )
     every: Count = Field(
-        default=100, description="steps between comparisons of the replicas' parameters, bit by bit; 0: never"
+        default=100,
+        description="steps between bitwise comparisons of the parameters of all data-parallel replicas; 0: never",
     )
     max_bad_steps: Positive = Field(
         default=10,
-        description="steps in a row left out (loss or gradient not finite, or spikes) before the run rewinds",
+        description="consecutive skipped steps (loss or gradient not finite, or a loss spike) before the run rewinds "
+        "to a checkpoint",
     )
-    max_rewinds: Count = Field(default=3, description="rewinds to the same checkpoint before the run stops")
+    max_rewinds: Count = Field(default=3, description="rewinds to one and the same checkpoint before the run stops")
     spike_sigmas: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="leave out a step whose loss is so many standard deviations above the mean (OLMo: 6); null: none",
+        description="skip a step whose loss is so many standard deviations above the recent mean (OLMo: 6); null: "
+        "never",
     )
     spike_window: Annotated[int, Field(ge=4)] = Field(
-        default=128, description="steps of which that mean and deviation are taken"
+        default=128,
+        description="number of recent steps whose losses give the mean and deviation for guard.spike_sigmas",
     )
 
 
@@ -302,12 +333,12 @@ class Evaluate:
     """What is measured during training, by all processes together."""
 
     corpus: str | None = Field(
-        default=None, description="held-out documents: a corpus that `preprocess --held-out` wrote, say"
+        default=None, description="folder of the held-out corpus, e.g. one that `preprocess --held-out` wrote"
     )
     tasks: tuple[EvaluationTask, ...] = Field(
         default=(),
-        description="retrieval: image to context and back, recall@1/10; generation: bits a token; none named: what the "
-        "objective trains",
+        description="retrieval: recall@1 and @10, image to context and back; generation: bits per token; empty: what "
+        "the objective trains",
     )
 
 
@@ -317,39 +348,46 @@ class Train:
 
     output: str = Field(default="runs/lcl", description="run folder: checkpoints, metrics, log, config")
     steps: Positive = Field(default=1000, description="optimizer steps")
-    global_batch: Positive = Field(default=16, description="packs per step over all processes")
-    micro_batch: Positive = Field(default=1, description="packs per forward pass of one replica")
+    global_batch: Positive = Field(default=16, description="packs per optimizer step, over all processes")
+    micro_batch: Positive = Field(default=1, description="packs per forward pass of one data-parallel replica")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere; master weights are float32"
+        default="auto",
+        description="type of weights and activations; auto: bfloat16 on CUDA, float32 elsewhere; master weights are "
+        "always float32",
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "dense", "per_sequence"] = Field(
         default="auto",
         description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, "
-        "else dense; on CPU per_sequence. One that is named and cannot be used is an error",
+        "else dense; on CPU per_sequence. Naming a kernel that cannot be used is an error",
     )
     deterministic: bool = Field(
         default=False,
-        description="on CUDA: kernels and sums that give the same bits every time, slower (docs/parallelism.md)",
+        description="on CUDA: only kernels and sums that give the same bits in every run; slower (docs/parallelism.md)",
     )
     activation_checkpointing: Literal["none", "full", "attention"] = Field(
         default="none",
-        description="what backward computes again to save memory: nothing, whole blocks, or their attention half",
+        description="recomputed in backward to save memory: none: nothing; full: whole blocks; attention: their "
+        "attention half",
     )
     activation_checkpointing_every: Positive = Field(
-        default=1, description="apply activation_checkpointing to every so-many-th block of each encoder"
+        default=1,
+        description="apply activation_checkpointing to one in so many blocks, of the vision and of the language model",
     )
     seed: int = Field(default=0, description="seed of the initial parameters")
     init_from: str | None = Field(
         default=None,
-        description="begin with the weights, and nothing else, of an import, a run or one of its checkpoints, or a "
-        "file in open_clip's format; a run that has checkpoints of its own goes on from these",
+        description="path of an import, a run, a checkpoint or a file in open_clip's format whose weights, and nothing "
+        "else, "
+        "a new run begins with; a run that has checkpoints of its own resumes from these instead",
     )
     evaluate_every: Count = Field(
-        default=0, description="measure on evaluate.corpus every so many steps, and at the end; 0: never"
+        default=0, description="steps between evaluations on evaluate.corpus, one more at the end; 0: never"
     )
-    log_every: Positive = Field(default=10, description="steps between lines in metrics.jsonl and TensorBoard")
-    progress: bool = Field(default=True, description="progress bar on the first process")
-    apex_layer_norm: bool = Field(default=False, description="NVIDIA apex's fused LayerNorm in place of torch's")
+    log_every: Positive = Field(default=10, description="steps between entries in metrics.jsonl and TensorBoard")
+    progress: bool = Field(default=True, description="show a progress bar on the first process")
+    apex_layer_norm: bool = Field(
+        default=False, description="use the fused LayerNorm of NVIDIA's apex instead of torch's"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -368,7 +406,8 @@ class Config:
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="passed on to DeepSpeed as it is; what this tree already decides is refused"
+        default_factory=dict,
+        description="mapping merged into DeepSpeed's config as it is; keys that other fields here decide are refused",
     )
 
 

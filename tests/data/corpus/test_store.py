@@ -401,11 +401,11 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     TOKENIZER.save(tmp_path / "t.model")
     common = ("preprocess", "--format", "jsonl", "--input", tmp_path / "in", "--tokenizer", tmp_path / "t.model")
     for job in ("1/2", "0/2"):
-        code, out, _ = run(*common, "--output", tmp_path / "jobs", "--shard", job)
+        code, out, _ = run(*common, "--output", tmp_path / "jobs", "--job", job)
         assert code == 0
     assert "4 documents" in out
     assert (tmp_path / "jobs/corpus.json").read_bytes() == (corpus / "corpus.json").read_bytes()
-    assert run(*common, "--output", tmp_path / "jobs", "--shard", "2/2")[0] == 2
+    assert run(*common, "--output", tmp_path / "jobs", "--job", "2/2")[0] == 2
 
     code, out, _ = run("merge", corpus, tmp_path / "jobs", "--output", tmp_path / "both")
     assert (code, out.split(":")[1].split(",")[0]) == (0, " 8 documents")
@@ -419,7 +419,7 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_preprocess_on_slurm_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options, places=places))
-    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", "--shares", "7",
+    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", "--jobs", "7",
           "--slurm", "slurm_partition=cpu", "--slurm", "timeout_min=5", "--workers", "3"])  # fmt: skip
     assert (given["places"], given["jobs"], given["workers"]) == (("jsonl", "a", "b"), 7, 3)
     assert given["slurm"] == {"slurm_partition": "cpu", "timeout_min": 5}

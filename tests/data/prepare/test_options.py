@@ -80,7 +80,7 @@ def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> Non
     main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--images", "c", "--tokenizer", "d",
           "--vocab-size", "500", "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
           "--max-image-side", "512", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
-          "--workers", "3", "--shard", "1/4"])  # fmt: skip
+          "--workers", "3", "--job", "1/4"])  # fmt: skip
     assert given == {
         "at": ("obelics", "a", "b"), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": "e",
         "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
@@ -120,7 +120,7 @@ def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPat
 
 def test_one_job_or_all_on_slurm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm",
-                 "--shard", "0/2"]) == 2  # fmt: skip
+                 "--job", "0/2"]) == 2  # fmt: skip
     assert "give one of the two" in capsys.readouterr().err
 
 
@@ -182,7 +182,7 @@ def test_a_stored_zip_that_is_cut_and_one_of_two_members(tmp_path: Path) -> None
         ("jsonl", ["--max-bad-fraction", "-1"], "max_bad_fraction is -1.0"),
         ("jsonl", ["--held-out-fraction", "2"], "held_out_fraction is 2.0"),
         ("jsonl", ["--max-image-side", "1"], "max_image_side is 1"),
-        ("jsonl", ["--shares", "3"], "are for --executor slurm"),
+        ("jsonl", ["--jobs", "3"], "are for --executor slurm"),
         ("jsonl", ["--slurm", "a=b"], "are for --executor slurm"),
         ("jsonl", ["--output", "in/out"], "lies in the folder of the input"),
         ("jsonl", ["--held-out", "in"], "lies in the folder of the input"),

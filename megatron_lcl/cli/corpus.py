@@ -1,0 +1,151 @@
+"""Commands around a corpus: preprocess, verify, inspect, merge, replay."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_lcl import config as configs
+from megatron_lcl.errors import UserError
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parsers of these commands."""
+    sub = add("preprocess", _preprocess, "documents in any of the known formats into a corpus")
+    sub.add_argument("--format", required=True, help="format of the input: html, jsonl, …")
+    sub.add_argument("--input", required=True, metavar="PATH")
+    sub.add_argument("--output", required=True, metavar="DIR", help="the corpus: a new or an empty folder")
+    sub.add_argument("--images", metavar="DIR", help="where the images are, for formats that keep them apart")
+    sub.add_argument("--tokenizer", metavar="clip|FILE.model", help="default: train SentencePiece on the documents")
+    sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
+    sub.add_argument("--held-out", metavar="DIR", help="hold whole documents out, into a corpus of their own")
+    sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
+    sub.add_argument(
+        "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
+    )
+    sub.add_argument("--max-image-side", type=int, metavar="PIXELS", help="scale larger images down")
+    sub.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the format; may be repeated"
+    )
+    sub.add_argument("--workers", type=int, default=1, help="processes; any number writes the same bytes (%(default)s)")
+    sub.add_argument("--job", metavar="I/N", help="only the I-th of N jobs (from 0); the last one done finishes")
+    sub.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: a job array of --jobs")
+    sub.add_argument("--jobs", type=int, help="jobs of the array (8)")
+    sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
+
+    sub = add("verify", _verify, "check a corpus: checksums, offsets, token and image indices, every image decodes")
+    sub.add_argument("corpus", metavar="CORPUS")
+    sub.add_argument("--quick", action="store_true", help="do not decode the images")
+
+    sub = add("inspect", _inspect, "look at a corpus: numbers, one document, or a page")
+    sub.add_argument("corpus", metavar="CORPUS")
+    sub.add_argument("what", nargs="*", metavar="stats | show N", help="default: stats")
+    sub.add_argument("--json", action="store_true", help="stats as JSON")
+    sub.add_argument("--html", metavar="FILE", help="write one self-contained page of sample documents")
+
+    sub = add("merge", _merge, "join corpora of the same tokenizer")
+    sub.add_argument("corpora", nargs="+", metavar="CORPUS")
+    sub.add_argument("--output", required=True, metavar="DIR")
+    sub.add_argument("--move", action="store_true", help="move the shards (default: link them)")
+
+    sub = add(
+        "replay",
+        _replay,
+        "the batch of a step as a page, on any machine",
+    )
+    sub.add_argument("--config", required=True, metavar="FILE", help="the run's config.yaml")
+    sub.add_argument("--step", required=True, type=int, help="counted from 0")
+    sub.add_argument("--rank", type=int, help="only what this data-parallel process reads")
+    sub.add_argument("--world-size", type=int, default=1, help="data-parallel processes (%(default)s)")
+    sub.add_argument("--output", metavar="FILE", help="default: replay-STEP.html")
+
+
+def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.prepare.cluster import preprocess_on_slurm, read_parameters
+    from megatron_lcl.data.prepare.importers import read_options
+    from megatron_lcl.data.prepare.preprocess import parse_job, preprocess
+
+    arguments = {
+        "images": options.images,
+        "tokenizer": options.tokenizer,
+        "vocab_size": options.vocab_size,
+        "held_out": options.held_out,
+        "held_out_fraction": options.held_out_fraction,
+        "max_bad_fraction": options.max_bad_fraction,
+        "max_image_side": options.max_image_side,
+        "options": read_options(options.format, _pairs(options.option)),
+        "workers": options.workers,
+    }
+    places = (options.format, options.input, options.output)
+    if options.executor == "slurm":
+        if options.job:
+            raise UserError("--job does one job here; --executor slurm does all --jobs: give one of the two")
+        jobs = 8 if options.jobs is None else options.jobs
+        print(preprocess_on_slurm(*places, jobs=jobs, slurm=read_parameters(_pairs(options.slurm)), **arguments))
+    else:
+        if options.slurm or options.jobs is not None:
+            raise UserError("--jobs and --slurm are for --executor slurm")
+        job = parse_job(options.job) if options.job else None
+        print(preprocess(*places, job=job, progress=True, **arguments))
+
+
+def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.data.prepare.verify import verify
+
+    faults = verify(options.corpus, options.quick)
+    print("\n".join(faults) if faults else f"{options.corpus}: no fault found")
+    return 1 if faults else 0
+
+
+def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
+    import json
+
+    from megatron_lcl.data.corpus.store import open_corpus
+    from megatron_lcl.data.pages import inspect
+
+    if (options.html or options.json) and options.what not in ([], ["stats"]):
+        raise UserError("--html and --json are of the whole corpus; give them without `show N`")
+    corpus = open_corpus(options.corpus)
+    if options.html:
+        print(inspect.write_page(corpus, options.html))
+        return
+    match options.what:
+        case [] | ["stats"]:
+            numbers = inspect.stats(corpus)
+            print(json.dumps(numbers, indent=1) if options.json else inspect.table(numbers))
+        case ["show", number] if number.isdecimal():
+            print(inspect.show(corpus, int(number)))
+        case _:
+            raise UserError(f"inspect takes `stats` or `show N`, not {' '.join(options.what)!r}")
+
+
+def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.prepare.merge import merge
+
+    counts = merge(options.corpora, options.output, options.move)["counts"]
+    print(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
+
+
+def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl import objectives
+    from megatron_lcl.data.corpus.files import replace_text
+    from megatron_lcl.data.pages.replay import replay_html
+    from megatron_lcl.train.checkpoint.folder import last_ledger
+
+    config = configs.load(options.config)
+    ledger = last_ledger(Path(config.train.output))
+    page = replay_html(
+        config, objectives.create(config).sequences, options.step, options.rank, options.world_size, ledger
+    )
+    file = Path(options.output or f"replay-{options.step}.html")
+    replace_text(file, page)
+    print(file)
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    """["key=value", …] as a dict."""
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"{item!r} is not KEY=VALUE")
+    return {key: value for key, _, value in (item.partition("=") for item in items)}

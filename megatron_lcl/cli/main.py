@@ -1,0 +1,103 @@
+"""The `megatron-lcl` command: arguments to library calls, errors to one line.
+
+Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
+go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved (130 for Ctrl-C):
+start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megatron_lcl.cli import corpus, evaluation, training
+from megatron_lcl.errors import RunError, UserError
+
+_MENDABLE = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
+    errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
+}  # fmt: skip
+"""what the system says of files and folders; other OSErrors are faults of the program"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid Unicode
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return 2
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(
+            f"unknown argument {rest[0]!r} of `{options.command}`; see `megatron-lcl {options.command} --help`"
+        )
+    try:
+        return options.run(options, rest) or 0
+    except BrokenPipeError:
+        return 0
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+            raise
+        if not _said_elsewhere(error):
+            print(f"megatron-lcl {options.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is left; a reader that has gone (`| head`) is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _said_elsewhere(error: BaseException) -> bool:
+    """Whether the run's first process says it."""
+    return isinstance(error, RunError) and os.environ.get("RANK", "0") != "0"
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+class _OneLineEach(argparse.RawDescriptionHelpFormatter):
+    """Each command's help on the command's own line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=16, width=120)
+        self._action_max_length = 14  # argparse forgets that commands are indented
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="megatron-lcl",
+        description="Pre-training of vision encoders on interleaved image-text documents by Latent Compression\n"
+        "Learning. `megatron-lcl COMMAND --help` says what a command takes.",
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=_OneLineEach,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+
+    def add(name: str, run: Callable[..., int | None], help: str, **extra: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **extra)  # type: ignore[arg-type]
+        sub.set_defaults(run=run)
+        return sub
+
+    for group in (training, corpus, evaluation):
+        group.add_commands(add)
+    return parser

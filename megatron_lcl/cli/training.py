@@ -1,0 +1,162 @@
+"""Commands around a run: quickstart, train, checkpoint, report, selftest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_lcl import config as configs
+from megatron_lcl.errors import UserError
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parsers of these commands."""
+    sub = add(
+        "quickstart",
+        _quickstart,
+        "from real documents to a pre-trained encoder in Hugging Face format, on this machine",
+    )
+    sub.add_argument("--html", metavar="DIR", help="a folder of HTML pages with images (default: the GIMP manual)")
+    sub.add_argument("--output", metavar="DIR", default="runs/quickstart", help="where everything goes (%(default)s)")
+    sub.add_argument("--steps", type=int, help="optimizer steps (default: what the quickstart config says)")
+
+    sub = add(
+        "train", _train, "pre-train; --section.key VALUE overrides the config",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields(),
+    )  # fmt: skip
+    sub.add_argument("--config", metavar="FILE", help="YAML; a field that it does not name has the default below")
+    sub.add_argument(
+        "--processes",
+        type=int,
+        help="on this machine, where no launcher started them (default: one a GPU, or two on CPU)",
+    )
+    sub.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+    sub.add_argument("--dry-run", action="store_true", help="check everything, print what would be launched, and stop")
+    sub.add_argument(
+        "--nodes", type=int, default=1, help="with --dry-run: machines, each with --processes (%(default)s)"
+    )
+    sub.add_argument("--resume", metavar="auto|DIR", help="the same as --checkpoint.resume")
+
+    sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
+    sub.add_argument("what", choices=["list", "verify", "prune"], help="verify: exit code 1 where a file is damaged")
+    sub.add_argument("folder", metavar="RUN", help="the run folder (train.output); list, verify: or one checkpoint")
+    sub.add_argument("--quick", action="store_true", help="list, verify: the files' sizes only, nothing is read")
+    sub.add_argument("--keep-last", type=int, metavar="N", help="prune: newest kept (default: as the run's config)")
+    sub.add_argument("--keep-every", type=int, metavar="N", help="prune: also those at multiples of N steps (likewise)")
+    sub.add_argument("--dry-run", action="store_true", help="prune: only say what would be deleted")
+
+    sub = add("report", _report, "one self-contained page about a run")
+    sub.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run folder (train.output)")
+    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+
+    sub = add(
+        "selftest",
+        _selftest,
+        "train a tiny model in every layout that the processes at hand allow, and compare with one process",
+    )
+    sub.add_argument("--timeout", type=float, default=120.0, help="seconds for one layout (%(default)s)")
+
+
+def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.quickstart.run import quickstart
+
+    return quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_lcl.train import launch
+
+    rest = [*rest, "--checkpoint.resume", options.resume] if options.resume else rest
+    config = configs.load(options.config, _overrides(rest))
+    if options.print_config:
+        print(configs.to_yaml(config), end="")
+        return 0
+    launch.adopt_slurm(os.environ)
+    arguments = [*(["--config", options.config] if options.config else []), *rest]
+    processes = options.processes or launch.default_processes(config.train.global_batch)
+    if options.dry_run:
+        from megatron_lcl.train.dryrun import dry_run
+
+        print(dry_run(config, arguments, options.nodes, processes))
+        return 0
+    if options.nodes != 1:
+        raise UserError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
+    from megatron_lcl.train.resilience.signals import Signals, Stopped
+
+    if not launch.is_launched():
+        from megatron_lcl.train.checks import check
+
+        check(config, processes)
+        if processes > 1:
+            return launch.start_local(["train", *arguments], processes)
+    with Signals() as signals:  # from here on: imports may take long where many processes make them
+        from megatron_lcl.train.run import train
+
+        try:
+            train(config, signals)
+        except Stopped as stop:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"megatron-lcl train: {stop}", file=sys.stderr)
+            return stop.code
+    return 0
+
+
+def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.train.checkpoint import inventory
+
+    folder = Path(options.folder)
+    if options.what == "list":
+        print(inventory.table(folder, options.quick))
+    elif options.what == "verify":
+        faults = list(inventory.faults(folder, options.quick))
+        print("\n".join(faults) if faults else f"{folder}: no fault found")
+        return 1 if faults else 0
+    else:
+        lines = list(inventory.prune(folder, options.keep_last, options.keep_every, options.dry_run))
+        print("\n".join(lines) if lines else "nothing to delete")
+    return 0
+
+
+def _report(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.report.page import write_report
+
+    print(write_report(Path(options.folder), Path(options.output) if options.output else None))
+
+
+def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.selftest.run import selftest
+    from megatron_lcl.train import launch
+
+    launch.adopt_slurm(os.environ)
+    failed = [verdict for verdict in selftest(timeout=options.timeout) if verdict.faults]
+    return 1 if failed else 0
+
+
+def _fields() -> str:
+    lines = ["config fields (type, default):"]
+    for name, kind, default, help in configs.describe():
+        lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
+    return "\n".join(lines)
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false."""
+    switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
+    overrides: dict[str, str] = {}
+    items = deque(rest)
+    while items:
+        item = items.popleft()
+        if not item.startswith("--"):
+            raise UserError(f"unexpected argument {item!r}; overrides are --section.key value")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            alone = not items or items[0].startswith("--")
+            if alone and key.replace("-", "_") not in switches:
+                raise UserError(f"--{key} has no value")
+            value = "true" if alone else items.popleft()
+        overrides[key] = value
+    return overrides
