@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need into the checkout's virtual environment (and, where root may, Debian's Slurm for the tests
 # of the sbatch scripts and Chromium for those of pages), then formatting, lint, types, import rules, tests.
-# Arguments go to pytest, e.g. `bash launch/test.sh -m "not slow"`, `--soak`, `-k contrastive`.
+# Arguments go to pytest, e.g. `bash launch/test.sh -m "not slow"`, `--soak`, `-k contrastive`; `-n 0` runs all tests in one
+# process, `-n 4` in four. Without it tests/conftest.py chooses by cores and memory.
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv dev
@@ -21,4 +22,4 @@ cd "$root"
 "$venv/bin/shellcheck" launch/*.sh
 "$venv/bin/mypy"
 "$venv/bin/lint-imports" --no-cache >/dev/null || "$venv/bin/lint-imports" --no-cache
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25 "$@"
