@@ -5,21 +5,23 @@
 # process, `-n 4` in four. Without it tests/conftest.py chooses by cores and memory.
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-make_venv dev
 get() {  # the command that tells whether it is there, the packages that have it
   PATH=$PATH:/usr/sbin command -v "$1" >/dev/null && return
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
-  echo "installing ${*:2} … (log: $venv/apt.log)" >&2
+  echo "installing ${*:2} …" >&2
   install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
-  { install "${@:2}" || { apt-get update && install "${@:2}"; }; } >>"$venv/apt.log" 2>&1 ||
-    echo "${*:2} could not be installed; tests that need it skip" >&2
+  log=$({ install "${@:2}" || { apt-get update && install "${@:2}"; }; } 2>&1) ||
+    printf '%s\n' "$(tail -n 5 <<<"$log")" "${*:2} could not be installed; tests that need it skip" >&2
 }
-get slurmctld slurm-wlm munge
-get chromium chromium
+{ get slurmctld slurm-wlm munge; get chromium chromium; } & # while pip works
+trap wait EXIT
+make_venv dev
+wait
 cd "$root"
+"$venv/bin/mypy" & types=$!
 "$venv/bin/ruff" format --check --quiet .
 "$venv/bin/ruff" check --quiet .
 "$venv/bin/shellcheck" launch/*.sh
-"$venv/bin/mypy"
 "$venv/bin/lint-imports" --no-cache >/dev/null || "$venv/bin/lint-imports" --no-cache
+wait "$types"
 exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25 "$@"
