@@ -22,11 +22,11 @@ LONGEST = (
     "test_training_on_slurm.py",
     "test_selftest.py",
     "test_manual.py",
-    "test_lost_processes.py",
-    "test_training_runs.py",
     "test_killed.py",
-    "test_quickstart.py",
+    "test_training_runs.py",
+    "test_lost_processes.py",
     "test_signals.py",
+    "test_quickstart.py",
 )
 """the files that take longest, longest first: one that began last would keep a single process busy at the end"""
 MEMORY_PER_WORKER = 4 * 2**30
@@ -74,11 +74,13 @@ def _file(item: pytest.Item) -> str:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Any]:
+def once(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], Any]], Any]:
     """once(name, make): what make(folder) returned, called once in the whole run though the tests run in several
     processes. It is pickled for the others; what it wrote into the folder is not to be changed."""
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(pytestconfig, "workerinput"):
         base = base.parent
 
     def once(name: str, make: Callable[[Path], Any]) -> Any:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from local_slurm import Slurm
+from train.resilience import fleet
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
 STEPS = 100
@@ -81,9 +81,7 @@ def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
 
     undisturbed = tmp_path / "undisturbed"
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
-    command = [sys.executable, "-m", "megatron_lcl", "train", "--processes", "2", "--config", str(config), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--train.output", str(undisturbed)], check=True, timeout=300, env=environment)
+    fleet.train(undisturbed, "--config", str(config), *arguments, timeout=300)
     assert losses(run) == losses(undisturbed)
     assert [step for step, *_ in losses(run)] == list(range(1, STEPS + 1))
 
