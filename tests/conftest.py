@@ -1,16 +1,37 @@
-"""Fixtures shared by all tests, and the options `--soak` and `--shared`."""
+"""Fixtures shared by all tests, the options `--soak` and `--shared`, and how the tests are divided among processes."""
 
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 pytest_plugins = ["local_slurm"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed cores crawl
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+LONGEST = (
+    "test_training_on_slurm.py",
+    "test_selftest.py",
+    "test_manual.py",
+    "test_killed.py",
+    "test_training_runs.py",
+    "test_lost_processes.py",
+    "test_signals.py",
+    "test_quickstart.py",
+)
+"""the files that take longest, longest first: one that began last would keep a single process busy at the end"""
+MEMORY_PER_WORKER = 4 * 2**30
+"""what a process with the models of its tests, and the processes that a test starts, need at most"""
+MAX_WORKERS = 12
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +41,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `pytest -n auto`: one more than there are cores, because many tests wait, if memory allows."""
+    by_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_PER_WORKER
+    return max(1, min(len(os.sched_getaffinity(0)) + 1, by_memory, MAX_WORKERS))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one process of several, which take file after file: the longest first
+        weights = Counter(_file(item) for item in items if "slow" in item.keywords)
+        rank = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: (rank.get(_file(item), len(rank)), -weights[_file(item)]))
     if not config.getoption("--soak"):
         for item in items:
             if "soak" in item.keywords:
@@ -35,3 +67,29 @@ def shared(request: pytest.FixtureRequest) -> Path:
     if not (path / "reference").is_dir():
         pytest.skip(f"no reference numbers and samples at {path}")
     return path
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.name
+
+
+@pytest.fixture(scope="session")
+def once(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """once(name, make): what make(folder) returned, called once in the whole run though the tests run in several
+    processes. It is pickled for the others; what it wrote into the folder is not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):
+        base = base.parent
+
+    def once(name: str, make: Callable[[Path], Any]) -> Any:
+        folder, made = base / f"once-{name}", base / f"once-{name}.pickle"
+        with FileLock(base / f"once-{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                made.write_bytes(pickle.dumps(make(folder)))
+            return pickle.loads(made.read_bytes())
+
+    return once

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +17,11 @@ from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 
 
 @pytest.fixture(scope="session")
-def manual(tmp_path_factory: pytest.TempPathFactory) -> Manual:
+def manual(once: Callable[..., Any]) -> Manual:
     """The manual, unpacked; skips without apt or offline. MEGATRON_LCL_MANUAL names a folder to keep it in."""
     kept = os.environ.get("MEGATRON_LCL_MANUAL")
     try:
-        return fetch_manual(Path(kept) if kept else tmp_path_factory.mktemp("manual"))
+        return once("manual", lambda folder: fetch_manual(Path(kept) if kept else folder))
     except ValueError as error:
         pytest.skip(str(error))
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data.corpora import Piece, random_documents, write_corpus
+from train.resilience import fleet
 
 from megatron_lcl import load_model
+from megatron_lcl.cli import main
 from megatron_lcl.config import Data
 from megatron_lcl.convert.card import card_of
 from megatron_lcl.convert.load import find_checkpoint, read_config
@@ -41,19 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, output: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["-m", "megatron_lcl", "train", "--config", str(folder / "config.yaml")]
-    output_argument = ["--train.output", str(folder / output)]
-    return subprocess.run(
-        [sys.executable, *command, *output_argument, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
@@ -64,8 +50,7 @@ def train(folder: Path, output: str, *arguments: str) -> subprocess.CompletedPro
 )
 def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, layout: tuple[str, ...]) -> None:
     run = folder / f"run-{layout[1]}"
-    finished = train(folder, run.name, "--processes", "2", *layout)
-    assert finished.returncode == 0, finished.stderr
+    said = fleet.train(run, "--config", str(folder / "config.yaml"), *layout)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "heldout/bits_per_token" in line]
     assert [line["step"] for line in measured] == [2, 3]  # every second step, and at the end
@@ -74,8 +59,8 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     for name, value in result.numbers().items():
         assert measured[-1][f"heldout/{name}"] == pytest.approx(value, rel=1e-5), name
     bad = [name for line in lines for name in line.get("bad_images", ())]
-    assert f"an image is skipped, {bad[0]} (" in finished.stdout
-    assert finished.stdout.count("2 held-out images do not decode, first ") == 2
+    assert f"an image is skipped, {bad[0]} (" in said
+    assert said.count("2 held-out images do not decode, first ") == 2
     assert measured[0]["heldout/bits_per_token"] != measured[1]["heldout/bits_per_token"]
     assert next((run / "tensorboard").iterdir())
 
@@ -101,14 +86,14 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
 
 
 @pytest.mark.slow
-def test_what_cannot_be_carried_out_is_said_before_the_run(folder: Path) -> None:
+def test_what_cannot_be_carried_out_is_said_before_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (("--evaluate.corpus", "null"), "train.evaluate_every = 2 needs held-out documents: --evaluate.corpus DIR"),
         (("--evaluate.corpus", str(folder / "nowhere")), "nowhere"),
         (("--evaluate.tasks", "[generation]", "--objective.name", "clip"), "clip does not train what generation"),
     ):
-        refused = train(folder, "refused", "--processes", "1", *arguments)
-        assert refused.returncode == 2, refused.stderr
-        (line,) = [line for line in refused.stderr.splitlines() if line.startswith("megatron-lcl")]
+        words = ["--config", str(folder / "config.yaml"), "--train.output", str(folder / "refused")]
+        assert main(["train", *words, "--processes", "1", *arguments]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-lcl")]
         assert said in line
         assert not (folder / "refused").exists()

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from local_slurm import Slurm
+from train.resilience import fleet
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
 STEPS = 100
@@ -29,7 +29,7 @@ def sbatch(slurm: Slurm, folder: Path, *arguments: str) -> str:
     return slurm.run("sbatch", *options, SCRIPT, *arguments, cwd=folder, env=environment)
 
 
-def processes_of(job: str, node: str) -> list[int]:
+def processes_of(slurm: Slurm, job: str, node: str) -> list[int]:
     """A job's processes of training on a node, loaders included, which are its children."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -38,7 +38,8 @@ def processes_of(job: str, node: str) -> list[int]:
             words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+        cluster = f"SLURM_CONF={slurm.environment['SLURM_CONF']}"  # tests that run side by side have one each
+        wanted = {cluster.encode(), f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
         if (
             wanted <= set(environment)
             and b"megatron_lcl" in words
@@ -68,7 +69,7 @@ def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
     assert 5 < int(stopped[1]) < STEPS
     assert f"going on from a run/checkpoints/step-{int(stopped[1]):08d}" in rank0.read_text()
     slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
-    for pid in processes_of(job, "n2"):
+    for pid in processes_of(slurm, job, "n2"):
         os.kill(pid, signal.SIGKILL)
     slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the job has ended", 300)
     assert slurm.state(job) == "COMPLETED", log.read_text()
@@ -80,9 +81,7 @@ def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
 
     undisturbed = tmp_path / "undisturbed"
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
-    command = [sys.executable, "-m", "megatron_lcl", "train", "--processes", "2", "--config", str(config), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--train.output", str(undisturbed)], check=True, timeout=300, env=environment)
+    fleet.train(undisturbed, "--config", str(config), *arguments, timeout=300)
     assert losses(run) == losses(undisturbed)
     assert [step for step, *_ in losses(run)] == list(range(1, STEPS + 1))
 

@@ -18,7 +18,8 @@ PATIENCE = 60.0
 
 class GlooPool:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_lcl.selftest.preload"])  # as in `processes`
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes, self._processes = [], []

@@ -14,6 +14,7 @@ import apex_stand_in
 import pytest
 import torch
 from small_corpus import make_corpus
+from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl import load_model
@@ -45,7 +46,13 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def train(config: Path, output: Path, *arguments: str, code: int = 0) -> str:
+def train(config: Path, output: Path, *arguments: str, processes: int = 2) -> str:
+    """Processes as a launcher would start them; fast, see `fleet`."""
+    return fleet.train(output, "--config", str(config), *arguments, size=processes)
+
+
+def launch(config: Path, output: Path, *arguments: str, code: int = 0) -> str:
+    """The command itself, with its launcher: each process imports torch and DeepSpeed, which takes seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config), "--train.output", str(output)]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)
@@ -62,7 +69,7 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
 def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps on two processes."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    train(config_file, run, "--processes", "2")
+    launch(config_file, run, "--processes", "2")
     return run
 
 
@@ -91,7 +98,7 @@ def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
 def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path, tmp_path: Path) -> None:
     """One process reads for two that share every layer, in place of two that read and have all layers each."""
     recomputing = ["--train.activation_checkpointing", "full", "--train.activation_checkpointing_every", "2"]
-    train(config_file, tmp_path / "run", "--processes", "2", "--parallel.tensor", "2", *recomputing)
+    train(config_file, tmp_path / "run", "--parallel.tensor", "2", *recomputing)
     for ours, theirs in zip(losses(tmp_path / "run"), losses(finished), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     ours, theirs = (flat(run) for run in (tmp_path / "run", finished))
@@ -100,7 +107,7 @@ def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path
 
 @pytest.mark.slow
 def test_a_pipeline_is_the_same_run_and_keeps_its_partition(finished: Path, config_file: Path, tmp_path: Path) -> None:
-    run, layout = tmp_path / "run", ["--processes", "2", "--parallel.pipeline", "2", "--contrast.strategy", "recompute"]
+    run, layout = tmp_path / "run", ["--parallel.pipeline", "2", "--contrast.strategy", "recompute"]
     train(config_file, run, *layout)
     before, (middle, last) = losses(run), checkpoint.list_checkpoints(run)
     for ours, theirs in zip(before, losses(finished), strict=True):
@@ -145,7 +152,7 @@ def test_resuming_is_bitwise_and_rejects_damage(finished: Path, config_file: Pat
     newest.write_bytes(bytes(damaged))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "cut off')
-    said = train(config_file, run, "--processes", "2")
+    said = train(config_file, run)
     assert "rejected" in said
     assert "model.safetensors" in said
     assert "going on from" in said
@@ -159,7 +166,7 @@ def test_going_on_at_another_layout(finished: Path, config_file: Path, tmp_path:
     run = tmp_path / "one"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "checkpoints" / "step-00000004")
-    said = train(config_file, run, "--processes", "1", "--zero.stage", "2")
+    said = train(config_file, run, "--zero.stage", "2", processes=1)
     assert "from 2 data, ZeRO-1, float32 to 1 process, ZeRO-2, float32" in said
     assert "MPU" not in said
     ours, theirs = (torch.tensor(losses(r), dtype=torch.float64) for r in (run, finished))
@@ -174,9 +181,9 @@ def test_a_run_begins_with_the_weights_of_another(
     weights, one, two = (tmp_path / name for name in ("weights", "one", "two"))
     shutil.copytree(finished, weights)
     asked = ["--train.init_from", str(weights), "--train.seed", "7"]
-    said = train(config_file, one, *asked, "--processes", "1")
+    said = train(config_file, one, *asked, processes=1)
     assert f"beginning with the weights of {weights}/checkpoints/step-00000004\n" in said
-    train(config_file, two, *asked, "--processes", "2", "--parallel.tensor", "2", "--train.steps", "1")
+    train(config_file, two, *asked, "--parallel.tensor", "2", "--train.steps", "1")
     before = losses(one)
     assert [step for step, *_ in before] == [1, 2, 3, 4]
     assert before[0] == pytest.approx(losses(two)[0], rel=1e-5)
@@ -187,7 +194,7 @@ def test_a_run_begins_with_the_weights_of_another(
 
     shutil.rmtree(weights)  # the run needs it no more
     shutil.rmtree(one / "checkpoints" / "step-00000004")
-    said = train(config_file, one, *asked, "--processes", "1")
+    said = train(config_file, one, *asked, processes=1)
     assert "going on from" in said
     assert "beginning with" not in said
     assert losses(one) == before
@@ -200,7 +207,7 @@ def test_a_run_begins_with_the_weights_of_another(
 @pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(finished: Path, config_file: Path) -> None:
     before = losses(finished)
-    train(config_file, finished, "--processes", "2")
+    train(config_file, finished)
     assert losses(finished) == before
 
 
@@ -226,7 +233,7 @@ def test_the_report_shows_the_packs_that_were_read(finished: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_one_process_gives_the_same_losses(finished: Path, config_file: Path, tmp_path: Path) -> None:
-    train(config_file, tmp_path / "one", "--processes", "1")
+    train(config_file, tmp_path / "one", processes=1)
     ours, theirs = (torch.tensor(losses(run), dtype=torch.float64) for run in (tmp_path / "one", finished))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
@@ -235,9 +242,9 @@ def test_one_process_gives_the_same_losses(finished: Path, config_file: Path, tm
 @pytest.mark.slow
 def test_a_run_of_another_model_is_not_overwritten(finished: Path, config_file: Path) -> None:
     before = losses(finished)
-    said = train(config_file, finished, "--model.language.layers", "1", code=2)
+    said = launch(config_file, finished, "--model.language.layers", "1", code=2)
     assert "model.language.layers 2 → 1" in said
-    said = train(config_file, finished, "--model.language.vocab_size", "500", code=2)
+    said = launch(config_file, finished, "--model.language.vocab_size", "500", code=2)
     assert "set model.language.vocab_size to" in said
     assert losses(finished) == before
 
@@ -267,9 +274,9 @@ def test_one_cuda_device(config_file: Path, tmp_path: Path, monkeypatch: pytest.
     """NCCL and bfloat16, as `auto` decides, and the losses of float32 on the CPU to what bfloat16 can hold."""
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        train(config_file, tmp_path / "cpu", "--processes", "1")
+        launch(config_file, tmp_path / "cpu", "--processes", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    train(config_file, tmp_path / "gpu", "--processes", "1")
+    launch(config_file, tmp_path / "gpu", "--processes", "1")
     layouts = [checkpoint.read_progress(checkpoint.list_checkpoints(tmp_path / n)[-1]).layout for n in ("cpu", "gpu")]
     assert [layout.dtype for layout in layouts] == ["float32", "bfloat16"]
     ours, theirs = (torch.tensor(losses(tmp_path / n), dtype=torch.float64) for n in ("gpu", "cpu"))
@@ -289,10 +296,10 @@ def test_deterministic_runs_on_cuda_are_equal_to_the_last_bit(
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     runs = [tmp_path / name for name in ("one", "two", "resumed")]
     for run in runs[:2]:
-        train(config_file, run, "--processes", "1", "--train.deterministic", "true")
+        launch(config_file, run, "--processes", "1", "--train.deterministic", "true")
     shutil.copytree(runs[0], runs[2])
     checkpoint.delete(checkpoint.list_checkpoints(runs[2])[-1])
-    assert "going on from" in train(config_file, runs[2], "--processes", "1", "--train.deterministic", "true")
+    assert "going on from" in launch(config_file, runs[2], "--processes", "1", "--train.deterministic", "true")
     assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
     weights = [(checkpoint.list_checkpoints(run)[-1] / "model.safetensors").read_bytes() for run in runs]
     assert weights[0] == weights[1] == weights[2]
@@ -332,7 +339,7 @@ def test_apex_is_used_where_it_is_asked_for(
         (tmp_path / "apex" / name / "__init__.py").write_text(text)
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    said = train(config_file, run, *asked, "--processes", "1")
+    said = launch(config_file, run, *asked, "--processes", "1")
     assert said.count("FusedAdam.step") == 4 * 2  # ZeRO steps group by group
     norms = [m for m in load_model(finished).modules() if isinstance(m, torch.nn.LayerNorm)]
     assert said.count("FusedLayerNorm()") == len(norms)

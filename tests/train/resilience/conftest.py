@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import losses, train
@@ -22,22 +25,27 @@ guard: {{timeout: 12}}
 
 
 @pytest.fixture(scope="session")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+def config_file(once: Callable[..., Any]) -> str:
     """A run of 12 steps that saves every 4."""
     from megatron_lcl.data.corpus.store import open_corpus
 
-    folder = tmp_path_factory.mktemp("guard")
-    corpus = make_corpus(folder / "documents", seed=0)
-    file = folder / "config.yaml"
-    vocab_size = open_corpus(corpus).tokenizer.vocab_size
-    file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=folder / "cache"))
-    file.with_suffix(".json").write_text(json.dumps({"corpus": str(corpus)}))
-    return str(file)
+    def make(folder: Path) -> str:
+        corpus = make_corpus(folder / "documents", seed=0)
+        file = folder / "config.yaml"
+        vocab_size = open_corpus(corpus).tokenizer.vocab_size
+        file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=folder / "cache"))
+        file.with_suffix(".json").write_text(json.dumps({"corpus": str(corpus)}))
+        return str(file)
+
+    return once("resilience", make)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+def undisturbed(config_file: str, once: Callable[..., Any]) -> list[tuple]:
     """What each step of an undisturbed run on two processes gives."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train(run, "--config", config_file)
-    return losses(run)
+
+    def make(folder: Path) -> list[tuple]:
+        train(folder / "undisturbed", "--config", config_file)
+        return losses(folder / "undisturbed")
+
+    return once("undisturbed", make)
