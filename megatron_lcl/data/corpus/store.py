@@ -38,7 +38,9 @@ FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 TEXT, IMAGE = 0, 1
 COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
-SHARD_FILES = ("tokens-{}.bin", "tokens-{}.idx", "images-{}.bin", "images-{}.idx", "images-{}.arrow")
+_TOKENS, _IMAGES = "tokens-{:05d}", "images-{:05d}"
+"""names of a shard's files without their suffix, by its number"""
+_ARROW = ".arrow"
 KIND = "kind"
 """key of a shard's kind of documents, beside its counts"""
 _STATS = 16
@@ -51,7 +53,8 @@ _PLACEMENT_TYPE = pa.struct([("similarity", pa.float32()), ("matched_text", pa.i
 
 def shard_files(number: int) -> list[str]:
     """File names of shard `number`."""
-    return [name.format(f"{number:05d}") for name in SHARD_FILES]
+    tokens, images = _TOKENS.format(number), _IMAGES.format(number)
+    return [f"{tokens}.bin", f"{tokens}.idx", f"{images}.bin", f"{images}.idx", f"{images}{_ARROW}"]
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -62,9 +65,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, number: int) -> None:
         self.number = number
-        self._tokens = IndexedWriter(folder / f"tokens-{number:05d}", np.int32)
-        self._images = IndexedWriter(folder / f"images-{number:05d}", np.uint8)
-        self._arrow_path = folder / f"images-{number:05d}.arrow"
+        self._tokens = IndexedWriter(folder / _TOKENS.format(number), np.int32)
+        self._images = IndexedWriter(folder / _IMAGES.format(number), np.uint8)
+        self._arrow_path = folder / (_IMAGES.format(number) + _ARROW)
         self._index_of: dict[bytes, int] = {}
         self._widths = array("i")
         self._heights = array("i")
@@ -212,9 +215,9 @@ class Shard:
 
     def __init__(self, folder: Path, number: int) -> None:
         self.number = number
-        self._tokens = read_indexed(folder / f"tokens-{number:05d}")
-        self._images = read_indexed(folder / f"images-{number:05d}")
-        arrow_path = folder / f"images-{number:05d}.arrow"
+        self._tokens = read_indexed(folder / _TOKENS.format(number))
+        self._images = read_indexed(folder / _IMAGES.format(number))
+        arrow_path = folder / (_IMAGES.format(number) + _ARROW)
         try:
             images, placements = _arrow_columns(arrow_path)
         except FileNotFoundError:

@@ -10,7 +10,7 @@ from data import writers
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.corpus.store import SHARD_FILES, open_corpus
+from megatron_lcl.data.corpus.store import open_corpus, shard_files
 from megatron_lcl.data.pages.inspect import stats
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -32,7 +32,7 @@ def cut(file: Path) -> str:
     return f"{file} has {len(raw) - 40:,} bytes, but was written with {len(raw):,}; copy it again"
 
 
-@pytest.mark.parametrize("name", [name.format("00000") for name in SHARD_FILES])
+@pytest.mark.parametrize("name", shard_files(0))
 def test_a_shard_compares_its_files(corpus: Path, tmp_path: Path, name: str) -> None:
     message = cut(corpus / name)
     uses: list[Callable[[], object]] = [

@@ -85,7 +85,7 @@ def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> Non
         "at": ("obelics", "a", "b"), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": "e",
         "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
         "options": {"image_name": "{md5}", "rule": "{row}_{file}"},
-        "workers": 3, "shard": (1, 4), "progress": True,
+        "workers": 3, "job": (1, 4), "progress": True,
     }  # fmt: skip
 
 
