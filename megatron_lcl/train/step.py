@@ -54,7 +54,8 @@ class StepResult:
     def numbers(self) -> dict[str, float]:
         """All of it by name, for a line of metrics."""
         values = asdict(self)
-        return {**values, **values.pop("metrics")}
+        metrics = values.pop("metrics")
+        return values | metrics
 
 
 def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:

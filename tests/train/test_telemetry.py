@@ -65,7 +65,9 @@ def test_steps_without_pairs_are_counted_and_said(
     with Telemetry(tmp_path, configs.load(None, overrides), True, 0) as telemetry:
         for step in range(1, 9):
             telemetry.step(step, dataclasses.replace(RESULT, num_pairs=4 if step in (2, 6) else 0), 1e-3, 0.1, 0.0)
-    counted = [line["steps_without_pairs"] for line in read_metrics(tmp_path)]
+    lines = read_metrics(tmp_path)
+    assert all(line["image_accuracy"] == 0.5 and "metrics" not in line for line in lines)
+    counted = [line["steps_without_pairs"] for line in lines]
     said = capsys.readouterr().out.splitlines()
     if objective == "generation":
         assert (counted, said) == ([0, 0, 0, 0], [])
