@@ -298,7 +298,8 @@ class Checkpoint:
     resume: str = Field(
         default="auto",
         description="auto: resume from the newest checkpoint in train.output that verifies; or the path of a "
-        "checkpoint of a megatron_lcl run (pickles with more than tensors, plain values and DeepSpeed's own few classes are refused)",
+        "checkpoint of a megatron_lcl run (pickles with more than tensors, plain values and DeepSpeed's own few "
+        "classes are refused)",
     )
     max_failures: Positive = Field(
         default=3, description="stop the run after so many consecutive checkpoints that could not be written"
@@ -392,8 +393,7 @@ class Train:
     init_from: str | None = Field(
         default=None,
         description="path of an import, a run, a checkpoint or a file in open_clip's format whose weights, and nothing "
-        "else, "
-        "a new run begins with; a run that has checkpoints of its own resumes from these instead",
+        "else, a new run begins with; a run that has checkpoints of its own resumes from these instead",
     )
     evaluate_every: Count = Field(
         default=0, description="steps between evaluations on evaluate.corpus, one more at the end; 0: never"
