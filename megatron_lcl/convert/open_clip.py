@@ -18,5 +18,5 @@ def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
     unknown, or of the wrong shape.
     """
     model = LCL(model_config(config), seed=None)
-    load_open_clip(model, state_dict)
+    load_open_clip(model.layers, model.config, state_dict)
     return model

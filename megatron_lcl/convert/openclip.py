@@ -35,7 +35,7 @@ _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": _WIDTH, "heads": 1, "
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
-    tensors = parts_open_clip(model)
+    tensors = parts_open_clip(model.layers, model.config)
     save_parts(tensors, folder / "lcl.safetensors", dtype)
     config = open_clip_config(model.config)
     write_json(folder / "lcl.json", config)
