@@ -1,11 +1,14 @@
 """Attention over packed sequences: one function, several back-ends.
 
-`choose_attention` picks a back-end once, for a device and a dtype; what it returns is handed to the model's layers.
-`Adaptive` serves models whose device and dtype may change (those of the library): it chooses when it is called.
+The back-ends, and where each is chosen unless `train.attention` names one:
 
-On CUDA in half precision: flash-attn where it is installed and loads, else torch's own variable-length kernel; both
-need compute capability 8.0 (Ampere). On CUDA in float32, which they lack, or on older cards: dense attention under a
-block-diagonal mask. On CPU: one call per sequence.
+    flash_attn     CUDA, half precision, compute capability 8.0 (Ampere) or newer, flash-attn installed and loading
+    torch_varlen   the same without flash-attn: torch's variable-length kernel
+    dense          CUDA in float32, which these lack, or on older GPUs: attention under a block-diagonal mask
+    per_sequence   CPU: one call per sequence
+
+`choose_attention` chooses once, for a device and a dtype; what it returns is handed to the model's layers. `Adaptive`
+serves models whose device and dtype may change (those of the library): it chooses when it is called.
 
 Shape legend: R rows of all sequences one after another, H heads, K features of a head, C sequences.
 """

@@ -46,7 +46,7 @@ def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None =
     with torch.device("meta"):
         model = LCL(model_config(open_clip_sizes(path, state, config)), seed=None)
     try:
-        load_open_clip(model, state, assign=True)
+        load_open_clip(model.layers, model.config, state, assign=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return model
@@ -59,7 +59,7 @@ def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
     unknown, or of the wrong shape.
     """
     model = LCL(model_config(config), seed=None)
-    load_open_clip(model, state_dict)
+    load_open_clip(model.layers, model.config, state_dict)
     return model
 
 

@@ -58,7 +58,7 @@ with torch.no_grad():
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
-    tensors = parts_open_clip(model)
+    tensors = parts_open_clip(model.layers, model.config)
     save_parts(tensors, folder / WHOLE, dtype)
     config = open_clip_config(model.config)
     write_json(folder / WHOLE_CONFIG, config)

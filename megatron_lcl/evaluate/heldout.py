@@ -20,7 +20,6 @@ from typing import get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_lcl import objectives
@@ -201,15 +200,15 @@ class HeldOutEvaluation:
         offset, num_pairs = sum(sizes[: data.rank]), sum(sizes)
         if not num_pairs:
             return result, []
-        images, texts = _gather(image, sizes, data), _gather(text, sizes, data)
+        images, texts = data.gather_ragged(image, sizes), data.gather_ragged(text, sizes)
         own_documents = torch.tensor(documents, dtype=torch.int64, device=device)
-        all_documents = _gather(own_documents, sizes, data)
+        all_documents = data.gather_ragged(own_documents, sizes)
         forward, image_loss = rank_own(image, texts, offset, own.scale)
         backward, text_loss = rank_own(text, images, offset, own.scale)
         among, _ = rank_own(text, images, offset, own.scale, (own_documents, all_documents))
         rivals = all_documents.bincount()[own_documents]
         rows = torch.stack([*(x.double() for x in (forward, backward, among, rivals)), image_loss + text_loss], 1)
-        rows_N = _gather(rows, sizes, data).cpu()
+        rows_N = data.gather_ragged(rows, sizes).cpu()
         order = rows_N[:, 0].argsort(stable=True)
         quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
         chosen = [i for i in order[quantiles].tolist() if offset <= i < offset + len(image)]
@@ -339,14 +338,3 @@ class _ReplicaOutputs:
         assert self.features, "no micro-batch"
         image, text = zip(*self.features, strict=True)
         return torch.cat(image), torch.cat(text)
-
-
-def _gather(rows: torch.Tensor, sizes: Sequence[int], axis: Axis) -> torch.Tensor:
-    """Every process's rows, in the order of the axis; `sizes`: how many each has."""
-    if axis.group is None:
-        return rows
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=axis.group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses import contrastive_tiles
-from megatron_lcl.losses.group import exchange, rank_and_size
+from megatron_lcl.losses.group import exchange
 from megatron_lcl.losses.kernels import triton_fault
-from megatron_lcl.parallel.mappings import all_gather
+from megatron_lcl.parallel.mesh import Axis, Pending
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -63,29 +63,20 @@ class FeatureGather:
     text_nD: torch.Tensor
     log_scale: torch.Tensor
     counts: tuple[int, ...]
+    """pairs of each rank"""
     kernels: ModuleType
     """what does the arithmetic"""
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
-    own: torch.Tensor | None = None
-    """[max(counts), 2D]: what this rank sends, kept alive while it is being sent"""
-    rows: torch.Tensor | None = None
-    """what all ranks sent: [R * max(counts), 2D] on the way, [N, 2D] when there"""
-    work: dist.Work | None = None
+    axis: Axis
+    rows: Pending | None
+    """[N, 2D], what all ranks sent; None where nothing is sent"""
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All ranks' image and text features, [N, D] each."""
         if self.rows is None:
             return self.image_nD, self.text_nD
-        if self.work is not None:
-            self.work.wait()
-            self.work = self.own = None
-            longest = max(self.counts)
-            if min(self.counts) < longest:
-                parts = self.rows.split(longest)
-                self.rows = torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+        rows = self.rows.wait()
         width = self.image_nD.shape[1]
-        return self.rows[:, :width], self.rows[:, width:]
+        return rows[:, :width], rows[:, width:]
 
 
 def contrastive_loss(
@@ -107,8 +98,8 @@ def contrastive_loss(
     kernels: the module that does the arithmetic, `contrastive_tiles` or `contrastive_triton`; None: chosen by device.
 
     `.loss` is the global mean, the same on every rank. Convention: sum. backward gives the gradient of that global mean
-    with respect to this rank's own rows, and this rank's share of the gradient of log_scale; the shares sum to the
-    whole over the group. backward sends nothing, and is once differentiable.
+    with respect to this rank's own rows, and this rank's part of the gradient of log_scale; the sum over the group is
+    the gradient. backward sends nothing, and is once differentiable.
 
     Raises ValueError, on every rank of the group and before any feature is sent, if a rank's features are not two
     [n, D] tensors of one dtype on one device from which the group sends, if its log_scale is not one number there, if D
@@ -131,19 +122,16 @@ def start_gather(
     Every rank of the group calls it, then `finish_contrastive_loss`; what is computed in between overlaps with the
     transfer. Arguments and errors: `contrastive_loss`.
     """
-    rank, _ = rank_and_size(group)
+    axis = Axis.of_group(group)
     image_features, text_features = image_features.contiguous(), text_features.contiguous()
-    sizes = _sizes(image_features, text_features, log_scale, group, counts)
+    sizes = _sizes(image_features, text_features, log_scale, axis, counts)
     kernels = kernels or _backend(image_features)
-    gather = FeatureGather(image_features, text_features, log_scale, sizes, kernels, rank, group)
-    longest = max(sizes)
-    if group is not None and longest > 0:
+    rows = None
+    if axis.group is not None and max(sizes) > 0:
         # side by side: two matrices as they arrive
-        gather.own = image_features.new_zeros(longest, 2 * image_features.shape[1])
-        torch.cat([image_features.detach(), text_features.detach()], 1, out=gather.own[: len(image_features)])
-        gather.rows = gather.own.new_empty(len(sizes) * longest, gather.own.shape[1])
-        gather.work = all_gather(gather.rows, gather.own, group=group, async_op=True)
-    return gather
+        own = torch.cat([image_features.detach(), text_features.detach()], 1)
+        rows = axis.start_gather_ragged(own, sizes)
+    return FeatureGather(image_features, text_features, log_scale, sizes, kernels, axis, rows)
 
 
 def finish_contrastive_loss(gather: FeatureGather) -> ContrastiveOutput:
@@ -156,7 +144,7 @@ class _ContrastiveFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image_nD, text_nD, log_scale, gather):
         dtype = torch.float64 if image_nD.dtype == torch.float64 else torch.float32
-        offset, N = sum(gather.counts[: gather.rank]), sum(gather.counts)
+        offset, N = sum(gather.counts[: gather.axis.rank]), sum(gather.counts)
         with torch.autocast(image_nD.device.type, enabled=False):
             scale = log_scale.to(dtype).exp().reshape(())
             image_ND, text_ND = (features.detach() for features in gather.wait())
@@ -213,7 +201,7 @@ def _sizes(
     image: torch.Tensor,
     text: torch.Tensor,
     log_scale: torch.Tensor,
-    group: dist.ProcessGroup | None,
+    axis: Axis,
     counts: Sequence[int] | None,
 ) -> tuple[int, ...]:
     """Pairs of each rank. Whatever is wrong on any rank raises here, on every rank."""
@@ -224,7 +212,7 @@ def _sizes(
         except TypeError:
             error = error or f"counts must be integers, one per rank, not {counts}"
     facts = (len(image), image.shape[1], DTYPES.index(image.dtype), digest) if error is None else (0, 0, 0, 0)
-    ranks = exchange(facts, error, image.device, group)
+    ranks = exchange(facts, error, image.device, axis)
     if len({(width, dtype) for _, width, dtype, _ in ranks}) > 1:
         described = [(width, DTYPES[dtype]) for _, width, dtype, _ in ranks]
         raise ValueError(f"features must have one width and dtype on every rank, not {described} (in rank order)")
@@ -258,15 +246,14 @@ def _gather_rows(
     gather: FeatureGather, sums: torch.Tensor, lse_2n: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over all ranks, and every row's image and text log-sum-exp, each [N], in one all-gather."""
-    if gather.group is None:
+    if gather.axis.group is None:
         return sums, lse_2n[0], lse_2n[1]
     rows = max(gather.counts)
     own = sums.new_zeros(len(sums) + 2 * rows)
     own[: len(sums)] = sums
     for k, lse_n in enumerate(lse_2n):
         own[len(sums) + k * rows :][: len(lse_n)] = lse_n
-    table = own.new_empty(len(gather.counts), len(own))
-    all_gather(table.view(-1), own, group=gather.group)
+    table = gather.axis.all_gather(own)
     image, text = (
         torch.cat([row[start : start + count] for row, count in zip(table, gather.counts, strict=True)])
         for start in (len(sums), len(sums) + rows)

@@ -123,7 +123,7 @@ def backward(
     scale: torch.Tensor,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients [n, D] of own images and texts, and own rows' share of the gradient of log_scale.
+    """Gradients [n, D] of own images and texts, and own rows' part of the gradient of log_scale.
 
     image_lse_N, text_lse_N: log-sum-exp of every row's logits, own pair included. factor: scale / 2N times the incoming
     gradient, a scalar.

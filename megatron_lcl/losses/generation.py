@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.losses import softmax_torch
-from megatron_lcl.losses.group import exchange, rank_and_size
+from megatron_lcl.losses.group import exchange
 from megatron_lcl.losses.kernels import triton_fault
-from megatron_lcl.parallel.mappings import all_gather
+from megatron_lcl.parallel.mesh import Axis
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_LOGITS = 2**25
@@ -49,43 +49,41 @@ def generation_loss(
     hidden and weight are of one dtype (under autocast they are converted to its dtype): float32, bfloat16 or float16
     (logits, their exponentials and sums over rows in float32), or float64 (then so is the result).
 
-    Convention over the group: sum. weight gets the whole gradient of its rows; hidden gets this rank's share, and the
-    shares sum to the whole. So hidden is entered through the usual copy whose backward all-reduces over the group, or
-    the sequence-parallel gather whose backward reduce-scatters.
+    Convention over the group: sum. weight gets the complete gradient of its rows; hidden gets this rank's part, and the
+    sum over ranks is the gradient. So hidden comes through `copy_to_tensor_parallel`, whose backward all-reduces over
+    the group, or `gather_from_sequence_parallel`, whose backward reduce-scatters (parallel.mappings).
 
     The gradient is computed in forward, if gradients are enabled and asked for, and kept until backward, as large as
     hidden and weight in float32; it is once differentiable. Raises ValueError for shapes, dtypes, devices or a
     vocab_size that do not fit or are not the same on every rank, on every rank of the group (where `agreed`: on the
     rank whose own do not fit), and on a caller that is not in the group.
     """
-    rank, size = rank_and_size(group)
+    axis = Axis.of_group(group)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if vocab_size is None:
-        vocab_size = size * weight.shape[:1].numel()
-    error = _error(hidden, weight, targets, size, vocab_size)
+        vocab_size = axis.size * weight.shape[:1].numel()
+    error = _error(hidden, weight, targets, axis.size, vocab_size)
     if not agreed:
-        _compare(hidden, weight, vocab_size, error, group)
+        _compare(hidden, weight, vocab_size, error, axis)
     elif error is not None:
         raise ValueError(error)
     if len(hidden) == 0:  # zeros in backward, none kept until then
         return (hidden.sum() + weight[:0].sum()).to(_arithmetic(hidden.dtype))
-    first = rank * len(weight)
+    first = axis.rank * len(weight)
     num_real = min(max(vocab_size - first, 0), len(weight))
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _GenerationFunction.apply(hidden, weight, targets, group, first, num_real, with_gradient, kernels)
+    return _GenerationFunction.apply(hidden, weight, targets, axis, first, num_real, with_gradient, kernels)
 
 
-def _compare(
-    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, error: str | None, group: dist.ProcessGroup | None
-) -> None:
+def _compare(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, error: str | None, axis: Axis) -> None:
     """Whatever is wrong on any rank raises here, on every rank; error: what is wrong on this one."""
     facts = (0,) * 5
     if error is None:
         facts = (len(hidden), hidden.shape[1], DTYPES.index(hidden.dtype), len(weight), vocab_size)
-    ranks = exchange(facts, error, hidden.device, group)
+    ranks = exchange(facts, error, hidden.device, axis)
     if len(set(ranks)) > 1:
         described = [(rows, width, DTYPES[dtype], *vocabulary) for rows, width, dtype, *vocabulary in ranks]
         raise ValueError(
@@ -107,9 +105,9 @@ def _error(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, si
     if not hidden.device == weight.device == targets.device:
         devices = f"{hidden.device}, {weight.device} and {targets.device}"
         return f"hidden, weight and targets must be on one device, not {devices}"
-    places = size * len(weight)
-    if not 0 < vocab_size <= places:
-        return f"vocab_size {vocab_size} must be 1 to {places}, the weight's rows on all {size} rank(s)"
+    num_entries = size * len(weight)
+    if not 0 < vocab_size <= num_entries:
+        return f"vocab_size {vocab_size} must be 1 to {num_entries}, the weight's rows on all {size} rank(s)"
     return None
 
 
@@ -119,13 +117,13 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 class _GenerationFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, targets_R, group, first, num_real, with_gradient, kernels):
+    def forward(ctx, hidden_RD, weight_VD, targets_R, axis, first, num_real, with_gradient, kernels):
         of_hidden, of_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         with torch.autocast(hidden_RD.device.type, enabled=False):
             # Kept beside, not among, the saved tensors: a checkpointed segment that ends here and is recomputed has
             # nothing to fetch from this function and stops short of it.
             loss, *ctx.gradients = _chunked(
-                hidden_RD, weight_VD, targets_R - first, group, num_real, of_hidden, of_weight, kernels
+                hidden_RD, weight_VD, targets_R - first, axis, num_real, of_hidden, of_weight, kernels
             )
         ctx.dtype = hidden_RD.dtype
         return loss
@@ -149,7 +147,7 @@ def _chunked(
     hidden_RD: torch.Tensor,
     weight_VD: torch.Tensor,
     targets_R: torch.Tensor,
-    group: dist.ProcessGroup | None,
+    axis: Axis,
     num_real: int,
     hidden_wanted: bool,
     weight_wanted: bool,
@@ -173,7 +171,7 @@ def _chunked(
         logits_cV = _matmul(hidden_cD, weight_VD.t(), memory[: len(hidden_cD)])
         logits_cV[:, num_real:] = -torch.inf  # the one entry of a rank that has nothing but padding
         max_c, sum_c, target_c = softmax.statistics(logits_cV, targets_c)
-        all_max_c, all_sum_c, target_c = _over_group(max_c, sum_c, target_c, group)
+        all_max_c, all_sum_c, target_c = _over_vocabulary(max_c, sum_c, target_c, axis)
         # never max + log(sum) in one number: beside a large maximum a sum near 1 would be rounded away
         loss += (all_max_c - target_c + all_sum_c.log()).sum()
         if hidden_grad is None and weight_grad is None:
@@ -205,14 +203,12 @@ def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def _over_group(
-    max_c: torch.Tensor, sum_c: torch.Tensor, target_c: torch.Tensor, group: dist.ProcessGroup | None
+def _over_vocabulary(
+    max_c: torch.Tensor, sum_c: torch.Tensor, target_c: torch.Tensor, axis: Axis
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest logit, the sum of exponentials relative to it, and the target's logit, over the whole vocabulary."""
-    if group is None:
+    if axis.group is None:
         return max_c, sum_c, target_c
-    own = torch.stack([max_c, sum_c, target_c])
-    parts = own.new_empty(dist.get_world_size(group), *own.shape)
-    all_gather(parts.view(-1), own.view(-1), group=group)
-    all_max_c = parts[:, 0].amax(0)
-    return all_max_c, (parts[:, 1] * (parts[:, 0] - all_max_c).exp()).sum(0), parts[:, 2].amax(0)
+    of_ranks = axis.all_gather(torch.stack([max_c, sum_c, target_c]))
+    all_max_c = of_ranks[:, 0].amax(0)
+    return all_max_c, (of_ranks[:, 1] * (of_ranks[:, 0] - all_max_c).exp()).sum(0), of_ranks[:, 2].amax(0)

@@ -1,0 +1,8 @@
+"""The model: one list of layers, each from `Activations` to `Activations`, and its public face in one process.
+
+`layers` has the list, `block` what both encoders are made of, `initialize` the initial parameters, `lcl` the class
+`LCL` of the library, `reference_format` the names and sizes of the published checkpoints, `special` the special tokens'
+ids. May import `attention`, `losses`, `parallel`, the batch of `data.loading`, and `config`; nothing of `train`.
+
+Begin with `layers.layer_specs`.
+"""

@@ -1,8 +1,8 @@
-"""The parts that both encoders are made of: attention, the feed-forward part, the pre-norm transformer block.
+"""What both encoders are made of: attention, the feed-forward network, the pre-norm transformer block.
 
 q, k and v are separate parameters: a fused [q; k; v] would concatenate wrongly when the tensor-parallel size changes.
 
-Shape legend: S rows of this tensor rank's share, D width, R rows that all ranks hold when the shares are gathered, H
+Shape legend: S rows of this tensor rank's shard, D width, R rows that all ranks hold when the shards are gathered, H
 heads of this rank, K features of a head.
 """
 
@@ -26,7 +26,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attention over q, k, v [R, H, K] → [R, H, K]; knows where sequences begin and end"""
 
 Recompute = Literal["none", "full", "attention"]
-"""what of a block backward computes again instead of having kept it: nothing, everything, its first half"""
+"""what of a block is recomputed in backward instead of kept: nothing, everything, its first half"""
 
 
 class Attention(nn.Module):
@@ -39,8 +39,8 @@ class Attention(nn.Module):
         self.out = RowLinear(width, width, axis)
 
     def forward(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        of_layers = gathered_linear([hidden_SD] * 3, (self.q, self.k, self.v), self.axis, num_rows)
-        return self.out(attend(*(x.unflatten(-1, (self.heads, -1)) for x in of_layers)).flatten(-2))
+        qkv = gathered_linear([hidden_SD] * 3, (self.q, self.k, self.v), self.axis, num_rows)
+        return self.out(attend(*(x.unflatten(-1, (self.heads, -1)) for x in qkv)).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.shared = SharedParameters(self, axis)
 
     def residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        """The block on this tensor rank's share of `num_rows` rows."""
+        """The block on this tensor rank's shard of `num_rows` rows."""
         with self.shared.summing():
             return self._run("full", self._residual, hidden_SD, num_rows, attend)
 
@@ -80,7 +80,7 @@ class Block(nn.Module):
     def _attention(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
         return self.attention(self.norm1(hidden_SD), num_rows, attend)
 
-    def _run(self, part: Recompute, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-        if self.recompute != part:
+    def _run(self, segment: Recompute, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        if self.recompute != segment:
             return function(*arguments)
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no dropout anywhere

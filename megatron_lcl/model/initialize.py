@@ -2,7 +2,7 @@
 
 Every parameter draws from its own generator, seeded by the run's seed and the parameter's name, so a process that holds
 one shard or one pipeline stage needs to draw nothing else. Scales are CLIP's text tower's (Radford et al. 2021, and its
-public code), applied to both encoders; the reference initialises its vision tower with torch's module defaults instead.
+public code), applied to both encoders; the reference initializes its vision tower with torch's module defaults instead.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import ALONE, Axis
 
 
-def initialize(stages: Mapping[int, nn.Module], model: Model, seed: int, axis: Axis = ALONE) -> None:
-    """Fill the parameters of the given stages, by their index in the list of all, in place.
+def initialize(layers: Mapping[int, nn.Module], model: Model, seed: int, axis: Axis = ALONE) -> None:
+    """Fill the parameters of the given layers, by their index in the list of all, in place.
 
     axis: the tensor ranks that share them.
     """
-    for index, stage in stages.items():
-        for name, parameter in stage.named_parameters():
+    for index, layer in layers.items():
+        for name, parameter in layer.named_parameters():
             generator = _generator(seed, f"{index}.{name}")
-            full = _initial(stage, name, full_shape(parameter), model, generator)
+            full = _initial(layer, name, full_shape(parameter), model, generator)
             parameter.data.copy_(shard(full, parameter, axis))
 
 
@@ -36,23 +36,23 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _initial(stage: nn.Module, name: str, shape: torch.Size, model: Model, generator: torch.Generator) -> torch.Tensor:
-    if isinstance(stage, Head) and name == "log_scale":
-        return torch.full(shape, stage.initial_log_scale)
-    std = _std(stage, name, model)
+def _initial(layer: nn.Module, name: str, shape: torch.Size, model: Model, generator: torch.Generator) -> torch.Tensor:
+    if isinstance(layer, Head) and name == "log_scale":
+        return torch.full(shape, layer.initial_log_scale)
+    std = _std(layer, name, model)
     if std is not None:
         return torch.randn(shape, generator=generator) * std
-    assert len(shape) == 1, f"{name} of {type(stage).__name__} has no initial scale"
+    assert len(shape) == 1, f"{name} of {type(layer).__name__} has no initial scale"
     return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)  # norms, biases
 
 
-def _std(stage: nn.Module, name: str, model: Model) -> float | None:
+def _std(layer: nn.Module, name: str, model: Model) -> float | None:
     """Standard deviation of a weight; None for norms and biases."""
     vision, language = model.vision.width**-0.5, model.language.width**-0.5
-    match stage:
+    match layer:
         case Patches():
             table = {
-                "projection.weight": stage.projection.in_features**-0.5,
+                "projection.weight": layer.projection.in_features**-0.5,
                 "class_embedding": vision,
                 "positions": vision,
             }
@@ -60,7 +60,7 @@ def _std(stage: nn.Module, name: str, model: Model) -> float | None:
             table = {"query": 0.02, "embedding.weight": 0.02, "positions": 0.01, "out.weight": language}
             table |= {f"{x}.weight": vision for x in "qkv"}
         case VisionBlock() | LanguageBlock():
-            is_vision = isinstance(stage, VisionBlock)
+            is_vision = isinstance(layer, VisionBlock)
             width = vision if is_vision else language
             residual = width * (2 * (model.vision if is_vision else model.language).layers) ** -0.5
             table = {f"attention.{x}.weight": width for x in "qkv"}
@@ -68,5 +68,5 @@ def _std(stage: nn.Module, name: str, model: Model) -> float | None:
         case Head():
             table = {"projection.weight": language, "vocabulary": 0.02}
         case _:
-            raise AssertionError(f"unknown stage {type(stage).__name__}")
+            raise AssertionError(f"unknown layer {type(layer).__name__}")
     return table.get(name)

@@ -1,13 +1,13 @@
-"""The model as ONE list of stages: [patches, ViT blocks…, pool + interleave, language blocks…, head].
+"""The model as ONE list of layers: [patches, ViT blocks…, pool + interleave, language blocks…, head].
 
-Every stage maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
+Every layer maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
 `nn.Sequential`, a pipeline as a `PipelineModule`; parameters are called `{index}.name` in both.
 
-Between stages, rows are split over the tensor ranks (see parallel.collectives): in the vision encoder the 1+P rows of
-all image slots; behind it the token rows, and likewise the image latents.
+Between layers, rows are split over the tensor ranks (see parallel.mappings): in the vision encoder the 1+P rows of all
+image slots; after it the token rows, and likewise the image latents.
 
-Shape legend: N image slots, P patches of an image, L = 1+P, V vision width, D language width, R = B*T token places; S
-rows of this tensor rank's share of whatever it is.
+Shape legend: N image slots, P patches of an image, L = 1+P, V vision width, D language width, R = B*T token slots; S
+rows of this tensor rank's shard of any of these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.block import Block, Norm, Recompute
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
-    RowParts,
+    RowLinear,
     SharedParameters,
     VocabularyEmbedding,
     gathered_linear,
@@ -50,11 +50,11 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Activations(NamedTuple):
-    """What one stage hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
+    """What one layer hands to the next: one float tensor and the token part of the batch (see PackedBatch)."""
 
     hidden: torch.Tensor
-    """before the first stage: images [N, 3, H, W], uint8 or normalized float; in the vision encoder: the own share of
-    N*L rows, [S, V]; from pool + interleave on: [S, D], the own share of R token rows, then that of N image latents"""
+    """before the first layer: images [N, 3, H, W], uint8 or normalized float; in the vision encoder: the own shard of
+    N*L rows, [S, V]; from pool + interleave on: [S, D], the own shard of R token rows, then that of N image latents"""
     tokens: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -156,7 +156,7 @@ class PoolInterleave(nn.Module):
         self.query = nn.Parameter(torch.empty(1, v))
         self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
         self.q, self.k, self.v = (ColumnLinear(v, d, axis) for _ in range(3))
-        self.out = RowParts(d, d, axis)
+        self.out = RowLinear(d, d, axis, partial_output=True)
         self.embedding = VocabularyEmbedding(model.language.vocab_size, d, axis)
         self.positions = nn.Parameter(torch.empty(model.language.context_length, d))
         self.shared = SharedParameters(self, axis)
@@ -167,13 +167,13 @@ class PoolInterleave(nn.Module):
             return x._replace(hidden=self._rows(x))
 
     def _rows(self, x: Activations) -> torch.Tensor:
-        # until they are split again, all rows are summands: of the latents, of patches, of tokens' embeddings
+        # until they are split again, all rows (latents, patches, tokens' embeddings) are to be summed over ranks
         latents_ND, patches_NPD = self._pool(self.norm(x.hidden), len(x.image_start))
         tokens_RD = self.embedding(x.tokens)
         num_rows, num_patches = len(tokens_RD), patches_NPD.shape[1]
         offsets = torch.arange(num_patches, device=x.hidden.device)
         rows_NP = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
-        # an empty slot's embeddings go to one row too many, which is cut off again
+        # an empty slot's embeddings go to an extra row, which is dropped again
         rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
         rows_SD = (
             reduce_scatter_to_sequence_parallel(rows_RD, self.axis)
@@ -195,8 +195,8 @@ class PoolInterleave(nn.Module):
     def _pool(self, normed_SV: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows = num_images * self.length
         q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
-        shares = (self.norm_k(normed_SV), self.norm_v(normed_SV))
-        k, v = gathered_linear(shares, (self.k, self.v), self.axis, num_rows)
+        inputs_SV = (self.norm_k(normed_SV), self.norm_v(normed_SV))
+        k, v = gathered_linear(inputs_SV, (self.k, self.v), self.axis, num_rows)
         k, v = (x.unflatten(0, (num_images, self.length))[:, 1:] for x in (k, v))  # without the class token
         heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
         pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
@@ -204,13 +204,13 @@ class PoolInterleave(nn.Module):
 
 
 class LanguageBlock(Block):
-    """Block in which a row sees the rows before it in its sequence; the image latents behind the rows pass through."""
+    """Block in which a row sees the rows before it in its sequence; the image latents after them pass unchanged."""
 
     def __init__(
         self, language: Language, norm: Norm, axis: Axis, recompute: Recompute, attention: PackedAttention
     ) -> None:
         super().__init__(language.width, language.heads, language.mlp_width, norm, axis, recompute)
-        self.context_length = language.context_length  # no run of rows is longer
+        self.context_length = language.context_length  # no sequence is longer
         self.packed_attention = attention
 
     def forward(self, inputs: Activations) -> Activations:
@@ -238,7 +238,7 @@ class Head(nn.Module):
         self.vocabulary = nn.Parameter(torch.empty(shard_size(self.vocab_size, axis), language.width))
         mark_split(self.vocabulary, 0, self.vocab_size)
         self.shared = SharedParameters(self, axis)
-        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient comes whole
+        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient is complete
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
         """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves, but stays float32."""
@@ -258,7 +258,7 @@ class Head(nn.Module):
         rows_RD = gather_from_sequence_parallel(x.hidden[:size], self.axis, num_rows)
         hidden = self.vocabulary_norm(rows_RD[x.target_positions])
         targets = x.targets[x.target_positions]
-        # the tensor ranks have one batch, and equal parts of one vocabulary
+        # the tensor ranks have one batch, and equal shards of one vocabulary
         nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size, agreed=True)
         contexts_SD = self.text_features(rows_RD[local_shard(x.image_soi.clamp(min=0), self.axis)])
         latents_SD = unit_norm(x.hidden[size:])
@@ -301,17 +301,17 @@ def layer_specs(
     recompute_every: int = 1,
     attention: PackedAttention | None = None,
 ) -> list[functools.partial[Any]]:
-    """What makes each stage, in order; nothing is built yet.
+    """What makes each layer, in order; nothing is built yet.
 
-    axis: the tensor ranks that share every layer. recompute: what backward computes again, in every
+    axis: the tensor ranks over which every layer is split. recompute: what is recomputed in backward, in every
     `recompute_every`-th block of each encoder. attention: of the language blocks; None: chosen when it is called.
     """
     vision, language = model.vision, model.language
     attention = attention or Adaptive()
 
-    def blocks(stage: type[nn.Module], encoder: Vision | Language, *more: Any) -> list[functools.partial[Any]]:
-        parts = [recompute if i % recompute_every == 0 else "none" for i in range(encoder.layers)]
-        return [functools.partial(stage, encoder, norm, axis, part, *more) for part in parts]
+    def blocks(block: type[nn.Module], encoder: Vision | Language, *more: Any) -> list[functools.partial[Any]]:
+        recomputed = [recompute if i % recompute_every == 0 else "none" for i in range(encoder.layers)]
+        return [functools.partial(block, encoder, norm, axis, one, *more) for one in recomputed]
 
     return [
         functools.partial(Patches, vision, norm, axis),
@@ -330,5 +330,5 @@ def build_layers(
     recompute: Recompute = "none",
     recompute_every: int = 1,
 ) -> list[nn.Module]:
-    """The list of stages (see `layer_specs`), parameters not yet initialized (see `initialize`)."""
+    """The list of layers (see `layer_specs`), parameters not yet initialized (see `initialize`)."""
     return [make() for make in layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]

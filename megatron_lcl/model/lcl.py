@@ -30,12 +30,12 @@ from megatron_lcl.model.special import SpecialTokens
 
 
 class LayerList(nn.Sequential):
-    """All stages in one process; parameters are called `{index}.name`, as in a pipeline."""
+    """All layers in one process; parameters are called `{index}.name`, as in a pipeline."""
 
     def forward(self, batch: PackedBatch) -> Outputs:
         x: Any = Activations.of(batch)
-        for stage in self:
-            x = stage(x)
+        for layer in self:
+            x = layer(x)
         return x
 
 
@@ -70,10 +70,10 @@ class LCL(nn.Module):
         super().__init__()
         self.config = config
         self.special = SpecialTokens.of(config.language.vocab_size)
-        stages = build_layers(config, initial_log_scale, norm)
+        layers = build_layers(config, initial_log_scale, norm)
         if seed is not None:
-            initialize(dict(enumerate(stages)), config, seed)
-        self.layers = LayerList(*stages)
+            initialize(dict(enumerate(layers)), config, seed)
+        self.layers = LayerList(*layers)
 
     @property
     def patches(self) -> Patches:
@@ -81,7 +81,7 @@ class LCL(nn.Module):
 
     @property
     def vision_blocks(self) -> list[VisionBlock]:
-        return [stage for stage in self.layers if isinstance(stage, VisionBlock)]
+        return [layer for layer in self.layers if isinstance(layer, VisionBlock)]
 
     @property
     def pool(self) -> PoolInterleave:
@@ -89,7 +89,7 @@ class LCL(nn.Module):
 
     @property
     def language_blocks(self) -> list[LanguageBlock]:
-        return [stage for stage in self.layers if isinstance(stage, LanguageBlock)]
+        return [layer for layer in self.layers if isinstance(layer, LanguageBlock)]
 
     @property
     def head(self) -> Head:
@@ -119,17 +119,17 @@ class LCL(nn.Module):
             raise ValueError("a row of token_ids is empty (all 0); every text needs at least one token")
         is_end = token_ids == self.special.eot
         ends = torch.where(is_end.any(1), is_end.int().argmax(1), lengths - 1)
-        asked = token_ids.scatter(1, ends[:, None], self.special.soi)
+        with_soi = token_ids.scatter(1, ends[:, None], self.special.soi)
         size = self.config.vision.image_size
-        batch = pack_padded(asked, ends + 1, token_ids.new_empty(0, 3, size, size, dtype=torch.uint8), self.config)
+        batch = pack_padded(with_soi, ends + 1, token_ids.new_empty(0, 3, size, size, dtype=torch.uint8), self.config)
         x: Any = Activations.of(batch)
-        for stage in list(self.layers)[:-1]:
-            x = stage(x)
+        for layer in list(self.layers)[:-1]:
+            x = layer(x)
         return self.head.text_features(x.hidden[torch.cumsum(ends + 1, 0) - 1])
 
     def state_dict_open_clip(self) -> dict[str, torch.Tensor]:
         """The parameters under the reference's names and in its shapes; `from_open_clip` takes them back."""
-        return state_dict_open_clip(self)
+        return state_dict_open_clip(self.layers, self.config)
 
     def forward(self, images: torch.Tensor, token_ids: torch.Tensor) -> LCLOutput:
         """Both losses of a batch of sequences.

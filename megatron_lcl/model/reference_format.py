@@ -1,6 +1,6 @@
 """The reference's checkpoint format (open_clip with LCL's additions), both ways.
 
-Names and shapes are those of the published LCL checkpoints. Values are moved, never changed: a fused [q; k; v] is cut
+Names and shapes are those of the published LCL checkpoints. Values are moved, never changed: a fused [q; k; v] is split
 into its three parameters, the patch convolution [V, 3, p, p] is flattened to [V, 3·p·p], a 0-d log scale becomes [1].
 """
 
@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.special import SpecialTokens
-
-if TYPE_CHECKING:
-    from megatron_lcl.model.lcl import LCL
 
 _SPECIAL_NAMES = {
     "sot": "<start_of_text>",
@@ -181,29 +179,33 @@ def _mlp_width(section: Mapping[str, Any], name: str) -> int:
     return int(width * ratio)
 
 
-def load_open_clip(model: LCL, state_dict: Mapping[str, torch.Tensor], assign: bool = False) -> None:
-    """Put a state dict in the reference's format into a model of the same sizes.
+def load_open_clip(
+    layers: nn.Module, config: Model, state_dict: Mapping[str, torch.Tensor], assign: bool = False
+) -> None:
+    """Copy a state dict in the reference's format into the layers of a model of the same sizes (`LCL.layers`).
 
     `assign`: parameters become views of the given tensors where they can, for a model made on the meta device; else
     values are copied. Raises UserError naming tensors that are missing, unknown, or of the wrong shape.
     """
-    expected = {name: tensor.shape for name, tensor in state_dict_open_clip(model).items()}
+    expected = {name: tensor.shape for name, tensor in state_dict_open_clip(layers, config).items()}
     if faults := name_faults(expected, state_dict):
         raise UserError(f"the checkpoint {faults}; is it for another model config?")
-    ours = dict(model.layers.named_parameters())
+    ours = dict(layers.named_parameters())
     with torch.no_grad():
-        for name, value in under_our_names(model, state_dict):
+        for name, value in under_our_names(layers, config, state_dict):
             if assign:
-                stage, _, leaf = name.rpartition(".")
-                setattr(model.layers.get_submodule(stage), leaf, torch.nn.Parameter(value.float().contiguous()))
+                owner, _, leaf = name.rpartition(".")
+                setattr(layers.get_submodule(owner), leaf, torch.nn.Parameter(value.float().contiguous()))
             else:
                 ours[name].copy_(value)
 
 
-def under_our_names(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def under_our_names(
+    layers: nn.Module, config: Model, state_dict: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """What a state dict in the reference's format has of a model's parameters, by our names; views. Shapes must fit."""
-    shapes = {name: parameter.shape for name, parameter in model.layers.named_parameters()}
-    for theirs, names in _names(model).items():
+    shapes = {name: parameter.shape for name, parameter in layers.named_parameters()}
+    for theirs, names in _names(config).items():
         if theirs in state_dict:
             parts = state_dict[theirs].reshape(len(names), -1)
             for name, part in zip(names, parts, strict=True):
@@ -211,28 +213,29 @@ def under_our_names(model: LCL, state_dict: Mapping[str, torch.Tensor]) -> Itera
                 yield name, part.view(shape[::-1]).t() if theirs in _TRANSPOSED else part.view(shape)
 
 
-def state_dict_open_clip(model: LCL) -> dict[str, torch.Tensor]:
-    """The model's parameters under the reference's names and in its shapes (detached, the same values)."""
+def state_dict_open_clip(layers: nn.Module, config: Model) -> dict[str, torch.Tensor]:
+    """The parameters of a model's layers under the reference's names and in its shapes (detached, the same values)."""
     tensors = {
-        name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in parts_open_clip(model).items()
+        name: parts[0] if len(parts) == 1 else torch.cat(parts)
+        for name, parts in parts_open_clip(layers, config).items()
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def parts_open_clip(model: LCL) -> dict[str, list[torch.Tensor]]:
+def parts_open_clip(layers: nn.Module, config: Model) -> dict[str, list[torch.Tensor]]:
     """`state_dict_open_clip` before concatenation: views of the model's parameters."""
-    ours = {name: p.detach() for name, p in model.layers.named_parameters()}
-    v, p = model.config.vision, model.config.vision.patch_size
+    ours = {name: p.detach() for name, p in layers.named_parameters()}
+    v, p = config.vision, config.vision.patch_size
     shapes = {
         "logit_scale": (),
         "visual.conv1.weight": (v.width, 3, p, p),
         "pool_project.query_token": (1, 1, v.width),
     }
     result = {}
-    for theirs, names in _names(model).items():
+    for theirs, names in _names(config).items():
         tensors = [ours[name].t() if theirs in _TRANSPOSED else ours[name] for name in names]
         result[theirs] = [tensors[0].reshape(shapes[theirs])] if theirs in shapes else tensors
-    assert sum(map(len, _names(model).values())) == len(ours), "a parameter of ours has no name in the format"
+    assert sum(map(len, _names(config).values())) == len(ours), "a parameter of ours has no name in the format"
     return result
 
 
@@ -240,10 +243,11 @@ _TRANSPOSED = {"text.text_projection"}
 """stored [in, out] there, as a linear layer's [out, in] here"""
 
 
-def _names(model: LCL) -> dict[str, list[str]]:
+def _names(config: Model) -> dict[str, list[str]]:
     """Their name → our names, in the order in which ours are concatenated."""
-    index = {id(stage): str(i) for i, stage in enumerate(model.layers)}
-    patches, pool, head = (index[id(stage)] for stage in (model.patches, model.pool, model.head))
+    # the layers' indices: see `layers.layer_specs`
+    patches, pool, head = 0, 1 + config.vision.layers, 2 + config.vision.layers + config.language.layers
+    vision_blocks, language_blocks = range(patches + 1, pool), range(pool + 1, head)
     names = {
         "logit_scale": [f"{head}.log_scale"],
         "visual.class_embedding": [f"{patches}.class_embedding"],
@@ -251,9 +255,9 @@ def _names(model: LCL) -> dict[str, list[str]]:
         "visual.conv1.weight": [f"{patches}.projection.weight"],
         **_pairs("visual.ln_pre", f"{patches}.norm"),
     }
-    for tower, blocks in (("visual", model.vision_blocks), ("text", model.language_blocks)):
-        for i, block in enumerate(blocks):
-            theirs, ours = f"{tower}.transformer.resblocks.{i}", index[id(block)]
+    for tower, blocks in (("visual", vision_blocks), ("text", language_blocks)):
+        for i, ours in enumerate(blocks):
+            theirs = f"{tower}.transformer.resblocks.{i}"
             names |= _pairs(f"{theirs}.ln_1", f"{ours}.norm1") | _pairs(f"{theirs}.ln_2", f"{ours}.norm2")
             names |= _pairs(f"{theirs}.attn.out_proj", f"{ours}.attention.out")
             names |= _pairs(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up") | _pairs(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -42,12 +41,7 @@ class GlobalCounts:
     def of(cls, batches: Sequence[PackedBatch], mesh: Mesh, device: torch.device) -> GlobalCounts:
         """From the micro-batches of this replica; one small exchange over the data axis."""
         own = torch.tensor([sum(getattr(batch, name) for batch in batches) for name in COUNTS], device=device)
-        table = own[None]
-        if mesh.data.group is not None:
-            everyone = [torch.empty_like(own) for _ in range(mesh.data.size)]
-            dist.all_gather(everyone, own, group=mesh.data.group)
-            table = torch.stack(everyone)
-        table = table.cpu()
+        table = mesh.data.all_gather(own).cpu()
         return cls(dict(zip(COUNTS, table.sum(0).tolist(), strict=True)), table[:, 0].tolist())
 
 

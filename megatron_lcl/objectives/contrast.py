@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
@@ -106,7 +105,7 @@ def start_contrast(
             out = finish_contrastive_loss(gather)
             loss = out.loss * weight
             image_grad, text_grad, scale_grad = torch.autograd.grad(loss, (image, text, scale))
-        both = _gather_rows(torch.cat([image_grad, text_grad], 1), own, mesh)
+        both = mesh.tensor.gather_ragged(torch.cat([image_grad, text_grad], 1), own)
         images, texts = (rows.split(sizes) for rows in both.split(image.shape[1], 1))
         return ContrastGradients(out, loss.detach(), images, texts, mesh.tensor.all_reduce(scale_grad))
 
@@ -129,14 +128,3 @@ def contrast_gathers(pairs: Sequence[int], width: int, mesh: Mesh) -> list[tuple
 def _split_evenly(rows: int, size: int) -> list[int]:
     """Rows of each of `size` ranks, as equal as can be."""
     return [rows // size + (rank < rows % size) for rank in range(size)]
-
-
-def _gather_rows(own: torch.Tensor, sizes: list[int], mesh: Mesh) -> torch.Tensor:
-    """Every tensor-parallel rank's rows, in order."""
-    if mesh.tensor.group is None:
-        return own
-    padded = own.new_zeros(max(sizes), own.shape[1])
-    padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=mesh.tensor.group)
-    return torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])

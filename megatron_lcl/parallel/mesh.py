@@ -1,8 +1,13 @@
-"""Which process this is, along each axis of parallelism. One object, handed around; there is no global state."""
+"""Which process this is along each axis of parallelism, and the axis's collectives.
+
+One `Mesh` is handed around; there is no global state. Every collective of the package but the pipeline's messages is a
+method of `Axis`. All processes of an axis call it together, with tensors of one shape and dtype. No gradient flows
+through them: `mappings` has those with a gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,12 +16,48 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# named so since torch 2.13; the older names warn there
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A collective that has been started."""
+
+    def __init__(self, result: torch.Tensor, work: Any = None, sent: torch.Tensor | None = None) -> None:
+        self._result = result
+        self._work = work
+        self._sent = sent  # kept alive while it is being sent
+
+    def wait(self) -> torch.Tensor:
+        """The result, once it has arrived; may be called again. On CUDA the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._sent = None
+        return self._result
+
+    def then(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Pending:
+        """The same with `function` of its result."""
+        return _Then(self, function)
+
+
+class _Then(Pending):
+    def __init__(self, first: Pending, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._first: Pending | None = first
+        self._function = function
+
+    def wait(self) -> torch.Tensor:
+        if self._first is not None:
+            self._result = self._function(self._first.wait())
+            self._first = None
+        return self._result
+
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its processes, as a group and by their global ranks, and this process's place among them.
+    """One axis: its processes, as a group and by their global ranks, and this process's index among them.
 
-    `group` is None where the axis has one process: nobody is there to talk to, and the methods below do nothing.
+    `group` is None where the axis has one process: then the collectives give back what they are given.
     """
 
     group: dist.ProcessGroup | None = None
@@ -25,6 +66,87 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     """global ranks, in the order of the axis"""
 
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup | None) -> Axis:
+        """The processes of a group; without a group, this process alone.
+
+        Raises ValueError if the group does not contain this process.
+        """
+        if group is None:
+            return ALONE
+        # new_group gives a process outside the group a number
+        rank = dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else -1
+        if rank < 0:
+            raise ValueError(
+                "this process is not in the given process group; call this only on the group's ranks, "
+                "or with group=None for this process alone"
+            )
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return cls(group, rank, len(ranks), ranks)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every process's tensor, in the order of the axis: [size, *tensor.shape]."""
+        return self._all_gather(tensor, async_op=False).wait()
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Pending:
+        """Start `all_gather`."""
+        return self._all_gather(tensor, async_op=True)
+
+    def _all_gather(self, tensor: torch.Tensor, async_op: bool) -> Pending:
+        if self.group is None:
+            return Pending(tensor[None])
+        sent = tensor.detach().contiguous()
+        gathered = sent.new_empty(self.size, *sent.shape)
+        if not sent.numel():
+            return Pending(gathered)
+        work = all_gather_single(gathered.view(-1), sent.view(-1), group=self.group, async_op=async_op)
+        return Pending(gathered, work, sent)
+
+    def gather_ragged(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Every process's rows, in the order of the axis: [sum(counts), ...].
+
+        counts: rows of each process, known to all of them. Messages are padded to the largest; there is none where all
+        are 0.
+        """
+        return self._gather_ragged(rows, counts, async_op=False).wait()
+
+    def start_gather_ragged(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
+        """Start `gather_ragged`."""
+        return self._gather_ragged(rows, counts, async_op=True)
+
+    def _gather_ragged(self, rows: torch.Tensor, counts: Sequence[int], async_op: bool) -> Pending:
+        assert len(rows) == counts[self.rank], f"{len(rows)} rows, not {counts[self.rank]}"
+        longest = max(counts)
+        if self.group is None or longest == 0:
+            return Pending(rows)
+        if len(rows) < longest:
+            padded = rows.new_zeros(longest, *rows.shape[1:])
+            padded[: len(rows)] = rows.detach()
+            rows = padded
+
+        def joined(gathered: torch.Tensor) -> torch.Tensor:
+            if min(counts) == longest:
+                return gathered.flatten(0, 1)
+            return torch.cat([of_rank[:count] for of_rank, count in zip(gathered, counts, strict=True)])
+
+        return self._all_gather(rows, async_op).then(joined)
+
+    def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sum over the axis of rows [size * n, ...], of which each process gets its n."""
+        return self._reduce_scatter(rows, async_op=False).wait()
+
+    def start_reduce_scatter(self, rows: torch.Tensor) -> Pending:
+        """Start `reduce_scatter`."""
+        return self._reduce_scatter(rows, async_op=True)
+
+    def _reduce_scatter(self, rows: torch.Tensor, async_op: bool) -> Pending:
+        if self.group is None:
+            return Pending(rows)
+        assert len(rows) % self.size == 0, f"{len(rows)} rows over {self.size} processes"
+        sent = rows.detach().contiguous()
+        own = sent.new_empty(len(sent) // self.size, *sent.shape[1:])
+        return Pending(own, reduce_scatter_single(own, sent, group=self.group, async_op=async_op), sent)
+
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduce in place over the axis."""
         if self.group is not None:
@@ -32,7 +154,7 @@ class Axis:
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """Overwrite with the tensor of the axis's process number `source`."""
+        """Overwrite with the tensor of the axis's process with index `source`."""
         if self.group is not None:
             dist.broadcast(tensor, src=self.ranks[source], group=self.group)
         return tensor
@@ -46,7 +168,7 @@ class Axis:
         return values
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
-        """The value of the axis's process number `source`."""
+        """The value of the axis's process with index `source`."""
         if self.group is None:
             return value
         values = [value]
@@ -72,40 +194,29 @@ class Mesh:
     data: Axis
     """replicas of the model; each sees other packs of the global batch"""
     pipeline: Axis = ALONE
-    """parts of the list of stages, in order"""
+    """stages of the pipeline: consecutive layers of the model, in order"""
     tensor: Axis = ALONE
-    """shares of every layer"""
+    """shards of every layer"""
     model_parallel: Axis = ALONE
     """all processes of this data-parallel replica: its pipeline and tensor ranks"""
     data_tensor: Axis = ALONE
     """all processes of this pipeline stage: its data and tensor ranks, the latter next to each other"""
 
     @classmethod
-    def of_world(cls) -> Mesh:
-        """All processes of the initialized default group as data-parallel replicas."""
-        world = _world()
-        alone = Axis(ranks=(dist.get_rank(),))
-        return cls(world, world, alone, alone, alone, world)
-
-    @classmethod
     def of_lists(cls, lists: Mapping[str, Sequence[Sequence[int]]]) -> Mesh:
         """Axes by name, each as lists of global ranks that share it. All processes call it together."""
-        return cls(_world(), **{name: _axis(of_axis) for name, of_axis in lists.items()})
+        world = Axis.of_group(dist.group.WORLD)
+        return cls(world, **{name: _axis(of_axis) for name, of_axis in lists.items()})
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for the run: logs, progress, files of which there is one."""
+        """Whether this process writes for the whole run: logs, progress, files of which there is one."""
         return self.world.rank == 0
 
     @property
     def loads_data(self) -> bool:
-        """Whether this process reads the batches of its replica and hands them to the others."""
+        """Whether this process loads the batches of its replica and broadcasts them to the others."""
         return self.model_parallel.rank == 0
-
-
-def _world() -> Axis:
-    size = dist.get_world_size()
-    return Axis(dist.group.WORLD, dist.get_rank(), size, tuple(range(size)))
 
 
 def _axis(lists: Sequence[Sequence[int]]) -> Axis:

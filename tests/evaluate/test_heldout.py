@@ -162,11 +162,9 @@ def over_processes(rank: int, folder: Path) -> list[tuple[HeldOut, list[Example]
     """As data-parallel replicas, then as one replica of which the first process reads and the last has the outputs."""
     dist.init_process_group("gloo")
     try:
-        replicas = Mesh.of_world()
-        alone = Axis(ranks=(rank,))
-        pipeline = Mesh(
-            replicas.world, data=alone, pipeline=replicas.world, model_parallel=replicas.world, data_tensor=alone
-        )
+        world, alone = Axis.of_group(dist.group.WORLD), Axis(ranks=(rank,))
+        replicas = Mesh(world, data=world, pipeline=alone, tensor=alone, model_parallel=alone, data_tensor=world)
+        pipeline = Mesh(world, data=alone, pipeline=world, model_parallel=world, data_tensor=alone)
         return [_evaluate(folder, mesh) for mesh in (replicas, pipeline)]
     finally:
         dist.destroy_process_group()

@@ -86,8 +86,8 @@ def test_logits_and_labels(model: LCL, tensors: dict[str, torch.Tensor]) -> None
     text = tensors["batch0/text"]
     batch = pack_padded(text, (text != 0).sum(1), tensors["batch0/images"], model.config)
     x: Any = Activations.of(batch)
-    for stage in model.layers[:-1]:
-        x = stage(x)
+    for layer in model.layers[:-1]:
+        x = layer(x)
     logits = model.head.logits(x.hidden[x.target_positions])
     assert torch.equal(x.targets[x.target_positions], tensors["out/labels"])
     assert relative(logits, tensors["out/logits"]) < BOUND

@@ -10,10 +10,9 @@ from unittest.mock import patch
 import torch
 
 from megatron_lcl.model import block
-from megatron_lcl.model import layers as stages
-from megatron_lcl.parallel import layers
-from megatron_lcl.parallel import mappings as collectives
-from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.model import layers as model_layers
+from megatron_lcl.parallel import layers, mappings
+from megatron_lcl.parallel.mesh import Axis, Pending
 
 FAULTS = (
     "a norm's gradient is not summed",
@@ -32,7 +31,7 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
     """While the context lasts, the package has the fault that is named; "" is none."""
     if not fault:
         return contextlib.nullcontext()
-    loss, all_reduce, reduce_scatter = stages.generation_loss, Axis.all_reduce, collectives.start_reduce_scatter
+    loss, all_reduce, reduce_scatter = model_layers.generation_loss, Axis.all_reduce, mappings.start_reduce_scatter
 
     class Forgetful(layers.SharedParameters):
         """Takes the parameter of this name for one that owes nothing."""
@@ -40,18 +39,18 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
         def __init__(self, name: str, module: torch.nn.Module, axis: Axis) -> None:
             super().__init__(module, axis)
             chosen = module.get_parameter(name)
-            self.places = [(part, leaf) for part, leaf in self.places if getattr(part, leaf) is not chosen]
+            self.slots = [(owner, leaf) for owner, leaf in self.slots if getattr(owner, leaf) is not chosen]
 
     def averaged(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduce(axis, tensor) / axis.size
 
-    def own(rows: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Any]:
-        return collectives.local_shard(rows, axis).contiguous(), reduce_scatter(rows, axis)[1]
+    def own(rows: torch.Tensor, axis: Axis) -> Pending:
+        return reduce_scatter(rows, axis).then(lambda _: mappings.local_shard(rows, axis).contiguous())
 
     def biased(layer: layers.RowLinear, rows: torch.Tensor) -> torch.Tensor:
-        return collectives.reduce_scatter(torch.nn.Linear.forward(layer, rows), layer.axis)
+        return mappings.reduce_scatter_to_sequence_parallel(torch.nn.Linear.forward(layer, rows), layer.axis)
 
-    gather, gather_replicated = collectives._Gather, collectives._GatherSame
+    gather, gather_replicated = mappings._GatherFromSequenceParallel, mappings._GatherReplicated
     return {
         FAULTS[0]: patch.object(block, "SharedParameters", functools.partial(Forgetful, "norm2.weight")),
         FAULTS[1]: patch.object(block, "SharedParameters", functools.partial(Forgetful, "mlp.down.bias")),
@@ -61,7 +60,7 @@ def planted(fault: str) -> contextlib.AbstractContextManager[Any]:
         FAULTS[5]: patch.object(layers, "start_reduce_scatter", own),
         FAULTS[6]: patch.object(layers.RowLinear, "forward", biased),
         FAULTS[7]: patch.object(
-            stages, "generation_loss", lambda *arguments, **options: loss(*arguments[:4], **options)
+            model_layers, "generation_loss", lambda *arguments, **options: loss(*arguments[:4], **options)
         ),
         FAULTS[8]: patch("deepspeed.runtime.zero.stage_1_and_2.is_model_parallel_parameter", lambda parameter: False),
     }[fault]

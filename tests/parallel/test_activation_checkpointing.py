@@ -80,9 +80,9 @@ class Run:
     """A forward and a backward; `kept`: the bytes alive between them."""
 
     def __init__(self, recompute: Any, every: int = 1) -> None:
-        stages = build_layers(MODEL, 2.0, recompute=recompute, recompute_every=every)
-        initialize(dict(enumerate(stages)), MODEL, seed=0)
-        model, batch = LayerList(*stages), make_batch()
+        layers = build_layers(MODEL, 2.0, recompute=recompute, recompute_every=every)
+        initialize(dict(enumerate(layers)), MODEL, seed=0)
+        model, batch = LayerList(*layers), make_batch()
         with Alive() as alive:
             out = model(batch)
             loss = out.generation + (out.image_features * out.text_features).sum() * out.log_scale.sum()

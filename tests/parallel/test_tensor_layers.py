@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +22,7 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import build_layers, layer_specs
 from megatron_lcl.model.lcl import LayerList, pack_padded
 from megatron_lcl.parallel import layers as layers_module
-from megatron_lcl.parallel import mappings as collectives
+from megatron_lcl.parallel import mappings
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
     RowLinear,
@@ -36,7 +35,7 @@ from megatron_lcl.parallel.layers import (
     mark_split,
     shard,
 )
-from megatron_lcl.parallel.mesh import ALONE, Axis
+from megatron_lcl.parallel.mesh import ALONE, Axis, Pending
 
 SIZE = 3
 ROWS = (0, 1, 2, 6, 7)
@@ -72,23 +71,23 @@ def check_collectives(axis: Axis, num_rows: int) -> None:
     of_ranks = [draw(num_rows, 4, seed=1 + rank) for rank in range(SIZE)]  # what each rank does with the rows
     summed = torch.stack(of_ranks).sum(0)
 
-    share = collectives.local_shard(whole, axis).requires_grad_()
-    assert len(share) == -(-num_rows // SIZE)
-    gathered = collectives.gather(share, axis, num_rows)
+    local = mappings.local_shard(whole, axis).requires_grad_()
+    assert len(local) == -(-num_rows // SIZE)
+    gathered = mappings.gather_from_sequence_parallel(local, axis, num_rows)
     same(gathered, whole)
     (gathered * of_ranks[axis.rank]).sum().backward()
-    same(share.grad, collectives.local_shard(summed, axis))
+    same(local.grad, mappings.local_shard(summed, axis))
 
-    share = collectives.local_shard(whole, axis).requires_grad_()
-    gathered = collectives.gather_replicated(share, axis, num_rows)
+    local = mappings.local_shard(whole, axis).requires_grad_()
+    gathered = mappings.gather_replicated(local, axis, num_rows)
     same(gathered, whole)
     (gathered * of_ranks[0]).sum().backward()
-    same(share.grad, collectives.local_shard(of_ranks[0], axis))
+    same(local.grad, mappings.local_shard(of_ranks[0], axis))
 
     parts = of_ranks[axis.rank].clone().requires_grad_()
-    share = collectives.reduce_scatter(parts, axis)
-    same(share, collectives.local_shard(summed, axis))
-    (share * collectives.local_shard(whole, axis)).sum().backward()
+    local = mappings.reduce_scatter_to_sequence_parallel(parts, axis)
+    same(local, mappings.local_shard(summed, axis))
+    (local * mappings.local_shard(whole, axis)).sum().backward()
     same(parts.grad, whole)
 
 
@@ -108,14 +107,14 @@ def check_layers(axis: Axis, num_rows: int) -> None:
     expected = full[2](F.gelu(full[0](whole)) * full[1](whole))
     (expected * weights).sum().backward()
 
-    share = collectives.local_shard(whole.detach(), axis).requires_grad_()
+    local = mappings.local_shard(whole.detach(), axis).requires_grad_()
     with shared.summing():
-        a, b = gathered_linear([share, share], split[:2], axis, num_rows)
+        a, b = gathered_linear([local, local], split[:2], axis, num_rows)
         assert len(a) == num_rows
         out = split[2](F.gelu(a) * b)
-    same(collectives.gather_replicated(out, axis, num_rows), expected)
-    (out * collectives.local_shard(weights, axis)).sum().backward()
-    same(share.grad, collectives.local_shard(whole.grad, axis))  # type: ignore[arg-type]
+    same(mappings.gather_replicated(out, axis, num_rows), expected)
+    (out * mappings.local_shard(weights, axis)).sum().backward()
+    same(local.grad, mappings.local_shard(whole.grad, axis))  # type: ignore[arg-type]
     for one, ours in zip(full, split, strict=True):
         for name, parameter in one.named_parameters():
             own = getattr(ours, name)
@@ -133,14 +132,14 @@ def check_two_sources(axis: Axis) -> None:
     weights = [draw(7, 6, seed=40 + number) for number in range(3)]
     expected = [wholes[i] @ weight.t() for i, weight in zip((0, 1, 0), full, strict=True)]
     sum((out * w).sum() for out, w in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
-    shares = [collectives.local_shard(whole.detach(), axis).requires_grad_() for whole in wholes]
-    outputs = gathered_linear([shares[0], shares[1], shares[0]], layers, axis, 7)
+    inputs = [mappings.local_shard(whole.detach(), axis).requires_grad_() for whole in wholes]
+    outputs = gathered_linear([inputs[0], inputs[1], inputs[0]], layers, axis, 7)
     own = slice(axis.rank * 2, axis.rank * 2 + 2)
     for ours, theirs in zip(outputs, expected, strict=True):
         same(ours, theirs[:, own])
     sum((out * w[:, own]).sum() for out, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
-    for share, whole in zip(shares, wholes, strict=True):
-        same(share.grad, collectives.local_shard(whole.grad, axis))  # type: ignore[arg-type]
+    for local, whole in zip(inputs, wholes, strict=True):
+        same(local.grad, mappings.local_shard(whole.grad, axis))  # type: ignore[arg-type]
     for layer, weight in zip(layers, full, strict=True):
         same(layer.weight.grad, weight.grad[own])  # type: ignore[index]
 
@@ -158,15 +157,13 @@ class Order(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def of(self, name: str, start: Any) -> Any:
-        def starting(*arguments: Any) -> tuple[torch.Tensor, Any]:
+        def waiting(result: torch.Tensor) -> torch.Tensor:
+            self.events.append(f"wait {name}")
+            return result
+
+        def starting(*arguments: Any) -> Pending:
             self.events.append(f"start {name}")
-            tensor, work = start(*arguments)
-
-            def wait() -> None:
-                self.events.append(f"wait {name}")
-                work.wait()
-
-            return tensor, SimpleNamespace(wait=wait)
+            return start(*arguments).then(waiting)
 
         return starting
 
@@ -180,8 +177,8 @@ def check_order(axis: Axis) -> None:
         patch.object(layers_module, "start_reduce_scatter", order.of("sum", scatter)),
         order,
     ):
-        shares = [draw(2, 4, seed=number).requires_grad_() for number in range(2)]
-        outputs = gathered_linear(shares, layers, axis, 6)
+        inputs = [draw(2, 4, seed=number).requires_grad_() for number in range(2)]
+        outputs = gathered_linear(inputs, layers, axis, 6)
         forward, order.events = order.events, []
         (outputs[0].sum() + outputs[1].sum()).backward()
     assert forward == ["start gather"] * 2 + ["wait gather", "multiply"] * 2
@@ -197,9 +194,9 @@ def check_embedding(axis: Axis) -> None:
     ids, weights = torch.tensor([6, 0, 3, 3, 2, 5, 1], dtype=torch.int32), draw(7, 4, seed=4)
     expected = one(ids)
     (expected * weights).sum().backward()
-    out = collectives.reduce_scatter(ours(ids), axis)
-    same(out, collectives.local_shard(expected, axis))
-    (out * collectives.local_shard(weights, axis)).sum().backward()
+    out = mappings.reduce_scatter_to_sequence_parallel(ours(ids), axis)
+    same(out, mappings.local_shard(expected, axis))
+    (out * mappings.local_shard(weights, axis)).sum().backward()
     same(full_tensor(ours.weight.grad, ours.weight, axis), one.weight.grad)  # type: ignore[arg-type]
 
 
@@ -227,10 +224,10 @@ def test_collectives_and_layers_equal_one_process() -> None:
 
 def test_at_size_one_everything_is_itself() -> None:
     rows = torch.randn(5, 4, requires_grad=True)
-    assert collectives.local_shard(rows, ALONE) is rows
-    assert collectives.gather(rows, ALONE, 5) is rows
-    assert collectives.gather_replicated(rows, ALONE, 5) is rows
-    assert collectives.reduce_scatter(rows, ALONE) is rows
+    assert mappings.local_shard(rows, ALONE) is rows
+    assert mappings.gather_from_sequence_parallel(rows, ALONE, 5) is rows
+    assert mappings.gather_replicated(rows, ALONE, 5) is rows
+    assert mappings.reduce_scatter_to_sequence_parallel(rows, ALONE) is rows
     assert full_tensor(rows, rows, ALONE) is rows
     layer = nn.Linear(2, 2)
     weight = layer.weight
@@ -281,10 +278,10 @@ def test_the_same_seed_gives_the_same_full_parameters(size: int) -> None:
     ranks = []
     for rank in range(size):
         axis = Axis(None, rank, size)
-        # a pipeline rank holds some of the stages only
-        stages = {i: make() for i, make in enumerate(layer_specs(MODEL, 2.0, axis=axis)) if i in (0, 2, 4)}
-        initialize(stages, MODEL, seed=5, axis=axis)
-        ranks.append({f"{i}.{n}": p for i, stage in stages.items() for n, p in stage.named_parameters()})
+        # a pipeline rank holds some of the layers only
+        layers = {i: make() for i, make in enumerate(layer_specs(MODEL, 2.0, axis=axis)) if i in (0, 2, 4)}
+        initialize(layers, MODEL, seed=5, axis=axis)
+        ranks.append({f"{i}.{n}": p for i, layer in layers.items() for n, p in layer.named_parameters()})
     expected = {f"{i}.{n}": p for i in (0, 2, 4) for n, p in whole[i].named_parameters()}
     assert all(parts.keys() == expected.keys() for parts in ranks)
     for name, parameter in expected.items():
@@ -317,14 +314,14 @@ def a_micro_batch(rank: int) -> tuple[list[torch.dtype], list[torch.dtype], floa
 
     dist.init_process_group("gloo")
     axis = Axis(dist.group.WORLD, rank, 2, (0, 1))
-    stages = [make() for make in layer_specs(MODEL, 2.0, axis=axis)]
-    initialize(dict(enumerate(stages)), MODEL, seed=5, axis=axis)
+    layers = [make() for make in layer_specs(MODEL, 2.0, axis=axis)]
+    initialize(dict(enumerate(layers)), MODEL, seed=5, axis=axis)
     with Sent() as sent:
-        out = LayerList(*stages)(batch_of_two_texts())
+        out = LayerList(*layers)(batch_of_two_texts())
         out.generation.backward()
     hidden, targets = torch.ones(3, MODEL.language.width), torch.tensor([1, 2, 30])
     with Sent() as alone:
-        generation_loss(hidden, stages[-1].vocabulary, targets, axis.group, MODEL.language.vocab_size)
+        generation_loss(hidden, layers[-1].vocabulary, targets, axis.group, MODEL.language.vocab_size)
     dist.destroy_process_group()
     return sent.dtypes, alone.dtypes, float(out.generation.detach())
 
@@ -336,9 +333,9 @@ def batch_of_two_texts() -> PackedBatch:
 
 def test_in_a_micro_batch_no_host_waits_for_integers() -> None:
     """What tensor ranks compare before a generation loss that stands alone, the trainer knows: they have one batch."""
-    stages = build_layers(MODEL, 2.0)
-    initialize(dict(enumerate(stages)), MODEL, seed=5)
-    expected = float(LayerList(*stages)(batch_of_two_texts()).generation.detach())
+    layers = build_layers(MODEL, 2.0)
+    initialize(dict(enumerate(layers)), MODEL, seed=5)
+    expected = float(LayerList(*layers)(batch_of_two_texts()).generation.detach())
     for sent, alone, loss in run_processes(a_micro_batch, 2):
         assert sent
         assert all(dtype.is_floating_point for dtype in sent)

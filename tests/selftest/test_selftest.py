@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase
@@ -56,11 +57,11 @@ def test_a_scale_that_is_not_clamped_would_be_seen(monkeypatch: pytest.MonkeyPat
 
 def lose_a_sum(rank: int) -> None:
     """What tensor ranks owe each other for the parameters that all of them hold is not summed."""
-    from megatron_lcl.model import layers as stages
-    from megatron_lcl.parallel import mappings as collectives
+    from megatron_lcl.model import layers
+    from megatron_lcl.parallel import mappings
 
-    assert stages is not None
-    summing = collectives.copy_to_tensor_parallel
+    assert layers is not None
+    summing = mappings.copy_to_tensor_parallel
     for module in list(sys.modules.values()):
         if getattr(module, "copy_to_tensor_parallel", None) is summing:
             module.copy_to_tensor_parallel = lambda tensors, axis: tensors  # type: ignore[union-attr]
@@ -68,17 +69,12 @@ def lose_a_sum(rank: int) -> None:
 
 def gather_in_another_order(rank: int) -> None:
     """A collective that puts the ranks' rows together in the wrong order."""
-    from megatron_lcl.parallel import mappings as collectives
+    from megatron_lcl.parallel import layers, mappings
 
-    gather = collectives.all_gather
+    def reversed_order(local: torch.Tensor, axis: Axis, num_rows: int) -> Pending:
+        return axis.start_all_gather(local).then(lambda shards: shards.flip(0).flatten(0, 1)[:num_rows])
 
-    def turned(whole: torch.Tensor, share: torch.Tensor, **options: Any) -> Any:
-        work = gather(whole, share, **options)
-        work.wait()
-        whole.copy_(torch.cat([whole[len(share) :], whole[: len(share)]]))
-        return work
-
-    collectives.all_gather = turned
+    mappings.start_gather = layers.start_gather = reversed_order
 
 
 def scale_gradients_of(name: str, factor: float) -> None:
@@ -119,15 +115,15 @@ def forget_the_clamp(rank: int) -> None:
 
 def send_twice(rank: int) -> None:
     """Right in every number, and wasteful."""
-    from megatron_lcl.parallel import mappings as collectives
+    from megatron_lcl.parallel import layers, mappings
 
-    gather = collectives.all_gather
+    gather = mappings.start_gather
 
-    def twice(*arguments: Any, **options: Any) -> Any:
-        gather(*arguments, **options).wait()
-        return gather(*arguments, **options)
+    def twice(*arguments: Any) -> Pending:
+        gather(*arguments).wait()
+        return gather(*arguments)
 
-    collectives.all_gather = twice
+    mappings.start_gather = layers.start_gather = twice
 
 
 @pytest.mark.slow

@@ -124,10 +124,10 @@ def _read(path: Path) -> tuple[Model, dict[str, torch.Tensor], list[str]]:
     model = model_config(open_clip_sizes(path, state))
     with torch.device("meta"):
         empty = LCL(model, seed=None)
-    expected = {name: tensor.shape for name, tensor in state_dict_open_clip(empty).items()}
+    expected = {name: tensor.shape for name, tensor in state_dict_open_clip(empty.layers, model).items()}
     known = {name: tensor for name, tensor in state.items() if name in expected}
     _check_tensors(path, expected, known)
-    return model, dict(under_our_names(empty, known)), sorted(state.keys() - known.keys())
+    return model, dict(under_our_names(empty.layers, model, known)), sorted(state.keys() - known.keys())
 
 
 def _check_tensors(path: Path, expected: Mapping[str, torch.Size], known: Mapping[str, torch.Tensor]) -> None:

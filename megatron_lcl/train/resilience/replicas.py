@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lcl.parallel.layers import is_split
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.mesh import Mesh
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
@@ -33,21 +33,12 @@ def find_difference(module: nn.Module, mesh: Mesh) -> str | None:
     compared = []
     for axis, split in ((mesh.data_tensor if exact else mesh.data, False), (mesh.data, True)):
         own = [(name, parameter) for name, parameter in named if is_split(parameter) == split]
-        compared.append((axis, [name for name, _ in own], _gather(fingerprint([p for _, p in own]), axis)))
+        compared.append((axis, [name for name, _ in own], axis.all_gather(fingerprint([p for _, p in own]))))
     differs = torch.stack([(rows != rows[0]).any() for _, _, rows in compared]).any()
     if not int(mesh.world.all_reduce(differs.to(torch.int32), dist.ReduceOp.MAX)):
         return None
     found = [_describe(rows.tolist(), axis.ranks, names) for axis, names, rows in compared if axis.rank == 0]
     return "; ".join(dict.fromkeys(text for texts in mesh.world.gather_objects(found) for text in texts if text))
-
-
-def _gather(mine: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Every process's numbers as a row, [axis.size, len(mine)]."""
-    everyone = [mine]
-    if axis.group is not None and len(mine):
-        everyone = [torch.empty_like(mine) for _ in range(axis.size)]
-        dist.all_gather(everyone, mine, group=axis.group)
-    return torch.stack(everyone)
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
