@@ -135,7 +135,7 @@ def record_gradients(engine: Any, model: LCL) -> list[dict[str, torch.Tensor]]:
     def recording_step() -> None:
         if not recorded and engine.is_gradient_accumulation_boundary():
             copy = from_open_clip(model.state_dict_open_clip(), open_clip_config(model.config))
-            for ours, theirs in zip(model.layers.parameters(), copy.stages.parameters(), strict=True):
+            for ours, theirs in zip(model.layers.parameters(), copy.layers.parameters(), strict=True):
                 gradient = safe_get_full_grad(ours)
                 theirs.data.copy_(torch.zeros_like(theirs) if gradient is None else gradient)
             recorded.append(copy.state_dict_open_clip())
