@@ -1,8 +1,8 @@
 """The `megatron-lcl` command: arguments to library calls, errors to one line.
 
 Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
-go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved (130 for
-Ctrl-C): start it again.
+go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved
+(130 for Ctrl-C): start it again.
 """
 
 from __future__ import annotations
