@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one clear line for bad input, exit code 2, nothing left behind."""
+"""The command line as a user meets it: the promised commands; bad input is one clear line and exit code 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config tree: what it takes, what it refuses, and what it says then."""
+"""The config tree: what it takes, what it refuses, what it says then, and that every field is documented."""
 
 from __future__ import annotations
 

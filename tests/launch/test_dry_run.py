@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from data.writers import picture, write_jsonl
 from local_slurm import Slurm
+from packaging.requirements import Requirement
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
@@ -179,3 +182,23 @@ def test_a_contrast_without_pairs(capsys: pytest.CaptureFixture[str], tiny: list
     assert (
         dry_run(capsys, *tiny, "--data.corpora", corpora["leading"], "--data.contrast_leading_images", "true")[0] == 0
     )
+
+
+def test_a_version_that_was_not_tested_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private parts of both are used: pyproject.toml ends them below the first minor version that was not tested."""
+    versions = {"torch": "2.14.0", "deepspeed": "0.20.0"}
+    for name, version in versions.items():
+        (wanted,) = (text for text in requirements_of_the_checkout() if Requirement(text).name == name)
+        monkeypatch.setattr(dryrun, "_requirements", lambda wanted=wanted: [wanted])
+        dryrun.check_requirements()
+        message = f"{name} {version} is installed for {sys.executable}, and {Requirement(wanted)} is needed"
+        with monkeypatch.context() as patch:
+            patch.setattr(dryrun.metadata, "version", lambda _, version=version: version)
+            with pytest.raises(ValueError, match=re.escape(message)):
+                dryrun.check_requirements()
+
+
+def requirements_of_the_checkout() -> list[str]:
+    """What pyproject.toml asks for."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]

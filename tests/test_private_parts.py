@@ -1,0 +1,264 @@
+"""Every private part of other libraries that the package uses is listed here, and exists with the signature we rely on.
+
+After an upgrade of torch or DeepSpeed this test says at once what broke. A part is private where a name begins with an
+underscore, or where it belongs to a module that its library does not document (`deepspeed.runtime…`).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megatron_lcl"
+LIBRARIES = ("torch", "deepspeed", "submitit", "open_clip", "transformers", "timm", "webdataset", "pydantic", "numba")
+INTERNAL = ("deepspeed.runtime", "deepspeed.ops", "deepspeed.utils.groups", "deepspeed.utils.tensor_fragment")
+NOT_PRIVATE = {"_replace", "_fields", "_asdict", "_exit", "_current_frames"}
+"""documented in spite of the underscore: of NamedTuple, os and sys"""
+
+
+class Part(NamedTuple):
+    """One private part; `name` is dotted, below `module`."""
+
+    module: str
+    name: str
+    use: str
+    parameters: tuple[str, ...] | None = None
+    """names of its first parameters; None: not called by us with any, or no function"""
+    in_source: str = ""
+    """for what instances have: text of the class's or module's source that makes it"""
+
+    @property
+    def key(self) -> str:
+        """What `private_uses` finds: a name with underscore, or else the name with its module."""
+        last = self.name.rpartition(".")[2] or self.module
+        return last if last.startswith("_") else f"{self.module}.{self.name}".rstrip(".")
+
+
+PIPE = "deepspeed.runtime.pipe"
+ENGINE = f"{PIPE}.engine"
+PARTS = [
+    # DeepSpeed's pipeline: train/pipeline
+    Part(ENGINE, "PipelineEngine", "base of our engine"),
+    Part(ENGINE, "PipelineEngine._INSTRUCTION_MAP", "which method runs which instruction; ours are put in"),
+    Part(ENGINE, "PipelineEngine._exec_schedule", "runs our schedules", ("self", "pipe_schedule")),
+    Part(ENGINE, "PipelineEngine._exec_recv_activations", "replaced", ("self", "buffer_id")),
+    Part(ENGINE, "PipelineEngine._exec_forward_pass", "replaced", ("self", "buffer_id")),
+    Part(ENGINE, "PipelineEngine._exec_send_activations", "replaced", ("self", "buffer_id")),
+    Part(ENGINE, "PipelineEngine._exec_recv_grads", "replaced", ("self", "buffer_id")),
+    Part(ENGINE, "PipelineEngine._exec_backward_pass", "replaced", ("self", "buffer_id")),
+    Part(ENGINE, "PipelineEngine._exec_send_grads", "replaced", ("self", "buffer_id")),
+    *(
+        Part(ENGINE, f"PipelineEngine.{name}", "what our instructions read", in_source=f"self.{name} = ")
+        for name in ("pipe_buffers", "micro_batches", "num_stages", "stage_id", "prev_stage", "next_stage")
+    ),
+    Part(f"{PIPE}.module", "PipelineModule", "base of our stage"),
+    Part(f"{PIPE}.module", "PipelineModule._partition_layers", "replaced: our partition", ("self", "method")),
+    Part(f"{PIPE}.module", "PipelineModule._set_bounds", "sets our partition", ("self", "start", "stop")),
+    Part(f"{PIPE}.module", "PipelineModule.forward_funcs", "the last is the head", in_source="self.forward_funcs = "),
+    Part(f"{PIPE}.p2p", "send", "sends hidden rows", ("tensor", "dest_stage")),
+    Part(f"{PIPE}.p2p", "recv", "receives hidden rows", ("tensor", "src_stage")),
+    Part(f"{PIPE}.p2p", "", "module of the two"),
+    Part(f"{PIPE}.schedule", "", "module of the instructions"),
+    Part(f"{PIPE}.schedule", "PipeInstruction", "type of the instructions"),
+    Part(f"{PIPE}.schedule", "PipeSchedule", "base", ("self", "micro_batches", "stages", "stage_id")),
+    Part(f"{PIPE}.schedule", "TrainSchedule", "1F1B", ("self", "micro_batches", "stages", "stage_id")),
+    *(
+        Part(f"{PIPE}.schedule", name, "an instruction of our schedules")
+        for name in ("LoadMicroBatch", "ForwardPass", "BackwardPass", "SendActivation", "RecvActivation", "SendGrad")
+    ),
+    *(
+        Part(f"{PIPE}.schedule", name, "an instruction of our schedules")
+        for name in ("RecvGrad", "ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+    ),
+    Part(f"{PIPE}.topology", "PipelineParallelGrid", "tells DeepSpeed the tensor ranks", ("self", "topology")),
+    Part(f"{PIPE}.topology", "PipeModelDataParallelTopology", "order of ranks", ("self", "num_pp", "num_mp", "num_dp")),
+    # DeepSpeed's engine, config and checkpoints: train, train/checkpoint
+    Part("deepspeed.runtime.engine", "DeepSpeedEngine", "its forward and backward, without the pipeline's"),
+    Part(
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine.backward",
+        "of one micro-batch",
+        in_source="def backward(self, loss, retain_graph=False, scale_wrt_gas=True)",
+    ),
+    Part("deepspeed.runtime.engine", "DeepSpeedEngine._copy_recovery_script", "replaced", ("self", "save_path")),
+    Part("deepspeed.runtime.engine", "DeepSpeedEngine._config", "its checkpoint setting", in_source="self._config = "),
+    Part("deepspeed.runtime.config", "DeepSpeedConfig", "checks our settings", ("self", "config", "mpu")),
+    Part("deepspeed.runtime.config_utils", "DeepSpeedConfigModel", "which keys a section has"),
+    Part("deepspeed.runtime.checkpoint_engine", "TorchCheckpointEngine", "base of Snapshot"),
+    Part(
+        "deepspeed.runtime.checkpoint_engine", "TorchCheckpointEngine.save", "replaced", ("self", "state_dict", "path")
+    ),
+    Part("deepspeed.runtime.checkpoint_engine", "TorchCheckpointEngine.makedirs", "replaced", ("self", "path")),
+    Part("deepspeed.runtime.checkpoint_engine", "TorchCheckpointEngine.preserves_storage_sharing", "replaced"),
+    Part("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", "may be in a checkpoint's pickles"),
+    Part("deepspeed.runtime.fp16.loss_scaler", "LossScaler", "may be in a checkpoint's pickles"),
+    Part("deepspeed.runtime.zero.config", "ZeroStageEnum", "may be in a checkpoint's pickles"),
+    Part("deepspeed.utils.tensor_fragment", "fragment_address", "may be in a checkpoint's pickles"),
+    Part("deepspeed.utils.groups", "", "its `mpu`, kept from one engine to the next"),
+    Part("deepspeed.utils.groups", "mpu", "set to None or to the tensor ranks before an engine is built"),
+    Part("deepspeed.ops", "__compatible_ops__", "switches the compiled all-reduce on CPU off"),
+    *(
+        Part(f"deepspeed.runtime.{module}", f"{name}._lazy_init_hp_params_optimizer_state", "links states again")
+        for module, name in (("zero.stage_1_and_2", "DeepSpeedZeroOptimizer"), ("bf16_optimizer", "BF16_Optimizer"))
+    ),
+    Part(
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer._hp_optimizer_states_linked",
+        "links states again",
+        in_source="self._hp_optimizer_states_linked = ",
+    ),
+    # torch
+    Part("torch.multiprocessing", "_prctl_pr_set_pdeathsig", "a process ends with its parent"),
+    Part("torch._C._autograd", "_get_current_graph_task_keep_graph", "whether backward may free its buffers"),
+    Part("torch._C", "_autograd", "module of it"),
+    Part("torch", "_C", "module of it"),
+    Part("torch.distributed.distributed_c10d", "_get_default_store", "the watchdog's store", ()),
+    Part("torch.distributed.distributed_c10d", "_world", "the process groups by name, for the watchdog's report"),
+    Part("torch.distributed", "ProcessGroup._get_sequence_number_for_group", "collectives so far, for the report"),
+    Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
+    Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),
+    Part("torch._ops", "OpOverload._opname", "name of a collective, to count its traffic"),
+    Part("torch.utils._python_dispatch", "TorchDispatchMode", "sees the operations of a step"),
+    Part("torch._inductor.compile_fx", "", "imported ahead by the selftest"),
+    # others
+    Part("submitit", "AutoExecutor._typed_parameters", "names and types of Slurm's parameters"),
+    Part("submitit.slurm.slurm", "_make_sbatch_string", "names and types of Slurm's parameters", ("command", "folder")),
+    Part("open_clip.factory", "_get_hf_config", "config of a model on disk", ("model_id",)),
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.module}.{part.name}")
+def test_the_part_exists_as_we_use_it(part: Part) -> None:
+    if part.module.split(".")[0] not in ("torch", "deepspeed"):
+        pytest.importorskip(part.module.split(".")[0])
+    if part.name == "_prctl_pr_set_pdeathsig" and sys.platform != "linux":
+        pytest.skip("Linux only")
+    found: Any = importlib.import_module(part.module) if part.module != "torch._C._autograd" else None
+    if found is None:
+        import torch
+
+        found = torch._C._autograd
+    *owners, last = part.name.split(".")
+    for owner in owners:
+        found = getattr(found, owner)
+    if part.in_source:
+        classes = found.__mro__[:-1] if inspect.isclass(found) else (found,)
+        assert any(part.in_source in inspect.getsource(each) for each in classes), part.use
+        return
+    if last:
+        assert hasattr(found, last), part.use
+        found = getattr(found, last)
+    if part.parameters is not None:
+        function = found.__init__ if inspect.isclass(found) else found
+        assert tuple(inspect.signature(function).parameters)[: len(part.parameters)] == part.parameters, part.use
+
+
+# --- what the package uses ---------------------------------------------------------------------------------------
+
+
+def private_uses(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Private parts of the libraries, and the files that use them: dotted imports, attributes, strings of getattr.
+
+    An attribute counts where the package defines none of that name, or defines it in a class that inherits from a
+    class of the libraries that has it too.
+    """
+    uses: dict[str, set[str]] = defaultdict(set)
+    own = {name for tree in trees.values() for name in _defined(tree)}
+    for file, tree in trees.items():
+        imported: dict[str, str] = {}
+        for node in ast.walk(tree):
+            for local, full in _imports(node):
+                imported[local] = full
+                private = any(part.startswith("_") for part in full.split("."))
+                if full.split(".")[0] in LIBRARIES and (private or full.startswith(INTERNAL)):
+                    last = full.rpartition(".")[2]
+                    uses[last if last.startswith("_") else full].add(file)
+        for node in ast.walk(tree):
+            match node:
+                case (
+                    ast.Attribute(attr=name)
+                    | ast.Call(
+                        func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=str(name)), *_]
+                    )
+                ):
+                    if name.startswith("_") and name not in own | NOT_PRIVATE and not _is_ours(name):
+                        uses[name].add(file)
+                case ast.ClassDef():
+                    bases = [_resolve(ast.unparse(base), imported) for base in node.bases]
+                    for name in _defined(node):
+                        if name.startswith("_") and not name.endswith("__") and any(hasattr(b, name) for b in bases):
+                            uses[name].add(file)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = imported.get(node.value.id, "")
+                if module.startswith(INTERNAL) and module in sys.modules:
+                    full = f"{module}.{node.attr}"
+                    uses[full].add(file)
+    return uses
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__") and name != "__compatible_ops__"
+
+
+def _imports(node: ast.AST) -> list[tuple[str, str]]:
+    if isinstance(node, ast.Import):
+        return [(alias.asname or alias.name, alias.name) for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [(alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names]
+    return []
+
+
+def _defined(tree: ast.AST) -> set[str]:
+    """Names of functions, classes, variables and of attributes set on `self` or `ctx`."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.Attribute(value=ast.Name(id="self" | "cls" | "ctx"), attr=name, ctx=ast.Store()):
+                names.add(name)
+    return names
+
+
+def _resolve(text: str, imported: dict[str, str]) -> Any:
+    first, _, rest = text.partition(".")
+    full = imported.get(first, "") + (f".{rest}" if rest else "")
+    module, _, name = full.rpartition(".")
+    if full.split(".")[0] not in LIBRARIES:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def test_every_private_use_is_listed() -> None:
+    trees = {
+        str(file.relative_to(PACKAGE)): ast.parse(file.read_text(encoding="utf-8")) for file in PACKAGE.rglob("*.py")
+    }
+    uses = private_uses(trees)
+    listed = {part.key for part in PARTS}
+    assert {name: files for name, files in uses.items() if name not in listed} == {}
+    text = "\n".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
+    last = {part: (part.name or part.module).rpartition(".")[2] for part in PARTS}
+    assert [part for part, name in last.items() if name not in text] == [], "listed and no longer used"
+
+
+def test_the_scan_sees_what_it_should() -> None:
+    source = """
+from deepspeed.runtime.zero import stage3
+from torch.utils.data import _utils
+engine._private = 1
+getattr(engine, "_hidden")
+self._own = 2
+self._own
+"""
+    assert set(private_uses({"a.py": ast.parse(source)})) >= {"deepspeed.runtime.zero.stage3", "_utils", "_private"}
+    assert {"_hidden", "_own"} & private_uses({"a.py": ast.parse(source)}).keys() == {"_hidden"}
