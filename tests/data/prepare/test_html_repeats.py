@@ -170,10 +170,10 @@ def test_an_unfinished_run_of_earlier_rules_is_not_continued(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HtmlImporter, "rules", 1)  # a recipe without them, as earlier versions wrote it
-    preprocess("html", site, tmp_path / "out", tokenizer="clip", shard=(0, 2), task_bytes=1)
+    preprocess("html", site, tmp_path / "out", tokenizer="clip", job=(0, 2), task_bytes=1)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="unfinished corpus of other input, options or version"):
-        preprocess("html", site, tmp_path / "out", tokenizer="clip", shard=(1, 2), task_bytes=1)
+        preprocess("html", site, tmp_path / "out", tokenizer="clip", job=(1, 2), task_bytes=1)
 
 
 def test_a_finished_corpus_of_earlier_rules_is_recognised_and_said(
