@@ -33,9 +33,9 @@ evaluate: {{corpus: {folder}/heldout}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("during")
-    rotten: list[list[Piece]] = [[[d], (b"\xff\xd8 was picture %d" % d, None, None)] for d in range(6)]
-    write_corpus(folder / "corpus", [*random_documents(20, seed=1, mean_text=12.0), *rotten])
-    write_corpus(folder / "heldout", [*random_documents(15, seed=2, mean_text=12.0), *rotten[:2]])
+    undecodable: list[list[Piece]] = [[[d], (b"\xff\xd8 was picture %d" % d, None, None)] for d in range(6)]
+    write_corpus(folder / "corpus", [*random_documents(20, seed=1, mean_text=12.0), *undecodable])
+    write_corpus(folder / "heldout", [*random_documents(15, seed=2, mean_text=12.0), *undecodable[:2]])
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
     return folder
 

@@ -278,10 +278,10 @@ def test_images_that_do_not_decode_are_counted_and_said(tmp_path: Path) -> None:
     assert (result.pairs, result.images, len(result.bad_images)) == (90, 90, 30)
     assert "shard 0, image 3: " in result.bad_images[0]
     assert "30 do not decode" in table(result)
-    write_corpus(tmp_path / "rotten", [[[1], (bad, None, None)]])
+    write_corpus(tmp_path / "undecodable", [[[1], (bad, None, None)]])
     config = dataclasses.replace(config, objective=Objective(name="clip"))
     with pytest.raises(UserError, match=r"nothing for retrieval \(1 of its images do not decode\)"):
-        evaluate_heldout(own_model(), config, tmp_path / "rotten", progress=False)
+        evaluate_heldout(own_model(), config, tmp_path / "undecodable", progress=False)
 
 
 def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -372,8 +372,8 @@ GOOD = torch.zeros(2, 4)
         ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, -2, 2]),
     ],
 )
-def test_one_rotten_rank_is_an_error_on_all_and_nobody_waits(pool, second, counts):
-    rotten_alone(pool, (*second, counts), (GOOD, GOOD, counts))
+def test_one_bad_rank_is_an_error_on_all_and_nobody_waits(pool, second, counts):
+    bad_alone(pool, (*second, counts), (GOOD, GOOD, counts))
 
 
 @pytest.mark.parametrize(
@@ -392,11 +392,11 @@ def test_one_rotten_rank_is_an_error_on_all_and_nobody_waits(pool, second, count
         ),  # a device the group does not send from
     ],
 )
-def test_one_rotten_count_or_scale_or_device_is_an_error_on_all(pool, second):
-    rotten_alone(pool, second, (GOOD, GOOD, None))
+def test_one_bad_count_or_scale_or_device_is_an_error_on_all(pool, second):
+    bad_alone(pool, second, (GOOD, GOOD, None))
 
 
-def rotten_alone(pool, second, others):
+def bad_alone(pool, second, others):
     errors = pool.run(attempt, [others, second, others])
     assert "no error" not in errors, errors
     # and the group is still in step

@@ -287,12 +287,12 @@ def attempt(group, hidden, weight, targets, vocab_size):
         (6, 4, 5, 6, None, torch.int64, "one floating-point dtype"),
     ],
 )
-def test_one_rotten_rank_is_an_error_on_all_and_nobody_waits(
+def test_one_bad_rank_is_an_error_on_all_and_nobody_waits(
     pool, rows, width, share, targets, vocab_size, dtype, message
 ):
     good = (torch.zeros(6, 4), torch.zeros(5, 4), torch.zeros(6).long(), None)
-    rotten = (torch.zeros(rows, width).to(dtype), torch.zeros(share, width).to(dtype), torch.zeros(targets).long())
-    errors = pool.run(attempt, [good, (*rotten, vocab_size), good])
+    bad = (torch.zeros(rows, width).to(dtype), torch.zeros(share, width).to(dtype), torch.zeros(targets).long())
+    errors = pool.run(attempt, [good, (*bad, vocab_size), good])
     assert "no error" not in errors, errors
     assert re.search(message, errors[1])
     # and the group is still in step

@@ -1,4 +1,4 @@
-"""What was left out on the way into a corpus, counted by reason, with the first few names of each."""
+"""What was dropped on the way into a corpus, counted by reason, with the first few names of each."""
 
 from __future__ import annotations
 

@@ -213,9 +213,9 @@ def test_evaluation_gives_every_document_once_in_order(make_corpus: MakeCorpus, 
     )
 
 
-def test_a_rotten_image_is_blank_counted_and_in_no_loss(make_corpus: MakeCorpus) -> None:
-    rotten = b"\xff\xd8 this was a picture"
-    documents = [[[1, 2, 3], (rotten if d % 3 == 0 else jpeg(d), None, None), [4, 5]] for d in range(30)]
+def test_a_undecodable_image_is_blank_counted_and_in_no_loss(make_corpus: MakeCorpus) -> None:
+    undecodable = b"\xff\xd8 this was a picture"
+    documents = [[[1, 2, 3], (undecodable if d % 3 == 0 else jpeg(d), None, None), [4, 5]] for d in range(30)]
     corpus = make_corpus("c", documents)
     loader = loader_of(corpus.path, train=False, micro_batch=2, global_batch=2)
     bad: list[str] = []
@@ -240,14 +240,14 @@ def test_a_fault_in_the_decoder_is_not_taken_for_a_bad_image(
         list(loader_of(corpus.path, train=False, data={"workers": 0}))
 
 
-def test_too_many_rotten_images_in_a_row_stop_the_run(make_corpus: MakeCorpus) -> None:
+def test_too_many_undecodable_images_in_a_row_stop_the_run(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", [[[1, 2], (b"\xff\xd8" + bytes([d]), None, None)] for d in range(30)])
     with pytest.raises(UserError, match=r"6 images in a row did not decode.*max_bad_images"):
         list(loader_of(corpus.path, train=False, data={"max_bad_images": 5}))
     list(loader_of(corpus.path, train=False, data={"max_bad_images": 30, "max_bad_fraction": 1.0}))
 
 
-def test_too_large_a_share_of_rotten_images_stops_the_run(make_corpus: MakeCorpus) -> None:
+def test_too_large_a_share_of_undecodable_images_stops_the_run(make_corpus: MakeCorpus) -> None:
     good = jpeg(0)
 
     def read(name: str, bad: list[bool], **data: Any) -> int:

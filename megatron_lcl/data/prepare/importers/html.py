@@ -38,7 +38,7 @@ class _Rules:
     duplicates: dict[str, str]
     """page → the page it repeats"""
     unwanted: dict[bytes, str]
-    """content hash → why the image is left out everywhere"""
+    """content hash → why the image is skipped everywhere"""
     first_pages: dict[bytes, list[str]]
     """content hash of an image that stands more often than allowed → pages on which it stays"""
     num_pages: dict[bytes, int]
@@ -54,8 +54,8 @@ class HtmlImporter(Importer):
     rules = 2
 
     options: ClassVar[dict[str, str]] = {
-        "min_side": "images with a shorter side are left out, pixels (64)",
-        "max_aspect": "images with a longer to a shorter side above this are left out (8)",
+        "min_side": "images with a shorter side are skipped, pixels (64)",
+        "max_aspect": "images with a longer to a shorter side above this are skipped (8)",
         "max_page_share": "images that stand on a larger share of the pages, and on more than 2, are decoration (0.05)",
         "max_repeats": "pages on which one image may stay (8)",
         "max_text_share": "texts at the start or end of a larger share of the pages, and of at least 10, go (0.25)",

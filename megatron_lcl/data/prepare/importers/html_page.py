@@ -1,6 +1,6 @@
 """One HTML page: its texts, images and headings in reading order, without what is not its content.
 
-Three kinds of elements are left out. Navigation: by tag, role, or the class and id words that the common tools write.
+Three kinds of elements are skipped. Navigation: by tag, role, or the class and id words that the common tools write.
 Hidden ones: by attribute, style, or class. And, where the page marks its main part (`main`, `role="main"`, or a single
 `article`) and this holds enough of the text to be believed, all that stands outside of it.
 """
@@ -86,7 +86,7 @@ class Block(NamedTuple):
 
 @dataclass
 class Page:
-    """What is on a page, in order, and what was left out of it."""
+    """What is on a page, in order, and what was skipped."""
 
     events: list[tuple[str, str]] = field(default_factory=list)
     num_navigation: int = 0
@@ -237,7 +237,7 @@ class _Walker:
                     self._add("text", node.tail)
 
     def _enter(self, node: Any) -> bool:
-        """False where the element and all in it is to be left out."""
+        """False where the element and all in it is skipped."""
         tag = node.tag
         if not isinstance(tag, str) or tag in _SKIPPED:
             return False
@@ -352,7 +352,7 @@ def _is_list_of_links(node: Any) -> bool:
 
 
 def assemble(events: Iterable[Event]) -> Iterator[Block]:
-    """The paragraphs and images of a page's events, blank paragraphs left out."""
+    """The paragraphs and images of a page's events, without blank ones."""
     parts: list[tuple[str, str]] = []
     kind = "text"
     for event, value in [*events, ("break", "")]:
