@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fleet import losses, train
 
+from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience.audit import read_audit
 
@@ -78,7 +79,7 @@ def test_training_goes_on_when_the_disk_is_full_for_a_while(
     assert losses(run) == undisturbed
     assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [2, 8, 12]
     assert all(checkpoint.verify(folder) == [] for folder in checkpoint.list_checkpoints(run))
-    assert not list((run / checkpoint.FOLDER).glob(".*"))
+    assert not list((run / CHECKPOINTS).glob(".*"))
     events = [(line["event"], line["step"], line["consecutive"]) for line in read_audit(run)]
     assert events == [("checkpoint failed", 4, 1), ("checkpoint failed", 6, 2), ("checkpoint failed", 10, 1)]
     assert "process 1 could not write the checkpoint" in read_audit(run)[0]["reason"]
@@ -98,7 +99,7 @@ def test_it_stops_after_so_many_failures_in_a_row(config_file: str, tmp_path: Pa
     (left,) = checkpoint.list_checkpoints(run)
     assert checkpoint.step_of(left) == 2
     assert checkpoint.verify(left) == []
-    assert not list((run / checkpoint.FOLDER).glob(".*"))
+    assert not list((run / CHECKPOINTS).glob(".*"))
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_a_read_only_folder(config_file: str, undisturbed: list[tuple[Any, ...]]
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(Path(config_file).read_text())
-    (run / checkpoint.FOLDER).symlink_to("/proc/sys")
+    (run / CHECKPOINTS).symlink_to("/proc/sys")
     said = train(run, "--config", config_file, "--checkpoint.max_failures", "9", code=2)
     assert losses(run) == undisturbed
     assert [line["event"] for line in read_audit(run)] == ["checkpoint failed"] * 3
