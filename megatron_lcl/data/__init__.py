@@ -6,6 +6,6 @@ loading/    out of a corpus: sequences, packs, the pack index, batches
 pages/      HTML pages of a corpus and of a step's batch
 
 Imports point one way: corpus ← prepare, and corpus ← loading ← pages; prepare and loading do not import each other. Of
-the rest of the package data imports `config`, `errors` and `fields` only: no objective, no model, and never
+the rest of the package data imports `config`, `errors`, `fields` and `plugins` only: no objective, no model, and never
 torch.distributed (ranks and world sizes are arguments). Begin with `corpus/document.py`.
 """

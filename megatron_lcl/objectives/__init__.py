@@ -12,34 +12,33 @@ objective's and whose object is an `Objective` class.
 from __future__ import annotations
 
 import difflib
-import importlib
-from importlib.metadata import entry_points
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives.base import Objective
+from megatron_lcl.plugins import Plugins
 
 ENTRY_POINTS = "megatron_lcl.objectives"
-_BUILT_IN = {
-    "lcl": "built_in:LatentCompression",
-    "clip": "built_in:Clip",
-    "generation": "built_in:GenerationOnly",
-}
+_PLUGINS = Plugins(
+    ENTRY_POINTS,
+    __name__,
+    {
+        "lcl": "built_in:LatentCompression",
+        "clip": "built_in:Clip",
+        "generation": "built_in:GenerationOnly",
+    },
+)
 
 
 def names() -> list[str]:
     """Names of all objectives, those of other packages included."""
-    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return _PLUGINS.names()
 
 
 def objective_class(name: str) -> type[Objective]:
     """The objective of this name. UserError names those there are and the nearest."""
-    if name in _BUILT_IN:
-        module, attribute = _BUILT_IN[name].split(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            return point.load()
+    if (found := _PLUGINS.find(name)) is not None:
+        return found
     near = difflib.get_close_matches(name, names(), 1, 0)
     raise UserError(
         f"config key `objective.name` = {name!r}: there is no such objective; there are {', '.join(names())}, the "

@@ -333,7 +333,7 @@ class Corpus(Sequence[Document]):
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each shard's documents."""
-        return kinds.of_shards(self)
+        return kinds.of_shards(self.manifest, self.shard)
 
     @property
     def num_shards(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from data.writers import picture
 
+from megatron_lcl import plugins
 from megatron_lcl.data.corpus.document import Document, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare import gimp, importers
@@ -233,7 +234,7 @@ class HaikuImporter(Importer):
 
 def test_another_packages_importer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("haiku", f"{__name__}:HaikuImporter", importers.ENTRY_POINTS)
-    monkeypatch.setattr(importers, "entry_points", lambda group: [point] if group == importers.ENTRY_POINTS else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == importers.ENTRY_POINTS else [])
     assert "haiku" in importers.formats()
     (tmp_path / "h.txt").write_text("an old silent pond\na frog jumps into the pond\nsplash! silence again\n")
     importer = create("haiku", tmp_path / "h.txt", None, {})

@@ -9,12 +9,10 @@ Imports data.corpus only. Begin with `Importer` below, then `jsonl.py`, the simp
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,17 +22,22 @@ from megatron_lcl.data.corpus.document import Document, Kind
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import parse
+from megatron_lcl.plugins import Plugins
 
 ENTRY_POINTS = "megatron_lcl.importers"
-_BUILT_IN = {
-    "html": "html:HtmlImporter",
-    "jsonl": "jsonl:JsonlImporter",
-    "mmc4": "mmc4:Mmc4Importer",
-    "obelics": "parquet:ObelicsImporter",
-    "omnicorpus": "parquet:OmniCorpusImporter",
-    "mint1t": "mint1t:Mint1tImporter",
-    "webdataset": "pairs:WebDatasetImporter",
-}
+_PLUGINS = Plugins(
+    ENTRY_POINTS,
+    __name__,
+    {
+        "html": "html:HtmlImporter",
+        "jsonl": "jsonl:JsonlImporter",
+        "mmc4": "mmc4:Mmc4Importer",
+        "obelics": "parquet:ObelicsImporter",
+        "omnicorpus": "parquet:OmniCorpusImporter",
+        "mint1t": "mint1t:Mint1tImporter",
+        "webdataset": "pairs:WebDatasetImporter",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +96,13 @@ def files_signature(files: Iterable[Path], root: Path) -> str:
 
 def formats() -> list[str]:
     """Names of all formats, those of other packages included."""
-    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return _PLUGINS.names()
 
 
 def importer_class(format: str) -> type[Importer]:
     """The importer of `format`. UserError names the formats there are."""
-    if format in _BUILT_IN:
-        module, name = _BUILT_IN[format].split(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == format:
-            return point.load()
+    if (found := _PLUGINS.find(format)) is not None:
+        return found
     raise UserError(f"there is no format {format!r}; there are {', '.join(formats())}")
 
 
