@@ -13,5 +13,12 @@ for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
+    "scipy.linalg",
 ):
     importlib.import_module(name)
+
+import deepspeed
+import numba
+
+numba.njit(lambda: 0)()  # numba sets itself up with the first function that it runs
+deepspeed.ops.__compatible_ops__  # noqa: B018 - DeepSpeed finds out what it could compile when it is first asked

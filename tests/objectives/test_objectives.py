@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_corpus import make_corpus
+from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
@@ -107,24 +105,24 @@ def test_weights_that_are_both_0() -> None:
         objectives.create(configs.from_dict({"objective": {"name": name, **weights}}))
 
 
-def run(files: Path, name: str, *arguments: str) -> list[dict[str, Any]]:
+def install(rank: int, site: str) -> None:
+    """The other package, as if it were installed."""
+    sys.path.insert(0, site)
+
+
+def run(files: Path, name: str, *arguments: str, size: int = 1) -> list[dict[str, Any]]:
     """The lines of metrics of two steps with an objective of the other package."""
-    output = files / f"run-{name}-{len(arguments)}"
-    command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(files / "config.yaml")]
-    command += ["--train.output", str(output), "--objective.name", name, *arguments]
-    paths = os.pathsep.join([str(files / "site"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    output = files / f"run-{name}-{size}"
+    words = ["--config", str(files / "config.yaml"), "--objective.name", name, *arguments]
+    fleet.train(output, *words, size=size, plant=install, planted=(str(files / "site"),))
+    return [line for line in fleet.lines(output) if "loss" in line]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(), ("--parallel.pipeline", "2")], ids=["replicas", "pipeline"])
 def test_an_objective_of_another_package_trains(files: Path, layout: tuple[str, ...]) -> None:
     name = "on_pairs" if layout else "weighted"
-    one, two = run(files, name), run(files, name, "--processes", "2", *layout)
+    one, two = run(files, name), run(files, name, *layout, size=2)
     for a, b in zip(one, two, strict=True):
         assert [b[key] for key in ("loss", "generation", "grad_norm")] == pytest.approx(
             [a[key] for key in ("loss", "generation", "grad_norm")], rel=1e-5

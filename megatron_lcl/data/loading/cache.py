@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
+from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
 from megatron_lcl.errors import UserError
@@ -111,12 +112,9 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
 def _acquired(descriptor: int) -> bool:
     """The lock is ours, or there are none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(descriptor, blocking=False)
     except OSError:
         return True
-    return True
 
 
 def _being_built(folder: Path) -> bool:
@@ -185,7 +183,7 @@ class Use:
     def __init__(self, folder: Path, file: str) -> None:
         self.folder = folder
         descriptor = _opened(self, folder / file)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # `filelock` has shared locks only through SQLite or marker files
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         self._renewed = time.monotonic()
         _touch(folder)
@@ -283,9 +281,8 @@ def _in_use(folder: Path) -> bool:
     for path in folder.glob("*.json"):
         try:
             with open(path, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+                if not lock_descriptor(file.fileno(), blocking=False):
+                    return True
         except OSError:
             continue
     return False

@@ -1,14 +1,13 @@
 """One run at a time in a run folder.
 
 The lock file also names the process that holds it, and its time says whether that lives where the file system has no
-locks. `filelock` would replace the one call of `fcntl.flock`, and not fit beside the rest: where flock is missing it
-falls back to the existence of a file, and versions 3 open the file with O_TRUNC to wait, which removes the name.
+locks. So the file is opened here and `filelock` locks its descriptor: its `FileLock` falls back to the existence of a
+file where flock is missing, which a process that is killed on another machine leaves behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import sys
@@ -16,6 +15,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from megatron_lcl.errors import UserError
 
@@ -92,14 +93,12 @@ def _acquire(run: Path, descriptor: int) -> bool:
     deadline, said = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = (run / LOCK).read_text(encoding="utf-8") or "another process"
+            if lock_descriptor(descriptor, blocking=False):
+                return True
         except OSError as error:
             _say(f"{run} cannot be locked ({error.strerror}); see to it that no other run uses it")
             return False
-        else:
-            return True
+        holder = (run / LOCK).read_text(encoding="utf-8") or "another process"
         if time.monotonic() > deadline:
             raise UserError(f"train.output = {run} is in use by {holder}; end that run, or name another folder")
         if not said:
