@@ -340,6 +340,9 @@ class Model(torch.nn.Module):
 def under_zero_3(rank: int) -> list[float]:
     import deepspeed
 
+    from megatron_lcl.train.engine import quiet_deepspeed
+
+    quiet_deepspeed()  # else it compiles, for most of a minute
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     generation.CHUNK_LOGITS = 100
     hidden, weight, targets = problem(24, 25, dtype=torch.float32)
