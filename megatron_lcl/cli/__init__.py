@@ -23,7 +23,7 @@ from megatron_lcl.train.resilience.start import answer_signals
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _interruptible() as interrupts:
+    with _interruptible(ends=arguments is None) as interrupts:
         try:
             with answer_signals(training=given[:1] == ["train"]):
                 from megatron_lcl.cli.command import run
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt, and leaves a mark in the list."""
+def _interruptible(ends: bool) -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt, and leaves a mark in the list. ends: this process does, afterwards."""
     marks: list[int] = []
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
@@ -53,4 +53,5 @@ def _interruptible() -> Iterator[list[int]]:
     try:
         yield marks
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # a process that ends has nothing to say about Ctrl-C; a caller of `main` goes on as before
+        signal.signal(signal.SIGINT, signal.SIG_DFL if ends else signal.default_int_handler)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
+from megatron_lcl.convert.find import find_checkpoint, read_config, step_of
 from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
-from megatron_lcl.convert.load import find_checkpoint
+from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
@@ -57,7 +57,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         ),
         max_packs=MAX_PACKS,
         corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
-        checkpoint=find_checkpoint(run).name if metrics else None,
+        checkpoint=find_checkpoint(run).name if metrics and checkpoints_in(run) else None,
         run=run,
         checkout=_quoted(root) if (root / "launch").is_dir() else None,
         environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,

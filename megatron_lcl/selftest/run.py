@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
+from megatron_lcl.interrupts import holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import Kernel, KernelCase
@@ -283,13 +284,13 @@ def _start(
     results: Any = context.Queue()
     arguments = (case, place, timeout, prepare, results)
     children = {rank: context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in ranks}
-    with _interpreter(isinstance(case, KernelCase) and not torch.cuda.is_available()):
-        for child in children.values():
-            child.start()
     result, waiting = None, set(ranks)
     faults: list[str] = []
     deadline = time.monotonic() + timeout
     try:
+        with _interpreter(isinstance(case, KernelCase) and not torch.cuda.is_available()), holding_interrupts():
+            for child in children.values():
+                child.start()
         while waiting and not faults and not store.check(["fault"]):
             try:
                 rank, value, fault = results.get(timeout=0.2)
@@ -306,6 +307,8 @@ def _start(
         if faults:
             store.set("fault", "yes")
         for child in children.values():
+            if child.pid is None:  # Ctrl-C came while the others were started
+                continue
             child.join(0 if waiting else 10)
             if child.is_alive():
                 child.kill()

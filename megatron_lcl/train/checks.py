@@ -14,7 +14,7 @@ from megatron_lcl.data.loading.pack_index import Ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.apex import check_apex
-from megatron_lcl.train.checkpoint.folder import list_checkpoints
+from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.heldout import check_heldout
@@ -61,7 +61,9 @@ def check_tokenizers(config: Config) -> None:
 
 
 def check_beginning(config: Config) -> None:
-    """`train.init_from` of a run that has no checkpoint of its own is readable and fits."""
+    """What a run that has no checkpoint of its own goes on from, or begins with, is there, and its weights fit."""
+    if config.checkpoint.resume != "auto":
+        resumable(config.checkpoint.resume)
     if config.train.init_from is None:
         return
     if config.checkpoint.resume != "auto":

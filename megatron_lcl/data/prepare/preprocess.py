@@ -41,6 +41,7 @@ from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
 from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
 from megatron_lcl.errors import UserError
+from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -377,7 +378,8 @@ def _run(settings: TaskSettings, tasks: list[list[Unit]], mine: list[int], worke
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (settings,)) as pool:
-        futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
+        with holding_interrupts():
+            futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
         try:
             for k, future in futures:
                 yield k, future.result()
@@ -393,6 +395,7 @@ _settings_of_this_worker: list[TaskSettings] = []
 
 
 def _start_worker(settings: TaskSettings) -> None:
+    end_on_interrupt()
     _settings_of_this_worker[:] = [settings]
 
 
