@@ -52,14 +52,18 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--name", help="of the model, for its card")
     sub.add_argument("--license", metavar="SPDX", help="of the weights, for the card: apache-2.0, cc-by-4.0, …")
     sub.add_argument(
-        "--results", action="append", metavar="FILE", help="results.json of `evaluate`, for the card; may be repeated"
+        "--results",
+        action="append",
+        metavar="FILE[@ORG/NAME]",
+        help="results.json of `evaluate`, for the card, and the data's identifier on the Hub; may be repeated",
     )
     sub.add_argument(
         "--data",
         dest="datasets",
         action="append",
         metavar="TEXT",
-        help="what the model was trained on, for the card; may be repeated (default: the corpora's manifests)",
+        help="what the model was trained on, for the card: words, or `ORG/NAME: words` for what is on the Hub; may be "
+        "repeated (default: the corpora's manifests)",
     )
 
 
@@ -115,7 +119,9 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
 def _import(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.export import import_checkpoint
 
-    import_checkpoint(options.format, single_input(options), options.output, options.model_config)
+    checkpoint = single_input(options)
+    import_checkpoint(options.format, checkpoint, options.output, options.model_config)
+    print(f"{options.output}: the weights of {checkpoint}")
 
 
 def _export(options: argparse.Namespace, _rest: list[str]) -> None:

@@ -77,7 +77,9 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def read_config(checkpoint: Path) -> Config:
-    """The config of the run that wrote a checkpoint folder."""
+    """The config of the run that wrote a checkpoint folder. UserError where there is none, or it cannot be read."""
+    if not (checkpoint / CONFIG).is_file():
+        raise UserError(f"{checkpoint} has no {CONFIG}; name the run, one of its checkpoints, or what `import` wrote")
     try:
         tree = read_yaml((checkpoint / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
