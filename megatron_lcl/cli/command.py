@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, evaluation, training
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 
 _MENDABLE = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
@@ -68,8 +68,7 @@ def _said_elsewhere(error: BaseException) -> bool:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        return describe_os_error(error)
     return " ".join(str(error).split())
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.objectives import contrast, generation
 from megatron_lcl.train.step import StepResult
 
@@ -163,7 +163,7 @@ class Telemetry:
             action()
         except OSError as error:
             if not self._fault:
-                self.say(f"metrics cannot be written: {error}")
+                self.say(f"metrics cannot be written: {describe_os_error(error, self._run)}")
             self._fault = str(error)
             return False
         return True

@@ -30,7 +30,7 @@ import numpy as np
 import xxhash
 
 from megatron_lcl.config import Data
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, naming
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -126,7 +126,7 @@ def _being_built(folder: Path) -> bool:
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
     try:
-        with _kept_fresh(temporary):
+        with naming(folder.parent), _kept_fresh(temporary):
             build(temporary)
         temporary.chmod(0o755)
         try:
@@ -166,14 +166,6 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except OSError:
         return float("inf")
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file and fsync it."""
-    with open(path, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- using -------------------------------------------------------------------------------------------------------
@@ -309,7 +301,7 @@ def _replace(path: Path, content: bytes) -> None:
     """Write a file as a whole, whoever else does so at the same time."""
     descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
     try:
-        with open(descriptor, "wb") as file:
+        with naming(path), open(descriptor, "wb") as file:
             file.write(content)
         os.replace(temporary, path)
     except OSError:
