@@ -252,7 +252,7 @@ def is_hub_id(name: str) -> bool:
     """Whether a data set may be called so on the Hub: org/name (huggingface_hub's `validate_repo_id`)."""
     parts = name.split("/")
     legal = all(re.fullmatch(r"\w([\w.-]*\w)?", part, re.ASCII) for part in parts)
-    return len(parts) == 2 and legal and len(name) <= 96 and "--" not in name and ".." not in name
+    return len(parts) == 2 and legal and len(parts[1]) <= 96 and "--" not in name and ".." not in name
 
 
 def _config(run: Config) -> str:

@@ -68,9 +68,9 @@ def check_tokenizers(config: Config) -> None:
 
 def check_beginning(config: Config) -> None:
     """What a run that has no checkpoint of its own goes on from, or begins with, is there, and its weights fit."""
-    if config.checkpoint.resume != "auto":
-        resumable(config.checkpoint.resume)
     if config.train.init_from is None:
+        if config.checkpoint.resume != "auto":
+            resumable(config.checkpoint.resume)
         return
     if config.checkpoint.resume != "auto":
         raise UserError(

@@ -43,11 +43,11 @@ def save_array(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     """A new `.npy` file, mapped, with its space on the disk: a page without any would end the process by SIGBUS."""
     with naming(path):
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if array.nbytes:
+        if array.nbytes and hasattr(os, "posix_fallocate"):  # not on macOS
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array

@@ -30,7 +30,7 @@ import numpy as np
 import xxhash
 
 from megatron_lcl.config import Data
-from megatron_lcl.errors import UserError, naming
+from megatron_lcl.errors import UserError, free_space, naming
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -126,7 +126,7 @@ def _being_built(folder: Path) -> bool:
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
     try:
-        with naming(folder.parent), _kept_fresh(temporary):
+        with _kept_fresh(temporary):
             build(temporary)
         temporary.chmod(0o755)
         try:
@@ -134,6 +134,13 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another builder came first
                 raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the pack index cannot be written to {folder.parent} ({error.strerror}, {free_space(folder.parent)}); "
+            "make room there, or set data.cache to another folder"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -36,8 +36,8 @@ def answer_signals(training: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            while signal.sigtimedwait(SIGNALS, 0) is not None:  # the process ends by itself
-                pass
+            while pending := signal.sigpending() & set(SIGNALS):  # the process ends by itself
+                signal.sigwait(pending)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     else:
         wanted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]

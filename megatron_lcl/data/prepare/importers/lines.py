@@ -244,13 +244,14 @@ class LineNumbers:
     def __init__(self, units: Iterable[Unit]) -> None:
         self._files: dict[str, set[Path]] = {}
         for unit in units:
-            self._files.setdefault(unit.name, set()).add(unit.payload[0])
+            name = unit.name.encode(errors="backslashreplace").decode()  # as `Drops` has it
+            self._files.setdefault(name, set()).add(unit.payload[0])
         self._counted: dict[Path, list[tuple[int, int]]] = {}
         """(position, line ends before it), in order"""
 
     def name(self, place: str) -> str:
         """The place with its line number, counted from 1; unchanged where it is none of a plain file."""
-        found = re.match(r"(.+)@(\d+)(?=$|: )", place)
+        found = re.match(r"(.+?)@(\d+)(?=$|: )", place)
         files = self._files.get(found[1], set()) if found else set()
         if found is None or len(files) != 1:  # several files of one name, in different folders
             return place
