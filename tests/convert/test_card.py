@@ -211,8 +211,25 @@ def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.
     assert "## Licence\n\ncc-by-4.0\n" in body
 
 
-@pytest.mark.parametrize("name", ["org/name", "ILSVRC/imagenet-1k", "a/b.c_d", "name", "a/b/c", "../x", "a/.b", "a b/c",
-                                  "a/b-", "a--b/c", "a/b..c", "a/" + "b" * 96, "a/" + "b" * 97, "/b", "a/"])  # fmt: skip
+NAMES = (
+    *(
+        "org/name",
+        "ILSVRC/imagenet-1k",
+        "a/b.c_d",
+        "name",
+        "a/b/c",
+        "../x",
+        "a/.b",
+        "a b/c",
+        "a/b-",
+        "a--b/c",
+        "a/b..c",
+    ),
+    *("/b", "a/", "a/" + "b" * 96, "a/" + "b" * 97),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_may_be_called_a_data_set_is_what_the_hub_takes(name: str) -> None:
     from megatron_lcl.convert.card import is_hub_id
 
