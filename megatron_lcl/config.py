@@ -281,9 +281,9 @@ class Checkpoint:
     )
     resume: str = Field(
         default="auto",
-        description="auto: resume from the newest checkpoint in train.output that verifies; or the path of a "
-        "checkpoint of a megatron_lcl run (pickles with more than tensors, plain values and DeepSpeed's own few "
-        "classes are refused)",
+        description="auto: resume from the newest checkpoint in train.output that verifies; or a run folder (its "
+        "newest that verifies) or a checkpoint of another run (pickles with more than tensors, plain values and "
+        "DeepSpeed's own few classes are refused)",
     )
     max_failures: Positive = Field(
         default=3, description="stop the run after so many consecutive checkpoints that could not be written"

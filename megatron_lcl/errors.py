@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(ValueError):
     """Bad input, settings or surroundings. The message says in one line what is wrong and what to do about it.
@@ -12,3 +21,51 @@ class UserError(ValueError):
 
 class RunError(UserError):
     """What every process of a run finds, with the same message; only the first process prints it."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError from inside that names no file names this one: writes to an open file, and syncs, do not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def describe_os_error(error: OSError, place: str | os.PathLike[str] | None = None) -> str:
+    """The error in one line: the file (else the place), what the system says, and on a full disk what is free.
+
+    place: what was written to, where the error may not know it.
+    """
+    where = error.filename if error.filename is not None else place
+    said = error.strerror or str(error)
+    if where is None or isinstance(where, int):
+        return said
+    where = os.fsdecode(where)
+    return f"{where}: {said}" + (f" ({free_space(Path(where))})" if error.errno in _FULL else "")
+
+
+def free_space(path: Path) -> str:
+    """How much the disk of a file or folder, or of the nearest folder that there is, has left."""
+    folder = nearest_folder(path)
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return f"free space of {folder} unknown"
+    return f"{in_bytes(usage.free)} of {in_bytes(usage.total)} are free in {folder}"
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder that a path is or lies in, as far as it exists."""
+    return next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes with a unit, as disks count them (10³)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

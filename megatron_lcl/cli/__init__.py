@@ -3,9 +3,55 @@
 One file per group of commands: training, corpus, evaluation. Each has `add_commands`, which adds its parsers, and a
 thin function per command, which calls the library and returns the exit code (None: 0). They may import everything, but
 what is slow to import only inside the function of the command that needs it: `--help` stays quick. Nothing imports
-this package except `python -m megatron_lcl` and the scripts of `tools/`. Begin with main.py.
+this package except `python -m megatron_lcl` and the scripts of `tools/`. Begin with command.py.
+
+`main` is in place before anything that takes time is imported, so that a signal is answered from the first moment.
 """
 
-from megatron_lcl.cli.main import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from megatron_lcl.train.resilience.start import answer_signals
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with _interruptible(ends=arguments is None) as interrupts:
+        try:
+            with answer_signals(training=given[:1] == ["train"]):
+                from megatron_lcl.cli.command import run
+
+                return run(given)
+        except BaseException:
+            # extension modules turn it into errors of their own where it comes while they are imported
+            if not interrupts:
+                raise
+            return 128 + signal.SIGINT
+
+
+@contextmanager
+def _interruptible(ends: bool) -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt, and leaves a mark in the list. ends: this process does, afterwards."""
+    marks: list[int] = []
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        marks.append(signum)
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, nor another's
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield marks
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield marks
+    finally:
+        # a process that ends has nothing to say about Ctrl-C; a caller of `main` goes on as before
+        signal.signal(signal.SIGINT, signal.SIG_DFL if ends else signal.default_int_handler)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_lcl import config as configs
+from megatron_lcl.cli.arguments import add_input, single_input
 from megatron_lcl.errors import UserError
 
 
@@ -54,7 +54,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         _replay,
         "the batch of a step as a page, on any machine",
     )
-    sub.add_argument("--config", required=True, metavar="FILE", help="the run's config.yaml")
+    add_input(sub, "RUN", "the run folder (train.output), one of its checkpoints, or a config file", "--config")
     sub.add_argument("--step", required=True, type=int, help="counted from 0")
     sub.add_argument("--rank", type=int, help="only what this data-parallel process reads")
     sub.add_argument("--world-size", type=int, default=1, help="data-parallel processes (%(default)s)")
@@ -131,10 +131,9 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl import objectives
     from megatron_lcl.data.corpus.files import replace_text
     from megatron_lcl.data.pages.replay import replay_html
-    from megatron_lcl.train.checkpoint.folder import last_ledger
+    from megatron_lcl.train.checkpoint.folder import config_and_ledger
 
-    config = configs.load(options.config)
-    ledger = last_ledger(Path(config.train.output))
+    config, ledger = config_and_ledger(Path(single_input(options)))
     page = replay_html(
         config, objectives.create(config).sequences, options.step, options.rank, options.world_size, ledger
     )

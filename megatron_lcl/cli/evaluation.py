@@ -6,16 +6,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_lcl.cli.arguments import MODEL, add_input, inputs, single_input
 from megatron_lcl.errors import UserError
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
     sub = add("evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data")
-    models = "a run or checkpoint; with --data also hf:DIR, timm:NAME, open_clip:NAME; may be repeated"
-    sub.add_argument(
-        "--checkpoint", "--model", dest="models", action="append", required=True, metavar="MODEL", help=models
-    )
+    models = f"{MODEL}; with --data also hf:DIR, timm:NAME, open_clip:NAME; several are compared"
+    add_input(sub, "MODEL", models, "--checkpoint", "--model")
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", metavar="DIR", help="held-out corpus: retrieval on its contexts, generation loss")
     what.add_argument("--data", metavar="PATH", help="class folders, WebDataset, COCO-Karpathy JSON, or a corpus")
@@ -39,13 +38,13 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--output", metavar="DIR", help="also write the results there")
 
     sub = add("import", _import, "a checkpoint in the reference's format into ours")
-    sub.add_argument("--format", required=True, choices=["open_clip"])
-    sub.add_argument("--input", required=True, metavar="FILE")
+    add_input(sub, "MODEL", f"{MODEL} (.pt, .pth, .bin, .safetensors)", "--input")
+    sub.add_argument("--format", default="open_clip", choices=["open_clip"], help="of a file (%(default)s)")
     sub.add_argument("--model-config", metavar="FILE.json", help="one of the reference's model_configs")
     sub.add_argument("--output", required=True, metavar="DIR")
 
     sub = add("export", _export, "a checkpoint into another library's format")
-    sub.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or one of its checkpoints")
+    add_input(sub, "MODEL", MODEL, "--checkpoint")
     sub.add_argument("--format", required=True, choices=["hf", "timm", "open_clip"])
     sub.add_argument("--output", required=True, metavar="DIR")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -53,32 +52,37 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--name", help="of the model, for its card")
     sub.add_argument("--license", metavar="SPDX", help="of the weights, for the card: apache-2.0, cc-by-4.0, …")
     sub.add_argument(
-        "--results", action="append", metavar="FILE", help="results.json of `evaluate`, for the card; may be repeated"
+        "--results",
+        action="append",
+        metavar="FILE[@ORG/NAME]",
+        help="results.json of `evaluate`, for the card, and the data's identifier on the Hub; may be repeated",
     )
     sub.add_argument(
         "--data",
         dest="datasets",
         action="append",
         metavar="TEXT",
-        help="what the model was trained on, for the card; may be repeated (default: the corpora's manifests)",
+        help="what the model was trained on, for the card: words, or `ORG/NAME: words` for what is on the Hub; may be "
+        "repeated (default: the corpora's manifests)",
     )
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
+    models = inputs(options)
     if options.corpus:
         from megatron_lcl.evaluate.encoders.load import is_ours
         from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 
         if options.tasks:
             raise UserError("--task goes with --data; --corpus measures what LCL trains, always the same")
-        for model in options.models:
+        for model in models:
             if not is_ours(model):
                 raise UserError(
                     f"--corpus measures what LCL trains, and {model} is no LCL model; give --data and --task"
                 )
-        if options.output and len(options.models) > 1:
-            raise UserError("the results of one model fill --output; give one --model at a time, or no --output")
-        for model in options.models:
+        if options.output and len(models) > 1:
+            raise UserError("the results of one model fill --output; give one MODEL at a time, or no --output")
+        for model in models:
             print(
                 evaluate_checkpoint(Path(model), Path(options.corpus), Path(options.output) if options.output else None)
             )
@@ -90,7 +94,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.evaluate.run import evaluate
 
     results = evaluate(
-        options.models,
+        models,
         options.tasks or [],
         options.data,
         options.output,
@@ -115,7 +119,9 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
 def _import(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.export import import_checkpoint
 
-    import_checkpoint(options.format, options.input, options.output, options.model_config)
+    checkpoint = single_input(options)
+    import_checkpoint(options.format, checkpoint, options.output, options.model_config)
+    print(f"{options.output}: the weights of {checkpoint}")
 
 
 def _export(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -123,13 +129,13 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.certificate import summary
     from megatron_lcl.convert.export import export
 
-    metrics = []
+    checkpoint, metrics = single_input(options), []
     if options.results:
         from megatron_lcl.evaluate.encoders.load import load_encoder
         from megatron_lcl.evaluate.results import read_measured
 
-        fingerprint = load_encoder(options.checkpoint).fingerprint
+        fingerprint = load_encoder(checkpoint).fingerprint
         metrics = [measured for file in options.results for measured in read_measured(file, fingerprint)]
-    card = card_of(Path(options.checkpoint)).replaced(options.name, options.license, options.datasets, metrics)
-    facts = export(options.checkpoint, options.format, options.output, options.dtype, options.image_size, card)
+    card = card_of(Path(checkpoint)).replaced(options.name, options.license, options.datasets, metrics)
+    facts = export(checkpoint, options.format, options.output, options.dtype, options.image_size, card)
     print(f"{options.output}: {summary(facts)}")

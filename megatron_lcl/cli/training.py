@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_lcl import config as configs
+from megatron_lcl.cli.arguments import add_input, single_input
 from megatron_lcl.errors import UserError
 
 
@@ -39,7 +40,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--nodes", type=int, default=1, help="with --dry-run: machines, each with --processes (%(default)s)"
     )
-    sub.add_argument("--resume", metavar="auto|DIR", help="the same as --checkpoint.resume")
+    sub.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="the same as --checkpoint.resume")
 
     sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
     sub.add_argument("what", choices=["list", "verify", "prune"], help="verify: exit code 1 where a file is damaged")
@@ -50,7 +51,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--dry-run", action="store_true", help="prune: only say what would be deleted")
 
     sub = add("report", _report, "one self-contained page about a run")
-    sub.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run folder (train.output)")
+    add_input(sub, "RUN", "the run folder (train.output), or one of its checkpoints", "--run")
     sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
 
     sub = add(
@@ -122,9 +123,10 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.convert.find import run_of
     from megatron_lcl.report.page import write_report
 
-    print(write_report(Path(options.folder), Path(options.output) if options.output else None))
+    print(write_report(run_of(Path(single_input(options))), Path(options.output) if options.output else None))
 
 
 def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:

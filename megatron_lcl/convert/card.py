@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.load import find_checkpoint, read_config, step_of
+from megatron_lcl.convert.find import find_checkpoint, read_config, step_of
 from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 
 HELDOUT = "heldout.json"
 """file of a run folder: what the latest held-out evaluation measured"""
@@ -30,13 +30,32 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of a model."""
+    """One metric of a model."""
 
     task: str
     data: str
     """what it was measured on, in words"""
     metric: str
     value: float
+    interval: tuple[float, float] | None = None
+    """95 %"""
+    chance: float | None = None
+    """what guessing gives"""
+    items: str = ""
+    """what it is a mean over: 41 pairs, say"""
+    hub_data: str = ""
+    """the data set's identifier on the Hub, where it has one"""
+
+    def __post_init__(self) -> None:
+        if self.hub_data and not is_hub_id(self.hub_data):
+            raise UserError(f"{self.hub_data!r} is no identifier of a data set on the Hub, such as org/name")
+
+    def row(self) -> str:
+        """A line of the card's table."""
+        interval = "" if self.interval is None else "{:.6g} – {:.6g}".format(*self.interval)
+        chance = "" if self.chance is None else f"{self.chance:.6g}"
+        cells = (self.task, self.data, self.metric, f"{self.value:.6g}", interval, chance, self.items)
+        return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class Card:
     license: str = "other"
     """the weights' licence, as an SPDX identifier in lower case (apache-2.0, cc-by-4.0 …); `other`: not stated"""
     datasets: tuple[str, ...] = ()
-    """what it was trained on, one line each: an identifier (of the Hub's, say), and after a colon words about it; or
+    """what it was trained on, one line each: an identifier on the Hub (org/name), and after a colon words about it; or
     words alone"""
     metrics: tuple[Measured, ...] = ()
     run: Config | None = None
@@ -82,9 +101,9 @@ class Card:
 
 def card_of(path: Path) -> Card:
     """What is known of a checkpoint (whatever `load_model` takes): its run's config, corpora and held-out results."""
-    if not path.is_dir():
-        return Card()
     checkpoint = find_checkpoint(path)
+    if not (checkpoint / CONFIG).is_file():  # a file in the reference's format, or an export
+        return Card()
     run = read_config(checkpoint)
     corpora = [Path(corpus.path) for corpus in run.data.corpora]
     return Card(
@@ -116,12 +135,32 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
         return ()
     if numbers.pop("step", None) != step_of(checkpoint):
         return ()
-    corpus = Path(str(numbers.get("corpus", ""))).name
-    return tuple(
-        Measured("held-out documents", corpus, name.replace("_", " "), value)
-        for name, value in numbers.items()
-        if isinstance(value, int | float)
-    )
+    counts = ", ".join(f"{numbers[what]:,} {what}" for what in ("documents", "images") if numbers.get(what))
+    data = Path(str(numbers.get("corpus", ""))).name + (f" ({counts})" if counts else "")
+    intervals = numbers.get("intervals") or {}
+    found = []
+    for metric, name, chance, items in _HELDOUT_METRICS:
+        if isinstance(value := numbers.get(name), int | float):
+            interval = tuple(intervals[name]) if name in intervals else None
+            of = f"{numbers[items]:,} {items.replace('_', ' ')}" if numbers.get(items) else ""
+            found.append(Measured(HELDOUT_TASK, data, metric, value, interval, numbers.get(chance), of))
+            if name == "bits_per_token":
+                found.append(Measured(HELDOUT_TASK, data, "perplexity", 2**value, None, None, of))
+    return tuple(found)
+
+
+HELDOUT_TASK = "held-out documents"
+_HELDOUT_METRICS = (
+    # name here; in the file; of its chance; of what it is a mean over
+    ("image to context recall@1", "image_to_context_recall_at_1", "chance_at_1", "pairs"),
+    ("image to context recall@10", "image_to_context_recall_at_10", "chance_at_10", "pairs"),
+    ("context to image recall@1", "context_to_image_recall_at_1", "chance_at_1", "pairs"),
+    ("context to image recall@10", "context_to_image_recall_at_10", "chance_at_10", "pairs"),
+    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document", "pairs_with_rivals"),
+    ("median rank", "median_rank", "", "pairs"),
+    ("contrastive loss (nats)", "contrastive_loss", "", "pairs"),
+    ("bits per token", "bits_per_token", "", "targets"),
+)
 
 
 POOLED = "or the image latent z, which the attention pool makes of them:"
@@ -144,10 +183,11 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
     """The card as a file of an export's folder."""
     v, t = model.vision, model.language
     data = "\n".join(f"* {name}" for name in card.datasets) or "Not stated."
-    metrics = "\n".join(f"| {m.task} | {m.data} | {m.metric} | {m.value:.6g} |" for m in card.metrics)
+    metrics = "\n".join(m.row() for m in card.metrics)
     table = (
         "Measured on the checkpoint itself, in float32 and at its own image size.\n\n"
-        f"| task | data | metric | value |\n| --- | --- | --- | --- |\n{metrics}"
+        "| task | data | metric | value | 95 % interval | chance | mean over |\n"
+        f"| --- | --- | --- | --- | --- | --- | --- |\n{metrics}"
     )
     front = yaml.safe_dump(_front_matter(usage, card), sort_keys=False, allow_unicode=True)
     sections = [
@@ -170,10 +210,11 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
 
 def _front_matter(usage: Usage, card: Card) -> dict[str, Any]:
     known = card.license in _HUB_LICENSES
-    # before a colon stands a name; what is no identifier by itself would be another's data set
-    names = [text.partition(":")[0].partition(" (")[0] for text in card.datasets]
-    datasets = [name for name in names if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)]
-    metrics = sorted({_metric_type(m.metric) for m in card.metrics})
+    # before a colon stands a name; a folder's, which is no identifier, would be another's data set
+    names = [text.partition(":")[0] for text in card.datasets]
+    datasets = [name for name in names if is_hub_id(name)]
+    metrics = sorted({kind for m in card.metrics if (kind := _metric_type(m.metric))})
+    results = _results(card.metrics)
     return {
         "license": card.license if known else "other",
         **({} if known else {"license_name": card.license}),
@@ -182,29 +223,36 @@ def _front_matter(usage: Usage, card: Card) -> dict[str, Any]:
         "tags": ["vision", "latent-compression-learning", "megatron-lcl"],
         **({"datasets": datasets} if datasets else {}),
         **({"metrics": metrics} if metrics else {}),
-        **({"model-index": [{"name": card.name, "results": _results(card.metrics)}]} if metrics else {}),
+        **({"model-index": [{"name": card.name, "results": results}]} if results else {}),
     }
 
 
 def _results(metrics: Sequence[Measured]) -> list[dict[str, Any]]:
-    """As the Hub's model-index has them: one entry for each task and data set."""
+    """As the Hub's model-index has them: one entry for each task and data set.
+
+    An entry needs the data set's identifier there, so that what has none stands in the card's table alone.
+    """
+    listed = [m for m in metrics if m.hub_data and _metric_type(m.metric)]
     return [
         {
             "task": {"type": _TASK_TYPES.get(task, "image-feature-extraction"), "name": task},
-            "dataset": {"type": _slug(data), "name": data},
+            "dataset": {"type": hub_data, "name": data},
             "metrics": [{"type": _metric_type(m.metric), "name": m.metric, "value": m.value} for m in group],
         }
-        for (task, data), group in itertools.groupby(metrics, lambda m: (m.task, m.data))
+        for (task, data, hub_data), group in itertools.groupby(listed, lambda m: (m.task, m.data, m.hub_data))
     ]
 
 
-def _metric_type(name: str) -> str:
-    """The Hub's word for a metric where it has one."""
-    return next((word for word in ("accuracy", "recall", "bleu", "cider") if word in name.lower()), _slug(name))
+def _metric_type(name: str) -> str | None:
+    """The Hub's word for a metric; None where it has none."""
+    return next((word for word in _METRIC_TYPES if word in name.lower()), None)
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+def is_hub_id(name: str) -> bool:
+    """Whether a data set may be called so on the Hub: org/name (huggingface_hub's `validate_repo_id`)."""
+    parts = name.split("/")
+    legal = all(re.fullmatch(r"\w([\w.-]*\w)?", part, re.ASCII) for part in parts)
+    return len(parts) == 2 and legal and len(parts[1]) <= 96 and "--" not in name and ".." not in name
 
 
 def _config(run: Config) -> str:
@@ -227,6 +275,9 @@ _TASK_TYPES = {
     "attentive probe": "image-classification",
     "captioning": "image-to-text",
 }
+
+_METRIC_TYPES = ("accuracy", "recall", "bleu", "cider", "perplexity")
+"""https://huggingface.co/metrics, and CIDEr as cards have it"""
 
 _HUB_LICENSES = {  # https://huggingface.co/docs/hub/repositories-licenses
     "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",

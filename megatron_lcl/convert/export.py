@@ -89,14 +89,14 @@ def import_checkpoint(
 ) -> LCL:
     """A checkpoint in the reference's format as a folder of ours, which `load_model` reads, and `train.init_from`.
 
-    `model_config`: see `load_model`. Raises UserError as it does, and where `output` holds something else.
+    `input`: whatever `load_model` takes; of a run, its newest weights alone. `model_config`: see `load_model`. Raises
+    UserError as it does, and where `output` holds something else.
     """
     if format != "open_clip":
         raise UserError(f"unknown import format {format!r}; there is open_clip")
-    if Path(input).is_dir():
-        raise UserError(f"{input} is a folder; import takes a checkpoint file in open_clip's format")
     with new_folder(Path(output), IMPORT) as folder:
         model = load_model(input, model_config)
+        model.need_language()
         save_checkpoint(model, Config(model=model.config), folder)
         write_record(folder, IMPORT, {"source": Path(input).name})
     return model

@@ -17,6 +17,8 @@ from megatron_lcl.errors import UserError
 CERTIFICATE = "certificate.json"
 IMPORT = "import"
 """kind of folder that `import` writes"""
+EXPORTS = ("hf", "timm", "open_clip")
+"""kinds of folders that `export` writes"""
 _RECORDS = {IMPORT: ("import.json", MANIFEST)}
 """names of the file that lists a folder's files, by kind; the first is written, the others earlier versions wrote"""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
+from megatron_lcl.config import Vision
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
-from megatron_lcl.convert.pool import POOL, save_pool
+from megatron_lcl.convert.pool import POOL, load_encoder, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
@@ -40,6 +42,15 @@ with torch.no_grad():
 """,
 )
 
+_SIZES = {
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
@@ -49,13 +60,8 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     config = {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
-        "hidden_size": v.width,
-        "intermediate_size": v.mlp_width,
-        "num_hidden_layers": v.layers,
-        "num_attention_heads": v.heads,
+        **{theirs: getattr(v, ours) for ours, theirs in _SIZES.items()},
         "num_channels": 3,
-        "image_size": v.image_size,
-        "patch_size": v.patch_size,
         "projection_dim": model.config.language.width,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
@@ -79,6 +85,13 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor)
     write_card(folder, USAGE, model.config, card)
+
+
+def read(folder: Path) -> LCL:
+    """The vision encoder and the pool of such a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    sizes = {ours: config[theirs] for ours, theirs in _SIZES.items()}
+    return load_encoder(folder, folder / "model.safetensors", Vision(**sizes), _tensors)
 
 
 def features(folder: Path, size: int) -> Features:

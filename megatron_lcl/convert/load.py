@@ -11,37 +11,38 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_lcl.config import Config, from_dict, read_yaml
-from megatron_lcl.convert.folder import IMPORT, read_record
+from megatron_lcl.convert import hf, timm
+from megatron_lcl.convert.find import export_kind, find_checkpoint, one_line, read_config
+from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.manifest import MANIFEST, verify
-from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
+from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
     """The model of a checkpoint, in float32 on the CPU, its weights mapped from the file where the format allows.
 
-    `path`: a folder with `model.safetensors` and `config.yaml`; a run folder, whose newest complete checkpoint is
-    taken; or a file (.pt, .pth, .bin, .safetensors) in the reference's open_clip format. For the last, `config` is a
-    dict as in the reference's `model_configs/*.json`, or the path of such a file; None takes the .json of the
-    checkpoint's own name beside it, or the published models' sizes where the shapes are theirs. Pickles are read with
-    `weights_only=True`. Raises UserError, in one line, for whatever is not such a checkpoint.
+    `path`: a run folder, whose newest complete checkpoint is taken; a checkpoint; what `import` or `export` wrote; or a
+    file (.pt, .pth, .bin, .safetensors) in the reference's open_clip format (`find.find_checkpoint`). Exports to hf and
+    timm hold the vision encoder and the pool: their model encodes images, and raises UserError where it is to read
+    text. For a file, `config` is a dict as in the reference's `model_configs/*.json`, or the path of such a file; None
+    takes the .json of the checkpoint's own name beside it, or the published models' sizes where the shapes are theirs.
+    Pickles are read with `weights_only=True`. Raises UserError, in one line, for whatever is not such a checkpoint.
     """
     path = Path(path)
+    if path.is_dir() and config is not None:
+        raise UserError(f"{path} is a folder with a config of its own; `config` is for open_clip files")
+    path = find_checkpoint(path)
+    if kind := export_kind(path):
+        return _load_export(path, kind)
     if path.is_dir():
-        if config is not None:
-            raise UserError(f"{path} is a folder with a config of its own; `config` is for open_clip files")
-        return _load_ours(find_checkpoint(path))
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        return _load_ours(path)
     state = read_state_dict(path)
     with torch.device("meta"):
         model = LCL(model_config(open_clip_sizes(path, state, config)), seed=None)
@@ -61,39 +62,6 @@ def from_open_clip(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
     model = LCL(model_config(config), seed=None)
     load_open_clip(model.layers, model.config, state_dict)
     return model
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` is, or, if it is a run folder, the newest complete one inside."""
-    if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
-        return path
-    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    complete = sorted(p.parent for p in steps.glob(f"step-*/{MANIFEST}") if (p.parent / WEIGHTS).is_file())
-    if not complete:
-        if (path / CORPUS_MANIFEST).is_file():
-            raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
-        raise UserError(
-            f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
-            f"or {CHECKPOINTS}/step-…/ with these and {MANIFEST}"
-        )
-    return complete[-1]
-
-
-def step_of(checkpoint: Path) -> int | None:
-    """Steps that a run had made when it wrote this checkpoint folder; None for a folder that no run wrote."""
-    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
-    return int(match[1]) if match else None
-
-
-def read_config(checkpoint: Path) -> Config:
-    """The config of the run that wrote a checkpoint folder."""
-    try:
-        tree = read_yaml((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{checkpoint / CONFIG} cannot be read: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{checkpoint / CONFIG} is not a config: it holds a {type(tree).__name__}")
-    return from_dict(tree)
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -139,12 +107,22 @@ def _load_ours(checkpoint: Path) -> LCL:
     return model
 
 
+def _load_export(folder: Path, kind: str) -> LCL:
+    """The vision encoder and the pool of an export to hf or timm."""
+    record = read_record(folder, kind)
+    assert record is not None
+    for name, digest in record[1]["files"].items():
+        if name.endswith((".safetensors", "config.json")) and hash_file(folder / name) != digest:
+            raise UserError(f"{folder / name} is not what `export` wrote ({CERTIFICATE}); export the run again")
+    return {"hf": hf.read, "timm": timm.read}[kind](folder)
+
+
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped. UserError where it is none."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {_one_line(error)}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from None
 
 
 def _read_pickle(path: Path) -> Any:
@@ -159,7 +137,7 @@ def _read_pickle(path: Path) -> Any:
             ) from None
         raise UserError(f"{path} is not a PyTorch checkpoint") from None  # torch would advise to run what is in it
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a PyTorch checkpoint: {_one_line(error)}") from None  # a damaged file
+        raise UserError(f"{path} is not a PyTorch checkpoint: {one_line(error)}") from None  # a damaged file
 
 
 def _foreign_objects(path: Path, error: UnpicklingError) -> list[str]:
@@ -183,11 +161,7 @@ def open_clip_sizes(
     try:
         loaded = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"the model config {file} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"the model config {file} cannot be read: {one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"the model config {file} holds a {type(loaded).__name__}, not a mapping")
     return loaded
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

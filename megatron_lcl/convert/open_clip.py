@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
+from megatron_lcl.convert.find import WHOLE, WHOLE_CONFIG
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.convert.pool import POOL, save_pool
@@ -26,8 +27,6 @@ from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import open_clip_config, parts_open_clip
 
 LIBRARY = "open_clip"
-WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
-"""every parameter and the sizes, in the reference's format"""
 TOWER, TOWER_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 """OpenCLIP's names of a local folder's files"""
 _WIDTH = 8
@@ -57,6 +56,7 @@ with torch.no_grad():
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
+    model.need_language()
     v = model.config.vision
     tensors = parts_open_clip(model.layers, model.config)
     save_parts(tensors, folder / WHOLE, dtype)

@@ -24,7 +24,7 @@ def at_image_size(model: LCL, image_size: int) -> LCL:
     vision = dataclasses.replace(model.config.vision, image_size=image_size)  # checks the patch size
     config = dataclasses.replace(model.config, vision=vision)
     with torch.device("meta"):
-        other = LCL(config, seed=None)
+        other = LCL(config, seed=None, whole=model.whole)
     parameters = {name: p.detach() for name, p in model.layers.named_parameters()}
     other.layers.load_state_dict(parameters | {"0.positions": other.patches.positions}, assign=True)
     other.patches.positions = nn.Parameter(interpolate_positions(model.patches.positions.detach(), vision.num_patches))

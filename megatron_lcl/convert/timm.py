@@ -9,6 +9,8 @@ asks for none.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
-from megatron_lcl.convert.pool import POOL, save_pool
+from megatron_lcl.convert.pool import POOL, load_encoder, save_pool
 from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
@@ -126,6 +128,26 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     call = ", ".join([f'"{name}"', *(f"{key}={value}" for key, value in arguments.items())])
     usage = dataclasses.replace(USAGE, example=USAGE.example.replace("ARGUMENTS", call))
     write_card(folder, usage, model.config, card)
+
+
+def read(folder: Path) -> LCL:
+    """The vision encoder and the pool of such a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    arguments, tensors = config["model_args"], load_file(folder / WEIGHTS)
+    heads = next(
+        heads
+        for (_, _, heads, _), family in _FAMILIES.items()
+        if re.fullmatch(family.format(r"\d+") + r"_clip_\d+", config["architecture"])
+    )
+    vision = Vision(
+        image_size=config["pretrained_cfg"]["input_size"][1],
+        patch_size=tensors["patch_embed.proj.weight"].shape[-1],
+        width=config["num_features"],
+        layers=sum(name.endswith(".norm1.weight") for name in tensors),
+        heads=arguments.get("num_heads", heads),
+        mlp_width=len(tensors["blocks.0.mlp.fc1.bias"]),
+    )
+    return load_encoder(folder, folder / WEIGHTS, vision, _tensors)
 
 
 def features(folder: Path, size: int) -> Features:

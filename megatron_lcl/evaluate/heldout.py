@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
-from megatron_lcl.convert.load import find_checkpoint, load_model, read_config, step_of
+from megatron_lcl.convert.find import find_checkpoint, read_config, step_of
+from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader

@@ -122,7 +122,7 @@ _RECALLS = (
     ("image → context recall@10", "image_to_context_recall_at_10", "chance_at_10"),
     ("context → image recall@1", "context_to_image_recall_at_1", "chance_at_1"),
     ("context → image recall@10", "context_to_image_recall_at_10", "chance_at_10"),
-    ("… in its document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
+    ("image in document recall@1", "image_in_document_recall_at_1", "chance_in_document"),
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lcl.convert.card import Measured
+from megatron_lcl.convert.card import Measured, is_hub_id
 from megatron_lcl.data.corpus.files import replace_bytes, replace_text
 from megatron_lcl.errors import UserError
 
@@ -89,11 +89,28 @@ def write_json(results: Sequence[Result], path: str | Path) -> None:
 
 
 def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:
-    """What such a file says of the encoder with this fingerprint, for a model card. UserError if it is nothing."""
+    """What such a file says of the encoder with this fingerprint, for a model card. UserError if it is nothing.
+
+    `FILE@ORG/NAME` also says the data's identifier on the Hub, for the card's model-index.
+    """
+    hub_data = ""
+    if not Path(path).is_file() and "@" in str(path):
+        path, _, hub_data = str(path).rpartition("@")
+    if hub_data and not is_hub_id(hub_data):
+        raise UserError(f"{hub_data!r} is no identifier of a data set on the Hub, such as org/name")
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [
-            Measured(entry["task"], _short(entry["data"]), name, float(metric["value"]))
+            Measured(
+                entry["task"],
+                _short(entry["data"]),
+                name,
+                float(metric["value"]),
+                (float(metric["low"]), float(metric["high"])),
+                metric.get("chance"),
+                f"{entry['num_items']:,} items",
+                hub_data,
+            )
             for entry in entries
             if entry["fingerprint"] == fingerprint
             for name, metric in entry["metrics"].items()

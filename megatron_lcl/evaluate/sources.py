@@ -22,6 +22,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_TEMPLATES = "zeroshot_classification_templates.txt"
 _DEFAULT_TEMPLATE = "a photo of a {c}."
 
 
@@ -141,14 +142,18 @@ def open_images(
         names = [str(i) for i in range(int(found.labels.max()) + 1)]
     if found.labels is not None and len(names) <= int(found.labels.max()):
         raise UserError(
-            f"{len(names)} class names do not match {path}, whose labels go up to {int(found.labels.max())}"
+            f"{_list_of(class_names)}{len(names)} class names do not match {path}, whose labels go up to "
+            f"{int(found.labels.max())}"
         )
     if class_names is not None and found.classes and len(names) != len(found.classes):
-        raise UserError(f"{len(names)} class names do not match the {len(found.classes)} classes of {path}")
+        raise UserError(
+            f"{_list_of(class_names)}{len(names)} class names do not match the {len(found.classes)} classes of {path}"
+        )
     chosen = _lines(templates) or found.templates
     bad = [template for template in chosen if "{c}" not in template]
     if bad:
-        raise UserError(f"the template {bad[0]!r} has no {{c}} for the class name")
+        at = _place(templates if templates is not None else path / _TEMPLATES, bad[0])
+        raise UserError(f"{at}the template {bad[0]!r} has no {{c}} for the class name")
     return ImageSet(found.name, found.images, found.labels, tuple(names), found.captions, tuple(chosen))
 
 
@@ -214,7 +219,7 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
         if values and len(values) != len(blobs):
             raise UserError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")
     found = next((root / n for n in ("classnames.txt", "classes.txt") if (root / n).is_file()), None)
-    templates = root / "zeroshot_classification_templates.txt"
+    templates = root / _TEMPLATES
     return ImageSet(
         str(tars[0].parent),
         tuple(blobs),
@@ -279,11 +284,31 @@ def _corpus(path: Path) -> ImageSet:
 
 
 def _lines(source: str | Path | Sequence[str] | None) -> list[str]:
-    """Lines of a file, or the list itself; empty for None."""
+    """Lines of a file, or the list itself; empty for None. UserError names the line that is no text."""
     if not isinstance(source, str | Path):
         return list(source or ())
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read: {error}") from None
+        content = Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{source}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _list_of(source: str | Path | Sequence[str] | None) -> str:
+    return f"{source}: " if isinstance(source, str | Path) else ""
+
+
+def _place(source: str | Path | Sequence[str] | None, text: str) -> str:
+    """`FILE, line N: ` where a text stands in a file of lines; empty for a list."""
+    if not isinstance(source, str | Path):
+        return ""
+    lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
+    number = next(number for number, line in enumerate(lines, 1) if line.strip() == text)
+    return f"{source}, line {number}: "

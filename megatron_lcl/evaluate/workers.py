@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from itertools import islice, pairwise
@@ -17,6 +18,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.sources import Blob
+from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 from megatron_lcl.parallel.cores import num_cores
 
 T = TypeVar("T")
@@ -57,12 +59,17 @@ def _in_processes(
     batches = -(-len(images) // batch_size)
     bounds = [batch_size * (batches * i // processes) for i in range(processes + 1)]
     context = get_context("spawn")
-    with SyncManager(ctx=context) as manager, ProcessPoolExecutor(processes, mp_context=context) as pool:
-        done, stop = manager.Queue(), manager.Event()
-        jobs: list[Future[list[T]]] = [
-            pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low, done, stop)
-            for i, (low, high) in enumerate(pairwise(bounds))
-        ]
+    with contextlib.ExitStack() as until_end:
+        with holding_interrupts():
+            manager = until_end.enter_context(SyncManager(ctx=context))
+            pool = until_end.enter_context(
+                ProcessPoolExecutor(processes, mp_context=context, initializer=end_on_interrupt)
+            )
+            done, stop = manager.Queue(), manager.Event()
+            jobs: list[Future[list[T]]] = [
+                pool.submit(_process, source, i, processes, images[low:high], work, batch_size, low, done, stop)
+                for i, (low, high) in enumerate(pairwise(bounds))
+            ]
         waiting = set(jobs)
         try:
             while waiting:

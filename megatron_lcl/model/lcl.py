@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_lcl.config import Model
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.errors import UserError
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.block import Norm
 from megatron_lcl.model.initialize import initialize
@@ -57,7 +58,8 @@ class LCLOutput(NamedTuple):
 class LCL(nn.Module):
     """Latent Compression Learning (NeurIPS 2024): vision encoder, attention pool and causal language model.
 
-    Parameters are drawn from `seed`; None leaves them as torch made them, to be loaded.
+    Parameters are drawn from `seed`; None leaves them as torch made them, to be loaded. Not `whole`: the vision encoder
+    and the pool alone, which encode images, and raise UserError where they are to read text.
     """
 
     def __init__(
@@ -66,14 +68,24 @@ class LCL(nn.Module):
         seed: int | None = 0,
         initial_log_scale: float = math.log(1 / 0.07),
         norm: Norm = nn.LayerNorm,
+        whole: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
+        self.whole = whole
         self.special = SpecialTokens.of(config.language.vocab_size)
         layers = build_layers(config, initial_log_scale, norm)
         if seed is not None:
             initialize(dict(enumerate(layers)), config, seed)
-        self.layers = LayerList(*layers)
+        self.layers = LayerList(*(layers if whole else layers[: 2 + config.vision.layers]))
+
+    def need_language(self) -> None:
+        """UserError where there is no language model."""
+        if not self.whole:
+            raise UserError(
+                "these weights are the vision encoder alone, as exports to hf and timm hold it; what reads text needs "
+                "the run, one of its checkpoints, or its export to open_clip"
+            )
 
     @property
     def patches(self) -> Patches:
@@ -114,6 +126,7 @@ class LCL(nn.Module):
 
         Read at `<soi>`, which stands, in a copy, in place of each row's `<eot>`, or of its last token if it has none.
         """
+        self.need_language()
         lengths = _lengths(token_ids)
         if (lengths == 0).any():
             raise ValueError("a row of token_ids is empty (all 0); every text needs at least one token")
@@ -129,6 +142,7 @@ class LCL(nn.Module):
 
     def state_dict_open_clip(self) -> dict[str, torch.Tensor]:
         """The parameters under the reference's names and in its shapes; `from_open_clip` takes them back."""
+        self.need_language()
         return state_dict_open_clip(self.layers, self.config)
 
     def forward(self, images: torch.Tensor, token_ids: torch.Tensor) -> LCLOutput:
@@ -138,6 +152,7 @@ class LCL(nn.Module):
         right-padded with 0). Reference rules for the contrast: every image takes part unless its `<soi>` is its
         sequence's first token. ValueError where images and placeholders do not fit each other.
         """
+        self.need_language()
         batch = pack_padded(token_ids, _lengths(token_ids), images, self.config)
         out = self.layers(batch)
         pairs = (batch.image_soi >= 0).nonzero()[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
-from megatron_lcl.convert.load import find_checkpoint
+from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
@@ -57,7 +58,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         ),
         max_packs=MAX_PACKS,
         corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
-        checkpoint=find_checkpoint(run).name if metrics else None,
+        checkpoint=find_checkpoint(run).name if metrics and checkpoints_in(run) else None,
         run=run,
         checkout=_quoted(root) if (root / "launch").is_dir() else None,
         environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
@@ -78,24 +79,35 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
 
 
+CURVES = (
+    # a line of metrics has it; the title; what it is a mean over
+    ("generation", "generation loss (nats a token)", "num_targets"),
+    ("contrastive", "contrastive loss (nats)", "num_pairs"),
+    ("image_accuracy", "accuracy of the contrast in the batch", "num_pairs"),
+)
+
+
 def _curves(metrics: list[dict[str, Any]]) -> Markup:
-    """Losses over steps as inline SVG."""
-    if len(metrics) < 2:
+    """Losses and accuracy over steps as inline SVG; broken where a step has nothing to measure them on."""
+    curves = [(title, values) for name, title, of in CURVES if (values := _values(metrics, name, of))]
+    if len(metrics) < 2 or not curves:
         return Markup("")
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(11, 3.1), layout="constrained", squeeze=False)
     steps = [line["step"] for line in metrics]
-    for axis, name, title in zip(
-        axes,
-        ("generation", "contrastive", "image_accuracy"),
-        ("generation loss (nats a token)", "contrastive loss (nats)", "accuracy of the contrast in the batch"),
-        strict=True,
-    ):
-        axis.plot(steps, [line[name] for line in metrics], color="#2a6f97")
+    for axis, (title, values) in zip(axes[0], curves, strict=True):
+        axis.plot(steps, values, color="#2a6f97")
+        alone = [i for i, value in enumerate(values) if not math.isnan(value) and _is_alone(values, i)]
+        axis.plot([steps[i] for i in alone], [values[i] for i in alone], ".", color="#2a6f97", markersize=3)
+        if title == CURVES[-1][1]:
+            chance = [1 / line["num_pairs"] if line.get("num_pairs") else math.nan for line in metrics]
+            axis.plot(steps, chance, ":", color="#5c6b7a", label="chance (1 / pairs)")
+            axis.legend(fontsize=8, frameon=False)
+        axis.set_xlim(steps[0], steps[-1])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
@@ -105,6 +117,20 @@ def _curves(metrics: list[dict[str, Any]]) -> Markup:
     pyplot.close(figure)
     svg = text.getvalue()
     return Markup(svg[svg.index("<svg") :])
+
+
+def _values(metrics: list[dict[str, Any]], name: str, of: str) -> list[float]:
+    """A number of every line; NaN where it has none. Empty where no line has one.
+
+    Earlier versions wrote 0 for the mean over no pairs.
+    """
+    found = [line.get(name) if line.get(of, 1) else None for line in metrics]
+    return [math.nan if value is None else value for value in found] if any(v is not None for v in found) else []
+
+
+def _is_alone(values: list[float], i: int) -> bool:
+    """Whether no line leads to a value: neither neighbor is there."""
+    return all(math.isnan(value) for value in [*values[max(i - 1, 0) : i], *values[i + 1 : i + 2]])
 
 
 def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ class Kernel:
         )
 
 
+LEGEND = "Every kernel against its formula: the largest relative difference of what it gives, and of its gradients.\n"
 HEADER = f"{'kernel':<64}  {'forward':>9}  {'gradients':>9}"
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
+from megatron_lcl.interrupts import holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import Kernel, KernelCase
@@ -77,6 +78,10 @@ class Verdict:
     faults: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    @property
+    def name(self) -> str:
+        return " ".join(self.case.name.split())
+
     def row(self) -> str:
         """One line of the table."""
         numbers = "  ".join(f"{x:9.1e}" for x in (self.loss, self.grad_norm, self.gradient, self.parameters))
@@ -86,10 +91,27 @@ class Verdict:
         return f"{self.case.name:<64}  {numbers}  {self.seconds:5.1f}  {verdict}"
 
 
+LEGEND = """\
+Every layout trains the same tiny model on the same steps, and is compared with one process in float32.
+  losses, norms      largest relative difference of a step's losses or log scale; of its gradient norm
+  gradient           norm of the difference over the norm, of the whole gradient of the first step
+  parameters         the same of all parameters after the last step
+  kB sent, formula   what a process sends in a step as counted, and by the formulas of docs/parallelism.md
+  s                  seconds; then the verdict
+"""
 HEADER = (
     f"{'layout':<64}  {'losses':>9}  {'norms':>9}  {'gradient':>9}  {'parameters':>10}  {'kB sent':>7} {'formula':>7}"
     f"  {'s':>5}"
 )
+
+
+def verdict_of(verdicts: Sequence[Verdict | KernelVerdict], seconds: float, where: str, skipped: int) -> str:
+    """The last line: what all of it says."""
+    failed = [verdict.name for verdict in verdicts if verdict.faults]
+    told = f"in {seconds:.0f} s on {where}" + (f" ({skipped} skipped)" if skipped else "")
+    if failed:
+        return f"FAILED: {len(failed)} of {len(verdicts)} checks {told}: {'; '.join(failed)}"
+    return f"all {len(verdicts)} checks passed {told}"
 
 
 def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
@@ -159,9 +181,13 @@ class KernelVerdict:
     faults: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    @property
+    def name(self) -> str:
+        return "kernels"
+
     def row(self) -> str:
         """The lines of the table, and of faults beside it: other devices', a process that died."""
-        lines = [kernels.HEADER, *(kernel.row() for kernel in self.kernels)]
+        lines = [kernels.LEGEND + kernels.HEADER, *(kernel.row() for kernel in self.kernels)]
         known = {kernel.fault for kernel in self.kernels}
         return "\n".join([*lines, *(f"kernels: {fault}" for fault in self.faults if fault not in known), ""])
 
@@ -192,8 +218,9 @@ def selftest(
     fitting = [case for case in cases if case.processes <= world and not _lacks(case)]
     if all(case.processes < world for case in fitting):
         fitting.append(Case(data=world))
+    skipped, began = sum(case.processes > world or bool(_lacks(case)) for case in cases), time.monotonic()
+    where = "NCCL" if torch.cuda.is_available() else "gloo"
     if 0 in ranks:
-        where = "NCCL" if torch.cuda.is_available() else "gloo"
         left = sum(case.processes > world for case in cases)
         say(f"{world} processes, {where}" + (f"; {left} layouts need more and are skipped" if left else ""))
         for fault in {fault for case in cases if (fault := _lacks(case))}:
@@ -202,7 +229,7 @@ def selftest(
     verdicts: list[Verdict | KernelVerdict] = []
     for number, case in enumerate(fitting):
         if 0 in ranks and isinstance(case, Case) and not any(isinstance(v, Verdict) for v in verdicts):
-            say(HEADER)
+            say(LEGEND + HEADER)
         started, prefix = time.monotonic(), f"case {number}"
         of_case = dist.PrefixStore(prefix, store)
         mine = [rank for rank in ranks if rank < case.processes]
@@ -223,6 +250,10 @@ def selftest(
             say(verdicts[-1].row())
         if silent:  # and would be in every other case
             break
+    if 0 in ranks:
+        device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+        skipped += len(fitting) - len(verdicts)
+        say(verdict_of(verdicts, time.monotonic() - began, f"{device} ({world} processes, {where})", skipped))
     _of_everyone(dist.PrefixStore("end", store), [], ranks[0], starters, 0.0)  # the store lives on the first process
     return verdicts
 
@@ -283,13 +314,13 @@ def _start(
     results: Any = context.Queue()
     arguments = (case, place, timeout, prepare, results)
     children = {rank: context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in ranks}
-    with _interpreter(isinstance(case, KernelCase) and not torch.cuda.is_available()):
-        for child in children.values():
-            child.start()
     result, waiting = None, set(ranks)
     faults: list[str] = []
     deadline = time.monotonic() + timeout
     try:
+        with _interpreter(isinstance(case, KernelCase) and not torch.cuda.is_available()), holding_interrupts():
+            for child in children.values():
+                child.start()
         while waiting and not faults and not store.check(["fault"]):
             try:
                 rank, value, fault = results.get(timeout=0.2)
@@ -306,6 +337,8 @@ def _start(
         if faults:
             store.set("fault", "yes")
         for child in children.values():
+            if child.pid is None:  # Ctrl-C came while the others were started
+                continue
             child.join(0 if waiting else 10)
             if child.is_alive():
                 child.kill()

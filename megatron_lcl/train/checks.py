@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, to_dict
@@ -11,10 +14,11 @@ from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.pack_index import Ledger
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
+from megatron_lcl.model.layers import build_layers
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.apex import check_apex
-from megatron_lcl.train.checkpoint.folder import list_checkpoints
+from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.heldout import check_heldout
@@ -42,6 +46,8 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
     without_pairs(config)
     run = Path(config.train.output)
     check_output(run, config)
+    if not elsewhere:
+        check_space(config)
     if not list_checkpoints(run):
         check_beginning(config)
     return settings
@@ -61,8 +67,10 @@ def check_tokenizers(config: Config) -> None:
 
 
 def check_beginning(config: Config) -> None:
-    """`train.init_from` of a run that has no checkpoint of its own is readable and fits."""
+    """What a run that has no checkpoint of its own goes on from, or begins with, is there, and its weights fit."""
     if config.train.init_from is None:
+        if config.checkpoint.resume != "auto":
+            resumable(config.checkpoint.resume)
         return
     if config.checkpoint.resume != "auto":
         raise UserError(
@@ -96,6 +104,24 @@ def check_output(run: Path, config: Config) -> None:
             raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
     check_model(saved, config)
+
+
+def check_space(config: Config) -> None:
+    """The disk of the run folder has room for one more checkpoint."""
+    run = Path(config.train.output)
+    with torch.device("meta"):
+        layers = build_layers(config.model, config.contrast.initial_log_scale)
+    # the weights as one file; the optimizer's float32 weights and its two moments
+    needed = 4 * 4 * sum(p.numel() for layer in layers for p in layer.parameters())
+    try:
+        free = shutil.disk_usage(nearest_folder(run)).free
+    except OSError:
+        return
+    if free < needed:
+        raise UserError(
+            f"train.output = {run}: a checkpoint of this model takes at least {in_bytes(needed)}, and "
+            f"{free_space(run)}; make room, or name another folder"
+        )
 
 
 def check_model(saved: Path, config: Config) -> None:

@@ -209,6 +209,8 @@ def _run(config: Config) -> str:
     run, weights = Path(config.train.output), config.train.init_from
     if saved := checkpoint.list_checkpoints(run):
         return f"run         {run}: goes on from {saved[-1].name}, if it verifies"
+    if config.checkpoint.resume != "auto":
+        return f"run         {run}: goes on from {config.checkpoint.resume}, if it verifies"
     return f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
 
 

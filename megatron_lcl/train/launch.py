@@ -24,6 +24,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
@@ -71,7 +72,8 @@ def default_processes(global_batch: int) -> int:
 def start_local(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m megatron_lcl ARGUMENTS` in so many processes; their exit code (the first that failed).
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process has ended with a failure, the others notice that by
+    SIGTERM, SIGINT and SIGUSR1 are passed on; before the processes watch each other, where nothing has begun, they end
+    all at once. When one process has ended with a failure, the others notice that by
     themselves (`watchdog`); those that do not, or have not even begun to watch, are killed after a while. None outlives
     this process (on Linux).
     """
@@ -91,14 +93,23 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     ]
     os.close(say)
 
+    stopped: list[int] = []
+
     def pass_on(signum: int, _frame: FrameType | None) -> None:
+        if not heard.timeouts():
+            stopped.append(signum)
         for child in children:
             if child.poll() is None:
-                child.send_signal(signum)
+                child.send_signal(signal.SIGKILL if stopped else signum)
 
-    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    heard = _Heard(watched)
+    before = {s: signal.signal(s, pass_on) for s in SIGNALS}
     try:
-        return _wait(children, watched)
+        code = _wait(children, heard, stopped)
+        if stopped:
+            name = signal.Signals(stopped[0]).name
+            print(f"megatron-lcl train: {name}: stopped; the same command goes on", file=sys.stderr, flush=True)
+        return code_of_signal(stopped[0]) if stopped else code
     finally:
         for child in children:
             if child.poll() is None:
@@ -121,19 +132,31 @@ def say_watched(timeout: float) -> None:
         os.write(int(os.environ[WATCHED]), f"{timeout} ".encode())
 
 
-def _wait(children: list[subprocess.Popen[bytes]], watched: int) -> int:
+class _Heard:
+    """What the processes have said into the pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        os.set_blocking(pipe, False)
+        self._pipe = pipe
+        self._parts: list[bytes] = []
+
+    def timeouts(self) -> list[float]:
+        """Of the processes that watch, in seconds."""
+        with contextlib.suppress(BlockingIOError):
+            self._parts.append(os.read(self._pipe, 1 << 16))
+        return [float(word) for word in b"".join(self._parts).split()]
+
+
+def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, stopped: Sequence[int] = ()) -> int:
     failed: int | None = None
-    since, grace = 0.0, GRACE_SECONDS
-    os.set_blocking(watched, False)
+    since = 0.0
     while running := [child for child in children if child.poll() is None]:
         time.sleep(0.1)
-        with contextlib.suppress(BlockingIOError):
-            if said := os.read(watched, 1 << 16).split():
-                grace = GRACE_SECONDS + float(said[0])
+        grace = GRACE_SECONDS + max(heard.timeouts(), default=0.0)
         failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
         if failures and failed is None:
             since, (rank, failed) = time.monotonic(), failures[0]
-            if failed < 0:
+            if failed < 0 and not stopped:
                 name = signal.Signals(-failed).name
                 print(f"megatron-lcl train: process {rank} was killed by {name}", file=sys.stderr, flush=True)
         if failed is not None and time.monotonic() - since > grace:

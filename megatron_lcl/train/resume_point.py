@@ -11,13 +11,13 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.pack_index import Ledger, open_ledger
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
-from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, without_pairs
+from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
 from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.resilience.lock import lock_run_folder
 
@@ -50,6 +50,7 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
         try:
             settings = check(config, mesh.world.size)
             until_end.enter_context(lock_run_folder(Path(config.train.output)))
+            check_space(config)  # again: it is there now, and others write too
             point = _resolve(config, settings)
             images = Ledger.from_json(point.progress.ledger).settings["images_per_pack"]
             check_memory(config, mesh.world.size, local_processes(mesh.world.size), images)
@@ -57,7 +58,7 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
         except UserError as error:
             return str(error)
         except OSError as error:
-            return f"{error.filename}: {error.strerror}"
+            return describe_os_error(error, config.train.output)
 
     decision = mesh.world.broadcast_object(decide() if mesh.is_first else "")
     if isinstance(decision, str):

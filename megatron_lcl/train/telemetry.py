@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.objectives import contrast, generation
 from megatron_lcl.train.step import StepResult
 
 METRICS = "metrics.jsonl"
@@ -112,11 +113,21 @@ class Telemetry:
             return
         if step % self.every and step != self.total:
             return
-        rates = self.rates.values()
-        self.write({"step": step, **result.numbers(), "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
-        images, tokens = rates["images_per_second"], rates["tokens_per_second"]
-        self._bar.set_postfix_str(f"loss {result.loss:.3f}, {images:.0f} images/s, {tokens:.0f} tokens/s")
+        rates, numbers = self.rates.values(), self._measured(result)
+        self.write({"step": step, **numbers, "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
+        self._bar.set_postfix_str(", ".join(_shown(numbers, rates)))
         self.rates = Rates()
+
+    def _measured(self, result: StepResult) -> dict[str, float | None]:
+        """The step's numbers; None for a mean over pairs, or targets, of which the step has none."""
+        numbers: dict[str, float | None] = {**result.numbers()}
+        pairs = result.num_pairs if self._contrasts else 0
+        if pairs and "image_accuracy" in numbers:
+            numbers["chance_accuracy"] = 1 / pairs
+        for names, count in ((contrast.METRICS, pairs), (generation.METRICS, result.num_targets)):
+            if not count:
+                numbers |= {name: None for name in names if name in numbers}
+        return numbers
 
     def write(self, values: dict[str, Any]) -> None:
         """One line of metrics, and its numbers to TensorBoard.
@@ -152,7 +163,7 @@ class Telemetry:
             action()
         except OSError as error:
             if not self._fault:
-                self.say(f"metrics cannot be written: {error}")
+                self.say(f"metrics cannot be written: {describe_os_error(error, self._run)}")
             self._fault = str(error)
             return False
         return True
@@ -170,6 +181,16 @@ class Telemetry:
             if self.num_without_pairs > 1:
                 self.say(f"{self.num_without_pairs} steps had no pair: nothing was contrasted in them")
             self._close()
+
+
+def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> Iterator[str]:
+    """What stands beside the progress bar."""
+    yield f"loss {numbers['loss']:.3f}"
+    accuracy, chance = numbers.get("image_accuracy"), numbers.get("chance_accuracy")
+    if accuracy is not None and chance is not None:
+        yield f"accuracy {accuracy:.1%} (chance {chance:.1%})"
+    yield f"{rates['images_per_second']:.0f} images/s"
+    yield f"{rates['tokens_per_second']:.0f} tokens/s"
 
 
 def keep_lines_before(path: Path, step: int) -> None:
@@ -191,7 +212,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. UserError where one is damaged; one cut off in writing may end the file."""
     path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is damaged: {error}") from None
+    return found

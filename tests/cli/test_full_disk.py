@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from convert.conftest import TINY, random_model
@@ -22,12 +24,16 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config, load, to_yaml
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.files import new_array, save_array
+from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.prepare import gimp
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
+from megatron_lcl.errors import describe_os_error
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
 from megatron_lcl.model.reference_format import open_clip_config
+from megatron_lcl.train.resilience.lock import LOCK, lock_run_folder
 
 FREE = 4 << 10
 SIZES = "image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64"
@@ -106,7 +112,8 @@ def test_commands(
     before = snapshot(disk)
     assert main(arguments) == 2
     said = capfd.readouterr().err.strip().splitlines()[-1]
-    assert said == f"megatron-lcl {arguments[0]}: {arguments[-1]}: {os.strerror(errno.ENOSPC)}"
+    free = re.escape(f"{arguments[-1]}: {os.strerror(errno.ENOSPC)} (") + r"[\d.]+ k?B of 2.1 MB are free in .*\)"
+    assert re.fullmatch(f"megatron-lcl {arguments[0]}: {free}", said), said
     assert snapshot(disk) == before
     (disk / "ballast").unlink()
     assert main(arguments) == 0
@@ -198,3 +205,48 @@ def test_unpacking_the_manual(disk: Path, tmp_path: Path) -> None:
     (disk / f"{gimp.PACKAGE}_3_all.deb").write_bytes(b"cut" * 99)
     with pytest.raises(ValueError, match=f"in {disk} failed: dpkg-deb: error: .* is not a Debian format archive"):
         gimp.fetch_manual(disk)
+
+
+def test_a_run_is_refused_that_has_no_room_for_a_checkpoint(
+    documents: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(disk)
+    command = ["train", "--config", str(documents / "run" / "config.yaml"), "--processes", "1", "--train.output"]
+    assert main([*command, str(disk / "run"), "--data.cache", str(documents / "cache")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    numbers = r"takes at least [\d.]+ MB, and 4.1 kB of 2.1 MB are free in"
+    assert re.search(f"train.output = {disk / 'run'}: a checkpoint of this model {numbers} {disk}; make room", said), (
+        said
+    )
+    assert not (disk / "run").exists()
+
+
+def test_a_cache_that_is_full_is_named(documents: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is mapped has its space on the disk first: else the process would be killed by SIGBUS."""
+    fill(disk)
+    command = ["train", "--config", str(documents / "run" / "config.yaml"), "--processes", "1", "--train.output"]
+    assert main([*command, str(documents / "new run"), "--data.cache", str(disk / "cache")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"the pack index cannot be written to {disk / 'cache'} (No space left on device, " in said
+    assert "are free" in said
+    assert "set data.cache to another folder" in said
+
+
+def test_no_error_of_a_full_disk_is_without_a_name(disk: Path) -> None:
+    """Writes to an open file do not say which: whoever writes does."""
+    (disk / "run").mkdir()
+    (disk / "run" / LOCK).touch()
+    (disk / "ballast").write_bytes(b"\0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize))
+    writers: dict[str, Callable[[Path], Any]] = {
+        LOCK: lambda path: lock_run_folder(path.parent).__enter__(),
+        "array.npy": lambda path: save_array(path, np.zeros(9999)),
+        "mapped.npy": lambda path: new_array(path, np.int64, (9999,)),
+        "hashed": lambda path: write_file(path, b"0" * 9999),
+    }
+    for name, write in writers.items():
+        with pytest.raises(OSError, match=str(disk / "run" / name)) as raised:
+            write(disk / "run" / name)
+        assert raised.value.errno == errno.ENOSPC
+        line = describe_os_error(raised.value)
+        assert line == f"{disk / 'run' / name}: No space left on device (0 B of 2.1 MB are free in {disk / 'run'})"
+    assert describe_os_error(OSError(errno.EIO, "broken"), "the place") == "the place: broken"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
@@ -18,7 +19,8 @@ from megatron_lcl.convert import hf
 from megatron_lcl.convert.card import Card, Measured, write_card
 from megatron_lcl.convert.export import export_model
 
-ModelCard = pytest.importorskip("huggingface_hub").ModelCard
+hub = pytest.importorskip("huggingface_hub")
+ModelCard, ModelCardData, EvalResult = hub.ModelCard, hub.ModelCardData, hub.EvalResult
 TINY = Model(Vision(64, 16, 64, 2, 4, 128), Language(64, 211, 48, 2, 4, 96), 4)
 LIBRARY = {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}
 
@@ -74,11 +76,19 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     corpora = (Corpus(path=str(corpus)), Corpus(path=str(tmp_path / "elsewhere")))
     save_checkpoint(model, Config(model=model.config, data=Data(corpora=corpora)), checkpoint)
     (checkpoint / "manifest.json").write_text("{}")
-    heldout = {"step": 10, "pairs": 7, "chance_at_10": 0.25, "corpus": str(corpus), "median_rank": None}
+    heldout = {
+        "step": 10, "corpus": str(corpus), "documents": 5, "images": 8, "pairs": 7, "targets": 1234,
+        "image_to_context_recall_at_10": 0.5, "chance_at_10": 0.25, "median_rank": None, "bits_per_token": 3.0,
+        "intervals": {"image_to_context_recall_at_10": [0.375, 0.625]},
+    }  # fmt: skip
     (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout))
     card = card_of(checkpoint)
-    task = "held-out documents"
-    assert card.metrics == (Measured(task, "manual", "pairs", 7), Measured(task, "manual", "chance at 10", 0.25))
+    of = ("held-out documents", "manual (5 documents, 8 images)")
+    assert card.metrics == (
+        Measured(*of, "image to context recall@10", 0.5, (0.375, 0.625), 0.25, "7 pairs"),
+        Measured(*of, "bits per token", 3.0, items="1,234 targets"),
+        Measured(*of, "perplexity", 8.0, items="1,234 targets"),
+    )
     assert "license GFDL" in card.datasets[0]
     assert "documents 1,234" in card.datasets[0]
     assert "elsewhere" in card.datasets[1]
@@ -87,7 +97,12 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     text = to_text(card, tmp_path)
     assert str(tmp_path) not in text  # the config's folders are nobody's business
     assert "path: manual" in text
-    assert ModelCard(text).data.datasets == ["manual", "elsewhere"]
+    read = ModelCard(text).data
+    assert read.datasets is None  # folders are nobody's data sets on the Hub
+    assert read.metrics == ["perplexity", "recall"]  # neither counts nor chance
+    assert read.eval_results is None  # of data that is not on the Hub
+    row = "image to context recall@10 | 0.5 | 0.375 – 0.625 | 0.25 | 7 pairs |"
+    assert f"| held-out documents | manual (5 documents, 8 images) | {row}" in text
 
 
 def to_text(card: Card, folder: Path) -> str:
@@ -97,21 +112,26 @@ def to_text(card: Card, folder: Path) -> str:
 
 def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     metrics = (
-        Measured("k-NN", "digits/test", "accuracy", 0.5),
-        Measured("k-NN", "digits/test", "mean per-class recall", 0.25),
-        Measured("captioning", "coco.json (test)", "CIDEr", 1.5),
+        Measured("k-NN", "digits/test", "accuracy", 0.5, hub_data="org/digits"),
+        Measured("k-NN", "digits/test", "mean per-class recall", 0.25, hub_data="org/digits"),
+        Measured("k-NN", "digits/test", "items", 9, hub_data="org/digits"),
+        Measured("k-NN", "at home", "accuracy", 0.75),
+        Measured("captioning", "coco.json (test)", "CIDEr", 1.5, hub_data="org/coco"),
     )
     card = Card("A name", "apache-2.0", ("org/some-data: with words", "mmc4 (not here)", "words alone"), metrics)
     read = ModelCard(to_text(card, tmp_path)).data  # checks the model-index too
     assert (read.license, read.license_name, read.model_name) == ("apache-2.0", None, "A name")
-    assert read.datasets == ["org/some-data", "mmc4"]
+    assert read.datasets == ["org/some-data"]
     assert read.metrics == ["accuracy", "cider", "recall"]
-    found = [(r.task_type, r.task_name, r.dataset_name, r.metric_name, r.metric_value) for r in read.eval_results]
-    assert found == [
-        ("image-classification", "k-NN", "digits/test", "accuracy", 0.5),
-        ("image-classification", "k-NN", "digits/test", "mean per-class recall", 0.25),
-        ("image-to-text", "captioning", "coco.json (test)", "CIDEr", 1.5),
+    knn, coco = ("image-classification", "org/digits", "digits/test"), ("image-to-text", "org/coco", "coco.json (test)")
+    assert read.eval_results == [
+        EvalResult(*knn, "accuracy", 0.5, task_name="k-NN", metric_name="accuracy"),
+        EvalResult(*knn, "recall", 0.25, task_name="k-NN", metric_name="mean per-class recall"),
+        EvalResult(*coco, "cider", 1.5, task_name="captioning", metric_name="CIDEr"),
     ]
+    again = ModelCardData(**{k: v for k, v in read.to_dict().items() if k != "model-index"})  # the Hub's own class
+    again.model_name, again.eval_results = read.model_name, read.eval_results
+    assert again.to_dict() == yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert "| k-NN | digits/test | accuracy | 0.5 |" in (tmp_path / "README.md").read_text()
     for license, expected in (("gpl-3.0", ("gpl-3.0", None)), ("gpl-3.0-only", ("other", "gpl-3.0-only"))):
         read = ModelCard(to_text(Card(license=license), tmp_path)).data
@@ -137,7 +157,7 @@ def test_results_of_an_evaluation_reach_the_card(
         save_checkpoint(model, Config(model=model.config), folder)
         with torch.no_grad():
             model.pool.query.sub_(shift)
-    numbers = {"accuracy": Metric(0.75, 0.7, 0.8)}
+    numbers = {"accuracy": Metric(0.75, 0.7, 0.8, 0.1)}
     results = [
         Result("k-NN", str(folder), "/data/digits/test", 9, numbers, {}, load_encoder(folder).fingerprint)
         for folder in (checkpoint, other)
@@ -152,15 +172,20 @@ def test_results_of_an_evaluation_reach_the_card(
         assert words in said
         assert len(said.splitlines()) == 1
         assert not (tmp_path / "out").exists()
+    assert main([*command, "--results", f"{tmp_path / 'both.json'}@digits"]) == 2
+    assert "'digits' is no identifier of a data set on the Hub" in capsys.readouterr().err
     assert main([*command, "--results", str(tmp_path / "both.json")]) == 0
+    read = ModelCard.load(tmp_path / "out" / "README.md")
+    assert read.data.eval_results is None  # nobody said what the data is called on the Hub
+    assert "| k-NN | digits/test | accuracy | 0.75 | 0.7 – 0.8 | 0.1 | 9 items |" in read.text
+    assert main([*command, "--results", f"{tmp_path / 'both.json'}@org/digits"]) == 0
     (found,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     assert (found.task_name, found.dataset_name, found.metric_value) == ("k-NN", "digits/test", 0.75)
+    assert (found.dataset_type, found.metric_type) == ("org/digits", "accuracy")
 
 
 def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
-    import yaml
-
     from megatron_lcl.cli import main
     from megatron_lcl.config import Config
     from megatron_lcl.convert.export import save_checkpoint
@@ -184,3 +209,33 @@ def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.
     assert "# LCL of manuals\n" in body
     assert "## Data\n\n* the GIMP manual\n* a blog\n" in body
     assert "## Licence\n\ncc-by-4.0\n" in body
+
+
+NAMES = (
+    *(
+        "org/name",
+        "ILSVRC/imagenet-1k",
+        "a/b.c_d",
+        "name",
+        "a/b/c",
+        "../x",
+        "a/.b",
+        "a b/c",
+        "a/b-",
+        "a--b/c",
+        "a/b..c",
+    ),
+    *("/b", "a/", "a/" + "b" * 96, "a/" + "b" * 97),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_may_be_called_a_data_set_is_what_the_hub_takes(name: str) -> None:
+    from megatron_lcl.convert.card import is_hub_id
+
+    try:
+        hub.utils.validate_repo_id(name)
+        legal = "/" in name  # a name alone is a data set of before there were namespaces, or a folder
+    except hub.utils.HFValidationError:
+        legal = False
+    assert is_hub_id(name) == legal

@@ -14,7 +14,7 @@ from megatron_lcl import load_model
 from megatron_lcl.cli import main
 from megatron_lcl.config import Data
 from megatron_lcl.convert.card import card_of
-from megatron_lcl.convert.load import find_checkpoint, read_config
+from megatron_lcl.convert.find import find_checkpoint, read_config
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.report.page import write_report
 

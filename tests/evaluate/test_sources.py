@@ -136,6 +136,18 @@ def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignor
     refused("no split 'test', but train", lambda: open_images(tmp_path / "split"))
     refused("9 class names do not match", lambda: open_images(folder, "test", class_names=["x"] * 9))
     refused("no {c}|no \\{c\\}", lambda: open_images(folder, "test", templates=["a photo"]))
+    (tmp_path / "names").write_bytes(b"first\n\nthird \xff\n")
+    refused(
+        f"{tmp_path / 'names'}, line 3: not UTF-8", lambda: open_images(folder, "test", class_names=tmp_path / "names")
+    )
+    (tmp_path / "texts").write_text("a {c}\n\n  a photo\n")
+    at = f"{tmp_path / 'texts'}, line 3: the template 'a photo' has no"
+    refused(at, lambda: open_images(folder, "test", templates=tmp_path / "texts"))
+    (tmp_path / "few").write_text("one\n")
+    refused(
+        f"{tmp_path / 'few'}: 1 class names do not match",
+        lambda: open_images(folder, "test", class_names=tmp_path / "few"),
+    )
     refused("no captions", lambda: open_images(folder, "test").need_captions())
     (tmp_path / "a" / "full").mkdir(parents=True)
     (tmp_path / "a" / "empty").mkdir()

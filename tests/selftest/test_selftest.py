@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,11 @@ def test_every_layout_gives_what_one_process_gives() -> None:
     assert {"attention per_sequence, bfloat16", "contrastive loss torch, float32"} <= kernels
     if importlib.util.find_spec("triton"):
         assert "generation loss triton, interpreted, bfloat16" in kernels
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(rf"all {len(CASES) + 1} checks passed in \d+ s on CPU \(4 processes, gloo\)", last)
+    header = next(line for line in done.stdout.splitlines() if line.startswith("layout"))
+    for column in re.split(r" {2,}", header)[1:]:  # each is explained above
+        assert re.search(rf"^  .*\b{column.split()[0]}\b", done.stdout.split(header)[0], re.M), column
     for case, row in zip(CASES, rows, strict=True):
         sent = float(row.removesuffix("equal").split()[-3])  # that it is the formula's is the selftest's own business
         assert bool(sent) == (case.processes > 1), row
@@ -145,7 +151,8 @@ def test_a_planted_fault_is_found(fault: Callable[[int], None], case: Case, foun
     lines: list[str] = []
     (verdict,) = selftest([case], prepare=fault, say=lines.append)
     assert any(found in text for text in verdict.faults), verdict
-    assert "DIFFERS" in lines[-1]
+    assert "DIFFERS" in lines[-2]
+    assert re.fullmatch(rf"FAILED: 1 of 1 checks in \d+ s on CPU \(.*\): {' '.join(case.name.split())}", lines[-1])
 
 
 def compute_wrongly(rank: int) -> None:
@@ -174,7 +181,7 @@ def test_a_wrong_kernel_is_found() -> None:
         dtypes = ("float32", "bfloat16", "float16")
         expected |= {f"generation loss triton, interpreted, {dtype}" for dtype in dtypes}
     assert wrong == expected
-    rows = lines[-1].splitlines()
+    rows = lines[-2].splitlines()
     assert {row.split("  ")[0] for row in rows if row.endswith("WRONG")} == expected
     assert any(row.startswith("attention dense, float32") and row.endswith("equal") for row in rows)
 
@@ -188,7 +195,8 @@ def test_a_kernel_that_ends_its_process_is_a_fault() -> None:
     lines: list[str] = []
     (verdict,) = selftest([KernelCase()], prepare=die, say=lines.append)
     assert verdict.faults == ("process 0 ended with code 9",)
-    assert "process 0 ended with code 9" in lines[-1]
+    assert "process 0 ended with code 9" in lines[-2]
+    assert lines[-1].startswith("FAILED: 1 of 1 checks")
 
 
 def fall_silent(rank: int) -> None:
@@ -221,7 +229,8 @@ def test_a_launch_goes_on_after_a_fault_and_uses_all_its_processes() -> None:
     launched = Path(__file__).with_name("launched.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(launched)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    first, second = done.stdout.splitlines()[-2:]
+    first, second, last = done.stdout.splitlines()[-3:]
     assert "DIFFERS: process 1: a fault of this process alone" in first, done.stdout + done.stderr
     assert second.startswith("tp 1  pp 1  dp 3"), done.stdout + done.stderr
     assert second.endswith("equal")
+    assert last.startswith("FAILED: 1 of 2 checks"), last

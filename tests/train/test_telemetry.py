@@ -40,7 +40,7 @@ def test_a_cut_line_is_skipped_and_damage_is_named(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"step": 2}\n{"st')  # as a killed run, or one that is writing, leaves it
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     file.write_text('{"step": 1}\n{"st\n')
-    with pytest.raises(ValueError, match=f"{file} is damaged"):
+    with pytest.raises(ValueError, match=f"{file}, line 2 is damaged"):
         read_metrics(tmp_path)
 
 
@@ -66,7 +66,12 @@ def test_steps_without_pairs_are_counted_and_said(
         for step in range(1, 9):
             telemetry.step(step, dataclasses.replace(RESULT, num_pairs=4 if step in (2, 6) else 0), 1e-3, 0.1, 0.0)
     lines = read_metrics(tmp_path)
-    assert all(line["image_accuracy"] == 0.5 and "metrics" not in line for line in lines)
+    contrasted = (2, 6) if objective == "lcl" else ()
+    for line in lines:
+        of_pairs = (0.5, 1.0, 0.25) if line["step"] in contrasted else (None, None, None)
+        assert (line["image_accuracy"], line["contrastive"], line.get("chance_accuracy")) == of_pairs, line["step"]
+        assert (line["loss"], line["generation"], line["num_pairs"]) == (1.0, 1.0, 4 if line["step"] in (2, 6) else 0)
+        assert "metrics" not in line
     counted = [line["steps_without_pairs"] for line in lines]
     said = capsys.readouterr().out.splitlines()
     if objective == "generation":
@@ -75,3 +80,20 @@ def test_steps_without_pairs_are_counted_and_said(
         assert counted == [1, 3, 4, 6]
         assert said[0].startswith("step 1 has no pair: nothing is contrasted in it")
         assert said[1:] == ["6 steps had no pair: nothing was contrasted in them"]
+
+
+def test_a_step_without_targets_has_no_generation_loss(tmp_path: Path) -> None:
+    config = configs.load(None, {"train.log_every": "1", "train.progress": "false"})
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        telemetry.step(1, dataclasses.replace(RESULT, num_targets=0), 1e-3, 0.1, 0.0)
+    (line,) = read_metrics(tmp_path)
+    assert (line["generation"], line["contrastive"]) == (None, 1.0)
+
+
+def test_chance_stands_beside_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configs.load(None, {"train.log_every": "1", "train.steps": "9"})
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        for step, pairs in ((1, 4), (2, 0)):
+            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=pairs), 1e-3, 0.1, 0.0)
+            said = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+            assert ("accuracy 50.0% (chance 25.0%)" in said) == bool(pairs), said

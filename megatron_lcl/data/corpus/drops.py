@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +61,10 @@ class Drops:
                 mine[key] = mine.get(key, 0) + count
         for key, names in other.names.items():
             self.names[key] = (self.names.get(key, []) + names)[:NAMES_KEPT]
+
+    def rename(self, place: Callable[[str], str]) -> None:
+        """Give the names as people read them."""
+        self.names = {reason: [place(name) for name in names] for reason, names in self.names.items()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """`what` (bad, left out, noted), `reason`, `count` and `names` of the first few; the most frequent first."""

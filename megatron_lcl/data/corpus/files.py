@@ -6,8 +6,13 @@ import contextlib
 import os
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import xxhash
+
+from megatron_lcl.errors import naming
 
 _BLOCK = 1 << 22
 
@@ -28,6 +33,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file and fsync it."""
+    with naming(path), open(path, "wb") as file:
+        np.save(SimpleNamespace(write=file.write), array)  # type: ignore[call-overload]  # to a file: no errno on error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A new `.npy` file, mapped, with its space on the disk: a page without any would end the process by SIGBUS."""
+    with naming(path):
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if array.nbytes and hasattr(os, "posix_fallocate"):  # not on macOS
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

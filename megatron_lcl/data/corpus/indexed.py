@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, naming
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -65,13 +65,15 @@ class HashingFile:
         self._pending.clear()
         self._num_pending = 0
         self._hash.update(block)
-        while block:
-            block = block[self._file.write(block) :]
+        with naming(self.path):
+            while block:
+                block = block[self._file.write(block) :]
 
     def finish(self) -> FileInfo:
         self._flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
         os.replace(self._temporary, self.path)
         return {"size": self.size, "xxh3": self._hash.hexdigest()}
 

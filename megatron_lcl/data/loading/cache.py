@@ -31,7 +31,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, free_space, naming
 
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
@@ -132,6 +132,13 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another builder came first
                 raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the pack index cannot be written to {folder.parent} ({error.strerror}, {free_space(folder.parent)}); "
+            "make room there, or set data.cache to another folder"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -164,14 +171,6 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except OSError:
         return float("inf")
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file and fsync it."""
-    with open(path, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- using -------------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ def _replace(path: Path, content: bytes) -> None:
     """Write a file as a whole, whoever else does so at the same time."""
     descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
     try:
-        with open(descriptor, "wb") as file:
+        with naming(path), open(descriptor, "wb") as file:
             file.write(content)
         os.replace(temporary, path)
     except OSError:

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
@@ -368,8 +369,8 @@ class PackIndex:
             blocks.append(window[0])
             counts.append(np.diff(window[1]))
         offsets = np.cumsum(np.concatenate(counts))
-        cache.save_array(folder / "entries.npy", np.concatenate(blocks))
-        cache.save_array(folder / "offsets.npy", offsets)
+        save_array(folder / "entries.npy", np.concatenate(blocks))
+        save_array(folder / "offsets.npy", offsets)
         record = {"inputs": inputs, "end": state, "packs": len(offsets) - 1, "documents": documents, **totals}
         (folder / cache.RECORD).write_text(json.dumps(record, indent=1))
 

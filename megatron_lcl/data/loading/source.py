@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.document import KINDS, Kind
+from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.loading.sequence import INTERLEAVED, Rules, Sequences, arranged_sizes, measure, mix, rules_for
@@ -74,7 +75,7 @@ class Source:
 
     def _measure(self, folder: Path) -> None:
         arrays = {
-            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (len(self.corpus),))
+            name: new_array(folder / f"{name}.npy", dtype, (len(self.corpus),))
             for name, dtype in (("tokens", np.int32), ("images", np.int32), ("placements", np.int64))
         }
         starts = self.corpus.document_starts

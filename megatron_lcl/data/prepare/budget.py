@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import total
 from megatron_lcl.errors import UserError
@@ -17,10 +19,12 @@ class Unusable(UserError):
 class Budget:
     """Stops a run of which too much is bad."""
 
-    def __init__(self, max_bad_fraction: float) -> None:
+    def __init__(self, max_bad_fraction: float, place: Callable[[str], str] = str) -> None:
+        """place: of a bad item's name, where it stands (`Importer.place`)."""
         if not 0 <= max_bad_fraction <= 1:
             raise UserError(f"max_bad_fraction is {max_bad_fraction}; give a number from 0 to 1")
         self._limit = max_bad_fraction
+        self._place = place
         self._drops = Drops()
         self._counts: dict[str, int] = {}
 
@@ -39,6 +43,7 @@ class Budget:
             bad = self._drops.num_bad(kind)  # type: ignore[arg-type]
             seen = bad + good[kind]
             if bad and seen >= at_least and bad > self._limit * seen:
+                self._drops.rename(self._place)
                 raise Unusable(
                     f"{bad:,} of {seen:,} {kind}s are bad ({bad / seen:.0%}; max_bad_fraction is {self._limit:g}); "
                     f"{_dominant(self._drops, kind)}"

@@ -57,6 +57,7 @@ def finish(
     drops = Drops()
     for part in parts:
         drops.add(Drops.from_dict(part.drops))
+    drops.rename(settings.importer.place)
     counts = total(part.counts for part in parts)
     budget = Budget(max_bad_fraction)
     budget.add(drops, [counts])

@@ -40,7 +40,8 @@ from megatron_lcl.data.prepare.importers import Importer, Unit
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
 from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, free_space
+from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
@@ -281,6 +282,7 @@ def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document
             found = True
             yield document
     if not found:
+        drops.rename(importer.place)
         raise UserError(nothing_left(drops))
 
 
@@ -309,7 +311,7 @@ def _write_corpus(
                 settings.importer.prepare(work)
             index, num_jobs = job or (0, 1)
             mine = [k for k in range(len(tasks)) if k % num_jobs == index]
-            budget = Budget(max_bad_fraction)
+            budget = Budget(max_bad_fraction, settings.importer.place)
             done = tqdm(_run(settings, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
             for number, drops in done:
                 budget.add(drops, [part.counts for part in parts_of(work, number)])
@@ -363,7 +365,9 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left for {folder}; free some and run the same command again") from None
+            raise UserError(
+                f"no space left for {folder}, {free_space(folder)}; free some and run the same command again"
+            ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"cannot write {folder}: {error.strerror}") from None
         raise
@@ -377,7 +381,8 @@ def _run(settings: TaskSettings, tasks: list[list[Unit]], mine: list[int], worke
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (settings,)) as pool:
-        futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
+        with holding_interrupts():
+            futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
         try:
             for k, future in futures:
                 yield k, future.result()
@@ -393,6 +398,7 @@ _settings_of_this_worker: list[TaskSettings] = []
 
 
 def _start_worker(settings: TaskSettings) -> None:
+    end_on_interrupt()
     _settings_of_this_worker[:] = [settings]
 
 

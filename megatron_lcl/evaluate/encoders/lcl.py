@@ -31,11 +31,12 @@ class OurEncoder(Encoder):
         super().__init__(name, model, device)
         self.tokenizer = tokenizer
         size = model.config.language.vocab_size
-        if tokenizer is not None and tokenizer.vocab_size != size:
+        if tokenizer is not None and model.whole and tokenizer.vocab_size != size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}; give its own --tokenizer")
 
     def need_tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer; UserError where none was found."""
+        self.module.need_language()
         if self.tokenizer is None:
             raise UserError(f"the tokenizer of {self.name} is not known; give --tokenizer clip or the corpus's file")
         return self.tokenizer

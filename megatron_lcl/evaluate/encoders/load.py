@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_lcl.convert.load import find_checkpoint, load_model, read_config
+from megatron_lcl.convert.find import find_checkpoint, read_config
+from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import open_corpus
@@ -17,6 +18,7 @@ from megatron_lcl.evaluate.encoders.hf import HfEncoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
 from megatron_lcl.evaluate.encoders.timm import TimmEncoder
+from megatron_lcl.run_folder import CONFIG
 
 
 def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
@@ -68,9 +70,10 @@ _CLIP_VOCABULARY = 49411
 def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | None:
     if given is not None:
         return tokenizers.load(given)
-    if not path.is_dir():
+    checkpoint = find_checkpoint(path)
+    if not (checkpoint / CONFIG).is_file():  # a file in the reference's format, or an export
         return None
-    config = read_config(find_checkpoint(path))
+    config = read_config(checkpoint)
     for corpus in config.data.corpora:
         if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
             return open_corpus(corpus.path).tokenizer

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lcl.config import Checkpoint
+from megatron_lcl.config import Checkpoint, Config, load
+from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.corpus.manifest import verify
+from megatron_lcl.data.corpus.manifest import MANIFEST, verify
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CHECKPOINTS, PROGRESS
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
 if TYPE_CHECKING:
     from megatron_lcl.data.loading.pack_index import Ledger
@@ -105,7 +106,7 @@ def read_progress(folder: Path) -> Progress:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first. Under their final names they are complete, unless damage came later."""
-    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir() and step_of(path) >= 0)
+    return checkpoints_in(run) if (run / CHECKPOINTS).is_dir() else []
 
 
 def last_progress(run: Path) -> Progress | None:
@@ -121,6 +122,19 @@ def last_ledger(run: Path) -> Ledger | None:
 
     progress = last_progress(run)
     return Ledger.from_json(progress.ledger) if progress else None
+
+
+def config_and_ledger(path: Path) -> tuple[Config, Ledger | None]:
+    """The config of a run and what its packs depend on: of a run folder, one of its checkpoints, or a config file."""
+    from megatron_lcl.data.loading.pack_index import Ledger
+
+    if not path.is_dir():
+        config = load(path)
+        return config, last_ledger(Path(config.train.output))
+    if (path / PROGRESS).is_file():
+        return load(path / CONFIG), Ledger.from_json(read_progress(path).ledger)
+    run = run_of(path)
+    return load(run / CONFIG), last_ledger(run)
 
 
 def newest(folders: list[Path]) -> tuple[Path | None, dict[Path, list[str]]]:
@@ -150,15 +164,27 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
         )
     if folder is not None or resume == "auto":
         return folder, rejected
+    folder, rejected = newest(named := resumable(resume))
+    if folder is None:
+        faults = rejected[named[-1]]
+        raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
+    return folder, rejected
+
+
+def resumable(resume: str) -> list[Path]:
+    """The checkpoints that `checkpoint.resume` names, oldest first: a run's, or one. UserError where it names none."""
     named = Path(resume)
-    if read_record(named, IMPORT):
+    kind = "import" if read_record(named, IMPORT) else export_kind(named)
+    if kind or named.is_file():
+        what = "a file" if kind is None else "an import" if kind == IMPORT else f"an export to {kind}"
         raise UserError(
-            f"checkpoint.resume = {resume} is an import: weights alone, without an optimizer and a place in the data; "
+            f"checkpoint.resume = {resume} is {what}: weights alone, without an optimizer and a place in the data; "
             f"begin with them by --train.init_from {resume}"
         )
-    if faults := verify(named):
-        raise UserError(f"checkpoint.resume = {resume} is not a whole checkpoint: {'; '.join(faults[:3])}")
-    return named, rejected
+    found = checkpoints_in(named) or [named] * (named / MANIFEST).is_file()  # one that was renamed
+    if not found:
+        raise UserError(f"checkpoint.resume = {resume} holds no checkpoint; name a run's folder, or a checkpoint")
+    return found
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------

@@ -10,18 +10,18 @@ matched is the layer: the same one of the same encoder.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Model, to_dict
+from megatron_lcl.convert.find import export_kind, find_checkpoint, read_config
 from megatron_lcl.convert.load import (
     check_whole,
-    find_checkpoint,
+    load_model,
     open_clip_sizes,
-    read_config,
     read_safetensors,
     read_state_dict,
 )
@@ -75,9 +75,9 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
         return None
     path = Path(config.train.init_from)
     path = find_checkpoint(path) if path.is_dir() else path
-    if verify and path.is_dir():
+    if verify and path.is_dir() and not export_kind(path):
         check_whole(path)
-    theirs, tensors, unused = _read(path)
+    theirs, tensors, unused = _read(path, config.model)
     shapes = _shapes(config.model)
     names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
     if not names:
@@ -98,7 +98,7 @@ def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module
 
     axis: the tensor ranks that share them.
     """
-    _, tensors, _ = _read(weights.path)
+    _, tensors, _ = _read(weights.path, None)
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
             source = weights.names.get(f"{index}.{name}")
@@ -110,8 +110,17 @@ def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module
             parameter.data.copy_(shard(value, parameter, axis))
 
 
-def _read(path: Path) -> tuple[Model, dict[str, torch.Tensor], list[str]]:
-    """The checkpoint's model, its tensors under our names (mapped), and names of those that are none of the model's."""
+def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor], list[str]]:
+    """The checkpoint's model, its tensors under our names (mapped), and names of those that are none of the model's.
+
+    ours: the run's model, whose language model stands for the one that an export of the vision encoder does not hold.
+    """
+    if path.is_dir() and export_kind(path):
+        encoder = load_model(path)
+        unread = {f"{len(encoder.layers) - 1}.{name}" for name in ("embedding.weight", "positions")}
+        held = {name: p.detach() for name, p in encoder.layers.named_parameters() if name not in unread}
+        theirs = encoder.config if ours is None else replace(encoder.config, language=ours.language)
+        return theirs, held, []
     if path.is_dir():
         model, state = read_config(path).model, read_safetensors(path / WEIGHTS)
         expected = _shapes(model)

@@ -7,15 +7,16 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_lcl.config import load, replace
+from megatron_lcl.convert.find import checkpoints_in, run_of
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.checkpoint.folder import delete, list_checkpoints, read_progress, step_of, superseded
+from megatron_lcl.train.checkpoint.folder import delete, read_progress, step_of, superseded
 
 
 def checkpoints_of(path: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; or the one that the path is. UserError where it is neither."""
-    found = [path] if step_of(path) >= 0 and path.is_dir() else list_checkpoints(path)
+    found = checkpoints_in(path)
     if not found:
         raise UserError(f"{path} holds no checkpoint; name a run's folder (train.output), or one of its checkpoints")
     return found
@@ -59,6 +60,9 @@ def prune(
     None: as the run's config says. Damaged ones go too. Yields a line for each that is (or, with `dry_run`, would be)
     deleted. UserError, and nothing is deleted, where none verifies.
     """
+    if step_of(run) >= 0:
+        raise UserError(f"{run} is one checkpoint; prune takes the run's folder, {run_of(run)}")
+    run = run_of(run)
     config = load(run / CONFIG)
     given = {"keep_last": keep_last, "keep_every": keep_every}
     keep = replace(config, **{f"checkpoint__{k}": v for k, v in given.items() if v is not None}).checkpoint

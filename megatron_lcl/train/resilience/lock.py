@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, naming
 
 LOCK = ".lock"
 PATIENCE_SECONDS = 30.0
@@ -37,15 +37,17 @@ def lock_run_folder(run: Path) -> Iterator[None]:
     kept apart.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as until_end:
+        with naming(run / LOCK):
+            file = until_end.enter_context((run / LOCK).open("a+", encoding="utf-8", buffering=1))
         locked = _acquire(run, file.fileno())
         file.seek(0)
         holder, here = file.read(), f" on {socket.gethostname()}"
         if holder and not (locked and holder.endswith(here)):  # a lock that we got says that all on this machine ended
             _refuse_living(run, holder)
-        file.truncate(0)
-        file.write(f"process {os.getpid()}{here}")
-        file.flush()
+        with naming(run / LOCK):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()}{here}".encode())
         try:
             with _touched(run / LOCK):
                 yield

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-REQUEUE = 75
-"""exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
+from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal, leave
+
 SAME_SECONDS = 1.0
 """signals this close together are one: a scheduler and a launcher that passes signals on both reach a process"""
 
@@ -24,7 +21,7 @@ class Stopped(Exception):
     def __init__(self, signum: int, step: int, saved: int) -> None:
         where = "from there" if saved == step else f"from step {saved}, for it could not be saved"
         super().__init__(f"{signal.Signals(signum).name}: ended after step {step}; the same command goes on {where}")
-        self.code = 128 + signum if signum == signal.SIGINT else REQUEUE
+        self.code = code_of_signal(signum)
 
 
 class Signals:
@@ -47,6 +44,7 @@ class Signals:
         os.set_blocking(self._ends[1], False)
         self._wakeup = signal.set_wakeup_fd(self._ends[1])
         self._handlers = {s: signal.signal(s, self._note) for s in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # those that `start` held back come now
         threading.Thread(target=self._listen, args=(self._ends[0],), daemon=True).start()
         return self
 
@@ -74,14 +72,3 @@ class Signals:
             elif now - first > SAME_SECONDS:
                 leave(128 + signum, f"{signal.Signals(signum).name} again: ending at once")
         os.close(end)
-
-
-def leave(code: int, message: str) -> NoReturn:
-    """End this process now, from any thread and whatever the others do; its loader processes too."""
-    print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
-    children = multiprocessing.active_children()
-    for child in children:
-        child.kill()
-    for child in children:
-        child.join(1.0)  # leaves no zombie, even where process 1 of a container reaps none
-    os._exit(code)

@@ -32,8 +32,8 @@ def test_names_that_are_no_unicode(tmp_path: Path) -> None:
     (tmp_path / "in" / os.fsdecode(b"b\xff.jsonl")).write_bytes(b'{"items": 3}')
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "o2", tokenizer=TOKENIZER, max_bad_fraction=1)
     str(summary).encode()
-    assert summary.drops.names["image: file missing"] == ["a.jsonl@0: \\ud800.png"]
-    assert summary.drops.names['document: no list "items"'] == ["b\\udcff.jsonl@0"]
+    assert summary.drops.names["image: file missing"] == ["a.jsonl:1: \\ud800.png"]
+    assert summary.drops.names['document: no list "items"'] == ["b\\udcff.jsonl:1"]
     assert not verify(tmp_path / "o2")
 
 

@@ -116,8 +116,21 @@ def test_a_run_begins_from_another_runs_checkpoint_and_then_goes_on_from_its_own
     assert checkpoint.choose(tmp_path / "new", named) == (Path(named), {})
     shutil.copytree(run, tmp_path / "new")
     assert checkpoint.choose(tmp_path / "new", named)[0] == checkpoint.step_folder(tmp_path / "new", 4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_runs_newest_whole_checkpoint(run: Path, tmp_path: Path) -> None:
+    third, fourth = (checkpoint.step_folder(run, step) for step in (3, 4))
+    for named in (run, run / "checkpoints"):
+        assert checkpoint.choose(tmp_path / "new", str(named)) == (fourth, {})
+    (fourth / "config.yaml").write_text("")
+    folder, rejected = checkpoint.choose(tmp_path / "new", str(run))
+    assert (folder, [*rejected]) == (third, [fourth])
+    (fourth / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"is not a whole checkpoint: manifest\.json: missing"):
-        checkpoint.choose(tmp_path / "other", str(run))
+        checkpoint.choose(tmp_path / "new", str(fourth))
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no checkpoint; name a run's folder"):
+        checkpoint.choose(tmp_path / "new", str(tmp_path))
 
 
 @pytest.mark.slow

@@ -188,11 +188,23 @@ def slow_meeting(rank: int, marks: str) -> None:
     loop.init_processes = init_processes
 
 
+def slow_start(rank: int, marks: str) -> None:
+    """The second process leaves a mark before anything of the run is imported, and takes a second."""
+
+    def adopt_slurm(environment: object) -> None:
+        if rank == 1:
+            Path(marks).touch()
+            time.sleep(1.0)
+
+    launch.adopt_slurm = adopt_slurm
+
+
 @pytest.mark.slow
-def test_a_signal_before_the_first_step(config_file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plant", [slow_start, slow_meeting])
+def test_a_signal_before_the_first_step(plant: Callable[[int, str], None], config_file: str, tmp_path: Path) -> None:
     """Even before the processes know of each other."""
     run, marks = tmp_path / "run", tmp_path / "meeting"
-    with Fleet(run, "--config", config_file, plant=slow_meeting, planted=(str(marks),)) as fleet:
+    with Fleet(run, "--config", config_file, plant=plant, planted=(str(marks),)) as fleet:
         fleet.wait_for(marks.exists)
         os.kill(fleet.pid(1), signal.SIGUSR1)
         assert fleet.wait() == [REQUEUE, REQUEUE], fleet.said()

@@ -76,6 +76,10 @@ class Importer(ABC):
     def prepare(self, folder: Path) -> None:  # noqa: B027 - few importers have something to prepare
         """Once before several processes read documents: what takes long may be kept in `folder`, which all see."""
 
+    def place(self, name: str) -> str:
+        """Where something that `documents` counted stands, from the name that it gave, as people read it."""
+        return name
+
     @abstractmethod
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         """The unit's documents in order; what cannot be read is counted in `drops`, never raised.

@@ -7,6 +7,7 @@ Images are found below `images`, else below the folder of the input.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
-from megatron_lcl.data.prepare.importers.lines import SUFFIXES, find_files, line_units, typed_lines
+from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LineNumbers, find_files, line_units, typed_lines
 from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, number_or_none, text_item
 from megatron_lcl.errors import UserError
 
@@ -52,6 +53,13 @@ class JsonlImporter(Importer):
 
     def units(self) -> list[Unit]:
         return line_units(self.files)
+
+    @functools.cached_property
+    def _lines(self) -> LineNumbers:
+        return LineNumbers(self.units())
+
+    def place(self, name: str) -> str:
+        return self._lines.name(name)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)

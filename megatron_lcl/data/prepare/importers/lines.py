@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import json
+import operator
+import re
 import struct
 import zipfile
 import zlib
@@ -227,3 +230,46 @@ def _unzip_without_directory(path: Path, file: BinaryIO, drops: Drops) -> Iterat
         drops.note("document", "zip has no directory, its first file was read", path.name)
     else:
         drops.bad("document", "truncated file, the lines after it are lost", path.name)
+
+
+# --- line numbers ------------------------------------------------------------------------------------------------
+
+
+class LineNumbers:
+    """Line numbers of places in plain files, which units know by their bytes: `a.jsonl@1234` → `a.jsonl:17`.
+
+    Counted only for the names that are shown; whatever their order, no part of a file is read twice.
+    """
+
+    def __init__(self, units: Iterable[Unit]) -> None:
+        self._files: dict[str, set[Path]] = {}
+        for unit in units:
+            name = unit.name.encode(errors="backslashreplace").decode()  # as `Drops` has it
+            self._files.setdefault(name, set()).add(unit.payload[0])
+        self._counted: dict[Path, list[tuple[int, int]]] = {}
+        """(position, line ends before it), in order"""
+
+    def name(self, place: str) -> str:
+        """The place with its line number, counted from 1; unchanged where it is none of a plain file."""
+        found = re.match(r"(.+?)@(\d+)(?=$|: )", place)
+        files = self._files.get(found[1], set()) if found else set()
+        if found is None or len(files) != 1:  # several files of one name, in different folders
+            return place
+        try:
+            line = self._line(next(iter(files)), int(found[2]))
+        except OSError:
+            return place
+        return f"{found[1]}:{line}{place[found.end() :]}"
+
+    def _line(self, file: Path, position: int) -> int:
+        counted = self._counted.setdefault(file, [(0, 0)])
+        i = bisect.bisect_right(counted, position, key=operator.itemgetter(0))
+        at, ends = counted[i - 1]
+        if at < position:
+            with file.open("rb") as opened:
+                opened.seek(at)
+                while at < position and (block := opened.read(min(_CHUNK, position - at))):
+                    ends += block.count(b"\n")
+                    at += len(block)
+            counted.insert(i, (at, ends))
+        return ends + 1

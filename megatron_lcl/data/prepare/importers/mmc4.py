@@ -6,6 +6,7 @@ the data set does not ship, lie under `images`: flat, in a folder per shard, or 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
-from megatron_lcl.data.prepare.importers.lines import SUFFIXES, find_files, json_lines, line_units
+from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LineNumbers, find_files, json_lines, line_units
 from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, number_or_none, text_item
 from megatron_lcl.errors import UserError
 
@@ -46,6 +47,13 @@ class Mmc4Importer(Importer):
 
     def units(self) -> list[Unit]:
         return line_units(self.files)
+
+    @functools.cached_property
+    def _lines(self) -> LineNumbers:
+        return LineNumbers(self.units())
+
+    def place(self, name: str) -> str:
+        return self._lines.name(name)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)

@@ -14,6 +14,7 @@ import xxhash
 
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
@@ -55,7 +56,7 @@ class ImageSource:
                 unfinished.mkdir()
                 damaged: list[str] = []
                 for number, run in enumerate(_sorted_runs(self.tars, damaged)):
-                    np.save(unfinished / f"{number:06d}.npy", run)
+                    save_array(unfinished / f"{number:06d}.npy", run)
                 (unfinished / _DAMAGED).write_text(json.dumps(damaged))
                 put_in_place(unfinished, self._folder)
 

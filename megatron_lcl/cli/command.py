@@ -1,4 +1,4 @@
-"""The `megatron-lcl` command: arguments to library calls, errors to one line.
+"""One command: its arguments, and its errors as one line.
 
 Exit codes: 0 done, 1 a check failed or (with a traceback) a fault of the program, 2 bad input or a run that cannot
 go on; of `train` also 71, a process or a machine was lost, and 75, stopped by a signal with all saved (130 for Ctrl-C):
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, evaluation, training
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 
 _MENDABLE = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
@@ -24,9 +24,8 @@ _MENDABLE = {
 """what the system says of files and folders; other OSErrors are faults of the program"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid Unicode
     parser = _parser()
@@ -69,8 +68,7 @@ def _said_elsewhere(error: BaseException) -> bool:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        return describe_os_error(error)
     return " ".join(str(error).split())
 
 
@@ -82,6 +80,16 @@ class _OneLineEach(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = 14  # argparse forgets that commands are indented
 
 
+class _Version(argparse.Action):
+    """Prints the versions and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from megatron_lcl.cli.version import version_text
+
+        print(version_text())
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
@@ -91,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=__doc__.partition("\n\n")[2],
         formatter_class=_OneLineEach,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch and DeepSpeed; CUDA or not")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def add(name: str, run: Callable[..., int | None], help: str, **extra: object) -> argparse.ArgumentParser:

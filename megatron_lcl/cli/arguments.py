@@ -1,0 +1,35 @@
+"""What a command reads is its first argument; the flag that earlier versions wanted says the same."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_lcl.errors import UserError
+
+MODEL = (
+    "a run (its newest complete checkpoint), a checkpoint, what `import` or `export` wrote, or a file in the "
+    "reference's format"
+)
+
+
+def add_input(sub: argparse.ArgumentParser, metavar: str, help: str, *flags: str) -> None:
+    """An argument that may also be given as one of the flags."""
+    sub.add_argument("inputs", nargs="*", metavar=metavar, help=help)
+    sub.add_argument(*flags, dest="flagged", action="append", default=[], metavar=metavar, help="the same")
+    sub.set_defaults(input_name=metavar)
+
+
+def inputs(options: argparse.Namespace) -> list[str]:
+    """What was given, one at least."""
+    given = [*options.flagged, *options.inputs]
+    if not given:
+        raise UserError(f"{options.input_name} is missing; see `megatron-lcl {options.command} --help`")
+    return given
+
+
+def single_input(options: argparse.Namespace) -> str:
+    """What was given, and only one."""
+    first, *others = inputs(options)
+    if others:
+        raise UserError(f"`{options.command}` takes one {options.input_name}, not also {others[0]!r}")
+    return first

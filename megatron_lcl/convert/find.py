@@ -1,0 +1,108 @@
+"""What a path means where a model, a checkpoint or a run is wanted: one rule, the same for every command.
+
+* a run folder: its newest complete checkpoint (and so does its folder `checkpoints`);
+* a checkpoint, or what `import` wrote: itself;
+* what `export` wrote: itself, as far as its format holds the model;
+* a file: a checkpoint in the reference's format.
+
+Imports neither torch nor numpy, so that listing checkpoints stays fast.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from megatron_lcl.config import Config, from_dict, read_yaml
+from megatron_lcl.convert.folder import EXPORTS, read_record
+from megatron_lcl.data.corpus.manifest import MANIFEST
+from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, WEIGHTS
+
+_CORPUS_MANIFEST = "corpus.json"  # data.corpus.store.MANIFEST, which is slow to import
+WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
+"""every parameter in the reference's format and the sizes, in an export to open_clip"""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder or file that holds the weights which `path` names. UserError where there are none."""
+    if path.is_file() or _is_checkpoint(path):
+        return path
+    if kind := export_kind(path):
+        return path / WHOLE if (path / WHOLE).is_file() else _checked(path, kind)
+    complete = [p for p in checkpoints_in(path) if (p / MANIFEST).is_file() and (p / WEIGHTS).is_file()]
+    if complete:
+        return complete[-1]
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if (path / _CORPUS_MANIFEST).is_file():
+        raise UserError(f"{path} is a corpus, not a checkpoint; name a run folder (train.output)")
+    raise UserError(
+        f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
+        f"or {CHECKPOINTS}/step-…/ with these and {MANIFEST}"
+    )
+
+
+def export_kind(path: Path) -> str | None:
+    """The format of a folder that `export` wrote; None for another folder."""
+    return next((kind for kind in EXPORTS if read_record(path, kind)), None)
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoints of a run folder or of its folder `checkpoints`, oldest first; or the one that `path` is.
+
+    Under their final names they are complete, unless damage came later.
+    """
+    if _is_step(path):
+        return [path]
+    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    return sorted(folder for folder in steps.glob("step-*") if _is_step(folder))
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that `path` is, or lies in. UserError where it is none."""
+    for folder in (path, path.absolute().parent, path.absolute().parent.parent):
+        inside = folder is path or folder / CHECKPOINTS in (path.absolute(), path.absolute().parent)
+        if inside and (folder / CONFIG).is_file() and not _is_checkpoint(folder):
+            return folder
+    raise UserError(f"{path} is not a run folder: it has no {CONFIG}, and is no checkpoint of a run")
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Steps that a run had made when it wrote this checkpoint folder; None for a folder that no run wrote."""
+    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
+    return int(match[1]) if match else None
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The config of the run that wrote a checkpoint folder. UserError where there is none, or it cannot be read."""
+    if not (checkpoint / CONFIG).is_file():
+        raise UserError(f"{checkpoint} has no {CONFIG}; name the run, one of its checkpoints, or what `import` wrote")
+    try:
+        tree = read_yaml((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{checkpoint / CONFIG} cannot be read: {one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{checkpoint / CONFIG} is not a config: it holds a {type(tree).__name__}")
+    return from_dict(tree)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, cut."""
+    return " ".join(str(error).split())[:200]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+
+
+def _is_step(path: Path) -> bool:
+    return re.fullmatch(r"step-\d+", path.name) is not None and path.is_dir()
+
+
+def _checked(path: Path, kind: str) -> Path:
+    if not (path / WEIGHTS).is_file():
+        raise UserError(f"{path} is an export to {kind} without {WEIGHTS}; export the run again")
+    return path

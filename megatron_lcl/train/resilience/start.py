@@ -1,0 +1,71 @@
+"""Signals that come before a run has begun, while Python still imports: what takes them must itself import little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""those that ask a run to end"""
+REQUEUE = 75
+"""exit code: stopped by a signal with everything saved, start me again (EX_TEMPFAIL of sysexits.h)"""
+
+
+def code_of_signal(signum: int) -> int:
+    """The exit code of a run that a signal has ended in order."""
+    return 128 + signum if signum == signal.SIGINT else REQUEUE
+
+
+@contextmanager
+def answer_signals(training: bool) -> Iterator[None]:
+    """Until `train.resilience.signals` does it: a signal that asks a run to end gets the answer that a run gives.
+
+    Alone, nothing has begun, and the process ends at once. Started by a launcher it has to end together with the
+    others, as it will before their first step: until then the signals are held back. training: the command is `train`.
+    """
+    if not training or threading.current_thread() is not threading.main_thread():
+        yield
+    elif _launched(os.environ):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            while pending := signal.sigpending() & set(SIGNALS):  # the process ends by itself
+                signal.sigwait(pending)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        wanted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        handlers = {signum: signal.signal(signum, _end) for signum in wanted}
+        try:
+            yield
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+
+def _launched(environment: Mapping[str, str]) -> bool:
+    """Whether this is a process of several: torchrun's, or a task of Slurm's srun (`launch.adopt_slurm`)."""
+    given = "RANK" in environment and "WORLD_SIZE" in environment
+    return given or (environment.get("SLURM_STEP_NUM_TASKS") or "1") != "1"
+
+
+def _end(signum: int, _frame: FrameType | None) -> NoReturn:
+    leave(code_of_signal(signum), f"{signal.Signals(signum).name}: stopped; the same command goes on")
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """End this process now, from any thread and whatever the others do; its loader processes too."""
+    print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
+    multiprocessing = sys.modules.get("multiprocessing")  # else there are none
+    children = multiprocessing.active_children() if multiprocessing else []
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(1.0)  # leaves no zombie, even where process 1 of a container reaps none
+    os._exit(code)

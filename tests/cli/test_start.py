@@ -1,0 +1,174 @@
+"""A signal is answered from a command's first moment: the documented exit code, and no traceback. `--version`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_lcl.cli import main, version
+from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+from megatron_lcl.train.resilience.start import REQUEUE, SIGNALS
+
+SLOW = """
+import os, pathlib, time
+pathlib.Path(os.environ["MARK"] + str(os.getpid())).touch()
+time.sleep(60)
+"""
+
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture
+def stopped_in(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """stopped_in(module, signum, words): exit code and standard error of a command that gets a signal while it
+    imports the module, which takes a minute."""
+
+    def stop(
+        module: str, signum: int, *words: str, program: tuple[str, ...] = ("-m", "megatron_lcl")
+    ) -> tuple[int, str]:
+        package = tmp_path / "stub" / module
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(SLOW)
+        path = os.pathsep.join([str(tmp_path / "stub"), os.environ.get("PYTHONPATH", "")])
+        marks = tmp_path / "marks"
+        marks.mkdir()
+        alone = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+        environment = {**alone, "STUB": path, "MARK": f"{marks}/"} | (
+            {"PYTHONPATH": path} if program[0] == "-m" else {}
+        )
+        command = [sys.executable, *program, *words]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 60
+            while len(list(marks.iterdir())) < (2 if program[0] == "-c" else 1):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.killpg(process.pid, signum)
+            said = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+        for mark in marks.iterdir():  # nobody is left behind
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(mark.name), 0)
+        return process.returncode, said
+
+    return stop
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("module", ["pydantic", "torch"])
+def test_train_that_has_not_begun(stopped_in: Callable[..., tuple[int, str]], module: str, signum: int) -> None:
+    """Before and after its arguments are read; a requeue loses nothing, for there is nothing."""
+    code, said = stopped_in(module, signum, "train", "--data.corpora", "nowhere")
+    assert code == (130 if signum == signal.SIGINT else REQUEUE), said
+    assert said == f"megatron-lcl: {signal.Signals(signum).name}: stopped; the same command goes on\n"
+
+
+@pytest.mark.parametrize("module", ["pydantic", "jinja2"])
+def test_ctrl_c_of_any_command(stopped_in: Callable[..., tuple[int, str]], module: str) -> None:
+    assert stopped_in(module, signal.SIGINT, "report", "nowhere/run") == (130, "")
+
+
+def test_the_launching_process_ends_what_has_not_begun(stopped_in: Callable[..., tuple[int, str]]) -> None:
+    script = (
+        "import os, sys\nfrom megatron_lcl.train import launch\nos.environ['PYTHONPATH'] = os.environ['STUB']\n"
+        "sys.exit(launch.start_local(['train', '--data.corpora', 'nowhere'], 2))"
+    )
+    code, said = stopped_in("pydantic", signal.SIGTERM, program=("-c", script))
+    assert (code, said) == (REQUEUE, "megatron-lcl train: SIGTERM: stopped; the same command goes on\n")
+
+
+OF_SEVERAL = """
+import os, signal
+from megatron_lcl.train.resilience.signals import Signals
+from megatron_lcl.train.resilience.start import answer_signals
+with answer_signals(training=True):
+    os.kill(os.getpid(), signal.SIGUSR1)  # and the command ends by an error of its own
+print(signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+with answer_signals(training=True):
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here", flush=True)
+    with Signals() as signals:
+        print(int(signals.received))
+"""
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1", "WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "2"}])
+def test_a_process_of_several_ends_with_the_others(environment: dict[str, str]) -> None:
+    """What comes before it has met them waits for the run, which all end together."""
+    command = [sys.executable, "-c", OF_SEVERAL]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    assert done.stdout.split("\n") == ["set()", "still here", str(int(signal.SIGTERM)), ""]
+
+
+def test_workers_are_born_with_ctrl_c_held_back() -> None:
+    held = [sys.executable, "-c", "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"]
+    with holding_interrupts():
+        assert subprocess.run(held, capture_output=True, text=True, check=True).stdout == "True\n"
+    assert subprocess.run(held, capture_output=True, text=True, check=True).stdout == "False\n"
+    worker = (
+        f"import os, signal\nfrom {end_on_interrupt.__module__} import end_on_interrupt\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nend_on_interrupt()"
+    )
+    with holding_interrupts():
+        done = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+# --- --version ---------------------------------------------------------------------------------------------------
+
+
+def test_version_names_what_is_installed_without_importing_it() -> None:
+    code = (
+        "import sys\nfrom megatron_lcl.cli import main\ntry: main(['--version'])\nfinally: print(sorted(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    first, second, modules = said.splitlines()
+    for name in ("megatron-lcl", "torch", "deepspeed"):
+        assert f"{name} {metadata.version(name)}" in first
+    assert second.startswith("CUDA: ")
+    assert not {"torch", "deepspeed", "numpy"} & set(eval(modules))
+
+
+@pytest.mark.parametrize(
+    ("built", "devices", "said"),
+    [
+        ("None", 0, "no, torch is built without it"),
+        ("'12.6'", 0, "no GPU is visible (torch is built for CUDA 12.6)"),
+        ("'13.0'", 1, "yes, 13.0, 1 GPU visible"),
+        ("'13.0'", 8, "yes, 13.0, 8 GPUs visible"),
+    ],
+)
+def test_cuda_or_not(
+    built: str,
+    devices: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {built}\nhip: Optional[str] = None\n")
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(version.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(version, "_num_devices", lambda: devices)
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"CUDA: {said}"
+
+
+def test_cuda_as_torch_says_it() -> None:
+    torch = pytest.importorskip("torch")
+    assert version._torch_cuda() == torch.version.cuda
+    assert version._num_devices() == torch.cuda.device_count()
