@@ -20,7 +20,6 @@ from megatron_lcl.evaluate.workers import map_batches
 from megatron_lcl.model.layers import Activations, normalize
 from megatron_lcl.model.lcl import LCL, pack_padded
 
-
 ENTIRE = "entire"
 """what NoCaps calls all domains together"""
 

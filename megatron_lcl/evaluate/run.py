@@ -174,9 +174,10 @@ def _trained(
     if task == "attentive-probe":
         own = settings.attentive_probe
         own = replace(own, seeds=tuple(seed + of_probe for of_probe in own.seeds))
-        patches = [store.patches(encoder, s, streamed=own.features == "streamed") for s in sets]
+        streamed = own.features == "streamed"
+        patches = store.patches(encoder, train, streamed), store.patches(encoder, test, streamed)
         return attentive_probe(encoder.name, *sets, *patches, own, device, store.progress)
-    pooled = [store.features(encoder, s) for s in sets]
+    pooled = store.features(encoder, train), store.features(encoder, test)
     if task == "knn":
         of_knn = settings.knn
         return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, seed, device)

@@ -94,10 +94,10 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     captions: tuple[tuple[str, ...], ...] | None = None
     """one or more of each image"""
-    domains: tuple[str, ...] | None = None
-    """[N] a part of the data set that each image is in, whose captions are also measured alone (NoCaps)"""
     templates: tuple[str, ...] = (_DEFAULT_TEMPLATE,)
     """texts with `{c}` in the class name's place"""
+    domains: tuple[str, ...] | None = None
+    """[N] a part of the data set that each image is in, whose captions are also measured alone (NoCaps)"""
 
     def __len__(self) -> int:
         return len(self.images)

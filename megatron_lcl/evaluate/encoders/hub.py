@@ -1,8 +1,8 @@
 """Weights that a name stands for: on a hub, which may be out of reach, or in its cache on this machine.
 
-The libraries try a hub that does not answer again and again, for a minute and more. Here its host is asked once, within
-LIMIT seconds, before anything is loaded. If it does not answer, the load goes by the cache alone; what is not there ends
-with one line that names what can be given instead. What is downloaded from a hub that answers takes its time.
+The libraries try a hub that does not answer again and again, for a minute and more. Here its host is asked once,
+within LIMIT seconds, before anything is loaded. If it does not answer, the load goes by the cache alone; what is not
+there ends with one line that names what can be given instead. A download from a hub that answers takes its time.
 """
 
 from __future__ import annotations

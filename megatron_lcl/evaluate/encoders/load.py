@@ -37,8 +37,8 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
         model, config = untrained_model(parsed.name, parsed.seed)
         encoder = OurEncoder(parsed.text, model, _tokenizer(config, tokenizer), device)
     else:
-        config = read_config(find_checkpoint(path)) if path.is_dir() else None
-        encoder = OurEncoder(parsed.text, load_model(spec), _tokenizer(config, tokenizer), device)
+        known = read_config(find_checkpoint(path)) if path.is_dir() else None
+        encoder = OurEncoder(parsed.text, load_model(spec), _tokenizer(known, tokenizer), device)
     encoder.source = EncoderSource(str(spec), None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
 

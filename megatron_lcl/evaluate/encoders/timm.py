@@ -72,5 +72,5 @@ def _remote(spec: Spec) -> Remote | None:
         return hub_file(config.hf_hub_id, "config.json", instead)
     if not config.url:
         return None
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
-    return Remote(config.url, instead, file)
+    url, file = (config.url, Path(urlsplit(config.url).path).name) if isinstance(config.url, str) else config.url
+    return Remote(url, instead, Path(torch.hub.get_dir()) / "checkpoints" / file)
