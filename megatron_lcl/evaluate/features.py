@@ -47,6 +47,7 @@ def default_cache() -> Path:
 class Shapes:
     """What is known of an encoder's features before any are computed."""
 
+    name: str
     fingerprint: str
     of_image: dict[Kind, tuple[int, ...]]
 
@@ -56,7 +57,9 @@ class Shapes:
         picture = io.BytesIO()
         Image.new("RGB", (64, 64), (127, 127, 127)).save(picture, "PNG")
         features = encoder.encode(encoder.prepare(picture.getvalue())[None])
-        return cls(encoder.fingerprint, {kind: tuple(getattr(features, kind).shape[1:]) for kind in _TYPES})
+        return cls(
+            encoder.name, encoder.fingerprint, {kind: tuple(getattr(features, kind).shape[1:]) for kind in _TYPES}
+        )
 
     def num_bytes(self, kind: Kind, num_images: int) -> int:
         """Of a cache file."""
@@ -82,32 +85,29 @@ class FeatureStore:
         return StreamedPatches(encoder, data.images, width, self.batch_size)
 
     def check_room(self, encoders: Sequence[Shapes], wanted: Sequence[tuple[ImageSet, Kind]]) -> None:
-        """UserError where the features that are yet to be computed would not fit the disk; says what much they take."""
-        missing = [
-            (shapes, data, kind)
-            for shapes in encoders
-            for data, kind in wanted
-            if not _file(self.folder, shapes.fingerprint, kind, data.digests).is_file()
-        ]
-        size = sum(shapes.num_bytes(kind, len(data)) for shapes, data, kind in missing)
+        """UserError where the features that are yet to be computed would not fit the disk; large ones are told."""
+        sizes: dict[Path, tuple[int, str]] = {}
+        for shapes in encoders:
+            of_whom = f" of {shapes.name}" if len(encoders) > 1 else ""
+            for data, kind in wanted:
+                file = _file(self.folder, shapes.fingerprint, kind, data.digests)
+                if not file.is_file():
+                    each = f"{' x '.join(map(str, shapes.of_image[kind]))} {np.dtype(_TYPES[kind]).name}"
+                    size = shapes.num_bytes(kind, len(data))
+                    sizes[file] = size, f"{kind} features{of_whom}, {len(data):,} images of {each}: {_gb(size)}"
+        total = sum(size for size, _ in sizes.values())
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free
-        if size > free:
-            parts = {
-                f"{kind} features of {len(data):,} images "
-                f"({' x '.join(map(str, shapes.of_image[kind]))} {np.dtype(_TYPES[kind]).name} each) "
-                f"{_gb(shapes.num_bytes(kind, len(data)))}"
-                for shapes, data, kind in missing
-            }
-            streamed = any(kind == "patches" for *_, kind in missing)
+        if total > free:
+            streamed = any(kind == "patches" for _, kind in wanted)
             raise UserError(
-                f"{self.folder} would have to hold {_gb(size)}, and {_gb(free)} are free: {'; '.join(sorted(parts))}; "
-                "name another folder (--cache DIR)"
+                f"{self.folder} would have to hold {_gb(total)}, and {_gb(free)} are free "
+                f"({'; '.join(text for _, text in sizes.values())}); name another folder (--cache DIR)"
                 + ", or have patch features computed in every epoch (--attentive-probe.features streamed)"
                 * streamed
             )
-        if size >= _TOLD and self.progress:
-            tqdm.write(f"{_gb(size)} of features go to {self.folder} ({_gb(free)} free)", file=sys.stderr)
+        if total >= _TOLD and self.progress:
+            tqdm.write(f"{_gb(total)} of features go to {self.folder} ({_gb(free)} free)", file=sys.stderr)
 
 
 def _gb(size: float) -> str:

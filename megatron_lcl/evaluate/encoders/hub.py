@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_lcl.errors import UserError
@@ -45,15 +44,16 @@ def hub_file(repository: str, file: str, instead: str) -> Remote:
 
 def out_of_reach(remote: Remote) -> str | None:
     """Why the file's host cannot be used: it does not answer in time, or says that it cannot; None: it can."""
-    # imported here, which may take long, and not when the time runs
-    from huggingface_hub import constants, get_hf_file_metadata  # noqa: F401
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     if remote.cached is None and constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids to ask the hub"
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or LIMIT)
+    session = get_session()  # with the hub's proxies and certificates, which take their time to be read
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    # resolving a name has no time limit of its own
-    Thread(target=lambda: answers.put(_ask(remote, limit)), daemon=True).start()
+    # in a thread: resolving a name has no time limit of its own
+    Thread(target=lambda: answers.put(_ask(session, remote.url, limit)), daemon=True).start()
     parts = urlsplit(remote.url)
     host = f"{parts.scheme}://{parts.netloc}"
     try:
@@ -63,23 +63,13 @@ def out_of_reach(remote: Remote) -> str | None:
     return said and f"{host} cannot be reached ({said})"
 
 
-def _ask(remote: Remote, limit: float) -> str | None:
+def _ask(session: Any, url: str, limit: float) -> str | None:
     """What goes wrong when the host is asked for the file's header; None: it answers, if only that it has no file."""
     try:
-        if remote.cached is None:
-            from huggingface_hub import get_hf_file_metadata
-
-            get_hf_file_metadata(remote.url, timeout=limit)  # with the hub's proxies, certificates and token
-        else:
-            urllib.request.urlopen(urllib.request.Request(remote.url, method="HEAD"), timeout=limit).close()
-    except Exception as error:  # noqa: BLE001 - each version of the hub's client has errors of another HTTP library
-        response = getattr(error, "response", None)
-        status = error.code if isinstance(error, urllib.error.HTTPError) else getattr(response, "status_code", None)
-        if status is not None:
-            return f"HTTP status {status}" if status == 429 or status >= 500 else None
-        said = " ".join(str(error).split()) or type(error).__name__
-        return None if type(error).__name__ == "FileMetadataError" else said  # which is an answer, too
-    return None
+        status = session.head(url, timeout=limit).status_code
+    except Exception as error:  # noqa: BLE001 - the hub's client is of another HTTP library in each of its versions
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"HTTP status {status}" if status == 429 or status >= 500 else None
 
 
 @contextlib.contextmanager
