@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
@@ -23,7 +25,7 @@ from megatron_lcl.evaluate.results import RESULTS, Result, table, write_json, wr
 from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
-from megatron_lcl.evaluate.trained import check_trained
+from megatron_lcl.evaluate.trained import check_trained, untrained_pool
 from megatron_lcl.evaluate.zero_shot import zero_shot
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
@@ -90,6 +92,8 @@ def evaluate(
         test.need_labels()
     for spec in models:
         check_trained(spec, tasks)
+        if progress and (said := untrained_pool(spec, tasks)):
+            tqdm.write(said, file=sys.stderr)
 
     def load(spec: str) -> Encoder:
         encoder = EncoderSource(spec, tokenizer, devices)(0)

@@ -17,6 +17,7 @@ _NEEDS: dict[str, EvaluationTask] = {
     "captioning": "generation",
 }
 """of the tasks; the others read the image encoder, which every objective trains"""
+_POOLED = ("knn", "linear-probe")
 _PARTS: dict[EvaluationTask, str] = {
     "retrieval": "image latents and texts' features in one space",
     "generation": "the generation of text",
@@ -52,6 +53,23 @@ def check_trained(model: str, tasks: Sequence[str]) -> None:
                 f"{task}: {model} has not learned it: {why_untrained(config, part)} {_PARTS[part]}; leave out --task "
                 f"{task}, or measure a run that trains it (untrained weights as a baseline: random:{model})"
             )
+
+
+def untrained_pool(model: str, tasks: Sequence[str]) -> str | None:
+    """What is to be said of tasks that read the pooled feature of a run which contrasted nothing; None: nothing.
+
+    The generation reads the patches through the pool's value and output projections; query and keys stay as they were.
+    """
+    spec, read = parse_spec(model), [task for task in tasks if task in _POOLED]
+    if spec.kind or not read or not Path(spec.name).is_dir():
+        return None
+    config = read_config(find_checkpoint(Path(spec.name)))
+    if "retrieval" in _trained(config):
+        return None
+    return (
+        f"{', '.join(read)}: the attention pool of {model} is untrained ({why_untrained(config, 'retrieval')} it); "
+        "attentive-probe has a pool of its own"
+    )
 
 
 def _trained(config: Config) -> set[EvaluationTask]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lcl import LCL
+from megatron_lcl import LCL, load_model
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Language, Model, Objective, Train, Vision, load
 from megatron_lcl.convert.export import save_checkpoint
@@ -19,7 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.heldout import check_tasks
-from megatron_lcl.evaluate.trained import check_trained
+from megatron_lcl.evaluate.trained import check_trained, untrained_pool
 from megatron_lcl.objectives import create
 
 OBJECTIVES = {
@@ -87,6 +87,24 @@ def test_weights_that_a_run_began_with_count(runs: Path, tmp_path: Path) -> None
         else:
             with pytest.raises(UserError, match="captioning"):
                 check_trained(str(folder), ["captioning"])
+
+
+def test_a_pool_that_was_not_trained_is_told(runs: Path) -> None:
+    """Generation reads values and outputs of the pool; its query, which pooled features depend on, has no gradient."""
+    for name in OBJECTIVES:
+        said = untrained_pool(str(runs / name), ["linear-probe", "attentive-probe"])
+        assert (said is not None) == (name in ("generation", "no-contrast")), name
+        assert said is None or said.startswith(f"linear-probe: the attention pool of {runs / name} is untrained (obj")
+    assert untrained_pool(str(runs / "generation"), ["attentive-probe", "captioning"]) is None
+    assert untrained_pool(f"random:{runs / 'generation'}", ["knn"]) is None
+    model = load_model(runs / "generation")
+    special, patches = model.special, model.config.vision.num_patches
+    ids = [special.sot, 3, special.soi, *[special.placeholder] * patches, special.eoi, 5, special.eot]
+    model(torch.randn(1, 3, 16, 16), torch.tensor([ids])).generation_loss.backward()
+    pool = model.pool
+    for parameter in (pool.query, *pool.q.parameters(), *pool.k.parameters()):
+        assert parameter.grad is None or not parameter.grad.any()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in pool.v.parameters())
 
 
 def test_held_out_tasks_without_a_weight_are_left_out() -> None:
