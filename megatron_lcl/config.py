@@ -8,15 +8,13 @@ that does not exist or has the wrong type is a `UserError` that names the neares
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl import fields
@@ -410,9 +408,6 @@ class Config:
     )
 
 
-_CONFIG = TypeAdapter(Config)
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +430,7 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
                 f"{file} holds a {type(tree).__name__}; a config is a mapping of sections such as `train:` and `data:`"
             )
     for key, value in (overrides or {}).items():
-        _put(tree, key.replace("-", "_"), value)
+        fields.put(Config, tree, key.replace("-", "_"), value)
     return from_dict(tree)
 
 
@@ -445,11 +440,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("corpora"), str):
         tree["data"] = {**data, "corpora": [{"path": data["corpora"]}]}
-    try:
-        # strict as JSON is: a list does for a tuple and 1 for 1.0, but true for no number and 1 for no truth value
-        return _CONFIG.validate_json(json.dumps(tree, default=str), strict=True)
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+    return fields.build(Config, tree)
 
 
 def _without_empty(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -497,40 +488,3 @@ def replace(config: Config, **dotted: Any) -> Config:
 def describe() -> Iterator[tuple[str, str, str, str]]:
     """Every field as (dotted name, type, default, help), in order."""
     return fields.describe(Config)
-
-
-def _put(tree: dict[str, Any], key: str, value: str) -> None:
-    *sections, name = key.split(".")
-    node = tree
-    for section in sections:
-        child = node[section] = {} if node.get(section) is None else node[section]
-        if not isinstance(child, dict):
-            raise UserError(f"--{key}: {section} is not a section; {_nearest(key)}")
-        node = child
-    try:
-        node[name] = fields.parse(fields.annotation_of(Config, key), value)
-    except yaml.YAMLError:
-        node[name] = value
-
-
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"there is no config key `{key}`; {_nearest(key)}"
-    if error["type"] == "missing":
-        return f"config key `{key}` is required"
-    if error["type"] == "value_error":  # our own, from __post_init__
-        return str(error["ctx"]["error"])
-    if error["type"] == "dataclass_type":
-        return f"config section `{key}` is {error['input']!r}; it must be a mapping of fields"
-    return f"config key `{key}` = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _nearest(key: str) -> str:
-    names = [name for name, *_ in describe()]
-    sections = sorted({name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)})
-    last = key.rsplit(".", 1)[-1]
-    same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == last]
-    close: Sequence[str] = same_leaf or difflib.get_close_matches(key, names + sections, n=1, cutoff=0.0)
-    return f"the nearest is `{close[0]}`"

@@ -1,20 +1,27 @@
 """What stands in a tree of pydantic dataclasses: names, types, defaults and help of its fields; values from text.
 
 The type decides what a text means (`convert`), not YAML's guesses: `0123` is a folder's name where a name is wanted,
-and 123 where a number is.
+and 123 where a number is. `put` and `build` make a tree of texts; what does not fit is a `UserError` that names the key
+and the nearest real one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import functools
+import json
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+
+from megatron_lcl.errors import UserError
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -54,6 +61,8 @@ def parse(annotation: Any, text: str) -> Any:
     """
     if annotation is None or any(part is Any or Any in get_args(part) for part in _alternatives(annotation)):
         return read_yaml(text)
+    if any(map(_is_plain_list, _alternatives(annotation))) and not text.lstrip().startswith(("[", "- ")):
+        return convert(annotation, [text])  # the only part, which if it is text may have any character
     if any(_holds_others(part) for part in _alternatives(annotation)):
         return convert(annotation, yaml.load(text, yaml.BaseLoader))  # every scalar as it is written
     return convert(annotation, text)
@@ -111,6 +120,12 @@ def _holds_others(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or get_origin(kind) in (tuple, list, dict, Iterable)
 
 
+def _is_plain_list(kind: Any) -> bool:
+    """Whether it is a list of any length, whose parts hold no others."""
+    part, *more = get_args(kind) or (kind,)
+    return get_origin(kind) is tuple and more == [Ellipsis] and not any(map(_holds_others, _alternatives(part)))
+
+
 def _part(kinds: set[Any], number: int) -> Any:
     """The type of a list's part."""
     for kind in kinds:
@@ -144,3 +159,66 @@ def _plain_text(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_plain_text(v) for v in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- a tree of values --------------------------------------------------------------------------------------------
+
+
+def put(cls: type, tree: dict[str, Any], key: str, text: str) -> None:
+    """Set the field with a dotted name to what `parse` makes of a text. UserError where no section is there for it."""
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        child = node[section] = {} if node.get(section) is None else node[section]
+        if not isinstance(child, dict):
+            raise UserError(f"--{key}: {section} is not a section; {nearest(cls, key)}")
+        node = child
+    try:
+        node[name] = parse(annotation_of(cls, key), text)
+    except yaml.YAMLError:
+        node[name] = text
+
+
+def _config_key(key: str) -> str:
+    return f"config key `{key}`"
+
+
+def build(cls: type, tree: Mapping[str, Any], called: Callable[[str], str] = _config_key) -> Any:
+    """`cls` from nested dicts of plain values. UserError naming every key that is not there or does not fit.
+
+    called: what a key is called in it.
+    """
+    try:
+        # strict as JSON is: a list does for a tuple and 1 for 1.0, but true for no number and 1 for no truth value
+        return _adapter(cls).validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(cls, e, called) for e in error.errors())) from None
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def nearest(cls: type, key: str) -> str:
+    """`the nearest is …`: the field or section of `cls` whose name is most like a dotted one."""
+    names = [name for name, *_ in describe(cls)]
+    sections = sorted({name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)})
+    last = key.rsplit(".", 1)[-1]
+    same_leaf = [n for n in names if n.rsplit(".", 1)[-1] == last]
+    close: Sequence[str] = same_leaf or difflib.get_close_matches(key, names + sections, n=1, cutoff=0.0)
+    return f"the nearest is `{close[0]}`"
+
+
+def _explain(cls: type, error: Any, called: Callable[[str], str]) -> str:
+    """One line for one of pydantic's errors."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"there is no {called(key)}; {nearest(cls, key)}"
+    if error["type"] == "missing":
+        return f"{called(key)} is required"
+    if error["type"] == "value_error":  # our own, from __post_init__
+        return str(error["ctx"]["error"])
+    if error["type"] == "dataclass_type":
+        return f"config section `{key}` is {error['input']!r}; it must be a mapping of fields"
+    return f"{called(key)} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,4 +1,4 @@
-"""The commands of the README and of the report, as they are typed, in their order, on a few documents."""
+"""The commands of the README, of the report and of the page for one GPU, as they are typed, on a few documents."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from data.writers import picture, write_jsonl
 from launch.conftest import TINY, WORDS
 
 from megatron_lcl.cli import main
+from megatron_lcl.config import load, replace
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.train.memory import estimate
 
 ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(r"^ *(megatron-lcl (?:preprocess|verify|inspect|train|evaluate|export) .*)$", re.M)
-README, REPORT = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "megatron_lcl/report/report.html")
+README, REPORT, ONE_GPU = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "megatron_lcl/report/report.html", "docs/one-gpu.md")
 )
 
 
@@ -25,6 +28,57 @@ def test_the_reports_commands_are_the_readmes() -> None:
     ours, theirs = ([c.split("<")[0] for c in COMMAND.findall(text)] for text in (REPORT, README))
     assert len(ours) == 4
     assert [command for command in theirs if command in ours] == ours
+
+
+def test_memory_of_one_gpu_is_the_estimates() -> None:
+    """Every number of the table, and every config that is meant for one model."""
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\S+) \| (\S+) \|$", ONE_GPU, re.M)
+    names = {file.stem for file in (ROOT / "configs").glob("*.yaml") if not file.stem.endswith("blend")}
+    assert {name for name, *_ in rows} == names
+    for name, images, *told in rows:
+        file = ROOT / "configs" / f"{name}.yaml"
+        assert f"at about {images} images a pack" in file.read_text()
+        for recomputed, gigabytes in zip(("none", "full"), told, strict=True):
+            chosen = {"contrast__strategy": "recompute", "train__global_batch": 64, "train__dtype": "bfloat16"}
+            split = {"parallel__tensor": 1, "parallel__pipeline": 1, "zero__stage": 1}
+            config = replace(load(file), **chosen, **split, train__activation_checkpointing=recomputed)
+            assert config.data.tokens_per_pack == 8192
+            found = estimate(config, 1, int(images)).total / 1e9
+            assert float(gigabytes) == (round(found) if found >= 10 else round(found, 1)), (name, recomputed, found)
+
+
+def test_commands_for_one_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data's are run, the training is tried with --dry-run; of the others all options are taken, up to the first
+    thing that the training would have written."""
+    pytest.importorskip("open_clip")  # CLIP's vocabulary
+    write_jsonl([Document((Text(" ".join(WORDS[k:])), Image(picture(k)), Text(WORDS[k]))) for k in range(9)], tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line.strip()) for line in re.findall(r"^ {4}(megatron-lcl .*)$", ONE_GPU, re.M)]
+    assert [command[1] for command in commands] == [
+        *("preprocess", "verify", "train", "train", "evaluate", "report"), *["evaluate"] * 4, "export"
+    ]  # fmt: skip
+    dry, real = (command for command in commands if command[1] == "train")
+    assert dry == [*real, "--dry-run"]
+    missing = {"report": "runs/one is not a run folder", "export": "there is no checkpoint runs/one"}
+    for command in commands:
+        words = command[1:]
+        if words[0] in ("preprocess", "verify"):
+            assert main(words) == 0, words
+        elif command == dry:
+            assert main([*words, "--data.cache", str(tmp_path / "cache")]) == 0
+            assert "memory      a process holds at least" in capsys.readouterr().out
+        elif command != real:
+            capsys.readouterr()
+            assert main(words) == 2, words
+            (line,) = capsys.readouterr().err.splitlines()
+            wanted = missing.get(words[0]) or (
+                "runs/one" if "corpora/heldout" in words else words[words.index("--data") + 1]
+            )
+            assert wanted in line, line
 
 
 def test_files_and_extras_exist() -> None:

@@ -8,34 +8,52 @@ from pathlib import Path
 
 from megatron_lcl.cli.arguments import MODEL, add_input, inputs, single_input
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.settings import describe, read_settings
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
-    sub = add("evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data")
-    models = f"{MODEL}; with --data also hf:DIR, timm:NAME, open_clip:NAME; several are compared"
+    sub = add(
+        "evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data",
+        usage="megatron-lcl evaluate MODEL (--corpus DIR | --data PATH --task TASK [options]) [--output DIR]",
+    )  # fmt: skip
+    models = f"{MODEL}; with --data also hf:DIR, timm:NAME, open_clip:NAME; untrained: random:CONFIG, "
+    models += "timm:NAME?pretrained=no, open_clip:NAME@none; several are compared"
     add_input(sub, "MODEL", models, "--checkpoint", "--model")
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--corpus", metavar="DIR", help="held-out corpus: retrieval on its contexts, generation loss")
-    what.add_argument("--data", metavar="PATH", help="class folders, WebDataset, COCO-Karpathy JSON, or a corpus")
-    tasks = "with --data: zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning; may be repeated"
-    sub.add_argument("--task", dest="tasks", action="append", metavar="TASK", help=tasks)
-    sub.add_argument("--images", metavar="DIR", help="images of a COCO-Karpathy file")
-    sub.add_argument("--class-names", metavar="FILE", help="one class name a line")
-    sub.add_argument("--templates", metavar="FILE", help="one text template a line, {c} for the class")
-    sub.add_argument("--tokenizer", metavar="clip|FILE", help="default: that of the model's corpus, or CLIP's")
-    sub.add_argument("--split", help="of the data, measured on (default: test, or all of a folder without splits)")
-    sub.add_argument("--train-split", default="train", help="of the data, k-NN and probes learn on it (%(default)s)")
-    sub.add_argument("--skip-bad-images", action="store_true", help="skip and count images that do not decode")
-    sub.add_argument("--top-p", type=float, default=0.0, help="captions by nucleus sampling (default: greedy)")
-    sub.add_argument("--seed", type=int, default=0, help="of intervals, probes and sampling (%(default)s)")
-    sub.add_argument("--processes", type=int, default=1, help="share images among so many (%(default)s)")
-    sub.add_argument("--batch-size", type=int, default=64, help="images of a forward pass (%(default)s)")
-    sub.add_argument(
-        "--device", dest="devices", action="append", metavar="DEVICE",
-        help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
-    )  # fmt: skip
+    images = "class folders, WebDataset, JSON of COCO-Karpathy or NoCaps, or a corpus"
+    what.add_argument("--data", metavar="PATH", help=images)
     sub.add_argument("--output", metavar="DIR", help="also write the results there")
+
+    data = sub.add_argument_group("with --data")
+    tasks = "zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning; may be repeated"
+    flags = [
+        data.add_argument("--task", dest="tasks", action="append", metavar="TASK", help=tasks),
+        data.add_argument("--images", metavar="DIR", help="images of a JSON file (default: its own folder)"),
+        data.add_argument("--class-names", metavar="FILE", help="one class name a line"),
+        data.add_argument("--templates", metavar="FILE", help="--zero-shot.prompts from a file, one a line"),
+        data.add_argument("--tokenizer", metavar="clip|FILE", help="default: that of the model's corpus, or CLIP's"),
+        data.add_argument("--split", help="measured on (default: test, or all of a folder without splits)"),
+        data.add_argument("--train-split", help="k-NN and probes learn on it (default: train)"),
+        data.add_argument(
+            "--skip-bad-images", action="store_const", const=True, help="skip and count images that do not decode"
+        ),
+        data.add_argument("--top-p", metavar="P", help="the same as --captioning.top-p"),
+        data.add_argument("--seed", type=int, help="of intervals, probes and sampling (default: 0)"),
+        data.add_argument("--cache", metavar="DIR", help=f"folder of features (default: {_CACHE})"),
+        data.add_argument("--processes", type=int, help="share images among so many (default: 1)"),
+        data.add_argument("--batch-size", type=int, help="images of a forward pass (default: 64)"),
+        data.add_argument(
+            "--device", dest="devices", action="append", metavar="DEVICE",
+            help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
+        ),
+    ]  # fmt: skip
+    options = sub.add_argument_group("of the tasks, each with its --task")
+    for name, kind, default, help in describe():
+        text = f"{help} ({kind}, default: {default or 'none'})".replace("%", "%%")
+        flags.append(options.add_argument(f"--{name}", dest=name, metavar="VALUE", help=text))
+    sub.set_defaults(of_data={flag.dest: flag.option_strings[0] for flag in flags})
 
     sub = add("import", _import, "a checkpoint in the reference's format into ours")
     add_input(sub, "MODEL", f"{MODEL} (.pt, .pth, .bin, .safetensors)", "--input")
@@ -67,53 +85,62 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
+_CACHE = "megatron_lcl/features in the user's cache folder"
+
+
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     models = inputs(options)
     if options.corpus:
-        from megatron_lcl.evaluate.encoders.load import is_ours
-        from megatron_lcl.evaluate.heldout import evaluate_checkpoint
-
-        if options.tasks:
-            raise UserError("--task goes with --data; --corpus measures what LCL trains, always the same")
-        for model in models:
-            if not is_ours(model):
-                raise UserError(
-                    f"--corpus measures what LCL trains, and {model} is no LCL model; give --data and --task"
-                )
-        if options.output and len(models) > 1:
-            raise UserError("the results of one model fill --output; give one MODEL at a time, or no --output")
-        for model in models:
-            print(
-                evaluate_checkpoint(Path(model), Path(options.corpus), Path(options.output) if options.output else None)
-            )
+        _evaluate_corpus(models, options)
         return
     import torch
 
-    from megatron_lcl.evaluate.captioning import Decoding
     from megatron_lcl.evaluate.results import table
     from megatron_lcl.evaluate.run import evaluate
 
+    tasks = options.tasks or []
+    given = {name: getattr(options, name) for name, *_ in describe() if getattr(options, name) is not None}
+    if options.top_p is not None:
+        given.setdefault("captioning.top-p", options.top_p)
+    if options.templates and "zero-shot" not in tasks:
+        raise UserError("--templates goes with --task zero-shot")
+    devices = options.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     results = evaluate(
         models,
-        options.tasks or [],
+        tasks,
         options.data,
         options.output,
         images=options.images,
         class_names=options.class_names,
         templates=options.templates,
         split=options.split,
-        train_split=options.train_split,
+        train_split=options.train_split or "train",
         tokenizer=options.tokenizer,
-        batch_size=options.batch_size,
-        decoding=Decoding(top_p=options.top_p, seed=options.seed),
-        seed=options.seed,
-        skip_bad_images=options.skip_bad_images,
-        processes=options.processes,
-        devices=tuple(options.devices or ())
-        or tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-        or ("cpu",),
+        settings=read_settings(given, tasks),
+        seed=options.seed or 0,
+        cache=options.cache,
+        batch_size=64 if options.batch_size is None else options.batch_size,
+        processes=1 if options.processes is None else options.processes,
+        devices=tuple(devices),
+        skip_bad_images=bool(options.skip_bad_images),
     )
     print(table(results))
+
+
+def _evaluate_corpus(models: list[str], options: argparse.Namespace) -> None:
+    from megatron_lcl.evaluate.encoders.load import is_ours
+    from megatron_lcl.evaluate.heldout import evaluate_checkpoint
+
+    for name, flag in options.of_data.items():
+        if getattr(options, name) is not None:
+            raise UserError(f"{flag} goes with --data; --corpus measures what LCL trains, always in the same way")
+    for model in models:
+        if not is_ours(model):
+            raise UserError(f"--corpus measures what LCL trains, and {model} is no LCL model; give --data and --task")
+    if options.output and len(models) > 1:
+        raise UserError("the results of one model fill --output; give one MODEL at a time, or no --output")
+    for model in models:
+        print(evaluate_checkpoint(model, Path(options.corpus), Path(options.output) if options.output else None))
 
 
 def _import(options: argparse.Namespace, _rest: list[str]) -> None:

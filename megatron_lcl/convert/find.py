@@ -89,6 +89,12 @@ def read_config(checkpoint: Path) -> Config:
     return from_dict(tree)
 
 
+def known_config(path: Path) -> Config | None:
+    """The config of the run that trained what `path` names; None for what holds none: a file, an export."""
+    found = find_checkpoint(path)
+    return read_config(found) if (found / CONFIG).is_file() else None
+
+
 def one_line(error: BaseException) -> str:
     """An error's text on one line, cut."""
     return " ".join(str(error).split())[:200]

@@ -36,7 +36,7 @@ def quietly() -> Iterator[None]:
     disabled = logging.root.manager.disable
     hf = sys.modules.get("transformers.utils.logging")
     bars = hf is not None and hf.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # errors are raised, too
     if bars:
         hf.disable_progress_bar()  # type: ignore[union-attr]
     try:

@@ -20,6 +20,9 @@ from megatron_lcl.evaluate.workers import map_batches
 from megatron_lcl.model.layers import Activations, normalize
 from megatron_lcl.model.lcl import LCL, pack_padded
 
+ENTIRE = "entire"
+"""what NoCaps calls all domains together"""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -150,12 +153,21 @@ def captioning(
     processes: int = 1,
     progress: bool = True,
 ) -> tuple[Result, list[str]]:
-    """BLEU-4 and CIDEr of the model's captions against the data's, and the captions."""
+    """BLEU-4 and CIDEr of the model's captions against the data's, and the captions.
+
+    Of data with domains (NoCaps) also those of each domain, as if its images were all there are.
+    """
     references = data.need_captions()
     decoding = decoding or Decoding()
     written = caption(encoder, data.images, decoding, prompt, batch_size, processes, progress)
     settings = {**asdict(decoding), "prompt": prompt, "tokenization": "13a"}
     metrics = caption_metrics(written, references, decoding.seed)
+    if data.domains is not None:
+        metrics = {f"{name}, {ENTIRE}": metric for name, metric in metrics.items()}
+        for domain in sorted(set(data.domains)):
+            own = [i for i, other in enumerate(data.domains) if other == domain]
+            of_domain = caption_metrics([written[i] for i in own], [references[i] for i in own], decoding.seed)
+            metrics |= {f"{name}, {domain}": metric for name, metric in of_domain.items()}
     return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
 
 

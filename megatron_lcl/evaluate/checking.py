@@ -73,6 +73,7 @@ def without_bad(data: ImageSet, bad: Sequence[BadBlob], skip: bool) -> ImageSet:
         images=tuple(data.images[i] for i in kept),
         labels=None if data.labels is None else data.labels[kept],
         captions=None if data.captions is None else tuple(data.captions[i] for i in kept),
+        domains=None if data.domains is None else tuple(data.domains[i] for i in kept),
     )
 
 

@@ -2,15 +2,20 @@
 
 A cache file is called by the hash of all that decides the features (`Encoder.fingerprint`: weights, the model's
 configuration, preprocessing) and of every image's bytes in order; so a changed image, weight or setting is another
-file, and nothing stale is ever read.
+file, and nothing stale is ever read. How large the files will be is known, and compared with the disk, before the first
+image is encoded (`FeatureStore.check_room`).
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,19 +23,95 @@ from typing import Literal
 import numpy as np
 import torch
 import xxhash
+from PIL import Image
+from tqdm import tqdm
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
-from megatron_lcl.evaluate.sources import Blob
+from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
+from megatron_lcl.evaluate.sources import DIGEST, Blob, ImageSet, content_digests
 from megatron_lcl.evaluate.workers import load, map_batches
 
 Kind = Literal["pooled", "patches"]
-_TYPES = {"pooled": np.float32, "patches": np.float16}
+_TYPES: dict[Kind, type] = {"pooled": np.float32, "patches": np.float16}
+_TOLD = 10**9
+"""bytes of cache from which on they are told"""
 
 
 def default_cache() -> Path:
     """`megatron_lcl/features` under the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl" / "features"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of an encoder's features before any are computed."""
+
+    name: str
+    fingerprint: str
+    of_image: dict[Kind, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Shapes:
+        """From one grey image."""
+        picture = io.BytesIO()
+        Image.new("RGB", (64, 64), (127, 127, 127)).save(picture, "PNG")
+        features = encoder.encode(encoder.prepare(picture.getvalue())[None])
+        return cls(
+            encoder.name, encoder.fingerprint, {kind: tuple(getattr(features, kind).shape[1:]) for kind in _TYPES}
+        )
+
+    def num_bytes(self, kind: Kind, num_images: int) -> int:
+        """Of a cache file."""
+        return num_images * math.prod(self.of_image[kind]) * np.dtype(_TYPES[kind]).itemsize
+
+
+class FeatureStore:
+    """The features of an evaluation's data sets, in one folder."""
+
+    def __init__(self, folder: Path, batch_size: int = 64, processes: int = 1, progress: bool = True) -> None:
+        self.folder, self.batch_size, self.processes, self.progress = folder, batch_size, processes, progress
+
+    def features(self, encoder: Encoder, data: ImageSet, kind: Kind = "pooled") -> np.ndarray:
+        """See `image_features`."""
+        file = _file(self.folder, encoder.fingerprint, kind, data.digests)
+        return _cached(file, encoder, data.images, kind, self.batch_size, self.processes, self.progress)
+
+    def patches(self, encoder: Encoder, data: ImageSet, streamed: bool) -> Patches:
+        """Patch tokens for a probe, from the cache or computed whenever they are asked for."""
+        if not streamed:
+            return CachedPatches(self.features(encoder, data, "patches"))
+        width = _need_patches(encoder, Shapes.of(encoder).of_image["patches"])[-1]
+        return StreamedPatches(encoder, data.images, width, self.batch_size)
+
+    def check_room(self, encoders: Sequence[Shapes], wanted: Sequence[tuple[ImageSet, Kind]]) -> None:
+        """UserError where the features that are yet to be computed would not fit the disk; large ones are told."""
+        sizes: dict[Path, tuple[int, str]] = {}
+        for shapes in encoders:
+            of_whom = f" of {shapes.name}" if len(encoders) > 1 else ""
+            for data, kind in wanted:
+                file = _file(self.folder, shapes.fingerprint, kind, data.digests)
+                if not file.is_file():
+                    each = f"{' x '.join(map(str, shapes.of_image[kind]))} {np.dtype(_TYPES[kind]).name}"
+                    size = shapes.num_bytes(kind, len(data))
+                    sizes[file] = size, f"{kind} features{of_whom}, {len(data):,} images of {each}: {_gb(size)}"
+        total = sum(size for size, _ in sizes.values())
+        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        if total > free:
+            streamed = any(kind == "patches" for _, kind in wanted)
+            raise UserError(
+                f"{self.folder} would have to hold {_gb(total)}, and {_gb(free)} are free "
+                f"({'; '.join(text for _, text in sizes.values())}); name another folder (--cache DIR)"
+                + ", or have patch features computed in every epoch (--attentive-probe.features streamed)"
+                * streamed
+            )
+        if total >= _TOLD and self.progress:
+            tqdm.write(f"{_gb(total)} of features go to {self.folder} ({_gb(free)} free)", file=sys.stderr)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.0f} GB" if size >= 10e9 else f"{size / 1e9:.2g} GB"
 
 
 def image_features(
@@ -47,18 +128,32 @@ def image_features(
     `processes` > 1: each makes its own encoder (on a GPU of its own, say; see `EncoderSource`) and computes an equal
     share. UserError naming an image that does not decode, or where the encoder has no patch tokens.
     """
-    key = xxhash.xxh3_128(f"{encoder.fingerprint} {kind} {len(images)}".encode())
-    with ThreadPoolExecutor(8) as pool:
-        for digest in pool.map(_digest, images):
-            key.update(digest)
     folder = Path(cache) if cache is not None else default_cache()
-    file = folder / f"{key.hexdigest()}-{kind}.npy"
+    file = _file(folder, encoder.fingerprint, kind, content_digests(images))
+    return _cached(file, encoder, images, kind, batch_size, processes, progress)
+
+
+def _file(folder: Path, fingerprint: str, kind: Kind, digests: bytes) -> Path:
+    key = xxhash.xxh3_128(f"{fingerprint} {kind} {len(digests) // DIGEST}".encode())
+    key.update(digests)
+    return folder / f"{key.hexdigest()}-{kind}.npy"
+
+
+def _need_patches(encoder: Encoder, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if shape[0] == 0:
+        raise UserError(f"{encoder.name} gives no patch tokens, which an attentive probe pools")
+    return shape
+
+
+def _cached(
+    file: Path, encoder: Encoder, images: Sequence[Blob], kind: Kind, batch_size: int, processes: int, progress: bool
+) -> np.ndarray:
     if not file.is_file():
         shape = getattr(encoder.encode(load(encoder, images[0])[None]), kind).shape[1:]
-        if kind == "patches" and shape[0] == 0:
-            raise UserError(f"{encoder.name} gives no patch tokens, which an attentive probe pools")
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=folder)
+        if kind == "patches":
+            _need_patches(encoder, shape)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=file.parent)
         os.close(handle)
         try:
             np.lib.format.open_memmap(name, "w+", _TYPES[kind], (len(images), *shape)).flush()
@@ -68,10 +163,6 @@ def image_features(
         finally:
             Path(name).unlink(missing_ok=True)
     return np.load(file, mmap_mode="r")
-
-
-def _digest(blob: Blob) -> bytes:
-    return xxhash.xxh3_128_digest(blob.read())
 
 
 def _write(file: Path, kind: Kind, encoder: Encoder, first: int, images: torch.Tensor) -> None:

@@ -32,6 +32,8 @@ from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.pack_index import SequentialIndex
 from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.spec import parse_spec
+from megatron_lcl.evaluate.encoders.untrained import untrained_model
 from megatron_lcl.evaluate.heldout_results import (
     CONTEXT_CHARACTERS,
     PICTURE,
@@ -46,6 +48,7 @@ from megatron_lcl.evaluate.heldout_results import (
 from megatron_lcl.evaluate.results import write_picture
 from megatron_lcl.evaluate.retrieval import rank_own
 from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
+from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.parallel.mesh import Axis, Mesh
@@ -60,20 +63,24 @@ Forward = Callable[[Sequence[PackedBatch] | None, int], Sequence[tuple[PackedBat
 micro-batches, on the process that reads for its replica, else None. Outputs are on the last pipeline stage only."""
 
 
-def evaluate_checkpoint(checkpoint: Path, corpus: Path, output: Path | None = None) -> str:
-    """`evaluate_heldout` of a run or a checkpoint, on CUDA where there is one; returns the table.
+def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | None = None) -> str:
+    """`evaluate_heldout` of a run, a checkpoint or `random:CONFIG`, on CUDA where there is one; returns the table.
 
     `output`: folder for the numbers and the examples as JSON, which the report shows, and for a picture.
     """
-    folder = find_checkpoint(checkpoint)
-    config, tokenizer = read_config(folder), open_corpus(corpus).tokenizer
+    spec, step, tokenizer = parse_spec(str(checkpoint)), None, open_corpus(corpus).tokenizer
+    if spec.seed is not None:
+        model, config = untrained_model(spec.name, spec.seed)
+    else:
+        folder = find_checkpoint(Path(checkpoint))
+        model, config, step = load_model(folder), read_config(folder), step_of(folder)
     if tokenizer.vocab_size != config.model.language.vocab_size:
         raise UserError(
             f"the tokenizer of {corpus} has {tokenizer.vocab_size} ids, the model {config.model.language.vocab_size}; "
             "preprocess the held-out documents with the model's tokenizer"
         )
-    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    result, examples = evaluate_heldout(model, config, corpus, step=step_of(folder))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    result, examples = evaluate_heldout(model, config, corpus, step=step)
     if output is not None:
         write_heldout(output, result, examples)
         write_picture([as_result(result, str(checkpoint))], output / PICTURE)
@@ -232,12 +239,11 @@ class HeldOutEvaluation:
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
     """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one."""
-    trained = objectives.create(config).tasks
+    objective = objectives.create(config)
+    trained = tuple(task for task in objective.tasks if task in objective.trains)
     for task in tasks:
         if task not in trained:
-            raise UserError(
-                f"objective.name = {config.objective.name} does not train what {task} measures; remove that task"
-            )
+            raise UserError(f"{why_untrained(config, task)} what {task} measures; remove that task")
     return tuple(task for task in TASKS if task in (tasks or trained))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,13 +19,10 @@ from torch import nn
 from tqdm import tqdm, trange
 
 from megatron_lcl.evaluate.knn import same_classes
+from megatron_lcl.evaluate.patches import CachedPatches, Patches
 from megatron_lcl.evaluate.results import Result, bootstrap
+from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, plain
 from megatron_lcl.evaluate.sources import ImageSet
-
-STRENGTHS = tuple(10.0**e for e in range(-4, 5))
-"""values of C that are tried: C times the summed loss is weighed against half the squared weights"""
-VALIDATION = 0.2
-"""share of the training images on which the strength is chosen"""
 
 
 @dataclass(frozen=True)
@@ -96,58 +93,44 @@ def linear_probe(
     test: ImageSet,
     train_features: np.ndarray,
     test_features: np.ndarray,
-    strengths: Sequence[float] = STRENGTHS,
+    settings: LinearSettings | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Result:
     """Test accuracy of the logistic regression whose strength does best on held-out training images."""
+    settings = settings or LinearSettings()
     labels, num_classes, train_labels = same_classes(train, test), len(test.classes), train.need_labels()
-    strength = (
-        strengths[0]
-        if len(strengths) == 1
-        else _choose(train_features, train_labels, num_classes, strengths, seed, device, progress)
-    )
-    classifier = fit_linear(train_features, train_labels, num_classes, strength, device=device)
+    strength, *others = settings.strengths
+    if others:
+        strength = _choose(train_features, train_labels, num_classes, settings, seed, device, progress)
+    classifier = fit_linear(train_features, train_labels, num_classes, strength, settings.max_iterations, device)
     correct = classifier.logits(test_features).argmax(1) == labels
     metrics = {
         "accuracy": bootstrap(correct, seed, 1 / num_classes),
         "mean per-class recall": bootstrap(correct, seed, 1 / num_classes, groups=labels),
     }
-    settings = {"C": strength, "train images": len(train), "seed": seed}
-    return Result("linear probe", encoder, test.name, len(test), metrics, settings)
+    facts = {"C": strength, **plain(settings), "train images": len(train), "seed": seed}
+    return Result("linear probe", encoder, test.name, len(test), metrics, facts)
 
 
 def _choose(
     features: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
-    strengths: Sequence[float],
+    settings: LinearSettings,
     seed: int,
     device: str | torch.device,
     progress: bool,
 ) -> float:
     order = np.random.default_rng(seed).permutation(len(labels))
-    held_out, kept = np.split(order, [max(1, round(VALIDATION * len(order)))])
+    held_out, kept = np.split(order, [min(max(1, round(settings.validation * len(order))), len(order) - 1)])
     x, held = np.asarray(features), []
+    strengths = sorted(settings.strengths)
     for strength in tqdm(strengths, unit="strengths", desc="linear probe", disable=not progress):
-        classifier = fit_linear(x[kept], labels[kept], num_classes, strength, device=device)
+        classifier = fit_linear(x[kept], labels[kept], num_classes, strength, settings.max_iterations, device)
         held.append((classifier.logits(x[held_out]).argmax(1) == labels[held_out]).mean())
     return strengths[int(np.argmax(held))]  # the strongest regularisation among equals
-
-
-@dataclass(frozen=True)
-class AttentiveSettings:
-    """How attentive probes are trained (ours: the paper's code for it was never published)."""
-
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    """share of the steps"""
-    heads: int = 8
-    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 class AttentiveProbe(nn.Module):
@@ -172,8 +155,8 @@ def attentive_probe(
     encoder: str,
     train: ImageSet,
     test: ImageSet,
-    train_patches: np.ndarray,
-    test_patches: np.ndarray,
+    train_patches: np.ndarray | Patches,
+    test_patches: np.ndarray | Patches,
     settings: AttentiveSettings | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
@@ -181,18 +164,19 @@ def attentive_probe(
     """Mean test accuracy of probes trained from several seeds; the interval is over test images."""
     settings = settings or AttentiveSettings()
     labels, num_classes = same_classes(train, test), len(test.classes)
-    by_seed = []
-    for seed in settings.seeds:
-        probe = fit_attentive(train_patches, train.need_labels(), num_classes, settings, seed, device, progress)
-        by_seed.append(_attentive_logits(probe, test_patches, settings.batch_size).argmax(1) == labels)
+    probes = [
+        fit_attentive(train_patches, train.need_labels(), num_classes, settings, seed, device, progress)
+        for seed in settings.seeds
+    ]
+    by_seed = [predicted == labels for predicted in _predict(probes, test_patches, len(labels), settings.batch_size)]
     accuracies = [float(correct.mean()) for correct in by_seed]
     metrics = {"accuracy": bootstrap(np.mean(by_seed, axis=0), settings.seeds[0], 1 / num_classes)}
-    facts = {**asdict(settings), "accuracy by seed": accuracies, "train images": len(train)}
+    facts = {**plain(settings), "accuracy by seed": accuracies, "train images": len(train)}
     return Result("attentive probe", encoder, test.name, len(test), metrics, facts)
 
 
 def fit_attentive(
-    patches: np.ndarray,
+    patches: np.ndarray | Patches,
     labels: np.ndarray,
     num_classes: int,
     settings: AttentiveSettings,
@@ -200,10 +184,11 @@ def fit_attentive(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> AttentiveProbe:
-    """A trained probe; patches [N, P, V] may be memory-mapped."""
+    """A trained probe; an array of patches [N, P, V] may be memory-mapped."""
+    patches = CachedPatches(patches) if isinstance(patches, np.ndarray) else patches
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        probe = AttentiveProbe(patches.shape[-1], num_classes, settings.heads).to(device).train()
+        probe = AttentiveProbe(patches.width, num_classes, settings.heads).to(device).train()
     optimizer = torch.optim.AdamW(probe.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * -(-len(labels) // settings.batch_size)
     warmup = max(1, round(settings.warmup * steps))
@@ -214,11 +199,9 @@ def fit_attentive(
     generator = np.random.default_rng(seed)
     for _ in trange(settings.epochs, unit="epochs", desc=f"attentive probe, seed {seed}", disable=not progress):
         order = generator.permutation(len(labels))
-        for low in range(0, len(order), settings.batch_size):
-            chosen = np.sort(order[low : low + settings.batch_size])
-            loss = F.cross_entropy(
-                probe(torch.from_numpy(patches[chosen]).float().to(device)), torch.from_numpy(labels[chosen]).to(device)
-            )
+        chosen = [np.sort(part) for part in _parts(order, settings.batch_size)]
+        for indices, batch in zip(chosen, patches.batches(chosen), strict=True):
+            loss = F.cross_entropy(probe(batch.to(device)), torch.from_numpy(labels[indices]).to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -226,11 +209,18 @@ def fit_attentive(
     return probe.eval()
 
 
+def _parts(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    return [indices[low : low + size] for low in range(0, len(indices), size)]
+
+
 @torch.no_grad()
-def _attentive_logits(probe: AttentiveProbe, patches: np.ndarray, batch_size: int) -> np.ndarray:
-    device = probe.query.device
-    parts = [
-        probe(torch.from_numpy(np.array(patches[i : i + batch_size])).float().to(device)).cpu()
-        for i in range(0, len(patches), batch_size)
-    ]
-    return torch.cat(parts).numpy()
+def _predict(
+    probes: Sequence[AttentiveProbe], patches: np.ndarray | Patches, num_images: int, batch_size: int
+) -> list[np.ndarray]:
+    """Each probe's classes [N] of the images, in one pass over them."""
+    patches = CachedPatches(patches) if isinstance(patches, np.ndarray) else patches
+    predicted: list[list[torch.Tensor]] = [[] for _ in probes]
+    for batch in patches.batches(_parts(np.arange(num_images), batch_size)):
+        for probe, of_probe in zip(probes, predicted, strict=True):
+            of_probe.append(probe(batch.to(probe.query.device)).argmax(1).cpu())
+    return [torch.cat(of_probe).numpy() for of_probe in predicted]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
@@ -17,12 +18,14 @@ from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource
-from megatron_lcl.evaluate.features import Kind, default_cache, image_features
+from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_cache
 from megatron_lcl.evaluate.knn import knn, same_classes
-from megatron_lcl.evaluate.probes import AttentiveSettings, attentive_probe, linear_probe
+from megatron_lcl.evaluate.probes import attentive_probe, linear_probe
 from megatron_lcl.evaluate.results import RESULTS, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
+from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.trained import check_trained, untrained_pool
 from megatron_lcl.evaluate.zero_shot import zero_shot
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
@@ -41,9 +44,7 @@ def evaluate(
     class_names: str | Path | None = None,
     templates: str | Path | None = None,
     tokenizer: str | None = None,
-    k: int = 20,
-    decoding: Decoding | None = None,
-    attentive: AttentiveSettings | None = None,
+    settings: Settings | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
     batch_size: int = 64,
@@ -56,8 +57,9 @@ def evaluate(
 
     k-NN and probes learn on `train_split`, all tasks are measured on `split` (None: as `open_images` says). `output`: a
     folder for results.json, results.txt, results.png and captions.jsonl; nothing is written before all is measured.
-    Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached. Raises UserError,
-    in one line, for data or models that do not fit the tasks.
+    Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached in the folder `cache`
+    (None: `default_cache`). Raises UserError, in one line and before anything is computed, for data or models that do
+    not fit the tasks, and where the features would not fit the disk.
 
     All images are checked before any is encoded. UserError naming those that do not decode; or, with
     `skip_bad_images`, they are skipped, counted in the results, and named in the file bad_images.txt of `output`.
@@ -71,7 +73,10 @@ def evaluate(
         _check_device(device)
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise UserError(f"{output} is not a folder")
-    test = open_images(data, split, images, class_names, templates)
+    settings = settings or Settings()
+    if settings.zero_shot.prompts and templates is not None:
+        raise UserError(f"the prompts {list(settings.zero_shot.prompts)} and the file {templates}; give one of the two")
+    test = open_images(data, split, images, class_names, settings.zero_shot.prompts or templates)
     train = None
     if _NEED_TRAINING & set(tasks):
         if not (Path(data) / train_split).is_dir():
@@ -80,42 +85,53 @@ def evaluate(
             )
         train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
         same_classes(train, test)
-        _check_neighbors(k, train, tasks)
+        _check_neighbors(settings.knn.k, train, tasks)
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
         test.need_labels()
+    for spec in models:
+        check_trained(spec, tasks)
+        if progress and (said := untrained_pool(spec, tasks)):
+            tqdm.write(said, file=sys.stderr)
 
-    results: list[Result] = []
-    written: list[tuple[str, list[str]]] = []
-    bad: tuple[list[BadBlob], list[BadBlob]] = [], []
-    for number, spec in enumerate(models):
+    def load(spec: str) -> Encoder:
         encoder = EncoderSource(spec, tokenizer, devices)(0)
         if {"zero-shot", "retrieval"} & set(tasks):
             encoder.encode_texts(["a text"])  # says at once if it cannot
-        if number == 0:
-            folder = default_cache() if cache is None else Path(cache)
-            bad = tuple(find_bad(s.images, folder, progress, s.name) if s else [] for s in (test, train))  # type: ignore[assignment]
-            test = without_bad(test, bad[0], skip_bad_images)
-            if train is not None:
-                train = without_bad(train, bad[1], skip_bad_images)
-                _check_neighbors(k, train, tasks)
+        return encoder
 
-        def features(of: ImageSet, kind: Kind = "pooled", encoder: Encoder = encoder) -> np.ndarray:
-            return image_features(encoder, of.images, kind, cache, batch_size, processes, progress)
+    # what cannot be loaded, or has no room, is to be known before the first one's hours
+    encoder = load(models[0])
+    shapes = [Shapes.of(encoder), *(Shapes.of(load(spec)) for spec in models[1:])]
+    store = FeatureStore(default_cache() if cache is None else Path(cache), batch_size, processes, progress)
+    bad = (
+        find_bad(test.images, store.folder, progress, test.name),
+        (find_bad(train.images, store.folder, progress, train.name) if train is not None else []),
+    )
+    test = without_bad(test, bad[0], skip_bad_images)
+    if train is not None:
+        train = without_bad(train, bad[1], skip_bad_images)
+        _check_neighbors(settings.knn.k, train, tasks)
+    store.check_room(shapes, _cached(tasks, train, test, settings))
 
+    results: list[Result] = []
+    written: list[tuple[str, list[str]]] = []
+    for number, spec in enumerate(models):
+        encoder = load(spec) if number else encoder
         for task in tasks:
             if task == "captioning":
-                if not isinstance(encoder, OurEncoder):
-                    raise UserError(f"{spec} has no language model; only LCL checkpoints write captions")
-                result, captions = captioning(encoder, test, decoding, "", batch_size, processes, progress)
+                assert isinstance(encoder, OurEncoder), "check_trained has refused others"
+                own = settings.captioning
+                decoding = Decoding(own.max_tokens, own.top_p, own.temperature, seed)
+                result, captions = captioning(encoder, test, decoding, own.prompt, batch_size, processes, progress)
                 written.append((spec, captions))
             elif task in _NEED_TRAINING:
                 assert train is not None
-                result = _trained(task, encoder, train, test, features, k, attentive, seed, devices[0], progress)
+                result = _trained(task, encoder, train, test, store, settings, seed, devices[0])
             else:
                 run = zero_shot if task == "zero-shot" else retrieval
-                result = run(encoder, test, features(test), seed, progress=progress)
+                result = run(encoder, test, store.features(encoder, test), seed, progress=progress)
             if bad[1] and task in _NEED_TRAINING:
                 result = replace(result, settings={**result.settings, "bad train images": len(bad[1])})
             results.append(replace(result, fingerprint=encoder.fingerprint, num_bad=len(bad[0])))
@@ -137,27 +153,39 @@ def _check_device(name: str) -> None:
         raise UserError(f"the device {name!r} cannot be used ({said}); give cpu, or cuda:0 … of this machine") from None
 
 
+def _cached(
+    tasks: Sequence[str], train: ImageSet | None, test: ImageSet, settings: Settings
+) -> list[tuple[ImageSet, Kind]]:
+    """The features that the tasks want in the cache."""
+    kinds: dict[str, Kind] = {task: "pooled" for task in tasks if task not in ("captioning", "attentive-probe")}
+    if "attentive-probe" in tasks and settings.attentive_probe.features == "cached":
+        kinds["attentive-probe"] = "patches"
+    of_train = {kind for task, kind in kinds.items() if task in _NEED_TRAINING} if train is not None else set()
+    return [(train, kind) for kind in of_train if train is not None] + [(test, kind) for kind in set(kinds.values())]
+
+
 def _trained(
     task: str,
     encoder: Encoder,
     train: ImageSet,
     test: ImageSet,
-    features: Callable[..., np.ndarray],
-    k: int,
-    attentive: AttentiveSettings | None,
+    store: FeatureStore,
+    settings: Settings,
     seed: int,
     device: str,
-    progress: bool,
 ) -> Result:
+    sets = train, test
     if task == "attentive-probe":
-        patches = features(train, "patches"), features(test, "patches")
-        attentive = attentive or AttentiveSettings()
-        attentive = replace(attentive, seeds=tuple(seed + own for own in attentive.seeds))
-        return attentive_probe(encoder.name, train, test, *patches, attentive, device, progress)
-    pooled = features(train), features(test)
+        own = settings.attentive_probe
+        own = replace(own, seeds=tuple(seed + of_probe for of_probe in own.seeds))
+        streamed = own.features == "streamed"
+        patches = store.patches(encoder, train, streamed), store.patches(encoder, test, streamed)
+        return attentive_probe(encoder.name, *sets, *patches, own, device, store.progress)
+    pooled = store.features(encoder, train), store.features(encoder, test)
     if task == "knn":
-        return knn(encoder.name, train, test, *pooled, k=k, seed=seed, device=device)
-    return linear_probe(encoder.name, train, test, *pooled, seed=seed, device=device, progress=progress)
+        of_knn = settings.knn
+        return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, seed, device)
+    return linear_probe(encoder.name, *sets, *pooled, settings.linear_probe, seed, device, store.progress)
 
 
 def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:

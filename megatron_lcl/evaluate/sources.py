@@ -1,4 +1,4 @@
-"""Evaluation images: class folders, WebDatasets in CLIP_benchmark's layout, COCO-Karpathy JSON, corpora.
+"""Evaluation images: class folders, WebDatasets in CLIP_benchmark's layout, COCO's and NoCaps's captions, corpora.
 
 Images stay where they are; an image is a `Blob` that says where its bytes stand.
 """
@@ -9,11 +9,14 @@ import json
 import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
 from megatron_lcl.data.corpus.document import Image
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
@@ -71,6 +74,16 @@ class CorpusBlob:
         return self.corpus[self.document].images[self.position].data
 
 
+DIGEST = 16
+"""bytes of a digest"""
+
+
+def content_digests(images: Sequence[Blob]) -> bytes:
+    """XXH3 (128 bits) of each image's encoded bytes, one after the other."""
+    with ThreadPoolExecutor(8) as pool:
+        return b"".join(pool.map(lambda blob: xxhash.xxh3_128_digest(blob.read()), images))
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images with labels, or with captions."""
@@ -84,9 +97,16 @@ class ImageSet:
     """one or more of each image"""
     templates: tuple[str, ...] = (_DEFAULT_TEMPLATE,)
     """texts with `{c}` in the class name's place"""
+    domains: tuple[str, ...] | None = None
+    """[N] a part of the data set that each image is in, whose captions are also measured alone (NoCaps)"""
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def digests(self) -> bytes:
+        """`content_digests` of the images, read once."""
+        return content_digests(self.images)
 
     def need_labels(self) -> np.ndarray:
         """The labels; UserError where there are none."""
@@ -100,7 +120,7 @@ class ImageSet:
         """The captions; UserError where there are none."""
         if self.captions is None:
             raise UserError(
-                f"{self.name} has no captions; this evaluation needs COCO-Karpathy JSON, .txt files, a corpus"
+                f"{self.name} has no captions; this evaluation needs JSON of COCO or NoCaps, .txt files, a corpus"
             )
         return self.captions
 
@@ -118,6 +138,8 @@ def open_images(
     * a WebDataset in CLIP_benchmark's layout: `path/[split/]*.tar` with `.cls` or `.txt` beside each image,
       `classnames.txt` and `zeroshot_classification_templates.txt` in `path`;
     * a COCO-Karpathy JSON file (`images` is the folder of its images), whose `split` is one of the file's own;
+    * a JSON file in the format of COCO's captions, as NoCaps's is: `images` with `file_name` and, in NoCaps, `domain`,
+      and `annotations` with their captions;
     * a corpus of ours: each image with its matched text, or the nearest one.
 
     `split`: None takes `test` where there is one, else all of a folder that has no splits. `class_names` and
@@ -126,7 +148,7 @@ def open_images(
     """
     path = Path(path)
     if path.is_file():
-        found = _karpathy(path, split or "test", Path(images) if images else path.parent)
+        found = _captions_json(path, split, Path(images) if images else path.parent)
     elif (path / CORPUS_MANIFEST).is_file():
         if split is not None:
             raise UserError(f"{path} is a corpus, which has no splits; give another corpus in place of {split!r}")
@@ -154,7 +176,7 @@ def open_images(
     if bad:
         at = _place(templates if templates is not None else path / _TEMPLATES, bad[0])
         raise UserError(f"{at}the template {bad[0]!r} has no {{c}} for the class name")
-    return ImageSet(found.name, found.images, found.labels, tuple(names), found.captions, tuple(chosen))
+    return replace(found, classes=tuple(names), templates=tuple(chosen))
 
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -240,25 +262,63 @@ def _class_index(path: Path, key: str, data: bytes) -> int:
     return index
 
 
-def _karpathy(path: Path, split: str, folder: Path) -> ImageSet:
+def _captions_json(path: Path, split: str | None, folder: Path) -> ImageSet:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["images"]
-        chosen = [e for e in entries if e["split"] == split]
-        files = [folder / e.get("filepath", "") / e["filename"] for e in chosen]
-        captions = tuple(tuple(s["raw"].strip() for s in e["sentences"]) for e in chosen)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "annotations" in content:
+            return _coco(path, content, split, folder)
+        return _karpathy(path, content["images"], split or "test", folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a COCO-Karpathy JSON file: {type(error).__name__} {error}") from None
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is not a COCO-Karpathy JSON file, nor one of COCO's or NoCaps's captions: {type(error).__name__} "
+            f"{error}"
+        ) from None
+
+
+def _karpathy(path: Path, entries: list[dict[str, Any]], split: str, folder: Path) -> ImageSet:
+    chosen = [e for e in entries if e["split"] == split]
+    files = [folder / e.get("filepath", "") / e["filename"] for e in chosen]
+    captions = tuple(tuple(s["raw"].strip() for s in e["sentences"]) for e in chosen)
     if not chosen:
         raise UserError(f"{path} has no images in the split {split!r}; it has {sorted({e['split'] for e in entries})}")
     if not files[0].is_file():  # some copies leave out filepath's folder
         files = [folder / file.name for file in files]
+    return ImageSet(f"{path} ({split})", _files(path, files), captions=captions)
+
+
+def _coco(path: Path, content: dict[str, Any], split: str | None, folder: Path) -> ImageSet:
+    """`images`: id, file_name, in NoCaps domain; `annotations`: image_id, caption."""
+    if split is not None:
+        raise UserError(f"{path} is one split by itself; leave out {split!r}")
+    entries, captions = content["images"], defaultdict[Any, list[str]](list)
+    for annotation in content["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"].strip())
+    ids, domains = [e["id"] for e in entries], [e.get("domain") for e in entries]
+    if not entries:
+        raise UserError(f"{path} has no images")
+    if bare := [e["file_name"] for e in entries if e["id"] not in captions]:
+        raise UserError(f"{path} has no caption of {len(bare):,} of its {len(ids):,} images, first {bare[0]}")
+    if some_without := sum(domain is None for domain in domains) % len(domains):
+        raise UserError(f"{path} has no domain of {some_without:,} of its {len(ids):,} images")
+    return ImageSet(
+        str(path),
+        _files(path, [folder / e["file_name"] for e in entries]),
+        captions=tuple(tuple(captions[i]) for i in ids),
+        domains=None if domains[0] is None else tuple(domains),
+    )
+
+
+def _files(path: Path, files: list[Path]) -> tuple[FileBlob, ...]:
+    """The images that the file `path` names."""
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(
             f"{path} names {len(files):,} images, of which {len(missing):,} are not there, first {missing[0]}; give "
             "the folder of its images"
         )
-    return ImageSet(f"{path} ({split})", tuple(FileBlob(file) for file in files), captions=captions)
+    return tuple(FileBlob(file) for file in files)
 
 
 def _corpus(path: Path) -> ImageSet:

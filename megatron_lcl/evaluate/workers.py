@@ -45,7 +45,7 @@ def map_batches(
     with bar:
         if processes <= 1:
             results = []
-            for done, result in _run_part(encoder, images, work, batch_size, 0, num_cores()):
+            for done, result in run_batches(encoder, images, work, batch_size, 0, num_cores()):
                 results.append(result)
                 bar.update(done)
             return results
@@ -97,7 +97,7 @@ def _process(
     threads = max(1, num_cores() // processes)
     torch.set_num_threads(threads)
     results = []
-    for count, result in _run_part(source(number), images, work, batch_size, start, threads):
+    for count, result in run_batches(source(number), images, work, batch_size, start, threads):
         results.append(result)
         done.put(count)
         if stop.is_set():
@@ -105,7 +105,7 @@ def _process(
     return results
 
 
-def _run_part(
+def run_batches(
     encoder: Encoder, images: Sequence[Blob], work: Work[T], batch_size: int, start: int, threads: int
 ) -> Iterator[tuple[int, T]]:
     """(images done, result) of each batch; images are decoded ahead by threads."""

@@ -37,7 +37,7 @@ def zero_shot(encoder: Encoder, data: ImageSet, features: np.ndarray, seed: int 
         "accuracy, top 5": bootstrap(ranks < 5, seed, min(5 / num, 1)),
         "mean per-class recall": bootstrap(ranks < 1, seed, 1 / num, groups=labels),
     }
-    settings = {"classes": num, "templates": len(data.templates), "seed": seed}
+    settings = {"classes": num, "templates": len(data.templates), "prompts": list(data.templates), "seed": seed}
     return Result("zero-shot classification", encoder.name, data.name, len(labels), metrics, settings)
 
 

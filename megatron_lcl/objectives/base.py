@@ -96,6 +96,12 @@ class Objective(ABC):
         """The terms of a step, in the order in which they are added; all processes that have outputs call it."""
 
     @property
+    def trains(self) -> tuple[EvaluationTask, ...]:
+        """What of the model it trains, settings considered, named as what measures it: `retrieval`, image latents and
+        texts' features in one space; `generation`, the text that follows. An evaluation of the rest is refused."""
+        return self.tasks
+
+    @property
     def strategy(self) -> Strategy:
         """How its forwards and backwards follow each other."""
         return self.config.contrast.strategy if self.all_features_first else "1F1B"

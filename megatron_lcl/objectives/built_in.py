@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import contrast, generation
@@ -29,6 +29,13 @@ class LatentCompression(Objective):
                 "objective.contrastive_weight and objective.generation_weight are both 0, which leaves nothing to "
                 "train for; give one of them a weight above 0"
             )
+
+    @property
+    def trains(self) -> tuple[EvaluationTask, ...]:
+        weights = self.config.objective
+        contrast = ("retrieval",) if weights.contrastive_weight != 0 else ()
+        generation = ("generation",) if weights.generation_weight != 0 else ()
+        return (*contrast, *generation)
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
         weights = self.config.objective

@@ -16,7 +16,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.certificate import summary
 from megatron_lcl.convert.export import export
-from megatron_lcl.convert.load import find_checkpoint
+from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.gimp import fetch_manual

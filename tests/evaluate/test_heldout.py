@@ -289,3 +289,11 @@ def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path
     save_checkpoint(model, Config(model=model.config), tmp_path)
     with pytest.raises(UserError, match="has 517 ids, the model 520"):
         evaluate_checkpoint(tmp_path, folder / "corpus")
+
+
+def test_an_untrained_model_as_a_baseline(folder: Path, tmp_path: Path) -> None:
+    save_checkpoint(own_model(), Config(model=TINY), tmp_path)
+    told = evaluate_checkpoint(f"random:{tmp_path}?seed=3", folder / "corpus")
+    config = Config(TINY, Data(workers=0, cache=str(tmp_path / "cache")))
+    result, _ = evaluate_heldout(LCL(TINY, seed=3).eval(), config, folder / "corpus", progress=False)
+    assert told == table(result)

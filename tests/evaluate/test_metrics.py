@@ -19,11 +19,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torchmetrics.retrieval import RetrievalHitRate
 
+from megatron_lcl.evaluate import probes
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.knn import knn, knn_predict
 from megatron_lcl.evaluate.probes import (
     AttentiveProbe,
-    AttentiveSettings,
+    Linear,
     attentive_probe,
     fit_attentive,
     fit_linear,
@@ -31,6 +32,7 @@ from megatron_lcl.evaluate.probes import (
 )
 from megatron_lcl.evaluate.results import bootstrap
 from megatron_lcl.evaluate.retrieval import chance_of_hit, retrieval, retrieval_ranks
+from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 from megatron_lcl.evaluate.zero_shot import zero_shot
 
@@ -104,6 +106,27 @@ def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
     assert 1e-4 < result.settings["C"] < 1e4  # neither end: the choice means something
     again = linear_probe("pixels", image_set(train_labels), image_set(labels), train, test)
     assert again == result
+
+
+def test_settings_of_the_linear_probe(split: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter is held out to choose among two strengths; the steps are as many as asked for."""
+    train, train_labels, test, labels = split
+    sets = image_set(train_labels), image_set(labels)
+    fits: list[tuple[int, float, int]] = []
+
+    def fit(x: np.ndarray, y: np.ndarray, classes: int, strength: float, steps: int, device: str) -> Linear:
+        fits.append((len(x), strength, steps))
+        return fit_linear(x, y, classes, strength, steps, device)
+
+    monkeypatch.setattr(probes, "fit_linear", fit)
+    settings = LinearSettings(strengths=(10.0, 1e-6), validation=0.25, max_iterations=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = linear_probe("pixels", *sets, train, test, settings)
+    assert fits == [(900, 1e-6, 40), (900, 10.0, 40), (1200, 10.0, 40)]
+    assert result.settings["C"] == 10.0
+    with pytest.warns(UserWarning, match="stopped after 3 iterations"):
+        linear_probe("pixels", *sets, train, test, LinearSettings(strengths=(1.0,), max_iterations=3))
 
 
 def test_attentive_probe_against_plain_formulas() -> None:

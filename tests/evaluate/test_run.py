@@ -19,11 +19,10 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.captioning import Decoding
 from megatron_lcl.evaluate.checking import find_bad, without_bad
 from megatron_lcl.evaluate.encoders.load import load_encoder
-from megatron_lcl.evaluate.probes import AttentiveSettings
 from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.evaluate.settings import AttentiveSettings, CaptioningSettings, KnnSettings, Settings
 from megatron_lcl.evaluate.sources import open_images
 
 
@@ -45,8 +44,10 @@ def test_labelled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None
         ["knn", "linear-probe", "attentive-probe"],
         folder,
         output=tmp_path / "out",
-        k=5,
-        attentive=AttentiveSettings(epochs=15, batch_size=32, lr=3e-3, seeds=(0,)),
+        settings=Settings(
+            knn=KnnSettings(k=5),
+            attentive_probe=AttentiveSettings(epochs=15, batch_size=32, lr=3e-3, seeds=(0,)),
+        ),
         cache=tmp_path / "cache",
         progress=False,
     )
@@ -71,7 +72,7 @@ def test_texts(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
         output=tmp_path / "out",
         images=folder,
         tokenizer=str(checkpoint / "words.model"),
-        decoding=Decoding(max_tokens=5),
+        settings=Settings(captioning=CaptioningSettings(max_tokens=5)),
         cache=tmp_path / "cache",
         progress=False,
     )
@@ -91,7 +92,7 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
     refused("none given")
     refused("no captions", "retrieval")
     refused("no folder 'train'", "knn", data=folder / "test")
-    refused("k = 1000", "knn", k=1000)
+    refused("k = 1000", "knn", settings=Settings(knn=KnnSettings(k=1000)))
     refused("--tokenizer", "zero-shot")
     refused("no split 'tset'", "knn", split="tset")
 
@@ -99,9 +100,9 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
 def test_seed_reaches_the_attentive_probe_and_results_name_the_weights(
     folder: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    settings = AttentiveSettings(epochs=1, lr=3e-3, seeds=(0, 1))
+    settings = Settings(attentive_probe=AttentiveSettings(epochs=1, lr=3e-3, seeds=(0, 1)))
     first, same, other = (
-        evaluate([str(checkpoint)], ["attentive-probe"], folder, attentive=settings, seed=seed, cache=tmp_path)[0]
+        evaluate([str(checkpoint)], ["attentive-probe"], folder, settings=settings, seed=seed, cache=tmp_path)[0]
         for seed in (0, 0, 5)
     )
     assert first == same
@@ -122,7 +123,14 @@ def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(
                     member = tarfile.TarInfo(f"{label}.{name}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    (result,) = evaluate([str(checkpoint)], ["knn"], tmp_path, k=2, cache=tmp_path / "cache", progress=False)
+    (result,) = evaluate(
+        [str(checkpoint)],
+        ["knn"],
+        tmp_path,
+        settings=Settings(knn=KnnSettings(k=2)),
+        cache=tmp_path / "cache",
+        progress=False,
+    )
     assert result.metrics["accuracy"].chance == pytest.approx(1 / 3)
 
 

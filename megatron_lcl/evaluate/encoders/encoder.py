@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, out_of_reach
 
 DECODING = "decode_rgb"
 """of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
@@ -100,12 +101,21 @@ def _constants(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
+_A = {"timm": "a timm", "OpenCLIP": "an OpenCLIP", "Hugging Face": "a Hugging Face"}
+
+
 @contextlib.contextmanager
-def loading(spec: str, library: str) -> Iterator[None]:
-    """Whatever another library says of a folder or a name that it cannot load, in one line."""
+def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[None]:
+    """Whatever another library says of a folder or a name that it cannot load, in one line.
+
+    remote: a file of those that it may have to fetch; if its host is out of reach, the cache has to do.
+    """
+    fault = remote and out_of_reach(remote)
     try:
-        with quietly():
+        with quietly(), by_cache_alone(spec, remote, fault) if remote and fault else contextlib.nullcontext():
             yield
+    except UserError:
+        raise
     except (
         OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError, ImportError,
         SafetensorError, UnpicklingError,
@@ -116,4 +126,12 @@ def loading(spec: str, library: str) -> Iterator[None]:
                 f"{spec} wants code of its own to be run, which is refused; only architectures that the library has "
                 "itself can be evaluated"
             ) from None
-        raise UserError(f"{spec} does not load as a {library} model: {said}") from None
+        raise UserError(f"{spec} does not load as {_A[library]} model: {said}") from None
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Torch's initial values of an untrained model; the generator is then as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

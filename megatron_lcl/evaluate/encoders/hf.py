@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +17,28 @@ from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, loading
+from megatron_lcl.evaluate.encoders.hub import hub_file
+from megatron_lcl.evaluate.encoders.spec import Spec
 from megatron_lcl.model.reference_format import some
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+"""a repository of the hub, rather than a path"""
 
 
 class HfEncoder(Encoder):
     """A Hugging Face vision or CLIP model; an LCL export's own attention pool is used where it lies beside."""
 
-    def __init__(self, spec: str, folder: str, device: str | torch.device = "cpu") -> None:
-        self._version = require("transformers", spec)
+    def __init__(self, spec: Spec, device: str | torch.device = "cpu") -> None:
+        self._version = require("transformers", spec.text)
         from transformers import AutoImageProcessor, AutoModel
 
-        self._spec = spec
-        self._folder = folder
-        with loading(spec, "Hugging Face"):
+        folder = self._folder = spec.name
+        self._remote = None
+        if not Path(folder).is_dir():
+            if not _HUB_NAME.fullmatch(folder):
+                raise UserError(f"{spec.text}: there is no folder {folder}")
+            self._remote = hub_file(folder, "config.json", "give the folder of a model: hf:DIR")
+        with loading(spec.text, "Hugging Face", self._remote):
             module, report = AutoModel.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -41,10 +51,10 @@ class HfEncoder(Encoder):
         # a classifier's checkpoint has no pooler, which some architectures put behind the class token
         self._has_pooler = not any("pooler." in name for name in missing)
         if missing := [name for name in missing if "pooler." not in name]:
-            raise UserError(f"{spec} lacks {some(missing)}; transformers would make them up")
+            raise UserError(f"{spec.text} lacks {some(missing)}; transformers would make them up")
         if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
-            raise UserError(f"{spec} has {some(wrong)} of another shape than its config says")
-        super().__init__(spec, module, device)
+            raise UserError(f"{spec.text} has {some(wrong)} of another shape than its config says")
+        super().__init__(spec.text, module, device)
         pool = Path(folder) / POOL
         self._pool = read_pool(pool) if pool.is_file() else None
 
@@ -77,7 +87,7 @@ class HfEncoder(Encoder):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        with loading(self._spec, "Hugging Face"):
+        with loading(self.name, "Hugging Face", self._remote):
             return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
 
     @torch.no_grad()

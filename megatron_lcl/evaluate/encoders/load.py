@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_lcl.convert.find import find_checkpoint, read_config
+from megatron_lcl.config import Config
+from megatron_lcl.convert.find import known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
@@ -17,8 +18,9 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.hf import HfEncoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
+from megatron_lcl.evaluate.encoders.spec import Spec, parse_spec
 from megatron_lcl.evaluate.encoders.timm import TimmEncoder
-from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.evaluate.encoders.untrained import untrained_model
 
 
 def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
@@ -26,18 +28,22 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
 
     `timm:NAME` (also `timm:local-dir:DIR`), `hf:DIR`, `open_clip:NAME[@PRETRAINED]` (also `open_clip:local-dir:DIR`),
     or the path of an LCL checkpoint, whose tokenizer is that of its run's corpus, or CLIP's if its vocabulary has
-    CLIP's size, unless `tokenizer` names another. Raises UserError where it does not load.
+    CLIP's size, unless `tokenizer` names another. Untrained: `timm:NAME?pretrained=no`, `open_clip:NAME@none`,
+    `random:CONFIG` (see `untrained_model`), each with `?seed=N`. Raises UserError where it does not load.
     """
-    kind, _, name = str(spec).partition(":")
-    if kind in _LIBRARIES and name:
-        encoder: Encoder = _LIBRARIES[kind](str(spec), name, device)
+    parsed, path = parse_spec(str(spec)), Path(spec)
+    if parsed.kind in _LIBRARIES:
+        encoder: Encoder = _LIBRARIES[parsed.kind](parsed, device)
+    elif parsed.seed is not None:
+        model, config = untrained_model(parsed.name, parsed.seed)
+        encoder = OurEncoder(parsed.text, model, _tokenizer(config, tokenizer), device)
     else:
-        encoder = OurEncoder(str(spec), load_model(spec), _tokenizer(Path(spec), tokenizer), device)
+        encoder = OurEncoder(parsed.text, load_model(spec), _tokenizer(known_config(path), tokenizer), device)
     encoder.source = EncoderSource(str(spec), None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
 
 
-_LIBRARIES: dict[str, Callable[[str, str, str | torch.device], Encoder]] = {
+_LIBRARIES: dict[str, Callable[[Spec, str | torch.device], Encoder]] = {
     "timm": TimmEncoder,
     "hf": HfEncoder,
     "open_clip": OpenClipEncoder,
@@ -45,8 +51,8 @@ _LIBRARIES: dict[str, Callable[[str, str, str | torch.device], Encoder]] = {
 
 
 def is_ours(spec: str) -> bool:
-    """Whether `spec` is a path rather than another library's model."""
-    return spec.partition(":")[0] not in _LIBRARIES
+    """Whether `spec` is an LCL model rather than another library's."""
+    return parse_spec(spec).kind not in _LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,11 @@ class EncoderSource:
 _CLIP_VOCABULARY = 49411
 
 
-def _tokenizer(path: Path, given: str | Path | None) -> tokenizers.Tokenizer | None:
+def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.Tokenizer | None:
     if given is not None:
         return tokenizers.load(given)
-    checkpoint = find_checkpoint(path)
-    if not (checkpoint / CONFIG).is_file():  # a file in the reference's format, or an export
+    if config is None:
         return None
-    config = read_config(checkpoint)
     for corpus in config.data.corpora:
         if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
             return open_corpus(corpus.path).tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,27 +16,38 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.open_clip import TOWER_CONFIG
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, loading
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, loading
+from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
+from megatron_lcl.evaluate.encoders.spec import Spec
 
 
 class OpenClipEncoder(Encoder):
     """An OpenCLIP model: pooled is what `encode_image` gives."""
 
-    def __init__(self, spec: str, model: str, device: str | torch.device = "cpu") -> None:
-        self._version = require("open_clip", spec)
+    def __init__(self, spec: Spec, device: str | torch.device = "cpu") -> None:
+        self._version = require("open_clip", spec.text)
         import open_clip
 
-        if model.startswith(("local-dir:", "hf-hub:")):
-            self._architecture, pretrained = model, ""
+        if spec.name.startswith(("local-dir:", "hf-hub:")):
+            self._architecture, pretrained = spec.name, ""
         else:
-            self._architecture, _, pretrained = model.partition("@")
-            if not pretrained and self._architecture in open_clip.list_models():
+            self._architecture, _, pretrained = spec.name.partition("@")
+            if not pretrained and spec.seed is None and self._architecture in open_clip.list_models():
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(self._architecture)) or "a file's path"
-                raise UserError(f"{spec} names no weights; give {spec}@PRETRAINED, where PRETRAINED is one of {tags}")
-        with loading(spec, "OpenCLIP"):
-            module, self._transform = open_clip.create_model_from_pretrained(self._architecture, pretrained or None)
-        super().__init__(spec, module, device)
-        self._spec = spec
+                raise UserError(
+                    f"{spec.text} names no weights; give {spec.text}@PRETRAINED, where PRETRAINED is one of {tags}, or "
+                    "none for an untrained one"
+                )
+        self._remote = _remote(spec, self._architecture, pretrained)
+        with loading(spec.text, "OpenCLIP", self._remote), drawn_from(spec.seed or 0):
+            if spec.seed is None:
+                module, self._transform = open_clip.create_model_from_pretrained(self._architecture, pretrained or None)
+            else:
+                options: dict[str, Any] = {"load_weights": False} if ":" in self._architecture else {}
+                if "hf_model_name" in _text_config(self._architecture):
+                    options["pretrained_text"] = False
+                module, _, self._transform = open_clip.create_model_and_transforms(self._architecture, **options)
+        super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
         return self._transform(decode_rgb(data))  # type: ignore[operator]
@@ -57,10 +69,16 @@ class OpenClipEncoder(Encoder):
     def _tokenizer(self) -> Any:
         import open_clip
 
-        # of a Hugging Face tokenizer; the folder's config could ask for its code to be run
-        code = {"trust_remote_code": False} if _hf_tokenizer(self._architecture) else {}
-        with loading(self._spec, "OpenCLIP"):
-            return open_clip.get_tokenizer(self._architecture, **code)
+        with loading(self.name, "OpenCLIP", self._remote if self._architecture.startswith("hf-hub:") else None):
+            name = _text_config(self._architecture).get("hf_tokenizer_name")
+        if not name:
+            return open_clip.get_tokenizer(self._architecture)
+        remote = None
+        if not (self._architecture.startswith("local-dir:") or Path(name).is_dir()):
+            remote = hub_file(name, "tokenizer_config.json", "give open_clip:local-dir:DIR with a tokenizer of its own")
+        with loading(self.name, "OpenCLIP", remote):
+            # the folder's config could ask for its code to be run
+            return open_clip.get_tokenizer(self._architecture, trust_remote_code=False)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -73,8 +91,8 @@ class OpenClipEncoder(Encoder):
         return [self._version, DECODING, module.visual.preprocess_cfg]
 
 
-def _hf_tokenizer(architecture: str) -> bool:
-    """Whether OpenCLIP takes a Hugging Face tokenizer for this model."""
+def _text_config(architecture: str) -> dict[str, Any]:
+    """What OpenCLIP's config of this model says of its text tower."""
     import open_clip
 
     kind, _, name = architecture.partition(":")
@@ -85,5 +103,24 @@ def _hf_tokenizer(architecture: str) -> bool:
 
         config = _get_hf_config(name)["model_cfg"]
     else:
-        config = open_clip.get_model_config(architecture)
-    return bool(config["text_cfg"].get("hf_tokenizer_name"))
+        config = open_clip.get_model_config(architecture) or {"text_cfg": {}}
+    return config["text_cfg"]
+
+
+def _remote(spec: Spec, architecture: str, pretrained: str) -> Remote | None:
+    """A file that OpenCLIP fetches for this model."""
+    import open_clip
+
+    kind, _, name = architecture.partition(":")
+    instead = "give open_clip:local-dir:DIR, or open_clip:NAME@FILE"
+    if kind == "hf-hub":
+        return hub_file(name, TOWER_CONFIG, instead)
+    if kind == "local-dir":
+        return None
+    instead += "" if spec.seed is not None else f", or open_clip:{architecture}@none for an untrained one"
+    weights = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
+    if weights.get("hf_hub"):
+        repository, file = os.path.split(weights["hf_hub"])
+        return hub_file(repository, file or "open_clip_config.json", instead)
+    text = _text_config(architecture).get("hf_model_name")  # whose config it asks for
+    return hub_file(text, "config.json", instead) if text else None

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.data.loading.images import decode_rgb
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, loading
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, loading
+from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
+from megatron_lcl.evaluate.encoders.spec import Spec
 
 
 class TimmEncoder(Encoder):
     """A timm model: pooled is what it puts before its classifier."""
 
-    def __init__(self, spec: str, model: str, device: str | torch.device = "cpu") -> None:
-        self._version = require("timm", spec)
+    def __init__(self, spec: Spec, device: str | torch.device = "cpu") -> None:
+        self._version = require("timm", spec.text)
         import timm
 
-        with loading(spec, "timm"):
-            # with as many classes as the weights have: only then does timm insist on every tensor
-            plain: Any = timm.create_model(model)
-            num_classes = plain.pretrained_cfg["num_classes"]
-            module: Any = timm.create_model(model, pretrained=True, num_classes=num_classes)
+        with loading(spec.text, "timm", _remote(spec)), drawn_from(spec.seed or 0):
+            module: Any = timm.create_model(spec.name)
+            if spec.seed is None:
+                # with as many classes as the weights have: only then does timm insist on every tensor
+                num_classes = module.pretrained_cfg["num_classes"]
+                module = timm.create_model(spec.name, pretrained=True, num_classes=num_classes)
             self._config = timm.data.resolve_model_data_config(module)
             self._transform: Any = timm.data.create_transform(**self._config)
-        super().__init__(spec, module, device)
+        super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
         return self._transform(decode_rgb(data))
@@ -46,3 +51,26 @@ class TimmEncoder(Encoder):
     @property
     def settings(self) -> Any:
         return [self._version, DECODING, self._config]
+
+
+def _remote(spec: Spec) -> Remote | None:
+    """A file that timm fetches for this model."""
+    from timm.models import get_pretrained_cfg, parse_model_name
+
+    untrained = f"{spec.text}?pretrained=no for an untrained one"
+    instead = f"give timm:local-dir:DIR with config.json and its weights, or {untrained}"
+    try:
+        source, name = parse_model_name(spec.name)
+        config = None if source or spec.seed is not None else get_pretrained_cfg(name)
+    except (ValueError, RuntimeError, AssertionError):  # which `create_model` explains
+        return None
+    if source == "hf-hub":
+        return hub_file(name, "config.json", "give timm:local-dir:DIR with config.json and its weights")
+    if config is None or config.file:
+        return None
+    if config.hf_hub_id:
+        return hub_file(config.hf_hub_id, "config.json", instead)
+    if not config.url:
+        return None
+    url, file = (config.url, Path(urlsplit(config.url).path).name) if isinstance(config.url, str) else config.url
+    return Remote(url, instead, Path(torch.hub.get_dir()) / "checkpoints" / file)
