@@ -91,7 +91,7 @@ class Names:
         return self._num
 
     def __getitem__(self, i: int) -> str:
-        return self._block(i // BLOCK)[i % BLOCK].decode()
+        return self._block(i // BLOCK)[i % BLOCK].decode(errors="replace")
 
     def find(self, text: str) -> Iterator[int]:
         """Numbers of the documents whose name has `text` in it, in order."""
@@ -102,7 +102,10 @@ class Names:
     def check(self) -> None:
         """Read all names. UserError where one is damaged."""
         for k in range(len(self._starts) - 1):
-            self._block(k)
+            try:
+                b"\n".join(self._block(k)).decode()
+            except UnicodeDecodeError:
+                raise self._damaged() from None
 
     def _block(self, k: int) -> list[bytes]:
         raw = bytes(self._data[self._starts[k] : self._starts[k + 1]])
@@ -114,10 +117,6 @@ class Names:
             name = name[: shared[0]] + rest
             num_read += 2 + len(rest)
             names.append(name)
-        try:
-            b"\n".join(names).decode()
-        except UnicodeDecodeError:
-            raise self._damaged() from None
         if num_read != len(raw) or len(names) != min(BLOCK, self._num - k * BLOCK):
             raise self._damaged()
         return names

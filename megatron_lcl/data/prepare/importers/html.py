@@ -226,8 +226,7 @@ class HtmlImporter(FilesImporter):
         num_lost = drops.num_bad("image") - bad_before
         items, repeated = without_repeated(list(assemble(events)), self._rules.repeated)
         for block in repeated:
-            label = f"{name}: {block.value[:60]}"
-            drops.left_out("text", "repeated at the edges of many pages", label, sample=block.value)
+            drops.left_out("text", "repeated at the edges of many pages", name, sample=block.value)
         if any(item.kind == "image" for item in items) or (items and self.text_pages):
             parts = list(_split(items, self.max_words))
             for number, part in enumerate(parts):
