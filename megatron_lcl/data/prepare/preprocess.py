@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ _LAYOUT = {"unfinished": 3}
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
+_LONG = 0.5
+"""seconds without a sign of life"""
 SHARD_DOCUMENTS = 500_000
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
@@ -131,8 +134,8 @@ def preprocess(
     if max_image_side is not None and max_image_side < 2:
         raise UserError(f"--max-image-side {max_image_side}: give at least 2 pixels")
     bars = _Bars(progress)
-    bars.say(f"{input}: looking for the files of the format {format}")
-    importer = importers.create(format, input, images, options or {})
+    with bars.waiting(f"{input}: looking for the files of the format {format}"):
+        importer = importers.create(format, input, images, options or {})
     for folder in (output, *([Path(held_out)] if held_out is not None else [])):
         if Path(input).is_dir() and folder.resolve().is_relative_to(Path(input).resolve()):
             raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
@@ -331,9 +334,16 @@ class _Bars:
     def __init__(self, shown: bool) -> None:
         self._shown = shown
 
-    def say(self, text: str) -> None:
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Say the text if what is done here takes long, for which there is no bar."""
+        timer = threading.Timer(_LONG, print, (text,), {"file": sys.stderr, "flush": True})
         if self._shown:
-            print(text, file=sys.stderr, flush=True)
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def over(self, results: Iterable[R], title: str, unit: str, sizes: Sequence[int]) -> Iterator[R]:
         """The results as they come; the bar advances by the size of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from data.helpers import contents
 from data.writers import picture
 
 from megatron_lcl.cli import main
+from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
@@ -88,12 +90,31 @@ def test_bars_from_the_start(site: Path, tmp_path: Path, capsys: pytest.CaptureF
                "--held-out", str(tmp_path / "held"), "--vocab-size", "400", "--max-bad-fraction", "1"]  # fmt: skip
     assert main(command) == 0
     said = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line]
-    assert said[0] == f"{site}: looking for the files of the format html"
-    assert said[1].startswith("scan:   0%|")
-    assert f"0/{NUM_PAGES}" in said[1]
+    assert said[0].startswith("scan:   0%|")
+    assert f"0/{NUM_PAGES}" in said[0]
     titles = [line.partition(":")[0] for line in said if " 0%|" in line]
     assert titles == ["scan", "compare images", "read texts", "out", "held"]
     assert all(any(line.startswith(f"{title}: 100%|") for line in said) for title in titles)
+
+
+def test_a_long_search_for_files_is_said(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_importer = importers.create
+
+    def slowly(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 20
+        while "looking for" not in capsys.readouterr().err and time.monotonic() < deadline:
+            time.sleep(0.01)
+        said.append(time.monotonic() < deadline)
+        return create_importer(*arguments)
+
+    said: list[bool] = []
+    monkeypatch.setattr(importers, "create", slowly)
+    monkeypatch.setattr(preprocess_module, "_LONG", 0.01)
+    with pytest.raises(UserError, match="are bad"):
+        preprocess("html", site, tmp_path / "out", tokenizer="clip", max_bad_fraction=0, progress=True)
+    assert said == [True]
 
 
 # --- work in several processes -----------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Unit:
 
     name: str
     size: int
-    """bytes on disk, images in other files not counted"""
+    """bytes to read; of images in other files where an importer knows them"""
     payload: Any = None
     """whatever the importer needs to find it again; picklable"""
 
