@@ -34,7 +34,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
             yield from describe(section, f"{prefix}{name}.")
         else:
             default = info.get_default(call_default_factory=True) if not info.is_required() else "(required)"
-            yield f"{prefix}{name}", _type_name(info.annotation), _plain_text(default), info.description or ""
+            yield f"{prefix}{name}", _type_name(info.annotation), plain_text(default), info.description or ""
 
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:
@@ -153,11 +153,12 @@ def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _plain_text(value: Any) -> str:
+def plain_text(value: Any) -> str:
+    """A value as it is typed."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, tuple):
-        return "[" + ", ".join(_plain_text(v) for v in value) + "]"
+        return "[" + ", ".join(plain_text(v) for v in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

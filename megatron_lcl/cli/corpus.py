@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_lcl.cli.arguments import add_input, single_input
 from megatron_lcl.errors import UserError
@@ -12,10 +14,21 @@ from megatron_lcl.errors import UserError
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
-    sub = add("preprocess", _preprocess, "documents in any of the known formats into a corpus")
-    sub.add_argument("--format", required=True, help="format of the input: html, jsonl, …")
-    sub.add_argument("--input", required=True, metavar="PATH")
-    sub.add_argument("--output", required=True, metavar="DIR", help="the corpus: a new or an empty folder")
+    sub = add(
+        "preprocess",
+        _preprocess,
+        "documents in any of the known formats into a corpus",
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    needed = [
+        sub.add_argument("--format", required=True, metavar="F", help="format of the input: one of those below"),
+        sub.add_argument("--input", required=True, metavar="PATH", help="a file or folder of that format"),
+        sub.add_argument("--output", required=True, metavar="DIR", help="the corpus: a new or an empty folder"),
+    ]
+    sub.add_argument(
+        "-h", "--help", action=_HelpOnFormats, needed=needed, help="this, and with --format F the options of format F"
+    )
     sub.add_argument("--images", metavar="DIR", help="where the images are, for formats that keep them apart")
     sub.add_argument("--tokenizer", metavar="clip|FILE.model", help="default: train SentencePiece on the documents")
     sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
@@ -26,7 +39,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("--max-image-side", type=int, metavar="PIXELS", help="scale larger images down")
     sub.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the format; may be repeated"
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the format, see --format F --help; may be repeated",
     )
     sub.add_argument("--workers", type=int, default=1, help="processes; any number writes the same bytes (%(default)s)")
     sub.add_argument("--job", metavar="I/N", help="only the I-th of N jobs (from 0); the last one done finishes")
@@ -38,11 +55,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("corpus", metavar="CORPUS")
     sub.add_argument("--quick", action="store_true", help="do not decode the images")
 
-    sub = add("inspect", _inspect, "look at a corpus: numbers, one document, or a page")
+    sub = add("inspect", _inspect, "look at a corpus: numbers, one document, documents of a source, or a page")
     sub.add_argument("corpus", metavar="CORPUS")
     sub.add_argument("what", nargs="*", metavar="stats | show N", help="default: stats")
     sub.add_argument("--json", action="store_true", help="stats as JSON")
     sub.add_argument("--html", metavar="FILE", help="write one self-contained page of sample documents")
+    sub.add_argument(
+        "--source", metavar="NAME", help="documents whose source (file, URL) has NAME in it; with --html, show these"
+    )
 
     sub = add("merge", _merge, "join corpora of the same tokenizer")
     sub.add_argument("corpora", nargs="+", metavar="CORPUS")
@@ -59,6 +79,55 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--rank", type=int, help="only what this data-parallel process reads")
     sub.add_argument("--world-size", type=int, default=1, help="data-parallel processes (%(default)s)")
     sub.add_argument("--output", metavar="FILE", help="default: replay-STEP.html")
+
+
+class _HelpOnFormats(argparse.Action):
+    """`--help` that first reads the whole command line, for the format that it names, then imports the importers."""
+
+    def __init__(self, needed: list[argparse.Action], **options: Any) -> None:
+        super().__init__(**{**options, "nargs": 0})
+        self._needed = needed
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        for action in self._needed:
+            action.required = False
+
+        def show(options: argparse.Namespace, _rest: list[str]) -> None:
+            for action in self._needed:
+                action.required = True
+            parser.epilog = _on_format(options.format) if options.format else _on_formats()
+            parser.print_help()
+
+        namespace.run = show
+
+
+def _on_formats() -> str:
+    from megatron_lcl.data.prepare.importers import formats, what_it_reads
+
+    lines = ["formats:"]
+    for name in formats():
+        lines += _entry(name, what_it_reads(name))
+    return "\n".join([*lines, "", "--format F --help lists the options of format F"])
+
+
+def _on_format(format: str) -> str:
+    from megatron_lcl.data.prepare.importers import importer_class, options_of, what_it_reads
+
+    options = options_of(importer_class(format))
+    lines = [f"format {format}:", *_entry("reads", what_it_reads(format)), ""]
+    lines.append(f"options of format {format}, each as --option KEY=VALUE:" if options else "it has no options")
+    for option in options:
+        lines += _entry(option.name, f"{option.help} ({option.type_name}, default {option.default_text})")
+    return "\n".join(lines)
+
+
+def _entry(name: str, text: str) -> list[str]:
+    """As argparse shows an argument."""
+    indent = " " * 24
+    lines = textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent=indent) or [""]
+    if len(name) > 20:
+        return [f"  {name}", *lines]
+    return [f"  {name:<22}{lines[0][24:]}", *lines[1:]]
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
@@ -104,11 +173,16 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.corpus.store import open_corpus
     from megatron_lcl.data.pages import inspect
 
-    if (options.html or options.json) and options.what not in ([], ["stats"]):
-        raise UserError("--html and --json are of the whole corpus; give them without `show N`")
+    if (options.html or options.json or options.source) and options.what not in ([], ["stats"]):
+        raise UserError("--html, --json and --source are of the whole corpus; give them without `show N`")
+    if options.json and options.source:
+        raise UserError("--json prints numbers of the whole corpus; give it without --source")
     corpus = open_corpus(options.corpus)
     if options.html:
-        print(inspect.write_page(corpus, options.html))
+        print(inspect.write_page(corpus, options.html, source=options.source))
+        return
+    if options.source:
+        print(inspect.found(corpus, options.source))
         return
     match options.what:
         case [] | ["stats"]:

@@ -34,13 +34,23 @@ class Image:
 
 
 class Document(msgspec.Struct, frozen=True):
-    """Texts and images, in order. `name` says where it came from; `metadata` is JSON-able and kept only in logs."""
+    """Texts and images, in order. `name` says where it came from: file, relative to the input, and place in it.
+
+    `metadata` is JSON-able: "id", what the source itself calls the document, such as its URL; "group", documents that
+    are held out together, and "shares", hashes of images that join groups; "lost_images", how many could not be read.
+    """
 
     items: tuple[Text | Image, ...]
     name: str = ""
     metadata: dict[str, Any] = {}
     kind: Kind | None = None
     """None: that of its source"""
+
+    @property
+    def source(self) -> str:
+        """The name that the corpus keeps: where the document lies, and what its source calls it."""
+        own = self.metadata.get("id")
+        return f"{self.name} {own}" if own else self.name
 
     @property
     def texts(self) -> list[Text]:

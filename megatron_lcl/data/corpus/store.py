@@ -6,6 +6,7 @@ tokens-00000.bin .idx       pieces of documents (`indexed.py`): mode 0 token ids
 images-00000.bin .idx       encoded images, uint8, each once per shard
 images-00000.arrow          one row: large_list `images` (width, height, format, xxh3), large_list `placements`
                             (similarity, matched_text), an entry for each piece of mode 1 in order
+names-00000.bin             where each document came from (`names.py`); not in corpora of earlier releases
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megatron_lcl.data.corpus import kinds
 from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
+from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 TEXT, IMAGE = 0, 1
 COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
-_TOKENS, _IMAGES = "tokens-{:05d}", "images-{:05d}"
-"""names of a shard's files without their suffix, by its number"""
+_TOKENS, _IMAGES, _NAMES = "tokens-{:05d}", "images-{:05d}", "names-{:05d}.bin"
+"""names of a shard's files, the first two without their suffix, by its number"""
 _ARROW = ".arrow"
 KIND = "kind"
 """key of a shard's kind of documents, beside its counts"""
@@ -51,23 +53,30 @@ _IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format
 _PLACEMENT_TYPE = pa.struct([("similarity", pa.float32()), ("matched_text", pa.int32())])
 
 
-def shard_files(number: int) -> list[str]:
-    """File names of shard `number`."""
+def shard_files(number: int, names: bool = True) -> list[str]:
+    """File names of shard `number`; names: with that of the documents' names, which an earlier release's has not."""
     tokens, images = _TOKENS.format(number), _IMAGES.format(number)
-    return [f"{tokens}.bin", f"{tokens}.idx", f"{images}.bin", f"{images}.idx", f"{images}{_ARROW}"]
+    files = [f"{tokens}.bin", f"{tokens}.idx", f"{images}.bin", f"{images}.idx", f"{images}{_ARROW}"]
+    return [*files, _NAMES.format(number)] if names else files
+
+
+def has_names(manifest: Mapping[str, Any], number: int) -> bool:
+    """Whether shard `number` says where its documents came from."""
+    return _NAMES.format(number) in manifest["files"]
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """Writes one shard's five files into `folder`; nothing stands under its name before `finish`."""
+    """Writes one shard's six files into `folder`; nothing stands under its name before `finish`."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.number = number
         self._tokens = IndexedWriter(folder / _TOKENS.format(number), np.int32)
         self._images = IndexedWriter(folder / _IMAGES.format(number), np.uint8)
         self._arrow_path = folder / (_IMAGES.format(number) + _ARROW)
+        self._names = NamesWriter(folder / _NAMES.format(number))
         self._index_of: dict[bytes, int] = {}
         self._widths = array("i")
         self._heights = array("i")
@@ -104,11 +113,13 @@ class ShardWriter:
         """Several text pieces, given as the bytes of their int32 ids; faster than one by one."""
         self._tokens.add_run(b"".join(pieces), [len(piece) // 4 for piece in pieces], TEXT)
 
-    def add_text_documents(self, ids: bytes, lengths: list[int], counts: list[int]) -> None:
-        """Documents of texts only, complete: all their int32 ids, the tokens of each piece, the pieces of each."""
+    def add_text_documents(self, ids: bytes, lengths: list[int], counts: list[int], names: Iterable[str]) -> None:
+        """Documents of texts only, complete: all their int32 ids, the tokens of each piece; of each document the pieces
+        and the name."""
         first = self.num_pieces
         self._tokens.add_run(ids, lengths, TEXT)
         self._tokens.end_documents([first + end for end in itertools.accumulate(counts)])
+        self._names.extend(names)
 
     def add_image(
         self,
@@ -136,8 +147,10 @@ class ShardWriter:
         self._matched.append(-1 if matched_text is None else matched_text)
         return digest
 
-    def end_document(self) -> None:
+    def end_document(self, name: str = "") -> None:
+        """name: where the document came from, such as file and line, relative to the input."""
         self._tokens.end_document()
+        self._names.extend((name,))
 
     def finish(self) -> tuple[dict[str, FileInfo], dict[str, int]]:
         """Put the files under their names; returns {file name: size and hash} and the shard's counts."""
@@ -151,6 +164,7 @@ class ShardWriter:
         }
         files = {**self._tokens.finish(), **self._images.finish()}
         files[self._arrow_path.name] = self._write_arrow()
+        files[self._names.path.name] = self._names.finish()
         return files, counts
 
     def _write_arrow(self) -> FileInfo:
@@ -187,6 +201,7 @@ class ShardWriter:
         """Remove what is unfinished; finished files stay."""
         self._tokens.abort()
         self._images.abort()
+        self._names.abort()
 
 
 def _arrow(values: array, kind: pa.DataType) -> pa.Array:
@@ -215,6 +230,7 @@ class Shard:
 
     def __init__(self, folder: Path, number: int) -> None:
         self.number = number
+        self._names_path = folder / _NAMES.format(number)
         self._tokens = read_indexed(folder / _TOKENS.format(number))
         self._images = read_indexed(folder / _IMAGES.format(number))
         arrow_path = folder / (_IMAGES.format(number) + _ARROW)
@@ -265,6 +281,11 @@ class Shard:
     def placement_of(self) -> np.ndarray:
         """int32 [num_pieces]: for a piece of mode 1 its number among the placements; for a text, of the next one."""
         return np.cumsum(self.modes, dtype=np.int32) - self.modes
+
+    @cached_property
+    def names(self) -> Names | None:
+        """Where each document came from; None in a corpus of an earlier release."""
+        return Names(self._names_path, self.num_documents) if self._names_path.exists() else None
 
     def piece(self, k: int) -> np.ndarray | int:
         """Piece `k`: int32 token ids of a text, or the index of an image in this shard."""
@@ -342,7 +363,7 @@ class Corpus(Sequence[Document]):
     def shard(self, k: int) -> Shard:
         """Shard `k`, opened on first use."""
         if k not in self._shards:
-            self._check_sizes(shard_files(k))
+            self._check_sizes(shard_files(k, has_names(self.manifest, k)))
             self._shards[k] = Shard(self.path, k)
         return self._shards[k]
 
@@ -397,7 +418,20 @@ class Corpus(Sequence[Document]):
         k, local = self.locate(int(i))
         shard = self.shard(k)
         start, stop = (int(x) for x in shard.document_offsets[local : local + 2])
-        return Document(tuple(self._items(shard, start, stop)), name=f"shard {k}, document {local}")
+        name = shard.names[local] if shard.names else ""
+        return Document(tuple(self._items(shard, start, stop)), name=name or f"shard {k}, document {local}")
+
+    def name(self, i: int) -> str:
+        """Where document `i` came from; "" where that is not known."""
+        k, local = self.locate(i)
+        names = self.shard(k).names
+        return names[local] if names else ""
+
+    def find(self, text: str) -> Iterator[int]:
+        """Numbers of the documents whose name has `text` in it, in order."""
+        for k in range(self.num_shards):
+            if (names := self.shard(k).names) is not None:
+                yield from (int(self.document_starts[k]) + local for local in names.find(text))
 
     def _items(self, shard: Shard, start: int, stop: int) -> Iterator[Text | Image]:
         for k in range(start, stop):

@@ -201,7 +201,7 @@ def train_sentencepiece(
 
     smallest = 256 + 1 + 100  # bytes, <unk>, and room for an alphabet
     if vocab_size - len(SPECIAL_TOKENS) < smallest:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least {smallest + len(SPECIAL_TOKENS)}")
+        raise UserError(f"--vocab-size {vocab_size}: give at least {smallest + len(SPECIAL_TOKENS)}")
     model = io.BytesIO()
     lines = _training_lines(texts, max_bytes, max_piece_bytes)
     first = next(lines, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def table(statistics: dict[str, Any]) -> str:
     for row in Drops.from_dict(statistics["drops"]).rows():
         lines.append(f"{row['what']:<10}{row['count']:>12,}  {row['reason']}")
         lines += [f"{'':<24}{name}" for name in row["names"]]
+        lines += [f"{'':<24}“{sample['text']}”  ({sample['name']})" for sample in row["samples"]]
     return "\n".join(lines)
 
 
@@ -64,16 +66,53 @@ def show(corpus: Corpus, i: int) -> str:
     """Document `i` for the terminal. UserError where there is none."""
     document = _document(corpus, i)
     lines = [f"document {i} of {len(corpus):,}: {len(document.texts)} texts, {len(document.images)} images"]
+    if source := corpus.name(i):
+        lines[0] += f"\nsource: {source}"
     lines += [item.text if isinstance(item, Text) else f"[{_caption(item)}]" for item in document.items]
     return "\n\n".join(lines)
 
 
-def write_page(corpus: Corpus, file: str | Path, num_samples: int = 12, seed: int = 0) -> Path:
-    """One self-contained HTML page: statistics, histograms, and `num_samples` documents drawn at random."""
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(len(corpus), size=min(num_samples, len(corpus)), replace=False))
+def found(corpus: Corpus, source: str, max_listed: int = 50) -> str:
+    """The documents whose source has `source` in it, a line each; one alone is shown. UserError where there is none."""
+    numbers = _find(corpus, source)
+    listed = list(itertools.islice(numbers, max_listed))
+    more = sum(1 for _ in numbers)
+    if len(listed) == 1:
+        return show(corpus, listed[0])
+    width = len(str(listed[-1]))
+    lines = [f"{i:>{width}}  {corpus.name(i)}" for i in listed]
+    lines.append(f"{len(listed) + more:,} documents" + (f", the first {max_listed} are listed" if more else ""))
+    return "\n".join([*lines, f"`megatron-lcl inspect {corpus.path} show N` shows one"])
+
+
+def _find(corpus: Corpus, source: str) -> Iterator[int]:
+    """Numbers of the documents whose source has `source` in it. UserError where there is none."""
+    numbers = corpus.find(source)
+    first = next(numbers, None)
+    if first is None:
+        if not any(corpus.shard(k).names for k in range(corpus.num_shards)):
+            raise UserError(
+                f"{corpus.path} does not say where its documents came from, as it was written by an earlier release"
+            )
+        raise UserError(f"no document of {corpus.path} has {source!r} in its source, such as {corpus.name(0)!r}")
+    return itertools.chain((first,), numbers)
+
+
+def write_page(
+    corpus: Corpus, file: str | Path, num_samples: int = 12, seed: int = 0, source: str | None = None
+) -> Path:
+    """One self-contained HTML page: statistics, histograms, what was dropped, and `num_samples` documents.
+
+    These are drawn at random, or, with `source`, the first whose source has it in its name. UserError where there is
+    none.
+    """
+    if source:
+        chosen = list(itertools.islice(_find(corpus, source), num_samples))
+    else:
+        rng = np.random.default_rng(seed)
+        chosen = np.sort(rng.choice(len(corpus), size=min(num_samples, len(corpus)), replace=False)).tolist()
     samples = []
-    for i in map(int, chosen):
+    for i in chosen:
         document = _document(corpus, i)
         parts = [
             {"text": item.text}
@@ -81,12 +120,16 @@ def write_page(corpus: Corpus, file: str | Path, num_samples: int = 12, seed: in
             else {"image": thumbnail(item.data, _THUMBNAIL), "caption": _caption(item)}
             for item in document.items
         ]
-        samples.append({"number": i, "parts": parts})
+        samples.append({"number": i, "source": corpus.name(i), "parts": parts})
     statistics = stats(corpus)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "inspect.html").read_text("utf-8"))
     histograms = [(name, _histogram(array)) for name, array in _values(corpus).items() if len(array)]
-    page = template.render(statistics=statistics, table=table(statistics), histograms=histograms, samples=samples)
+    drops = list(Drops.from_dict(statistics["drops"]).rows())
+    numbers = table({**statistics, "drops": Drops().to_dict()})
+    page = template.render(
+        statistics=statistics, table=numbers, histograms=histograms, drops=drops, samples=samples, wanted=source
+    )
     file = Path(file)
     replace_text(file, page)
     return file

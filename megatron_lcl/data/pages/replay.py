@@ -85,8 +85,12 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _render(config: Config, loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
-    tokenizer, num_patches = open_corpus(config.data.corpora[0].path).tokenizer, config.model.vision.num_patches
+    corpora = {str(corpus.path): corpus for corpus in (open_corpus(entry.path) for entry in config.data.corpora)}
+    tokenizer, num_patches = next(iter(corpora.values())).tokenizer, config.model.vision.num_patches
     packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, num_patches, side) for batch in loader]
+    for sequence in (sequence for pack in packs for sequence in pack["sequences"]):
+        origin = sequence["origin"]
+        sequence["source"] = corpora[origin.corpus].name(origin.document)
     return _template("packs.html").render(
         packs=packs,
         folded=folded,

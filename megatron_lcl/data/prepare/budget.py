@@ -13,7 +13,14 @@ _ENOUGH = 1000
 
 
 class Unusable(UserError):
-    """Too much of the input is bad. After any other error finished parts stay, so that the run can be resumed."""
+    """Too much of the input is bad. After any other error finished parts stay, so that the run can be resumed.
+
+    drops: what was bad, for a list of it on disk.
+    """
+
+    def __init__(self, message: str, drops: Drops) -> None:
+        super().__init__(message)
+        self.drops = drops
 
 
 class Budget:
@@ -22,7 +29,7 @@ class Budget:
     def __init__(self, max_bad_fraction: float, place: Callable[[str], str] = str) -> None:
         """place: of a bad item's name, where it stands (`Importer.place`)."""
         if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"max_bad_fraction is {max_bad_fraction}; give a number from 0 to 1")
+            raise UserError(f"--max-bad-fraction {max_bad_fraction}: give a number from 0 to 1")
         self._limit = max_bad_fraction
         self._place = place
         self._drops = Drops()
@@ -45,13 +52,17 @@ class Budget:
             if bad and seen >= at_least and bad > self._limit * seen:
                 self._drops.rename(self._place)
                 raise Unusable(
-                    f"{bad:,} of {seen:,} {kind}s are bad ({bad / seen:.0%}; max_bad_fraction is {self._limit:g}); "
-                    f"{_dominant(self._drops, kind)}"
+                    f"{bad:,} of {seen:,} {kind}s are bad, {bad / seen:.0%}: {_dominant(self._drops, kind)}; mend the "
+                    f"input, or allow more than {self._limit:g} with --max-bad-fraction",
+                    self._drops,
                 )
 
 
-def nothing_left(drops: Drops) -> str:
-    return f"no usable document: {_dominant(drops, 'image') or _dominant(drops) or 'the input is empty'}"
+def nothing_left(drops: Drops, place: Callable[[str], str] = str) -> Unusable:
+    """The error for an input of which nothing can be used. place: as `Budget` has it."""
+    drops.rename(place)
+    why = _dominant(drops, "image") or _dominant(drops) or "the input is empty"
+    return Unusable(f"no usable document: {why}", drops)
 
 
 def _dominant(drops: Drops, kind: str = "") -> str:

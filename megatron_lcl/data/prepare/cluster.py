@@ -47,7 +47,7 @@ def preprocess_on_slurm(
     except ImportError:
         raise UserError("Slurm needs the package submitit: `pip install megatron-lcl[slurm]`") from None
     if jobs < 1:
-        raise UserError(f"jobs is {jobs}; give at least 1")
+        raise UserError(f"--jobs {jobs}: give at least 1")
     output = Path(output).resolve()
     folder = Path(logs) if logs is not None else output.with_name(output.name + ".slurm")
     arguments = {

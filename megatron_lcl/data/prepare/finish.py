@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lcl.data.corpus.drops import LOG, Drops
+from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
-from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
+from megatron_lcl.data.prepare.budget import Budget, nothing_left
 from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings
 from megatron_lcl.errors import UserError
 
@@ -64,7 +64,7 @@ def finish(
     budget.check(at_least=1)
     filled = [(part, shard) for part in parts for shard in part.shards]
     if not filled:
-        raise Unusable(nothing_left(drops))
+        raise nothing_left(drops)
     repeated = _num_repeated(work, parts, counts["documents"])
     if repeated:
         drops.note("document", "duplicate of another (kept)", count=repeated)
@@ -107,7 +107,7 @@ def finish(
                 "vocab_size": tokenizer.vocab_size,
             },
             "counts": counts,
-            "drops": drops.to_dict(),
+            "drops": drops.to_dict(NAMES_KEPT),
             "shards": shards,
             "files": dict(sorted(files.items())),
             "recipe": recipe,
@@ -116,7 +116,7 @@ def finish(
     os.replace(scratch / MANIFEST, folder / MANIFEST)
     sync(folder)
     for row in drops.rows():
-        logger.info("%s: %s %d (%s)", row["what"], row["reason"], row["count"], "; ".join(row["names"]))
+        logger.info("%s: %s %d (%s)", row["what"], row["reason"], row["count"], "; ".join(row["names"][:NAMES_KEPT]))
 
 
 def _fault(file: _File) -> str:

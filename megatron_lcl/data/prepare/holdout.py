@@ -44,6 +44,33 @@ class _Features(NamedTuple):
     """float32 [1024], zero mean, unit norm"""
 
 
+class Described(NamedTuple):
+    """Of a document what decides on its group."""
+
+    group: str
+    shared: list[bytes]
+    """hashes of images by which it is joined to others"""
+    images: list[tuple[bytes, _Features | None]]
+    """hash and features of its images; None also where they were given before"""
+
+
+class Describer:
+    """Describes documents, each image once. One in every process."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def describe(self, document: Document) -> Described:
+        shared = [bytes.fromhex(digest) for digest in document.metadata.get("shares", ())]
+        images: list[tuple[bytes, _Features | None]] = []
+        for image in document.images:
+            digest = xxhash.xxh3_128_digest(image.data)
+            known = digest in self._seen or digest in shared
+            images.append((digest, None if known else _features(image.data)))
+            self._seen.add(digest)
+        return Described(group_name(document), shared, images)
+
+
 @dataclass
 class Grouping:
     """Documents and images seen so far; `held_out` divides them."""
@@ -54,23 +81,22 @@ class Grouping:
     """(group, image)"""
     _features: list[_Features | None] = field(default_factory=list)
 
-    def add(self, document: Document) -> None:
+    def add(self, described: Described) -> None:
         """Take a document in: its group, its images, and what it shares with others."""
-        group = self._group_of.setdefault(group_name(document), len(self._group_of))
-        shared = [bytes.fromhex(digest) for digest in document.metadata.get("shares", ())]
-        for digest in shared:
+        group = self._group_of.setdefault(described.group, len(self._group_of))
+        for digest in described.shared:
             self._edges.append((group, self._image(digest, None)))
-        for image in document.images:
-            self._edges.append((group, self._image(xxhash.xxh3_128_digest(image.data), image.data)))
+        for digest, features in described.images:
+            self._edges.append((group, self._image(digest, features)))
 
-    def _image(self, digest: bytes, data: bytes | None) -> int:
+    def _image(self, digest: bytes, features: _Features | None) -> int:
         if digest not in self._image_of:
             if len(self._image_of) >= MAX_IMAGES:
                 raise UserError(
                     f"over {MAX_IMAGES} images are too many to hold out by near-duplicates; use another source"
                 )
             self._image_of[digest] = len(self._image_of)
-            self._features.append(None if data is None else _features(data))
+            self._features.append(features)
         return self._image_of[digest]
 
     def groups(self) -> list[list[str]]:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.corpus.drops import LOG, Drops
+from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import (
     FORMAT_VERSION,
     KIND,
     MANIFEST,
+    has_names,
     open_corpus,
     read_manifest,
     shard_files,
@@ -77,7 +78,8 @@ def _join(sources: list[Path], output: Path) -> None:
         manifest = corpus.manifest
         recipe["merged"].append(manifest["fingerprint"])
         for number, (counts, kind) in enumerate(zip(manifest["shards"], corpus.kinds, strict=True)):
-            for old, new in zip(shard_files(number), shard_files(len(shards)), strict=True):
+            names = has_names(manifest, number)
+            for old, new in zip(shard_files(number, names), shard_files(len(shards), names), strict=True):
                 links.append((source / old, new))
                 files[new] = manifest["files"][old]
             shards.append({**counts, KIND: kind})
@@ -100,7 +102,7 @@ def _join(sources: list[Path], output: Path) -> None:
                 "source": {"merged": [m["source"] for m in manifests]},
                 "tokenizer": tokenizer,
                 "counts": total(shards),
-                "drops": drops.to_dict(),
+                "drops": drops.to_dict(NAMES_KEPT),
                 "shards": shards,
                 "files": dict(sorted(files.items())),
                 "recipe": recipe,

@@ -13,44 +13,47 @@ import errno
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document
-from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.drops import LOG, Drops
+from megatron_lcl.data.corpus.files import replace_bytes
 from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.corpus.store import MANIFEST, read_manifest
+from megatron_lcl.data.corpus.store import MANIFEST, has_names, read_manifest
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
 from megatron_lcl.data.prepare.finish import finish
-from megatron_lcl.data.prepare.holdout import Grouping, group_name
-from megatron_lcl.data.prepare.importers import Importer, Unit
+from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
+from megatron_lcl.data.prepare.importers import Each, Importer, Unit
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
 from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.errors import UserError, free_space
-from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
 WORK = "_unfinished"
 _RECORD = "recipe.json"
-_LAYOUT = {"unfinished": 2}
+_LAYOUT = {"unfinished": 3}
 """part of the record: version of the layout of unfinished work"""
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
+_LONG = 0.5
+"""seconds without a sign of life"""
 SHARD_DOCUMENTS = 500_000
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 
@@ -112,23 +115,27 @@ def preprocess(
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
     in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
     is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; the job that finds all tasks
-    done finishes the corpus, and a job that fails leaves the others' work alone.
+    done finishes the corpus, and a job that fails leaves the others' work alone. progress: say what is done, with bars,
+    on stderr.
 
     Run again with the same input it resumes where it was killed, and a finished corpus is recognized. Raises
-    UserError where the folder holds something else or the disk is full, and, leaving nothing half-written, where the
-    input is unusable or more than `max_bad_fraction` of it is bad. After any other failure finished parts stay.
+    UserError where the folder holds something else or the disk is full, and, leaving nothing but the list of what was
+    bad (`drops.jsonl`), where the input is unusable or more than `max_bad_fraction` of it is bad. After any other
+    failure finished parts stay.
     """
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
         raise UserError(f"the held-out corpus cannot have the folder of the corpus itself, {output}")
     Budget(max_bad_fraction)  # which checks it
     if not 0 < held_out_fraction < 1:
-        raise UserError(f"held_out_fraction is {held_out_fraction}; give a number between 0 and 1")
+        raise UserError(f"--held-out-fraction {held_out_fraction}: give a number between 0 and 1")
     if workers < 1:
-        raise UserError(f"workers is {workers}; give at least 1")
+        raise UserError(f"--workers {workers}: give at least 1")
     if max_image_side is not None and max_image_side < 2:
-        raise UserError(f"max_image_side is {max_image_side}; give at least 2 pixels")
-    importer = importers.create(format, input, images, options or {})
+        raise UserError(f"--max-image-side {max_image_side}: give at least 2 pixels")
+    bars = _Bars(progress)
+    with bars.waiting(f"{input}: looking for the files of the format {format}"):
+        importer = importers.create(format, input, images, options or {})
     for folder in (output, *([Path(held_out)] if held_out is not None else [])):
         if Path(input).is_dir() and folder.resolve().is_relative_to(Path(input).resolve()):
             raise UserError(f"{folder} lies in the folder of the input, and would be part of it; give another folder")
@@ -154,7 +161,7 @@ def preprocess(
             _clear_up(folder)
     if any(finished) and not all(finished):
         for (folder, side), done in zip(sides, finished, strict=True):
-            if done and _rules_differ(folder, side):
+            if done and (_rules_differ(folder, side) or not has_names(read_manifest(folder), 0)):
                 raise UserError(
                     f"{folder} was made by another version's rules for {format}, and its other half is not finished; "
                     "remove both, or give new folders"
@@ -163,24 +170,30 @@ def preprocess(
         training, *rest = (_summary(folder, reused=True) for folder, _ in sides)
         return _with(training, rest)
 
-    tasks = _tasks(importer.units(), task_bytes)
-    groups = _held_out_groups(importer, tasks, held_out_fraction, seed) if held_out is not None else frozenset()
-    tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size)
-    summaries = []
-    for (folder, side), done in zip(sides, finished, strict=True):
-        if not done:
-            settings = TaskSettings(
-                importer,
-                tokenizer,
-                folder / WORK,
-                max_image_side,
-                shard_bytes,
-                shard_documents,
-                groups,
-                keep_groups=side["side"] == "held out",
-            )
-            _write_corpus(folder, side, settings, tasks, max_bad_fraction, dict(source or {}), workers, job, progress)
-        summaries.append(_summary(folder))
+    try:
+        importer.scan(bars.scan(importer, workers))
+        tasks = _tasks(importer.units(), task_bytes)
+        groups: frozenset[str] = frozenset()
+        if held_out is not None:
+            groups = _held_out_groups(importer, tasks, held_out_fraction, seed, workers, bars)
+        tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size, bars)
+        summaries = []
+        for (folder, side), done in zip(sides, finished, strict=True):
+            if not done:
+                settings = TaskSettings(
+                    importer,
+                    tokenizer,
+                    folder / WORK,
+                    max_image_side,
+                    shard_bytes,
+                    shard_documents,
+                    groups,
+                    keep_groups=side["side"] == "held out",
+                )
+                _write_corpus(folder, side, settings, tasks, max_bad_fraction, dict(source or {}), workers, job, bars)
+            summaries.append(_summary(folder))
+    except Unusable as error:
+        raise _with_list(error, [folder for folder, _ in sides]) from None
     return _with(summaries[0], summaries[1:])
 
 
@@ -189,7 +202,18 @@ def parse_job(text: str) -> tuple[int, int]:
     index, slash, total = text.partition("/")
     if slash and index.isdecimal() and total.isdecimal() and int(index) < int(total):
         return int(index), int(total)
-    raise UserError(f"the job is {text!r}; give i/n with i from 0 to n-1, such as 0/4")
+    raise UserError(f"--job {text}: give i/n with i from 0 to n-1, such as 0/4")
+
+
+def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
+    """The error that also names a list of what was bad, which is written where the corpus would have been."""
+    folder = next((folder for folder in folders if not (folder / MANIFEST).exists()), None)
+    if folder is None or not any(error.drops.rows()):
+        return error
+    with _clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_bytes(folder / LOG, error.drops.log())
+    return Unusable(f"{error} (all reasons, with names: {folder / LOG})", error.drops)
 
 
 def _with(training: Summary, rest: list[Summary]) -> Summary:
@@ -236,7 +260,7 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     elif folder.exists():
         if not folder.is_dir():
             raise UserError(f"{folder} is a file; give a new folder")
-        if others := sorted(p.name for p in folder.iterdir() if p.name != WORK):
+        if others := sorted(p.name for p in folder.iterdir() if p.name not in (WORK, LOG)):
             raise UserError(
                 f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
             )
@@ -260,30 +284,82 @@ def _tasks(units: list[Unit], task_bytes: int) -> list[list[Unit]]:
     return tasks
 
 
-def _held_out_groups(importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int) -> frozenset[str]:
-    grouping = Grouping()
-    for document in _documents(importer, tasks):
-        grouping.add(document)
+def _held_out_groups(
+    importer: Importer, tasks: list[list[Unit]], fraction: float, seed: int, workers: int, bars: _Bars
+) -> frozenset[str]:
+    grouping, drops = Grouping(), Drops()
+    units = list(itertools.chain.from_iterable(tasks))
+    results = in_order(_describe_unit, (importer, Describer()), units, workers, ahead=4 * workers)
+    found = False
+    for described, dropped in bars.over(results, "compare images", "unit", [1] * len(units)):
+        drops.add(dropped)
+        for document in described:
+            found = True
+            grouping.add(document)
+    if not found:
+        raise nothing_left(drops, importer.place)
     return frozenset(grouping.held_out(fraction, seed))
 
 
-def _train_tokenizer(importer: Importer, tasks: list[list[Unit]], groups: frozenset[str], vocab_size: int) -> Tokenizer:
-    documents = (document for document in _documents(importer, tasks) if group_name(document) not in groups)
+def _describe_unit(shared: tuple[Importer, Describer], unit: Unit) -> tuple[list[Described], Drops]:
+    importer, describer = shared
+    drops = Drops()
+    return [describer.describe(document) for document in importer.documents(unit, drops)], drops
+
+
+def _train_tokenizer(
+    importer: Importer, tasks: list[list[Unit]], groups: frozenset[str], vocab_size: int, bars: _Bars
+) -> Tokenizer:
+    documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
     texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
     return tokenizers.train_sentencepiece(texts, vocab_size)
 
 
-def _documents(importer: Importer, tasks: list[list[Unit]]) -> Iterator[Document]:
-    """All documents; UserError where there is none."""
+def _documents(importer: Importer, tasks: list[list[Unit]], bars: _Bars) -> Iterator[Document]:
+    """All documents; Unusable where there is none."""
     drops = Drops()
+    units = list(itertools.chain.from_iterable(tasks))
     found = False
-    for unit in itertools.chain.from_iterable(tasks):
+    for unit in bars.over(units, "read texts", "unit", [1] * len(units)):
         for document in importer.documents(unit, drops):
             found = True
             yield document
     if not found:
-        drops.rename(importer.place)
-        raise UserError(nothing_left(drops))
+        raise nothing_left(drops, importer.place)
+
+
+class _Bars:
+    """What a run says on stderr while it works."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Say the text if what is done here takes long, for which there is no bar."""
+        timer = threading.Timer(_LONG, print, (text,), {"file": sys.stderr, "flush": True})
+        if self._shown:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def over(self, results: Iterable[R], title: str, unit: str, sizes: Sequence[int]) -> Iterator[R]:
+        """The results as they come; the bar advances by the size of each."""
+        with tqdm(desc=title, total=sum(sizes), unit=unit, disable=not self._shown) as bar:
+            for result, size in zip(results, sizes, strict=True):
+                bar.update(size)
+                yield result
+
+    def scan(self, importer: Importer, workers: int) -> Each:
+        """What an importer scans with."""
+
+        def each(function: Callable[[Any, list[str]], R], items: Sequence[list[str]]) -> Iterator[R]:
+            results = in_order(function, importer, items, workers)
+            return self.over(results, "scan", "file", [len(item) for item in items])
+
+        return each
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -298,7 +374,7 @@ def _write_corpus(
     source: dict[str, Any],
     workers: int,
     job: tuple[int, int] | None,
-    progress: bool,
+    bars: _Bars,
 ) -> None:
     work = settings.folder
     created = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -312,9 +388,9 @@ def _write_corpus(
             index, num_jobs = job or (0, 1)
             mine = [k for k in range(len(tasks)) if k % num_jobs == index]
             budget = Budget(max_bad_fraction, settings.importer.place)
-            done = tqdm(_run(settings, tasks, mine, workers), folder.name, len(mine), unit="task", disable=not progress)
-            for number, drops in done:
-                budget.add(drops, [part.counts for part in parts_of(work, number)])
+            with closing(in_order(run_task, settings, [(k, tasks[k]) for k in mine], workers)) as done:
+                for number, drops in zip(mine, bars.over(done, folder.name, "task", [1] * len(mine)), strict=True):
+                    budget.add(drops, [part.counts for part in parts_of(work, number)])
             with waiting_for_others(work / "lock"):
                 parts = [parts_of(work, k) for k in range(len(tasks))]
                 if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():
@@ -371,39 +447,6 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"cannot write {folder}: {error.strerror}") from None
         raise
-
-
-def _run(settings: TaskSettings, tasks: list[list[Unit]], mine: list[int], workers: int) -> Iterator[tuple[int, Drops]]:
-    """Run the tasks, in this process or in `workers` others; yields their drops in order."""
-    if workers <= 1 or len(mine) <= 1:
-        for k in mine:
-            yield k, run_task(settings, k, tasks[k])
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(mine)), context, _start_worker, (settings,)) as pool:
-        with holding_interrupts():
-            futures = [(k, pool.submit(_worker_task, k, tasks[k])) for k in mine]
-        try:
-            for k, future in futures:
-                yield k, future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process died, perhaps out of memory; run the same command again, with fewer workers"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_settings_of_this_worker: list[TaskSettings] = []
-
-
-def _start_worker(settings: TaskSettings) -> None:
-    end_on_interrupt()
-    _settings_of_this_worker[:] = [settings]
-
-
-def _worker_task(k: int, units: list[Unit]) -> Drops:
-    return run_task(_settings_of_this_worker[0], k, units)
 
 
 def _remove(folder: Path, created: list[Path]) -> None:

@@ -1,6 +1,6 @@
 """One task of `preprocess`: a run of input units → finished parts in the work folder.
 
-A part is a folder, put there complete under its name: a shard (five files) for each kind of documents in it, a file of
+A part is a folder, put there complete under its name: a shard (six files) for each kind of documents in it, a file of
 the documents' hashes, and a small JSON record that says what it holds. Parts end after whole batches of documents, by
 size alone, so a task that is started again skips the documents of its finished parts and writes the rest as if nothing
 had happened; and the bytes do not depend on who writes them.
@@ -119,12 +119,13 @@ def _young_collections() -> Iterator[None]:
 
 
 @_young_collections()
-def run_task(settings: TaskSettings, task: int, units: list[Unit]) -> Drops:
-    """Write what is missing of a task's parts; returns the drops of all its parts.
+def run_task(settings: TaskSettings, numbered: tuple[int, list[Unit]]) -> Drops:
+    """Write what is missing of a task's parts; returns the drops of all its parts. numbered: its number and units.
 
     While another process does the same task it is waited for, where there are locks. Where there are none, both write
     the same parts, each in a folder of its own, and those renamed second are discarded.
     """
+    task, units = numbered
     with waiting_for_others(settings.folder / f"lock-{task:06d}"), scratch_folder(settings.folder) as scratch:
         parts = parts_of(settings.folder, task)
         if not is_finished(parts):
@@ -294,7 +295,10 @@ def _write_batch(
         ids, lengths = encode(_blanked(_texts(documents)))
     counts = [len(document.items) for document in documents]
     if batch.texts is not None and all(lengths) and all(counts):  # nothing to skip
-        writer.add_text_documents(ids, lengths, counts)
+        for document in documents:
+            if _num_lost(document):
+                drops.note("document", _WITHOUT_IMAGES, document.name)
+        writer.add_text_documents(ids, lengths, counts, [document.source for document in documents])
         return _digests(ids, lengths, counts)
     rest = io.BytesIO(ids)
     pieces = (rest.read(4 * length) for length in lengths)
@@ -304,6 +308,11 @@ def _write_batch(
 
 def _texts(documents: list[Document]) -> list[str]:
     return [text.text for document in documents for text in document.texts]
+
+
+def _num_lost(document: Document) -> int:
+    """Images that its importer could not read."""
+    return document.metadata.get("lost_images", 0)
 
 
 def _blanked(texts: list[str]) -> list[str]:
@@ -338,6 +347,7 @@ def _digests(ids: bytes, lengths: list[int], counts: list[int]) -> list[int]:
 
 _IMAGE = -1
 """in place of a length"""
+_WITHOUT_IMAGES = "kept without its images, which are missing or bad"
 
 
 def _digest(content: bytes | memoryview, lengths: bytes | memoryview) -> int:
@@ -356,6 +366,7 @@ def _write_document(
     settings: TaskSettings, writer: ShardWriter, document: Document, encoded: Iterator[bytes], drops: Drops
 ) -> int | None:
     """Write one document, taking its texts' ids from `encoded`; returns its hash, or None where nothing was left."""
+    num_bad = drops.num_bad("image")
     runs: list[list[bytes] | _ReadyImage] = []  # texts between images together
     texts: list[bytes] = []
     new_number: list[int] = []  # of each text, once those without tokens are gone; -1 for these
@@ -390,10 +401,14 @@ def _write_document(
             matched = None if image.matched_text is None else new_number[image.matched_text]
             content.append(writer.add_image(run.data, size.width, size.height, size.format, image.similarity, matched))
             lengths.append(_IMAGE)
+    lost_images = _num_lost(document) + drops.num_bad("image") - num_bad
     if not content:
-        drops.bad("document", "nothing left", document.name)
+        reason = "nothing left, its images are missing or bad" if lost_images else "nothing left"
+        drops.bad("document", reason, document.name)
         return None
-    writer.end_document()
+    if lost_images and _IMAGE not in lengths:
+        drops.note("document", _WITHOUT_IMAGES, document.name)
+    writer.end_document(document.source)
     return _digest(b"".join(content), lengths.tobytes())
 
 

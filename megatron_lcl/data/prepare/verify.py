@@ -20,6 +20,7 @@ from megatron_lcl.data.corpus.store import (
     TEXT,
     Corpus,
     Shard,
+    has_names,
     open_corpus,
     shard_files,
     total,
@@ -52,7 +53,7 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
     files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
     for name, info in files.items():
         yield from _file_faults(path / name, info)
-    listed = {name for number in range(corpus.num_shards) for name in shard_files(number)}
+    listed = {name for number in range(corpus.num_shards) for name in shard_files(number, names=False)}
     for name in sorted({*listed, named["file"]} - set(files)):
         yield f"{name}: not in the manifest"
     if total(corpus.manifest["shards"]) != corpus.manifest["counts"]:
@@ -89,6 +90,8 @@ def _shard_faults(corpus: Corpus, number: int, base_size: int, quick: bool) -> I
     if structure:
         return  # what follows reads by these offsets
     yield from _content_faults(shard, base_size)
+    if has_names(corpus.manifest, number) and shard.names is not None:
+        shard.names.check()
     counts = {
         "documents": shard.num_documents,
         "pieces": shard.num_pieces,

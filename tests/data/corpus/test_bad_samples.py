@@ -208,7 +208,7 @@ def test_every_drop_is_counted_by_reason(tmp_path: Path) -> None:
         "image: similarity is not a number": 1,
         "image: matched text is blank": 1,
         "image: matched text out of range": 2,
-        "document: nothing left": 1,
+        "document: nothing left, its images are missing or bad": 1,
         'document: no list "items"': 1,
         "document: not a JSON object": 1,
         "document: not JSON": 1,

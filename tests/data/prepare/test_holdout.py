@@ -6,14 +6,14 @@ import pytest
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.prepare.holdout import Grouping
+from megatron_lcl.data.prepare.holdout import Describer, Grouping
 
 
 def grouping(images: list[int]) -> Grouping:
     """A document for each image, which its number tells apart."""
-    found = Grouping()
+    found, describer = Grouping(), Describer()
     for k, image in enumerate(images):
-        found.add(Document((Text("text"), Image(picture(image, 80, 70))), name=str(k)))
+        found.add(describer.describe(Document((Text("text"), Image(picture(image, 80, 70))), name=str(k))))
     return found
 
 

@@ -160,5 +160,5 @@ def test_suffixes_in_capitals(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("side", [-5, 0, 1])
 def test_pictures_of_no_size_are_refused(tmp_path: Path, side: int) -> None:
     writers.write_jsonl([], tmp_path / "in")
-    with pytest.raises(ValueError, match=f"max_image_side is {side}"):
+    with pytest.raises(ValueError, match=f"--max-image-side {side}: give"):
         preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=side)

@@ -3,15 +3,17 @@
 Another package adds a format with an entry point in the group `megatron_lcl.importers`, whose name is the format's and
 whose object is an `Importer` class.
 
-What the formats share: `lines.py` (JSON lines), `tars.py` (WebDataset tars), `sources.py` (images in folders and tars).
-Imports data.corpus only. Begin with `Importer` below, then `jsonl.py`, the simplest one.
+What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `tars.py` (WebDataset
+tars), `sources.py` (images in folders and tars). Imports data.corpus only. Begin with `Importer` below, then
+`jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
 
 import inspect
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +23,7 @@ import xxhash
 from megatron_lcl.data.corpus.document import Document, Kind
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.errors import UserError
-from megatron_lcl.fields import parse
+from megatron_lcl.fields import parse, plain_text
 from megatron_lcl.plugins import Plugins
 
 ENTRY_POINTS = "megatron_lcl.importers"
@@ -46,16 +48,28 @@ class Unit:
 
     name: str
     size: int
-    """bytes on disk, images in other files not counted"""
+    """bytes to read; of images in other files where an importer knows them"""
     payload: Any = None
     """whatever the importer needs to find it again; picklable"""
 
 
-class Importer(ABC):
-    """Reads one source. Picklable: workers get a copy and one unit at a time."""
+Each = Callable[[Callable[[Any, list[str]], Any], Sequence[list[str]]], Iterable[Any]]
+"""each(function, items): function(importer, item) of every item, in order, from several processes, with a bar"""
 
+
+class Importer(ABC):
+    """Reads one source. Picklable: workers get a copy and one unit at a time.
+
+    The options of a format are the keyword arguments of its importer, each with its type, what it does, and a default:
+
+        def __init__(self, input: Path, images: Path | None = None,
+                     min_side: Annotated[int, "images with a shorter side are skipped, pixels"] = 64) -> None:
+    """
+
+    reads: ClassVar[str] = ""
+    """what the input is, and where its images are; a line. Default: the first line of the class's docstring"""
     options: ClassVar[dict[str, str]] = {}
-    """keyword arguments besides `input` and `images`, with their description"""
+    """what options do, of importers that were written before `Annotated` said it"""
     kind: Kind | None = None
     """that of documents which do not say theirs; None: matched if any of these has similarities, else natural"""
     rules: ClassVar[int] = 1
@@ -68,6 +82,13 @@ class Importer(ABC):
     @abstractmethod
     def signature(self) -> str:
         """Changes when the input does; cheap."""
+
+    def scan(self, each: Each) -> None:  # noqa: B027 - most documents depend on nothing else
+        """Once, before `units`: find out what documents depend on and only the whole input tells.
+
+        each: see `Each`; an item is a list of names, and the bar counts the names. The function may be called in
+        another process, on a copy, so what it finds is what it returns.
+        """
 
     @abstractmethod
     def units(self) -> list[Unit]:
@@ -110,26 +131,75 @@ def importer_class(format: str) -> type[Importer]:
     raise UserError(f"there is no format {format!r}; there are {', '.join(formats())}")
 
 
-def read_options(format: str, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Options from text, each as its default's type wants it (`fields.parse`). UserError for an unknown format."""
-    defaults = {
-        name: parameter.default for name, parameter in inspect.signature(importer_class(format)).parameters.items()
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a format, as its importer declares it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def type_name(self) -> str:
+        return getattr(self.type, "__name__", "value")
+
+    @property
+    def default_text(self) -> str:
+        return plain_text(self.default) if self.default != "" else "empty"
+
+
+def options_of(importer: type[Importer]) -> list[Option]:
+    """What an importer takes besides `input` and `images`, in order."""
+    try:
+        hints = typing.get_type_hints(importer.__init__, include_extras=True)
+    except (NameError, TypeError):  # a type that is imported for type checkers only
+        hints = {}
+    found = []
+    parameters = {
+        name: parameter.default
+        for name, parameter in inspect.signature(importer).parameters.items()
+        if name not in ("input", "images") and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
-    return {name: parse(type(defaults.get(name, "")), text) for name, text in texts.items()}
+    for name, default in {**dict.fromkeys(importer.options, ""), **parameters}.items():
+        hint, help = hints.get(name, type(default)), importer.options.get(name, "")
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, *said = typing.get_args(hint)
+            help = next((word for word in said if isinstance(word, str)), help)
+        found.append(Option(name, hint, default, help))
+    return found
+
+
+def what_it_reads(format: str) -> str:
+    """A line on the input of a format, those of other packages included, for a list of them all."""
+    try:
+        importer = importer_class(format)
+    except Exception as error:  # noqa: BLE001 - another package's: the list is none the worse for it
+        return f"(cannot be loaded: {' '.join(str(error).split())})"
+    return importer.reads or (inspect.getdoc(importer) or "").partition("\n")[0]
+
+
+def read_options(format: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Options from text, each as its type wants it (`fields.parse`). UserError for an unknown format."""
+    types = {option.name: option.type for option in options_of(importer_class(format))}
+    return {name: parse(types.get(name, str), text) for name, text in texts.items()}
 
 
 def create(format: str, input: str | Path, images: str | Path | None, options: Mapping[str, Any]) -> Importer:
     """An importer of `format` for `input`. UserError for an unknown format or option, or input that is not there."""
     cls = importer_class(format)
-    unknown = [name for name in options if name not in cls.options]
-    if unknown:
-        known = ", ".join(cls.options) or "none"
-        raise UserError(f"format {format} has no option {unknown[0]!r}; it has: {known}")
-    for name, parameter in inspect.signature(cls).parameters.items():
-        kind = type(parameter.default)
+    known = {option.name: option for option in options_of(cls)}
+    for name, value in options.items():
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise UserError(
+                f"format {format} has no option {name!r}; it has: {names} "
+                f"(`megatron-lcl preprocess --format {format} --help` says what they do)"
+            )
+        kind = known[name].type
         accepted = (int, float) if kind is float else (kind,)
-        if name in options and kind in (str, int, float, bool) and type(options[name]) not in accepted:
-            raise UserError(f"option {name} is {options[name]!r}; give a value such as {parameter.default!r}")
+        if kind in (str, int, float, bool) and type(value) not in accepted:
+            raise UserError(f"--option {name}={value}: give a value such as {known[name].default_text}")
     for path in (input, images):
         if path is not None and not Path(path).exists():
             raise UserError(f"{path} does not exist")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import lxml.etree
@@ -21,19 +22,21 @@ import xxhash
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage, probe
-from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
+from megatron_lcl.data.prepare.importers import Each, Unit
+from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page
-from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, without_repeated
-from megatron_lcl.errors import UserError
+from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 
 _PAGES_PER_UNIT = 64
+_PAGES_PER_LOOK = 16
+"""pages that a process scans together"""
 _DECORATION = 1 / 3
 """an image on a larger share of the pages, a site's logo, says nothing about which pages belong together"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What the first pass found out about the whole folder: what later passes do with each page and image."""
+    """What the scan found out about the whole folder: what later passes do with each page and image."""
 
     duplicates: dict[str, str]
     """page → the page it repeats"""
@@ -47,82 +50,104 @@ class _Rules:
     """hashes of the texts that stand at the edges of many pages"""
 
 
-class HtmlImporter(Importer):
-    """`input` is the folder (or one page); every .html, .htm and .xhtml below it is a page, in the order of names."""
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """What is known of an image by itself."""
+
+    digest: bytes = b""
+    """content hash; empty for an image that is not there"""
+    unwanted: str = ""
+    """why it is skipped"""
+    size: int = 0
+    """bytes"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the scan sees on one page."""
+
+    digest: bytes
+    """of all that is on it"""
+    edge_keys: set[int] | None
+    """of its texts; None where it shows nothing, or another page"""
+    images: list[bytes]
+    """content hashes of its images that are there, each once"""
+    num_bytes: int
+    """of these images"""
+
+
+class HtmlImporter(FilesImporter):
+    """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
     rules = 2
-
-    options: ClassVar[dict[str, str]] = {
-        "min_side": "images with a shorter side are skipped, pixels (64)",
-        "max_aspect": "images with a longer to a shorter side above this are skipped (8)",
-        "max_page_share": "images that stand on a larger share of the pages, and on more than 2, are decoration (0.05)",
-        "max_repeats": "pages on which one image may stay (8)",
-        "max_text_share": "texts at the start or end of a larger share of the pages, and of at least 10, go (0.25)",
-        "max_words": "longer pages are split at headings, words (1000)",
-        "text_pages": "keep pages without any image (False)",
-    }
+    reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"
+    suffixes = (".html", ".htm", ".xhtml")
 
     def __init__(
         self,
         input: Path,
         images: Path | None = None,
-        min_side: int = 64,
-        max_aspect: float = 8,
-        max_page_share: float = 0.05,
-        max_repeats: int = 8,
-        max_text_share: float = 0.25,
-        max_words: int = 1000,
-        text_pages: bool = False,
+        min_side: Annotated[int, "images with a shorter side are skipped, pixels"] = 64,
+        max_aspect: Annotated[float, "images with a longer to a shorter side above this are skipped"] = 8.0,
+        max_page_share: Annotated[
+            float, "images that stand on a larger share of the pages, and on more than 2, are decoration"
+        ] = 0.05,
+        max_repeats: Annotated[int, "pages on which one image may stay"] = 8,
+        max_text_share: Annotated[
+            float, "texts at the start or end of a larger share of the pages, and of at least 10, go"
+        ] = 0.25,
+        max_words: Annotated[int, "longer pages are split at headings, words"] = 1000,
+        text_pages: Annotated[bool, "keep pages without any image"] = False,
     ) -> None:
-        self.root = input if input.is_dir() else input.parent
+        super().__init__(input)
         self.image_root = (images or self.root).resolve()
         self.min_side, self.max_aspect = min_side, max_aspect
         self.max_page_share, self.max_repeats = max_page_share, max_repeats
         self.max_text_share, self.max_words, self.text_pages = max_text_share, max_words, text_pages
-        suffixes = {".html", ".htm", ".xhtml"}
-        files = [input] if input.is_file() else sorted(p for p in input.rglob("*") if p.suffix.lower() in suffixes)
-        self.pages = [f.relative_to(self.root).as_posix() for f in files if f.is_file()]
-        if not self.pages:
-            raise UserError(f"no HTML pages (.html, .htm, .xhtml) in {input}; give the folder that holds them")
+        self.pages = [self.found.name(file) for file in self.files]
         self._rules: _Rules | None = None
-        self._facts: dict[str, tuple[bytes, str]] = {}
+        self._facts: dict[str, _Fact] = {}
+        self._num_bytes: list[int] = []
+        """of each page's images"""
 
-    def signature(self) -> str:
-        return files_signature([self.root / page for page in self.pages], self.root)
-
-    def units(self) -> list[Unit]:
+    def units_of_files(self) -> list[Unit]:
         if self._rules is None:
-            self._rules = self._survey()
-        groups = [self.pages[i : i + _PAGES_PER_UNIT] for i in range(0, len(self.pages), _PAGES_PER_UNIT)]
-        return [Unit(group[0], sum((self.root / p).stat().st_size for p in group), group) for group in groups]
+            self.scan(lambda function, items: (function(self, item) for item in items))
+        units = []
+        for start in range(0, len(self.pages), _PAGES_PER_UNIT):
+            group = self.pages[start : start + _PAGES_PER_UNIT]
+            size = sum((self.root / page).stat().st_size for page in group)
+            units.append(Unit(group[0], size + sum(self._num_bytes[start : start + _PAGES_PER_UNIT]), group))
+        return units
 
-    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for name in unit.payload:
             yield from self._page_documents(name, drops)
 
-    # --- the first pass: what repeats ------------------------------------------------------------------------
+    # --- the scan: what repeats ------------------------------------------------------------------------------
 
-    def _survey(self) -> _Rules:
+    def scan(self, each: Each) -> None:
         contents: dict[bytes, str] = {}
         duplicates: dict[str, str] = {}
         pages_of: dict[bytes, list[str]] = {}
         edge_texts = EdgeTexts()
-        for name in self.pages:
-            page = self._parse(name)
-            digest = xxhash.xxh3_128_digest(repr(page.events).encode())
-            original = contents.setdefault(digest, name)
-            if original != name:
-                duplicates[name] = original
-                continue
-            if page.events and not page.redirect:
-                edge_texts.add(list(assemble(page.events)))
-            found = (self._fact(name, source)[0] for kind, source in page.events if kind == "image")
-            for image in dict.fromkeys(digest for digest in found if digest):
-                pages_of.setdefault(image, []).append(name)
+        groups = [self.pages[i : i + _PAGES_PER_LOOK] for i in range(0, len(self.pages), _PAGES_PER_LOOK)]
+        for group, (looks, facts) in zip(groups, each(HtmlImporter._look_at, groups), strict=True):
+            self._facts.update(facts)
+            for name, look in zip(group, looks, strict=True):
+                self._num_bytes.append(look.num_bytes)
+                original = contents.setdefault(look.digest, name)
+                if original != name:
+                    duplicates[name] = original
+                    continue
+                if look.edge_keys is not None:
+                    edge_texts.add(look.edge_keys)
+                for image in look.images:
+                    pages_of.setdefault(image, []).append(name)
         limit = max(2, self.max_page_share * len(self.pages))
         share = f"stands on over {self.max_page_share:.0%} of the pages"
-        return _Rules(
+        self._rules = _Rules(
             duplicates,
             unwanted={image: share for image, pages in pages_of.items() if len(pages) > limit},
             first_pages={
@@ -132,16 +157,35 @@ class HtmlImporter(Importer):
             repeated=edge_texts.repeated(self.max_text_share),
         )
 
-    def _fact(self, page: str, source: str) -> tuple[bytes, str]:
-        """(content hash, why it is unwanted by itself) of an image; the hash is empty for one that is not there."""
+    def _look_at(self, pages: list[str]) -> tuple[list[_Look], dict[str, _Fact]]:
+        """What is on each page, and what this found out about images."""
+        looks = []
+        known = set(self._facts)
+        for name in pages:
+            page = self._parse(name)
+            facts = {fact.digest: fact for kind, source in page.events if kind == "image"
+                     if (fact := self._fact(name, source)).digest}  # fmt: skip
+            shows = page.events and not page.redirect
+            looks.append(
+                _Look(
+                    xxhash.xxh3_128_digest(repr(page.events).encode()),
+                    edge_keys(list(assemble(page.events))) if shows else None,
+                    list(facts),
+                    sum(fact.size for fact in facts.values() if not fact.unwanted),
+                )
+            )
+        return looks, {key: fact for key, fact in self._facts.items() if key not in known}
+
+    def _fact(self, page: str, source: str) -> _Fact:
+        """What is known of an image as a page names it."""
         key = f"{page}\0{source}" if source.startswith("data:") else str(self._locate(page, source))
         if key not in self._facts:
             try:
                 data = self._read(page, source)
             except BadImage:
-                self._facts[key] = (b"", "")
+                self._facts[key] = _Fact()
             else:
-                self._facts[key] = (xxhash.xxh3_128_digest(data), self._unwanted(data))
+                self._facts[key] = _Fact(xxhash.xxh3_128_digest(data), self._unwanted(data), len(data))
         return self._facts[key]
 
     def _unwanted(self, data: bytes) -> str:
@@ -160,15 +204,10 @@ class HtmlImporter(Importer):
     def _page_documents(self, name: str, drops: Drops) -> Iterator[Document]:
         assert self._rules is not None, "units() comes first"
         page = self._parse(name)
-        for reason, count in (
-            ("navigation", page.num_navigation),
-            ("hidden", page.num_hidden),
-            ("outside of the page's main part", page.num_outside),
-        ):
-            if count:
-                drops.left_out("text", reason, name, count)
+        for reason, text in page.left_out:
+            drops.left_out("text", reason, name, sample=text)
         if page.redirect:
-            drops.left_out("document", "redirect", name)
+            drops.left_out("document", "redirect", name, sample=_text(assemble(page.events)))
             return
         if name in self._rules.duplicates:
             drops.left_out("document", "repeats another page", f"{name} = {self._rules.duplicates[name]}")
@@ -176,23 +215,30 @@ class HtmlImporter(Importer):
         seen: set[bytes] = set()
         shares: set[str] = set()
         events: list[Event] = []
+        bad_before, num_named = drops.num_bad("image"), 0
         for kind, value in page.events:
             if kind != "image":
                 events.append((kind, value))
-            elif (image := self._image(name, value, seen, shares, drops)) is not None:
+                continue
+            num_named += 1
+            if (image := self._image(name, value, seen, shares, drops)) is not None:
                 events.append(("image", image))
+        num_lost = drops.num_bad("image") - bad_before
         items, repeated = without_repeated(list(assemble(events)), self._rules.repeated)
-        for text in repeated:
-            drops.left_out("text", "repeated at the edges of many pages", f"{name}: {text.value[:60]}")
-        if not items:
-            drops.left_out("document", "empty page", name)
-        elif not self.text_pages and not any(item.kind == "image" for item in items):
-            drops.left_out("document", "page without images", name)
-        else:
+        for block in repeated:
+            drops.left_out("text", "repeated at the edges of many pages", name, sample=block.value)
+        if any(item.kind == "image" for item in items) or (items and self.text_pages):
             parts = list(_split(items, self.max_words))
             for number, part in enumerate(parts):
                 label = name if len(parts) == 1 else f"{name}#{number}"
-                yield Document(_join(part), name=label, metadata={"group": name, "shares": sorted(shares)})
+                about = {"group": name, "shares": sorted(shares), "lost_images": num_lost}
+                yield Document(_join(part), name=label, metadata=about)
+            return
+        if num_named:
+            reason = "page whose images are missing" if num_lost else "page whose images were all left out"
+        else:
+            reason = "page without images" if items else "empty page"
+        drops.left_out("document", reason, name, sample=_text(items))
 
     def _image(self, page: str, source: str, seen: set[bytes], shares: set[str], drops: Drops) -> Image | None:
         """The image if it stays; else its drop is counted, and `shares` takes one that joins this page to others."""
@@ -206,7 +252,8 @@ class HtmlImporter(Importer):
         except BadImage as error:
             drops.bad("image", str(error), label)
             return None
-        digest, unwanted = self._fact(page, source)
+        fact = self._fact(page, source)
+        digest, unwanted = fact.digest, fact.unwanted
         allowed = self._rules.first_pages.get(digest)
         if not unwanted and digest in self._rules.num_pages:
             unwanted = self._rules.unwanted.get(digest, "")
@@ -269,6 +316,12 @@ def _split(items: list[Block], max_words: int) -> Iterator[list[Block]]:
     part += section[:-1]
     if part:
         yield part
+
+
+def _text(items: Iterable[Block]) -> str:
+    """The beginning of a page's text."""
+    texts = (item.value for item in items if item.kind != "image")
+    return " ".join(itertools.islice(texts, 8))
 
 
 def _join(items: list[Block]) -> tuple[Text | Image, ...]:

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import lxml.etree
 
 from megatron_lcl.data.corpus.document import Image
+from megatron_lcl.data.corpus.drops import SAMPLE_CHARACTERS
 
 _MAIN_SHARE, _ARTICLE_SHARE = 0.2, 0.5
 """of the text that is not navigation: less, and the landmark is not believed. HTML says that `main` is the dominant
@@ -68,6 +69,9 @@ _ROLE_MAIN = lxml.etree.XPath("//*[@role='main']")
 _DOCBOOK = _words(r"chapter|sect[1-5]|appendix|preface|refentry")
 _LETTER = re.compile(r"\w")
 
+NAVIGATION, HIDDEN, OUTSIDE = "navigation", "hidden", "outside of the page's main part"
+"""why a text is left out"""
+
 Event = tuple[str, "str | Image"]
 """("text" | "link" | "verbatim", characters), ("break", ""), ("heading", tag) where one begins, ("title", "") for the
 page's title from outside of its main part, ("image", source, or the image itself)"""
@@ -89,12 +93,9 @@ class Page:
     """What is on a page, in order, and what was skipped."""
 
     events: list[tuple[str, str]] = field(default_factory=list)
-    num_navigation: int = 0
-    """elements"""
-    num_hidden: int = 0
-    """elements with text"""
-    num_outside: int = 0
-    """texts outside of the main part"""
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """(why, the beginning of the text) of each element of navigation, hidden element that has a text, and text outside
+    of the main part"""
     redirect: bool = False
 
 
@@ -173,11 +174,12 @@ def _read(tree: Any, mains: list[Any], needed_share: float) -> Page | None:
     inner, outer = _num_characters(inside), _num_characters(outside)
     if not inner or inner < needed_share * (inner + outer):
         return None
-    page.num_outside = sum(block.kind != "image" for block in assemble(outside))
+    texts_outside = [block.value for block in assemble(outside) if block.kind != "image"]
     titles = [] if ("heading", "h1") in inside else list(_titles(before))
     if len(titles) == 1:
-        page.num_outside -= 1
+        texts_outside.remove(" ".join(titles[0].split()))
         inside = [("title", ""), ("text", titles[0]), ("break", ""), *inside]
+    page.left_out += [(OUTSIDE, text) for text in texts_outside]
     page.events = inside
     return page
 
@@ -243,10 +245,11 @@ class _Walker:
             return False
         attributes = dict(node.items())
         if _is_hidden(tag, attributes):
-            self._page.num_hidden += any(text.strip() for text in node.itertext())
+            if text := _beginning(node):
+                self._page.left_out.append((HIDDEN, text))
             return False
         if node not in self._around and self._is_navigation(node, attributes):
-            self._page.num_navigation += 1
+            self._page.left_out.append((NAVIGATION, _beginning(node)))
             if tag in _BLOCKS:
                 self._add("break")
             return False
@@ -302,6 +305,19 @@ class _Walker:
         if tag not in ("ul", "ol", "dl", "table") or self._main is not None or not _is_list_of_links(node):
             return False
         return not any(_DOCBOOK.search(ancestor.get("class") or "") for ancestor in node.iterancestors("div"))
+
+
+def _beginning(node: Any) -> str:
+    """Of an element's text, enough for a sample; "" where it has none."""
+    parts: list[str] = []
+    size = 0
+    for part in node.itertext():
+        if part.strip():
+            parts.append(part)
+            size += len(part)
+            if size >= SAMPLE_CHARACTERS:
+                break
+    return " ".join(parts)
 
 
 def _source(image: Any) -> str:

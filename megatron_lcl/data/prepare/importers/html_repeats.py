@@ -37,11 +37,10 @@ class EdgeTexts:
     num_pages: int = 0
     _counts: dict[int, int] = field(default_factory=dict)
 
-    def add(self, blocks: Sequence[Block]) -> None:
-        """Count a page's."""
-        edges = blocks if len(blocks) <= 2 * _EDGE else [*blocks[:_EDGE], *blocks[-_EDGE:]]
+    def add(self, keys: Iterable[int]) -> None:
+        """Count a page's (`edge_keys`)."""
         passed = self.num_pages // _WINDOW
-        for key in {key for block in edges for key in _keys(block)}:
+        for key in keys:
             self._counts[key] = self._counts.get(key, passed) + 1
         self.num_pages += 1
         if self.num_pages % _WINDOW == 0:
@@ -51,6 +50,12 @@ class EdgeTexts:
         """Keys of those on a larger share of the pages, and on at least MIN_PAGES."""
         limit = max(MIN_PAGES - 1, max_share * self.num_pages)
         return frozenset(key for key, count in self._counts.items() if count > limit)
+
+
+def edge_keys(blocks: Sequence[Block]) -> set[int]:
+    """Keys of the texts at a page's edges."""
+    edges = blocks if len(blocks) <= 2 * _EDGE else [*blocks[:_EDGE], *blocks[-_EDGE:]]
+    return {key for block in edges for key in _keys(block)}
 
 
 def without_repeated(blocks: Sequence[Block], repeated: frozenset[int]) -> tuple[list[Block], list[Block]]:

@@ -1,25 +1,25 @@
 """The generic form: one document a line, `{"items": [{"text": "…"}, {"image": "relative/path.jpg"}, …]}`.
 
 Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
-A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not.
+A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not. Its "url",
+else its "id", is kept with the document's name.
 Images are found below `images`, else below the folder of the input.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import msgspec
 
 from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
-from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LineNumbers, find_files, line_units, typed_lines
-from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, number_or_none, text_item
+from megatron_lcl.data.prepare.importers import Unit, files_signature
+from megatron_lcl.data.prepare.importers.lines import LinesImporter, typed_lines
+from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.errors import UserError
 
 
@@ -28,58 +28,60 @@ class _TextsOnly(msgspec.Struct):
 
     items: tuple[Text, ...]
     kind: Kind | None = None
+    url: Any = None
+    id: Any = None
 
 
-class JsonlImporter(Importer):
-    """`input`: a file or a folder of .jsonl, .jsonl.gz, .jsonl.zst files."""
+class JsonlImporter(LinesImporter):
+    """JSON lines, a document each: see the file's head."""
 
-    options: ClassVar[dict[str, str]] = {
-        "kind": f"kind of the documents whose line does not say it: {', '.join(KINDS)}; default: matched if any of "
-        "them has similarities, else natural",
-    }
+    reads = (
+        '.jsonl, .gz, .zst, .zip of lines {"kind": …, "items": [{"text": …}, {"image": path, "similarity": …, '
+        '"matched_text_index": …}]}; images in --images, a folder or tars, else beside the input'
+    )
 
-    def __init__(self, input: Path, images: Path | None = None, kind: str = "") -> None:
+    def __init__(
+        self,
+        input: Path,
+        images: Path | None = None,
+        kind: Annotated[
+            str,
+            f"kind of the documents whose line does not say it: {', '.join(KINDS)}; empty: matched if any of them has "
+            "similarities, else natural",
+        ] = "",
+    ) -> None:
         if kind not in ("", *KINDS):
-            raise UserError(f"kind is {kind!r}; give {', '.join(KINDS)}")
+            raise UserError(f"--option kind={kind}: give {', '.join(KINDS)}")
+        super().__init__(input)
         self.kind = kind or None  # type: ignore[assignment]
-        self.root = input if input.is_dir() else input.parent
-        self.files = find_files(input, SUFFIXES)
-        if not self.files:
-            raise UserError(f"no {', '.join(SUFFIXES)} files in {input}")
         self.images = ImageSource(images or self.root)
 
     def signature(self) -> str:
         return files_signature([*self.files, *self.images.tars], self.root)
 
-    def units(self) -> list[Unit]:
-        return line_units(self.files)
-
-    @functools.cached_property
-    def _lines(self) -> LineNumbers:
-        return LineNumbers(self.units())
-
-    def place(self, name: str) -> str:
-        return self._lines.name(name)
-
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)
 
-    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         near = (unit.payload[0].name.split(".")[0],)
         for name, line in typed_lines(unit, drops, _TextsOnly):
             if isinstance(line, _TextsOnly):
-                yield Document(line.items, name=name, kind=line.kind)
+                named = its_id({"url": line.url, "id": line.id}) if line.url or line.id else {}
+                yield Document(line.items, name=name, kind=line.kind, metadata=named)
             elif (kind := line.get("kind")) is not None and kind not in KINDS:
-                drops.bad("document", f"its kind is none of {', '.join(KINDS)}", name)
+                drops.bad("document", f"its kind is none of {', '.join(KINDS)}", name, sample=str(line))
             elif isinstance(items := line.get("items"), list):
-                yield Document(tuple(self._items(items, near, name, drops)), name=name, kind=kind)
+                read = tuple(self._items(items, near, name, drops))
+                lost = sum(isinstance(item, dict) and "image" in item and "text" not in item for item in items)
+                lost -= sum(isinstance(item, Image) for item in read)
+                yield Document(read, name=name, kind=kind, metadata={**its_id(line), "lost_images": lost})
             else:
-                drops.bad("document", 'no list "items"', name)
+                drops.bad("document", 'no list "items"', name, sample=str(line))
 
     def _items(self, items: list[Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Text | Image]:
         for item in items:
             if not isinstance(item, dict) or ("text" in item) == ("image" in item):
-                drops.bad("text", 'an item without one of "text" and "image"', name)
+                drops.bad("text", 'an item without one of "text" and "image"', name, sample=str(item))
             elif "text" in item:
                 yield text_item(item["text"], name, drops)
             elif not isinstance(item["image"], str):

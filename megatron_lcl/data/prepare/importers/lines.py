@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import operator
 import re
@@ -11,13 +12,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import msgspec
 import zstandard
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import decoded
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
@@ -28,28 +30,21 @@ _COMPRESSED_CHUNK = 1 << 10
 """a hostile one makes a thousand times as much with gzip, thirty thousand times with zstandard"""
 _RANGE = 8 << 20
 _MAX_LINE = 64 << 20
+_SAMPLE_BYTES = 4096
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
-def find_files(input: Path, suffixes: Iterable[str]) -> list[Path]:
-    """`input` itself, or all files below it with one of the suffixes, in the order of names."""
-    endings = tuple(suffixes)
-    if input.is_file():
-        return [input]
-    return sorted(p for p in input.rglob("*") if p.name.lower().endswith(endings) and p.is_file())
-
-
-def line_units(files: Iterable[Path]) -> list[Unit]:
+def line_units(files: Iterable[Path], name: Callable[[Path], str]) -> list[Unit]:
     """A unit for each compressed file, and for each 8 MiB of a plain one. Payload: (path, first byte, end)."""
     units = []
     for file in files:
         size = file.stat().st_size
         if _is_compressed(file):
-            units.append(Unit(file.name, size, (file, 0, size)))
+            units.append(Unit(name(file), size, (file, 0, size)))
         else:
             for start in range(0, max(size, 1), _RANGE):
                 end = min(size, start + _RANGE)
-                units.append(Unit(file.name, end - start, (file, start, end)))
+                units.append(Unit(name(file), end - start, (file, start, end)))
     return units
 
 
@@ -58,7 +53,10 @@ def _is_compressed(path: Path) -> bool:
 
 
 def json_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, object) of each line of a unit that holds a JSON object; others are counted as bad documents."""
+    """(name, object) of each line of a unit that holds a JSON object; others are counted as bad documents.
+
+    The name is the file's with the line's first byte, or, in a compressed file, its number.
+    """
     return _values(unit, drops, msgspec.json.decode, {dict})
 
 
@@ -89,12 +87,12 @@ def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any], wanted: se
             except (ValueError, RecursionError):
                 end = -1
             if end != len(text):
-                drops.bad("document", "not JSON" if complete else "cut last line", name)
+                drops.bad("document", "not JSON" if complete else "cut last line", name, sample=text)
                 continue
         if type(value) in wanted:
             yield name, value
         else:
-            drops.bad("document", "not a JSON object", name)
+            drops.bad("document", "not a JSON object", name, sample=line.decode(errors="replace"))
 
 
 def _lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
@@ -103,12 +101,12 @@ def _lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
     try:
         with open(path, "rb", _CHUNK) as file:
             if _is_compressed(path):
-                chunks = _decompressed(path, file, drops)
-                yield from _split(path.name, chunks, drops)
+                chunks = _decompressed(unit.name, path.suffix.lower(), file, drops)
+                yield from _split(unit.name, chunks, drops)
             else:
-                yield from _range(path.name, file, start, end, drops)
+                yield from _range(unit.name, file, start, end, drops)
     except OSError as error:
-        drops.bad("document", f"file cannot be read ({error.strerror})", str(path))
+        drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
 
 
 def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
@@ -126,7 +124,7 @@ def _range(name: str, file: BinaryIO, start: int, end: int, drops: Drops) -> Ite
         if complete or len(line) < _MAX_LINE:
             yield label, line, complete
             continue
-        drops.bad("document", "line too long", label)
+        drops.bad("document", "line too long", label, sample=_begin(line))
         while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
             pass
         position = file.tell()
@@ -145,27 +143,31 @@ def _split(name: str, chunks: Iterable[bytes], drops: Drops) -> Iterator[tuple[s
             pending.append(rest)
             size += len(rest)
             if size > _MAX_LINE:
-                drops.bad("document", "line too long", f"{name}:{number + 1}")
+                drops.bad("document", "line too long", f"{name}:{number + 1}", sample=_begin(b"".join(pending[:2])))
                 pending, skipping = [], True
     if line := b"".join(pending):
         yield f"{name}:{number + 1}", line, False
 
 
+def _begin(line: bytes) -> str:
+    return line[:_SAMPLE_BYTES].decode(errors="replace")
+
+
 # --- compressed files --------------------------------------------------------------------------------------------
 
 
-def _decompressed(path: Path, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
+def _decompressed(name: str, suffix: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     chunks: Iterator[bytes] = iter(lambda: file.read(_COMPRESSED_CHUNK), b"")
-    if path.suffix.lower() == ".gz":
-        yield from _inflate(path, chunks, lambda: zlib.decompressobj(31), drops)
-    elif path.suffix.lower() == ".zst":
+    if suffix == ".gz":
+        yield from _inflate(name, chunks, lambda: zlib.decompressobj(31), drops)
+    elif suffix == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        yield from _inflate(path, chunks, lambda: decompressor.decompressobj(_CHUNK), drops)
+        yield from _inflate(name, chunks, lambda: decompressor.decompressobj(_CHUNK), drops)
     else:
-        yield from _unzip(path, file, drops)
+        yield from _unzip(name, file, drops)
 
 
-def _inflate(path: Path, chunks: Iterable[bytes], new: Callable[[], Any], drops: Drops) -> Iterator[bytes]:
+def _inflate(name: str, chunks: Iterable[bytes], new: Callable[[], Any], drops: Drops) -> Iterator[bytes]:
     """The concatenated streams of a file; a damaged or truncated end is counted."""
     stream: Any = None
     try:
@@ -177,35 +179,35 @@ def _inflate(path: Path, chunks: Iterable[bytes], new: Callable[[], Any], drops:
                 if stream.eof:
                     stream = None
     except (zlib.error, zstandard.ZstdError):
-        drops.bad("document", "damaged file, the lines after it are lost", path.name)
+        drops.bad("document", "damaged file, the lines after it are lost", name)
         return
     if stream is not None:
-        drops.bad("document", "truncated file, the lines after it are lost", path.name)
+        drops.bad("document", "truncated file, the lines after it are lost", name)
 
 
-def _unzip(path: Path, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
+def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     """The one member of a zip file, whatever its name; without a directory (truncated), what its first member holds."""
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError):
-        yield from _unzip_without_directory(path, file, drops)
+        yield from _unzip_without_directory(name, file, drops)
         return
     members = [member for member in archive.infolist() if not member.is_dir()]
     if len(members) != 1:
-        drops.note("document", f"zip holds {len(members)} files, not one", path.name)
+        drops.note("document", f"zip holds {len(members)} files, not one", name)
     for member in members:
         try:
             with archive.open(member) as stream:
                 yield from iter(lambda: stream.read(_CHUNK), b"")
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OSError):
-            drops.bad("document", "damaged file, the lines after it are lost", path.name)
+            drops.bad("document", "damaged file, the lines after it are lost", name)
 
 
-def _unzip_without_directory(path: Path, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
+def _unzip_without_directory(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     file.seek(0)
     head = file.read(_LOCAL_HEADER.size)
     if len(head) < _LOCAL_HEADER.size or head[:4] != b"PK\x03\x04":
-        drops.bad("document", "not a zip file", path.name)
+        drops.bad("document", "not a zip file", name)
         return
     _, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(head)
     file.seek(name_length + extra_length, 1)
@@ -224,15 +226,31 @@ def _unzip_without_directory(path: Path, file: BinaryIO, drops: Drops) -> Iterat
         yield from chunks
         complete = False
     else:
-        drops.bad("document", "zip method not known", path.name)
+        drops.bad("document", "zip method not known", name)
         return
     if complete:
-        drops.note("document", "zip has no directory, its first file was read", path.name)
+        drops.note("document", "zip has no directory, its first file was read", name)
     else:
-        drops.bad("document", "truncated file, the lines after it are lost", path.name)
+        drops.bad("document", "truncated file, the lines after it are lost", name)
 
 
-# --- line numbers ------------------------------------------------------------------------------------------------
+# --- the importers of lines --------------------------------------------------------------------------------------
+
+
+class LinesImporter(FilesImporter):
+    """Reads files of JSON lines."""
+
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+
+    def units_of_files(self) -> list[Unit]:
+        return line_units(self.files, self.found.name)
+
+    @functools.cached_property
+    def _line_numbers(self) -> LineNumbers:
+        return LineNumbers(self.units_of_files())
+
+    def place(self, name: str) -> str:
+        return self._line_numbers.name(name)
 
 
 class LineNumbers:
@@ -242,21 +260,19 @@ class LineNumbers:
     """
 
     def __init__(self, units: Iterable[Unit]) -> None:
-        self._files: dict[str, set[Path]] = {}
-        for unit in units:
-            name = unit.name.encode(errors="backslashreplace").decode()  # as `Drops` has it
-            self._files.setdefault(name, set()).add(unit.payload[0])
+        # names as `Drops` has them
+        self._files: dict[str, Path] = {u.name.encode(errors="backslashreplace").decode(): u.payload[0] for u in units}
         self._counted: dict[Path, list[tuple[int, int]]] = {}
         """(position, line ends before it), in order"""
 
     def name(self, place: str) -> str:
         """The place with its line number, counted from 1; unchanged where it is none of a plain file."""
         found = re.match(r"(.+?)@(\d+)(?=$|: )", place)
-        files = self._files.get(found[1], set()) if found else set()
-        if found is None or len(files) != 1:  # several files of one name, in different folders
+        file = self._files.get(found[1]) if found else None
+        if found is None or file is None:
             return place
         try:
-            line = self._line(next(iter(files)), int(found[2]))
+            line = self._line(file, int(found[2]))
         except OSError:
             return place
         return f"{found[1]}:{line}{place[found.end() :]}"

@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, MAX_PIXELS, eight_bits
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.sources import decoded, text_item
+from megatron_lcl.data.prepare.importers.sources import decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 from megatron_lcl.errors import UserError
 
@@ -27,10 +27,11 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 class Mint1tImporter(TarImporter):
-    format, contents, kind = "mint1t", "MINT-1T", "natural"
+    format, kind = "mint1t", "natural"
+    reads = ".tar, .tar.gz with .json (lists texts and images) and multi-frame .tiff under each key (experimental)"
 
-    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        for sample in tar_samples(unit.payload, drops):
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        for sample in tar_samples(unit, drops):
             name = f"{unit.name}:{sample['__key__']}"
             try:
                 record = json.loads(decoded(sample["json"], name, drops))
@@ -39,9 +40,11 @@ class Mint1tImporter(TarImporter):
                 drops.bad("document", "no lists texts and images", name)
                 continue
             if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
-                drops.bad("document", "texts and images are not lists of one length", name)
+                drops.bad("document", "texts and images are not lists of one length", name, sample=str(texts))
                 continue
-            yield Document(tuple(self._items(texts, images, sample, name, drops)), name=name)
+            items = tuple(self._items(texts, images, sample, name, drops))
+            lost = sum(image is not None for image in images) - sum(isinstance(item, Image) for item in items)
+            yield Document(items, name=name, metadata={**its_id(record), "lost_images": lost})
 
     def _items(
         self, texts: list[Any], images: list[Any], sample: dict[str, Any], name: str, drops: Drops
@@ -57,7 +60,7 @@ class Mint1tImporter(TarImporter):
             frames = _frames(data)
         for number, (text, image) in enumerate(zip(texts, images, strict=True)):
             if text is not None and image is not None:
-                drops.bad("text", "both image and text at one position", name)
+                drops.bad("text", "both image and text at one position", name, sample=str(text))
             if image is None:
                 yield text_item(text, name, drops)
                 continue

@@ -6,35 +6,39 @@ the data set does not ship, lie under `images`: flat, in a folder per shard, or 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
-from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LineNumbers, find_files, json_lines, line_units
-from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, number_or_none, text_item
-from megatron_lcl.errors import UserError
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.files import Files
+from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LinesImporter, json_lines
+from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
 
 _SHARD = re.compile(r"shard_(\d+)")
 
 
-class Mmc4Importer(Importer):
-    """`input`: one shard, or a folder of them. An image stands before the sentence it is matched to."""
+class Mmc4Importer(LinesImporter):
+    """One shard, or a folder of them. An image stands before the sentence it is matched to."""
 
     kind = "matched"
+    reads = (
+        "docs_shard_{i}_v2.jsonl.zip and variants, also .jsonl, .gz, .zst; images in --images: flat, a folder per "
+        "shard, or tars"
+    )
+    suffixes = (*SUFFIXES, ".zip")
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
-        self.root = input if input.is_dir() else input.parent
-        self.files = sorted(find_files(input, (*SUFFIXES, ".zip")), key=lambda p: (_shard_number(p), p))
-        if not self.files:
-            raise UserError(f"no MMC4 shards (docs_shard_0_v2.jsonl.zip, …, or .jsonl) in {input}")
+        super().__init__(input)
+        in_order = sorted(self.found.read, key=lambda p: (_shard_number(p), p))
+        self.found = Files(self.root, in_order, self.found.skipped)
         self.images = ImageSource(images)
         numbers = [_shard_number(file) for file in self.files]
         self._missing_before = {
@@ -42,23 +46,10 @@ class Mmc4Importer(Importer):
             for file, number, before in zip(self.files[1:], numbers[1:], numbers[:-1], strict=True)
         }
 
-    def signature(self) -> str:
-        return files_signature(self.files, self.root)
-
-    def units(self) -> list[Unit]:
-        return line_units(self.files)
-
-    @functools.cached_property
-    def _lines(self) -> LineNumbers:
-        return LineNumbers(self.units())
-
-    def place(self, name: str) -> str:
-        return self._lines.name(name)
-
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)
 
-    def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         path, start, _ = unit.payload
         missing = self._missing_before.get(path, 0)
         if missing and not start:
@@ -66,12 +57,14 @@ class Mmc4Importer(Importer):
         for name, page in json_lines(unit, drops):
             texts, infos = page.get("text_list"), page.get("image_info")
             if not isinstance(texts, list):
-                drops.bad("document", "no text_list", name)
+                drops.bad("document", "no text_list", name, sample=str(page))
                 continue
             if not isinstance(infos, list):
                 drops.bad("image", "no image_info", name)
                 infos = []
-            yield self._document(texts, infos, page.get("similarity_matrix"), path, name, drops)
+            document = self._document(texts, infos, page.get("similarity_matrix"), path, name, drops)
+            lost = len(infos) - len(document.images)
+            yield msgspec.structs.replace(document, metadata={**its_id(page), "lost_images": lost})
 
     def _document(
         self, texts: list[Any], infos: list[Any], matrix: Any, path: Path, name: str, drops: Drops

@@ -40,6 +40,9 @@ class ImageSource:
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self.tars = [] if root is None else _tars(root)
+        self._packed = (
+            [] if root is None or root.is_file() else sorted(set(root.glob("*.tar.*")) | set(root.glob("*.tgz")))
+        )
         self._folder: Path | None = None
         self._runs: list[np.ndarray] | None = None
         self._damaged: list[str] = []
@@ -83,6 +86,11 @@ class ImageSource:
                 return contents.pop()
             if self._damaged:
                 raise BadImage(f"file missing, and {self._damaged[0]} is damaged or cut")
+        unread = [
+            tar.name for tar in self._packed if tar.with_name(tar.name.partition(".")[0] + ".tar") not in self.tars
+        ]
+        if unread:
+            raise BadImage(f"file missing, and {unread[0]} is compressed, which is not read: unpack it")
         raise BadImage("file missing")
 
     def _find(self, key: str) -> list[tuple[int, int, int]]:
@@ -194,6 +202,15 @@ def text_item(value: object, name: str, drops: Drops) -> Text:
     else:
         drops.bad("text", "null" if value is None else "not a string", name)
     return Text("")
+
+
+def its_id(record: object) -> dict[str, Any]:
+    """A document's metadata with what its record calls it: a URL, else an id; {} where it has neither."""
+    if isinstance(record, dict):
+        for key in ("url", "id"):
+            if isinstance(value := record.get(key), str | int) and value != "":
+                return {"id": str(value)}
+    return {}
 
 
 def number_or_none(value: object) -> float | None:

@@ -9,59 +9,44 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
-from megatron_lcl.data.prepare.importers.lines import find_files
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.errors import UserError
 
 
-def tar_units(input: Path, what: str) -> tuple[Path, list[Path], list[Unit]]:
-    """Root folder, tar files and units (payload: the path). UserError where there are none."""
-    files = find_files(input, (".tar", ".tar.gz"))
-    if not files:
-        raise UserError(f"no .tar files of {what} in {input}")
-    return (
-        input if input.is_dir() else input.parent,
-        files,
-        [Unit(file.name, file.stat().st_size, file) for file in files],
-    )
-
-
-class TarImporter(Importer):
-    """`input`: a tar file or a folder of them, which hold texts and images alike."""
+class TarImporter(FilesImporter):
+    """A tar file or a folder of them, which hold texts and images alike."""
 
     format: ClassVar[str]
-    contents: ClassVar[str]
-    """what the tars hold, for messages"""
+    suffixes = (".tar", ".tar.gz", ".tgz")
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         if images is not None:
-            raise UserError(f"format {self.format} has its images in the tars; give no image folder")
-        self.root, self.files, self._units = tar_units(input, self.contents)
+            raise UserError(f"format {self.format} has its images in the tars; leave out --images")
+        super().__init__(input)
 
-    def signature(self) -> str:
-        return files_signature(self.files, self.root)
-
-    def units(self) -> list[Unit]:
-        return self._units
+    def units_of_files(self) -> list[Unit]:
+        """Payload: the path."""
+        return [Unit(self.found.name(file), file.stat().st_size, file) for file in self.files]
 
 
-def tar_samples(path: Path, drops: Drops) -> Iterator[dict[str, Any]]:
+def tar_samples(unit: Unit, drops: Drops) -> Iterator[dict[str, Any]]:
     """{"__key__": key, suffix: bytes, …} of each sample."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     def count(error: Exception) -> bool:
         """Called by the library for whatever goes wrong; True to go on with the next file."""
         if isinstance(error, tarfile.TarError | EOFError | OSError | zlib.error):
-            drops.bad("document", "damaged or truncated tar, the samples after it are lost", path.name)
+            drops.bad("document", "damaged or truncated tar, the samples after it are lost", unit.name)
             return False
         if isinstance(error, ValueError):
-            drops.bad("document", "file name twice in a tar", path.name)
+            drops.bad("document", "file name twice in a tar", unit.name)
             return True
         raise error
 
     try:
-        with open(path, "rb") as stream:
-            files = tar_file_expander([{"url": path.name, "stream": stream}], handler=count)
+        with open(unit.payload, "rb") as stream:
+            files = tar_file_expander([{"url": unit.name, "stream": stream}], handler=count)
             yield from group_by_keys(files, handler=count)
     except OSError as error:
-        drops.bad("document", f"file cannot be read ({error.strerror})", path.name)
+        drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)

@@ -1,0 +1,66 @@
+"""Work on many items in several processes, or in this one; results come in the order of the items."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from megatron_lcl.errors import UserError
+from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(
+    function: Callable[[Shared, Item], Result],
+    shared: Shared,
+    items: Sequence[Item],
+    workers: int,
+    ahead: int | None = None,
+) -> Generator[Result, None, None]:
+    """function(shared, item) of every item, in order, from `workers` processes; from this one where one is enough.
+
+    The function can be imported by its name; every process gets its own copy of `shared` once. ahead: results that may
+    wait for their turn, or None for any number. UserError where a process dies.
+    """
+    if workers <= 1 or len(items) <= 1:
+        for item in items:
+            yield function(shared, item)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[Result]] = deque()
+    rest = iter(items)
+    with ProcessPoolExecutor(min(workers, len(items)), context, _start, (function, shared)) as pool:
+        try:
+            for item in rest:
+                with holding_interrupts():
+                    waiting.append(pool.submit(_call, item))
+                if ahead is not None and len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died, perhaps out of memory; run the same command again, with a smaller --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work_of_this_process: list[tuple[Callable[..., Any], Any]] = []
+
+
+def _start(function: Callable[..., Any], shared: Any) -> None:
+    end_on_interrupt()
+    _work_of_this_process[:] = [(function, shared)]
+
+
+def _call(item: Any) -> Any:
+    ((function, shared),) = _work_of_this_process
+    return function(shared, item)

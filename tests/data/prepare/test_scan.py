@@ -1,0 +1,140 @@
+"""Protects the passes before the tasks: all workers do them, the bytes stay the same, and bars say how far they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.helpers import contents
+from data.writers import picture
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare import preprocess as preprocess_module
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.html import HtmlImporter
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.errors import UserError
+
+NUM_PAGES = 70
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pages in five groups of the scan and two units: a repeated page, text and images that stand on many."""
+    folder = tmp_path_factory.mktemp("site")
+    for k in range(NUM_PAGES):
+        (folder / f"{k}.png").write_bytes(picture(k, 70, 66))
+        body = (
+            f"<p>Own words of page {k}, which no other has<img src={k}.png><img src={k // 9}.png><img src=gone{k}.png>"
+        )
+        (folder / f"p{k:02d}.html").write_text(f"<p>All rights reserved by us{body}<img src=logo.png>")
+    (folder / "logo.png").write_bytes(picture(99, 80, 80))
+    (folder / "p50.html").write_bytes((folder / "p03.html").read_bytes())
+    return folder
+
+
+def run(site: Path, output: Path, workers: int) -> dict[str, dict[str, bytes]]:
+    folders = [output / "training", output / "held-out"]
+    preprocess("html", site, folders[0], held_out=folders[1], vocab_size=400, workers=workers, max_bad_fraction=1,
+               task_bytes=1)  # fmt: skip
+    return {folder.name: contents(folder) for folder in folders}
+
+
+@pytest.mark.slow
+def test_all_passes_use_all_workers_and_give_the_same_bytes(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, int, int]] = []
+
+    def watched(function: Any, shared: Any, items: Any, workers: int, **options: Any) -> Iterator[Any]:
+        used.append((function.__name__, len(items), workers))
+        return in_order(function, shared, items, workers, **options)
+
+    monkeypatch.setattr(preprocess_module, "in_order", watched)
+    one = run(site, tmp_path / "one", 1)
+    assert {name for name, _, _ in used} == {"_look_at", "_describe_unit", "run_task"}
+    used.clear()
+    assert run(site, tmp_path / "two", 2) == one
+    assert [workers for _, _, workers in used] == [2] * len(used)
+    assert used[:2] == [("_look_at", 5, 2), ("_describe_unit", 2, 2)]
+
+
+def test_a_scan_in_any_groups_finds_the_same(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process of many knows of images, another one does not."""
+    rules = []
+    for size in (1, 3, 16, 1000):
+        monkeypatch.setattr("megatron_lcl.data.prepare.importers.html._PAGES_PER_LOOK", size)
+        importer = create("html", site, None, {})
+        assert isinstance(importer, HtmlImporter)
+        importer.scan(
+            lambda function, items: [
+                function(create("html", site, None, {}), item) for item in items
+            ]  # a copy for each
+        )
+        rules.append((importer._rules, importer._num_bytes, importer._facts, importer.units()))
+    assert all(found == rules[0] for found in rules[1:])
+    assert rules[0][0].duplicates == {"p50.html": "p03.html"}
+    assert len(rules[0][0].repeated) == 1
+    assert len(rules[0][0].unwanted) == 1 + 8  # the logo, and the images of nine pages each
+
+
+def test_bars_from_the_start(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["preprocess", "--format", "html", "--input", str(site), "--output", str(tmp_path / "out"),
+               "--held-out", str(tmp_path / "held"), "--vocab-size", "400", "--max-bad-fraction", "1"]  # fmt: skip
+    assert main(command) == 0
+    said = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line]
+    assert said[0].startswith("scan:   0%|")
+    assert f"0/{NUM_PAGES}" in said[0]
+    titles = [line.partition(":")[0] for line in said if " 0%|" in line]
+    assert titles == ["scan", "compare images", "read texts", "out", "held"]
+    assert all(any(line.startswith(f"{title}: 100%|") for line in said) for title in titles)
+
+
+def test_a_long_search_for_files_is_said(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_importer = importers.create
+
+    def slowly(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 20
+        while "looking for" not in capsys.readouterr().err and time.monotonic() < deadline:
+            time.sleep(0.01)
+        said.append(time.monotonic() < deadline)
+        return create_importer(*arguments)
+
+    said: list[bool] = []
+    monkeypatch.setattr(importers, "create", slowly)
+    monkeypatch.setattr(preprocess_module, "_LONG", 0.01)
+    with pytest.raises(UserError, match="are bad"):
+        preprocess("html", site, tmp_path / "out", tokenizer="clip", max_bad_fraction=0, progress=True)
+    assert said == [True]
+
+
+# --- work in several processes -----------------------------------------------------------------------------------
+
+
+def square(add: int, number: int) -> tuple[int, int]:
+    return add + number**2, os.getpid()
+
+
+def die(_shared: None, number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.timeout(60)
+def test_results_come_in_order_from_other_processes() -> None:
+    results, processes = zip(*in_order(square, 3, range(40), 2, ahead=4), strict=True)
+    assert list(results) == [3 + k**2 for k in range(40)]
+    assert os.getpid() not in processes
+    assert {process for _, process in in_order(square, 0, range(3), 1)} == {os.getpid()}
+    with pytest.raises(UserError, match=r"a worker process died.*--workers"):
+        list(in_order(die, None, range(4), 2))
