@@ -13,7 +13,7 @@ if [ -n "${SETUP:-}" ]; then # the site's modules and variables
   set -eu
 fi
 find_python
-train=("$python" -m megatron_lcl train --config "$config" --train.progress false)
+train=("$python" -m megatron_lcl train --config "$config")
 
 # a dry run's own arguments are not the job's; its sizes are by default those that sbatch finds in the script
 sbatch_has() { sed -n "s/^#SBATCH.* --$1=\([0-9]*\).*/\1/p" "$0"; }

@@ -108,7 +108,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_back_into_the_queue(
     first = (folder / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
     assert "GPUs 0,1\n" in first  # both of the node: the process takes its own by its local rank
     config = checkout / "configs" / "lcl_vitg_interleaved.yaml"
-    assert f"<--config><{config}><--train.progress><false><--train.output><runs/an output>" in first
+    assert f"<--config><{config}><--train.output><runs/an output>" in first
     assert "saved" in first
 
 
