@@ -60,7 +60,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
     lines += [*_kernels(config, elsewhere), _memory(config, nodes * processes, elsewhere)]
-    lines += [*_data(config), _packs(config), *_run(config), _software()]
+    lines += [*_data(config), _packs(config), *_run(config), _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
 
@@ -226,6 +226,13 @@ def _software() -> str:
     devices = torch.cuda.device_count()
     found = f"{devices} GPU{'s' * (devices > 1)} visible" if devices else "no GPU visible"
     return f"software    Python {platform.python_version()}, {', '.join(versions)}; {found}"
+
+
+def _network() -> Iterator[str]:
+    """What is set of the communication libraries; the same on every node, like the rest."""
+    names = sorted(name for name in os.environ if name.startswith(("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_")))
+    if names:
+        yield f"network     {shlex.join(f'{name}={os.environ[name]}' for name in names)}"
 
 
 def _version(name: str) -> str | None:

@@ -66,7 +66,7 @@ def _train(config: Config, signals: Signals) -> Path:
     mesh = init_processes(config)
     try:
         with (
-            Watchdog(mesh, config.guard.timeout, config.guard.long_timeout) as watchdog,
+            Watchdog(mesh.world, config.guard.timeout, config.guard.long_timeout) as watchdog,
             contextlib.ExitStack() as until_end,
         ):
             point = resolve_resume_point(config, mesh, until_end)
