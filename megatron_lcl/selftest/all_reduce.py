@@ -72,7 +72,9 @@ def _meet(rank: int, size: int, timeout: float) -> tuple[dist.Store, list[str]]:
     """The launch's store and the node of every process, once all are there."""
     try:
         store = open_store(timeout)
-        store.set_timeout(timedelta(seconds=timeout + 30))  # the first process waits for the others as long as `timeout`
+        store.set_timeout(
+            timedelta(seconds=timeout + 30)
+        )  # the first process waits for the others as long as `timeout`
         store.set(f"node {rank}", node())
         if rank == 0:
             store.set("missing", json.dumps(_wait_for(store, size, timeout)))

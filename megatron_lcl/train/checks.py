@@ -103,9 +103,8 @@ def check_model(saved: Path, config: Config) -> None:
     """The model is that of a saved config; UserError names the fields that differ."""
     changes = Changes(changed_settings(load(saved), config))
     if changed := [name for name in changes.settings if name.startswith("model.")]:
-        raise UserError(
-            f"{saved.parent} holds a run of another model ({', '.join(map(changes.said, changed))}); name another folder"
-        )
+        what = ", ".join(map(changes.said, changed))
+        raise UserError(f"{saved.parent} holds a run of another model ({what}); name another folder")
 
 
 def check_corpora(ledger: Ledger, config: Config) -> None:

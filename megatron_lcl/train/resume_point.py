@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class ResumePoint:
     """what a new run begins with; None: with what is drawn"""
     without_pairs: tuple[str, ...] = ()
     """corpora that give the contrast no pair"""
-    changes: Changes = Changes()
+    changes: Changes = field(default_factory=Changes)
     """since the checkpoint was written"""
 
 

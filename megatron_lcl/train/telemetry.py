@@ -141,7 +141,10 @@ class Telemetry:
         accuracies = [f"{metrics[name]:.1%}" for name in ("image_accuracy", "text_accuracy") if name in metrics]
         if accuracies:
             parts.append(f"accuracy {' / '.join(accuracies)} (chance {1 / result.num_pairs:.1%})")
-        parts += [f"lr {lr:.2e}", f"{rates['images_per_second']:.0f} images/s, {rates['tokens_per_second']:.0f} tokens/s"]
+        parts += [
+            f"lr {lr:.2e}",
+            f"{rates['images_per_second']:.0f} images/s, {rates['tokens_per_second']:.0f} tokens/s",
+        ]
         assert self._first_done is not None
         made, since = step - self._first_done[0], time.monotonic() - self._first_done[1]
         per_step = since / made if made else rates["step_seconds"]

@@ -79,7 +79,11 @@ def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
     assert "exit code 137; back into the queue, without n2" in log.read_text()
     said = rank0.read_text()
     assert re.search(r"process 1 died or its machine did: .* \(host n2, last step done: \d+\)", said), said
-    summed = re.findall(r"^all-reduce  2 processes on 2 nodes, gloo: 16 MiB in .*, bus bandwidth [\d.]+ GB/s ", log.read_text(), re.MULTILINE)
+    summed = re.findall(
+        r"^all-reduce  2 processes on 2 nodes, gloo: 16 MiB in .*, bus bandwidth [\d.]+ GB/s ",
+        log.read_text(),
+        re.MULTILINE,
+    )
     assert len(summed) == 3, "before each start"
     assert log.read_text().count("processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:") == 3
 

@@ -37,7 +37,11 @@ def test_one_process_has_nothing_to_sum(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def plant(rank: int, fault: str, faulty: int, faults: str) -> None:
     """Two nodes of one process each; a fault in one of them."""
-    os.environ |= {"SLURM_STEP_NODELIST": "gpu[7-8]", "SLURMD_NODENAME": f"gpu{7 + rank}", "MEGATRON_LCL_FAULTS": faults}
+    os.environ |= {
+        "SLURM_STEP_NODELIST": "gpu[7-8]",
+        "SLURMD_NODENAME": f"gpu{7 + rank}",
+        "MEGATRON_LCL_FAULTS": faults,
+    }
     if rank != faulty:
         return
     if fault == "never comes":

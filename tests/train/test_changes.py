@@ -1,4 +1,4 @@
-"""What a resumed run says of settings that have changed, of a schedule that jumps, and of a loss that counted otherwise."""
+"""What a resumed run says: settings that have changed, a schedule that jumps, a loss that counted otherwise."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ def test_the_settings_that_are_treated_apart_exist() -> None:
 
 def lr(step: int, total: int, warmup: int = 10, peak: float = 3e-4) -> float:
     """The schedule's closed form, at steps counted from 0."""
-    return peak * (step + 1) / warmup if step < warmup else peak * math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2
+    return (
+        peak * (step + 1) / warmup
+        if step < warmup
+        else peak * math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,8 +88,8 @@ def test_a_schedule_that_jumps_is_a_warning_with_both_rates(
     config = configs.load(None, {**was, **now})
     following = following if following is not None else 1e-4 + 2 / 3 * lr(step, 1000)
     (warning,) = changes_since(folder, config).warnings
-    jump = f"jumps from {last:.2g} in step {step}, the last one, to {following:.2g} in step {step + 1}, the next one ({cause})"
-    assert jump in warning
+    jump = f"jumps from {last:.2g} in step {step}, the last one, to {following:.2g} in step {step + 1}, the next one"
+    assert f"{jump} ({cause})" in warning
     name, before, _, _ = cause.split()
     assert (f"--{name} {before} goes on as before" in warning) == (step < 1000)
     assert f"--train.init_from {folder}" in warning
@@ -159,4 +163,6 @@ def test_generation_with_a_weight_is_told_too(tmp_path: Path) -> None:
     for run, weight in ((tmp_path / "a", "0.5"), (tmp_path / "b", "1")):
         config = configs.load(None, {"objective.name": "generation", "objective.generation_weight": weight})
         warnings = changes_since(checkpoint(run, config, 4, "cuts"), config).warnings
-        assert [f"objective.generation_weight = {weight}" in warning for warning in warnings] == [True] * (weight != "1")
+        assert [f"objective.generation_weight = {weight}" in warning for warning in warnings] == [True] * (
+            weight != "1"
+        )

@@ -20,7 +20,8 @@ SHOWN = re.compile(r"(\d+)/1000 \[\d\d:\d\d<(\d\d):(\d\d), +([\d.]+)(step/s|s/st
 
 
 LINE = re.compile(
-    r"step (\d+)/9  loss 1\.0000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  (\d+):(\d\d) left"
+    r"step (\d+)/9  loss 1\.0000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  "
+    r"(\d+):(\d\d) left"
 )
 
 
@@ -103,7 +104,7 @@ def test_a_line_shows_what_the_step_has_and_the_time_left(
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Path("/dev/full").open("w")
+    full = Path("/dev/full").open("w")  # noqa: SIM115 closing it fails, as is wanted
     monkeypatch.setattr(sys, "stdout", full)
     with Telemetry(tmp_path, configs.load(None, {"train.log_every": "1"}), True, 0) as telemetry:
         telemetry.step(1, RESULT, 1e-3, 0.1, 0.0)
