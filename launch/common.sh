@@ -52,10 +52,11 @@ new_venv() {
   log=$("$python" -m venv "$venv" 2>&1) || { echo "no virtual environment at $venv: $(tail -n 1 <<<"$log")" >&2; exit 2; }
 }
 
+# With `elsewhere` as an argument Python may lie where only a container sees it.
 find_python() {
   python=$venv/bin/python
   # without the checkout's environment: what is active, be it a module, conda or another virtual environment
   [ -x "$python" ] || [ -n "${VENV:-}" ] || python=$(command -v python3 || echo "$python")
-  [ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }
+  [ "${1:-}" = elsewhere ] || [ -x "$python" ] || { echo "no Python at $python; set VENV to an environment with megatron_lcl" >&2 && exit 2; }
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

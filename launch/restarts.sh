@@ -53,6 +53,16 @@ leave_out() {
   return 1
 }
 
+# `start_again REASON`: back into the queue, if that is still allowed, without the nodes that have failed.
+start_again() {
+  local failed
+  failed=$(failed_nodes)
+  [ "$nodes" = 1 ] || [ "$(wc -w <<<"$failed")" != "$nodes" ] || failed= # whose fault was it?
+  may_restart || return 0
+  [ -z "$failed" ] || leave_out "$failed" || true
+  requeue "$1" "$out"
+}
+
 # `requeue REASON [NODES]`: back into the queue; the next start is without NODES (one a line).
 requeue() {
   local without=${2:-}

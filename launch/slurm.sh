@@ -12,8 +12,12 @@ if [ -n "${SETUP:-}" ]; then # the site's modules and variables
   source "$SETUP" || { echo "SETUP=$SETUP failed" >&2 && exit 2; }
   set -eu
 fi
-find_python
-train=("$python" -m megatron_lcl train --config "$config" --train.progress false)
+# further options of every srun, and words before Python in every task; quoted as in a shell
+srun_args=() prefix=()
+eval "srun_args=(${SRUN_ARGS:-})"
+eval "prefix=(${TASK_PREFIX:-})"
+find_python ${TASK_PREFIX:+elsewhere} ${SLURM_JOB_ID:+${SRUN_ARGS:+elsewhere}}
+train=("${prefix[@]}" "$python" -m megatron_lcl train --config "$config")
 
 # a dry run's own arguments are not the job's; its sizes are by default those that sbatch finds in the script
 sbatch_has() { sed -n "s/^#SBATCH.* --$1=\([0-9]*\).*/\1/p" "$0"; }
@@ -43,10 +47,11 @@ else
   cpus=CPUS logs=$(basename "$0" .sh)-JOB # only the job knows
 fi
 # without a binding every process sees all GPUs of its node, which NCCL needs to use NVLink
-step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0)
-# one process a GPU, ranks counted along each node, a log for each
-run=("${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block)
-run+=(--cpus-per-task="$cpus" --wait=600 --open-mode=append --output="$logs/rank-%4t.log" "${train[@]}")
+step=(srun --nodes="$nodes" --export=ALL --gpu-bind=none --kill-on-bad-exit=0 "${srun_args[@]}")
+# one process a GPU, ranks counted along each node
+all=("${step[@]}" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --distribution=block)
+all+=(--cpus-per-task="$cpus")
+run=("${all[@]}" --wait=600 --open-mode=append --output="$logs/rank-%4t.log" "${train[@]}") # a log for each
 MEGATRON_LCL_LAUNCH=$(printf '%q ' "${run[@]}") # what a dry run prints
 export MEGATRON_LCL_LAUNCH
 
@@ -62,7 +67,7 @@ max_restarts=${MAX_RESTARTS:-3} out=
 echo "--- $(date -Is): start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST; logs in $PWD/$logs"
 
 # --- the check: once on every node, before anything takes a GPU
-rm -f "$logs"/check-* "$logs"/fault-*
+rm -f "$logs"/check-* "$logs"/fault-* "$logs/all-reduce.log"
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 check=("${step[@]}" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
 check+=(--distribution=block --output="$logs/check-%t.log" --error="$logs/check-%t.err")
@@ -91,8 +96,21 @@ for task in "${!names[@]}"; do
   fi
 done
 cat "$logs/check-0.log"
-[ "$dry" = no ] || exit 0
 [ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down under it each time
+
+# --- one sum over all processes: do they reach each other, and how fast?
+sum=("${prefix[@]}" "$python" -m megatron_lcl selftest --all-reduce --timeout "${CHECK_TIMEOUT:-300}")
+if [ $((nodes * per_node)) -gt 1 ]; then
+  code=0
+  "${all[@]}" --wait=30 --output="$logs/all-reduce.log" "${sum[@]}" 2>"$logs/srun" || code=$?
+  if [ "$code" != 0 ]; then
+    { grep -m 1 '^megatron-lcl' "$logs/all-reduce.log" || cat "$logs/srun" "$logs/all-reduce.log" | tail -n 1; } >&2
+    [ "$dry" = yes ] || ! was_lost "$code" || start_again "the all-reduce has failed"
+    exit "$code"
+  fi
+  cat "$logs/all-reduce.log"
+fi
+[ "$dry" = no ] || exit 0
 
 # --- the run
 trap : TERM # Slurm's TERM reaches the processes too; this script waits until they have saved
@@ -109,14 +127,11 @@ elif [ "$code" != 0 ]; then
     case $last in megatron-lcl* | *Error*) echo "${log##*/}: $last" ;; esac
   done | head -n 8 >&2
   if was_lost "$code"; then
-    now=$(timeout 600 "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>/dev/null | goes_on || true)
+    # in a step, for only there is a container
+    now=$(timeout 600 "${step[@]}" --nodes=1 --nodelist="$SLURMD_NODENAME" --ntasks=1 \
+      "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>/dev/null | goes_on || true)
     [ -z "$now" ] || [ "$now" = "$from" ] || again=0 # it has saved since
-    failed=$(failed_nodes)
-    [ "$nodes" -gt 1 ] && [ "$(wc -w <<<"$failed")" = "$nodes" ] && failed= # whose fault was it?
-    if may_restart; then
-      [ -z "$failed" ] || leave_out "$failed" || true
-      requeue "exit code $code" "$out"
-    fi
+    start_again "exit code $code"
   fi
 fi
 exit "$code"

@@ -380,8 +380,14 @@ class Train:
     evaluate_every: Count = Field(
         default=0, description="steps between evaluations on evaluate.corpus, one more at the end; 0: never"
     )
-    log_every: Positive = Field(default=10, description="steps between entries in metrics.jsonl and TensorBoard")
-    progress: bool = Field(default=True, description="show a progress bar on the first process")
+    log_every: Positive = Field(
+        default=10,
+        description="steps between entries in metrics.jsonl and TensorBoard, and between lines in a log",
+    )
+    progress: bool = Field(
+        default=True,
+        description="show a progress bar where the output is a terminal; without one there is a line every log_every",
+    )
     apex_layer_norm: bool = Field(
         default=False, description="use the fused LayerNorm of NVIDIA's apex instead of torch's"
     )

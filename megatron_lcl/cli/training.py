@@ -60,6 +60,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "train a tiny model in every layout that the processes at hand allow, and compare with one process",
     )
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds for one layout (%(default)s)")
+    sub.add_argument(
+        "--all-reduce",
+        action="store_true",
+        help="only one sum over all processes of the launch: names those that do not answer within --timeout, and "
+        "prints its bandwidth",
+    )
 
 
 def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
@@ -134,6 +140,15 @@ def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.train import launch
 
     launch.adopt_slurm(os.environ)
+    if options.all_reduce:
+        if not launch.is_launched():
+            arguments = ["selftest", "--all-reduce", "--timeout", str(options.timeout)]
+            return launch.start_local(arguments, launch.default_processes(0))
+        from megatron_lcl.selftest.all_reduce import check_all_reduce
+
+        if said := check_all_reduce(options.timeout):
+            print(said)
+        return 0
     failed = [verdict for verdict in selftest(timeout=options.timeout) if verdict.faults]
     return 1 if failed else 0
 

@@ -30,6 +30,7 @@ from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import Kernel, KernelCase
 from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
+from megatron_lcl.train.launch import open_store
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def selftest(
         world = torch.cuda.device_count() or max(case.processes for case in cases)
         ranks = list(range(world))
     starters = list(range(world)) if launched else [0]
-    store = _open_store(launched, 0 in ranks, timeout)
+    store = _open_store(launched, timeout)
     if launched or torch.cuda.is_available():  # every device, or machine, has kernels of its own
         cases = [KernelCase(world) if isinstance(case, KernelCase) else case for case in cases]
     fitting = [case for case in cases if case.processes <= world and not _lacks(case)]
@@ -267,11 +268,11 @@ def _lacks(case: Case | KernelCase) -> str:
     return f"the GPU has no {case.dtype} (compute capability 8.0, Ampere, does)"
 
 
-def _open_store(launched: bool, first: bool, timeout: float) -> dist.TCPStore:
-    """The store in which processes find each other; torchrun has one running at the address that it names."""
-    host, port = ("127.0.0.1", 0) if not launched else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    serves = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return dist.TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+def _open_store(launched: bool, timeout: float) -> dist.TCPStore:
+    """The store in which processes find each other."""
+    if launched:
+        return open_store(timeout)
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
 
 
 def _of_everyone(

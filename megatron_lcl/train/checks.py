@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, load, to_dict
+from megatron_lcl.config import Config, load
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
@@ -18,6 +18,7 @@ from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.apex import check_apex
+from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.determinism import check_determinism
@@ -126,21 +127,10 @@ def check_space(config: Config) -> None:
 
 def check_model(saved: Path, config: Config) -> None:
     """The model is that of a saved config; UserError names the fields that differ."""
-    before, now = (_flat(to_dict(c)) for c in (load(saved), config))
-    changed = sorted(k for k in before.keys() | now.keys() if k.startswith("model.") and before.get(k) != now.get(k))
-    if changed:
-        raise UserError(
-            f"{saved.parent} holds a run of another model ("
-            + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed)
-            + "); name another folder"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    changes = Changes(changed_settings(load(saved), config))
+    if changed := [name for name in changes.settings if name.startswith("model.")]:
+        what = ", ".join(map(changes.said, changed))
+        raise UserError(f"{saved.parent} holds a run of another model ({what}); name another folder")
 
 
 def check_corpora(ledger: Ledger, config: Config) -> None:

@@ -23,11 +23,14 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
+from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.pack_index import Ledger
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
+from megatron_lcl.run_folder import CONFIG, PROGRESS
+from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check, without_pairs
 from megatron_lcl.train.kernels import choose_kernels
@@ -57,7 +60,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
     lines += [*_kernels(config, elsewhere), _memory(config, nodes * processes, elsewhere)]
-    lines += [*_data(config), _packs(config), _run(config), _software()]
+    lines += [*_data(config), _packs(config), *_run(config), _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
 
@@ -205,13 +208,16 @@ def _packs(config: Config) -> str:
     return f"packs       {summarize_config(config, sequences, previous, progress.packs if progress else 0)}"
 
 
-def _run(config: Config) -> str:
-    run, weights = Path(config.train.output), config.train.init_from
-    if saved := checkpoint.list_checkpoints(run):
-        return f"run         {run}: goes on from {saved[-1].name}, if it verifies"
-    if config.checkpoint.resume != "auto":
-        return f"run         {run}: goes on from {config.checkpoint.resume}, if it verifies"
-    return f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
+def _run(config: Config) -> Iterator[str]:
+    run, weights, named = Path(config.train.output), config.train.init_from, config.checkpoint.resume
+    saved = checkpoint.list_checkpoints(run)
+    folder = saved[-1] if saved else None if named == "auto" else checkpoint.resumable(named)[-1]
+    if folder is None:
+        yield f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")
+        return
+    yield f"run         {run}: goes on from {folder.name if saved else folder}, if it verifies"
+    if not verify(folder, only=(CONFIG, PROGRESS)):
+        yield from (f"            {line}" for line in changes_since(folder, config).lines())
 
 
 def _software() -> str:
@@ -220,6 +226,13 @@ def _software() -> str:
     devices = torch.cuda.device_count()
     found = f"{devices} GPU{'s' * (devices > 1)} visible" if devices else "no GPU visible"
     return f"software    Python {platform.python_version()}, {', '.join(versions)}; {found}"
+
+
+def _network() -> Iterator[str]:
+    """What is set of the communication libraries; the same on every node, like the rest."""
+    names = sorted(name for name in os.environ if name.startswith(("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "GLOO_")))
+    if names:
+        yield f"network     {shlex.join(f'{name}={os.environ[name]}' for name in names)}"
 
 
 def _version(name: str) -> str | None:

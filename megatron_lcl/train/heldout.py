@@ -98,6 +98,8 @@ class HeldOutMeter:
             return
         if result.bad_images:
             self.telemetry.say(f"{len(result.bad_images)} held-out images do not decode, first {result.bad_images[0]}")
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in result.numbers().items())
+        self.telemetry.say(f"held out, after step {step}: {measured}")
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
         self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import MutableMapping, Sequence
+from datetime import timedelta
 from functools import partial
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # on Linux; elsewhere nothing
 
 from megatron_lcl.errors import UserError
@@ -51,16 +53,36 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(tasks)
     environment["LOCAL_RANK"] = "0" if bound else environment["SLURM_LOCALID"]
-    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_ADDR", hosts(environment["SLURM_STEP_NODELIST"])[0])
     environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
 
 
-def first_host(nodes: str) -> str:
-    """The first of a list as Slurm writes it: "gpu[003-005,9],login" → "gpu003"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    if first is None:
+def hosts(nodes: str) -> list[str]:
+    """The names in a list as Slurm writes it: "gpu[003-004,9],login" → gpu003, gpu004, gpu9, login."""
+    names = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if not names:
         raise UserError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
+    return [host for name in names for host in _expand(name)]
+
+
+def _expand(name: str) -> list[str]:
+    head, bracket, rest = name.partition("[")
+    if not bracket:
+        return [name]
+    ranges, _, tail = rest.partition("]")
+    ends = [part.partition("-")[::2] for part in ranges.split(",")]
+    numbers = [str(n).zfill(len(low)) for low, high in ends for n in range(int(low), int(high or low) + 1)]
+    return [f"{head}{number}{others}" for number in numbers for others in _expand(tail)]
+
+
+def open_store(timeout: float) -> dist.TCPStore:
+    """The launch's store, which its first process serves, or torchrun's agent. dist.DistError where none answers.
+
+    timeout: seconds for every request of it.
+    """
+    serves = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
+    return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
 
 
 def default_processes(global_batch: int) -> int:

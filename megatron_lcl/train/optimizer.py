@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_lcl.config import Optimizer
+from megatron_lcl.config import Config, Optimizer
 from megatron_lcl.train.apex import fused_adam
+
+SCHEDULE = ("optimizer.lr", "optimizer.min_lr", "optimizer.warmup", "train.steps")
+"""the settings on which `scheduled` depends"""
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -71,6 +74,11 @@ def steps_beside_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
     return optimizer
+
+
+def scheduled(step: int, config: Config) -> dict[str, float]:
+    """What changes from step to step by the config alone, by its name in words, at a step (counted from 0)."""
+    return {"learning rate": learning_rate(step, config.optimizer, config.train.steps)}
 
 
 def learning_rate(step: int, config: Optimizer, total_steps: int) -> float:

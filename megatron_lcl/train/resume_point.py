@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_lcl.data.loading.pack_index import Ledger, open_ledger
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.changes import Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
@@ -38,6 +39,8 @@ class ResumePoint:
     """what a new run begins with; None: with what is drawn"""
     without_pairs: tuple[str, ...] = ()
     """corpora that give the contrast no pair"""
+    changes: Changes = field(default_factory=Changes)
+    """since the checkpoint was written"""
 
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack) -> ResumePoint:
@@ -92,4 +95,5 @@ def _resolve(config: Config, settings: dict[str, Any]) -> ResumePoint:
         settings,
         find_initial_weights(config) if folder is None else None,
         without_pairs(config),
+        changes_since(folder, config) if folder else Changes(),
     )

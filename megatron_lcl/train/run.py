@@ -66,7 +66,7 @@ def _train(config: Config, signals: Signals) -> Path:
     mesh = init_processes(config)
     try:
         with (
-            Watchdog(mesh, config.guard.timeout, config.guard.long_timeout) as watchdog,
+            Watchdog(mesh.world, config.guard.timeout, config.guard.long_timeout) as watchdog,
             contextlib.ExitStack() as until_end,
         ):
             point = resolve_resume_point(config, mesh, until_end)
@@ -129,6 +129,11 @@ class Training:
             self.saver.step = point.progress.step
             self.saver.folder = point.folder
             telemetry.say(f"going on from {point.folder}")
+            for line in point.changes.lines():
+                telemetry.say(line)
+            if point.changes.settings or point.changes.warnings:
+                facts = {"settings": point.changes.settings, "warnings": point.changes.warnings}
+                self.audit.write("changed", point.progress.step, folder=str(point.folder), **facts)
         elif point.weights:
             telemetry.say(point.weights.describe(self.config))
             facts = {"missing": point.weights.missing, "unused": point.weights.unused}

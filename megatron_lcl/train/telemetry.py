@@ -1,8 +1,10 @@
-"""What a run says about itself: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run says about itself: a progress bar or, in a log, a line every so often; metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -52,14 +54,20 @@ class Rates:
 
 
 class Telemetry:
-    """Logs on the first process; on the others every call does nothing."""
+    """Logs on the first process; on the others every call does nothing.
+
+    A terminal gets a progress bar, unless `train.progress` is false. What is no terminal, or has no bar, gets a line
+    every `train.log_every` steps.
+    """
 
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every = config.train.log_every
         self.total = config.train.steps
         self._run = run
         self._progress = config.train.progress
-        self._contrasts = objectives.create(config).sequences.contrast
+        objective = objectives.create(config)
+        self._contrasts = objective.sequences.contrast
+        self._losses = [name for name in objective.metrics if name not in contrast.METRICS[1:]]
         self.num_without_pairs = 0
         """steps that had nothing to contrast, since this process started"""
         self._num_bad = 0
@@ -76,7 +84,10 @@ class Telemetry:
         self._file = (self._run / METRICS).open("a", encoding="utf-8")
         self._board = self._open_board(step + 1)
         # a new bar: its time left is that of the steps to come, at the rate of those made since
-        self._bar = tqdm(initial=step, total=self.total, unit="step", disable=not self._progress, dynamic_ncols=True)
+        disable = None if self._progress else True  # None: where stderr is no terminal
+        self._bar = tqdm(initial=step, total=self.total, unit="step", disable=disable, dynamic_ncols=True)
+        self._first_done: tuple[int, float] | None = None
+        """the first step that this process has made since, and when; it may have taken long"""
 
     def _open_board(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -103,6 +114,7 @@ class Telemetry:
             return
         self.rates.add(result, seconds, data_seconds)
         self._bar.update()
+        self._first_done = self._first_done or (step, time.monotonic())
         if self._contrasts and not result.num_pairs:
             self.num_without_pairs += 1
             if self.num_without_pairs == 1:
@@ -116,6 +128,8 @@ class Telemetry:
         rates, numbers = self.rates.values(), self._measured(result)
         self.write({"step": step, **numbers, "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
         self._bar.set_postfix_str(", ".join(_shown(numbers, rates)))
+        if self._bar.disable or not sys.stdout.isatty():
+            self.say(self._line(step, numbers, lr, rates))
         self.rates = Rates()
 
     def _measured(self, result: StepResult) -> dict[str, float | None]:
@@ -128,6 +142,23 @@ class Telemetry:
             if not count:
                 numbers |= {name: None for name in names if name in numbers}
         return numbers
+
+    def _line(self, step: int, numbers: Mapping[str, float | None], lr: float, rates: Mapping[str, float]) -> str:
+        """A step in one line of a log."""
+        measured = {name: value for name, value in numbers.items() if value is not None}
+        losses = ", ".join(f"{name} {measured[name]:.4f}" for name in self._losses if name in measured)
+        parts = [f"step {step}/{self.total}", f"loss {measured['loss']:.4f}" + (f" ({losses})" if losses else "")]
+        accuracies = [f"{measured[name]:.1%}" for name in ("image_accuracy", "text_accuracy") if name in measured]
+        if accuracies:
+            parts.append(f"accuracy {' / '.join(accuracies)} (chance {measured['chance_accuracy']:.1%})")
+        parts += [
+            f"lr {lr:.2e}",
+            f"{rates['images_per_second']:.0f} images/s, {rates['tokens_per_second']:.0f} tokens/s",
+        ]
+        assert self._first_done is not None
+        made, since = step - self._first_done[0], time.monotonic() - self._first_done[1]
+        per_step = since / made if made else rates["step_seconds"]
+        return "  ".join([*parts, f"{tqdm.format_interval((self.total - step) * per_step)} left"])
 
     def write(self, values: dict[str, Any]) -> None:
         """One line of metrics, and its numbers to TensorBoard.
@@ -169,9 +200,11 @@ class Telemetry:
         return True
 
     def say(self, message: str) -> None:
-        """A line for the person who watches, above the progress bar."""
+        """A line for the person who watches, above the progress bar; in a log at once."""
         if self._file is not None:
-            tqdm.write(message)
+            with contextlib.suppress(OSError):  # nobody reads any more, or the log's disk is full: no reason to end
+                tqdm.write(message)
+                sys.stdout.flush()
 
     def __enter__(self) -> Telemetry:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_a_run_measures_what_evaluate_measures_on_its_checkpoint(folder: Path, l
     bad = [name for line in lines for name in line.get("bad_images", ())]
     assert f"an image is skipped, {bad[0]} (" in said
     assert said.count("2 held-out images do not decode, first ") == 2
+    assert re.findall(r"^held out, after step (\d): .*bits_per_token [\d.]+", said, re.MULTILINE) == ["2", "3"]
     assert measured[0]["heldout/bits_per_token"] != measured[1]["heldout/bits_per_token"]
     assert next((run / "tensorboard").iterdir())
 

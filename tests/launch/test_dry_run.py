@@ -19,7 +19,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.train import dryrun
-from megatron_lcl.train.launch import adopt_slurm, first_host
+from megatron_lcl.train.launch import adopt_slurm, hosts
 
 TASK = {
     "SLURM_JOB_ID": "1234567",
@@ -73,6 +73,11 @@ def test_on_one_machine_the_command_is_the_one_that_was_given(
     _, out, _ = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny)
     assert "\ncommand     srun --nodes=2\n" in out, "the script's own"
     assert "each node" not in out
+    assert "network " not in out
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "a b")
+    _, out, _ = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny)
+    assert "\nnetwork     NCCL_SOCKET_IFNAME=ib0,ib1 'TORCH_NCCL_BLOCKING_WAIT=a b'\n" in out
 
 
 def test_what_is_wrong_is_one_line(
@@ -137,16 +142,18 @@ def test_what_is_set_from_outside_stays(monkeypatch: pytest.MonkeyPatch) -> None
 HOSTS = ("n1", "n1,n2", "gpu[003-005,9],login", "gpu[9,003-005]", "rack[1-2]-node[07-12]", "a-1,b[1-2]", "x[5]y")
 
 
-def test_first_host_of_a_list() -> None:
-    assert [first_host(nodes) for nodes in HOSTS] == ["n1", "n1", "gpu003", "gpu9", "rack1-node07", "a-1", "x5y"]
+def test_hosts_of_a_list() -> None:
+    assert [hosts(nodes)[0] for nodes in HOSTS] == ["n1", "n1", "gpu003", "gpu9", "rack1-node07", "a-1", "x5y"]
+    assert hosts("gpu[003-004,9],login") == ["gpu003", "gpu004", "gpu9", "login"]
+    assert hosts("r[1-2]n[09-10]") == ["r1n09", "r1n10", "r2n09", "r2n10"]
     with pytest.raises(ValueError, match="names no node"):
-        first_host("")
+        hosts("")
 
 
 @pytest.mark.slow
-def test_first_host_as_slurm_itself_reads_it(slurm: Slurm) -> None:
+def test_hosts_as_slurm_itself_reads_them(slurm: Slurm) -> None:
     for nodes in HOSTS:
-        assert first_host(nodes) == slurm.run("scontrol", "show", "hostnames", nodes).splitlines()[0]
+        assert hosts(nodes) == slurm.run("scontrol", "show", "hostnames", nodes).splitlines()
 
 
 def test_a_corpus_that_lost_part_of_a_file(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:

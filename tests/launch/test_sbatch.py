@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,12 @@ case " $* " in *" --dry-run "*)
   echo "checks      passed: all"
   exit ;;
 esac
+case " $* " in *" selftest "*)
+  [ "${STUCK:-}" != "$SLURMD_NODENAME" ] || sleep 600
+  [ -z "${REAL:-}" ] || exec "$REAL" "$@"
+  [ "$SLURM_PROCID" != 0 ] || echo "all-reduce  of $SLURM_STEP_NUM_TASKS: $*"
+  exit ;;
+esac
 trap 'echo saved && exit 75' USR1 TERM
 echo "start ${SLURM_RESTART_COUNT:-0}, task $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, $SLURM_LOCALID on $SLURMD_NODENAME"
 echo "GPUs $CUDA_VISIBLE_DEVICES"
@@ -44,8 +51,18 @@ while :; do sleep 0.1; done
 
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' srun "$@" >"$SLURM_SUBMIT_DIR/srun-$SLURM_JOB_ID"
-exec "$(PATH=${PATH#*:} type -P srun)" "$@"
-"""  # keeps the last one's words
+{ printf '%q ' "$@" && echo; } >>"$SLURM_SUBMIT_DIR/sruns-$SLURM_JOB_ID"
+words=()
+for word in "$@"; do [[ "$word" == --container-* ]] || words+=("$word"); done # those are the plugin pyxis's
+exec "$(PATH=${PATH#*:} type -P srun)" "${words[@]}"
+"""  # keeps the last one's words, and those of all
+APPTAINER = """#!/usr/bin/env bash
+[ "$1 $2 $3" = "exec --nv an image.sif" ] || exit 255
+shift 3
+[ "$1" = /opt/in/the/image/bin/python ] || exit 254
+shift
+exec "$(dirname "$0")/python" "$@"
+"""  # an image whose Python is nowhere else
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +72,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "launch", checkout / "launch")
     programs = checkout / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, text in (("python", STAND_IN), ("srun", SRUN)):
+    for name, text in (("python", STAND_IN), ("srun", SRUN), ("apptainer", APPTAINER)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     return checkout
@@ -108,7 +125,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_back_into_the_queue(
     first = (folder / f"lcl_vitg-{job}" / "rank-0000.log").read_text()
     assert "GPUs 0,1\n" in first  # both of the node: the process takes its own by its local rank
     config = checkout / "configs" / "lcl_vitg_interleaved.yaml"
-    assert f"<--config><{config}><--train.progress><false><--train.output><runs/an output>" in first
+    assert f"<--config><{config}><--train.output><runs/an output>" in first
     assert "saved" in first
 
 
@@ -165,6 +182,11 @@ LOST = {
         {},
     ),
     "check": Lost(("--nodes=2", "--partition=spare"), "exit 0", {"FAULTY": "n2"}),
+    "stuck": Lost(
+        ("--nodes=2", "--partition=spare"),
+        "exit 0",
+        {"STUCK": "n2", "REAL": sys.executable, "CHECK_TIMEOUT": "30", "MASTER_ADDR": "127.0.0.1"},
+    ),
     "never": Lost(("--nodes=1",), "exit 71", {"MAX_RESTARTS": "0"}),
     "bad input": Lost(("--nodes=1",), "exit 2", {}),
     "program": Lost(("--nodes=1",), "exit 1", {}),
@@ -185,7 +207,7 @@ def lost(slurm: Slurm, checkout: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def ended(slurm: Slurm, job: str) -> tuple[str, ...]:
     """How a job has ended, how often it was started again, which nodes it leaves out, and where it ran last."""
-    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), "the job has ended")
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), "the job has ended", 300)
     return tuple(slurm.field(job, name) for name in ("JobState", "ExitCode", "Restarts", "ExcNodeList", "NodeList"))
 
 
@@ -196,14 +218,21 @@ def ended(slurm: Slurm, job: str) -> tuple[str, ...]:
         ("killed", ("COMPLETED", "0:0", "1", "n1", "n2")),
         ("watched", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
         ("check", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
+        ("stuck", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
     ],
 )
 def test_what_is_lost_starts_again_without_the_node(
     name: str, end: tuple[str, ...], slurm: Slurm, lost: dict[str, tuple[str, Path]]
 ) -> None:
-    """By what srun says, or the processes that watched each other; also a node that alone fails the check."""
+    """By what srun says, or the processes that watched each other; also a node that alone fails the check, or whose
+    process does not come to the all-reduce, which is real."""
     job, folder = lost[name]
-    assert ended(slurm, job) == end
+    assert ended(slurm, job) == end, log(folder, job)
+    if name == "stuck":
+        before, after = log(folder, job).split("back into the queue, without n2")
+        assert "megatron-lcl: all-reduce: process 1 of n2 has not come within 30 s\n" in before
+        assert re.search(r"\nall-reduce  2 processes on 2 nodes, gloo: 16 MiB in .* bus bandwidth .* GB/s ", after)
+        assert [line.split(",")[0] for line in starts(folder, job)] == ["start 1"] * 2, "nothing was trained before"
     assert log(folder, job).count(f"back into the queue, without {end[3]}") == 1
 
 
@@ -252,6 +281,33 @@ def test_a_process_that_fails_is_named(slurm: Slurm, checkout: Path, folder: Pat
     slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails")
     assert slurm.field(job, "ExitCode") == "1:0"
     assert log(folder, job).splitlines()[-1] == "rank-0002.log: OSError: no such thing"
+
+
+@pytest.mark.slow
+def test_containers_are_given_to_srun_or_before_python(slurm: Slurm, checkout: Path, folder: Path) -> None:
+    """In every step: the check, the all-reduce, the run; with a Python that is in the image only."""
+    environment = {
+        "SRUN_ARGS": f"--container-image='an image.sqsh' --container-mounts={folder.parent} --cpu-bind=none",
+        "TASK_PREFIX": "apptainer exec --nv 'an image.sif'",
+        "VENV": "/opt/in/the/image",
+        "DOES": "exit 0",
+        "CHECK_TIMEOUT": "77",
+    }
+    job = submit(slurm, checkout, folder, "--gpus-per-node=0", "--ntasks-per-node=1", **environment)
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the job has ended")
+    assert slurm.state(job) == "COMPLETED", log(folder, job)
+    assert len(starts(folder, job)) == 2
+    steps = [shlex.split(line) for line in (folder / f"sruns-{job}").read_text().splitlines()]
+    before = ["apptainer", "exec", "--nv", "an image.sif", "/opt/in/the/image/bin/python", "-m", "megatron_lcl"]
+    for words, command in zip(steps, ("train", "selftest", "train"), strict=True):
+        at = words.index("apptainer")
+        assert words[at : at + 8] == [*before, command]
+        options = words[:at]
+        assert {"--container-image=an image.sqsh", "--cpu-bind=none", "--export=ALL"} <= set(options)
+        assert f"--container-mounts={folder.parent}" in options
+    assert "--dry-run" in steps[0]
+    assert f"all-reduce  of 2: {' '.join(before[5:])} selftest --all-reduce --timeout 77\n" in log(folder, job)
+    assert planned(log(folder, job)) == ["srun", *steps[2]], "and the check has printed it"
 
 
 def test_the_scripts_differ_in_name_and_size_only() -> None:

@@ -68,6 +68,8 @@ def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
     assert stopped is not None, rank0.read_text()
     assert 5 < int(stopped[1]) < STEPS
     assert f"going on from a run/checkpoints/step-{int(stopped[1]):08d}" in rank0.read_text()
+    shown = re.findall(r"^step (\d+)/100  loss [\d.]+ \(generation .*images/s.* left$", rank0.read_text(), re.MULTILINE)
+    assert [int(step) for step in shown][: int(stopped[1])] == list(range(1, int(stopped[1]) + 1))
     slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
     for pid in processes_of(slurm, job, "n2"):
         os.kill(pid, signal.SIGKILL)
@@ -77,6 +79,12 @@ def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
     assert "exit code 137; back into the queue, without n2" in log.read_text()
     said = rank0.read_text()
     assert re.search(r"process 1 died or its machine did: .* \(host n2, last step done: \d+\)", said), said
+    summed = re.findall(
+        r"^all-reduce  2 processes on 2 nodes, gloo: 16 MiB in .*, bus bandwidth [\d.]+ GB/s ",
+        log.read_text(),
+        re.MULTILINE,
+    )
+    assert len(summed) == 3, "before each start"
     assert log.read_text().count("processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:") == 3
 
     undisturbed = tmp_path / "undisturbed"

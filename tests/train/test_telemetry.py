@@ -1,9 +1,10 @@
-"""What the progress bar says, and metrics.jsonl as it is read."""
+"""What the progress bar says, what a log gets in its place, and metrics.jsonl as it is read."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -13,11 +14,27 @@ from megatron_lcl import config as configs
 from megatron_lcl.train.step import StepResult
 from megatron_lcl.train.telemetry import METRICS, Telemetry, read_metrics
 
-RESULT = StepResult(1.0, 2.0, 1.0, 90, 4, 4, 100, 0, {"generation": 1.0, "contrastive": 1.0, "image_accuracy": 0.5})
+METRICS_OF_A_STEP = {"generation": 1.0, "contrastive": 1.0, "image_accuracy": 0.5, "text_accuracy": 0.3}
+RESULT = StepResult(1.0, 2.0, 1.0, 90, 4, 100, 90, 0, METRICS_OF_A_STEP)
 SHOWN = re.compile(r"(\d+)/1000 \[\d\d:\d\d<(\d\d):(\d\d), +([\d.]+)(step/s|s/step)")
 
 
-def test_time_left_after_resuming_and_after_a_rewind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+LINE = re.compile(
+    r"step (\d+)/9  loss 1\.0000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  "
+    r"(\d+):(\d\d) left"
+)
+
+
+def terminals(monkeypatch: pytest.MonkeyPatch, out: bool, err: bool) -> None:
+    """What stdout and stderr are taken for."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: out)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: err)
+
+
+def test_time_left_after_resuming_and_after_a_rewind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminals(monkeypatch, True, True)
     config = configs.load(None, {"train.steps": "1000", "train.log_every": "1"})
     with Telemetry(tmp_path, config, True, 900) as telemetry:
         for first in (900, 500):
@@ -33,6 +50,68 @@ def test_time_left_after_resuming_and_after_a_rewind(tmp_path: Path, capsys: pyt
             assert (1 / float(rate) if unit == "step/s" else float(rate)) == pytest.approx(per_step, rel=0.5)
             left = int(minutes) * 60 + int(seconds)
             assert left == pytest.approx((1000 - int(step)) * per_step, rel=0.5, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("out", "err", "progress", "bar", "lines"),
+    [
+        (True, True, True, True, False),
+        (True, True, False, False, True),  # in a terminal too, false means no bar and nothing else
+        (False, False, True, False, True),
+        (False, False, False, False, True),  # what the sbatch scripts passed once: no line came
+        (False, True, True, True, True),  # `train … > log`
+        (True, False, True, False, True),  # `train … 2> errors`
+    ],
+)
+def test_a_terminal_has_a_bar_and_a_log_has_lines(
+    out: bool,
+    err: bool,
+    progress: bool,
+    bar: bool,
+    lines: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminals(monkeypatch, out, err)
+    overrides = {"train.steps": "9", "train.log_every": "4", "train.progress": str(progress).lower()}
+    with Telemetry(tmp_path, configs.load(None, overrides), True, 0) as telemetry:
+        for step in range(1, 10):
+            telemetry.step(step, RESULT, 1e-3, 0.1, 0.0)
+    said = capsys.readouterr()
+    assert ("loss 1.000, 1000 images/s" in said.err) == bar
+    matches = [LINE.fullmatch(line) for line in said.out.splitlines()]
+    assert [match and match[1] for match in matches] == (["4", "8", "9"] if lines else [])
+    assert {match.groups()[1:3] for match in matches if match} <= {
+        ("generation 1.0000, contrastive 1.0000", "50.0% / 30.0% (chance 25.0%)")
+    }
+
+
+def test_a_line_shows_what_the_step_has_and_the_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Telemetry(tmp_path, configs.load(None, {"train.steps": "9", "train.log_every": "1"}), True, 2) as telemetry:
+        for step, pairs in ((3, 4), (4, 0), (5, 1)):
+            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=pairs), 1e-3, 0.1, 0.0)
+            clock[0] += 70  # with what lies between the steps, such as saving
+    lines = [match for line in capsys.readouterr().out.splitlines() if (match := LINE.fullmatch(line))]
+    both = "generation 1.0000, contrastive 1.0000"
+    assert [match[2] for match in lines] == [both, "generation 1.0000", both]
+    assert [match[3] for match in lines] == ["50.0% / 30.0% (chance 25.0%)", None, "50.0% / 30.0% (chance 100.0%)"]
+    assert [60 * int(match[4]) + int(match[5]) for match in lines] == [6 * 0.1 // 1, 5 * 70, 4 * 70]
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("w")  # noqa: SIM115 closing it fails, as is wanted
+    monkeypatch.setattr(sys, "stdout", full)
+    with Telemetry(tmp_path, configs.load(None, {"train.log_every": "1"}), True, 0) as telemetry:
+        telemetry.step(1, RESULT, 1e-3, 0.1, 0.0)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):  # the line still waits
+        full.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_a_cut_line_is_skipped_and_damage_is_named(tmp_path: Path) -> None:
@@ -73,7 +152,7 @@ def test_steps_without_pairs_are_counted_and_said(
         assert (line["loss"], line["generation"], line["num_pairs"]) == (1.0, 1.0, 4 if line["step"] in (2, 6) else 0)
         assert "metrics" not in line
     counted = [line["steps_without_pairs"] for line in lines]
-    said = capsys.readouterr().out.splitlines()
+    said = [line for line in capsys.readouterr().out.splitlines() if not LINE.fullmatch(line)]
     if objective == "generation":
         assert (counted, said) == ([0, 0, 0, 0], [])
     else:

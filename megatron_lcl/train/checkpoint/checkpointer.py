@@ -39,6 +39,7 @@ from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
+from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import refused, restricted
@@ -251,6 +252,9 @@ class Checkpointer:
                 state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
         for name, value in values.items():
             setattr(optimizer, name, value)
+        weight = self._peers.broadcast_object(earlier_weight(folder, self.config) if self.mesh.is_first else None)
+        if weight is not None and weight.known:
+            rescale_moments(optimizer.optimizer, weight.value)
         if (folder / RNG / self._rng_file()).exists():
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
         return said

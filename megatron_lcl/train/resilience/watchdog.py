@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_lcl.errors import RunError
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.launch import say_watched
 from megatron_lcl.train.resilience.faults import LOST, code_of, is_distributed, is_local, name_nodes, node
 from megatron_lcl.train.resilience.signals import Stopped, leave
@@ -84,9 +84,11 @@ class Watchdog:
     that dies there is noticed within `timeout` all the same.
     """
 
-    def __init__(self, mesh: Mesh, timeout: float, long_timeout: float) -> None:
-        self.rank = mesh.world.rank
-        self.size = mesh.world.size
+    def __init__(self, world: Axis, timeout: float, long_timeout: float, store: dist.Store | None = None) -> None:
+        """store: in place of that of the process group, which may then still have to be made."""
+        self.rank = world.rank
+        self.size = world.size
+        self._store: Any = store
         self.timeout = timeout
         self.period = min(PERIOD_SECONDS, timeout / 20)
         # one server answers them all; but seeing a fault, everywhere, may take half of the time at most
@@ -126,8 +128,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.size > 1:
-            store: Any = dist.distributed_c10d._get_default_store()
+            store: Any = self._store or dist.distributed_c10d._get_default_store()
             self._store = store.clone()
+            self._publish()  # at once: the others know nothing of one that stops before its first turn
             say_watched(self.timeout)
             for loop in (self._publish_and_read, self._end_on_fault):
                 threading.Thread(target=loop, daemon=True).start()

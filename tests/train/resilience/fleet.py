@@ -22,11 +22,18 @@ START_SECONDS = 90.0
 class Fleet:
     """`megatron-lcl train ARGUMENTS` in `size` processes; none is left when the `with` block ends.
 
-    plant: called as plant(rank, *planted) in each process before the command.
+    plant: called as plant(rank, *planted) in each process before the command; command: another one than `train`, with
+    all its arguments.
     """
 
     def __init__(
-        self, run: Path, *arguments: str, size: int = 2, plant: Callable[..., None] | None = None, planted: Any = ()
+        self,
+        run: Path,
+        *arguments: str,
+        size: int = 2,
+        plant: Callable[..., None] | None = None,
+        planted: Any = (),
+        command: Sequence[str] = (),
     ) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["megatron_lcl.selftest.preload"])  # as in `processes`
@@ -35,7 +42,7 @@ class Fleet:
             port = s.getsockname()[1]
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, self.logs = run, [run.parent / f"{run.name}.{rank}.log" for rank in range(size)]
-        words = ["train", "--train.output", str(run), *arguments]
+        words = list(command) or ["train", "--train.output", str(run), *arguments]
         self.processes = [
             context.Process(target=_work, args=(rank, size, port, words, str(self.logs[rank]), plant, planted))
             for rank in range(size)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from megatron_lcl.data.loading.loader import LoaderKilled
 from megatron_lcl.errors import UserError
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train import launch
 from megatron_lcl.train.resilience.faults import LOST, code_of, exit_if_lost, is_local
 from megatron_lcl.train.resilience.watchdog import SUSPICION_SECONDS, Watchdog, suspects
@@ -340,7 +340,7 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
 @pytest.mark.parametrize("size", [2, 64, 256, 4096])
 @pytest.mark.parametrize("timeout", [10.0, 28.0, 600.0])
 def test_at_any_size_a_step_may_take_half_the_timeout(size: int, timeout: float) -> None:
-    watchdog = Watchdog(Mesh(*[Axis(size=size)] * 2), timeout, 10.0)
+    watchdog = Watchdog(Axis(size=size), timeout, 10.0)
     assert timeout / 2 <= watchdog.limit <= watchdog.long_limit < timeout
     assert watchdog.limit + 7 * watchdog.publish_period == pytest.approx(timeout)
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import losses, train
+from fleet import lines, losses, train
 from small_corpus import make_corpus
 
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
+from megatron_lcl.objectives.base import StepInputs, Term
+from megatron_lcl.objectives.built_in import Clip
+from megatron_lcl.objectives.contrast import Contrast
+from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.resilience.audit import read_audit
 
 
 @pytest.mark.slow
@@ -23,6 +31,7 @@ def test_from_a_named_checkpoint_into_a_new_folder(
     assert checkpoint.step_of(named) == 4
     said = train(tmp_path / "second", "--config", config_file, "--resume", str(named))
     assert f"going on from {named}" in said
+    assert "changed" not in said
     assert losses(tmp_path / "second") == undisturbed[4:]
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(tmp_path / "nothing"), code=2)
     assert "nothing" in said
@@ -33,8 +42,13 @@ def test_from_a_named_checkpoint_into_a_new_folder(
 
 
 @pytest.mark.slow
-def test_a_changed_corpus_is_refused_unless_allowed(config_file: str, tmp_path: Path) -> None:
-    """The corpus that the run has read is rewritten at its place, and another one is added."""
+def test_a_changed_corpus_is_refused_unless_allowed(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpus that the run has read is rewritten at its place, and another one is added.
+
+    On the way a run that was at its end is made longer, which is said, with the jump of its learning rate.
+    """
     mine = tmp_path / "corpus"
     shutil.copytree(Path(config_file).parent / "documents" / "corpus", mine)
     run, words = tmp_path / "run", ["--config", config_file, "--data.corpora", str(mine)]
@@ -52,10 +66,62 @@ def test_a_changed_corpus_is_refused_unless_allowed(config_file: str, tmp_path: 
     assert f"{mine} is missing, {mine} is new or has changed" in said
     assert losses(run) == before
     weights = ["--data.corpora", f"[{{path: {added}, weight: 2}}]"]
-    train(run, "--config", config_file, *weights, "--train.steps", "6")
+    longer = ["--config", config_file, *weights, "--train.steps", "6"]
+    assert main(["train", "--dry-run", "--processes", "2", "--train.output", str(run), *longer]) == 0
+    planned = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
+    said = train(run, *longer).splitlines()
     assert losses(run)[:4] == before
+    started = next(n for n, line in enumerate(said) if line.startswith(f"going on from {run}"))
+    told = said[started + 1 : started + 5]
+    assert told[:3] == [
+        f"setting changed: data.corpora.0.path {mine} → {added}",
+        "setting changed: data.corpora.0.weight 1.0 → 2.0",
+        "setting changed: train.steps 4 → 6",
+    ]
+    rates = [line["lr"] for line in lines(run) if "loss" in line][3:5]
+    jump = f"from {rates[0]:.2g} in step 4, the last one, to {rates[1]:.2g} in step 5, the next one"
+    assert told[3].startswith(f"warning: the learning rate jumps {jump} (train.steps 4 → 6)")
+    assert told == planned, "a dry run has said the same"
+    (event,) = [event for event in read_audit(run) if event["event"] == "changed"]
+    assert list(event["settings"].values()) == [[str(mine), str(added)], [1.0, 2.0], [4, 6]]
+    assert told[3:] == [f"warning: {warning}" for warning in event["warnings"]]
     train(run, *both, "--data.allow-change")
     assert losses(run)[:4] == before
     assert len(losses(run)) == 12
     ledger = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]).ledger
     assert [len(entry["blend"]) for entry in ledger["entries"]] == [1, 1, 2]
+
+
+def weight_the_loss(_rank: int) -> None:
+    """`clip` as it was in an earlier version."""
+
+    def terms(self: Clip, step: StepInputs) -> list[Term]:
+        return [Contrast(step, self.config.objective.contrastive_weight), Generation(step, 0.0)]
+
+    Clip.terms = terms  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_clip_run_of_an_earlier_version_goes_on_as_it_was(config_file: str, tmp_path: Path) -> None:
+    """Whose loss counted a tenth. With the clipping and epsilon of the warning it does what that version did."""
+    run = tmp_path / "run"
+    words = ["--config", config_file, "--train.steps", "8", "--objective.name", "clip", "--optimizer.clip_norm", "0.05"]
+    train(run, *words, size=1, plant=weight_the_loss)
+    formerly = {line["step"]: line for line in lines(run) if "loss" in line}
+    assert formerly[8]["loss"] == pytest.approx(0.1 * formerly[8]["contrastive"])
+    old, newest = checkpoint.list_checkpoints(run)
+    checkpoint.delete(newest)
+    progress = json.loads((old / "progress.json").read_text())
+    progress["layout"]["cuts"] = progress["layout"].pop("partition")
+    (old / "progress.json").write_text(json.dumps(progress))
+    files = {**read_manifest(old), "progress.json": fingerprint(old / "progress.json")}
+    (old / MANIFEST).write_text(manifest_text(files))
+    heeded = ["--optimizer.clip_norm", "0.5", "--optimizer.eps", "1e-5"]
+    said = train(run, *words, *heeded, size=1)
+    assert "warning" not in said
+    for line in lines(run):
+        if line["step"] > 4 and "loss" in line:
+            before = formerly[line["step"]]
+            assert line["loss"] == line["contrastive"] == pytest.approx(before["contrastive"], rel=1e-4)
+            assert line["grad_norm"] == pytest.approx(10 * before["grad_norm"], rel=1e-3)
+            assert line["log_scale"] == pytest.approx(before["log_scale"], rel=1e-6)

@@ -1,0 +1,125 @@
+"""What has changed since the checkpoint that a run goes on from was written, and what of it needs a warning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.config import Config, load, to_dict
+from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
+from megatron_lcl.train.checkpoint.folder import read_progress
+from megatron_lcl.train.optimizer import SCHEDULE, scheduled
+
+JUMP = 1.1
+"""a factor by which a scheduled value may differ from that of the old schedule without a warning"""
+NOT_SAID = ("train.output", "train.progress", "checkpoint.resume", "data.allow_change")
+"""they say where and how the run is started, not what it does"""
+NO_EFFECT = (
+    *("checkpoint.", "evaluate.", "train.evaluate_every", "train.log_every"),
+    *("data.workers", "data.cache", "data.cache_gb", "data.max_bad_images", "data.max_bad_fraction"),
+    *("guard.timeout", "guard.long_timeout", "guard.every", "guard.max_rewinds"),
+    *("train.seed", "train.init_from", "contrast.initial_log_scale"),  # with what a run begins
+)
+"""settings, or sections, that change nothing of what is trained from a checkpoint on"""
+UNSET = "(not set)"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Between a checkpoint and the run that goes on from it."""
+
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """value before and now, by the dotted name"""
+    warnings: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """For the log: each setting that has an effect on a line of its own, the others on one."""
+        names = [name for name in self.settings if name not in NOT_SAID]
+        without = [name for name in names if name.startswith(NO_EFFECT)]
+        yield from (f"setting changed: {self.said(name)}" for name in names if name not in without)
+        if without:
+            yield f"changed without effect on what is trained: {', '.join(map(self.said, without))}"
+        yield from (f"warning: {warning}" for warning in self.warnings)
+
+    def said(self, name: str) -> str:
+        """A setting with both values."""
+        before, now = self.settings[name]
+        return f"{name} {_text(before)} → {_text(now)}"
+
+
+def changes_since(folder: Path, config: Config) -> Changes:
+    """What a run with `config` that goes on from a checkpoint does otherwise than the one that wrote it."""
+    before = load(folder / CONFIG)
+    changes = Changes(changed_settings(before, config))
+    return replace(changes, warnings=(*_jumps(changes, before, config, folder), *_weight(folder, before, config)))
+
+
+def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, by dotted name in alphabetical order: value before and now."""
+    old, new = (dict(_flat(to_dict(config), "")) for config in (before, now))
+    pairs = {name: (old.get(name, UNSET), new.get(name, UNSET)) for name in sorted(old.keys() | new.keys())}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Mappings and lists of mappings, such as the corpora, taken apart."""
+    items: Any = None
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    if items is None:
+        yield name, value
+        return
+    for key, item in items:
+        yield from _flat(item, f"{name}.{key}" if name else str(key))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _jumps(changes: Changes, before: Config, now: Config, folder: Path) -> Iterator[str]:
+    """Where the next step's learning rate, or what else is scheduled, is far from what the old schedule has there.
+
+    Behind the end of the old schedule its last step counts.
+    """
+    step = read_progress(folder).step
+    if not 0 < step < now.train.steps:
+        return
+    last, following = scheduled(step - 1, before), scheduled(step, now)
+    expected = scheduled(step, before) if step < before.train.steps else last
+    cause = [name for name in changes.settings if name in SCHEDULE]
+    for name, value in following.items():
+        if expected[name] / JUMP <= value <= expected[name] * JUMP:
+            continue
+        remedy = f"a longer run begins smoothly as a new one with --train.init_from {folder}, with a warmup of its own"
+        if step < before.train.steps:
+            back = " ".join(f"--{name} {_text(changes.settings[name][0])}" for name in cause)
+            remedy = f"{back} goes on as before; {remedy}"
+        yield (
+            f"the {name} jumps from {last[name]:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "
+            f"the next one ({', '.join(changes.said(name) for name in cause)}). If that is not meant: {remedy}"
+        )
+
+
+def _weight(folder: Path, before: Config, now: Config) -> Iterator[str]:
+    """Where the loss counted otherwise, as `earlier_weight` says."""
+    weight = earlier_weight(folder, now)
+    if weight is None:
+        return
+    wanted, now_flat = weight.settings(before.optimizer), dict(_flat(to_dict(now), ""))
+    if weight.known and all(abs(now_flat[name] / value - 1) < 0.01 for name, value in wanted.items()):
+        return
+    verb, moments = ("weighted", "are converted") if weight.known else ("may have weighted", "stay as they are")
+    tells = "" if weight.known else ", which metrics beside it would tell"
+    yield (
+        f"the version that wrote {folder} {verb} the loss of `{now.objective.name}` with {weight.field} = "
+        f"{weight.value:g}{tells}; now it counts once, which makes gradients {1 / weight.value:g} times as large. "
+        f"Adam's moments {moments}. To clip and step as before: "
+        + " ".join(f"--{name} {value:g}" for name, value in wanted.items())
+    )

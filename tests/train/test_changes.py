@@ -1,0 +1,168 @@
+"""What a resumed run says: settings that have changed, a schedule that jumps, a loss that counted otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.train import changes
+from megatron_lcl.train.changes import changes_since
+from megatron_lcl.train.optimizer import SCHEDULE, scheduled
+
+LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1, "dtype": "float32", "deepspeed": {}}
+
+
+def checkpoint(run: Path, config: Config, step: int, first_layers: str = "partition") -> Path:
+    """What is read of a checkpoint; `cuts` is what earlier versions called the first layers of stages."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
+    progress = {"step": step, "packs": 0, "ledger": {}, "layout": {**LAYOUT, first_layers: [0]}}
+    (folder / "progress.json").write_text(json.dumps(progress))
+    return folder
+
+
+def test_each_setting_that_really_changed_is_a_line(tmp_path: Path) -> None:
+    before = configs.load(None, {
+        "data.corpora": "[{path: a}, {path: b, weight: 2}]", "optimizer.betas": "[0.9, 0.98]", "train.output": "x",
+        "train.steps": "100",
+    })  # fmt: skip
+    now = configs.load(None, {
+        "data.corpora": "[{path: a, weight: 1.0}, {path: b, weight: 3}, {path: c}]", "optimizer.betas": "[0.9, 0.95]",
+        "train.output": "y", "train.progress": "false", "checkpoint.every": "7", "data.workers": "5", "train.seed": "9",
+        "train.steps": "100", "deepspeed": "{zero_optimization: {sub_group_size: 8}}", "train.dtype": "float16",
+    })  # fmt: skip
+    folder = checkpoint(tmp_path, before, 10)
+    assert list(changes_since(folder, now).lines()) == [
+        "setting changed: data.corpora.1.weight 2.0 → 3.0",
+        "setting changed: data.corpora.2.path (not set) → c",
+        "setting changed: data.corpora.2.weight (not set) → 1.0",
+        "setting changed: deepspeed.zero_optimization.sub_group_size (not set) → 8",
+        "setting changed: optimizer.betas [0.9, 0.98] → [0.9, 0.95]",
+        "setting changed: train.dtype auto → float16",
+        "changed without effect on what is trained: checkpoint.every 1000 → 7, data.workers 2 → 5, train.seed 0 → 9",
+    ]
+    assert list(changes_since(folder, before).lines()) == []
+    (folder / "config.yaml").write_text("train: {output: x, steps: 100}\n")  # of a version with fewer settings
+    shown = changes_since(folder, configs.load(None, {"train.steps": "100"}))
+    assert (list(shown.settings), list(shown.lines())) == (["train.output"], [])
+
+
+def test_the_settings_that_are_treated_apart_exist() -> None:
+    names = [name for name, *_ in configs.describe()]
+    for prefix in (*changes.NO_EFFECT, *changes.NOT_SAID, *SCHEDULE):
+        assert [name for name in names if name.startswith(prefix)], prefix
+
+
+def lr(step: int, total: int, warmup: int = 10, peak: float = 3e-4) -> float:
+    """The schedule's closed form, at steps counted from 0."""
+    return (
+        peak * (step + 1) / warmup
+        if step < warmup
+        else peak * math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "now", "last", "following", "cause"),
+    [
+        (990, {"train.steps": "2000"}, lr(989, 1000), lr(990, 2000), "train.steps 1000 → 2000"),
+        (1000, {"train.steps": "1400"}, lr(999, 1000), lr(1000, 1400), "train.steps 1000 → 1400"),
+        (500, {"train.steps": "600"}, lr(499, 1000), lr(500, 600), "train.steps 1000 → 600"),
+        (500, {"optimizer.lr": "6e-4"}, lr(499, 1000), 2 * lr(500, 1000), "optimizer.lr 0.0003 → 0.0006"),
+        (500, {"optimizer.min_lr": "1e-4"}, lr(499, 1000), None, "optimizer.min_lr 0.0 → 0.0001"),
+        (5, {"optimizer.warmup": "30"}, lr(4, 1000), lr(5, 1000, 30), "optimizer.warmup 10 → 30"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_jumps_is_a_warning_with_both_rates(
+    step: int, now: dict[str, str], last: float, following: float | None, cause: str, tmp_path: Path
+) -> None:
+    was = {"train.steps": "1000", "optimizer.warmup": "10", "optimizer.lr": "3e-4"}
+    folder = checkpoint(tmp_path, configs.load(None, was), step)
+    config = configs.load(None, {**was, **now})
+    following = following if following is not None else 1e-4 + 2 / 3 * lr(step, 1000)
+    (warning,) = changes_since(folder, config).warnings
+    jump = f"jumps from {last:.2g} in step {step}, the last one, to {following:.2g} in step {step + 1}, the next one"
+    assert f"{jump} ({cause})" in warning
+    name, before, _, _ = cause.split()
+    assert (f"--{name} {before} goes on as before" in warning) == (step < 1000)
+    assert f"--train.init_from {folder}" in warning
+
+
+@pytest.mark.parametrize(
+    ("step", "now"),
+    [
+        (0, {"train.steps": "2000"}),  # nothing was trained
+        (5, {"train.steps": "2000"}),  # in the warmup
+        (500, {"train.steps": "1010"}),
+        (0, {}), (1, {}), (9, {}), (10, {}), (500, {}), (999, {}),  # however steep the schedule itself is
+        (1000, {}), (990, {"train.steps": "900"}),  # no step is left
+        (1000, {"train.steps": "1001"}),  # ends as low
+        (500, {"optimizer.weight_decay": "0.3"}),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_goes_on_is_no_warning(step: int, now: dict[str, str], tmp_path: Path) -> None:
+    was = {"train.steps": "1000", "optimizer.warmup": "10", "optimizer.lr": "3e-4"}
+    folder = checkpoint(tmp_path, configs.load(None, was), step)
+    assert changes_since(folder, configs.load(None, {**was, **now})).warnings == ()
+
+
+def test_whatever_is_scheduled_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(step: int, config: Config) -> dict[str, float]:
+        return {**scheduled(step, config), "weight decay": 0.1 * step / config.train.steps}
+
+    folder = checkpoint(tmp_path, configs.load(None, {"train.steps": "100", "optimizer.warmup": "0"}), 50)
+    monkeypatch.setattr(changes, "scheduled", two)
+    warnings = changes_since(folder, configs.load(None, {"train.steps": "200", "optimizer.warmup": "0"})).warnings
+    assert [warning.split(" jumps")[0] for warning in warnings] == ["the learning rate", "the weight decay"]
+    assert "from 0.049 in step 50, the last one, to 0.025 in step 51" in warnings[1]
+
+
+OLD_LINE = '{"step": 3, "loss": 0.2302585, "generation": 5.5, "contrastive": 2.302585, "log_scale": 2.6, "time": 1.5}\n'
+"""of a `clip` run of a version that weighted its loss with objective.contrastive_weight"""
+NEW_LINE = OLD_LINE.replace('"loss": 0.2302585', '"loss": 2.302585')
+
+
+@pytest.mark.parametrize(
+    ("metrics", "first_layers", "verb"),
+    [
+        (OLD_LINE, "cuts", "weighted"),
+        ('{"step": 0, "attention": "dense"}\n' + OLD_LINE + NEW_LINE.replace("3", "9", 1) + '{"st', "cuts", "weighted"),
+        (NEW_LINE, "cuts", None),  # between both changes
+        ("", "cuts", "may have weighted"),
+        (None, "cuts", "may have weighted"),
+        (OLD_LINE, "partition", None),  # of this version; what its metrics say does not matter
+    ],
+)
+def test_a_clip_run_of_an_earlier_version_is_told_of_its_weight(
+    metrics: str | None, first_layers: str, verb: str | None, tmp_path: Path
+) -> None:
+    was: dict[str, Any] = {"objective.name": "clip", "train.steps": "100"}
+    folder = checkpoint(tmp_path, configs.load(None, was), 4, first_layers)
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+    warnings = changes_since(folder, configs.load(None, was)).warnings
+    assert len(warnings) == (verb is not None)
+    if verb is not None:
+        assert f"{verb} the loss of `clip` with objective.contrastive_weight = 0.1" in warnings[0]
+        assert "gradients 10 times as large" in warnings[0]
+        assert warnings[0].endswith(": --optimizer.clip_norm 10 --optimizer.eps 1e-05")
+    heeded = configs.load(None, {**was, "optimizer.clip_norm": "10", "optimizer.eps": "1e-5"})
+    assert len(changes_since(folder, heeded).warnings) == (verb == "may have weighted")
+    for other in ({"objective.name": "lcl"}, {"objective.name": "generation"}):
+        assert changes_since(folder, configs.load(None, {**was, **other})).warnings == ()
+
+
+def test_generation_with_a_weight_is_told_too(tmp_path: Path) -> None:
+    for run, weight in ((tmp_path / "a", "0.5"), (tmp_path / "b", "1")):
+        config = configs.load(None, {"objective.name": "generation", "objective.generation_weight": weight})
+        warnings = changes_since(checkpoint(run, config, 4, "cuts"), config).warnings
+        assert [f"objective.generation_weight = {weight}" in warning for warning in warnings] == [True] * (
+            weight != "1"
+        )
