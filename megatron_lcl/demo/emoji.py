@@ -42,6 +42,8 @@ PACKAGES = (NAMES, *DRAWINGS.values())
 HELD_OUT_VENDOR, HELD_OUT_NAMES = "twemoji", 0.1
 _DATA, _GROUPS, _UNICODE = "en/data.json", "en/messages.json", "meta/unicode-names.json"
 _SHORTCODES = tuple(f"en/shortcodes/{name}.json" for name in ("emojibase", "cldr", "github", "iamcal", "joypixels"))
+_FEW = 512
+"""drawings that are done before other processes have begun"""
 _COMPONENTS = "component"
 """the group of skin tones and hair"""
 
@@ -248,7 +250,7 @@ def rasterize(drawings: Sequence[str], workers: int) -> list[bytes]:
         raise UserError(
             "resvg is not installed, which turns the drawings into pixels; `pip install resvg-py`, or the extra `demo`"
         ) from None
-    if workers < 2:
+    if workers < 2 or len(drawings) < _FEW:
         return [_rasterize(drawing) for drawing in drawings]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         return list(pool.map(_rasterize, drawings, chunksize=256))

@@ -33,18 +33,17 @@ class Package:
     sha256: str
     """of the package's file"""
 
-    @property
-    def _pattern(self) -> re.Pattern[str]:
-        """Names of its files, as the clients choose them."""
-        if self.client == "npm":  # @scope/name: scope-name-VERSION.tgz; a digit, as `noto-v1` is another than `noto`
-            return re.compile(re.escape(self.name.lstrip("@").replace("/", "-")) + r"-\d.*\.tgz")
-        return re.compile(re.escape(self.name) + r"_.*\.deb")
-
     def find(self, folder: Path) -> Path | None:
         """Its file in a folder; the recorded version's where there are several, else the last by name."""
-        files = sorted(path for path in folder.iterdir() if self._pattern.fullmatch(path.name))
-        recorded = [path for path in files if f"{self.version}." in path.name or f"_{self.version}_" in path.name]
+        files = sorted(path for path in folder.iterdir() if self._pattern(r"\d.*").fullmatch(path.name))
+        recorded = [path for path in files if self._pattern(re.escape(self.version)).fullmatch(path.name)]
         return next(iter([*recorded, *files[::-1]]), None)
+
+    def _pattern(self, version: str) -> re.Pattern[str]:
+        """File names as the clients choose them. A version begins with a digit: `noto-v1` is another than `noto`."""
+        if self.client == "npm":  # @scope/name: scope-name-VERSION.tgz
+            return re.compile(rf"{re.escape(self.name.lstrip('@').replace('/', '-'))}-{version}\.tgz")
+        return re.compile(rf"{re.escape(self.name)}_{version}_\w+\.deb")
 
 
 @dataclass(frozen=True, slots=True)

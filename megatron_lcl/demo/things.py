@@ -83,8 +83,9 @@ def _pictures(game: Game, gfx: Path) -> tuple[list[Picture], dict[str, str]]:
                 continue
             seen.add((name, digest))
             if digest not in encoded:
-                encoded[digest] = _enlarged(sprites[name])
+                encoded[digest] = enlarged(sprites[name])
             file = f"pictures/{artist}/{re.sub('[^A-Za-z0-9_.-]', '-', name)}.png"
+            assert file not in ids
             ids[file] = name
             pictures.append(
                 Picture(
@@ -100,7 +101,7 @@ def _pictures(game: Game, gfx: Path) -> tuple[list[Picture], dict[str, str]]:
     return pictures, ids
 
 
-def _enlarged(sprite: Pillow.Image) -> bytes:
+def enlarged(sprite: Pillow.Image) -> bytes:
     """As PNG: in the middle of a transparent square, enlarged by a whole number to at least SIDE pixels."""
     side = max(sprite.size)
     factor = -(-SIDE // side)
