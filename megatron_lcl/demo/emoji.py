@@ -17,9 +17,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl.demo.licenses import License
 from megatron_lcl.demo.packages import Fetched, Package, read_npm
 from megatron_lcl.demo.pictures import Picture
-from megatron_lcl.demo.write import DataSet, License
+from megatron_lcl.demo.write import DataSet
 from megatron_lcl.errors import UserError
 
 SIDE = 72

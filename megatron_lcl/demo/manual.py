@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lxml import html as lxml_html
+
+from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
+from megatron_lcl.demo.licenses import LICENSES, License, license_text
 from megatron_lcl.demo.packages import Fetched, Package, fetch, unpack_debian
+from megatron_lcl.demo.write import SOURCES
 from megatron_lcl.errors import UserError
 
 PACKAGE = Package(
@@ -53,7 +59,8 @@ def make(output: Path, folder: Path, given: Path | None, html: Path | None, work
     if html is None:
         manual = fetch_manual(folder, given)
         html, source = manual.html, manual.source
-    return preprocess(
+        replace_text(output / LICENSES, _licenses(manual))
+    made = preprocess(
         "html",
         html,
         output / CORPUS,
@@ -63,3 +70,18 @@ def make(output: Path, folder: Path, given: Path | None, html: Path | None, work
         workers=workers,
         progress=True,
     )
+    assert made.held_out is not None
+    sources = {"demo": "manual", "packages": [source] if source else [], "counts": made.counts}
+    replace_text(output / SOURCES, json.dumps({**sources, "held out": made.held_out.counts}, indent=1))
+    return made
+
+
+def _licenses(manual: Manual) -> str:
+    """With the GNU Free Documentation License as it stands in the manual."""
+    pages = sorted(manual.html.glob("gfdl*.html"))
+    texts = [lxml_html.fromstring(page.read_bytes()).text_content() for page in pages]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    package = f"{PACKAGE.name} {manual.fetched.version}"
+    about = "The GIMP manual, by the GIMP Documentation Team; its pages name the authors."
+    entry = License(package, LICENSE, about, "\n".join(line for line in lines if line))
+    return license_text("manual", [entry])

@@ -12,9 +12,10 @@ from PIL import Image as Pillow
 
 from megatron_lcl.demo.documents import Record, record
 from megatron_lcl.demo.game import Game, read_game, read_sprites
+from megatron_lcl.demo.licenses import License
 from megatron_lcl.demo.packages import Fetched, Package, unpack_debian
 from megatron_lcl.demo.pictures import Picture
-from megatron_lcl.demo.write import DataSet, License
+from megatron_lcl.demo.write import DataSet
 from megatron_lcl.errors import UserError
 
 PACKAGE = Package(

@@ -22,25 +22,15 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo import documents
 from megatron_lcl.demo.documents import Record, Title
+from megatron_lcl.demo.licenses import LICENSES, License, license_text
 from megatron_lcl.demo.packages import Fetched
 from megatron_lcl.demo.pictures import Picture
 from megatron_lcl.demo.split import Split, split
 from megatron_lcl.errors import UserError
 
-DOCUMENTS, CORPORA, EVALUATE, LICENSES, SOURCES = "documents", "corpora", "evaluate", "LICENSES", "sources.json"
+DOCUMENTS, CORPORA, EVALUATE, SOURCES = "documents", "corpora", "evaluate", "sources.json"
 RULES = 1
 """counted up when the same packages give other documents than before"""
-
-
-@dataclass(frozen=True)
-class License:
-    """Under what a package may be used, and whom to name."""
-
-    package: str
-    spdx: str
-    attribution: str
-    text: str = ""
-    """the license as the package carries it"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ def write(data: DataSet, packages: Sequence[Fetched], output: Path, workers: int
     for name, lines in records.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         _write(folder / f"{name}.jsonl", text.encode())
-    _write(output / LICENSES, _license_text(data).encode())
+    _write(output / LICENSES, license_text(data.name, data.licenses).encode())
     _write_evaluation(data, parts, output / EVALUATE)
     tokenizer = tokenizers.train_sentencepiece(_texts(records), data.vocab_size)
     license = " AND ".join(sorted({entry.spdx for entry in data.licenses}))
@@ -210,15 +200,6 @@ def _counts(data: DataSet, parts: Split, records: Mapping[str, Sequence[Record]]
             for name, pictures in sets.items()
         },
     }
-
-
-def _license_text(data: DataSet) -> str:
-    lines = [f"The pictures and texts of the data set `{data.name}` are other people's work, from these packages.", ""]
-    for entry in data.licenses:
-        lines += [f"{entry.package}: {entry.spdx}", entry.attribution, ""]
-        if entry.text:
-            lines += ["  " + line for line in entry.text.strip().splitlines()] + [""]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _names(packages: Sequence[Fetched]) -> str:

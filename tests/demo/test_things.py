@@ -24,7 +24,7 @@ OBJECTS: dict[str, list[dict[str, Any]]] = {
     "items/tool/cooking.json": [
         {"abstract": "base", "type": "TOOL", "name": "base", "description": "For   <color_red>hot</color> food."},
         {"id": "pot", "type": "TOOL", "copy-from": "base", "name": {"str": "iron pot", "str_pl": "iron pots"}},
-        {"id": ["pan", "wok"], "type": "GENERIC", "copy-from": "pot", "name": {"str_sp": "pans"}, "description": "Flat"},
+        {"id": ["pan", "wok"], "type": "GENERIC", "copy-from": "pot", "name": {"str_sp": "pan"}, "description": "Flat"},
         {"id": "lid", "type": "TOOL", "name": "lid", "description": {"str": "It closes."}},
         {"id": "ring", "type": "TOOL", "copy-from": "ring", "name": "ring"},  # in itself, without description
         {"id": "spoon", "type": "TOOL", "name": {"ctxt": "tool", "str": "spoon"}, "description": "To stir."},
@@ -43,7 +43,8 @@ OBJECTS: dict[str, list[dict[str, Any]]] = {
     ],
     "obsoletion/old.json": [{"id": "old", "type": "TOOL", "name": "old thing", "description": "Gone."}],
     "recipes/food.json": [
-        {"type": "recipe", "result": "soup", "components": [[["salt", 2], ["pan", 1]], [["spoon", 1]], [["all", 1, "LIST"]]]},
+        {"type": "recipe", "result": "soup",
+         "components": [[["salt", 2], ["pan", 1]], [["spoon", 1]], [["many", 1, "LIST"]]]},
         {"type": "recipe", "result": "nothing", "components": [[["salt", 2]]]},
     ],
     "monstergroups/birds.json": [
@@ -109,7 +110,7 @@ def test_what_the_game_says_of_a_thing(root: Path) -> None:
     read = game.read_game(root / "usr/share/games/cataclysm-dda")
     found = {name: (thing.name, thing.description, thing.kind, thing.topic) for name, thing in read.things.items()}
     assert found["pot"] == ("flower pot", "A space of its own.", "furniture", "furniture: wheel")
-    assert found["pan"] == found["wok"] == ("pans", "Flat", "other item", "other item: cooking")
+    assert found["pan"] == found["wok"] == ("pan", "Flat", "other item", "other item: cooking")
     assert found["lid"] == ("lid", "It closes.", "tool", "tool: cooking")
     assert found["spoon"][0] == "spoon"
     assert found["vp_wheel"] == ("wheel", "It turns.", "part of a vehicle", "part of a vehicle: wheel")
@@ -181,7 +182,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert verify(out / "corpora" / part) == []
     assert "License: CC-BY-SA-3.0" in (out / "LICENSES").read_text()
     asked = open_images(out / "evaluate" / "artist")
-    assert len(asked) == len(asked.classes) == 11  # salt and pans are one picture
+    assert len(asked) == len(asked.classes) == 11  # salt and wok are one picture
     assert "salt" not in asked.classes
     assert open_images(out / "evaluate" / "kinds", "train").classes[:2] == ("creature", "food and medicine")
 
