@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def write(data: DataSet, packages: Sequence[Fetched], output: Path, workers: int
     for name, lines in records.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         _write(folder / f"{name}.jsonl", text.encode())
+        os.utime(folder / f"{name}.jsonl", (0, 0))  # the corpora's manifests tell their input by it
     _write(output / LICENSES, license_text(data.name, data.licenses).encode())
     _write_evaluation(data, parts, output / EVALUATE)
     tokenizer = tokenizers.train_sentencepiece(_texts(records), data.vocab_size)
@@ -207,10 +209,7 @@ def _names(packages: Sequence[Fetched]) -> str:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Leaves a file alone that has this content: `preprocess` knows its input by names, sizes and times.
-
-    One that a killed run left cut is written again by the next.
-    """
+    """Leaves a file alone that has this content; one that a killed run left cut is written again by the next."""
     try:
         if file.stat().st_size == len(content) and file.read_bytes() == content:
             return
