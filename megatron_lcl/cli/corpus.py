@@ -1,4 +1,4 @@
-"""Commands around a corpus: preprocess, verify, inspect, merge, replay."""
+"""Commands around a corpus: demo, preprocess, verify, inspect, merge, replay."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from megatron_lcl.errors import UserError
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
+    sub = add("demo", _demo, "data to learn from, made of packages that anybody can fetch: documents and corpora")
+    sub.add_argument("name", choices=["emoji", "things", "manual"], metavar="emoji|things|manual")
+    sub.add_argument("--output", required=True, metavar="DIR", help="where everything goes")
+    sub.add_argument(
+        "--from", dest="given", metavar="DIR",
+        help="an offline folder of the packages, as `npm pack` and `apt-get download` leave them (default: fetch them)",
+    )  # fmt: skip
+    sub.add_argument("--html", metavar="DIR", help="manual: a folder of pages with images (default: the GIMP manual)")
+
     sub = add(
         "preprocess",
         _preprocess,
@@ -128,6 +137,13 @@ def _entry(name: str, text: str) -> list[str]:
     if len(name) > 20:
         return [f"  {name}", *lines]
     return [f"  {name:<22}{lines[0][24:]}", *lines[1:]]
+
+
+def _demo(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.demo.run import demo
+
+    given, html = (None if path is None else Path(path) for path in (options.given, options.html))
+    demo(options.name, Path(options.output), given, html)
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:

@@ -19,8 +19,8 @@ from megatron_lcl.convert.export import export
 from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.prepare.gimp import fetch_manual
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.demo.manual import VOCAB_SIZE, fetch_manual
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.report.page import REPORT, write_report
@@ -28,7 +28,6 @@ from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.launch import default_processes, start_local
 
-VOCAB_SIZE = 2048
 SOURCE, CORPUS, HELD_OUT, CACHE, RUN, ENCODER = "source", "corpus", "heldout", "cache", "run", "hf"
 """folders of the output"""
 

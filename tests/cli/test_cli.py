@@ -26,7 +26,7 @@ def test_commands_are_the_promised_ones(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("quickstart", "preprocess", "train", "evaluate", "import", "export", "report", "replay"):
+    for command in ("quickstart", "demo", "preprocess", "train", "evaluate", "import", "export", "report", "replay"):
         assert re.search(rf"^ +{command}  +\w", text, re.M), command
     assert "130 for Ctrl-C" in text
     assert main([]) == 2

@@ -26,9 +26,9 @@ from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.files import new_array, save_array
 from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.prepare import gimp
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.preprocess import WORK, preprocess
+from megatron_lcl.demo import manual
 from megatron_lcl.errors import describe_os_error
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
@@ -191,20 +191,26 @@ def test_unpacking_the_manual(disk: Path, tmp_path: Path) -> None:
     package = tmp_path / "package"
     (package / "DEBIAN").mkdir(parents=True)
     (package / "DEBIAN" / "control").write_text(
-        f"Package: {gimp.PACKAGE}\nVersion: 3\nArchitecture: all\nMaintainer: nobody\nDescription: pages\n"
+        f"Package: {manual.PACKAGE.name}\nVersion: 3\nArchitecture: all\nMaintainer: nobody\nDescription: pages\n"
     )
     (package / "index.html").write_bytes(b"<p>" + random.Random(0).randbytes(1 << 18).hex().encode())
-    command = ["dpkg-deb", "--root-owner-group", "--build", str(package), str(disk / f"{gimp.PACKAGE}_3_all.deb")]
+    command = [
+        "dpkg-deb",
+        "--root-owner-group",
+        "--build",
+        str(package),
+        str(disk / f"{manual.PACKAGE.name}_3_all.deb"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     fill(disk)
     with pytest.raises(OSError, match=f"No space left on device: '{disk}'"):
-        gimp.fetch_manual(disk)
+        manual.fetch_manual(disk)
     (disk / "ballast").unlink()
-    assert gimp.fetch_manual(disk).html == disk / "unpacked"
+    assert manual.fetch_manual(disk).html == disk / "unpacked"
     shutil.rmtree(disk / "unpacked")
-    (disk / f"{gimp.PACKAGE}_3_all.deb").write_bytes(b"cut" * 99)
+    (disk / f"{manual.PACKAGE.name}_3_all.deb").write_bytes(b"cut" * 99)
     with pytest.raises(ValueError, match=f"in {disk} failed: dpkg-deb: error: .* is not a Debian format archive"):
-        gimp.fetch_manual(disk)
+        manual.fetch_manual(disk)
 
 
 def test_a_run_is_refused_that_has_no_room_for_a_checkpoint(

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare.gimp import Manual, fetch_manual
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
+from megatron_lcl.demo.manual import Manual, fetch_manual
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
-"""The HTML importer on pages made for the purpose, the manual's download, and importers of other packages."""
+"""The HTML importer on pages made for the purpose, and importers of other packages."""
 
 from __future__ import annotations
 
 import base64
-import subprocess
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -15,7 +14,7 @@ from data.writers import picture
 from megatron_lcl import plugins
 from megatron_lcl.data.corpus.document import Document, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare import gimp, importers
+from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.importers import Importer, Unit, create
 
 LARGE, OTHER, ICON, WIDE = picture(0, 80, 70), picture(1, 90, 80), picture(2, 16, 16), picture(3, 900, 70)
@@ -191,24 +190,6 @@ def test_encodings_and_broken_markup(tmp_path: Path) -> None:
     }  # fmt: skip
     documents, _ = read(tmp_path, {}, files)
     assert documents[:2] == [["café", "[large.png]"], ["naïvex", "[large.png]", "z"]]
-
-
-# --- the manual's package ----------------------------------------------------------------------------------------
-
-
-def test_without_apt_the_message_says_how_to_pass_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gimp.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"apt-get is not on this machine.*--html DIR"):
-        gimp.fetch_manual(tmp_path)
-
-
-def test_offline_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 100, "", "E: Unable to locate package gimp-help-en\n")
-    monkeypatch.setattr(gimp.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gimp.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(ValueError, match=r"Unable to locate package.*offline.*--html DIR"):
-        gimp.fetch_manual(tmp_path / "manual")
-    assert not list((tmp_path / "manual").iterdir())
 
 
 # --- importers of other packages ---------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.prepare.gimp import Manual
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
+from megatron_lcl.demo.manual import Manual
 
 pytestmark = pytest.mark.slow
 

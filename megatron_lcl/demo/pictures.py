@@ -1,0 +1,95 @@
+"""A picture with its name, and how alike two pictures are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+from PIL import Image as Pillow
+from scipy.fft import dct
+
+from megatron_lcl.data.loading.images import decode_rgb
+
+MAX_BITS = 10
+"""of 64, in which the perceptual hashes of two drawings of one name differ at most where one redraws the other"""
+MAX_RMS = 11.0
+"""levels of 256, by which 16x16 thumbnails of two pictures of any names differ at most where they are one picture"""
+_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What an artist drew for a name."""
+
+    artist: str
+    name: str
+    """the label, as it stands in texts"""
+    about: str
+    """what else is said of it: tags, or a description"""
+    kind: str
+    """one of a few, for probes"""
+    topic: str
+    """pictures of one topic stand together in documents"""
+    file: str
+    """its path below the documents' folder"""
+    data: bytes = field(repr=False)
+    """PNG"""
+
+    @property
+    def key(self) -> str:
+        """Identifies it, and orders it in a way that has nothing to do with its name."""
+        return xxhash.xxh3_64_hexdigest(f"{self.artist}\0{self.file}".encode())
+
+
+def is_chosen(name: str, fraction: float, purpose: str) -> bool:
+    """Whether a name is among the `fraction` of all names that a hash chooses; each purpose chooses others."""
+    return xxhash.xxh3_64_intdigest(f"{purpose}\0{name}".encode()) < fraction * 2.0**64
+
+
+def perceptual_hash(image: Pillow.Image) -> np.ndarray:
+    """bool [64]: whether a coefficient of the 8 x 8 lowest of the cosine transform is above their median.
+
+    Of 32 x 32 grey pixels; the same bits as `phash` of the library ImageHash (Zauner, "Implementation and benchmarking
+    of perceptual image hash functions", 2010).
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS))
+    low = dct(dct(grey, axis=0), axis=1)[:8, :8]
+    return (low > np.median(low)).ravel()
+
+
+def near_duplicates(pictures: Sequence[Picture], others: Iterable[Picture]) -> list[int]:
+    """Indices of `pictures` that have a near-duplicate among the others.
+
+    It is one where both have the same name and their hashes differ in at most MAX_BITS bits (a redrawing), or where
+    their thumbnails differ by less than MAX_RMS (the same picture). The hash alone is not enough where names differ:
+    it finds a red triangle like the German flag, as simple drawings have few bits that say anything.
+    """
+    ours, theirs = list(pictures), list(others)
+    if not ours or not theirs:
+        return []
+    names = {name: k for k, name in enumerate(dict.fromkeys(p.name for p in (*ours, *theirs)))}
+    name, bits, thumbnails = _features(ours, names)
+    their_name, their_bits, their_thumbnails = _features(theirs, names)
+    square = (their_thumbnails**2).sum(1)
+    found: list[int] = []
+    for start in range(0, len(ours), _ROWS):
+        rows = slice(start, start + _ROWS)
+        differing = (bits.shape[1] - bits[rows] @ their_bits.T) / 2  # of ±1
+        distance = (thumbnails[rows] ** 2).sum(1)[:, None] + square - 2 * thumbnails[rows] @ their_thumbnails.T
+        near = (differing <= MAX_BITS) & (name[rows, None] == their_name)
+        near |= distance < thumbnails.shape[1] * MAX_RMS**2
+        found += (start + np.flatnonzero(near.any(1))).tolist()
+    return found
+
+
+def _features(pictures: list[Picture], names: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of N pictures: names int [N], hashes float32 [N, 64] of ±1, thumbnails float32 [N, 768] in levels."""
+    bits = np.empty((len(pictures), 64), np.float32)
+    thumbnails = np.empty((len(pictures), 16 * 16 * 3), np.float32)
+    for k, picture in enumerate(pictures):
+        image = decode_rgb(picture.data)
+        bits[k] = np.where(perceptual_hash(image), 1, -1)
+        thumbnails[k] = np.asarray(image.resize((16, 16), Pillow.Resampling.BOX), np.float32).ravel()
+    return np.array([names[p.name] for p in pictures]), bits, thumbnails

@@ -1,0 +1,30 @@
+"""Protects `demo manual`: corpora of a folder of pages, which stay as they are when it is run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from quickstart.test_quickstart import write_pages
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+
+
+def test_pages_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pages(tmp_path / "pages")
+    command = ["demo", "manual", "--html", str(tmp_path / "pages"), "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    sources = json.loads((tmp_path / "out" / "sources.json").read_text())
+    corpora = [open_corpus(tmp_path / "out" / "corpora" / name) for name in ("manual", "heldout")]
+    assert sources["packages"] == []
+    assert [sources["counts"]["documents"], sources["held out"]["documents"]] == [len(corpus) for corpus in corpora]
+    assert sum(map(len, corpora)) == 24
+    assert sum(len(document.images) for corpus in corpora for document in corpus) == 48
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert main(command) == 0
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+    capsys.readouterr()
+    assert main([*command, "--from", str(tmp_path)]) == 2
+    assert "--html" in capsys.readouterr().err
