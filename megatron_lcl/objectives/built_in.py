@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import contrast, generation, regression
@@ -22,7 +23,7 @@ class LatentCompression(Objective):
     """
 
     sequences = INTERLEAVED
-    tasks = ("retrieval", "generation")
+    tasks: ClassVar[tuple[EvaluationTask, ...]] = ("retrieval", "generation")
     metrics = (*generation.METRICS, *contrast.METRICS)
     all_features_first = True
     published = 0.1, 1.0

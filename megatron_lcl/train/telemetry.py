@@ -105,7 +105,9 @@ class Telemetry:
         if self._contrasts and not result.num_pairs:
             self.num_without_pairs += 1
             if self.num_without_pairs == 1:
-                self.say(f"step {step} has no pair: nothing is contrasted in it; metrics.jsonl counts such steps")
+                self.say(
+                    f"step {step} has no pair: no image is compared with a text in it; metrics.jsonl counts such steps"
+                )
         if skipped is not None:
             self.say(f"step {step} skipped: {skipped}")
             self.write({"step": step, "skipped": skipped, "lr": lr})
@@ -168,7 +170,7 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
             if self.num_without_pairs > 1:
-                self.say(f"{self.num_without_pairs} steps had no pair: nothing was contrasted in them")
+                self.say(f"{self.num_without_pairs} steps had no pair: no image was compared with a text in them")
             self._close()
 
 

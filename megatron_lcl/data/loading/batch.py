@@ -44,8 +44,8 @@ class PackedBatch:
     run is a sequence, or a piece of what lies past a pack's last document (attention over it is finite and unused), or
     empty"""
     targets: torch.Tensor = field(metadata=_INTEGERS)
-    """[B*T] id of the next token, -1 where there is none: before a placeholder or `<eoi>`, in a sequence's last row, and
-    where `Sequences` says"""
+    """[B*T] id of the next token, -1 where there is none: before a placeholder or `<eoi>`, in a sequence's last row,
+    and where `Sequences` says"""
     target_positions: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] rows that have a target, ascending, then -1"""
     images: torch.Tensor = field(metadata=_IMAGES)
@@ -54,8 +54,8 @@ class PackedBatch:
     """[B*I] row of the image's first placeholder; -1 for a slot that is empty or whose image does not decode, and for
     every slot where sequences have no placeholders (`Sequences.interleaved`, `.captions`)"""
     image_soi: torch.Tensor = field(metadata=_INTEGERS)
-    """[B*I] row of the image's `<soi>` if it takes part in the contrast, else -1; where pairs have captions, the `<soi>`
-    of the sequence without placeholders, and `image_start` points into the caption"""
+    """[B*I] row of the image's `<soi>` if it takes part in the contrast, else -1; where pairs have captions, the
+    `<soi>` of the sequence without placeholders, and `image_start` points into the caption"""
     image_valid: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] 1 where the slot holds an image that decoded, else 0"""
     num_targets: int = field(metadata=_COUNT)
