@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lcl import config as configs
 from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import CONFIG
 
 if TYPE_CHECKING:
     from megatron_lcl.train.sweep import Member
@@ -63,9 +64,16 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--keep-every", type=int, metavar="N", help="prune: also those at multiples of N steps (likewise)")
     sub.add_argument("--dry-run", action="store_true", help="prune: only say what would be deleted")
 
-    sub = add("report", _report, "one self-contained page about a run")
-    sub.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run folder (train.output)")
-    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+    sub = add("report", _report, "one self-contained page about a run, or about several runs together")
+    sub.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="run folders (train.output), or folders of such as `train --sweep` makes; several runs are one picture, "
+        "seeds as bands",
+    )
+    sub.add_argument("--run", dest="folder", metavar="DIR", help="the same for one run folder")
+    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder, or in that of all runs")
 
     sub = add(
         "selftest",
@@ -183,9 +191,14 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.report.page import write_report
+    from megatron_lcl.report import page, runs
 
-    print(write_report(Path(options.folder), Path(options.output) if options.output else None))
+    paths = [Path(path) for path in (*options.runs, *([options.folder] if options.folder else []))]
+    if not paths:
+        raise UserError("name a run folder, or several: megatron-lcl report RUN …")
+    output = Path(options.output) if options.output else None
+    one = len(paths) == 1 and (options.folder or (paths[0] / CONFIG).is_file())
+    print(page.write_report(paths[0], output) if one else runs.write_runs_report(paths, output))
 
 
 def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:

@@ -162,8 +162,8 @@ def _values(sweep: str) -> tuple[str, list[str]]:
 
 
 def _name(values: Mapping[str, Any]) -> str:
-    """`lr=0.001,seed=0`: the last parts of the fields, where they differ."""
-    short = [key.rsplit(".", 1)[-1] for key in values]
+    """`lr=0.001,seed=0`: the last parts of the fields, where they differ; of `objective.name` the first."""
+    short = [key.removesuffix(".name").rsplit(".", 1)[-1] for key in values]
     keys = short if len(set(short)) == len(short) else list(values)
     name = ",".join(f"{key}={_text(value)}" for key, value in zip(keys, values.values(), strict=True))
     if len(name) > MAX_NAME:  # still of its own
