@@ -174,7 +174,7 @@ def write_runs_report(paths: Sequence[Path], output: Path | None = None) -> Path
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """The runs by their settings, seeds and what changes no result left out; in the order of the first of each."""
+    """The runs by their settings, seeds and what changes no result left out; in the order of what differs."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         kept = {key: value for key, value in run.settings.items() if not _NO_MATTER.fullmatch(key)}
@@ -182,6 +182,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     groups = list(by_settings.values())
     keys = dict.fromkeys(key for run in runs for key in run.settings if not _NO_MATTER.fullmatch(key))
     differing = [key for key in keys if len({_text(of_one[0].settings.get(key)) for of_one in groups}) > 1]
+    groups.sort(key=lambda of_one: [_order(of_one[0].settings.get(key)) for key in differing])
     return [
         Group(
             of_one,
@@ -191,6 +192,12 @@ def group(runs: Sequence[Run]) -> list[Group]:
         )
         for number, of_one in enumerate(groups)
     ]
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers before other values, by their size."""
+    is_number = isinstance(value, int | float)
+    return not is_number, float(value) if is_number else 0.0, _text(value)
 
 
 def _link(output: Path) -> Callable[[Run], str | None]:
@@ -236,7 +243,7 @@ def _curves(groups: Sequence[Group]) -> Markup:
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.7 * columns, 2.9 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.3 * columns, 3.0 * rows), layout="constrained", squeeze=False
     )
     for axis in axes.flat[len(drawn) :]:
         axis.remove()
@@ -253,7 +260,8 @@ def _curves(groups: Sequence[Group]) -> Markup:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "megatron_lcl"}):  # the same page from the same runs
+        figure.savefig(text, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     svg = text.getvalue()
     return Markup(svg[svg.index("<svg") :])
