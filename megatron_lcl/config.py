@@ -180,16 +180,22 @@ class Objective:
 
     name: str = Field(
         default="lcl",
-        description="lcl: contrast and generation; clip: contrast only, on pairs; generation: no contrast; or one that "
-        "another package adds",
+        description="lcl: contrast and generation; clip: contrast only, on pairs; coca: contrast and captioning, on "
+        "pairs; generation: no contrast; emu: generation and regression of image latents; or one that another package "
+        "adds",
     )
-    contrastive_weight: Weight = Field(
-        default=0.1,
-        description="weight of the contrastive loss in `lcl` (paper: 0.1); in `clip` it is 1",
+    contrastive_weight: Weight | None = Field(
+        default=None,
+        description="weight of the contrastive loss; null: as published, in `lcl` 0.1, in `coca` 1; in `clip` it is "
+        "always 1",
     )
-    generation_weight: Weight = Field(
-        default=1.0,
-        description="weight of the generation loss in `lcl` (paper: 1.0); in `generation` it is 1",
+    generation_weight: Weight | None = Field(
+        default=None,
+        description="weight of the generation loss, in `coca` of the captioning loss; null: as published, in `lcl` and "
+        "`emu` 1, in `coca` 2; in `generation` it is always 1",
+    )
+    regression_weight: Weight = Field(
+        default=1.0, description="weight of the regression of image latents in `emu` (published: 1)"
     )
 
 

@@ -42,6 +42,17 @@ def fields_of(cls: Any) -> dict[str, FieldInfo]:
     return cls.__pydantic_fields__
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted name, in order."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
 def annotation_of(cls: Any, dotted: str) -> Any:
     """The type of the field with a dotted name; None where there is no such field."""
     annotation: Any = cls

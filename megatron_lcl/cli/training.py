@@ -8,10 +8,16 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lcl import config as configs
-from megatron_lcl.cli.arguments import add_input, single_input
+from megatron_lcl.cli.arguments import add_input, inputs
 from megatron_lcl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lcl.train.sweep import Member
+
+_NODES = "--nodes goes with --dry-run; processes on several machines are started by a launcher"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -41,6 +47,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--nodes", type=int, default=1, help="with --dry-run: machines, each with --processes (%(default)s)"
     )
     sub.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="the same as --checkpoint.resume")
+    sub.add_argument(
+        "--sweep",
+        action="append",
+        metavar="FIELD=V1,V2,…",
+        help="a run for each value, in a folder of its own in train.output, one after another; several --sweep: for "
+        "each combination; under a job array of Slurm each task makes one",
+    )
+    sub.add_argument("--fail-fast", action="store_true", help="with --sweep: the first run that fails ends the sweep")
 
     sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
     sub.add_argument("what", choices=["list", "verify", "prune"], help="verify: exit code 1 where a file is damaged")
@@ -50,9 +64,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--keep-every", type=int, metavar="N", help="prune: also those at multiples of N steps (likewise)")
     sub.add_argument("--dry-run", action="store_true", help="prune: only say what would be deleted")
 
-    sub = add("report", _report, "one self-contained page about a run")
-    add_input(sub, "RUN", "the run folder (train.output), or one of its checkpoints", "--run")
-    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+    sub = add("report", _report, "one self-contained page about a run, or about several runs together")
+    what = "run folders (train.output) or checkpoints of them, or folders of runs such as `train --sweep` makes; "
+    add_input(sub, "RUN", what + "several runs are one picture, seeds as bands", "--run")
+    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder, or in that of all runs")
 
     sub = add(
         "selftest",
@@ -78,12 +93,21 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.train import launch
 
     rest = [*rest, "--checkpoint.resume", options.resume] if options.resume else rest
+    launch.adopt_slurm(os.environ)
+    if options.sweep:
+        from megatron_lcl.train import sweep
+
+        runs = sweep.members(options.config, _overrides(rest), options.sweep)
+        if (of_task := sweep.of_array(runs, os.environ)) is None:
+            return _sweep(options, rest, runs)
+        rest = [*rest, *of_task.arguments()]
+    elif options.fail_fast:
+        raise UserError("--fail-fast goes with --sweep")
     config = configs.load(options.config, _overrides(rest))
     if options.print_config:
         print(configs.to_yaml(config), end="")
         return 0
-    launch.adopt_slurm(os.environ)
-    arguments = [*(["--config", options.config] if options.config else []), *rest]
+    arguments = _arguments(options, rest)
     processes = options.processes or launch.default_processes(config.train.global_batch)
     if options.dry_run:
         from megatron_lcl.train.dryrun import dry_run
@@ -91,7 +115,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         print(dry_run(config, arguments, options.nodes, processes))
         return 0
     if options.nodes != 1:
-        raise UserError("--nodes goes with --dry-run; processes on several machines are started by a launcher")
+        raise UserError(_NODES)
     from megatron_lcl.train.resilience.signals import Signals, Stopped
 
     if not launch.is_launched():
@@ -112,6 +136,44 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member]) -> int:
+    """Print, check or run all members."""
+    from megatron_lcl.train import launch, sweep
+
+    processes = {run.name: options.processes or launch.default_processes(run.config.train.global_batch) for run in runs}
+    if options.print_config:
+        for run in runs:
+            print(f"---  # {run.name}\n{configs.to_yaml(run.config)}", end="")
+        return 0
+    if options.dry_run:
+        from megatron_lcl.train.dryrun import dry_run
+
+        for run in runs:
+            arguments = _arguments(options, [*rest, *run.arguments()])
+            print(f"--- {run.name}\n{dry_run(run.config, arguments, options.nodes, processes[run.name])}")
+        return 0
+    if options.nodes != 1:
+        raise UserError(_NODES)
+    from megatron_lcl.train.checks import check
+
+    for run in runs:
+        try:
+            check(run.config, processes[run.name])
+        except UserError as error:
+            raise UserError(f"{run.name}: {error}") from None
+
+    def start(run: Member) -> int:
+        arguments = _arguments(options, [*rest, *run.arguments()])
+        return launch.start_local(["train", *arguments], processes[run.name])
+
+    return sweep.run_members(runs, start, options.fail_fast)
+
+
+def _arguments(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Of the processes of one run."""
+    return [*(["--config", options.config] if options.config else []), *rest]
+
+
 def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.train.checkpoint import inventory
 
@@ -129,10 +191,11 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.convert.find import run_of
-    from megatron_lcl.report.page import write_report
+    from megatron_lcl.report import page, runs
 
-    print(write_report(run_of(Path(single_input(options))), Path(options.output) if options.output else None))
+    paths, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
+    found = runs.find_runs(paths)
+    print(page.write_report(found[0], output) if len(found) == 1 else runs.write_runs_report(paths, output))
 
 
 def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:

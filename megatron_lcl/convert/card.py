@@ -192,8 +192,7 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
     front = yaml.safe_dump(_front_matter(usage, card), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{front}---\n\n# {card.name}",
-        "A vision transformer pre-trained from scratch by Latent Compression Learning (LCL, NeurIPS 2024, "
-        "arXiv 2406.07543) on interleaved image-text documents, with megatron_lcl. "
+        f"A vision transformer pre-trained from scratch by {_training(card.run)}, with megatron_lcl. "
         f"{v.layers} blocks of width {v.width}, {v.heads} heads, patches of {v.patch_size} px, images of "
         f"{v.image_size} px; image latents of width {t.width}.",
         "## Which features to use\n\n" + usage.advice,
@@ -206,6 +205,12 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
     if card.run is not None:
         sections.append(f"## Config\n\n```yaml\n{_config(card.run)}```")
     (folder / README).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _training(run: Config | None) -> str:
+    """What the weights were trained by; weights without a run are published ones, which are LCL's."""
+    name = "lcl" if run is None else run.objective.name
+    return _TRAINING.get(name, f"the objective `{name}` of another package than megatron_lcl's own")
 
 
 def _front_matter(usage: Usage, card: Card) -> dict[str, Any]:
@@ -267,6 +272,16 @@ def _config(run: Config) -> str:
 
     return yaml.safe_dump(public(to_dict(run)), sort_keys=False, allow_unicode=True)
 
+
+_TRAINING = {
+    "lcl": "Latent Compression Learning (LCL, NeurIPS 2024, arXiv 2406.07543) on interleaved image-text documents",
+    "clip": "contrast of image-text pairs (CLIP, arXiv 2103.00020)",
+    "coca": "contrast and captioning of image-text pairs (after CoCa, arXiv 2205.01917, in one causal language model)",
+    "generation": "next-token prediction on interleaved image-text documents, without a contrast",
+    "emu": "next-token prediction and regression of image latents on interleaved image-text documents (after Emu, "
+    "arXiv 2307.05222)",
+}
+"""what an objective trains by, by its name"""
 
 _TASK_TYPES = {
     "zero-shot classification": "zero-shot-image-classification",

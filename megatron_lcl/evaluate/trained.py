@@ -26,9 +26,11 @@ _PARTS: dict[EvaluationTask, str] = {
 
 def why_untrained(config: Config, part: EvaluationTask) -> str:
     """`objective.name = … does not train`, with the weight that is why."""
-    weight = {"retrieval": "contrastive_weight", "generation": "generation_weight"}[part]
-    zero = getattr(config.objective, weight) == 0 and part in objectives.objective_class(config.objective.name).tasks
-    return f"objective.name = {config.objective.name}" + (f" with objective.{weight} = 0" * zero) + " does not train"
+    weights = {"retrieval": ("contrastive_weight", "regression_weight"), "generation": ("generation_weight",)}[part]
+    zero = [weight for weight in weights if getattr(config.objective, weight) == 0]
+    trainable = part in objectives.objective_class(config.objective.name).tasks
+    why = f" with objective.{zero[0]} = 0" if zero and trainable else ""
+    return f"objective.name = {config.objective.name}{why} does not train"
 
 
 def check_trained(model: str, tasks: Sequence[str]) -> None:

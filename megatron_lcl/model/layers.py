@@ -75,12 +75,23 @@ class Outputs(NamedTuple):
 
     generation: torch.Tensor
     """sum of the negative log-likelihoods (nats) of all targets, float32 scalar"""
-    image_features: torch.Tensor
-    """[N, D] float32 unit-norm image latents z, of every slot"""
-    text_features: torch.Tensor
-    """[N, D] float32 unit-norm context features read at each slot's `<soi>` (meaningless where image_soi is -1)"""
+    latents: torch.Tensor
+    """[N, D] float32 image latents z, of every slot, as the pool gives them"""
+    contexts: torch.Tensor
+    """[N, D] float32 context features read at each slot's `<soi>`, as the projection gives them (meaningless where
+    image_soi is -1)"""
     log_scale: torch.Tensor
     """[1] float32"""
+
+    @property
+    def image_features(self) -> torch.Tensor:
+        """[N, D] the latents, unit norm."""
+        return unit_norm(self.latents)
+
+    @property
+    def text_features(self) -> torch.Tensor:
+        """[N, D] the context features, unit norm."""
+        return unit_norm(self.contexts)
 
 
 class Patches(nn.Module):
@@ -260,8 +271,8 @@ class Head(nn.Module):
         targets = x.targets[x.target_positions]
         # the tensor ranks have one batch, and equal shards of one vocabulary
         nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size, agreed=True)
-        contexts_SD = self.text_features(rows_RD[local_shard(x.image_soi.clamp(min=0), self.axis)])
-        latents_SD = unit_norm(x.hidden[size:])
+        contexts_SD = self._contexts(rows_RD[local_shard(x.image_soi.clamp(min=0), self.axis)])
+        latents_SD = x.hidden[size:].float()
         latents_ND, contexts_ND = (gather_replicated(y, self.axis, num_images) for y in (latents_SD, contexts_SD))
         # a copy: where a parameter itself is an output, DeepSpeed's bf16 optimizer loses its gradient without an error
         log_scale = self.log_scale.to(torch.float32, copy=True)
@@ -274,7 +285,10 @@ class Head(nn.Module):
 
     def text_features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Language-model outputs [N, D] → unit-norm context features [N, D], float32."""
-        return unit_norm(self.projection(self.norm(hidden_ND)))
+        return unit_norm(self._contexts(hidden_ND))
+
+    def _contexts(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.norm(hidden_ND)).float()
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Language-model outputs [N, D] → logits [N, vocabulary]; for writing text, never in training."""

@@ -2,8 +2,8 @@
 
 An objective says which sequences it reads, what it wants of the forward, its loss over the global batch as a sum of
 terms, its metrics and what it costs. The steppers, the pipeline's schedule and the traffic formula ask it. Begin with
-base.py; contrast.py and generation.py are the two terms there are, built_in.py the objectives made of them. May import
-config, data, parallel, losses and model, never train.
+base.py; contrast.py, generation.py and regression.py are the terms there are, built_in.py the objectives made of them.
+May import config, data, parallel, losses and model, never train.
 
 Another package adds an objective with an entry point in the group `megatron_lcl.objectives`, whose name is the
 objective's and whose object is an `Objective` class.
@@ -25,6 +25,8 @@ _PLUGINS = Plugins(
     {
         "lcl": "built_in:LatentCompression",
         "clip": "built_in:Clip",
+        "coca": "built_in:CoCa",
+        "emu": "built_in:Emu",
         "generation": "built_in:GenerationOnly",
     },
 )

@@ -114,7 +114,7 @@ class Objective(ABC):
     def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
         """The all-gathers that its terms make in a step: the group, and the bytes that all its ranks have afterwards.
 
-        pairs: of each data-parallel replica.
+        An all-reduce counts as two. pairs: of each data-parallel replica.
         """
         return []
 

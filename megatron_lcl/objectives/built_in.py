@@ -1,48 +1,76 @@
-"""The paper's objective and the two that its table compares it with."""
+"""The paper's objective and those that its table compares it with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from megatron_lcl.config import Config, EvaluationTask
-from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS, Sequences
+from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.errors import UserError
-from megatron_lcl.objectives import contrast, generation
+from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.objectives.base import Objective, StepInputs, Term
 from megatron_lcl.objectives.contrast import Contrast, contrast_gathers
 from megatron_lcl.objectives.generation import Generation
+from megatron_lcl.objectives.regression import Regression, regression_reductions
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 
 class LatentCompression(Objective):
-    """`lcl`: contrast and generation on interleaved documents (arXiv 2406.07543), with the config's weights."""
+    """`lcl`: contrast and generation on interleaved documents (arXiv 2406.07543), with the config's weights.
+
+    L = 0.1 contrastive + 1 generation, where the config does not say other weights.
+    """
 
     sequences = INTERLEAVED
-    tasks = ("retrieval", "generation")
+    tasks: ClassVar[tuple[EvaluationTask, ...]] = ("retrieval", "generation")
     metrics = (*generation.METRICS, *contrast.METRICS)
     all_features_first = True
+    published = 0.1, 1.0
+    """weights of contrast and generation"""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.objective.contrastive_weight == config.objective.generation_weight == 0:
-            raise UserError(
-                "objective.contrastive_weight and objective.generation_weight are both 0, which leaves nothing to "
-                "train for; give one of them a weight above 0"
-            )
+        given = config.objective.contrastive_weight, config.objective.generation_weight
+        self.weights = tuple(p if w is None else w for w, p in zip(given, self.published, strict=True))
+        _refuse_zeros(contrastive_weight=self.weights[0], generation_weight=self.weights[1])
 
     @property
     def trains(self) -> tuple[EvaluationTask, ...]:
-        weights = self.config.objective
-        contrast = ("retrieval",) if weights.contrastive_weight != 0 else ()
-        generation = ("generation",) if weights.generation_weight != 0 else ()
-        return (*contrast, *generation)
+        return _trained(retrieval=self.weights[0], generation=self.weights[1])
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
-        weights = self.config.objective
-        return [Contrast(step, weights.contrastive_weight), Generation(step, weights.generation_weight)]
+        contrastive_weight, generation_weight = self.weights
+        return [Contrast(step, contrastive_weight), Generation(step, generation_weight)]
 
     def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
         return contrast_gathers(pairs, self.config.model.language.width, mesh)
+
+
+class CoCa(LatentCompression):
+    """`coca`: contrast and captioning on pairs (CoCa, arXiv 2205.01917), without CoCa's cross-attention decoder.
+
+        L_con = - 1/N [ sum_i log exp(x_i . y_i / s) / sum_j exp(x_i . y_j / s)
+                      + sum_i log exp(y_i . x_i / s) / sum_j exp(y_i . x_j / s) ]           (CoCa, eq. 2)
+        L_cap = - sum_t log P(y_t | y_<t, x)                                                 (eq. 3)
+        L     = lambda_con L_con + lambda_cap L_cap,  lambda_con = 1, lambda_cap = 2         (eq. 4)
+
+    x_i, y_j: unit-norm features of image i and text j; s: a learned temperature. As everywhere here, the contrast is
+    the mean of its two directions, half of eq. 2, and L_cap the mean over the targets of the global batch; the weights
+    1 and 2 are of these means, as in open_clip's CoCa.
+
+    CoCa's decoder has unimodal layers, which read the text alone and are contrasted, and above them multimodal layers,
+    which attend to the image and write the caption. Here all layers of one causal language model do both, on two
+    sequences of a pair: `<sot> text <soi>`, whose feature at `<soi>` is contrasted and which has no targets (CoCa's
+    unimodal half has no captioning loss), and `<sot> <soi>`, the image's placeholders, `<eoi> text <eot>`, whose text
+    and `<eot>` are the targets of L_cap. Both have the same image slot, so that the image is encoded once. Where CoCa
+    pools the image twice (256 queries for captions, one for the contrast), captions here read every patch's embedding,
+    and the contrast the latent, as in `lcl`.
+    """
+
+    sequences = CAPTIONED_PAIRS
+    tasks = ("retrieval",)
+    published = 1.0, 2.0
 
 
 class Clip(Objective):
@@ -70,3 +98,53 @@ class GenerationOnly(Objective):
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
         return [Generation(step, 1.0)]
+
+
+class Emu(Objective):
+    """`emu`: generation, and regression of image latents, on interleaved documents (Emu, arXiv 2307.05222, section 2).
+
+        L = L_cls + L_reg
+
+    Cross-entropy of the next token, and the squared l2 distance of the next visual embedding to a linear projection of
+    the language model's output before it (`Regression`: the mean over D numbers and over images). Emu regresses each of
+    the 32 embeddings of an image, of a pre-trained encoder; here, from scratch, the one latent of the image is
+    regressed at its `<soi>`, from where `lcl` contrasts it, so that the two differ in the loss alone. As in `lcl` these
+    are the images with a text before them; `data.contrast_leading_images` takes all, as Emu does. Emu's embeddings and
+    prediction are not normalized, and neither are they here. The gradient reaches the encoder through the target.
+    """
+
+    sequences = INTERLEAVED
+    tasks = ("retrieval", "generation")
+    metrics = (*generation.METRICS, *regression.METRICS)
+    all_features_first = False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        given = config.objective.generation_weight
+        self.generation_weight = 1.0 if given is None else given
+        self.regression_weight = config.objective.regression_weight
+        _refuse_zeros(generation_weight=self.generation_weight, regression_weight=self.regression_weight)
+
+    @property
+    def trains(self) -> tuple[EvaluationTask, ...]:
+        return _trained(retrieval=self.regression_weight, generation=self.generation_weight)
+
+    def terms(self, step: StepInputs) -> Sequence[Term]:
+        width = self.config.model.language.width
+        return [Regression(step, self.regression_weight, width), Generation(step, self.generation_weight)]
+
+    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
+        return list(regression_reductions(self.config.model.language.width, mesh))
+
+
+def _trained(retrieval: float, generation: float) -> tuple[EvaluationTask, ...]:
+    """What terms of these weights train."""
+    parts: dict[EvaluationTask, float] = {"retrieval": retrieval, "generation": generation}
+    return tuple(part for part, weight in parts.items() if weight != 0)
+
+
+def _refuse_zeros(**weights: float) -> None:
+    """UserError where all weights are 0."""
+    if not any(weights.values()):
+        names = " and ".join(f"objective.{name}" for name in weights)
+        raise UserError(f"{names} are both 0, which leaves nothing to train for; give one of them a weight above 0")

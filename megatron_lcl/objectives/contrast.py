@@ -15,7 +15,7 @@ import torch
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.contrastive import ContrastiveOutput, finish_contrastive_loss, start_gather
 from megatron_lcl.losses.group import HEADER
-from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.layers import Outputs, unit_norm
 from megatron_lcl.objectives.base import GlobalCounts, StepInputs, Term
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
@@ -29,7 +29,7 @@ class Features:
 
     def __init__(self, out: Outputs, batch: PackedBatch) -> None:
         pairs = torch.nonzero_static(batch.image_soi >= 0, size=batch.num_pairs)[:, 0]
-        self.image, self.text = out.image_features[pairs], out.text_features[pairs]
+        self.image, self.text = unit_norm(out.latents[pairs]), unit_norm(out.contexts[pairs])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and a way to compute the contrast."""
+    """A layout, a way to compute the contrast, and what is minimized."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -35,6 +37,7 @@ class Case:
     """the log scale starts just below ln 100, and the steps go uphill, so that it goes up and is clamped; in other
     cases it goes down"""
     dtype: str = "float32"
+    objective: str = "lcl"
 
     @property
     def processes(self) -> int:
@@ -43,12 +46,12 @@ class Case:
     @property
     def name(self) -> str:
         name = f"tp {self.tensor}  pp {self.pipeline}  dp {self.data}  ZeRO-{self.zero}  {self.strategy}"
-        name += f", {self.dtype}" * (self.dtype != "float32")
+        name += f", {self.dtype}" * (self.dtype != "float32") + f", {self.objective}" * (self.objective != "lcl")
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
     def global_batch(self) -> int:
-        """Packs of a step: what decides the result, beside `climbs`."""
+        """Packs of a step: what decides the result, beside `climbs` and the objective."""
         return -(-MIN_PACKS // self.data) * self.data
 
     def lr(self, step: int) -> float:
@@ -80,6 +83,7 @@ class Case:
                     "pool_heads": 4,
                 },
                 "data": {"tokens_per_pack": TOKENS, "images_per_pack": IMAGES},
+                "objective": {"name": self.objective},
                 "contrast": {
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
@@ -116,6 +120,11 @@ CASES = (
     Case(pipeline=2, data=2, strategy="recompute", climbs=True),
     Case(pipeline=4),
     Case(tensor=4),
+    Case(tensor=2, data=2, strategy="recompute", objective="coca"),
+    Case(pipeline=2, data=2, objective="coca"),
+    Case(tensor=2, data=2, objective="emu"),
+    Case(pipeline=2, data=2, objective="emu"),
+    Case(data=2, zero=3, objective="emu"),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
     Case(dtype="bfloat16"),
     Case(tensor=2, dtype="bfloat16"),
@@ -127,35 +136,42 @@ CASES = (
 def make_batches(config: Config, step: int) -> list[PackedBatch]:
     """The packs of a step's global batch, in global order, one to a micro-batch."""
     images = IMAGES_OF_PACK[step]
-    return [_pack(config, step, n, images[n % len(images)]) for n in range(config.train.global_batch)]
+    make = _captioned_pairs if config.objective.name == "coca" else _documents
+    return [
+        _pack(config, make, config.train.global_batch * step + n, images[n % len(images)], 100_000 * step + n)
+        for n in range(config.train.global_batch)
+    ]
 
 
-def _pack(config: Config, step: int, number: int, num_images: int) -> PackedBatch:
-    """A pack of two documents and some room at its end; the first image of the second one leads its document."""
-    draw = torch.Generator().manual_seed(100_000 * step + number)
-    vision, vocab_size = config.model.vision, config.model.language.vocab_size
-    special, patches = SpecialTokens.of(vocab_size), vision.num_patches
+@dataclass
+class _Written:
+    """A pack while sequences are put into it, one after another."""
+
+    sequences: list[list[int]]
+    image_start: list[int]
+    image_soi: list[int]
+    targets: list[list[int]]
+    """of each sequence's rows, -1 where there is none"""
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) -> PackedBatch:
+    """A pack of what `make` writes for so many images, and some room at its end."""
+    draw, vision = torch.Generator().manual_seed(seed), config.model.vision
+    written = _Written([], [], [], [])
+    make(written, config, num_images, draw)
+    used, slots = written.rows, len(written.image_soi)
     tokens, positions, targets = (torch.full((TOKENS,), fill, dtype=torch.int32) for fill in (0, 0, -1))
     image_start, image_soi = (torch.full((IMAGES,), -1, dtype=torch.int32) for _ in range(2))
-    bounds, slot = [0], 0
-    for document, images in enumerate((num_images - num_images // 2, num_images // 2)):
-        ids = [special.sot]
-        for leads in [document == 1] * bool(images) + [False] * (images - 1):
-            if not leads:
-                ids += _words(draw, special.sot)
-            image_soi[slot] = -1 if leads else bounds[-1] + len(ids)
-            image_start[slot] = bounds[-1] + len(ids) + 1
-            ids += [special.soi, *[special.placeholder] * patches, special.eoi]
-            slot += 1
-        ids += [*_words(draw, special.sot), special.eot]
-        assert len(ids) <= CONTEXT, f"a document of {len(ids)} tokens"
-        rows = slice(bounds[-1], bounds[-1] + len(ids))
-        tokens[rows], positions[rows] = torch.tensor(ids), torch.arange(len(ids))
-        following = torch.tensor([*ids[1:], -1])
-        hidden = (following == special.placeholder) | (following == special.eoi)
-        targets[rows] = torch.where(hidden, -1, following).int()
-        bounds.append(rows.stop)
-    used = bounds[-1]
+    tokens[:used] = torch.tensor([i for ids in written.sequences for i in ids])
+    targets[:used] = torch.tensor([i for ids in written.targets for i in ids])
+    positions[:used] = torch.cat([torch.arange(len(ids)) for ids in written.sequences])
+    image_start[:slots], image_soi[:slots] = torch.tensor(written.image_start), torch.tensor(written.image_soi)
+    bounds = [0, *itertools.accumulate(map(len, written.sequences))]
+    assert max(map(len, written.sequences)) <= CONTEXT, written
     while bounds[-1] < TOKENS:
         bounds.append(min(bounds[-1] + CONTEXT, TOKENS))
     bounds += [TOKENS] * (num_runs(TOKENS, CONTEXT) + 1 - len(bounds))
@@ -163,7 +179,7 @@ def _pack(config: Config, step: int, number: int, num_images: int) -> PackedBatc
     target_positions = torch.full((TOKENS,), -1, dtype=torch.int32)
     target_positions[: len(rows_with_target)] = rows_with_target
     pixels = torch.zeros(IMAGES, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
-    pixels[:slot] = torch.randint(0, 256, pixels[:slot].shape, generator=draw, dtype=torch.uint8)
+    pixels[:slots] = torch.randint(0, 256, pixels[:slots].shape, generator=draw, dtype=torch.uint8)
     return PackedBatch(
         tokens=tokens,
         positions=positions,
@@ -176,11 +192,44 @@ def _pack(config: Config, step: int, number: int, num_images: int) -> PackedBatc
         image_valid=(image_start >= 0).int(),
         num_targets=len(rows_with_target),
         num_pairs=int((image_soi >= 0).sum()),
-        num_images=slot,
+        num_images=slots,
         num_tokens=used,
         max_seqlen=CONTEXT,
-        packs=(config.train.global_batch * step + number,),
+        packs=(number,),
     )
+
+
+def _documents(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
+    """Two documents; the first image of the second one leads its document."""
+    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
+    for document, images in enumerate((num_images - num_images // 2, num_images // 2)):
+        ids = [special.sot]
+        for leads in [document == 1] * bool(images) + [False] * (images - 1):
+            if not leads:
+                ids += _words(draw, special.sot)
+            written.image_soi.append(-1 if leads else written.rows + len(ids))
+            written.image_start.append(written.rows + len(ids) + 1)
+            ids += [special.soi, *[special.placeholder] * patches, special.eoi]
+        ids += [*_words(draw, special.sot), special.eot]
+        hidden = (special.placeholder, special.eoi)
+        written.targets.append([-1 if i in hidden else i for i in ids[1:]] + [-1])
+        written.sequences.append(ids)
+
+
+def _captioned_pairs(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
+    """Pairs, at most two of which fit, and their captions; or, without images, one document."""
+    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
+    if not num_images:
+        _documents(written, config, 0, draw)
+    for _ in range(min(num_images, 2)):
+        words = _words(draw, special.sot)
+        written.image_soi.append(written.rows + 1 + len(words))
+        written.sequences.append([special.sot, *words, special.soi])
+        written.targets.append([-1] * (2 + len(words)))
+        written.image_start.append(written.rows + 2)
+        start = [special.sot, special.soi, *[special.placeholder] * patches, special.eoi]
+        written.sequences.append([*start, *words, special.eot])
+        written.targets.append([*[-1] * (len(start) - 1), *words, special.eot, -1])
 
 
 def _words(draw: torch.Generator, end: int) -> list[int]:

@@ -14,13 +14,16 @@ from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
 from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 
+WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0)}
+"""by objective: of generation, and of contrast or regression, as published"""
+
 
 @dataclass
 class Trajectory:
     """What three steps gave."""
 
     losses: list[list[float]] = field(default_factory=list)
-    """per step: generation, contrastive, log scale after it"""
+    """per step: generation; contrastive or regression, whichever the objective has; log scale after it"""
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     """of the first step, clipped, by parameter"""
@@ -44,32 +47,40 @@ def reference(case: Case) -> Trajectory:
         for decays, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    weight, other_weight = WEIGHTS[case.objective]
     log_scale = dict(model.named_parameters())[f"{len(stages) - 1}.log_scale"]
     out = Trajectory()
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = case.lr(step)
         optimizer.zero_grad()
-        generation, contrastive = _losses(model, make_batches(config, step))
-        (generation + 0.1 * contrastive).backward()
+        generation, other = _losses(model, make_batches(config, step), regression=case.objective == "emu")
+        (weight * generation + other_weight * other).backward()
+        # DeepSpeed's gradients are zero where torch has none
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.grad = gradients[name]
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         out.grad_norms.append(float(norm))
         if step == 0:
-            out.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            out.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
         optimizer.step()
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
-        out.losses.append([generation.item(), contrastive.item(), log_scale.item()])
+        out.losses.append([generation.item(), other.item(), log_scale.item()])
     out.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     return out
 
 
-def _losses(model: LayerList, batches: list[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(model: LayerList, batches: list[PackedBatch], regression: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generation, and regression or contrast."""
     outputs = [model(batch) for batch in batches]
     generation = torch.stack([out.generation for out in outputs]).sum() / sum(b.num_targets for b in batches)
     chosen = [(b.image_soi >= 0).nonzero()[:, 0] for b in batches]
-    images = torch.cat([out.image_features[c] for out, c in zip(outputs, chosen, strict=True)])
-    texts = torch.cat([out.text_features[c] for out, c in zip(outputs, chosen, strict=True)])
-    logits = outputs[0].log_scale.exp() * images @ texts.t()
-    pairs = torch.arange(len(images))
+    latents = torch.cat([out.latents[c] for out, c in zip(outputs, chosen, strict=True)])
+    contexts = torch.cat([out.contexts[c] for out, c in zip(outputs, chosen, strict=True)])
+    if regression:
+        return generation, F.mse_loss(contexts, latents)
+    logits = outputs[0].log_scale.exp() * F.normalize(latents, dim=1) @ F.normalize(contexts, dim=1).t()
+    pairs = torch.arange(len(latents))
     return generation, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2

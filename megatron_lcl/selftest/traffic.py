@@ -106,13 +106,16 @@ def zero3(sizes: Sequence[int], batches: int, forwards: int, config: Config, mes
     """ZeRO-3's parameters and gradients (Rajbhandari et al. 2020), without a pipeline or tensor ranks.
 
     sizes: numbers in each parameter. A micro-batch gathers parameters for each forward and for backward, and reduces
-    its gradients; parameters up to DeepSpeed's persistence threshold stay, and are gathered once, after the step.
+    its gradients; parameters up to DeepSpeed's persistence threshold stay, and are gathered once, after the step. Of a
+    model up to its reuse distance parameters stay between a micro-batch's only forward and its backward.
     """
     sent: Sent = defaultdict(float)
-    threshold = config.deepspeed.get("zero_optimization", {}).get("stage3_param_persistence_threshold", 100_000)
+    settings = config.deepspeed.get("zero_optimization", {})
+    threshold = settings.get("stage3_param_persistence_threshold", 100_000)
+    stay = forwards == 1 and sum(sizes) <= settings.get("stage3_max_reuse_distance", 1_000_000_000)
     size = mesh.data.size
     for number in sizes:
-        gathers = batches * (forwards + 1) if number > threshold else 1
+        gathers = batches * (1 if stay else forwards + 1) if number > threshold else 1
         gathered = gathers * num_bytes(config) + batches * FLOAT
         sent[mesh.data.ranks] += gathered * _round_up(number, size) * (size - 1) / size
     return sent

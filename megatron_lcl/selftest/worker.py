@@ -98,13 +98,13 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     config = case.config()
     num = config.train.global_batch // mesh.data.size
     stepper = build_stepper(engine, config, mesh)
-    out = Trajectory()
+    out, other = Trajectory(), "regression" if case.objective == "emu" else "contrastive"
     for step in range(STEPS):
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         with Traffic() as traffic:
             batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)
             result = stepper.run(batches, case.lr(step))
-        out.losses.append([result.generation, result.contrastive, result.log_scale])
+        out.losses.append([result.generation, result.metrics[other], result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1
             moments = read_parameters(engine, mesh, "exp_avg")

@@ -18,7 +18,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.objectives import contrast, generation
+from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.train.step import StepResult
 
 METRICS = "metrics.jsonl"
@@ -118,7 +118,9 @@ class Telemetry:
         if self._contrasts and not result.num_pairs:
             self.num_without_pairs += 1
             if self.num_without_pairs == 1:
-                self.say(f"step {step} has no pair: nothing is contrasted in it; metrics.jsonl counts such steps")
+                self.say(
+                    f"step {step} has no pair: no image is compared with a text in it; metrics.jsonl counts such steps"
+                )
         if skipped is not None:
             self.say(f"step {step} skipped: {skipped}")
             self.write({"step": step, "skipped": skipped, "lr": lr})
@@ -138,7 +140,8 @@ class Telemetry:
         pairs = result.num_pairs if self._contrasts else 0
         if pairs and "image_accuracy" in numbers:
             numbers["chance_accuracy"] = 1 / pairs
-        for names, count in ((contrast.METRICS, pairs), (generation.METRICS, result.num_targets)):
+        of_pairs = (*contrast.METRICS, *regression.METRICS)
+        for names, count in ((of_pairs, pairs), (generation.METRICS, result.num_targets)):
             if not count:
                 numbers |= {name: None for name in names if name in numbers}
         return numbers
@@ -212,7 +215,7 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
             if self.num_without_pairs > 1:
-                self.say(f"{self.num_without_pairs} steps had no pair: nothing was contrasted in them")
+                self.say(f"{self.num_without_pairs} steps had no pair: no image was compared with a text in them")
             self._close()
 
 

@@ -185,7 +185,7 @@ def test_a_contrast_without_pairs(capsys: pytest.CaptureFixture[str], tiny: list
         assert [line.endswith(end) for line, end in zip(lines, (ending, "8 documents"), strict=True)] == [True, True]
     code, _, err = dry_run(capsys, *tiny, "--data.corpora", corpora["leading"])
     assert (code, err.count("\n")) == (2, 1)
-    assert f"contrasts images with texts, but in {corpora['leading']} no image has a text before it" in err
+    assert f"compares images with texts, but in {corpora['leading']} no image has a text before it" in err
     assert (
         dry_run(capsys, *tiny, "--data.corpora", corpora["leading"], "--data.contrast_leading_images", "true")[0] == 0
     )

@@ -320,3 +320,17 @@ def test_the_scripts_differ_in_name_and_size_only() -> None:
         code = "\n".join(line for line in text.splitlines() if not line.startswith("# "))
         texts.add(re.sub(r"--nodes=\d+", "", code.replace(name, "NAME")))
     assert len(texts) == 1
+
+
+@pytest.mark.slow
+def test_each_task_of_a_job_array_knows_its_own(slurm: Slurm, checkout: Path, folder: Path) -> None:
+    """As `train --sweep` needs it, and every task finds the scripts, whatever scontrol says of the others."""
+    one_node = ["--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=1", "--array=0-1"]
+    submit(slurm, checkout, folder, *one_node, DOES='echo "member $SLURM_ARRAY_TASK_ID" && exit 0')
+
+    def members() -> list[str]:
+        lines = [line for path in folder.glob("lcl_vitg-*/rank-0000.log") for line in path.read_text().splitlines()]
+        return sorted(line for line in lines if line.startswith("member"))
+
+    slurm.wait(lambda: len(members()) == 2, "both tasks have run")
+    assert members() == ["member 0", "member 1"]

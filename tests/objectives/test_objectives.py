@@ -81,10 +81,13 @@ def test_what_the_built_in_objectives_ask_for() -> None:
         reads = objective.sequences
         return objective.strategy, objective.num_forwards, reads.interleaved, reads.contrast, reads.targets
 
-    assert objectives.names() == ["clip", "generation", "lcl"]
+    assert objectives.names() == ["clip", "coca", "emu", "generation", "lcl"]
     assert asked("lcl", "retain") == ("retain", 1, True, True, True)
     assert asked("lcl", "recompute") == ("recompute", 2, True, True, True)
     assert asked("clip", "recompute") == ("recompute", 2, False, True, False)
+    assert asked("coca", "retain") == ("retain", 1, False, True, True)
+    assert asked("coca", "recompute") == ("recompute", 2, False, True, True)
+    assert asked("emu", "recompute") == ("1F1B", 1, True, True, True)
     assert asked("generation", "recompute") == ("1F1B", 1, True, False, True)
 
 
@@ -93,14 +96,21 @@ def test_a_wrong_name_is_one_line(files: Path, capsys: pytest.CaptureFixture[str
     assert main([*command, "--objective.name", "lcp"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "`objective.name` = 'lcp': there is no such objective; there are clip, generation, lcl, the nearest" in said
+    assert (
+        "`objective.name` = 'lcp': there is no such objective; there are clip, coca, emu, generation, lcl, the nearest"
+        in said
+    )
     assert "the nearest is lcl" in said
 
 
 def test_weights_that_are_both_0() -> None:
     weights = {"contrastive_weight": 0, "generation_weight": 0}
-    with pytest.raises(ValueError, match=r"both 0, .*; give one of them a weight above 0"):
-        objectives.create(configs.from_dict({"objective": weights}))
+    for name in ("lcl", "coca"):
+        with pytest.raises(ValueError, match=r"both 0, .*; give one of them a weight above 0"):
+            objectives.create(configs.from_dict({"objective": {"name": name, **weights}}))
+    objectives.create(configs.from_dict({"objective": {"name": "emu", **weights}}))
+    with pytest.raises(ValueError, match=r"objective\.generation_weight and objective\.regression_weight are both 0"):
+        objectives.create(configs.from_dict({"objective": {"name": "emu", **weights, "regression_weight": 0}}))
     for name in ("clip", "generation"):  # whose one loss has weight 1
         objectives.create(configs.from_dict({"objective": {"name": name, **weights}}))
 

@@ -157,8 +157,8 @@ def test_steps_without_pairs_are_counted_and_said(
         assert (counted, said) == ([0, 0, 0, 0], [])
     else:
         assert counted == [1, 3, 4, 6]
-        assert said[0].startswith("step 1 has no pair: nothing is contrasted in it")
-        assert said[1:] == ["6 steps had no pair: nothing was contrasted in them"]
+        assert said[0].startswith("step 1 has no pair: no image is compared with a text in it")
+        assert said[1:] == ["6 steps had no pair: no image was compared with a text in them"]
 
 
 def test_a_step_without_targets_has_no_generation_loss(tmp_path: Path) -> None:

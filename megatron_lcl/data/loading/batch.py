@@ -18,8 +18,11 @@ from megatron_lcl.data.loading.packing import max_sequences
 
 
 def num_runs(tokens_per_pack: int, max_seqlen: int) -> int:
-    """R: the sequences a pack may hold and the runs of at most `max_seqlen` rows that an empty pack is cut into."""
-    return max_sequences(tokens_per_pack) + math.ceil(tokens_per_pack / max_seqlen)
+    """R: the sequences a pack may hold and the runs of at most `max_seqlen` rows that an empty pack is cut into.
+
+    Two sequences at least: a pair and its caption stand together.
+    """
+    return max(2, max_sequences(tokens_per_pack)) + math.ceil(tokens_per_pack / max_seqlen)
 
 
 Kind = Literal["integers", "images", "count", "origin"]
@@ -41,16 +44,18 @@ class PackedBatch:
     run is a sequence, or a piece of what lies past a pack's last document (attention over it is finite and unused), or
     empty"""
     targets: torch.Tensor = field(metadata=_INTEGERS)
-    """[B*T] id of the next token, -1 where there is none: before a placeholder or `<eoi>`, in a sequence's last row"""
+    """[B*T] id of the next token, -1 where there is none: before a placeholder or `<eoi>`, in a sequence's last row,
+    and where `Sequences` says"""
     target_positions: torch.Tensor = field(metadata=_INTEGERS)
     """[B*T] rows that have a target, ascending, then -1"""
     images: torch.Tensor = field(metadata=_IMAGES)
     """[B*I, 3, H, W] uint8 RGB, 0 where there is none"""
     image_start: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] row of the image's first placeholder; -1 for a slot that is empty or whose image does not decode, and for
-    every slot where sequences have no placeholders (`Sequences.interleaved`)"""
+    every slot where sequences have no placeholders (`Sequences.interleaved`, `.captions`)"""
     image_soi: torch.Tensor = field(metadata=_INTEGERS)
-    """[B*I] row of the image's `<soi>` if it takes part in the contrast, else -1"""
+    """[B*I] row of the image's `<soi>` if it takes part in the contrast, else -1; where pairs have captions, the
+    `<soi>` of the sequence without placeholders, and `image_start` points into the caption"""
     image_valid: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] 1 where the slot holds an image that decoded, else 0"""
     num_targets: int = field(metadata=_COUNT)

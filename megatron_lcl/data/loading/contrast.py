@@ -1,4 +1,4 @@
-"""Do a run's corpora give its contrast anything? Found out before the run starts, from as few documents as it takes."""
+"""Do a run's corpora give it anything to contrast? Found out before it starts, from as few documents as it takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def corpora_without_pairs(
     if len(paths) == len(data.corpora):
         none = "no image has a text before it" if sequences.interleaved else "no image has a text"
         raise UserError(
-            f"objective.name = {objective} contrasts images with texts, but in {', '.join(paths)} {none} after "
+            f"objective.name = {objective} compares images with texts, but in {', '.join(paths)} {none} after "
             "selection. If they are image-text pairs as JSON lines, preprocess them with --option kind=pairs; else "
             "lower data.min_similarity, set data.contrast_leading_images, or train with --objective.name generation"
         )

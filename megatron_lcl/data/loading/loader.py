@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.images import decode_eval, decode_train
@@ -47,6 +48,8 @@ class ImageOrigin:
     name: str
     soi: int
     """row of its `<soi>` inside the pack"""
+    start: int
+    """row of its first placeholder inside the pack, in the caption where pairs have captions; -1: it has none"""
     pair: bool
     """it takes part in the contrast, if it decodes"""
 
@@ -64,7 +67,10 @@ class SequenceOrigin:
     """0, or the index of the piece of a document that was cut"""
     start: int
     stop: int
+    target_start: int
+    """row from which on next tokens are targets; `stop`: it has none"""
     images: tuple[ImageOrigin, ...]
+    """those whose `<soi>` is its own; none in a caption, which has the placeholders of the one before it"""
 
 
 class PackReader(Dataset[PackedBatch]):
@@ -110,7 +116,7 @@ class PackReader(Dataset[PackedBatch]):
             for origin in self._sequences(pack, tokens[row : row + T]):
                 start, stop = row + origin.start, row + origin.stop
                 positions[start:stop] = np.arange(stop - start)
-                self._targets(pack, origin, tokens[start:stop], targets[start:stop])
+                self._targets(origin, tokens[start:stop], targets[start:stop])
                 starts.append(stop)
                 for image in origin.images:
                     slot = b * I + image.slot
@@ -121,7 +127,7 @@ class PackReader(Dataset[PackedBatch]):
                         continue
                     image_valid[slot] = 1
                     image_soi[slot] = row + image.soi if image.pair else -1
-                    image_start[slot] = row + image.soi + 1 if self.sequences.interleaved else -1
+                    image_start[slot] = row + image.start if image.start >= 0 else -1
             num_tokens += starts[-1] - row
             while starts[-1] < row + T:  # what is left, in runs that attention can take
                 starts.append(min(starts[-1] + self.max_seqlen, row + T))
@@ -172,20 +178,38 @@ class PackReader(Dataset[PackedBatch]):
                     continue
                 pair = self.sequences.contrast and (has_text or (self.data.contrast_leading_images and row > start))
                 name = f"{source.corpus.path}, shard {shard.number}, image {piece}"
-                images.append(ImageOrigin(slot, shard.number, int(piece), name, row, pair))
-                slot += 1
+                soi, first = row, -1
                 tokens[row] = special.soi
                 row += 1
                 if self.sequences.interleaved:
-                    tokens[row : row + self.num_patches] = special.placeholder
-                    tokens[row + self.num_patches] = special.eoi
-                    row += self.num_patches + 1
+                    first = row
+                    row = self._put_image(tokens, row, special)
+                elif self.sequences.captions:
+                    first = row + 2  # behind the caption's `<sot> <soi>`
+                images.append(ImageOrigin(slot, shard.number, int(piece), name, soi, first, pair))
+                slot += 1
             if ends:
                 tokens[row] = special.eot
                 row += 1
-            origin = SequenceOrigin(str(source.corpus.path), document, epoch, part, start, row, tuple(images))
-            origins.append(origin)
+            where = str(source.corpus.path), document, epoch, part
+            # where pairs have captions, targets are theirs
+            targets = start if self.sequences.targets and not self.sequences.captions else row
+            origins.append(SequenceOrigin(*where, start, row, targets, tuple(images)))
+            if self.sequences.captions:
+                start = row
+                tokens[row : row + 2] = special.sot, special.soi
+                row = self._put_image(tokens, row + 2, special)
+                tokens[row : row + len(text)] = text
+                tokens[row + len(text)] = special.eot
+                origins.append(SequenceOrigin(*where, start, row + len(text) + 1, row - 1, ()))
+                row += len(text) + 1
         return origins
+
+    def _put_image(self, tokens: np.ndarray, row: int, special: Tokenizer) -> int:
+        """Write the placeholders of an image and `<eoi>` from a row on; the row after them."""
+        tokens[row : row + self.num_patches] = special.placeholder
+        tokens[row + self.num_patches] = special.eoi
+        return row + self.num_patches + 1
 
     def _rows(self, source: Source, document: int, epoch: int, part: int) -> tuple[np.ndarray, bool, bool, int, Shard]:
         """The rows of one sequence (see `arrange`), whether `<sot>` and `<eot>` are around it, the piece that row
@@ -201,14 +225,13 @@ class PackReader(Dataset[PackedBatch]):
         rows = arrange(*arrays, source.document_key(document, epoch), rules)
         return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, rules), a, shard
 
-    def _targets(self, pack: Pack, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
+    def _targets(self, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
         """targets of one sequence from its tokens: the next id unless that is a placeholder or `<eoi>`."""
-        if not self.sequences.targets:
-            return
-        targets[:-1] = tokens[1:]
+        first = origin.target_start - origin.start
+        targets[first:-1] = tokens[first + 1 :]
         for image in origin.images:
-            first = image.soi - origin.start
-            targets[first : first + self.num_patches + 1] = -1
+            if (soi := image.soi - origin.start) >= first:
+                targets[soi : soi + self.num_patches + 1] = -1
 
     def _pixels(self, pack: Pack, origin: SequenceOrigin, image: ImageOrigin) -> np.ndarray:
         corpus = next(s.corpus for s in pack.sources if str(s.corpus.path) == origin.corpus)

@@ -136,13 +136,15 @@ def open_ledger(
     settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
     settings |= {"num_patches": num_patches, "context_length": context_length}
     settings["contrast_only"] = not sequences.interleaved  # the key that runs have stored
+    if sequences.captions:  # absent elsewhere, as in ledgers written before there were captions
+        settings["captions"] = True
     settings["version"] = VERSION
     if previous is None:
         if settings["images_per_pack"] is None:
             settings["images_per_pack"] = _choose_images(data, num_patches, context_length, sequences)
         return Ledger(settings, ({"from_pack": 0, "blend": blend},))
-    for name, value in settings.items():
-        old = previous.settings.get(name)
+    for name in settings | previous.settings:
+        value, old = settings.get(name), previous.settings.get(name)
         if value != old and not (name == "images_per_pack" and value is None):
             raise UserError(
                 f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
@@ -275,7 +277,7 @@ class PackIndex:
                     s["num_patches"],
                     s["context_length"],
                     s["images_per_pack"],
-                    Sequences(interleaved=not s["contrast_only"]),
+                    Sequences(interleaved=not s["contrast_only"], captions=s.get("captions", False)),
                 )
                 break
             else:
@@ -420,7 +422,7 @@ class PackIndex:
             images,
             settings["tokens_per_pack"],
             settings["images_per_pack"],
-            packing.max_sequences(settings["tokens_per_pack"]),
+            packing.max_sequences(settings["tokens_per_pack"], settings.get("captions", False)),
         )
         for (name, _), position, count, n in zip(blend, positions, taken, left, strict=True):
             epoch_over = count == n
@@ -455,7 +457,7 @@ class SequentialIndex:
         self._entries = np.zeros(len(sizes), ENTRY)
         self._entries["document"], self._entries["part"] = sizes[:, 0], sizes[:, 1]
         self.num_documents = len(np.unique(sizes[:, 0]))
-        places = packing.max_sequences(tokens_per_pack)
+        places = packing.max_sequences(tokens_per_pack, source.rules.caption_patches > 0)
         self._offsets = packing.next_fit(sizes[:, 2], sizes[:, 3], tokens_per_pack, self.images_per_pack, places)
 
     def __len__(self) -> int:

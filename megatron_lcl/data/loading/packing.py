@@ -16,9 +16,12 @@ _ONE, _ALL = _U(1), _U(0xFFFFFFFFFFFFFFFF)
 _CANDIDATES, _REACH = 12, 512  # of `best_fit`: sequences tried, and how far to look for them
 
 
-def max_sequences(tokens_per_pack: int) -> int:
-    """S: how many sequences a pack of T tokens may hold, so that lists of their starts have a fixed length."""
-    return max(1, tokens_per_pack // 16)
+def max_sequences(tokens_per_pack: int, captions: bool = False) -> int:
+    """S: how many sequences a pack of T tokens may hold, so that lists of their starts have a fixed length.
+
+    captions: how many pairs, each of which is two sequences.
+    """
+    return max(1, tokens_per_pack // (32 if captions else 16))
 
 
 def choose_images_per_pack(images_per_token: float, tokens_per_pack: int) -> int:

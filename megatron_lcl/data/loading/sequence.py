@@ -32,13 +32,20 @@ class Sequences:
     """a document as it stands, each image as `<soi>`, P placeholders, `<eoi>`; else a sequence `<sot> text <soi>` for
     each image-text pair, the image encoded apart from it"""
     contrast: bool = True
-    """images that a text precedes take part in the contrast"""
+    """images that a text precedes take part in the contrast, or in whatever compares them with their contexts"""
     targets: bool = True
     """each token's target is the next one, but for placeholders and `<eoi>`; else there are no targets"""
+    captions: bool = False
+    """of image-text pairs: each has, beside `<sot> text <soi>`, a second sequence `<sot> <soi>`, P placeholders, `<eoi>
+    text <eot>` in the same pack, for the same image slot; targets are those of this text and `<eot>` alone"""
+
+    def __post_init__(self) -> None:
+        assert not (self.captions and self.interleaved), "captions are of image-text pairs"
 
 
 INTERLEAVED = Sequences()
 PAIRS = Sequences(interleaved=False, targets=False)
+CAPTIONED_PAIRS = Sequences(interleaved=False, captions=True)
 
 
 class Rules(NamedTuple):
@@ -47,7 +54,8 @@ class Rules(NamedTuple):
     num_patches: int
     """P: placeholders per image; 0: a sequence per image-text pair, the image outside of it (`Sequences`)"""
     max_tokens: int
-    """token slots of one sequence: min(context length, T)"""
+    """token slots of one sequence: min(context length, T); less for a pair's `<sot> text <soi>` whose text has to fit
+    its caption too"""
     max_images: int
     """images of one sequence: I"""
     selects: bool
@@ -63,6 +71,8 @@ class Rules(NamedTuple):
     """pairs in the reference's one-ended forms"""
     carry_text: bool
     """where a document is cut before an image, the end of the text before it goes along (evaluation)"""
+    caption_patches: int = 0
+    """of image-text pairs: placeholders of a pair's second sequence; 0: it has none (`Sequences.captions`)"""
 
     @property
     def image_tokens(self) -> int:
@@ -87,12 +97,19 @@ def rules_for(
     carry_text: see `Rules`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
-    smallest = num_patches + 5 if sequences.interleaved else 4
+    smallest = num_patches + 5 if sequences.interleaved or sequences.captions else 4
+    if sequences.captions and data.tokens_per_pack < num_patches + 8:
+        raise UserError(
+            f"data.tokens_per_pack = {data.tokens_per_pack} cannot hold both sequences of an image-text pair: an image "
+            f"of {num_patches} patches, six special tokens and twice one of text; give it at least {num_patches + 8}"
+        )
     if max_tokens < smallest:
         raise UserError(
             f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
             f"one of text; give model.language.context_length and data.tokens_per_pack at least {smallest}"
         )
+    if sequences.captions:  # the caption has the same text and is the longer one, and both stand in one pack
+        max_tokens = min(max_tokens - num_patches - 2, (data.tokens_per_pack - num_patches - 2) // 2)
     return Rules(
         num_patches=num_patches if sequences.interleaved else 0,
         max_tokens=max_tokens,
@@ -106,6 +123,7 @@ def rules_for(
         pairs=pairs,
         reference_pairs=pairs and data.pair_layout == "reference" and sequences.interleaved,
         carry_text=carry_text,
+        caption_patches=num_patches if sequences.captions else 0,
     )
 
 
@@ -226,7 +244,7 @@ def measure(
             rows = _pairs(lengths[a:b], modes[a:b], matched[first:placement], keep, b - a - len(keep), rules)
             tokens[d], images[d] = 0, len(rows) // 2
             for r in range(0, len(rows), 2):
-                tokens[d] += rows[r, 3] + 2
+                tokens[d] += _pair_tokens(rows[r, 3], rules)
         elif rules.reference_pairs and num == 1 and offsets[d + 1] - offsets[d] == 2:
             tokens[d] = text + rules.num_patches + 3
         else:
@@ -408,11 +426,17 @@ def _pairs(
 
 
 @numba.njit(cache=True, nogil=True)
+def _pair_tokens(text: int, rules: Rules) -> int:
+    """Token slots of a pair with so many tokens of text: `<sot> text <soi>`, and its caption, if it has one."""
+    return text + 2 + (text + rules.caption_patches + 4 if rules.caption_patches > 0 else 0)
+
+
+@numba.njit(cache=True, nogil=True)
 def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, bool]:
     """Whether the sequences of an arrangement begin with `<sot>` and end with `<eot>`.
 
     Always both, but for the reference's pairs: `<soi>… <eoi> text <eot>` or `<sot> text <soi>… <eoi>`. (Where
-    pairs are sequences of their own, one is `<sot> text <soi>`, as the model encodes a lone text.)
+    pairs are sequences of their own, one is `<sot> text <soi>`, as the model encodes a lone text; a caption has both.)
     """
     if rules.num_patches == 0:
         return True, False
@@ -444,7 +468,7 @@ def arranged_sizes(
             last += modes[k] == 1
         rows = arrange(lengths[a:b], modes[a:b], similarity[first:last], matched[first:last], keys[i], rules)
         begins, ends = has_ends(rows, modes[a:b], rules)
-        previous = -1
+        previous, text = -1, 0
         for r in range(len(rows)):
             if rows[r, 0] != previous:
                 previous = rows[r, 0]
@@ -454,9 +478,13 @@ def arranged_sizes(
                     out = larger
                 out[count, 0], out[count, 1], out[count, 2] = i, begins + ends, 0
                 count += 1
-            if rows[r, 3] == IMAGE_ROW:
-                out[count - 1, 2] += 1
-                out[count - 1, 1] += rules.num_patches + 2 if rules.num_patches > 0 else 1
-            else:
-                out[count - 1, 1] += rows[r, 3] - rows[r, 2]
+            if rows[r, 3] != IMAGE_ROW:
+                text = rows[r, 3] - rows[r, 2]
+                out[count - 1, 1] += text
+                continue
+            out[count - 1, 2] += 1
+            if rules.num_patches > 0:
+                out[count - 1, 1] += rules.num_patches + 2
+            else:  # the pair's text is in the row before
+                out[count - 1, 1] = _pair_tokens(text, rules)
     return out[:count].copy()

@@ -116,7 +116,9 @@ class Source:
         """
         tokens, images = self.tokens[documents], self.images[documents]
         rules = self.rules
-        several = (tokens > rules.max_tokens) | (images > rules.max_images) | ((rules.num_patches == 0) & (images > 1))
+        several = images > 1  # of pairs each is a sequence
+        if rules.num_patches:
+            several = (tokens > rules.max_tokens) | (images > rules.max_images)
         whole = np.flatnonzero((tokens > 0) & ~several)
         blocks = [np.stack([whole, np.zeros_like(whole), tokens[whole], images[whole]], 1).astype(np.int32)]
         places = np.flatnonzero(several)

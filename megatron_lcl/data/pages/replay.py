@@ -104,7 +104,9 @@ def _pack(
     batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, num_patches: int, side: int | None
 ) -> dict[str, Any]:
     """What the template shows of a batch of one pack; images are scaled down to `side` pixels, if it is given."""
-    slot_of = {image.soi: image.slot for origin in origins for image in origin.images}
+    images = [image for origin in origins for image in origin.images]
+    # shown at each `<soi>` that stands for it: where pairs have captions, at two
+    slot_of = {row: image.slot for image in images for row in (image.soi, image.start - 1) if row >= 0}
     pair_of = {row: n for n, row in enumerate(sorted(r for r in batch.image_soi.tolist() if r >= 0), 1)}
     bad = dict(batch.bad_images)
     ids, targets = batch.tokens.numpy(), batch.targets.numpy()

@@ -81,7 +81,7 @@ def plant(engine: Any, fault: str) -> None:
         if fault == "loss":  # infinite, with gradients that are not
             return out._replace(generation=out.generation + math.inf)
         if fault == "contrast":
-            return out._replace(text_features=out.text_features * math.nan)
+            return out._replace(contexts=out.contexts * math.nan)
         if fault == "gradient" and torch.is_grad_enabled():
             out.generation.register_hook(lambda gradient: gradient * math.inf)
         return out

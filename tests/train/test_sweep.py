@@ -1,0 +1,226 @@
+"""`train --sweep`: which runs it makes, what it refuses, what one that fails does to the others; and their report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_corpus import make_corpus
+
+from megatron_lcl import config as configs
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.errors import UserError
+from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
+from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train import sweep
+from megatron_lcl.train.sweep import Member
+
+TINY = """
+model:
+  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  language: {{context_length: 64, vocab_size: {vocab_size}, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  pool_heads: 2
+data: {{corpora: {corpus}, cache: {cache}, tokens_per_pack: 96, images_per_pack: 4, workers: 0}}
+train: {{steps: 2, global_batch: 4, log_every: 1, progress: false, dtype: float32}}
+checkpoint: {{every: 0}}
+"""
+
+
+def names(*sweeps: str, **overrides: str) -> list[str]:
+    return [
+        member.name for member in sweep.members(None, {k.replace("__", "."): v for k, v in overrides.items()}, sweeps)
+    ]
+
+
+def test_members_are_the_product_and_say_their_values() -> None:
+    found = sweep.members(
+        None, {"train.output": "runs/x"}, ["objective.contrastive-weight=0.03,1e-1", "--train.seed=0,1"]
+    )
+    assert [member.name for member in found] == [
+        "contrastive_weight=0.03,seed=0",
+        "contrastive_weight=0.03,seed=1",
+        "contrastive_weight=0.1,seed=0",
+        "contrastive_weight=0.1,seed=1",
+    ]
+    weights = [(m.config.objective.contrastive_weight, m.config.train.seed, m.config.train.output) for m in found]
+    assert weights[2] == (0.1, 0, "runs/x/contrastive_weight=0.1,seed=0")
+    assert configs.load(None, main_overrides(found[2])) == found[2].config, "its arguments make the same run"
+    assert names("objective.name=lcl,coca") == ["objective=lcl", "objective=coca"]
+    assert names("data.seed=1", "train.seed=1,2") == ["data.seed=1,train.seed=1", "data.seed=1,train.seed=2"]
+    assert names("optimizer.betas=[0.9,0.95],[0.9,0.98]") == ["betas=[0.9,0.95]", "betas=[0.9,0.98]"]
+    assert names("train.init_from=null,runs/a b") == ["init_from=null", "init_from=runs_a_b"]
+    long = names("train.init_from=" + "a" * 300 + "," + "a" * 299 + "b")
+    assert len(set(long)) == 2
+    assert max(map(len, long)) <= sweep.MAX_NAME
+
+
+def main_overrides(member: Member) -> dict[str, str]:
+    from megatron_lcl.cli.training import _overrides
+
+    return _overrides(member.arguments())
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "said"),
+    [
+        (["objective.contrastive_wieght=1"], r"no config key `objective\.contrastive_wieght`; the nearest is"),
+        (["optimizer.lr=1e-3,fast"], r"config key `optimizer\.lr` = 'fast': input should be a valid number"),
+        (["optimizer.lr=1e-3,0.001"], r"two runs of the sweep would be lr=0\.001"),
+        (["optimizer.lr"], r"--sweep optimizer\.lr: give a field and its values"),
+        (["optimizer.lr=1e-3,"], r"give a field and its values"),
+        (["train.output=a,b"], r"a sweep names its run folders itself"),
+        (["train.seed=1", "train.seed=2"], r"train\.seed is given twice"),
+        (["train.steps=3,4"], r"train\.steps is given twice"),
+    ],
+)
+def test_what_is_wrong_is_said_as_of_a_single_run(sweeps: Sequence[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        names(*sweeps, train__steps="5")
+
+
+def test_a_task_of_a_job_array_is_one_member() -> None:
+    runs = sweep.members(None, {}, ["train.seed=5,6,7"])
+    assert sweep.of_array(runs, {}) is None
+    chosen = sweep.of_array(runs, {"SLURM_ARRAY_TASK_ID": "1", "RANK": "0"})
+    assert chosen is not None
+    assert chosen.config.train.seed == 6
+    for wrong in ("3", "-1", "x"):
+        with pytest.raises(UserError, match=r"3 runs; submit it with --array=0-2"):
+            sweep.of_array(runs, {"SLURM_ARRAY_TASK_ID": wrong})
+    with pytest.raises(UserError, match="submit it as a job array"):
+        sweep.of_array(runs, {"RANK": "0"})
+
+
+def test_the_command_of_an_array_task_is_that_of_its_member(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert main(["train", "--sweep", "train.seed=5,6", "--train.output", "runs/x", "--print-config"]) == 0
+    config = capsys.readouterr().out
+    assert "seed: 6" in config
+    assert "output: runs/x/seed=6" in config
+
+
+@pytest.mark.parametrize(
+    ("codes", "fail_fast", "begun", "code"),
+    [
+        ([0, 0, 0], False, 3, 0),
+        ([0, 1, 0], False, 3, 1),
+        ([2, 1, 0], False, 3, 2),
+        ([0, 1, 0], True, 2, 1),
+        ([0, 75, 0], False, 2, 75),
+        ([1, 130, 0], False, 2, 130),
+    ],
+)
+def test_a_failure_leaves_the_others_alone(
+    codes: list[int], fail_fast: bool, begun: int, code: int, tmp_path: Path
+) -> None:
+    runs = sweep.members(None, {"train.output": str(tmp_path)}, ["train.seed=0,1,2"])
+    started: list[int] = []
+    lines: list[str] = []
+
+    def start(member: Member) -> int:
+        started.append(member.config.train.seed)
+        return codes[member.config.train.seed]
+
+    assert sweep.run_members(runs, start, fail_fast, lines.append) == code
+    assert started == list(range(begun))
+    became = ["finished" if c == 0 else f"exit code {c}" for c in codes[:begun]] + ["not begun"] * (3 - begun)
+    assert lines[-3:] == [f"seed={n}  {what}" for n, what in enumerate(became)]
+
+
+def make_runs(folder: Path) -> Path:
+    """A sweep of two seeds, made by the command, the second after the first was there."""
+    corpus = make_corpus(folder / "in", seed=0)
+    text = TINY.format(vocab_size=open_corpus(corpus).tokenizer.vocab_size, corpus=corpus, cache=folder / "cache")
+    (folder / "config.yaml").write_text(text)
+    command = ["train", "--config", str(folder / "config.yaml"), "--processes", "1"]
+    command += ["--train.output", str(folder / "sweep")]
+    assert main([*command, "--sweep", "train.seed=0"]) == 0
+    first = (folder / "sweep" / "seed=0" / "metrics.jsonl").read_bytes()
+    assert main([*command, "--sweep", "train.seed=0,1"]) == 0
+    assert (folder / "sweep" / "seed=0" / "metrics.jsonl").read_bytes() == first, "it was finished"
+    return folder
+
+
+@pytest.fixture
+def made(once: Callable[[str, Callable[[Path], Any]], Any], tmp_path: Path) -> Path:
+    """A copy of a finished sweep of two seeds, with its config beside it."""
+    folder = once("sweep", make_runs)
+    shutil.copytree(folder / "sweep", tmp_path / "sweep")
+    shutil.copy(folder / "config.yaml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_run_is_as_if_alone_and_a_finished_one_stays(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {path.name: Run.of(path) for path in find_runs([made / "sweep"])}
+    assert sorted(runs) == ["seed=0", "seed=1"]
+    assert [runs[name].settings["train.seed"] for name in sorted(runs)] == [0, 1]
+    assert all(run.steps == 2 for run in runs.values())
+    assert runs["seed=0"].series("loss")[1] != runs["seed=1"].series("loss")[1]
+    command = ["train", "--config", str(made / "config.yaml"), "--sweep", "train.seed=0,1"]
+    command += ["--processes", "1", "--train.output", str(made / "sweep")]
+    assert main(command) == 0
+    assert capsys.readouterr().err.count("was finished before") == 2
+    assert main([*command, "--optimizer.lr", "0.5"]) == 2
+    assert "seed=0 is finished, with optimizer.lr = 0.0005 where this sweep has 0.5" in capsys.readouterr().err
+    assert main([*command, "--train.global_batch", "5", "--processes", "2"]) == 2, "nothing of it has begun"
+    assert capsys.readouterr().err.startswith("megatron-lcl train: seed=0: ")
+
+
+def write_run(folder: Path, losses: Sequence[float], step: int = 1, **settings: Any) -> Path:
+    """A run folder with a loss and a contrastive loss a step."""
+    folder.mkdir(parents=True)
+    tree = {k.replace("__", "."): str(v) for k, v in settings.items()}
+    (folder / CONFIG).write_text(configs.to_yaml(configs.load(None, {"train.output": str(folder), **tree})))
+    lines = [{"step": step * n, "loss": loss, "contrastive": 0.0} for n, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "s/a0", [4.0, 2.0], train__seed=0, optimizer__lr=0.1, data__workers=3)
+    write_run(tmp_path / "s/a1", [8.0, 3.0, 1.0], train__seed=1, optimizer__lr=0.1)
+    write_run(tmp_path / "s/b0", [5.0], train__seed=0, optimizer__lr=0.2)
+    (tmp_path / "s/a0/heldout.json").write_text(json.dumps({"step": 2, "image_to_context_recall_at_10": 0.25}))
+    runs = [Run.of(path) for path in find_runs([tmp_path / "s"])]
+    one, other = group(runs)
+    assert (one.label, other.label) == ("lr 0.1", "lr 0.2")
+    assert [run.folder.name for run in one.runs] == ["a0", "a1"]
+    assert one.band("loss") == [(1, 6.0, 4.0, 8.0), (2, 2.5, 2.0, 3.0)]
+    assert one.band("contrastive") == [], "always 0: not measured"
+    assert (one.cell("loss"), other.cell("loss")) == ("1.5 (1 to 2)", "5")
+    assert one.cell("heldout/image_to_context_recall_at_10") == "0.25"
+    page = write_runs_report([tmp_path / "s"])
+    assert page == tmp_path / "s/report.html"
+    text = page.read_text()
+    for said in ("3 runs of", "lr 0.1", "1.5 (1 to 2)", "train.seed alone", "<svg", "2 to 3 of 1000"):
+        assert said in text, said
+    assert text.count("<svg") == 1
+    assert not any(loads in text for loads in ("src=", "<link", "@import", "url(http")), "self-contained"
+
+
+def test_lines_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for rate in (10, 9, 0.5):
+        write_run(tmp_path / f"lr={rate}", [1.0], optimizer__lr=rate)
+    assert [g.label for g in group([Run.of(p) for p in find_runs([tmp_path])])] == ["lr 0.5", "lr 9", "lr 10"]
+
+
+def test_the_report_of_several_runs_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (write_run(tmp_path / name, [2.0, 1.0], train__seed=n) for n, name in enumerate("ab"))
+    assert main(["report", str(a), str(b)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+    assert main(["report", str(a), str(b), "--output", str(tmp_path / "x.html")]) == 0
+    assert (tmp_path / "x.html").read_text() == (tmp_path / "report.html").read_text()
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    assert main(["report", str(a), str(tmp_path / "empty")]) == 2
+    assert "empty is neither a run folder, which has a config.yaml, nor a folder of such" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert "name a run folder, or several" in capsys.readouterr().err
