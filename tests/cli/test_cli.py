@@ -68,7 +68,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
         (["preprocess", "--format", "nonsense", "--input", str(empty), "--output", output], "nonsense"),
         (["evaluate", "--checkpoint", str(empty), "--corpus", str(empty)], str(empty)),
         (["export", "--checkpoint", str(empty), "--format", "hf", "--output", output], str(empty)),
-        (["report", "--run", str(empty)], "not a run folder"),
+        (["report", "--run", str(empty)], "neither a run folder"),
         (["quickstart", "--html", str(empty), "--output", output], "HTML"),
         (["evaluate", "--nonsense"], "--checkpoint"),
     ):

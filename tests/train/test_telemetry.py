@@ -79,7 +79,7 @@ def test_a_terminal_has_a_bar_and_a_log_has_lines(
         for step in range(1, 10):
             telemetry.step(step, RESULT, 1e-3, 0.1, 0.0)
     said = capsys.readouterr()
-    assert ("loss 1.000, 1000 images/s" in said.err) == bar
+    assert ("loss 1.000, accuracy 50.0% (chance 25.0%), 1000 images/s" in said.err) == bar
     matches = [LINE.fullmatch(line) for line in said.out.splitlines()]
     assert [match and match[1] for match in matches] == (["4", "8", "9"] if lines else [])
     assert {match.groups()[1:3] for match in matches if match} <= {
@@ -169,7 +169,10 @@ def test_a_step_without_targets_has_no_generation_loss(tmp_path: Path) -> None:
     assert (line["generation"], line["contrastive"]) == (None, 1.0)
 
 
-def test_chance_stands_beside_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chance_stands_beside_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminals(monkeypatch, True, True)
     config = configs.load(None, {"train.log_every": "1", "train.steps": "9"})
     with Telemetry(tmp_path, config, True, 0) as telemetry:
         for step, pairs in ((1, 4), (2, 0)):

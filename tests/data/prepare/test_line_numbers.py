@@ -45,8 +45,9 @@ def test_lines_are_counted_once_in_any_order(tmp_path: Path) -> None:
         (tmp_path / name / "same.jsonl").write_text("x\n" * 9)
     (tmp_path / "a.jsonl").write_text("x\n" * 100_000)
     files = [tmp_path / "a.jsonl", tmp_path / "one" / "same.jsonl", tmp_path / "two" / "same.jsonl"]
-    numbers = lines.LineNumbers([Unit(file.name, 1, (file, 0, 1)) for file in files])
+    numbers = lines.LineNumbers([Unit(file.relative_to(tmp_path).as_posix(), 1, (file, 0, 1)) for file in files])
     for line in (99_999, 5, 40_000, 5, 1, 100_000):
         assert numbers.name(f"a.jsonl@{2 * (line - 1)}: an image @3") == f"a.jsonl:{line}: an image @3"
+    assert numbers.name("two/same.jsonl@4") == "two/same.jsonl:3"
     for other in ("same.jsonl@4", "page.html", "b.jsonl@3", "a.jsonl:3", "a.jsonl@x"):
         assert numbers.name(other) == other
