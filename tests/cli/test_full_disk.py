@@ -222,7 +222,6 @@ def test_a_run_is_refused_that_has_no_room_for_a_checkpoint(
 
 
 def test_a_cache_that_is_full_is_named(documents: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is mapped has its space on the disk first: else the process would be killed by SIGBUS."""
     fill(disk)
     command = ["train", "--config", str(documents / "run" / "config.yaml"), "--processes", "1", "--train.output"]
     assert main([*command, str(documents / "new run"), "--data.cache", str(disk / "cache")]) == 2
@@ -230,6 +229,16 @@ def test_a_cache_that_is_full_is_named(documents: Path, disk: Path, capsys: pyte
     assert f"the pack index cannot be written to {disk / 'cache'} (No space left on device, " in said
     assert "are free" in said
     assert "set data.cache to another folder" in said
+
+
+def test_what_is_mapped_has_its_space_first(disk: Path) -> None:
+    """Else the process would be killed by SIGBUS where it writes to a page that does not fit."""
+    fill(disk)
+    with pytest.raises(OSError, match=f"No space left on device: '{disk / 'mapped.npy'}'"):
+        new_array(disk / "mapped.npy", np.int64, (9999,))
+    (disk / "ballast").unlink()
+    new_array(disk / "mapped.npy", np.int64, (9999,))[:] = 3
+    assert np.load(disk / "mapped.npy").sum() == 3 * 9999
 
 
 def test_no_error_of_a_full_disk_is_without_a_name(disk: Path) -> None:
