@@ -158,7 +158,7 @@ def test_command_line(
     model, other = ["evaluate", "--model", str(checkpoint)], ["--model", f"hf:{tmp_path}"]
     for arguments, words in (
         ([*model, *other, "--corpus", str(tmp_path)], "no LCL model"),
-        ([*model, *model[1:], "--corpus", str(tmp_path), "--output", str(tmp_path / "one")], "one --model at a time"),
+        ([*model, *model[1:], "--corpus", str(tmp_path), "--output", str(tmp_path / "one")], "one MODEL at a time"),
         ([*model, "--corpus", str(tmp_path), "--task", "knn"], "--task goes with --data"),
         ([*model, "--data", str(folder), "--task", "knn", "--device", "cuda:77"], "cuda:77"),
     ):
