@@ -78,9 +78,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def fill(disk: Path) -> None:
+def fill(disk: Path, free: int = FREE) -> None:
     facts = os.statvfs(disk)
-    (disk / "ballast").write_bytes(b"\0" * (facts.f_bavail * facts.f_bsize - FREE))
+    (disk / "ballast").write_bytes(b"\0" * (facts.f_bavail * facts.f_bsize - free))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -228,7 +228,6 @@ def test_a_run_is_refused_that_has_no_room_for_a_checkpoint(
 
 
 def test_a_cache_that_is_full_is_named(documents: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is mapped has its space on the disk first: else the process would be killed by SIGBUS."""
     fill(disk)
     command = ["train", "--config", str(documents / "run" / "config.yaml"), "--processes", "1", "--train.output"]
     assert main([*command, str(documents / "new run"), "--data.cache", str(disk / "cache")]) == 2
@@ -238,11 +237,21 @@ def test_a_cache_that_is_full_is_named(documents: Path, disk: Path, capsys: pyte
     assert "set data.cache to another folder" in said
 
 
+def test_what_is_mapped_has_its_space_first(disk: Path) -> None:
+    """Else the process would be killed by SIGBUS where it writes to a page that does not fit."""
+    fill(disk, 4 * FREE)  # enough for its first and its last page
+    with pytest.raises(OSError, match=f"No space left on device: '{disk / 'mapped.npy'}'"):
+        new_array(disk / "mapped.npy", np.int64, (9999,))
+    (disk / "ballast").unlink()
+    new_array(disk / "mapped.npy", np.int64, (9999,))[:] = 3
+    assert np.load(disk / "mapped.npy").sum() == 3 * 9999
+
+
 def test_no_error_of_a_full_disk_is_without_a_name(disk: Path) -> None:
     """Writes to an open file do not say which: whoever writes does."""
     (disk / "run").mkdir()
     (disk / "run" / LOCK).touch()
-    (disk / "ballast").write_bytes(b"\0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize))
+    fill(disk, 0)
     writers: dict[str, Callable[[Path], Any]] = {
         LOCK: lambda path: lock_run_folder(path.parent).__enter__(),
         "array.npy": lambda path: save_array(path, np.zeros(9999)),
