@@ -53,7 +53,7 @@ def out_of_reach(remote: Remote) -> str | None:
     session = get_session()  # with the hub's proxies and certificates, which take their time to be read
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     # in a thread: resolving a name has no time limit of its own
-    Thread(target=lambda: answers.put(_ask(session, remote.url, limit)), daemon=True).start()
+    Thread(target=lambda: answers.put(_ask(session, remote.url, 2 * limit)), daemon=True).start()
     parts = urlsplit(remote.url)
     host = f"{parts.scheme}://{parts.netloc}"
     try:
@@ -63,10 +63,10 @@ def out_of_reach(remote: Remote) -> str | None:
     return said and f"{host} cannot be reached ({said})"
 
 
-def _ask(session: Any, url: str, limit: float) -> str | None:
+def _ask(session: Any, url: str, timeout: float) -> str | None:
     """What goes wrong when the host is asked for the file's header; None: it answers, if only that it has no file."""
     try:
-        status = session.head(url, timeout=limit).status_code
+        status = session.head(url, timeout=timeout).status_code
     except Exception as error:  # noqa: BLE001 - the hub's client is of another HTTP library in each of its versions
         return " ".join(str(error).split()) or type(error).__name__
     return f"HTTP status {status}" if status == 429 or status >= 500 else None
