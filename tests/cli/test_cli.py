@@ -70,7 +70,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
         (["export", "--checkpoint", str(empty), "--format", "hf", "--output", output], str(empty)),
         (["report", "--run", str(empty)], "neither a run folder"),
         (["quickstart", "--html", str(empty), "--output", output], "HTML"),
-        (["evaluate", "--nonsense"], "--checkpoint"),
+        (["evaluate", "--nonsense"], "--corpus --data"),
     ):
         code, error = run(capsys, *arguments)
         assert code == 2, arguments
