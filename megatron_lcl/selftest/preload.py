@@ -17,8 +17,5 @@ for name in (
 ):
     importlib.import_module(name)
 
-import deepspeed
-import numba
-
-numba.njit(lambda: 0)()  # numba sets itself up with the first function that it runs
-deepspeed.ops.__compatible_ops__  # noqa: B018 - DeepSpeed finds out what it could compile when it is first asked
+importlib.import_module("numba").njit(lambda: 0)()  # numba sets itself up with the first function that it runs
+importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - found out when they are first asked for
