@@ -1,7 +1,7 @@
 """Latent Compression Learning: pre-training of vision encoders and language models on interleaved documents.
 
-`load_model`, `from_open_clip`, `LCL` and `open_corpus` are the library's front door; each is imported on first use, so
-that `import megatron_lcl` costs nothing.
+`load_model`, `from_open_clip`, `LCL` and `open_corpus` are the library's public interface; each is imported on first
+use, so that `import megatron_lcl` costs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's apex.optimizers, whose kernels need a GPU: it keeps its books as apex's fused_adam.py does.
+"""A stand-in for NVIDIA's apex.optimizers, whose kernels need a GPU: it stores its state as apex's fused_adam.py does.
 
 The count of steps is one whole number of the parameter group; a parameter's state has the two moments and nothing else.
 """

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 pytest_plugins = ["local_slurm"]
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # oversubscribed cores crawl
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are slower
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 LONGEST = (

@@ -38,7 +38,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
                 rank, ok, value = results.get(timeout=1.0)
             except queue.Empty:
                 dead = [w.pid for w in workers if w.exitcode not in (None, 0)]
-                assert not dead, f"processes {dead} died without a word"
+                assert not dead, f"processes {dead} died without a result"
                 assert time.monotonic() < deadline, f"no result after {timeout} s; have those of {sorted(collected)}"
                 continue
             assert ok, f"rank {rank}:\n{value}"

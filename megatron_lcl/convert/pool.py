@@ -16,7 +16,7 @@ from megatron_lcl.convert.weights import save_parts
 from megatron_lcl.model.lcl import LCL
 
 POOL = "lcl/attention_pool.safetensors"
-"""in a folder of its own: timm before 1.0.26 stumbles over a second .safetensors file beside the weights"""
+"""in a folder of its own: timm before 1.0.26 fails on a second .safetensors file beside the weights"""
 
 _PARTS = ("query", "norm_q.", "norm_k.", "norm_v.", "q.", "k.", "v.", "out.")
 

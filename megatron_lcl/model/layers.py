@@ -278,11 +278,6 @@ class Head(nn.Module):
         log_scale = self.log_scale.to(torch.float32, copy=True)
         return Outputs(nll, latents_ND, contexts_ND, log_scale)
 
-    @torch.no_grad()
-    def clamp_log_scale(self) -> None:
-        """Back into [0, ln 100], after each step (CLIP)."""
-        self.log_scale.clamp_(0, MAX_LOG_SCALE)
-
     def text_features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Language-model outputs [N, D] → unit-norm context features [N, D], float32."""
         return unit_norm(self._contexts(hidden_ND))

@@ -107,6 +107,11 @@ class Objective(ABC):
         return self.config.contrast.strategy if self.all_features_first else "1F1B"
 
     @property
+    def keeps_graphs(self) -> bool:
+        """Whether the graphs of all micro-batches are kept until the loss over the global batch is there."""
+        return self.strategy == "retain"
+
+    @property
     def num_forwards(self) -> int:
         """Forwards of a micro-batch in a step."""
         return 2 if self.strategy == "recompute" else 1

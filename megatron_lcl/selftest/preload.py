@@ -18,5 +18,4 @@ for name in (
     importlib.import_module(name)
 
 importlib.import_module("numba").njit(lambda: 0)()  # numba sets itself up with the first function that it runs
-# DeepSpeed finds out what it could compile when it is first asked
-importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018
+importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - found out when they are first asked for

@@ -43,7 +43,7 @@ def check_layout(config: Config, processes: int) -> int:
             f"zero.stage = 3 does not go with parallel.tensor = {tensor}: both split the parameters; "
             "set zero.stage to 1 or 2, or parallel.tensor to 1"
         )
-    if config.zero.stage == 3 and objectives.create(config).strategy == "retain":
+    if config.zero.stage == 3 and objectives.create(config).keeps_graphs:
         raise UserError(
             "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
             "set contrast.strategy to recompute"

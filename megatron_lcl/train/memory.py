@@ -84,7 +84,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
         optimizer=12 * own / data * keeps_optimizer,
         batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,
         graph=_graph(config, images, number) / split,
-        num_graphs=micro_batches if objectives.create(config).strategy == "retain" else 1,
+        num_graphs=micro_batches if objectives.create(config).keeps_graphs else 1,
         gradients=number * own / (data if stage > 1 else 1) * keeps_optimizer,
     )
 

@@ -153,7 +153,7 @@ class Stepper:
         counts = GlobalCounts.of(batches, mesh, engine.device)
         outputs: list[Outputs] = []
         if objective.all_features_first:
-            retain = objective.strategy == "retain"
+            retain = objective.keeps_graphs
             with torch.set_grad_enabled(retain):
                 outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
         parameter, loss = self._log_scale(), None
@@ -179,7 +179,7 @@ class Stepper:
         assert loss is not None
         undo_means = self.mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         for m, batch in enumerate(batches):
-            out = outputs[m] if self.objective.strategy == "retain" else self.engine(batch)
+            out = outputs[m] if self.objective.keeps_graphs else self.engine(batch)
             self.engine.backward(loss.of(m, out) * undo_means)
             self.engine.step()
 

@@ -42,8 +42,8 @@ def model(tokenizer: SentencePieceTokenizer) -> LCL:
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("colours")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("colors")
     generator = np.random.default_rng(0)
     for c, name in enumerate(("blue", "green", "red")):
         (root / name).mkdir()
@@ -63,14 +63,12 @@ def checkpoint(model: LCL, tokenizer: SentencePieceTokenizer, tmp_path_factory: 
 
 
 @pytest.mark.parametrize("format", ["hf", "timm", "open_clip"])
-def test_an_export_is_the_same_encoder(
-    model: LCL, checkpoint: Path, colours: Path, tmp_path: Path, format: str
-) -> None:
+def test_an_export_is_the_same_encoder(model: LCL, checkpoint: Path, colors: Path, tmp_path: Path, format: str) -> None:
     pytest.importorskip({"hf": "transformers"}.get(format, format))
     export_model(model, format, tmp_path / "out")
     spec = f"{format}:{'' if format == 'hf' else 'local-dir:'}{tmp_path / 'out'}"
     theirs, ours = load_encoder(spec), load_encoder(checkpoint)
-    blobs = open_images(colours).images
+    blobs = open_images(colors).images
     a = theirs.encode(torch.stack([theirs.prepare(b.read()) for b in blobs]))
     b = ours.encode(torch.stack([ours.prepare(b.read()) for b in blobs]))
     assert torch.allclose(a.patches, b.patches, rtol=1e-4, atol=1e-4)
@@ -90,9 +88,9 @@ def test_our_texts_are_read_at_soi(model: LCL, checkpoint: Path, tokenizer: Sent
         assert torch.allclose(model.encode_text(torch.tensor([ids]))[0], feature, atol=1e-5)
 
 
-def test_zero_shot_from_checkpoint_to_result(checkpoint: Path, colours: Path, tmp_path: Path) -> None:
+def test_zero_shot_from_checkpoint_to_result(checkpoint: Path, colors: Path, tmp_path: Path) -> None:
     encoder = load_encoder(checkpoint, checkpoint / "words.model")
-    data = open_images(colours)
+    data = open_images(colors)
     result = zero_shot(encoder, data, image_features(encoder, data.images, cache=tmp_path, progress=False))
     assert result.num_items == 18
     assert result.metrics["accuracy, top 5"].value == 1  # of three
@@ -107,10 +105,10 @@ def test_the_tokenizer_must_fit(model: LCL) -> None:
         OurEncoder("x", model, other)
 
 
-def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colours: Path) -> None:
+def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colors: Path) -> None:
     encoder = load_encoder(checkpoint, checkpoint / "words.model")
     assert isinstance(encoder, OurEncoder)
-    same = open_images(colours).images[:1] * 4
+    same = open_images(colors).images[:1] * 4
     written = [caption(encoder, same, Decoding(4, 1.0, seed=s), "", batch_size=1, progress=False) for s in (0, 0, 7)]
     assert len(set(written[0])) == 4
     assert written[0] == written[1]
@@ -119,10 +117,10 @@ def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colours: 
 
 @pytest.mark.slow
 def test_several_processes_give_the_same(
-    checkpoint: Path, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = EncoderSource(str(checkpoint), str(checkpoint / "words.model"))(0)
-    images = open_images(colours).images
+    images = open_images(colors).images
     one = image_features(encoder, images, cache=tmp_path / "1", batch_size=4, progress=False)
     two = image_features(encoder, images, cache=tmp_path / "2", batch_size=4, processes=2)
     assert np.allclose(one, two, rtol=1e-4, atol=1e-5)
@@ -236,7 +234,7 @@ def test_what_does_not_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
-def test_other_hugging_face_models(kind: str, tmp_path: Path, colours: Path) -> None:
+def test_other_hugging_face_models(kind: str, tmp_path: Path, colors: Path) -> None:
     hf = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     vision = sizes | {"intermediate_size": 64}
@@ -256,7 +254,7 @@ def test_other_hugging_face_models(kind: str, tmp_path: Path, colours: Path) -> 
     theirs.eval().save_pretrained(tmp_path)
     hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
     encoder = load_encoder(f"hf:{tmp_path}")
-    images = torch.stack([encoder.prepare(b.read()) for b in open_images(colours).images[:3]])
+    images = torch.stack([encoder.prepare(b.read()) for b in open_images(colors).images[:3]])
     pooled, patches = encoder.encode(images)
     with torch.no_grad():
         if kind == "clip":
@@ -321,7 +319,7 @@ def test_a_pooler_without_weights_is_left_out(tmp_path: Path) -> None:
     assert torch.allclose(patches, hidden[:, 1:], atol=1e-5)
 
 
-def test_an_encoder_without_patch_tokens(tmp_path: Path, colours: Path) -> None:
+def test_an_encoder_without_patch_tokens(tmp_path: Path, colors: Path) -> None:
     open_clip = pytest.importorskip("open_clip")
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
     text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -331,7 +329,7 @@ def test_an_encoder_without_patch_tokens(tmp_path: Path, colours: Path) -> None:
     save_file(weights, tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     encoder = load_encoder(f"open_clip:local-dir:{tmp_path}")
-    images = open_images(colours).images[:2]
+    images = open_images(colors).images[:2]
     assert image_features(encoder, images, cache=tmp_path / "c", progress=False).shape == (2, 16)
     with pytest.raises(ValueError, match="no patch tokens"):
         image_features(encoder, images, "patches", cache=tmp_path / "c", progress=False)

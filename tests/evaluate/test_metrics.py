@@ -54,8 +54,8 @@ def split(digits: Digits) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 def test_zero_shot(encoder: Encoder, split: tuple[np.ndarray, ...]) -> None:
     _, _, x, y = split
     result = zero_shot(encoder, image_set(y), x)
-    centres = encoder.encode_texts(WORDS).numpy()
-    scores = x / np.linalg.norm(x, axis=1, keepdims=True) @ centres.T
+    centers = encoder.encode_texts(WORDS).numpy()
+    scores = x / np.linalg.norm(x, axis=1, keepdims=True) @ centers.T
     assert result.metrics["accuracy"].value == pytest.approx((scores.argmax(1) == y).mean())
     assert result.metrics["accuracy, top 5"].value == pytest.approx(top_k_accuracy_score(y, scores, k=5))
     assert result.metrics["mean per-class recall"].value == pytest.approx(balanced_accuracy_score(y, scores.argmax(1)))
@@ -140,8 +140,8 @@ def test_attentive_probe_against_plain_formulas() -> None:
     w = {name: p.detach().clone().requires_grad_() for name, p in AttentiveProbe(8, 3, 2).named_parameters()}
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def logits(x: torch.Tensor) -> torch.Tensor:

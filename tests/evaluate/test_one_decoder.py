@@ -51,9 +51,9 @@ def transparent() -> tuple[bytes, np.ndarray]:
 
 def sixteen_bits() -> tuple[bytes, np.ndarray]:
     """Grey levels of 16 bits; Pillow's own conversion cuts them off at 255."""
-    grey, out = picture()[..., 0], io.BytesIO()
-    Image.fromarray(grey.astype(np.uint16) * 257).save(out, "PNG")
-    return out.getvalue(), np.stack([grey] * 3, -1)
+    gray, out = picture()[..., 0], io.BytesIO()
+    Image.fromarray(gray.astype(np.uint16) * 257).save(out, "PNG")
+    return out.getvalue(), np.stack([gray] * 3, -1)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_labelled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_labeled_images(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     export_model(load_model(checkpoint), "timm", tmp_path / "timm")
     results = evaluate(
@@ -189,7 +189,7 @@ def huge_png(side: int) -> bytes:
 def test_all_bad_images_are_found_before_any_is_encoded(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are named in one line; or left out and counted, by option."""
+    """They are named in one line; or skipped and counted, by option."""
     from megatron_lcl.cli import main
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -130,7 +130,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_back_into_the_queue(
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm, checkout: Path, folder: Path) -> None:
+def test_a_canceled_job_saves_and_stays_canceled(slurm: Slurm, checkout: Path, folder: Path) -> None:
     job = submit(slurm, checkout, folder)
     slurm.wait(lambda: len(starts(folder, job)) == 4, "all tasks have started")
     slurm.run("scancel", job)

@@ -51,7 +51,7 @@ def processes_of(slurm: Slurm, job: str, node: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_requeued_and_bereft_of_a_node_it_ends_like_an_undisturbed_run(
+def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     slurm: Slurm, tiny: list[str], tmp_path: Path
 ) -> None:
     """Over two nodes: put back into the queue, and then killed on the second of them, which is not used again."""

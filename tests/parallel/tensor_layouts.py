@@ -113,7 +113,7 @@ def one_process(file: str, case: Case, clamp: bool = True) -> Run:
         norm = torch.nn.utils.clip_grad_norm_(named.values(), case.clip_norm or float("inf"))
         optimizer.step()
         if clamp:
-            model.head.clamp_log_scale()
+            model.head.log_scale.data.clamp_(0, math.log(100))
         numbers = (out.generation_loss, out.contrastive_loss, norm, model.head.log_scale)
         losses.append([float(x.detach()) for x in numbers])
     return Run(losses, gradients, {name: p.detach().numpy() for name, p in named.items()}, [])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 
 from megatron_lcl import config as configs
 from megatron_lcl.errors import UserError
@@ -58,28 +60,34 @@ def test_the_embedding_looks_up_the_same_rows() -> None:
     torch.testing.assert_close(ours, plain)
 
 
-# two steps; in the second one an operation that has no deterministic form is planted
-RUN = """
-import sys
-import torch
-from megatron_lcl import config as configs
-from megatron_lcl.train import step
-from megatron_lcl.train.run import train
+def two_steps(rank: int, config: str, output: str) -> str:
+    """What a run prints; in its second step an operation that has no deterministic form is planted."""
+    from megatron_lcl import config as configs
+    from megatron_lcl.train import step
+    from megatron_lcl.train.run import train
 
-run, done = step.Stepper.run, []
-def noted(self, *arguments):
-    print("deterministic", torch.are_deterministic_algorithms_enabled(), flush=True)
-    if done:
-        torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
-    done.append(run(self, *arguments))
-    return done[-1]
-step.Stepper.run = noted
-try:
-    train(configs.load(sys.argv[1], {"train.output": sys.argv[2], "train.deterministic": "true", "train.steps": "2"}))
-except RuntimeError as error:
-    print(error)
-print("behind it", torch.are_deterministic_algorithms_enabled())
-"""
+    run, done = step.Stepper.run, []
+
+    def noted(self: step.Stepper, *arguments: Any) -> Any:
+        print("deterministic", torch.are_deterministic_algorithms_enabled())
+        if done:
+            put()
+        done.append(run(self, *arguments))
+        return done[-1]
+
+    step.Stepper.run = noted  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            train(
+                configs.load(
+                    config,
+                    {"train.output": output, "train.deterministic": "true", "train.steps": "2", "data.workers": "0"},
+                )
+            )
+        except RuntimeError as error:
+            print(error)
+        print("behind it", torch.are_deterministic_algorithms_enabled())
+    return said.getvalue()
 
 
 @pytest.mark.slow
@@ -92,13 +100,9 @@ def test_it_is_on_during_training(tmp_path: Path) -> None:
     corpus, file = make_corpus(tmp_path / "documents", seed=0), tmp_path / "config.yaml"
     vocab_size = open_corpus(corpus).tokenizer.vocab_size
     file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=tmp_path / "cache"))
-
-    command = [sys.executable, "-c", RUN, str(file), str(tmp_path / "run")]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "kernels: attention per_sequence, losses torch" in done.stdout
-    assert done.stdout.count("deterministic True") == 2
-    assert NO_DETERMINISTIC_FORM in done.stdout
-    assert done.stdout.splitlines()[-1] == "behind it False"
+    (said,) = run_processes(two_steps, 1, str(file), str(tmp_path / "run"))
+    assert "kernels: attention per_sequence, losses torch" in said
+    assert said.count("deterministic True") == 2
+    assert NO_DETERMINISTIC_FORM in said
+    assert said.splitlines()[-1] == "behind it False"
     assert [step for step, *_ in losses(tmp_path / "run")] == [1]

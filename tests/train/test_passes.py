@@ -42,9 +42,9 @@ class Engine:
 
     def __init__(self, case: Case) -> None:
         config = case.config()
-        stages = build_layers(config.model, config.contrast.initial_log_scale)
-        initialize(dict(enumerate(stages)), config.model, config.train.seed)
-        self.module = LayerList(*stages)
+        layers = build_layers(config.model, config.contrast.initial_log_scale)
+        initialize(dict(enumerate(layers)), config.model, config.train.seed)
+        self.module = LayerList(*layers)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
         self.events: list[str] = []
 

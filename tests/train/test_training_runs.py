@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +53,12 @@ def train(config: Path, output: Path, *arguments: str, processes: int = 2) -> st
     return fleet.train(output, "--config", str(config), *arguments, size=processes)
 
 
-def launch(config: Path, output: Path, *arguments: str, code: int = 0) -> str:
+def launch(config: Path, output: Path, *arguments: str) -> str:
     """The command itself, with its launcher: each process imports torch and DeepSpeed, which takes seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config), "--train.output", str(output)]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)
-    assert result.returncode == code, result.stderr
+    assert result.returncode == 0, result.stderr
     return result.stderr + result.stdout
 
 
@@ -240,30 +242,32 @@ def test_one_process_gives_the_same_losses(finished: Path, config_file: Path, tm
 
 
 @pytest.mark.slow
-def test_a_run_of_another_model_is_not_overwritten(finished: Path, config_file: Path) -> None:
+def test_a_run_of_another_model_is_not_overwritten(
+    finished: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = losses(finished)
-    said = launch(config_file, finished, "--model.language.layers", "1", code=2)
-    assert "model.language.layers 2 → 1" in said
-    said = launch(config_file, finished, "--model.language.vocab_size", "500", code=2)
-    assert "set model.language.vocab_size to" in said
+    command = ["train", "--config", str(config_file), "--train.output", str(finished), "--processes", "2"]
+    for change, words in (
+        (["--model.language.layers", "1"], "model.language.layers 2 → 1"),
+        (["--model.language.vocab_size", "500"], "set model.language.vocab_size to"),
+    ):
+        assert main([*command, *change]) == 2
+        assert words in capsys.readouterr().err
     assert losses(finished) == before
+
+
+def small_disk(rank: int) -> None:
+    """A limit on the size of files stands in for the disk: the checkpoint's write fails in the middle."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_while_saving(config_file: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: the checkpoint's write fails in the middle."""
     run = tmp_path / "full"
-    limited = (
-        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-        f"sys.argv = ['megatron-lcl', 'train', '--config', {str(config_file)!r}, '--train.output', {str(run)!r}, "
-        "'--processes', '1']; runpy.run_module('megatron_lcl', run_name='__main__')"
-    )
-    result = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 2, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("megatron-lcl train: process 0 could not write the checkpoint"), result.stderr
-    assert "Traceback" not in result.stderr
+    said = fleet.train(run, "--config", str(config_file), size=1, code=2, plant=small_disk)
+    assert said.strip().splitlines()[-1].startswith("megatron-lcl train: process 0 could not write the checkpoint")
+    assert "Traceback" not in said
     assert not any((run / "checkpoints").iterdir())
 
 
@@ -349,17 +353,8 @@ def test_apex_is_used_where_it_is_asked_for(
 
 @pytest.mark.slow
 def test_processes_of_a_launcher_are_checked_too(config_file: Path, tmp_path: Path) -> None:
-    launched = {
-        **os.environ,
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config_file)]
-    command += ["--train.output", str(tmp_path / "run"), "--model.language.vocab_size", "500"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=launched)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("megatron-lcl train: model.language.vocab_size is 500")
-    assert not (tmp_path / "run").exists()
+    run = tmp_path / "run"
+    words = ["--config", str(config_file), "--model.language.vocab_size", "500"]
+    said = fleet.train(run, *words, size=1, code=2)
+    assert said.strip().splitlines()[-1].startswith("megatron-lcl train: model.language.vocab_size is 500")
+    assert not run.exists()

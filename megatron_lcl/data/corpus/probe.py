@@ -107,11 +107,11 @@ def eight_bits(image: Pillow.Image) -> Pillow.Image:
     deep = image.mode.startswith("I;16") or any(
         np.fmax.reduce(levels, axis=None, initial=0) > 255 for _, levels in _strips(image)
     )
-    grey = Pillow.new("L", image.size)
+    gray = Pillow.new("L", image.size)
     for top, levels in _strips(image):
         eight = np.clip(levels / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8)
-        grey.paste(Pillow.fromarray(eight), (0, top))
-    return grey
+        gray.paste(Pillow.fromarray(eight), (0, top))
+    return gray
 
 
 def _strips(image: Pillow.Image) -> Iterator[tuple[int, np.ndarray]]:

@@ -20,8 +20,8 @@ class BadImages:
     """Counts what one process has read since it started."""
 
     def __init__(self, data: Data) -> None:
-        self.max_in_a_row, self.max_fraction = data.max_bad_images, data.max_bad_fraction
-        self._in_a_row = 0
+        self.max_consecutive, self.max_fraction = data.max_bad_images, data.max_bad_fraction
+        self._consecutive = 0
         self._last: deque[bool] = deque(maxlen=WINDOW)
         self._num_bad = 0
         """of the last ones"""
@@ -32,11 +32,11 @@ class BadImages:
         valid = np.flatnonzero(batch.image_valid.numpy()).tolist()
         for slot in sorted([*failed, *valid]):
             bad = slot in failed
-            self._in_a_row = self._in_a_row + 1 if bad else 0
+            self._consecutive = self._consecutive + 1 if bad else 0
             self._num_bad += bad - (len(self._last) == WINDOW and self._last[0])
             self._last.append(bad)
-            if self._in_a_row > self.max_in_a_row:
-                self._stop(f"{self._in_a_row} images in a row did not decode", failed[slot], "max_bad_images")
+            if self._consecutive > self.max_consecutive:
+                self._stop(f"{self._consecutive} images in a row did not decode", failed[slot], "max_bad_images")
             if bad and self._num_bad >= MIN_BAD and self._num_bad / len(self._last) > self.max_fraction:
                 share = f"{self._num_bad} of the last {len(self._last)} images did not decode"
                 self._stop(share, failed[slot], "max_bad_fraction")

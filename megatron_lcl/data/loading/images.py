@@ -111,10 +111,10 @@ def _jpeg_header(data: bytes) -> tuple[int, int] | None:
     if data[:2] != b"\xff\xd8":
         return None
     try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    return (height, width) if colour in ("YCbCr", "Gray", "RGB") else None
+    return (height, width) if color in ("YCbCr", "Gray", "RGB") else None
 
 
 def _decode_jpeg(data: bytes, width: int, height: int, factor: float) -> np.ndarray:

@@ -182,9 +182,9 @@ def _features(data: bytes) -> _Features | None:
     white.alpha_composite(image)
     color = white.convert("RGB")
     box = Pillow.Resampling.BOX
-    grey = color.convert("L").resize((64, 64), box)
-    row = np.asarray(grey.resize((9, 8), box), np.int16)
-    vertical, horizontal = np.gradient(np.asarray(grey, np.float32))
+    gray = color.convert("L").resize((64, 64), box)
+    row = np.asarray(gray.resize((9, 8), box), np.int16)
+    vertical, horizontal = np.gradient(np.asarray(gray, np.float32))
     edges = np.hypot(vertical, horizontal).reshape(32, 2, 32, 2).mean((1, 3)).ravel()
     edges -= edges.mean()
     return _Features(

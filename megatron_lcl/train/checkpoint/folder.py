@@ -153,7 +153,7 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
 
     A run that has checkpoints of its own goes on from them whatever `resume` is, so that a job that is started again
     by the same command goes on where it stopped. UserError where all of them are damaged (weeks of work are not begun
-    anew without a word), or the one that `resume` names is.
+    anew silently), or the one that `resume` names is.
     """
     folder, rejected = newest(list_checkpoints(run))
     if folder is None and rejected:

@@ -206,7 +206,7 @@ class PipelineStepper(Stepper):
             assert loss is not None
             return loss.of(m, out) * self.mesh.data.size  # DeepSpeed averages over replicas; ours is one global mean
 
-        if self.objective.strategy == "retain":
+        if self.objective.keeps_graphs:
             self.engine.all_backward(loss_of)
         else:
             self.engine.one_forward_one_backward(batches, loss_of)

@@ -30,12 +30,12 @@ ROTATED[0x0112] = 6
 
 GOOD: dict[str, tuple[bytes, tuple[int, int]]] = {
     "cmyk jpeg": (encoded(BASE.convert("CMYK"), "JPEG"), (90, 70)),
-    "grey jpeg": (encoded(BASE.convert("L"), "JPEG"), (90, 70)),
+    "gray jpeg": (encoded(BASE.convert("L"), "JPEG"), (90, 70)),
     "progressive jpeg": (encoded(BASE, "JPEG", progressive=True), (90, 70)),
     "jpeg rotated by exif": (encoded(BASE, "JPEG", exif=ROTATED), (70, 90)),
     "palette png": (encoded(BASE.convert("P"), "PNG"), (90, 70)),
     "palette png with transparency": (encoded(BASE.convert("P"), "PNG", transparency=3), (90, 70)),
-    "grey and alpha png": (encoded(BASE.convert("LA"), "PNG"), (90, 70)),
+    "gray and alpha png": (encoded(BASE.convert("LA"), "PNG"), (90, 70)),
     "1-bit png": (encoded(BASE.convert("1"), "PNG"), (90, 70)),
     "16-bit png": (encoded(Pillow.fromarray(DEEP), "PNG"), (90, 70)),
     "16-bit big-endian tiff": (
@@ -93,18 +93,18 @@ def test_sixteen_bits_keep_their_levels() -> None:
     expected = DEEP / 257
     for name in ("16-bit png", "16-bit big-endian tiff"):
         for data in (GOOD[name][0], downscale(GOOD[name][0], 89)):
-            grey = decode_eval(data, 70)[0].astype(float)
-            assert np.abs(grey - expected[:, 10:80]).mean() < 4, name
+            gray = decode_eval(data, 70)[0].astype(float)
+            assert np.abs(gray - expected[:, 10:80]).mean() < 4, name
 
 
 @pytest.mark.parametrize("at", [0, 7, 300 * 4 - 1])
-def test_grey_levels_beside_what_is_no_number(at: int) -> None:
+def test_gray_levels_beside_what_is_no_number(at: int) -> None:
     """Above 255 they are of 16 bits; a picture of 300 rows is looked at in strips."""
     levels = np.full(1200, 40 * 257, np.float32)
     levels[at] = np.nan
     with np.errstate(invalid="ignore"):
-        grey = np.asarray(eight_bits(Pillow.fromarray(levels.reshape(300, 4)))).ravel()
-    assert set(np.delete(grey, at)) == {40}
+        gray = np.asarray(eight_bits(Pillow.fromarray(levels.reshape(300, 4)))).ravel()
+    assert set(np.delete(gray, at)) == {40}
     assert set(np.asarray(eight_bits(Pillow.fromarray(np.full((300, 4), 40.4, np.float32)))).ravel()) == {40}
 
 

@@ -118,7 +118,7 @@ def test_transparent_parts_are_white() -> None:
         assert whole(data, 8)[:, 4, 0].max() < 15, mode
 
 
-def test_grey_palette_one_bit_and_cmyk() -> None:
+def test_gray_palette_one_bit_and_cmyk() -> None:
     image = picture()
     reference = whole(encode(image, "PNG"))
     for mode, format in (("L", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("CMYK", "TIFF")):
@@ -131,13 +131,13 @@ def test_grey_palette_one_bit_and_cmyk() -> None:
 
 
 def test_sixteen_bits_become_eight() -> None:
-    grey = np.linspace(0, 65535, 300 * 200).reshape(200, 300).astype(np.uint16)
-    data = encode(PIL.Image.fromarray(grey), "PNG")
-    got, expected = whole(data), whole(encode(PIL.Image.fromarray((grey // 257).astype(np.uint8)), "PNG"))
+    gray = np.linspace(0, 65535, 300 * 200).reshape(200, 300).astype(np.uint16)
+    data = encode(PIL.Image.fromarray(gray), "PNG")
+    got, expected = whole(data), whole(encode(PIL.Image.fromarray((gray // 257).astype(np.uint8)), "PNG"))
     assert np.abs(got - expected).max() <= 2
-    ok, colour = cv2.imencode(".png", np.repeat(grey[..., None], 3, 2))
+    ok, color = cv2.imencode(".png", np.repeat(gray[..., None], 3, 2))
     assert ok
-    assert np.abs(whole(colour.tobytes()) - expected).max() <= 2
+    assert np.abs(whole(color.tobytes()) - expected).max() <= 2
 
 
 def test_an_animation_gives_its_first_frame() -> None:

@@ -82,7 +82,7 @@ def test_merged_pairs_contrast_as_their_parts_do(parts: list[Path], tmp_path: Pa
 
 
 def test_selection_is_of_matched_documents_alone(parts: list[Path], tmp_path: Path) -> None:
-    """Beside them, natural documents without images were left out."""
+    """Beside them, natural documents without images were skipped."""
     assert counted(parts[2]) == (8, 8, counted(parts[2])[2])  # one image of each is similar enough
     merge(parts[2:], tmp_path / "merged")
     documents, images, _ = counted(tmp_path / "merged")

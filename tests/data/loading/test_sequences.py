@@ -168,7 +168,7 @@ def test_shuffle_is_a_permutation_and_any_part_of_it_the_same(size: int) -> None
     assert (shuffled(np.uint64(7), size, size // 3, size) == whole[size // 3 :]).all()
 
 
-def test_shuffle_has_no_favourites() -> None:
+def test_shuffle_has_no_favorites() -> None:
     counts = np.zeros((10, 10))
     for seed in range(20000):
         counts[np.arange(10), shuffled(np.uint64(seed * 7919), 10, 0, 10)] += 1

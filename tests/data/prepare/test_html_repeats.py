@@ -177,7 +177,7 @@ def test_an_unfinished_run_of_earlier_rules_is_not_continued(
         preprocess("html", site, tmp_path / "out", tokenizer="clip", job=(1, 2), task_bytes=1)
 
 
-def test_a_finished_corpus_of_earlier_rules_is_recognised_and_said(
+def test_a_finished_corpus_of_earlier_rules_is_recognized_and_said(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(HtmlImporter, "rules", 1)

@@ -76,16 +76,16 @@ def test_reading_order(manual_documents: Read) -> None:
 
 
 def near_duplicates(ours: list[bytes], others: list[bytes]) -> list[tuple[int, int]]:
-    """Pairs that look alike by another measure than the one that grouped them: perceptual hashes and grey pixels."""
+    """Pairs that look alike by another measure than the one that grouped them: perceptual hashes and gray pixels."""
 
     def features(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         image = Pillow.open(io.BytesIO(data)).convert("RGBA")
         white = Pillow.new("RGBA", image.size, "white")
         white.alpha_composite(image)
-        grey = white.convert("L")
-        spectrum = dctn(np.asarray(grey.resize((32, 32), Pillow.Resampling.LANCZOS), float))[:8, :8].ravel()[1:]
+        gray = white.convert("L")
+        spectrum = dctn(np.asarray(gray.resize((32, 32), Pillow.Resampling.LANCZOS), float))[:8, :8].ravel()[1:]
         return spectrum > np.median(spectrum), np.asarray(
-            grey.resize((24, 24), Pillow.Resampling.LANCZOS), float
+            gray.resize((24, 24), Pillow.Resampling.LANCZOS), float
         ).ravel()
 
     a, b = ([np.stack(part) for part in zip(*map(features, images), strict=True)] for images in (ours, others))

@@ -140,7 +140,7 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def apex(before: bool) -> Iterator[None]:
-    """The stand-in can be imported as apex.optimizers; before: nothing is made of how it keeps its books."""
+    """The stand-in can be imported as apex.optimizers; before: its count of steps is not moved."""
     import apex_stand_in
 
     from megatron_lcl.train import optimizer

@@ -29,7 +29,7 @@ SOURCES = {
     "pipeline": Job("pipeline", pipeline=2, again=True),
     "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
     "apex": Job("apex", 1, optimizer="apex_fused_adam", again=True),
-    # as it was written before: nothing but apex's own books
+    # as it was written before: nothing but apex's own state
     "apex, before": Job("apex, before", 1, optimizer="apex_fused_adam", before=True),
     # several pieces of each parameter group
     "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", sub_group_size=2000, again=True),

@@ -305,7 +305,7 @@ def gathered(results: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm, of the whole model; key biases, whose gradient is 0, left out."""
+    """Norm of the difference over the norm, of the whole model; key biases, whose gradient is 0, are skipped."""
     assert ours.keys() == theirs.keys()
     names = [name for name in theirs if not name.endswith("k.bias")]
     a, b = (torch.cat([t[n].flatten().double() for n in names]) for t in (ours, theirs))

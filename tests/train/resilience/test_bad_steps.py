@@ -24,16 +24,16 @@ from megatron_lcl.train.resilience.bad_steps import BadSteps
 FAULTS = ["loss", "gradient", "contrast", "spike"]
 
 
-def leave_out(rank: int, layouts: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]]:
-    """For each (ZeRO stage, dtype): `leave_out_at`."""
+def skip_steps(rank: int, layouts: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """For each (ZeRO stage, dtype): `skip_at`."""
     import torch.distributed as dist
 
-    outcomes = {layout: leave_out_at(rank, *layout) for layout in layouts}
+    outcomes = {layout: skip_at(rank, *layout) for layout in layouts}
     dist.destroy_process_group()
     return outcomes
 
 
-def leave_out_at(rank: int, zero: int, dtype: str) -> dict[str, Any]:
+def skip_at(rank: int, zero: int, dtype: str) -> dict[str, Any]:
     """Three good steps, with bad ones of every kind between them, and the same without: all state of both, by bits.
 
     The faults come from the second process alone; the spike is one because of the limit.
@@ -104,7 +104,7 @@ def state_of(engine: Any) -> list[torch.Tensor]:
 @pytest.mark.slow
 def test_a_bad_step_changes_nothing() -> None:
     layouts = [(zero, dtype) for zero in (1, 2, 3) for dtype in ("float32", "bfloat16")]
-    for outcomes in run_processes(leave_out, 2, layouts):
+    for outcomes in run_processes(skip_steps, 2, layouts):
         for layout, outcome in outcomes.items():
             assert outcome["same"], layout
             assert len(outcome["equal"]) > 50
@@ -180,7 +180,7 @@ def poison(rank: int, packs: list[int], kind: str) -> None:
 
 
 def without_packs(rank: int, consumed: int, count: int) -> None:
-    """A run whose ledger leaves out packs from the beginning."""
+    """A run whose ledger skips packs from the beginning."""
     from megatron_lcl.train import resume_point
 
     plain = resume_point.open_ledger
@@ -260,7 +260,7 @@ def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_pipeline_all_parts_leave_out_and_rewind(config_file: str, tmp_path: Path) -> None:
+def test_in_a_pipeline_all_stages_skip_and_rewind(config_file: str, tmp_path: Path) -> None:
     words = ["--config", config_file, "--parallel.pipeline", "2", "--guard.max_bad_steps", "2"]
     train(tmp_path / "without", *words, plant=without_packs_in_a_pipeline, planted=(24, 8))
     train(tmp_path / "run", *words, plant=poison_a_pipeline, planted=([26, 31],))
@@ -325,9 +325,7 @@ def damage(rank: int, packs: list[int], run: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_rewind_passes_over_damage_and_says_so(
-    config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
-) -> None:
+def test_a_rewind_rejects_damage_and_says_so(config_file: str, without: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """Saves of steps 2, 4 and 6; back to step 4."""
     run = tmp_path / "run"
     words = ["--config", config_file, "--guard.max_bad_steps", "2", "--checkpoint.every", "2"]

@@ -35,7 +35,7 @@ PATIENCE = 90.0  # of this test
 LONG = ["--train.steps", "2000", "--checkpoint.every", "0", "--guard.timeout", str(TIMEOUT)]
 
 
-def hang(rank: int, guilty: int, where: str, mark: str) -> None:
+def hang(rank: int, faulty: int, where: str, mark: str) -> None:
     """One process never comes back from its first or fifth step, from reading its data, from a block's forward, or,
     in the background, from writing its part of a checkpoint."""
     from megatron_lcl.data.loading.loader import PackedLoader
@@ -46,7 +46,7 @@ def hang(rank: int, guilty: int, where: str, mark: str) -> None:
 
     loop.choose_partition = lambda *_: (0, 2, 4)
     os.environ |= {"SLURMD_NODENAME": f"node-{rank}", "MEGATRON_LCL_FAULTS": str(Path(mark).parent)}
-    if rank != guilty:
+    if rank != faulty:
         return
 
     def write_files(*_):  # type: ignore[no-untyped-def]
@@ -60,14 +60,14 @@ def hang(rank: int, guilty: int, where: str, mark: str) -> None:
         "computing": (Stepper, "run"),
         "starting": (Stepper, "run"),
         "reading data": (PackedLoader, "_batches"),
-        "in a part": (Block, "forward"),
+        "in a stage": (Block, "forward"),
     }
     cls, name = classes[where]
     plain, calls = getattr(cls, name), []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
-        if len(calls) == {"starting": 1, "computing": 5, "in a part": 19}[where]:  # four forwards of it in each step
+        if len(calls) == {"starting": 1, "computing": 5, "in a stage": 19}[where]:  # four forwards of it in each step
             Path(mark).touch()
             time.sleep(3600)
         return plain(self, *arguments)
@@ -147,27 +147,27 @@ def outcome(fleet: Fleet, fault: float, step: int, watched: Sequence[int]) -> Ou
     return Outcome(codes, [log.read_text() for log in fleet.logs], named, alive(loaders), step, seconds)
 
 
-def killed(guilty: int, config_file: str, folder: Path) -> Outcome:
+def killed(faulty: int, config_file: str, folder: Path) -> Outcome:
     """A failing collective makes suspicious: no process waits for the timeout."""
     with Fleet(folder / "run", "--config", config_file, *LONG, "--guard.timeout", "300") as fleet:
         fleet.wait_for_step(5)
         step = last_step(fleet.run)
-        loaders = descendants(fleet.pid(guilty))
-        os.kill(fleet.pid(guilty), signal.SIGKILL)
-        ended = outcome(fleet, time.time(), step, [1 - guilty])
+        loaders = descendants(fleet.pid(faulty))
+        os.kill(fleet.pid(faulty), signal.SIGKILL)
+        ended = outcome(fleet, time.time(), step, [1 - faulty])
         deadline = time.monotonic() + 15  # torch's loader processes look after their parent every 5 seconds
         while alive(loaders) and time.monotonic() < deadline:
             time.sleep(0.2)
         return ended._replace(left=[*ended.left, *alive(loaders)])
 
 
-def hung(guilty: int, where: str, config_file: str, folder: Path) -> Outcome:
-    """Three replicas; or a pipeline, whose parts wait for each other in other ways than by collectives."""
-    layout = ["--parallel.pipeline", "3"] if where == "in a part" else ["--train.global_batch", "6"]
+def hung(faulty: int, where: str, config_file: str, folder: Path) -> Outcome:
+    """Three replicas; or a pipeline, whose stages wait for each other in other ways than by collectives."""
+    layout = ["--parallel.pipeline", "3"] if where == "in a stage" else ["--train.global_batch", "6"]
     words, mark = ["--config", config_file, *LONG, *layout], folder / "hangs"
     if where in ("starting", "saving"):
         words += ["--guard.long_timeout", str(LONG_TIMEOUT), "--checkpoint.every", "2"]
-    with Fleet(folder / "run", *words, size=3, plant=hang, planted=(guilty, where, str(mark))) as fleet:
+    with Fleet(folder / "run", *words, size=3, plant=hang, planted=(faulty, where, str(mark))) as fleet:
         fleet.wait_for(mark.exists)
         return outcome(fleet, mark.stat().st_mtime, 4, range(3))
 
@@ -199,7 +199,7 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
         "killed 1": partial(killed, 1),
         "hangs 1 computing": partial(hung, 1, "computing"),
         "hangs 0 reading data": partial(hung, 0, "reading data"),
-        "hangs 1 in a part": partial(hung, 1, "in a part"),
+        "hangs 1 in a stage": partial(hung, 1, "in a stage"),
         "hangs 1 starting": partial(hung, 1, "starting"),
         "hangs 2 saving": partial(hung, 2, "saving"),
         "frozen": frozen,
@@ -212,46 +212,46 @@ def outcomes(config_file: str, undisturbed: list[Any], tmp_path_factory: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guilty", [0, 1])
-def test_a_process_that_is_killed(guilty: int, outcomes: dict[str, Future[Outcome]]) -> None:
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_process_that_is_killed(faulty: int, outcomes: dict[str, Future[Outcome]]) -> None:
     """Process 0 keeps the store over which the others watch."""
-    codes, said, _, left, step, seconds = outcomes[f"killed {guilty}"].result()
-    assert codes[guilty] == -signal.SIGKILL
-    assert codes[1 - guilty] == LOST, said
+    codes, said, _, left, step, seconds = outcomes[f"killed {faulty}"].result()
+    assert codes[faulty] == -signal.SIGKILL
+    assert codes[1 - faulty] == LOST, said
     assert not left
-    named = re.search(rf"megatron-lcl: process {guilty} .*last step done: (\d+)\)", said[1 - guilty])
+    named = re.search(rf"megatron-lcl: process {faulty} .*last step done: (\d+)\)", said[1 - faulty])
     assert named, said
-    assert 0 <= int(named[1]) - step + 60 <= 120  # it goes on while we read, and speaks once a second
+    assert 0 <= int(named[1]) - step + 60 <= 120  # it goes on while we read, and writes once a second
     assert seconds < 3 * SUSPICION_SECONDS + BUSY, said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guilty", "where"), [(1, "computing"), (0, "reading data"), (1, "in a part")])
-def test_a_process_that_hangs(guilty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
-    codes, said, named, left, step, seconds = outcomes[f"hangs {guilty} {where}"].result()
+@pytest.mark.parametrize(("faulty", "where"), [(1, "computing"), (0, "reading data"), (1, "in a stage")])
+def test_a_process_that_hangs(faulty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    codes, said, named, left, step, seconds = outcomes[f"hangs {faulty} {where}"].result()
     assert codes == [LOST] * 3, said
-    assert named == [f"node-{guilty}\n"] * 3
+    assert named == [f"node-{faulty}\n"] * 3
     assert not left
     assert seconds < TIMEOUT + BUSY, said
     for text in said:
         told = re.search(r"megatron-lcl: (.*?)\. ", text)
         assert told, said
-        doing = "computing" if where == "in a part" else where
-        assert re.search(rf"process {guilty} hangs while {doing} at [a-z_]+\.py:\d+ in [a-z_<>]+ \(host", told[1]), said
+        doing = "computing" if where == "in a stage" else where
+        assert re.search(rf"process {faulty} hangs while {doing} at [a-z_]+\.py:\d+ in [a-z_<>]+ \(host", told[1]), said
         assert f"last step done: {step})" in told[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guilty", "where"), [(1, "starting"), (2, "saving")])
-def test_a_hang_in_what_may_take_long(guilty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
+@pytest.mark.parametrize(("faulty", "where"), [(1, "starting"), (2, "saving")])
+def test_a_hang_in_what_may_take_long(faulty: int, where: str, outcomes: dict[str, Future[Outcome]]) -> None:
     """The first step; and a save in the background, which all wait for when the next is due."""
-    codes, said, _, left, _, seconds = outcomes[f"hangs {guilty} {where}"].result()
+    codes, said, _, left, _, seconds = outcomes[f"hangs {faulty} {where}"].result()
     assert codes == [LOST] * 3, said
     assert not left
     assert TIMEOUT < seconds < LONG_TIMEOUT + BUSY, said
     doing, step = {"starting": ("computing", 0), "saving": ("saving", 4)}[where]
     for text in said:
-        assert re.search(rf"megatron-lcl: process {guilty} hangs while {doing} at .* last step done: {step}\)", text), (
+        assert re.search(rf"megatron-lcl: process {faulty} hangs while {doing} at .* last step done: {step}\)", text), (
             said
         )
 
@@ -355,9 +355,9 @@ def test_who_is_waited_for() -> None:
 
 @given(st.integers(2, 9), st.integers(0, 8), st.integers(1, 99))
 @settings(deadline=None)
-def test_whoever_stops_first_is_named(size: int, guilty: int, count: int) -> None:
-    """The others each stop at the next collective of a ring of groups that ends at the guilty one."""
-    order = [(guilty + i) % size for i in range(size)]
+def test_whoever_stops_first_is_named(size: int, faulty: int, count: int) -> None:
+    """The others each stop at the next collective of a ring of groups that ends at the faulty one."""
+    order = [(faulty + i) % size for i in range(size)]
     groups: dict[int, dict[str, int]] = {rank: {} for rank in order}
     for before, after in itertools.pairwise(order):
         groups[before][f"{before}-{after}"], groups[after][f"{before}-{after}"] = count, count + 1

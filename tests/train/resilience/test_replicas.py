@@ -18,7 +18,7 @@ from megatron_lcl.train.resilience.audit import read_audit
 from megatron_lcl.train.resilience.replicas import _describe, fingerprint
 
 
-def flip_a_bit(rank: int, guilty: int, step: int) -> None:
+def flip_a_bit(rank: int, faulty: int, step: int) -> None:
     """After one step, the lowest bit of one parameter of one process."""
     from megatron_lcl.train.step import Stepper
 
@@ -27,7 +27,7 @@ def flip_a_bit(rank: int, guilty: int, step: int) -> None:
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         result = plain(self, *arguments)
         calls.append(1)
-        if rank == guilty and len(calls) == step:
+        if rank == faulty and len(calls) == step:
             parameter = dict(self.engine.module.named_parameters())["1.attention.q.weight"]
             parameter.data.view(torch.int32)[3, 5] ^= 1
         return result

@@ -16,7 +16,7 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience.audit import read_audit
 
 
-def full_disk(rank: int, guilty: int, failing: Container[int]) -> None:
+def full_disk(rank: int, faulty: int, failing: Container[int]) -> None:
     """A limit on the size of files stands in for the disk of one process, in some of its saves, counted from 1.
 
     The write fails in the middle of a file.
@@ -29,7 +29,7 @@ def full_disk(rank: int, guilty: int, failing: Container[int]) -> None:
     def write_files(*arguments: Any) -> Any:
         calls.append(1)
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if rank == guilty and len(calls) in failing:
+        if rank == faulty and len(calls) in failing:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
         try:
             return plain(*arguments)
