@@ -29,8 +29,8 @@ ARTISTS = (
     "UltimateCataclysm", "MshockXotto+", "GiantDays", "NeoDaysTileset", "RetroDaysTileset", "BrownLikeBears",
     "SmashButton_iso", "HollowMoon", "Cuteclysm",
 )  # fmt: skip
-"""tilesets; of those that share sprites the one whose they are comes first. Altica, ChibiUltica and Ultica_iso have,
-but for 68, the sprites of the first two; the rest are letters or maps"""
+"""tilesets; of those that share sprites the one whose they are comes first. Altica, ChibiUltica and Ultica_iso have the
+sprites of the first two, but for 68; the rest are letters or maps"""
 HELD_OUT_ARTIST = "GiantDays"
 SIDE = 64
 """pixels, at least; sprites are enlarged by whole numbers"""
