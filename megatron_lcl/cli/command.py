@@ -32,12 +32,12 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         parser.print_help()
         return 2
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
-        parser.error(
-            f"unknown argument {rest[0]!r} of `{options.command}`; see `megatron-lcl {options.command} --help`"
-        )
+    command = ""
     try:
+        options, rest = parser.parse_known_args(arguments)
+        command = f" {options.command}"
+        if rest and options.command != "train":
+            parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")
         return options.run(options, rest) or 0
     except BrokenPipeError:
         return 0
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno not in _MENDABLE:
             raise
         if not _said_elsewhere(error):
-            print(f"megatron-lcl {options.command}: {_one_line(error)}", file=sys.stderr)
+            print(f"megatron-lcl{command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

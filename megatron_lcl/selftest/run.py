@@ -338,8 +338,6 @@ def _start(
         if faults:
             store.set("fault", "yes")
         for child in children.values():
-            if child.pid is None:  # Ctrl-C came while the others were started
-                continue
             child.join(0 if waiting else 10)
             if child.is_alive():
                 child.kill()

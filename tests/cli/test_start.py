@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,8 +115,16 @@ def test_a_process_of_several_ends_with_the_others(environment: dict[str, str]) 
 
 def test_workers_are_born_with_ctrl_c_held_back() -> None:
     held = [sys.executable, "-c", "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"]
-    with holding_interrupts():
-        assert subprocess.run(held, capture_output=True, text=True, check=True).stdout == "True\n"
+    said = []
+
+    def start() -> None:
+        with holding_interrupts():
+            signal.raise_signal(signal.SIGINT)  # comes when all are started
+            said.append(subprocess.run(held, capture_output=True, text=True, check=True).stdout)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert said == ["True\n"]
     assert subprocess.run(held, capture_output=True, text=True, check=True).stdout == "False\n"
     worker = (
         f"import os, signal\nfrom {end_on_interrupt.__module__} import end_on_interrupt\n"
@@ -139,6 +148,9 @@ def test_version_names_what_is_installed_without_importing_it() -> None:
         assert f"{name} {metadata.version(name)}" in first
     assert second.startswith("CUDA: ")
     assert not {"torch", "deepspeed", "numpy"} & set(eval(modules))
+    shown = f"{shlex.join([sys.executable, '-m', 'megatron_lcl', '--version'])} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")  # a reader that has gone is no error
 
 
 @pytest.mark.parametrize(
