@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from megatron_lcl.errors import UserError
 
-LIMIT = 1.5
+LIMIT = 1.0
 """seconds, where HF_HUB_ETAG_TIMEOUT, the hub's own variable, does not say another number"""
 
 
