@@ -42,7 +42,7 @@ def write_corpus(
                     writer.add_image(piece[0], 40, 32, "JPEG", piece[1], piece[2])
                 else:
                     writer.add_text(list(piece))
-            writer.end_document()
+            writer.end_document(f"source-{d}.txt")
         written, counts = writer.finish()
         files.update(written)
         shards.append(counts)

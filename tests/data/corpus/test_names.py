@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data import writers
-from data.corpora import write_corpus
 from data.helpers import TOKENIZER
 from data.writers import picture
 from hypothesis import given, settings
@@ -23,7 +22,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.names import BLOCK, MAX_BYTES, Names, NamesWriter
-from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, Shard, ShardWriter, open_corpus
 from megatron_lcl.data.pages.inspect import write_page
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -245,5 +244,11 @@ def test_inspect_finds_a_source(
 
 
 def test_a_writer_that_is_given_no_names(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus", [[[1, 2]], [[3]]])
-    assert (corpus.name(1), corpus[1].name) == ("", "shard 0, document 1")
+    writer = ShardWriter(tmp_path, 0)
+    for k in range(2):
+        writer.add_text([k])
+        writer.end_document()
+    writer.finish()
+    names = Shard(tmp_path, 0).names
+    assert names is not None
+    assert [names[k] for k in range(2)] == ["", ""]

@@ -132,7 +132,7 @@ def test_pairs_as_json_lines(tmp_path: Path) -> None:
     natural, pairs = written(tmp_path / "natural", PAIRS), written(tmp_path / "pairs", PAIRS, options={"kind": "pairs"})
     assert counted(natural, image_first=0.0) == (40, 40, 0)
     assert counted(pairs, image_first=0.0) == (40, 40, 40)
-    with pytest.raises(ValueError, match="kind is 'pear'"):
+    with pytest.raises(ValueError, match="--option kind=pear: give"):
         written(tmp_path / "wrong", PAIRS, options={"kind": "pear"})
     lines = [
         '{"kind": "pear", "items": [{"text": "a"}]}',

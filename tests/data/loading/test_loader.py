@@ -409,6 +409,9 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     page = replay_html(config, INTERLEAVED, 1)
     assert page.count('<details class="pack" open>') == 4
     assert all(f"Pack {n}</summary>" in page for n in range(4, 8))
+    shown = re.findall(r"<b>Document (\d+)</b>.*? · source-(\d+)\.txt</header>", page)
+    assert len(shown) == page.count("<b>Document")
+    assert all(number == source for number, source in shown)
     second = replay_html(config, INTERLEAVED, 1, rank=1, world_size=2)
     assert [n for n in range(4, 8) if f"Pack {n}</summary>" in second] == [5, 7]
     whole = replay_html(config, INTERLEAVED, 0)

@@ -80,6 +80,7 @@ def test_a_scan_in_any_groups_finds_the_same(site: Path, monkeypatch: pytest.Mon
         )
         rules.append((importer._rules, importer._num_bytes, importer._facts, importer.units()))
     assert all(found == rules[0] for found in rules[1:])
+    assert len(rules[0][2]) > NUM_PAGES  # so that no worker finds them out again
     assert rules[0][0].duplicates == {"p50.html": "p03.html"}
     assert len(rules[0][0].repeated) == 1
     assert len(rules[0][0].unwanted) == 1 + 8  # the logo, and the images of nine pages each
