@@ -26,6 +26,7 @@ import xxhash
 from PIL import Image
 from tqdm import tqdm
 
+from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
@@ -156,7 +157,7 @@ def _cached(
         handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=file.parent)
         os.close(handle)
         try:
-            np.lib.format.open_memmap(name, "w+", _TYPES[kind], (len(images), *shape)).flush()
+            new_array(Path(name), _TYPES[kind], (len(images), *shape)).flush()
             write = partial(_write, Path(name), kind)
             map_batches(encoder, images, write, batch_size, processes, f"{kind} features", progress)
             os.replace(name, file)
