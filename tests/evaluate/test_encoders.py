@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import forkserver
 from safetensors.torch import load_file, save_file
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megatron_lcl.evaluate import workers
 from megatron_lcl.evaluate.captioning import Decoding, caption
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
@@ -117,7 +119,7 @@ def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colors: P
 
 @pytest.mark.slow
 def test_several_processes_give_the_same(
-    checkpoint: Path, colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = EncoderSource(str(checkpoint), str(checkpoint / "words.model"))(0)
     images = open_images(colors).images
@@ -127,6 +129,8 @@ def test_several_processes_give_the_same(
     assert [p.name for p in (tmp_path / "1").iterdir()] == [p.name for p in (tmp_path / "2").iterdir()]
     assert "100%" in capsys.readouterr().err
     assert isinstance(encoder, OurEncoder)
+    # as from here on nothing new about the start: processes that need not import everything again
+    monkeypatch.setattr(workers, "get_context", lambda _: forkserver())
     drawn = Decoding(max_tokens=5, top_p=0.9)
     captions = [caption(encoder, images, drawn, "", 4, processes, progress=False) for processes in (1, 2)]
     assert captions[0] == captions[1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from processes import forkserver
 
 SIZE = 4
 PATIENCE = 60.0
@@ -18,8 +19,7 @@ PATIENCE = 60.0
 
 class GlooPool:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_lcl.selftest.preload"])  # as in `processes`
+        context = forkserver()
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes, self._processes = [], []
