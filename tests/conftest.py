@@ -69,6 +69,13 @@ def shared(request: pytest.FixtureRequest) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def launched_by_none() -> None:
+    """DeepSpeed leaves a launcher's variables to the process in which it has trained."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
 def _file(item: pytest.Item) -> str:
     return item.path.name
 

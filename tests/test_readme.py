@@ -63,7 +63,7 @@ def test_commands_for_one_gpu(
     ]  # fmt: skip
     dry, real = (command for command in commands if command[1] == "train")
     assert dry == [*real, "--dry-run"]
-    missing = {"report": "runs/one is not a run folder", "export": "there is no checkpoint runs/one"}
+    missing = {"report": "runs/one is neither a run folder", "export": "there is no checkpoint runs/one"}
     for command in commands:
         words = command[1:]
         if words[0] in ("preprocess", "verify"):

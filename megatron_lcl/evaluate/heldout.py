@@ -68,12 +68,13 @@ def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | Non
 
     `output`: folder for the numbers and the examples as JSON, which the report shows, and for a picture.
     """
-    spec, step, tokenizer = parse_spec(str(checkpoint)), None, open_corpus(corpus).tokenizer
+    spec, step = parse_spec(str(checkpoint)), None
     if spec.seed is not None:
         model, config = untrained_model(spec.name, spec.seed)
     else:
         folder = find_checkpoint(Path(checkpoint))
         model, config, step = load_model(folder), read_config(folder), step_of(folder)
+    tokenizer = open_corpus(corpus).tokenizer
     if tokenizer.vocab_size != config.model.language.vocab_size:
         raise UserError(
             f"the tokenizer of {corpus} has {tokenizer.vocab_size} ids, the model {config.model.language.vocab_size}; "

@@ -18,6 +18,7 @@ import torch
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
@@ -87,9 +88,18 @@ class Objective(ABC):
     all_features_first: ClassVar[bool]
     """its loss needs the features of all micro-batches before the first backward, as a contrast does"""
 
+    published: ClassVar[Mapping[str, float]] = {}
+    """the fields of the config's `objective` that weight its terms, with the values for those that are not set"""
+
     def __init__(self, config: Config) -> None:
         """UserError where the settings leave nothing to train."""
         self.config = config
+        given = {name: getattr(config.objective, name) for name in self.published}
+        self.weights = {name: self.published[name] if value is None else value for name, value in given.items()}
+        """those of `published`, as they count"""
+        if self.weights and not any(self.weights.values()):
+            names = " and ".join(f"objective.{name}" for name in self.weights)
+            raise UserError(f"{names} are both 0, which leaves nothing to train for; give one of them a weight above 0")
 
     @abstractmethod
     def terms(self, step: StepInputs) -> Sequence[Term]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from megatron_lcl.config import Config, EvaluationTask
+from megatron_lcl.config import EvaluationTask
 from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, INTERLEAVED, PAIRS, Sequences
-from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.objectives.base import Objective, StepInputs, Term
 from megatron_lcl.objectives.contrast import Contrast, contrast_gathers
@@ -26,22 +25,15 @@ class LatentCompression(Objective):
     tasks: ClassVar[tuple[EvaluationTask, ...]] = ("retrieval", "generation")
     metrics = (*generation.METRICS, *contrast.METRICS)
     all_features_first = True
-    published = 0.1, 1.0
-    """weights of contrast and generation"""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        given = config.objective.contrastive_weight, config.objective.generation_weight
-        self.weights = tuple(p if w is None else w for w, p in zip(given, self.published, strict=True))
-        _refuse_zeros(contrastive_weight=self.weights[0], generation_weight=self.weights[1])
+    published: ClassVar[Mapping[str, float]] = {"contrastive_weight": 0.1, "generation_weight": 1.0}
 
     @property
     def trains(self) -> tuple[EvaluationTask, ...]:
-        return _trained(retrieval=self.weights[0], generation=self.weights[1])
+        return _trained(retrieval=self.weights["contrastive_weight"], generation=self.weights["generation_weight"])
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
-        contrastive_weight, generation_weight = self.weights
-        return [Contrast(step, contrastive_weight), Generation(step, generation_weight)]
+        weights = self.weights
+        return [Contrast(step, weights["contrastive_weight"]), Generation(step, weights["generation_weight"])]
 
     def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
         return contrast_gathers(pairs, self.config.model.language.width, mesh)
@@ -70,7 +62,7 @@ class CoCa(LatentCompression):
 
     sequences = CAPTIONED_PAIRS
     tasks = ("retrieval",)
-    published = 1.0, 2.0
+    published: ClassVar[Mapping[str, float]] = {"contrastive_weight": 1.0, "generation_weight": 2.0}
 
 
 class Clip(Objective):
@@ -118,20 +110,15 @@ class Emu(Objective):
     metrics = (*generation.METRICS, *regression.METRICS)
     all_features_first = False
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        given = config.objective.generation_weight
-        self.generation_weight = 1.0 if given is None else given
-        self.regression_weight = config.objective.regression_weight
-        _refuse_zeros(generation_weight=self.generation_weight, regression_weight=self.regression_weight)
+    published: ClassVar[Mapping[str, float]] = {"generation_weight": 1.0, "regression_weight": 1.0}
 
     @property
     def trains(self) -> tuple[EvaluationTask, ...]:
-        return _trained(retrieval=self.regression_weight, generation=self.generation_weight)
+        return _trained(retrieval=self.weights["regression_weight"], generation=self.weights["generation_weight"])
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
-        width = self.config.model.language.width
-        return [Regression(step, self.regression_weight, width), Generation(step, self.generation_weight)]
+        width, weights = self.config.model.language.width, self.weights
+        return [Regression(step, weights["regression_weight"], width), Generation(step, weights["generation_weight"])]
 
     def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
         return list(regression_reductions(self.config.model.language.width, mesh))
@@ -141,10 +128,3 @@ def _trained(retrieval: float, generation: float) -> tuple[EvaluationTask, ...]:
     """What terms of these weights train."""
     parts: dict[EvaluationTask, float] = {"retrieval": retrieval, "generation": generation}
     return tuple(part for part, weight in parts.items() if weight != 0)
-
-
-def _refuse_zeros(**weights: float) -> None:
-    """UserError where all weights are 0."""
-    if not any(weights.values()):
-        names = " and ".join(f"objective.{name}" for name in weights)
-        raise UserError(f"{names} are both 0, which leaves nothing to train for; give one of them a weight above 0")

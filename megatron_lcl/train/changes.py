@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, to_dict
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
@@ -60,9 +62,18 @@ def changes_since(folder: Path, config: Config) -> Changes:
 
 def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, by dotted name in alphabetical order: value before and now."""
-    old, new = (dict(_flat(to_dict(config), "")) for config in (before, now))
+    old, new = map(_settings, (before, now))
     pairs = {name: (old.get(name, UNSET), new.get(name, UNSET)) for name in sorted(old.keys() | new.keys())}
     return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """By dotted name; of the objective's weights those that it reads, as they count."""
+    flat = dict(_flat(to_dict(config), ""))
+    if config.objective.name not in objectives.names():  # of a package that is not installed here
+        return flat
+    kept = {name: value for name, value in flat.items() if not re.fullmatch(r"objective\.\w+_weight", name)}
+    return kept | {f"objective.{name}": value for name, value in objectives.create(config).weights.items()}
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -171,7 +171,7 @@ def test_names_of_every_library(tmp_path: Path) -> None:
                 said, seconds = load(spec)
                 assert words in said
                 assert "not all in the cache" in said
-                assert seconds < 5, (spec, seconds)  # of which 1 is waited
+                assert seconds < 30, (spec, seconds)  # the libraries try for a minute and more  # of which 1 is waited
             stack.close()
             # nobody there: what was fetched before is enough, and a known name says what else there is
             assert load("hf:site/hf")[0] == of_hf

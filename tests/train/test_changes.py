@@ -49,6 +49,12 @@ def test_each_setting_that_really_changed_is_a_line(tmp_path: Path) -> None:
         "changed without effect on what is trained: checkpoint.every 1000 → 7, data.workers 2 → 5, train.seed 0 → 9",
     ]
     assert list(changes_since(folder, before).lines()) == []
+    for unset in (
+        "objective: {contrastive_weight: 0.1, generation_weight: 1.0}",
+        "objective: {regression_weight: 3.0}",
+    ):
+        (folder / "config.yaml").write_text(f"train: {{output: x, steps: 100}}\n{unset}\n")  # the same for `lcl`
+        assert list(changes_since(folder, configs.load(None, {"train.steps": "100"})).settings) == ["train.output"]
     (folder / "config.yaml").write_text("train: {output: x, steps: 100}\n")  # of a version with fewer settings
     shown = changes_since(folder, configs.load(None, {"train.steps": "100"}))
     assert (list(shown.settings), list(shown.lines())) == (["train.output"], [])
@@ -143,7 +149,7 @@ NEW_LINE = OLD_LINE.replace('"loss": 0.2302585', '"loss": 2.302585')
 def test_a_clip_run_of_an_earlier_version_is_told_of_its_weight(
     metrics: str | None, first_layers: str, verb: str | None, tmp_path: Path
 ) -> None:
-    was: dict[str, Any] = {"objective.name": "clip", "train.steps": "100"}
+    was: dict[str, Any] = {"objective.name": "clip", "objective.contrastive_weight": "0.1", "train.steps": "100"}
     folder = checkpoint(tmp_path, configs.load(None, was), 4, first_layers)
     if metrics is not None:
         (tmp_path / "metrics.jsonl").write_text(metrics)

@@ -42,7 +42,8 @@ def earlier_weight(folder: Path, config: Config) -> EarlierWeight | None:
     if objective.name != config.objective.name or objective.name not in TERMS or "partition" in progress["layout"]:
         return None
     term, field = TERMS[objective.name]
-    weight = getattr(objective, field)
+    if (weight := getattr(objective, field)) is None:  # those versions wrote a number
+        return None
     found = _in_metrics(folder.absolute().parents[1] / METRICS, progress["step"], term)
     if weight in (0, 1) or (found is not None and abs(found / weight - 1) > 0.01):
         return None

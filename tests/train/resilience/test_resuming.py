@@ -106,6 +106,7 @@ def test_a_clip_run_of_an_earlier_version_goes_on_as_it_was(config_file: str, tm
     """Whose loss counted a tenth. With the clipping and epsilon of the warning it does what that version did."""
     run = tmp_path / "run"
     words = ["--config", config_file, "--train.steps", "8", "--objective.name", "clip", "--optimizer.clip_norm", "0.05"]
+    words += ["--objective.contrastive_weight", "0.1"]
     train(run, *words, size=1, plant=weight_the_loss)
     formerly = {line["step"]: line for line in lines(run) if "loss" in line}
     assert formerly[8]["loss"] == pytest.approx(0.1 * formerly[8]["contrastive"])
