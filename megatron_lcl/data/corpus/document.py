@@ -49,6 +49,8 @@ class Document(msgspec.Struct, frozen=True):
     @property
     def source(self) -> str:
         """The name that the corpus keeps: where the document lies, and what its source calls it."""
+        if not self.metadata:
+            return self.name
         own = self.metadata.get("id")
         return f"{self.name} {own}" if own else self.name
 

@@ -39,15 +39,21 @@ class NamesWriter:
 
     def extend(self, names: Iterable[str]) -> None:
         """Append the names of the documents that follow; "" where nothing is known."""
+        entries: list[bytes] = []
+        previous, num, size = self._previous, self._num, self._file.size
         for name in names:
-            if self._num % BLOCK == 0:
-                self._starts.append(self._file.size)
-                self._previous = b""
-            self._num += 1
+            if num % BLOCK == 0:
+                self._starts.append(size)
+                previous = b""
+            num += 1
             raw = _encoded(name)
-            shared = _num_shared(self._previous, raw)
-            self._file.write(b"%c%b\n" % (shared, raw[shared:]))
-            self._previous = raw
+            shared = _num_shared(previous, raw)
+            entry = b"%c%b\n" % (shared, raw[shared:])
+            entries.append(entry)
+            size += len(entry)
+            previous = raw
+        self._previous, self._num = previous, num
+        self._file.write(b"".join(entries))
 
     def finish(self) -> FileInfo:
         self._file.write(np.array([*self._starts, self._file.size], np.int64).tobytes())
@@ -59,7 +65,9 @@ class NamesWriter:
 
 def _encoded(name: str) -> bytes:
     """UTF-8 without line ends; what is no Unicode (a file's name need not be) as \\udcff."""
-    raw = name.encode(errors="backslashreplace").replace(b"\n", b"\\n")
+    raw = name.encode(errors="backslashreplace")
+    if b"\n" in raw:
+        raw = raw.replace(b"\n", b"\\n")
     return raw if len(raw) <= MAX_BYTES else raw[:MAX_BYTES].decode(errors="ignore").encode()
 
 
