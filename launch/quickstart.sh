@@ -3,5 +3,5 @@
 # two cores. No root. Arguments go to `megatron-lcl quickstart`: --html DIR (your own pages), --output DIR, --steps N.
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-make_venv hf
+make_venv hf,demo
 exec "$venv/bin/megatron-lcl" quickstart "$@"

@@ -22,6 +22,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="an offline folder of the packages, as `npm pack` and `apt-get download` leave them (default: fetch them)",
     )  # fmt: skip
     sub.add_argument("--html", metavar="DIR", help="manual: a folder of pages with images (default: the GIMP manual)")
+    sub.add_argument(
+        "--train",
+        action="store_true",
+        help="emoji, things: also train on it, name the held-out artist's pictures, and write a report",
+    )
+    sub.add_argument("--steps", type=int, help="with --train: optimizer steps (default: what its config says)")
 
     sub = add(
         "preprocess",
@@ -139,11 +145,20 @@ def _entry(name: str, text: str) -> list[str]:
     return [f"  {name:<22}{lines[0][24:]}", *lines[1:]]
 
 
-def _demo(options: argparse.Namespace, _rest: list[str]) -> None:
+def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.demo.run import demo
 
+    if options.train and options.name == "manual":
+        raise UserError("--train goes with emoji and things; `megatron-lcl quickstart` trains on the manual")
+    if options.steps is not None and not options.train:
+        raise UserError("--steps goes with --train")
     given, html = (None if path is None else Path(path) for path in (options.given, options.html))
     demo(options.name, Path(options.output), given, html)
+    if not options.train:
+        return 0
+    from megatron_lcl.demo.train import train_demo
+
+    return train_demo(options.name, Path(options.output), options.steps)
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:

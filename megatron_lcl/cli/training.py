@@ -28,6 +28,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "from real documents to a pre-trained encoder in Hugging Face format, on this machine",
     )
     sub.add_argument("--html", metavar="DIR", help="a folder of HTML pages with images (default: the GIMP manual)")
+    sub.add_argument(
+        "--from", dest="given", metavar="DIR", help="an offline folder of the packages, as `demo` takes it"
+    )
     sub.add_argument("--output", metavar="DIR", default="runs/quickstart", help="where everything goes (%(default)s)")
     sub.add_argument("--steps", type=int, help="optimizer steps (default: what the quickstart config says)")
 
@@ -86,7 +89,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.quickstart.run import quickstart
 
-    return quickstart(Path(options.output), Path(options.html) if options.html else None, options.steps)
+    html, given = (None if path is None else Path(path) for path in (options.html, options.given))
+    return quickstart(Path(options.output), html, options.steps, given)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:

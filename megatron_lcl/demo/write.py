@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo import documents
 from megatron_lcl.demo.documents import Record, Title
@@ -30,6 +31,8 @@ from megatron_lcl.demo.split import Split, split
 from megatron_lcl.errors import UserError
 
 DOCUMENTS, CORPORA, EVALUATE, SOURCES = "documents", "corpora", "evaluate", "sources.json"
+TRAINING, HELD_OUT = ("labels", "contexts", "pairs"), "heldout"
+"""documents, and the corpora of them"""
 RULES = 1
 """counted up when the same packages give other documents than before"""
 
@@ -65,8 +68,17 @@ def is_written(output: Path, packages: Sequence[Fetched]) -> bool:
     raise UserError(f"{output} was made of other packages or by another version's rules; give a new folder")
 
 
-def write(data: DataSet, packages: Sequence[Fetched], output: Path, workers: int = 1) -> None:
-    """Write everything; what is there already and the same stays. The bytes depend on the packages alone."""
+def write(
+    data: DataSet,
+    packages: Sequence[Fetched],
+    output: Path,
+    workers: int = 1,
+    learn: Callable[[Sequence[str]], Tokenizer] | None = None,
+) -> None:
+    """Write everything; what is there already and the same stays. The bytes depend on the packages alone.
+
+    learn: makes the corpora's tokenizer of the texts to train on, in place of `data.vocab_size` ids of SentencePiece.
+    """
     parts = split(data.pictures, data.held_out_artist, data.held_out_names)
     folder = output / DOCUMENTS
     for picture in data.pictures:
@@ -75,7 +87,7 @@ def write(data: DataSet, packages: Sequence[Fetched], output: Path, workers: int
         "labels": list(_labels(data, parts.training)),
         "contexts": list(_contexts(data, parts.training)),
         "pairs": [documents.pair(p) for p in sorted(parts.training, key=lambda p: p.key)],
-        "heldout": [*_labels(data, parts.distinct), *_contexts(data, parts.distinct)],
+        HELD_OUT: [*_labels(data, parts.distinct), *_contexts(data, parts.distinct)],
     }
     for name, lines in records.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -83,7 +95,8 @@ def write(data: DataSet, packages: Sequence[Fetched], output: Path, workers: int
         os.utime(folder / f"{name}.jsonl", (0, 0))  # the corpora's manifests tell their input by it
     _write(output / LICENSES, license_text(data.name, data.licenses).encode())
     _write_evaluation(data, parts, output / EVALUATE)
-    tokenizer = tokenizers.train_sentencepiece(_texts(records), data.vocab_size)
+    texts = training_texts(output)
+    tokenizer = learn(texts) if learn else tokenizers.train_sentencepiece(texts, data.vocab_size)
     license = " AND ".join(sorted({entry.spdx for entry in data.licenses}))
     for name in records:
         summary = preprocess(
@@ -132,11 +145,14 @@ def _contexts(data: DataSet, pictures: Sequence[Picture]) -> Iterator[Record]:
     yield from data.more(pictures)
 
 
-def _texts(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
-    """What is trained on."""
-    for name, lines in records.items():
-        if name != "heldout":
-            yield from (item["text"] for line in lines for item in line["items"] if "text" in item)
+def training_texts(output: Path) -> list[str]:
+    """All texts of the documents in `output` that are trained on."""
+    lines = (
+        json.loads(line)
+        for name in TRAINING
+        for line in (output / DOCUMENTS / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    )
+    return [item["text"] for line in lines for item in line["items"] if "text" in item]
 
 
 # --- labeled pictures --------------------------------------------------------------------------------------------

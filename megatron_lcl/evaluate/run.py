@@ -19,6 +19,7 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource
 from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_cache
+from megatron_lcl.evaluate.gallery import Gallery, make_gallery, write_gallery
 from megatron_lcl.evaluate.knn import knn, same_classes
 from megatron_lcl.evaluate.probes import attentive_probe, linear_probe
 from megatron_lcl.evaluate.results import RESULTS, Result, table, write_json, write_picture
@@ -26,7 +27,7 @@ from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 from megatron_lcl.evaluate.trained import check_trained, untrained_pool
-from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.evaluate.zero_shot import accuracy, classify
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear-probe", "attentive-probe", "captioning")
 _NEED_TRAINING = frozenset({"knn", "linear-probe", "attentive-probe"})
@@ -52,11 +53,14 @@ def evaluate(
     devices: tuple[str, ...] = ("cpu",),
     progress: bool = True,
     skip_bad_images: bool = False,
+    about: str = "",
 ) -> list[Result]:
     """Run `tasks` (of TASKS) on every model (see `load_encoder`); data as `open_images` takes it.
 
     k-NN and probes learn on `train_split`, all tasks are measured on `split` (None: as `open_images` says). `output`: a
-    folder for results.json, results.txt, results.png and captions.jsonl; nothing is written before all is measured.
+    folder for results.json, results.txt, results.png, captions.jsonl, and gallery.json, with which a report shows the
+    pictures of the first model's zero-shot classification; nothing is written before all is measured. `about`: what the
+    pictures are, in a sentence, for the report.
     Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached in the folder `cache`
     (None: `default_cache`). Raises UserError, in one line and before anything is computed, for data or models that do
     not fit the tasks, and where the features would not fit the disk.
@@ -117,6 +121,7 @@ def evaluate(
 
     results: list[Result] = []
     written: list[tuple[str, list[str]]] = []
+    gallery: Gallery | None = None
     for number, spec in enumerate(models):
         encoder = load(spec) if number else encoder
         for task in tasks:
@@ -129,14 +134,19 @@ def evaluate(
             elif task in _NEED_TRAINING:
                 assert train is not None
                 result = _trained(task, encoder, train, test, store, settings, seed, devices[0])
+            elif task == "retrieval":
+                result = retrieval(encoder, test, store.features(encoder, test), seed, progress=progress)
             else:
-                run = zero_shot if task == "zero-shot" else retrieval
-                result = run(encoder, test, store.features(encoder, test), seed, progress=progress)
+                features = store.features(encoder, test)
+                classified = classify(encoder, test, features, progress)
+                result = accuracy(encoder, test, classified, seed)
+                if output is not None and gallery is None:
+                    gallery = make_gallery(test, features, classified, result, about)
             if bad[1] and task in _NEED_TRAINING:
                 result = replace(result, settings={**result.settings, "bad train images": len(bad[1])})
             results.append(replace(result, fingerprint=encoder.fingerprint, num_bad=len(bad[0])))
     if output is not None:
-        _write(Path(output), results, test, written, [*bad[0], *bad[1]])
+        _write(Path(output), results, test, written, [*bad[0], *bad[1]], gallery)
     return results
 
 
@@ -203,6 +213,7 @@ def _write(
     test: ImageSet,
     written: list[tuple[str, list[str]]],
     bad: list[BadBlob],
+    gallery: Gallery | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if bad:
@@ -210,6 +221,8 @@ def _write(
     write_json(results, folder / RESULTS)
     replace_text(folder / "results.txt", table(results) + "\n")
     write_picture(results, folder / "results.png")
+    if gallery is not None:
+        write_gallery(gallery, folder)
     if written:
         lines = [
             json.dumps({"model": spec, "image": blob.name, "caption": text}) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,23 +16,51 @@ from megatron_lcl.evaluate.sources import ImageSet
 
 _ROWS = 1024
 """of a similarity matrix at a time"""
+_TEXTS = 256
+"""encoded at a time, where a class has no more"""
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What class each of N images was given."""
+
+    rank: np.ndarray
+    """int64 [N] of the image's own class, 0 is nearest; a tie with another class counts against it"""
+    given: np.ndarray
+    """int64 [N] the nearest class, which is another than its own where `rank` is not 0"""
 
 
 def class_features(
     encoder: Encoder, classes: Sequence[str], templates: Sequence[str], progress: bool = False
 ) -> torch.Tensor:
     """[C, D] unit norm: the mean over templates of each class's text features, scaled to unit norm again."""
-    bar = tqdm(classes, unit="classes", desc="class texts", disable=not progress)
-    means = [encoder.encode_texts([t.replace("{c}", c) for t in templates]).mean(0) for c in bar]
-    return F.normalize(torch.stack(means), dim=-1)
+    at_once = max(1, _TEXTS // len(templates))
+    means = []
+    with tqdm(total=len(classes), unit="classes", desc="class texts", disable=not progress) as bar:
+        for start in range(0, len(classes), at_once):
+            some = classes[start : start + at_once]
+            features = encoder.encode_texts([t.replace("{c}", c) for c in some for t in templates])
+            means.append(features.unflatten(0, (len(some), len(templates))).mean(1))
+            bar.update(len(some))
+    return F.normalize(torch.cat(means), dim=-1)
+
+
+def classify(encoder: Encoder, data: ImageSet, features: np.ndarray, progress: bool = False) -> Classified:
+    """The classes by the nearness of their texts. `features`: pooled, [N, D]."""
+    labels = data.need_labels()
+    texts = class_features(encoder, data.classes, data.templates, progress)
+    ranks, given = zip(*(_classify(x, texts, y) for x, y in _batches(features, labels)), strict=True)
+    return Classified(np.concatenate(ranks), np.concatenate(given))
 
 
 def zero_shot(encoder: Encoder, data: ImageSet, features: np.ndarray, seed: int = 0, progress: bool = False) -> Result:
     """Accuracy (top 1, top 5, mean of the classes' recalls) of the nearest class text. `features`: pooled, [N, D]."""
-    labels = data.need_labels()
-    texts = class_features(encoder, data.classes, data.templates, progress)
-    ranks = np.concatenate([_rank_of_label(x, texts, y) for x, y in _batches(features, labels)])
-    num = len(data.classes)
+    return accuracy(encoder, data, classify(encoder, data, features, progress), seed)
+
+
+def accuracy(encoder: Encoder, data: ImageSet, classified: Classified, seed: int = 0) -> Result:
+    """The accuracies of what `classify` gave."""
+    labels, ranks, num = data.need_labels(), classified.rank, len(data.classes)
     metrics = {
         "accuracy": bootstrap(ranks < 1, seed, 1 / num),
         "accuracy, top 5": bootstrap(ranks < 5, seed, min(5 / num, 1)),
@@ -41,9 +70,12 @@ def zero_shot(encoder: Encoder, data: ImageSet, features: np.ndarray, seed: int 
     return Result("zero-shot classification", encoder.name, data.name, len(labels), metrics, settings)
 
 
-def _rank_of_label(features: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+def _classify(features: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     scores = F.normalize(features, dim=-1) @ texts.t()
-    return ((~(scores < scores.gather(1, labels[:, None]))).sum(1) - 1).numpy()
+    own = scores.gather(1, labels[:, None])
+    ranks = (~(scores < own)).sum(1) - 1
+    others = scores.scatter(1, labels[:, None], -torch.inf)
+    return ranks.numpy(), torch.where(ranks < 1, labels, others.argmax(1)).numpy()
 
 
 def _batches(features: np.ndarray, labels: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:

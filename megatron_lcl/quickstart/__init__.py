@@ -1,5 +1,5 @@
-"""The command `quickstart`: from pages of HTML to an exported encoder and a report, by the other packages' functions.
+"""The command `quickstart`: from pages of HTML, and emoji, to an exported encoder and a report.
 
-It may import everything but `selftest` and `cli`; nothing else imports it. Begin with `run.quickstart`;
-`quickstart.yaml` is the config that it trains.
+It puts the other packages' functions in a row, may import everything but `selftest` and `cli`, and nothing else imports
+it. Begin with `run.quickstart`; `blend.yaml` is the config that it trains, `manual.yaml` the one without the emoji.
 """

@@ -1,6 +1,7 @@
 """From real documents to a pre-trained vision encoder in Hugging Face format, on this machine, in minutes.
 
 OUTPUT/source/        the GIMP manual, where no folder of HTML is given
+OUTPUT/emoji/         the data set of `megatron-lcl demo emoji`, in the manual's tokenizer
 OUTPUT/corpus/        training documents            OUTPUT/heldout/    documents that training never sees
 OUTPUT/config.yaml    the run's config              OUTPUT/run/        checkpoints, metrics, evaluation
 OUTPUT/hf/            the encoder                   OUTPUT/report.html
@@ -8,68 +9,66 @@ OUTPUT/hf/            the encoder                   OUTPUT/report.html
 
 from __future__ import annotations
 
-import importlib.resources
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lcl import config as configs
-from megatron_lcl.config import Config
 from megatron_lcl.convert.certificate import summary
 from megatron_lcl.convert.export import export
 from megatron_lcl.convert.find import find_checkpoint
-from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.store import MANIFEST, open_corpus
+from megatron_lcl.data.corpus.tokenizer import Tokenizer
+from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.demo import emoji
 from megatron_lcl.demo.manual import VOCAB_SIZE, fetch_manual
+from megatron_lcl.demo.packages import fetch
+from megatron_lcl.demo.train import CACHE, RUN, name_pictures, packaged_config, train_on_this_machine
+from megatron_lcl.demo.write import CORPORA, DOCUMENTS, TRAINING, is_written, training_texts, write
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.report.page import REPORT, write_report
 from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.checks import check
-from megatron_lcl.train.launch import default_processes, start_local
 
-SOURCE, CORPUS, HELD_OUT, CACHE, RUN, ENCODER = "source", "corpus", "heldout", "cache", "run", "hf"
+SOURCE, EMOJI, CORPUS, HELD_OUT, ENCODER = "source", "emoji", "corpus", "heldout", "hf"
 """folders of the output"""
+BLEND_VOCAB_SIZE = 3072
+"""of the manual and the emoji together"""
 
 
-def quickstart(output: Path, html: Path | None = None, steps: int | None = None) -> int:
+def quickstart(output: Path, html: Path | None = None, steps: int | None = None, given: Path | None = None) -> int:
     """All six steps; each picks up what an earlier call finished. ValueError with one line where something is amiss.
 
-    Returns the exit code: 0, or that of the training, which has said what it is.
+    html: pages in place of the GIMP manual. given: an offline folder of the packages. Where the emoji's packages cannot
+    be had, or drawn, the pages alone are trained on, which is said. Returns the exit code: 0, or that of the training,
+    which has said what it is.
     """
     started = time.monotonic()
 
     def say(number: int, title: str) -> None:
         print(f"\n[{number}/6] {title}  ({time.monotonic() - started:.0f} s so far)", flush=True)
 
-    source: dict[str, str] = {}
-    if html is None:
-        say(1, "real documents: the GIMP manual")
-        manual = fetch_manual(output / SOURCE)
-        html, source = manual.html, manual.source
-    else:
-        say(1, f"real documents: {html}")
-    say(2, "preprocess: documents → corpus")
-    print(
-        preprocess(
-            "html",
-            html,
-            output / CORPUS,
-            vocab_size=VOCAB_SIZE,
-            held_out=output / HELD_OUT,
-            source=source,
-            workers=min(2, num_cores()),
-            progress=True,
-        )
-    )
-    config = quickstart_config(output, steps)
+    say(1, f"real documents: {html or 'the GIMP manual'}, and emoji by eight vendors")
+    pages = _Pages(output, html, given)
+    say(2, "preprocess: documents → corpora")
+    blend = _add_emoji(pages, given)
+    if not blend:
+        pages.write()
+    corpora = {"manual": output / CORPUS}
+    if blend:
+        corpora |= {name: output / EMOJI / CORPORA / name for name in TRAINING}
+    file = "blend.yaml" if blend else "manual.yaml"
+    config = packaged_config("megatron_lcl.quickstart", file, corpora, output, steps)
     say(3, "train")
-    if code := _train(config, output / CONFIG):
+    if code := train_on_this_machine(config, output / CONFIG):
         return code
-    say(4, "evaluate on held-out documents")
+    say(4, "evaluate on held-out documents" + ", and on the pictures of a vendor that training never saw" * blend)
     run, encoder, page = output / RUN, output / ENCODER, output / REPORT
     checkpoint = find_checkpoint(run)
-    print(evaluate_checkpoint(checkpoint, output / HELD_OUT, run))
+    print(evaluate_checkpoint(checkpoint, output / HELD_OUT, run), flush=True)
+    if blend:
+        print(name_pictures(output / EMOJI, run, output / CACHE))
     say(5, "export to Hugging Face")
     certificate = export(checkpoint, "hf", encoder)
     print(f"{encoder}: {summary(certificate)}")
@@ -79,25 +78,54 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None)
     return 0
 
 
-def quickstart_config(output: Path, steps: int | None) -> Config:
-    """The packaged config for the corpus in `output`, also written to `output`/config.yaml."""
-    packaged = importlib.resources.files("megatron_lcl.quickstart") / "quickstart.yaml"
-    corpus = output / CORPUS
-    overrides = {
-        "data.corpora": str(corpus),
-        "data.cache": str(output / CACHE),
-        "train.output": str(output / RUN),
-        "model.language.vocab_size": str(open_corpus(corpus).tokenizer.vocab_size),
-    }
-    if steps is not None:
-        overrides["train.steps"] = str(steps)
-    with importlib.resources.as_file(packaged) as file:
-        config = configs.load(file, overrides)
-    replace_text(output / CONFIG, configs.to_yaml(config))
-    return config
+class _Pages:
+    """The GIMP manual, or other pages, as corpora of the output."""
+
+    def __init__(self, output: Path, html: Path | None, given: Path | None) -> None:
+        self.output = output
+        self._source: dict[str, str] = {}
+        if html is None:
+            manual = fetch_manual(output / SOURCE, given)
+            html, self._source = manual.html, manual.source
+        else:
+            importers.create("html", html, None, {})  # says at once if there are none
+        self._html = html
+
+    def write(self, more_texts: Sequence[str] = ()) -> Tokenizer:
+        """The corpora, whose tokenizer is also of other texts."""
+        print(
+            preprocess(
+                "html",
+                self._html,
+                self.output / CORPUS,
+                vocab_size=BLEND_VOCAB_SIZE if more_texts else VOCAB_SIZE,
+                more_texts=more_texts,
+                held_out=self.output / HELD_OUT,
+                source=self._source,
+                workers=min(2, num_cores()),
+                progress=True,
+            ),
+            flush=True,
+        )
+        return open_corpus(self.output / CORPUS).tokenizer
 
 
-def _train(config: Config, file: Path) -> int:
-    processes = default_processes(config.train.global_batch)
-    check(config, processes)
-    return start_local(["train", "--config", str(file)], processes)
+def _add_emoji(pages: _Pages, given: Path | None) -> bool:
+    """Write the emoji, and the pages, in one tokenizer. Whether they are there; if not nothing is written."""
+    folder, workers = pages.output / EMOJI, min(2, num_cores())
+    if (pages.output / CORPUS / MANIFEST).exists() and not (folder / DOCUMENTS).exists():
+        print(f"{pages.output} was begun with the pages alone, and goes on with them", flush=True)
+        return False
+    try:
+        packages = fetch(emoji.PACKAGES, folder / SOURCE, given)
+        data = None if is_written(folder, packages) else emoji.data_set(packages, folder / SOURCE, workers)
+    except UserError as error:
+        if (folder / DOCUMENTS).exists():
+            raise
+        print(f"without the emoji, on the pages alone: {error}", flush=True)
+        return False
+    if data is None:
+        pages.write(training_texts(folder))
+    else:
+        write(data, packages, folder, workers, pages.write)
+    return True

@@ -1,9 +1,8 @@
-"""One self-contained page about a run: losses, held-out retrieval, the first batch, what was dropped, how to go on."""
+"""One self-contained page about a run: names of pictures, losses, retrieval, the first batch, drops, how to go on."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import shlex
 import sys
@@ -23,6 +22,7 @@ from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
+from megatron_lcl.report.gallery import read_gallery, read_json, read_others
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import last_ledger
 from megatron_lcl.train.telemetry import read_metrics
@@ -41,16 +41,18 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}")
     config = configs.load(run / CONFIG)
     metrics = [line for line in read_metrics(run) if "loss" in line]
-    evaluation = _read_json(run / RESULT)
+    evaluation = read_json(run / RESULT)
     root = Path(__file__).resolve().parents[2]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True)
     page = environment.get_template(REPORT).render(
         config=config,
         config_yaml=configs.to_yaml(config),
+        gallery=read_gallery(run),
+        others=read_others(run),
         last=metrics[-1] if metrics else None,
         curves=_curves(metrics),
         evaluation=evaluation,
-        examples=_examples(_read_json(run / EXAMPLES), evaluation),
+        examples=_examples(read_json(run / EXAMPLES), evaluation),
         batch=Markup(
             render_first_packs(
                 config, objectives.create(config).sequences, min(config.train.global_batch, MAX_PACKS), last_ledger(run)
@@ -70,13 +72,6 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
 
 
 CURVES = (

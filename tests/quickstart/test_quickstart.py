@@ -1,4 +1,5 @@
-"""The quickstart as a newcomer runs it, on a small folder of pages: twice, with everything it promises at the end."""
+"""The quickstart as a newcomer runs it, on a small folder of pages and a dozen emoji: twice, with everything it
+promises at the end; and without the emoji, where they cannot be had."""
 
 from __future__ import annotations
 
@@ -13,13 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from demo.test_emoji import write_packages
 from PIL import Image, ImageDraw
 from train.resilience.fleet import Fleet
 
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
-from megatron_lcl.quickstart import run as quickstart_module
-from megatron_lcl.quickstart.run import RUN
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.demo import packages
+from megatron_lcl.demo import train as train_module
+from megatron_lcl.demo.train import RUN, WITH_NEAR_DUPLICATES
+from megatron_lcl.quickstart.run import _add_emoji, _Pages
 
 WORDS = """
 the pencil tool draws hard lines while a brush paints soft ones over any layer of your picture
@@ -50,10 +56,15 @@ def write_pages(folder: Path, num_pages: int = 24) -> None:
         (folder / f"{page}.html").write_text(html, encoding="utf-8")
 
 
+def arguments(pages: Path, output: Path) -> list[str]:
+    given = str(pages.parent / "packages")
+    return ["quickstart", "--html", str(pages), "--from", given, "--output", str(output)]
+
+
 def quickstart(pages: Path, output: Path) -> str:
     """What the command says, as a newcomer gives it."""
-    command = [sys.executable, "-m", "megatron_lcl", "quickstart", "--html", str(pages), "--output", str(output)]
-    result = subprocess.run([*command, "--steps", "4"], capture_output=True, text=True, timeout=400)
+    command = [sys.executable, "-m", "megatron_lcl", *arguments(pages, output), "--steps", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "{" not in result.stdout  # no Python object as it prints itself
     return result.stdout
@@ -63,6 +74,7 @@ def quickstart(pages: Path, output: Path) -> str:
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     write_pages(folder / "pages")
+    write_packages(folder / "packages")
     said = quickstart(folder / "pages", folder / "out")
     for step in range(1, 7):
         assert f"[{step}/6]" in said
@@ -92,14 +104,61 @@ def test_held_out_documents_are_measured(output: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_held_out_vendor_is_named(output: Path) -> None:
+    for folder in (output / "run", output / "run" / WITH_NEAR_DUPLICATES):
+        (result,) = json.loads((folder / "results.json").read_text())
+        assert result["num_items"] == result["settings"]["classes"] >= 8
+        accuracy = result["metrics"]["accuracy"]
+        assert accuracy["chance"] == 1 / result["num_items"]
+        gallery = json.loads((folder / "gallery.json").read_text())
+        assert gallery["num_right"] == round(accuracy["value"] * result["num_items"])
+        assert len(gallery["right"]) + len(gallery["wrong"]) == len(gallery["marks"]) == result["num_items"]
+    corpora = [output / "corpus", *(output / "emoji" / "corpora" / name for name in ("labels", "pairs", "heldout"))]
+    assert len({open_corpus(corpus).tokenizer.fingerprint for corpus in corpora}) == 1
+    tokenizer = open_corpus(output / "corpus").tokenizer
+    for text in ("the pencil tool draws", "grinning face"):  # words of both
+        assert len(tokenizer.encode(text)) <= len(text.split()) + 1
+    blend = yaml.safe_load((output / "config.yaml").read_text())["data"]["corpora"]
+    assert {Path(corpus["path"]).name for corpus in blend} >= {"corpus", "labels", "pairs"}
+
+
+def test_without_npm_the_pages_alone_are_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pages(tmp_path / "pages")
+    monkeypatch.setattr(packages, "npm", lambda: None)
+    pages = _Pages(tmp_path / "out", tmp_path / "pages", None)
+    assert not _add_emoji(pages, None)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("without the emoji, on the pages alone: npm is not on this machine")
+    assert not (tmp_path / "out" / "corpus").exists()
+    tokenizer = pages.write()
+    capsys.readouterr()
+    # with npm it goes on as it began: another tokenizer would be another corpus
+    write_packages(tmp_path / "packages")
+    assert not _add_emoji(pages, tmp_path / "packages")
+    assert "was begun with the pages alone" in capsys.readouterr().out
+    assert pages.write().fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.slow
 def test_the_report_is_one_self_contained_page(output: Path) -> None:
     page = (output / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r"<(?:img|script|link|iframe)[^>]*(?:src|href)=[\"']([^\"']+)", page)
     assert sources
     assert all(source.startswith("data:") for source in sources)
-    for part in ("never saw", "Retrieval examples", "first packed batch", "what was dropped", "Going on", "<svg"):
+    for part in (
+        "Names for pictures",
+        "Twemoji drew these",
+        "never saw",
+        "Retrieval examples",
+        "first packed batch",
+        "what was dropped",
+        "Going on",
+        "<svg",
+    ):
         assert part in page, part
-    assert page.count('<details class="pack"') == 8
+    assert page.count('<details class="pack"') == 16
 
 
 @pytest.mark.slow
@@ -119,13 +178,13 @@ def test_the_report_in_a_browser(output: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_exit_code_is_that_of_the_training(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code in (130, 75):
-        monkeypatch.setattr(quickstart_module, "start_local", lambda arguments, processes, code=code: code)
-        assert main(["quickstart", "--html", str(output.parent / "pages"), "--output", str(output)]) == code
+        monkeypatch.setattr(train_module, "start_local", lambda arguments, processes, code=code: code)
+        assert main(arguments(output.parent / "pages", output)) == code
 
 
-def start_forked(arguments: Sequence[str], processes: int) -> int:
+def start_forked(command: Sequence[str], processes: int) -> int:
     """The same processes, forked: they have imported everything."""
-    with Fleet(Path(arguments[-1]).parent / RUN, *arguments[1:], size=processes) as fleet:
+    with Fleet(Path(command[-1]).parent / RUN, *command[1:], size=processes) as fleet:
         return max(code if code is not None else 1 for code in fleet.wait())
 
 
@@ -133,7 +192,7 @@ def start_forked(arguments: Sequence[str], processes: int) -> int:
 def test_it_can_be_run_again(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     weights = next((output / "run" / "checkpoints").glob("*/model.safetensors"))
     before = weights.stat().st_mtime_ns
-    monkeypatch.setattr(quickstart_module, "start_local", start_forked)
-    assert main(["quickstart", "--html", str(output.parent / "pages"), "--output", str(output), "--steps", "4"]) == 0
+    monkeypatch.setattr(train_module, "start_local", start_forked)
+    assert main([*arguments(output.parent / "pages", output), "--steps", "4"]) == 0
     assert "[6/6]" in capsys.readouterr().out
     assert weights.stat().st_mtime_ns == before  # nothing was trained again

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -139,16 +140,19 @@ def _jpeg_orientation(data: bytes) -> int:
         return 1
 
 
-def thumbnail(data: bytes | memoryview, side: int) -> str:
-    """A data: URL of the image at no more than `side` pixels a side; an empty one for what does not decode."""
+def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP"] = "JPEG") -> str:
+    """A data: URL of the image at no more than `side` pixels a side; an empty one for what does not decode.
+
+    WEBP: for drawings, whose edges JPEG blurs.
+    """
     try:
         image = decode_rgb(bytes(data))
     except BadImage:
         return "data:,"
     image.thumbnail((side, side))
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    image.save(out, format, quality=80)
+    return f"data:image/{format.lower()};base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def decode_rgb(data: bytes) -> PIL.Image.Image:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import xxhash
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
@@ -95,6 +96,7 @@ def preprocess(
     images: str | Path | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     vocab_size: int = 4096,
+    more_texts: Sequence[str] = (),
     held_out: str | Path | None = None,
     held_out_fraction: float = 0.13,
     seed: int = 0,
@@ -111,7 +113,8 @@ def preprocess(
 ) -> Summary:
     """Write the corpus `output` from `input`; returns what it holds.
 
-    tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents.
+    tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents, and
+    on `more_texts`, of another corpus that is to have the same tokenizer.
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
     in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
     is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; the job that finds all tasks
@@ -145,7 +148,7 @@ def preprocess(
         "input": importer.signature(),
         "images": None if images is None else images_signature(Path(images)),
         "options": dict(options or {}),
-        "tokenizer": given.fingerprint if given else {"train": vocab_size},
+        "tokenizer": given.fingerprint if given else {"train": vocab_size, **_texts_in_recipe(more_texts)},
         "max_image_side": max_image_side,
         "held_out": [held_out_fraction, seed] if held_out is not None else None,
         "layout": [task_bytes, shard_bytes, shard_documents],
@@ -176,7 +179,7 @@ def preprocess(
         groups: frozenset[str] = frozenset()
         if held_out is not None:
             groups = _held_out_groups(importer, tasks, held_out_fraction, seed, workers, bars)
-        tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size, bars)
+        tokenizer = given or _train_tokenizer(importer, tasks, groups, vocab_size, more_texts, bars)
         summaries = []
         for (folder, side), done in zip(sides, finished, strict=True):
             if not done:
@@ -308,11 +311,21 @@ def _describe_unit(shared: tuple[Importer, Describer], unit: Unit) -> tuple[list
 
 
 def _train_tokenizer(
-    importer: Importer, tasks: list[list[Unit]], groups: frozenset[str], vocab_size: int, bars: _Bars
+    importer: Importer,
+    tasks: list[list[Unit]],
+    groups: frozenset[str],
+    vocab_size: int,
+    more_texts: Sequence[str],
+    bars: _Bars,
 ) -> Tokenizer:
     documents = (d for d in _documents(importer, tasks, bars) if group_name(d) not in groups)
     texts = (text.text.encode(errors="replace").decode() for document in documents for text in document.texts)
-    return tokenizers.train_sentencepiece(texts, vocab_size)
+    return tokenizers.train_sentencepiece(itertools.chain(texts, more_texts), vocab_size)
+
+
+def _texts_in_recipe(texts: Sequence[str]) -> dict[str, str]:
+    """Their hash; nothing where there are none, as older versions wrote it."""
+    return {"more_texts": xxhash.xxh3_128_hexdigest("\0".join(texts).encode())} if texts else {}
 
 
 def _documents(importer: Importer, tasks: list[list[Unit]], bars: _Bars) -> Iterator[Document]:

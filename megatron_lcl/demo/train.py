@@ -1,0 +1,110 @@
+"""`megatron-lcl demo NAME --train`: from a data set to a trained encoder and a page about what it names.
+
+OUTPUT/config.yaml    the run's config         OUTPUT/run/    checkpoints, metrics, evaluations
+OUTPUT/report.html    see `megatron_lcl/report`
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.convert.find import find_checkpoint
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.demo.write import CORPORA, EVALUATE, HELD_OUT, SOURCES, TRAINING
+from megatron_lcl.evaluate.heldout import evaluate_checkpoint
+from megatron_lcl.evaluate.results import Result
+from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.report.page import REPORT, write_report
+from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.checks import check
+from megatron_lcl.train.launch import default_processes, start_local
+
+RUN, CACHE = "run", "cache"
+"""folders of the output"""
+WITH_NEAR_DUPLICATES = "with-near-duplicates"
+"""folder of the run with the evaluation of all pictures of the held-out artist"""
+
+
+def train_demo(name: str, output: Path, steps: int | None = None) -> int:
+    """Train on the data set `name` in `output`, evaluate, and write the report; each picks up what was finished.
+
+    Returns the exit code: 0, or that of the training, which has said what it is.
+    """
+    started = time.monotonic()
+    corpora = {part: output / CORPORA / part for part in TRAINING}
+    config = packaged_config("megatron_lcl.demo", f"{name}.yaml", corpora, output, steps)
+    if code := train_on_this_machine(config, output / CONFIG):
+        return code
+    print(f"trained: {time.monotonic() - started:.0f} s", flush=True)
+    run = output / RUN
+    print(evaluate_checkpoint(find_checkpoint(run), output / CORPORA / HELD_OUT, run), flush=True)
+    print(name_pictures(output, run, output / CACHE))
+    print(write_report(run, output / REPORT))
+    return 0
+
+
+def packaged_config(package: str, name: str, corpora: Mapping[str, Path], output: Path, steps: int | None) -> Config:
+    """A config that lies in `package`, for a run in `output`; also written to `output`/config.yaml.
+
+    Its `data.corpora` are keys of `corpora`, the folders; the size of the vocabulary is theirs.
+    """
+    overrides = {"data.cache": str(output / CACHE), "train.output": str(output / RUN)}
+    if steps is not None:
+        overrides["train.steps"] = str(steps)
+    vocab_size = open_corpus(next(iter(corpora.values()))).tokenizer.vocab_size
+    overrides["model.language.vocab_size"] = str(vocab_size)
+    with importlib.resources.as_file(importlib.resources.files(package) / name) as file:
+        config = configs.load(file, overrides)
+    blend = tuple(replace(corpus, path=str(corpora[corpus.path])) for corpus in config.data.corpora)
+    config = replace(config, data=replace(config.data, corpora=blend))
+    output.mkdir(parents=True, exist_ok=True)
+    replace_text(output / CONFIG, configs.to_yaml(config))
+    return config
+
+
+def train_on_this_machine(config: Config, file: Path) -> int:
+    """Train by the config, which lies in `file`, with as many processes as this machine has use for; the exit code."""
+    processes = default_processes(config.train.global_batch)
+    check(config, processes)
+    return start_local(["train", "--config", str(file)], processes)
+
+
+def name_pictures(data: Path, run: Path, cache: Path) -> str:
+    """Name the pictures of the data set's held-out artist, zero-shot; what came out, for a terminal.
+
+    Those without near-duplicates, which the report shows, go into the folder `run`, all of them into one below it.
+    """
+    artist = json.loads((data / SOURCES).read_text(encoding="utf-8"))["counts"]["held-out artist"]
+    artist = f"{artist[:1].upper()}{artist[1:]} drew these, and nothing of {artist} was trained on"
+    lines = []
+    for name, output, about, said in (
+        ("artist", run / WITH_NEAR_DUPLICATES, f"{artist}.", "all"),
+        (
+            "artist-distinct",
+            run,
+            f"{artist}; pictures that are nearly another artist's are left out.",
+            "without near-duplicates",
+        ),
+    ):
+        (result,) = evaluate(
+            [str(run)], ["zero-shot"], data / EVALUATE / name, output, cache=cache / "features", about=about
+        )
+        lines.append(_line(said, result))
+    return "\n".join(lines)
+
+
+def _line(said: str, result: Result) -> str:
+    top = result.metrics["accuracy"]
+    assert top.chance is not None
+    return (
+        f"held-out artist, zero-shot, {said}: {top.value:.1%} of {result.num_items:,} pictures ({top.low:.1%} to "
+        f"{top.high:.1%}), {top.value / top.chance:.0f} times chance among {result.settings['classes']:,} names"
+    )
