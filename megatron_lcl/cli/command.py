@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         parser.print_help()
         return 2
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "claim"):
         parser.error(
             f"unknown argument {rest[0]!r} of `{options.command}`; see `megatron-lcl {options.command} --help`"
         )
