@@ -22,7 +22,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.train.sweep import Member
 
 SLACK = 1.1
-"""token slots, and places for sequences, of a pack over what its images need in the mean, so that image slots run out first"""
+"""token slots and places for sequences of a pack, over what its images need: so image slots run out first"""
 
 
 @dataclass(frozen=True)
