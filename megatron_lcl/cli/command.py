@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         options, rest = parser.parse_known_args(arguments)
         command = f" {options.command}"
-        if rest and options.command != "train":
+        if rest and options.command not in ("train", "claim"):
             parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")
         return options.run(options, rest) or 0
     except BrokenPipeError:

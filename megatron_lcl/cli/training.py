@@ -1,4 +1,4 @@
-"""Commands around a run: quickstart, train, checkpoint, report, selftest."""
+"""Commands around a run: quickstart, train, claim, checkpoint, report, selftest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli.arguments import add_input, inputs
@@ -58,6 +58,25 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "each combination; under a job array of Slurm each task makes one",
     )
     sub.add_argument("--fail-fast", action="store_true", help="with --sweep: the first run that fails ends the sweep")
+
+    sub = add(
+        "claim", _claim, "the paper's comparison at this machine's size; --section.key VALUE overrides the config"
+    )
+    sub.add_argument("--output", required=True, metavar="DIR", help="runs and tables; the same command goes on there")
+    sub.add_argument(
+        "--part",
+        action="append",
+        metavar="objectives|data|weight",
+        help="may be repeated (default: objectives); what parts have in common is trained once",
+    )
+    sub.add_argument(
+        "--sets", metavar="DIR", help="emoji and things as `demo` makes them; made where missing (OUTPUT/sets)"
+    )
+    sub.add_argument("--config", metavar="FILE", help="what all runs have in common (configs/claim/cpu.yaml)")
+    sub.add_argument("--images", type=int, metavar="N", help="that each run sees (80000)")
+    sub.add_argument("--seeds", metavar="N,N,…", help="(0,1,2)")
+    sub.add_argument("--rates", metavar="LR,LR,…", help="learning rates that are tried; one: taken (5e-4,1e-3,2e-3)")
+    sub.add_argument("--dry-run", action="store_true", help="make the data, say what would be run, and stop")
 
     sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
     sub.add_argument("what", choices=["list", "verify", "prune"], help="verify: exit code 1 where a file is damaged")
@@ -171,6 +190,39 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
         return launch.start_local(["train", *arguments], processes[run.name])
 
     return sweep.run_members(runs, start, options.fail_fast)
+
+
+def _claim(options: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_lcl.claim import parts
+    from megatron_lcl.claim.run import claim
+
+    chosen = list(dict.fromkeys(options.part or ["objectives"]))
+    for name in chosen:
+        if name not in parts.PARTS:
+            raise UserError(f"--part {name}: there are {', '.join(parts.PARTS)}")
+    for name in chosen:
+        code = claim(
+            parts.PARTS[name],
+            Path(options.output),
+            Path(options.sets) if options.sets else None,
+            Path(options.config) if options.config else None,
+            _overrides(rest),
+            parts.IMAGES if options.images is None else options.images,
+            _numbers("--seeds", options.seeds, int) or parts.SEEDS,
+            _numbers("--rates", options.rates, float) or parts.RATES,
+            options.dry_run,
+        )
+        if code:
+            return code
+    return 0
+
+
+def _numbers(flag: str, text: str | None, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """`1,2` as numbers; none where it is not given."""
+    try:
+        return tuple(kind(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise UserError(f"{flag} {text}: give numbers, separated by commas") from None
 
 
 def _arguments(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:

@@ -180,19 +180,44 @@ def _write_labeled(
     template: str,
 ) -> None:
     number = {name: k for k, name in enumerate(classes)}
+    labeled = {
+        part: [
+            Labeled(f"{p.artist}/{p.key}", p.data, number[label(p)], p.name)
+            for p in sorted(pictures, key=lambda p: p.key)
+        ]
+        for part, pictures in splits.items()
+    }
+    write_labeled(folder, labeled, classes, template)
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """A picture of a labeled set."""
+
+    stem: str
+    """its name in the .tar, without the suffix"""
+    data: bytes
+    """PNG"""
+    label: int
+    caption: str
+
+
+def write_labeled(
+    folder: Path, splits: Mapping[str, Sequence[Labeled]], classes: Sequence[str], template: str = "{c}"
+) -> None:
+    """A data set in CLIP_benchmark's layout, a .tar for each split; the same pictures give the same bytes."""
     _write(folder / "classnames.txt", "".join(f"{name}\n" for name in classes).encode())
     _write(folder / "zeroshot_classification_templates.txt", f"{template}\n".encode())
     for part, pictures in splits.items():
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for picture in sorted(pictures, key=lambda p: p.key):
-                stem = f"{picture.artist}/{picture.key}"
+            for picture in pictures:
                 for suffix, data in (
                     ("png", picture.data),
-                    ("cls", str(number[label(picture)]).encode()),
-                    ("txt", picture.name.encode()),
+                    ("cls", str(picture.label).encode()),
+                    ("txt", picture.caption.encode()),
                 ):
-                    member = tarfile.TarInfo(f"{stem}.{suffix}")
+                    member = tarfile.TarInfo(f"{picture.stem}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         _write(folder / part / "pictures.tar", content.getvalue())

@@ -1,0 +1,140 @@
+"""What is measured of an encoder, frozen: one file of numbers in the folder of its run, written once."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_lcl import objectives
+from megatron_lcl.claim.data import CORPORA, DIGITS, EVALUATE, HELD_OUT, KINDS, NAMES
+from megatron_lcl.config import Config
+from megatron_lcl.convert.load import load_model
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.spec import parse_spec
+from megatron_lcl.evaluate.encoders.untrained import untrained_model
+from megatron_lcl.evaluate.heldout import evaluate_heldout
+from megatron_lcl.evaluate.heldout_results import as_result
+from megatron_lcl.evaluate.results import Result
+from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.evaluate.settings import AttentiveSettings, Settings
+from megatron_lcl.evaluate.sources import open_images
+
+RESULT = "claim.json"
+SETTINGS = Settings(attentive_probe=AttentiveSettings(epochs=10, seeds=(0,)))
+"""the number of encoders is what seeds are spent on"""
+_PROBES = ("linear-probe", "attentive-probe", "knn")
+_TEXT = ("zero-shot", "retrieval")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of one encoder."""
+
+    data: str
+    task: str
+    metric: str
+    value: float
+    chance: float | None = None
+    """what guessing gives; where classes are not alike in number: always the most frequent one"""
+    items: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is, whoever it was measured of."""
+        return self.data, self.task, self.metric
+
+
+def measured(folder: Path, model: str, config: Config, data: Path) -> list[Measure]:
+    """All that a row is compared by, of the run's folder, or measured now and written there.
+
+    model: as `evaluate` takes it; config: of its run; data: the folder that `data.prepare` made. What needs a text
+    side is left out where the objective trains none.
+    """
+    file = folder / RESULT
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        found = list(_measure(folder, model, config, data))
+        replace_text(file, json.dumps([asdict(measure) for measure in found], indent=1, ensure_ascii=False) + "\n")
+    return read(file)
+
+
+def read(file: Path) -> list[Measure]:
+    """The numbers of a file that `measured` wrote. UserError where it is damaged."""
+    try:
+        return [Measure(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it, and it is measured again") from None
+
+
+def validated(folder: Path, model: str, data: Path) -> float:
+    """The number that learning rates are chosen by: accuracy of the attentive probe on the kinds of pictures.
+
+    The mean over the sets' validation splits. Every objective trains the patches that it reads, and none has an
+    advantage by its text side or pool.
+    """
+    file = folder / RESULT
+    if not file.is_file():
+        found = [m for name in KINDS for m in _labeled(folder, model, ["attentive-probe"], data, name, "validation")]
+        replace_text(file, json.dumps([asdict(measure) for measure in found], indent=1, ensure_ascii=False) + "\n")
+    return float(np.mean([measure.value for measure in read(file) if measure.metric == "accuracy"]))
+
+
+def _measure(folder: Path, model: str, config: Config, data: Path) -> Iterator[Measure]:
+    for name in (*KINDS, DIGITS):
+        yield from _labeled(folder, model, _PROBES, data, name)
+    trains = objectives.create(config).trains
+    if "retrieval" in trains:
+        for name in NAMES:
+            yield from _labeled(folder, model, _TEXT, data, name)
+    for name in HELD_OUT:
+        yield from _held_out(model, config, data, name)
+
+
+def _labeled(
+    folder: Path, model: str, tasks: Sequence[str], data: Path, name: str, split: str = "test"
+) -> Iterator[Measure]:
+    with tempfile.TemporaryDirectory(prefix="features-", dir=folder) as cache:  # of one use, and large
+        results = evaluate(
+            [model],
+            tasks,
+            data / EVALUATE / name,
+            split=split,
+            settings=SETTINGS,
+            cache=cache,
+            devices=("cuda:0",) if torch.cuda.is_available() else ("cpu",),
+            progress=False,
+        )
+    labels = open_images(data / EVALUATE / name, split).need_labels()
+    frequent = float(np.bincount(labels).max() / len(labels))
+    for result in results:
+        for measure in _measures(name, result):
+            is_probe = measure.task not in ("zero-shot", "retrieval") and measure.metric == "accuracy"
+            yield _with_chance(measure, frequent) if is_probe else measure
+
+
+def _with_chance(measure: Measure, chance: float) -> Measure:
+    return Measure(**{**asdict(measure), "chance": max(chance, measure.chance or 0.0)})
+
+
+def _measures(name: str, result: Result) -> Iterator[Measure]:
+    for metric, m in result.metrics.items():
+        yield Measure(name, result.task, metric, m.value, m.chance, result.num_items)
+
+
+def _held_out(model: str, config: Config, data: Path, name: str) -> Iterator[Measure]:
+    """The contrast on contexts of interleaved documents, and bits a token, of what the objective trains."""
+    spec = parse_spec(model)
+    lcl = load_model(model) if spec.seed is None else untrained_model(spec.name, spec.seed)[0]
+    lcl = lcl.to("cuda" if torch.cuda.is_available() else "cpu")
+    found, _ = evaluate_heldout(lcl, config, data / CORPORA / name, num_examples=0, progress=False)
+    if found.pairs:
+        yield from _measures(name, as_result(found, ""))
+    if found.bits_per_token is not None:
+        yield Measure(name, "generation", "bits a token", found.bits_per_token, None, found.targets)

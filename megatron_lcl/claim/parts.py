@@ -1,0 +1,83 @@
+"""What is compared: parts, each a few rows, each row trained from several seeds.
+
+Rows of the same name are the same runs in all parts, so they are trained once in an output folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SEEDS = (0, 1, 2)
+IMAGES = 80_000
+"""images that a run sees, the same one counted as often as it is seen"""
+RATES = (5e-4, 1e-3, 2e-3)
+"""learning rates that are tried for every row"""
+SEARCH = 0.2
+"""length of the runs that the learning rate is chosen by, as a share of a run's"""
+WARMUP = 0.1
+"""share of the steps in which the learning rate rises"""
+
+INTERLEAVED = {"emoji-labels": 1.0, "emoji-contexts": 1.0, "things-labels": 1.0, "things-contexts": 1.0}
+PAIRS = {"emoji-pairs": 1.0, "things-pairs": 1.0}
+BLEND = {**INTERLEAVED, "emoji-pairs": 2.0, "things-pairs": 2.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train that is compared with others."""
+
+    name: str
+    about: str
+    overrides: Mapping[str, str]
+    """dotted fields of the config"""
+    shares: Mapping[str, float] = field(default_factory=lambda: INTERLEAVED)
+    """corpora, and how many of the images come from each, relative to each other"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are compared; the others with the first one."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+
+LCL = Row("lcl", "contrast, weight 0.1, and generation, on interleaved documents", {"objective.name": "lcl"})
+
+
+def _weight(value: str) -> Row:
+    about = f"contrast, weight {value}, and generation, on interleaved documents"
+    return Row(f"lcl-{value}", about, {"objective.name": "lcl", "objective.contrastive_weight": value})
+
+
+_ALL = (
+    Part(
+        "objectives",
+        "Objectives, on the same documents",
+        (
+            LCL,
+            Row("clip", "contrast on pairs of the same documents", {"objective.name": "clip"}),
+            Row("coca", "contrast and captioning on pairs of the same documents", {"objective.name": "coca"}),
+            Row("generation", "generation on interleaved documents", {"objective.name": "generation"}),
+            Row("emu", "generation and regression of latents on interleaved documents", {"objective.name": "emu"}),
+        ),
+    ),
+    Part(
+        "data",
+        "Documents, with the same number of images",
+        (
+            LCL,
+            Row("lcl-pairs", "lcl on pairs only", {"objective.name": "lcl"}, PAIRS),
+            Row("lcl-blend", "lcl on both, half of the images each", {"objective.name": "lcl"}, BLEND),
+            Row("clip-pairs", "clip on pairs only", {"objective.name": "clip"}, PAIRS),
+        ),
+    ),
+    Part(
+        "weight",
+        "The weight of the contrast",
+        (LCL, *(_weight(value) for value in ("0", "0.03", "0.3", "1"))),
+    ),
+)
+PARTS = {part.name: part for part in _ALL}

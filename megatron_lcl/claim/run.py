@@ -1,0 +1,182 @@
+"""`megatron-lcl claim`: train, measure and compare the rows of a part.
+
+OUTPUT/data/               corpora and labeled pictures (`data.py`)
+OUTPUT/search/             short runs, a folder for each row and learning rate, with their validation accuracy
+OUTPUT/runs/ROW,seed=N/    the runs that are compared, each with its numbers (`measure.RESULT`)
+OUTPUT/untrained/seed=N/   the numbers of an encoder that was not trained
+OUTPUT/PART.md, .json      the table         OUTPUT/PART.html   the curves
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import megatron_lcl
+from megatron_lcl import config as configs
+from megatron_lcl.claim.data import CORPORA, SETS, prepare
+from megatron_lcl.claim.measure import measured, validated
+from megatron_lcl.claim.parts import IMAGES, RATES, SEARCH, SEEDS, Part
+from megatron_lcl.claim.plan import Plan, plan
+from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.demo.run import demo
+from megatron_lcl.demo.write import SOURCES
+from megatron_lcl.errors import UserError
+from megatron_lcl.report.runs import write_runs_report
+from megatron_lcl.train import launch
+from megatron_lcl.train.checks import check
+from megatron_lcl.train.sweep import Member, run_members
+from megatron_lcl.train.telemetry import read_metrics
+
+DATA, SEARCHED, RUNS = "data", "search", "runs"
+"""folders of the output"""
+Start = Callable[[Member], int]
+
+
+def default_config() -> Path:
+    """configs/claim/cpu.yaml of the checkout. UserError outside of one."""
+    file = Path(megatron_lcl.__file__).parents[1] / "configs" / "claim" / "cpu.yaml"
+    if not file.is_file():
+        raise UserError(f"there is no {file}, as this is no checkout; give --config FILE")
+    return file
+
+
+def claim(
+    part: Part,
+    output: Path,
+    sets: Path | None = None,
+    file: Path | None = None,
+    given: Mapping[str, str] | None = None,
+    images: int = IMAGES,
+    seeds: Sequence[int] = SEEDS,
+    rates: Sequence[float] = RATES,
+    dry_run: bool = False,
+    start: Start | None = None,
+) -> int:
+    """Everything that is not there yet; 0, or the exit code of the run that failed or was told to end.
+
+    sets: folder with `emoji` and `things` as `demo` makes them; what is missing there is made (default: `output`/sets).
+    file: config that all runs have in common; given: dotted fields over it. images: that each run sees; rates: learning
+    rates that are tried, one alone is taken. dry_run: only say what would be run. start: makes a run, and returns its
+    exit code (default: processes of this machine).
+    """
+    _check(images, seeds, rates)
+    began = time.monotonic()
+    file, sets = file or default_config(), sets or output / "sets"
+    for name in SETS:
+        if not (sets / name / SOURCES).is_file():
+            demo(name, sets / name)
+    data = output / DATA
+    prepare(sets, data)
+    plans = {row.name: plan(row, file, given or {}, data / CORPORA, output / "cache") for row in part.rows}
+    for row in plans.values():
+        print(_line(row, images), flush=True)
+    config = next(iter(plans.values())).config
+    processes = launch.default_processes(config.train.global_batch)
+    searched = {
+        (name, rate): row.member(output / SEARCHED, f"{name},lr={rate:g}", SEARCH * images, rate, seeds[0])
+        for name, row in plans.items()
+        for rate in (rates if len(rates) > 1 else ())
+    }
+    for name, row in plans.items():
+        _checked(row.member(output / RUNS, name, images, rates[0], seeds[0]), processes)
+    if dry_run:
+        print(f"{len(searched)} runs to choose learning rates by, {len(plans) * len(seeds)} that are compared")
+        return 0
+
+    def launched(member: Member) -> int:
+        return launch.start_local(["train", "--config", str(file), *member.arguments()], processes)
+
+    start = start or launched
+    if searched and (code := run_members(list(searched.values()), start, fail_fast=True)):
+        return code
+    tried: dict[str, dict[float, float]] = {name: {} for name in plans}
+    for (name, rate), member in searched.items():
+        run = Path(member.config.train.output)
+        tried[name][rate] = validated(run, str(run), data)
+        print(f"{name}: learning rate {rate:g}: validation accuracy {tried[name][rate]:.2%}", flush=True)
+    chosen = {name: max(found, key=found.__getitem__) if found else rates[0] for name, found in tried.items()}
+
+    members = {
+        name: [row.member(output / RUNS, f"{name},seed={seed}", images, chosen[name], seed) for seed in seeds]
+        for name, row in plans.items()
+    }
+    for of_seed in zip(*members.values(), strict=True):  # all rows of a seed: what is there can be compared
+        if code := run_members(of_seed, start, fail_fast=True):
+            return code
+        for member in of_seed:
+            run = Path(member.config.train.output)
+            print(f"measuring {member.name}", flush=True)
+            measured(run, str(run), member.config, data)
+    rows = [
+        Trained(
+            name,
+            plans[name].row.about,
+            [measured(Path(m.config.train.output), m.config.train.output, m.config, data) for m in of_row],
+            _facts(of_row, tried[name], chosen[name]),
+        )
+        for name, of_row in members.items()
+    ]
+    rows.append(Trained(UNTRAINED, "", list(_untrained(output, config, data, seeds)), {}))
+    write(part.title, table(rows, seeds), output / part.name)
+    folders = [Path(member.config.train.output) for of_row in members.values() for member in of_row]
+    page = write_runs_report(folders, output / f"{part.name}.html")
+    print((output / f"{part.name}.md").read_text(encoding="utf-8"))
+    print(f"{output / part.name}.md, .json; curves: {page}; {(time.monotonic() - began) / 60:.1f} minutes")
+    return 0
+
+
+def _check(images: int, seeds: Sequence[int], rates: Sequence[float]) -> None:
+    if images < 1:
+        raise UserError(f"--images {images}: give a number from 1")
+    for what, values in (("--seeds", seeds), ("--rates", rates)):
+        if not values or len(set(values)) < len(values) or min(values) < 0:
+            raise UserError(f"{what} {','.join(map(str, values))}: give each value once, from 0 on")
+
+
+def _checked(member: Member, processes: int) -> None:
+    try:
+        check(member.config, processes)
+    except UserError as error:
+        raise UserError(f"{member.name}: {error}") from None
+
+
+def _line(row: Plan, images: int) -> str:
+    """What a row's runs are, in a line."""
+    contrast = f"{row.pairs_per_step:,.0f} of them in the contrast" if row.pairs_per_step else "no contrast"
+    return (
+        f"{row.row.name:12} {row.steps(images):5} steps of {row.images_per_step:,.0f} images, {contrast}; "
+        f"packs of {row.config.data.tokens_per_pack} tokens"
+    )
+
+
+def _facts(members: Sequence[Member], tried: Mapping[float, float], lr: float) -> dict[str, Any]:
+    """How a row was trained: what was tuned, and of each seed what the run's metrics say."""
+    lines = [
+        [line for line in read_metrics(Path(member.config.train.output)) if "num_images" in line] for member in members
+    ]
+    contrasts = [any(line["contrastive"] for line in of_run if line.get("contrastive")) for of_run in lines]
+    return {
+        "lr": lr,
+        "tried": {f"{rate:g}": accuracy for rate, accuracy in tried.items()},
+        "at the edge": len(tried) > 1 and lr in (min(tried), max(tried)),
+        "steps": members[0].config.train.steps,
+        "images seen": [sum(line["num_images"] for line in of_run) for of_run in lines],
+        "images in the contrast": [
+            sum(line["num_pairs"] for line in of_run) if contrasted else 0
+            for of_run, contrasted in zip(lines, contrasts, strict=True)
+        ],
+        "minutes": [sum(line["step_seconds"] for line in of_run) / 60 for of_run in lines],
+    }
+
+
+def _untrained(output: Path, config: configs.Config, data: Path, seeds: Sequence[int]) -> Iterator[list[Any]]:
+    """The numbers of the same model as it is before training, of each seed."""
+    file = output / UNTRAINED / "config.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, configs.to_yaml(config))
+    for seed in seeds:
+        yield measured(output / UNTRAINED / f"seed={seed}", f"random:{file}?seed={seed}", config, data)

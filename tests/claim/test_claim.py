@@ -1,0 +1,328 @@
+"""Protects `claim`: rows see the same images, nothing is run twice, and the table says what the result files say."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from processes import run_processes
+from scipy import stats
+
+from megatron_lcl import config as configs
+from megatron_lcl import objectives
+from megatron_lcl.claim import data as claim_data
+from megatron_lcl.claim.data import in_validation, prepare
+from megatron_lcl.claim.measure import RESULT, Measure
+from megatron_lcl.claim.parts import PARTS, Part
+from megatron_lcl.claim.plan import plan
+from megatron_lcl.claim.run import claim, default_config
+from megatron_lcl.claim.table import Trained, markdown, table
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading import pack_index
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.pack_index import open_ledger
+from megatron_lcl.demo.licenses import License
+from megatron_lcl.demo.pictures import Picture
+from megatron_lcl.demo.write import DataSet, write
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.sources import open_images
+from megatron_lcl.train.sweep import Member
+from megatron_lcl.train.telemetry import read_metrics
+
+KINDS = ("fruit", "beast", "tool")
+ARTISTS = ("a", "b", "held")
+TINY = {
+    "model.vision": "{image_size: 16, patch_size: 8, width: 16, layers: 1, heads: 1, mlp_width: 32}",
+    "model.language": "{context_length: 128, width: 16, layers: 1, heads: 1, mlp_width: 32}",
+    "model.pool_heads": "1",
+    "data.images_per_pack": "32",
+    "data.workers": "0",
+    "train.global_batch": "2",
+    "train.micro_batch": "1",
+    "train.progress": "false",
+    "checkpoint.every": "0",
+}
+
+
+def tiny_set(name: str, seed: int) -> DataSet:
+    """Forty names drawn by three artists, in noise of the kind's color."""
+    rng, pictures = random.Random(seed), []
+    words = [
+        f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ro", "su") for b in ("ba", "do", "fi", "gu", "ve", "zo")
+    ]
+    for k, word in enumerate(words[:40]):
+        for artist in ARTISTS:
+            noise = np.frombuffer(rng.randbytes(16 * 16 * 3), np.uint8).reshape(16, 16, 3).copy()
+            noise[..., k % 3] |= 192
+            png = io.BytesIO()
+            Pillow.fromarray(noise).save(png, "PNG")
+            about = " ".join(rng.choices(words, k=rng.randint(2, 9)))
+            file = f"pictures/{artist}/{word}.png"
+            pictures.append(Picture(artist, word, about, KINDS[k % 3], KINDS[k % 3], file, png.getvalue()))
+    licenses = [License(name, "CC0-1.0", "Noise.", "Nothing is reserved.")]
+    return DataSet(name, pictures, licenses, lambda p: p.topic, "held", 0.1, 600, 120, "{c}")
+
+
+@pytest.fixture(scope="module")
+def sets(once: Callable[..., Any]) -> Path:
+    """`emoji` and `things`, as `demo` leaves them, but tiny."""
+
+    def make(folder: Path) -> Path:
+        for seed, name in enumerate(claim_data.SETS):
+            write(tiny_set(name, seed), [], folder / name)
+        return folder
+
+    return once("claim-sets", make)
+
+
+@pytest.fixture(scope="module")
+def data(once: Callable[..., Any], sets: Path) -> Path:
+    """What `claim` makes of them."""
+
+    def make(folder: Path) -> Path:
+        prepare(sets, folder)
+        return folder
+
+    return once("claim-data", make)
+
+
+def images_of(config: configs.Config, packs: int) -> dict[str, int]:
+    """Images of the first packs of a run, by corpus, as the training loader finds them."""
+    context, sequences = config.model.language.context_length, objectives.create(config).sequences
+    common = (config.data, config.model.vision.num_patches)
+    ledger = open_ledger(*common, context, sequences=sequences)
+    loader = PackedLoader(*common, config.model.vision.image_size, context, sequences=sequences, ledger=ledger)
+    images = {Path(corpus.path).name: 0 for corpus in config.data.corpora}
+    for number in range(packs):
+        for origin in loader.reader.provenance(number):
+            images[Path(origin.corpus).name] += len(origin.images)
+    return images
+
+
+def test_all_rows_see_the_same_images_of_the_same_documents(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 256)  # or much more is packed than is looked at
+    rows = {row.name: row for part in PARTS.values() for row in part.rows}
+    assert len(rows) == 5 + 3 + 4
+    wanted = 3000
+    for name, row in rows.items():
+        found = plan(row, default_config(), TINY, data / "corpora", tmp_path / "cache")
+        run = found.member(tmp_path, name, wanted, 1e-3, 0).config
+        assert run.data.images_per_pack == 32
+        assert run.train.global_batch == 2
+        assert bool(found.pairs_per_step) == (name != "generation"), name
+        images = images_of(run, run.train.steps * run.train.global_batch)
+        assert sum(images.values()) == pytest.approx(wanted, rel=0.04), name  # few documents: packs are not alike
+        total = sum(row.shares.values())
+        for corpus, share in row.shares.items():
+            assert images[corpus] / sum(images.values()) == pytest.approx(share / total, abs=0.02), (name, corpus)
+    assert len({tuple(rows[name].shares.items()) for name in ("lcl", "clip", "coca", "generation", "emu")}) == 1
+
+
+def test_validation_and_test_share_nothing(data: Path, sets: Path) -> None:
+    for name in claim_data.SETS:
+        kinds = {
+            split: {blob.read() for blob in open_images(data / "evaluate" / f"{name}-kinds", split).images}
+            for split in ("train", "validation", "test")
+        }
+        assert all(kinds.values())
+        assert not kinds["train"] & (kinds["validation"] | kinds["test"])
+        assert not kinds["validation"] & kinds["test"]
+        assert all(map(in_validation, kinds["validation"]))
+        held_out = {blob.read() for blob in open_images(sets / name / "evaluate" / "kinds", "test").images}
+        assert kinds["validation"] | kinds["test"] == held_out
+        documents = {
+            image.data for document in open_corpus(data / "corpora" / f"{name}-heldout") for image in document.images
+        }
+        assert documents
+        assert not documents & kinds["validation"]
+        assert not documents & kinds["train"]
+        names = open_images(data / "evaluate" / f"{name}-names")
+        assert len(names.classes) == len(names) == len(set(names.need_labels()))
+        assert not {blob.read() for blob in names.images} & kinds["validation"]
+    digits = open_images(data / "evaluate" / "digits", "train")
+    assert (len(digits), digits.classes[7]) == (1200, "7")
+
+
+def train(_rank: int, arguments: list[str]) -> int:
+    return main(["train", *arguments])
+
+
+def numbers_of(run: Path) -> dict[tuple[str, str, str], float]:
+    return {(m["data"], m["task"], m["metric"]): m["value"] for m in json.loads((run / RESULT).read_text())}
+
+
+@pytest.mark.slow
+def test_a_part_from_end_to_end(
+    sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rows, two seeds, two rates; the second call repeats nothing and fills in what is missing."""
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 256)
+    monkeypatch.setattr(claim_data, "_DIGITS_TRAIN", 1760)  # few to test on
+    part = Part(
+        "objectives", "Two objectives", tuple(r for r in PARTS["objectives"].rows if r.name in ("lcl", "generation"))
+    )
+    started: list[str] = []
+
+    def start(member: Member) -> int:
+        started.append(f"{Path(member.config.train.output).parent.name}/{member.name}")
+        (code,) = run_processes(train, 1, ["--config", str(default_config()), *member.arguments()])
+        return code
+
+    def run(**changed: Any) -> int:
+        how = {"images": 190, "seeds": (0, 1), "rates": (1e-3, 2e-3), "start": start, "given": TINY, **changed}
+        return claim(part, tmp_path / "out", sets, **how)
+
+    assert run() == 0
+    searched = [f"search/{name},lr={rate}" for name in ("lcl", "generation") for rate in ("0.001", "0.002")]
+    compared = [f"runs/{name},seed={seed}" for seed in (0, 1) for name in ("lcl", "generation")]
+    assert started == searched + compared
+    numbers = json.loads((tmp_path / "out" / "objectives.json").read_text())
+    page = (tmp_path / "out" / "objectives.md").read_text()
+
+    # what was trained
+    for row in numbers["rows"][:2]:
+        name = row["name"]
+        tried = {}
+        for rate in ("0.001", "0.002"):
+            values = numbers_of(tmp_path / "out" / "search" / f"{name},lr={rate}")
+            assert {data for data, *_ in values} == {"emoji-kinds", "things-kinds"}
+            tried[rate] = np.mean([v for (_, task, metric), v in values.items() if metric == "accuracy"])
+        assert row["tried"] == pytest.approx(tried)
+        assert tried[f"{row['lr']:g}"] == max(tried.values())
+        for seed in (0, 1):
+            folder = tmp_path / "out" / "runs" / f"{name},seed={seed}"
+            config = configs.load(folder / "config.yaml")
+            assert (config.train.seed, config.data.seed, config.optimizer.lr) == (seed, seed, row["lr"])
+            lines = read_metrics(folder)
+            assert row["images seen"][seed] == sum(line["num_images"] for line in lines)
+            assert row["images seen"][seed] == pytest.approx(190, rel=0.1)
+    lcl, generation, untrained = numbers["rows"]
+    assert min(lcl["images in the contrast"]) > 80
+    assert generation["images in the contrast"] == [0, 0]
+    assert untrained == {"name": "untrained", "about": ""}
+
+    # what was measured: mean and interval, again, from the runs' files
+    folders = {name: "runs/" + name for name in ("lcl", "generation")} | {"untrained": "untrained/"}
+    measured = {
+        name: [numbers_of(tmp_path / "out" / f"{start}{',' * (name != 'untrained')}seed={seed}") for seed in (0, 1)]
+        for name, start in folders.items()
+    }
+    assert {(line["data"], line["task"], line["metric"]) for line in numbers["measures"]} == set(measured["lcl"][0])
+    tasks = {(line["data"], line["task"]) for line in numbers["measures"]}
+    assert tasks >= {("emoji-kinds", "linear probe"), ("things-kinds", "attentive probe"), ("digits", "k-NN")} | {
+        ("emoji-names", "zero-shot"), ("things-names", "retrieval"), ("emoji-heldout", "held-out documents"),
+    }  # fmt: skip
+    for line in numbers["measures"]:
+        key = line["data"], line["task"], line["metric"]
+        for name, of_seeds in measured.items():
+            if key not in of_seeds[0]:
+                assert name == "generation"
+                assert line["task"] in ("zero-shot", "retrieval", "held-out documents")
+                assert name not in line["rows"]
+                continue
+            values = [of_seed[key] for of_seed in of_seeds]
+            low, high = (
+                stats.t.interval(0.95, 1, np.mean(values), stats.sem(values)) if len(set(values)) > 1 else values
+            )
+            found = line["rows"][name]
+            assert found["values"] == values
+            assert [found["mean"] - found["half"], found["mean"] + found["half"]] == pytest.approx([low, high])
+    assert "| emoji-kinds: attentive probe, accuracy (" in page
+    assert "12.71" in page, "t of one degree of freedom"
+    assert (tmp_path / "out" / "objectives.html").read_text().count("<svg") == 1
+
+    # again
+    capsys.readouterr()
+    started.clear()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob(RESULT)}
+    assert run() == 0
+    assert started == []
+    assert (tmp_path / "out" / "objectives.md").read_text() == page
+    (tmp_path / "out" / "runs" / "lcl,seed=1" / RESULT).unlink()
+    assert run() == 0
+    assert started == []
+    assert (tmp_path / "out" / "objectives.md").read_text() == page, "measured again, the same"
+    assert {file for file, at in before.items() if file.stat().st_mtime_ns == at} == set(before) - {
+        tmp_path / "out" / "runs" / "lcl,seed=1" / RESULT
+    }
+    with pytest.raises(UserError, match="is finished, with"):
+        run(images=320)
+    monkeypatch.setattr(claim_data, "_RULES", 0)
+    with pytest.raises(UserError, match="was made of other sets"):
+        run()
+
+
+def measures(**values: float) -> list[Measure]:
+    return [Measure("d", "linear probe", name, value, 0.5, 10) for name, value in values.items()]
+
+
+def test_intervals_are_students(tmp_path: Path) -> None:
+    """Three seeds, by hand: t(0.975, 2) = 4.3027; differences are taken seed by seed."""
+    facts = {"lr": 0.1, "tried": {}, "at the edge": True, "steps": 3, "images seen": [5, 7]}
+    facts |= {"images in the contrast": [0, 0], "minutes": [1.0, 2.0]}
+    rows = [
+        Trained("one", "this", [measures(accuracy=v) for v in (0.6, 0.7, 0.8)], facts),
+        Trained("two", "that", [measures(accuracy=v) for v in (0.5, 0.61, 0.69)], facts),
+        Trained("untrained", "", [measures(accuracy=v) for v in (0.5, 0.5, 0.5)], {}),
+    ]
+    numbers = table(rows, (0, 1, 2))
+    (line,) = numbers["measures"]
+    assert line["rows"]["one"]["mean"] == pytest.approx(0.7)
+    assert line["rows"]["one"]["half"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert line["minus one"]["two"]["mean"] == pytest.approx(-0.1)
+    assert line["minus one"]["two"]["half"] == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
+    assert line["at chance"] == ["one", "two", "untrained"], "0.7 ± 0.25 has 0.5 in it"
+    page = markdown("Title", numbers)
+    assert "70.00 ± 24.84 % ○" in page
+    assert "**-10.00 ± 2.48 %**" in page
+    assert "n = 3 seeds, by Student's t distribution (t = 4.30)" in page
+    assert "0.1 (at the edge of what was tried)" in page
+    assert "5 to 7" in page
+    alone = markdown("Title", table([rows[0].__class__("one", "this", rows[0].measures[:1], facts), rows[2]], (0,)))
+    assert "no intervals" in alone
+    assert "60.00 %" in alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--part", "wieght"], "there are objectives, data, weight"),
+        (["--seeds", "0,x"], "--seeds 0,x: give numbers"),
+        (["--seeds", "1,1"], "--seeds 1,1: give each value once"),
+        (["--images", "0"], "--images 0: give a number from 1"),
+        (["--data.images_per_pack", "null"], "data.images_per_pack is open"),
+        (["--data.images_per_pak", "3"], "no config key"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    arguments: list[str], said: str, sets: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").symlink_to(data)
+    assert main(["claim", "--output", str(tmp_path), "--sets", str(sets), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_dry_run_says_what_would_be_run(
+    sets: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 256)
+    how = [f"--{key}={value}" for key, value in TINY.items()]
+    command = ["claim", "--output", str(tmp_path), "--sets", str(sets), "--part", "data", "--dry-run", *how]
+    assert main([*command, "--images", "1600"]) == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["lcl", "lcl-pairs", "lcl-blend", "clip-pairs"]
+    assert all("steps of 16 images" in row for row in rows), rows
+    assert "no contrast" not in "".join(rows)
+    assert last == "12 runs to choose learning rates by, 12 that are compared"
