@@ -32,6 +32,10 @@ the pencil tool draws hard lines while a brush paints soft ones over any layer o
 """.split()  # noqa: SIM905
 
 
+TOPIC = "animals & nature: mammals"
+"""of the emoji; no word of it is in the pages"""
+
+
 def write_pages(folder: Path, num_pages: int = 24) -> None:
     """Pages with headings, paragraphs and two drawings each, all different, and a navigation bar."""
     rng = random.Random(0)
@@ -116,8 +120,8 @@ def test_the_held_out_vendor_is_named(output: Path) -> None:
     corpora = [output / "corpus", *(output / "emoji" / "corpora" / name for name in ("labels", "pairs", "heldout"))]
     assert len({open_corpus(corpus).tokenizer.fingerprint for corpus in corpora}) == 1
     tokenizer = open_corpus(output / "corpus").tokenizer
-    for text in ("the pencil tool draws", "grinning face"):  # words of both
-        assert len(tokenizer.encode(text)) <= len(text.split()) + 1
+    assert len(tokenizer.encode("the pencil tool draws")) == 4
+    assert len(tokenizer.encode(TOPIC)) < 15  # it has learned the emoji's words too
     blend = yaml.safe_load((output / "config.yaml").read_text())["data"]["corpora"]
     assert {Path(corpus["path"]).name for corpus in blend} >= {"corpus", "labels", "pairs"}
 
@@ -133,6 +137,7 @@ def test_without_npm_the_pages_alone_are_trained_on(
     assert line.startswith("without the emoji, on the pages alone: npm is not on this machine")
     assert not (tmp_path / "out" / "corpus").exists()
     tokenizer = pages.write()
+    assert len(tokenizer.encode(TOPIC)) > 18
     capsys.readouterr()
     # with npm it goes on as it began: another tokenizer would be another corpus
     write_packages(tmp_path / "packages")
@@ -158,7 +163,7 @@ def test_the_report_is_one_self_contained_page(output: Path) -> None:
         "<svg",
     ):
         assert part in page, part
-    assert page.count('<details class="pack"') == 16
+    assert page.count('<details class="pack"') == 8
 
 
 @pytest.mark.slow
