@@ -15,14 +15,18 @@ from megatron_lcl import objectives
 from megatron_lcl.claim.parts import WARMUP, Row
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.loading.pack_index import open_ledger
 from megatron_lcl.data.loading.packing import max_sequences
+from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.data.loading.source import open_source
-from megatron_lcl.data.loading.summary import Summary, summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.sweep import Member
 
-SLACK = 1.1
-"""token slots and places for sequences of a pack, over what its images need: so image slots run out first"""
+
+FULL = 0.96
+"""share of the images a step that `data.images_per_pack` stands for, which the mean step is to have"""
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,13 @@ class Plan:
     file: Path
     overrides: Mapping[str, str]
     config: Config
-    summary: Summary
-    """of its packs"""
-
-    @property
-    def images_per_step(self) -> float:
-        """The mean."""
-        return self.summary.images / self.summary.packs * self.config.train.global_batch
-
-    @property
-    def pairs_per_step(self) -> float:
-        """Images of a step that take part in the contrast, the mean; 0 where nothing is contrasted."""
-        return self.summary.pairs / self.summary.packs * self.config.train.global_batch
+    counts: np.ndarray
+    """int64 [steps, 2]: images of each step, and those of them in the contrast; as many steps as a run may have"""
 
     def steps(self, images: float) -> int:
-        """In which the row sees so many images."""
-        return max(1, round(images / self.images_per_step))
+        """After which the row has seen so many images, or nearly."""
+        seen = np.concatenate([[0], np.cumsum(self.counts[:, 0])])
+        return max(1, int(np.abs(seen - images).argmin()))
 
     def member(self, folder: Path, name: str, images: float, lr: float, seed: int) -> Member:
         """The run `folder`/`name`."""
@@ -66,12 +61,13 @@ class Plan:
         return Member(name, overrides, configs.load(self.file, overrides))
 
 
-def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: Path) -> Plan:
-    """The plan of a row.
+def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: Path, images: int) -> Plan:
+    """The plan of a row for runs of up to so many images.
 
-    file: config that all rows have in common; given: dotted fields over it. A pack has the same number of image slots,
-    `data.images_per_pack`, in all rows, and as many token slots as fill these: an image comes with more tokens in one
-    row than in another. A corpus's weight, which counts tokens, is such that `row.shares` are of images.
+    file: config that all rows have in common; given: dotted fields over it. Steps of all rows have nearly the same mean
+    number of images, `data.images_per_pack` of each pack: a pack has as many token slots as these need, an image coming
+    with more tokens in one row than in another, and more image slots where long texts leave some empty. A corpus's
+    weight, which counts tokens, is such that `row.shares` are of images.
 
     UserError where the config leaves the number of image slots open, or a corpus has no images.
     """
@@ -89,18 +85,47 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
     weights = {}
     for name, share in row.shares.items():
         source = open_source(corpora / name, wide, patches, context, slots, sequences)
-        images = int(source.images.sum(dtype=np.int64))
-        if not images:
+        stored = int(source.images.sum(dtype=np.int64))
+        if not stored:
             raise UserError(f"{corpora / name} has no image that `{row.name}` reads")
-        weights[name] = share * int(source.tokens.sum(dtype=np.int64)) / images
+        weights[name] = share * int(source.tokens.sum(dtype=np.int64)) / stored
         tokens += weights[name] / total
-        pieces += share / total * (np.count_nonzero(source.tokens) / images if sequences.interleaved else 1)
+        pieces += share / total * (np.count_nonzero(source.tokens) / stored if sequences.interleaved else 1)
     overrides["data.corpora"] = json.dumps(
         [{"path": str(corpora / name), "weight": round(weight, 4)} for name, weight in weights.items()]
     )
-    width = max(wide.tokens_per_pack, SLACK * slots * tokens)
-    while max_sequences(round(width), sequences.captions) < SLACK * slots * pieces:
-        width *= SLACK
-    overrides["data.tokens_per_pack"] = str(64 * math.ceil(width / 64))
-    config = configs.load(file, overrides)
-    return Plan(row, file, overrides, config, summarize_config(config, sequences, None, 0))
+    wanted, attempts = slots * config.train.global_batch, 0
+    while True:
+        # no more tokens, or packing would take long texts first to fill them
+        width = max(wide.tokens_per_pack, math.ceil(slots * tokens))
+        while max_sequences(width, sequences.captions) < slots * pieces:
+            width += 1
+        overrides |= {"data.tokens_per_pack": str(width), "data.images_per_pack": str(slots)}
+        config = configs.load(file, overrides)
+        counts = _count(config, sequences, images)
+        mean = float(counts[:, 0].mean())
+        attempts += 1
+        if mean >= FULL * wanted or attempts == _ATTEMPTS:
+            return Plan(row, file, overrides, config, counts)
+        slots = math.ceil(slots * wanted / mean)
+
+
+def _count(config: Config, sequences: Sequences, images: int) -> np.ndarray:
+    """Of the first steps of a run, up to so many images and one more: see `Plan.counts`."""
+    data, vision, context = config.data, config.model.vision, config.model.language.context_length
+    ledger = open_ledger(data, vision.num_patches, context, sequences=sequences)
+    loader = PackedLoader(data, vision.num_patches, vision.image_size, context, sequences=sequences, ledger=ledger)
+    counts: list[tuple[int, int]] = []
+    seen = pack = 0
+    while seen <= images:
+        origins = [
+            image
+            for number in range(pack, pack + config.train.global_batch)
+            for origin in loader.reader.provenance(number)
+            for image in origin.images
+        ]
+        pack += config.train.global_batch
+        seen += len(origins)
+        counts.append((len(origins), sum(image.pair for image in origins)))
+    loader.reader.index.close()
+    return np.array(counts, np.int64)

@@ -71,7 +71,7 @@ def claim(
             demo(name, sets / name)
     data = output / DATA
     prepare(sets, data)
-    plans = {row.name: plan(row, file, given or {}, data / CORPORA, output / "cache") for row in part.rows}
+    plans = {row.name: plan(row, file, given or {}, data / CORPORA, output / "cache", images) for row in part.rows}
     for row in plans.values():
         print(_line(row, images), flush=True)
     config = next(iter(plans.values())).config
@@ -146,9 +146,12 @@ def _checked(member: Member, processes: int) -> None:
 
 def _line(row: Plan, images: int) -> str:
     """What a row's runs are, in a line."""
-    contrast = f"{row.pairs_per_step:,.0f} of them in the contrast" if row.pairs_per_step else "no contrast"
+    steps = row.steps(images)
+    seen, contrasted = row.counts[:steps].sum(0)
+    contrast = f"{contrasted:,} of them in the contrast" if contrasted else "no contrast"
+    few, many = row.counts[:steps, 0].min(), row.counts[:steps, 0].max()
     return (
-        f"{row.row.name:12} {row.steps(images):5} steps of {row.images_per_step:,.0f} images, {contrast}; "
+        f"{row.row.name:12} {seen:,} images in {steps} steps of {few} to {many}, {contrast}; "
         f"packs of {row.config.data.tokens_per_pack} tokens"
     )
 

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image as Pillow
 from processes import run_processes
 from scipy import stats
+from sklearn.datasets import load_digits
 
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.claim import data as claim_data
+from megatron_lcl.claim import measure
 from megatron_lcl.claim.data import in_validation, prepare
 from megatron_lcl.claim.measure import RESULT, Measure
 from megatron_lcl.claim.parts import PARTS, Part
@@ -33,6 +36,7 @@ from megatron_lcl.demo.licenses import License
 from megatron_lcl.demo.pictures import Picture
 from megatron_lcl.demo.write import DataSet, write
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, Settings
 from megatron_lcl.evaluate.sources import open_images
 from megatron_lcl.train.sweep import Member
 from megatron_lcl.train.telemetry import read_metrics
@@ -50,6 +54,11 @@ TINY = {
     "train.progress": "false",
     "checkpoint.every": "0",
 }
+
+QUICK = Settings(
+    linear_probe=LinearSettings(strengths=(1.0,), max_iterations=10),
+    attentive_probe=AttentiveSettings(epochs=1, seeds=(0,)),
+)
 
 
 def tiny_set(name: str, seed: int) -> DataSet:
@@ -110,21 +119,23 @@ def images_of(config: configs.Config, packs: int) -> dict[str, int]:
 def test_all_rows_see_the_same_images_of_the_same_documents(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack_index, "MIN_CHUNK", 256)  # or much more is packed than is looked at
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)  # or much more is packed than is looked at
     rows = {row.name: row for part in PARTS.values() for row in part.rows}
     assert len(rows) == 5 + 3 + 4
     wanted = 3000
+    steps = {}
     for name, row in rows.items():
-        found = plan(row, default_config(), TINY, data / "corpora", tmp_path / "cache")
+        found = plan(row, default_config(), TINY, data / "corpora", tmp_path / "cache", wanted)
         run = found.member(tmp_path, name, wanted, 1e-3, 0).config
-        assert run.data.images_per_pack == 32
         assert run.train.global_batch == 2
-        assert bool(found.pairs_per_step) == (name != "generation"), name
+        assert bool(found.counts[:, 1].sum()) == (name != "generation"), name
+        steps[name] = run.train.steps
         images = images_of(run, run.train.steps * run.train.global_batch)
-        assert sum(images.values()) == pytest.approx(wanted, rel=0.04), name  # few documents: packs are not alike
+        assert sum(images.values()) == pytest.approx(wanted, abs=32), name  # half a step
         total = sum(row.shares.values())
         for corpus, share in row.shares.items():
             assert images[corpus] / sum(images.values()) == pytest.approx(share / total, abs=0.02), (name, corpus)
+    assert max(steps.values()) <= 1.1 * min(steps.values()), steps
     assert len({tuple(rows[name].shares.items()) for name in ("lcl", "clip", "coca", "generation", "emu")}) == 1
 
 
@@ -166,8 +177,12 @@ def test_a_part_from_end_to_end(
     sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two rows, two seeds, two rates; the second call repeats nothing and fills in what is missing."""
-    monkeypatch.setattr(pack_index, "MIN_CHUNK", 256)
-    monkeypatch.setattr(claim_data, "_DIGITS_TRAIN", 1760)  # few to test on
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)
+    monkeypatch.setattr(measure, "SETTINGS", QUICK)
+    digits = load_digits()
+    few = {"images": digits.images[:200], "target": digits.target[:200]}
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: SimpleNamespace(**few))
+    monkeypatch.setattr(claim_data, "_DIGITS_TRAIN", 150)
     part = Part(
         "objectives", "Two objectives", tuple(r for r in PARTS["objectives"].rows if r.name in ("lcl", "generation"))
     )
@@ -203,7 +218,8 @@ def test_a_part_from_end_to_end(
             folder = tmp_path / "out" / "runs" / f"{name},seed={seed}"
             config = configs.load(folder / "config.yaml")
             assert (config.train.seed, config.data.seed, config.optimizer.lr) == (seed, seed, row["lr"])
-            lines = read_metrics(folder)
+            lines = [line for line in read_metrics(folder) if "loss" in line]
+            assert len(lines) == row["steps"] == config.train.steps
             assert row["images seen"][seed] == sum(line["num_images"] for line in lines)
             assert row["images seen"][seed] == pytest.approx(190, rel=0.1)
     lcl, generation, untrained = numbers["rows"]
@@ -317,12 +333,12 @@ def test_a_dry_run_says_what_would_be_run(
     sets: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").symlink_to(data)
-    monkeypatch.setattr(pack_index, "MIN_CHUNK", 256)
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)
     how = [f"--{key}={value}" for key, value in TINY.items()]
     command = ["claim", "--output", str(tmp_path), "--sets", str(sets), "--part", "data", "--dry-run", *how]
     assert main([*command, "--images", "1600"]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == ["lcl", "lcl-pairs", "lcl-blend", "clip-pairs"]
-    assert all("steps of 16 images" in row for row in rows), rows
+    assert all(1550 <= int(row.split()[1].replace(",", "")) <= 1650 for row in rows), rows
     assert "no contrast" not in "".join(rows)
     assert last == "12 runs to choose learning rates by, 12 that are compared"
