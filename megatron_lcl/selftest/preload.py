@@ -1,5 +1,7 @@
 """Imported once by the server that the selftest's processes are forked from: whatever a run imports sooner or later."""
 
+import atexit
+import gc
 import importlib
 import os
 
@@ -19,3 +21,6 @@ for name in (
 
 importlib.import_module("numba").njit(lambda: 0)()  # numba sets itself up with the first function that it runs
 importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - found out when they are first asked for
+gc.collect()
+gc.freeze()  # the garbage collector of a forked process has only that process's own objects to look at
+atexit.register(gc.unfreeze)  # or some libraries report leaks when the server ends
