@@ -199,6 +199,9 @@ class VocabularyEmbedding(nn.Embedding):
         self.axis = axis
         mark_split(self.weight, 0, vocab_size)
 
+    def reset_parameters(self) -> None:
+        """Draws nothing: `model.initialize` does, and on the meta device torch would import its compiler for it."""
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.axis.size == 1:
             return self._look_up(ids)
