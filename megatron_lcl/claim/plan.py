@@ -23,7 +23,6 @@ from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.sweep import Member
 
-
 FULL = 0.96
 """share of the images a step that `data.images_per_pack` stands for, which the mean step is to have"""
 _ATTEMPTS = 3
