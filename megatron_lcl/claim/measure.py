@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +115,8 @@ def _labeled(
     frequent = float(np.bincount(labels).max() / len(labels))
     for result in results:
         for measure in _measures(name, result):
-            is_probe = measure.task not in ("zero-shot", "retrieval") and measure.metric == "accuracy"
-            yield _with_chance(measure, frequent) if is_probe else measure
-
-
-def _with_chance(measure: Measure, chance: float) -> Measure:
-    return Measure(**{**asdict(measure), "chance": max(chance, measure.chance or 0.0)})
+            is_probe = tasks is not _TEXT and measure.metric == "accuracy"
+            yield replace(measure, chance=max(frequent, measure.chance or 0.0)) if is_probe else measure
 
 
 def _measures(name: str, result: Result) -> Iterator[Measure]:

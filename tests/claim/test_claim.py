@@ -55,6 +55,7 @@ TINY = {
     "checkpoint.every": "0",
 }
 
+ZERO_SHOT = "zero-shot classification"
 QUICK = Settings(
     linear_probe=LinearSettings(strengths=(1.0,), max_iterations=10),
     attentive_probe=AttentiveSettings(epochs=1, seeds=(0,)),
@@ -116,6 +117,7 @@ def images_of(config: configs.Config, packs: int) -> dict[str, int]:
     return images
 
 
+@pytest.mark.slow
 def test_all_rows_see_the_same_images_of_the_same_documents(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,14 +238,14 @@ def test_a_part_from_end_to_end(
     assert {(line["data"], line["task"], line["metric"]) for line in numbers["measures"]} == set(measured["lcl"][0])
     tasks = {(line["data"], line["task"]) for line in numbers["measures"]}
     assert tasks >= {("emoji-kinds", "linear probe"), ("things-kinds", "attentive probe"), ("digits", "k-NN")} | {
-        ("emoji-names", "zero-shot"), ("things-names", "retrieval"), ("emoji-heldout", "held-out documents"),
+        ("emoji-names", ZERO_SHOT), ("things-names", "retrieval"), ("emoji-heldout", "held-out documents"),
     }  # fmt: skip
     for line in numbers["measures"]:
         key = line["data"], line["task"], line["metric"]
         for name, of_seeds in measured.items():
             if key not in of_seeds[0]:
                 assert name == "generation"
-                assert line["task"] in ("zero-shot", "retrieval", "held-out documents")
+                assert line["task"] in (ZERO_SHOT, "retrieval", "held-out documents")
                 assert name not in line["rows"]
                 continue
             values = [of_seed[key] for of_seed in of_seeds]
@@ -253,6 +255,10 @@ def test_a_part_from_end_to_end(
             found = line["rows"][name]
             assert found["values"] == values
             assert [found["mean"] - found["half"], found["mean"] + found["half"]] == pytest.approx([low, high])
+    labels = open_images(tmp_path / "out" / "data" / "evaluate" / "emoji-kinds", "test").need_labels()
+    frequent = max(np.bincount(labels)) / len(labels)
+    chances = {(line["data"], line["task"], line["metric"]): line["chance"] for line in numbers["measures"]}
+    assert chances["emoji-kinds", "attentive probe", "accuracy"] == pytest.approx(frequent)
     assert "| emoji-kinds: attentive probe, accuracy (" in page
     assert "12.71" in page, "t of one degree of freedom"
     assert (tmp_path / "out" / "objectives.html").read_text().count("<svg") == 1
