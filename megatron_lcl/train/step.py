@@ -74,7 +74,9 @@ class StepLoss:
     """What a step minimizes, micro-batch by micro-batch, where the head's outputs are."""
 
     def __init__(self, objective: Objective, step: StepInputs, limit: float) -> None:
-        self.objective, self.step, self.limit = objective, step, limit
+        self.objective = objective
+        self.step = step
+        self.limit = limit
         self.terms = objective.terms(step)
 
     def of(self, m: int, out: Outputs) -> torch.Tensor:

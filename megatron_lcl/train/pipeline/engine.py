@@ -81,7 +81,9 @@ class ContrastivePipelineEngine(PipelineEngine):
 
     def _begin(self, batches: Sequence[PackedBatch]) -> None:
         assert len(batches) == self.micro_batches, f"{len(batches)} micro-batches, not {self.micro_batches}"
-        self._batches, self._num_forwards, self._num_backwards = batches, 0, 0
+        self._batches = batches
+        self._num_forwards = 0
+        self._num_backwards = 0
 
     def _exec_nothing(self, buffer_id: int) -> None:
         """Micro-batches are here already."""

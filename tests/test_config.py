@@ -162,7 +162,7 @@ def test_every_field_is_documented() -> None:
 
 
 def test_shipped_configs_load() -> None:
-    files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
     assert files
     for file in files:
         configs.load(file)
