@@ -22,6 +22,7 @@ from megatron_lcl.selftest.kernels import KernelCase
 from megatron_lcl.selftest.run import selftest
 from megatron_lcl.train.precision import resolve_dtype
 
+PATIENCE = 400.0  # of a case: a machine may be busy with others
 TENSOR, PIPELINE, DATA = Case(tensor=2), Case(pipeline=2), Case(data=2)
 
 
@@ -149,7 +150,7 @@ def send_twice(rank: int) -> None:
 )
 def test_a_planted_fault_is_found(fault: Callable[[int], None], case: Case, found: str) -> None:
     lines: list[str] = []
-    (verdict,) = selftest([case], prepare=fault, say=lines.append)
+    (verdict,) = selftest([case], prepare=fault, timeout=PATIENCE, say=lines.append)
     assert any(found in text for text in verdict.faults), verdict
     assert "DIFFERS" in lines[-2]
     assert re.fullmatch(rf"FAILED: 1 of 1 checks in \d+ s on CPU \(.*\): {' '.join(case.name.split())}", lines[-1])
@@ -174,7 +175,7 @@ def compute_wrongly(rank: int) -> None:
 @pytest.mark.slow
 def test_a_wrong_kernel_is_found() -> None:
     lines: list[str] = []
-    (verdict,) = selftest([KernelCase()], prepare=compute_wrongly, say=lines.append)
+    (verdict,) = selftest([KernelCase()], prepare=compute_wrongly, timeout=PATIENCE, say=lines.append)
     wrong = {fault.split(":")[0] for fault in verdict.faults}
     expected = {"attention per_sequence, float32", "attention per_sequence, bfloat16"}
     if importlib.util.find_spec("triton"):
@@ -193,7 +194,7 @@ def die(rank: int) -> None:
 @pytest.mark.slow
 def test_a_kernel_that_ends_its_process_is_a_fault() -> None:
     lines: list[str] = []
-    (verdict,) = selftest([KernelCase()], prepare=die, say=lines.append)
+    (verdict,) = selftest([KernelCase()], prepare=die, timeout=PATIENCE, say=lines.append)
     assert verdict.faults == ("process 0 ended with code 9",)
     assert "process 0 ended with code 9" in lines[-2]
     assert lines[-1].startswith("FAILED: 1 of 1 checks")
