@@ -15,10 +15,11 @@ from pathlib import Path
 
 import yaml
 
-from megatron_lcl.config import Config, from_dict, read_yaml
+from megatron_lcl.config import Config, from_dict
 from megatron_lcl.convert.folder import EXPORTS, read_record
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import read_yaml
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, WEIGHTS
 
 _CORPUS_MANIFEST = "corpus.json"  # data.corpus.store.MANIFEST, which is slow to import

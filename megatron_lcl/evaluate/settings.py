@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl import fields
-from megatron_lcl.config import Count, Fraction, Positive
+from megatron_lcl.config.types import Count, Fraction, Positive
 from megatron_lcl.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)

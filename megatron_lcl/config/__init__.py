@@ -1,0 +1,155 @@
+"""The whole run in one typed, frozen tree: YAML in, dotted overrides on top, every field documented.
+
+`load(file, overrides)` merges a YAML file and overrides such as `{"train.steps": "100"}` over the defaults; a key
+that does not exist or has the wrong type is a `UserError` that names the nearest real one. `describe()` yields what
+`--help` prints. A section, or a few that belong together, is a file here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_lcl import fields
+from megatron_lcl.config.data import Corpus, Data
+from megatron_lcl.config.model import Language, Model, Vision
+from megatron_lcl.config.objective import Contrast, Objective
+from megatron_lcl.config.optimizer import Optimizer, Zero
+from megatron_lcl.config.run import Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
+from megatron_lcl.config.types import STRICT
+from megatron_lcl.errors import UserError
+from megatron_lcl.fields import read_yaml
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Contrast",
+    "Corpus",
+    "Data",
+    "Evaluate",
+    "EvaluationTask",
+    "Guard",
+    "Language",
+    "Model",
+    "Objective",
+    "Optimizer",
+    "Parallel",
+    "Train",
+    "Vision",
+    "Zero",
+    "describe",
+    "from_dict",
+    "load",
+    "replace",
+    "to_dict",
+    "to_yaml",
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """A pre-training run."""
+
+    model: Model = Model()
+    data: Data = Data()
+    objective: Objective = Objective()
+    contrast: Contrast = Contrast()
+    optimizer: Optimizer = Optimizer()
+    zero: Zero = Zero()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="mapping merged into DeepSpeed's config as it is; keys that other fields here decide are refused",
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config from a YAML file (or the defaults) with dotted overrides, e.g. {"train.steps": "100"}, on top.
+
+    The type of its field decides what an override's text means (`fields.parse`): a name is taken as it is written, a
+    list or a mapping is YAML. Raises UserError naming the key, its value, and the nearest real key.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(f"no config file {file}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"{file} holds a {type(tree).__name__}; a config is a mapping of sections such as `train:` and `data:`"
+            )
+    for key, value in (overrides or {}).items():
+        fields.put(Config, tree, key.replace("-", "_"), value)
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The config from nested dicts; the inverse of `to_dict`. An absent or empty (null) section has its defaults."""
+    tree = _without_empty(Config, tree)
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("corpora"), str):
+        tree["data"] = {**data, "corpora": [{"path": data["corpora"]}]}
+    return fields.build(Config, tree)
+
+
+def _without_empty(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {name: section for name, info in fields.fields_of(cls).items() if (section := fields.section_of(info))}
+    return {
+        key: _without_empty(sections[key], value) if key in sections and isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if not (key in sections and value is None)
+    }
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dicts of plain YAML values; `from_dict` gives the config back."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree as YAML, what `--print-config` prints."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def replace(config: Config, **dotted: Any) -> Config:
+    """A copy with dotted fields replaced, dots written as two underscores: `replace(c, train__steps=10)`."""
+    tree = to_dict(config)
+    for key, value in dotted.items():
+        *sections, name = key.split("__")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_dict(tree)
+
+
+# --- describing --------------------------------------------------------------------------------------------------
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """Every field as (dotted name, type, default, help), in order."""
+    return fields.describe(Config)

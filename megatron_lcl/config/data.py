@@ -1,0 +1,97 @@
+"""Section `data`: documents to packed batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
+from megatron_lcl.errors import UserError
+
+
+@dataclass(frozen=True, config=STRICT)
+class Corpus:
+    """One corpus of a blend."""
+
+    path: str = Field(description="folder that `preprocess` wrote")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="relative weight in the blend, counted in tokens"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Documents to packed batches."""
+
+    corpora: tuple[Corpus, ...] = Field(
+        default=(), description="corpora to blend: a list of {path, weight}, or one path"
+    )
+    tokens_per_pack: Positive = Field(default=2048, description="token slots of a pack (T)")
+    images_per_pack: Positive | None = Field(
+        default=None,
+        description="image slots of a pack (I); null: chosen from the corpora so that token and image slots fill up "
+        "alike",
+    )
+    min_similarity: float = Field(
+        default=0.24,
+        description="matched sources: skip an image whose similarity to its text segment is lower (reference: 0.24)",
+    )
+    max_images_per_segment: Positive = Field(
+        default=1, description="matched sources: images kept per text segment, drawn at random (reference: 1)"
+    )
+    max_images: Positive = Field(
+        default=6, description="matched sources: images kept per document, the first ones (reference: 6)"
+    )
+    min_images: Count = Field(
+        default=1, description="matched sources: skip documents with fewer images after selection (reference: 1)"
+    )
+    image_first: Fraction = Field(
+        default=0.5,
+        description="probability that a matched image, or a pair's image, stands before its text (reference: 0.5)",
+    )
+    pair_layout: Literal["document", "reference"] = Field(
+        default="document",
+        description="image-text pairs: `<sot> … <eot>` around everything, or the reference's one-ended forms",
+    )
+    contrast_leading_images: bool = Field(
+        default=False,
+        description="contrast also an image that no text of its sequence precedes (reference: true, except where <soi> "
+        "comes first)",
+    )
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 1.0),
+        description="random resized crop: smallest and largest fraction of the image's area (reference: 0.9, 1.0)",
+    )
+    crop_ratio: tuple[float, float] = Field(
+        default=(0.75, 4 / 3),
+        description="random resized crop: smallest and largest width over height (reference: 3/4, 4/3)",
+    )
+    seed: int = Field(default=0, description="seed of shuffling, image selection, image placement and augmentation")
+    workers: Count = Field(default=2, description="data loader processes per rank; 0: load in the training process")
+    cache: str | None = Field(
+        default=None, description="folder for pack indices; null: megatron_lcl in the user's cache folder"
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        default=100,
+        description="size limit of the folder for pack indices, GB (10^9 bytes); over it, the least recently used are "
+        "deleted",
+    )
+    max_bad_images: Positive = Field(
+        default=100, description="stop the run after so many consecutive images that do not decode"
+    )
+    max_bad_fraction: Fraction = Field(
+        default=0.05,
+        description="stop the run when a larger fraction of a process's last 1,000 images does not decode (at least 20 "
+        "images)",
+    )
+    allow_change: bool = Field(
+        default=False, description="let a resumed run continue with other corpora than it began with"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise UserError(f"data.{name} is [{low}, {high}]; give two positive numbers, the smaller first")

@@ -1,0 +1,60 @@
+"""Section `model`: the architecture."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_lcl.config.types import STRICT, Positive, divides
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vision:
+    """CLIP-style vision transformer."""
+
+    image_size: Positive = Field(default=224, description="side of the square input image, pixels")
+    patch_size: Positive = Field(default=32, description="side of a patch, pixels; must divide image_size")
+    width: Positive = Field(default=768, description="hidden width (ViT-B: 768)")
+    layers: Positive = Field(default=12, description="number of blocks")
+    heads: Positive = Field(default=12, description="attention heads; must divide width")
+    mlp_width: Positive = Field(default=3072, description="hidden width of the feed-forward network")
+
+    def __post_init__(self) -> None:
+        divides("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
+        divides("model.vision.heads", self.heads, "model.vision.width", self.width)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image, and so placeholders per image in the token sequence."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, config=STRICT)
+class Language:
+    """CLIP-style causal language model."""
+
+    context_length: Positive = Field(
+        default=2048, description="longest sequence, tokens and placeholders together (learned positions)"
+    )
+    vocab_size: Positive = Field(
+        default=49411, description="number of token ids, special tokens included (CLIP's byte pairs: 49,408 + 3)"
+    )
+    width: Positive = Field(default=512, description="hidden width; image latents and features have the same")
+    layers: Positive = Field(default=12, description="number of blocks")
+    heads: Positive = Field(default=8, description="attention heads; must divide width")
+    mlp_width: Positive = Field(default=2048, description="hidden width of the feed-forward network")
+
+    def __post_init__(self) -> None:
+        divides("model.language.heads", self.heads, "model.language.width", self.width)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Model:
+    """Vision encoder, attention pool and language model."""
+
+    vision: Vision = Vision()
+    language: Language = Language()
+    pool_heads: Positive = Field(default=8, description="heads of the attention pool; must divide model.language.width")
+
+    def __post_init__(self) -> None:
+        divides("model.pool_heads", self.pool_heads, "model.language.width", self.language.width)

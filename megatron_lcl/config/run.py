@@ -1,0 +1,153 @@
+"""Sections `parallel`, `checkpoint`, `guard`, `train` and `evaluate`: the run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_lcl.config.types import STRICT, Count, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class Parallel:
+    """How one replica of the model is split; the processes divided by tensor * pipeline are data-parallel."""
+
+    tensor: Positive = Field(
+        default=1,
+        description="tensor-parallel size: processes that share every layer (Megatron's, with sequence parallelism)",
+    )
+    pipeline: Positive = Field(default=1, description="pipeline stages into which the list of layers is split")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpoint:
+    """What is saved, how often, and what is kept."""
+
+    every: Count = Field(
+        default=1000, description="steps between checkpoints, one more is saved at the end; 0: at the end only"
+    )
+    keep_last: Positive = Field(default=3, description="number of newest checkpoints kept")
+    keep_every: Count = Field(
+        default=0, description="checkpoints at multiples of so many steps are never deleted; 0: none"
+    )
+    background: bool = Field(
+        default=True,
+        description="write checkpoints while training continues, from a copy in host memory; false: training waits, "
+        "without a copy",
+    )
+    resume: str = Field(
+        default="auto",
+        description="auto: resume from the newest checkpoint in train.output that verifies; or a run folder (its "
+        "newest that verifies) or a checkpoint of another run (pickles with more than tensors, plain values and "
+        "DeepSpeed's own few classes are refused)",
+    )
+    max_failures: Positive = Field(
+        default=3, description="stop the run after so many consecutive checkpoints that could not be written"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Guard:
+    """Faults that a run survives, or ends at with a message."""
+
+    timeout: Annotated[float, Field(ge=10)] = Field(
+        default=600.0,
+        description="hang timeout of a step, seconds: when a process makes no progress for so long, all end; a step "
+        "must be shorter",
+    )
+    long_timeout: Annotated[float, Field(ge=10)] = Field(
+        default=3600.0,
+        description="hang timeout during start-up, first step, saving and evaluation, seconds (at least guard.timeout "
+        "is used)",
+    )
+    every: Count = Field(
+        default=100,
+        description="steps between bitwise comparisons of the parameters of all data-parallel replicas; 0: never",
+    )
+    max_bad_steps: Positive = Field(
+        default=10,
+        description="consecutive skipped steps (loss or gradient not finite, or a loss spike) before the run rewinds "
+        "to a checkpoint",
+    )
+    max_rewinds: Count = Field(default=3, description="rewinds to one and the same checkpoint before the run stops")
+    spike_sigmas: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="skip a step whose loss is so many standard deviations above the recent mean (OLMo: 6); null: "
+        "never",
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(
+        default=128,
+        description="number of recent steps whose losses give the mean and deviation for guard.spike_sigmas",
+    )
+
+
+EvaluationTask = Literal["retrieval", "generation"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluate:
+    """What is measured during training, by all processes together."""
+
+    corpus: str | None = Field(
+        default=None, description="folder of the held-out corpus, e.g. one that `preprocess --held-out` wrote"
+    )
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(),
+        description="retrieval: recall@1 and @10, image to context and back; generation: bits per token; empty: what "
+        "the objective trains",
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Train:
+    """The run."""
+
+    output: str = Field(default="runs/lcl", description="run folder: checkpoints, metrics, log, config")
+    steps: Positive = Field(default=1000, description="optimizer steps")
+    global_batch: Positive = Field(default=16, description="packs per optimizer step, over all processes")
+    micro_batch: Positive = Field(default=1, description="packs per forward pass of one data-parallel replica")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="auto",
+        description="type of weights and activations; auto: bfloat16 on CUDA, float32 elsewhere; master weights are "
+        "always float32",
+    )
+    attention: Literal["auto", "flash_attn", "torch_varlen", "dense", "per_sequence"] = Field(
+        default="auto",
+        description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, "
+        "else dense; on CPU per_sequence. Naming a kernel that cannot be used is an error",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="on CUDA: only kernels and sums that give the same bits in every run; slower (docs/parallelism.md)",
+    )
+    activation_checkpointing: Literal["none", "full", "attention"] = Field(
+        default="none",
+        description="recomputed in backward to save memory: none: nothing; full: whole blocks; attention: their "
+        "attention half",
+    )
+    activation_checkpointing_every: Positive = Field(
+        default=1,
+        description="apply activation_checkpointing to one in so many blocks, of the vision and of the language model",
+    )
+    seed: int = Field(default=0, description="seed of the initial parameters")
+    init_from: str | None = Field(
+        default=None,
+        description="path of an import, a run, a checkpoint or a file in open_clip's format whose weights, and nothing "
+        "else, a new run begins with; a run that has checkpoints of its own resumes from these instead",
+    )
+    evaluate_every: Count = Field(
+        default=0, description="steps between evaluations on evaluate.corpus, one more at the end; 0: never"
+    )
+    log_every: Positive = Field(
+        default=10,
+        description="steps between entries in metrics.jsonl and TensorBoard, and between lines in a log",
+    )
+    progress: bool = Field(
+        default=True,
+        description="show a progress bar where the output is a terminal; without one there is a line every log_every",
+    )
+    apex_layer_norm: bool = Field(
+        default=False, description="use the fused LayerNorm of NVIDIA's apex instead of torch's"
+    )
