@@ -21,6 +21,7 @@ from megatron_lcl.claim.measure import measured, validated
 from megatron_lcl.claim.parts import IMAGES, RATES, SEARCH, SEEDS, Part
 from megatron_lcl.claim.plan import Plan, plan
 from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
+from megatron_lcl.config.phases import common_batch
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.demo.run import demo
 from megatron_lcl.demo.write import SOURCES
@@ -75,7 +76,7 @@ def claim(
     for row in plans.values():
         print(_line(row, images), flush=True)
     config = next(iter(plans.values())).config
-    processes = launch.default_processes(config.train.global_batch)
+    processes = launch.default_processes(common_batch(config))
     searched = {
         (name, rate): row.member(output / SEARCHED, f"{name},lr={rate:g}", SEARCH * images, rate, seeds[0])
         for name, row in plans.items()

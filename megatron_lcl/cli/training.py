@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli.arguments import add_input, inputs
+from megatron_lcl.config.phases import common_batch
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         print(configs.to_yaml(config), end="")
         return 0
     arguments = _arguments(options, rest)
-    processes = options.processes or launch.default_processes(config.train.global_batch)
+    processes = options.processes or launch.default_processes(common_batch(config))
     if options.dry_run:
         from megatron_lcl.train.dryrun import dry_run
 
@@ -163,7 +164,7 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
     """Print, check or run all members."""
     from megatron_lcl.train import launch, sweep
 
-    processes = {run.name: options.processes or launch.default_processes(run.config.train.global_batch) for run in runs}
+    processes = {run.name: options.processes or launch.default_processes(common_batch(run.config)) for run in runs}
     if options.print_config:
         for run in runs:
             print(f"---  # {run.name}\n{configs.to_yaml(run.config)}", end="")

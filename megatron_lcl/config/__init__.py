@@ -22,6 +22,7 @@ from megatron_lcl.config.model import Language, Model, Vision
 from megatron_lcl.config.objective import Contrast, Objective
 from megatron_lcl.config.optimizer import Optimizer, Zero
 from megatron_lcl.config.run import Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
+from megatron_lcl.config.schedule import EarlyPhase, Schedule
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
@@ -32,6 +33,7 @@ __all__ = [
     "Contrast",
     "Corpus",
     "Data",
+    "EarlyPhase",
     "Evaluate",
     "EvaluationTask",
     "Guard",
@@ -40,6 +42,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "Parallel",
+    "Schedule",
     "Train",
     "Vision",
     "Zero",
@@ -67,6 +70,7 @@ class Config:
     guard: Guard = Guard()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    schedule: Schedule = Schedule()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="mapping merged into DeepSpeed's config as it is; keys that other fields here decide are refused",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_lcl.config.types import STRICT, Positive, divides
+from megatron_lcl.config.types import STRICT, Count, Positive, divides
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -18,6 +20,22 @@ class Vision:
     layers: Positive = Field(default=12, description="number of blocks")
     heads: Positive = Field(default=12, description="attention heads; must divide width")
     mlp_width: Positive = Field(default=3072, description="hidden width of the feed-forward network")
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="fraction of each image's patches that training leaves out, drawn anew for each image (FLIP, arXiv "
+        "2212.00794: 0.5 to 0.75); evaluation and export have all patches",
+    )
+    patch_dropout_places: Literal["kept", "all"] = Field(
+        default="kept",
+        description="placeholders of an image of which patches are left out, in the token sequence. kept: one for each "
+        "patch that is kept, so that packs hold more documents; all: one for each patch, those of the patches left out "
+        "being the embedding of the placeholder's id alone",
+    )
+    unmasked_steps: Count = Field(
+        default=0,
+        description="the last steps of the run, which have all patches; without them the loss on whole images is worse "
+        "(FLIP: a short end; 0: dropout to the end)",
+    )
 
     def __post_init__(self) -> None:
         divides("model.vision.patch_size", self.patch_size, "model.vision.image_size", self.image_size)
@@ -25,8 +43,18 @@ class Vision:
 
     @property
     def num_patches(self) -> int:
-        """Patches per image, and so placeholders per image in the token sequence."""
+        """Patches per image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_kept(self) -> int:
+        """Patches per image that training keeps: the whole part of the remaining fraction, at least one."""
+        return max(1, int(self.num_patches * (1 - self.patch_dropout) + 1e-9))
+
+    @property
+    def num_placeholders(self) -> int:
+        """Placeholders per image in the token sequences of training; in those of evaluation `num_patches`."""
+        return self.num_patches if self.patch_dropout_places == "all" else self.num_kept
 
 
 @dataclass(frozen=True, config=STRICT)

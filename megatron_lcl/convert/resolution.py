@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.positions import interpolate_positions
 
 
 def at_image_size(model: LCL, image_size: int) -> LCL:
@@ -29,11 +28,3 @@ def at_image_size(model: LCL, image_size: int) -> LCL:
     other.layers.load_state_dict(parameters | {"0.positions": other.patches.positions}, assign=True)
     other.patches.positions = nn.Parameter(interpolate_positions(model.patches.positions.detach(), vision.num_patches))
     return other
-
-
-def interpolate_positions(positions: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """Position embeddings of another number of patches, the class token's first: [1+P, V] → [1+num_patches, V]."""
-    old, new = math.isqrt(len(positions) - 1), math.isqrt(num_patches)
-    grid = positions[1:].float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
-    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1].float(), grid[0].flatten(1).t()])

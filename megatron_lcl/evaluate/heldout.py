@@ -272,7 +272,7 @@ class _Packs:
         vision, documents = config.model.vision, heldout_rules(config.model)["sequences"] == "documents"
         self.loader = PackedLoader(
             heldout_data(config, corpus),
-            num_patches=vision.num_patches,
+            num_placeholders=vision.num_patches,
             image_size=vision.image_size,
             context_length=config.model.language.context_length,
             rank=data.rank,

@@ -3,10 +3,11 @@
 Every layer maps `Activations` to `Activations`; the head maps them to `Outputs`. One process runs the list as an
 `nn.Sequential`, a pipeline as a `PipelineModule`; parameters are called `{index}.name` in both.
 
-Between layers, rows are split over the tensor ranks (see parallel.mappings): in the vision encoder the 1+P rows of all
+Between layers, rows are split over the tensor ranks (see parallel.mappings): in the vision encoder the 1+K rows of all
 image slots; after it the token rows, and likewise the image latents.
 
-Shape legend: N image slots, P patches of an image, L = 1+P, V vision width, D language width, R = B*T token slots; S
+Shape legend: N image slots, P patches of an image, K of them that stay (`PackedBatch.kept_patches`; else K = P),
+L = 1+K, V vision width, D language width, R = B*T token slots; S
 rows of this tensor rank's shard of any of these.
 """
 
@@ -26,6 +27,7 @@ from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.block import Block, Norm, Recompute
+from megatron_lcl.model.positions import positions_for
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
     RowLinear,
@@ -63,6 +65,14 @@ class Activations(NamedTuple):
     """only the rows that have a target"""
     image_start: torch.Tensor
     image_soi: torch.Tensor
+    kept_patches: torch.Tensor
+    num_patches: int
+    """rows of an image in the vision encoder, beside the class token's"""
+
+    @property
+    def kept_NK(self) -> torch.Tensor | None:
+        """[N, K] the patches that stay of each slot; None: all."""
+        return self.kept_patches.view(-1, self.num_patches) if len(self.kept_patches) else None
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Activations:
@@ -109,24 +119,33 @@ class Patches(nn.Module):
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        num_images, length = len(x.hidden), len(self.positions)
+        num_images, length = len(x.hidden), 1 + x.num_patches
         size = shard_size(num_images * length, self.axis)
         start = self.axis.rank * size
         first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
+        kept = x.kept_NK if x.kept_NK is None else x.kept_NK[first:last]
         with self.shared.summing():
-            rows_SV = self.encode(x.hidden[first:last]).flatten(0, 1)[start - first * length :][:size]
+            rows_SV = self.encode(x.hidden[first:last], kept).flatten(0, 1)[start - first * length :][:size]
         return x._replace(hidden=pad_rows(rows_SV, size))
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, H, W], uint8 or normalized float → [N, L, V]."""
+    def encode(self, images: torch.Tensor, kept_NK: torch.Tensor | None = None) -> torch.Tensor:
+        """Images [N, 3, H, W], uint8 or normalized float → [N, L, V]; of any size that is a multiple of the patch's.
+
+        kept_NK: the patches of each image that are read, each with the position that it has in the whole image (FLIP,
+        Li et al. 2023, arXiv 2212.00794); None: all.
+        """
         if images.dtype == torch.uint8:
             images = normalize(images)
         n, _, height, width = images.shape
         p = self.patch_size
         rows = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        positions = positions_for(self.positions, rows.shape[1])
+        if kept_NK is not None:
+            rows = rows[torch.arange(n, device=rows.device)[:, None], kept_NK]
+            positions = torch.cat([positions[:1].expand(n, 1, -1), positions[1:][kept_NK]], 1)
         patches = self.projection(rows.to(self.projection.weight.dtype))
         classes = self.class_embedding.expand(n, 1, -1)
-        return self.norm(torch.cat([classes, patches], 1) + self.positions)
+        return self.norm(torch.cat([classes, patches], 1) + positions)
 
 
 class VisionBlock(Block):
@@ -134,35 +153,39 @@ class VisionBlock(Block):
 
     def __init__(self, vision: Vision, norm: Norm, axis: Axis, recompute: Recompute = "none") -> None:
         super().__init__(vision.width, vision.heads, vision.mlp_width, norm, axis, recompute)
-        self.length = 1 + vision.num_patches
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        num_rows = len(x.image_start) * self.length
-        return x._replace(hidden=self.residual(x.hidden, num_rows, self._attend))
+        length = 1 + x.num_patches
+        attend = functools.partial(_attend_images, length)
+        return x._replace(hidden=self.residual(x.hidden, len(x.image_start) * length, attend))
 
     def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The block in one process, on whole images [N, L, V]."""
-        hidden = self.residual(hidden_NLV.flatten(0, 1), hidden_NLV.shape[:2].numel(), self._attend)
+        attend = functools.partial(_attend_images, hidden_NLV.shape[1])
+        hidden = self.residual(hidden_NLV.flatten(0, 1), hidden_NLV.shape[:2].numel(), attend)
         return hidden.view_as(hidden_NLV)
 
-    def _attend(self, *qkv: torch.Tensor) -> torch.Tensor:
-        heads = (x.unflatten(0, (len(x) // self.length, self.length)).transpose(1, 2) for x in qkv)
-        return full_attention(*heads).transpose(1, 2).flatten(0, 1)
+
+def _attend_images(length: int, *qkv: torch.Tensor) -> torch.Tensor:
+    """Every row of an image of `length` rows sees every other."""
+    heads = (x.unflatten(0, (len(x) // length, length)).transpose(1, 2) for x in qkv)
+    return full_attention(*heads).transpose(1, 2).flatten(0, 1)
 
 
 class PoolInterleave(nn.Module):
     """Final vision norm; attention pool; token embedding; patch embeddings put at the images' placeholders.
 
     The pool has one learned query; q, k and v have each a LayerNorm and a bias, the output projection has none. The
-    same v-norm, v-projection and output projection, applied to each patch, give the P embeddings of the placeholders.
+    same v-norm, v-projection and output projection, applied to each patch, give the embeddings of the placeholders. Of
+    patches that are left out neither the pool nor a placeholder has anything.
     """
 
     def __init__(self, model: Model, norm: Norm, axis: Axis) -> None:
         super().__init__()
         v, d = model.vision.width, model.language.width
         self.axis, self.heads = axis, model.pool_heads // axis.size
-        self.length = 1 + model.vision.num_patches
+        self.all_places = model.vision.patch_dropout_places == "all"
         self.norm = norm(v)
         self.query = nn.Parameter(torch.empty(1, v))
         self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
@@ -179,13 +202,14 @@ class PoolInterleave(nn.Module):
 
     def _rows(self, x: Activations) -> torch.Tensor:
         # until they are split again, all rows (latents, patches, tokens' embeddings) are to be summed over ranks
-        latents_ND, patches_NPD = self._pool(self.norm(x.hidden), len(x.image_start))
+        latents_ND, patches_NKD = self._pool(self.norm(x.hidden), len(x.image_start), 1 + x.num_patches)
         tokens_RD = self.embedding(x.tokens)
-        num_rows, num_patches = len(tokens_RD), patches_NPD.shape[1]
-        offsets = torch.arange(num_patches, device=x.hidden.device)
-        rows_NP = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
+        num_rows, offsets = len(tokens_RD), torch.arange(x.num_patches, device=x.hidden.device)
+        if self.all_places and x.kept_NK is not None:  # places of patches left out keep their id's embedding
+            offsets = x.kept_NK
+        rows_NK = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
         # an empty slot's embeddings go to an extra row, which is dropped again
-        rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NP.flatten(), patches_NPD.flatten(0, 1))[:-1]
+        rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NK.flatten(), patches_NKD.flatten(0, 1))[:-1]
         rows_SD = (
             reduce_scatter_to_sequence_parallel(rows_RD, self.axis)
             + self.positions[local_shard(x.positions, self.axis)]
@@ -201,14 +225,14 @@ class PoolInterleave(nn.Module):
 
         In one process.
         """
-        return self._pool(self.norm(hidden_NLV).flatten(0, 1), len(hidden_NLV))
+        return self._pool(self.norm(hidden_NLV).flatten(0, 1), *hidden_NLV.shape[:2])
 
-    def _pool(self, normed_SV: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rows = num_images * self.length
+    def _pool(self, normed_SV: torch.Tensor, num_images: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows = num_images * length
         q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
         inputs_SV = (self.norm_k(normed_SV), self.norm_v(normed_SV))
         k, v = gathered_linear(inputs_SV, (self.k, self.v), self.axis, num_rows)
-        k, v = (x.unflatten(0, (num_images, self.length))[:, 1:] for x in (k, v))  # without the class token
+        k, v = (x.unflatten(0, (num_images, length))[:, 1:] for x in (k, v))  # without the class token
         heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
         pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
         return self.out(pooled), self.out(v)

@@ -205,11 +205,13 @@ def pack_padded(token_ids: torch.Tensor, lengths: torch.Tensor, images: torch.Te
         image_start=soi + 1,
         image_soi=image_soi,
         image_valid=torch.ones_like(soi),
+        kept_patches=soi[:0],
         num_targets=len(target_positions),
         num_pairs=int((image_soi >= 0).sum()),
         num_images=len(images),
         num_tokens=len(tokens),
         max_seqlen=longest,
+        num_patches=config.vision.num_patches,
     )
 
 

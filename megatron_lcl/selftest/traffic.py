@@ -137,7 +137,7 @@ def _hidden(layer: int, batch: PackedBatch, config: Config, mesh: Mesh, a: int) 
 def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
     """Bytes in all of each all-gather and reduce-scatter of a layer, in forward and in backward."""
     vision, language = config.model.vision, config.model.language
-    v, d, length = vision.width, language.width, 1 + vision.num_patches
+    v, d, length = vision.width, language.width, 1 + batch.num_patches
 
     def padded(rows: int) -> int:
         return -(-rows // tensor) * tensor
@@ -148,7 +148,7 @@ def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) 
         padded(len(batch.image_soi)) * d * a,
     )
     if layer == 0:
-        return [], [*_twice(3 * vision.patch_size**2 * v + v + length * v + 2 * v, a)]
+        return [], [*_twice(3 * vision.patch_size**2 * v + v + (1 + vision.num_patches) * v + 2 * v, a)]
     if layer <= vision.layers:
         return [images] * 4, [*[images] * 6, *_twice(6 * v, a)]
     if layer == vision.layers + 1:

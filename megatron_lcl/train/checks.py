@@ -10,10 +10,11 @@ import torch
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
-from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.run_folder import CONFIG
@@ -24,6 +25,7 @@ from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.heldout import check_heldout
 from megatron_lcl.train.kernels import check_kernels
+from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.settings import deepspeed_config
 
@@ -33,7 +35,7 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
 
     elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
     """
-    objectives.create(config)
+    check_phases(config, processes)
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
     settings = deepspeed_config(config, processes)
@@ -52,6 +54,23 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
     if not list_checkpoints(run):
         check_beginning(config)
     return settings
+
+
+def check_phases(config: Config, processes: int) -> None:
+    """The phases fit the run and the model, and each one's objective and global batch are such as can be trained."""
+    for phase in phases_of(config):
+        objectives.create(phase.config)
+        try:
+            check_layout(phase.config, processes)
+        except UserError as error:
+            where = f"in phase {phase.number + 1}, " if phase.stop < config.train.steps else ""
+            raise UserError(f"{where}{error}") from None
+    weighted = "contrastive_weight" in objectives.objective_class(config.objective.name).published
+    if not weighted and any(phase.contrastive_weight is not None for phase in config.schedule.phases):
+        raise UserError(
+            f"schedule.phases give a contrastive_weight, which objective.name = {config.objective.name} does not have; "
+            "remove it"
+        )
 
 
 def check_tokenizers(config: Config) -> None:
@@ -82,15 +101,21 @@ def check_beginning(config: Config) -> None:
 
 
 def without_pairs(config: Config) -> tuple[str, ...]:
-    """The corpora that give the objective's contrast no pair; UserError where none gives any."""
-    model = config.model
-    return corpora_without_pairs(
-        config.data,
-        model.vision.num_patches,
-        model.language.context_length,
-        objectives.create(config).sequences,
-        config.objective.name,
-    )
+    """The corpora that give the objective's contrast no pair; UserError where none gives any, in any phase.
+
+    A sequence has room for an image in each phase, or that is a UserError too.
+    """
+    found: tuple[str, ...] = ()
+    for phase in phases_of(config):
+        model, data = phase.config.model, phase.config.data
+        found = corpora_without_pairs(
+            data,
+            model.vision.num_placeholders,
+            model.language.context_length,
+            objectives.create(phase.config).sequences,
+            config.objective.name,
+        )
+    return found
 
 
 def check_output(run: Path, config: Config) -> None:

@@ -23,9 +23,10 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.attention import NAMES, is_installed, load_fault
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phase_at, phases_of
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
@@ -35,7 +36,7 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check, without_pairs
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
-from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.memory import largest_estimate
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
@@ -60,7 +61,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
     lines += [*_kernels(config, elsewhere), _memory(config, nodes * processes, elsewhere)]
-    lines += [*_data(config), _packs(config), *_run(config), _software(), *_network()]
+    lines += [*_data(config), *_packs(config), *_run(config), _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
 
@@ -186,7 +187,7 @@ def _memory(config: Config, processes: int, elsewhere: bool) -> str:
     if elsewhere and config.train.dtype == "auto":
         config = configs.replace(config, train__dtype="bfloat16")
     slots = "" if config.data.images_per_pack else ", with one image a pack; how many there are is chosen at the start"
-    return f"memory      a process holds at least {estimate(config, processes).describe()}{slots}"
+    return f"memory      a process holds at least {largest_estimate(config, processes).describe()}{slots}"
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -200,12 +201,23 @@ def _data(config: Config) -> Iterator[str]:
         )
 
 
-def _packs(config: Config) -> str:
-    """Builds the index of the first packs where the cache does not have it: the run would have to."""
+def _packs(config: Config) -> Iterator[str]:
+    """Builds the index of the first packs where the cache does not have it: the run would have to.
+
+    Of a run with phases, of each; those still to come as if the run began with them, since where its documents will
+    then stand does not change what its packs hold.
+    """
     progress = checkpoint.last_progress(Path(config.train.output))
     previous = Ledger.from_json(progress.ledger) if progress else None
     sequences = objectives.create(config).sequences
-    return f"packs       {summarize_config(config, sequences, previous, progress.packs if progress else 0)}"
+    step, consumed = (progress.step, progress.packs) if progress else (0, 0)
+    now, *later = [phase for phase in phases_of(config) if phase.stop > step] or [phase_at(config, step)]
+    if later:
+        yield f"phase {now.number + 1:<6}{now.describe()}"
+    yield f"packs       {summarize_config(config, sequences, previous, consumed, step)}"
+    for phase in later:
+        yield f"phase {phase.number + 1:<6}{phase.describe()}"
+        yield f"packs       {summarize_config(phase.config, sequences, None, 0)}"
 
 
 def _run(config: Config) -> Iterator[str]:

@@ -166,6 +166,16 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     return engine
 
 
+def set_global_batch(engine: Any, packs: int) -> None:
+    """The engine's steps read so many packs from now on; to be called between two steps."""
+    if packs == engine.train_batch_size():
+        return
+    engine.set_train_batch_size(packs)
+    engine.micro_steps = 0  # steps end where it is a multiple of the micro-batches of one
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's, with the optimizer on the CPU
+        engine.optimizer.gradient_accumulation_steps = engine.gradient_accumulation_steps()
+
+
 def build_stepper(engine: Any, config: Config, mesh: Mesh) -> Any:
     """What runs steps on the engine, `run(batches, lr) -> StepResult`: a Stepper, in a pipeline a PipelineStepper."""
     if mesh.pipeline.size > 1:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,11 +22,15 @@ import torch
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+
+Slots = Sequence[int] | int | None
+"""image slots of a pack where the run has chosen them, of each phase or of all; None: `data.images_per_pack`, or one"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Estimate:
 
 
 def estimate(config: Config, processes: int, images_per_pack: int | None = None) -> Estimate:
-    """The lower bound for a process of a run on so many. UserError where the layout does not divide.
+    """The lower bound for a process of a run on so many, all of whose steps are as the config says (`largest_estimate`
+    has phases). UserError where the layout does not divide.
 
     images_per_pack: image slots, where the run has chosen them; None: `data.images_per_pack`, or one.
     """
@@ -82,18 +87,27 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     return Estimate(
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
         optimizer=12 * own / data * keeps_optimizer,
-        batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,
+        batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,  # all patches
         graph=_graph(config, images, number) / split,
         num_graphs=micro_batches if objectives.create(config).keeps_graphs else 1,
         gradients=number * own / (data if stage > 1 else 1) * keeps_optimizer,
     )
 
 
+def largest_estimate(config: Config, processes: int, images_per_pack: Slots = None) -> Estimate:
+    """That of the phase of the run that needs most. The parameters are the run's in all of them."""
+    whole, phases = estimate(config, processes), phases_of(config)
+    slots = images_per_pack if isinstance(images_per_pack, Sequence) else [images_per_pack] * len(phases)
+    of_phases = [estimate(phase.config, processes, images) for phase, images in zip(phases, slots, strict=True)]
+    same = {name: getattr(whole, name) for name in ("parameters", "optimizer", "gradients")}
+    return max((replace(one, **same) for one in of_phases), key=lambda one: one.total)
+
+
 def _graph(config: Config, images: int, number: int) -> float:
     """Bytes that the forward of a micro-batch keeps; number: bytes of one in an activation."""
     vision, language = config.model.vision, config.model.language
-    rows, tokens = images * (1 + vision.num_patches), config.train.micro_batch * config.data.tokens_per_pack
-    patches = images * 3 * vision.image_size**2 + rows * vision.width
+    rows, tokens = images * (1 + vision.num_kept), config.train.micro_batch * config.data.tokens_per_pack
+    patches = images * vision.num_kept * 3 * vision.patch_size**2 + rows * vision.width
     pool = rows * (4 * vision.width + 2 * language.width)
     kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
     if objectives.create(config).sequences.targets:  # the gradient of the vocabulary: see losses/generation.py
@@ -162,12 +176,12 @@ def _limits(own: Path, root: Path) -> Iterator[float]:
                 continue
 
 
-def check_memory(config: Config, processes: int, local: int, images_per_pack: int | None = None) -> Estimate:
+def check_memory(config: Config, processes: int, local: int, images_per_pack: Slots = None) -> Estimate:
     """What a process needs at least; UserError where it is not there, with its parts and what would need less.
 
     local: the processes of this machine; it shares its memory among them where they run on its CPU.
     """
-    needs, has = estimate(config, processes, images_per_pack), available(local)
+    needs, has = largest_estimate(config, processes, images_per_pack), available(local)
     if needs.total > has.size:
         raise UserError(
             f"a step needs at least {needs.describe()} a process, and {has.where} GB; "
@@ -183,7 +197,7 @@ def local_processes(processes: int, nodes: int = 1) -> int:
     return max(1, processes // nodes)
 
 
-def _remedy(config: Config, processes: int, size: float, images_per_pack: int | None) -> str:
+def _remedy(config: Config, processes: int, size: float, images_per_pack: Slots) -> str:
     """Settings that need less, one added after the other until a step may fit."""
     changes = [
         ("contrast.strategy", "recompute"),
@@ -193,11 +207,11 @@ def _remedy(config: Config, processes: int, size: float, images_per_pack: int | 
         ("zero.stage", 3),
     ]
     chosen: dict[str, str] = {}
-    needs = estimate(config, processes, images_per_pack).total
+    needs = largest_estimate(config, processes, images_per_pack).total
     for field, value in changes:
         try:
             changed = configs.replace(config, **{field.replace(".", "__"): value})
-            less = estimate(changed, processes, images_per_pack).total
+            less = largest_estimate(changed, processes, images_per_pack).total
         except UserError:  # does not go with the layout
             continue
         if less < needs:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_lcl.config import Config, Optimizer
+from megatron_lcl.config import Config, Optimizer, Schedule
 from megatron_lcl.train.apex import fused_adam
 
-SCHEDULE = ("optimizer.lr", "optimizer.min_lr", "optimizer.warmup", "train.steps")
+SCHEDULE = (
+    *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup", "train.steps"),
+    *("schedule.learning_rate", "schedule.decay_steps", "schedule.cooldown", "schedule.cooldown_shape"),
+)
 """the settings on which `scheduled` depends"""
+_COSINE = Schedule()
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -78,16 +82,39 @@ def steps_beside_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
 
 def scheduled(step: int, config: Config) -> dict[str, float]:
     """What changes from step to step by the config alone, by its name in words, at a step (counted from 0)."""
-    return {"learning rate": learning_rate(step, config.optimizer, config.train.steps)}
+    return {"learning rate": learning_rate(step, config.optimizer, config.train.steps, config.schedule)}
 
 
-def learning_rate(step: int, config: Optimizer, total_steps: int) -> float:
-    """Learning rate of a step (counted from 0): linear warmup, then half a cosine from lr down towards min_lr.
+def learning_rate(step: int, config: Optimizer, total_steps: int, schedule: Schedule = _COSINE) -> float:
+    """Learning rate of a step (counted from 0): linear warmup, then by `schedule`, by default half a cosine to min_lr.
 
     As in the reference (open_clip's cosine_lr): step s of the warmup has lr·(s+1)/warmup, and min_lr would be reached
-    by step `total_steps`, the first that is not made. Of 10 steps without warmup the last has 0.024·lr, not 0.
+    by step `total_steps`, the first that is not made. Of 10 steps without warmup the last has 0.024·lr, not 0. A
+    cooldown goes from what the step before which it begins would have (its first step has that, undiminished) to
+    min_lr in the same way (Hägele et al. 2024, arXiv 2405.18392; Dremov et al. 2025, arXiv 2508.01483).
     """
+    begin = total_steps - schedule.cooldown
+    value = _before_cooldown(min(step, begin), config, schedule.decay_steps or total_steps, schedule.learning_rate)
+    if step < begin or not schedule.cooldown:
+        return value
+    left = _LEFT[schedule.cooldown_shape](min(1.0, (step - begin) / schedule.cooldown))
+    return config.min_lr + (value - config.min_lr) * left
+
+
+def _before_cooldown(step: int, config: Optimizer, end: int, shape: str) -> float:
+    """The learning rate as if there were no cooldown; end: the step that would have min_lr."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, total_steps - config.warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step - config.warmup) / max(1, end - config.warmup)
+    if shape == "constant":
+        return config.lr
+    return config.min_lr + (config.lr - config.min_lr) * _LEFT[shape](min(1.0, progress))
+
+
+_LEFT: dict[str, Callable[[float], float]] = {
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear": lambda t: 1 - t,
+    "sqrt": lambda t: 1 - math.sqrt(t),
+    "square": lambda t: 1 - t * t,
+}
+"""part of a height that is left after a part t of the way down"""

@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.data.loading.pack_index import Ledger, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CONFIG
@@ -55,8 +56,10 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
             until_end.enter_context(lock_run_folder(Path(config.train.output)))
             check_space(config)  # again: it is there now, and others write too
             point = _resolve(config, settings)
-            images = Ledger.from_json(point.progress.ledger).settings["images_per_pack"]
-            check_memory(config, mesh.world.size, local_processes(mesh.world.size), images)
+            ledger = Ledger.from_json(point.progress.ledger)
+            readings = [ledger.reading_at(phase.first, phase.config)[0] for phase in phases_of(config)]
+            slots = [reading.images_per_pack or 1 for reading in readings]
+            check_memory(config, mesh.world.size, local_processes(mesh.world.size), slots)
             return point
         except UserError as error:
             return str(error)
@@ -79,14 +82,7 @@ def _resolve(config: Config, settings: dict[str, Any]) -> ResumePoint:
         saved = checkpoint.read_progress(folder)
         previous = Ledger.from_json(saved.ledger)
         check_corpora(previous, config)
-    ledger = open_ledger(
-        config.data,
-        config.model.vision.num_patches,
-        config.model.language.context_length,
-        sequences=objectives.create(config).sequences,
-        previous=previous,
-        consumed=saved.packs,
-    )
+    ledger = open_run_ledger(config, objectives.create(config).sequences, previous, saved.step, saved.packs)
     replace_text(run / CONFIG, to_yaml(config))
     return ResumePoint(
         folder,

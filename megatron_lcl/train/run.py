@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import Phase, phase_at, phases_of
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh
@@ -27,7 +28,14 @@ from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.saver import Saver
 from megatron_lcl.train.determinism import determinism
-from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, specs_of
+from megatron_lcl.train.engine import (
+    build_engine,
+    build_module,
+    build_stepper,
+    init_processes,
+    set_global_batch,
+    specs_of,
+)
 from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
@@ -111,8 +119,9 @@ class Training:
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
             self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._stop_requested)
-        self.micro_batches = num_micro_batches(config, mesh.data.size)
         self.progress = point.progress
+        self.phase = phase_at(config, point.progress.step)
+        self.several_phases = len(phases_of(config)) > 1
         self.ledger = Ledger.from_json(point.progress.ledger)
         self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
@@ -138,10 +147,20 @@ class Training:
             telemetry.say(point.weights.describe(self.config))
             facts = {"missing": point.weights.missing, "unused": point.weights.unused}
             self.audit.write("initial weights", 0, path=str(point.weights.path), **facts)
+        self._say_phase()
+
+    def _say_phase(self) -> None:
+        """What the phase that begins, or goes on, reads."""
+        telemetry, config, step = self.telemetry, self.phase.config, self.progress.step
+        if self.several_phases:
+            telemetry.say(f"phase {self.phase.number + 1}, {self.phase.describe()}")
+            vision, batch = config.model.vision, config.train.global_batch
+            facts = {"image_size": vision.image_size, "num_patches": vision.num_kept, "global_batch": batch}
+            telemetry.write({"step": step, "phase": self.phase.number, **facts})
         if self.loader and self.mesh.is_first:
-            summary = summarize(self.loader, self.progress.packs, self.config.data.images_per_pack is None)
+            summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
             telemetry.say(f"packs: {summary}")
-            telemetry.write({"step": self.progress.step, **summary.numbers()})
+            telemetry.write({"step": step, **summary.numbers()})
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
@@ -149,6 +168,8 @@ class Training:
             self._log_kernels()
         while self.progress.step < self.config.train.steps:
             self._stop_if_requested()
+            if self.progress.step == self.phase.stop:
+                self._next_phase()
             self._step()
             if self.bad.too_many:
                 self._rewind()
@@ -167,25 +188,27 @@ class Training:
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step
+        global_batch = self.phase.config.train.global_batch
         self.watchdog.heartbeat(step, "reading data")
         started = time.perf_counter()
-        own = [next(self.batches) for _ in range(self.micro_batches)] if mesh.loads_data else None
+        micro_batches = num_micro_batches(self.phase.config, mesh.data.size)
+        own = [next(self.batches) for _ in range(micro_batches)] if mesh.loads_data else None
         loaded = time.perf_counter()
         self.watchdog.heartbeat(step, "computing")
-        lr = learning_rate(step, config.optimizer, config.train.steps)
+        lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
-        shared = broadcast_batches(own, self.micro_batches, config.train.micro_batch, mesh, self.engine.device)
+        shared = broadcast_batches(own, micro_batches, config.train.micro_batch, mesh, self.engine.device)
         result = self.stepper.run(shared, lr, self.bad.limit())
         at, applied = (step, self.progress.packs), self.engine.was_step_applied()
         skipped = self.bad.record(at, result.loss, applied, scale)
         self.telemetry.step(step + 1, result, lr, time.perf_counter() - started, loaded - started, skipped)
         if skipped:
-            packs = [self.ledger.locate(self.progress.packs + i) for i in range(config.train.global_batch)]
+            packs = [self.ledger.locate(self.progress.packs + i) for i in range(global_batch)]
             self.audit.write("step skipped", step + 1, reason=skipped, packs=packs)
         if result.num_bad_images:
             reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
             self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
-        self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + config.train.global_batch)
+        self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
 
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
@@ -283,38 +306,66 @@ class Training:
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
+        self._enter(phase_at(self.config, progress.step))
+
+    def _next_phase(self) -> None:
+        """The step to come is another phase's first."""
+        self.batches = iter(())  # the loader processes end
+        with self.watchdog.long_phase(self.progress.step, "planning packs"):
+            if self.loader:
+                self.ledger = self.loader.ledger_after(self.progress.packs)
+            self._enter(phase_at(self.config, self.progress.step))
+            self._say_phase()
+
+    def _enter(self, phase: Phase) -> None:
+        """The steps to come are as `phase` says."""
+        self.phase = phase
+        self.stepper.objective = objectives.create(phase.config)
+        set_global_batch(self.engine, phase.config.train.global_batch)
         if self.mesh.loads_data:
-            self.loader = build_loader(self.config, self.mesh, progress.step, progress.packs, self.ledger)
+            self.loader = build_loader(self.config, self.mesh, phase, self.progress, self.ledger)
             self.batches = iter(self.loader)
 
 
 def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[int, ...]:
-    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs."""
+    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs.
+
+    Of a run with phases on packs of the one that reads most of them, as if the run began with it.
+    """
     progress, ledger = point.progress, Ledger.from_json(point.progress.ledger)
     if progress.layout.pipeline == mesh.pipeline.size:
         return progress.layout.partition
-    sample = None
+    phases, sample = phases_of(config), None
+    phase = phase_at(config, progress.step)
+    if len(phases) > 1:
+        phase = max(phases, key=_packs_of)
+        progress, ledger = replace(progress, step=0, packs=0), None
     if mesh.is_first:
+        if ledger is None:
+            ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
         packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
-        sample = build_loader(config, mesh, progress.step, progress.packs, ledger).reader[packs]
+        sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, device, DTYPES[resolve_dtype(config)])
 
 
-def build_loader(config: Config, mesh: Mesh, first_step: int, first_pack: int, ledger: Ledger) -> PackedLoader:
-    """This process's batches from a step on, after `first_pack` packs were consumed."""
-    return PackedLoader(
+def _packs_of(phase: Phase) -> int:
+    return (phase.stop - phase.first) * phase.config.train.global_batch
+
+
+def build_loader(config: Config, mesh: Mesh, phase: Phase, progress: Progress, ledger: Ledger) -> PackedLoader:
+    """This process's batches of a phase, from where the run stands on; all later ones come from other loaders."""
+    reading, _ = ledger.reading_at(progress.step, phase.config)
+    return loader_of(
+        reading,
         config.data,
-        num_patches=config.model.vision.num_patches,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.language.context_length,
+        objectives.create(config).sequences,
         rank=mesh.data.rank,
         world_size=mesh.data.size,
-        global_batch=config.train.global_batch,
+        global_batch=reading.global_batch,
         micro_batch=config.train.micro_batch,
-        first_pack=first_pack,
-        steps=config.train.steps - first_step,
-        sequences=objectives.create(config).sequences,
+        first_pack=progress.packs,
+        steps=phase.stop - progress.step,
         ledger=ledger,
         pin_memory=torch.cuda.is_available(),
     )

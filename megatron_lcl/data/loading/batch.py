@@ -58,6 +58,9 @@ class PackedBatch:
     `<soi>` of the sequence without placeholders, and `image_start` points into the caption"""
     image_valid: torch.Tensor = field(metadata=_INTEGERS)
     """[B*I] 1 where the slot holds an image that decoded, else 0"""
+    kept_patches: torch.Tensor = field(metadata=_INTEGERS)
+    """[B*I*K] the K patches of each slot that stay where others are left out (`model.vision.patch_dropout`): indices
+    into its (H / patch)² patches in reading order, ascending; [0] where all stay"""
     num_targets: int = field(metadata=_COUNT)
     """rows that have a target (host)"""
     num_pairs: int = field(metadata=_COUNT)
@@ -68,6 +71,8 @@ class PackedBatch:
     """rows that belong to a document, placeholders included (host)"""
     max_seqlen: int = field(metadata=_COUNT)
     """min(context length, T): an upper bound of the longest run (host)"""
+    num_patches: int = field(metadata=_COUNT)
+    """patches of an image that the vision encoder reads: K, or all (host)"""
     num_bad_images: int = field(metadata=_COUNT, default=0)
     """images that did not decode (host)"""
     packs: tuple[int, ...] = field(metadata=_ORIGIN, default=())
@@ -102,8 +107,8 @@ def fields_of_kind(kind: Kind) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(PackedBatch) if f.metadata["kind"] == kind)
 
 
-def integer_sizes(B: int, T: int, I: int, R: int) -> dict[str, int]:  # noqa: E741
-    """Elements of each integer tensor, by name; shape legend as above."""
+def integer_sizes(B: int, T: int, I: int, R: int, K: int = 0) -> dict[str, int]:  # noqa: E741
+    """Elements of each integer tensor, by name; shape legend as above. K: 0 where no patch is left out."""
     return {
         "tokens": B * T,
         "positions": B * T,
@@ -113,4 +118,5 @@ def integer_sizes(B: int, T: int, I: int, R: int) -> dict[str, int]:  # noqa: E7
         "image_start": B * I,
         "image_soi": B * I,
         "image_valid": B * I,
+        "kept_patches": B * I * K,
     }

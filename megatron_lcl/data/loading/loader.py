@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.images import decode_eval, decode_train
-from megatron_lcl.data.loading.pack_index import Ledger, Pack, PackIndex, SequentialIndex, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, Reading, open_ledger
+from megatron_lcl.data.loading.pack_index import Pack, PackIndex, SequentialIndex
 from megatron_lcl.data.loading.sequence import (
     IMAGE_ROW,
     INTERLEAVED,
@@ -30,6 +32,7 @@ from megatron_lcl.data.loading.sequence import (
     Sequences,
     arrange,
     has_ends,
+    shuffled,
     uniform,
 )
 from megatron_lcl.data.loading.source import Source, key, open_source, plain
@@ -74,21 +77,27 @@ class SequenceOrigin:
 
 
 class PackReader(Dataset[PackedBatch]):
-    """Assembles packs: `reader[(n, m)]` is the batch of packs n and m. A pure function of its arguments."""
+    """Assembles packs: `reader[(n, m)]` is the batch of packs n and m. A pure function of its arguments.
+
+    kept_patches: (K, P): K of an image's P patches stay, drawn from (seed, pack, slot); None: all. num_placeholders: of
+    an image, in sequences that have them.
+    """
 
     def __init__(
         self,
         index: PackIndex | SequentialIndex,
         data: Data,
-        num_patches: int,
+        num_placeholders: int,
         image_size: int,
         context_length: int,
         *,
         train: bool,
         sequences: Sequences,
+        kept_patches: tuple[int, int] | None = None,
     ) -> None:
         self.index, self.data = index, data
-        self.num_patches, self.image_size = num_patches, image_size
+        self.num_placeholders, self.image_size = num_placeholders, image_size
+        self.kept_patches = kept_patches
         self.train, self.sequences = train, sequences
         self.max_seqlen = min(context_length, data.tokens_per_pack)
         self.progress: torch.Tensor | None = None
@@ -96,7 +105,8 @@ class PackReader(Dataset[PackedBatch]):
     def __getitem__(self, packs: tuple[int, ...]) -> PackedBatch:
         T, I, size = self.data.tokens_per_pack, self.index.images_per_pack, self.image_size  # noqa: E741
         B, R = len(packs), num_runs(self.data.tokens_per_pack, self.max_seqlen)
-        sizes = integer_sizes(B, T, I, R)
+        K, P = self.kept_patches or (0, self.num_placeholders)
+        sizes = integer_sizes(B, T, I, R, K)
         parts = torch.full([sum(sizes.values())], -1, dtype=torch.int32).split(list(sizes.values()))
         integers = dict(zip(sizes, parts, strict=True))  # in one block of shared memory
         arrays = {name: part.numpy() for name, part in integers.items()}
@@ -104,6 +114,10 @@ class PackReader(Dataset[PackedBatch]):
         runs, target_positions = arrays["cu_seqlens"], arrays["target_positions"]
         image_start, image_soi, image_valid = arrays["image_start"], arrays["image_soi"], arrays["image_valid"]
         tokens[:] = positions[:] = image_valid[:] = 0
+        if K:
+            kept = arrays["kept_patches"].reshape(B * I, K)
+            for slot in range(B * I):
+                kept[slot] = draw_patches(self.data.seed, packs[slot // I], slot % I, P, K)
         runs[-1] = B * T
         images = torch.zeros(B * I, 3, size, size, dtype=torch.uint8)
         pixels = images.numpy()
@@ -144,6 +158,7 @@ class PackReader(Dataset[PackedBatch]):
             num_images=int(image_valid.sum()),
             num_tokens=num_tokens,
             max_seqlen=self.max_seqlen,
+            num_patches=K or P,
             num_bad_images=len(bad),
             packs=tuple(packs),
             bad_images=tuple(bad),
@@ -207,9 +222,9 @@ class PackReader(Dataset[PackedBatch]):
 
     def _put_image(self, tokens: np.ndarray, row: int, special: Tokenizer) -> int:
         """Write the placeholders of an image and `<eoi>` from a row on; the row after them."""
-        tokens[row : row + self.num_patches] = special.placeholder
-        tokens[row + self.num_patches] = special.eoi
-        return row + self.num_patches + 1
+        tokens[row : row + self.num_placeholders] = special.placeholder
+        tokens[row + self.num_placeholders] = special.eoi
+        return row + self.num_placeholders + 1
 
     def _rows(self, source: Source, document: int, epoch: int, part: int) -> tuple[np.ndarray, bool, bool, int, Shard]:
         """The rows of one sequence (see `arrange`), whether `<sot>` and `<eot>` are around it, the piece that row
@@ -231,7 +246,7 @@ class PackReader(Dataset[PackedBatch]):
         targets[first:-1] = tokens[first + 1 :]
         for image in origin.images:
             if (soi := image.soi - origin.start) >= first:
-                targets[soi : soi + self.num_patches + 1] = -1
+                targets[soi : soi + self.num_placeholders + 1] = -1
 
     def _pixels(self, pack: Pack, origin: SequenceOrigin, image: ImageOrigin) -> np.ndarray:
         corpus = next(s.corpus for s in pack.sources if str(s.corpus.path) == origin.corpus)
@@ -250,6 +265,15 @@ class PackReader(Dataset[PackedBatch]):
             self.progress[worker.id, 0], self.progress[worker.id, 1] = os.getpid(), pack
 
 
+def draw_patches(seed: int, pack: int, slot: int, num_patches: int, num_kept: int) -> np.ndarray:
+    """The patches that stay of the image in a slot of a pack, ascending int64 [num_kept]: any subset is as likely."""
+    return np.sort(shuffled(key(seed, pack, slot, _PATCHES), num_patches, 0, num_kept))
+
+
+_PATCHES = 1 << 40
+"""what an image's patches are drawn by, beside the numbers by which its crop is"""
+
+
 class PackedLoader(Iterable[PackedBatch]):
     """The micro-batches of one data-parallel rank, in order: global_batch / (world_size * micro_batch) to a step.
 
@@ -260,17 +284,19 @@ class PackedLoader(Iterable[PackedBatch]):
     train=False: every document of `data.corpora` (one corpus) that selection leaves, exactly once, in order, without
     augmentation; no cut takes an image's text away (`Rules.carry_text`); the last batch is filled up with empty packs.
 
-    sequences: those that the objective reads. ledger: see `open_ledger`; None begins a new one. Each iteration starts
-    again at first_pack.
+    num_placeholders, kept_patches: see `PackReader`. sequences: those that the objective reads. ledger: see
+    `open_ledger`; None begins a new one. Each iteration starts again at first_pack. Of a ledger with phases the packs
+    are those of the phase that `first_pack` is in, also behind its end; the loader of the next phase has the next ones.
     """
 
     def __init__(
         self,
         data: Data,
-        num_patches: int,
+        num_placeholders: int,
         image_size: int,
         context_length: int,
         *,
+        kept_patches: tuple[int, int] | None = None,
         rank: int = 0,
         world_size: int = 1,
         global_batch: int = 1,
@@ -292,22 +318,34 @@ class PackedLoader(Iterable[PackedBatch]):
             raise UserError(f"rank {rank} of {world_size} processes; ranks count from 0")
         index: PackIndex | SequentialIndex
         if train:
-            ledger = ledger or open_ledger(data, num_patches, context_length, sequences=sequences)
-            index = PackIndex(data, ledger)
+            ledger = ledger or open_ledger(data, num_placeholders, context_length, sequences=sequences)
+            index = PackIndex(data, ledger, ledger.segment_after(first_pack))
+            assert data.tokens_per_pack == index.segment.settings["tokens_per_pack"], "the data are of another phase"
         else:
             if len(data.corpora) != 1:
                 raise UserError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
-            whole = open_ledger(data, num_patches, context_length, sequences=sequences)
+            whole = open_ledger(data, num_placeholders, context_length, sequences=sequences)
             slots = whole.settings["images_per_pack"]
             index = SequentialIndex(
-                open_source(data.corpora[0].path, data, num_patches, context_length, slots, sequences, carry_text=True),
+                open_source(
+                    data.corpora[0].path, data, num_placeholders, context_length, slots, sequences, carry_text=True
+                ),
                 data.tokens_per_pack,
             )
             if steps is None:
                 steps = -(-max(0, len(index) - first_pack) // global_batch)
         self.ledger = ledger
         """what the packs depend on, for the checkpoint; None in evaluation"""
-        self.reader = PackReader(index, data, num_patches, image_size, context_length, train=train, sequences=sequences)
+        self.reader = PackReader(
+            index,
+            data,
+            num_placeholders,
+            image_size,
+            context_length,
+            train=train,
+            sequences=sequences,
+            kept_patches=kept_patches,
+        )
         self.steps = steps
         self.micro_batches = global_batch // (world_size * micro_batch)
         self._data, self._first, self._global_batch, self._micro_batch = data, first_pack, global_batch, micro_batch
@@ -399,6 +437,19 @@ class PackedLoader(Iterable[PackedBatch]):
         return "; ".join(f"document {o.document} of {o.corpus}" for o in origins[:8]) + (
             "; …" if len(origins) > 8 else ""
         )
+
+
+def loader_of(reading: Reading, data: Data, sequences: Sequences, **options: Any) -> PackedLoader:
+    """A training loader of what a phase reads. data: the run's; options: further ones of PackedLoader."""
+    return PackedLoader(
+        reading.data(data),
+        reading.num_patches,
+        reading.image_size,
+        reading.context_length,
+        kept_patches=reading.kept_patches,
+        sequences=sequences,
+        **options,
+    )
 
 
 class LoaderKilled(RuntimeError):

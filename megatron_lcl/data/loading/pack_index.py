@@ -1,4 +1,4 @@
-"""The pack index: which document goes into which pack, and the ledger of what changed on the way.
+"""The pack index: which document goes into which pack.
 
 Packs are numbered from 0 on. Their contents are a pure function of (corpora, settings, ledger): the index is built in
 chunks, each from the state in which the one before it ended, and kept in the cache folder under a hash of all it
@@ -10,6 +10,10 @@ depends on.
 A state is where a chunk begins: {"pack": its first, "positions": {corpus: [epoch, documents drawn in it]}, "blend":
 number of the one before it, "served": {corpus: tokens of that blend}}. The ledger keeps them, so that any pack is found
 by building one chunk, whatever of the cache was deleted.
+
+A run with phases has an index for each segment of packs that are planned alike (`ledger.Segment`). All but the first
+begin in a state of their own: {"pack": the segment's first, "segment": the same, "left": hash of the documents that
+the segment before had drawn and not read}. These are packed first. A document of which a part was read counts as read.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ import errno
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,9 +35,12 @@ from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
-from megatron_lcl.data.loading.sequence import INTERLEAVED, Sequences, shuffled
+from megatron_lcl.data.loading.ledger import Ledger, Segment, open_ledger
+from megatron_lcl.data.loading.sequence import Sequences, shuffled
 from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
 from megatron_lcl.errors import UserError
+
+__all__ = ["Ledger", "Pack", "PackIndex", "SequentialIndex", "open_ledger"]
 
 CHUNK = 1 << 20
 """documents of one window at most: what is packed together"""
@@ -42,130 +49,9 @@ MIN_CHUNK = 1 << 16
 ENTRY = np.dtype([("document", np.int64), ("corpus", np.int32), ("epoch", np.int32), ("part", np.int32)])
 """one sequence: the part'th of a document in an epoch; corpus counts the chunk's corpora"""
 
-_SETTINGS = (
-    "tokens_per_pack",
-    "images_per_pack",
-    "min_similarity",
-    "max_images_per_segment",
-    "max_images",
-    "min_images",
-    "image_first",
-    "pair_layout",
-    "seed",
-)
 _SHUFFLE = 1 << 62
 _T = TypeVar("_T")
 _BEGIN: dict[str, Any] = {"pack": 0, "blend": -1, "positions": {}, "served": {}}
-
-
-# --- ledger ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What the packs of a run depend on: settings, fixed for the whole run, and entries, only ever appended.
-
-    An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …]}: new shares from the first window of
-    documents that begins at pack n or later; or {"from_pack": n, "skip": count}: packs n … n+count-1 are not used.
-    """
-
-    settings: dict[str, Any]
-    entries: tuple[dict[str, Any], ...] = field(default=())
-    states: tuple[dict[str, Any], ...] = field(default=(), compare=False)
-    """where chunks begin that were read, by pack, but for the first; they follow from the rest, and save time"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return {"settings": self.settings, "entries": list(self.entries), "states": list(self.states)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Ledger:
-        """From what `to_json` gave; checkpoints written before there were states have none."""
-        return cls(dict(value["settings"]), tuple(value["entries"]), tuple(value.get("states", ())))
-
-    def locate(self, consumed: int) -> int:
-        """Number of the pack that comes after `consumed` packs were used: those of skipped ranges are jumped over."""
-        pack = consumed
-        for start, stop in self._skipped():
-            if pack >= start:
-                pack += stop - start
-        return pack
-
-    def skip(self, consumed: int, count: int) -> Ledger:
-        """A ledger in which the `count` packs that would follow after `consumed` packs are not used."""
-        start = self.locate(consumed)
-        stop = self.locate(consumed + count - 1) + 1
-        return replace(self, entries=(*self.entries, {"from_pack": start, "skip": stop - start}))
-
-    def _skipped(self) -> list[list[int]]:
-        merged: list[list[int]] = []
-        for start, stop in sorted((e["from_pack"], e["from_pack"] + e["skip"]) for e in self.entries if "skip" in e):
-            if merged and start <= merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], stop)
-            else:
-                merged.append([start, stop])
-        return merged
-
-    def blends(self) -> list[dict[str, Any]]:
-        """The entries that set a blend, in order."""
-        return [e for e in self.entries if "blend" in e]
-
-
-def open_ledger(
-    data: Data,
-    num_patches: int,
-    context_length: int,
-    *,
-    sequences: Sequences = INTERLEAVED,
-    previous: Ledger | None = None,
-    consumed: int = 0,
-) -> Ledger:
-    """The ledger of a new run, or of one resumed after `consumed` packs: `previous` and the changes of `data.corpora`.
-
-    Chooses I (`images_per_pack`) where the config leaves it open; a resumed run keeps it. UserError if a setting that
-    fixes the packs has changed.
-    """
-    if not data.corpora:
-        raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
-    blend = [{"path": c.path, "fingerprint": open_corpus(c.path).fingerprint, "weight": c.weight} for c in data.corpora]
-    tokenizers = {c.path: open_corpus(c.path).manifest["tokenizer"]["fingerprint"] for c in data.corpora}
-    if len(set(tokenizers.values())) > 1:
-        raise UserError(f"the corpora of a blend must have the same tokenizer; these differ: {tokenizers}")
-    if len({c["fingerprint"] for c in blend}) < len(blend):
-        raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
-    settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
-    settings |= {"num_patches": num_patches, "context_length": context_length}
-    settings["contrast_only"] = not sequences.interleaved  # the key that runs have stored
-    if sequences.captions:  # absent elsewhere, as in ledgers written before there were captions
-        settings["captions"] = True
-    settings["version"] = VERSION
-    if previous is None:
-        if settings["images_per_pack"] is None:
-            settings["images_per_pack"] = _choose_images(data, num_patches, context_length, sequences)
-        return Ledger(settings, ({"from_pack": 0, "blend": blend},))
-    for name in settings | previous.settings:
-        value, old = settings.get(name), previous.settings.get(name)
-        if value != old and not (name == "images_per_pack" and value is None):
-            raise UserError(
-                f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
-                f"start a new run"
-            )
-    last = previous.blends()[-1]["blend"]
-    if [(c["fingerprint"], c["weight"]) for c in blend] == [(c["fingerprint"], c["weight"]) for c in last]:
-        return previous
-    start = previous.locate(consumed)
-    # windows that begin before `start` stay as they were, so what they end in does
-    states = tuple(state for state in previous.states if state["pack"] <= start)
-    return Ledger(previous.settings, (*previous.entries, {"from_pack": start, "blend": blend}), states)
-
-
-def _choose_images(data: Data, num_patches: int, context_length: int, sequences: Sequences) -> int:
-    per_token, weights = 0.0, sum(c.weight for c in data.corpora)
-    for c in data.corpora:
-        source = open_source(c.path, data, num_patches, context_length, 1, sequences)
-        images, tokens = source.images.sum(dtype=np.int64), source.tokens.sum(dtype=np.int64)
-        per_token += c.weight / weights * float(images) / max(1, float(tokens))
-    return packing.choose_images_per_pack(per_token, data.tokens_per_pack)
 
 
 # --- packs -------------------------------------------------------------------------------------------------------
@@ -206,15 +92,32 @@ class _Entries:
         return self._entries.read(int(start), int(stop))
 
 
-class PackIndex:
-    """Packs of a training run by number, without end. Builds or waits for the chunks it is asked for."""
+class _Drawn(NamedTuple):
+    """Documents of one corpus, to be packed in a window."""
 
-    def __init__(self, data: Data, ledger: Ledger) -> None:
+    epoch: int
+    documents: np.ndarray
+    """int64 numbers in the corpus"""
+    turns: np.ndarray
+    """int64: where each stands among those of all corpora"""
+
+
+class PackIndex:
+    """Packs of one segment of a training run by number, without end. Builds or waits for the chunks it is asked for.
+
+    segment: None: the first. `data.tokens_per_pack` is of no account: the segment says it.
+    """
+
+    def __init__(self, data: Data, ledger: Ledger, segment: Segment | None = None) -> None:
         self.ledger = ledger
-        self.images_per_pack: int = ledger.settings["images_per_pack"]
-        self._data = data
+        self.segment = segment or ledger.segments()[0]
+        self.images_per_pack: int = self.segment.settings["images_per_pack"]
+        self._data = replace(data, tokens_per_pack=self.segment.settings["tokens_per_pack"])
         self._cache = cache.cache_folder(data)
-        self._states = sorted((_BEGIN, *ledger.states), key=_pack_of)
+        known = [state for state in ledger.states if state.get("segment", 0) == self.segment.first_pack]
+        self._states = sorted(known if self.segment.number else [_BEGIN, *known], key=_pack_of)
+        self._left: list[tuple[str, int, list[int]]] = []
+        """what the segment before has left, once it is known: fingerprint of the corpus, epoch, documents"""
         self._found: dict[Path, Chunk] = {}
         self._last: Chunk | None = None
         self._sources: dict[str, Source] = {}
@@ -257,7 +160,10 @@ class PackIndex:
         state = self._state_before(number)
         while (chunk := self._recorded(state)) is not None and chunk.stop <= number:
             state = chunk.end
-        return replace(self.ledger, states=tuple(s for s in self._states if 0 < s["pack"] <= number))
+        others = [s for s in self.ledger.states if s.get("segment", 0) != self.segment.first_pack]
+        own = [s for s in self._states if s["pack"] and "left" not in s]
+        states = sorted((s for s in (*others, *own) if s["pack"] <= number), key=_pack_of)
+        return replace(self.ledger, states=tuple(states))
 
     def source(self, wanted: str) -> Source:
         """The corpus with this fingerprint, looked for where config and ledger say."""
@@ -270,7 +176,7 @@ class PackIndex:
                         continue
                 except UserError:
                     continue
-                s = self.ledger.settings
+                s = self.segment.settings
                 self._sources[wanted] = open_source(
                     path,
                     self._data,
@@ -311,6 +217,11 @@ class PackIndex:
             state = chunk.end
 
     def _state_before(self, number: int) -> dict[str, Any]:
+        assert number >= self.segment.first_pack, f"pack {number} is of an earlier segment than {self.segment}"
+        if not self._states or number < _pack_of(self._states[0]):
+            before = PackIndex(self._data, self.ledger, self.ledger.segments()[self.segment.number - 1])
+            begin, self._left = before.handed_on(self.segment.first_pack)
+            self._states.insert(0, begin)
         return self._states[bisect.bisect_right(self._states, number, key=_pack_of) - 1]
 
     def _recorded(self, state: dict[str, Any]) -> Chunk | None:
@@ -337,7 +248,7 @@ class PackIndex:
         later = [e["from_pack"] for e in blends[current + 1 :]]
         inputs: dict[str, Any] = {
             "version": VERSION,
-            "settings": self.ledger.settings,
+            "settings": self.segment.settings,
             "blend": [[c["fingerprint"], c["weight"]] for c in blends[current]["blend"]],
             "until": min(later, default=None),
             "state": {**state, "blend": current, "served": state["served"] if state["blend"] == current else {}},
@@ -376,6 +287,26 @@ class PackIndex:
         record = {"inputs": inputs, "end": state, "packs": len(offsets) - 1, "documents": documents, **totals}
         (folder / cache.RECORD).write_text(json.dumps(record, indent=1))
 
+    def handed_on(self, number: int) -> tuple[dict[str, Any], list[tuple[str, int, list[int]]]]:
+        """The state in which the segment that begins with pack `number` does, and the documents that are left for it.
+
+        They are those of the window of pack `number` - 1 of which no pack before `number` has any part.
+        """
+        inputs = self._place(self._chunk_of(number - 1).begin)[1]
+        state, totals = json.loads(json.dumps(inputs["state"])), {"tokens": 0, "images": 0}
+        while state["pack"] < number:
+            first = state["pack"]
+            entries, offsets, _ = self._window(inputs["blend"], state, totals)
+        read, rest = np.split(entries, [offsets[number - first]])
+        left = []
+        for c, (name, _) in enumerate(inputs["blend"]):
+            unread = rest[(rest["corpus"] == c) & ~np.isin(rest["document"], read["document"][read["corpus"] == c])]
+            documents, places = np.unique(unread["document"], return_index=True)
+            if len(documents):
+                left.append((name, int(unread["epoch"][0]), documents[np.argsort(places)].tolist()))
+        begin = {"pack": number, "segment": number, "blend": -1, "positions": state["positions"], "served": {}}
+        return begin | ({"left": fingerprint(left)} if left else {}), left
+
     def _window(
         self, blend: list[list[Any]], state: dict[str, Any], totals: dict[str, int]
     ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -383,7 +314,43 @@ class PackIndex:
 
         Brings `state` and `totals` up to date; returns entries, offsets and the number of documents drawn.
         """
-        settings, num = self.ledger.settings, len(blend)
+        settings = self.segment.settings
+        drawn = self._take_left(blend) if state.pop("left", None) else self._draw(blend, state)
+        blocks = []
+        for c, (name, _) in enumerate(blend):
+            epoch, documents, turns = drawn[c]
+            sizes = self.source(name).sizes(documents, epoch)
+            block = np.empty(len(sizes), ENTRY)
+            block["corpus"], block["epoch"], block["part"] = c, epoch, sizes[:, 1]
+            block["document"] = documents[sizes[:, 0]]
+            blocks.append((block, sizes[:, 2], sizes[:, 3], turns[sizes[:, 0]]))
+        entries, sizes, images, turn = (np.concatenate(x) for x in zip(*blocks, strict=True))
+        as_drawn = np.argsort(turn, kind="stable")
+        entries, sizes, images = entries[as_drawn], sizes[as_drawn], images[as_drawn]
+        order, offsets = packing.best_fit(
+            sizes,
+            images,
+            settings["tokens_per_pack"],
+            settings["images_per_pack"],
+            packing.max_sequences(settings["tokens_per_pack"], settings.get("captions", False)),
+        )
+        state["pack"] += len(offsets) - 1
+        totals["tokens"] += int(sizes.sum())
+        totals["images"] += int(images.sum())
+        return entries[order], offsets, sum(len(documents) for _, documents, _ in drawn)
+
+    def _take_left(self, blend: list[list[Any]]) -> list[_Drawn]:
+        """What the segment before has left, for each corpus of the blend; a corpus that is gone is left out."""
+        found, turn = [], 0
+        for name, _ in blend:
+            epoch, documents = next(((e, d) for n, e, d in self._left if n == name), (0, []))
+            found.append(_Drawn(epoch, np.array(documents, np.int64), np.arange(turn, turn + len(documents))))
+            turn += len(documents)
+        return found
+
+    def _draw(self, blend: list[list[Any]], state: dict[str, Any]) -> list[_Drawn]:
+        """The next documents of each corpus; brings the positions and what was served in `state` up to date."""
+        num = len(blend)
         sources = [self.source(fingerprint) for fingerprint, _ in blend]
         weights = np.array([w for _, w in blend], np.float64)
         weights /= weights.sum()
@@ -406,24 +373,6 @@ class PackIndex:
         tokens = np.concatenate([s.tokens[d] for s, d in zip(sources, drawn, strict=True)])
         turns = packing.blend(tokens, starts, weights, served)
         taken = np.bincount(turns, minlength=num)
-
-        blocks = []
-        for c, (source, position, documents) in enumerate(zip(sources, positions, drawn, strict=True)):
-            sizes = source.sizes(documents[: taken[c]], position[0])
-            block = np.empty(len(sizes), ENTRY)
-            block["corpus"], block["epoch"], block["part"] = c, position[0], sizes[:, 1]
-            block["document"] = documents[sizes[:, 0]]
-            blocks.append((block, sizes[:, 2], sizes[:, 3], np.flatnonzero(turns == c)[sizes[:, 0]]))
-        entries, sizes, images, turn = (np.concatenate(x) for x in zip(*blocks, strict=True))
-        as_drawn = np.argsort(turn, kind="stable")
-        entries, sizes, images = entries[as_drawn], sizes[as_drawn], images[as_drawn]
-        order, offsets = packing.best_fit(
-            sizes,
-            images,
-            settings["tokens_per_pack"],
-            settings["images_per_pack"],
-            packing.max_sequences(settings["tokens_per_pack"], settings.get("captions", False)),
-        )
         for (name, _), position, count, n in zip(blend, positions, taken, left, strict=True):
             epoch_over = count == n
             state["positions"][name] = [
@@ -431,10 +380,10 @@ class PackIndex:
                 0 if epoch_over else position[1] + int(count),
             ]
         state["served"] = {f: int(s) for (f, _), s in zip(blend, served, strict=True)}
-        state["pack"] += len(offsets) - 1
-        totals["tokens"] += int(sizes.sum())
-        totals["images"] += int(images.sum())
-        return entries[order], offsets, int(taken.sum())
+        return [
+            _Drawn(position[0], documents[: taken[c]], np.flatnonzero(turns == c))
+            for c, (position, documents) in enumerate(zip(positions, drawn, strict=True))
+        ]
 
 
 def _pack_of(state: dict[str, Any]) -> int:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lcl.config import Config
-from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
+from megatron_lcl.config.phases import phase_at
+from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.loading.loader import PackedLoader, loader_of
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.sequence import Sequences
 
 PACKS = 64
@@ -71,25 +73,18 @@ def summarize(loader: PackedLoader, consumed: int, chosen: bool) -> Summary:
     return Summary(loader.images_per_pack, chosen, PACKS, images, pairs, documents, cut, cut_for_images)
 
 
-def summarize_config(config: Config, sequences: Sequences, previous: Ledger | None, consumed: int) -> Summary:
-    """Of a run's next packs after `consumed` packs.
+def summarize_config(
+    config: Config, sequences: Sequences, previous: Ledger | None, consumed: int, step: int = 0
+) -> Summary:
+    """Of a run's next packs after `step` steps and `consumed` packs.
 
     sequences: those that the run's objective reads; previous: the run's ledger, where it has one.
     """
-    vision, context_length = config.model.vision, config.model.language.context_length
-    ledger = open_ledger(
-        config.data, vision.num_patches, context_length, sequences=sequences, previous=previous, consumed=consumed
-    )
-    loader = PackedLoader(
-        config.data,
-        vision.num_patches,
-        vision.image_size,
-        context_length,
-        first_pack=consumed,
-        sequences=sequences,
-        ledger=ledger,
-    )
-    return summarize(loader, consumed, config.data.images_per_pack is None)
+    phase = phase_at(config, step)
+    ledger = open_run_ledger(config, sequences, previous, step, consumed)
+    reading, _ = ledger.reading_at(step, phase.config)
+    loader = loader_of(reading, config.data, sequences, first_pack=consumed, ledger=ledger)
+    return summarize(loader, consumed, phase.config.data.images_per_pack is None)
 
 
 def _share(part: int, whole: int) -> float:

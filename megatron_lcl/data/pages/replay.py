@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -13,12 +14,11 @@ import numpy as np
 import PIL.Image
 
 from megatron_lcl.config import Config
-from megatron_lcl.config import replace as replaced
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.loader import PackedLoader, SequenceOrigin
-from megatron_lcl.data.loading.pack_index import Ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.loading.loader import PackedLoader, SequenceOrigin, loader_of
 from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.errors import UserError
 
@@ -44,8 +44,7 @@ def replay_html(
         raise UserError(f"step {step}; steps count from 0")
     who = "all processes" if rank is None else f"process {rank} of {world_size}"
     mine, size = (0, 1) if rank is None else (rank, world_size)
-    batch = config.train.global_batch
-    packs = _render(config, _loader(config, sequences, step * batch, batch, mine, size, ledger))
+    packs = _render(config, _loader(config, sequences, step, None, mine, size, ledger))
     return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
 
 
@@ -57,24 +56,24 @@ def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger:
 def _loader(
     config: Config,
     sequences: Sequences,
-    first_pack: int,
-    packs: int,
+    step: int,
+    packs: int | None,
     rank: int,
     world_size: int,
     ledger: Ledger | None,
 ) -> PackedLoader:
-    vision = config.model.vision
-    return PackedLoader(
-        replaced(config, data__workers=0).data,
-        vision.num_patches,
-        vision.image_size,
-        config.model.language.context_length,
+    """The first packs of a step; None: all. What a step reads is the ledger's to say."""
+    ledger = ledger or open_run_ledger(config, sequences)
+    reading, first_pack = ledger.reading_at(step, config)
+    return loader_of(
+        reading,
+        replace(config.data, workers=0),
+        sequences,
         rank=rank,
         world_size=world_size,
-        global_batch=packs,
+        global_batch=packs or reading.global_batch,
         first_pack=first_pack,
         steps=1,
-        sequences=sequences,
         ledger=ledger,
     )
 
@@ -86,8 +85,8 @@ def _template(name: str) -> jinja2.Template:
 
 def _render(config: Config, loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
     corpora = {str(corpus.path): corpus for corpus in (open_corpus(entry.path) for entry in config.data.corpora)}
-    tokenizer, num_patches = next(iter(corpora.values())).tokenizer, config.model.vision.num_patches
-    packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, num_patches, side) for batch in loader]
+    tokenizer = next(iter(corpora.values())).tokenizer
+    packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, side) for batch in loader]
     for sequence in (sequence for pack in packs for sequence in pack["sequences"]):
         origin = sequence["origin"]
         sequence["source"] = corpora[origin.corpus].name(origin.document)
@@ -95,14 +94,12 @@ def _render(config: Config, loader: PackedLoader, folded: bool = False, side: in
         packs=packs,
         folded=folded,
         shown=_SHOWN,
-        tokens_per_pack=config.data.tokens_per_pack,
+        tokens_per_pack=loader.reader.data.tokens_per_pack,
         images_per_pack=loader.images_per_pack,
     )
 
 
-def _pack(
-    batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, num_patches: int, side: int | None
-) -> dict[str, Any]:
+def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenizer, side: int | None) -> dict[str, Any]:
     """What the template shows of a batch of one pack; images are scaled down to `side` pixels, if it is given."""
     images = [image for origin in origins for image in origin.images]
     # shown at each `<soi>` that stands for it: where pairs have captions, at two
@@ -141,7 +138,7 @@ def _pack(
         "num_images": batch.num_images,
         "num_pairs": batch.num_pairs,
         "num_targets": batch.num_targets,
-        "num_patches": num_patches,
+        "num_patches": batch.num_patches,
     }
 
 

@@ -62,7 +62,7 @@ class ContrastivePipelineEngine(PipelineEngine):
     def all_forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the head gave for each micro-batch (none in other stages). Without gradients enabled nothing is kept."""
         self._begin(batches)
-        self._exec_schedule(AllForward(self.micro_batches, self.num_stages, self.stage_id))
+        self._exec_schedule(AllForward(len(batches), self.num_stages, self.stage_id))
         outputs = self.pipe_buffers["outputs"]
         if not torch.is_grad_enabled():
             self.pipe_buffers["outputs"] = [None] * len(outputs)
@@ -70,17 +70,18 @@ class ContrastivePipelineEngine(PipelineEngine):
 
     def all_backward(self, loss_of: LossOf) -> None:
         """After `all_forward` with gradients enabled: the backwards, and the optimizer step."""
+        assert len(self._batches) == self.micro_batches, f"{len(self._batches)} micro-batches, not {self.micro_batches}"
         self._loss_of = loss_of
         self._exec_schedule(AllBackward(self.micro_batches, self.num_stages, self.stage_id))
 
     def one_forward_one_backward(self, batches: Sequence[PackedBatch], loss_of: LossOf) -> None:
         """Forwards, backwards and the optimizer step in DeepSpeed's order."""
+        assert len(batches) == self.micro_batches, f"{len(batches)} micro-batches, not {self.micro_batches}"
         self._begin(batches)
         self._loss_of = loss_of
         self._exec_schedule(schedule.TrainSchedule(self.micro_batches, self.num_stages, self.stage_id))
 
     def _begin(self, batches: Sequence[PackedBatch]) -> None:
-        assert len(batches) == self.micro_batches, f"{len(batches)} micro-batches, not {self.micro_batches}"
         self._batches = batches
         self._num_forwards = 0
         self._num_backwards = 0

@@ -100,12 +100,12 @@ def partition_uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
 def hidden_shape(layer: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:
     """Shape of what the layer of this index (not the first) receives for a micro-batch, from stage to stage.
 
-    Up to the pool [S, V], a shard of N*(1+P) rows; behind it [S, D], a shard of R rows, then one of N. axis: the tensor
-    ranks, over which the rows are split.
+    Up to the pool [S, V], a shard of N*(1+K) rows, K being the patches of an image that are read (`batch.num_patches`);
+    behind it [S, D], a shard of R rows, then one of N. axis: the tensor ranks, over which the rows are split.
     """
     images, rows = len(batch.image_start), len(batch.tokens)
     if layer <= 1 + model.vision.layers:
-        return shard_size(images * (1 + model.vision.num_patches), axis), model.vision.width
+        return shard_size(images * (1 + batch.num_patches), axis), model.vision.width
     return shard_size(rows, axis) + shard_size(images, axis), model.language.width
 
 

@@ -1,0 +1,312 @@
+"""The ledger: what the packs of a run depend on, and what of it changed on the way.
+
+A run with phases (`config.phases`) has an entry for each. Packs are numbered through all of them. Phases whose packs
+are planned alike are one segment; with the next one the documents go on where the last pack read left them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_lcl.config import Config, Data
+from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading import packing
+from megatron_lcl.data.loading.sequence import INTERLEAVED, Sequences
+from megatron_lcl.data.loading.source import VERSION, open_source
+from megatron_lcl.errors import UserError
+
+_SETTINGS = (
+    "tokens_per_pack",
+    "images_per_pack",
+    "min_similarity",
+    "max_images_per_segment",
+    "max_images",
+    "min_images",
+    "image_first",
+    "pair_layout",
+    "seed",
+)
+PLANNED = ("tokens_per_pack", "images_per_pack", "num_patches", "context_length")
+"""those settings that may change from phase to phase"""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a phase reads, and how: what is stored of it in the ledger."""
+
+    tokens_per_pack: int
+    images_per_pack: int | None
+    """None: not chosen yet"""
+    num_patches: int
+    """placeholders per image; the key that runs have stored"""
+    context_length: int
+    image_size: int
+    kept_patches: tuple[int, int] | None
+    """(K, P) where K of an image's P patches are kept; None: all are"""
+    global_batch: int
+
+    @classmethod
+    def of(cls, config: Config) -> Reading:
+        """Of a phase's config."""
+        vision, data = config.model.vision, config.data
+        return cls(
+            data.tokens_per_pack,
+            data.images_per_pack,
+            vision.num_placeholders,
+            config.model.language.context_length,
+            vision.image_size,
+            (vision.num_kept, vision.num_patches) if vision.patch_dropout else None,
+            config.train.global_batch,
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Reading:
+        """From what the ledger holds."""
+        kept = value["kept_patches"]
+        return cls(**{**value, "kept_patches": None if kept is None else tuple(kept)})
+
+    def data(self, data: Data) -> Data:
+        """A run's section `data` as it is in the phase."""
+        return dataclasses.replace(data, tokens_per_pack=self.tokens_per_pack, images_per_pack=self.images_per_pack)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Packs of a run that are planned with the same settings."""
+
+    number: int
+    consumed: int
+    """packs that the run used before it"""
+    first_pack: int
+    """number of its first pack"""
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the packs of a run depend on: the settings that it began with, and entries, which are only ever appended.
+
+    An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …]}: new shares from the first window of
+    documents that begins at pack n or later; or {"from_pack": n, "skip": count}: packs n … n+count-1 are not used; or
+    {"from_step": s, "consumed": n, "phase": a `Reading`}: from step s (counted from 0) on, which follows on n packs, all
+    steps read that. Phases that are still to come may be replaced.
+    """
+
+    settings: dict[str, Any]
+    entries: tuple[dict[str, Any], ...] = field(default=())
+    states: tuple[dict[str, Any], ...] = field(default=(), compare=False)
+    """where chunks begin that were read, by pack, but for the first; they follow from the rest, and save time"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {"settings": self.settings, "entries": list(self.entries), "states": list(self.states)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ledger:
+        """From what `to_json` gave; checkpoints written before there were states have none."""
+        return cls(dict(value["settings"]), tuple(value["entries"]), tuple(value.get("states", ())))
+
+    def locate(self, consumed: int) -> int:
+        """Number of the pack that comes after `consumed` packs were used: those of skipped ranges are jumped over."""
+        pack = consumed
+        for start, stop in self._skipped():
+            if pack >= start:
+                pack += stop - start
+        return pack
+
+    def skip(self, consumed: int, count: int) -> Ledger:
+        """A ledger in which the `count` packs that would follow after `consumed` packs are not used."""
+        start = self.locate(consumed)
+        stop = self.locate(consumed + count - 1) + 1
+        return replace(self, entries=(*self.entries, {"from_pack": start, "skip": stop - start}))
+
+    def _skipped(self) -> list[list[int]]:
+        merged: list[list[int]] = []
+        for start, stop in sorted((e["from_pack"], e["from_pack"] + e["skip"]) for e in self.entries if "skip" in e):
+            if merged and start <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], stop)
+            else:
+                merged.append([start, stop])
+        return merged
+
+    def blends(self) -> list[dict[str, Any]]:
+        """The entries that set a blend, in order."""
+        return [e for e in self.entries if "blend" in e]
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The entries of phases, in order; none where the run has but one and leaves out no patch."""
+        return sorted((e for e in self.entries if "phase" in e), key=_consumed)
+
+    def segments(self) -> list[Segment]:
+        """Stretches of packs that are planned alike, in order: one at least."""
+        found = [Segment(0, 0, 0, self.settings)]
+        for entry in self.phases():
+            settings = {**self.settings, **{name: entry["phase"][name] for name in PLANNED}}
+            if settings != found[-1].settings:
+                # behind the last pack of the one before, whatever is skipped from there on
+                first = self.locate(entry["consumed"] - 1) + 1
+                found.append(Segment(len(found), entry["consumed"], first, settings))
+        return found
+
+    def segment_after(self, consumed: int) -> Segment:
+        """The segment of the pack that comes after `consumed` packs were used."""
+        return [segment for segment in self.segments() if segment.consumed <= consumed][-1]
+
+    def reading_at(self, step: int, config: Config) -> tuple[Reading, int]:
+        """What a step (counted from 0) reads, and how many packs the run uses before it.
+
+        config: the run's, which says it where the ledger has no phases.
+        """
+        before = [entry for entry in self.phases() if entry["from_step"] <= step]
+        if not before:
+            batch = config.train.global_batch
+            return replace(Reading.of(config), images_per_pack=self.settings["images_per_pack"]), step * batch
+        reading = Reading.from_json(before[-1]["phase"])
+        return reading, before[-1]["consumed"] + (step - before[-1]["from_step"]) * reading.global_batch
+
+
+def _consumed(entry: Mapping[str, Any]) -> int:
+    return int(entry["consumed"])
+
+
+# --- opening -----------------------------------------------------------------------------------------------------
+
+
+def open_ledger(
+    data: Data,
+    num_placeholders: int,
+    context_length: int,
+    *,
+    sequences: Sequences = INTERLEAVED,
+    previous: Ledger | None = None,
+    consumed: int = 0,
+) -> Ledger:
+    """The ledger of a new run, or of one resumed after `consumed` packs: `previous` and the changes of `data.corpora`.
+
+    Of a run in which nothing else changes; of any other: `open_run_ledger`. Chooses I (`images_per_pack`) where the
+    config leaves it open; a resumed run keeps it. UserError if a setting that fixes the packs has changed.
+    """
+    blend = _blend_of(data)
+    settings = _settings_of(data, num_placeholders, context_length, sequences)
+    if previous is None:
+        if settings["images_per_pack"] is None:
+            settings["images_per_pack"] = _choose_images(data, num_placeholders, context_length, sequences)
+        return Ledger(settings, ({"from_pack": 0, "blend": blend},))
+    _check_unchanged(settings, previous.settings)
+    return _with_blend(previous, blend, consumed)
+
+
+def open_run_ledger(
+    config: Config, sequences: Sequences = INTERLEAVED, previous: Ledger | None = None, step: int = 0, consumed: int = 0
+) -> Ledger:
+    """The ledger of a run with all its phases; of one that goes on after `step` steps and `consumed` packs `previous`,
+    what has changed of `data.corpora`, and of the phases that are still to come.
+
+    Where the config says of step `step` other than `previous` does, a phase begins there. UserError as `open_ledger`.
+    """
+    phases = phases_of(config)
+    early, vision = phases[0].config, phases[0].config.model.vision
+    context = early.model.language.context_length
+    if len(phases) == 1 and not vision.patch_dropout and not (previous and previous.phases()):
+        arguments = (early.data, vision.num_placeholders, context)
+        return open_ledger(*arguments, sequences=sequences, previous=previous, consumed=consumed)
+    past: list[dict[str, Any]] = []
+    if previous is None:
+        ledger = open_ledger(early.data, vision.num_placeholders, context, sequences=sequences)
+    else:
+        settings = _settings_of(early.data, vision.num_placeholders, context, sequences)
+        _check_unchanged(settings, previous.settings, but=PLANNED)
+        ledger = _with_blend(previous, _blend_of(config.data), consumed)
+        past = [entry for entry in previous.phases() if entry["consumed"] < consumed]
+        if not past and consumed:  # it had one phase, without patch dropout
+            planned = {name: previous.settings[name] for name in PLANNED}
+            model = config.model.vision
+            reading = Reading(**planned, image_size=model.image_size, kept_patches=None, global_batch=consumed // step)
+            past = [_entry(0, 0, reading)]
+    entries = list(past)
+    for phase in phases:
+        if phase.stop <= step:
+            continue
+        first = max(step, phase.first)
+        reading = Reading.of(phase.config)
+        last = Reading.from_json(entries[-1]["phase"]) if entries else None
+        if reading.images_per_pack is None:
+            same = last and replace(last, images_per_pack=None, image_size=0, kept_patches=None, global_batch=0)
+            if same == replace(reading, image_size=0, kept_patches=None, global_batch=0):
+                slots = last.images_per_pack  # type: ignore[union-attr]
+            elif first == consumed == 0:
+                slots = ledger.settings["images_per_pack"]
+            else:
+                slots = _choose_images(phase.config.data, reading.num_patches, reading.context_length, sequences)
+            reading = replace(reading, images_per_pack=slots)
+        if reading != last:
+            entries.append(_entry(first, consumed, reading))
+        consumed += (phase.stop - first) * reading.global_batch
+    others = (entry for entry in ledger.entries if "phase" not in entry)
+    ledger = replace(ledger, entries=(*others, *entries))
+    last_begun = max(map(_consumed, past), default=0)
+    begun = {segment.first_pack for segment in ledger.segments() if segment.consumed <= last_begun}
+    return replace(ledger, states=tuple(s for s in ledger.states if s.get("segment", 0) in begun))
+
+
+def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
+    plain = asdict(reading)
+    kept = None if reading.kept_patches is None else list(reading.kept_patches)
+    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}}
+
+
+def _blend_of(data: Data) -> list[dict[str, Any]]:
+    if not data.corpora:
+        raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
+    blend = [{"path": c.path, "fingerprint": open_corpus(c.path).fingerprint, "weight": c.weight} for c in data.corpora]
+    tokenizers = {c.path: open_corpus(c.path).manifest["tokenizer"]["fingerprint"] for c in data.corpora}
+    if len(set(tokenizers.values())) > 1:
+        raise UserError(f"the corpora of a blend must have the same tokenizer; these differ: {tokenizers}")
+    if len({c["fingerprint"] for c in blend}) < len(blend):
+        raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
+    return blend
+
+
+def _settings_of(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> dict[str, Any]:
+    settings: dict[str, Any] = {name: getattr(data, name) for name in _SETTINGS}
+    settings |= {"num_patches": num_placeholders, "context_length": context_length}
+    settings["contrast_only"] = not sequences.interleaved  # the key that runs have stored
+    if sequences.captions:  # absent elsewhere, as in ledgers written before there were captions
+        settings["captions"] = True
+    settings["version"] = VERSION
+    return settings
+
+
+def _check_unchanged(settings: Mapping[str, Any], before: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
+    for name in {**settings, **before}:
+        value, old = settings.get(name), before.get(name)
+        if value != old and name not in but and not (name == "images_per_pack" and value is None):
+            raise UserError(
+                f"{name} is {value}, but this run began with {old}, and its packs depend on it; go back to {old} or "
+                f"start a new run"
+            )
+
+
+def _with_blend(previous: Ledger, blend: list[dict[str, Any]], consumed: int) -> Ledger:
+    last = previous.blends()[-1]["blend"]
+    if [(c["fingerprint"], c["weight"]) for c in blend] == [(c["fingerprint"], c["weight"]) for c in last]:
+        return previous
+    start = previous.locate(consumed)
+    # windows that begin before `start` stay as they were, so what they end in does
+    states = tuple(state for state in previous.states if state["pack"] <= start)
+    return Ledger(previous.settings, (*previous.entries, {"from_pack": start, "blend": blend}), states)
+
+
+def _choose_images(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> int:
+    per_token, weights = 0.0, sum(c.weight for c in data.corpora)
+    for c in data.corpora:
+        source = open_source(c.path, data, num_placeholders, context_length, 1, sequences)
+        images, tokens = source.images.sum(dtype=np.int64), source.tokens.sum(dtype=np.int64)
+        per_token += c.weight / weights * float(images) / max(1, float(tokens))
+    return packing.choose_images_per_pack(per_token, data.tokens_per_pack)
