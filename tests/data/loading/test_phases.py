@@ -1,0 +1,267 @@
+"""A run with phases: what each reads, that documents are neither lost nor repeated between them, patch dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from corpora import MakeCorpus, random_documents
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading import pack_index
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
+from megatron_lcl.data.loading.loader import draw_patches, loader_of
+from megatron_lcl.data.loading.pack_index import PackIndex
+from megatron_lcl.data.loading.sequence import INTERLEAVED
+from megatron_lcl.data.pages.replay import replay_html
+from megatron_lcl.errors import UserError
+
+STEPS = 24
+EARLY = [
+    {"steps": 4, "image_size": 8, "context_length": 64, "tokens_per_pack": 128, "contrastive_weight": 0.5},
+    {"steps": 2, "image_size": 8, "context_length": 64, "tokens_per_pack": 128, "global_batch": 2},  # the same packs
+    {"steps": 5, "patch_dropout": 0.5},
+]
+SHORT = {"mean_text": 10}
+"""documents that need no cut, whatever the phase"""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few epochs, so that phases begin and end in several."""
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 400)
+
+
+def config_of(path: Path, steps: int = STEPS, phases: Any = EARLY, **fields: Any) -> Config:
+    tree: dict[str, Any] = {
+        "model.vision.image_size": 16,
+        "model.vision.patch_size": 4,
+        "model.language.context_length": 128,
+        "data.corpora": str(path),
+        "data.tokens_per_pack": 256,
+        "data.workers": 0,
+        "train.steps": steps,
+        "train.global_batch": 4,
+        "schedule.phases": json.dumps(phases),
+    }
+    return configs.load(None, {key: str(value) for key, value in (tree | fields).items()})
+
+
+def batches_of(config: Config, ledger: Ledger, steps: range, **options: Any) -> list[PackedBatch]:
+    """One batch a step, of all its packs."""
+    found = []
+    for step in steps:
+        reading, consumed = ledger.reading_at(step, config)
+        loader = loader_of(
+            reading, config.data, INTERLEAVED, ledger=ledger, first_pack=consumed, steps=1,
+            global_batch=reading.global_batch, micro_batch=reading.global_batch, **options,
+        )  # fmt: skip
+        found += list(loader)
+    return found
+
+
+def documents_of(config: Config, ledger: Ledger, consumed: range) -> list[tuple[int, int, int]]:
+    """(epoch, document, part) of the sequences in the packs that are used, in order."""
+    found = []
+    for segment in ledger.segments():
+        index = PackIndex(config.data, ledger, segment)
+        mine = [c for c in consumed if ledger.segment_after(c) == segment]
+        packs = [index[ledger.locate(c)] for c in mine]
+        found += [(int(e["epoch"]), int(e["document"]), int(e["part"])) for pack in packs for e in pack.entries]
+        index.close()
+    return found
+
+
+def test_each_phase_reads_as_it_says(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(200, 1, **SHORT))
+    config = config_of(corpus.path)
+    ledger = open_run_ledger(config)
+    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+    batches = batches_of(config, ledger, range(STEPS))
+    sides = [8] * 6 + [16] * 18
+    tokens = [4 * 128] * 4 + [2 * 128] * 2 + [4 * 256] * 18
+    patches = [4] * 6 + [8] * 5 + [16] * 13
+    for step, batch in enumerate(batches):
+        assert (batch.images.shape[-1], len(batch.tokens)) == (sides[step], tokens[step])
+        assert batch.num_patches == patches[step]
+        images, places = int(batch.image_valid.sum()), int((batch.tokens == corpus.tokenizer.placeholder).sum())
+        assert images > 0
+        assert places == images * patches[step], "as many placeholders as patches that are kept"
+        assert len(batch.kept_patches) == (len(batch.image_valid) * 8 if patches[step] == 8 else 0)
+        assert int(np.diff(batch.cu_seqlens.numpy()).max()) <= (64 if step < 6 else 128)
+    used = [pack for batch in batches for pack in batch.packs]
+    assert used == list(range(4 * 4 + 2 * 2 + 4 * 18)), "packs are numbered through all phases"
+    assert [segment.first_pack for segment in ledger.segments()] == [0, 20, 40], (
+        "the second phase has the first's packs"
+    )
+
+
+def test_documents_are_neither_lost_nor_repeated(make_corpus: MakeCorpus) -> None:
+    """Documents of one to four parts: of none nothing is read twice, and of each something in every epoch."""
+    corpus = make_corpus("c", random_documents(150, 3, mean_text=40))
+    config = config_of(corpus.path, steps=60)
+    ledger = open_run_ledger(config)
+    seen = documents_of(config, ledger, range(220))
+    assert max(part for *_, part in seen) >= 2
+    assert max(Counter(seen).values()) == 1
+    epochs = [e for e, *_ in seen]
+    assert sorted(epochs) == epochs, "an epoch ends before the next one"
+    assert max(epochs) >= 2, "some are over, with phases that ended in their midst"
+    for epoch in range(max(epochs)):
+        assert {d for e, d, _ in seen if e == epoch} == set(range(150))
+    # a document of which a part was read is not begun anew in the next phase, whose parts are others
+    for boundary in (20, 40):
+        before, after = (documents_of(config, ledger, r) for r in (range(boundary), range(boundary, 220)))
+        assert {(e, d) for e, d, _ in before}.isdisjoint((e, d) for e, d, _ in after)
+
+
+def test_a_saved_ledger_gives_the_same_packs_with_an_empty_cache(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    corpus = make_corpus("c", random_documents(150, 4, **SHORT))
+    config = config_of(corpus.path, **{"data.cache": tmp_path / "one"})
+    ledger = open_run_ledger(config)
+    reading, consumed = ledger.reading_at(12, config)
+    loader = loader_of(reading, config.data, INTERLEAVED, ledger=ledger, first_pack=consumed, global_batch=4)
+    saved = Ledger.from_json(json.loads(json.dumps(loader.ledger_after(consumed + 8).to_json())))
+    fresh = config_of(corpus.path, **{"data.cache": tmp_path / "two"})
+    went_on = open_run_ledger(fresh, INTERLEAVED, saved, 14, consumed + 8)
+    assert went_on == ledger
+    there, back = documents_of(config, ledger, range(96)), documents_of(fresh, went_on, range(96))
+    assert there == back
+    assert len(there) > 200
+
+
+def test_skipped_packs_between_phases(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(150, 5, **SHORT))
+    config = config_of(corpus.path)
+    plain = open_run_ledger(config)
+    before = plain.skip(10, 4)  # in the first phase: the next one begins four packs later
+    assert [s.first_pack for s in before.segments()] == [0, 24, 44]
+    at = plain.skip(20, 3)  # the first packs of the next one, not the last ones of the one before
+    assert [s.first_pack for s in at.segments()] == [0, 20, 43]
+    assert at.locate(20) == 23
+    used = documents_of(config, at, range(90))
+    assert max(Counter(used).values()) == 1
+    skipped = set(documents_of(config, plain, range(20, 23)))
+    assert skipped.isdisjoint(used[: len(documents_of(config, plain, range(40)))])
+
+
+def test_without_phases_a_ledger_is_as_it_was(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(40, 6, **SHORT))
+    config = config_of(corpus.path, phases=[])
+    ledger = open_run_ledger(config)
+    assert ledger.to_json() == open_ledger(config.data, 16, 128).to_json()
+    assert ledger.reading_at(3, config)[1] == 12
+    lighter = config_of(corpus.path, phases=[{"steps": 3, "contrastive_weight": 1.0}])
+    assert len(phases_of(lighter)) == 2
+    assert [s.number for s in open_run_ledger(lighter).segments()] == [0], "what is read does not change"
+
+
+def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(100, 7, **SHORT))
+    ledger = open_run_ledger(config_of(corpus.path))
+    longer = [EARLY[0], {**EARLY[1], "steps": 4}]
+    changed = config_of(corpus.path, phases=longer)
+    later = open_run_ledger(changed, INTERLEAVED, ledger, 5, 18)
+    assert [e["from_step"] for e in later.phases()] == [0, 4, 8]
+    assert [e["consumed"] for e in later.phases()] == [0, 16, 24]
+    # a run that began without phases
+    plain = open_run_ledger(config_of(corpus.path, phases=[]))
+    dropping = config_of(
+        corpus.path, phases=[], **{"model.vision.patch_dropout": 0.5, "model.vision.unmasked_steps": 4}
+    )
+    masked = open_run_ledger(dropping, INTERLEAVED, plain, 10, 40)
+    assert [(e["from_step"], e["consumed"], e["phase"]["num_patches"]) for e in masked.phases()] == [
+        (0, 0, 16), (10, 40, 8), (20, 80, 16),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="min_images is 0, but this run began with 1"):
+        open_run_ledger(config_of(corpus.path, **{"data.min_images": 0}), INTERLEAVED, ledger, 5, 18)
+    with pytest.raises(UserError, match="tokens_per_pack is 128, but this run began with 256"):
+        open_run_ledger(config_of(corpus.path, phases=[], **{"data.tokens_per_pack": 128}), INTERLEAVED, plain, 5, 20)
+
+
+# --- patch dropout -----------------------------------------------------------------------------------------------
+
+
+def dropped(path: Path, places: str = "kept", **fields: Any) -> Config:
+    wanted = {"model.vision.patch_dropout": 0.75, "model.vision.patch_dropout_places": places}
+    return config_of(path, phases=[], **wanted, **fields)
+
+
+def test_kept_patches_are_drawn_by_seed_pack_and_slot() -> None:
+    draws = np.array([draw_patches(3, pack, slot, 49, 12) for pack in range(60) for slot in range(50)])
+    assert draws.shape == (3000, 12)
+    assert (np.diff(draws, axis=1) > 0).all(), "ascending, none twice"
+    assert draws.min() == 0
+    assert draws.max() == 48
+    expected, deviation = 3000 * 12 / 49, (3000 * 12 / 49 * (1 - 12 / 49)) ** 0.5
+    assert (np.abs(np.bincount(draws.ravel()) - expected) < 5 * deviation).all(), "each patch is as likely"
+    together = sum(5 in row and 6 in row for row in draws)
+    pairs = 3000 * 12 * 11 / (49 * 48)
+    assert abs(together - pairs) < 5 * pairs**0.5, "and so is each pair"
+    assert len({tuple(row) for row in draws}) == 3000
+    assert (draw_patches(3, 7, 5, 49, 12) == draws[7 * 50 + 5]).all()
+    assert (draw_patches(4, 7, 5, 49, 12) != draws[7 * 50 + 5]).any()
+
+
+def test_patches_that_are_kept_are_the_same_at_every_layout(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(150, 8, **SHORT))
+    config = dropped(corpus.path)
+    ledger = open_run_ledger(config)
+    whole = batches_of(config, ledger, range(2))
+    reading, _ = ledger.reading_at(0, config)
+    assert whole[0].num_patches == 4 == config.model.vision.num_kept
+    slots = len(whole[0].image_valid) // 4
+    kept = [batch.kept_patches.reshape(4, slots, 4) for batch in whole]
+    assert kept[0].shape == kept[1].shape, "static"
+    for rank in range(2):
+        loader = loader_of(
+            reading, dataclasses.replace(config.data, workers=1), INTERLEAVED, ledger=ledger, steps=2, global_batch=4,
+            rank=rank, world_size=2,
+        )  # fmt: skip
+        for number, batch in enumerate(loader):
+            step, micro = divmod(number, 2)
+            assert (batch.kept_patches.reshape(slots, 4) == kept[step][2 * micro + rank]).all()
+            assert (batch.kept_patches.reshape(slots, 4).numpy() == draw_rows(batch.packs[0], slots)).all()
+
+
+def draw_rows(pack: int, slots: int) -> np.ndarray:
+    return np.array([draw_patches(0, pack, slot, 16, 4) for slot in range(slots)])
+
+
+def test_fewer_placeholders_make_room_for_documents(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(150, 9, **SHORT))
+    images = {}
+    for name, config in {
+        "none": config_of(corpus.path, phases=[]),
+        "all": dropped(corpus.path, "all"),
+        "kept": dropped(corpus.path),
+    }.items():
+        (batch,) = batches_of(config, open_run_ledger(config), range(1))
+        images[name] = batch.num_images
+        at = batch.image_start[batch.image_start >= 0]
+        run = config.model.vision.num_placeholders
+        assert (batch.tokens[at[:, None] + torch.arange(run)] == corpus.tokenizer.placeholder).all()
+        assert (batch.tokens[at + run] == corpus.tokenizer.eoi).all()
+    assert images["all"] == images["none"]
+    assert images["kept"] > 1.5 * images["none"]
+
+
+def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(150, 10, **SHORT))
+    config = config_of(corpus.path)
+    ledger = open_run_ledger(config)
+    for step, patches, packs in ((5, 4, [18, 19]), (8, 8, [28, 29, 30, 31]), (20, 16, [76, 77, 78, 79])):
+        for known in (ledger, None):
+            page = replay_html(config, INTERLEAVED, step, ledger=known)
+            assert f"{patches} patches" in page
+            assert all(f"Pack {number}" in page for number in packs)
+            assert f"Pack {packs[-1] + 1}" not in page
