@@ -11,6 +11,7 @@ import torch
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch, num_runs
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train.optimizer import learning_rate
@@ -20,6 +21,7 @@ MIN_PACKS = 4
 """of a step; more where there are more replicas, each of which has one at least"""
 TOKENS, IMAGES, CONTEXT = 60, 4, 40
 """token slots and image slots of a pack; longest sequence"""
+PHASES = [{"steps": 1, "image_size": 8, "contrastive_weight": 0.3}, {"steps": 1, "patch_dropout": 0.5}]
 IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
 """images of each pack of each step, over and over: with two replicas the second one never has an image"""
 
@@ -38,6 +40,9 @@ class Case:
     cases it goes down"""
     dtype: str = "float32"
     objective: str = "lcl"
+    phases: str = ""
+    """`kept` or `all`: the first step's images are smaller and the contrast has another weight, the second leaves out
+    half of the patches (with placeholders for those that are kept, or for all), the third reads twice as many packs"""
 
     @property
     def processes(self) -> int:
@@ -47,11 +52,13 @@ class Case:
     def name(self) -> str:
         name = f"tp {self.tensor}  pp {self.pipeline}  dp {self.data}  ZeRO-{self.zero}  {self.strategy}"
         name += f", {self.dtype}" * (self.dtype != "float32") + f", {self.objective}" * (self.objective != "lcl")
+        name += f", phases with {self.phases} places" if self.phases else ""
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
     def global_batch(self) -> int:
-        """Packs of a step: what decides the result, beside `climbs` and the objective."""
+        """Packs of a step: what decides the result, beside `climbs`, the objective and `phases`; of the first steps
+        where there are phases."""
         return -(-MIN_PACKS // self.data) * self.data
 
     def lr(self, step: int) -> float:
@@ -71,6 +78,7 @@ class Case:
                         "layers": 2,
                         "heads": 4,
                         "mlp_width": 64,
+                        "patch_dropout_places": self.phases or "kept",
                     },
                     "language": {
                         "context_length": CONTEXT,
@@ -93,10 +101,11 @@ class Case:
                 "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
                 "train": {
                     "steps": STEPS,
-                    "global_batch": self.global_batch,
+                    "global_batch": self.global_batch * (2 if self.phases else 1),
                     "micro_batch": 1,
                     "dtype": self.dtype,  # the same on every device: it is what the bounds are for
                 },
+                "schedule": {"phases": PHASES, "batch_doublings": [2]} if self.phases else {},
                 # no parameter is so small that ZeRO-3 leaves it whole
                 "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
             }
@@ -125,6 +134,10 @@ CASES = (
     Case(tensor=2, data=2, objective="emu"),
     Case(pipeline=2, data=2, objective="emu"),
     Case(data=2, zero=3, objective="emu"),
+    Case(tensor=2, data=2, phases="kept"),
+    Case(tensor=2, pipeline=2, phases="all"),
+    Case(pipeline=2, data=2, strategy="recompute", phases="kept"),
+    Case(data=2, zero=3, strategy="recompute", phases="kept"),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
     Case(dtype="bfloat16"),
     Case(tensor=2, dtype="bfloat16"),
@@ -135,7 +148,7 @@ CASES = (
 
 def make_batches(config: Config, step: int) -> list[PackedBatch]:
     """The packs of a step's global batch, in global order, one to a micro-batch."""
-    images = IMAGES_OF_PACK[step]
+    config, images = phase_at(config, step).config, IMAGES_OF_PACK[step]
     make = _captioned_pairs if config.objective.name == "coca" else _documents
     return [
         _pack(config, make, config.train.global_batch * step + n, images[n % len(images)], 100_000 * step + n)
@@ -180,6 +193,10 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
     target_positions[: len(rows_with_target)] = rows_with_target
     pixels = torch.zeros(IMAGES, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
     pixels[:slots] = torch.randint(0, 256, pixels[:slots].shape, generator=draw, dtype=torch.uint8)
+    kept = torch.empty(0, dtype=torch.int32)
+    if vision.patch_dropout:
+        drawn = [torch.randperm(vision.num_patches, generator=draw)[: vision.num_kept] for _ in range(IMAGES)]
+        kept = torch.cat([patches.sort().values for patches in drawn]).int()
     return PackedBatch(
         tokens=tokens,
         positions=positions,
@@ -190,18 +207,20 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
         image_start=image_start,
         image_soi=image_soi,
         image_valid=(image_start >= 0).int(),
+        kept_patches=kept,
         num_targets=len(rows_with_target),
         num_pairs=int((image_soi >= 0).sum()),
         num_images=slots,
         num_tokens=used,
         max_seqlen=CONTEXT,
+        num_patches=vision.num_kept,
         packs=(number,),
     )
 
 
 def _documents(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
     """Two documents; the first image of the second one leads its document."""
-    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
+    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_placeholders
     for document, images in enumerate((num_images - num_images // 2, num_images // 2)):
         ids = [special.sot]
         for leads in [document == 1] * bool(images) + [False] * (images - 1):
@@ -218,7 +237,7 @@ def _documents(written: _Written, config: Config, num_images: int, draw: torch.G
 
 def _captioned_pairs(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
     """Pairs, at most two of which fit, and their captions; or, without images, one document."""
-    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_patches
+    special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_placeholders
     if not num_images:
         _documents(written, config, 0, draw)
     for _ in range(min(num_images, 2)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
@@ -47,13 +48,15 @@ def reference(case: Case) -> Trajectory:
         for decays, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-    weight, other_weight = WEIGHTS[case.objective]
+    weight, published = WEIGHTS[case.objective]
     log_scale = dict(model.named_parameters())[f"{len(stages) - 1}.log_scale"]
     out = Trajectory()
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = case.lr(step)
         optimizer.zero_grad()
+        given = phase_at(config, step).config.objective.contrastive_weight
+        other_weight = published if given is None else given
         generation, other = _losses(model, make_batches(config, step), regression=case.objective == "emu")
         (weight * generation + other_weight * other).backward()
         # DeepSpeed's gradients are zero where torch has none

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lcl import objectives
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
@@ -92,14 +94,17 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     from megatron_lcl.selftest.traffic import of_step
     from megatron_lcl.train.broadcast_batches import broadcast_batches
-    from megatron_lcl.train.engine import build_stepper
+    from megatron_lcl.train.engine import build_stepper, set_global_batch
     from megatron_lcl.train.master_weights import read_parameters
 
     config = case.config()
-    num = config.train.global_batch // mesh.data.size
     stepper = build_stepper(engine, config, mesh)
     out, other = Trajectory(), "regression" if case.objective == "emu" else "contrastive"
     for step in range(STEPS):
+        here = phase_at(config, step).config
+        num = here.train.global_batch // mesh.data.size
+        set_global_batch(engine, here.train.global_batch)
+        stepper.objective = objectives.create(here)
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         with Traffic() as traffic:
             batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)

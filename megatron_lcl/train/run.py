@@ -336,12 +336,10 @@ def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[
     if progress.layout.pipeline == mesh.pipeline.size:
         return progress.layout.partition
     phases, sample = phases_of(config), None
-    phase = phase_at(config, progress.step)
-    if len(phases) > 1:
-        phase = max(phases, key=_packs_of)
-        progress, ledger = replace(progress, step=0, packs=0), None
+    phase = max(phases, key=_packs_of)
     if mesh.is_first:
-        if ledger is None:
+        if len(phases) > 1:
+            progress = replace(progress, step=0, packs=0)
             ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
         packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
         sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]

@@ -94,8 +94,8 @@ class Ledger:
 
     An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …]}: new shares from the first window of
     documents that begins at pack n or later; or {"from_pack": n, "skip": count}: packs n … n+count-1 are not used; or
-    {"from_step": s, "consumed": n, "phase": a `Reading`}: from step s (counted from 0) on, which follows on n packs, all
-    steps read that. Phases that are still to come may be replaced.
+    {"from_step": s, "consumed": n, "phase": a `Reading`}: from step s (counted from 0) on, behind n packs, all steps
+    read that. Phases that are still to come may be replaced.
     """
 
     settings: dict[str, Any]

@@ -305,7 +305,7 @@ class PackIndex:
             if len(documents):
                 left.append((name, int(unread["epoch"][0]), documents[np.argsort(places)].tolist()))
         begin = {"pack": number, "segment": number, "blend": -1, "positions": state["positions"], "served": {}}
-        return begin | ({"left": fingerprint(left)} if left else {}), left
+        return begin | ({"left": fingerprint({"left": left})} if left else {}), left
 
     def _window(
         self, blend: list[list[Any]], state: dict[str, Any], totals: dict[str, int]

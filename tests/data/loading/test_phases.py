@@ -175,9 +175,8 @@ def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: Make
     assert [e["consumed"] for e in later.phases()] == [0, 16, 24]
     # a run that began without phases
     plain = open_run_ledger(config_of(corpus.path, phases=[]))
-    dropping = config_of(
-        corpus.path, phases=[], **{"model.vision.patch_dropout": 0.5, "model.vision.unmasked_steps": 4}
-    )
+    fields = {"model.vision.patch_dropout": 0.5, "model.vision.unmasked_steps": 4}
+    dropping = config_of(corpus.path, phases=[], **fields)
     masked = open_run_ledger(dropping, INTERLEAVED, plain, 10, 40)
     assert [(e["from_step"], e["consumed"], e["phase"]["num_patches"]) for e in masked.phases()] == [
         (0, 0, 16), (10, 40, 8), (20, 80, 16),
