@@ -206,7 +206,7 @@ class PoolInterleave(nn.Module):
         tokens_RD = self.embedding(x.tokens)
         num_rows, offsets = len(tokens_RD), torch.arange(x.num_patches, device=x.hidden.device)
         if self.all_places and x.kept_NK is not None:  # places of patches left out keep their id's embedding
-            offsets = x.kept_NK
+            offsets = x.kept_NK.long()
         rows_NK = torch.where(x.image_start[:, None] >= 0, x.image_start[:, None] + offsets, num_rows)
         # an empty slot's embeddings go to an extra row, which is dropped again
         rows_RD = F.pad(tokens_RD, (0, 0, 0, 1)).index_copy(0, rows_NK.flatten(), patches_NKD.flatten(0, 1))[:-1]

@@ -21,7 +21,10 @@ MIN_PACKS = 4
 """of a step; more where there are more replicas, each of which has one at least"""
 TOKENS, IMAGES, CONTEXT = 60, 4, 40
 """token slots and image slots of a pack; longest sequence"""
-PHASES = [{"steps": 1, "image_size": 8, "contrastive_weight": 0.3}, {"steps": 1, "patch_dropout": 0.5}]
+PHASES = [
+    {"steps": 1, "image_size": 16, "contrastive_weight": 0.3},
+    {"steps": 1, "image_size": 16, "patch_dropout": 0.5},
+]
 IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
 """images of each pack of each step, over and over: with two replicas the second one never has an image"""
 
@@ -41,8 +44,9 @@ class Case:
     dtype: str = "float32"
     objective: str = "lcl"
     phases: str = ""
-    """`kept` or `all`: the first step's images are smaller and the contrast has another weight, the second leaves out
-    half of the patches (with placeholders for those that are kept, or for all), the third reads twice as many packs"""
+    """`kept` or `all`: the images of the first two steps are smaller, the first has another weight of the contrast, the
+    second leaves out half of the patches (with placeholders for those that are kept, or for all), and the third reads
+    twice as many packs"""
 
     @property
     def processes(self) -> int:
@@ -72,7 +76,7 @@ class Case:
             {
                 "model": {
                     "vision": {
-                        "image_size": 16,
+                        "image_size": 24 if self.phases else 16,
                         "patch_size": 8,
                         "width": 40,
                         "layers": 2,

@@ -29,6 +29,9 @@ from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.settings import deepspeed_config
 
+TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropout_places", "unmasked_steps"))
+"""settings of the model that say how it is trained, and may change in a run"""
+
 
 def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = False) -> dict[str, Any]:
     """Everything that can be known to be wrong before anything starts; DeepSpeed's config, derived and checked.
@@ -153,7 +156,7 @@ def check_space(config: Config) -> None:
 def check_model(saved: Path, config: Config) -> None:
     """The model is that of a saved config; UserError names the fields that differ."""
     changes = Changes(changed_settings(load(saved), config))
-    if changed := [name for name in changes.settings if name.startswith("model.")]:
+    if changed := [name for name in changes.settings if name.startswith("model.") and name not in TRAINED_ONLY]:
         what = ", ".join(map(changes.said, changed))
         raise UserError(f"{saved.parent} holds a run of another model ({what}); name another folder")
 

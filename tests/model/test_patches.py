@@ -76,6 +76,8 @@ def batch_of(images: torch.Tensor, kept: torch.Tensor | None, placeholders: int,
     grid = dataclasses.replace(model.config.vision, image_size=8 * math.isqrt(placeholders))
     config = dataclasses.replace(model.config, vision=grid)
     batch = pack_padded(tokens, torch.full((len(images),), tokens.shape[1]), images, config)
+    integers = {name: value.int() for name, value in batch.integers().items()}  # as the loader gives them
+    batch = dataclasses.replace(batch, **integers)
     if kept is None:
         return batch
     return dataclasses.replace(batch, kept_patches=kept.int().flatten(), num_patches=kept.shape[1])

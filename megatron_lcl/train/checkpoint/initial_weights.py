@@ -201,6 +201,7 @@ def _check_fit(
 def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]]:
     """Sizes that are not the same in two models, but for those that need not be."""
     free = {"model.vision.image_size", "model.vision.layers", "model.language.layers"}
+    free |= {f"model.vision.{x}" for x in ("patch_dropout", "patch_dropout_places", "unmasked_steps")}  # of training
     before, now = _flat(to_dict(Config(model=theirs))), _flat(to_dict(Config(model=model)))
     return [(key, before[key], now[key]) for key in now if before[key] != now[key] and key not in free]
 

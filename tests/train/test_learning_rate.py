@@ -1,0 +1,73 @@
+"""The learning rate's schedules, against other libraries and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_lcl.config import Optimizer, Schedule
+from megatron_lcl.train.optimizer import learning_rate
+
+STEPS = 40
+
+
+def rates(schedule: Schedule, steps: int = STEPS, **optimizer: float) -> list[float]:
+    settings = Optimizer(**{"lr": 0.5, "warmup": 0, **optimizer})  # type: ignore[arg-type]
+    return [learning_rate(step, settings, steps, schedule) for step in range(steps)]
+
+
+def test_by_default_it_is_what_it_was() -> None:
+    ours = rates(Schedule(), warmup=7, min_lr=0.1)
+    theirs = [0.5 * (s + 1) / 7 for s in range(7)]
+    theirs += [0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * (s - 7) / (STEPS - 7))) for s in range(7, STEPS)]
+    assert ours == theirs, "bit for bit"
+    settings = Optimizer(lr=0.5, warmup=7, min_lr=0.1)
+    assert ours == [learning_rate(step, settings, STEPS) for step in range(STEPS)]
+
+
+def test_linear_against_torch() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, STEPS)
+    theirs = []
+    for _ in range(STEPS):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(Schedule(learning_rate="linear"), min_lr=0.1) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(("shape", "name"), [("sqrt", "1-sqrt"), ("linear", "linear"), ("cosine", "cosine")])
+def test_wsd_against_transformers(shape: str, name: str) -> None:
+    optimization = pytest.importorskip("transformers.optimization")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = optimization.get_wsd_schedule(
+        optimizer, 0, num_decay_steps=12, num_training_steps=STEPS, decay_type=name, min_lr_ratio=0.1
+    )
+    theirs = []
+    for _ in range(STEPS):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    ours = rates(Schedule(learning_rate="constant", cooldown=12, cooldown_shape=shape), min_lr=0.05)  # type: ignore[arg-type]
+    assert ours == pytest.approx(theirs)
+    assert ours[27] == ours[28] == 0.5 > ours[29], "the first step of the cooldown still has all of it"
+
+
+def test_the_square_cooldown() -> None:
+    ours = rates(Schedule(learning_rate="constant", cooldown=10, cooldown_shape="square"))
+    assert ours[30:] == pytest.approx([0.5 * (1 - (t / 10) ** 2) for t in range(10)])
+
+
+def test_one_more_cooldown_from_any_step_of_a_cosine() -> None:
+    """From step 15 of a run of 40 steps: what was before is as it was, and it goes on from there without a jump."""
+    whole = rates(Schedule(), warmup=5)
+    cooled = rates(Schedule(decay_steps=STEPS, cooldown=6, cooldown_shape="linear"), steps=21, warmup=5)
+    assert cooled[:16] == whole[:16]
+    assert cooled[15:] == pytest.approx([whole[15] * (1 - t / 6) for t in range(6)])
+
+
+def test_a_cooldown_that_begins_in_the_warmup_falls_from_there() -> None:
+    ours = rates(Schedule(learning_rate="constant", cooldown=4, cooldown_shape="linear"), steps=6, warmup=4)
+    assert ours == pytest.approx([0.125, 0.25, 0.375, 0.375 * 0.75, 0.375 * 0.5, 0.375 * 0.25])

@@ -1,0 +1,223 @@
+"""A run with phases, through the command line: what each does, going on in one at any layout, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_corpus import make_corpus
+from train.resilience import fleet
+
+from megatron_lcl import config as configs
+from megatron_lcl import load_model
+from megatron_lcl.cli import main
+from megatron_lcl.config import Config, Data
+from megatron_lcl.config.phases import common_batch, phase_at, phases_of
+from megatron_lcl.convert.find import find_checkpoint, read_config
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.evaluate.heldout import evaluate_heldout
+from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.memory import estimate, largest_estimate
+
+CONFIG = """
+model:
+  vision: {{image_size: 24, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64, patch_dropout: 0.5,
+    unmasked_steps: 2}}
+  language: {{context_length: 64, vocab_size: {vocab_size}, width: 32, layers: 2, heads: 2, mlp_width: 64}}
+  pool_heads: 2
+data: {{corpora: {corpus}, cache: {folder}/cache, tokens_per_pack: 96, workers: 1}}
+schedule:
+  phases: [{{steps: 2, image_size: 16, patch_dropout: 0, context_length: 40, tokens_per_pack: 64, global_batch: 2,
+    contrastive_weight: 1.0}}]
+  learning_rate: constant
+  cooldown: 2
+  cooldown_shape: linear
+optimizer: {{lr: 1.0e-2, warmup: 1}}
+train: {{steps: 6, global_batch: 4, log_every: 1, progress: false, evaluate_every: 3}}
+evaluate: {{corpus: {corpus}}}
+checkpoint: {{every: 1, keep_last: 9}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(once: Callable[..., Any]) -> Path:
+    """Six steps on two processes: small images; half of the patches; all of them. A checkpoint after each."""
+
+    def make(folder: Path) -> str:
+        corpus = make_corpus(folder / "documents", seed=0)
+        vocab_size = open_corpus(corpus).tokenizer.vocab_size
+        (folder / "config.yaml").write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, folder=folder))
+        (folder / "said.txt").write_text(fleet.train(folder / "run", "--config", str(folder / "config.yaml")))
+        return str(folder / "run")
+
+    return Path(once("phases", make))
+
+
+def going_on(run: Path, step: int, output: Path, *layout: str) -> list[tuple[Any, ...]]:
+    """What the steps after the checkpoint of a step give at another layout, or the same."""
+    resume = ("--checkpoint.resume", str(checkpoint.step_folder(run, step)), "--train.evaluate_every", "0")
+    fleet.train(output, "--config", str(run.parent / "config.yaml"), *resume, *layout)
+    return fleet.losses(output)
+
+
+@pytest.mark.slow
+def test_each_phase_is_trained_as_it_says(run: Path) -> None:
+    lines = fleet.lines(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        weight = 1.0 if line["step"] <= 2 else 0.1
+        assert line["loss"] == pytest.approx(line["generation"] + weight * line["contrastive"], rel=1e-5)
+    assert [line["lr"] for line in steps] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.01, 0.005])
+    phases = [line for line in lines if "phase" in line]
+    names = ("step", "phase", "image_size", "num_patches", "global_batch")
+    found = [tuple(line[name] for name in names) for line in phases]
+    assert found == [(0, 0, 16, 4, 2), (2, 1, 24, 4, 4), (4, 2, 24, 9, 4)]
+    slots = [line["images_per_pack"] for line in lines if "images_per_pack" in line]
+    assert slots[1] > slots[2], "where fewer placeholders are needed more images fit"
+    progress = checkpoint.read_progress(checkpoint.step_folder(run, 6))
+    assert progress.packs == 2 * 2 + 4 * 4
+    assert [s.first_pack for s in Ledger.from_json(progress.ledger).segments()] == [0, 4, 12]
+    said = (run.parent / "said.txt").read_text()
+    assert "phase 2, steps 3 to 4: images of 24 px, 4 of 9 patches kept, sequences of up to 64 tokens" in said
+
+
+@pytest.mark.slow
+def test_evaluation_is_at_the_full_resolution_with_all_patches(run: Path) -> None:
+    measured = [line for line in fleet.lines(run) if "heldout/bits_per_token" in line]
+    assert [line["step"] for line in measured] == [3, 6]
+    for line in measured:  # the first one in the midst of patch dropout
+        folder = checkpoint.step_folder(run, line["step"])
+        config = replace(read_config(folder), data=Data(cache=str(run.parent / "cache")))
+        result, _ = evaluate_heldout(load_model(folder), config, config.evaluate.corpus, progress=False)
+        for name, value in result.numbers().items():
+            assert line[f"heldout/{name}"] == pytest.approx(value, rel=1e-4), name
+    assert load_model(find_checkpoint(run)).config.vision.image_size == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_goes_on_in_its_phase_bit_for_bit(run: Path, tmp_path: Path, step: int) -> None:
+    """From where a phase ends, and from its midst."""
+    assert going_on(run, step, tmp_path / "run") == fleet.losses(run)[step:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "layout"),
+    [
+        (1, ("--parallel.tensor", "2")),
+        (3, ("--parallel.pipeline", "2", "--contrast.strategy", "recompute")),
+        (3, ("--zero.stage", "3", "--contrast.strategy", "recompute")),
+    ],
+)
+def test_a_run_goes_on_at_another_layout(run: Path, tmp_path: Path, step: int, layout: tuple[str, ...]) -> None:
+    ours, theirs = going_on(run, step, tmp_path / "run", *layout), fleet.losses(run)[step:]
+    assert len(ours) == 6 - step
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_a_cooldown_from_any_checkpoint(run: Path, tmp_path: Path) -> None:
+    """It begins at the learning rate that the run had there, and its patches are all there at its end."""
+    changed = ("--train.steps", "5", "--schedule.cooldown", "2", "--model.vision.unmasked_steps", "1")
+    rows = going_on(run, 3, tmp_path / "run", *changed)
+    assert [row[-1] for row in rows] == pytest.approx([0.01, 0.005])
+    phases = [line for line in fleet.lines(tmp_path / "run") if "phase" in line]
+    assert [(line["step"], line["num_patches"]) for line in phases] == [(3, 4), (4, 9)]
+
+
+@pytest.mark.slow
+def test_the_dry_run_says_the_phases(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--config", str(run.parent / "config.yaml"), "--train.output", str(tmp_path / "new")]
+    assert main([*arguments, "--dry-run", "--processes", "2"]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith(("phase", "packs"))]
+    assert [line.split()[0] for line in lines] == ["phase", "packs"] * 3
+    assert "steps 1 to 2: images of 16 px, sequences of up to 40 tokens, 2 packs of 64 tokens a step" in lines[0]
+    assert main([*arguments, "--dry-run", "--processes", "4"]) == 2
+    assert "in phase 1, train.global_batch = 2 packs do not divide into 4" in capsys.readouterr().err
+
+
+# --- the config --------------------------------------------------------------------------------------------------
+
+
+def config_of(**fields: Any) -> Config:
+    return configs.load(None, {key.replace("__", "."): str(value) for key, value in fields.items()})
+
+
+def test_a_run_without_a_schedule_is_one_phase() -> None:
+    config = config_of(train__steps=10)
+    (phase,) = phases_of(config)
+    assert (phase.first, phase.stop, phase.config) == (0, 10, config)
+
+
+def test_the_global_batch_doubles() -> None:
+    config = config_of(train__steps=10, train__global_batch=32, schedule__batch_doublings="[2, 3, 7]")
+    phases = phases_of(config)
+    assert [(p.first, p.stop, p.config.train.global_batch) for p in phases] == [
+        (0, 2, 4),
+        (2, 3, 8),
+        (3, 7, 16),
+        (7, 10, 32),
+    ]
+    assert common_batch(config) == 4
+    assert phase_at(config, 6).number == 2
+    assert phase_at(config, 10).number == 3, "behind the end"
+
+
+def test_the_end_is_unmasked_whatever_the_phases_say() -> None:
+    phases = json.dumps([{"steps": 4, "patch_dropout": 0.75}, {"steps": 3, "image_size": 160}])
+    config = config_of(train__steps=10, schedule__phases=phases, model__vision__unmasked_steps=5)
+    found = [
+        (p.first, p.config.model.vision.patch_dropout, p.config.model.vision.image_size) for p in phases_of(config)
+    ]
+    assert found == [(0, 0.75, 224), (4, 0.0, 160), (7, 0.0, 224)]
+    vision = phases_of(config)[0].config.model.vision
+    assert (vision.num_patches, vision.num_kept, vision.num_placeholders) == (49, 12, 12)
+    assert replace(vision, patch_dropout_places="all").num_placeholders == 49
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule__phases": "[{steps: 10}]"}, "take 10 of train.steps = 10 steps; they must leave at least one"),
+        ({"schedule__phases": "[{steps: 1, image_size: 100}]"}, "image_size = 100 is no multiple of .* 96 or 128"),
+        ({"schedule__phases": "[{steps: 1, context_length: 4096}]"}, "context_length = 4096 is over"),
+        ({"schedule__batch_doublings": "[3, 2]"}, "give ascending steps"),
+        ({"schedule__batch_doublings": "[3, 10]"}, "step 10 is not before the end"),
+        ({"schedule__batch_doublings": "[3]", "train__global_batch": 7}, "global_batch = 7 is no multiple of 2"),
+        (
+            {"schedule__batch_doublings": "[3]", "schedule__phases": "[{steps: 1, global_batch: 2}]"},
+            "give one of the two",
+        ),
+        ({"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 10}, "leave none of train.steps"),
+        ({"schedule__cooldown": 11}, "cooldown = 11 is more than train.steps = 10"),
+        ({"schedule__phases": "[{steps: 1, images: 2}]"}, "there is no config key `schedule.phases.0.images`"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        phases_of(config_of(train__steps=10, **fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_estimate_is_that_of_the_hungriest_phase() -> None:
+    large = json.dumps([{"steps": 5, "image_size": 448}])
+    config = config_of(train__steps=10, schedule__phases=large, data__images_per_pack=8)
+    plain = config_of(train__steps=10, data__images_per_pack=8)
+    at_448 = configs.replace(plain, model__vision__image_size=448)
+    ours, theirs = largest_estimate(config, 1), estimate(at_448, 1)
+    assert (ours.graph, ours.batches) == (theirs.graph, theirs.batches)
+    assert ours.parameters == estimate(plain, 1).parameters < theirs.parameters, "positions are the run's"
+    small = config_of(train__steps=10, schedule__phases='[{"steps": 5, "image_size": 64}]', data__images_per_pack=8)
+    assert largest_estimate(small, 1) == estimate(plain, 1)
+    dropped = configs.replace(plain, model__vision__patch_dropout=0.75)
+    row = 3 * 32**2 + 768 + 12 * (8 * 768 + 2 * 3072) + 4 * 768 + 2 * 512  # numbers that are kept of a patch
+    assert estimate(plain, 1).graph - estimate(dropped, 1).graph == 8 * (49 - 12) * row * 4
