@@ -58,6 +58,19 @@ PARTS = [
         Part(ENGINE, f"PipelineEngine.{name}", "what our instructions read", in_source=f"self.{name} = ")
         for name in ("pipe_buffers", "micro_batches", "num_stages", "stage_id", "prev_stage", "next_stage")
     ),
+    Part(ENGINE, "PipelineEngine.set_train_batch_size", "sets it for a phase", ("self", "train_batch_size")),
+    Part(
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine.micro_steps",
+        "a step ends at a multiple; set to 0 where the global batch changes",
+        in_source="self.micro_steps = ",
+    ),
+    Part(
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer.gradient_accumulation_steps",
+        "set with it",
+        in_source="self.gradient_accumulation_steps = ",
+    ),
     Part(f"{PIPE}.module", "PipelineModule", "base of our stage"),
     Part(f"{PIPE}.module", "PipelineModule._partition_layers", "replaced: our partition", ("self", "method")),
     Part(f"{PIPE}.module", "PipelineModule._set_bounds", "sets our partition", ("self", "start", "stop")),

@@ -14,9 +14,10 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.claim.parts import WARMUP, Row
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import open_ledger
+from megatron_lcl.data.loading.ledger import open_run_ledger
+from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.packing import max_sequences
 from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.data.loading.source import open_source
@@ -77,7 +78,12 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
     slots, context = config.data.images_per_pack, config.model.language.context_length
     if slots is None:
         raise UserError(f"{file}: data.images_per_pack is open; `claim` needs a number, the same in all runs")
-    patches, sequences = config.model.vision.num_patches, objectives.create(config).sequences
+    if len(phases_of(config)) > 1:
+        raise UserError(
+            f"{row.name}: `claim` counts images in steps that are all alike; leave out schedule.phases, "
+            "schedule.batch_doublings and model.vision.unmasked_steps"
+        )
+    patches, sequences = config.model.vision.num_placeholders, objectives.create(config).sequences
     wide = configs.replace(config, data__tokens_per_pack=2 * context + patches + 2).data  # nothing is cut for its sake
     total, tokens, pieces = sum(row.shares.values()), 0.0, 0.0
     """of an image: token slots, sequences"""
@@ -111,9 +117,8 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
 
 def _count(config: Config, sequences: Sequences, images: int) -> np.ndarray:
     """Of the first steps of a run, up to so many images and one more: see `Plan.counts`."""
-    data, vision, context = config.data, config.model.vision, config.model.language.context_length
-    ledger = open_ledger(data, vision.num_patches, context, sequences=sequences)
-    loader = PackedLoader(data, vision.num_patches, vision.image_size, context, sequences=sequences, ledger=ledger)
+    ledger = open_run_ledger(config, sequences)
+    loader = loader_of(ledger.reading_at(0, config)[0], config.data, sequences, ledger=ledger)
     counts: list[tuple[int, int]] = []
     seen = pack = 0
     while seen <= images:

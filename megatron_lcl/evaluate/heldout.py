@@ -240,8 +240,7 @@ class HeldOutEvaluation:
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
     """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one."""
-    objective = objectives.create(config)
-    trained = tuple(task for task in objective.tasks if task in objective.trains)
+    trained = objectives.trained_by(config)
     for task in tasks:
         if task not in trained:
             raise UserError(f"{why_untrained(config, task)} what {task} measures; remove that task")

@@ -76,7 +76,7 @@ def _trained(config: Config) -> set[EvaluationTask]:
     everything = set(_PARTS)
     if config.objective.name not in objectives.names():  # of a package that is not installed here
         return everything
-    trained = set(objectives.create(config).trains)
+    trained = set(objectives.trained_by(config))
     if config.train.init_from is None or trained == everything:
         return trained
     before = known_config(Path(config.train.init_from)) if Path(config.train.init_from).exists() else None

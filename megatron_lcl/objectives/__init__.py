@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import difflib
 
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, EvaluationTask
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives.base import Objective
 from megatron_lcl.plugins import Plugins
@@ -46,6 +47,12 @@ def objective_class(name: str) -> type[Objective]:
         f"config key `objective.name` = {name!r}: there is no such objective; there are {', '.join(names())}, the "
         f"nearest is {near[0]}"
     )
+
+
+def trained_by(config: Config) -> tuple[EvaluationTask, ...]:
+    """What of the model a run trains, in whatever phase; as `Objective.trains`."""
+    trained = [create(phase.config).trains for phase in phases_of(config)]
+    return tuple(task for task in objective_class(config.objective.name).tasks if any(task in one for one in trained))
 
 
 def create(config: Config) -> Objective:

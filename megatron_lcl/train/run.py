@@ -320,6 +320,8 @@ class Training:
     def _enter(self, phase: Phase) -> None:
         """The steps to come are as `phase` says."""
         self.phase = phase
+        if self.progress.step == phase.first:
+            self.bad.new_phase()
         self.stepper.objective = objectives.create(phase.config)
         set_global_batch(self.engine, phase.config.train.global_batch)
         if self.mesh.loads_data:

@@ -21,7 +21,7 @@ def rates(schedule: Schedule, steps: int = STEPS, **optimizer: float) -> list[fl
 def test_by_default_it_is_what_it_was() -> None:
     ours = rates(Schedule(), warmup=7, min_lr=0.1)
     theirs = [0.5 * (s + 1) / 7 for s in range(7)]
-    theirs += [0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * (s - 7) / (STEPS - 7))) for s in range(7, STEPS)]
+    theirs += [0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * ((s - 7) / (STEPS - 7)))) for s in range(7, STEPS)]
     assert ours == theirs, "bit for bit"
     settings = Optimizer(lr=0.5, warmup=7, min_lr=0.1)
     assert ours == [learning_rate(step, settings, STEPS) for step in range(STEPS)]

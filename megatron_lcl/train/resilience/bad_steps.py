@@ -37,6 +37,10 @@ class BadSteps:
         counts = {"consecutive": self.consecutive, "began": list(self.began), "rewinds": self.rewinds}
         return {**counts, "losses": list(self._losses)}
 
+    def new_phase(self) -> None:
+        """A phase of the run begins: its losses, of other batches or otherwise weighted, are no spikes of the last."""
+        self._losses.clear()
+
     def limit(self) -> float:
         """The largest loss that is no spike."""
         sigmas = self.config.spike_sigmas

@@ -14,6 +14,7 @@ from processes import run_processes
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Guard
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.errors import RunError
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience.audit import read_audit
@@ -140,6 +141,16 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
     assert BadSteps(Guard()).limit() == math.inf
 
 
+def test_a_phase_measures_spikes_by_its_own_losses() -> None:
+    guard = BadSteps(Guard(spike_sigmas=6.0, spike_window=4))
+    for loss in (1.0, 1.1, 1.0, 0.9):
+        guard.record((0, 0), loss, True, 1.0)
+    assert guard.limit() < 2
+    guard.new_phase()
+    assert guard.limit() == math.inf
+    assert guard.record((4, 16), 5.0, True, 1.0) is None
+
+
 def test_consecutive_bad_steps_are_counted() -> None:
     guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
     assert guard.record((0, 0), math.nan, False, 1) == "loss is nan"
@@ -183,8 +194,8 @@ def without_packs(rank: int, consumed: int, count: int) -> None:
     """A run whose ledger skips packs from the beginning."""
     from megatron_lcl.train import resume_point
 
-    plain = resume_point.open_ledger
-    resume_point.open_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
+    plain = resume_point.open_run_ledger
+    resume_point.open_run_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +242,20 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
     progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
     assert (progress.step, progress.packs) == (12, 48)
     assert progress.ledger["entries"][-1] == {"from_pack": 24, "skip": 8}
+
+
+@pytest.mark.slow
+def test_a_rewind_from_one_phase_into_the_one_before(config_file: str, tmp_path: Path) -> None:
+    """Step 7 is the first phase's last and step 8 the next one's first: the phases end and begin eight packs later."""
+    words = ["--config", config_file, "--guard.max_bad_steps", "2"]
+    words += ["--schedule.phases", "[{steps: 7, image_size: 8, tokens_per_pack: 48, context_length: 40}]"]
+    train(tmp_path / "without", *words, plant=without_packs, planted=(24, 8))
+    train(tmp_path / "run", *words, plant=poison, planted=([26, 31], "nan"))
+    events = [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")]
+    assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
+    assert losses(tmp_path / "run") == losses(tmp_path / "without")
+    ledger = Ledger.from_json(checkpoint.read_progress(checkpoint.list_checkpoints(tmp_path / "run")[-1]).ledger)
+    assert [segment.first_pack for segment in ledger.segments()] == [0, 36]
 
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
