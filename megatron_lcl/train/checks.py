@@ -15,6 +15,7 @@ from megatron_lcl.convert.folder import IMPORT, read_record
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.run_folder import CONFIG
@@ -60,11 +61,14 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
 
 
 def check_phases(config: Config, processes: int) -> None:
-    """The phases fit the run and the model, and each one's objective and global batch are such as can be trained."""
+    """The phases fit the run and the model; each one's weights leave something to train, its global batch divides among
+    the processes, and its sequences have room for an image."""
     for phase in phases_of(config):
-        objectives.create(phase.config)
+        data, model = phase.config.data, phase.config.model
         try:
+            sequences = objectives.create(phase.config).sequences
             check_layout(phase.config, processes)
+            rules_of_kinds(data, model.vision.num_placeholders, model.language.context_length, 1, sequences)
         except UserError as error:
             where = f"in phase {phase.number + 1}, " if phase.stop < config.train.steps else ""
             raise UserError(f"{where}{error}") from None
@@ -104,10 +108,7 @@ def check_beginning(config: Config) -> None:
 
 
 def without_pairs(config: Config) -> tuple[str, ...]:
-    """The corpora that give the objective's contrast no pair; UserError where none gives any, in any phase.
-
-    A sequence has room for an image in each phase, or that is a UserError too.
-    """
+    """The corpora that give the objective's contrast no pair; UserError where none gives any, in any phase."""
     found: tuple[str, ...] = ()
     for phase in phases_of(config):
         model, data = phase.config.model, phase.config.data

@@ -22,6 +22,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.train.checkpoint import folder as checkpoint
+from megatron_lcl.train.checks import check_phases
 from megatron_lcl.train.memory import estimate, largest_estimate
 
 CONFIG = """
@@ -164,6 +165,29 @@ def test_a_run_without_a_schedule_is_one_phase() -> None:
     config = config_of(train__steps=10)
     (phase,) = phases_of(config)
     assert (phase.first, phase.stop, phase.config) == (0, 10, config)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ({"global_batch": 3}, "in phase 1, train.global_batch = 3 packs do not divide into 2"),
+        ({"tokens_per_pack": 40}, "in phase 1, a sequence of 40 tokens cannot hold an image of 49 patches"),
+        ({"contrastive_weight": 0}, "in phase 1, .* leaves nothing to train for"),
+    ],
+)
+def test_what_is_wrong_with_a_phase_is_said_before_the_run_begins(phase: dict[str, Any], message: str) -> None:
+    config = config_of(
+        train__steps=10,
+        train__global_batch=4,
+        objective__generation_weight=0,
+        schedule__phases=json.dumps([{"steps": 2, **phase}]),
+    )
+    with pytest.raises(ValueError, match=message):
+        check_phases(config, 2)
+    other = configs.replace(config, objective__name="clip")
+    if "contrastive_weight" in phase:
+        with pytest.raises(ValueError, match=r"give a contrastive_weight, which .* does not have"):
+            check_phases(other, 2)
 
 
 def test_what_any_phase_trains_may_be_evaluated() -> None:
