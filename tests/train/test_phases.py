@@ -113,16 +113,12 @@ def test_a_run_goes_on_in_its_phase_bit_for_bit(run: Path, tmp_path: Path, step:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "layout"),
-    [
-        (3, ("--parallel.tensor", "2")),
-        (3, ("--parallel.pipeline", "2", "--contrast.strategy", "recompute")),
-        (3, ("--zero.stage", "3", "--contrast.strategy", "recompute")),
-    ],
+    "layout", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2", "--contrast.strategy", "recompute")]
 )
-def test_a_run_goes_on_at_another_layout(run: Path, tmp_path: Path, step: int, layout: tuple[str, ...]) -> None:
-    ours, theirs = going_on(run, step, tmp_path / "run", *layout), fleet.losses(run)[step:]
-    assert len(ours) == 6 - step
+def test_a_run_goes_on_at_another_layout(run: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    """(ZeRO-3, and phases from their beginning at every layout: the selftest.)"""
+    ours, theirs = going_on(run, 3, tmp_path / "run", *layout), fleet.losses(run)[3:]
+    assert len(ours) == 3
     bits = [
         [line["heldout/bits_per_token"] for line in fleet.lines(folder) if "heldout/seconds" in line][-1]
         for folder in (run, tmp_path / "run")
