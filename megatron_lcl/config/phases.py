@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_lcl.config import Config
-from megatron_lcl.config.schedule import EarlyPhase, Schedule
+from megatron_lcl.config.schedule import EarlyPhase
 from megatron_lcl.errors import UserError
 
 
@@ -123,7 +123,7 @@ def _config_of(config: Config, early: int | None, step: int, masked: bool) -> Co
         ),
         objective=dataclasses.replace(config.objective, contrastive_weight=weight),
         train=dataclasses.replace(config.train, global_batch=phase.global_batch or _doubled(config, step)),
-        schedule=Schedule(),
+        schedule=dataclasses.replace(config.schedule, phases=(), batch_doublings=()),
     )
 
 
