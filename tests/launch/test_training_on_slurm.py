@@ -14,7 +14,7 @@ from local_slurm import Slurm
 from train.resilience import fleet
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
-STEPS = 100
+STEPS = 60
 
 
 def losses(run: Path) -> list[tuple[int, float, float, float]]:
@@ -57,7 +57,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     """Over two nodes: put back into the queue, and then killed on the second of them, which is not used again."""
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
-    arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "25"]
+    arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "20"]
     job = sbatch(slurm, folder, *arguments, "--train.output", "a run")
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
     slurm.wait(lambda: metrics.exists() and len(losses(run)) > 5, "six steps", 300)
@@ -68,7 +68,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     assert stopped is not None, rank0.read_text()
     assert 5 < int(stopped[1]) < STEPS
     assert f"going on from a run/checkpoints/step-{int(stopped[1]):08d}" in rank0.read_text()
-    shown = re.findall(r"^step (\d+)/100  loss [\d.]+ \(generation .*images/s.* left$", rank0.read_text(), re.MULTILINE)
+    shown = re.findall(rf"^step (\d+)/{STEPS}  loss [\d.]+ \(generation .*images/s.* left$", rank0.read_text(), re.MULTILINE)
     assert [int(step) for step in shown][: int(stopped[1])] == list(range(1, int(stopped[1]) + 1))
     slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
     for pid in processes_of(slurm, job, "n2"):
