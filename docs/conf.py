@@ -1,7 +1,7 @@
 """The documentation as a site: `sphinx-build -W -n docs BUILD`; warnings (broken links and anchors too) are errors.
 
 Pages are Markdown, readable without the site. Two are written from the code while they are read: a line
-`<!-- generated: config -->` or `<!-- generated: commands -->` is replaced by what `generated.py` beside this file makes.
+`<!-- generated: config -->` or `<!-- generated: commands -->` is replaced by what `generated.py` makes.
 """
 
 from __future__ import annotations
