@@ -3,15 +3,17 @@
 Counted are matrix products and the two products of attention, 2 operations a multiply-add, as torch's FlopCounterMode
 counts them; norms, activations and softmax are not, nor is what is computed a second time to save memory. A backward is
 two products for each of the forward: one for the input, one for the weight; the patch embedding has no gradient for its
-input. Attention is counted over all pairs of rows of a sequence, also where a causal mask hides half of them.
+input. Attention is counted over all pairs of rows of a sequence, also where a causal mask hides half of them. The
+interpolation of position embeddings (once a micro-batch, for images of another size than the model's) is not counted.
 
-Shape legend as in `model.layers`: N image slots, P patches, L = 1 + P, V and D widths, R token slots.
+Shape legend as in `model.layers`: N image slots, K patches of an image that are read, L = 1 + K, V and D widths, R
+token slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -31,15 +33,20 @@ class Sizes:
     """rows that have a next token to predict"""
     pairs: int
     """images that take part in the contrast"""
+    patches: int
+    """of all slots: N K"""
+    image_squares: int
+    """of all slots: N L squared"""
 
     @classmethod
     def of(cls, batches: Iterable[PackedBatch]) -> Sizes:
         """Of the batches together."""
-        total = cls(0, 0, 0, 0, 0)
+        total = cls(0, 0, 0, 0, 0, 0, 0)
         for batch in batches:
-            lengths = batch.cu_seqlens.diff().long()
+            lengths, images, patches = batch.cu_seqlens.diff().long(), len(batch.image_soi), batch.num_patches
             squares = int((lengths * lengths).sum())
-            total += cls(len(batch.image_soi), len(batch.tokens), squares, batch.num_targets, batch.num_pairs)
+            of_images = images * patches, images * (1 + patches) ** 2
+            total += cls(images, len(batch.tokens), squares, batch.num_targets, batch.num_pairs, *of_images)
         return total
 
     def __add__(self, other: Sizes) -> Sizes:
@@ -70,11 +77,11 @@ class Flops:
 def forward(model: Model, sizes: Sizes) -> Flops:
     """Of a forward: of the vocabulary the logits of `sizes.targets` rows; no similarities."""
     vision, d = model.vision, model.language.width
-    images, patches, length, v = sizes.images, vision.num_patches, 1 + vision.num_patches, vision.width
+    images, patches, rows, v = sizes.images, sizes.patches, sizes.images + sizes.patches, vision.width
     return Flops(
-        vision=_embedding(model, sizes) + _blocks(vision, images * length, images * length**2),
+        vision=_embedding(model, sizes) + _blocks(vision, rows, sizes.image_squares),
         # keys and values of every row; one query attends to the patches; the output of each latent and each patch
-        pool=2 * (2 * images * length * v * d + v * d) + 4 * images * patches * d + 2 * images * (1 + patches) * d * d,
+        pool=2 * (2 * rows * v * d + v * d) + 4 * patches * d + 2 * rows * d * d,
         language=_blocks(model.language, sizes.rows, sizes.squares),
         head=2 * images * d * d + _logits(model, sizes),
         loss=0,
@@ -91,7 +98,7 @@ def of_step(
     the result is what the hardware does rather than what the model needs. contrast: whether the objective has one.
     """
     once = forward(model, sizes)
-    first = forward(model, Sizes(sizes.images, sizes.rows, sizes.squares, 0, sizes.pairs))
+    first = forward(model, replace(sizes, targets=0))
     others = sizes.pairs * ((sizes.pairs if all_pairs is None else all_pairs) - sizes.pairs)
     # a tile of own images and own texts serves both directions (losses/contrastive_tiles.py): its logits forward and
     # again backward, and two gradients; of other ranks' features each direction has its own tiles
@@ -110,7 +117,7 @@ def of_step(
 
 def _embedding(model: Model, sizes: Sizes) -> float:
     """The patch embedding."""
-    return 2 * sizes.images * 3 * model.vision.image_size**2 * model.vision.width
+    return 2 * sizes.patches * 3 * model.vision.patch_size**2 * model.vision.width
 
 
 def _logits(model: Model, sizes: Sizes) -> float:

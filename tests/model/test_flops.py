@@ -52,12 +52,20 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop.__wrapped__})
 
 
+def with_fewer_patches(batch: Any, num_kept: int) -> Any:
+    """The batch as patch dropout gives it, all places kept."""
+    kept = torch.arange(num_kept, dtype=torch.int32).repeat(len(batch.image_soi))
+    return replace(batch, kept_patches=kept, num_patches=num_kept)
+
+
+@pytest.mark.parametrize("num_kept", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_is_what_torch_counts(name: str) -> None:
+def test_a_step_is_what_torch_counts(name: str, num_kept: int) -> None:
     model = MODELS[name]
     layers = nn.Sequential(*build_layers(model, 1.0))
     initialize(dict(enumerate(layers)), model, 0)
     batch = batch_of(model)
+    batch = with_fewer_patches(batch, num_kept) if num_kept else batch
     with counter() as counted, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused attention is not in the table either
         out = layers(Activations.of(batch))
         pairs = torch.nonzero(batch.image_soi >= 0)[:, 0]
@@ -72,6 +80,18 @@ def test_a_step_is_what_torch_counts(name: str) -> None:
     parts = {"vision": range(1 + vision), "pool": [1 + vision], "language": range(2 + vision, 2 + vision + language)}
     for part, numbers in parts.items():
         assert sum(of_layers[f"Sequential.{k}"] for k in numbers) == getattr(step, part), part
+
+
+def test_images_of_another_size_count_for_their_own_patches() -> None:
+    model = MODELS["wide vision"]
+    larger = replace(model, vision=replace(model.vision, image_size=42))
+    layers = nn.Sequential(*build_layers(model, 1.0))
+    initialize(dict(enumerate(layers)), model, 0)
+    batch = batch_of(larger)
+    with counter() as counted, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        layers(Activations.of(batch))
+    interpolation = 2 * (1 + 9) * (1 + 4) * model.vision.width
+    assert counted.get_total_flops() == forward(model, Sizes.of([batch])).total + interpolation
 
 
 def test_forwards_for_the_features_alone_have_no_logits() -> None:
@@ -95,7 +115,7 @@ def test_similarities_with_other_ranks() -> None:
     with counter() as counted:
         contrastive_tiles.forward(image[mine], text[mine], image, text, 4, scale)
         contrastive_tiles.backward(image[mine], text[mine], image, text, lse, lse, 4, scale, scale)
-    sizes = Sizes(0, 0, 0, 0, own)
+    sizes = Sizes(0, 0, 0, 0, own, 0, 0)
     assert counted.get_total_flops() == of_step(model, sizes, every).loss
 
 
