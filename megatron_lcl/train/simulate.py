@@ -64,7 +64,8 @@ class Usage:
 
 
 def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0) -> Usage:
-    """What process `rank` of a run on so many holds. UserError where the layout does not divide.
+    """What process `rank` of a run on so many holds, all of whose steps are as the config says (of a run with phases:
+    one of their configs). UserError where the layout does not divide.
 
     images_per_pack: image slots of a pack; each pack is taken to be full of sequences as long as the context.
     """
@@ -227,9 +228,12 @@ def _batch(config: Config, images: int) -> PackedBatch:
     """A micro-batch of full packs, every image a pair, every other row with a target. Only sizes matter."""
     packs, slots, side = config.train.micro_batch, config.data.tokens_per_pack, config.model.vision.image_size
     longest = min(config.model.language.context_length, slots)
-    sizes = integer_sizes(packs, slots, images, num_runs(slots, longest))
+    vision = config.model.vision
+    sizes = integer_sizes(
+        packs, slots, images, num_runs(slots, longest), vision.num_kept if vision.patch_dropout else 0
+    )
     integers: dict[str, Any] = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
-    placeholders = packs * min(images * config.model.vision.num_patches, slots - 1)
+    placeholders = packs * min(images * vision.num_placeholders, slots - 1)
     return PackedBatch(
         images=torch.empty(packs * images, 3, side, side, dtype=torch.uint8),
         num_targets=packs * slots - placeholders,
@@ -237,5 +241,6 @@ def _batch(config: Config, images: int) -> PackedBatch:
         num_images=packs * images,
         num_tokens=packs * slots,
         max_seqlen=longest,
+        num_patches=vision.num_kept,
         **integers,
     )
