@@ -39,9 +39,10 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
 
     elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
     """
-    check_phases(config, processes)
+    objectives.create(config)
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name a corpus that `megatron-lcl preprocess` wrote: --data.corpora DIR")
+    check_phases(config, processes)
     settings = deepspeed_config(config, processes)
     check_apex(config)
     check_kernels(config, elsewhere)

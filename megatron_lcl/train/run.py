@@ -156,7 +156,7 @@ class Training:
             telemetry.say(f"phase {self.phase.number + 1}, {self.phase.describe()}")
             vision, batch = config.model.vision, config.train.global_batch
             facts = {"image_size": vision.image_size, "num_patches": vision.num_kept, "global_batch": batch}
-            telemetry.write({"step": step, "phase": self.phase.number, **facts})
+            telemetry.write({"step": step, "phase": self.phase.number + 1, **facts})
         if self.loader and self.mesh.is_first:
             summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
             telemetry.say(f"packs: {summary}")
@@ -332,7 +332,7 @@ class Training:
 def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[int, ...]:
     """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs.
 
-    Of a run with phases on packs of the one that reads most of them, as if the run began with it.
+    Of a run with phases they are packs of the one that reads most of them, as if the run began with it.
     """
     progress, ledger = point.progress, Ledger.from_json(point.progress.ledger)
     if progress.layout.pipeline == mesh.pipeline.size:

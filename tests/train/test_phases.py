@@ -81,7 +81,7 @@ def test_each_phase_is_trained_as_it_says(run: Path) -> None:
     phases = [line for line in lines if "phase" in line]
     names = ("step", "phase", "image_size", "num_patches", "global_batch")
     found = [tuple(line[name] for name in names) for line in phases]
-    assert found == [(0, 0, 16, 4, 2), (1, 1, 24, 4, 4), (4, 2, 24, 9, 4)]
+    assert found == [(0, 1, 16, 4, 2), (1, 2, 24, 4, 4), (4, 3, 24, 9, 4)]
     slots = [line["images_per_pack"] for line in lines if "images_per_pack" in line]
     assert slots[1] >= slots[2], "where fewer placeholders are needed more images fit"
     progress = checkpoint.read_progress(checkpoint.step_folder(run, 6))
