@@ -21,12 +21,13 @@ from megatron_lcl.config.data import Corpus, Data
 from megatron_lcl.config.model import Language, Model, Vision
 from megatron_lcl.config.objective import Contrast, Objective
 from megatron_lcl.config.optimizer import Optimizer, Zero
-from megatron_lcl.config.run import Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
+from megatron_lcl.config.run import Average, Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 
 __all__ = [
+    "Average",
     "Checkpoint",
     "Config",
     "Contrast",
@@ -66,6 +67,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     train: Train = Train()
+    average: Average = Average()
     evaluate: Evaluate = Evaluate()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_lcl import config as configs
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, Optimizer
 from megatron_lcl.data.loading.batch import PackedBatch, num_runs
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train.optimizer import learning_rate
@@ -38,6 +38,8 @@ class Case:
     cases it goes down"""
     dtype: str = "float32"
     objective: str = "lcl"
+    optimizer: str = "adamw"
+    """muon: also with learning rates by part and depth"""
 
     @property
     def processes(self) -> int:
@@ -47,11 +49,12 @@ class Case:
     def name(self) -> str:
         name = f"tp {self.tensor}  pp {self.pipeline}  dp {self.data}  ZeRO-{self.zero}  {self.strategy}"
         name += f", {self.dtype}" * (self.dtype != "float32") + f", {self.objective}" * (self.objective != "lcl")
+        name += f", {self.optimizer}" * (self.optimizer != "adamw")
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
     def global_batch(self) -> int:
-        """Packs of a step: what decides the result, beside `climbs` and the objective."""
+        """Packs of a step: what decides the result, beside `climbs`, the objective and the optimizer."""
         return -(-MIN_PACKS // self.data) * self.data
 
     def lr(self, step: int) -> float:
@@ -61,6 +64,12 @@ class Case:
 
     def config(self) -> Config:
         """The run's config."""
+        optimizer: dict[str, Any] = {"lr": 1e-3, "warmup": 0, "clip_norm": 0.5}
+        if self.optimizer != "adamw":
+            # one momentum, so that the first step's tells all gradients
+            muon = {"dtype": "float32", "momentum": Optimizer().betas[0], "per_head": True}
+            parts = {"vision": {"lr": 0.5, "layer_decay": 0.8}, "head": {"weight_decay": 0.0}}
+            optimizer |= {"name": self.optimizer, "muon": muon, "parts": parts}
         return configs.from_dict(
             {
                 "model": {
@@ -88,7 +97,7 @@ class Case:
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
                 },
-                "optimizer": {"lr": 1e-3, "warmup": 0, "clip_norm": 0.5},
+                "optimizer": optimizer,
                 "zero": {"stage": self.zero},
                 "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
                 "train": {
@@ -125,6 +134,9 @@ CASES = (
     Case(tensor=2, data=2, objective="emu"),
     Case(pipeline=2, data=2, objective="emu"),
     Case(data=2, zero=3, objective="emu"),
+    Case(tensor=2, data=2, optimizer="muon"),
+    Case(pipeline=2, data=2, optimizer="muon"),
+    Case(data=2, zero=3, strategy="recompute", optimizer="muon"),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
     Case(dtype="bfloat16"),
     Case(tensor=2, dtype="bfloat16"),

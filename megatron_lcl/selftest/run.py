@@ -226,7 +226,7 @@ def selftest(
         say(f"{world} processes, {where}" + (f"; {left} layouts need more and are skipped" if left else ""))
         for fault in {fault for case in cases if (fault := _lacks(case))}:
             say(f"{fault}: its layouts are skipped")
-    truths: dict[tuple[int, bool, str], Trajectory] = {}
+    truths: dict[tuple[int, bool, str, str], Trajectory] = {}
     verdicts: list[Verdict | KernelVerdict] = []
     for number, case in enumerate(fitting):
         if 0 in ranks and isinstance(case, Case) and not any(isinstance(v, Verdict) for v in verdicts):
@@ -244,7 +244,7 @@ def selftest(
             elif result is None or faults:
                 verdict = Verdict(case, faults=tuple(faults))
             else:
-                if (key := (case.global_batch, case.climbs, case.objective)) not in truths:
+                if (key := (case.global_batch, case.climbs, case.objective, case.optimizer)) not in truths:
                     truths[key] = reference(case)
                 verdict = compare(case, result, truths[key])
             verdicts.append(replace(verdict, seconds=time.monotonic() - started))

@@ -18,6 +18,7 @@ from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.apex import check_apex
+from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
@@ -25,6 +26,8 @@ from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.heldout import check_heldout
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.memory import check_memory, local_processes
+from megatron_lcl.train.optimizer import check_optimizer
+from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.settings import deepspeed_config
 
 
@@ -40,6 +43,9 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
     check_apex(config)
     check_kernels(config, elsewhere)
     check_determinism(config)
+    check_optimizer(config)
+    check_freeze(config)
+    check_averages(config)
     if not elsewhere:
         check_memory(config, processes, local_processes(processes, nodes))
     check_tokenizers(config)
@@ -72,13 +78,16 @@ def check_beginning(config: Config) -> None:
     if config.train.init_from is None:
         if config.checkpoint.resume != "auto":
             resumable(config.checkpoint.resume)
+        else:
+            check_frozen_have_weights(config, None)
         return
     if config.checkpoint.resume != "auto":
         raise UserError(
             f"checkpoint.resume = {config.checkpoint.resume} and train.init_from = {config.train.init_from}: a run "
             "goes on from the one or begins with the weights of the other; give one of the two"
         )
-    find_initial_weights(config, verify=False)
+    weights = find_initial_weights(config, verify=False)
+    check_frozen_have_weights(config, weights.missing if weights else None)
 
 
 def without_pairs(config: Config) -> tuple[str, ...]:
@@ -112,8 +121,11 @@ def check_space(config: Config) -> None:
     run = Path(config.train.output)
     with torch.device("meta"):
         layers = build_layers(config.model, config.contrast.initial_log_scale)
-    # the weights as one file; the optimizer's float32 weights and its two moments
-    needed = 4 * 4 * sum(p.numel() for layer in layers for p in layer.parameters())
+    numbers = {f"{i}.{name}": p.numel() for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
+    trained, averages = numbers.keys() - frozen_parameters(config), len(average_names(config))
+    # the weights as one file, and averages; the optimizer's float32 weights, its two moments, and averages
+    whole, in_optimizer = (1 + averages) * sum(numbers.values()), (3 + averages) * sum(numbers[n] for n in trained)
+    needed = 4 * (whole + in_optimizer)
     try:
         free = shutil.disk_usage(nearest_folder(run)).free
     except OSError:

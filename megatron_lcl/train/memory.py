@@ -24,8 +24,10 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import build_layers
+from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 
@@ -35,7 +37,7 @@ class Estimate:
 
     parameters: float
     optimizer: float
-    """Adam's moments and the float32 master weights"""
+    """Adam's moments, the float32 master weights, and their averages"""
     batches: float
     """images of all micro-batches of a step"""
     graph: float
@@ -73,7 +75,12 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     number = DTYPES[resolve_dtype(config)].itemsize
     with torch.device("meta"):
         layers = build_layers(model, config.contrast.initial_log_scale)
-    own = sum(p.numel() for layer in layers for p in layer.parameters()) / split
+    frozen, numbers = (
+        frozen_parameters(config),
+        {f"{i}.{name}": p.numel() for i, layer in enumerate(layers) for name, p in layer.named_parameters()},
+    )
+    own = sum(numbers.values()) / split
+    trained = sum(number for name, number in numbers.items() if name not in frozen) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
     zero = config.deepspeed.get("zero_optimization", {})
@@ -81,11 +88,11 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     keeps_parameters, keeps_optimizer = (on_device or not zero.get(f"offload_{x}") for x in ("param", "optimizer"))
     return Estimate(
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
-        optimizer=12 * own / data * keeps_optimizer,
+        optimizer=(12 + 4 * len(average_names(config))) * trained / data * keeps_optimizer,
         batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,
-        graph=_graph(config, images, number) / split,
+        graph=_graph(config, images, number) / split * (not frozen),  # of a part that is frozen less is kept
         num_graphs=micro_batches if objectives.create(config).keeps_graphs else 1,
-        gradients=number * own / (data if stage > 1 else 1) * keeps_optimizer,
+        gradients=number * trained / (data if stage > 1 else 1) * keeps_optimizer,
     )
 
 
