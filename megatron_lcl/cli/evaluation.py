@@ -11,7 +11,6 @@ from megatron_lcl.convert.find import find_average
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.settings import describe, read_settings
 
-
 _AVERAGE = "an average of the run's weights in their place: ema_0.999, tail_0.1 … (config section `average`)"
 
 

@@ -53,7 +53,7 @@ class Traffic(TorchDispatchMode):
         if operation in _QUIET:
             return
         if operation == "alltoall_base":
-            self._count_all_to_all(*args[1:3], args[4])
+            self._count_all_to_all(args[1], args[2], args[4])
             return
         if operation not in _SENDING:
             raise NotImplementedError(f"bytes of c10d::{operation}")

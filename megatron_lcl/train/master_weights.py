@@ -36,11 +36,11 @@ def update_log_scale(parameter: Any, function: Callable[[torch.Tensor], torch.Te
 
 def read_log_scale(parameter: Any) -> torch.Tensor:
     """A copy of the log scale [1] in float32: DeepSpeed's master where the parameter itself is in half precision."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     if not parameter.requires_grad:
-        with GatheredParameters([parameter]):  # with ZeRO-3 it may be with another process
+        with deepspeed.zero.GatheredParameters([parameter]):  # with ZeRO-3 it may be with another process
             return parameter.detach().float().clone()
     if parameter.dtype == torch.float32 and parameter.numel():
         return parameter.detach().clone()
@@ -52,8 +52,8 @@ def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[s
 
     On every process, and all call it.
     """
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
 
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:  # DeepSpeed links states once, when the first parameter group has some and the others none
@@ -63,7 +63,7 @@ def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[s
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             if state is None:
-                with GatheredParameters([parameter]):
+                with deepspeed.zero.GatheredParameters([parameter]):
                     own[name] = full_tensor(parameter.detach(), parameter, mesh.tensor).float().cpu().clone()
             continue
         value = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)

@@ -188,8 +188,8 @@ class Training:
             reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
             self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
         averaged = self.progress.averaged if skipped else self.averages.update(step + 1, self.progress.averaged)
-        packs = self.progress.packs + config.train.global_batch
-        self.progress = replace(self.progress, step=step + 1, packs=packs, averaged=averaged)
+        consumed = self.progress.packs + config.train.global_batch
+        self.progress = replace(self.progress, step=step + 1, packs=consumed, averaged=averaged)
 
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every

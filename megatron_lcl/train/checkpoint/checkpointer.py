@@ -279,12 +279,12 @@ class Checkpointer:
 
     def _load_what_deepspeed_leaves(self, states: Path, before: Progress) -> None:
         """From a universal checkpoint: parameters that are not trained, and, with ZeRO-3, averages of the weights."""
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         for name, parameter in self.engine.module.named_parameters():
             if not parameter.requires_grad:
                 whole = load_mapped(states / name / "fp32.pt")["param"]
-                with GatheredParameters([parameter], modifier_rank=0):  # a shard of it with ZeRO-3
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a shard of it with ZeRO-3
                     parameter.data.copy_(shard(whole, parameter, self.mesh.tensor))
         optimizer = self.engine.optimizer
         for flat, pieces in partitions_of(optimizer, self.mesh) if self.config.zero.stage == 3 else ():

@@ -11,7 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from megatron_lcl.config import Optimizer
-from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.train.optimizers.muon import MatrixExchange, matrix_update
 from megatron_lcl.train.optimizers.pieces import Partition, Piece, Tensor
 
@@ -100,22 +100,35 @@ class Tensorwise(torch.optim.Optimizer):
     def _adamw(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
         """Torch's fused AdamW, once for each pair of rates; neighbors of the same rates are one tensor to it."""
         runs: dict[tuple[float, float], list[tuple[int, int]]] = defaultdict(list)
-        for piece in pieces:
+        for piece in (piece for piece in pieces if piece.length):
             of_rates, end = runs[self._rates(piece, group)], piece.start + piece.length
             if of_rates and of_rates[-1][1] == piece.start:
                 of_rates[-1] = (of_rates[-1][0], end)
-            elif piece.length:
+            else:
                 of_rates.append((piece.start, end))
         assert flat.grad is not None
         state, (beta1, beta2) = self.state[flat], self._config.betas
         for (lr, weight_decay), bounds in runs.items():
-            tensors = [
-                [x[first:last] for first, last in bounds]
+            weights, grads, first, second = (
+                [x[start:end] for start, end in bounds]
                 for x in (flat.detach(), flat.grad, state["exp_avg"], state["exp_avg_sq"])
-            ]
-            steps = [state["step"] - 1 for _ in bounds]  # torch counts them up
-            rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": self._config.eps}
-            adamw(*tensors, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **rates)
+            )
+            adamw(
+                weights,
+                grads,
+                first,
+                second,
+                [],
+                [state["step"] - 1 for _ in bounds],  # torch counts them up
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=beta1,
+                beta2=beta2,
+                eps=self._config.eps,
+                lr=lr,
+                weight_decay=weight_decay,
+            )
 
     def _stable_adamw(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
         """AdamW with update clipping (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2).

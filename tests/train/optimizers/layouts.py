@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_lcl import config as configs
@@ -51,13 +52,13 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
     return torch.randn(shape, generator=draw) * (1.0, 10.0, 0.1)[step]
 
 
-def run_layouts(rank: int, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, torch.Tensor]]:
-    """Whole parameters after the steps, by case."""
+def run_layouts(rank: int, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, np.ndarray]]:
+    """Whole parameters after the steps, by case; as numpy arrays, so that a queue copies them."""
     import torch.distributed as dist
 
     results = [step_layout(config_of(*case)) for case in cases]
     dist.destroy_process_group()
-    return results
+    return [{name: value.numpy() for name, value in result.items()} for result in results]
 
 
 def step_layout(config: Config) -> dict[str, torch.Tensor]:
