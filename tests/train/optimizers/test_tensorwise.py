@@ -183,7 +183,7 @@ def compare(ours: dict[str, np.ndarray], expected: dict[str, Any], layout: Layou
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 def test_newton_schulz_is_torchs(shape: tuple[int, int]) -> None:
-    """In bfloat16, number for number; and in float64 it brings singular values to 0.7 to 1.2 and keeps their vectors."""
+    """In bfloat16, number for number; in float64 it brings singular values near 1 and keeps their vectors."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parameter = torch.nn.Parameter(torch.zeros(shape))
     parameter.grad = matrix.clone()
