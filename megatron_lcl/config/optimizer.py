@@ -48,7 +48,7 @@ class Muon:
     """Momentum orthogonalized by Newton-Schulz, matrix by matrix; with `optimizer.name: muon`."""
 
     momentum: Fraction = Field(default=0.95, description="of Nesterov's kind (published: 0.95)")
-    steps: Positive = Field(default=5, description="Newton-Schulz iterations (published: 5)")
+    newton_schulz_steps: Positive = Field(default=5, description="iterations of an update (published: 5)")
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="type in which the iterations are computed (published: bfloat16)"
     )

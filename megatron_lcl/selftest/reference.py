@@ -102,7 +102,7 @@ class _Optimizer:
             blended = matrix.grad * (1 - muon.momentum) + momentum * muon.momentum
             matrix.mul_(1 - rate * self.settings.weight_decay * rule.weight_decay)
             for own, update in zip(matrix.chunk(rule.heads), blended.chunk(rule.heads), strict=True):
-                own.sub_(rate * 0.2 * math.sqrt(max(own.shape)) * newton_schulz(update, muon.steps))
+                own.sub_(rate * 0.2 * math.sqrt(max(own.shape)) * newton_schulz(update, muon.newton_schulz_steps))
 
 
 def _losses(model: LayerList, batches: list[PackedBatch], regression: bool) -> tuple[torch.Tensor, torch.Tensor]:

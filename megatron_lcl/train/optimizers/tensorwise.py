@@ -181,7 +181,7 @@ class Tensorwise(torch.optim.Optimizer):
         dtype = getattr(torch, settings.dtype)
 
         def update(name: str, matrix: torch.Tensor) -> torch.Tensor:
-            return matrix_update(matrix, settings.steps, self._rules[name].heads)
+            return matrix_update(matrix, settings.newton_schulz_steps, self._rules[name].heads)
 
         results = self._exchanges[flat].through(blended, dtype, flat.device, update)
         for piece, orthogonal in zip(pieces, results, strict=True):
