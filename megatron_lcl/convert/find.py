@@ -59,6 +59,11 @@ def find_average(path: Path, name: str) -> Path:
     raise UserError(f"{checkpoint} has no average {name}; {there}")
 
 
+def average_of(checkpoint: Path) -> str | None:
+    """The name of the average of the weights that a checkpoint folder is; None where it is the weights."""
+    return checkpoint.name if checkpoint.parent.name == AVERAGES else None
+
+
 def export_kind(path: Path) -> str | None:
     """The format of a folder that `export` wrote; None for another folder."""
     return next((kind for kind in EXPORTS if read_record(path, kind)), None)
@@ -86,7 +91,8 @@ def run_of(path: Path) -> Path:
 
 def step_of(checkpoint: Path) -> int | None:
     """Steps that a run had made when it wrote this checkpoint folder; None for a folder that no run wrote."""
-    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
+    of_run = checkpoint.parent.parent if average_of(checkpoint) else checkpoint
+    match = re.fullmatch(r"step-(\d+)", of_run.resolve().name)
     return int(match[1]) if match else None
 
 

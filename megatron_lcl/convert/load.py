@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_lcl.convert import hf, timm
-from megatron_lcl.convert.find import export_kind, find_checkpoint, one_line, read_config
+from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import verify
@@ -86,10 +86,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def check_whole(checkpoint: Path) -> None:
     """UserError where a folder's weights are not those that a run or `import` wrote into it."""
-    average = checkpoint.parent.name == AVERAGES
-    of_run = checkpoint.parent.parent if average else checkpoint
+    average = average_of(checkpoint)
+    of_run, inside = (checkpoint.parent.parent, f"{AVERAGES}/{average}/") if average else (checkpoint, "")
     if (of_run / PROGRESS).is_file():
-        inside = f"{checkpoint.relative_to(of_run).as_posix()}/" if average else ""
         damage = verify(of_run, only=(f"{inside}{WEIGHTS}", f"{inside}{CONFIG}"))
         if damage:
             raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")

@@ -71,15 +71,16 @@ class Averages:
         return counts
 
     @contextlib.contextmanager
-    def evaluated(self, averaged: Mapping[str, int]) -> Iterator[None]:
-        """Inside, the model has the weights of `evaluate.average`, if there is one already; afterwards its own."""
+    def evaluated(self, averaged: Mapping[str, int]) -> Iterator[str | None]:
+        """Inside, the model has the weights of `evaluate.average`, whose name is given, if it has begun; afterwards its
+        own."""
         name = self._config.evaluate.average
         if name is None or not averaged.get(name):
-            yield
+            yield None
             return
         self._exchange(name)
         try:
-            yield
+            yield name
         finally:
             self._exchange(name)
 

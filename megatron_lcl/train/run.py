@@ -200,8 +200,9 @@ class Training:
         elif compare and step % compare == 0:
             self._compare_replicas()
         if self.heldout and (last or step % self.config.train.evaluate_every == 0):
-            with self.watchdog.long_phase(step, "evaluating"), self.averages.evaluated(self.progress.averaged):
-                self.heldout.measure(step)
+            averaged = self.progress.averaged
+            with self.watchdog.long_phase(step, "evaluating"), self.averages.evaluated(averaged) as average:
+                self.heldout.measure(step, average)
 
     def _save(self) -> None:
         self._compare_replicas()

@@ -86,22 +86,24 @@ class Tensorwise(torch.optim.Optimizer):
             state["step"] = torch.zeros((), device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
         state["step"] += 1
-        self._adamw(flat, group, [piece for piece in pieces if self._is(piece, "adamw")])
-        if self._stable[flat]:
-            self._stable_adamw(flat, group, [piece for piece in pieces if self._is(piece, "stable_adamw")])
+        clipped = [piece for piece in pieces if self._is(piece, "stable_adamw")]
+        slower = self._clipping(flat, clipped) if self._stable[flat] else {}
+        self._adamw(flat, group, [piece for piece in pieces if not self._is(piece, "muon")], slower)
         if flat in self._exchanges:
             self._muon(flat, group, [piece for piece in pieces if self._is(piece, "muon")])
 
-    def _rates(self, piece: Piece, group: Mapping[str, Any]) -> tuple[float, float]:
-        """Learning rate and weight decay."""
-        rule = self._rules[piece.name]
-        return group["lr"] * rule.lr, group["weight_decay"] * rule.weight_decay
+    def _adamw(
+        self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece], slower: Mapping[str, float]
+    ) -> None:
+        """Torch's fused AdamW, once for each pair of rates; neighbors of the same rates are one tensor to it.
 
-    def _adamw(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
-        """Torch's fused AdamW, once for each pair of rates; neighbors of the same rates are one tensor to it."""
+        slower: by what the learning rates of tensors are divided.
+        """
         runs: dict[tuple[float, float], list[tuple[int, int]]] = defaultdict(list)
         for piece in (piece for piece in pieces if piece.length):
-            of_rates, end = runs[self._rates(piece, group)], piece.start + piece.length
+            rule, end = self._rules[piece.name], piece.start + piece.length
+            lr = group["lr"] * rule.lr / slower.get(piece.name, 1.0)
+            of_rates = runs[lr, group["weight_decay"] * rule.weight_decay]
             if of_rates and of_rates[-1][1] == piece.start:
                 of_rates[-1] = (of_rates[-1][0], end)
             else:
@@ -130,36 +132,27 @@ class Tensorwise(torch.optim.Optimizer):
                 weight_decay=weight_decay,
             )
 
-    def _stable_adamw(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
-        """AdamW with update clipping (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2).
+    def _clipping(self, flat: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, float]:
+        """StableAdamW's update clipping (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2): max(1, RMS_t) of tensors.
 
             eta_t = lr / max(1, RMS_t),  RMS_t = sqrt(mean(g_t² / max(u_t, eps²)))
 
-        The mean is over the whole tensor: each process adds up what it holds, and the sums travel together. v and u are
-        Adam's moments with their bias corrected, which the paper's betas that change with t do too.
+        The mean is over the whole tensor: each process adds up what it holds, and the sums travel together. u is Adam's
+        second moment with its bias corrected, which the paper's betas that change with t do too.
         """
         assert flat.grad is not None
-        state, (beta1, beta2), eps = self.state[flat], self._config.betas, self._config.eps
-        names = self._stable[flat]
-        step = state["step"]
-        unbiased1, unbiased2 = 1 - beta1**step, 1 - beta2**step
+        beta2, eps, names = self._config.betas[1], self._config.eps, self._stable[flat]
+        unbiased = 1 - beta2 ** self.state[flat]["step"]
         sums = torch.zeros(len(names), device=flat.device)
         for piece in pieces:
-            grad, first, second = (piece.of(x) for x in (flat.grad, state["exp_avg"], state["exp_avg_sq"]))
-            first.lerp_(grad, 1 - beta1)
-            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             # what every tensor rank holds is counted once
             if self._tensor_rank == 0 or self._rules[piece.name].tensor.partition_dim is not None:
-                sums[names.index(piece.name)] = (grad.square() / (second / unbiased2).clamp_(min=eps**2)).sum()
+                square = piece.of(flat.grad).square()
+                second = piece.of(self.state[flat]["exp_avg_sq"]).lerp(square, 1 - beta2)
+                sums[names.index(piece.name)] = (square / second.div_(unbiased).clamp_(min=eps**2)).sum()
         self._axis.all_reduce(sums)
         sizes = torch.tensor([self._rules[name].tensor.shape.numel() for name in names], device=flat.device)
-        slower = (sums / sizes).sqrt().clamp(min=1)
-        for piece in pieces:
-            lr, weight_decay = self._rates(piece, group)
-            eta = lr / slower[names.index(piece.name)]
-            weights, first, second = (piece.of(x) for x in (flat.detach(), state["exp_avg"], state["exp_avg_sq"]))
-            weights.mul_(1 - eta * weight_decay)
-            weights.sub_(first / unbiased1 / ((second / unbiased2).sqrt_() + eps) * eta)
+        return dict(zip(names, (sums / sizes).sqrt().clamp(min=1).tolist(), strict=True))
 
     def _muon(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
         """Muon (Jordan et al. 2024) with AdamW's learning rate and decay (arXiv 2502.16982, eq. 4).
@@ -185,8 +178,8 @@ class Tensorwise(torch.optim.Optimizer):
 
         results = self._exchanges[flat].through(blended, dtype, flat.device, update)
         for piece, orthogonal in zip(pieces, results, strict=True):
-            lr, weight_decay = self._rates(piece, group)
             rule = self._rules[piece.name]
+            lr, weight_decay = group["lr"] * rule.lr, group["weight_decay"] * rule.weight_decay
             rows, columns = rule.tensor.shape
             scale = 0.2 * max(rows // rule.heads, columns) ** 0.5
             weights = piece.of(flat.detach())
