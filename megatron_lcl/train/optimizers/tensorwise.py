@@ -133,7 +133,7 @@ class Tensorwise(torch.optim.Optimizer):
             )
 
     def _clipping(self, flat: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, float]:
-        """StableAdamW's update clipping (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2): max(1, RMS_t) of tensors.
+        """StableAdamW's update clipping (arXiv 2304.13013, algorithm 2): max(1, RMS_t) of each tensor.
 
             eta_t = lr / max(1, RMS_t),  RMS_t = sqrt(mean(g_t² / max(u_t, eps²)))
 
