@@ -19,14 +19,9 @@ from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.parts import called
 
 BETAS, EPS = (0.9, 0.98), 1e-6
-LAYOUTS = [
-    Layout("zero1"),
-    Layout("zero2", 2),
-    Layout("zero3", 3),
-    Layout("tensor", tensor=2),
-    Layout("pipeline", pipeline=2),
-    Layout("bfloat16", dtype="bfloat16"),
-]
+LAYOUTS = [Layout("zero1"), Layout("zero3", 3), Layout("tensor", tensor=2)]
+MORE = [Layout("zero2", 2), Layout("pipeline", pipeline=2), Layout("bfloat16", dtype="bfloat16")]
+"""whose partitions are made as those of the others"""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"name": "muon", "muon": {"dtype": "float32"}},
     "muon by heads, bfloat16": {"name": "muon", "muon": {"per_head": True}},
@@ -149,15 +144,17 @@ def rates(own: str) -> tuple[float, float]:
 @pytest.fixture(scope="module")
 def stepped() -> dict[tuple[str, str], dict[str, np.ndarray]]:
     cases = {(layout.name, name): (layout, OPTIMIZERS[name]) for layout in LAYOUTS for name in OPTIMIZERS}
+    cases |= {(layout.name, "muon"): (layout, OPTIMIZERS["muon"]) for layout in MORE}
     return dict(zip(cases, run_processes(run_layouts, 2, list(cases.values()), timeout=400.0)[0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_layout_steps_as_one_process(optimizer: str, stepped: Any) -> None:
     expected = truth(optimizer)
     if optimizer == "stable_adamw":
         assert sum(each.slowest > 1.01 for each in expected.values()) > len(expected) / 2, "updates are clipped"
-    for layout in LAYOUTS:
+    for layout in [*LAYOUTS, *MORE] if optimizer == "muon" else LAYOUTS:
         compare(stepped[layout.name, optimizer], expected, layout, optimizer)
 
 
