@@ -79,15 +79,22 @@ def _rule(name: str, tensor: Tensor, config: Config) -> Rule:
 
 def check_optimizer(config: Config) -> None:
     """UserError for what the optimizer cannot do with the rest of the config."""
-    optimizer, offload = config.optimizer, config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    optimizer, zero = config.optimizer, config.deepspeed.get("zero_optimization", {})
     parts = optimizer.parts != type(optimizer.parts)()
     if optimizer.name == "apex_fused_adam" and parts:
         raise UserError("optimizer.parts has no effect on apex_fused_adam; set optimizer.name to adamw")
-    if offload.get("device", "none") != "none" and (parts or optimizer.name in ("stable_adamw", "muon")):
-        what = "optimizer.parts" if optimizer.name == "adamw" else f"optimizer.name = {optimizer.name}"
+    if not parts and optimizer.name not in ("stable_adamw", "muon"):
+        return
+    what = "optimizer.parts" if optimizer.name == "adamw" else f"optimizer.name = {optimizer.name}"
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise UserError(
             f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
             "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
+        )
+    if zero.get("round_robin_gradients"):
+        raise UserError(
+            f"{what} and deepspeed.zero_optimization.round_robin_gradients: DeepSpeed then does not say which tensor "
+            "lies where; remove it"
         )
 
 
