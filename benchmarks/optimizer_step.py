@@ -1,8 +1,8 @@
-"""Time of an optimizer's step on a flat partition, as DeepSpeed hands it over, in one process.
+"""CPU time of an optimizer's step on a flat partition, as DeepSpeed hands it over, in one process.
 
 Two tables: torch's AdamW in its three ways, on one tensor (a run uses the fused one), with the distance of each from
-float64 after ten steps; and our optimizers, on the matrices of transformer blocks, against fused AdamW. Interleaved, so
-that a busy machine slows all alike; the median counts.
+float64 after ten steps; and our optimizers, on the matrices of transformer blocks, against fused AdamW. Time is the
+process's on the CPU, so that others on the machine count little; steps are interleaved, and the median counts.
 
     python benchmarks/optimizer_step.py --numbers 20000000 --width 384
 """
@@ -69,15 +69,15 @@ def ours(width: int, blocks: int, algorithm: Algorithm, **muon: Any) -> Tensorwi
 
 
 def medians(steps: Mapping[str, Callable[[], Any]], number: int) -> dict[str, float]:
-    """Seconds of each step."""
+    """CPU seconds of each step."""
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(number):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = time.process_time()
             step()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         },
         options.steps,
     )
-    print(f"\n{f'AdamW, {options.numbers / 1e6:g} million numbers':<36}  seconds  times as fast  from float64")
+    print(f"\n{f'AdamW, {options.numbers / 1e6:g} million numbers':<36}  CPU s    times as fast  from float64")
     for name, seconds in found.items():
         times = found["a tensor for each term"] / seconds
         print(f"{name:<36}  {seconds:7.4f}  {times:13.2f}  {difference(WAYS[name]):.1e}")
@@ -115,7 +115,7 @@ def main() -> None:
         },
         options.steps,
     )
-    print(f"\n{f'{options.blocks} blocks of width {options.width}, {numbers / 1e6:.3g} million':<36}  seconds  times")
+    print(f"\n{f'{options.blocks} blocks of width {options.width}, {numbers / 1e6:.3g} million':<36}  CPU s    times")
     for name, seconds in found.items():
         print(f"{name:<36}  {seconds:7.4f}  {seconds / found[FUSED]:5.1f}")
 
