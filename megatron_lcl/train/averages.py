@@ -56,7 +56,7 @@ class Averages:
 
         averaged: of how many steps the weights are in each average (Progress.averaged); given back as it is then.
         """
-        counts = dict(averaged)
+        counts = {name: number for name, number in averaged.items() if name in self._names}  # others are gone
         for name, value in self._names.items():
             if name.startswith("tail_") and step <= self._config.train.steps * (1 - value):
                 continue
