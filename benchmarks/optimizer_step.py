@@ -20,7 +20,7 @@ import torch
 from megatron_lcl.config import Optimizer, from_dict
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.train.engine import keep_freed_memory
-from megatron_lcl.train.optimizers.pieces import Piece, Tensor
+from megatron_lcl.train.optimizers.pieces import Partition, Piece, Tensor
 from megatron_lcl.train.optimizers.tensorwise import Algorithm, Rule, Tensorwise
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
@@ -64,7 +64,7 @@ def ours(width: int, blocks: int, algorithm: Algorithm, **muon: Any) -> Tensorwi
         start += pieces[-1].length
     flat = flat_tensor(start)
     optimizer = Tensorwise([{"params": [flat], "weight_decay": 0.2}], config, rules)
-    optimizer.attach([(flat, pieces)], Mesh(ALONE, ALONE))
+    optimizer.attach([Partition(flat, pieces, [pieces])], Mesh(ALONE, ALONE))
     return optimizer
 
 

@@ -105,5 +105,5 @@ class Averages:
 
     def _states(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         base = self._engine.optimizer.optimizer
-        for flat, _ in partitions_of(self._engine.optimizer, self._mesh):
-            yield flat, base.state[flat]
+        for partition in partitions_of(self._engine.optimizer, self._mesh):
+            yield partition.flat, base.state[partition.flat]

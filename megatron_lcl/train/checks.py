@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load
 from megatron_lcl.convert.folder import IMPORT, read_record
@@ -15,7 +13,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.pack_index import Ledger
 from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
-from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.apex import check_apex
 from megatron_lcl.train.averages import average_names, check_averages
@@ -119,13 +117,9 @@ def check_output(run: Path, config: Config) -> None:
 def check_space(config: Config) -> None:
     """The disk of the run folder has room for one more checkpoint."""
     run = Path(config.train.output)
-    with torch.device("meta"):
-        layers = build_layers(config.model, config.contrast.initial_log_scale)
-    numbers = {f"{i}.{name}": p.numel() for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
-    trained, averages = numbers.keys() - frozen_parameters(config), len(average_names(config))
+    averages, trained = len(average_names(config)), num_parameters(config.model, frozen_parameters(config))
     # the weights as one file, and averages; the optimizer's float32 weights, its two moments, and averages
-    whole, in_optimizer = (1 + averages) * sum(numbers.values()), (3 + averages) * sum(numbers[n] for n in trained)
-    needed = 4 * (whole + in_optimizer)
+    needed = 4 * ((1 + averages) * num_parameters(config.model) + (3 + averages) * trained)
     try:
         free = shutil.disk_usage(nearest_folder(run)).free
     except OSError:

@@ -23,7 +23,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
@@ -73,14 +73,9 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
     model, train, stage = config.model, config.train, config.zero.stage
     number = DTYPES[resolve_dtype(config)].itemsize
-    with torch.device("meta"):
-        layers = build_layers(model, config.contrast.initial_log_scale)
-    frozen, numbers = (
-        frozen_parameters(config),
-        {f"{i}.{name}": p.numel() for i, layer in enumerate(layers) for name, p in layer.named_parameters()},
-    )
-    own = sum(numbers.values()) / split
-    trained = sum(number for name, number in numbers.items() if name not in frozen) / split
+    frozen = frozen_parameters(config)
+    own = num_parameters(model) / split
+    trained = num_parameters(model, frozen) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
     zero = config.deepspeed.get("zero_optimization", {})

@@ -91,11 +91,12 @@ def check_optimizer(config: Config) -> None:
             f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
             "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
         )
-    if zero.get("round_robin_gradients"):
-        raise UserError(
-            f"{what} and deepspeed.zero_optimization.round_robin_gradients: DeepSpeed then does not say which tensor "
-            "lies where; remove it"
-        )
+    for option in ("round_robin_gradients", "parameter_alignment"):
+        if zero.get(option):
+            raise UserError(
+                f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "
+                "partitions than is known here; remove it"
+            )
 
 
 def _of_earlier_versions(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

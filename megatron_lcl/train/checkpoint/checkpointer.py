@@ -287,10 +287,10 @@ class Checkpointer:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a shard of it with ZeRO-3
                     parameter.data.copy_(shard(whole, parameter, self.mesh.tensor))
         optimizer = self.engine.optimizer
-        for flat, pieces in partitions_of(optimizer, self.mesh) if self.config.zero.stage == 3 else ():
+        for partition in partitions_of(optimizer, self.mesh) if self.config.zero.stage == 3 else ():
             for key in before.averaged.keys() & set(average_names(self.config)):
-                average = optimizer.optimizer.state[flat][key] = torch.zeros_like(flat)
-                for piece in pieces:
+                average = optimizer.optimizer.state[partition.flat][key] = torch.zeros_like(partition.flat)
+                for piece in partition.pieces:
                     whole = load_mapped(states / piece.name / f"{key}.pt")["param"]
                     piece.of(average).copy_(whole.flatten()[piece.offset : piece.offset + piece.length])
 

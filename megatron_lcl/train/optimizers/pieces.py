@@ -41,8 +41,15 @@ class Piece:
         return flat.narrow(0, self.start, self.length)
 
 
-Partition = tuple[torch.Tensor, list[Piece]]
-"""a flat float32 tensor that DeepSpeed's base optimizer steps, and what lies in it, in order"""
+@dataclass(frozen=True)
+class Partition:
+    """A flat float32 tensor that DeepSpeed's base optimizer steps on this process, and its counterparts elsewhere."""
+
+    flat: torch.Tensor
+    pieces: list[Piece]
+    """what lies in it, in order"""
+    of_ranks: list[list[Piece]]
+    """what lies in that of each data rank, on every tensor rank alike"""
 
 
 def tensors_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -60,27 +67,34 @@ def partitions_of(optimizer: Any, mesh: Mesh) -> list[Partition]:
     Every data and tensor rank has as many, of the same parameters, in the same order.
     """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-        return [(flat, list(_zero3(optimizer, group, mesh.data.rank))) for flat, group in groups]
-    bfloat16 = hasattr(optimizer, "bf16_groups")  # ZeRO-1's own class for it
-    flats = optimizer.fp32_groups_flat_partition if bfloat16 else optimizer.single_partition_of_fp32_groups
-    groups = zip(flats, optimizer.bf16_groups if bfloat16 else optimizer.bit16_groups, strict=True)
-    return [(flat, list(_zero12(optimizer, group))) for flat, group in groups]
+        flats, groups, pieces_of = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, _zero3
+    elif hasattr(optimizer, "bf16_groups"):  # ZeRO-1's own class for bfloat16
+        flats, groups, pieces_of = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, _zero12
+    else:
+        flats, groups, pieces_of = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, _zero12
+    partitions = []
+    for flat, group in zip(flats, groups, strict=True):
+        named = [(optimizer.param_names[parameter], parameter) for parameter in group]
+        of_ranks = [list(pieces_of(named, flat.numel(), rank)) for rank in range(mesh.data.size)]
+        partitions.append(Partition(flat, of_ranks[mesh.data.rank], of_ranks))
+    return partitions
 
 
-def _zero12(optimizer: Any, group: list[Any]) -> Iterator[Piece]:
-    """ZeRO-1 and 2: a run of all parameters of the group, one behind the other."""
-    for parameter in group:
-        if (mapping := parameter._hp_mapping) is not None:
-            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield Piece(optimizer.param_names[parameter], here.start, here.numel, there.start)
+def _zero12(group: list[tuple[str, Any]], size: int, rank: int) -> Iterator[Piece]:
+    """ZeRO-1 and 2: the rank-th run, of a size, of all parameters of the group, one behind the other."""
+    start = -rank * size
+    for name, parameter in group:
+        end = start + parameter.numel()
+        if end > 0 and start < size:
+            yield Piece(name, max(start, 0), min(end, size) - max(start, 0), max(-start, 0))
+        start = end
 
 
-def _zero3(optimizer: Any, group: list[Any], rank: int) -> Iterator[Piece]:
-    """ZeRO-3: of every parameter an equal run, the last ones padded."""
+def _zero3(group: list[tuple[str, Any]], size: int, rank: int) -> Iterator[Piece]:
+    """ZeRO-3: of every parameter the rank-th of equal runs, the last ones padded."""
     start = 0
-    for parameter in group:
-        size = parameter.partition_numel()
-        offset = rank * size
-        yield Piece(optimizer.param_names[parameter], start, max(0, min(size, parameter.ds_numel - offset)), offset)
-        start += size
+    for name, parameter in group:
+        length = parameter.partition_numel()
+        offset = rank * length
+        yield Piece(name, start, max(0, min(length, parameter.ds_numel - offset)), offset)
+        start += length

@@ -51,16 +51,17 @@ class Tensorwise(torch.optim.Optimizer):
         self._axis, self._tensor_rank = ALONE, 0
 
     def attach(self, partitions: Sequence[Partition], mesh: Mesh) -> None:
-        """Say what lies in the partitions. All processes of a pipeline stage call it together."""
+        """Say what lies in the partitions."""
         self._axis, self._tensor_rank = mesh.data_tensor, mesh.tensor.rank
-        self._pieces = dict(partitions)
-        for flat, pieces in partitions:
-            everyone = self._axis.gather_objects((mesh.tensor.rank, pieces))
-            muon = [(rank, [p for p in theirs if self._is(p, "muon")]) for rank, theirs in everyone]
-            if any(theirs for _, theirs in muon):
-                tensors = {name: rule.tensor for name, rule in self._rules.items()}
-                self._exchanges[flat] = MatrixExchange(muon, tensors, self._axis)
-            names = {p.name for _, theirs in everyone for p in theirs if self._is(p, "stable_adamw")}
+        tensors = {name: rule.tensor for name, rule in self._rules.items()}
+        for partition in partitions:
+            flat = partition.flat
+            self._pieces[flat] = partition.pieces
+            muon = [[piece for piece in theirs if self._is(piece, "muon")] for theirs in partition.of_ranks]
+            if any(muon):  # of the axis's processes the tensor ranks are next to each other
+                holders = [(rank, theirs) for theirs in muon for rank in range(mesh.tensor.size)]
+                self._exchanges[flat] = MatrixExchange(holders, tensors, self._axis)
+            names = {p.name for theirs in partition.of_ranks for p in theirs if self._is(p, "stable_adamw")}
             self._stable[flat] = sorted(names)
 
     @property

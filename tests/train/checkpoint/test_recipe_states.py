@@ -90,7 +90,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
             checkpoints.load(step_folder(folder / job.source, FIRST))
             averaged = read_progress(step_folder(folder / job.source, FIRST)).averaged
         steps(FIRST, 2 * FIRST)
-    in_optimizer = sum(piece.length for _, pieces in partitions_of(engine.optimizer, mesh) for piece in pieces)
+    in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
     before = in_model(engine, mesh)
     with averages.evaluated(averaged):
         inside = in_model(engine, mesh)

@@ -75,9 +75,10 @@ def step_layout(config: Config) -> dict[str, torch.Tensor]:
     base, partitions = engine.optimizer.optimizer, partitions_of(engine.optimizer, mesh)
     groups = getattr(engine.optimizer, "sub_group_to_group_id", range(len(partitions)))
     for step in range(STEPS):
-        for number, (flat, pieces) in enumerate(partitions):
+        for number, partition in enumerate(partitions):
+            flat = partition.flat
             flat.grad = torch.zeros_like(flat)
-            for piece in pieces:
+            for piece in partition.pieces:
                 whole = gradient(piece.name, shapes[piece.name], step)
                 own = shard(whole, split[piece.name], mesh.tensor).flatten()
                 piece.of(flat.grad).copy_(own[piece.offset : piece.offset + piece.length])
