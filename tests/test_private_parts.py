@@ -114,12 +114,6 @@ PARTS = [
         "links states again",
         in_source="self._hp_optimizer_states_linked = ",
     ),
-    Part(
-        "deepspeed.utils.mixed_precision_linkage",
-        "_hp_mapping",
-        "what of a parameter lies in a process's partition",
-        in_source="._hp_mapping = ",
-    ),
     *(
         Part("deepspeed.runtime.zero.stage3", f"DeepSpeedZeroOptimizer_Stage3.{name}", "puts masters into the model")
         for name in ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters")
