@@ -127,6 +127,10 @@ PARTS = [
         "links states again",
         in_source="self._hp_optimizer_states_linked = ",
     ),
+    *(
+        Part("deepspeed.runtime.zero.stage3", f"DeepSpeedZeroOptimizer_Stage3.{name}", "puts masters into the model")
+        for name in ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters")
+    ),
     # torch
     Part("torch.multiprocessing", "_prctl_pr_set_pdeathsig", "a process ends with its parent"),
     Part("torch._C._autograd", "_get_current_graph_task_keep_graph", "whether backward may free its buffers"),

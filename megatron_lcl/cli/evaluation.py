@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lcl.cli.arguments import MODEL, add_input, inputs, single_input
+from megatron_lcl.convert.find import find_average
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.settings import describe, read_settings
+
+_AVERAGE = "an average of the run's weights in their place: ema_0.999, tail_0.1 … (config section `average`)"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -25,6 +28,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     images = "class folders, WebDataset, JSON of COCO-Karpathy or NoCaps, or a corpus"
     what.add_argument("--data", metavar="PATH", help=images)
     sub.add_argument("--output", metavar="DIR", help="also write the results there")
+    sub.add_argument("--average", metavar="NAME", help=_AVERAGE)
 
     data = sub.add_argument_group("with --data")
     tasks = "zero-shot, retrieval, knn, linear-probe, attentive-probe, captioning; may be repeated"
@@ -65,6 +69,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_input(sub, "MODEL", MODEL, "--checkpoint")
     sub.add_argument("--format", required=True, choices=["hf", "timm", "open_clip"])
     sub.add_argument("--output", required=True, metavar="DIR")
+    sub.add_argument("--average", metavar="NAME", help=_AVERAGE)
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     sub.add_argument("--image-size", type=int, help="interpolate the position embedding to this size")
     sub.add_argument("--name", help="of the model, for its card")
@@ -89,7 +94,7 @@ _CACHE = "megatron_lcl/features in the user's cache folder"
 
 
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
-    models = inputs(options)
+    models = [_averaged(model, options.average) for model in inputs(options)]
     if options.corpus:
         _evaluate_corpus(models, options)
         return
@@ -127,6 +132,11 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     print(table(results))
 
 
+def _averaged(model: str, name: str | None) -> str:
+    """The model, or the average of its weights that is asked for."""
+    return model if name is None else str(find_average(Path(model), name))
+
+
 def _evaluate_corpus(models: list[str], options: argparse.Namespace) -> None:
     from megatron_lcl.evaluate.encoders.load import is_ours
     from megatron_lcl.evaluate.heldout import evaluate_checkpoint
@@ -156,7 +166,7 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.certificate import summary
     from megatron_lcl.convert.export import export
 
-    checkpoint, metrics = single_input(options), []
+    checkpoint, metrics = _averaged(single_input(options), options.average), []
     if options.results:
         from megatron_lcl.evaluate.encoders.load import load_encoder
         from megatron_lcl.evaluate.results import read_measured

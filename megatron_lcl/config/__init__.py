@@ -21,13 +21,14 @@ from megatron_lcl.config.data import Corpus, Data
 from megatron_lcl.config.model import Language, Model, Vision
 from megatron_lcl.config.objective import Contrast, Objective
 from megatron_lcl.config.optimizer import Optimizer, Zero
-from megatron_lcl.config.run import Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
+from megatron_lcl.config.run import Average, Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
 from megatron_lcl.config.schedule import EarlyPhase, Schedule
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 
 __all__ = [
+    "Average",
     "Checkpoint",
     "Config",
     "Contrast",
@@ -69,6 +70,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     train: Train = Train()
+    average: Average = Average()
     evaluate: Evaluate = Evaluate()
     schedule: Schedule = Schedule()
     deepspeed: dict[str, Any] = Field(

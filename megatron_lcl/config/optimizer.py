@@ -7,17 +7,66 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_lcl.config.types import STRICT, Count, Fraction
+from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class Part:
+    """How fast a part of the model is trained, beside the others."""
+
+    lr: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="learning rate of the part, as a multiple of the scheduled one"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="weight decay of the part, as a multiple of optimizer.weight_decay"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Encoder(Part):
+    """The same of a part with blocks."""
+
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="factor of the learning rate from a block to the one below, the embedding the lowest "
+        "(BEiT, arXiv 2106.08254, fine-tunes with 0.65 to 0.85); 1: none",
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Parts:
+    """Learning rate and weight decay by part."""
+
+    vision: Encoder = Encoder()
+    pool: Part = Part()
+    language: Encoder = Encoder()
+    head: Part = Part()
+
+
+@dataclass(frozen=True, config=STRICT)
+class Muon:
+    """Momentum orthogonalized by Newton-Schulz, matrix by matrix; with `optimizer.name: muon`."""
+
+    momentum: Fraction = Field(default=0.95, description="of Nesterov's kind (published: 0.95)")
+    newton_schulz_steps: Positive = Field(default=5, description="iterations of an update (published: 5)")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="type in which the iterations are computed (published: bfloat16)"
+    )
+    per_head: bool = Field(
+        default=False,
+        description="orthogonalize the rows of each head of q, k and v by themselves; false: each of the three whole",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Optimizer:
-    """AdamW with warmup and cosine decay."""
+    """The optimizer, with warmup and cosine decay."""
 
-    name: Literal["adamw", "apex_fused_adam"] = Field(
+    name: Literal["adamw", "apex_fused_adam", "stable_adamw", "muon"] = Field(
         default="adamw",
         description="adamw: torch's AdamW (paper); apex_fused_adam: FusedAdam of NVIDIA's apex (not PyPI's package of "
-        "that name)",
+        "that name); stable_adamw: AdamW whose update of a tensor is clipped (arXiv 2304.13013); muon: Muon for the "
+        "blocks' and the pool's matrices, at AdamW's learning rate (arXiv 2502.16982), AdamW for the rest",
     )
     lr: Annotated[float, Field(gt=0)] = Field(
         default=5e-4, description="peak learning rate (paper: 5e-4 on pairs, 3e-4 on interleaved documents)"
@@ -39,6 +88,8 @@ class Optimizer:
         description="largest global gradient norm, larger ones are clipped; 0: no clipping (the paper's value is not "
         "published)",
     )
+    parts: Parts = Parts()
+    muon: Muon = Muon()
 
 
 @dataclass(frozen=True, config=STRICT)

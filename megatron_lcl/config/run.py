@@ -98,6 +98,27 @@ class Evaluate:
         description="retrieval: recall@1 and @10, image to context and back; generation: bits per token; empty: what "
         "the objective trains",
     )
+    average: str | None = Field(
+        default=None,
+        description="name of the average of the weights that is measured in their place (ema_0.999 of average.ema, "
+        "tail_0.1 of average.tail), from where it begins; null: the weights",
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Average:
+    """Averages of the weights, kept in float32 beside them and in every checkpoint; none changes what is trained."""
+
+    ema: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(),
+        description="decays of exponential moving averages, each an average of its own, called ema_0.999 …; unbiased "
+        "(as Adam's moments are), so that what a run begins with has no part in them",
+    )
+    tail: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(),
+        description="plain means over the last steps, as fractions of train.steps, each an average of its own, called "
+        "tail_0.1 … (arXiv 1803.05407 averages the last quarter)",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -150,4 +171,9 @@ class Train:
     )
     apex_layer_norm: bool = Field(
         default=False, description="use the fused LayerNorm of NVIDIA's apex instead of torch's"
+    )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        description="patterns of parameters that are not trained, and have neither gradients nor optimizer states: "
+        "vision.*, language.blocks.[0-3].*, head.log_scale …; `*` matches any characters (docs/recipe.md)",
     )

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.find import find_checkpoint, read_config, step_of
+from megatron_lcl.convert.find import average_of, find_checkpoint, read_config, step_of
 from megatron_lcl.data.corpus.store import read_manifest
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
@@ -127,13 +127,15 @@ def _describe(corpus: Path) -> str:
 
 def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     """Numbers of the run's held-out evaluation, if they were measured on this checkpoint."""
-    if checkpoint.parent.name != CHECKPOINTS:
+    average = average_of(checkpoint)
+    of_run = checkpoint.parent.parent if average else checkpoint
+    if of_run.parent.name != CHECKPOINTS:
         return ()
     try:
-        numbers = json.loads((checkpoint.parent.parent / HELDOUT).read_text(encoding="utf-8"))
+        numbers = json.loads((of_run.parent.parent / HELDOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ()
-    if numbers.pop("step", None) != step_of(checkpoint):
+    if (numbers.pop("step", None), numbers.pop("average", None)) != (step_of(checkpoint), average):
         return ()
     counts = ", ".join(f"{numbers[what]:,} {what}" for what in ("documents", "images") if numbers.get(what))
     data = Path(str(numbers.get("corpus", ""))).name + (f" ({counts})" if counts else "")

@@ -20,7 +20,7 @@ from megatron_lcl.convert.folder import EXPORTS, read_record
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, WEIGHTS
+from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS
 
 _CORPUS_MANIFEST = "corpus.json"  # data.corpus.store.MANIFEST, which is slow to import
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
@@ -44,6 +44,24 @@ def find_checkpoint(path: Path) -> Path:
         f"{path} holds no complete checkpoint; it needs {WEIGHTS} and {CONFIG}, "
         f"or {CHECKPOINTS}/step-…/ with these and {MANIFEST}"
     )
+
+
+def find_average(path: Path, name: str) -> Path:
+    """The folder of an average of the weights, beside the weights that `path` names: itself such a checkpoint.
+
+    UserError where there is none of that name.
+    """
+    checkpoint = find_checkpoint(path)
+    if (checkpoint / AVERAGES / name / WEIGHTS).is_file():
+        return checkpoint / AVERAGES / name
+    others = sorted(folder.name for folder in (checkpoint / AVERAGES).glob("*"))
+    there = f"there are {', '.join(others)}" if others else "it has none (config section `average`)"
+    raise UserError(f"{checkpoint} has no average {name}; {there}")
+
+
+def average_of(checkpoint: Path) -> str | None:
+    """The name of the average of the weights that a checkpoint folder is; None where it is the weights."""
+    return checkpoint.name if checkpoint.parent.name == AVERAGES else None
 
 
 def export_kind(path: Path) -> str | None:
@@ -73,7 +91,8 @@ def run_of(path: Path) -> Path:
 
 def step_of(checkpoint: Path) -> int | None:
     """Steps that a run had made when it wrote this checkpoint folder; None for a folder that no run wrote."""
-    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
+    of_run = checkpoint.parent.parent if average_of(checkpoint) else checkpoint
+    match = re.fullmatch(r"step-(\d+)", of_run.resolve().name)
     return int(match[1]) if match else None
 
 

@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_lcl.convert import hf, timm
-from megatron_lcl.convert.find import export_kind, find_checkpoint, one_line, read_config
+from megatron_lcl.convert.find import average_of, export_kind, find_checkpoint, one_line, read_config
 from megatron_lcl.convert.folder import CERTIFICATE, IMPORT, read_record
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import load_open_clip, model_config, name_faults, published_config, some
-from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
 
 
 def load_model(path: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> LCL:
@@ -86,8 +86,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def check_whole(checkpoint: Path) -> None:
     """UserError where a folder's weights are not those that a run or `import` wrote into it."""
-    if (checkpoint / PROGRESS).is_file():
-        damage = verify(checkpoint, only=(WEIGHTS, CONFIG))
+    average = average_of(checkpoint)
+    of_run, inside = (checkpoint.parent.parent, f"{AVERAGES}/{average}/") if average else (checkpoint, "")
+    if (of_run / PROGRESS).is_file():
+        damage = verify(of_run, only=(f"{inside}{WEIGHTS}", f"{inside}{CONFIG}"))
         if damage:
             raise UserError(f"{checkpoint} is damaged ({'; '.join(damage)}); name another of the run's checkpoints")
     record = read_record(checkpoint, IMPORT)

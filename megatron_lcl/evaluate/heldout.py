@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
-from megatron_lcl.convert.find import find_checkpoint, read_config, step_of
+from megatron_lcl.convert.find import average_of, find_checkpoint, read_config, step_of
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -83,7 +83,7 @@ def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | Non
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     result, examples = evaluate_heldout(model, config, corpus, step=step)
     if output is not None:
-        write_heldout(output, result, examples)
+        write_heldout(output, replace(result, average=None if spec.seed is not None else average_of(folder)), examples)
         write_picture([as_result(result, str(checkpoint))], output / PICTURE)
     return table(result)
 

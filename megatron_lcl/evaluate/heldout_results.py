@@ -55,6 +55,8 @@ class HeldOut:
     """see `heldout_rules`; results from before there were any have none"""
     step: int | None = None
     """steps that the model was trained for, where that is known"""
+    average: str | None = None
+    """name of the average of the weights that was measured; None: the weights"""
     image_to_context_recall_at_1: float | None = None
     image_to_context_recall_at_10: float | None = None
     context_to_image_recall_at_1: float | None = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -367,8 +367,9 @@ def build_layers(
     return [make() for make in layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]
 
 
-def num_parameters(model: Model) -> int:
-    """Numbers that a model learns."""
+def num_parameters(model: Model, without: Collection[str] = ()) -> int:
+    """Numbers that a model learns; without those of parameters `{index}.name`."""
     with torch.device("meta"):
         layers = build_layers(model, 0.0)
-    return sum(p.numel() for layer in layers for p in layer.parameters())
+    named = ((f"{i}.{name}", p) for i, layer in enumerate(layers) for name, p in layer.named_parameters())
+    return sum(p.numel() for name, p in named if name not in without)

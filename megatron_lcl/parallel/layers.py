@@ -23,7 +23,7 @@ from megatron_lcl.parallel.mappings import (
     start_gather,
     start_reduce_scatter,
 )
-from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.parallel.mesh import Axis, Pending
 
 
 def mark_split(parameter: torch.Tensor, dim: int, full_size: int) -> None:
@@ -91,16 +91,19 @@ class SharedParameters:
         if self.axis.size == 1:
             yield
             return
-        parameters = [getattr(owner, name) for owner, name in self.slots]
-        self._put(copy_to_tensor_parallel(parameters, self.axis))
+        slots = [(owner, name) for owner, name in self.slots if getattr(owner, name).requires_grad]
+        parameters = [getattr(owner, name) for owner, name in slots]
+        if parameters:
+            _put(slots, copy_to_tensor_parallel(parameters, self.axis))
         try:
             yield
         finally:
-            self._put(parameters)
+            _put(slots, parameters)
 
-    def _put(self, tensors: Sequence[torch.Tensor]) -> None:
-        for (owner, name), tensor in zip(self.slots, tensors, strict=True):
-            owner._parameters[name] = tensor  # type: ignore[assignment]  # a copy is no Parameter
+
+def _put(slots: Sequence[tuple[nn.Module, str]], tensors: Sequence[torch.Tensor]) -> None:
+    for (owner, name), tensor in zip(slots, tensors, strict=True):
+        owner._parameters[name] = tensor  # type: ignore[assignment]  # a copy is no Parameter
 
 
 class ColumnLinear(nn.Linear):
@@ -153,23 +156,25 @@ class _GatheredLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         num_inputs, saved = max(ctx.sources) + 1, ctx.saved_tensors  # read once: checkpointing allows no more
         inputs, weights = saved[:num_inputs], saved[num_inputs:]
-        gathers = [start_gather(local, ctx.axis, ctx.num_rows) for local in inputs]
-        sums = []
-        for i in range(num_inputs):
+        of_inputs, of_weights = ctx.needs_input_grad[3 : 3 + num_inputs], ctx.needs_input_grad[3 + num_inputs :: 2]
+        read = {source for source, needed in zip(ctx.sources, of_weights, strict=True) if needed}  # others are frozen
+        gathers = {i: start_gather(inputs[i], ctx.axis, ctx.num_rows) for i in sorted(read)}
+        sums: list[Pending | None] = [None] * num_inputs
+        for i in filter(of_inputs.__getitem__, range(num_inputs)):
             (grad, weight), *others = [
                 pair for *pair, source in zip(grads, weights, ctx.sources, strict=True) if source == i
             ]
             grad_rows = grad @ weight
             for grad, weight in others:
                 grad_rows.addmm_(grad, weight)
-            sums.append(start_reduce_scatter(grad_rows, ctx.axis))
-        rows = [gather.wait() for gather in gathers]
+            sums[i] = start_reduce_scatter(grad_rows, ctx.axis)
+        rows = {i: gather.wait() for i, gather in gathers.items()}
         of_parameters = [
             gradient
-            for grad, source in zip(grads, ctx.sources, strict=True)
-            for gradient in (grad.t() @ rows[source], grad.sum(0))
+            for grad, source, needed in zip(grads, ctx.sources, of_weights, strict=True)
+            for gradient in (grad.t() @ rows[source] if needed else None, grad.sum(0))
         ]
-        return None, None, None, *(pending.wait() for pending in sums), *of_parameters
+        return None, None, None, *(pending and pending.wait() for pending in sums), *of_parameters
 
 
 class RowLinear(nn.Linear):

@@ -153,6 +153,17 @@ class Axis:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
+    def all_to_all(self, numbers: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """Numbers [sum(sent)], one run for each process → the runs that all of them have for this one [sum(received)].
+
+        sent, received: lengths of the runs, in the order of the axis.
+        """
+        if self.group is None:
+            return numbers
+        result = numbers.new_empty(sum(received))
+        dist.all_to_all_single(result, numbers.contiguous(), list(received), list(sent), group=self.group)
+        return result
+
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite with the tensor of the axis's process with index `source`."""
         if self.group is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_lcl import config as configs
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, Optimizer
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch, num_runs
 from megatron_lcl.model.special import SpecialTokens
@@ -47,6 +47,8 @@ class Case:
     """`kept` or `all`: the images of the first two steps are smaller, the first has another weight of the contrast, the
     second leaves out half of the patches (with placeholders for those that are kept, or for all), and the third reads
     twice as many packs"""
+    optimizer: str = "adamw"
+    """muon: also with learning rates by part and depth"""
 
     @property
     def processes(self) -> int:
@@ -57,12 +59,13 @@ class Case:
         name = f"tp {self.tensor}  pp {self.pipeline}  dp {self.data}  ZeRO-{self.zero}  {self.strategy}"
         name += f", {self.dtype}" * (self.dtype != "float32") + f", {self.objective}" * (self.objective != "lcl")
         name += f", phases with {self.phases} places" if self.phases else ""
+        name += f", {self.optimizer}" * (self.optimizer != "adamw")
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
     def global_batch(self) -> int:
-        """Packs of a step: what decides the result, beside `climbs`, the objective and `phases`; of the first steps
-        where there are phases."""
+        """Packs of a step: what decides the result, beside `climbs`, the objective, the optimizer and `phases`; of the
+        first steps where there are phases."""
         return -(-MIN_PACKS // self.data) * self.data
 
     def lr(self, step: int) -> float:
@@ -72,6 +75,12 @@ class Case:
 
     def config(self) -> Config:
         """The run's config."""
+        optimizer: dict[str, Any] = {"lr": 1e-3, "warmup": 0, "clip_norm": 0.5}
+        if self.optimizer != "adamw":
+            # one momentum, so that the first step's tells all gradients
+            muon = {"dtype": "float32", "momentum": Optimizer().betas[0], "per_head": True}
+            parts = {"vision": {"lr": 0.5, "layer_decay": 0.8}, "head": {"weight_decay": 0.0}}
+            optimizer |= {"name": self.optimizer, "muon": muon, "parts": parts}
         return configs.from_dict(
             {
                 "model": {
@@ -100,7 +109,7 @@ class Case:
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
                 },
-                "optimizer": {"lr": 1e-3, "warmup": 0, "clip_norm": 0.5},
+                "optimizer": optimizer,
                 "zero": {"stage": self.zero},
                 "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
                 "train": {
@@ -142,6 +151,9 @@ CASES = (
     Case(tensor=2, pipeline=2, phases="all"),
     Case(pipeline=2, data=2, strategy="recompute", phases="kept"),
     Case(data=2, zero=3, strategy="recompute", phases="kept"),
+    Case(tensor=2, data=2, optimizer="muon"),
+    Case(pipeline=2, data=2, optimizer="muon"),
+    Case(data=2, zero=3, strategy="recompute", optimizer="muon"),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
     Case(dtype="bfloat16"),
     Case(tensor=2, dtype="bfloat16"),

@@ -2,7 +2,7 @@
 
 A collective is counted as its ring algorithm sends it (Thakur et al. 2005; NCCL's for large messages), on average over
 the p processes of the group: an all-gather or reduce-scatter of n bytes in all (p - 1)/p · n, an all-reduce twice that,
-a broadcast of n bytes (p - 1)/p · n. A message to one process is what it is.
+a broadcast of n bytes (p - 1)/p · n. A message to one process is what it is, and so is what goes from each to each.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class Traffic(TorchDispatchMode):
         operation = operation.strip("_")
         if operation in _QUIET:
             return
+        if operation == "alltoall_base":
+            self._count_all_to_all(args[1], args[2], args[4])
+            return
         if operation not in _SENDING:
             raise NotImplementedError(f"bytes of c10d::{operation}")
         position, group, passes = _SENDING[operation]
@@ -64,3 +67,9 @@ class Traffic(TorchDispatchMode):
             self.sent[ranks] += ring(num_bytes, len(ranks), passes)
         elif num_bytes >= SMALL:
             self.sent[dist.get_rank(), ranks[args[2]]] += num_bytes
+
+    def _count_all_to_all(self, numbers: Any, group: Any, lengths: list[int]) -> None:
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+        to_others = numbers.numel() - lengths[ranks.index(dist.get_rank())]
+        num_bytes = to_others * numbers.element_size()
+        self.sent[ranks] += num_bytes if num_bytes >= SMALL else 0

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
 from megatron_lcl.model.lcl import LayerList
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
+from megatron_lcl.train.optimizer import rules_of
+from megatron_lcl.train.optimizers.muon import newton_schulz
+from megatron_lcl.train.optimizers.pieces import tensors_of
+from megatron_lcl.train.optimizers.tensorwise import Rule
 
 WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0)}
 """by objective: of generation, and of contrast or regression, as published"""
@@ -42,19 +48,12 @@ def reference(case: Case) -> Trajectory:
     stages = build_layers(config.model, config.contrast.initial_log_scale)
     initialize(dict(enumerate(stages)), config.model, config.train.seed)
     model = LayerList(*stages)
-    settings = config.optimizer
-    groups = [
-        {"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "weight_decay": decay}
-        for decays, decay in ((True, settings.weight_decay), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    settings, optimizer = config.optimizer, _Optimizer(model, config)
     weight, published = WEIGHTS[case.objective]
     log_scale = dict(model.named_parameters())[f"{len(stages) - 1}.log_scale"]
     out = Trajectory()
     for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = case.lr(step)
-        optimizer.zero_grad()
+        model.zero_grad()
         given = phase_at(config, step).config.objective.contrastive_weight
         other_weight = published if given is None else given
         generation, other = _losses(model, make_batches(config, step), regression=case.objective == "emu")
@@ -67,12 +66,46 @@ def reference(case: Case) -> Trajectory:
         out.grad_norms.append(float(norm))
         if step == 0:
             out.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-        optimizer.step()
+        optimizer.step(case.lr(step))
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
         out.losses.append([generation.item(), other.item(), log_scale.item()])
     out.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     return out
+
+
+class _Optimizer:
+    """Torch's AdamW, each parameter a group of its own; Muon's matrices by its formula."""
+
+    def __init__(self, model: LayerList, config: Config) -> None:
+        named, settings = dict(model.named_parameters()), config.optimizer
+        rules = {name: Rule(tensor) for name, tensor in tensors_of(named).items()}
+        rules |= rules_of({name: rule.tensor for name, rule in rules.items()}, config) or {}
+        self.settings = settings
+        self.matrices = {named[name]: rule for name, rule in rules.items() if rule.algorithm == "muon"}
+        self.momentum = {parameter: torch.zeros_like(parameter) for parameter in self.matrices}
+        decay = {name: settings.weight_decay * (p.dim() >= 2) for name, p in named.items()}
+        groups = [
+            {"params": [named[name]], "weight_decay": decay[name] * rule.weight_decay, "rate": rule.lr}
+            for name, rule in rules.items()
+            if rule.algorithm != "muon"
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["rate"]
+        self.adamw.step()
+        muon = self.settings.muon
+        for matrix, rule in self.matrices.items():
+            assert matrix.grad is not None
+            momentum, rate = self.momentum[matrix], lr * rule.lr
+            momentum.mul_(muon.momentum).add_(matrix.grad * (1 - muon.momentum))
+            blended = matrix.grad * (1 - muon.momentum) + momentum * muon.momentum
+            matrix.mul_(1 - rate * self.settings.weight_decay * rule.weight_decay)
+            for own, update in zip(matrix.chunk(rule.heads), blended.chunk(rule.heads), strict=True):
+                own.sub_(rate * 0.2 * math.sqrt(max(own.shape)) * newton_schulz(update, muon.newton_schulz_steps))
 
 
 def _losses(model: LayerList, batches: list[PackedBatch], regression: bool) -> tuple[torch.Tensor, torch.Tensor]:

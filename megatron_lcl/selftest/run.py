@@ -244,7 +244,8 @@ def selftest(
             elif result is None or faults:
                 verdict = Verdict(case, faults=tuple(faults))
             else:
-                if (key := (case.global_batch, case.climbs, case.objective, case.phases)) not in truths:
+                key = (case.global_batch, case.climbs, case.objective, case.phases, case.optimizer)
+                if key not in truths:
                     truths[key] = reference(case)
                 verdict = compare(case, result, truths[key])
             verdicts.append(replace(verdict, seconds=time.monotonic() - started))

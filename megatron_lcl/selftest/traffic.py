@@ -16,8 +16,9 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.objectives.base import Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.selftest.count_traffic import ring
+from megatron_lcl.selftest.count_traffic import SMALL, ring
 from megatron_lcl.train.broadcast_batches import Header
+from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
@@ -42,6 +43,8 @@ def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: M
         parts.append(stepping(batches, layers, groups, objective.num_forwards, config, mesh))
     if mesh.pipeline.rank == mesh.pipeline.size - 1:
         parts.append(of_terms(objective, pairs, mesh))
+    if config.optimizer.name == "muon":
+        parts.append(of_matrices(engine.optimizer.optimizer.exchanges, config, mesh))
     total: Sent = defaultdict(float)
     for part in parts:
         for ranks, number in part.items():
@@ -126,6 +129,16 @@ def of_terms(objective: Objective, pairs: Sequence[int], mesh: Mesh) -> Sent:
     sent: Sent = defaultdict(float)
     for axis, gathered in objective.gathers(pairs, mesh):
         sent[axis.ranks] += ring(gathered, axis.size)
+    return sent
+
+
+def of_matrices(exchanges: Iterable[MatrixExchange], config: Config, mesh: Mesh) -> Sent:
+    """What Muon sends: pieces of matrices to their owners, and of the updates back."""
+    sent: Sent = defaultdict(float)
+    number = DTYPES[config.optimizer.muon.dtype].itemsize
+    for exchange in exchanges:
+        for numbers in exchange.numbers_sent:
+            sent[mesh.data_tensor.ranks] += number * numbers if number * numbers >= SMALL else 0
     return sent
 
 

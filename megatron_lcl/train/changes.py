@@ -21,7 +21,7 @@ JUMP = 1.1
 NOT_SAID = ("train.output", "train.progress", "checkpoint.resume", "data.allow_change")
 """they say where and how the run is started, not what it does"""
 NO_EFFECT = (
-    *("checkpoint.", "evaluate.", "train.evaluate_every", "train.log_every"),
+    *("checkpoint.", "evaluate.", "average.", "train.evaluate_every", "train.log_every"),
     *("data.workers", "data.cache", "data.cache_gb", "data.max_bad_images", "data.max_bad_fraction"),
     *("guard.timeout", "guard.long_timeout", "guard.every", "guard.max_rewinds"),
     *("train.seed", "train.init_from", "contrast.initial_log_scale"),  # with what a run begins

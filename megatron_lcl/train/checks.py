@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load
 from megatron_lcl.config.phases import phases_of
@@ -17,9 +15,10 @@ from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
-from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.apex import check_apex
+from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
@@ -28,6 +27,8 @@ from megatron_lcl.train.heldout import check_heldout
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import check_memory, local_processes
+from megatron_lcl.train.optimizer import check_optimizer
+from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.settings import deepspeed_config
 
 TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropout_places", "unmasked_steps"))
@@ -47,6 +48,9 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
     check_apex(config)
     check_kernels(config, elsewhere)
     check_determinism(config)
+    check_optimizer(config)
+    check_freeze(config)
+    check_averages(config)
     if not elsewhere:
         check_memory(config, processes, local_processes(processes, nodes))
     check_tokenizers(config)
@@ -99,13 +103,16 @@ def check_beginning(config: Config) -> None:
     if config.train.init_from is None:
         if config.checkpoint.resume != "auto":
             resumable(config.checkpoint.resume)
+        else:
+            check_frozen_have_weights(config, None)
         return
     if config.checkpoint.resume != "auto":
         raise UserError(
             f"checkpoint.resume = {config.checkpoint.resume} and train.init_from = {config.train.init_from}: a run "
             "goes on from the one or begins with the weights of the other; give one of the two"
         )
-    find_initial_weights(config, verify=False)
+    weights = find_initial_weights(config, verify=False)
+    check_frozen_have_weights(config, weights.missing if weights else None)
 
 
 def without_pairs(config: Config) -> tuple[str, ...]:
@@ -140,10 +147,9 @@ def check_output(run: Path, config: Config) -> None:
 def check_space(config: Config) -> None:
     """The disk of the run folder has room for one more checkpoint."""
     run = Path(config.train.output)
-    with torch.device("meta"):
-        layers = build_layers(config.model, config.contrast.initial_log_scale)
-    # the weights as one file; the optimizer's float32 weights and its two moments
-    needed = 4 * 4 * sum(p.numel() for layer in layers for p in layer.parameters())
+    averages, trained = len(average_names(config)), num_parameters(config.model, frozen_parameters(config))
+    # the weights as one file, and averages; the optimizer's float32 weights, its two moments, and averages
+    needed = 4 * ((1 + averages) * num_parameters(config.model) + (3 + averages) * trained)
     try:
         free = shutil.disk_usage(nearest_folder(run)).free
     except OSError:

@@ -30,7 +30,10 @@ from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from megatron_lcl.train.layout import build_mesh, build_topology
 from megatron_lcl.train.master_weights import update_log_scale
-from megatron_lcl.train.optimizer import build_optimizer, parameter_groups
+from megatron_lcl.train.optimizer import build_optimizer, parameter_groups, rules_of
+from megatron_lcl.train.optimizers.pieces import partitions_of, tensors_of
+from megatron_lcl.train.optimizers.tensorwise import Tensorwise
+from megatron_lcl.train.parts import check_stages, freeze, frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import deepspeed_config
@@ -84,9 +87,14 @@ def quiet_deepspeed() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # ours are tested
 
 
 def layer_norm(config: Config) -> Norm:
@@ -126,10 +134,12 @@ def build_module(
     specs = specs_of(config, mesh.tensor)
     bounds = [*(partition or partition_uniform(len(specs), mesh.pipeline.size)), len(specs)]
     own = range(bounds[mesh.pipeline.rank], bounds[mesh.pipeline.rank + 1])
+    frozen = frozen_parameters(config)
     layers = {index: specs[index]() for index in own}
     initialize(layers, config.model, config.train.seed, mesh.tensor)
     if weights is not None:
         load_initial_weights(weights, layers, mesh.tensor)
+    freeze({f"{index}.{name}": p for index, layer in layers.items() for name, p in layer.named_parameters()}, frozen)
     if mesh.pipeline.size == 1:
         return LayerList(*layers.values())
     from megatron_lcl.train.pipeline.engine import PipelineStage
@@ -148,7 +158,9 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     heads = [layer for layer in module.children() if isinstance(layer, Head)]  # in a pipeline only the last stage's
     initial = [float(head.log_scale.detach()) for head in heads]
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
-    optimizer = build_optimizer(groups, config.optimizer)
+    check_stages(mesh.pipeline.gather_objects(len(groups)), config)
+    rules = rules_of(tensors_of(dict(module.named_parameters())), config)
+    optimizer = build_optimizer(groups, config.optimizer, rules)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and, for bfloat16, memory in use
         if mesh.pipeline.size == 1:
             mpu = _grid(config, mesh)
@@ -159,6 +171,8 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
             from megatron_lcl.train.pipeline.engine import build_pipeline_engine
 
             engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
+    if isinstance(optimizer, Tensorwise):
+        optimizer.attach(partitions_of(engine.optimizer, mesh), mesh)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # at the smallest scale too an overflow is one more bad step
         scaler.raise_error_at_min_scale = False

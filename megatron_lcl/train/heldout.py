@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,10 @@ class HeldOutMeter:
             at_once,
         )
 
-    def measure(self, step: int) -> None:
+    def measure(self, step: int, average: str | None = None) -> None:
         """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.
 
+        average: the one that the model has in place of its weights (`averages.Averages.evaluated`).
         A signal interrupts it: the time left of the job is for saving.
         """
         started = time.perf_counter()
@@ -99,8 +101,9 @@ class HeldOutMeter:
         if result.bad_images:
             self.telemetry.say(f"{len(result.bad_images)} held-out images do not decode, first {result.bad_images[0]}")
         measured = ", ".join(f"{name} {value:.4g}" for name, value in result.numbers().items())
-        self.telemetry.say(f"held out, after step {step}: {measured}")
+        of = f" of {average}" if average else ""
+        self.telemetry.say(f"held out{of}, after step {step}: {measured}")
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
         self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
-        write_heldout(Path(self.config.train.output), result, examples)
+        write_heldout(Path(self.config.train.output), replace(result, average=average), examples)

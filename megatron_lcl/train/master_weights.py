@@ -24,6 +24,8 @@ def update_log_scale(parameter: Any, function: Callable[[torch.Tensor], torch.Te
         safe_set_local_fp32_param,
     )
 
+    if not parameter.requires_grad:  # no step changes it
+        return
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3: each process its shard
         safe_set_local_fp32_param(parameter, function(safe_get_local_fp32_param(parameter)))
         parameter.ds_tensor.copy_(function(parameter.ds_tensor))
@@ -34,15 +36,23 @@ def update_log_scale(parameter: Any, function: Callable[[torch.Tensor], torch.Te
 
 def read_log_scale(parameter: Any) -> torch.Tensor:
     """A copy of the log scale [1] in float32: DeepSpeed's master where the parameter itself is in half precision."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters([parameter]):  # with ZeRO-3 it may be with another process
+            return parameter.detach().float().clone()
     if parameter.dtype == torch.float32 and parameter.numel():
         return parameter.detach().clone()
     return safe_get_full_fp32_param(parameter).detach().clone()
 
 
 def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[str, torch.Tensor]:
-    """Whole parameters, or a state of the optimizer for each, float32, by name; on every process, and all call it."""
+    """Whole parameters, or a state of the optimizer for each that is trained, float32, by name.
+
+    On every process, and all call it.
+    """
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -51,6 +61,11 @@ def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[s
         link()
     own = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            if state is None:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    own[name] = full_tensor(parameter.detach(), parameter, mesh.tensor).float().cpu().clone()
+            continue
         value = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)
         if value is None:  # float32: the parameter is its own master
             value = parameter.detach()

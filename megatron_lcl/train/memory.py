@@ -25,8 +25,10 @@ from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import num_parameters
+from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 Slots = Sequence[int] | int | None
@@ -39,7 +41,7 @@ class Estimate:
 
     parameters: float
     optimizer: float
-    """Adam's moments and the float32 master weights"""
+    """Adam's moments, the float32 master weights, and their averages"""
     batches: float
     """images of all micro-batches of a step"""
     graph: float
@@ -76,7 +78,9 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
     model, train, stage = config.model, config.train, config.zero.stage
     number = DTYPES[resolve_dtype(config)].itemsize
+    frozen = frozen_parameters(config)
     own = num_parameters(model) / split
+    trained = num_parameters(model, frozen) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
     zero = config.deepspeed.get("zero_optimization", {})
@@ -84,11 +88,11 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     keeps_parameters, keeps_optimizer = (on_device or not zero.get(f"offload_{x}") for x in ("param", "optimizer"))
     return Estimate(
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
-        optimizer=12 * own / data * keeps_optimizer,
+        optimizer=(12 + 4 * len(average_names(config))) * trained / data * keeps_optimizer,
         batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,  # all patches
-        graph=_graph(config, images, number) / split,
+        graph=_graph(config, images, number) / split * (not frozen),  # of a part that is frozen less is kept
         num_graphs=micro_batches if objectives.create(config).keeps_graphs else 1,
-        gradients=number * own / (data if stage > 1 else 1) * keeps_optimizer,
+        gradients=number * trained / (data if stage > 1 else 1) * keeps_optimizer,
     )
 
 

@@ -1,17 +1,25 @@
-"""AdamW with the reference's decay groups, and the learning-rate schedule."""
+"""The optimizer with the reference's decay groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Optimizer, Schedule
+from megatron_lcl.errors import UserError
 from megatron_lcl.train.apex import fused_adam
+from megatron_lcl.train.optimizers.pieces import Tensor
+from megatron_lcl.train.optimizers.tensorwise import Rule, Tensorwise
+from megatron_lcl.train.parts import called, rates_of
 
+_MATRICES = re.compile(r"(vision|language)\.blocks\..*\.weight|pool\.(q|k|v|out)\.weight")
+"""what Muon steps, where it has two dimensions: neither embeddings nor what the outputs are read from"""
+_BY_HEADS = re.compile(r".*\.(q|k|v)\.weight")
 SCHEDULE = (
     *("optimizer.lr", "optimizer.min_lr", "optimizer.warmup", "train.steps"),
     *("schedule.learning_rate", "schedule.decay_steps", "schedule.cooldown", "schedule.cooldown_shape"),
@@ -33,15 +41,66 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty shard in its place
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW over parameter groups. ValueError where NVIDIA's apex is asked for and absent."""
+def build_optimizer(
+    groups: list[dict[str, Any]], config: Optimizer, rules: Mapping[str, Rule] | None = None
+) -> torch.optim.Optimizer:
+    """The config's optimizer over parameter groups. ValueError where NVIDIA's apex is asked for and absent.
+
+    rules: by parameter, where not all are stepped alike (see `rules_of`); such an optimizer is to be attached to what
+    DeepSpeed makes of it.
+    """
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if config.name == "apex_fused_adam":
+    optimizer: torch.optim.Optimizer
+    if rules is not None:
+        optimizer = Tensorwise(groups, config, rules)
+    elif config.name == "apex_fused_adam":
         optimizer = steps_beside_moments(fused_adam()(groups, adam_w_mode=True, **settings))
     else:
-        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+        # in one pass over the numbers; torch's other ways write a tensor for each term
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
     optimizer.register_load_state_dict_pre_hook(_of_earlier_versions)
     return optimizer
+
+
+def rules_of(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Rule] | None:
+    """How each tensor is stepped; None where all are by AdamW at the same rates."""
+    rules = {name: _rule(name, tensor, config) for name, tensor in tensors.items()}
+    alike = all(rule == Rule(rule.tensor) for rule in rules.values())
+    return None if alike else rules
+
+
+def _rule(name: str, tensor: Tensor, config: Config) -> Rule:
+    own, rates, optimizer = called(name, config.model), rates_of(name, config), config.optimizer
+    if optimizer.name == "stable_adamw":
+        return Rule(tensor, "stable_adamw", rates.lr, rates.weight_decay)
+    if optimizer.name == "muon" and len(tensor.shape) == 2 and _MATRICES.fullmatch(own):
+        encoder = {"vision": config.model.vision.heads, "language": config.model.language.heads}
+        heads = encoder.get(own.partition(".")[0], config.model.pool_heads)
+        split = optimizer.muon.per_head and _BY_HEADS.fullmatch(own)
+        return Rule(tensor, "muon", rates.lr, rates.weight_decay, heads if split else 1)
+    return Rule(tensor, "adamw", rates.lr, rates.weight_decay)
+
+
+def check_optimizer(config: Config) -> None:
+    """UserError for what the optimizer cannot do with the rest of the config."""
+    optimizer, zero = config.optimizer, config.deepspeed.get("zero_optimization", {})
+    parts = optimizer.parts != type(optimizer.parts)()
+    if optimizer.name == "apex_fused_adam" and parts:
+        raise UserError("optimizer.parts has no effect on apex_fused_adam; set optimizer.name to adamw")
+    if not parts and optimizer.name not in ("stable_adamw", "muon"):
+        return
+    what = "optimizer.parts" if optimizer.name == "adamw" else f"optimizer.name = {optimizer.name}"
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise UserError(
+            f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
+            "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
+        )
+    for option in ("round_robin_gradients", "parameter_alignment"):
+        if zero.get(option):
+            raise UserError(
+                f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "
+                "partitions than is known here; remove it"
+            )
 
 
 def _of_earlier_versions(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

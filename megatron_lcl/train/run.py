@@ -22,6 +22,7 @@ from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
@@ -116,6 +117,7 @@ class Training:
         self.audit = Audit(Path(config.train.output), mesh.is_first)
         self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
         self.bad = BadSteps(config.guard, point.progress.guard)
+        self.averages = Averages(config, engine, mesh)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
             self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._stop_requested)
@@ -208,7 +210,9 @@ class Training:
         if result.num_bad_images:
             reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
             self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
-        self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
+        averaged = self.progress.averaged if skipped else self.averages.update(step + 1, self.progress.averaged)
+        consumed = self.progress.packs + global_batch
+        self.progress = replace(self.progress, step=step + 1, packs=consumed, averaged=averaged)
 
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
@@ -219,8 +223,9 @@ class Training:
         elif compare and step % compare == 0:
             self._compare_replicas()
         if self.heldout and (last or step % self.config.train.evaluate_every == 0):
-            with self.watchdog.long_phase(step, "evaluating"):
-                self.heldout.measure(step)
+            averaged = self.progress.averaged
+            with self.watchdog.long_phase(step, "evaluating"), self.averages.evaluated(averaged) as average:
+                self.heldout.measure(step, average)
 
     def _save(self) -> None:
         self._compare_replicas()

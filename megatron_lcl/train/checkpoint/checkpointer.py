@@ -35,14 +35,17 @@ from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.errors import RunError
+from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.run_folder import CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
+from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
-from megatron_lcl.train.checkpoint.state import PARTITION_DIMS, State, save_hashed
-from megatron_lcl.train.checkpoint.unpickle import refused, restricted
+from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, is_average, save_hashed
+from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
+from megatron_lcl.train.optimizers.pieces import partitions_of
 from megatron_lcl.train.precision import resolve_dtype
 
 T = TypeVar("T")
@@ -109,7 +112,9 @@ class Checkpointer:
         progress = replace(progress, layout=self.layout, code=code_versions() if self.mesh.is_first else {})
         final = checkpoint.step_folder(self.run, progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
-        client_state = {PARTITION_DIMS: partition_dims(self.engine.module)}
+        client_state: dict[str, Any] = {PARTITION_DIMS: partition_dims(self.engine.module)}
+        if frozen := frozen_values(self.engine.module):
+            client_state[FROZEN] = frozen
         self.engine.save_checkpoint(str(temporary), tag=STATE, client_state=client_state, save_latest=False)
         files = [(temporary / RNG / self._rng_file(), random_state())]
         self._on_all(lambda: files.extend(self._snapshot.take()))
@@ -179,12 +184,20 @@ class Checkpointer:
 
     def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
         """What the first process does once the files of all processes are there; the result of `tidy`."""
-        files[WEIGHTS] = State(temporary / STATE, self.config.model).write_weights(temporary / WEIGHTS)
-        for name, text in ((CONFIG, to_yaml(self.config)), (PROGRESS, json.dumps(asdict(progress)))):
+        state, config = State(temporary / STATE, self.config.model), to_yaml(self.config)
+        files[WEIGHTS] = state.write_weights(temporary / WEIGHTS)
+        texts = {CONFIG: config, PROGRESS: json.dumps(asdict(progress))}
+        folders = [f"{AVERAGES}/{name}" for name in state.averages]
+        for name, folder in zip(state.averages, folders, strict=True):
+            (temporary / folder).mkdir(parents=True)
+            files[f"{folder}/{WEIGHTS}"] = state.write_weights(temporary / folder / WEIGHTS, name)
+            texts[f"{folder}/{CONFIG}"] = config
+        for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
             files[name] = fingerprint(temporary / name)
         (temporary / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
-        for name in (WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
+        averages = [f"{folder}/{name}" for folder in folders for name in (WEIGHTS, CONFIG, ".")]
+        for name in (*averages, *[AVERAGES] * bool(averages), WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
             sync(temporary / name)
         if final.exists():  # the same step saved again after a resume
             checkpoint.set_aside(final)
@@ -241,6 +254,11 @@ class Checkpointer:
             engine._config.load_universal_checkpoint = False
         if path is None:
             raise RunError(f"DeepSpeed could not read {folder}")
+        if not same:
+            self._load_what_deepspeed_leaves(folder / reshard.UNIVERSAL / "zero", before)
+        for state in optimizer.optimizer.state.values():  # averages that this run has no more
+            for key in [key for key in state if is_average(key) and key not in average_names(self.config)]:
+                del state[key]
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
             for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer
@@ -258,6 +276,23 @@ class Checkpointer:
         if (folder / RNG / self._rng_file()).exists():
             set_random_state(torch.load(folder / RNG / self._rng_file(), weights_only=True))
         return said
+
+    def _load_what_deepspeed_leaves(self, states: Path, before: Progress) -> None:
+        """From a universal checkpoint: parameters that are not trained, and, with ZeRO-3, averages of the weights."""
+        import deepspeed
+
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                whole = load_mapped(states / name / "fp32.pt")["param"]
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a shard of it with ZeRO-3
+                    parameter.data.copy_(shard(whole, parameter, self.mesh.tensor))
+        optimizer = self.engine.optimizer
+        for partition in partitions_of(optimizer, self.mesh) if self.config.zero.stage == 3 else ():
+            for key in before.averaged.keys() & set(average_names(self.config)):
+                average = optimizer.optimizer.state[partition.flat][key] = torch.zeros_like(partition.flat)
+                for piece in partition.pieces:
+                    whole = load_mapped(states / piece.name / f"{key}.pt")["param"]
+                    piece.of(average).copy_(whole.flatten()[piece.offset : piece.offset + piece.length])
 
     def _refuse_foreign(self, folder: Path) -> None:
         """The processes look through the files together, so that one that is refused ends all of them alike."""
@@ -303,6 +338,7 @@ def layout_of(engine: Any, config: Config, mesh: Mesh) -> Layout:
         dtype=resolve_dtype(config),
         partition=tuple(mesh.pipeline.gather_objects(first_layer)),
         deepspeed=config.deepspeed,
+        frozen=config.train.freeze,
     )
     return Layout.from_json(json.loads(json.dumps(asdict(layout))))
 
@@ -311,6 +347,15 @@ def partition_dims(module: torch.nn.Module) -> dict[str, int]:
     """The dimension along which tensor parallelism splits, of those parameters of this process that it splits."""
     named = module.named_parameters()
     return {name: p.partition_dim for name, p in named if getattr(p, "tensor_model_parallel", False)}  # type: ignore
+
+
+def frozen_values(module: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Size]]:
+    """What this process holds of the parameters that are not trained, with their shapes on its tensor rank."""
+    return {
+        name: (getattr(p, "ds_tensor", p).detach(), getattr(p, "ds_shape", p.shape))
+        for name, p in module.named_parameters()
+        if not p.requires_grad
+    }
 
 
 def make_room(temporary: Path) -> None:

@@ -4,6 +4,7 @@
         state/…              DeepSpeed's own files: parameters, optimizer, one set per process
         rng/rank-00000.pt …  random-number generators of each process
         model.safetensors    all parameters in float32, whole, unpadded, named `{index}.name`: what `load_model` reads
+        averages/ema_0.999/  an average of the weights, where the run has any: model.safetensors and config.yaml
         config.yaml          the run's config
         progress.json        step, packs consumed, the ledger that says which, layout, code
         manifest.json        size and XXH3 of every file above; written last
@@ -49,17 +50,21 @@ class Layout:
     """first layer of each pipeline stage"""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """the config's `deepspeed` section"""
+    frozen: tuple[str, ...] = ()
+    """the config's `train.freeze`: these parameters have no part in the optimizer's files"""
 
     def __str__(self) -> str:
         axes = [(self.tensor, "tensor"), (self.pipeline, "pipeline"), (self.data, "data")]
         sizes = " x ".join(f"{size} {name}" for size, name in axes if size > 1) or "1 process"
-        return f"{sizes}, ZeRO-{self.zero_stage}, {self.dtype}"
+        frozen = f", without {', '.join(self.frozen)}" if self.frozen else ""
+        return f"{sizes}, ZeRO-{self.zero_stage}, {self.dtype}{frozen}"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         """From what `progress.json` holds; older checkpoints call the partition "cuts"."""
-        others = {key: item for key, item in value.items() if key not in ("partition", "cuts")}
-        return cls(**others, partition=tuple(value["partition" if "partition" in value else "cuts"]))
+        others = {key: item for key, item in value.items() if key not in ("partition", "cuts", "frozen")}
+        partition = value["partition" if "partition" in value else "cuts"]
+        return cls(**others, partition=tuple(partition), frozen=tuple(value.get("frozen", ())))
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Progress:
     (data.loading.pack_index.Ledger.to_json)"""
     guard: dict[str, Any] = field(default_factory=dict)
     """what was counted of bad steps (train.resilience.bad_steps.BadSteps.state)"""
+    averaged: dict[str, int] = field(default_factory=dict)
+    """of how many steps the weights are in each average (train.averages)"""
     layout: Layout = Layout()
     """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
     code: dict[str, str] = field(default_factory=dict)

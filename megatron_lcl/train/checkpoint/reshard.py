@@ -1,7 +1,7 @@
 """A checkpoint of any layout as DeepSpeed's Universal Checkpoint, from which any other layout loads.
 
     step-00001000/universal/
-        zero/{index}.name/{fp32,exp_avg,exp_avg_sq,step}.pt      whole and unpadded
+        zero/{index}.name/{fp32,exp_avg,exp_avg_sq,step}.pt      whole and unpadded; also averages of the weights
         zero/optimizer_state.pt                                  loss scale and the like
         mp_rank_00_model_states.pt                               counts; what ZeRO-1 and 2 look for
         zero_pp_rank_0_mp_rank_00_model_states.pt                the same, what ZeRO-3 looks for
@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_lcl.config import Model
 from megatron_lcl.data.corpus.manifest import MANIFEST, manifest_text, verify
 from megatron_lcl.train.checkpoint.folder import STATE
-from megatron_lcl.train.checkpoint.state import KEYS, State, save_hashed
+from megatron_lcl.train.checkpoint.state import State, save_hashed
 
 UNIVERSAL = "universal"
 
@@ -54,13 +54,14 @@ def _write(state: State, folder: Path) -> None:
 
     for name, shape in state.shapes.items():
         dim = state.partition_dims.get(name, 0)
-        for key in KEYS:
+        for key in state.keys:
             content = {"param": state.whole(name, key), "cat_dim": dim}
             if dim == 0 and len(shape) > 1:
                 content["vocab_tensor"] = True  # so DeepSpeed calls rows that may have to be padded again
             save(f"zero/{name}/{key}.pt", content)
         save(f"zero/{name}/step.pt", state.step)
-    groups, shards = state.base["param_groups"], {"fp32_flat_groups", "param_slice_mappings"}
+    # as many as any run has: parameters may have been frozen. `Checkpointer.load` sets what is in them
+    groups, shards = [state.base["param_groups"][0]] * 2, {"fp32_flat_groups", "param_slice_mappings"}
     shards |= {"single_partition_of_fp32_groups", "base_optimizer_state", "optimizer_state_dict"}
     common = {key: value for key, value in state.optimizer.items() if key not in shards}
     zero3 = {"state": {0: {"step": state.step}}, "param_groups": groups}

@@ -21,13 +21,17 @@ from megatron_lcl.convert.weights import write_safetensors
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.train.checkpoint.unpickle import load_mapped
 
-KEYS = ("fp32", "exp_avg", "exp_avg_sq")
-"""what there is of every parameter: its float32 value and Adam's two moments"""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = ("fp32", *MOMENTS)
+"""what there is of every parameter: its float32 value and Adam's two moments; beside them there may be averages"""
 PARTITION_DIMS = "partition_dims"
 """key under which `Checkpointer` adds to every process's file which parameters tensor parallelism splits, and where"""
+FROZEN = "frozen"
+"""key under which it adds what the process holds of the parameters that are not trained, and these parameters' shapes
+on its tensor rank"""
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
 Piece = Callable[[str], torch.Tensor]
 """a key of KEYS → a run of elements of the flattened shard"""
@@ -44,12 +48,18 @@ class State:
         self.partition_dims: dict[str, int] = {}
         self._local_shapes: dict[int, dict[str, torch.Size]] = {}
         self._pieces: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
-        for (tensor_rank,), file in _numbered(folder, _MODEL):
-            self.common: dict[str, Any] = load_mapped(file)
+        for (data_rank, tensor_rank), file in sorted(_numbered(folder, _MODEL)):
+            common = load_mapped(file)
+            for name, (held, shape) in common.get(FROZEN, {}).items():
+                self._local_shapes.setdefault(tensor_rank, {})[name] = shape
+                self._pieces[name][tensor_rank].append(_frozen(held))
+            if data_rank > 0:  # ZeRO-3's other processes
+                continue
+            self.common: dict[str, Any] = common
             """what DeepSpeed keeps beside the parameters: step counts and the like"""
-            self._local_shapes[tensor_rank] = {
-                n: shape for group in self.common["param_shapes"] for n, shape in group.items()
-            }
+            self._local_shapes.setdefault(tensor_rank, {}).update(
+                (n, shape) for group in self.common["param_shapes"] for n, shape in group.items()
+            )
             self.partition_dims |= self.common[PARTITION_DIMS]
         for (_rank, tensor_rank), file in sorted(_numbered(folder, _OPTIMIZER)):
             loaded = load_mapped(file)
@@ -63,9 +73,20 @@ class State:
         assert self._pieces.keys() == self.shapes.keys(), "the files do not hold this model"
         self.base: dict[str, Any] = self.optimizer["optimizer_state_dict" if zero3 else "base_optimizer_state"]
         """torch's optimizer, as one process wrote it"""
+        state = next(iter(self.base["state"].values()))
+        self.averages = [key for key in state if is_average(key)]
+        """of the weights, by the names of `train.averages`"""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What `whole` gives of every parameter."""
+        return (*KEYS, *self.averages)
 
     def whole(self, name: str, key: str) -> torch.Tensor:
-        """A parameter's value or moment, whole, unpadded, on the CPU."""
+        """A parameter's value, moment or average, whole, unpadded, on the CPU.
+
+        Of one that is not trained, the value and moments of zeros; its averages are the value.
+        """
         shards = []
         for tensor_rank, pieces in sorted(self._pieces[name].items()):
             shape = self._local_shapes[tensor_rank][name]
@@ -83,18 +104,24 @@ class State:
         # where apex keeps it, and earlier versions of this package did
         return state["step"] if "step" in state else torch.tensor(float(self.base["param_groups"][0]["step"]))
 
-    def write_weights(self, path: Path) -> dict[str, Any]:
-        """All parameters, float32, as a safetensors file, one after another; its entry in the manifest."""
+    def write_weights(self, path: Path, key: str = "fp32") -> dict[str, Any]:
+        """All parameters, float32, as a safetensors file, one after another; its entry in the manifest.
+
+        key: "fp32", or one of `averages`.
+        """
         tensors = {name: (torch.float32, shape) for name, shape in self.shapes.items()}
-        return write_hashed(
-            path, lambda file: write_safetensors(file, tensors, lambda name: [self.whole(name, "fp32")])
-        )
+        return write_hashed(path, lambda file: write_safetensors(file, tensors, lambda name: [self.whole(name, key)]))
+
+
+def is_average(key: str) -> bool:
+    """Whether a state of the optimizer is an average of the weights."""
+    return key.startswith(("ema_", "tail_"))
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[tuple[int, ...], Path]]:
     for file in sorted(folder.iterdir()):
         if match := pattern.fullmatch(file.name):
-            yield tuple(map(int, match.groups())), file
+            yield tuple(int(number or 0) for number in match.groups()), file
 
 
 def _pieces_zero12(optimizer: dict[str, Any], _shapes: Any) -> Iterator[tuple[str, Piece]]:
@@ -115,6 +142,10 @@ def _pieces_zero3(optimizer: dict[str, Any], shapes: Any) -> Iterator[tuple[str,
             length = -(-shape.numel() // num_ranks)
             yield name, _run(flat, start, length)
             start += length
+
+
+def _frozen(held: torch.Tensor) -> Piece:
+    return lambda key: torch.zeros(held.numel()) if key in MOMENTS else held.flatten().float()
 
 
 def _run(flat: dict[str, torch.Tensor], start: int, length: int) -> Piece:

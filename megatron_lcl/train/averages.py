@@ -1,0 +1,109 @@
+"""Averages of the weights over steps: exponential, and plain means over the end of the run.
+
+Each process averages the float32 masters that it holds, as states of DeepSpeed's base optimizer beside Adam's moments.
+So averages are sharded as these are, lie in the same files, and go on at any layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
+from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.optimizers.pieces import partitions_of
+
+
+def average_names(config: Config) -> dict[str, float]:
+    """The run's averages by name, with the decay of each, or the fraction of the run."""
+    return {f"ema_{decay:g}": decay for decay in config.average.ema} | {
+        f"tail_{fraction:g}": fraction for fraction in config.average.tail
+    }
+
+
+def check_averages(config: Config) -> None:
+    """UserError where an average that is to be measured is none of the run's."""
+    name, names = config.evaluate.average, average_names(config)
+    if name is not None and name not in names:
+        raise UserError(
+            f"evaluate.average = {name} is no average of this run; "
+            + (f"there are {', '.join(names)}" if names else "average.ema or average.tail make some")
+        )
+
+
+def weight_of_next(name: str, value: float, number: int) -> float:
+    """The weight of the number-th weights (from 1) in an average of so many.
+
+    ema: (1 - d) / (1 - d^n), which makes the average sum_i d^(n - i) w_i / sum_i d^(n - i); tail: 1 / n.
+    """
+    return (1 - value) / (1 - value**number) if name.startswith("ema_") else 1 / number
+
+
+class Averages:
+    """The averages of a run; every process has one, and all call it together."""
+
+    def __init__(self, config: Config, engine: Any, mesh: Mesh) -> None:
+        self._config, self._engine, self._mesh = config, engine, mesh
+        self._names = average_names(config)
+
+    @torch.no_grad()
+    def update(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
+        """Take in the weights after step number `step` (from 1), which was applied.
+
+        averaged: of how many steps the weights are in each average (Progress.averaged); given back as it is then.
+        """
+        counts = {name: number for name, number in averaged.items() if name in self._names}  # others are gone
+        for name, value in self._names.items():
+            if name.startswith("tail_") and step <= self._config.train.steps * (1 - value):
+                continue
+            number = counts.get(name, 0) + 1
+            weight = weight_of_next(name, value, number)
+            for flat, state in self._states():
+                if number == 1:
+                    state[name] = flat.detach().clone()
+                else:
+                    state[name].lerp_(flat.detach(), weight)
+            counts[name] = number
+        return counts
+
+    @contextlib.contextmanager
+    def evaluated(self, averaged: Mapping[str, int]) -> Iterator[str | None]:
+        """Inside, the model has the weights of `evaluate.average`, whose name is given, if it has begun; afterwards its
+        own."""
+        name = self._config.evaluate.average
+        if name is None or not averaged.get(name):
+            yield None
+            return
+        self._exchange(name)
+        try:
+            yield name
+        finally:
+            self._exchange(name)
+
+    @torch.no_grad()
+    def _exchange(self, name: str) -> None:
+        """Put the average where the masters are, and these where it was; and into the model what the masters are."""
+        for flat, state in self._states():
+            master = flat.detach().clone()
+            flat.data.copy_(state[name])
+            state[name].copy_(master)
+        optimizer = self._engine.optimizer
+        if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            optimizer.update_lp_params()
+            return
+        # ZeRO-3: as at the end of its step
+        optimizer._partition_all_parameters()
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+
+    def _states(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        base = self._engine.optimizer.optimizer
+        for partition in partitions_of(self._engine.optimizer, self._mesh):
+            yield partition.flat, base.state[partition.flat]

@@ -1,0 +1,168 @@
+"""The model's parts by the names that a config uses: what is frozen, and how fast each parameter is trained.
+
+A parameter `{index}.name` is called after its part here, whatever the depth of the encoders:
+
+    vision.patches.*  vision.blocks.N.*  vision.norm.*     the vision transformer
+    pool.*                                                 the attention pool
+    language.embedding.*  language.positions  language.blocks.N.*
+    head.*                                                 both output projections, their norms, the log scale
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lcl import objectives
+from megatron_lcl.config import Config, Model
+from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.model.lcl import LCL
+
+_WITHOUT_GRADIENT = {
+    "retrieval": ("head.vocabulary*",),
+    "generation": ("head.norm.*", "head.projection.*", "head.log_scale"),
+}
+"""what has no gradient, by what of the model an objective trains (`Objective.trains`)"""
+
+
+def parameter_names(model: Model) -> dict[str, str]:
+    """Every parameter of the model, `{index}.name` → the name after its part."""
+    with torch.device("meta"):
+        return {name: called(name, model) for name, _ in LCL(model, seed=None).layers.named_parameters()}
+
+
+def called(name: str, model: Model) -> str:
+    """A parameter `{index}.name`, by the name after its part."""
+    first, _, leaf = name.partition(".")
+    index, pool = int(first), 1 + model.vision.layers
+    if index == 0:
+        return f"vision.patches.{leaf}"
+    if index < pool:
+        return f"vision.blocks.{index - 1}.{leaf}"
+    if index == pool:
+        own = leaf.partition(".")[0]
+        part = {"norm": "vision", "embedding": "language", "positions": "language"}.get(own, "pool")
+        return f"{part}.{leaf}"
+    if index <= pool + model.language.layers:
+        return f"language.blocks.{index - pool - 1}.{leaf}"
+    return f"head.{leaf}"
+
+
+# --- how fast ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a parameter is trained, beside the others."""
+
+    lr: float = 1.0
+    """multiple of the scheduled learning rate"""
+    weight_decay: float = 1.0
+    """multiple of its group's weight decay"""
+
+
+def rates_of(name: str, config: Config) -> Rates:
+    """Of a parameter `{index}.name`: those of its part, and by depth.
+
+    Layer-wise decay d (Clark et al. 2020, arXiv 2003.10555, section 3.1; BEiT, arXiv 2106.08254): of L blocks the
+    n-th, counted from 1, has d^(L + 1 - n), the embedding below them d^(L + 1), what stands above them 1.
+    """
+    part, inside, *more = called(name, config.model).split(".")
+    rates = getattr(config.optimizer.parts, part)
+    lr = rates.lr
+    if part in ("vision", "language"):
+        top = getattr(config.model, part).layers + 1
+        depth = (
+            int(more[0]) + 1 if inside == "blocks" else 0 if inside in ("patches", "embedding", "positions") else top
+        )
+        lr *= rates.layer_decay ** (top - depth)
+    return Rates(lr, rates.weight_decay)
+
+
+# --- what is frozen ----------------------------------------------------------------------------------------------
+
+
+def frozen_parameters(config: Config) -> frozenset[str]:
+    """The parameters `{index}.name` that `train.freeze` names. UserError where a pattern names none."""
+    if not config.train.freeze:
+        return frozenset()
+    names = parameter_names(config.model)
+    frozen: set[str] = set()
+    for pattern in config.train.freeze:
+        matched = {name for name, own in names.items() if fnmatch.fnmatchcase(own, pattern)}
+        if not matched:
+            raise UserError(f"train.freeze: no parameter is called {pattern}; {_nearest(pattern, names.values())}")
+        frozen |= matched
+    return frozenset(frozen)
+
+
+def _nearest(pattern: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(pattern.replace("*", "").rstrip("."), names, n=1, cutoff=0.0)
+    return f"the nearest is {near[0]}"
+
+
+def check_freeze(config: Config) -> None:
+    """UserError where a pattern matches nothing, or the objective has nothing left to train."""
+    frozen = frozen_parameters(config)
+    if not frozen:
+        return
+    trained = {own for name, own in parameter_names(config.model).items() if name not in frozen}
+    without = [
+        {own for pattern in _WITHOUT_GRADIENT[task] for own in fnmatch.filter(trained, pattern)}
+        for task in objectives.create(config).trains
+    ]
+    if trained <= set.intersection(*without):
+        raise UserError(
+            f"train.freeze = {_listed(config.train.freeze)} freezes all that the objective "
+            f"{config.objective.name} trains; leave a part of it out"
+        )
+
+
+def check_frozen_have_weights(config: Config, drawn: Iterable[str] | None) -> None:
+    """UserError where a whole part would stay for ever as `train.seed` draws it, and the objective needs it.
+
+    drawn: parameters `{index}.name` that begin so; None: all.
+    """
+    frozen = frozen_parameters(config)
+    if not frozen:
+        return
+    names = parameter_names(config.model)
+    random = frozen & (names.keys() if drawn is None else set(drawn))
+    for part in ("vision", "pool", "language", "head"):
+        of_part = {name for name, own in names.items() if own.startswith(f"{part}.")}
+        if of_part <= frozen and of_part & random:
+            raise UserError(
+                f"train.freeze = {_listed(config.train.freeze)} freezes all of {part}, which the objective "
+                f"{config.objective.name} needs trained, and train.init_from gives "
+                f"{'no weights for it' if of_part <= random else 'not all of its weights'}; name weights that do, or "
+                f"train the {part}"
+            )
+
+
+def check_stages(num_groups: Sequence[int], config: Config) -> None:
+    """RunError where a stage of the pipeline has nothing to train of one kind; every process calls it.
+
+    num_groups: of parameters, in each stage. DeepSpeed adds up the gradient's norm group by group over the stages.
+    """
+    if len(set(num_groups)) > 1 or not all(num_groups):
+        fewest = num_groups.index(min(num_groups))
+        raise RunError(
+            f"train.freeze = {_listed(config.train.freeze)} leaves stage {fewest} of the pipeline no matrix or no "
+            "vector to train, and DeepSpeed needs both in every stage or neither; use parallel.tensor or ZeRO in place "
+            "of parallel.pipeline, or freeze less"
+        )
+
+
+def _listed(patterns: Iterable[str]) -> str:
+    return "[" + ", ".join(patterns) + "]"
+
+
+def freeze(parameters: Mapping[str, torch.nn.Parameter], frozen: Collection[str]) -> None:
+    """Of this process's parameters those that are frozen need no gradient."""
+    for name, parameter in parameters.items():
+        if name in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,243 @@
+"""Muon's momentum, averages of the weights and frozen parameters through a checkpoint, at any layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import run_processes
+from small_runs import FIRST, GLOBAL_BATCH, LR, PARTITION, Job, build_config, pack
+
+from megatron_lcl import LCL, load_model
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.convert.find import find_average
+from megatron_lcl.errors import UserError
+from megatron_lcl.train.checkpoint.folder import read_progress, step_folder
+
+DECAY = 0.5
+FREEZE = ("vision.patches.*", "language.blocks.0.mlp.*")
+FROZEN = ("0.", "3.mlp.")
+"""beginnings of what is frozen, by our names"""
+RECIPE = {
+    "optimizer__name": "muon",
+    "optimizer__muon__dtype": "float32",
+    "optimizer__parts__vision__lr": 0.5,
+    "average__ema": (DECAY,),
+    "average__tail": (0.5,),
+    "evaluate__average": "ema_0.5",
+    "train__steps": 2 * FIRST,
+}
+
+
+@dataclass(frozen=True)
+class Run(Job):
+    """With the recipe, and with what is frozen."""
+
+    freeze: tuple[str, ...] = FREEZE
+
+    def config(self, folder: Path) -> Config:
+        return configs.replace(build_config(folder, self), **RECIPE, train__freeze=self.freeze)
+
+
+def run(rank: int, folder: str, jobs: list[Run]) -> list[dict[str, Any]]:
+    import torch.distributed as dist
+
+    results = [run_job(Path(folder), job) for job in jobs]
+    dist.destroy_process_group()
+    return results
+
+
+def run_job(folder: Path, job: Run) -> dict[str, Any]:
+    """Losses after the checkpoint; weights after every step, averages after the last one, as numpy arrays."""
+    from megatron_lcl.train.averages import Averages
+    from megatron_lcl.train.broadcast_batches import broadcast_batches
+    from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
+    from megatron_lcl.train.checkpoint.folder import Progress
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.master_weights import read_parameters
+    from megatron_lcl.train.optimizers.pieces import partitions_of
+
+    config = job.config(folder)
+    mesh = init_processes(config)
+    engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
+    stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
+    each, averaged, run = GLOBAL_BATCH // mesh.data.size, {}, Path(config.train.output)
+    rows: list[tuple[float, float]] = []
+    weights: list[dict[str, np.ndarray]] = []
+
+    def steps(first: int, last: int) -> None:
+        nonlocal averaged
+        for step in range(first, last):
+            own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
+            batches = [pack(step, number, config) for number in own] if mesh.loads_data else None
+            result = stepper.run(broadcast_batches(batches, each, 1, mesh, engine.device), LR[step])
+            averaged = averages.update(step + 1, averaged)
+            rows.append((result.loss, result.grad_norm))
+            weights.append(arrays(read_parameters(engine, mesh)))
+
+    with Checkpointer(engine, config, mesh, run) as checkpoints:
+        if job.source is None:
+            steps(0, FIRST)
+            checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}, averaged=averaged))
+            checkpoints.wait()
+        else:
+            checkpoints.load(step_folder(folder / job.source, FIRST))
+            averaged = read_progress(step_folder(folder / job.source, FIRST)).averaged
+        steps(FIRST, 2 * FIRST)
+    in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
+    before = in_model(engine, mesh)
+    with averages.evaluated(averaged):
+        inside = in_model(engine, mesh)
+    after = in_model(engine, mesh)
+    return {
+        "rows": rows[-FIRST:],
+        "weights": weights,
+        "averages": {name: arrays(read_parameters(engine, mesh, name)) for name in averaged},
+        "inside": inside,
+        "undone": all(np.array_equal(before[name], after[name]) for name in before),
+        "in optimizer": sum(mesh.world.gather_objects(in_optimizer)),
+    }
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.clone().numpy() for name, value in tensors.items()}
+
+
+def in_model(engine: Any, mesh: Any) -> dict[str, np.ndarray]:
+    """What the model computes with, not the masters."""
+    import deepspeed
+
+    from megatron_lcl.parallel.layers import full_tensor
+
+    named = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        own = {name: full_tensor(p.detach(), p, mesh.tensor).float() for name, p in named.items()}
+        return {name: value for part in mesh.pipeline.gather_objects(arrays(own)) for name, value in part.items()}
+
+
+SOURCES = {
+    "zero1": Run("zero1"),
+    "zero3": Run("zero3", 3, sub_group_size=2000),
+    "tensor": Run("tensor", 2, tensor=2),
+    "pipeline": Run("pipeline", pipeline=2),
+    "bfloat16": Run("bfloat16", dtype="bfloat16"),
+    "thawed": Run("thawed", freeze=()),
+}
+AGAIN = ("zero1", "zero3", "bfloat16")
+OTHERS = [
+    Run("a", 3, source="zero1"),
+    Run("b", tensor=2, source="zero3"),
+    Run("c", pipeline=2, source="tensor"),
+    Run("d", 2, source="pipeline"),
+    Run("thaw", source="zero1", freeze=()),
+    Run("freeze", 3, source="thawed"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("runs")
+    fresh = [dataclasses.replace(SOURCES[name], name=f"{name}, fresh", source=name) for name in AGAIN]
+    jobs = [*SOURCES.values(), *fresh, *OTHERS]
+    results = run_processes(run, 2, str(folder), jobs, timeout=500.0)[0]
+    return folder, {job.name: result for job, result in zip(jobs, results, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGAIN)
+def test_at_the_same_layout_to_the_last_bit(name: str, runs: Any) -> None:
+    first, again = runs[1][name], runs[1][f"{name}, fresh"]
+    assert again["rows"] == first["rows"]
+    for kind, average in first["averages"].items():
+        for parameter, value in average.items():
+            assert np.array_equal(value, again["averages"][kind][parameter]), (kind, parameter)
+    assert first["undone"]
+    assert again["undone"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", OTHERS[:4], ids=lambda job: f"{job.source} to {job.name}")
+def test_at_another_layout(job: Run, runs: Any) -> None:
+    """Losses, weights and averages as of the run that was not interrupted."""
+    ours, theirs = runs[1][job.name], runs[1][job.source]
+    torch.testing.assert_close(torch.tensor(ours["rows"]), torch.tensor(theirs["rows"]), rtol=1e-4, atol=0)
+    near(ours["weights"][-1], theirs["weights"][-1])
+    for kind, average in theirs["averages"].items():
+        near(ours["averages"][kind], average)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero3", "tensor", "pipeline"])
+def test_averages_are_the_sums_that_they_are_said_to_be(name: str, runs: Any) -> None:
+    folder, results = runs
+    weights = results[name]["weights"]
+    ema, tail = (results[name]["averages"][kind] for kind in ("ema_0.5", "tail_0.5"))
+    saved = load_model(find_average(step_folder(folder / name, FIRST), "ema_0.5"))
+    saved_parameters = {key: value.detach().numpy() for key, value in saved.layers.named_parameters()}
+    near(saved_parameters, exponential(weights[:FIRST]))
+    of_trained = {key: value for key, value in exponential(weights).items() if not key.startswith(FROZEN)}
+    near(ema, of_trained)
+    near(tail, {key: np.mean([w[key] for w in weights[FIRST:]], 0, np.float64) for key in of_trained})
+    assert any(np.abs(tail[key] - weights[-1][key]).max() > 1e-3 for key in tail)
+    near({key: results[name]["inside"][key] for key in ema}, ema)  # what is evaluated
+
+
+def exponential(weights: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    shares = [DECAY ** (len(weights) - 1 - i) for i in range(len(weights))]
+    return {
+        key: sum(share * w[key].astype(np.float64) for share, w in zip(shares, weights, strict=True)) / sum(shares)
+        for key in weights[0]
+    }
+
+
+@pytest.mark.slow
+def test_what_is_frozen_stays_and_is_not_in_the_optimizer(runs: Any) -> None:
+    results = runs[1]
+    start = {
+        name: p.detach().numpy()
+        for name, p in LCL(SOURCES["zero1"].config(Path()).model, seed=0).layers.named_parameters()
+    }
+    trained = sum(value.size for name, value in start.items() if not name.startswith(FROZEN))
+    for name in ("zero1", "zero3", "pipeline", "a", "b", "c", "d"):
+        last = results[name]["weights"][-1]
+        for key, value in start.items():
+            assert np.array_equal(last[key], value) == key.startswith(FROZEN), (name, key)
+        split = name in ("b",)  # each tensor rank has what is not split, and its shard of a padded vocabulary
+        assert split or results[name]["in optimizer"] == trained, name
+    assert results["thawed"]["in optimizer"] == sum(value.size for value in start.values())
+
+
+@pytest.mark.slow
+def test_what_is_frozen_may_change_at_a_resume(runs: Any) -> None:
+    folder, results = runs
+    for job, source in (("thaw", "zero1"), ("freeze", "thawed")):
+        saved = {
+            name: p.detach().numpy()
+            for name, p in load_model(step_folder(folder / source, FIRST)).layers.named_parameters()
+        }
+        last = results[job]["weights"][-1]
+        for key, value in saved.items():
+            stays = job == "freeze" and key.startswith(FROZEN)
+            assert np.array_equal(last[key], value) == stays, (job, key)
+    assert results["freeze"]["rows"][0][0] == pytest.approx(results["thawed"]["rows"][0][0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_average_that_is_not_there_is_named(runs: Any) -> None:
+    folder = step_folder(runs[0] / "zero1", FIRST)
+    with pytest.raises(UserError, match=r"has no average ema_0.9; there are ema_0.5$"):
+        find_average(folder, "ema_0.9")  # the tail has not begun
+
+
+def near(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Key biases left out: their gradients are rounding, which Adam makes large."""
+    assert ours.keys() == expected.keys()
+    for key in (key for key in ours if not key.endswith("k.bias")):
+        error = np.linalg.norm(ours[key] - expected[key]) / max(np.linalg.norm(expected[key]), 1e-2)
+        assert error < 1e-4, (key, error)

@@ -1,0 +1,194 @@
+"""Muon, StableAdamW and AdamW by parts: given equal gradients every layout steps as one process does, by the formulas.
+
+The truth is torch's own optimizers, and formulas in float64, on whole tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from layouts import DECAY, LR, STEPS, Layout, config_of, gradient, run_layouts
+from processes import run_processes
+
+from megatron_lcl import LCL
+from megatron_lcl.train.optimizers.muon import newton_schulz
+from megatron_lcl.train.parts import called
+
+BETAS, EPS = (0.9, 0.98), 1e-6
+LAYOUTS = [Layout("zero1"), Layout("zero3", 3), Layout("tensor", tensor=2)]
+MORE = [Layout("zero2", 2), Layout("pipeline", pipeline=2), Layout("bfloat16", dtype="bfloat16")]
+"""whose partitions are made as those of the others"""
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {"name": "muon", "muon": {"dtype": "float32"}},
+    "muon by heads, bfloat16": {"name": "muon", "muon": {"per_head": True}},
+    "stable_adamw": {"name": "stable_adamw"},
+    "parts": {
+        "parts": {
+            "vision": {"lr": 0.1, "layer_decay": 0.5},
+            "language": {"layer_decay": 0.7},
+            "head": {"weight_decay": 0.0},
+        }
+    },
+}
+
+
+class Adam:
+    """Torch's AdamW, not fused."""
+
+    def __init__(self, parameter: torch.Tensor, decay: float, rate: float = 1.0) -> None:
+        self.parameter, self.rate = torch.nn.Parameter(parameter), rate
+        self.torch = torch.optim.AdamW([self.parameter], betas=BETAS, eps=EPS, weight_decay=decay, foreach=False)
+
+    def step(self, grad: torch.Tensor, lr: float) -> None:
+        self.parameter.grad = grad
+        self.torch.param_groups[0]["lr"] = lr * self.rate
+        self.torch.step()
+
+
+class Stable:
+    """Algorithm 2 of arXiv 2304.13013 as it is written there, in float64: betas that change with t."""
+
+    def __init__(self, parameter: torch.Tensor, decay: float) -> None:
+        self.parameter, self.decay, self.t = parameter.double(), decay, 0
+        self.v, self.u = torch.zeros_like(self.parameter), torch.zeros_like(self.parameter)
+        self.slowest = 1.0
+
+    def step(self, grad: torch.Tensor, lr: float) -> None:
+        self.t += 1
+        g, t = grad.double(), self.t
+        b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in BETAS)
+        self.v = b1 * self.v + (1 - b1) * g
+        self.u = b2 * self.u + (1 - b2) * g**2
+        rms = math.sqrt(float((g**2 / self.u.clamp(min=EPS**2)).mean()))
+        self.slowest = max(self.slowest, rms)
+        eta = lr / max(1.0, rms)
+        self.parameter = self.parameter - eta * self.decay * self.parameter - eta * self.v / (self.u.sqrt() + EPS)
+
+
+class Muon:
+    """Muon's formula in float64 (arXiv 2502.16982, eq. 1, 2 and 4)."""
+
+    def __init__(self, parameter: torch.Tensor, decay: float) -> None:
+        self.parameter, self.decay, self.b = parameter.double(), decay, torch.zeros_like(parameter).double()
+
+    def step(self, grad: torch.Tensor, lr: float) -> None:
+        self.b = 0.95 * self.b + 0.05 * grad.double()
+        x = 0.05 * grad.double() + 0.95 * self.b
+        x = x / x.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        self.parameter = self.parameter * (1 - lr * self.decay) - lr * 0.2 * math.sqrt(max(x.shape)) * x
+
+
+class MuonByHeads:
+    """Torch's Muon, which computes in bfloat16, for the rows of each head."""
+
+    def __init__(self, parameter: torch.Tensor, decay: float, heads: int) -> None:
+        self.parts = [torch.nn.Parameter(part.clone()) for part in parameter.chunk(heads)]
+        self.torch = torch.optim.Muon(self.parts, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, grad: torch.Tensor, lr: float) -> None:
+        for part, of_part in zip(self.parts, grad.chunk(len(self.parts)), strict=True):
+            part.grad = of_part.clone()
+        self.torch.param_groups[0]["lr"] = lr
+        self.torch.step()
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        return torch.cat([part.detach() for part in self.parts])
+
+
+def truth(optimizer: str) -> dict[str, Any]:
+    """The same steps on whole tensors, by parameter."""
+    config = config_of(Layout("one"), OPTIMIZERS[optimizer])
+    steppers: dict[str, Any] = {}
+    for name, parameter in LCL(config.model, seed=5).layers.named_parameters():
+        own, start = called(name, config.model), parameter.detach().clone()
+        decay = DECAY if start.dim() >= 2 else 0.0
+        matrix = start.dim() == 2 and (".blocks." in own or own in {f"pool.{x}.weight" for x in ("q", "k", "v", "out")})
+        if optimizer == "stable_adamw":
+            steppers[name] = Stable(start, decay)
+        elif optimizer == "parts":
+            lr, of_decay = rates(own)
+            steppers[name] = Adam(start, decay * of_decay, lr)
+        elif not matrix:
+            steppers[name] = Adam(start, decay)
+        elif optimizer == "muon":
+            steppers[name] = Muon(start, decay)
+        else:
+            steppers[name] = MuonByHeads(start, decay, 4 if own.split(".")[-2] in ("q", "k", "v") else 1)
+        for step in range(STEPS):
+            steppers[name].step(gradient(name, start.shape, step), LR * (1 + step))
+    return steppers
+
+
+def rates(own: str) -> tuple[float, float]:
+    """Multiples of learning rate and decay in `parts`, written out: one vision block, two language blocks."""
+    by_depth = {
+        "vision.patches": 0.5**2,
+        "vision.blocks": 0.5,
+        "language.embedding": 0.7**3,
+        "language.positions": 0.7**3,
+        "language.blocks.0": 0.7**2,
+        "language.blocks.1": 0.7,
+    }
+    lr = next((value for prefix, value in by_depth.items() if own.startswith(prefix)), 1.0)
+    return lr * (0.1 if own.startswith("vision.") else 1.0), 0.0 if own.startswith("head.") else 1.0
+
+
+@pytest.fixture(scope="module")
+def stepped() -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    cases = {(layout.name, name): (layout, OPTIMIZERS[name]) for layout in LAYOUTS for name in OPTIMIZERS}
+    cases |= {(layout.name, "muon"): (layout, OPTIMIZERS["muon"]) for layout in MORE}
+    return dict(zip(cases, run_processes(run_layouts, 2, list(cases.values()), timeout=400.0)[0], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_layout_steps_as_one_process(optimizer: str, stepped: Any) -> None:
+    expected = truth(optimizer)
+    if optimizer == "stable_adamw":
+        assert sum(each.slowest > 1.01 for each in expected.values()) > len(expected) / 2, "updates are clipped"
+    for layout in [*LAYOUTS, *MORE] if optimizer == "muon" else LAYOUTS:
+        compare(stepped[layout.name, optimizer], expected, layout, optimizer)
+
+
+@pytest.mark.slow
+def test_two_by_two_processes() -> None:
+    layout = Layout("tensor and data", tensor=2)
+    names = ["muon", "stable_adamw"]
+    for name, ours in zip(
+        names, run_processes(run_layouts, 4, [(layout, OPTIMIZERS[n]) for n in names])[0], strict=True
+    ):
+        compare(ours, truth(name), layout, name)
+
+
+def compare(ours: dict[str, np.ndarray], expected: dict[str, Any], layout: Layout, optimizer: str) -> None:
+    # half precision: of the weights that a run begins with; of the products, which are summed in another order
+    bound = 4e-3 if "bfloat16" in (layout.dtype, *optimizer.split()) else 1e-5
+    assert ours.keys() == expected.keys()
+    for name, stepper in expected.items():
+        value = stepper.parameter.detach().double()
+        error = float((torch.from_numpy(ours[name]) - value).norm() / value.norm().clamp(min=1e-2))
+        assert error < bound, f"{name} at {layout}, {optimizer}: {error:.1e}"
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_newton_schulz_is_torchs(shape: tuple[int, int]) -> None:
+    """In bfloat16, number for number; in float64 it brings singular values near 1 and keeps their vectors."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    parameter.grad = matrix.clone()
+    torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()
+    theirs = -parameter.detach() / (0.2 * math.sqrt(max(shape)))
+    torch.testing.assert_close(newton_schulz(matrix.bfloat16(), 5).float(), theirs, rtol=1e-5, atol=1e-6)
+    u, values, vh = torch.linalg.svd(newton_schulz(matrix.double(), 5), full_matrices=False)
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
+    before_u, _, before_vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close(u @ u.T @ before_u, before_u)
+    torch.testing.assert_close(vh.T @ vh @ before_vh.T, before_vh.T)

@@ -1,0 +1,135 @@
+"""Names of parameters by part, what is frozen, rates by part and depth, and what of these is refused in one line."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import pytest
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.train.averages import check_averages, weight_of_next
+from megatron_lcl.train.optimizer import check_optimizer
+from megatron_lcl.train.parts import (
+    Rates,
+    check_freeze,
+    check_frozen_have_weights,
+    check_stages,
+    frozen_parameters,
+    parameter_names,
+    rates_of,
+)
+
+MODEL = {
+    "vision": {"image_size": 16, "patch_size": 8, "width": 8, "layers": 3, "heads": 2, "mlp_width": 8},
+    "language": {"context_length": 8, "vocab_size": 99, "width": 8, "layers": 2, "heads": 2, "mlp_width": 8},
+    "pool_heads": 2,
+}
+
+
+def config_of(**tree: Any) -> Config:
+    return configs.from_dict({"model": MODEL, **tree})
+
+
+def test_every_parameter_has_a_name_of_its_own_in_a_part() -> None:
+    names = parameter_names(config_of().model)
+    assert len(set(names.values())) == len(names)
+    assert {name.partition(".")[0] for name in names.values()} == {"vision", "pool", "language", "head"}
+    assert names["3.attention.q.weight"] == "vision.blocks.2.attention.q.weight"
+    assert names["4.norm.weight"] == "vision.norm.weight"
+    assert names["4.q.weight"] == "pool.q.weight"
+    assert names["4.embedding.weight"] == "language.embedding.weight"
+    assert names["5.mlp.up.bias"] == "language.blocks.0.mlp.up.bias"
+    assert names["7.log_scale"] == "head.log_scale"
+
+
+def test_patterns_freeze_what_they_match() -> None:
+    config = config_of(train={"freeze": ["vision.*", "language.blocks.[1-9].*.bias"]})
+    names = parameter_names(config.model)
+    expected = {
+        n
+        for n, own in names.items()
+        if fnmatch.fnmatch(own, "vision.*")
+        or ("blocks.1." in own and own.startswith("language") and own.endswith("bias"))
+    }
+    assert frozen_parameters(config) == expected
+    assert frozen_parameters(config_of()) == frozenset()
+
+
+def test_rates_by_part_and_depth() -> None:
+    """BEiT's layer-wise decay: the last of three blocks has d, the first d³, the patch embedding d⁴, the norm 1."""
+    parts = {"vision": {"lr": 0.5, "layer_decay": 0.8, "weight_decay": 2.0}, "head": {"lr": 3.0}}
+    config = config_of(optimizer={"parts": parts})
+    expected = {
+        "0.projection.weight": Rates(0.5 * 0.8**4, 2.0),
+        "1.norm1.weight": Rates(0.5 * 0.8**3, 2.0),
+        "3.norm1.weight": Rates(0.5 * 0.8, 2.0),
+        "4.norm.weight": Rates(0.5, 2.0),
+        "4.query": Rates(),
+        "4.positions": Rates(),
+        "7.log_scale": Rates(3.0),
+    }
+    assert {name: rates_of(name, config) for name in expected} == expected
+
+
+CLIP_TRAINS = ["vision.*", "pool.*", "language.*", "head.norm.*", "head.projection.*", "head.log_scale"]
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+EMA = {"evaluate": {"average": "ema_0.9"}}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"train": {"freeze": ["visual.*"]}}, r"no parameter is called visual\.\*; the nearest is vision\..*"),
+    ({"train": {"freeze": CLIP_TRAINS}, "objective": {"name": "clip"}}, "freezes all that the objective clip trains"),
+    ({"train": {"freeze": ["*"]}}, "freezes all that the objective lcl trains"),
+    (EMA, r"evaluate\.average = ema_0\.9 is no average of this run; average\.ema or average\.tail make some"),
+    ({**EMA, "average": {"ema": [0.99]}}, r"is no average of this run; there are ema_0\.99"),
+    ({"optimizer": {"name": "apex_fused_adam", "parts": {"pool": {"lr": 2.0}}}}, "no effect on apex_fused_adam"),
+    ({"optimizer": {"name": "muon"}, "deepspeed": OFFLOAD}, r"name = muon and deepspeed.*; remove the offload"),
+    (
+        {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ROUND_ROBIN},
+        r"optimizer\.parts and deepspeed.*round_robin_gradients: .*; remove it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tree", "message"), REFUSED)
+def test_what_is_refused(tree: dict[str, Any], message: str) -> None:
+    config = config_of(**tree)
+    with pytest.raises(UserError, match=message) as caught:
+        check_all(config)
+    assert "\n" not in str(caught.value)
+
+
+def check_all(config: Config) -> None:
+    check_freeze(config)
+    check_averages(config)
+    check_optimizer(config)
+
+
+def test_a_frozen_part_needs_weights_from_somewhere() -> None:
+    config = config_of(train={"freeze": ["vision.*"]})
+    check_freeze(config)
+    with pytest.raises(UserError, match=r"freezes all of vision, which the objective lcl needs trained, .* no weights"):
+        check_frozen_have_weights(config, None)
+    with pytest.raises(UserError, match="not all of its weights"):
+        check_frozen_have_weights(config, ["1.norm1.weight"])
+    check_frozen_have_weights(config, ["7.log_scale"])
+    check_frozen_have_weights(config_of(train={"freeze": ["vision.patches.*"]}), None)  # a part of the part
+
+
+def test_all_stages_have_something_of_both_kinds_to_train() -> None:
+    config = config_of(train={"freeze": ["vision.*"]})
+    check_stages([2, 2], config)
+    check_stages([1], config)
+    for groups in ([0, 2], [2, 1], [0]):
+        with pytest.raises(RunError, match=r"leaves stage . of the pipeline no matrix or no vector"):
+            check_stages(groups, config)
+
+
+def test_an_exponential_average_is_unbiased() -> None:
+    average, values = 0.0, [3.0, -1.0, 4.0, 1.0]
+    for number, value in enumerate(values, 1):
+        average += (value - average) * weight_of_next("ema_0.9", 0.9, number)
+    shares = [0.9**3, 0.9**2, 0.9, 1.0]
+    assert average == pytest.approx(sum(s * v for s, v in zip(shares, values, strict=True)) / sum(shares))
