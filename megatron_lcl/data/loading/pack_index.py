@@ -138,6 +138,8 @@ def open_ledger(
     settings["contrast_only"] = not sequences.interleaved  # the key that runs have stored
     if sequences.captions:  # absent elsewhere, as in ledgers written before there were captions
         settings["captions"] = True
+    if sequences.captions and not sequences.doubled:
+        settings["captions_alone"] = True
     settings["version"] = VERSION
     if previous is None:
         if settings["images_per_pack"] is None:
@@ -277,7 +279,7 @@ class PackIndex:
                     s["num_patches"],
                     s["context_length"],
                     s["images_per_pack"],
-                    Sequences(interleaved=not s["contrast_only"], captions=s.get("captions", False)),
+                    _sequences(s),
                 )
                 break
             else:
@@ -422,7 +424,7 @@ class PackIndex:
             images,
             settings["tokens_per_pack"],
             settings["images_per_pack"],
-            packing.max_sequences(settings["tokens_per_pack"], settings.get("captions", False)),
+            packing.max_sequences(settings["tokens_per_pack"], _sequences(settings).doubled),
         )
         for (name, _), position, count, n in zip(blend, positions, taken, left, strict=True):
             epoch_over = count == n
@@ -435,6 +437,12 @@ class PackIndex:
         totals["tokens"] += int(sizes.sum())
         totals["images"] += int(images.sum())
         return entries[order], offsets, int(taken.sum())
+
+
+def _sequences(settings: Mapping[str, Any]) -> Sequences:
+    """Which sequences a ledger's packs hold, as far as their sizes depend on it."""
+    captions, alone = settings.get("captions", False), settings.get("captions_alone", False)
+    return Sequences(interleaved=not settings["contrast_only"], contrast=not alone, captions=captions)
 
 
 def _pack_of(state: dict[str, Any]) -> int:
@@ -457,7 +465,8 @@ class SequentialIndex:
         self._entries = np.zeros(len(sizes), ENTRY)
         self._entries["document"], self._entries["part"] = sizes[:, 0], sizes[:, 1]
         self.num_documents = len(np.unique(sizes[:, 0]))
-        places = packing.max_sequences(tokens_per_pack, source.rules.caption_patches > 0)
+        rules = source.rules
+        places = packing.max_sequences(tokens_per_pack, rules.caption_patches > 0 and not rules.captions_alone)
         self._offsets = packing.next_fit(sizes[:, 2], sizes[:, 3], tokens_per_pack, self.images_per_pack, places)
 
     def __len__(self) -> int:
