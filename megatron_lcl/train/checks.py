@@ -111,7 +111,7 @@ def check_space(config: Config) -> None:
     """The disk of the run folder has room for one more checkpoint."""
     run = Path(config.train.output)
     with torch.device("meta"):
-        layers = build_layers(config.model, config.contrast.initial_log_scale)
+        layers = build_layers(config.model, config.initial_log_scale)
     # the weights as one file; the optimizer's float32 weights and its two moments
     needed = 4 * 4 * sum(p.numel() for layer in layers for p in layer.parameters())
     try:

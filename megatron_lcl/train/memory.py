@@ -72,7 +72,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     model, train, stage = config.model, config.train, config.zero.stage
     number = DTYPES[resolve_dtype(config)].itemsize
     with torch.device("meta"):
-        layers = build_layers(model, config.contrast.initial_log_scale)
+        layers = build_layers(model, config.initial_log_scale)
     own = sum(p.numel() for layer in layers for p in layer.parameters()) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
@@ -92,7 +92,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
 def _graph(config: Config, images: int, number: int) -> float:
     """Bytes that the forward of a micro-batch keeps; number: bytes of one in an activation."""
     vision, language = config.model.vision, config.model.language
-    rows, tokens = images * (1 + vision.num_patches), config.train.micro_batch * config.data.tokens_per_pack
+    rows, tokens = images * vision.num_rows, config.train.micro_batch * config.data.tokens_per_pack
     patches = images * 3 * vision.image_size**2 + rows * vision.width
     pool = rows * (4 * vision.width + 2 * language.width)
     kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
