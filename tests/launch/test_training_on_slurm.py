@@ -7,14 +7,18 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from local_slurm import Slurm
 from train.resilience import fleet
 
+from megatron_lcl import config as configs
+from megatron_lcl.run_folder import CONFIG
+
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
-STEPS = 100
+STEPS = 60
 
 
 def losses(run: Path) -> list[tuple[int, float, float, float]]:
@@ -23,9 +27,9 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
     return [(line["step"], line["loss"], line["contrastive"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-def sbatch(slurm: Slurm, folder: Path, *arguments: str) -> str:
+def sbatch(slurm: Slurm, folder: Path, *arguments: str, options: Sequence[str] = ("--nodes=2",)) -> str:
     environment = {**slurm.environment, "VENV": str(Path(sys.executable).parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    options = ["--parsable", "--partition=spare", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1"]
+    options = ["--parsable", "--partition=spare", "--gpus-per-node=0", "--ntasks-per-node=1", *options]
     return slurm.run("sbatch", *options, SCRIPT, *arguments, cwd=folder, env=environment)
 
 
@@ -57,7 +61,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     """Over two nodes: put back into the queue, and then killed on the second of them, which is not used again."""
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
-    arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "25"]
+    arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "20"]
     job = sbatch(slurm, folder, *arguments, "--train.output", "a run")
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
     slurm.wait(lambda: metrics.exists() and len(losses(run)) > 5, "six steps", 300)
@@ -68,7 +72,9 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     assert stopped is not None, rank0.read_text()
     assert 5 < int(stopped[1]) < STEPS
     assert f"going on from a run/checkpoints/step-{int(stopped[1]):08d}" in rank0.read_text()
-    shown = re.findall(r"^step (\d+)/100  loss [\d.]+ \(generation .*images/s.* left$", rank0.read_text(), re.MULTILINE)
+    shown = re.findall(
+        rf"^step (\d+)/{STEPS}  loss [\d.]+ \(generation .*images/s.* left$", rank0.read_text(), re.MULTILINE
+    )
     assert [int(step) for step in shown][: int(stopped[1])] == list(range(1, int(stopped[1]) + 1))
     slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
     for pid in processes_of(slurm, job, "n2"):
@@ -104,3 +110,18 @@ def test_what_is_wrong_is_one_line_before_anything_starts(slurm: Slurm, tiny: li
         "(on n1 n2)"
     ]
     assert not list((tmp_path / f"lcl_vitg-{job}").glob("rank-*"))
+
+
+@pytest.mark.slow
+def test_each_task_of_an_array_trains_its_run_of_a_sweep(slurm: Slurm, tiny: list[str], tmp_path: Path) -> None:
+    sweep = ["--train.steps", "2", "--train.output", "runs", "--sweep", "train.seed=0,1"]
+    array = sbatch(slurm, tmp_path, *tiny, *sweep, options=("--nodes=1", "--array=0-1"))
+    slurm.wait(lambda: slurm.idle_nodes() == 3 and not slurm.run("squeue", "--noheader"), "the array has ended", 300)
+    said = "".join(log.read_text() for log in tmp_path.glob("lcl_vitg-*.log"))
+    runs = {run.name: run for run in (tmp_path / "runs").iterdir()}
+    assert set(runs) == {"seed=0", "seed=1"}, said
+    assert [configs.load(runs[f"seed={seed}"] / CONFIG).train.seed for seed in (0, 1)] == [0, 1]
+    assert losses(runs["seed=0"])[0] != losses(runs["seed=1"])[0]
+    assert [len(losses(run)) for run in runs.values()] == [2, 2], said
+    states = slurm.run("scontrol", "--oneliner", "show", "job", array)
+    assert states.count("JobState=COMPLETED") == 2, states

@@ -65,8 +65,7 @@ class Describer:
         images: list[tuple[bytes, _Features | None]] = []
         for image in document.images:
             digest = xxhash.xxh3_128_digest(image.data)
-            known = digest in self._seen or digest in shared
-            images.append((digest, None if known else _features(image.data)))
+            images.append((digest, None if digest in self._seen else _features(image.data)))
             self._seen.add(digest)
         return Described(group_name(document), shared, images)
 
@@ -96,8 +95,11 @@ class Grouping:
                     f"over {MAX_IMAGES} images are too many to hold out by near-duplicates; use another source"
                 )
             self._image_of[digest] = len(self._image_of)
-            self._features.append(features)
-        return self._image_of[digest]
+            self._features.append(None)
+        number = self._image_of[digest]
+        if self._features[number] is None:  # a page named it by its hash before
+            self._features[number] = features
+        return number
 
     def groups(self) -> list[list[str]]:
         """Names of documents' groups, joined by near-duplicate images; the largest first."""

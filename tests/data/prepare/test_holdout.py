@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import xxhash
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
@@ -27,3 +28,20 @@ def test_something_stays_in_training() -> None:
     for images in ([0], [0, 0], [0, 0, 0]):
         with pytest.raises(ValueError, match=f"nothing to hold out: .* join {len(images)} pages into 1 groups"):
             grouping(images).held_out(0.13)
+
+
+def test_an_image_on_several_pages_has_near_duplicates_too() -> None:
+    """Pages name an image that others have as well by its hash; a near-duplicate on a third page is joined to both."""
+    shown, again = picture(0, 80, 70), picture(0, 80, 70, "JPEG")
+    shared = {"shares": [xxhash.xxh3_128_hexdigest(shown)]}
+    pages = [
+        Document((Text("named only"), Image(picture(1, 80, 70))), name="a", metadata=shared),
+        Document((Text("first"), Image(shown)), name="b", metadata=shared),
+        Document((Text("second"), Image(shown)), name="c", metadata=shared),
+        Document((Text("near-duplicate"), Image(again)), name="d"),
+        Document((Text("another"), Image(picture(2, 80, 70))), name="e"),
+    ]
+    found, describer = Grouping(), Describer()
+    for page in pages:
+        found.add(describer.describe(page))
+    assert found.groups() == [["a", "b", "c", "d"], ["e"]]
