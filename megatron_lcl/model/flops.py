@@ -5,7 +5,8 @@ counts them; norms, activations and softmax are not, nor is what is computed a s
 two products for each of the forward: one for the input, one for the weight; the patch embedding has no gradient for its
 input. Attention is counted over all pairs of rows of a sequence, also where a causal mask hides half of them.
 
-Shape legend as in `model.layers`: N image slots, P patches, L = 1 + P, V and D widths, R token slots.
+Shape legend as in `model.layers`: N image slots, P patches, L = P and the rows before them, V and D widths, R token
+slots.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Flops:
 def forward(model: Model, sizes: Sizes) -> Flops:
     """Of a forward: of the vocabulary the logits of `sizes.targets` rows; no similarities."""
     vision, d = model.vision, model.language.width
-    images, patches, length, v = sizes.images, vision.num_patches, 1 + vision.num_patches, vision.width
+    images, patches, length, v = sizes.images, vision.num_patches, vision.num_rows, vision.width
     return Flops(
         vision=_embedding(model, sizes) + _blocks(vision, images * length, images * length**2),
         # keys and values of every row; one query attends to the patches; the output of each latent and each patch
@@ -94,8 +95,10 @@ def of_step(
     first = forward(model, Sizes(sizes.images, sizes.rows, sizes.squares, 0, sizes.pairs))
     others = sizes.pairs * ((sizes.pairs if all_pairs is None else all_pairs) - sizes.pairs)
     # a tile of own images and own texts serves both directions (losses/contrastive_tiles.py): its logits forward and
-    # again backward, and two gradients; of other ranks' features each direction has its own tiles
-    similarities = 2 * model.language.width * (4 * sizes.pairs**2 + 6 * others)
+    # again backward, and two gradients; of other ranks' features each direction has its own tiles. The sigmoid loss,
+    # for which a model has a bias, makes no tile twice (losses/sigmoid_tiles.py)
+    of_own, of_others = (4, 6) if model.logit_bias is None else (3, 4)
+    similarities = 2 * model.language.width * (of_own * sizes.pairs**2 + of_others * others)
     step = Flops(
         vision=3 * once.vision - _embedding(model, sizes),
         pool=3 * once.pool,
