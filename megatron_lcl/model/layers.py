@@ -408,3 +408,10 @@ def build_layers(
     """The list of layers (see `layer_specs`), parameters not yet initialized (see `initialize`)."""
     specs = layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every, seed=seed)
     return [make() for make in specs]
+
+
+def num_parameters(model: Model) -> int:
+    """Numbers that a model learns."""
+    with torch.device("meta"):
+        layers = build_layers(model, 0.0)
+    return sum(p.numel() for layer in layers for p in layer.parameters())
