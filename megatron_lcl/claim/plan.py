@@ -103,7 +103,7 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
     while True:
         # no more tokens, or packing would take long texts first to fill them
         width = max(wide.tokens_per_pack, math.ceil(slots * tokens))
-        while max_sequences(width, sequences.captions) < slots * pieces:
+        while max_sequences(width, sequences.doubled) < slots * pieces:
             width += 1
         overrides |= {"data.tokens_per_pack": str(width), "data.images_per_pack": str(slots)}
         config = configs.load(file, overrides)

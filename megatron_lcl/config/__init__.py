@@ -8,6 +8,7 @@ that does not exist or has the wrong type is a `UserError` that names the neares
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ class Config:
         default_factory=dict,
         description="mapping merged into DeepSpeed's config as it is; keys that other fields here decide are refused",
     )
+
+    def __post_init__(self) -> None:
+        """Where the contrast's published initial values follow from the objective, they are filled in."""
+        sigmoid = self.objective.name == "siglip"
+        if self.contrast.initial_log_scale is None:
+            published = math.log(10 if sigmoid else 1 / 0.07)
+            object.__setattr__(self, "contrast", dataclasses.replace(self.contrast, initial_log_scale=published))
+        if sigmoid and self.model.logit_bias is None:
+            object.__setattr__(self, "model", dataclasses.replace(self.model, logit_bias=-10.0))
+
+    @property
+    def initial_log_scale(self) -> float:
+        """That of the contrast."""
+        assert self.contrast.initial_log_scale is not None
+        return self.contrast.initial_log_scale
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

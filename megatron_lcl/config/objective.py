@@ -17,19 +17,19 @@ class Objective:
 
     name: str = Field(
         default="lcl",
-        description="lcl: contrast and generation; clip: contrast only, on pairs; coca: contrast and captioning, on "
-        "pairs; generation: no contrast; emu: generation and regression of image latents; or one that another package "
-        "adds",
+        description="lcl: contrast and generation; clip: contrast only, on pairs; siglip: with a sigmoid loss; "
+        "coca: contrast and captioning, on pairs; genlip: captioning only, on pairs; generation: no contrast; emu: "
+        "generation and regression of image latents; or one that another package adds",
     )
     contrastive_weight: Weight | None = Field(
         default=None,
-        description="weight of the contrastive loss; null: as published, in `lcl` 0.1, in `coca` 1; in `clip` it is "
-        "always 1",
+        description="weight of the contrastive loss; null: as published, in `lcl` 0.1, in `coca` 1; in `clip` and "
+        "`siglip` it is always 1",
     )
     generation_weight: Weight | None = Field(
         default=None,
         description="weight of the generation loss, in `coca` of the captioning loss; null: as published, in `lcl` and "
-        "`emu` 1, in `coca` 2; in `generation` it is always 1",
+        "`emu` 1, in `coca` 2; in `generation` and `genlip` it is always 1",
     )
     regression_weight: Weight = Field(
         default=1.0, description="weight of the regression of image latents in `emu` (published: 1)"
@@ -40,9 +40,10 @@ class Objective:
 class Contrast:
     """How the contrast over the global batch is computed."""
 
-    initial_log_scale: Annotated[float, Field(ge=0, le=math.log(100))] = Field(
-        default=math.log(1 / 0.07),
-        description="initial log scale of the contrast (CLIP: ln(1/0.07)); it is learned and clamped to [0, ln 100]",
+    initial_log_scale: Annotated[float, Field(ge=0, le=math.log(100))] | None = Field(
+        default=None,
+        description="initial log scale of the contrast; null: as published, ln(1/0.07) (CLIP), in `siglip` ln 10; it "
+        "is learned and clamped to [0, ln 100]",
     )
     strategy: Literal["retain", "recompute"] = Field(
         default="retain",

@@ -156,7 +156,9 @@ class Train:
     init_from: str | None = Field(
         default=None,
         description="path of an import, a run, a checkpoint or a file in open_clip's format whose weights, and nothing "
-        "else, a new run begins with; a run that has checkpoints of its own resumes from these instead",
+        "else, a new run begins with; or a model of another library, timm:NAME, hf:NAME or open_clip:NAME@TAG, or one "
+        "for each encoder, vision=timm:NAME,language=open_clip:NAME@TAG (docs/conversion.md); a run that has "
+        "checkpoints of its own resumes from these instead",
     )
     evaluate_every: Count = Field(
         default=0, description="steps between evaluations on evaluate.corpus, one more at the end; 0: never"

@@ -278,6 +278,9 @@ def _config(run: Config) -> str:
 _TRAINING = {
     "lcl": "Latent Compression Learning (LCL, NeurIPS 2024, arXiv 2406.07543) on interleaved image-text documents",
     "clip": "contrast of image-text pairs (CLIP, arXiv 2103.00020)",
+    "genlip": "captioning of image-text pairs (after GenLIP, arXiv 2605.00809, and OpenVision 2, arXiv 2509.01644, in "
+    "one causal language model)",
+    "siglip": "contrast of image-text pairs by a sigmoid loss (SigLIP, arXiv 2303.15343)",
     "coca": "contrast and captioning of image-text pairs (after CoCa, arXiv 2205.01917, in one causal language model)",
     "generation": "next-token prediction on interleaved image-text documents, without a contrast",
     "emu": "next-token prediction and regression of image latents on interleaved image-text documents (after Emu, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.convert.pool import POOL, load_encoder, save_pool
 from megatron_lcl.convert.weights import save_parts
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
 
@@ -53,8 +55,9 @@ _SIZES = {
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
-    """All files but the certificate."""
+    """All files but the certificate. UserError for what transformers' CLIPVisionModel has no place for."""
     v = model.config.vision
+    refuse_options(v)
     save_parts(_tensors(model), folder / "model.safetensors", dtype)
     save_pool(model, folder, dtype)
     config = {
@@ -64,7 +67,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
         "num_channels": 3,
         "projection_dim": model.config.language.width,
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": v.norm_eps,
         "attention_dropout": 0.0,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
@@ -87,11 +90,23 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     write_card(folder, USAGE, model.config, card)
 
 
+def refuse_options(vision: Vision) -> None:
+    """UserError for an option of the model that transformers' CLIPVisionModel has no place for."""
+    options: dict[str, Any] = {"embedding_norm": True, "registers": 0, "layer_scale": None, "qk_norm": False}
+    for name, usual in options.items():
+        if (value := getattr(vision, name)) != usual:
+            raise UserError(
+                f"format hf: transformers' CLIPVisionModel has no place for model.vision.{name} = {value}; export to "
+                "timm"
+            )
+
+
 def read(folder: Path) -> LCL:
     """The vision encoder and the pool of such a folder."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     sizes = {ours: config[theirs] for ours, theirs in _SIZES.items()}
-    return load_encoder(folder, folder / "model.safetensors", Vision(**sizes), _tensors)
+    vision = Vision(**sizes, norm_eps=config["layer_norm_eps"])
+    return load_encoder(folder, folder / "model.safetensors", vision, _tensors)
 
 
 def features(folder: Path, size: int) -> Features:
@@ -115,6 +130,7 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor]:
         "embeddings.patch_embedding.weight": patches.projection.weight.unflatten(1, (3, p, p)),
         "embeddings.position_embedding.weight": patches.positions,
     }
+    assert patches.norm is not None, "`refuse_options` lets none pass without"
     modules: dict[str, torch.nn.Module] = {"pre_layrnorm": patches.norm, "post_layernorm": pool.norm}
     for i, block in enumerate(model.vision_blocks):
         attention = block.attention

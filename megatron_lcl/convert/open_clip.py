@@ -8,6 +8,7 @@ placeholder: one tiny block of zeros.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ with torch.no_grad():
 )
 
 
+_PROBABILITY = (
+    ". Trained by a sigmoid loss: the probability that an image and a text belong together is "
+    "sigmoid(logit_scale.exp() · z · t + logit_bias), z and t the unit-norm latent and feature of the text "
+    "(megatron_lcl's `encode_image` and `encode_text`)"
+)
+
+
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     model.need_language()
@@ -64,7 +72,8 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     write_json(folder / WHOLE_CONFIG, config)
 
     tower = {name: parts for name, parts in tensors.items() if name.startswith("visual.")}
-    tower |= {"visual.proj": [torch.eye(v.width)], "logit_scale": tensors["logit_scale"]}
+    tower |= {"visual.proj": [torch.eye(v.width)]}
+    tower |= {name: tensors[name] for name in ("logit_scale", "logit_bias") if name in tensors}
     tower |= {name: [torch.zeros(shape)] for name, shape in _no_text_shapes(v.width).items()}
     save_parts(tower, folder / TOWER, dtype)
     tower_config = {
@@ -72,6 +81,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
             "embed_dim": v.width,
             "vision_cfg": {**config["vision_cfg"], "pool_type": "avg"},
             "text_cfg": _NO_TEXT,
+            **{key: config[key] for key in ("init_logit_bias",) if key in config},
         },
         "preprocess_cfg": {
             "mean": IMAGE_MEAN,
@@ -82,7 +92,10 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     }
     write_json(folder / TOWER_CONFIG, tower_config)
     save_pool(model, folder, dtype)
-    write_card(folder, USAGE, model.config, card)
+    usage = USAGE
+    if model.config.logit_bias is not None:
+        usage = dataclasses.replace(USAGE, advice=USAGE.advice + _PROBABILITY)
+    write_card(folder, usage, model.config, card)
 
 
 def features(folder: Path, size: int) -> Features:

@@ -24,6 +24,7 @@ from megatron_lcl.convert.certificate import Features, check_images
 from megatron_lcl.convert.folder import write_json
 from megatron_lcl.convert.pool import POOL, load_encoder, save_pool
 from megatron_lcl.convert.weights import save_parts
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import mlp_ratio
@@ -90,17 +91,43 @@ def architecture(vision: Vision) -> tuple[str, dict[str, Any]]:
         "mlp_ratio": (mlp_ratio(vision.mlp_width, vision.width), mlp_ratio(mlp_width, width)),
         "patch_size": (vision.patch_size, patch),
         "img_size": (vision.image_size, size),
+        "pre_norm": (vision.embedding_norm, True),
+        "reg_tokens": (vision.registers, 0),
+        "init_values": (vision.layer_scale, None),
+        "qk_norm": (vision.qk_norm, False),
+        "norm_layer": (_norm_layer(vision), None),
     }
     return name, {key: ours for key, (ours, theirs) in differences.items() if ours != theirs}
+
+
+_TIMM_EPS = 1e-6
+"""of the LayerNorm that timm calls "layernorm"; its CLIP towers have 1e-5"""
+
+
+def _norm_layer(vision: Vision) -> str | None:
+    """timm's name of a LayerNorm with this epsilon; None: that of its CLIP towers. UserError where there is none."""
+    if vision.norm_eps not in (1e-5, _TIMM_EPS):
+        raise UserError(
+            f"format timm: it names LayerNorms with an epsilon of 1e-5 and 1e-6, not model.vision.norm_eps = "
+            f"{vision.norm_eps:g}; export to hf or open_clip"
+        )
+    return "layernorm" if vision.norm_eps == _TIMM_EPS else None
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     """All files but the certificate."""
     v = model.config.vision
+    positions: dict[str, torch.Tensor] = {}
     name, arguments = architecture(v)
+    if v.registers:  # which have positions there: zeros
+        ours = model.patches.positions.detach()
+        zeros = ours.new_zeros(v.registers, v.width)
+        positions = {"pos_embed": torch.cat([ours[:1], zeros, ours[1:]])[None]}
+    if not v.embedding_norm:  # the patches then have a bias there
+        positions["patch_embed.proj.bias"] = torch.zeros(v.width)
     classifier = {key: torch.zeros(shape) for key, shape in _classifier(name, v.width).items()}
     num_classes = len(classifier["head.bias"])
-    save_parts({**_tensors(model), **classifier}, folder / WEIGHTS, dtype)
+    save_parts({**_tensors(model), **positions, **classifier}, folder / WEIGHTS, dtype)
     save_pool(model, folder, dtype)
     config = {
         "architecture": name,
@@ -125,7 +152,7 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
         },
     }
     write_json(folder / "config.json", config)
-    call = ", ".join([f'"{name}"', *(f"{key}={value}" for key, value in arguments.items())])
+    call = ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in arguments.items())])
     usage = dataclasses.replace(USAGE, example=USAGE.example.replace("ARGUMENTS", call))
     write_card(folder, usage, model.config, card)
 
@@ -146,8 +173,18 @@ def read(folder: Path) -> LCL:
         layers=sum(name.endswith(".norm1.weight") for name in tensors),
         heads=arguments.get("num_heads", heads),
         mlp_width=len(tensors["blocks.0.mlp.fc1.bias"]),
+        norm_eps=_TIMM_EPS if arguments.get("norm_layer") else 1e-5,
+        embedding_norm=arguments.get("pre_norm", True),
+        registers=arguments.get("reg_tokens", 0),
+        layer_scale=arguments.get("init_values"),
+        qk_norm=arguments.get("qk_norm", False),
     )
-    return load_encoder(folder, folder / WEIGHTS, vision, _tensors)
+    model = load_encoder(folder, folder / WEIGHTS, vision, _tensors)
+    if vision.registers:
+        rows = tensors["pos_embed"][0].float()
+        with torch.no_grad():
+            model.patches.positions.copy_(torch.cat([rows[:1], rows[vision.num_prefix :]]))
+    return model
 
 
 def features(folder: Path, size: int) -> Features:
@@ -178,14 +215,25 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     patches, p = model.patches, model.config.vision.patch_size
     tensors: dict[str, torch.Tensor | list[torch.Tensor]] = {
         "cls_token": patches.class_embedding[None, None],
-        "pos_embed": patches.positions[None],
         "patch_embed.proj.weight": patches.projection.weight.unflatten(1, (3, p, p)),
     }
-    modules: dict[str, torch.nn.Module] = {"norm_pre": patches.norm, "norm": model.pool.norm}
+    if patches.registers is None:
+        tensors["pos_embed"] = patches.positions[None]
+    else:  # `write` and `read` have the positions
+        tensors["reg_token"] = patches.registers[None]
+    modules: dict[str, torch.nn.Module] = {"norm": model.pool.norm}
+    if patches.norm is not None:
+        modules["norm_pre"] = patches.norm
     for i, block in enumerate(model.vision_blocks):
         qkv = [block.attention.q, block.attention.k, block.attention.v]
         tensors[f"blocks.{i}.attn.qkv.weight"] = [layer.weight for layer in qkv]
         tensors[f"blocks.{i}.attn.qkv.bias"] = [layer.bias for layer in qkv]
+        for k, scale in ((1, block.scale1), (2, block.scale2)):
+            if scale is not None:
+                tensors[f"blocks.{i}.ls{k}.gamma"] = scale
+        for q_or_k, norm in (("q", block.attention.norm_q), ("k", block.attention.norm_k)):
+            if norm is not None:
+                modules[f"blocks.{i}.attn.{q_or_k}_norm"] = norm
         parts = {
             "norm1": block.norm1,
             "attn.proj": block.attention.out,

@@ -212,8 +212,8 @@ class HeldOutEvaluation:
         images, texts = data.gather_ragged(image, sizes), data.gather_ragged(text, sizes)
         own_documents = torch.tensor(documents, dtype=torch.int64, device=device)
         all_documents = data.gather_ragged(own_documents, sizes)
-        forward, image_loss = rank_own(image, texts, offset, own.scale)
-        backward, text_loss = rank_own(text, images, offset, own.scale)
+        forward, image_loss = rank_own(image, texts, offset, own.scale, bias=own.bias)
+        backward, text_loss = rank_own(text, images, offset, own.scale, bias=own.bias)
         among, _ = rank_own(text, images, offset, own.scale, (own_documents, all_documents))
         rivals = all_documents.bincount()[own_documents]
         rows = torch.stack([*(x.double() for x in (forward, backward, among, rivals)), image_loss + text_loss], 1)
@@ -325,6 +325,7 @@ class _ReplicaOutputs:
         self.generation = torch.zeros(2, dtype=torch.float64)
         """sum of the negative log-likelihoods (nats), number of targets"""
         self.scale = 1.0
+        self.bias: float | None = None
         self.num_images = 0
 
     def add(self, batch: PackedBatch, out: Outputs | None) -> None:
@@ -334,6 +335,7 @@ class _ReplicaOutputs:
             self.features = []
             self.generation = self.generation.to(out.generation.device)
             self.scale = float(out.log_scale.exp())
+            self.bias = None if out.logit_bias is None else float(out.logit_bias)
         pairs = (batch.image_soi >= 0).nonzero()[:, 0].to(out.image_features.device)
         self.features.append((out.image_features[pairs], out.text_features[pairs]))
         self.generation[0] += out.generation

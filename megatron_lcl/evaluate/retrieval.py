@@ -85,12 +85,14 @@ def rank_own(
     offset: int = 0,
     scale: float = 1.0,
     groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """1-based rank [n] of each query's own candidate, index offset + i; and the cross-entropy [n] of finding it.
 
     A tie counts against it, and so does NaN: a model that says nothing must not look good. The cross-entropy is that of
-    a softmax of `scale` times the inner products, nats. groups: of queries [n] and candidates [N]; only candidates of
-    the query's group count for the rank.
+    a softmax of `scale` times the inner products, nats, or, with a bias, the sum of the sigmoid losses of all
+    candidates (`losses.sigmoid`). groups: of queries [n] and candidates [N]; only candidates of the query's group count
+    for the rank.
     """
     ranks, losses = [], []
     for low in range(0, len(queries_nD), _ROWS):
@@ -100,6 +102,10 @@ def rank_own(
         if groups is not None:
             better &= groups[0][low : low + _ROWS, None] == groups[1]
         ranks.append(better.sum(1))
-        losses.append(((scale * similarity).logsumexp(1) - scale * own[:, 0]).double())
+        if bias is None:
+            losses.append(((scale * similarity).logsumexp(1) - scale * own[:, 0]).double())
+        else:
+            each = F.softplus((scale * similarity + bias).double())
+            losses.append(each.sum(1) - (scale * own[:, 0] + bias).double())
     none = queries_nD.new_zeros(0, dtype=torch.int64)
     return torch.cat([none, *ranks]), torch.cat([none.double(), *losses])

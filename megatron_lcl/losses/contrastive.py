@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -69,6 +69,8 @@ class FeatureGather:
     axis: Axis
     rows: Pending | None
     """[N, 2D], what all ranks sent; None where nothing is sent"""
+    bias: torch.Tensor | None = None
+    """of the sigmoid loss"""
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All ranks' image and text features, [N, D] each."""
@@ -116,22 +118,24 @@ def start_gather(
     group: dist.ProcessGroup | None = None,
     counts: Sequence[int] | None = None,
     kernels: ModuleType | None = None,
+    bias: torch.Tensor | None = None,
 ) -> FeatureGather:
-    """First half of `contrastive_loss`: sends this rank's features and returns while they travel.
+    """First half of `contrastive_loss`, and of `sigmoid.sigmoid_loss`: sends this rank's features and returns while
+    they travel.
 
-    Every rank of the group calls it, then `finish_contrastive_loss`; what is computed in between overlaps with the
-    transfer. Arguments and errors: `contrastive_loss`.
+    Every rank of the group calls it, then `finish_contrastive_loss` (or `finish_sigmoid_loss`); what is computed in
+    between overlaps with the transfer. Arguments and errors: as there.
     """
     axis = Axis.of_group(group)
     image_features, text_features = image_features.contiguous(), text_features.contiguous()
-    sizes = _sizes(image_features, text_features, log_scale, axis, counts)
+    sizes = _sizes(image_features, text_features, log_scale, bias, axis, counts)
     kernels = kernels or _backend(image_features)
     rows = None
     if axis.group is not None and max(sizes) > 0:
         # side by side: two matrices as they arrive
         own = torch.cat([image_features.detach(), text_features.detach()], 1)
         rows = axis.start_gather_ragged(own, sizes)
-    return FeatureGather(image_features, text_features, log_scale, sizes, kernels, axis, rows)
+    return FeatureGather(image_features, text_features, log_scale, sizes, kernels, axis, rows, bias)
 
 
 def finish_contrastive_loss(gather: FeatureGather) -> ContrastiveOutput:
@@ -201,11 +205,13 @@ def _sizes(
     image: torch.Tensor,
     text: torch.Tensor,
     log_scale: torch.Tensor,
+    bias: torch.Tensor | None,
     axis: Axis,
     counts: Sequence[int] | None,
 ) -> tuple[int, ...]:
     """Pairs of each rank. Whatever is wrong on any rank raises here, on every rank."""
-    error, digest = _error(image, text, log_scale), 0
+    numbers = {"log_scale": log_scale} if bias is None else {"log_scale": log_scale, "bias": bias}
+    error, digest = _error(image, text, numbers), 0
     if counts is not None:
         try:
             digest = _digest(counts)
@@ -225,16 +231,17 @@ def _sizes(
     return sizes
 
 
-def _error(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> str | None:
+def _error(image: torch.Tensor, text: torch.Tensor, numbers: Mapping[str, torch.Tensor]) -> str | None:
     if image.ndim != 2 or image.shape != text.shape:
         return f"image and text features must both be [pairs, width], not {list(image.shape)} and {list(text.shape)}"
     if image.dtype != text.dtype or image.dtype not in DTYPES:
         return f"image and text features must be of one floating-point dtype, not {image.dtype} and {text.dtype}"
-    if log_scale.numel() != 1 or not log_scale.is_floating_point():
-        return f"log_scale must be one floating-point number, not {log_scale.dtype} of shape {list(log_scale.shape)}"
-    if not image.device == text.device == log_scale.device:
-        devices = f"{image.device}, {text.device} and {log_scale.device}"
-        return f"image features, text features and log_scale must be on one device, not {devices}"
+    for name, number in numbers.items():
+        if number.numel() != 1 or not number.is_floating_point():
+            return f"{name} must be one floating-point number, not {number.dtype} of shape {list(number.shape)}"
+        if not image.device == text.device == number.device:
+            devices = f"{image.device}, {text.device} and {number.device}"
+            return f"image features, text features and {name} must be on one device, not {devices}"
     return None
 
 

@@ -8,7 +8,7 @@ heads of this rank, K features of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lcl.config import Language, Vision
+from megatron_lcl.model.drop_path import DropPath
 from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, SharedParameters, gathered_linear
 from megatron_lcl.parallel.mesh import Axis
 
-Norm = Callable[[int], nn.Module]
-"""makes a LayerNorm of a width; torch's, or apex's fused one"""
+Norm = Callable[..., nn.Module]
+"""makes a LayerNorm of a width, and of an epsilon as `eps` where it is not 1e-5; torch's, or apex's fused one"""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attention over q, k, v [R, H, K] → [R, H, K]; knows where sequences begin and end"""
@@ -32,15 +34,21 @@ Recompute = Literal["none", "full", "attention"]
 class Attention(nn.Module):
     """Multi-head self-attention, heads split over tensor ranks; which rows see which is the caller's `attend`."""
 
-    def __init__(self, width: int, heads: int, axis: Axis) -> None:
+    def __init__(self, width: int, heads: int, axis: Axis, qk_norm: Norm | None = None) -> None:
+        """qk_norm: of queries and keys, over the features of a head, with the same parameters for all heads."""
         super().__init__()
         self.axis, self.heads = axis, heads // axis.size
         self.q, self.k, self.v = (ColumnLinear(width, width, axis) for _ in range(3))
         self.out = RowLinear(width, width, axis)
+        self.norm_q: nn.Module | None = qk_norm and qk_norm(width // heads)
+        self.norm_k: nn.Module | None = qk_norm and qk_norm(width // heads)
 
     def forward(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
         qkv = gathered_linear([hidden_SD] * 3, (self.q, self.k, self.v), self.axis, num_rows)
-        return self.out(attend(*(x.unflatten(-1, (self.heads, -1)) for x in qkv)).flatten(-2))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return self.out(attend(q, k, v).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -60,22 +68,32 @@ class Block(nn.Module):
     """Pre-norm residual block (CLIP, Radford et al. 2021): attention, then feed-forward."""
 
     def __init__(
-        self, width: int, heads: int, mlp_width: int, norm: Norm, axis: Axis, recompute: Recompute = "none"
+        self, encoder: Vision | Language, norm: Norm, axis: Axis, recompute: Recompute, drop: DropPath | None
     ) -> None:
         super().__init__()
-        self.axis, self.recompute = axis, recompute
-        self.norm1, self.attention = norm(width), Attention(width, heads, axis)
-        self.norm2, self.mlp = norm(width), FeedForward(width, mlp_width, axis)
+        width = encoder.width
+        self.axis, self.recompute, self.drop = axis, recompute, drop
+        self.norm1 = norm(width)
+        self.attention = Attention(width, encoder.heads, axis, norm if encoder.qk_norm else None)
+        self.norm2, self.mlp = norm(width), FeedForward(width, encoder.mlp_width, axis)
+        scaled = encoder.layer_scale is not None
+        self.scale1, self.scale2 = (nn.Parameter(torch.empty(width)) if scaled else None for _ in range(2))
         self.shared = SharedParameters(self, axis)
 
-    def residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        """The block on this tensor rank's shard of `num_rows` rows."""
+    def residual(
+        self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend, factors: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """The block on this tensor rank's shard of `num_rows` rows; factors: see `DropPath.factors`; none: nothing is
+        left out."""
         with self.shared.summing():
-            return self._run("full", self._residual, hidden_SD, num_rows, attend)
+            return self._run("full", self._residual, hidden_SD, num_rows, attend, factors)
 
-    def _residual(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        hidden_SD = hidden_SD + self._run("attention", self._attention, hidden_SD, num_rows, attend)
-        return hidden_SD + self.mlp(self.norm2(hidden_SD), num_rows)
+    def _residual(
+        self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend, factors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        attended = self._run("attention", self._attention, hidden_SD, num_rows, attend)
+        hidden_SD = hidden_SD + _scaled(attended, self.scale1, factors[:1])
+        return hidden_SD + _scaled(self.mlp(self.norm2(hidden_SD), num_rows), self.scale2, factors[1:])
 
     def _attention(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
         return self.attention(self.norm1(hidden_SD), num_rows, attend)
@@ -84,3 +102,12 @@ class Block(nn.Module):
         if self.recompute != segment:
             return function(*arguments)
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # no dropout anywhere
+
+
+def _scaled(branch: torch.Tensor, scale: torch.Tensor | None, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a branch adds: LayerScale's features, and for each row nothing or more, where a factor says so."""
+    if scale is not None:
+        branch = branch * scale
+    for factor in factors:
+        branch = branch * factor
+    return branch

@@ -6,8 +6,8 @@ two products for each of the forward: one for the input, one for the weight; the
 input. Attention is counted over all pairs of rows of a sequence, also where a causal mask hides half of them. The
 interpolation of position embeddings (once a micro-batch, for images of another size than the model's) is not counted.
 
-Shape legend as in `model.layers`: N image slots, K patches of an image that are read, L = 1 + K, V and D widths, R
-token slots.
+Shape legend as in `model.layers`: N image slots, K patches of an image that are read, L = K and the rows before them, V
+and D widths, R token slots.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Sizes:
     """images that take part in the contrast"""
     patches: int
     """of all slots: N K"""
-    image_squares: int
-    """of all slots: N L squared"""
+    patch_squares: int
+    """sum over slots of their number of patches squared: N K squared"""
 
     @classmethod
     def of(cls, batches: Iterable[PackedBatch]) -> Sizes:
@@ -45,7 +45,7 @@ class Sizes:
         for batch in batches:
             lengths, images, patches = batch.cu_seqlens.diff().long(), len(batch.image_soi), batch.num_patches
             squares = int((lengths * lengths).sum())
-            of_images = images * patches, images * (1 + patches) ** 2
+            of_images = images * patches, images * patches**2
             total += cls(images, len(batch.tokens), squares, batch.num_targets, batch.num_pairs, *of_images)
         return total
 
@@ -77,11 +77,13 @@ class Flops:
 def forward(model: Model, sizes: Sizes) -> Flops:
     """Of a forward: of the vocabulary the logits of `sizes.targets` rows; no similarities."""
     vision, d = model.vision, model.language.width
-    images, patches, rows, v = sizes.images, sizes.patches, sizes.images + sizes.patches, vision.width
+    images, patches, v = sizes.images, sizes.patches, vision.width
+    prefix, rows = vision.num_prefix, vision.num_prefix * images + patches
+    squares = prefix**2 * images + 2 * prefix * patches + sizes.patch_squares  # of (prefix + K) of each image
     return Flops(
-        vision=_embedding(model, sizes) + _blocks(vision, rows, sizes.image_squares),
+        vision=_embedding(model, sizes) + _blocks(vision, rows, squares),
         # keys and values of every row; one query attends to the patches; the output of each latent and each patch
-        pool=2 * (2 * rows * v * d + v * d) + 4 * patches * d + 2 * rows * d * d,
+        pool=2 * (2 * rows * v * d + v * d) + 4 * patches * d + 2 * (images + patches) * d * d,
         language=_blocks(model.language, sizes.rows, sizes.squares),
         head=2 * images * d * d + _logits(model, sizes),
         loss=0,
@@ -101,8 +103,10 @@ def of_step(
     first = forward(model, replace(sizes, targets=0))
     others = sizes.pairs * ((sizes.pairs if all_pairs is None else all_pairs) - sizes.pairs)
     # a tile of own images and own texts serves both directions (losses/contrastive_tiles.py): its logits forward and
-    # again backward, and two gradients; of other ranks' features each direction has its own tiles
-    similarities = 2 * model.language.width * (4 * sizes.pairs**2 + 6 * others)
+    # again backward, and two gradients; of other ranks' features each direction has its own tiles. The sigmoid loss,
+    # for which a model has a bias, makes no tile twice (losses/sigmoid_tiles.py)
+    of_own, of_others = (4, 6) if model.logit_bias is None else (3, 4)
+    similarities = 2 * model.language.width * (of_own * sizes.pairs**2 + of_others * others)
     step = Flops(
         vision=3 * once.vision - _embedding(model, sizes),
         pool=3 * once.pool,

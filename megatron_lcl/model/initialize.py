@@ -37,8 +37,12 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _initial(layer: nn.Module, name: str, shape: torch.Size, model: Model, generator: torch.Generator) -> torch.Tensor:
-    if isinstance(layer, Head) and name == "log_scale":
-        return torch.full(shape, layer.initial_log_scale)
+    if isinstance(layer, Head) and name in layer.initial_values:
+        return torch.full(shape, layer.initial_values[name])
+    if isinstance(layer, VisionBlock | LanguageBlock) and name in ("scale1", "scale2"):
+        encoder = model.vision if isinstance(layer, VisionBlock) else model.language
+        assert encoder.layer_scale is not None
+        return torch.full(shape, encoder.layer_scale)
     std = _std(layer, name, model)
     if std is not None:
         return torch.randn(shape, generator=generator) * std
@@ -54,6 +58,7 @@ def _std(layer: nn.Module, name: str, model: Model) -> float | None:
             table = {
                 "projection.weight": layer.projection.in_features**-0.5,
                 "class_embedding": vision,
+                "registers": vision,
                 "positions": vision,
             }
         case PoolInterleave():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.block import Block, Norm, Recompute
+from megatron_lcl.model.drop_path import LANGUAGE, DropPath, numbers_of, rate_of
 from megatron_lcl.model.positions import positions_for
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
@@ -67,7 +68,9 @@ class Activations(NamedTuple):
     image_soi: torch.Tensor
     kept_patches: torch.Tensor
     num_patches: int
-    """rows of an image in the vision encoder, beside the class token's"""
+    """rows of an image in the vision encoder, beside the class token's and the registers"""
+    packs: tuple[int, ...] = ()
+    """numbers of the packs, by which drop path draws; without them nothing is dropped"""
 
     @property
     def kept_NK(self) -> torch.Tensor | None:
@@ -92,6 +95,8 @@ class Outputs(NamedTuple):
     image_soi is -1)"""
     log_scale: torch.Tensor
     """[1] float32"""
+    logit_bias: torch.Tensor | None = None
+    """[1] float32; None where the model has none"""
 
     @property
     def image_features(self) -> torch.Tensor:
@@ -105,7 +110,7 @@ class Outputs(NamedTuple):
 
 
 class Patches(nn.Module):
-    """Patch embedding, class token, learned positions, first norm."""
+    """Patch embedding, class token, registers, learned positions, first norm."""
 
     def __init__(self, vision: Vision, norm: Norm, axis: Axis) -> None:
         super().__init__()
@@ -114,12 +119,15 @@ class Patches(nn.Module):
         self.projection = nn.Linear(3 * vision.patch_size**2, vision.width, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(vision.width))
         self.positions = nn.Parameter(torch.empty(1 + vision.num_patches, vision.width))
-        self.norm = norm(vision.width)
+        """of the class token and of the patches; registers have none"""
+        self.registers = nn.Parameter(torch.empty(vision.registers, vision.width)) if vision.registers else None
+        self.norm = norm(vision.width) if vision.embedding_norm else None
+        self.prefix = vision.num_prefix
         self.shared = SharedParameters(self, axis)
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        num_images, length = len(x.hidden), 1 + x.num_patches
+        num_images, length = len(x.hidden), self.prefix + x.num_patches
         size = shard_size(num_images * length, self.axis)
         start = self.axis.rank * size
         first, last = start // length, -(-(start + size) // length)  # the images to which the own rows belong
@@ -145,20 +153,37 @@ class Patches(nn.Module):
             positions = torch.cat([positions[:1].expand(n, 1, -1), positions[1:][kept_NK]], 1)
         patches = self.projection(rows.to(self.projection.weight.dtype))
         classes = self.class_embedding.expand(n, 1, -1)
-        return self.norm(torch.cat([classes, patches], 1) + positions)
+        rows = torch.cat([classes, patches], 1) + positions
+        if self.registers is not None:
+            rows = torch.cat([rows[:, :1], self.registers.to(rows.dtype).expand(n, -1, -1), rows[:, 1:]], 1)
+        return rows if self.norm is None else self.norm(rows)
 
 
 class VisionBlock(Block):
     """Block in which every patch of an image sees every other."""
 
-    def __init__(self, vision: Vision, norm: Norm, axis: Axis, recompute: Recompute = "none") -> None:
-        super().__init__(vision.width, vision.heads, vision.mlp_width, norm, axis, recompute)
+    def __init__(
+        self, vision: Vision, norm: Norm, axis: Axis, recompute: Recompute = "none", drop: DropPath | None = None
+    ) -> None:
+        super().__init__(vision, norm, axis, recompute, drop)
+        self.prefix = vision.num_prefix
 
     def forward(self, inputs: Activations) -> Activations:
         x = Activations(*inputs)
-        length = 1 + x.num_patches
+        length = self.prefix + x.num_patches
         attend = functools.partial(_attend_images, length)
-        return x._replace(hidden=self.residual(x.hidden, len(x.image_start) * length, attend))
+        num_rows = len(x.image_start) * length
+        return x._replace(hidden=self.residual(x.hidden, num_rows, attend, self._factors(x, length)))
+
+    def _factors(self, x: Activations, length: int) -> Sequence[torch.Tensor]:
+        """Drop path's, by image slot."""
+        if self.drop is None or not self.training or not x.packs:
+            return ()
+        packs, size, device = numbers_of(x.packs, x.hidden.device), len(x.hidden), x.hidden.device
+        num_images, slots = len(x.image_start), len(x.image_start) // len(x.packs)
+        rows = torch.arange(size, device=device) + self.axis.rank * size
+        images = (rows // length).clamp(max=num_images - 1)  # rows past the end are padding
+        return self.drop.factors(packs[images // slots], images % slots, x.hidden.dtype)
 
     def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The block in one process, on whole images [N, L, V]."""
@@ -186,7 +211,8 @@ class PoolInterleave(nn.Module):
         v, d = model.vision.width, model.language.width
         self.axis, self.heads = axis, model.pool_heads // axis.size
         self.all_places = model.vision.patch_dropout_places == "all"
-        self.norm = norm(v)
+        self.prefix = model.vision.num_prefix
+        self.norm = norm(v) if model.vision.norm_eps == 1e-5 else norm(v, eps=model.vision.norm_eps)
         self.query = nn.Parameter(torch.empty(1, v))
         self.norm_q, self.norm_k, self.norm_v = norm(v), norm(v), norm(v)
         self.q, self.k, self.v = (ColumnLinear(v, d, axis) for _ in range(3))
@@ -202,7 +228,7 @@ class PoolInterleave(nn.Module):
 
     def _rows(self, x: Activations) -> torch.Tensor:
         # until they are split again, all rows (latents, patches, tokens' embeddings) are to be summed over ranks
-        latents_ND, patches_NKD = self._pool(self.norm(x.hidden), len(x.image_start), 1 + x.num_patches)
+        latents_ND, patches_NKD = self._pool(self.norm(x.hidden), len(x.image_start), self.prefix + x.num_patches)
         tokens_RD = self.embedding(x.tokens)
         num_rows, offsets = len(tokens_RD), torch.arange(x.num_patches, device=x.hidden.device)
         if self.all_places and x.kept_NK is not None:  # places of patches left out keep their id's embedding
@@ -218,7 +244,7 @@ class PoolInterleave(nn.Module):
 
     def patch_features(self, hidden_NLV: torch.Tensor) -> torch.Tensor:
         """The normed patch tokens [N, P, V], the features that LCL trains."""
-        return self.norm(hidden_NLV[:, 1:])
+        return self.norm(hidden_NLV[:, self.prefix :])
 
     def pool(self, hidden_NLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ViT output [N, L, V] → image latents z [N, D], not normalized, and placeholders' embeddings [N, P, D].
@@ -232,7 +258,7 @@ class PoolInterleave(nn.Module):
         q = self.q(self.norm_q(self.query)).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, 1, K]
         inputs_SV = (self.norm_k(normed_SV), self.norm_v(normed_SV))
         k, v = gathered_linear(inputs_SV, (self.k, self.v), self.axis, num_rows)
-        k, v = (x.unflatten(0, (num_images, length))[:, 1:] for x in (k, v))  # without the class token
+        k, v = (x.unflatten(0, (num_images, length))[:, self.prefix :] for x in (k, v))  # the patches alone
         heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
         pooled = full_attention(q.expand(num_images, -1, -1, -1), *heads).flatten(1)  # one query: [N, H, 1, K]
         return self.out(pooled), self.out(v)
@@ -242,9 +268,15 @@ class LanguageBlock(Block):
     """Block in which a row sees the rows before it in its sequence; the image latents after them pass unchanged."""
 
     def __init__(
-        self, language: Language, norm: Norm, axis: Axis, recompute: Recompute, attention: PackedAttention
+        self,
+        language: Language,
+        norm: Norm,
+        axis: Axis,
+        recompute: Recompute,
+        drop: DropPath | None,
+        attention: PackedAttention,
     ) -> None:
-        super().__init__(language.width, language.heads, language.mlp_width, norm, axis, recompute)
+        super().__init__(language, norm, axis, recompute, drop)
         self.context_length = language.context_length  # no sequence is longer
         self.packed_attention = attention
 
@@ -257,30 +289,55 @@ class LanguageBlock(Block):
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.packed_attention(q, k, v, x.cu_seqlens, self.context_length)
 
-        return x._replace(hidden=torch.cat([self.residual(rows_SD, num_rows, attend), latents_SD]))
+        rows_SD = self.residual(rows_SD, num_rows, attend, self._factors(x, size))
+        return x._replace(hidden=torch.cat([rows_SD, latents_SD]))
+
+    def _factors(self, x: Activations, size: int) -> Sequence[torch.Tensor]:
+        """Drop path's of `size` rows, by the first row of their sequence."""
+        if self.drop is None or not self.training or not x.packs:
+            return ()
+        packs, tokens = numbers_of(x.packs, x.hidden.device), len(x.tokens) // len(x.packs)
+        rows = (torch.arange(size, device=x.hidden.device) + self.axis.rank * size).clamp(max=len(x.tokens) - 1)
+        starts = x.cu_seqlens.long()[torch.searchsorted(x.cu_seqlens, rows.int(), right=True) - 1]
+        return self.drop.factors(packs[rows // tokens], starts % tokens, x.hidden.dtype)
 
 
 class Head(nn.Module):
-    """Final norm and projection of the context features; language-model head with its own norm; the log scale."""
+    """Final norm and projection of the context features; language-model head with its own norm; the log scale, and the
+    bias of the contrast's logits where the model has one."""
 
-    def __init__(self, language: Language, initial_log_scale: float, norm: Norm, axis: Axis) -> None:
+    def __init__(
+        self, language: Language, initial_log_scale: float, initial_bias: float | None, norm: Norm, axis: Axis
+    ) -> None:
         super().__init__()
         self.axis, self.vocab_size = axis, language.vocab_size
-        self.initial_log_scale = initial_log_scale
+        self.initial_values = {"log_scale": initial_log_scale}
+        """of the parameters that are one number, float32 whatever the others' dtype"""
+        if initial_bias is not None:
+            self.initial_values["logit_bias"] = initial_bias
         self.norm = norm(language.width)
         self.projection = nn.Linear(language.width, language.width, bias=False)
         self.vocabulary_norm = norm(language.width)
         self.vocabulary = nn.Parameter(torch.empty(shard_size(self.vocab_size, axis), language.width))
         mark_split(self.vocabulary, 0, self.vocab_size)
         self.shared = SharedParameters(self, axis)
-        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # an output: its gradient is complete
+        # outputs: their gradients are complete
+        self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.logit_bias = None if initial_bias is None else nn.Parameter(torch.empty(1, dtype=torch.float32))
+
+    @property
+    def numbers(self) -> dict[str, nn.Parameter]:
+        """The parameters that are one number, by name: see `initial_values`."""
+        return {name: getattr(self, name) for name in self.initial_values}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
-        """Casts and moves of the module (`.bfloat16()`, `.to(device)`): the log scale moves, but stays float32."""
-        log_scale = self.log_scale.data
+        """Casts and moves of the module (`.bfloat16()`, `.to(device)`): what is one number moves, but stays float32."""
+        before = {name: parameter.data for name, parameter in self.numbers.items()}
         super()._apply(fn, recurse)
-        if log_scale.dtype == torch.float32 and not log_scale.is_meta:
-            self.log_scale.data = log_scale.to(self.log_scale.device)
+        for name, value in before.items():
+            if value.dtype == torch.float32 and not value.is_meta:
+                parameter = self.numbers[name]
+                parameter.data = value.to(parameter.device)
         return self
 
     def forward(self, inputs: Activations) -> Outputs:
@@ -299,8 +356,8 @@ class Head(nn.Module):
         latents_SD = x.hidden[size:].float()
         latents_ND, contexts_ND = (gather_replicated(y, self.axis, num_images) for y in (latents_SD, contexts_SD))
         # a copy: where a parameter itself is an output, DeepSpeed's bf16 optimizer loses its gradient without an error
-        log_scale = self.log_scale.to(torch.float32, copy=True)
-        return Outputs(nll, latents_ND, contexts_ND, log_scale)
+        numbers = {name: parameter.to(torch.float32, copy=True) for name, parameter in self.numbers.items()}
+        return Outputs(nll, latents_ND, contexts_ND, **numbers)
 
     def text_features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Language-model outputs [N, D] → unit-norm context features [N, D], float32."""
@@ -333,25 +390,36 @@ def layer_specs(
     recompute: Recompute = "none",
     recompute_every: int = 1,
     attention: PackedAttention | None = None,
+    seed: int = 0,
 ) -> list[functools.partial[Any]]:
     """What makes each layer, in order; nothing is built yet.
 
     axis: the tensor ranks over which every layer is split. recompute: what is recomputed in backward, in every
     `recompute_every`-th block of each encoder. attention: of the language blocks; None: chosen when it is called.
+    seed: of drop path.
     """
     vision, language = model.vision, model.language
     attention = attention or Adaptive()
+    # where the epsilon is torch's own, the norm is called as ever
+    vision_norm = norm if vision.norm_eps == 1e-5 else functools.partial(norm, eps=vision.norm_eps)
 
-    def blocks(block: type[nn.Module], encoder: Vision | Language, *more: Any) -> list[functools.partial[Any]]:
-        recomputed = [recompute if i % recompute_every == 0 else "none" for i in range(encoder.layers)]
-        return [functools.partial(block, encoder, norm, axis, one, *more) for one in recomputed]
+    def blocks(
+        block: type[nn.Module], encoder: Vision | Language, norm: Norm, first: int, *more: Any
+    ) -> list[functools.partial[Any]]:
+        made = []
+        for i in range(encoder.layers):
+            rate = rate_of(i, encoder.layers, encoder.drop_path)
+            drop = DropPath(rate, seed, first + i) if rate else None
+            recomputed = recompute if i % recompute_every == 0 else "none"
+            made.append(functools.partial(block, encoder, norm, axis, recomputed, drop, *more))
+        return made
 
     return [
-        functools.partial(Patches, vision, norm, axis),
-        *blocks(VisionBlock, vision),
+        functools.partial(Patches, vision, vision_norm, axis),
+        *blocks(VisionBlock, vision, vision_norm, 0),
         functools.partial(PoolInterleave, model, norm, axis),
-        *blocks(LanguageBlock, language, attention),
-        functools.partial(Head, language, initial_log_scale, norm, axis),
+        *blocks(LanguageBlock, language, norm, LANGUAGE, attention),
+        functools.partial(Head, language, initial_log_scale, model.logit_bias, norm, axis),
     ]
 
 
@@ -362,9 +430,11 @@ def build_layers(
     axis: Axis = ALONE,
     recompute: Recompute = "none",
     recompute_every: int = 1,
+    seed: int = 0,
 ) -> list[nn.Module]:
     """The list of layers (see `layer_specs`), parameters not yet initialized (see `initialize`)."""
-    return [make() for make in layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]
+    specs = layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every, seed=seed)
+    return [make() for make in specs]
 
 
 def num_parameters(model: Model, without: Collection[str] = ()) -> int:

@@ -13,6 +13,7 @@ from megatron_lcl.config import Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses.contrastive import contrastive_loss
+from megatron_lcl.losses.sigmoid import sigmoid_loss
 from megatron_lcl.model.block import Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import (
@@ -44,7 +45,7 @@ class LCLOutput(NamedTuple):
     """Losses (unweighted) and features of `LCL.forward`."""
 
     contrastive_loss: torch.Tensor
-    """mean over the pairs, symmetric InfoNCE"""
+    """mean over the pairs, symmetric InfoNCE; of a model with a logit bias the sigmoid loss"""
     generation_loss: torch.Tensor
     """mean over the targets, nats"""
     image_features: torch.Tensor
@@ -53,6 +54,9 @@ class LCLOutput(NamedTuple):
     """[pairs, D] unit norm"""
     logit_scale: torch.Tensor
     """exp of the log scale"""
+    logit_bias: torch.Tensor | None = None
+    """where the model has one: sigmoid(logit_scale x·y + logit_bias) is then the probability that an image x and a text
+    y belong together"""
 
 
 class LCL(nn.Module):
@@ -157,13 +161,17 @@ class LCL(nn.Module):
         out = self.layers(batch)
         pairs = (batch.image_soi >= 0).nonzero()[:, 0]
         image_features, text_features = out.image_features[pairs], out.text_features[pairs]
-        contrast = contrastive_loss(image_features, text_features, out.log_scale)
+        if out.logit_bias is None:
+            loss = contrastive_loss(image_features, text_features, out.log_scale).loss
+        else:
+            loss = sigmoid_loss(image_features, text_features, out.log_scale, out.logit_bias).loss
         return LCLOutput(
-            contrast.loss,
+            loss,
             out.generation / max(batch.num_targets, 1),
             image_features,
             text_features,
             out.log_scale[0].exp(),
+            None if out.logit_bias is None else out.logit_bias[0],
         )
 
 

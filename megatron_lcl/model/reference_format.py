@@ -44,6 +44,9 @@ def model_config(config: Mapping[str, Any]) -> Model:
             layers=_whole(vision, "vision_cfg.layers"),
             heads=width // head_width,
             mlp_width=_mlp_width(vision, "vision_cfg"),
+            norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+            embedding_norm=not vision.get("no_ln_pre", False),
+            layer_scale=vision.get("ls_init_value"),
         )
         t = Language(
             context_length=_whole(text, "text_cfg.context_length"),
@@ -52,8 +55,10 @@ def model_config(config: Mapping[str, Any]) -> Model:
             layers=_whole(text, "text_cfg.layers"),
             heads=_whole(text, "text_cfg.heads"),
             mlp_width=_mlp_width(text, "text_cfg"),
+            layer_scale=text.get("ls_init_value"),
         )
-        model = Model(vision=v, language=t, pool_heads=_whole(pool, "pool_project_cfg.attn_num_heads"))
+        heads, bias = _whole(pool, "pool_project_cfg.attn_num_heads"), config.get("init_logit_bias")
+        model = Model(vision=v, language=t, pool_heads=heads, logit_bias=bias)
     except ValidationError as error:  # sizes that do not fit each other; the first of their faults
         fault = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"the model config's sizes do not fit: {fault}") from None
@@ -85,6 +90,9 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "head_width": v.width // v.heads,
             "patch_size": v.patch_size,
             "mlp_ratio": mlp_ratio(v.mlp_width, v.width),
+            **({} if v.norm_eps == 1e-5 else {"norm_kwargs": {"eps": v.norm_eps}}),
+            **({} if v.embedding_norm else {"no_ln_pre": True}),
+            **({} if v.layer_scale is None else {"ls_init_value": v.layer_scale}),
         },
         "text_cfg": {
             "context_length": t.context_length,
@@ -93,6 +101,7 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "heads": t.heads,
             "layers": t.layers,
             "mlp_ratio": mlp_ratio(t.mlp_width, t.width),
+            **({} if t.layer_scale is None else {"ls_init_value": t.layer_scale}),
         },
         "pool_project_cfg": {
             "pool_proj_type": "attn",
@@ -100,6 +109,7 @@ def open_clip_config(model: Model) -> dict[str, Any]:
             "output_dim": t.width,
             "attn_num_heads": model.pool_heads,
         },
+        **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias}),
     }
 
 
@@ -228,6 +238,7 @@ def parts_open_clip(layers: nn.Module, config: Model) -> dict[str, list[torch.Te
     v, p = config.vision, config.vision.patch_size
     shapes = {
         "logit_scale": (),
+        "logit_bias": (),
         "visual.conv1.weight": (v.width, 3, p, p),
         "pool_project.query_token": (1, 1, v.width),
     }
@@ -244,16 +255,24 @@ _TRANSPOSED = {"text.text_projection"}
 
 
 def _names(config: Model) -> dict[str, list[str]]:
-    """Their name → our names, in the order in which ours are concatenated."""
+    """Their name → our names, in the order in which ours are concatenated. UserError for what has no name there."""
+    v, t = config.vision, config.language
+    options = {"vision.registers": v.registers, "vision.qk_norm": v.qk_norm, "language.qk_norm": t.qk_norm}
+    if homeless := [name for name, value in options.items() if value]:
+        raise UserError(
+            f"open_clip's format has no place for model.{homeless[0]} = {options[homeless[0]]}; export the vision "
+            "encoder to timm"
+        )
     # the layers' indices: see `layers.layer_specs`
     patches, pool, head = 0, 1 + config.vision.layers, 2 + config.vision.layers + config.language.layers
     vision_blocks, language_blocks = range(patches + 1, pool), range(pool + 1, head)
     names = {
         "logit_scale": [f"{head}.log_scale"],
+        **({} if config.logit_bias is None else {"logit_bias": [f"{head}.logit_bias"]}),
         "visual.class_embedding": [f"{patches}.class_embedding"],
         "visual.positional_embedding": [f"{patches}.positions"],
         "visual.conv1.weight": [f"{patches}.projection.weight"],
-        **_pairs("visual.ln_pre", f"{patches}.norm"),
+        **(_pairs("visual.ln_pre", f"{patches}.norm") if v.embedding_norm else {}),
     }
     for tower, blocks in (("visual", vision_blocks), ("text", language_blocks)):
         for i, ours in enumerate(blocks):
@@ -261,6 +280,8 @@ def _names(config: Model) -> dict[str, list[str]]:
             names |= _pairs(f"{theirs}.ln_1", f"{ours}.norm1") | _pairs(f"{theirs}.ln_2", f"{ours}.norm2")
             names |= _pairs(f"{theirs}.attn.out_proj", f"{ours}.attention.out")
             names |= _pairs(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up") | _pairs(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down")
+            if (v if tower == "visual" else t).layer_scale is not None:
+                names |= {f"{theirs}.ls_{k}.gamma": [f"{ours}.scale{k}"] for k in (1, 2)}
             for kind in ("weight", "bias"):
                 names[f"{theirs}.attn.in_proj_{kind}"] = [f"{ours}.attention.{x}.{kind}" for x in "qkv"]
         if tower == "visual":

@@ -29,6 +29,8 @@ _PLUGINS = Plugins(
         "coca": "built_in:CoCa",
         "emu": "built_in:Emu",
         "generation": "built_in:GenerationOnly",
+        "genlip": "built_in:GenLip",
+        "siglip": "built_in:SigLip",
     },
 )
 

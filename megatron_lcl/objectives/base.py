@@ -58,6 +58,8 @@ class StepInputs:
     """[1] as it is before the step"""
     counts: GlobalCounts
     mesh: Mesh
+    logit_bias: torch.Tensor | None = None
+    """[1] as it is before the step; None where the model has none"""
 
 
 class Term(ABC):

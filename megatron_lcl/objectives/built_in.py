@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megatron_lcl.config import EvaluationTask
-from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, INTERLEAVED, PAIRS, Sequences
+from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.objectives.base import Objective, StepInputs, Term
-from megatron_lcl.objectives.contrast import Contrast, contrast_gathers
+from megatron_lcl.objectives.contrast import Contrast, SigmoidContrast, contrast_gathers
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.objectives.regression import Regression, regression_reductions
 from megatron_lcl.parallel.mesh import Axis, Mesh
@@ -80,6 +80,24 @@ class Clip(Objective):
         return contrast_gathers(pairs, self.config.model.language.width, mesh)
 
 
+class SigLip(Clip):
+    """`siglip`: `clip` with the sigmoid loss (SigLIP, arXiv 2303.15343, section 3.2), each text encoded alone.
+
+        L = - 1/N sum_i sum_j log sigmoid(z_ij (s x_i . y_j + b)),  z_ij = 1 where i = j, else -1
+
+    over all N images i and all N texts j of the global batch; s = exp(log scale), from ln 10, and the bias b, from -10,
+    are learned.
+    """
+
+    metrics = (*generation.METRICS, *contrast.SIGMOID_METRICS)
+
+    def terms(self, step: StepInputs) -> Sequence[Term]:
+        return [SigmoidContrast(step, 1.0), Generation(step, 0.0)]
+
+    def gathers(self, pairs: Sequence[int], mesh: Mesh) -> list[tuple[Axis, int]]:
+        return contrast_gathers(pairs, self.config.model.language.width, mesh, sigmoid=True)
+
+
 class GenerationOnly(Objective):
     """`generation`: no contrast."""
 
@@ -90,6 +108,20 @@ class GenerationOnly(Objective):
 
     def terms(self, step: StepInputs) -> Sequence[Term]:
         return [Generation(step, 1.0)]
+
+
+class GenLip(GenerationOnly):
+    """`genlip`: captioning alone, on pairs (GenLIP, arXiv 2605.00809; OpenVision 2, arXiv 2509.01644).
+
+        L = - 1/T sum_n sum_t log P(y_nt | y_n,<t, x_n)
+
+    over the T targets of the global batch: of each pair n the image x stands first, and its text y and `<eot>` are the
+    targets. GenLIP's single transformer reads patches and text alike and sees the whole image from each patch;
+    OpenVision 2 has an encoder and a decoder, as here, where the vision encoder sees the whole image and the causal
+    language model reads its patches' embeddings. OpenVision 2's decoder reads a third of the patches, drawn at random.
+    """
+
+    sequences = CAPTIONS
 
 
 class Emu(Objective):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, Optimizer
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch, num_runs
@@ -49,6 +50,8 @@ class Case:
     twice as many packs"""
     optimizer: str = "adamw"
     """muon: also with learning rates by part and depth"""
+    options: bool = False
+    """both encoders have drop path, LayerScale and QK-norm, and images have registers"""
 
     @property
     def processes(self) -> int:
@@ -60,12 +63,13 @@ class Case:
         name += f", {self.dtype}" * (self.dtype != "float32") + f", {self.objective}" * (self.objective != "lcl")
         name += f", phases with {self.phases} places" if self.phases else ""
         name += f", {self.optimizer}" * (self.optimizer != "adamw")
+        name += ", model options" * self.options
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
     def global_batch(self) -> int:
-        """Packs of a step: what decides the result, beside `climbs`, the objective, the optimizer and `phases`; of the
-        first steps where there are phases."""
+        """Packs of a step: what decides the result, beside `climbs`, the objective, the optimizer, the model's options
+        and `phases`; of the first steps where there are phases."""
         return -(-MIN_PACKS // self.data) * self.data
 
     def lr(self, step: int) -> float:
@@ -81,6 +85,8 @@ class Case:
             muon = {"dtype": "float32", "momentum": Optimizer().betas[0], "per_head": True}
             parts = {"vision": {"lr": 0.5, "layer_decay": 0.8}, "head": {"weight_decay": 0.0}}
             optimizer |= {"name": self.optimizer, "muon": muon, "parts": parts}
+        # ZeRO-3 gathers the norms of a head's queries in messages too small to be counted
+        options = {"drop_path": 0.6, "layer_scale": 0.5, "qk_norm": self.zero < 3} if self.options else {}
         return configs.from_dict(
             {
                 "model": {
@@ -92,6 +98,7 @@ class Case:
                         "heads": 4,
                         "mlp_width": 64,
                         "patch_dropout_places": self.phases or "kept",
+                        **({"registers": 3, **options} if options else {}),
                     },
                     "language": {
                         "context_length": CONTEXT,
@@ -100,6 +107,7 @@ class Case:
                         "layers": 3,
                         "heads": 4,
                         "mlp_width": 48,
+                        **options,
                     },
                     "pool_heads": 4,
                 },
@@ -154,6 +162,9 @@ CASES = (
     Case(tensor=2, data=2, optimizer="muon"),
     Case(pipeline=2, data=2, optimizer="muon"),
     Case(data=2, zero=3, strategy="recompute", optimizer="muon"),
+    Case(tensor=2, pipeline=2, objective="siglip", options=True),
+    Case(data=2, zero=3, strategy="recompute", objective="siglip", options=True),
+    Case(tensor=2, pipeline=2, objective="genlip"),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
     Case(dtype="bfloat16"),
     Case(tensor=2, dtype="bfloat16"),
@@ -165,7 +176,7 @@ CASES = (
 def make_batches(config: Config, step: int) -> list[PackedBatch]:
     """The packs of a step's global batch, in global order, one to a micro-batch."""
     config, images = phase_at(config, step).config, IMAGES_OF_PACK[step]
-    make = _captioned_pairs if config.objective.name == "coca" else _documents
+    make = _documents if objectives.create(config).sequences.interleaved else _pairs
     return [
         _pack(config, make, config.train.global_batch * step + n, images[n % len(images)], 100_000 * step + n)
         for n in range(config.train.global_batch)
@@ -222,7 +233,7 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
         images=pixels,
         image_start=image_start,
         image_soi=image_soi,
-        image_valid=(image_start >= 0).int(),
+        image_valid=(torch.arange(IMAGES) < slots).int(),
         kept_patches=kept,
         num_targets=len(rows_with_target),
         num_pairs=int((image_soi >= 0).sum()),
@@ -251,20 +262,23 @@ def _documents(written: _Written, config: Config, num_images: int, draw: torch.G
         written.sequences.append(ids)
 
 
-def _captioned_pairs(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
-    """Pairs, at most two of which fit, and their captions; or, without images, one document."""
+def _pairs(written: _Written, config: Config, num_images: int, draw: torch.Generator) -> None:
+    """Pairs, at most two of which fit, with or without captions, or these alone; or, without images, one document."""
     special, patches = SpecialTokens.of(config.model.language.vocab_size), config.model.vision.num_placeholders
+    sequences = objectives.create(config).sequences
     if not num_images:
         _documents(written, config, 0, draw)
     for _ in range(min(num_images, 2)):
         words = _words(draw, special.sot)
-        written.image_soi.append(written.rows + 1 + len(words))
-        written.sequences.append([special.sot, *words, special.soi])
-        written.targets.append([-1] * (2 + len(words)))
-        written.image_start.append(written.rows + 2)
-        start = [special.sot, special.soi, *[special.placeholder] * patches, special.eoi]
-        written.sequences.append([*start, *words, special.eot])
-        written.targets.append([*[-1] * (len(start) - 1), *words, special.eot, -1])
+        written.image_soi.append(written.rows + 1 + len(words) if sequences.contrast else -1)
+        if sequences.contrast:
+            written.sequences.append([special.sot, *words, special.soi])
+            written.targets.append([-1] * (2 + len(words)))
+        written.image_start.append(written.rows + 2 if sequences.captions else -1)
+        if sequences.captions:
+            start = [special.sot, special.soi, *[special.placeholder] * patches, special.eoi]
+            written.sequences.append([*start, *words, special.eot])
+            written.targets.append([*[-1] * (len(start) - 1), *words, special.eot, -1])
 
 
 def _words(draw: torch.Generator, end: int) -> list[int]:

@@ -21,7 +21,7 @@ from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.optimizers.pieces import tensors_of
 from megatron_lcl.train.optimizers.tensorwise import Rule
 
-WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0)}
+WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0), "siglip": (0.0, 1.0), "genlip": (1.0, 0.0)}
 """by objective: of generation, and of contrast or regression, as published"""
 
 
@@ -45,7 +45,7 @@ class Trajectory:
 def reference(case: Case) -> Trajectory:
     """The steps of a case without any parallelism, DeepSpeed or fused loss, on the CPU."""
     config = case.config()
-    stages = build_layers(config.model, config.contrast.initial_log_scale)
+    stages = build_layers(config.model, config.initial_log_scale, seed=config.train.seed)
     initialize(dict(enumerate(stages)), config.model, config.train.seed)
     model = LayerList(*stages)
     settings, optimizer = config.optimizer, _Optimizer(model, config)
@@ -56,7 +56,7 @@ def reference(case: Case) -> Trajectory:
         model.zero_grad()
         given = phase_at(config, step).config.objective.contrastive_weight
         other_weight = published if given is None else given
-        generation, other = _losses(model, make_batches(config, step), regression=case.objective == "emu")
+        generation, other = _losses(model, make_batches(config, step), case.objective)
         (weight * generation + other_weight * other).backward()
         # DeepSpeed's gradients are zero where torch has none
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -108,15 +108,20 @@ class _Optimizer:
                 own.sub_(rate * 0.2 * math.sqrt(max(own.shape)) * newton_schulz(update, muon.newton_schulz_steps))
 
 
-def _losses(model: LayerList, batches: list[PackedBatch], regression: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generation, and regression or contrast."""
+def _losses(model: LayerList, batches: list[PackedBatch], objective: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generation, and regression or contrast; 0 where nothing is contrasted."""
     outputs = [model(batch) for batch in batches]
     generation = torch.stack([out.generation for out in outputs]).sum() / sum(b.num_targets for b in batches)
     chosen = [(b.image_soi >= 0).nonzero()[:, 0] for b in batches]
     latents = torch.cat([out.latents[c] for out, c in zip(outputs, chosen, strict=True)])
     contexts = torch.cat([out.contexts[c] for out, c in zip(outputs, chosen, strict=True)])
-    if regression:
+    if objective == "emu":
         return generation, F.mse_loss(contexts, latents)
+    if not len(latents):
+        return generation, torch.zeros(())
     logits = outputs[0].log_scale.exp() * F.normalize(latents, dim=1) @ F.normalize(contexts, dim=1).t()
+    if (bias := outputs[0].logit_bias) is not None:  # SigLIP (arXiv 2303.15343), algorithm 1
+        signs = 2 * torch.eye(len(logits)) - 1
+        return generation, -F.logsigmoid(signs * (logits + bias)).sum() / len(logits)
     pairs = torch.arange(len(latents))
     return generation, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl.attention import CAPABILITY
+from megatron_lcl.config import Model
 from megatron_lcl.interrupts import holding_interrupts
 from megatron_lcl.selftest import kernels
 from megatron_lcl.selftest.cases import CASES, Case
@@ -155,7 +156,7 @@ def _byte_faults(ours: Trajectory, bound: float) -> Iterator[str]:
 
 
 def _relative(a: float, b: float) -> float:
-    return abs(a - b) / abs(b)
+    return abs(a - b) / abs(b) if b else abs(a)  # 0: what the objective has not
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
@@ -226,7 +227,7 @@ def selftest(
         say(f"{world} processes, {where}" + (f"; {left} layouts need more and are skipped" if left else ""))
         for fault in {fault for case in cases if (fault := _lacks(case))}:
             say(f"{fault}: its layouts are skipped")
-    truths: dict[tuple[int, bool, str, str], Trajectory] = {}
+    truths: dict[tuple[int, bool, str, str, str, Model], Trajectory] = {}
     verdicts: list[Verdict | KernelVerdict] = []
     for number, case in enumerate(fitting):
         if 0 in ranks and isinstance(case, Case) and not any(isinstance(v, Verdict) for v in verdicts):
@@ -244,7 +245,7 @@ def selftest(
             elif result is None or faults:
                 verdict = Verdict(case, faults=tuple(faults))
             else:
-                key = (case.global_batch, case.climbs, case.objective, case.phases, case.optimizer)
+                key = (case.global_batch, case.climbs, case.objective, case.phases, case.optimizer, case.config().model)
                 if key not in truths:
                     truths[key] = reference(case)
                 verdict = compare(case, result, truths[key])

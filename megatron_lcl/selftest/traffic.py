@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.objectives.base import Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
@@ -34,9 +34,10 @@ def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: M
     parameters, objective = dict(engine.module.named_parameters()), objectives.create(config)
     parts = [reading(batches, config, mesh)]
     if config.zero.stage == 3:
-        parts.append(
-            zero3([p.ds_numel for p in parameters.values()], len(batches), objective.num_forwards, config, mesh)
-        )
+        sizes, untrained = {name: p.ds_numel for name, p in parameters.items()}, "generation" not in objective.trains
+        still = [n for name, n in sizes.items() if untrained and ".vocabulary" in name]
+        idle = [n for name, n in sizes.items() if untrained and ".vocabulary_norm" in name]
+        parts.append(zero3([*sizes.values()], still, idle, len(batches), objective.num_forwards, config, mesh))
     else:
         layers = sorted({int(name.split(".")[0]) for name in parameters})
         groups = [sum(p.numel() for p in parameters.values() if (p.dim() >= 2) == decays) for decays in (True, False)]
@@ -105,12 +106,22 @@ def stepping(
     return sent
 
 
-def zero3(sizes: Sequence[int], batches: int, forwards: int, config: Config, mesh: Mesh) -> Sent:
+def zero3(
+    sizes: Sequence[int],
+    still: Sequence[int],
+    idle: Sequence[int],
+    batches: int,
+    forwards: int,
+    config: Config,
+    mesh: Mesh,
+) -> Sent:
     """ZeRO-3's parameters and gradients (Rajbhandari et al. 2020), without a pipeline or tensor ranks.
 
-    sizes: numbers in each parameter. A micro-batch gathers parameters for each forward and for backward, and reduces
-    its gradients; parameters up to DeepSpeed's persistence threshold stay, and are gathered once, after the step. Of a
-    model up to its reuse distance parameters stay between a micro-batch's only forward and its backward.
+    sizes: numbers in each parameter; still: in those that the objective gives no gradients, of which none are reduced;
+    idle: in those whose module backward does not enter, and which are not gathered for it. A micro-batch gathers
+    parameters for each forward and for backward, and reduces its gradients; parameters up to DeepSpeed's persistence
+    threshold stay, and are gathered once, after the step. Of a model up to its reuse distance parameters stay between a
+    micro-batch's only forward and its backward.
     """
     sent: Sent = defaultdict(float)
     settings = config.deepspeed.get("zero_optimization", {})
@@ -121,6 +132,9 @@ def zero3(sizes: Sequence[int], batches: int, forwards: int, config: Config, mes
         gathers = batches * (1 if stay else forwards + 1) if number > threshold else 1
         gathered = gathers * num_bytes(config) + batches * FLOAT
         sent[mesh.data.ranks] += gathered * _round_up(number, size) * (size - 1) / size
+    for numbers, each in ((still, FLOAT), (idle, num_bytes(config))):
+        for number in numbers:
+            sent[mesh.data.ranks] -= batches * each * _round_up(number, size) * (size - 1) / size
     return sent
 
 
@@ -150,7 +164,7 @@ def _hidden(layer: int, batch: PackedBatch, config: Config, mesh: Mesh, a: int) 
 def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
     """Bytes in all of each all-gather and reduce-scatter of a layer, in forward and in backward."""
     vision, language = config.model.vision, config.model.language
-    v, d, length = vision.width, language.width, 1 + batch.num_patches
+    v, d, length = vision.width, language.width, vision.num_prefix + batch.num_patches
 
     def padded(rows: int) -> int:
         return -(-rows // tensor) * tensor
@@ -161,17 +175,24 @@ def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) 
         padded(len(batch.image_soi)) * d * a,
     )
     if layer == 0:
-        return [], [*_twice(3 * vision.patch_size**2 * v + v + (1 + vision.num_patches) * v + 2 * v, a)]
+        norm = 2 * v * vision.embedding_norm
+        return [], [*_twice(3 * vision.patch_size**2 * v + v + vision.num_rows * v + norm, a)]
     if layer <= vision.layers:
-        return [images] * 4, [*[images] * 6, *_twice(6 * v, a)]
+        return [images] * 4, [*[images] * 6, *_twice(_shared_of_block(vision), a)]
     if layer == vision.layers + 1:
         shared = 9 * v + language.context_length * d
         return [images, images, tokens, latents], [*[images] * 4, tokens, latents, *_twice(shared, a)]
     if layer <= vision.layers + 1 + language.layers:
-        return [tokens] * 4, [*[tokens] * 6, *_twice(6 * d, a)]
+        return [tokens] * 4, [*[tokens] * 6, *_twice(_shared_of_block(language), a)]
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor
     return [tokens, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
+
+
+def _shared_of_block(encoder: Vision | Language) -> int:
+    """Numbers in the parameters of a block that are not split: norms, biases of what is split by rows, LayerScale."""
+    scales = 2 * encoder.width * (encoder.layer_scale is not None)
+    return 6 * encoder.width + scales + 4 * (encoder.width // encoder.heads) * encoder.qk_norm
 
 
 def _twice(numbers: int, a: int) -> Iterable[int]:

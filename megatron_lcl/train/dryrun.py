@@ -165,7 +165,7 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     with torch.device("meta"):
-        layers = build_layers(config.model, config.contrast.initial_log_scale)
+        layers = build_layers(config.model, config.initial_log_scale)
     counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     vision = sum(counts[: 1 + config.model.vision.layers])
     parts = {"vision": vision, "pool and language": sum(counts) - vision}

@@ -104,10 +104,10 @@ def layer_norm(config: Config) -> Norm:
 
 def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
     """What makes each layer of the run, in order; `axis`: the tensor ranks that share every layer."""
-    initial_log_scale, train = config.contrast.initial_log_scale, config.train
+    initial_log_scale, train = config.initial_log_scale, config.train
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     attention = choose_run_attention(config).attend
-    return layer_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention)
+    return layer_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention, train.seed)
 
 
 def choose_run_attention(config: Config) -> Attention:
@@ -156,7 +156,8 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
 
     settings = settings or deepspeed_config(config, mesh.world.size)
     heads = [layer for layer in module.children() if isinstance(layer, Head)]  # in a pipeline only the last stage's
-    initial = [float(head.log_scale.detach()) for head in heads]
+    numbers = [parameter for head in heads for parameter in head.numbers.values()]
+    initial = [float(parameter.detach()) for parameter in numbers]
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
     check_stages(mesh.pipeline.gather_objects(len(groups)), config)
     rules = rules_of(tensors_of(dict(module.named_parameters())), config)
@@ -176,9 +177,9 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # at the smallest scale too an overflow is one more bad step
         scaler.raise_error_at_min_scale = False
-    for head, value in zip(heads, initial, strict=True):
+    for parameter, value in zip(numbers, initial, strict=True):
         # the cast to half precision has rounded the start value, and with it the float32 master
-        update_log_scale(head.log_scale, functools.partial(torch.full_like, fill_value=value))
+        update_log_scale(parameter, functools.partial(torch.full_like, fill_value=value))
     return engine
 
 

@@ -13,7 +13,8 @@ from megatron_lcl.parallel.mesh import Mesh
 
 @torch.no_grad()
 def update_log_scale(parameter: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Apply an elementwise function to the log scale: to the parameter, and to DeepSpeed's float32 master.
+    """Apply an elementwise function to the log scale (or the logit bias): to the parameter, and to DeepSpeed's float32
+    master.
 
     Changing the parameter alone would be lost at the next step.
     """
@@ -45,6 +46,11 @@ def read_log_scale(parameter: Any) -> torch.Tensor:
     if parameter.dtype == torch.float32 and parameter.numel():
         return parameter.detach().clone()
     return safe_get_full_fp32_param(parameter).detach().clone()
+
+
+def read_numbers(head: Any) -> dict[str, torch.Tensor]:
+    """Copies [1] in float32 of the head's parameters that are one number, by name (`Head.numbers`)."""
+    return {name: read_log_scale(parameter) for name, parameter in head.numbers.items()}
 
 
 def read_parameters(engine: Any, mesh: Mesh, state: str | None = None) -> dict[str, torch.Tensor]:

@@ -108,7 +108,8 @@ def largest_estimate(config: Config, processes: int, images_per_pack: Slots = No
 def _graph(config: Config, images: int, number: int) -> float:
     """Bytes that the forward of a micro-batch keeps; number: bytes of one in an activation."""
     vision, language = config.model.vision, config.model.language
-    rows, tokens = images * (1 + vision.num_kept), config.train.micro_batch * config.data.tokens_per_pack
+    rows = images * (vision.num_prefix + vision.num_kept)
+    tokens = config.train.micro_batch * config.data.tokens_per_pack
     patches = images * vision.num_kept * 3 * vision.patch_size**2 + rows * vision.width
     pool = rows * (4 * vision.width + 2 * language.width)
     kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from megatron_lcl.model.layers import MAX_LOG_SCALE, Outputs
 from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs, without_targets
 from megatron_lcl.objectives.contrast import without_features
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.master_weights import read_log_scale, update_log_scale
+from megatron_lcl.train.master_weights import read_log_scale, read_numbers, update_log_scale
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: flo
     """
     good = torch.isfinite(loss) & (loss <= limit)
     return surrogate_loss * torch.where(good, 1.0, torch.nan)
+
+
+def without_drop_path(batch: PackedBatch) -> PackedBatch:
+    """The batch for an evaluation: by the numbers of its packs drop path would draw."""
+    return replace(batch, packs=())
 
 
 class StepLoss:
@@ -140,8 +145,8 @@ class Stepper:
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the model makes of this replica's micro-batches; no step."""
-        log_scale = read_log_scale(self.engine.module[-1].log_scale)
-        return [self.engine(batch)._replace(log_scale=log_scale) for batch in batches]
+        numbers = read_numbers(self._head())
+        return [self.engine(without_drop_path(batch))._replace(**numbers) for batch in batches]
 
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
         """One step on this replica's micro-batches, which lie on the engine's device.
@@ -158,15 +163,15 @@ class Stepper:
             retain = objective.keeps_graphs
             with torch.set_grad_enabled(retain):
                 outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
-        parameter, loss = self._log_scale(), None
-        if parameter is not None:
-            inputs = StepInputs(batches, outputs, read_log_scale(parameter), counts, mesh)
+        head, loss = self._head(), None
+        if head is not None:
+            inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
             loss = StepLoss(objective, inputs, limit)
         self._backwards(batches, outputs, loss)
-        if parameter is not None:
-            update_log_scale(parameter, lambda value: value.clamp(0, MAX_LOG_SCALE))
+        if head is not None:
+            update_log_scale(head.log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        result = loss.result(read_log_scale(parameter), grad_norm) if loss is not None else None
+        result = loss.result(read_log_scale(head.log_scale), grad_norm) if head is not None and loss else None
         return self._share(result, counts)
 
     def _first_forwards(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
@@ -185,9 +190,9 @@ class Stepper:
             self.engine.backward(loss.of(m, out) * undo_means)
             self.engine.step()
 
-    def _log_scale(self) -> Any:
-        """The head's log scale; None where the head is on another process."""
-        return self.engine.module[-1].log_scale
+    def _head(self) -> Any:
+        """The model's head; None where it is on another process."""
+        return self.engine.module[-1]
 
     def _share(self, result: StepResult | None, counts: GlobalCounts) -> StepResult:
         """The result, on every process; `result`: None where the head is on another process."""

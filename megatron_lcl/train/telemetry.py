@@ -67,7 +67,8 @@ class Telemetry:
         self._progress = config.train.progress
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
-        self._losses = [name for name in objective.metrics if name not in contrast.METRICS[1:]]
+        no_losses = {*contrast.METRICS[1:], *contrast.SIGMOID_METRICS[1:]}
+        self._losses = [name for name in objective.metrics if name not in no_losses]
         self.num_without_pairs = 0
         """steps that had nothing to contrast, since this process started"""
         self._num_bad = 0

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from megatron_lcl.config import Language, Model, Vision
-from megatron_lcl.losses import contrastive_tiles
+from megatron_lcl.losses import contrastive_tiles, sigmoid_tiles
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.flops import Sizes, forward, of_step
 from megatron_lcl.model.initialize import initialize
@@ -31,6 +31,21 @@ MODELS = {
         Vision(image_size=28, patch_size=14, width=48, layers=3, heads=3, mlp_width=100),
         Language(context_length=40, vocab_size=97, width=16, layers=1, heads=2, mlp_width=40),
         pool_heads=4,
+    ),
+    "all options": Model(
+        Vision(
+            image_size=32,
+            patch_size=8,
+            width=24,
+            layers=2,
+            heads=2,
+            mlp_width=56,
+            registers=3,
+            qk_norm=True,
+            layer_scale=0.1,
+        ),
+        Language(context_length=80, vocab_size=203, width=32, layers=1, heads=4, mlp_width=72, qk_norm=True),
+        pool_heads=2,
     ),
 }
 
@@ -117,6 +132,15 @@ def test_similarities_with_other_ranks() -> None:
         contrastive_tiles.backward(image[mine], text[mine], image, text, lse, lse, 4, scale, scale)
     sizes = Sizes(0, 0, 0, 0, own, 0, 0)
     assert counted.get_total_flops() == of_step(model, sizes, every).loss
+
+
+def test_similarities_of_the_sigmoid_loss() -> None:
+    model, own, every = replace(MODELS["wide language"], logit_bias=-10.0), 5, 13
+    image, text = (torch.randn(every, model.language.width) for _ in range(2))
+    mine, scale = slice(4, 4 + own), torch.tensor(2.0)
+    with counter() as counted:
+        sigmoid_tiles.loss_and_gradients(image[mine], text[mine], image, text, 4, scale, -scale)
+    assert counted.get_total_flops() == of_step(model, Sizes(0, 0, 0, 0, own, 0, 0), every).loss
 
 
 def test_batches_add_up() -> None:

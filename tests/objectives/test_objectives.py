@@ -81,10 +81,12 @@ def test_what_the_built_in_objectives_ask_for() -> None:
         reads = objective.sequences
         return objective.strategy, objective.num_forwards, reads.interleaved, reads.contrast, reads.targets
 
-    assert objectives.names() == ["clip", "coca", "emu", "generation", "lcl"]
+    assert objectives.names() == ["clip", "coca", "emu", "generation", "genlip", "lcl", "siglip"]
     assert asked("lcl", "retain") == ("retain", 1, True, True, True)
     assert asked("lcl", "recompute") == ("recompute", 2, True, True, True)
     assert asked("clip", "recompute") == ("recompute", 2, False, True, False)
+    assert asked("siglip", "recompute") == ("recompute", 2, False, True, False)
+    assert asked("genlip", "recompute") == ("1F1B", 1, False, False, True)
     assert asked("coca", "retain") == ("retain", 1, False, True, True)
     assert asked("coca", "recompute") == ("recompute", 2, False, True, True)
     assert asked("emu", "recompute") == ("1F1B", 1, True, True, True)
@@ -97,8 +99,8 @@ def test_a_wrong_name_is_one_line(files: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert (
-        "`objective.name` = 'lcp': there is no such objective; there are clip, coca, emu, generation, lcl, the nearest"
-        in said
+        "`objective.name` = 'lcp': there is no such objective; there are clip, coca, emu, generation, genlip, lcl, "
+        "siglip, the nearest" in said
     )
     assert "the nearest is lcl" in said
 

@@ -114,6 +114,19 @@ def forget_the_other_replicas(rank: int) -> None:
     contrast.start_gather = lambda image, text, scale, **_: start(image, text, scale)
 
 
+def draw_by_process(rank: int) -> None:
+    """Drop path that differs between the processes of a replica."""
+    from megatron_lcl.model.drop_path import DropPath
+
+    factors = DropPath.factors
+
+    def drawn(self: DropPath, *arguments: Any) -> Any:
+        self.seed = rank
+        return factors(self, *arguments)
+
+    DropPath.factors = drawn  # type: ignore[method-assign]
+
+
 def forget_the_clamp(rank: int) -> None:
     from megatron_lcl.train import step
 
@@ -145,6 +158,7 @@ def send_twice(rank: int) -> None:
         (lose_a_sum, TENSOR, "gradient"),
         (gather_in_another_order, TENSOR, "losses"),
         (forget_the_clamp, Case(data=2, climbs=True), "losses"),
+        (draw_by_process, Case(data=2, objective="siglip", options=True), "losses"),
         (send_twice, TENSOR, "bytes: process 0 sent"),
     ],
 )

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
-Kind = Literal["matched", "natural", "pairs"]
-"""how images stand to texts: matched to one of them by similarity, and selected by it; in reading order; or one image
-and one text that belong together, in any order"""
+Kind = Literal["matched", "natural", "pairs", "captions"]
+"""how images stand to texts: matched to one of them by similarity, and selected by it; in reading order; one image and
+one text that belong together, in any order; or one image and several texts, each of which makes such a pair with it"""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

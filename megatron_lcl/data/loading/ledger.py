@@ -279,6 +279,8 @@ def _settings_of(data: Data, num_placeholders: int, context_length: int, sequenc
     settings["contrast_only"] = not sequences.interleaved  # the key that runs have stored
     if sequences.captions:  # absent elsewhere, as in ledgers written before there were captions
         settings["captions"] = True
+    if sequences.captions and not sequences.doubled:
+        settings["captions_alone"] = True
     settings["version"] = VERSION
     return settings
 

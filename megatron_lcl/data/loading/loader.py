@@ -178,7 +178,18 @@ class PackReader(Dataset[PackedBatch]):
             images: list[ImageOrigin] = []
             start = row
             special = source.corpus.tokenizer
+            where = str(source.corpus.path), document, epoch, part
             rows, begins, ends, first_piece, shard = self._rows(source, document, epoch, part)
+            if self.sequences.captions and not self.sequences.doubled:
+                (_, written, begin, end), (_, pictured, _, _) = rows.tolist()
+                text = shard.piece(first_piece + written)[begin:end]  # type: ignore[index]
+                row = self._put_caption(tokens, start, text, special)
+                stored = int(shard.piece(first_piece + pictured))
+                name = _image_name(source, shard, stored)
+                seen = ImageOrigin(slot, shard.number, stored, name, start + 1, start + 2, pair=False)
+                origins.append(SequenceOrigin(*where, start, row, row - len(text) - 2, (seen,)))
+                slot += 1
+                continue
             if begins:
                 tokens[row] = special.sot
                 row += 1
@@ -192,7 +203,7 @@ class PackReader(Dataset[PackedBatch]):
                     has_text = has_text or len(text) > 0
                     continue
                 pair = self.sequences.contrast and (has_text or (self.data.contrast_leading_images and row > start))
-                name = f"{source.corpus.path}, shard {shard.number}, image {piece}"
+                name = _image_name(source, shard, int(piece))
                 soi, first = row, -1
                 tokens[row] = special.soi
                 row += 1
@@ -206,19 +217,22 @@ class PackReader(Dataset[PackedBatch]):
             if ends:
                 tokens[row] = special.eot
                 row += 1
-            where = str(source.corpus.path), document, epoch, part
             # where pairs have captions, targets are theirs
             targets = start if self.sequences.targets and not self.sequences.captions else row
             origins.append(SequenceOrigin(*where, start, row, targets, tuple(images)))
             if self.sequences.captions:
                 start = row
-                tokens[row : row + 2] = special.sot, special.soi
-                row = self._put_image(tokens, row + 2, special)
-                tokens[row : row + len(text)] = text
-                tokens[row + len(text)] = special.eot
-                origins.append(SequenceOrigin(*where, start, row + len(text) + 1, row - 1, ()))
-                row += len(text) + 1
+                row = self._put_caption(tokens, start, text, special)
+                origins.append(SequenceOrigin(*where, start, row, row - len(text) - 2, ()))
         return origins
+
+    def _put_caption(self, tokens: np.ndarray, row: int, text: np.ndarray, special: Tokenizer) -> int:
+        """Write a pair's caption from a row on; the row after it. Targets are those from `<eoi>` on."""
+        tokens[row : row + 2] = special.sot, special.soi
+        row = self._put_image(tokens, row + 2, special)
+        tokens[row : row + len(text)] = text
+        tokens[row + len(text)] = special.eot
+        return row + len(text) + 1
 
     def _put_image(self, tokens: np.ndarray, row: int, special: Tokenizer) -> int:
         """Write the placeholders of an image and `<eoi>` from a row on; the row after them."""
@@ -272,6 +286,10 @@ def draw_patches(seed: int, pack: int, slot: int, num_patches: int, num_kept: in
 
 _PATCHES = 1 << 40
 """what an image's patches are drawn by, beside the numbers by which its crop is"""
+
+
+def _image_name(source: Source, shard: Shard, image: int) -> str:
+    return f"{source.corpus.path}, shard {shard.number}, image {image}"
 
 
 class PackedLoader(Iterable[PackedBatch]):

@@ -23,7 +23,7 @@ import errno
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -183,7 +183,7 @@ class PackIndex:
                     s["num_patches"],
                     s["context_length"],
                     s["images_per_pack"],
-                    Sequences(interleaved=not s["contrast_only"], captions=s.get("captions", False)),
+                    _sequences(s),
                 )
                 break
             else:
@@ -332,7 +332,7 @@ class PackIndex:
             images,
             settings["tokens_per_pack"],
             settings["images_per_pack"],
-            packing.max_sequences(settings["tokens_per_pack"], settings.get("captions", False)),
+            packing.max_sequences(settings["tokens_per_pack"], _sequences(settings).doubled),
         )
         state["pack"] += len(offsets) - 1
         totals["tokens"] += int(sizes.sum())
@@ -386,6 +386,12 @@ class PackIndex:
         ]
 
 
+def _sequences(settings: Mapping[str, Any]) -> Sequences:
+    """Which sequences a ledger's packs hold, as far as their sizes depend on it."""
+    captions, alone = settings.get("captions", False), settings.get("captions_alone", False)
+    return Sequences(interleaved=not settings["contrast_only"], contrast=not alone, captions=captions)
+
+
 def _pack_of(state: dict[str, Any]) -> int:
     return int(state["pack"])
 
@@ -406,7 +412,8 @@ class SequentialIndex:
         self._entries = np.zeros(len(sizes), ENTRY)
         self._entries["document"], self._entries["part"] = sizes[:, 0], sizes[:, 1]
         self.num_documents = len(np.unique(sizes[:, 0]))
-        places = packing.max_sequences(tokens_per_pack, source.rules.caption_patches > 0)
+        rules = source.rules
+        places = packing.max_sequences(tokens_per_pack, rules.caption_patches > 0 and not rules.captions_alone)
         self._offsets = packing.next_fit(sizes[:, 2], sizes[:, 3], tokens_per_pack, self.images_per_pack, places)
 
     def __len__(self) -> int:

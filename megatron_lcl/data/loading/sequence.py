@@ -19,6 +19,8 @@ from megatron_lcl.errors import UserError
 SEQUENCE, PIECE, START, STOP = range(4)
 """columns of an arrangement's rows; STOP = IMAGE_ROW marks an image"""
 IMAGE_ROW = -1
+_PLACE, _TEXT = 1 << 32, 1 << 33
+"""what is drawn of a document beside its selection: at _PLACE + j where image j stands, at _TEXT which of its texts"""
 
 _U = np.uint64
 _GOLDEN, _MIX1, _MIX2 = _U(0x9E3779B97F4A7C15), _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
@@ -36,16 +38,23 @@ class Sequences:
     targets: bool = True
     """each token's target is the next one, but for placeholders and `<eoi>`; else there are no targets"""
     captions: bool = False
-    """of image-text pairs: each has, beside `<sot> text <soi>`, a second sequence `<sot> <soi>`, P placeholders, `<eoi>
-    text <eot>` in the same pack, for the same image slot; targets are those of this text and `<eot>` alone"""
+    """of image-text pairs: each has a sequence `<sot> <soi>`, P placeholders, `<eoi> text <eot>`, of which targets are
+    this text and `<eot>` alone; with `contrast` it stands behind `<sot> text <soi>` in the same pack, for the same
+    image slot, else it is all of the pair"""
 
     def __post_init__(self) -> None:
         assert not (self.captions and self.interleaved), "captions are of image-text pairs"
+
+    @property
+    def doubled(self) -> bool:
+        """A pair is two sequences of one pack."""
+        return self.captions and self.contrast
 
 
 INTERLEAVED = Sequences()
 PAIRS = Sequences(interleaved=False, targets=False)
 CAPTIONED_PAIRS = Sequences(interleaved=False, captions=True)
+CAPTIONS = Sequences(interleaved=False, contrast=False, captions=True)
 
 
 class Rules(NamedTuple):
@@ -72,12 +81,21 @@ class Rules(NamedTuple):
     carry_text: bool
     """where a document is cut before an image, the end of the text before it goes along (evaluation)"""
     caption_patches: int = 0
-    """of image-text pairs: placeholders of a pair's second sequence; 0: it has none (`Sequences.captions`)"""
+    """of image-text pairs: placeholders of a pair's caption; 0: it has none (`Sequences.captions`)"""
+    captions_alone: bool = False
+    """a pair's caption is its only sequence"""
+    alternatives: bool = False
+    """the texts of a document are alternatives: one is drawn, and the others are not there"""
 
     @property
     def image_tokens(self) -> int:
         """Token slots of one image: `<soi>`, P placeholders, `<eoi>`."""
         return self.num_patches + 2
+
+    def facts(self) -> dict[str, Any]:
+        """All of it by name, without what earlier versions did not have, where it is off: their caches stay good."""
+        later = ("captions_alone", "alternatives")
+        return {name: value for name, value in self._asdict().items() if value or name not in later}
 
 
 def rules_for(
@@ -90,15 +108,16 @@ def rules_for(
     sequences: Sequences = INTERLEAVED,
     matched: bool = False,
     carry_text: bool = False,
+    alternatives: bool = False,
 ) -> Rules:
-    """The rules for documents of one kind: pairs, matched or (neither) natural. UserError if not even one image fits a
-    sequence.
+    """The rules for documents of one kind: pairs (their texts alternatives or not), matched or (neither) natural.
+    UserError if not even one image fits a sequence.
 
-    carry_text: see `Rules`.
+    carry_text, alternatives: see `Rules`.
     """
     max_tokens = min(context_length, data.tokens_per_pack)
     smallest = num_patches + 5 if sequences.interleaved or sequences.captions else 4
-    if sequences.captions and data.tokens_per_pack < num_patches + 8:
+    if sequences.doubled and data.tokens_per_pack < num_patches + 8:
         raise UserError(
             f"data.tokens_per_pack = {data.tokens_per_pack} cannot hold both sequences of an image-text pair: an image "
             f"of {num_patches} patches, six special tokens and twice one of text; give it at least {num_patches + 8}"
@@ -108,8 +127,10 @@ def rules_for(
             f"a sequence of {max_tokens} tokens cannot hold an image of {num_patches} patches, four special tokens and "
             f"one of text; give model.language.context_length and data.tokens_per_pack at least {smallest}"
         )
-    if sequences.captions:  # the caption has the same text and is the longer one, and both stand in one pack
-        max_tokens = min(max_tokens - num_patches - 2, (data.tokens_per_pack - num_patches - 2) // 2)
+    if sequences.captions:  # the caption has the same text and is the longer one
+        max_tokens -= num_patches + 2
+    if sequences.doubled:  # and both stand in one pack
+        max_tokens = min(max_tokens, (data.tokens_per_pack - num_patches - 2) // 2)
     return Rules(
         num_patches=num_patches if sequences.interleaved else 0,
         max_tokens=max_tokens,
@@ -124,6 +145,8 @@ def rules_for(
         reference_pairs=pairs and data.pair_layout == "reference" and sequences.interleaved,
         carry_text=carry_text,
         caption_patches=num_patches if sequences.captions else 0,
+        captions_alone=sequences.captions and not sequences.doubled,
+        alternatives=alternatives,
     )
 
 
@@ -224,28 +247,35 @@ def measure(
     """Fill, for each document of a shard: token slots (0: skipped), images kept, first placement.
 
     tokens, images int32 [documents], placements int64 [documents]. Token slots are those of the document as one
-    sequence; with P = 0, of all its pairs together. Returns how many of the images kept may have a text before them.
+    sequence; with P = 0, of all its pairs together; where texts are alternatives, with one of their mean length.
+    Returns how many of the images kept may have a text before them.
     """
     placement, pairs = 0, 0
     for d in range(len(tokens)):
-        first, text = placement, 0
+        first, text, num_texts = placement, 0, 0
         for k in range(offsets[d], offsets[d + 1]):
             if modes[k] == 0:
                 text += lengths[k]
+                num_texts += 1
             else:
                 placement += 1
+        if rules.alternatives and num_texts > 0:  # which of them is drawn anew each epoch: their mean length
+            text = -(-text // num_texts)
         keep = select(similarity[first:placement], matched[first:placement], 0, rules)
         num = 0
         for j in range(len(keep)):
             num += keep[j]
         placements[d], images[d] = first, num
-        if rules.num_patches == 0:
+        if rules.num_patches == 0 and rules.alternatives:
+            images[d] = num if num_texts > 0 else 0
+            tokens[d] = images[d] * _pair_tokens(min(text, rules.max_tokens - 2), rules)
+        elif rules.num_patches == 0:
             a, b = offsets[d], offsets[d + 1]
-            rows = _pairs(lengths[a:b], modes[a:b], matched[first:placement], keep, b - a - len(keep), rules)
+            rows = _pairs(lengths[a:b], modes[a:b], matched[first:placement], keep, num_texts, -1, rules)
             tokens[d], images[d] = 0, len(rows) // 2
             for r in range(0, len(rows), 2):
                 tokens[d] += _pair_tokens(rows[r, 3], rules)
-        elif rules.reference_pairs and num == 1 and offsets[d + 1] - offsets[d] == 2:
+        elif rules.reference_pairs and num == 1 and (offsets[d + 1] - offsets[d] == 2 or rules.alternatives):
             tokens[d] = text + rules.num_patches + 3
         else:
             tokens[d] = text + num * (rules.num_patches + 2) + 2
@@ -269,7 +299,7 @@ def _num_preceded(modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, rule
             continue
         j = placement
         placement += 1
-        segment = 0 if rules.pairs and num_texts == 1 else matched[j]
+        segment = 0 if rules.alternatives or (rules.pairs and num_texts == 1) else matched[j]
         before = segment + (rules.image_first < 1) if 0 <= segment < num_texts else texts
         count += keep[j] and before > 0
     return count
@@ -289,19 +319,23 @@ def arrange(
 
     lengths int32 [K], modes int8 [K]; similarity float32 [M], matched int32 [M].
     A matched image (or that of a pair) stands before its segment with probability `image_first`, else after it; other
-    images and all texts stand in stored order. A document over `max_tokens` or `max_images` is cut between segments, a
-    segment and its images staying together where they fit one sequence; a text is cut only if it is itself too long,
-    or (`carry_text`) for an image after it that would begin a sequence.
+    images and all texts stand in stored order. Of texts that are alternatives one is drawn. A document over
+    `max_tokens` or `max_images` is cut between segments, a segment and its images staying together where they fit one
+    sequence; a text is cut only if it is itself too long, or (`carry_text`) for an image after it that would begin a
+    sequence.
     """
     keep = select(similarity, matched, key, rules)
     num_texts = 0
     for k in range(len(modes)):
         num_texts += modes[k] == 0
+    drawn = int(uniform(key, _TEXT) * num_texts) if rules.alternatives else -1
     if rules.num_patches == 0:
-        return _pairs(lengths, modes, matched, keep, num_texts, rules)
+        return _pairs(lengths, modes, matched, keep, num_texts, drawn, rules)
     matches = matched.copy()
     if rules.pairs and num_texts == 1:
         matches[:] = 0
+    if drawn >= 0:
+        matches[:] = drawn
 
     # order: (piece, unit), a unit being a segment with its images
     order = np.empty((len(modes), 2), np.int32)
@@ -319,9 +353,12 @@ def arrange(
                 count += 1
             placement += 1
             continue
+        if drawn >= 0 and text != drawn:
+            text += 1
+            continue
         for before in (True, False):
             for j in range(len(matched)):
-                if keep[j] and matches[j] == text and (uniform(key, (1 << 32) + j) < rules.image_first) == before:
+                if keep[j] and matches[j] == text and (uniform(key, _PLACE + j) < rules.image_first) == before:
                     order[count, 0], order[count, 1] = image_pieces[j], k
                     count += 1
             if before:
@@ -339,7 +376,8 @@ def _put(rows: np.ndarray, count: int, sequence: int, piece: Any, start: int, st
 
 @numba.njit(cache=True, nogil=True)
 def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
-    one_ended = rules.reference_pairs and len(modes) == 2 and len(order) == 2 and modes[0] != modes[1]
+    one_ended = rules.reference_pairs and len(order) == 2 and modes[order[0, 0]] != modes[order[1, 0]]
+    one_ended = one_ended and (len(modes) == 2 or rules.alternatives)
     capacity = rules.max_tokens - 2
     image_tokens = rules.num_patches + 2
     total = 0
@@ -394,9 +432,16 @@ def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules
 
 @numba.njit(cache=True, nogil=True)
 def _pairs(
-    lengths: np.ndarray, modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, num_texts: int, rules: Rules
+    lengths: np.ndarray,
+    modes: np.ndarray,
+    matched: np.ndarray,
+    keep: np.ndarray,
+    num_texts: int,
+    drawn: int,
+    rules: Rules,
 ) -> np.ndarray:
-    """A sequence per kept image: its matched segment, else the nearest text (the earlier of two), cut to fit."""
+    """A sequence per kept image, cut to fit: with text number `drawn`; where that is -1, with its matched segment, else
+    the nearest text (the earlier of two)."""
     rows = np.empty((2 * len(matched), 4), np.int32)
     texts = np.empty(num_texts, np.int32)
     count = 0
@@ -412,7 +457,9 @@ def _pairs(
         placement += 1
         if not keep[j]:
             continue
-        if 0 <= matched[j] < num_texts and lengths[texts[matched[j]]] > 0:
+        if 0 <= drawn < num_texts:
+            best = texts[drawn]
+        elif 0 <= matched[j] < num_texts and lengths[texts[matched[j]]] > 0:
             best = texts[matched[j]]
         else:
             for t in texts:
@@ -428,7 +475,8 @@ def _pairs(
 @numba.njit(cache=True, nogil=True)
 def _pair_tokens(text: int, rules: Rules) -> int:
     """Token slots of a pair with so many tokens of text: `<sot> text <soi>`, and its caption, if it has one."""
-    return text + 2 + (text + rules.caption_patches + 4 if rules.caption_patches > 0 else 0)
+    alone = 0 if rules.captions_alone else text + 2
+    return alone + (text + rules.caption_patches + 4 if rules.caption_patches > 0 else 0)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -440,8 +488,10 @@ def has_ends(rows: np.ndarray, modes: np.ndarray, rules: Rules) -> tuple[bool, b
     """
     if rules.num_patches == 0:
         return True, False
-    if rules.reference_pairs and len(modes) == 2 and modes[0] != modes[1] and len(rows) == 2 and rows[1, 0] == 0:
-        return rows[1, 3] == IMAGE_ROW, rows[0, 3] == IMAGE_ROW
+    if rules.reference_pairs and (len(modes) == 2 or rules.alternatives) and len(rows) == 2 and rows[1, 0] == 0:
+        image_last, image_first = rows[1, 3] == IMAGE_ROW, rows[0, 3] == IMAGE_ROW
+        if image_last != image_first:
+            return image_last, image_first
     return True, True
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
-from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.store import KIND, Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.loading.sequence import INTERLEAVED, Rules, Sequences, arranged_sizes, measure, mix, rules_for
 from megatron_lcl.errors import UserError
@@ -62,7 +62,13 @@ class Source:
         self.corpus, self.rules, self._rules = corpus, rules["natural"], rules
         self.key = key(seed, int(corpus.fingerprint[:16], 16))
         # sizes of whole documents do not depend on max_images
-        whole = {kind: of_kind._replace(max_images=0)._asdict() for kind, of_kind in rules.items()}
+        # and caches of corpora without captions are those of releases that had no such kind
+        has_captions = any(shard.get(KIND) == "captions" for shard in corpus.manifest["shards"])
+        whole = {
+            kind: of_kind._replace(max_images=0).facts()
+            for kind, of_kind in rules.items()
+            if kind != "captions" or has_captions
+        }
         inputs = {"version": VERSION, "corpus": corpus.fingerprint, "rules": whole}
         build_and_open(cache / f"documents-{fingerprint(inputs)}", self._measure, self._open)
 
@@ -119,9 +125,12 @@ class Source:
         several = images > 1  # of pairs each is a sequence
         if rules.num_patches:
             several = (tokens > rules.max_tokens) | (images > rules.max_images)
+        if "captions" in self.kinds:  # of which each epoch draws another text
+            drawn = np.array([self._rules[kind].alternatives for kind in self.kinds])
+            several |= drawn[np.searchsorted(self.corpus.document_starts, documents, "right") - 1]
         whole = np.flatnonzero((tokens > 0) & ~several)
         blocks = [np.stack([whole, np.zeros_like(whole), tokens[whole], images[whole]], 1).astype(np.int32)]
-        places = np.flatnonzero(several)
+        places = np.flatnonzero(several & (tokens > 0))
         shards = np.searchsorted(self.corpus.document_starts, documents[places], "right") - 1
         for k in np.unique(shards):
             mine = places[shards == k]
@@ -165,8 +174,9 @@ def rules_of_kinds(
             num_patches,
             context_length,
             images_per_pack,
-            pairs=kind == "pairs",
+            pairs=kind in ("pairs", "captions"),
             matched=kind == "matched",
+            alternatives=kind == "captions",
             sequences=sequences,
             carry_text=carry_text,
         )

@@ -20,7 +20,7 @@ def untrained_model(name: str, seed: int) -> tuple[LCL, Config]:
     name: a config file, the folder of a run or checkpoint, or a name of `configs/` of the checkout.
     """
     config = _find_config(name)
-    return LCL(config.model, seed, config.contrast.initial_log_scale), config
+    return LCL(config.model, seed, config.initial_log_scale), config
 
 
 def _find_config(name: str) -> Config:

@@ -1,7 +1,8 @@
 """`train.init_from`: a run whose first step has the weights of a checkpoint, and nothing else of it.
 
 The checkpoint is an import, a run of any layout or one of its checkpoints, or a file in the format of the published
-ones. Only safetensors and pickles of plain tensors are read (`convert.load`).
+ones. Only safetensors and pickles of plain tensors are read (`convert.load`). Or it is a model of another library, or
+two, one for each encoder (`library_weights`).
 
 Parameters are called `{index}.name`, and an index says something only beside its model's numbers of layers. So what is
 matched is the layer: the same one of the same encoder.
@@ -9,7 +10,7 @@ matched is the layer: the same one of the same encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,10 @@ from megatron_lcl.model.reference_format import model_config, name_faults, some,
 from megatron_lcl.parallel.layers import full_shape, shard
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.run_folder import WEIGHTS
+from megatron_lcl.train.checkpoint.library_weights import library_specs, read_libraries
 
+_MEANING = ("heads", "norm_eps", "embedding_norm", "registers", "layer_scale", "qk_norm")
+"""ends of fields that decide what the same tensors compute"""
 _POSITIONS = "0.positions"
 """of the vision encoder, which are interpolated to another image size"""
 
@@ -41,8 +45,8 @@ _POSITIONS = "0.positions"
 class InitialWeights:
     """What of a checkpoint becomes what of a model. The first process finds it; all load it."""
 
-    path: Path
-    """the checkpoint's folder, or the file"""
+    path: Path | str
+    """the checkpoint's folder, or the file; or the other library's model, as `train.init_from` names it"""
     names: dict[str, str]
     """parameter of the model → that of the checkpoint's model (`{index}.name` both)"""
     missing: list[str]
@@ -51,18 +55,26 @@ class InitialWeights:
     """tensors of the checkpoint that the model does not have, by their names there"""
     image_size: int | None
     """of the checkpoint's model, if the model's is another: position embeddings are interpolated"""
+    model: Model | None = None
+    """the run's"""
+    partly: tuple[str, ...] = ()
+    """parameters of which some rows begin as `train.seed` draws them"""
+    compared: tuple[str, ...] = ()
+    """what was found when other libraries' encoders were run beside what was made of them, a line each"""
 
     def describe(self, config: Config) -> str:
         """One line for the person who watches."""
         parts = [f"beginning with the weights of {self.path}"]
         if self.missing:
             parts.append(f"it lacks {some(self.missing)}, which begin as train.seed draws them")
+        if self.partly:
+            parts.append(f"some rows of {some([*self.partly])} begin so, too")
         if self.unused:
             parts.append(f"not used of it: {some(self.unused)}")
         if self.image_size is not None:
             sizes = f"{self.image_size} to {config.model.vision.image_size} px"
             parts.append(f"position embeddings interpolated from {sizes}")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.compared])
 
 
 def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights | None:
@@ -73,23 +85,40 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
     """
     if config.train.init_from is None:
         return None
-    path = Path(config.train.init_from)
-    path = find_checkpoint(path) if path.is_dir() else path
-    if verify and path.is_dir() and not export_kind(path):
-        check_whole(path)
-    theirs, tensors, unused = _read(path, config.model)
+    path: Path | str = config.train.init_from
+    compared: tuple[str, ...] = ()
+    if libraries := library_specs(config.train.init_from):
+        found = read_libraries(config.train.init_from, libraries, config.model)
+        theirs, tensors, unused = found.model, found.tensors, found.unused
+        compared = found.compare() if verify else ()
+    else:
+        path = Path(path)
+        path = find_checkpoint(path) if path.is_dir() else path
+        if verify and path.is_dir() and not export_kind(path):
+            check_whole(path)
+        theirs, tensors, unused = _read(path, config.model)
     shapes = _shapes(config.model)
     names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
     if not names:
         raise UserError(f"train.init_from = {path} has no tensor that the model has; name an LCL checkpoint")
-    _check_fit(path, config.model, theirs, {name: tensors[source] for name, source in names.items()}, shapes)
+    given = {name: tensors[source] for name, source in names.items()}
+    fitting = {_POSITIONS, *((_text_positions(config.model),) if libraries else ())}
+    _check_fit(path, config.model, theirs, given, shapes, fitting)
     used = set(names.values())
+    partly = [
+        name
+        for name, tensor in given.items()
+        if libraries and name != _POSITIONS and (len(tensor) < shapes[name][0] or bool(tensor.isnan().any()))
+    ]
     return InitialWeights(
         path,
         names,
         sorted(shapes.keys() - names.keys(), key=_order),
         [*sorted(tensors.keys() - used, key=_order), *unused],
         theirs.vision.image_size if theirs.vision.image_size != config.model.vision.image_size else None,
+        config.model,
+        tuple(sorted(partly, key=_order)),
+        compared,
     )
 
 
@@ -98,16 +127,27 @@ def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module
 
     axis: the tensor ranks that share them.
     """
-    _, tensors, _ = _read(weights.path, None)
+    if isinstance(weights.path, str):
+        assert weights.model is not None
+        tensors = read_libraries(weights.path, library_specs(weights.path), weights.model).tensors
+    else:
+        _, tensors, _ = _read(weights.path, None)
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
-            source = weights.names.get(f"{index}.{name}")
+            ours = f"{index}.{name}"
+            source = weights.names.get(ours)
             if source is None:
                 continue
             value, shape = tensors[source].float(), full_shape(parameter)
-            if value.shape != shape:
+            if ours == _POSITIONS and value.shape != shape:
                 value = interpolate_positions(value, shape[0] - 1)
-            parameter.data.copy_(shard(value, parameter, axis))
+            elif value.shape != shape:  # a text tower's positions
+                missing = value.new_full((max(0, shape[0] - len(value)), *shape[1:]), torch.nan)
+                value = torch.cat([value[: shape[0]], missing])
+            value = shard(value, parameter, axis)
+            if ours in weights.partly:
+                value = torch.where(value.isnan(), parameter.data.float(), value)
+            parameter.data.copy_(value)
 
 
 def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor], list[str]]:
@@ -173,18 +213,26 @@ def _order(name: str) -> tuple[int, str]:
     return int(index), leaf
 
 
+def _text_positions(model: Model) -> str:
+    """The name of the language model's positions."""
+    return f"{1 + model.vision.layers}.positions"
+
+
 def _check_fit(
-    path: Path,
+    path: Path | str,
     model: Model,
     theirs: Model,
     given: Mapping[str, torch.Tensor],
     shapes: Mapping[str, torch.Size],
+    fitting: Set[str],
 ) -> None:
-    """UserError where a tensor has another shape than the model's, or another meaning: heads do not show in shapes."""
+    """UserError where a tensor has another shape than the model's, or another meaning: heads do not show in shapes.
+
+    fitting: names of positions, which are made to fit where only their number differs.
+    """
     wrong = [name for name, tensor in given.items() if tensor.shape != shapes[name]]
-    same_patches = (model.vision.patch_size, model.vision.width) == (theirs.vision.patch_size, theirs.vision.width)
-    if same_patches and _POSITIONS in wrong:
-        wrong.remove(_POSITIONS)
+    if model.vision.patch_size == theirs.vision.patch_size:
+        wrong = [name for name in wrong if name not in fitting or given[name].shape[1:] != shapes[name][1:]]
     faults = [
         f"{name} has the shape {tuple(given[name].shape)}, the model's {tuple(shapes[name])}" for name in wrong[:3]
     ]
@@ -192,7 +240,7 @@ def _check_fit(
     other = [
         f"{key} is {before} there and {now} here"
         for key, before, now in _differences(theirs, model)
-        if wrong or key.endswith("heads")
+        if wrong or key.endswith(_MEANING)
     ]
     if wrong or other:
         raise UserError(f"train.init_from = {path} does not fit the model: {'; '.join([*faults, *other])}")
@@ -200,10 +248,15 @@ def _check_fit(
 
 def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]]:
     """Sizes that are not the same in two models, but for those that need not be."""
-    free = {"model.vision.image_size", "model.vision.layers", "model.language.layers"}
-    free |= {f"model.vision.{x}" for x in ("patch_dropout", "patch_dropout_places", "unmasked_steps")}  # of training
+    free = ("image_size", "layers", "drop_path", "patch_dropout", "patch_dropout_places", "unmasked_steps")
     before, now = _flat(to_dict(Config(model=theirs))), _flat(to_dict(Config(model=model)))
-    return [(key, before[key], now[key]) for key in now if before[key] != now[key] and key not in free]
+
+    def differs(key: str) -> bool:
+        if key.endswith("layer_scale"):  # whose factors are learned, whatever they began as
+            return (before[key] is None) != (now[key] is None)
+        return before[key] != now[key] and not key.endswith(free)
+
+    return [(key, before[key], now[key]) for key in now if differs(key)]
 
 
 def _flat(config: dict[str, dict]) -> dict[str, object]:

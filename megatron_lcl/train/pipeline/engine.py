@@ -27,11 +27,11 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.layers import Activations, Outputs
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.master_weights import read_log_scale
+from megatron_lcl.train.master_weights import read_numbers
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.step import StepLoss, Stepper, StepResult, make_result, result_names
+from megatron_lcl.train.step import StepLoss, Stepper, StepResult, make_result, result_names, without_drop_path
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
 """what the last stage minimizes, from the index of a micro-batch and what the head gave for it"""
@@ -193,11 +193,11 @@ class PipelineStepper(Stepper):
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the model makes of this replica's micro-batches, on the last stage, elsewhere nothing; no step."""
-        outputs = self.engine.all_forward(batches)
+        outputs = self.engine.all_forward([without_drop_path(batch) for batch in batches])
         if not outputs:
             return []
-        log_scale = read_log_scale(self._log_scale())
-        return [out._replace(log_scale=log_scale) for out in outputs]
+        numbers = read_numbers(self._head())
+        return [out._replace(**numbers) for out in outputs]
 
     def _first_forwards(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         return self.engine.all_forward(batches)
@@ -214,8 +214,8 @@ class PipelineStepper(Stepper):
         else:
             self.engine.one_forward_one_backward(batches, loss_of)
 
-    def _log_scale(self) -> Any:
-        return self.engine.module.forward_funcs[-1].log_scale if self.engine.is_last_stage() else None
+    def _head(self) -> Any:
+        return self.engine.module.forward_funcs[-1] if self.engine.is_last_stage() else None
 
     def _share(self, result: StepResult | None, counts: GlobalCounts) -> StepResult:
         names = result_names(self.objective)

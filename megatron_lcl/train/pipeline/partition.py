@@ -105,7 +105,7 @@ def hidden_shape(layer: int, batch: PackedBatch, model: Model, axis: Axis) -> tu
     """
     images, rows = len(batch.image_start), len(batch.tokens)
     if layer <= 1 + model.vision.layers:
-        return shard_size(images * (1 + batch.num_patches), axis), model.vision.width
+        return shard_size(images * (model.vision.num_prefix + batch.num_patches), axis), model.vision.width
     return shard_size(rows, axis) + shard_size(images, axis), model.language.width
 
 

@@ -141,7 +141,7 @@ def test_pairs_as_json_lines(tmp_path: Path) -> None:
     ]
     (tmp_path / "wrong/in/documents.jsonl").write_text("\n".join(lines))
     summary = preprocess("jsonl", tmp_path / "wrong/in", tmp_path / "out", tokenizer="clip", max_bad_fraction=1)
-    assert summary.drops.bad_counts == {"document: its kind is none of matched, natural, pairs": 2}
+    assert summary.drops.bad_counts == {"document: its kind is none of matched, natural, pairs, captions": 2}
     assert summary.counts["documents"] == 1
 
 

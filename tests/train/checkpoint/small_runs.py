@@ -46,6 +46,8 @@ class Job:
     """apex's count of steps stays where apex keeps it, as it did before it was kept beside the moments"""
     again: bool = False
     """load the checkpoint once more, into the engine that has gone on, and go on again"""
+    objective: str = "lcl"
+    """or siglip: with all options of the model, too"""
 
 
 JOBS = [Job("whole", 1), Job("sharded", 3)]
@@ -56,7 +58,11 @@ def build_config(folder: Path, job: Job) -> Config:
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "heads": 4, "mlp_width": 64}
     # 99 token ids: padded by one row where two processes share them
     language = {"context_length": 32, "vocab_size": 99, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
+    if job.objective == "siglip":
+        options = {"layer_scale": 0.5, "qk_norm": True, "drop_path": 0.5}
+        vision, language = {**vision, **options, "registers": 2}, {**language, **options}
     tree: dict[str, Any] = {
+        "objective": {"name": job.objective},
         "model": {"vision": vision, "language": language, "pool_heads": 4},
         "optimizer": {"name": job.optimizer, "weight_decay": 0.3, "clip_norm": 0.5},
         "zero": {"stage": job.zero},
@@ -81,7 +87,7 @@ def pack(step: int, number: int, config: Config) -> PackedBatch:
     batch = pack_padded(tokens, lengths, images, config.model)
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     integers = {k: v.int() for k, v in fields.items() if isinstance(v, torch.Tensor) and v.dtype == torch.int64}
-    return dataclasses.replace(batch, **integers)  # as the loader gives them
+    return dataclasses.replace(batch, **integers, packs=(step * GLOBAL_BATCH + number,))  # as the loader gives them
 
 
 def run_jobs(rank: int, folder: str, jobs: list[Job]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ SOURCES = {
     "tensor": Job("tensor", 2, tensor=2, again=True),
     "pipeline": Job("pipeline", pipeline=2, again=True),
     "bfloat16": Job("bfloat16", 1, dtype="bfloat16", again=True),
+    "siglip": Job("siglip", tensor=2, objective="siglip", again=True),
     "apex": Job("apex", 1, optimizer="apex_fused_adam", again=True),
     # as it was written before: nothing but apex's own state
     "apex, before": Job("apex, before", 1, optimizer="apex_fused_adam", before=True),
@@ -105,6 +106,8 @@ def test_at_two_processes(saved: tuple[Path, Result]) -> None:
             ("zero3", Job("b", 2, tensor=2)),
             ("pipeline", Job("c", 1, tensor=2)),
             ("tensor", Job("d", pipeline=2)),
+            ("siglip", Job("o", pipeline=2, objective="siglip")),
+            ("siglip", Job("p", 3, objective="siglip")),
             ("zero1", Job("e", 3, sub_group_size=2000)),
             ("zero3", Job("f", 1)),
             ("apex", Job("apex a", 3, optimizer="apex_fused_adam", sub_group_size=2000)),

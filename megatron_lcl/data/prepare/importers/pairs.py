@@ -1,15 +1,17 @@
 """Image-text pairs in WebDataset tars, as img2dataset writes LAION, CC3M and CC12M: `.jpg .txt .json` of one key.
 
-Keys repeat from tar to tar; the image stands first, and a pair without caption is a document of one image.
+Keys repeat from tar to tar; the image stands first, and a pair without caption is a document of one image. With option
+`captions` all captions of a pair are kept, and training draws one of them in each epoch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.sources import decoded, its_id, text_item
@@ -20,8 +22,24 @@ _TEXTS = ("txt", "text", "caption")
 
 
 class WebDatasetImporter(TarImporter):
-    format, kind = "webdataset", "pairs"
+    format = "webdataset"
+    kind: Kind | None = "pairs"
     reads = ".tar, .tar.gz with an image (.jpg, .png, …), its text (.txt, or the caption in .json) under each key"
+
+    def __init__(
+        self,
+        input: Path,
+        images: Path | None = None,
+        captions: Annotated[
+            str,
+            "names of keys of the .json, separated by commas, whose strings or lists of strings are captions, too: all "
+            "of a pair are kept, and each epoch reads one; empty: one caption a pair",
+        ] = "",
+    ) -> None:
+        super().__init__(input, images)
+        self.captions = tuple(name.strip() for name in captions.split(",") if name.strip())
+        if self.captions:
+            self.kind = "captions"
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for sample in tar_samples(unit, drops):
@@ -34,11 +52,22 @@ class WebDatasetImporter(TarImporter):
                 items.append(Image(image, name=name))
             record = _record(sample, name, drops)
             caption = _caption(sample, record, name, drops)
-            if caption is None:
+            captions = [] if caption is None else [caption]
+            captions += self._more_captions(record, name, drops)
+            if not captions:
                 drops.note("document", "no caption", name)
-            else:
-                items.append(text_item(caption, name, drops))
+            items += [text_item(text, name, drops) for text in dict.fromkeys(captions)]
             yield Document(tuple(items), name=name, metadata={**its_id(record), "lost_images": int(image is None)})
+
+    def _more_captions(self, record: Any, name: str, drops: Drops) -> Iterator[str]:
+        """Those that the option `captions` names, in its order."""
+        for key in self.captions if isinstance(record, dict) else ():
+            found = record.get(key)
+            for text in found if isinstance(found, list) else [found]:
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    drops.bad("text", "not a string", name)
 
 
 def _record(sample: dict[str, Any], name: str, drops: Drops) -> Any:

@@ -1,0 +1,160 @@
+"""`train.init_from` with models of timm, Hugging Face and OpenCLIP: both encoders of a CLIP model, or one of two each.
+
+`convert.warm_start` knows what becomes what. Here the libraries' models are loaded, as `evaluate` loads them, and both
+sides are run on the same images and texts, as an export is checked (`convert.certificate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_lcl.config import Language, Model
+from megatron_lcl.convert.certificate import BOUND, check_images, our_features
+from megatron_lcl.convert.warm_start import Place, Tower, text_tower, vision_tower
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.encoder import Encoder
+from megatron_lcl.evaluate.encoders.load import is_ours, load_encoder
+from megatron_lcl.evaluate.encoders.spec import parse_spec
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, unit_norm
+from megatron_lcl.model.lcl import LCL
+
+PARTS = ("vision", "language")
+
+
+def library_specs(text: str) -> dict[str, str]:
+    """Which library's model each encoder begins with; nothing where `train.init_from` is a path.
+
+    UserError for a part that is none, or a model that is no other library's.
+    """
+    if not text.startswith(tuple(f"{part}=" for part in PARTS)):
+        return {} if is_ours(text) else dict.fromkeys(PARTS, text)
+    specs: dict[str, str] = {}
+    for word in text.split(","):
+        part, _, spec = word.partition("=")
+        if part not in PARTS or part in specs or not spec or is_ours(spec):
+            raise UserError(
+                f"train.init_from = {text}: {word!r} is not one of vision=MODEL and language=MODEL, with a MODEL such "
+                "as timm:NAME, hf:NAME or open_clip:NAME@TAG"
+            )
+        specs[part] = spec
+    return specs
+
+
+@dataclass(frozen=True)
+class LibraryWeights:
+    """What other libraries' encoders are under our names."""
+
+    model: Model
+    """theirs; the run's where they say nothing"""
+    tensors: dict[str, torch.Tensor]
+    """by our names, `{index}.name`, in that model"""
+    unused: list[str]
+    towers: Mapping[str, tuple[str, Encoder, Tower]]
+    """by part: which library's model it is, the model, and what was made of it"""
+
+    def compare(self) -> tuple[str, ...]:
+        """Both sides run on the same images and texts, a line for each encoder. UserError over the bound."""
+        has_text = "language" in self.towers
+        small = Language(
+            context_length=1, vocab_size=5, width=self.model.language.width, layers=1, heads=1, mlp_width=1
+        )
+        model = LCL(self.model if has_text else replace(self.model, language=small), seed=0, whole=has_text).eval()
+        own = dict(model.layers.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                own[name].copy_(torch.where(tensor.isnan(), own[name], tensor))
+        lines = []
+        for part, (spec, encoder, tower) in self.towers.items():
+            if not tower.faithful:
+                lines.append(
+                    f"{spec} lacks a part of the {part} encoder that the model has, so the two were not compared"
+                )
+                continue
+            ours, theirs = (_vision if part == "vision" else _text)(model, encoder)
+            difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+            what = "patch tokens" if part == "vision" else "text features"
+            if not difference <= BOUND:
+                raise UserError(
+                    f"train.init_from: the {what} of {spec} and those of the model with its weights differ by "
+                    f"{difference:.3g} (relative; the bound is {BOUND:g}); it is another architecture"
+                )
+            lines.append(f"{what} as {spec} computes them, to {difference:.1e} (relative)")
+        return tuple(lines)
+
+
+def read_libraries(text: str, specs: Mapping[str, str], ours: Model) -> LibraryWeights:
+    """The encoders that `train.init_from` names. UserError where one does not load, or computes something else."""
+    towers: dict[str, tuple[str, Encoder, Tower]] = {}
+    encoders: dict[str, Encoder] = {}
+    for part, spec in specs.items():
+        if parse_spec(spec).kind == "timm" and part == "language" and specs.get("vision") == spec:
+            continue  # a vision encoder alone
+        encoder = encoders[spec] = encoders.get(spec) or load_encoder(spec)
+        module: Any = encoder.module
+        try:
+            tower = vision_tower(module, *_pixels(encoder)) if part == "vision" else text_tower(module)
+        except UserError as error:
+            raise UserError(f"train.init_from = {text}: {spec} does not fit the {part} encoder: {error}") from None
+        if tower is not None:
+            towers[part] = spec, encoder, tower
+        elif len(set(specs.values())) > 1 or len(specs) == 1:
+            raise UserError(f"train.init_from = {text}: {spec} has no {part} encoder")
+    model = ours
+    for part, (_, _, tower) in towers.items():
+        model = replace(model, **{part: tower.config})  # type: ignore[arg-type]
+    tensors = {
+        f"{_index(place, model)}.{place[2]}": tensor
+        for _, _, tower in towers.values()
+        for place, tensor in tower.tensors.items()
+    }
+    return LibraryWeights(model, tensors, [name for _, _, tower in towers.values() for name in tower.unused], towers)
+
+
+def _index(place: Place, model: Model) -> int:
+    kind, number, _ = place
+    pool = 1 + model.vision.layers
+    first = {"patches": 0, "vision": 1, "pool": pool, "language": pool + 1, "head": pool + 1 + model.language.layers}
+    return first[kind] + number
+
+
+def _pixels(encoder: Encoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels that an encoder takes."""
+    own: Any = encoder
+    if hasattr(own, "_processor"):
+        return tuple(own._processor.image_mean), tuple(own._processor.image_std)
+    config = own._config if hasattr(own, "_config") else own.module.visual.preprocess_cfg
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+@torch.no_grad()
+def _vision(model: LCL, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch tokens after the final norm, ours and theirs, of the images that exports are checked by."""
+    images = check_images(model.config.vision.image_size)
+    mean, std, m, s = (torch.tensor(c).view(3, 1, 1) for c in (*_pixels(encoder), IMAGE_MEAN, IMAGE_STD))
+    return our_features(model, images).patches, encoder.encode((images * s + m - mean) / std).patches
+
+
+@torch.no_grad()
+def _text(model: LCL, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit-norm features of random texts of several lengths."""
+    special, length = model.special, min(model.config.language.context_length, 16)
+    ids = torch.randint(1, special.sot, (4, length), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = special.sot
+    for row, end in enumerate((length - 1, length // 2, 2, length - 2)):
+        ids[row, end], ids[row, end + 1 :] = special.eot, 0
+    module: Any = encoder.module
+    if hasattr(module, "get_text_features"):
+        out = module.get_text_features(input_ids=ids)
+        theirs = out if isinstance(out, torch.Tensor) else out.pooler_output
+    else:
+        theirs = module.encode_text(torch.nn.functional.pad(ids, (0, _context(module) - length)))
+    return model.encode_text(ids), unit_norm(theirs)
+
+
+def _context(module: Any) -> int:
+    """Tokens of a text as OpenCLIP's models take it."""
+    return int(module.context_length)

@@ -1,0 +1,115 @@
+"""The sigmoid loss against SigLIP's formula in float64, in one process and over gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measured import Recorder
+from test_contrastive_loss import assert_close, features
+
+from megatron_lcl.losses import contrastive_tiles
+from megatron_lcl.losses.sigmoid import SigmoidOutput, sigmoid_loss
+
+SCALE, BIAS = torch.tensor([2.7]), torch.tensor([-6.5])
+
+
+def plain(image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """As in SigLIP's paper, algorithm 1."""
+    logits = log_scale.exp() * image @ text.t() + bias
+    labels = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / max(len(image), 1)
+
+
+def with_gradients(function, *arguments, **options) -> list[torch.Tensor]:
+    """Loss, and its gradients for image, text, log_scale and bias, of an incoming gradient of 0.3."""
+    leaves = [value.detach().clone().requires_grad_() for value in arguments]
+    loss = function(*leaves, **options)
+    return [loss.detach(), *torch.autograd.grad(0.3 * loss, leaves)]
+
+
+def ours(*arguments, **options) -> torch.Tensor:
+    return sigmoid_loss(*arguments, **options).loss
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_tiles, "TILE_ROWS", 7)
+    monkeypatch.setattr(contrastive_tiles, "TILE_COLUMNS", 5)
+
+
+@pytest.mark.parametrize("bias", [-10.0, 0.0, 4.0])
+@pytest.mark.parametrize("n", [1, 2, 7, 35, 40])
+def test_equals_the_plain_formula(n: int, bias: float, small_tiles: None) -> None:
+    arguments = [*features(n, duplicates=n // 8), SCALE.double(), torch.tensor([bias], dtype=torch.float64)]
+    assert_close(with_gradients(ours, *arguments), with_gradients(plain, *arguments), 1e-12)
+
+
+def test_equals_the_plain_formula_in_float32_and_bfloat16() -> None:
+    image, text = features(700, width=64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-3)):
+        arguments = [image.to(dtype), text.to(dtype), SCALE, BIAS]
+        expected = with_gradients(plain, *(value.double() for value in arguments))
+        assert_close(with_gradients(ours, *arguments), expected, tolerance)
+
+
+def test_statistics_and_no_pairs() -> None:
+    image, text = features(30, seed=4)
+    text = F.normalize(text + 2 * image, dim=1)
+    said = sigmoid_loss(image, text, SCALE.double(), BIAS.double())
+    similarity = image @ text.t()
+    own, others = similarity.diagonal(), similarity.clone().fill_diagonal_(-2)
+    hits = [(own > others.amax(dim)).double().mean() for dim in (1, 0)]
+    hardest = (others.amax(1) + others.amax(0)).mean() / 2
+    torch.testing.assert_close(
+        said, SigmoidOutput(plain(image, text, SCALE.double(), BIAS.double()), *hits, own.mean(), hardest)
+    )
+    empty = torch.empty(0, 4, requires_grad=True)
+    none = sigmoid_loss(empty, empty, SCALE, BIAS)
+    assert float(none.loss.detach()) == 0
+    assert torch.autograd.grad(none.loss, empty)[0].shape == (0, 4)
+    lone = sigmoid_loss(image[:1], text[:1], SCALE.double(), BIAS.double())
+    assert float(lone.hardest_negative_similarity) == pytest.approx(-1)
+
+
+def test_what_is_not_finite_makes_the_loss_not_finite() -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        image, text = (rows.float() for rows in features(6))
+        image[3, 0] = bad
+        assert not torch.isfinite(ours(image, text, SCALE, BIAS))
+
+
+def in_group(group, image, text, log_scale, bias, counts):
+    with Recorder() as forward:
+        leaves = [value.requires_grad_() for value in (image, text, log_scale, bias)]
+        out = sigmoid_loss(*leaves, group=group, counts=counts)
+    with Recorder() as backward:
+        gradients = torch.autograd.grad(0.3 * out.loss, leaves)
+    messages = sum(forward.messages.values()), sum(backward.messages.values())
+    return [value.detach() for value in out], gradients, messages
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [4, 4], [0, 0, 1]])
+def test_ranks_together_equal_one_process(pool, counts: list[int]) -> None:
+    numbers = SCALE.double(), BIAS.double()
+    image, text = features(sum(counts), seed=len(counts))
+    parts = zip(image.split(counts), text.split(counts), strict=True)
+    results = pool.run(in_group, [(x, t, *(v.clone() for v in numbers), counts) for x, t in parts])
+    expected = with_gradients(plain, image, text, *numbers)
+    alone = sigmoid_loss(image, text, *numbers)
+    for outputs, _, messages in results:
+        torch.testing.assert_close(outputs, list(alone))
+        assert messages == (3, 0), "a header, features and sums forward; nothing in backward"
+    gathered = [torch.cat([g[k] for _, g, _ in results]) for k in (0, 1)]
+    summed = [torch.stack([g[k] for _, g, _ in results]).sum(0) for k in (2, 3)]
+    assert_close([results[0][0][0], *gathered, *summed], expected, 1e-12)
+
+
+def test_a_wrong_bias_is_an_error_on_every_rank(pool) -> None:
+    image, text = (rows.float() for rows in features(4))
+    given = [(image[:2], text[:2], SCALE, BIAS, None), (image[2:], text[2:], SCALE, torch.zeros(2), None)]
+    first, second = pool.run(in_group, given)
+    assert "did not" not in str(first)
+    assert isinstance(first, ValueError)
+    assert "rank(s) [1]" in str(first)
+    assert "bias must be one floating-point number" in str(second)
