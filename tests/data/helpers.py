@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import Importer
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 
 TOKENIZER = tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
@@ -136,3 +139,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def parts_in(work: Path) -> dict[str, dict[str, bytes]]:
     return {part.name: contents(part) for part in work.glob("part-*")}
+
+
+def documents_of(importer: Importer) -> tuple[list[Document], Drops]:
+    """All documents of an importer; read from pickled copies, last unit first, as any number of workers may."""
+    units = importer.units()
+    assert units == importer.units()
+    parts = []
+    for unit in reversed(units):
+        drops = Drops()
+        copy, unit = pickle.loads(pickle.dumps((importer, unit)))
+        parts.append((list(copy.documents(unit, drops)), drops))
+    total = Drops()
+    for _, drops in reversed(parts):
+        total.add(drops)
+    return [document for documents, _ in reversed(parts) for document in documents], total

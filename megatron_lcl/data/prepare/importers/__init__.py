@@ -31,10 +31,12 @@ _PLUGINS = Plugins(
     ENTRY_POINTS,
     __name__,
     {
+        "hf": "hf:HfImporter",
         "html": "html:HtmlImporter",
         "jsonl": "jsonl:JsonlImporter",
         "mmc4": "mmc4:Mmc4Importer",
         "obelics": "parquet:ObelicsImporter",
+        "nemo": "nemo:NemoImporter",
         "omnicorpus": "parquet:OmniCorpusImporter",
         "mint1t": "mint1t:Mint1tImporter",
         "webdataset": "pairs:WebDatasetImporter",
