@@ -39,6 +39,7 @@ _PLUGINS = Plugins(
         "nemo": "nemo:NemoImporter",
         "omnicorpus": "parquet:OmniCorpusImporter",
         "mint1t": "mint1t:Mint1tImporter",
+        "table": "table:TableImporter",
         "webdataset": "pairs:WebDatasetImporter",
     },
 )

@@ -3,7 +3,7 @@
 Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
 A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not. Its "url",
 else its "id", is kept with the document's name.
-Images are found below `images`, else below the folder of the input.
+Images are found below `images`, else below the folder of the input; one that is a URL, under its SHA-256.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit, files_signature
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, typed_lines
-from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
+from megatron_lcl.data.prepare.importers.sources import (
+    ImageSource,
+    index_or_none,
+    is_url,
+    its_id,
+    number_or_none,
+    text_item,
+    url_names,
+)
 from megatron_lcl.errors import UserError
 
 
@@ -88,7 +96,8 @@ class JsonlImporter(LinesImporter):
                 drops.bad("image", "no name", name)
             else:
                 try:
-                    data = self.images.read(item["image"], near)
+                    names = url_names(item["image"]) if is_url(item["image"]) else item["image"]
+                    data = self.images.read(names, near)
                 except BadImage as error:
                     drops.bad("image", str(error), f"{name}: {item['image'][:200]}")
                     continue

@@ -20,7 +20,15 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LinesImporter, json_lines
-from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
+from megatron_lcl.data.prepare.importers.sources import (
+    ImageSource,
+    index_or_none,
+    is_url,
+    its_id,
+    number_or_none,
+    text_item,
+    url_names,
+)
 
 _SHARD = re.compile(r"shard_(\d+)")
 
@@ -90,9 +98,9 @@ class Mmc4Importer(LinesImporter):
                 drops.bad("image", "no similarity", f"{name}: {info['image_name']}")
                 continue
             try:
-                data = self.images.read(
-                    [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)], near=folders
-                )
+                names = [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)]
+                fetched = url_names(url) if isinstance(url := info.get("raw_url"), str) and is_url(url) else []
+                data = self.images.read([*names, *fetched], near=folders)
             except BadImage as error:
                 drops.bad("image", str(error), f"{name}: {info['image_name'][:200]}")
                 continue

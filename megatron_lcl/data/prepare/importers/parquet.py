@@ -17,10 +17,9 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
-from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import EXTENSIONS, ImageSource, decoded, its_id, text_item
 from megatron_lcl.errors import UserError
 
-_EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXAMPLE = {"sha256": "0" * 64, "sha1": "0" * 40, "md5": "0" * 32, "file": "a", "row": 0, "position": 0, "number": 0}
 _ABOUT = "general_metadata"
 """column that says where a row's page is: {"url": …}"""
@@ -96,7 +95,7 @@ class ObelicsImporter(ParquetImporter):
             position=position,
             number=number,
         )
-        return [name + extension for extension in _EXTENSIONS]
+        return [name + extension for extension in EXTENSIONS]
 
 
 def _record(about: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import tarfile
@@ -117,6 +118,20 @@ class ImageSource:
         with open(self.tars[number], "rb") as file:
             file.seek(start)
             return file.read(size)
+
+
+EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jp2")
+"""of image files that are named by a hash or a key"""
+
+
+def is_url(name: str) -> bool:
+    return name.lower().startswith(("http://", "https://"))
+
+
+def url_names(url: str) -> list[str]:
+    """Names under which a store of fetched images may hold the one of a URL: its SHA-256, and an extension."""
+    digest = hashlib.sha256(url.encode(errors="replace")).hexdigest()
+    return [digest + extension for extension in EXTENSIONS]
 
 
 def _tars(root: Path) -> list[Path]:
