@@ -151,8 +151,8 @@ def test_urls_of_our_own_lines_and_of_mmc4(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_bad(tmp_path: Path, pictures: Path) -> None:
-    lines_ = [b"caption,image", b"a,0.png", b"", b"only one", b"b,1.png,more", b'"' + b"x" * 200_000, b"c,../x.png", b",2.png",
-              b"caf\xe9,3.png", b"d,"]  # fmt: skip
+    lines_ = [b"caption,image", b"a,0.png", b"", b"only one", b"b,1.png,more", b'"' + b"x" * 200_000,
+              b"c,../x.png", b",2.png", b"caf\xe9,3.png", b"d,"]  # fmt: skip
     (tmp_path / "a.csv").write_bytes(b"\n".join(lines_))
     found, drops = documents_of(create("table", tmp_path / "a.csv", pictures, {}))
     assert plain(found) == [[(picture(0), None, None), "a"], ["c"], [(picture(2), None, None), ""],

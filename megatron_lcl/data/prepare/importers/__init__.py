@@ -31,6 +31,7 @@ _PLUGINS = Plugins(
     ENTRY_POINTS,
     __name__,
     {
+        "coco": "coco:CocoImporter",
         "hf": "hf:HfImporter",
         "html": "html:HtmlImporter",
         "jsonl": "jsonl:JsonlImporter",
