@@ -50,9 +50,17 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--held-out", metavar="DIR", help="hold whole documents out, into a corpus of their own")
     sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
     sub.add_argument(
+        "--held-out-seed", type=int, default=0, metavar="N", help="which documents these are (%(default)s)"
+    )
+    sub.add_argument(
         "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
     )
     sub.add_argument("--max-image-side", type=int, metavar="PIXELS", help="scale larger images down")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N documents of the input, for a trial")
+    sub.add_argument(
+        "--shard-bytes", type=int, metavar="N", help="a shard ends after so many bytes of tokens and images (4 GiB)"
+    )
+    sub.add_argument("--shard-documents", type=int, metavar="N", help="… or after so many documents (500,000)")
     sub.add_argument(
         "--option",
         action="append",
@@ -174,8 +182,11 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         "held_out_fraction": options.held_out_fraction,
         "max_bad_fraction": options.max_bad_fraction,
         "max_image_side": options.max_image_side,
+        "seed": options.held_out_seed,
+        "limit": options.limit,
         "options": read_options(options.format, _pairs(options.option)),
         "workers": options.workers,
+        **{name: n for name in ("shard_bytes", "shard_documents") if (n := getattr(options, name)) is not None},
     }
     places = (options.format, options.input, options.output)
     if options.executor == "slurm":

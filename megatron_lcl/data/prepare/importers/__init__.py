@@ -32,6 +32,7 @@ _PLUGINS = Plugins(
     __name__,
     {
         "coco": "coco:CocoImporter",
+        "epub": "epub:EpubImporter",
         "hf": "hf:HfImporter",
         "html": "html:HtmlImporter",
         "jsonl": "jsonl:JsonlImporter",
@@ -39,6 +40,7 @@ _PLUGINS = Plugins(
         "obelics": "parquet:ObelicsImporter",
         "nemo": "nemo:NemoImporter",
         "omnicorpus": "parquet:OmniCorpusImporter",
+        "markdown": "markdown:MarkdownImporter",
         "mint1t": "mint1t:Mint1tImporter",
         "table": "table:TableImporter",
         "webdataset": "pairs:WebDatasetImporter",
