@@ -154,3 +154,20 @@ def documents_of(importer: Importer) -> tuple[list[Document], Drops]:
     for _, drops in reversed(parts):
         total.add(drops)
     return [document for documents, _ in reversed(parts) for document in documents], total
+
+
+def byte_level(special: str = "<|endoftext|>") -> Any:
+    """A byte-pair encoding as GPT-2's, by the library itself; it asks for special tokens around a text and for cuts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[special], initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 5], trainer)
+    made.post_processor = processors.TemplateProcessing(single=f"{special} $A", special_tokens=[(special, 0)])
+    made.enable_truncation(3)
+    made.enable_padding(length=50, pad_token=special)
+    return made

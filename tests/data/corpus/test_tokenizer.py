@@ -6,10 +6,10 @@ import json
 import pickle
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from data.helpers import byte_level
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -143,23 +143,6 @@ def test_no_clip_package_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- tokenizer.json ----------------------------------------------------------------------------------------------
-
-
-def byte_level(special: str = "<|endoftext|>") -> Any:
-    """A byte-pair encoding as GPT-2's, by the library itself; it asks for special tokens around a text and for cuts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[special], initial_alphabet=alphabet,
-                                  show_progress=False)  # fmt: skip
-    made.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 5], trainer)
-    made.post_processor = processors.TemplateProcessing(single=f"{special} $A", special_tokens=[(special, 0)])
-    made.enable_truncation(3)
-    made.enable_padding(length=50, pad_token=special)
-    return made
 
 
 def test_any_tokenizer_json(tmp_path: Path) -> None:
