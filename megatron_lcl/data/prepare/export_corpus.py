@@ -51,8 +51,8 @@ def export_corpus(corpus: str | Path, output: str | Path, format: str = "jsonl",
     """Write `corpus` into the new folder `output`, two files a shard at most; the same corpus gives the same bytes.
 
     jsonl: `00000.jsonl`, a document a line as the format `jsonl` reads it, and `00000.tar` of its images, named by
-    their XXH3-128. webdataset: `00000.tar` with image, .txt and .json under a key for each pair. UserError, leaving nothing,
-    for another format, a folder that is not empty, a file that is missing, and for webdataset of what is no pair.
+    their XXH3-128. webdataset: `00000.tar` with image, .txt and .json under a key for each pair. UserError, leaving
+    nothing, for another format, a folder that is not empty, a file that is missing, and for webdataset of no pairs.
     """
     source, output = open_corpus(corpus), Path(output)
     if format not in EXPORTS:

@@ -113,8 +113,8 @@ class HfImporter(FilesImporter):
         name, row = self.found.name(file), first
         try:
             if file.suffix != ".parquet":
-                for row, values in self._arrow_rows(file, name, drops):
-                    yield from self._documents(values, f"{name}:{row}", drops)
+                for row, named in self._arrow_rows(file, name, drops):
+                    yield from self._documents(named, f"{name}:{row}", drops)
                 return
             with open_parquet(file, group) as source:
                 if (columns := self._columns(source.schema_arrow.names, name, drops)) is None:

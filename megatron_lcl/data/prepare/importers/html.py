@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import lxml.etree
@@ -82,7 +82,7 @@ class HtmlImporter(FilesImporter):
     kind = "natural"
     rules = 2
     reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"
-    suffixes = (".html", ".htm", ".xhtml")
+    suffixes: ClassVar[tuple[str, ...]] = (".html", ".htm", ".xhtml")
 
     def __init__(
         self,
