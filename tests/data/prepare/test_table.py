@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data import writers
-from data.helpers import TOKENIZER, documents_of, plain
+from data.helpers import TOKENIZER, contents, documents_of, plain
 from data.writers import picture
 
 from megatron_lcl.cli import main
@@ -185,3 +185,16 @@ def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path, capsys: p
     (tmp_path / "a.csv").rename(tmp_path / "c.csv")
     _, drops = documents_of(create("table", tmp_path, None, {}))
     assert drops.bad_counts["document: no columns caption and image; it has foo, 'bar baz'"] == 1
+
+
+def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    images = store_of_img2dataset(tmp_path / "images")
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        rows = [[url, f"{part} {text}"] for url, text in zip(URLS, TEXTS, strict=True)]
+        write_csv(tmp_path / f"in/{part}.csv", ["url", "caption"], rows)
+    for workers in (1, 2):
+        preprocess("table", tmp_path / "in", tmp_path / str(workers), images=images, tokenizer=TOKENIZER,
+                   workers=workers, task_bytes=1, max_bad_fraction=1)  # fmt: skip
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert len(open_corpus(tmp_path / "1")) == 12
