@@ -25,7 +25,7 @@ def write(tmp_path: Path, num_images: int = 9) -> Path:
     (tmp_path / "images").mkdir()
     for k in range(num_images):
         url = f"http://images.cocodataset.org/{k}.jpg"
-        name = f"{k:012d}.png" if k != 3 else hashlib.sha256(url.encode()).hexdigest()
+        name = f"{k:012d}.png" if k != 3 else hashlib.sha256(url.encode()).hexdigest() + ".png"
         (tmp_path / "images" / name).write_bytes(picture(k))
         images.append({"id": 100 + k, "file_name": f"{k:012d}.png", "coco_url": url, "height": 30, "width": 40})
         annotations += [{"id": 7 * k + j, "image_id": 100 + k, "caption": f"caption {k} {j}"} for j in range(k % 4)]

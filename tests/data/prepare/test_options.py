@@ -71,7 +71,7 @@ def test_the_first_documents(tmp_path: Path) -> None:
             texts = [document.texts[0].text for document in open_corpus(output)]
             assert texts == [f"{k // 10} {k % 10}" for k in range(min(limit, 30))]
             assert summary.drops.bad_counts == {'document: no list "items"': bad}
-    with pytest.raises(UserError, match="its layout, limit differ; give a new folder"):
+    with pytest.raises(UserError, match=r"its layout, limit differ\); give a new folder"):
         preprocess("jsonl", tmp_path / "in", output, tokenizer=TOKENIZER, limit=5)
     for name in ("limit", "shard_bytes", "shard_documents"):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0: give at least 1"):

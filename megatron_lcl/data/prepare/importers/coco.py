@@ -18,7 +18,8 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.row_groups import some_columns
-from megatron_lcl.data.prepare.importers.sources import ImageSource, is_url, text_item, url_names
+from megatron_lcl.data.prepare.importers.sources import ImageSource, text_item
+from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
 _IMAGES_PER_UNIT = 200
@@ -60,7 +61,7 @@ class CocoImporter(FilesImporter):
     kind = "pairs"
     reads = (
         ".json with lists images (id, file_name) and annotations (image_id, caption); images in --images, a folder or "
-        "tars, by file_name, else by the hash of coco_url"
+        "tars, by file_name, else by coco_url as `fetch` stores it"
     )
     suffixes = (".json",)
 
@@ -102,7 +103,7 @@ class CocoImporter(FilesImporter):
     def _pairs(self, image: _Image, texts: list[str | None], name: str, drops: Drops) -> Iterator[Document]:
         try:
             url = image.coco_url or ""
-            names = ([image.file_name] if image.file_name else []) + (url_names(url) if is_url(url) else [])
+            names = ([image.file_name] if image.file_name else []) + ([url] if is_url(url) else [])
             if not names:
                 raise BadImage("no name")
             found = [Image(self.images.read(names), name=image.file_name or url)]

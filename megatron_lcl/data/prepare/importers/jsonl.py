@@ -3,7 +3,7 @@
 Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
 A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not. Its "url",
 else its "id", is kept with the document's name.
-Images are found below `images`, else below the folder of the input; one that is a URL, under its SHA-256.
+Images are found below `images`, else below the folder of the input; those named by a URL, in what `fetch` stored there.
 """
 
 from __future__ import annotations
@@ -19,15 +19,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit, files_signature
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, typed_lines
-from megatron_lcl.data.prepare.importers.sources import (
-    ImageSource,
-    index_or_none,
-    is_url,
-    its_id,
-    number_or_none,
-    text_item,
-    url_names,
-)
+from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.errors import UserError
 
 
@@ -44,8 +36,8 @@ class JsonlImporter(LinesImporter):
     """JSON lines, a document each: see the file's head."""
 
     reads = (
-        '.jsonl, .gz, .zst, .zip of lines {"kind": …, "items": [{"text": …}, {"image": path, "similarity": …, '
-        '"matched_text_index": …}]}; images in --images, a folder or tars, else beside the input'
+        '.jsonl, .gz, .zst, .zip of lines {"kind": …, "items": [{"text": …}, {"image": path or URL, '
+        '"similarity": …, "matched_text_index": …}]}; images in --images, a folder or tars, else beside the input'
     )
 
     def __init__(
@@ -96,8 +88,7 @@ class JsonlImporter(LinesImporter):
                 drops.bad("image", "no name", name)
             else:
                 try:
-                    names = url_names(item["image"]) if is_url(item["image"]) else item["image"]
-                    data = self.images.read(names, near)
+                    data = self.images.read(item["image"], near)
                 except BadImage as error:
                     drops.bad("image", str(error), f"{name}: {item['image'][:200]}")
                     continue

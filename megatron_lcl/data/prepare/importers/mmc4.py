@@ -20,15 +20,8 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LinesImporter, json_lines
-from megatron_lcl.data.prepare.importers.sources import (
-    ImageSource,
-    index_or_none,
-    is_url,
-    its_id,
-    number_or_none,
-    text_item,
-    url_names,
-)
+from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
+from megatron_lcl.data.prepare.importers.urls import is_url
 
 _SHARD = re.compile(r"shard_(\d+)")
 
@@ -39,7 +32,7 @@ class Mmc4Importer(LinesImporter):
     kind = "matched"
     reads = (
         "docs_shard_{i}_v2.jsonl.zip and variants, also .jsonl, .gz, .zst; images in --images: flat, a folder per "
-        "shard, or tars"
+        "shard, tars, or what `fetch` stored of their URLs"
     )
     suffixes = (*SUFFIXES, ".zip")
 
@@ -99,8 +92,7 @@ class Mmc4Importer(LinesImporter):
                 continue
             try:
                 names = [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)]
-                fetched = url_names(url) if isinstance(url := info.get("raw_url"), str) and is_url(url) else []
-                data = self.images.read([*names, *fetched], near=folders)
+                data = self.images.read([*names, *_url(info)], near=folders)
             except BadImage as error:
                 drops.bad("image", str(error), f"{name}: {info['image_name'][:200]}")
                 continue
@@ -109,6 +101,12 @@ class Mmc4Importer(LinesImporter):
         for index, text in enumerate(texts):
             items += [*images_of.get(index, ()), text_item(text, name, drops)]
         return Document(tuple(items), name=name)
+
+
+def _url(info: dict[str, Any]) -> list[str]:
+    """Where the image was on the web, if that is said."""
+    url = info.get("raw_url")
+    return [url] if isinstance(url, str) and is_url(url) else []
 
 
 def _matrix(matrix: Any, rows: int, columns: int) -> np.ndarray | None:

@@ -17,9 +17,11 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
-from megatron_lcl.data.prepare.importers.sources import EXTENSIONS, ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
+_EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXAMPLE = {"sha256": "0" * 64, "sha1": "0" * 40, "md5": "0" * 32, "file": "a", "row": 0, "position": 0, "number": 0}
 _ABOUT = "general_metadata"
 """column that says where a row's page is: {"url": …}"""
@@ -29,7 +31,10 @@ class ObelicsImporter(ParquetImporter):
     """A parquet file or a folder of them; a row group is a unit."""
 
     kind = "natural"
-    reads = ".parquet with columns images (URLs) and texts; images in --images, named by the option image_name"
+    reads = (
+        ".parquet with columns images (URLs) and texts; images in --images, as `fetch` stores them, or named by the "
+        "option image_name"
+    )
     needed = ("images", "texts")
 
     def __init__(
@@ -95,7 +100,7 @@ class ObelicsImporter(ParquetImporter):
             position=position,
             number=number,
         )
-        return [name + extension for extension in EXTENSIONS]
+        return [*(name + extension for extension in _EXTENSIONS), *([url] if is_url(url) else [])]
 
 
 def _record(about: Any) -> Any:

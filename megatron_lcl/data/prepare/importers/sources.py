@@ -1,8 +1,7 @@
-"""Where images are: a folder, a tar file, or a folder of tar files. Names never lead outside."""
+"""Where images are: a folder, a tar file, or a folder of tar files, as an image store is. Names never lead outside."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import tarfile
@@ -18,6 +17,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.importers.urls import is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
 MAX_FILE = 256 << 20
@@ -67,11 +67,13 @@ class ImageSource:
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
         """The first of the names that there is. BadImage says why there is none.
 
+        A name that is a URL means the image that `megatron-lcl fetch` has stored of it.
         near: names, without extension, of tars to look into before the others, as names may repeat from tar to tar.
         """
         if self._root is None:
             raise BadImage("no image folder was given")
-        candidates = [names] if isinstance(names, str) else list(names)
+        given = [names] if isinstance(names, str) else names
+        candidates = list(dict.fromkeys(n for one in given for n in (names_of_url(one) if is_url(one) else [one])))
         for name in candidates:
             _check_name(name)
         for name in candidates:
@@ -118,20 +120,6 @@ class ImageSource:
         with open(self.tars[number], "rb") as file:
             file.seek(start)
             return file.read(size)
-
-
-EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jp2")
-"""of image files that are named by a hash or a key"""
-
-
-def is_url(name: str) -> bool:
-    return name.lower().startswith(("http://", "https://"))
-
-
-def url_names(url: str) -> list[str]:
-    """Names under which a store of fetched images may hold the one of a URL: its SHA-256, and an extension."""
-    digest = hashlib.sha256(url.encode(errors="replace")).hexdigest()
-    return [digest + extension for extension in EXTENSIONS]
 
 
 def _tars(root: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     row_group_units,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item, url_names
+from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
 from megatron_lcl.errors import UserError
 
@@ -185,7 +185,7 @@ class TableImporter(LinesImporter):
             return self.images.read(name)
         if self.join == "key":
             return self.images.read(key_names(name), near=(name[:5], file.name.partition(".")[0]))
-        return self.images.read([*url_names(name), *self.keys.names(name)])
+        return self.images.read([name, *self.keys.names(name)])
 
 
 def _is_csv(file: Path) -> bool:

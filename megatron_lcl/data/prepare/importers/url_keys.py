@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.data.corpus.files import save_array
-from megatron_lcl.data.prepare.importers.sources import EXTENSIONS
+from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
 _RUN = 1 << 21
@@ -64,7 +64,7 @@ class UrlKeys:
 def key_names(key: str) -> list[str]:
     """Names of files that img2dataset may have given the image of a key: in tars, or in a folder per shard."""
     keys = [key, key.zfill(9)] if key.isdecimal() and len(key) < 9 else [key]  # a number has lost its zeros
-    names = [key + extension for key in keys for extension in EXTENSIONS]
+    names = [key + extension for key in keys for extension in dict.fromkeys(EXTENSIONS.values())]
     return [*names, *(f"{name[:_SHARD_DIGITS]}/{name}" for name in names)]
 
 
