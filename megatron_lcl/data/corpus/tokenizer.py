@@ -133,7 +133,10 @@ def load(source: str | Path) -> Tokenizer:
         return ClipTokenizer(_installed_merges())
     path = Path(source)
     if (path / _MANIFEST).exists():
-        path /= json.loads((path / _MANIFEST).read_bytes())["tokenizer"]["file"]
+        try:
+            path /= json.loads((path / _MANIFEST).read_bytes())["tokenizer"]["file"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path / _MANIFEST} is damaged, and does not name a tokenizer") from None
     try:
         data = path.read_bytes()
     except OSError as error:

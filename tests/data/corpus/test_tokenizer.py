@@ -197,3 +197,6 @@ def test_files_that_are_no_tokenizer_json(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as raised:
             tokenizers.load(tmp_path / "t.json")
         assert "\n" not in str(raised.value)
+    (tmp_path / "corpus.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged, and does not name a tokenizer"):
+        tokenizers.load(tmp_path)
