@@ -1,4 +1,4 @@
-"""Commands around a corpus: demo, preprocess, verify, inspect, merge, replay."""
+"""Commands around a corpus: demo, preprocess, verify, inspect, merge, retokenize, export-corpus, replay."""
 
 from __future__ import annotations
 
@@ -45,14 +45,26 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "-h", "--help", action=_HelpOnFormats, needed=needed, help="this, and with --format F the options of format F"
     )
     sub.add_argument("--images", metavar="DIR", help="where the images are, for formats that keep them apart")
-    sub.add_argument("--tokenizer", metavar="clip|FILE.model", help="default: train SentencePiece on the documents")
+    sub.add_argument(
+        "--tokenizer",
+        metavar="clip|FILE|CORPUS",
+        help="a SentencePiece .model, a tokenizer.json, or a corpus's (default: train one)",
+    )
     sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
     sub.add_argument("--held-out", metavar="DIR", help="hold whole documents out, into a corpus of their own")
     sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
     sub.add_argument(
+        "--held-out-seed", type=int, default=0, metavar="N", help="which documents these are (%(default)s)"
+    )
+    sub.add_argument(
         "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
     )
     sub.add_argument("--max-image-side", type=int, metavar="PIXELS", help="scale larger images down")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N documents of the input, for a trial")
+    sub.add_argument(
+        "--shard-bytes", type=int, metavar="N", help="a shard ends after so many bytes of tokens and images (4 GiB)"
+    )
+    sub.add_argument("--shard-documents", type=int, metavar="N", help="… or after so many documents (500,000)")
     sub.add_argument(
         "--option",
         action="append",
@@ -83,6 +95,16 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("corpora", nargs="+", metavar="CORPUS")
     sub.add_argument("--output", required=True, metavar="DIR")
     sub.add_argument("--move", action="store_true", help="move the shards (default: link them)")
+
+    sub = add("retokenize", _retokenize, "a corpus under another tokenizer; its images are linked, not read")
+    sub.add_argument("corpus", metavar="CORPUS")
+    sub.add_argument("--tokenizer", required=True, metavar="clip|FILE|CORPUS", help="as of `preprocess`")
+    sub.add_argument("--output", required=True, metavar="DIR", help="a new or an empty folder")
+
+    sub = add("export-corpus", _export_corpus, "a corpus back into JSON lines and tars of images, or into WebDataset")
+    sub.add_argument("corpus", metavar="CORPUS")
+    sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset", help="webdataset: pairs (%(default)s)")
+    sub.add_argument("--output", required=True, metavar="DIR", help="a new or an empty folder")
 
     sub = add(
         "replay",
@@ -174,8 +196,11 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         "held_out_fraction": options.held_out_fraction,
         "max_bad_fraction": options.max_bad_fraction,
         "max_image_side": options.max_image_side,
+        "seed": options.held_out_seed,
+        "limit": options.limit,
         "options": read_options(options.format, _pairs(options.option)),
         "workers": options.workers,
+        **{name: n for name in ("shard_bytes", "shard_documents") if (n := getattr(options, name)) is not None},
     }
     places = (options.format, options.input, options.output)
     if options.executor == "slurm":
@@ -230,6 +255,20 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
 
     counts = merge(options.corpora, options.output, options.move)["counts"]
     print(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
+
+
+def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.prepare.retokenize import retokenize
+
+    manifest = retokenize(options.corpus, options.output, options.tokenizer, progress=True)
+    counts, size = manifest["counts"], manifest["tokenizer"]["vocab_size"]
+    print(f"{options.output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {size:,} token ids")
+
+
+def _export_corpus(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.prepare.export_corpus import export_corpus
+
+    print(export_corpus(options.corpus, options.output, options.format, progress=True))
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:

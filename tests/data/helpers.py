@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import Importer
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 
 TOKENIZER = tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
@@ -136,3 +139,35 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def parts_in(work: Path) -> dict[str, dict[str, bytes]]:
     return {part.name: contents(part) for part in work.glob("part-*")}
+
+
+def documents_of(importer: Importer) -> tuple[list[Document], Drops]:
+    """All documents of an importer; read from pickled copies, last unit first, as any number of workers may."""
+    units = importer.units()
+    assert units == importer.units()
+    parts = []
+    for unit in reversed(units):
+        drops = Drops()
+        copy, unit = pickle.loads(pickle.dumps((importer, unit)))
+        parts.append((list(copy.documents(unit, drops)), drops))
+    total = Drops()
+    for _, drops in reversed(parts):
+        total.add(drops)
+    return [document for documents, _ in reversed(parts) for document in documents], total
+
+
+def byte_level(special: str = "<|endoftext|>") -> Any:
+    """A byte-pair encoding as GPT-2's, by the library itself; it asks for special tokens around a text and for cuts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[special], initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 5], trainer)
+    made.post_processor = processors.TemplateProcessing(single=f"{special} $A", special_tokens=[(special, 0)])
+    made.enable_truncation(3)
+    made.enable_padding(length=50, pad_token=special)
+    return made

@@ -1,4 +1,4 @@
-"""One interface for SentencePiece models and CLIP's byte-pair encoding.
+"""One interface for SentencePiece models, CLIP's byte-pair encoding and any tokenizer.json.
 
 Five special tokens follow the base vocabulary in the reference's order: `<start_of_text>`, `<end_of_text>`,
 `<img_placehold>`, `<start_of_img>`, `<end_of_img>`. No text ever encodes to one of them: such a string inside a text is
@@ -31,7 +31,22 @@ from megatron_lcl.errors import UserError
 
 JoinedEncoder = Callable[[list[str]], tuple[bytes, list[int]]]
 """Texts → all their ids one after another as int32, and how many each has. UnicodeEncodeError for lone surrogates."""
+_MANIFEST = "corpus.json"
+"""a corpus's, which names its tokenizer"""
 SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
+
+
+_PROBES = (
+    "Upper and lower",
+    " before,  two and after ",
+    "\ta\n\nb\r\n",
+    "e\u0301 \u00e9 \ufb01 \uff21 \u00a0 \u3000",
+    "don't 1,000.50 % !?",
+    "\u6c34\u8eca\u5c0f\u5c4b \u043c\u0435\u043b\u044c\u043d\u0438\u0446\u0430 \U0001f600\u200d\U0001f469",
+    "<s></s><unk><|endoftext|>[CLS]",
+    "\u0001\u007f&amp;",
+)
+"""texts that come back changed where a tokenizer normalizes, lacks an alphabet, or knows special tokens"""
 
 
 class Tokenizer(ABC):
@@ -90,6 +105,14 @@ class Tokenizer(ABC):
     def _decode(self, ids: list[int]) -> str:
         """The text of base ids."""
 
+    @cached_property
+    def is_lossless(self) -> bool:
+        """Whether texts come back exactly: found with texts that normalizers and missing alphabets change."""
+        try:
+            return all(self.decode(self.encode(text)) == text for text in _PROBES)
+        except Exception:  # noqa: BLE001 - another library's, for a text that it cannot encode
+            return False
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:
@@ -101,22 +124,37 @@ class Tokenizer(ABC):
 
 
 def load(source: str | Path) -> Tokenizer:
-    """A tokenizer from `"clip"`, a SentencePiece model, or a file that `save` wrote.
+    """A tokenizer from `"clip"`, a SentencePiece model, a `tokenizer.json` of Hugging Face's tokenizers, a file that
+    `save` wrote, or a corpus's folder.
 
-    Raises UserError where there is no such file or it is neither.
+    Raises UserError where there is no such file or it is none of these.
     """
     if str(source) == "clip":
         return ClipTokenizer(_installed_merges())
     path = Path(source)
+    if (path / _MANIFEST).exists():
+        try:
+            path /= json.loads((path / _MANIFEST).read_bytes())["tokenizer"]["file"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path / _MANIFEST} is damaged, and does not name a tokenizer") from None
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f'no tokenizer at {path} ({error.strerror}); give "clip" or a SentencePiece .model') from None
+        raise UserError(
+            f'no tokenizer at {path} ({error.strerror}); give "clip", a SentencePiece .model, or a tokenizer.json'
+        ) from None
     if path.suffix == ".json":
         try:
-            return ClipTokenizer([_pair(line) for line in json.loads(data)["merges"]])
+            tree = json.loads(data)
+            if "model" in tree:
+                return JsonTokenizer(data, str(path))
+            return ClipTokenizer([_pair(line) for line in tree["merges"]])
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a tokenizer that megatron_lcl saved") from None
+            raise UserError(
+                f"{path} is neither a tokenizer.json of Hugging Face's tokenizers nor one that megatron_lcl saved"
+            ) from None
     return SentencePieceTokenizer(data, str(path))
 
 
@@ -380,3 +418,80 @@ def clip_clean(text: str) -> str:
         else:
             text = text.translate(_QUOTES)
     return " ".join(text.split()).lower()
+
+
+# --- tokenizer.json -----------------------------------------------------------------------------------------------
+
+_ANY_TEXT = "Any text: \u6c34, \u00e9, \U0001f600 \u0001\n"
+
+
+class JsonTokenizer(Tokenizer):
+    """Any `tokenizer.json` of Hugging Face's `tokenizers`, such as GPT-2's or Llama's, given as its bytes.
+
+    Its own special tokens (`<|endoftext|>` …) keep their ids, and nothing encodes to them: such a string inside a text
+    is text. Nothing is added around a text, cut or padded, whatever the file says. UserError where the bytes are no
+    such file, or there are texts that it cannot encode.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, data: bytes, name: str = "tokenizer.json") -> None:
+        self._data = data
+        self._name = name
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{name} has no vocabulary")
+        self.base_size = 1 + max(vocabulary.values())
+        try:
+            if not self.encode(_ANY_TEXT):
+                raise ValueError("no tokens")
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise UserError(
+                f"{name} cannot encode every text ({error}); give one with byte fallback, or with an unknown token"
+            ) from None
+        if self._tokenizer.decoder is None:
+            raise UserError(f"{name} has no decoder, so that its texts cannot be shown; add one to the file")
+
+    def __reduce__(self) -> tuple[type, tuple[bytes, str]]:
+        return type(self), (self._data, self._name)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import tokenizers
+
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(self._data)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            said = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._name} is no tokenizer.json that this release of tokenizers reads: {said}"
+            ) from None
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        "".join(texts).encode()  # raises for a lone surrogate, of which the library says something else
+        # one by one: in batches the library starts a thread for each core, whatever the number of workers
+        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def joined_encoder(self) -> JoinedEncoder:
+        def encode(texts: list[str]) -> tuple[bytes, list[int]]:
+            joined, lengths = array("i"), []
+            for ids in self.encode_batch(texts):
+                joined.fromlist(ids)
+                lengths.append(len(ids))
+            return joined.tobytes(), lengths
+
+        return encode
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    @property
+    def fingerprint(self) -> str:
+        return "tokenizers-" + xxhash.xxh3_128_hexdigest(self._data)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self._data)

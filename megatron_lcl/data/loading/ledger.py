@@ -267,7 +267,10 @@ def _blend_of(data: Data) -> list[dict[str, Any]]:
     blend = [{"path": c.path, "fingerprint": open_corpus(c.path).fingerprint, "weight": c.weight} for c in data.corpora]
     tokenizers = {c.path: open_corpus(c.path).manifest["tokenizer"]["fingerprint"] for c in data.corpora}
     if len(set(tokenizers.values())) > 1:
-        raise UserError(f"the corpora of a blend must have the same tokenizer; these differ: {tokenizers}")
+        raise UserError(
+            "the corpora of a blend must have the same tokenizer (`megatron-lcl retokenize` changes it); these "
+            f"differ: {tokenizers}"
+        )
     if len({c["fingerprint"] for c in blend}) < len(blend):
         raise UserError("data.corpora names a corpus twice; give it one entry with the sum of the weights")
     return blend

@@ -1,4 +1,5 @@
-"""From source files to a corpus: `preprocess` and what is done with finished corpora (`merge`, `verify`).
+"""From source files to a corpus: `preprocess`, and what is done with finished corpora (`merge`, `verify`, `retokenize`,
+`export_corpus`).
 
 `preprocess.py` cuts the input into tasks; `preprocess_task.py` writes a task's documents as parts, in any process;
 `finish.py` makes a corpus of all parts. `scratch.py` lets several processes work in one folder, `cluster.py` submits a

@@ -67,7 +67,9 @@ def _join(sources: list[Path], output: Path) -> None:
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
     if len(tokenizers) > 1:
         first, second = list(tokenizers.values())[:2]
-        raise UserError(f"{first} and {second} have different tokenizers; preprocess them with the same one")
+        raise UserError(
+            f"{first} and {second} have different tokenizers; `megatron-lcl retokenize` gives one of them the other's"
+        )
 
     files: dict[str, Any] = {}
     shards: list[dict[str, Any]] = []
@@ -92,7 +94,7 @@ def _join(sources: list[Path], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     try:
         for old_path, new in links:
-            _link(old_path, output / new)
+            link_file(old_path, output / new)
         files[LOG] = write_file(output / LOG, drops.log())
         sync(output)
         write_manifest(
@@ -129,7 +131,8 @@ def _remove(source: Path) -> None:
         source.rmdir()
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """Hard-link a corpus's file, or copy it where the file system has no links, or is another."""
     try:
         os.link(source, target)
     except FileNotFoundError:

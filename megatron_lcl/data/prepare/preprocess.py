@@ -38,6 +38,7 @@ from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
 from megatron_lcl.data.prepare.finish import finish
 from megatron_lcl.data.prepare.holdout import Described, Describer, Grouping, group_name
 from megatron_lcl.data.prepare.importers import Each, Importer, Unit
+from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
 from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
@@ -102,6 +103,7 @@ def preprocess(
     seed: int = 0,
     max_bad_fraction: float = 0.2,
     max_image_side: int | None = None,
+    limit: int | None = None,
     source: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     workers: int = 1,
@@ -116,7 +118,8 @@ def preprocess(
     tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents, and
     on `more_texts`, of another corpus that is to have the same tokenizer.
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
-    in the first (`holdout.py`). max_image_side: scale larger images down, pixels. source: goes into the manifest as it
+    in the first (`holdout.py`). max_image_side: scale larger images down, pixels. limit: only so many documents, the
+    first of the input. source: goes into the manifest as it
     is. options: the importer's own. job: (i, n) does every n-th task, the i-th of 0 … n-1; the job that finds all tasks
     done finishes the corpus, and a job that fails leaves the others' work alone. progress: say what is done, with bars,
     on stderr.
@@ -136,6 +139,9 @@ def preprocess(
         raise UserError(f"--workers {workers}: give at least 1")
     if max_image_side is not None and max_image_side < 2:
         raise UserError(f"--max-image-side {max_image_side}: give at least 2 pixels")
+    for flag, value in (("limit", limit), ("shard-bytes", shard_bytes), ("shard-documents", shard_documents)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: give at least 1")
     bars = _Bars(progress)
     with bars.waiting(f"{input}: looking for the files of the format {format}"):
         importer = importers.create(format, input, images, options or {})
@@ -153,6 +159,8 @@ def preprocess(
         "held_out": [held_out_fraction, seed] if held_out is not None else None,
         "layout": [task_bytes, shard_bytes, shard_documents],
     }
+    if limit is not None:  # else as without the option
+        recipe["limit"] = limit
     if importer.rules > 1:  # else as older versions wrote it
         recipe["rules"] = importer.rules
     sides = [(output, {**recipe, "side": "training"})]
@@ -175,6 +183,8 @@ def preprocess(
 
     try:
         importer.scan(bars.scan(importer, workers))
+        if limit is not None:
+            importer = FirstDocuments(importer, limit)
         tasks = _tasks(importer.units(), task_bytes)
         groups: frozenset[str] = frozenset()
         if held_out is not None:

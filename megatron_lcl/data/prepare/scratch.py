@@ -16,6 +16,9 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.errors import UserError
+
 _PREFIX = "scratch-"
 _POLL_SECONDS = 0.2
 """between attempts at a lock that another process holds"""
@@ -40,6 +43,27 @@ def put_in_place(folder: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that is renamed to it at the end, and gone where that is not reached.
+
+    UserError where `output` is there and not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty; give a new folder")
+    folder = output.absolute().with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        sync(folder)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+        sync(output.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_dead(work: Path) -> None:

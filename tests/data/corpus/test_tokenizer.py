@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.helpers import byte_level
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -139,3 +140,63 @@ def test_no_clip_package_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps open-clip-torch"):
         tokenizers.load("clip")
+
+
+# --- tokenizer.json ----------------------------------------------------------------------------------------------
+
+
+def test_any_tokenizer_json(tmp_path: Path) -> None:
+    made = byte_level()
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizers.load(tmp_path / "tokenizer.json")
+    made.no_truncation()
+    made.no_padding()
+    texts = ["the quick dog", "", "  jumps\n\n", "\u6c34 \U0001f600", "x" * 5000]
+    assert ours.encode_batch(texts) == [made.encode(text, add_special_tokens=False).ids for text in texts]
+    joined, lengths = ours.joined_encoder()(texts)
+    assert np.frombuffer(joined, np.int32).tolist() == [i for ids in ours.encode_batch(texts) for i in ids]
+    assert lengths == [len(ids) for ids in ours.encode_batch(texts)]
+    assert [ours.decode(ids) for ids in ours.encode_batch(texts)] == texts
+    assert ours.base_size == made.get_vocab_size() == 1 + max(made.get_vocab().values())
+    assert ours.decode([ours.sot, *ours.encode("a"), ours.eoi]) == "<start_of_text>a<end_of_img>"
+    ids = ours.encode("a<|endoftext|>b")  # is text
+    assert made.token_to_id("<|endoftext|>") not in ids
+    assert ours.decode(ids) == "a<|endoftext|>b"
+    with pytest.raises(UnicodeEncodeError):
+        ours.encode("\ud800")
+    again = pickle.loads(pickle.dumps(ours))
+    again.save(tmp_path / "copy.json")
+    assert tokenizers.load(tmp_path / "copy.json").fingerprint == ours.fingerprint == again.fingerprint
+    assert again.encode_batch(texts) == ours.encode_batch(texts)
+
+
+def test_which_tokenizers_keep_texts(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    made = byte_level()
+    assert tokenizers.JsonTokenizer(made.to_str().encode()).is_lossless
+    made.normalizer = normalizers.Lowercase()
+    assert not tokenizers.JsonTokenizer(made.to_str().encode()).is_lossless
+    assert SENTENCEPIECE.is_lossless
+    assert not CLIP.is_lossless
+
+
+def test_files_that_are_no_tokenizer_json(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    no_decoder = byte_level()
+    no_decoder.decoder = None
+    for content, message in (
+        (b"{}", "neither a tokenizer.json of Hugging Face's tokenizers nor one that megatron_lcl saved"),
+        (b'{"model": 3}', "is no tokenizer.json that this release of tokenizers reads"),
+        (Tokenizer(models.WordLevel({"a": 0})).to_str().encode(), "cannot encode every text"),
+        (Tokenizer(models.BPE()).to_str().encode(), "has no vocabulary"),
+        (no_decoder.to_str().encode(), "has no decoder"),
+    ):
+        (tmp_path / "t.json").write_bytes(content)
+        with pytest.raises(ValueError, match=message) as raised:
+            tokenizers.load(tmp_path / "t.json")
+        assert "\n" not in str(raised.value)
+    (tmp_path / "corpus.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged, and does not name a tokenizer"):
+        tokenizers.load(tmp_path)

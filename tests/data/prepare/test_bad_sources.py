@@ -161,7 +161,7 @@ def test_obelics_oddities(tmp_path: Path) -> None:
     assert summary.drops.bad_counts == {
         "document: damaged parquet file": 1,
         "document: images and texts are not lists of one length": 2,
-        "document: no columns images and texts": 1,
+        "document: no columns images and texts; it has url": 1,
         "document: nothing left, its images are missing or bad": 1,
         "image: file missing": 1,
         "text: both image and text at one position": 1,

@@ -108,7 +108,7 @@ def test_other_packages_importers_take_their_options(tmp_path: Path) -> None:
 
 def test_an_unknown_format(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preprocess", "--format", "latin", "--help"]) == 2
-    assert "there is no format 'latin'; there are html, jsonl" in capsys.readouterr().err
+    assert f"there is no format 'latin'; there are {', '.join(formats())}\n" in capsys.readouterr().err
 
 
 def test_without_help_the_places_are_needed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ def test_a_parquet_file_that_has_a_column_twice(tmp_path: Path) -> None:
     good = pa.table({"images": [[None]], "texts": [["t"]]})
     pq.write_table(good, tmp_path / "in/b.parquet")
     summary = preprocess("obelics", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
-    assert summary.drops.bad_counts == {"document: no columns images and texts": 1}
+    assert summary.drops.bad_counts == {"document: column texts twice; it has images, texts, texts": 1}
     assert summary.counts["documents"] == 1
 
 

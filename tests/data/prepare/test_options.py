@@ -27,6 +27,7 @@ from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
 
 DOCUMENTS = [Document((Image(picture(k)), Text(f"text {k}"))) for k in range(40)]
 
@@ -56,6 +57,37 @@ def test_what_ends_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert shards(tmp_path / "batch", shard_bytes=1) == [2] * 20
 
 
+def test_the_first_documents(tmp_path: Path) -> None:
+    """Of all units in order, with the drops among them; in any number of tasks the same."""
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        lines = ['{"items": 3}', *(f'{{"items": [{{"text": "{part} {k}"}}]}}' for k in range(10)), '{"items": 4}']
+        (tmp_path / f"in/{part}.jsonl").write_text("\n".join(lines))
+    for limit, bad in ((1, 1), (10, 1), (11, 3), (15, 3), (30, 5), (99, 6)):
+        for task_bytes in (1, 1 << 20):
+            output = tmp_path / f"out-{limit}-{task_bytes}"
+            summary = preprocess("jsonl", tmp_path / "in", output, tokenizer=TOKENIZER, limit=limit,
+                                 task_bytes=task_bytes, max_bad_fraction=1)  # fmt: skip
+            texts = [document.texts[0].text for document in open_corpus(output)]
+            assert texts == [f"{k // 10} {k % 10}" for k in range(min(limit, 30))]
+            assert summary.drops.bad_counts == {'document: no list "items"': bad}
+    with pytest.raises(UserError, match=r"its layout, limit differ\); give a new folder"):
+        preprocess("jsonl", tmp_path / "in", output, tokenizer=TOKENIZER, limit=5)
+    for name in ("limit", "shard_bytes", "shard_documents"):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0: give at least 1"):
+            preprocess("jsonl", tmp_path / "in", output, tokenizer=TOKENIZER, **{name: 0})
+
+
+def test_the_seed_draws_what_is_held_out(tmp_path: Path) -> None:
+    writers.write_jsonl(DOCUMENTS, tmp_path / "in")
+    drawn = []
+    for seed in (0, 0, 1):
+        folders = [tmp_path / f"{side}-{len(drawn)}" for side in ("out", "held")]
+        preprocess("jsonl", tmp_path / "in", folders[0], held_out=folders[1], tokenizer=TOKENIZER, seed=seed)
+        drawn.append([document.texts[0].text for document in open_corpus(folders[1])])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_too_much_that_is_bad_ends_the_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     documents = JsonlImporter.documents
@@ -79,11 +111,13 @@ def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options, at=places))
     main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--images", "c", "--tokenizer", "d",
           "--vocab-size", "500", "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
-          "--max-image-side", "512", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
+          "--max-image-side", "512", "--held-out-seed", "7", "--limit", "9", "--shard-bytes", "1000",
+          "--shard-documents", "20", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
           "--workers", "3", "--job", "1/4"])  # fmt: skip
     assert given == {
         "at": ("obelics", "a", "b"), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": "e",
         "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
+        "seed": 7, "limit": 9, "shard_bytes": 1000, "shard_documents": 20,
         "options": {"image_name": "{md5}", "rule": "{row}_{file}"},
         "workers": 3, "job": (1, 4), "progress": True,
     }  # fmt: skip

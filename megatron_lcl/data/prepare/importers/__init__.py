@@ -3,9 +3,9 @@
 Another package adds a format with an entry point in the group `megatron_lcl.importers`, whose name is the format's and
 whose object is an `Importer` class.
 
-What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `tars.py` (WebDataset
-tars), `sources.py` (images in folders and tars). Imports data.corpus only. Begin with `Importer` below, then
-`jsonl.py`, the simplest one.
+What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
+`tars.py` (WebDataset tars), `sources.py` (images in folders and tars), `url_keys.py` (img2dataset's tables). Imports
+data.corpus only. Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ _PLUGINS = Plugins(
     ENTRY_POINTS,
     __name__,
     {
+        "coco": "coco:CocoImporter",
+        "epub": "epub:EpubImporter",
+        "hf": "hf:HfImporter",
         "html": "html:HtmlImporter",
         "jsonl": "jsonl:JsonlImporter",
         "mmc4": "mmc4:Mmc4Importer",
         "obelics": "parquet:ObelicsImporter",
+        "nemo": "nemo:NemoImporter",
         "omnicorpus": "parquet:OmniCorpusImporter",
+        "markdown": "markdown:MarkdownImporter",
         "mint1t": "mint1t:Mint1tImporter",
+        "table": "table:TableImporter",
         "webdataset": "pairs:WebDatasetImporter",
     },
 )

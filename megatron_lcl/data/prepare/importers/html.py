@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import lxml.etree
@@ -82,7 +82,7 @@ class HtmlImporter(FilesImporter):
     kind = "natural"
     rules = 2
     reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"
-    suffixes = (".html", ".htm", ".xhtml")
+    suffixes: ClassVar[tuple[str, ...]] = (".html", ".htm", ".xhtml")
 
     def __init__(
         self,
@@ -105,11 +105,47 @@ class HtmlImporter(FilesImporter):
         self.min_side, self.max_aspect = min_side, max_aspect
         self.max_page_share, self.max_repeats = max_page_share, max_repeats
         self.max_text_share, self.max_words, self.text_pages = max_text_share, max_words, text_pages
-        self.pages = [self.found.name(file) for file in self.files]
+        self.pages = self.list_pages()
         self._rules: _Rules | None = None
         self._facts: dict[str, _Fact] = {}
         self._num_bytes: list[int] = []
         """of each page's images"""
+
+    # --- what other kinds of pages replace -------------------------------------------------------------------
+
+    def list_pages(self) -> list[str]:
+        """Names of all pages, in order."""
+        return [self.found.name(file) for file in self.files]
+
+    def page_size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+    def page_html(self, name: str) -> bytes:
+        """OSError or ValueError where it cannot be read."""
+        return (self.root / name).read_bytes()
+
+    def about(self, name: str) -> dict[str, str]:
+        """Metadata of a page's documents: "group", and, where the page says it, "id"."""
+        return {"group": name}
+
+    def locate(self, page: str, source: str) -> Path | None:
+        """The file an image source means; None outside the folder or for another host's."""
+        parts = urlsplit(source)
+        if parts.scheme not in ("", "file") or parts.netloc:
+            return None
+        path = unquote(parts.path)
+        base = self.image_root if path.startswith("/") else (self.image_root / page).parent
+        try:
+            file = (base / path.lstrip("/")).resolve()
+        except (OSError, ValueError, RuntimeError):
+            return None
+        return file if file.is_relative_to(self.image_root) else None
+
+    def image_bytes(self, file: Path) -> bytes:
+        """Of what `locate` found; OSError or ValueError where it is not there."""
+        return file.read_bytes()
+
+    # --- units -----------------------------------------------------------------------------------------------
 
     def units_of_files(self) -> list[Unit]:
         if self._rules is None:
@@ -117,13 +153,13 @@ class HtmlImporter(FilesImporter):
         units = []
         for start in range(0, len(self.pages), _PAGES_PER_UNIT):
             group = self.pages[start : start + _PAGES_PER_UNIT]
-            size = sum((self.root / page).stat().st_size for page in group)
+            size = sum(self.page_size(page) for page in group)
             units.append(Unit(group[0], size + sum(self._num_bytes[start : start + _PAGES_PER_UNIT]), group))
         return units
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for name in unit.payload:
-            yield from self._page_documents(name, drops)
+            yield from self.documents_of_page(name, drops)
 
     # --- the scan: what repeats ------------------------------------------------------------------------------
 
@@ -178,7 +214,7 @@ class HtmlImporter(FilesImporter):
 
     def _fact(self, page: str, source: str) -> _Fact:
         """What is known of an image as a page names it."""
-        key = f"{page}\0{source}" if source.startswith("data:") else str(self._locate(page, source))
+        key = f"{page}\0{source}" if source.startswith("data:") else str(self.locate(page, source))
         if key not in self._facts:
             try:
                 data = self._read(page, source)
@@ -201,7 +237,7 @@ class HtmlImporter(FilesImporter):
 
     # --- one page --------------------------------------------------------------------------------------------
 
-    def _page_documents(self, name: str, drops: Drops) -> Iterator[Document]:
+    def documents_of_page(self, name: str, drops: Drops) -> Iterator[Document]:
         assert self._rules is not None, "units() comes first"
         page = self._parse(name)
         for reason, text in page.left_out:
@@ -231,7 +267,7 @@ class HtmlImporter(FilesImporter):
             parts = list(_split(items, self.max_words))
             for number, part in enumerate(parts):
                 label = name if len(parts) == 1 else f"{name}#{number}"
-                about = {"group": name, "shares": sorted(shares), "lost_images": num_lost}
+                about = {**self.about(name), "shares": sorted(shares), "lost_images": num_lost}
                 yield Document(_join(part), name=label, metadata=about)
             return
         if num_named:
@@ -267,34 +303,21 @@ class HtmlImporter(FilesImporter):
         seen.add(digest)
         return Image(data, name=source[:200])
 
-    def _locate(self, page: str, source: str) -> Path | None:
-        """The file an image source means; None outside the folder or for another host's."""
-        parts = urlsplit(source)
-        if parts.scheme not in ("", "file") or parts.netloc:
-            return None
-        path = unquote(parts.path)
-        base = self.image_root if path.startswith("/") else (self.image_root / page).parent
-        try:
-            file = (base / path.lstrip("/")).resolve()
-        except (OSError, ValueError, RuntimeError):
-            return None
-        return file if file.is_relative_to(self.image_root) else None
-
     def _read(self, page: str, source: str) -> bytes:
         if source.startswith("data:"):
             return _data_url(source)
-        file = self._locate(page, source)
+        file = self.locate(page, source)
         if file is None:
             remote = urlsplit(source).netloc
             raise BadImage("on another host" if remote else "outside the folder")
         try:
-            return file.read_bytes()
+            return self.image_bytes(file)
         except (OSError, ValueError):
             raise BadImage("file missing") from None
 
     def _parse(self, name: str) -> Page:
         try:
-            return parse_page((self.root / name).read_bytes(), name)
+            return parse_page(self.page_html(name), name)
         except (OSError, lxml.etree.LxmlError, ValueError):
             return Page()
 

@@ -74,7 +74,7 @@ def typed_lines(unit: Unit, drops: Drops, kind: type[T]) -> Iterator[tuple[str, 
 
 
 def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any], wanted: set[type]) -> Iterator[tuple[str, Any]]:
-    for name, line, complete in _lines(unit, drops):
+    for name, line, complete in text_lines(unit, drops):
         try:
             value = decode(line)
         # stricter than Python's parser: NaN, lone surrogates, invalid UTF-8, its mark
@@ -95,8 +95,8 @@ def _values(unit: Unit, drops: Drops, decode: Callable[[bytes], Any], wanted: se
             drops.bad("document", "not a JSON object", name, sample=line.decode(errors="replace"))
 
 
-def _lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
-    """(name, line, ends with a line end)."""
+def text_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
+    """(name, line, ends with a line end) of each line of a unit of `line_units`; names as in `json_lines`."""
     path, start, end = unit.payload
     try:
         with open(path, "rb", _CHUNK) as file:

@@ -17,7 +17,7 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.sources import decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.tars import TarImporter, tar_samples
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2")
+_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "ico", "img")
 _TEXTS = ("txt", "text", "caption")
 
 

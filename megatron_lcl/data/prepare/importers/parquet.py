@@ -6,35 +6,36 @@ At each position exactly one of the two is not null. The images are URLs; their 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.files import FilesImporter
+from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
 from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
 _EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXAMPLE = {"sha256": "0" * 64, "sha1": "0" * 40, "md5": "0" * 32, "file": "a", "row": 0, "position": 0, "number": 0}
 _ABOUT = "general_metadata"
 """column that says where a row's page is: {"url": …}"""
-_BATCH = 64
 
 
-class ObelicsImporter(FilesImporter):
+class ObelicsImporter(ParquetImporter):
     """A parquet file or a folder of them; a row group is a unit."""
 
     kind = "natural"
-    reads = ".parquet with columns images (URLs) and texts; images in --images, named by the option image_name"
-    suffixes = (".parquet",)
+    reads = (
+        ".parquet with columns images (URLs) and texts; images in --images, as `fetch` stores them, or named by the "
+        "option image_name"
+    )
+    needed = ("images", "texts")
 
     def __init__(
         self,
@@ -56,56 +57,20 @@ class ObelicsImporter(FilesImporter):
         self.image_name = image_name
         self.images = ImageSource(images)
 
-    def units_of_files(self) -> list[Unit]:
-        """Payload: (path, row group, its first row, its last + 1); row group -1 for a file that cannot be read."""
-        units = []
-        for file in self.files:
-            size, name = file.stat().st_size, self.found.name(file)
-            try:
-                metadata = pq.read_metadata(file)
-                num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            except (pa.ArrowException, OSError, ValueError):
-                units.append(Unit(name, size, (file, -1, 0, 0)))
-                continue
-            for group in range(len(num_rows)):
-                first = sum(num_rows[:group])
-                payload = (file, group, first, first + num_rows[group])
-                units.append(Unit(f"{name}:{first}", size // len(num_rows), payload))
-        return units
-
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)
 
-    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        file, group, row, stop = unit.payload
-        file_name = self.found.name(file)
-        if group < 0:
-            drops.bad("document", "damaged parquet file", file_name)
-            return
-        try:
-            # buffered: else a row group's column is read whole, however large
-            with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as source:
-                names = source.schema_arrow.names
-                if names.count("images") != 1 or names.count("texts") != 1:
-                    drops.bad("document", "no columns images and texts", file_name)
-                    return
-                said = [_ABOUT] if names.count(_ABOUT) == 1 else []
-                columns = ["images", "texts", *said]
-                for batch in source.iter_batches(_BATCH, [group], columns=columns, use_threads=False):
-                    about = _values(batch[_ABOUT]) if said else [None] * len(batch)
-                    for images, texts, page in zip(
-                        _values(batch["images"]), _values(batch["texts"]), about, strict=True
-                    ):
-                        yield from self._document(images, texts, page, file, row, drops)
-                        row += 1
-        except (pa.ArrowException, OSError, ValueError):
-            drops.bad("document", "lost in a damaged parquet file", f"{file_name}:{row}", max(1, stop - row))
+    def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
+        file, group, first, _ = unit.payload
+        about = [_ABOUT] if source.schema_arrow.names.count(_ABOUT) == 1 else []
+        for row, (images, texts, *page) in read_rows(source, [group], first, [*self.needed, *about]):
+            yield row + 1, self._document(images, texts, page[0] if page else None, file, row, drops)
 
-    def _document(self, images: Any, texts: Any, about: Any, file: Path, row: int, drops: Drops) -> Iterator[Document]:
+    def _document(self, images: Any, texts: Any, about: Any, file: Path, row: int, drops: Drops) -> Document | None:
         name = f"{self.found.name(file)}:{row}"
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
             drops.bad("document", "images and texts are not lists of one length", name, sample=str(texts))
-            return
+            return None
         items: list[Text | Image] = []
         number = 0
         for position, (url, text) in enumerate(zip(images, texts, strict=True)):
@@ -122,7 +87,7 @@ class ObelicsImporter(FilesImporter):
                 drops.bad("image", str(error), f"{name}: {str(url)[:200]}")
             number += 1
         lost = number - sum(isinstance(item, Image) for item in items)
-        yield Document(tuple(items), name=name, metadata={**its_id(_record(about)), "lost_images": lost})
+        return Document(tuple(items), name=name, metadata={**its_id(_record(about)), "lost_images": lost})
 
     def _candidates(self, url: str, file: Path, row: int, position: int, number: int) -> list[str]:
         raw = url.encode(errors="replace")
@@ -135,17 +100,7 @@ class ObelicsImporter(FilesImporter):
             position=position,
             number=number,
         )
-        return [name + extension for extension in _EXTENSIONS]
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """The column's rows; where a string of a list is not UTF-8, all as bytes, and where another is not, none."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            return column.cast(pa.large_list(pa.large_binary())).to_pylist()
-        return [None] * len(column)
+        return [*(name + extension for extension in _EXTENSIONS), *([url] if is_url(url) else [])]
 
 
 def _record(about: Any) -> Any:

@@ -1,0 +1,158 @@
+"""EPUB books: the XHTML pages of the spine, in reading order, with the images that the book holds.
+
+A page is read as an HTML page is, with the same rules for what repeats over all books; the documents of a book are held
+out together. Source: EPUB 3.3 (W3C), which EPUB 2 agrees with in what is read here.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import lxml.etree
+
+from megatron_lcl.data.corpus.document import Document
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers.html import HtmlImporter
+from megatron_lcl.data.prepare.importers.sources import MAX_FILE
+from megatron_lcl.errors import UserError
+
+_PAGES = ("application/xhtml+xml", "text/html")
+_CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
+_ENDS = ".epub/"
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError, RuntimeError, NotImplementedError)
+
+
+class EpubImporter(HtmlImporter):
+    """A folder of books, or one; in the order of their names."""
+
+    rules = 1
+    reads = "folder of EPUB books (.epub) without copy protection; pages and images are in the books"
+    suffixes = (".epub",)
+    _opened: tuple[str, zipfile.ZipFile] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": None}
+
+    def list_pages(self) -> list[str]:
+        """`BOOK.epub/MEMBER`; a book that cannot be read is a page of its own name, which `documents` counts."""
+        if self.image_root != self.root.resolve():
+            raise UserError("format epub has its images in the books; leave out --images")
+        self._faults: dict[str, str] = {}
+        self._ids: dict[str, str] = {}
+        pages: list[str] = []
+        for file in self.files:
+            book = self.found.name(file)
+            try:
+                if not book.lower().endswith(_ENDS[:-1]):
+                    raise ValueError
+                members, self._ids[book], encrypted = _spine(self._archive(book))
+            except (*_DAMAGE, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError):
+                self._faults[book] = "damaged book, or no EPUB"
+                pages.append(book)
+                continue
+            for member in members:
+                pages.append(f"{book}/{member}")
+                if member in encrypted:
+                    self._faults[pages[-1]] = "encrypted page"
+        return pages
+
+    def page_size(self, name: str) -> int:
+        return 0 if name in self._faults else self._info(name).file_size
+
+    def page_html(self, name: str) -> bytes:
+        if name in self._faults:
+            raise ValueError
+        return self._member(name)
+
+    def about(self, name: str) -> dict[str, str]:
+        book, _ = _split_name(name)
+        return {"group": book, "id": self._ids[book]}
+
+    def locate(self, page: str, source: str) -> Path | None:
+        book, member = _split_name(page)
+        parts = urlsplit(source)
+        if parts.scheme or parts.netloc:
+            return None
+        found = posixpath.normpath(posixpath.join(posixpath.dirname(member), unquote(parts.path)))
+        return None if found.startswith(("/", "..")) else Path(f"{book}/{found}")
+
+    def image_bytes(self, file: Path) -> bytes:
+        return self._member(file.as_posix())
+
+    def documents_of_page(self, name: str, drops: Drops) -> Iterator[Document]:
+        if name in self._faults:
+            drops.bad("document", self._faults[name], name)
+        else:
+            yield from super().documents_of_page(name, drops)
+
+    def _member(self, name: str) -> bytes:
+        info = self._info(name)
+        if info.file_size > MAX_FILE:
+            raise ValueError
+        try:
+            return self._archive(_split_name(name)[0]).read(info)
+        except _DAMAGE as error:
+            raise ValueError from error
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        book, member = _split_name(name)
+        try:
+            return self._archive(book).getinfo(member)
+        except _DAMAGE as error:
+            raise ValueError from error
+
+    def _archive(self, book: str) -> zipfile.ZipFile:
+        """The book, opened; the last one stays so."""
+        if self._opened is None or self._opened[0] != book:
+            if self._opened is not None:
+                self._opened[1].close()
+                self._opened = None
+            self._opened = book, zipfile.ZipFile(self.root / book)
+        return self._opened[1]
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """(book, member)."""
+    at = name.lower().index(_ENDS) + len(_ENDS)
+    return name[: at - 1], name[at:]
+
+
+def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, set[str]]:
+    """The pages in reading order, the book's identifier or title, and which members are encrypted.
+
+    One of several exceptions where the book does not say it.
+    """
+    names = set(book.namelist())
+    path = unquote(next(_xml(book, _CONTAINER).iter("{*}rootfile")).get("full-path"))
+    package = _xml(book, path)
+    items = {item.get("id"): item for item in package.iter("{*}item")}
+    pages = []
+    for reference in package.iter("{*}itemref"):
+        item = items.get(reference.get("idref"))
+        if item is None or reference.get("linear") == "no" or item.get("media-type") not in _PAGES:
+            continue
+        member = posixpath.normpath(posixpath.join(posixpath.dirname(path), unquote(item.get("href"))))
+        if "nav" not in (item.get("properties") or "").split() and member in names:
+            pages.append(member)
+    said = [*package.iter("{*}identifier"), *package.iter("{*}title")]
+    identifier = next((text for element in said if (text := (element.text or "").strip())), "")
+    encrypted = set()
+    if _ENCRYPTION in names:
+        encrypted = {
+            unquote(element.get("URI") or "") for element in _xml(book, _ENCRYPTION).iter("{*}CipherReference")
+        }
+    return pages, identifier, encrypted
+
+
+def _xml(book: zipfile.ZipFile, member: str) -> Any:
+    info = book.getinfo(member)
+    if info.file_size > MAX_FILE:
+        raise ValueError
+    parser = lxml.etree.XMLParser(resolve_entities=False, no_network=True, recover=True)
+    return lxml.etree.fromstring(book.read(info), parser)

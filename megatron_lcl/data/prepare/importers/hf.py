@@ -1,0 +1,309 @@
+"""Folders of Hugging Face's `datasets`: what `save_to_disk` wrote (Arrow streams), or parquet with Image features.
+
+An image is a struct of `bytes` and `path`, or a list of them. One image and one text of a row are a pair; of one image
+and a list of texts each text makes a pair; of two lists one of the two is not null at each position (interleaved);
+a list of images stands before a single text. Which columns hold them is said by the schema's `huggingface` metadata and
+the types, or by options.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.files import Files, FilesImporter
+from megatron_lcl.data.prepare.importers.row_groups import (
+    DAMAGE,
+    column_values,
+    count_damage,
+    missing_columns,
+    open_parquet,
+    read_rows,
+    row_group_units,
+    some_columns,
+)
+from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.errors import UserError
+
+_TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
+"""names of columns of texts, the likeliest first"""
+_SPLIT = re.compile(r"(?:.*-)?([^-]+)-\d{5}-of-\d{5}")
+_STATE, _DICT = "state.json", "dataset_dict.json"
+_BATCH = 16
+"""rows read at once: each may hold many large images"""
+_NOT_LISTED = f"not of the data set: {_STATE} does not list it"
+_OTHER_SPLIT = "of another split"
+
+
+class HfImporter(FilesImporter):
+    """A folder, or a file of it; parquet by row groups, an Arrow stream as a whole."""
+
+    reads = (
+        "folder that Hugging Face's `save_to_disk` wrote, or its .parquet or .arrow files with an Image column and a "
+        "text column (each may be a list); images in the columns, else by their path in --images"
+    )
+    suffixes = (".parquet", ".arrow")
+
+    def __init__(
+        self,
+        input: Path,
+        images: Path | None = None,
+        split: Annotated[str, "split to read, or all; needed where there are several"] = "",
+        image_column: Annotated[
+            str, "column of the images; empty: the only one that is an Image, or a list of them"
+        ] = "",
+        text_column: Annotated[
+            str, f"column of the texts; empty: the first of {', '.join(_TEXTS)}, else the only one"
+        ] = "",
+    ) -> None:
+        super().__init__(input)
+        self.found = _of_split(_listed(self.found), split)
+        self.image, self.text = image_column, text_column
+        self.images = ImageSource(images)
+        schema = next((schema for file in self.files if (schema := _schema(file)) is not None), None)
+        if schema is not None:
+            self._choose_columns(schema)
+
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
+
+    def _choose_columns(self, schema: pa.Schema) -> None:
+        has = f"it has {some_columns(schema.names)}"
+        for option, name in (("image_column", self.image), ("text_column", self.text)):
+            if name and name not in schema.names:
+                raise UserError(f"--option {option}={name}: {self.root} has no such column; {has}")
+        if not self.image:
+            found = [field.name for field in schema if _is_image(field, schema)]
+            if len(found) != 1:
+                what = "several columns" if found else "no column"
+                raise UserError(f"{self.root} has {what} of images; {has}: name one with --option image_column=NAME")
+            self.image = found[0]
+        if not self.text:
+            found = [field.name for field in schema if _is_text(field.type)]
+            named = [name for name in _TEXTS if name in found]
+            if not named and len(found) != 1:
+                what = "several columns" if found else "no column"
+                raise UserError(f"{self.root} has {what} of texts; {has}: name one with --option text_column=NAME")
+            self.text = (named or found)[0]
+        self.kind = "natural" if _is_list(schema.field(self.image).type) else "pairs"
+
+    def units_of_files(self) -> list[Unit]:
+        """Payload of an Arrow stream: (path, 0, 0, 0); of a parquet file see `row_group_units`."""
+        units: list[Unit] = []
+        for file in self.files:
+            name = self.found.name(file)
+            if file.suffix == ".parquet":
+                units += row_group_units(file, name)
+            else:
+                units.append(Unit(name, file.stat().st_size, (file, 0, 0, 0)))
+        return units
+
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file, group, first, stop = unit.payload
+        name, row = self.found.name(file), first
+        try:
+            if file.suffix != ".parquet":
+                for row, named in self._arrow_rows(file, name, drops):
+                    yield from self._documents(named, f"{name}:{row}", drops)
+                return
+            with open_parquet(file, group) as source:
+                if (columns := self._columns(source.schema_arrow.names, name, drops)) is None:
+                    return
+                for row, values in read_rows(source, [group], first, columns, _BATCH):
+                    yield from self._documents(dict(zip(columns, values, strict=True)), f"{name}:{row}", drops)
+                    row += 1
+        except DAMAGE:
+            if file.suffix == ".parquet":
+                count_damage(unit, row, stop, name, drops)
+            else:
+                drops.bad("document", "damaged or truncated Arrow file, the rows after it are lost", f"{name}:{row}")
+
+    def _columns(self, names: list[str], name: str, drops: Drops) -> list[str] | None:
+        """Those to read; None, and counted, where the file lacks one."""
+        if fault := missing_columns(names, [self.image, self.text]):
+            drops.bad("document", fault, name)
+            return None
+        return [self.image, self.text, *(column for column in ("url", "id") if names.count(column) == 1)]
+
+    def _arrow_rows(self, file: Path, name: str, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
+        row = 0
+        with pa.memory_map(str(file)) as mapped, _open_stream(mapped) as stream:
+            if (columns := self._columns(stream.schema.names, name, drops)) is None:
+                return
+            for batch in stream:
+                batch = batch.select(columns)
+                try:
+                    batch.validate(full=True)  # else a wrong length leads outside the file
+                except DAMAGE:
+                    drops.bad("document", "lost in a damaged Arrow file", f"{name}:{row}", max(1, len(batch)))
+                    row += len(batch)
+                    continue
+                for start in range(0, len(batch), _BATCH):
+                    part = batch.slice(start, _BATCH)
+                    for values in zip(*(column_values(part[column]) for column in columns), strict=True):
+                        yield row, dict(zip(columns, values, strict=True))
+                        row += 1
+
+    def _documents(self, row: dict[str, Any], name: str, drops: Drops) -> Iterator[Document]:
+        """One, or of one image with several texts one each."""
+        images, texts = row[self.image], row[self.text]
+        about = its_id(row)
+        if not isinstance(images, list):
+            several = texts if isinstance(texts, list) and texts else [texts]
+            for number, text in enumerate(several):
+                label = f"{name}#{number}" if len(several) > 1 else name
+                items = [item for item in (self._image(images, label, drops), _text(text, label, drops)) if item]
+                lost = int(not isinstance(items[0], Image))
+                together = {"group": name} if len(several) > 1 else {}
+                yield Document(tuple(items), name=label, metadata={**about, **together, "lost_images": lost})
+            return
+        if not isinstance(texts, list):
+            positions = [*((image, None) for image in images if image is not None), (None, texts)]
+        elif len(images) == len(texts):
+            positions = list(zip(images, texts, strict=True))
+        else:
+            drops.bad("document", "lists of images and texts are not of one length", name, sample=str(texts))
+            return
+        read: list[Text | Image] = []
+        for image, text in positions:
+            if image is not None and text is not None:
+                drops.bad("text", "both image and text at one position", name, sample=str(text))
+            item = _text(text, name, drops) if image is None else self._image(image, name, drops)
+            read += [item] if item else []
+        lost = sum(image is not None for image, _ in positions) - sum(isinstance(item, Image) for item in read)
+        yield Document(tuple(read), name=name, metadata={**about, "lost_images": lost})
+
+    def _image(self, value: Any, name: str, drops: Drops) -> Image | None:
+        """None, and counted, where there are no bytes."""
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(data, bytes):
+            return Image(data, name=str(path or name))
+        try:
+            if not isinstance(path, str):
+                raise BadImage("neither bytes nor path")
+            return Image(self.images.read([path, Path(path).name]), name=path)
+        except BadImage as error:
+            drops.bad("image", str(error), f"{name}: {str(path)[:200]}")
+            return None
+
+
+def _text(value: Any, name: str, drops: Drops) -> Text:
+    return text_item(decoded(value, name, drops) if isinstance(value, bytes) else value, name, drops)
+
+
+# --- which files -------------------------------------------------------------------------------------------------
+
+
+def _listed(found: Files) -> Files:
+    """Without the files beside a saved data set that do not belong to it, such as the cache of `map`."""
+    read, skipped = [], list(found.skipped)
+    states: dict[Path, set[str] | None] = {}
+    for file in found.read:
+        if file.parent not in states:
+            states[file.parent] = _data_files(file.parent)
+        names = states[file.parent]
+        if names is None or file.name in names:
+            read.append(file)
+        else:
+            skipped.append((file, _NOT_LISTED))
+    return Files(found.root, read, sorted(skipped))
+
+
+def _data_files(folder: Path) -> set[str] | None:
+    """Names of a saved data set's files; None where the folder is none."""
+    path = folder / _STATE
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_bytes())
+        names = {entry["filename"] for entry in state["_data_files"]}
+        indices = state.get("_indices_data_files") or state.get("_indices_files")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged, or not of a saved data set") from None
+    if indices:
+        raise UserError(f"{folder} has an index of its rows, as old releases of `datasets` wrote; save it anew")
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise UserError(f"{folder / missing[0]} is missing; {path.name} lists it")
+    return names
+
+
+def _of_split(found: Files, split: str) -> Files:
+    splits = {file: _split_of(file) for file in found.read}
+    names = sorted(set(splits.values()))
+    if split in ("", "all"):
+        if split == "" and len(names) > 1:
+            some = " and ".join(repr(name) if name else "none" for name in names)
+            raise UserError(f"{found.root} has several splits, {some}: name one with --option split=NAME, or split=all")
+        return found
+    if split not in names:
+        raise UserError(f"--option split={split}: {found.root} has {', '.join(filter(None, names)) or 'no splits'}")
+    others = [(file, _OTHER_SPLIT) for file in found.read if splits[file] != split]
+    return Files(found.root, [f for f in found.read if splits[f] == split], sorted([*found.skipped, *others]))
+
+
+def _split_of(file: Path) -> str:
+    """As the folder of a saved data set, or a file's name, says it; "" where neither does."""
+    if (file.parent.parent / _DICT).exists():
+        return file.parent.name
+    matched = None if (file.parent / _STATE).exists() else _SPLIT.match(file.stem)
+    return matched[1] if matched else ""
+
+
+# --- which columns -----------------------------------------------------------------------------------------------
+
+
+def _open_stream(file: Any) -> Any:
+    """Batches of an Arrow stream, or of an Arrow file."""
+    magic = file.read(6)
+    file.seek(0)
+    if magic != b"ARROW1":
+        return pa.ipc.open_stream(file)
+    reader = pa.ipc.open_file(file)
+    return pa.RecordBatchReader.from_batches(
+        reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    )
+
+
+def _schema(file: Path) -> pa.Schema | None:
+    """None for a damaged file."""
+    try:
+        if file.suffix == ".parquet":
+            return pq.read_schema(file)
+        with pa.memory_map(str(file)) as mapped, _open_stream(mapped) as stream:
+            return stream.schema
+    except DAMAGE:
+        return None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if _is_list(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_image(field: pa.Field, schema: pa.Schema) -> bool:
+    """Whether the metadata say that it is an Image, or a list of them, or, where they say nothing, its type does."""
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][field.name]
+        while isinstance(feature, list | dict):
+            if isinstance(feature, dict) and "_type" in feature and "feature" not in feature:
+                return feature["_type"] == "Image"
+            feature = feature[0] if isinstance(feature, list) else feature["feature"]
+    except (KeyError, TypeError, ValueError, IndexError):
+        pass
+    kind = field.type.value_type if _is_list(field.type) else field.type
+    names = [kind.field(k).name for k in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    return sorted(names) == ["bytes", "path"]

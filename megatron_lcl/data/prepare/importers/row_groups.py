@@ -1,0 +1,134 @@
+"""Parquet files, a unit each row group: rows as they come, damage counted, a table without the columns told apart."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lcl.data.corpus.document import Document
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers.files import FilesImporter
+
+_BATCH = 64
+_NAMED = 12
+"""columns of a table that an error names"""
+Row = tuple[int, list[Any]]
+"""(its number in the file, its values)"""
+Rows = Iterator[tuple[int, "Document | None"]]
+
+
+class ParquetImporter(FilesImporter):
+    """A parquet file or a folder of them; a row group is a unit."""
+
+    suffixes = (".parquet",)
+    needed: ClassVar[tuple[str, ...]]
+    """columns without which a file is bad"""
+
+    def units_of_files(self) -> list[Unit]:
+        units: list[Unit] = []
+        for file in self.files:
+            units += row_group_units(file, self.found.name(file))
+        return units
+
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file, group, first, stop = unit.payload
+        row = first
+        try:
+            with open_parquet(file, group) as source:
+                names = source.schema_arrow.names
+                if fault := missing_columns(names, self.needed):
+                    drops.bad("document", fault, self.found.name(file))
+                    return
+                for reached, document in self.documents_of_rows(source, unit, drops):
+                    row = reached
+                    if document is not None:
+                        yield document
+        except DAMAGE:
+            count_damage(unit, row, stop, self.found.name(file), drops)
+
+    @abstractmethod
+    def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
+        """The unit's documents, or None for what was counted as bad, each with the number of the row behind it."""
+
+
+DAMAGE = (pa.ArrowException, OSError, ValueError)
+"""what pyarrow raises for damaged files"""
+
+
+def row_group_units(file: Path, name: str) -> list[Unit]:
+    """A unit for each row group. Payload: (path, row group, its first row, its last + 1); row group -1 for a file
+    that cannot be read."""
+    size = file.stat().st_size
+    try:
+        metadata = pq.read_metadata(file)
+        num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    except DAMAGE:
+        return [Unit(name, size, (file, -1, 0, 0))]
+    units, first = [], 0
+    for group, rows in enumerate(num_rows):
+        units.append(Unit(f"{name}:{first}", size // len(num_rows), (file, group, first, first + rows)))
+        first += rows
+    return units
+
+
+def open_parquet(file: Path, group: int) -> pq.ParquetFile:
+    """The file of a unit; one of DAMAGE where it is none."""
+    if group < 0:
+        raise pa.ArrowInvalid
+    # buffered: else a row group's column is read whole, however large
+    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+
+
+def count_damage(unit: Unit, row: int, stop: int, name: str, drops: Drops) -> None:
+    """Count what is lost of a unit from `row` on."""
+    if unit.payload[1] < 0:
+        drops.bad("document", "damaged parquet file", name)
+    else:
+        drops.bad("document", "lost in a damaged parquet file", f"{name}:{row}", max(1, stop - row))
+
+
+def read_rows(
+    source: pq.ParquetFile, groups: Sequence[int], first: int, columns: Sequence[str], batch: int = _BATCH
+) -> Iterator[Row]:
+    """The rows of some row groups, read as they are needed. first: number of the first one."""
+    row = first
+    for table in source.iter_batches(batch, groups, columns=list(columns), use_threads=False):
+        for values in zip(*(column_values(table[name]) for name in columns), strict=True):
+            yield row, list(values)
+            row += 1
+
+
+def column_values(column: pa.Array) -> list[Any]:
+    """The column's rows; where a string of a list is not UTF-8, all as bytes, and where another is not, none."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        kind = column.type
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return column.cast(pa.large_list(pa.large_binary())).to_pylist()
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return column.cast(pa.large_binary()).to_pylist()
+        return [None] * len(column)
+
+
+def missing_columns(names: Sequence[str], needed: Sequence[str]) -> str:
+    """Which of the needed columns are not there, or twice, and which are; "" where all are there once."""
+    missing = [name for name in needed if name not in names]
+    twice = [name for name in needed if names.count(name) > 1]
+    if not missing and not twice:
+        return ""
+    wrong = f"no column{'s' * (len(missing) > 1)} {' and '.join(missing)}" if missing else f"column {twice[0]} twice"
+    return f"{wrong}; it has {some_columns(names)}"
+
+
+def some_columns(names: Sequence[str]) -> str:
+    """The columns of a table, for people."""
+    shown = [name if name.isidentifier() else repr(name) for name in names[:_NAMED]]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (", ".join(shown) or "none") + more

@@ -1,0 +1,222 @@
+"""Tables of image-text pairs: CSV, TSV or parquet, a row each; the image by its path, its URL, or img2dataset's key.
+
+CSV is RFC 4180: commas, quotes, a header; TSV has no quotes, as CC3M and COYO come. An image's URL is looked up as the
+store of `fetch` has it (named by its SHA-256), and as img2dataset's tables say it (URL → key).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.prepare.importers import Unit, files_signature
+from megatron_lcl.data.prepare.importers.lines import LinesImporter, line_units, text_lines
+from megatron_lcl.data.prepare.importers.row_groups import (
+    DAMAGE,
+    count_damage,
+    missing_columns,
+    open_parquet,
+    read_rows,
+    row_group_units,
+    some_columns,
+)
+from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
+from megatron_lcl.errors import UserError
+
+_TEXTS = ("caption", "text", "alt_text", "alt", "title", "description")
+_JOINS = {
+    "path": ("image", "image_path", "path", "file_name", "filename", "file", "filepath"),
+    "key": ("key",),
+    "url": ("url", "image_url", "img_url"),
+}
+"""how an image is found, and the columns that say so by their name, whatever its case"""
+
+
+class TableImporter(LinesImporter):
+    """A table or a folder of them: a TSV by 8 MiB, a CSV or a compressed file as a whole, parquet by row groups."""
+
+    kind = "pairs"
+    reads = (
+        ".csv, .tsv (also .gz, .zst), .parquet with a column of texts and one of the images' paths, URLs or "
+        "img2dataset keys; images in --images, a folder or tars, else beside the input"
+    )
+    suffixes = (".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst", ".parquet")
+
+    def __init__(
+        self,
+        input: Path,
+        images: Path | None = None,
+        text_column: Annotated[str, f"column of the texts; empty: the first of {', '.join(_TEXTS)}"] = "",
+        image_column: Annotated[
+            str, "column that says which image; empty: the first named like a path, a key or a URL"
+        ] = "",
+        join: Annotated[
+            str, "what that column holds: path, key (of img2dataset) or url; empty: as its name says, else path"
+        ] = "",
+        columns: Annotated[str, "names of the columns, with commas, of CSV and TSV without a header"] = "",
+    ) -> None:
+        if join not in ("", *_JOINS):
+            raise UserError(f"--option join={join}: give {', '.join(_JOINS)}")
+        super().__init__(input)
+        self.given = [name.strip() for name in columns.split(",")] if columns else []
+        self.text, self.image, self.join = text_column, image_column, join
+        self.images, self.keys = ImageSource(images or self.root), UrlKeys(images or self.root)
+        names = next((names for file in self.files if (names := self._header(file)) is not None), None)
+        if names is not None:
+            self._choose_columns(names)
+
+    def signature(self) -> str:
+        return files_signature([*self.files, *self.images.tars, *self.keys.tables], self.root)
+
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
+        if self.join == "url":
+            self.keys.prepare(folder)
+
+    def _choose_columns(self, names: Sequence[str]) -> None:
+        has = f"it has {some_columns(names)}"
+        for option, name in (("text_column", self.text), ("image_column", self.image)):
+            if name and name not in names:
+                raise UserError(f"--option {option}={name}: {self.files[0]} has no such column; {has}")
+        lower = {name.lower(): name for name in reversed(names)}
+        if not self.text:
+            self.text = next((lower[name] for name in _TEXTS if name in lower), "")
+            if not self.text:
+                raise UserError(
+                    f"{self.files[0]} has no column of texts; {has}: name it with --option text_column=NAME"
+                )
+        wanted = [self.join] if self.join else list(_JOINS)
+        if not self.image:
+            self.image = next((lower[name] for join in wanted for name in _JOINS[join] if name in lower), "")
+            if not self.image:
+                raise UserError(
+                    f"{self.files[0]} has no column of images; {has}: name it with --option image_column=NAME"
+                )
+        self.join = self.join or next((join for join in _JOINS if self.image.lower() in _JOINS[join]), "path")
+
+    def _header(self, file: Path) -> list[str] | None:
+        """The columns of a file; None where it cannot be read."""
+        if file.suffix == ".parquet":
+            try:
+                return pq.read_schema(file).names
+            except DAMAGE:
+                return None
+        if self.given:
+            return self.given
+        drops = Drops()
+        unit = Unit(file.name, 0, (file, 0, file.stat().st_size))
+        return next((fields for _, fields in _records(unit, _is_csv(file), drops)), None)
+
+    def units_of_files(self) -> list[Unit]:
+        units: list[Unit] = []
+        for file in self.files:
+            name, size = self.found.name(file), file.stat().st_size
+            if file.suffix == ".parquet":
+                units += row_group_units(file, name)
+            elif _is_csv(file):  # a quoted field may hold line ends
+                units.append(Unit(name, size, (file, 0, size)))
+            else:
+                units += line_units([file], self.found.name)
+        return units
+
+    def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file = unit.payload[0]
+        if file.suffix == ".parquet":
+            yield from self._parquet(unit, drops)
+            return
+        names = self._header(file)
+        if names is None:
+            drops.bad("document", "no header, the file is empty or cannot be read", unit.name)
+            return
+        first = unit.payload[1] == 0
+        if fault := missing_columns(names, [self.text, self.image]):
+            if first:
+                drops.bad("document", fault, unit.name)
+            return
+        records = _records(unit, _is_csv(file), drops)
+        if first and not self.given:
+            next(records, None)
+        for name, fields in records:
+            if len(fields) == len(names):
+                yield self._document(dict(zip(names, fields, strict=True)), file, name, drops)
+            else:
+                drops.bad("document", "another number of fields than columns", name, sample=" ".join(fields))
+
+    def _parquet(self, unit: Unit, drops: Drops) -> Iterator[Document]:
+        file, group, first, stop = unit.payload
+        name, row = self.found.name(file), first
+        try:
+            with open_parquet(file, group) as source:
+                names = source.schema_arrow.names
+                if fault := missing_columns(names, [self.text, self.image]):
+                    drops.bad("document", fault, name)
+                    return
+                columns = list(dict.fromkeys([self.text, self.image, *(c for c in ("url", "id") if c in names)]))
+                for row, values in read_rows(source, [group], first, columns, 1024):
+                    yield self._document(dict(zip(columns, values, strict=True)), file, f"{name}:{row}", drops)
+                    row += 1
+        except DAMAGE:
+            count_damage(unit, row, stop, name, drops)
+
+    def _document(self, row: dict[str, Any], file: Path, name: str, drops: Drops) -> Document:
+        values = {key: decoded(value, name, drops) if isinstance(value, bytes) else value for key, value in row.items()}
+        items: list[Text | Image] = []
+        image = values[self.image]
+        try:
+            items.append(Image(self._read(image, file), name=str(image)))
+        except BadImage as error:
+            drops.bad("image", str(error), f"{name}: {str(image)[:200]}")
+        items.append(text_item(values[self.text], name, drops))
+        return Document(tuple(items), name=name, metadata={**its_id(values), "lost_images": 2 - len(items)})
+
+    def _read(self, value: Any, file: Path) -> bytes:
+        if value is None or value == "":
+            raise BadImage("no name")
+        name = str(value)
+        if self.join == "path":
+            return self.images.read(name)
+        if self.join == "key":
+            return self.images.read(key_names(name), near=(name[:5], file.name.partition(".")[0]))
+        return self.images.read([name, *self.keys.names(name)])
+
+
+def _is_csv(file: Path) -> bool:
+    return ".csv" in (suffix.lower() for suffix in file.suffixes[-2:])
+
+
+def _records(unit: Unit, quoted: bool, drops: Drops) -> Iterator[tuple[str, list[str]]]:
+    """(name, fields) of each row of a unit, the header among them; blank lines are none."""
+    labels: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for label, raw, _ in text_lines(unit, drops):
+            labels.append(label)
+            text = decoded(raw, label, drops).removeprefix("\ufeff")
+            yield text.rstrip("\r\n") + "\n"
+
+    if not quoted:
+        for text in lines():
+            if text != "\n":
+                yield labels[-1], text[:-1].split("\t")
+            labels.clear()
+        return
+    reader = csv.reader(lines())
+    while True:
+        labels.clear()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            drops.bad("document", "a row that is no CSV", labels[0], sample=str(error))
+            continue
+        if fields:
+            yield labels[0], fields

@@ -1,0 +1,91 @@
+"""Protects COCO captions: the captions that COCO's own reader finds, with their images."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.helpers import TOKENIZER, documents_of, plain
+from data.writers import picture
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import coco, create
+from megatron_lcl.data.prepare.preprocess import preprocess
+
+
+def write(tmp_path: Path, num_images: int = 9) -> Path:
+    """Captions in no order; the first image has none, another is fetched by its URL."""
+    images, annotations = [], []
+    (tmp_path / "images").mkdir()
+    for k in range(num_images):
+        url = f"http://images.cocodataset.org/{k}.jpg"
+        name = f"{k:012d}.png" if k != 3 else hashlib.sha256(url.encode()).hexdigest() + ".png"
+        (tmp_path / "images" / name).write_bytes(picture(k))
+        images.append({"id": 100 + k, "file_name": f"{k:012d}.png", "coco_url": url, "height": 30, "width": 40})
+        annotations += [{"id": 7 * k + j, "image_id": 100 + k, "caption": f"caption {k} {j}"} for j in range(k % 4)]
+    annotations.sort(key=lambda a: -a["id"])
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"info": {}, "images": images, "licenses": [], "annotations": annotations}))
+    return file
+
+
+def test_the_captions_that_pycocotools_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pytest.importorskip("pycocotools.coco")
+    file = write(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = reader.COCO(str(file))
+    expected: list[list[Any]] = []
+    for image, info in theirs.imgs.items():
+        shown = (picture(int(info["file_name"][:12])), None, None)
+        expected += [[shown, a["caption"]] for a in theirs.imgToAnns[image]] or [[shown]]
+    for size in (2, 200):
+        monkeypatch.setattr(coco, "_IMAGES_PER_UNIT", size)
+        importer = create("coco", file, tmp_path / "images", {})
+        found, drops = documents_of(importer)
+        assert plain(found) == expected
+        assert {(d.metadata["group"], d.metadata["id"]) for d in found} == {
+            (f"captions.json:{k}", str(100 + k)) for k in range(9)
+        }
+        assert (drops.bad_counts, drops.noted_counts) == ({}, {"document: no caption": 3})
+    summary = preprocess("coco", file, tmp_path / "out", images=tmp_path / "images", tokenizer=TOKENIZER)
+    corpus = open_corpus(summary.path)
+    assert plain(list(corpus)) == expected
+    assert (corpus.kinds, corpus.name(2)) == (("pairs",), "captions.json:2#0 102")
+    assert summary.counts["images"] == 9
+
+
+def test_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [{"id": 1, "file_name": "no.png"}, {"id": "x"}]
+    annotations = [{"image_id": 1, "caption": "a"}, {"image_id": 9, "caption": "b"}, {"image_id": "x"}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "in/b.json").write_text("{")
+    found, drops = documents_of(create("coco", tmp_path / "in", None, {}))
+    assert plain(found) == [["a"], [""]]
+    assert drops.bad_counts == {
+        "document: no COCO captions: it is no JSON": 1,
+        "image: file missing": 1,
+        "image: no name": 1,
+        "text: caption of an image that is not listed": 1,
+        "text: null": 1,
+    }
+    (tmp_path / "dets.json").write_text(json.dumps({"images": [], "categories": []}))
+    command = [
+        "preprocess",
+        "--format",
+        "coco",
+        "--input",
+        str(tmp_path / "dets.json"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds no COCO captions: Object missing required field `annotations`; it has images, categories" in line
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,101 @@
+"""Protects EPUB books: the pages of the spine in its order, with the images inside the book."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from data.helpers import TOKENIZER, documents_of, plain
+from data.writers import picture
+
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
+
+IMAGES = [picture(k, 90, 80) for k in range(4)]
+CONTAINER = """<?xml version="1.0"?><container version="1.0" xmlns="urn:oasis:names:tc:opendocument:xmlns:container">
+<rootfiles><rootfile full-path="OEBPS/content.opf" media-type="application/oebps-package+xml"/></rootfiles>
+</container>"""
+ENCRYPTION = """<encryption xmlns="urn:oasis:names:tc:opendocument:xmlns:container"
+ xmlns:enc="http://www.w3.org/2001/04/xmlenc#"><enc:EncryptedData><enc:CipherData>
+ <enc:CipherReference URI="OEBPS/text/two.xhtml"/></enc:CipherData></enc:EncryptedData></encryption>"""
+
+
+def xhtml(body: str) -> str:
+    return (
+        '<?xml version="1.0" encoding="utf-8"?><!DOCTYPE html><html xmlns="http://www.w3.org/1999/xhtml"><head><title/>'
+        f'</head><body><a id="top"/>{body}</body></html>'
+    )
+
+
+def write_book(file: Path, number: int = 0, **others: str) -> None:
+    """Two pages, listed in an order of which neither names nor the manifest tell; a cover that is not linear."""
+    file.parent.mkdir(exist_ok=True)
+    opf = f"""<package xmlns="http://www.idpf.org/2007/opf" version="3.0" unique-identifier="i">
+    <metadata xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:title>T</dc:title>
+      <dc:identifier id="i">urn:isbn:{number}</dc:identifier></metadata>
+    <manifest>
+      <item id="nav" href="nav.xhtml" media-type="application/xhtml+xml" properties="nav"/>
+      <item id="cover" href="cover.xhtml" media-type="application/xhtml+xml"/>
+      <item id="a" href="text/two.xhtml" media-type="application/xhtml+xml"/>
+      <item id="b" href="text/one%20.xhtml" media-type="application/xhtml+xml"/>
+      <item id="p" href="images/0.png" media-type="image/png"/>
+    </manifest>
+    <spine><itemref idref="cover" linear="no"/><itemref idref="nav"/><itemref idref="b"/><itemref idref="a"/>
+      <itemref idref="p"/><itemref idref="gone"/></spine></package>"""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("mimetype", "application/epub+zip", zipfile.ZIP_STORED)
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OEBPS/content.opf", opf)
+        for name in ("nav", "cover"):
+            book.writestr(f"OEBPS/{name}.xhtml", xhtml(f'<p>{name}</p><img src="images/3.png"/>'))
+        first = f'<h1>One {number}</h1><p>Before&#160;it.</p><img alt="" src="../images/{number}.png"/><p>After.</p>'
+        second = '<p>Two</p><img src="../images/%32.png"/><img src="../../../x.png"/><img src="gone.png"/><p>End</p>'
+        book.writestr("OEBPS/text/one .xhtml", xhtml(first))
+        book.writestr("OEBPS/text/two.xhtml", xhtml(second.replace("Two", f"Two {number}")))
+        for k, data in enumerate(IMAGES):
+            book.writestr(f"OEBPS/images/{k}.png", data)
+        for name, text in others.items():
+            book.writestr(name.replace("__", "/").replace("_xml", ".xml").replace("_INF", "-INF"), text)
+
+
+def shown(number: int) -> list[list[object]]:
+    return [
+        [f"One {number}\nBefore it.", (IMAGES[number], None, None), "After."],
+        [f"Two {number}", (IMAGES[2], None, None), "End"],
+    ]
+
+
+def test_books(tmp_path: Path) -> None:
+    for number in (0, 1):
+        write_book(tmp_path / f"in/shelf {number}.epub", number)
+    found, drops = documents_of(create("epub", tmp_path / "in", None, {}))
+    assert plain(found) == [*shown(0), *shown(1)]
+    assert [d.metadata["group"] for d in found] == ["shelf 0.epub"] * 2 + ["shelf 1.epub"] * 2
+    assert found[2].source == "shelf 1.epub/OEBPS/text/one .xhtml urn:isbn:1"
+    assert drops.bad_counts == {"image: outside the folder": 2, "image: file missing": 2}
+    summary = preprocess(
+        "epub", tmp_path / "in/shelf 0.epub", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1
+    )
+    assert plain(list(open_corpus(summary.path))) == shown(0)
+
+
+def test_what_is_bad(tmp_path: Path) -> None:
+    write_book(tmp_path / "in/a.epub", 0, META_INF__encryption_xml=ENCRYPTION)
+    (tmp_path / "in/b.epub").write_bytes((tmp_path / "in/a.epub").read_bytes()[:2000])
+    with zipfile.ZipFile(tmp_path / "in/c.epub", "w") as book:
+        book.writestr("other", "")
+    raw = bytearray((tmp_path / "in/a.epub").read_bytes())
+    at = raw.index(b"OEBPS/images/0.png") + 40
+    raw[at : at + 50] = b"\0" * 50
+    (tmp_path / "in/a.epub").write_bytes(raw)
+    found, drops = documents_of(create("epub", tmp_path / "in", None, {"text_pages": True}))
+    assert plain(found) == [["One 0\nBefore it.\nAfter."]]
+    assert drops.bad_counts == {
+        "document: damaged book, or no EPUB": 2, "document: encrypted page": 1, "image: file missing": 1,
+    }  # fmt: skip
+    assert drops.names["document: encrypted page"] == ["a.epub/OEBPS/text/two.xhtml"]
+    with pytest.raises(UserError, match="has its images in the books"):
+        create("epub", tmp_path / "in", tmp_path, {})

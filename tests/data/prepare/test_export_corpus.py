@@ -1,0 +1,93 @@
+"""Protects a corpus's way back into JSON lines with tars, and into WebDataset: `preprocess` makes the same of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data import writers
+from data.helpers import TOKENIZER, contents, plain
+from data.writers import picture
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
+from megatron_lcl.data.prepare.export_corpus import export_corpus
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
+
+PAIRS = [Document((Image(picture(k, format=format)), Text(f"Text {k}\n é")), kind="pairs")
+         for k, format in enumerate(("PNG", "JPEG", "WEBP", "PPM", "TIFF", "GIF", "PNG"))]  # fmt: skip
+MIXED = [
+    Document((Text("a"), Image(picture(1)), Text(" b\n"), Image(picture(2)))),
+    *PAIRS[:3],
+    Document((Text("only"),)),
+    Document((Image(picture(1), "", 0.3, 1), Text("c"), Image(picture(4), "", -0.5, 0), Text("d")), kind="matched"),
+]
+
+
+def make(folder: Path, documents: list[Document], **options: object) -> Path:
+    writers.write_jsonl(documents, folder / "in")
+    preprocess("jsonl", folder / "in", folder / "corpus", tokenizer=TOKENIZER, **options)  # type: ignore[arg-type]
+    return folder / "corpus"
+
+
+def test_lines_and_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make(tmp_path, MIXED)
+    assert main(["export-corpus", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'out'}: 6 documents, 7 images"]
+    export_corpus(source, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    preprocess("jsonl", tmp_path / "out", tmp_path / "back", tokenizer=source)
+    first, back = open_corpus(source), open_corpus(tmp_path / "back")
+    assert plain(list(back)) == plain(list(first))
+    assert back.manifest["shards"] == first.manifest["shards"]
+    same = [name for name in first.manifest["files"] if name.startswith(("tokens", "images"))]
+    assert [back.manifest["files"][name] for name in same] == [first.manifest["files"][name] for name in same]
+    assert back.name(0) == f"00000.jsonl@0 {first.name(0)}"
+
+
+def test_webdataset_as_its_library_reads_it(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    source = make(
+        tmp_path, [*PAIRS, Document((Text("alone"),), kind="pairs"), Document((Image(picture(9)),), kind="pairs")]
+    )
+    exported = export_corpus(source, tmp_path / "out", "webdataset")
+    assert (exported.documents, exported.without_image, exported.exact) == (8, 1, True)
+    samples = list(webdataset.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False, empty_check=False))
+    assert [sample.get("txt") for sample in samples] == [*(d.texts[0].text.encode() for d in PAIRS), None]
+    suffixes = ["png", "jpg", "webp", "ppm", "tif", "gif", "png"]
+    assert [sample[suffix] for sample, suffix in zip(samples, suffixes, strict=False)] == [
+        d.images[0].data for d in PAIRS
+    ]
+    assert json.loads(samples[0]["json"]) == {"id": open_corpus(source).name(0)}
+    preprocess("webdataset", tmp_path / "out", tmp_path / "back", tokenizer=TOKENIZER)
+    assert plain(list(open_corpus(tmp_path / "back"))) == [*plain(PAIRS), [(picture(9), None, None)]]
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make(tmp_path / "a", MIXED)
+    several = make(tmp_path / "b", [*PAIRS, Document((Text("x"), Image(picture(1)), Text("y")), kind="pairs")])
+    for corpus, format, message in (
+        (source, "webdataset", "holds natural documents, and webdataset pairs; export it with --format jsonl"),
+        (several, "webdataset", "document 7 of .* has 1 images and 2 texts"),
+        (several, "parquet", "--format parquet: a corpus is exported as jsonl or webdataset"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_corpus(corpus, tmp_path / "out", format)
+    assert main(["export-corpus", str(source), "--output", str(tmp_path / "a")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"megatron-lcl export-corpus: {tmp_path / 'a'} is not empty; give a new folder"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_texts_that_were_changed_are_said_to_be(tmp_path: Path) -> None:
+    writers.write_jsonl([Document((Text("Upper"),))], tmp_path / "in")
+    preprocess("jsonl", tmp_path / "in", tmp_path / "corpus", tokenizer=ClipTokenizer([]))
+    exported = export_corpus(tmp_path / "corpus", tmp_path / "out")
+    assert not exported.exact
+    assert "not as they were" in str(exported)
+    assert '"upper"' in (tmp_path / "out/00000.jsonl").read_text()

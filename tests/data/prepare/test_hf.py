@@ -1,0 +1,165 @@
+"""Protects the reading of Hugging Face data sets: the streams of `save_to_disk`, and parquet with Image features.
+
+The library itself reads what stands here (and wrote what the tests were compared with); it need not be installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data.helpers import TOKENIZER, documents_of, plain
+from data.writers import picture
+
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+VALUE, PICTURE = {"dtype": "string", "_type": "Value"}, {"_type": "Image"}
+
+
+def table(columns: dict[str, tuple[pa.DataType, dict[str, Any]]], rows: Sequence[Sequence[Any]]) -> pa.Table:
+    """With the metadata that `datasets` writes."""
+    features = {name: feature for name, (_, feature) in columns.items()}
+    schema = pa.schema(
+        [(name, kind) for name, (kind, _) in columns.items()],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    return pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows], schema)
+
+
+def save_to_disk(data: pa.Table, folder: Path, num_shards: int = 2, batch: int = 3) -> None:
+    folder.mkdir(parents=True)
+    names = [f"data-{k:05d}-of-{num_shards:05d}.arrow" for k in range(num_shards)]
+    step = -(-len(data) // num_shards)
+    for k, name in enumerate(names):
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, data.schema) as writer:
+            writer.write_table(data.slice(k * step, step), max_chunksize=batch)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def image(k: int) -> dict[str, Any]:
+    return {"bytes": picture(k), "path": f"{k}.png"}
+
+
+PAIRS = table({"image": (IMAGE, PICTURE), "caption": (pa.string(), VALUE)}, [(image(k), f"text {k}") for k in range(7)])
+EXPECTED = [[(picture(k), None, None), f"text {k}"] for k in range(7)]
+
+
+def read(folder: Path, **options: str) -> list[list[object]]:
+    found, drops = documents_of(create("hf", folder, None, options))
+    assert not drops.bad_counts
+    return plain(found)
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    save_to_disk(PAIRS, tmp_path / "one")
+    (tmp_path / "one/cache-0123.arrow").write_bytes(b"of map")
+    assert read(tmp_path / "one") == EXPECTED
+    summary = preprocess("hf", tmp_path / "one", tmp_path / "out", tokenizer=TOKENIZER)
+    corpus = open_corpus(tmp_path / "out")
+    assert plain(list(corpus)) == EXPECTED
+    assert corpus.kinds == ("pairs",)
+    assert corpus.name(4) == "data-00001-of-00002.arrow:0"
+    assert summary.drops.left_out_counts == {
+        "document: file that is not of the data set: state.json does not list it": 1
+    }
+
+
+def test_splits(tmp_path: Path) -> None:
+    save_to_disk(PAIRS, tmp_path / "d/train")
+    save_to_disk(PAIRS.slice(5), tmp_path / "d/test", 1)
+    (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "p/data").mkdir(parents=True)
+    pq.write_table(PAIRS, tmp_path / "p/data/train-00000-of-00001-0123abcd.parquet", row_group_size=2)
+    pq.write_table(PAIRS.slice(5), tmp_path / "p/data/test-00000-of-00001.parquet")
+    for folder in (tmp_path / "d", tmp_path / "p"):
+        with pytest.raises(UserError, match=r"has several splits, 'test' and 'train': name one with --option split="):
+            create("hf", folder, None, {})
+        with pytest.raises(UserError, match=r"--option split=dev: .* has test, train"):
+            create("hf", folder, None, {"split": "dev"})
+        assert read(folder, split="train") == EXPECTED
+        assert read(folder, split="test") == EXPECTED[5:]
+        assert len(read(folder, split="all")) == 9
+
+
+def test_lists_of_images_and_of_texts(tmp_path: Path) -> None:
+    several = {"feature": PICTURE, "_type": "List"}
+    columns = {"images": (pa.list_(IMAGE), several), "texts": (pa.list_(pa.string()), [VALUE])}
+    rows = [([None, image(0), None, image(1)], ["a", None, "b", None]), ([image(2)], [None])]
+    pq.write_table(table(columns, rows), tmp_path / "lists.parquet")
+    importer = create("hf", tmp_path / "lists.parquet", None, {})
+    assert importer.kind == "natural"
+    assert plain(documents_of(importer)[0]) == plain(
+        [Document((Text("a"), Image(picture(0)), Text("b"), Image(picture(1)))), Document((Image(picture(2)),))]
+    )
+    columns = {"images": (pa.list_(IMAGE), several), "text": (pa.string(), VALUE)}
+    pq.write_table(table(columns, [([image(0), image(1)], "a")]), tmp_path / "before.parquet")
+    assert read(tmp_path / "before.parquet") == plain([Document((Image(picture(0)), Image(picture(1)), Text("a")))])
+
+
+def test_captions_of_one_image_are_held_out_together(tmp_path: Path) -> None:
+    columns = {"image": (IMAGE, PICTURE), "sentences": (pa.list_(pa.string()), [VALUE]), "id": (pa.int64(), VALUE)}
+    pq.write_table(table(columns, [(image(0), ["a", "b"], 17), (image(1), ["c"], 18)]), tmp_path / "a.parquet")
+    found, _ = documents_of(create("hf", tmp_path, None, {}))
+    assert plain(found) == [[(picture(k), None, None), text] for k, text in ((0, "a"), (0, "b"), (1, "c"))]
+    assert [d.metadata.get("group") for d in found] == ["a.parquet:0", "a.parquet:0", None]
+    assert found[1].source == "a.parquet:0#1 17"
+
+
+def test_columns_are_found_or_named(tmp_path: Path) -> None:
+    kinds = {"a": (IMAGE, PICTURE), "b": (IMAGE, PICTURE), "x": (pa.string(), VALUE), "y": (pa.string(), VALUE)}
+    kinds["sound"] = (IMAGE, {"_type": "Audio"})
+    data = table(kinds, [(image(0), image(1), "s", "t", image(2))])
+    pq.write_table(data, tmp_path / "a.parquet")
+    for options, message in (
+        ({}, "several columns of images; it has a, b, x, y, sound: name one with --option image_column=NAME"),
+        (
+            {"image_column": "a"},
+            "several columns of texts; it has a, b, x, y, sound: name one with --option text_column=NAME",
+        ),
+        ({"image_column": "c"}, "--option image_column=c: .* has no such column; it has a, b, x, y, sound"),
+    ):
+        with pytest.raises(UserError, match=message):
+            create("hf", tmp_path, None, options)
+    assert read(tmp_path, image_column="b", text_column="y") == [[(picture(1), None, None), "t"]]
+    pq.write_table(pa.table({"url": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no column of images; it has url"):
+        create("hf", tmp_path, None, {})
+
+
+def test_what_is_bad(tmp_path: Path) -> None:
+    rows = [({"bytes": None, "path": "dir/3.png"}, "found"), ({"bytes": None, "path": "4.png"}, "lost"), (None, "none"),
+            (image(0), None)]  # fmt: skip
+    data = table({"image": (IMAGE, PICTURE), "text": (pa.string(), VALUE)}, rows)
+    save_to_disk(data, tmp_path / "in/a", 1)
+    save_to_disk(data, tmp_path / "in/b", 1, batch=1)
+    (cut,) = (tmp_path / "in/b").glob("*.arrow")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    save_to_disk(pa.table({"image": ["x"]}), tmp_path / "in/c", 1)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/3.png").write_bytes(picture(3))
+    found, drops = documents_of(create("hf", tmp_path / "in", tmp_path / "images", {}))
+    assert plain(found)[0] == [(picture(3), None, None), "found"]
+    assert [d.texts[0].text for d in found[:3]] == ["found", "lost", "none"]
+    assert [d.metadata["lost_images"] for d in found[:4]] == [0, 1, 1, 0]
+    bad = drops.bad_counts
+    assert bad["document: damaged or truncated Arrow file, the rows after it are lost"] == 1
+    assert bad["document: no column text; it has image"] == 1
+    assert bad["image: neither bytes nor path"] >= 1
+    assert bad["image: file missing"] >= 1
+    state = tmp_path / "in/a/state.json"
+    for content, message in ((b"{", "damaged"), (b'{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow is mis"),
+                             (b'{"_data_files": [], "_indices_data_files": [1]}', "save it anew")):  # fmt: skip
+        state.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            create("hf", tmp_path / "in", None, {})

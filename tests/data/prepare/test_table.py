@@ -1,0 +1,200 @@
+"""Protects tables of pairs: CSV, TSV and parquet, and the image of a row by path, by URL, and by img2dataset's key."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data import writers
+from data.helpers import TOKENIZER, contents, documents_of, plain
+from data.writers import picture
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import create, lines
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
+
+TEXTS = ["plain", 'with "quotes", and commas', "two\nlines", "last é"]
+URLS = [f"https://x.org/{k}?size=1" for k in range(4)]
+
+
+def expected(texts: list[str] = TEXTS) -> list[list[object]]:
+    return [[(picture(k), None, None), text] for k, text in enumerate(texts)]
+
+
+def write_csv(file: Path, header: list[str], rows: list[list[str]], encoding: str = "utf-8") -> None:
+    with open(file, "w", newline="", encoding=encoding) as opened:
+        csv.writer(opened).writerows([header, *rows])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(picture(k))
+    return folder
+
+
+def test_csv_by_path(tmp_path: Path, pictures: Path) -> None:
+    write_csv(tmp_path / "a.csv", ["id", "File_Name", "title", "Caption"],
+              [[f"n{k}", f"{k}.png", "t", text] for k, text in enumerate(TEXTS)], "utf-8-sig")  # fmt: skip
+    packed = tmp_path / "b.csv.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    for file, names in (
+        (tmp_path / "a.csv", ["a.csv:2 n0", "a.csv:4 n2"]),
+        (packed, ["b.csv.gz:2 n0", "b.csv.gz:4 n2"]),
+    ):
+        importer = create("table", file, pictures, {})
+        found, drops = documents_of(importer)
+        assert plain(found) == expected()
+        assert [importer.place(found[k].name) + f" n{k}" for k in (0, 2)] == names
+        assert (importer.kind, drops.bad_counts) == ("pairs", {})
+    preprocess("table", tmp_path / "a.csv", tmp_path / "out", images=pictures, tokenizer=TOKENIZER)
+    assert plain(list(open_corpus(tmp_path / "out"))) == expected()
+
+
+def test_tsv_in_ranges(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotes are characters, and a row belongs to the range in which it begins."""
+    texts = ['"open', "b", 'half "quoted"', "d"]
+    body = "".join(f"{text}\t{k}.png\r\n" for k, text in enumerate(texts))
+    (tmp_path / "no-header.tsv").write_text(body)
+    (tmp_path / "header.tsv").write_text("caption\tpath\n" + body)
+    for size in (1, 9, 1 << 20):
+        monkeypatch.setattr(lines, "_RANGE", size)
+        assert plain(documents_of(create("table", tmp_path / "header.tsv", pictures, {}))[0]) == expected(texts)
+        options = {"columns": "caption,path"}
+        assert plain(documents_of(create("table", tmp_path / "no-header.tsv", pictures, options))[0]) == expected(texts)
+
+
+def store_by_url(folder: Path) -> Path:
+    """As `fetch` leaves it: tars of images named by the SHA-256 of their URL, with their extension."""
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for k, url in enumerate(URLS):
+            writers._add(archive, hashlib.sha256(url.encode()).hexdigest() + ".png", picture(k))
+    return folder
+
+
+def store_of_img2dataset(folder: Path) -> Path:
+    """As img2dataset 1.47 leaves it, two images a shard; the third URL could not be loaded."""
+    folder.mkdir()
+    for shard in range(2):
+        rows = []
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for k in range(2 * shard, 2 * shard + 2):
+                key, there = f"{shard:05d}{k % 2:04d}", k != 2
+                row = {
+                    "url": URLS[k],
+                    "caption": "theirs",
+                    "key": key,
+                    "status": "success" if there else "failed_to_dow",
+                }
+                rows.append(row)
+                if there:
+                    for suffix, data in (("png", picture(k)), ("txt", b"theirs"), ("json", json.dumps(row).encode())):
+                        writers._add(archive, f"{key}.{suffix}", data)
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:05d}.parquet")
+    return folder
+
+
+def test_images_by_url(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", ["URL", "TEXT"], [[url, text] for url, text in zip(URLS, TEXTS, strict=True)])
+    found, drops = documents_of(create("table", tmp_path / "a.csv", store_by_url(tmp_path / "store"), {}))
+    assert plain(found) == expected()
+    assert not drops.bad_counts
+    images = store_of_img2dataset(tmp_path / "images")
+    rows = [plain_row for k, plain_row in enumerate(expected()) if k != 2]
+    importer = create("table", tmp_path / "a.csv", images, {})
+    (tmp_path / "work").mkdir()
+    for prepared in (False, True):
+        if prepared:
+            importer.prepare(tmp_path / "work")
+        found, drops = documents_of(importer)
+        assert [row for row in plain(found) if len(row) == 2] == rows
+        assert drops.bad_counts == {"image: file missing": 1}
+        assert drops.names["image: file missing"] == [
+            f"a.csv@{(tmp_path / 'a.csv').read_bytes().index(b'https://x.org/2')}: {URLS[2]}"
+        ]
+
+
+def test_images_by_key(tmp_path: Path) -> None:
+    """Also where pandas took the key for a number, and in a folder per shard."""
+    images = store_of_img2dataset(tmp_path / "images")
+    (tmp_path / "files/00000").mkdir(parents=True)
+    (tmp_path / "files/00000/000000001.png").write_bytes(picture(1))
+    for column in (pa.array(["000000001", "000010001"]), pa.array([1, 10001])):
+        pq.write_table(pa.table({"key": column, "caption": ["b", "d"]}), tmp_path / "mine.parquet")
+        found, _ = documents_of(create("table", tmp_path / "mine.parquet", images, {}))
+        assert plain(found) == [[(picture(1), None, None), "b"], [(picture(3), None, None), "d"]]
+        found, drops = documents_of(create("table", tmp_path / "mine.parquet", tmp_path / "files", {}))
+        assert plain(found) == [[(picture(1), None, None), "b"], ["d"]]
+        assert drops.bad_counts == {"image: file missing": 1}
+
+
+def test_urls_of_our_own_lines_and_of_mmc4(tmp_path: Path) -> None:
+    store = store_by_url(tmp_path / "store")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"items": [{"text": "a"}, {"image": URLS[1]}]}))
+    assert documents_of(create("jsonl", tmp_path / "a.jsonl", store, {}))[0][0].images[0].data == picture(1)
+    info = {"image_name": "b1c2.jpg", "raw_url": URLS[2], "matched_text_index": 0, "matched_sim": 0.5}
+    (tmp_path / "docs_shard_0_v2.jsonl").write_text(json.dumps({"text_list": ["a"], "image_info": [info]}))
+    found, _ = documents_of(create("mmc4", tmp_path / "docs_shard_0_v2.jsonl", store, {}))
+    assert found[0].images[0].data == picture(2)
+
+
+def test_rows_that_are_bad(tmp_path: Path, pictures: Path) -> None:
+    lines_ = [b"caption,image", b"a,0.png", b"", b"only one", b"b,1.png,more", b'"' + b"x" * 200_000,
+              b"c,../x.png", b",2.png", b"caf\xe9,3.png", b"d,"]  # fmt: skip
+    (tmp_path / "a.csv").write_bytes(b"\n".join(lines_))
+    found, drops = documents_of(create("table", tmp_path / "a.csv", pictures, {}))
+    assert plain(found) == [[(picture(0), None, None), "a"], ["c"], [(picture(2), None, None), ""],
+                            [(picture(3), None, None), "caf\ufffd"], ["d"]]  # fmt: skip
+    assert drops.bad_counts == {
+        "document: another number of fields than columns": 2,
+        "document: a row that is no CSV": 1,
+        "image: name leads outside the folder": 1,
+        "image: no name": 1,
+    }
+    assert drops.left_out_counts == {"text: blank": 1}
+    assert drops.noted_counts == {"document: invalid UTF-8 replaced": 1}
+
+
+def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "a.csv", ["foo", "bar baz"], [["x", "y"]])
+    for options, message in (
+        ({}, "has no column of texts; it has foo, 'bar baz': name it with --option text_column=NAME"),
+        ({"text_column": "foo"}, "has no column of images; it has foo, 'bar baz': name it with --option image_column"),
+        ({"text_column": "fou"}, "--option text_column=fou: .* has no such column; it has foo"),
+        ({"join": "hash"}, "--option join=hash: give path, key, url"),
+    ):
+        with pytest.raises(UserError, match=message):
+            create("table", tmp_path / "a.csv", None, options)
+    assert main(["preprocess", "--format", "table", "--input", str(tmp_path / "a.csv"), "--output",
+                 str(tmp_path / "out")]) == 2  # fmt: skip
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    write_csv(tmp_path / "b.csv", ["caption", "image"], [["x", "y"]])
+    (tmp_path / "a.csv").rename(tmp_path / "c.csv")
+    _, drops = documents_of(create("table", tmp_path, None, {}))
+    assert drops.bad_counts["document: no columns caption and image; it has foo, 'bar baz'"] == 1
+
+
+def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    images = store_of_img2dataset(tmp_path / "images")
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        rows = [[url, f"{part} {text}"] for url, text in zip(URLS, TEXTS, strict=True)]
+        write_csv(tmp_path / f"in/{part}.csv", ["url", "caption"], rows)
+    for workers in (1, 2):
+        preprocess("table", tmp_path / "in", tmp_path / str(workers), images=images, tokenizer=TOKENIZER,
+                   workers=workers, task_bytes=1, max_bad_fraction=1)  # fmt: skip
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert len(open_corpus(tmp_path / "1")) == 12
