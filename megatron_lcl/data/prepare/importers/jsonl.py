@@ -3,7 +3,7 @@
 Image items may have "similarity" (a number) and "matched_text_index" (its segment's index among the line's text items).
 A line may say its "kind": "matched", "natural" or "pairs"; option `kind` says it for the lines that do not. Its "url",
 else its "id", is kept with the document's name.
-Images are found below `images`, else below the folder of the input.
+Images are found below `images`, else below the folder of the input; those named by a URL, in what `fetch` stored there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class JsonlImporter(LinesImporter):
     """JSON lines, a document each: see the file's head."""
 
     reads = (
-        '.jsonl, .gz, .zst, .zip of lines {"kind": …, "items": [{"text": …}, {"image": path, "similarity": …, '
-        '"matched_text_index": …}]}; images in --images, a folder or tars, else beside the input'
+        '.jsonl, .gz, .zst, .zip of lines {"kind": …, "items": [{"text": …}, {"image": path or URL, '
+        '"similarity": …, "matched_text_index": …}]}; images in --images, a folder or tars, else beside the input'
     )
 
     def __init__(

@@ -21,6 +21,7 @@ from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LinesImporter, json_lines
 from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
+from megatron_lcl.data.prepare.importers.urls import is_url
 
 _SHARD = re.compile(r"shard_(\d+)")
 
@@ -31,7 +32,7 @@ class Mmc4Importer(LinesImporter):
     kind = "matched"
     reads = (
         "docs_shard_{i}_v2.jsonl.zip and variants, also .jsonl, .gz, .zst; images in --images: flat, a folder per "
-        "shard, or tars"
+        "shard, tars, or what `fetch` stored of their URLs"
     )
     suffixes = (*SUFFIXES, ".zip")
 
@@ -90,9 +91,8 @@ class Mmc4Importer(LinesImporter):
                 drops.bad("image", "no similarity", f"{name}: {info['image_name']}")
                 continue
             try:
-                data = self.images.read(
-                    [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)], near=folders
-                )
+                names = [info["image_name"], *(f"{folder}/{info['image_name']}" for folder in folders)]
+                data = self.images.read([*names, *_url(info)], near=folders)
             except BadImage as error:
                 drops.bad("image", str(error), f"{name}: {info['image_name'][:200]}")
                 continue
@@ -101,6 +101,12 @@ class Mmc4Importer(LinesImporter):
         for index, text in enumerate(texts):
             items += [*images_of.get(index, ()), text_item(text, name, drops)]
         return Document(tuple(items), name=name)
+
+
+def _url(info: dict[str, Any]) -> list[str]:
+    """Where the image was on the web, if that is said."""
+    url = info.get("raw_url")
+    return [url] if isinstance(url, str) and is_url(url) else []
 
 
 def _matrix(matrix: Any, rows: int, columns: int) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
 _EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -33,7 +34,10 @@ class ObelicsImporter(FilesImporter):
     """A parquet file or a folder of them; a row group is a unit."""
 
     kind = "natural"
-    reads = ".parquet with columns images (URLs) and texts; images in --images, named by the option image_name"
+    reads = (
+        ".parquet with columns images (URLs) and texts; images in --images, as `fetch` stores them, or named by the "
+        "option image_name"
+    )
     suffixes = (".parquet",)
 
     def __init__(
@@ -135,7 +139,7 @@ class ObelicsImporter(FilesImporter):
             position=position,
             number=number,
         )
-        return [name + extension for extension in _EXTENSIONS]
+        return [*(name + extension for extension in _EXTENSIONS), *([url] if is_url(url) else [])]
 
 
 def _values(column: pa.Array) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Where images are: a folder, a tar file, or a folder of tar files. Names never lead outside."""
+"""Where images are: a folder, a tar file, or a folder of tar files, as an image store is. Names never lead outside."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.importers.urls import is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
 MAX_FILE = 256 << 20
@@ -66,11 +67,13 @@ class ImageSource:
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
         """The first of the names that there is. BadImage says why there is none.
 
+        A name that is a URL means the image that `megatron-lcl fetch` has stored of it.
         near: names, without extension, of tars to look into before the others, as names may repeat from tar to tar.
         """
         if self._root is None:
             raise BadImage("no image folder was given")
-        candidates = [names] if isinstance(names, str) else list(names)
+        given = [names] if isinstance(names, str) else names
+        candidates = list(dict.fromkeys(n for one in given for n in (names_of_url(one) if is_url(one) else [one])))
         for name in candidates:
             _check_name(name)
         for name in candidates:
