@@ -82,7 +82,7 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._agent = settings.user_agent.partition("/")[0].strip()
-        self._proxy = (settings.proxy or "").rpartition("@")[2]
+        self._proxy = (settings.proxy or "").removeprefix("http://").rpartition("@")[2]
         """without credentials"""
         self._robots: dict[str, asyncio.Task[Protego | None]] = {}
         self._crawl_delays: dict[str, float] = {}
@@ -124,16 +124,16 @@ class Client:
     async def reach(self, url: str) -> None:
         """Ask for a URL, whatever it answers. ProxyError where a proxy does not even connect to its host."""
         try:
-            async with asyncio.timeout(self._settings.timeout):
-                async with self._get(URL(url)) as response:
-                    if response.status == 407:
-                        raise ProxyError(_says(self._proxy, "status 407"))
+            async with asyncio.timeout(self._settings.timeout), self._get(URL(url)) as response:
+                status = response.status
         except aiohttp.ClientHttpProxyError as error:
             raise ProxyError(_says(self._proxy, f"status {error.status}")) from None
-        except aiohttp.ClientProxyConnectionError as error:
-            raise ProxyError(_says(self._proxy, error.os_error.strerror or "no connection")) from None
+        except aiohttp.ClientProxyConnectionError:
+            raise ProxyError(_says(self._proxy, "no connection")) from None
         except (aiohttp.ClientError, TimeoutError, ValueError):
-            pass
+            return
+        if status == 407:
+            raise ProxyError(_says(self._proxy, "status 407"))
 
     async def _image(self, url: str) -> bytes:
         target, seen = _parsed(url), set[URL]()
@@ -256,7 +256,7 @@ def _named_errors() -> Iterator[None]:
     try:
         yield
     except aiohttp.ClientProxyConnectionError as error:
-        raise ProxyError(_says(f"{error.host}:{error.port}", error.os_error.strerror or "no connection")) from None
+        raise ProxyError(_says(f"{error.host}:{error.port}", "no connection")) from None
     except aiohttp.ClientHttpProxyError as error:
         if error.status == 407:
             raise ProxyError(_says(error.request_info.url.authority, "status 407")) from None

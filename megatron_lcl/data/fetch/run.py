@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
 _POLL_SECONDS = 0.5
+_PROXY = re.compile(r"http://([^/?#@\s]*@)?([^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?")
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
@@ -121,7 +123,7 @@ def _check(settings: Settings, workers: int) -> None:
         raise UserError(f"--workers {workers}: give 1 or more")
     if not settings.user_agent.partition("/")[0].strip() or not settings.user_agent.isprintable():
         raise UserError(f"--user-agent {settings.user_agent!r}: give a name, as in name/1.0 (+https://example.org/bot)")
-    if settings.proxy is not None and not settings.proxy.lower().startswith("http://"):
+    if settings.proxy is not None and not _PROXY.fullmatch(settings.proxy):
         raise UserError(f"--proxy {settings.proxy}: give http://host:port")
 
 

@@ -21,13 +21,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 EXPECTED = {
     "ok": ("kept", ""),
     "moved": ("kept", ""),
     "busy": ("kept", ""),
     "reset": ("dead", "connection lost"),
-    "drip": ("dead", "not done after 1 s"),
+    "drip": ("dead", "not done after 10 s"),
     "long": ("dead", "connection lost"),
     "short": ("dead", "malformed HTTP"),
     "html": ("dead", "HTML, not an image"),
@@ -39,7 +40,9 @@ EXPECTED = {
     "secret": ("refused", "robots.txt"),
     "large": ("refused", "over 100,000 bytes"),
 }
-"""with --timeout 1 --max-bytes 100000"""
+"""with --timeout 10 --max-bytes 100000"""
+WANTS_CREDENTIALS = "127.0.0.2"
+"""the address at which it is a proxy that wants credentials; at others it answers itself"""
 _ROBOTS = b"User-agent: *\nDisallow: /secret/\n"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -60,7 +63,8 @@ def image(number: str) -> bytes:
 
 
 class _Connection(asyncio.Protocol):
-    requests: Counter[str] = Counter()
+    requests: ClassVar[Counter[str]] = Counter()
+    asked = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -72,7 +76,13 @@ class _Connection(asyncio.Protocol):
             return
         path = self.received.split(b" ", 2)[1].decode()
         self.received = b""
-        self.requests[path] += 1
+        if path.startswith("http://"):  # as a proxy is asked
+            if self.transport.get_extra_info("sockname")[0] == WANTS_CREDENTIALS:
+                self.answer(b"", "407 Proxy Authentication Required")
+                return
+            path = "/" + path.split("/", 3)[3]
+        if path != "/stats":
+            self.requests[path] += 1
         kind, _, number = path.strip("/").partition("/")
         getattr(self, kind.replace(".", "_"), self.gone)(number)
 
@@ -105,8 +115,6 @@ class _Connection(asyncio.Protocol):
             self.answer(b"", "503 Service Unavailable", "Retry-After: 1")
         else:
             self.answer(image(f"{time.monotonic() - type(self).asked:.3f}"))
-
-    asked = 0.0
 
     def reset(self, _: str) -> None:
         opened = self.transport.get_extra_info("socket")
