@@ -61,3 +61,5 @@ def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
     )
     for reason, count in found["reasons"].items():
         print(f"{count:>12,}  {reason}")
+    for reason, count in found["dropped"].items():
+        print(f"{count:>12,}  not in the store: {reason}")

@@ -45,8 +45,8 @@ def fetch(
 ) -> dict[str, Any]:
     """Fetch the images of all URLs in `input` into the store `output`; gone on with where it was stopped.
 
-    Returns the store's `summary`. UserError for input without URLs, a store of another input, a proxy that refuses, or
-    where nothing is reached any more.
+    Returns the store's `summary`, and `dropped`: what of the input was no URL, by reason. UserError for input without
+    URLs, a store of another input, a proxy that refuses, or where nothing is reached any more.
     """
     from megatron_lcl.data.fetch import client  # says what is not installed, before anything is written
 
@@ -71,7 +71,7 @@ def fetch(
         done = sum(num_done(output, part) for part in range(len(plan.parts)))
         with tqdm(total=sum(plan.parts), initial=done, unit="url", disable=not progress) as bar:
             _do(output, plan, todo, settings, workers, bar)
-        return summary(output)
+        return {**summary(output), "dropped": plan.dropped}
 
 
 def summary(output: str | Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     python faulty_server.py PORT_FILE [ADDRESSES]
 
+`photo.jpg` beside the port file, if it is there, is what `/photo/…` answers.
+
 Each kind is a method of `_Connection`; `EXPECTED` says what a fetch makes of it. `/stats` counts requests by path.
 """
 
@@ -74,13 +76,13 @@ class _Connection(asyncio.Protocol):
         self.received += data
         if not self.received.endswith(b"\r\n\r\n"):
             return
-        path = self.received.split(b" ", 2)[1].decode()
+        method, path, _ = self.received.decode().split(" ", 2)
         self.received = b""
-        if path.startswith("http://"):  # as a proxy is asked
+        if method == "CONNECT" or path.startswith("http://"):  # as a proxy is asked
             if self.transport.get_extra_info("sockname")[0] == WANTS_CREDENTIALS:
                 self.answer(b"", "407 Proxy Authentication Required")
                 return
-            path = "/" + path.split("/", 3)[3]
+            path = "/" + path.split("/", 3)[-1]
         if path != "/stats":
             self.requests[path] += 1
         kind, _, number = path.strip("/").partition("/")
@@ -98,6 +100,11 @@ class _Connection(asyncio.Protocol):
 
     def ok(self, number: str) -> None:
         self.answer(image(number))
+
+    photograph = b""
+
+    def photo(self, _: str) -> None:
+        self.answer(self.photograph)
 
     def moved(self, number: str) -> None:
         self.answer(b"", "302 Found", f"Location: /ok/{number}")
@@ -169,6 +176,8 @@ class _Connection(asyncio.Protocol):
 
 async def _serve(port_file: Path, addresses: list[str]) -> None:
     loop = asyncio.get_running_loop()
+    photo = port_file.with_name("photo.jpg")
+    _Connection.photograph = photo.read_bytes() if photo.exists() else b""
     server = await loop.create_server(_Connection, addresses[0], 0, backlog=1024)
     port = server.sockets[0].getsockname()[1]
     others = [await loop.create_server(_Connection, address, port, backlog=1024) for address in addresses[1:]]
