@@ -13,6 +13,7 @@ PYTHON: of an environment that has img2dataset (it wants other versions of our p
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import subprocess
@@ -39,7 +40,8 @@ if __name__ == "__main__":
     download(
         url_list=listed, output_folder=output, input_format="txt", output_format="webdataset", retries=0,
         processes_count=int(workers), thread_count=CONCURRENCY, number_sample_per_shard=10_000, timeout=30,
-        distributor="multiprocessing", **(resize if int(side) else {"resize_mode": "no", "disable_all_reencoding": True})
+        distributor="multiprocessing",
+        **(resize if int(side) else {"resize_mode": "no", "disable_all_reencoding": True}),
     )
 """
 
@@ -49,10 +51,9 @@ def photograph() -> bytes:
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((400, 300), Image.BICUBIC)
     grain = np.asarray(coarse, np.int16) + random.normal(0, 6, (300, 400, 3))
-    file = tempfile.SpooledTemporaryFile()
+    file = io.BytesIO()
     Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
-    file.seek(0)
-    return file.read()
+    return file.getvalue()
 
 
 def measured(command: list[str], log: Path) -> tuple[float, float, float]:

@@ -8,7 +8,9 @@ robots.txt as RFC 9309 says (Koster et al. 2022): longest match, 4xx allows all,
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -40,6 +42,9 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
 _ROBOTS_KEPT = 20_000
 """robots.txt files in memory"""
+_KEEP_ALIVE = 5.0
+"""seconds that a connection waits for another request"""
+_OPEN_FILES = 65_536
 _RESOLVERS = 64
 """threads, as getaddrinfo waits in one"""
 _OPT_OUTS = ("noai", "noimageai")
@@ -91,9 +96,12 @@ class Client:
         settings = self._settings
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_RESOLVERS, "resolve"))
         self._decoder = ThreadPoolExecutor(1, "decode")
+        _allow_open_files()
         checked = None if settings.allow_private or settings.proxy else public_socket
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, socket_factory=checked),
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=300, keepalive_timeout=_KEEP_ALIVE, socket_factory=checked
+            ),
             timeout=aiohttp.ClientTimeout(total=None, connect=min(10.0, settings.timeout)),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": settings.user_agent, "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"},
@@ -204,12 +212,12 @@ class Client:
             while len(self._robots) >= _ROBOTS_KEPT:
                 self._robots.pop(next(iter(self._robots)))
             task = self._robots[origin] = asyncio.create_task(self._read_rules(target.origin()))
-        try:
-            return await asyncio.shield(task)
-        except (Retry, _Given):
-            if self._robots.get(origin) is task:
-                del self._robots[origin]
-            raise
+            task.add_done_callback(lambda task: self._keep_if_had(origin, task))
+        return await asyncio.shield(task)
+
+    def _keep_if_had(self, origin: str, task: asyncio.Task[Protego | None]) -> None:
+        if (task.cancelled() or task.exception() is not None) and self._robots.get(origin) is task:
+            del self._robots[origin]
 
     async def _read_rules(self, origin: URL) -> Protego | None:
         target = origin / "robots.txt"
@@ -272,6 +280,8 @@ def _named_errors() -> Iterator[None]:
     except aiohttp.ClientConnectorError as error:
         if isinstance(error.os_error, PrivateAddress):
             raise _Given("refused", str(error.os_error), reached=None) from None
+        if error.os_error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError("too many open files: raise `ulimit -n`, or give a smaller --concurrency") from None
         raise Retry("no connection", reached=False) from None
     except aiohttp.ConnectionTimeoutError:
         raise Retry("no connection", reached=False) from None
@@ -281,6 +291,14 @@ def _named_errors() -> Iterator[None]:
         raise Retry("connection lost") from None
     except aiohttp.ClientError:
         raise _Given("dead", "malformed HTTP") from None
+
+
+def _allow_open_files() -> None:
+    """As many as this user may: connections that are kept for a while are many with many hosts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _parsed(text: str, base: URL | None = None) -> URL:

@@ -23,7 +23,7 @@ from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
-from megatron_lcl.data.prepare.scratch import clear_dead, waiting_for_others
+from megatron_lcl.data.prepare.scratch import clear_dead, is_scratch, waiting_for_others
 from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
@@ -58,7 +58,7 @@ def fetch(
     with _folder(output), waiting_for_others(output / ".lock"):
         clear_dead(output)
         if (plan := open_plan(output, signature, settings)) is None:
-            if any(path.name != ".lock" for path in output.iterdir()):
+            if any(path.name != ".lock" and not is_scratch(path) for path in output.iterdir()):
                 raise UserError(f"{output} is not empty and no image store: give a new folder")
             drops = Drops()
             found = read_urls(files, url_column, drops)

@@ -164,10 +164,11 @@ def run(urls: Sequence[str], folder: Path, *flags: str) -> dict[str, tuple[str, 
 def test_what_becomes_of_every_kind(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (address, *_), port = server
     kinds = [kind for kind in EXPECTED if kind != "drip"]
-    others = ["http://:x/", "http://127.0.0.1:99999/a", "http://nowhere.invalid/a"]
+    others = ["http://:x/no-port", "http://127.0.0.1:99999/port", "http://nowhere.invalid/host"]
     found = run([*(f"http://{address}:{port}/{kind}/kind" for kind in kinds), *others], tmp_path)
     assert {path: end for path, end in found.items() if "kind" in path} == {f"/{k}/kind": EXPECTED[k] for k in kinds}
-    assert found["/"] == found["/a"] or found["/a"][1] in ("not a URL", "host not found", "name not resolved")
+    assert found["/no-port"] == found["/port"] == ("dead", "not a URL")
+    assert found["/host"] in (("dead", "host not found"), ("dead", "name not resolved"))
     out = capsys.readouterr().out
     assert f"{len(kinds) + 3} URLs: 3 kept" in out
     assert "refused: robots.txt" in out
