@@ -109,7 +109,7 @@ class Worker:
             if retry.wait:
                 self._schedule.postpone(host, retry.wait)
             if job.tries < self._settings.retries:
-                return max(retry.wait, pause_before(job.tries + 1, self._settings))
+                return pause_before(job.tries + 1, self._settings)
             outcome = Outcome(Row(job.url, "dead", retry.reason), reached=retry.reached)
         if (delay := self._client.crawl_delay(job.url)) > host.delay:
             host.delay = delay

@@ -34,12 +34,14 @@ def rows(number: int) -> list[tuple[Row, bytes]]:
     return found
 
 
-def add_all(folder: Path, wanted: list[tuple[Row, bytes]]) -> int:
-    """Whoever goes on; how many were to be done."""
+def add_all(folder: Path, wanted: list[tuple[Row, bytes]], added: list[str] | None = None) -> int:
+    """Whoever goes on; how many were to be done. added: is given the URLs that were."""
     part = PartStore(folder, 3, 4)
     todo = [(row, data) for row, data in wanted if url_key(row.url) not in part.done]
     for row, data in todo:
         part.add(row, data)
+        if added is not None:
+            added.append(row.url)
     part.finish()
     return len(todo)
 
@@ -78,16 +80,17 @@ def test_killed_before_each_operation(tmp_path: Path, monkeypatch: pytest.Monkey
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
         folder.mkdir()
+        added: list[str] = []
         left[0] = moment
         try:
-            add_all(folder, wanted)
+            add_all(folder, wanted, added)
         except Killed:
             kills += 1
         else:
             break
         finally:
             left[0] = -1
-        assert add_all(folder, wanted) <= 11
+        assert add_all(folder, wanted) == 11 - len(added)
         check(folder, wanted)
     assert kills >= 3 * 5  # in each of three shards
 
