@@ -17,8 +17,9 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import msgspec
 import pyarrow as pa
@@ -93,12 +94,8 @@ class PartStore:
         if len(self._rows) == self._shard_urls:
             self._complete()
         if data:
-            with naming(self._partial):
-                self._tar.write(_member(key + EXTENSIONS.get(row.format, ".bin"), data))
-                self._tar.flush()
-        with naming(self._log):
-            self._log_file.write(msgspec.json.encode(_Logged(row, self._tar.tell())) + b"\n")
-            self._log_file.flush()
+            _append(self._tar, self._partial, _member(key + EXTENSIONS.get(row.format, ".bin"), data))
+        _append(self._log_file, self._log, msgspec.json.encode(_Logged(row, self._tar.tell())) + b"\n")
         self._rows.append(row)
         self.done.add(key)
 
@@ -118,8 +115,7 @@ class PartStore:
 
     def _complete(self, last: bool = False) -> None:
         tar, table = (self._folder / f"{self._part:05d}-{self._number:05d}{suffix}" for suffix in (".tar", ".parquet"))
-        with naming(self._partial):
-            self._tar.write(_END_OF_TAR)
+        _append(self._tar, self._partial, _END_OF_TAR)
         self.close()
         sync(self._partial)
         unfinished = table.with_suffix(".table")
@@ -135,18 +131,19 @@ class PartStore:
         if not last:
             self._tar, self._log_file = self._resume()
 
-    def _resume(self) -> tuple[BinaryIO, BinaryIO]:
+    def _resume(self) -> tuple[FileIO, FileIO]:
         """Open the incomplete shard, cut after the last row whose image is whole."""
         tar = self._folder / f"{self._part:05d}-{self._number:05d}.tar"
         if tar.exists():  # its table was not renamed into place
             os.rename(tar, self._partial)
         if self._number and not self._partial.exists():  # the log is of a shard that is complete
             self._log.unlink(missing_ok=True)
-        log, partial = open(self._log, "a+b"), open(self._partial, "a+b")  # noqa: SIM115 - until the shard is complete
+        # unbuffered: what is written is in the file at once, and what failed is not tried again when it is closed
+        log, partial = open(self._log, "a+b", 0), open(self._partial, "a+b", 0)  # noqa: SIM115
         log.seek(0)
         partial.seek(0)
         length, end = 0, 0
-        for line in log:
+        for line in log.read().splitlines(keepends=True):
             try:
                 logged = msgspec.json.decode(line, type=_Logged)
             except msgspec.DecodeError:
@@ -184,6 +181,13 @@ def read_rows(folder: Path) -> Iterator[dict[str, object]]:
             yield from batch.to_pylist()
 
 
+def _append(file: FileIO, path: Path, data: bytes) -> None:
+    with naming(path):
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
 def _member(name: str, data: bytes) -> bytes:
     """A file of a tar: header, content, padding. The same for the same content: no time, no owner."""
     info = tarfile.TarInfo(name)
@@ -192,7 +196,7 @@ def _member(name: str, data: bytes) -> bytes:
     return header + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
-def _is_whole(partial: BinaryIO, logged: _Logged, start: int) -> bool:
+def _is_whole(partial: FileIO, logged: _Logged, start: int) -> bool:
     """Whether the image of a row lies in the tar from `start` to where the row says."""
     size = logged.row.size
     padded = tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE if logged.row.status == "kept" else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -226,6 +227,26 @@ def test_nothing_is_reached(
     monkeypatch.undo()
     assert main(words) == 0
     assert Counter(row["reason"] for row in read_rows(tmp_path / "store")) == {"no connection": 60}
+
+
+def test_full_disk(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that names the file; once there is room, the same command goes on."""
+    disk, listed = tmp_path / "disk", tmp_path / "urls.txt"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=144k", "tmpfs", str(disk)]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"only root mounts a small file system: {mounted.stderr.strip()}")
+    try:
+        urls = [f"http://{server[0][0]}:{server[1]}/ok/full{k}" for k in range(300)]
+        listed.write_text("\n".join(urls))
+        words = ["fetch", str(listed), "--output", str(disk / "store"), *FLAGS, "--shard-urls", "200"]
+        assert main(words) == 2
+        assert re.search(r"^megatron-lcl fetch: .*/disk/store/\S+: No space left", capsys.readouterr().err, re.M)
+        subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+        assert main(words) == 0
+        check_store(disk / "store", urls)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def refused(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
