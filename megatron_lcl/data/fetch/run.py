@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
+from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
@@ -162,7 +163,9 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
     shared = [context.Array("q", len(COUNTED), lock=False) for _ in range(min(workers, len(todo)))]
     pipes = [context.Pipe(duplex=False) for _ in shared]
     processes = [
-        context.Process(target=_process, args=(output, plan, todo, settings, taken, counts, pipe[1]), daemon=True)
+        context.Process(
+            target=_process, args=(output, plan, todo, settings, len(shared), taken, counts, pipe[1]), daemon=True
+        )
         for counts, pipe in zip(shared, pipes, strict=True)
     ]
     try:
@@ -186,7 +189,14 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
 
 
 def _process(
-    output: Path, plan: Plan, todo: list[int], settings: Settings, taken: Any, counts: Any, words: Connection
+    output: Path,
+    plan: Plan,
+    todo: list[int],
+    settings: Settings,
+    workers: int,
+    taken: Any,
+    counts: Any,
+    words: Connection,
 ) -> None:
     """One of several: takes the next part that none has taken, until there is none."""
     end_on_interrupt()
@@ -203,7 +213,8 @@ def _process(
         assert parent is not None
         # killed without a chance to end its processes
         asyncio.get_running_loop().add_reader(parent.sentinel, os._exit, 1)
-        await Worker(output, plan, settings, next_part, counts).run()
+        fair = max(1, min(MAX_OPEN_PARTS, len(todo) // workers))  # else the first to start would take all
+        await Worker(output, plan, settings, next_part, counts, max_open_parts=fair).run()
 
     try:
         asyncio.run(work())

@@ -63,8 +63,10 @@ class Schedule(Generic[Part]):
         settings: Settings,
         open_part: Callable[[], bool],
         attempt: Callable[[Job[Part]], Awaitable[float | None]],
+        max_open_parts: int = MAX_OPEN_PARTS,
     ) -> None:
         self._settings, self._open_part, self._attempt = settings, open_part, attempt
+        self._max_open_parts = max_open_parts
         self._hosts: dict[str, Host[Part]] = {}
         self._ready: deque[Host[Part]] = deque()
         self._asleep: list[tuple[float, int, Host[Part], Job[Part] | None]] = []
@@ -106,7 +108,7 @@ class Schedule(Generic[Part]):
                 free = len(self._tasks) < self._settings.concurrency
                 if free and self._start_next(loop.time()):
                     continue
-                if free and parts_left and self.open_parts < MAX_OPEN_PARTS:
+                if free and parts_left and self.open_parts < self._max_open_parts:
                     parts_left = self._open_part()
                     continue
                 if not self._tasks and not self._asleep:

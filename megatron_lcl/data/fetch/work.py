@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_lcl.data.fetch.client import Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
-from megatron_lcl.data.fetch.schedule import Job, Schedule, pause_before
+from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.data.prepare.importers.urls import url_key
@@ -64,10 +64,11 @@ class Worker:
         next_part: Callable[[], int | None],
         counts: MutableSequence[int],
         told: Callable[[], None] = lambda: None,
+        max_open_parts: int = MAX_OPEN_PARTS,
     ) -> None:
         self._output, self._plan, self._settings = output, plan, settings
         self._next_part, self._counts, self._told = next_part, counts, told
-        self._schedule = Schedule[OpenPart](settings, self._open_next, self._attempt)
+        self._schedule = Schedule[OpenPart](settings, self._open_next, self._attempt, max_open_parts)
         self._open: set[OpenPart] = set()
         self._held: list[tuple[OpenPart, Row]] = []
         """URLs whose host was not reached since any was: written once any is again, or at the end"""
