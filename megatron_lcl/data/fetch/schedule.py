@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 
 from megatron_lcl.data.fetch.settings import Settings
 
-MAX_OPEN_PARTS = 16
+MAX_OPEN_PARTS, MAX_OPEN_URLS = 16, 200_000
+"""no further part is opened while there are as many, or parts with as many URLs: each takes 0.7 kB"""
 Part = TypeVar("Part")
 
 
@@ -75,6 +76,8 @@ class Schedule(Generic[Part]):
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
         self._counter = 0
+        self._pending = 0
+        """URLs whose end is not known"""
         self.open_parts = 0
         """parts that have jobs; counted down by whoever sees their end"""
 
@@ -85,6 +88,7 @@ class Schedule(Generic[Part]):
         job.host = found
         found.queue.append(job)
         found.pending += 1
+        self._pending += 1
         self._consider(found)
 
     def postpone(self, host: Host[Part], seconds: float) -> None:
@@ -96,6 +100,7 @@ class Schedule(Generic[Part]):
         jobs = list(host.queue)
         host.queue.clear()
         host.pending -= len(jobs)
+        self._pending -= len(jobs)
         return jobs
 
     async def run(self) -> None:
@@ -108,7 +113,8 @@ class Schedule(Generic[Part]):
                 free = len(self._tasks) < self._settings.concurrency
                 if free and self._start_next(loop.time()):
                     continue
-                if free and parts_left and self.open_parts < self._max_open_parts:
+                room = self.open_parts < self._max_open_parts and self._pending < MAX_OPEN_URLS
+                if free and parts_left and room:
                     parts_left = self._open_part()
                     continue
                 if not self._tasks and not self._asleep:
@@ -150,6 +156,7 @@ class Schedule(Generic[Part]):
         host.limit = self._settings.per_host
         if again is None:
             host.pending -= 1
+            self._pending -= 1
             if not host.pending:
                 self._hosts.pop(host.name, None)
         else:

@@ -6,6 +6,8 @@ import asyncio
 import itertools
 from collections import Counter
 
+import pytest
+
 from megatron_lcl.data.fetch.schedule import Job, Schedule
 from megatron_lcl.data.fetch.settings import Settings
 
@@ -51,6 +53,7 @@ def run(
     asyncio.run(schedule.run())
     assert not any(ended.values())
     assert not schedule._hosts
+    assert not schedule._pending
     return starts, most
 
 
@@ -76,6 +79,13 @@ def test_slow_host_holds_up_nothing() -> None:
     """One part's host may have one request at a time: the next parts are opened meanwhile."""
     starts, _ = run(Settings(concurrency=8, per_host=1, delay=0.05), [{"slow": 8}, {"b": 1}, {"c": 1}])
     assert [host for host, _ in starts[:3]] == ["slow", "b", "c"]
+
+
+def test_parts_are_opened_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lcl.data.fetch.schedule.MAX_OPEN_URLS", 3)
+    starts, most = run(Settings(concurrency=8, per_host=1, delay=0.0), [{"a": 5}, {"b": 1}, {"c": 1}])
+    assert [host for host, _ in starts[:2]] == ["a", "a"]
+    assert most[""] <= 3
 
 
 def test_an_error_ends_all() -> None:
