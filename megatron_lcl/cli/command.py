@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_lcl.cli import corpus, evaluation, training
+from megatron_lcl.cli import corpus, evaluation, fetching, training
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 
 _MENDABLE = {
@@ -107,6 +107,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for group in (training, corpus, evaluation):
+    for group in (training, corpus, fetching, evaluation):
         group.add_commands(add)
     return parser

@@ -18,6 +18,7 @@ from megatron_lcl.data.corpus.store import FORMATS
 
 MAX_PIXELS = 89_478_485
 """above this Pillow suspects a decompression bomb; decoded, so many take 360 MB"""
+TOO_MANY_PIXELS = "too many pixels"
 _OPENED = [format for format in FORMATS if format not in ("?", "MPO")]
 """not all that Pillow knows, as it hands EPS to Ghostscript; an MPO opens as a JPEG"""
 DAMAGE = (
@@ -57,7 +58,7 @@ def open_image(data: bytes) -> Pillow.Image:
     return Pillow.open(io.BytesIO(data), formats=_OPENED)
 
 
-def probe(data: bytes) -> Probe:
+def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Probe:
     """Decode the first frame and discard it. BadImage says what is wrong: empty, truncated, too many pixels …"""
     if not data:
         raise BadImage("empty file")
@@ -66,17 +67,17 @@ def probe(data: bytes) -> Probe:
         try:
             image = open_image(data)
         except Pillow.DecompressionBombError:
-            raise BadImage("too many pixels") from None
+            raise BadImage(TOO_MANY_PIXELS) from None
         except DAMAGE:
             raise BadImage(what_it_is(data)) from None
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadImage("too many pixels")
+        if width * height > max_pixels:
+            raise BadImage(TOO_MANY_PIXELS)
         try:
             if not (image.format == "JPEG" and image.mode in ("RGB", "L") and _reads_as_jpeg(data)):
                 image.load()
         except Pillow.DecompressionBombError:
-            raise BadImage("too many pixels") from None
+            raise BadImage(TOO_MANY_PIXELS) from None
         except DAMAGE:
             raise BadImage("truncated or damaged") from None
         if orientation(image) >= 5:

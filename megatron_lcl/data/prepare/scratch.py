@@ -74,6 +74,11 @@ def clear_dead(work: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_scratch(path: Path) -> bool:
+    """Whether a folder is a process's scratch folder; one of another machine stays when that process is killed."""
+    return path.name.startswith(_PREFIX)
+
+
 def is_used(work: Path) -> bool:
     """Whether any process has a scratch folder here; one of another machine may be dead."""
     return next(work.glob(_PREFIX + "*"), None) is not None

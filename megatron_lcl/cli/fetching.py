@@ -1,0 +1,65 @@
+"""Commands around images on the web: fetch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+from megatron_lcl.cli.arguments import add_input, single_input
+from megatron_lcl.data.fetch.settings import Settings
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parsers of these commands."""
+    sub = add("fetch", _fetch, "images from their URLs into a store, which `preprocess --images` reads")
+    add_input(
+        sub, "PATH",
+        "a file or folder with image URLs: MMC4, OBELICS, OmniCorpus, MINT-1T, LAION, DataComp (.parquet, .jsonl), "
+        "JSON lines of this package, or .txt with a URL a line",
+        "--input",
+    )  # fmt: skip
+    sub.add_argument("--output", required=True, metavar="DIR", help="the store: new, or one to go on with")
+    sub.add_argument(
+        "--url-column", metavar="NAME", help="column or key of the URLs (default: those of these data sets)"
+    )
+    sub.add_argument("--workers", type=int, default=1, help="processes; a host is one process's alone (%(default)s)")
+    default = Settings()
+    for name, kind, metavar, help in (
+        ("max_image_side", int, "PIXELS", "scale larger images down, and encode them again"),
+        ("max_bytes", int, "BYTES", "longer responses are refused (%(default)s)"),
+        ("max_pixels", int, "N", "images of more pixels are refused (%(default)s)"),
+        ("shard_urls", int, "N", "URLs that a shard accounts for (%(default)s)"),
+        ("timeout", float, "SECONDS", "of a request, to its last byte (%(default)s)"),
+        ("retries", int, "N", "after a lost connection, a timeout, status 408, 429, 500, 502, 503, 504 (%(default)s)"),
+        ("backoff", float, "SECONDS", "before the first retry, then doubled; Retry-After if longer (%(default)s)"),
+        ("concurrency", int, "N", "requests at a time of a process (%(default)s)"),
+        ("per_host", int, "N", "requests at a time of a host (%(default)s)"),
+        ("delay", float, "SECONDS", "between two requests of a host; its Crawl-delay if longer (%(default)s)"),
+        ("proxy", str, "URL", "http://[user:password@]host:port for all requests"),
+        ("user_agent", str, "TEXT", "name/version (and where to complain); robots.txt may name it (%(default)s)"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        sub.add_argument(flag, type=kind, metavar=metavar, default=getattr(default, name), help=help)
+    sub.add_argument(
+        "--allow-private", action="store_true", help="also connect to loopback and private addresses, as of a mirror"
+    )
+
+
+def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.fetch.run import fetch
+
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    found = fetch(
+        single_input(options), options.output, settings,
+        url_column=options.url_column, workers=options.workers, progress=True,
+    )  # fmt: skip
+    total = sum(found[status] for status in ("kept", "dead", "refused"))
+    print(
+        f"{options.output}: {total:,} URLs: {found['kept']:,} kept ({found['bytes']:,} bytes), {found['dead']:,} dead, "
+        f"{found['refused']:,} refused"
+    )
+    for reason, count in found["reasons"].items():
+        print(f"{count:>12,}  {reason}")
+    for reason, count in found["dropped"].items():
+        print(f"{count:>12,}  not in the store: {reason}")

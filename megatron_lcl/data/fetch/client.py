@@ -1,0 +1,352 @@
+"""One URL: fetched, or why not. The rules that every request keeps are here; whose turn it is, is `schedule.py`'s.
+
+robots.txt as RFC 9309 says (Koster et al. 2022): longest match, 4xx allows all, 5xx and no answer allow nothing;
+`X-Robots-Tag: noai` and `noimageai` (img2dataset, Beaumont 2021, honors the same) refuse an image. Needs the extra
+`fetch`: aiohttp and Protego.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import resource
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+
+from megatron_lcl.data.corpus.probe import TOO_MANY_PIXELS, BadImage, downscale, probe
+from megatron_lcl.data.fetch.addresses import PrivateAddress, is_public, public_socket
+from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.store import Row, Status
+from megatron_lcl.errors import UserError
+
+try:
+    import aiohttp
+    from protego import Protego
+    from yarl import URL
+except ImportError as error:
+    raise UserError(f'{error.name} is not installed: pip install "megatron-lcl[fetch]"') from None
+
+MAX_REDIRECTS = 5
+MAX_ROBOTS = 500 << 10
+"""bytes of a robots.txt that are read (RFC 9309, 2.5)"""
+MAX_WAIT = 600.0
+"""seconds; whoever asks by Retry-After to wait longer is not asked again"""
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TEMPORARY = (408, 429, 500, 502, 503, 504)
+_ROBOTS_KEPT = 20_000
+"""robots.txt files in memory"""
+_KEEP_ALIVE = 5.0
+"""seconds that a connection waits for another request"""
+_OPEN_FILES = 65_536
+_RESOLVERS = 64
+"""threads, as getaddrinfo waits in one"""
+_OPT_OUTS = ("noai", "noimageai")
+_DIRECTIVES_WITH_VALUES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
+_LOCAL_NAMES = ("localhost", "local", "internal")
+_NOT_FOUND = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+
+
+class ProxyError(UserError):
+    """The proxy lets nothing through."""
+
+
+class _Given(Exception):
+    """A URL's end without an image."""
+
+    def __init__(self, status: Status, reason: str, reached: bool | None = True) -> None:
+        self.status, self.reason, self.reached = status, reason, reached
+
+
+class Retry(Exception):
+    """What may go better the next time. `wait`: seconds that the server asks for; `reached`: as of `Outcome`."""
+
+    def __init__(self, reason: str, wait: float = 0.0, reached: bool | None = True) -> None:
+        self.reason, self.wait, self.reached = reason, wait, reached
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a URL."""
+
+    row: Row
+    data: bytes = b""
+    reached: bool | None = True
+    """whether the host was reached; None where that was not tried or is not known"""
+
+
+class Client:
+    """Fetches images, many at a time, in the event loop in which it is entered (`async with`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._agent = settings.user_agent.partition("/")[0].strip()
+        self._proxy = (settings.proxy or "").removeprefix("http://").rpartition("@")[2]
+        """without credentials"""
+        self._robots: dict[str, asyncio.Task[Protego | None]] = {}
+        self._crawl_delays: dict[str, float] = {}
+
+    async def __aenter__(self) -> Client:
+        settings = self._settings
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_RESOLVERS, "resolve"))
+        self._decoder = ThreadPoolExecutor(1, "decode")
+        _allow_open_files()
+        checked = None if settings.allow_private or settings.proxy else public_socket
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=300, keepalive_timeout=_KEEP_ALIVE, socket_factory=checked
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, connect=min(10.0, settings.timeout)),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": settings.user_agent, "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"},
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        await self._session.close()
+        self._decoder.shutdown(cancel_futures=True)
+
+    async def fetch(self, url: str) -> Outcome:
+        """The image of a URL, or why there is none. Retry where it may be there later; ProxyError."""
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                with _named_errors():
+                    data = await self._image(url)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._decoder, _checked, url, data, self._settings)
+        except _Given as given:
+            return Outcome(Row(url, given.status, given.reason), reached=given.reached)
+        except TimeoutError:
+            raise Retry(f"not done after {self._settings.timeout:g} s", reached=None) from None
+
+    def crawl_delay(self, url: str) -> float:
+        """Seconds between requests that the robots.txt of a URL's host asks for; 0 where it does not."""
+        return self._crawl_delays.get(URL(url).raw_host or "", 0.0) if self._crawl_delays else 0.0
+
+    async def reach(self, url: str) -> None:
+        """Ask for a URL, whatever it answers. ProxyError where a proxy does not even connect to its host."""
+        try:
+            async with asyncio.timeout(self._settings.timeout), self._get(URL(url)) as response:
+                status = response.status
+        except aiohttp.ClientHttpProxyError as error:
+            raise ProxyError(_says(self._proxy, f"status {error.status}")) from None
+        except aiohttp.ClientProxyConnectionError:
+            raise ProxyError(_says(self._proxy, "no connection")) from None
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return
+        if status == 407:
+            raise ProxyError(_says(self._proxy, "status 407"))
+
+    async def _image(self, url: str) -> bytes:
+        target, seen = _parsed(url), set[URL]()
+        while True:
+            if target in seen:
+                raise _Given("dead", "redirect loop")
+            if len(seen) > MAX_REDIRECTS:
+                raise _Given("dead", f"more than {MAX_REDIRECTS} redirects")
+            seen.add(target)
+            self._check_name(target)
+            rules = await self._rules(target)
+            if rules is not None and not rules.can_fetch(str(target), self._agent):
+                raise _Given("refused", "robots.txt")
+            async with self._get(target) as response:
+                if opted_out(response.headers.getall("X-Robots-Tag", ()), self._agent):
+                    raise _Given("refused", "X-Robots-Tag")
+                if response.status in _REDIRECTS and "Location" in response.headers:
+                    target = _parsed(response.headers["Location"], target)
+                    continue
+                self._check_status(response)
+                return await self._content(response)
+
+    def _get(self, target: URL) -> aiohttp.client._RequestContextManager:
+        return self._session.get(target, allow_redirects=False, proxy=self._settings.proxy)
+
+    def _check_status(self, response: aiohttp.ClientResponse) -> None:
+        status = response.status
+        if status == 407 and self._settings.proxy:
+            raise ProxyError(_says(self._proxy, "status 407"))
+        if status in _TEMPORARY:
+            wait = _retry_after(response.headers.get("Retry-After", ""))
+            if wait > MAX_WAIT:
+                raise _Given("dead", f"status {status}, asks for a long wait")
+            raise Retry(f"status {status}", wait)
+        if status != 200:
+            raise _Given("dead", f"status {status}")
+
+    async def _content(self, response: aiohttp.ClientResponse) -> bytes:
+        """The response's body. A longer one than wanted is not read to its end."""
+        limit = self._settings.max_bytes
+        chunks, size = [], response.content_length or 0
+        if size <= limit:
+            size = 0
+            async for chunk in response.content.iter_any():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > limit:
+                    break
+        if size > limit:
+            raise _Given("refused", f"over {limit:,} bytes")
+        return b"".join(chunks)
+
+    def _check_name(self, target: URL) -> None:
+        """A proxy resolves names itself, so what names a local machine is refused here by its name."""
+        host = target.host or ""
+        if self._settings.proxy and not self._settings.allow_private:
+            try:
+                public = is_public(host)
+            except ValueError:
+                public = host.rstrip(".").rpartition(".")[2].lower() not in _LOCAL_NAMES
+            if not public:
+                raise _Given("refused", str(PrivateAddress()), reached=None)
+
+    async def _rules(self, target: URL) -> Protego | None:
+        """The robots.txt of a URL's host, asked for once; None: none. Retry where it cannot be had."""
+        origin = str(target.origin())
+        if (task := self._robots.get(origin)) is None:
+            while len(self._robots) >= _ROBOTS_KEPT:
+                self._robots.pop(next(iter(self._robots)))
+            task = self._robots[origin] = asyncio.create_task(self._read_rules(target.origin()))
+            task.add_done_callback(lambda task: self._keep_if_had(origin, task))
+        return await asyncio.shield(task)
+
+    def _keep_if_had(self, origin: str, task: asyncio.Task[Protego | None]) -> None:
+        if (task.cancelled() or task.exception() is not None) and self._robots.get(origin) is task:
+            del self._robots[origin]
+
+    async def _read_rules(self, origin: URL) -> Protego | None:
+        target = origin / "robots.txt"
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                with _named_errors():
+                    for _ in range(MAX_REDIRECTS + 1):
+                        self._check_name(target)
+                        async with self._get(target) as response:
+                            if response.status in _REDIRECTS and "Location" in response.headers:
+                                target = _parsed(response.headers["Location"], target)
+                                continue
+                            if response.status == 429 or response.status >= 500:
+                                wait = _retry_after(response.headers.get("Retry-After", ""))
+                                raise Retry(f"robots.txt: status {response.status}", min(wait, MAX_WAIT))
+                            if response.status != 200:
+                                return None
+                            text = (await _beginning(response, MAX_ROBOTS)).decode(errors="replace")
+                            rules = Protego.parse(text)
+                            if delay := rules.crawl_delay(self._agent):
+                                self._crawl_delays[origin.raw_host or ""] = delay
+                            return rules
+        except TimeoutError:
+            raise Retry(f"robots.txt: not done after {self._settings.timeout:g} s", reached=None) from None
+        return None  # too many redirects: none that can be had
+
+
+def opted_out(values: Iterable[str], agent: str) -> bool:
+    """Whether X-Robots-Tag headers forbid use for training: noai or noimageai, for all or for `agent` by name."""
+    for value in values:
+        named = "*"
+        for word in value.lower().split(","):
+            name, colon, rest = word.partition(":")
+            if colon and name.strip() not in _DIRECTIVES_WITH_VALUES:
+                named, word = name.strip(), rest
+            if word.strip() in _OPT_OUTS and named in ("*", agent.lower()):
+                return True
+    return False
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """What aiohttp raises as what it means for the URL."""
+    try:
+        yield
+    except aiohttp.ClientProxyConnectionError as error:
+        raise ProxyError(_says(f"{error.host}:{error.port}", "no connection")) from None
+    except aiohttp.ClientHttpProxyError as error:
+        if error.status == 407:
+            raise ProxyError(_says(error.request_info.url.authority, "status 407")) from None
+        if error.status in _TEMPORARY:
+            raise Retry(f"the proxy answers status {error.status}", reached=None) from None
+        raise _Given("dead", f"the proxy answers status {error.status}", reached=None) from None
+    except aiohttp.ClientConnectorCertificateError:
+        raise _Given("dead", "certificate not valid") from None
+    except aiohttp.ClientConnectorDNSError as error:
+        if error.os_error.errno in _NOT_FOUND:
+            raise _Given("dead", "host not found", reached=False) from None
+        raise Retry("name not resolved", reached=False) from None
+    except aiohttp.ClientConnectorError as error:
+        if isinstance(error.os_error, PrivateAddress):
+            raise _Given("refused", str(error.os_error), reached=None) from None
+        if error.os_error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError("too many open files: raise `ulimit -n`, or give a smaller --concurrency") from None
+        raise Retry("no connection", reached=False) from None
+    except aiohttp.ConnectionTimeoutError:
+        raise Retry("no connection", reached=False) from None
+    except aiohttp.InvalidURL:
+        raise _Given("dead", "not a URL", reached=None) from None
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
+        raise Retry("connection lost") from None
+    except aiohttp.ClientError:
+        raise _Given("dead", "malformed HTTP") from None
+
+
+def _allow_open_files() -> None:
+    """As many as this user may: connections that are kept for a while are many with many hosts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _parsed(text: str, base: URL | None = None) -> URL:
+    """A URL of the web."""
+    try:
+        url = URL(text.strip()) if base is None else base.join(URL(text.strip()))
+        usable = url.scheme in ("http", "https") and bool(url.host) and url.port is not None
+    except (ValueError, TypeError):
+        raise _Given("dead", "not a URL", reached=None) from None
+    if not usable:
+        raise _Given("refused" if base else "dead", "redirect to what is not http" if base else "not a URL")
+    return url.with_fragment(None)
+
+
+def _retry_after(text: str) -> float:
+    """Seconds, from a number or a date; 0 where nothing is said."""
+    text = text.strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+async def _beginning(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    content = bytearray()
+    async for chunk in response.content.iter_any():
+        content += chunk
+        if len(content) >= limit:
+            break
+    return bytes(content[:limit])
+
+
+def _says(proxy: str, what: str) -> str:
+    return f"the proxy {proxy} refuses ({what}): give another --proxy, or none"
+
+
+def _checked(url: str, data: bytes, settings: Settings) -> Outcome:
+    """Whether the bytes are an image, which is scaled down if that is wanted."""
+    try:
+        found = probe(data, settings.max_pixels)
+        side = settings.max_image_side
+        if side is not None and max(found.width, found.height) > side:
+            data = downscale(data, side)
+            found = probe(data)
+    except BadImage as bad:
+        status: Status = "refused" if str(bad) == TOO_MANY_PIXELS else "dead"
+        return Outcome(Row(url, status, str(bad)))
+    digest = hashlib.sha256(data).hexdigest()
+    return Outcome(Row(url, "kept", "", digest, len(data), found.width, found.height, found.format), data)

@@ -1,0 +1,242 @@
+"""`fetch`: the parts of a plan in several processes, each of which is one event loop; then the sum of the tables."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
+from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
+from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.store import num_done, tables
+from megatron_lcl.data.fetch.urls import read_urls, url_files
+from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.scratch import clear_dead, is_scratch, waiting_for_others
+from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+
+_POLL_SECONDS = 0.5
+_PROXY = re.compile(r"http://([^/?#@\s]*@)?([^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?")
+_PROBES = 4
+"""URLs with which a proxy is tried"""
+_DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
+
+
+def fetch(
+    input: str | Path,
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    url_column: str | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Fetch the images of all URLs in `input` into the store `output`; gone on with where it was stopped.
+
+    Returns the store's `summary`, and `dropped`: what of the input was no URL, by reason. UserError for input without
+    URLs, a store of another input, a proxy that refuses, or where nothing is reached any more.
+    """
+    from megatron_lcl.data.fetch import client  # says what is not installed, before anything is written
+
+    settings = settings or Settings()
+    _check(settings, workers)
+    output = Path(output)
+    files = url_files(Path(input))
+    signature = f"{files_signature(files.read, files.root)} {url_column or ''}".strip()
+    with _folder(output), waiting_for_others(output / ".lock"):
+        clear_dead(output)
+        if (plan := open_plan(output, signature, settings)) is None:
+            if any(path.name != ".lock" and not is_scratch(path) for path in output.iterdir()):
+                raise UserError(f"{output} is not empty and no image store: give a new folder")
+            drops = Drops()
+            found = read_urls(files, url_column, drops)
+            if settings.proxy:
+                asyncio.run(_try_proxy(client.Client, settings, read_urls(files, url_column, Drops())))
+            make_plan(output, found, drops.bad_counts, signature, settings)
+            plan = open_plan(output, signature, settings)
+        assert plan is not None
+        todo = [part for part, size in enumerate(plan.parts) if num_done(output, part) < size]
+        done = sum(num_done(output, part) for part in range(len(plan.parts)))
+        with tqdm(total=sum(plan.parts), initial=done, unit="url", disable=not progress) as bar:
+            _do(output, plan, todo, settings, workers, bar)
+        return {**summary(output), "dropped": plan.dropped}
+
+
+def summary(output: str | Path) -> dict[str, Any]:
+    """Of a store's complete shards: URLs `kept`, `dead`, `refused`, stored `bytes`, and the `reasons` of the others."""
+    output = Path(output)
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    size = 0
+    for file in tables(output):
+        table = pq.read_table(file, columns=["status", "reason", "size"], use_threads=False)
+        size += sum(table["size"].to_pylist())
+        for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
+            counts[status] += 1
+            if reason:
+                reasons[f"{status}: {reason}"] += 1
+    return {
+        **{status: counts[status] for status in ("kept", "dead", "refused")},
+        "bytes": size,
+        "reasons": dict(reasons.most_common()),
+    }
+
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """A folder, which is gone again if nothing came into it."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: give a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if {path.name for path in output.iterdir()} <= {".lock"}:
+            with contextlib.suppress(OSError):
+                (output / ".lock").unlink(missing_ok=True)
+                output.rmdir()
+
+
+def _check(settings: Settings, workers: int) -> None:
+    for name, least in (
+        ("max_image_side", 1), ("shard_urls", 1), ("max_bytes", 1), ("max_pixels", 1), ("retries", 0), ("backoff", 0),
+        ("concurrency", 1), ("per_host", 1), ("delay", 0),
+    ):  # fmt: skip
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    if not settings.timeout > 0:
+        raise UserError(f"--timeout {settings.timeout}: give seconds, more than 0")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more")
+    if not settings.user_agent.partition("/")[0].strip() or not settings.user_agent.isprintable():
+        raise UserError(f"--user-agent {settings.user_agent!r}: give a name, as in name/1.0 (+https://example.org/bot)")
+    if settings.proxy is not None and not _PROXY.fullmatch(settings.proxy):
+        raise UserError(f"--proxy {settings.proxy}: give http://host:port")
+
+
+async def _try_proxy(client: type, settings: Settings, found: Iterator[list[str]]) -> None:
+    """ProxyError where a proxy refuses the first URL of each of several hosts."""
+    hosts: dict[str, str] = {}
+    for urls in found:
+        for url in urls:
+            hosts.setdefault(host_of(url), url)
+        if len(hosts) >= _PROBES:
+            break
+    error: UserError | None = None
+    async with client(settings) as asking:
+        for url in list(hosts.values())[:_PROBES]:
+            try:
+                await asking.reach(url)
+                return
+            except UserError as refused:
+                error = refused
+    if error is not None:
+        raise error
+
+
+def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: int, bar: tqdm) -> None:
+    """The parts `todo` in this process, or in several; the bar follows."""
+    from megatron_lcl.data.fetch.work import COUNTED, Worker
+
+    before = bar.n
+    if workers == 1 or len(todo) <= 1:
+        parts, counts = iter(todo), [0] * len(COUNTED)
+        told = lambda: _show(bar, before, counts)  # noqa: E731
+        asyncio.run(Worker(output, plan, settings, lambda: next(parts, None), counts, told).run())
+        return
+    context = multiprocessing.get_context("spawn")
+    taken = context.Value("i", 0)
+    shared = [context.Array("q", len(COUNTED), lock=False) for _ in range(min(workers, len(todo)))]
+    pipes = [context.Pipe(duplex=False) for _ in shared]
+    processes = [
+        context.Process(
+            target=_process, args=(output, plan, todo, settings, len(shared), taken, counts, pipe[1]), daemon=True
+        )
+        for counts, pipe in zip(shared, pipes, strict=True)
+    ]
+    try:
+        for process, (_, writing) in zip(processes, pipes, strict=True):
+            with holding_interrupts():
+                process.start()
+            writing.close()
+        running = set(range(len(processes)))
+        while running:
+            wait([processes[k].sentinel for k in running], _POLL_SECONDS)
+            _show(bar, before, [sum(counts[i] for counts in shared) for i in range(len(COUNTED))])
+            for k in [k for k in running if not processes[k].is_alive()]:
+                running.remove(k)
+                if processes[k].exitcode:
+                    raise UserError(_last_words(pipes[k][0]) or _DIED.format(processes[k].exitcode))
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def _process(
+    output: Path,
+    plan: Plan,
+    todo: list[int],
+    settings: Settings,
+    workers: int,
+    taken: Any,
+    counts: Any,
+    words: Connection,
+) -> None:
+    """One of several: takes the next part that none has taken, until there is none."""
+    end_on_interrupt()
+    from megatron_lcl.data.fetch.work import Worker
+
+    def next_part() -> int | None:
+        with taken.get_lock():
+            taken.value += 1
+            number = taken.value - 1
+        return todo[number] if number < len(todo) else None
+
+    async def work() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        # killed without a chance to end its processes
+        asyncio.get_running_loop().add_reader(parent.sentinel, os._exit, 1)
+        fair = max(1, min(MAX_OPEN_PARTS, len(todo) // workers))  # else the first to start would take all
+        await Worker(output, plan, settings, next_part, counts, max_open_parts=fair).run()
+
+    try:
+        asyncio.run(work())
+    except UserError as error:
+        words.send(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        words.send(describe_os_error(error))
+        sys.exit(2)
+
+
+def _last_words(pipe: Connection) -> str:
+    """Why a process has ended, if it said so."""
+    try:
+        return pipe.recv() if pipe.poll() else ""
+    except EOFError:
+        return ""
+
+
+def _show(bar: tqdm, before: float, counts: Sequence[int]) -> None:
+    kept, dead, refused, size, resumed = counts
+    bar.set_postfix_str(f"{kept:,} kept, {dead:,} dead, {refused:,} refused, {size / 1e6:,.0f} MB", refresh=False)
+    bar.update(before + kept + dead + refused + resumed - bar.n)

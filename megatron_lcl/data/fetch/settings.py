@@ -1,0 +1,39 @@
+"""What a fetch does and how politely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AGENT = "megatron-lcl/1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of one run. The first two decide what is stored, and may not change while a store is incomplete."""
+
+    max_image_side: int | None = None
+    """pixels; images with a longer side are scaled down and encoded again"""
+    shard_urls: int = 10_000
+    """rows of a shard's table, at most"""
+    max_bytes: int = 32 << 20
+    """of a response; longer ones are refused"""
+    max_pixels: int = 89_478_485
+    """width times height, before anything is decoded; as many as a corpus takes (`probe.MAX_PIXELS`)"""
+    timeout: float = 30.0
+    """seconds of one request, from its start to its last byte"""
+    retries: int = 2
+    """further tries of a URL after a lost connection, a timeout, or status 408, 429, 500, 502, 503, 504"""
+    backoff: float = 1.0
+    """seconds before the first retry, doubled for each further one, times 0.5 to 1.5; Retry-After is kept if longer"""
+    concurrency: int = 128
+    """requests at a time of one process"""
+    per_host: int = 4
+    """requests at a time of one host"""
+    delay: float = 0.1
+    """seconds between the starts of requests to one host, at least; robots.txt's Crawl-delay if longer"""
+    proxy: str | None = None
+    """http://[user:password@]host:port for all requests"""
+    allow_private: bool = False
+    """also connect to addresses that are not public"""
+    user_agent: str = AGENT
+    """the header; its name before the slash is what robots.txt and X-Robots-Tag may name"""

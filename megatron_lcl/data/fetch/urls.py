@@ -1,0 +1,122 @@
+"""The image URLs of an input: MMC4, OBELICS, OmniCorpus, MINT-1T, LAION, DataComp, our JSON lines, or a list.
+
+What a file holds is seen from its columns or keys, so that one reader does for all:
+
+parquet      a column `images` (lists of URLs, null where a text stands: OBELICS, OmniCorpus, MINT-1T), else one of
+             `url`, `URL`, `image_url` (LAION, DataComp), or the one that is named
+JSON lines   "image_info" [{"raw_url"}] (MMC4), "items" [{"image": URL}] (ours), "images" [URL or null], else a string
+             "url", "URL" or "image_url"
+text         a URL a line
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers.files import Files, find_files
+from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line_units
+from megatron_lcl.data.prepare.importers.urls import is_url
+from megatron_lcl.errors import UserError
+
+READS = ".parquet, .jsonl (.gz, .zst, .zip), .txt"
+_SUFFIXES = (".parquet", *SUFFIXES, ".txt")
+_LISTS, _SINGLE = "images", ("url", "URL", "image_url")
+
+
+def url_files(input: Path) -> Files:
+    """The files to read. UserError where there is none."""
+    if not input.exists():
+        raise UserError(f"{input} does not exist")
+    if input.is_file() and not input.name.lower().endswith((*_SUFFIXES, ".zip")):
+        raise UserError(f"{input} is none of {READS}")
+    return find_files(input, (*_SUFFIXES, ".zip"), READS)
+
+
+def read_urls(files: Files, column: str | None, drops: Drops) -> Iterator[list[str]]:
+    """All image URLs in order, some at a time; what is none, and what cannot be read, is counted in `drops`.
+
+    column: of parquet files, or the key of JSON lines, that has them. UserError where a parquet file has no such
+    column, with the columns that it has.
+    """
+    for file in files.read:
+        name = files.name(file)
+        match file.suffix.lower():
+            case ".parquet":
+                found = _of_parquet(file, name, column, drops)
+            case ".txt":
+                found = _of_text(file)
+            case _:
+                found = _of_lines(file, files, column, drops)
+        for values in found:
+            urls = []
+            for value in values:
+                if isinstance(value, bytes):
+                    value = value.decode(errors="replace")
+                if isinstance(value, str) and is_url(value):
+                    urls.append(value)
+                elif value is not None and value != "":
+                    drops.bad("image", "not a URL", f"{name}: {str(value)[:200]}")
+            yield urls
+
+
+def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iterator[list[Any]]:
+    try:
+        with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as source:
+            column = _column(source.schema_arrow, name, wanted)
+            for batch in source.iter_batches(4096, columns=[column], use_threads=False):
+                values = batch.column(0)
+                while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                    values = values.flatten()
+                yield values.cast(pa.large_binary()).to_pylist()  # a string need not be valid UTF-8
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError):
+        drops.bad("document", "damaged parquet file", name)
+
+
+def _column(schema: pa.Schema, name: str, wanted: str | None) -> str:
+    """The column that has the URLs: the one that is wanted, else lists of strings, else strings of a usual name."""
+    candidates = [wanted] if wanted is not None else [_LISTS, *_SINGLE]
+    for column in candidates:
+        if schema.names.count(column) == 1:
+            kind = schema.field(column).type
+            while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+                kind = kind.value_type
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                return column
+    raise UserError(
+        f"{name} has no column of URLs named {' or '.join(candidates)}; it has {', '.join(schema.names)}: "
+        "name one with --url-column"
+    )
+
+
+def _of_text(file: Path) -> Iterator[list[str]]:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            yield [line.strip()]
+
+
+def _of_lines(file: Path, files: Files, column: str | None, drops: Drops) -> Iterator[list[Any]]:
+    for unit in line_units([file], files.name):
+        for _, line in json_lines(unit, drops):
+            yield _in_line(line, column)
+
+
+def _in_line(line: dict[str, Any], column: str | None) -> list[Any]:
+    if column is not None:
+        value = line.get(column)
+        return value if isinstance(value, list) else [value]
+    for key, inner in (("image_info", "raw_url"), ("items", "image")):
+        if isinstance(entries := line.get(key), list):
+            found = [entry.get(inner) for entry in entries if isinstance(entry, dict)]
+            # paths of images that are there already are no fault
+            return [value for value in found if isinstance(value, str) and is_url(value)]
+    if isinstance(entries := line.get(_LISTS), list):
+        return entries
+    return [next((line[key] for key in _SINGLE if isinstance(line.get(key), str)), None)]

@@ -1,0 +1,229 @@
+"""What a fetch refuses: addresses, redirects to them, names that change, certificates, opt-outs, robots.txt."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.fetch.faulty_server import image, requests_of, serving
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("protego")
+
+from megatron_lcl.data.corpus.probe import MAX_PIXELS
+from megatron_lcl.data.fetch import addresses, client
+from megatron_lcl.data.fetch.addresses import is_public
+from megatron_lcl.data.fetch.client import Client, Outcome, Retry, opted_out
+from megatron_lcl.data.fetch.settings import Settings
+
+Server = tuple[list[str], int]
+SETTINGS = Settings(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server")) as (names, port):
+        yield names, port
+
+
+def fetch(*urls: str, settings: Settings = SETTINGS) -> list[Outcome]:
+    """One after the other, by one client."""
+
+    async def all() -> list[Outcome]:
+        async with Client(settings) as fetching:
+            return [await fetching.fetch(url) for url in urls]
+
+    return asyncio.run(all())
+
+
+def ends(*urls: str, settings: Settings = SETTINGS) -> list[tuple[str, str]]:
+    return [(outcome.row.status, outcome.row.reason) for outcome in fetch(*urls, settings=settings)]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1"),
+        *("169.254.169.254", "100.64.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1"),
+        *("255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1", "2001:db8::1"),
+        *(
+            "::ffff:127.0.0.1",
+            "::ffff:100.64.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::7f00:1",
+            "64:ff9b::a00:1",
+            "2002:7f00:1::",
+            "2002:a00:1::",
+        ),
+    ],
+)
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "151.101.1.1", "172.32.0.1", "2606:4700::1", "::ffff:8.8.8.8"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(address)
+
+
+def test_private_addresses_are_refused(server: Server) -> None:
+    """By number, in unusual spelling, and by name: nothing is asked of them, robots.txt neither."""
+    _, port = server
+    before = requests_of(*server)
+    for name in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "me@127.0.0.1"):
+        assert ends(f"http://{name}:{port}/ok/1") == [("refused", "private address")], name
+    for name in ("2130706433", "0x7f.1", "127.1", "0"):
+        try:
+            assert ends(f"http://{name}:{port}/ok/1")[0] in (("refused", "private address"), ("dead", "not a URL")), (
+                name
+            )
+        except Retry as retry:  # a resolver that does not take the spelling
+            assert retry.reason == "name not resolved"  # noqa: PT017
+    assert requests_of(*server) == before
+    assert ends(f"http://127.0.0.1:{port}/ok/1", settings=Settings(allow_private=True)) == [("kept", "")]
+
+
+def test_redirect_to_a_private_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, port = server
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.2")
+    assert ends(f"http://127.0.0.2:{port}/moved/1", f"http://127.0.0.2:{port}/inside/1") == [
+        ("kept", ""),
+        ("refused", "private address"),
+    ]
+
+
+def test_name_that_resolves_to_another_address_later(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: a public address when it is looked at, a private one when it is connected to."""
+    _, port = server
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.2")
+    asked: list[str] = []
+
+    def resolve(host: Any, port: int, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        address = "127.0.0.2" if len(asked) % 2 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    async def later() -> list[tuple[str, str]]:
+        found = []
+        async with Client(SETTINGS) as fetching:
+            for _ in range(2):
+                outcome = await fetching.fetch(f"http://rebinding.example:{port}/ok/1")
+                found.append((outcome.row.status, outcome.row.reason))
+                await fetching._session.connector.close()  # type: ignore[union-attr]  # no connection is left open
+                await fetching.__aenter__()
+                fetching._robots.clear()
+        return found
+
+    assert asyncio.run(later()) == [("kept", ""), ("refused", "private address")]
+    assert asked == ["rebinding.example"] * 2
+
+
+def test_redirect_to_another_scheme() -> None:
+    with pytest.raises(client._Given) as given:
+        client._parsed("file:///etc/passwd", client.URL("http://example.org/"))
+    assert (given.value.status, given.value.reason) == ("refused", "redirect to what is not http")
+
+
+def test_certificates_are_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A self-signed certificate: refused where it is not known, taken where the system knows it."""
+    pem = Path(__file__).with_name("self_signed.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                plain, _ = listening.accept()
+            except OSError:
+                return
+            try:
+                with context.wrap_socket(plain, server_side=True) as opened:
+                    wanted = opened.recv(4096)
+                    body = b"" if b"robots" in wanted else image("1")
+                    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                    opened.sendall(head.encode() + body)
+            except OSError:
+                plain.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}/1.png"
+        settings = Settings(allow_private=True, timeout=20)
+        assert ends(url, settings=settings) == [("dead", "certificate not valid")]
+        trusted = ssl.create_default_context(cafile=str(pem))
+        monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusted)
+        assert ends(url, settings=settings) == [("kept", "")]
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("headers", "out"),
+    [
+        ([], False),
+        (["noindex, nofollow"], False),
+        (["noai"], True),
+        (["noindex, NOIMAGEAI"], True),
+        (["noindex", "noai"], True),
+        (["otherbot: noai"], False),
+        (["otherbot: noindex, noai"], False),
+        (["Megatron-LCL: noai"], True),
+        (["otherbot: noindex, megatron-lcl: noimageai"], True),
+        (["max-snippet: 20, noai"], True),
+        (["noaim"], False),
+    ],
+)
+def test_opt_outs(headers: list[str], out: bool) -> None:
+    """The agent's name holds for the words after it, as in Google's specification of the header."""
+    assert opted_out(headers, "megatron-lcl") is out
+
+
+def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 9309, 2.3.1: 4xx allows all; 5xx allows nothing until it is had."""
+    status = {"robots": "404 Not Found"}
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        wanted = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]
+        asked.append(wanted)
+        line, body = (status["robots"], b"") if wanted == b"/robots.txt" else ("200 OK", image("1"))
+        writer.write(f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        writer.close()
+
+    async def all() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1.png"
+        settings = Settings(allow_private=True, timeout=20)
+        async with Client(settings) as fetching:
+            assert (await fetching.fetch(url)).row.status == "kept"
+            assert (await fetching.fetch(url)).row.status == "kept"
+            assert asked == [b"/robots.txt", b"/1.png", b"/1.png"]  # asked for once
+        status["robots"] = "500 Oh"
+        asked.clear()
+        async with Client(settings) as fetching:
+            for _ in range(2):
+                with pytest.raises(Retry) as retry:
+                    await fetching.fetch(url)
+                assert retry.value.reason == "robots.txt: status 500"
+            assert asked == [b"/robots.txt"] * 2
+            status["robots"] = "404 Not Found"
+            assert (await fetching.fetch(url)).row.status == "kept"
+        server.close()
+
+    asyncio.run(all())
+
+
+def test_as_many_pixels_as_a_corpus_takes() -> None:
+    assert Settings().max_pixels == MAX_PIXELS

@@ -1,0 +1,110 @@
+"""Whose turn it is, without a network: how many at a time of a host, and how long between."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+
+import pytest
+
+from megatron_lcl.data.fetch.schedule import Job, Schedule
+from megatron_lcl.data.fetch.settings import Settings
+
+
+def run(
+    settings: Settings, parts: list[dict[str, int]], seconds: float = 0.01
+) -> tuple[list[tuple[str, float]], Counter]:
+    """(host, start) of every attempt, and the most at a time by host ("": of all). parts: URLs of each host."""
+    starts: list[tuple[str, float]] = []
+    active: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    waiting = iter(parts)
+    ended: Counter[int] = Counter()
+
+    def open_part() -> bool:
+        part = next(waiting, None)
+        if part is None:
+            return False
+        number = parts.index(part)
+        ended[number] = sum(part.values())
+        schedule.open_parts += 1
+        for host, count in part.items():
+            for k in range(count):
+                schedule.add(Job(f"{host}/{k}", number), host)
+        return True
+
+    async def attempt(job: Job[int]) -> float | None:
+        for name in (job.host.name, ""):
+            active[name] += 1
+            most[name] = max(most[name], active[name])
+        starts.append((job.host.name, asyncio.get_running_loop().time()))
+        await asyncio.sleep(seconds)
+        for name in (job.host.name, ""):
+            active[name] -= 1
+        if job.url.endswith("/1") and not job.tries:
+            return 0.01
+        ended[job.part] -= 1
+        if not ended[job.part]:
+            schedule.open_parts -= 1
+        return None
+
+    schedule = Schedule[int](settings, open_part, attempt)
+    asyncio.run(schedule.run())
+    assert not any(ended.values())
+    assert not schedule._hosts
+    assert not schedule._pending
+    return starts, most
+
+
+def test_requests_at_a_time() -> None:
+    settings = Settings(concurrency=10, per_host=3, delay=0.0)
+    starts, most = run(settings, [{"a": 30, "b": 30}, {"c": 30, "d": 30, "e": 1}])
+    assert len(starts) == 121 + 4
+    assert most == {"a": 3, "b": 3, "c": 3, "d": 3, "e": 1, "": 10}
+
+
+def test_delay() -> None:
+    starts, most = run(Settings(concurrency=10, per_host=3, delay=0.05), [{"a": 6, "b": 6}], seconds=0.12)
+    for host in "ab":
+        times = [start for name, start in starts if name == host]
+        assert len(times) == 7
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        assert min(gaps) >= 0.05
+        assert gaps[0] >= 0.12  # nothing is known of a host before its first answer
+    assert most[""] >= 3
+
+
+def test_slow_host_holds_up_nothing() -> None:
+    """One part's host may have one request at a time: the next parts are opened meanwhile."""
+    starts, _ = run(Settings(concurrency=8, per_host=1, delay=0.05), [{"slow": 8}, {"b": 1}, {"c": 1}])
+    assert [host for host, _ in starts[:3]] == ["slow", "b", "c"]
+
+
+def test_parts_are_opened_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lcl.data.fetch.schedule.MAX_OPEN_URLS", 3)
+    starts, most = run(Settings(concurrency=8, per_host=1, delay=0.0), [{"a": 5}, {"b": 1}, {"c": 1}])
+    assert [host for host, _ in starts[:2]] == ["a", "a"]
+    assert most[""] <= 3
+
+
+def test_an_error_ends_all() -> None:
+    async def attempt(job: Job[int]) -> float | None:
+        if job.url == "a/3":
+            raise ZeroDivisionError
+        await asyncio.sleep(60)
+        return None
+
+    schedule = Schedule[int](Settings(delay=0), lambda: False, attempt)
+
+    async def all() -> None:
+        for k in range(5):
+            schedule.add(Job(f"a/{k}", 0), f"a{k}")
+        await schedule.run()
+
+    try:
+        asyncio.run(asyncio.wait_for(all(), 20))
+    except ZeroDivisionError:
+        assert not schedule._tasks
+    else:
+        raise AssertionError

@@ -1,0 +1,143 @@
+"""A store whose process is killed before any of its file operations, or whose files were damaged, goes on whole."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.fetch.faulty_server import image
+
+from megatron_lcl.data.fetch import store
+from megatron_lcl.data.fetch.store import PartStore, Row, read_rows
+from megatron_lcl.data.prepare.importers.urls import url_key
+
+
+class Killed(BaseException):
+    pass
+
+
+def rows(number: int) -> list[tuple[Row, bytes]]:
+    found = []
+    for k in range(number):
+        url, data = f"http://example.org/{k}", image(str(k))
+        if k % 3 == 2:
+            found.append((Row(url, "dead", "status 404"), b""))
+        else:
+            digest = hashlib.sha256(data).hexdigest()
+            found.append((Row(url, "kept", "", digest, len(data), 8, 6, "PNG"), data))
+    return found
+
+
+def add_all(folder: Path, wanted: list[tuple[Row, bytes]], added: list[str] | None = None) -> int:
+    """Whoever goes on; how many were to be done. added: is given the URLs that were."""
+    part = PartStore(folder, 3, 4)
+    todo = [(row, data) for row, data in wanted if url_key(row.url) not in part.done]
+    for row, data in todo:
+        part.add(row, data)
+        if added is not None:
+            added.append(row.url)
+    part.finish()
+    return len(todo)
+
+
+def check(folder: Path, wanted: list[tuple[Row, bytes]]) -> None:
+    assert Counter(row["url"] for row in read_rows(folder)) == Counter(row.url for row, _ in wanted)
+    found = {}
+    for tar in folder.glob("*.tar"):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                assert member.name not in found
+                found[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    assert found == {url_key(row.url) + ".png": data for row, data in wanted if data}
+    assert {path.suffix for path in folder.iterdir()} == {".tar", ".parquet"}
+
+
+def test_killed_before_each_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = rows(11)
+    left = [-1]
+    real = {name: getattr(os, name) for name in ("rename", "unlink", "fsync")}
+
+    def killing(name: str) -> Any:
+        def operation(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            return real[name](*arguments, **named)
+
+        return operation
+
+    for name in real:
+        monkeypatch.setattr(os, name, killing(name))
+    real_write = store.pq.write_table
+    monkeypatch.setattr(store.pq, "write_table", lambda *a, **b: killing_write(real_write, left, *a, **b))
+    kills = 0
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        added: list[str] = []
+        left[0] = moment
+        try:
+            add_all(folder, wanted, added)
+        except Killed:
+            kills += 1
+        else:
+            break
+        finally:
+            left[0] = -1
+        assert add_all(folder, wanted) == 11 - len(added)
+        check(folder, wanted)
+    assert kills >= 3 * 5  # in each of three shards
+
+
+def killing_write(write: Any, left: list[int], *arguments: Any, **named: Any) -> None:
+    left[0] -= 1
+    if not left[0]:
+        Path(arguments[1]).write_bytes(b"PAR1 half")
+        raise Killed
+    write(*arguments, **named)
+
+
+@pytest.mark.parametrize("cut", range(0, 2000, 97))
+def test_cut_anywhere(tmp_path: Path, cut: int) -> None:
+    """Files of which only a beginning had reached the disk: what is whole is kept."""
+    wanted = rows(4)
+    part = PartStore(tmp_path, 3, 100)
+    for row, data in wanted:
+        part.add(row, data)
+    part.close()
+    for name in ("00003.partial", "00003.log"):
+        with open(tmp_path / name, "r+b") as file:
+            file.truncate(min(cut, os.path.getsize(file.name)))
+    todo = add_all(tmp_path, wanted)
+    assert todo == 4 if cut < 97 else todo <= 4
+    check(tmp_path, wanted)
+
+
+def test_damaged_image_is_fetched_again(tmp_path: Path) -> None:
+    wanted = rows(4)
+    part = PartStore(tmp_path, 3, 100)
+    for row, data in wanted:
+        part.add(row, data)
+    part.close()
+    with open(tmp_path / "00003.partial", "r+b") as file:
+        file.seek(512 + 40)
+        file.write(bytes(10))
+    assert add_all(tmp_path, wanted) == 4
+    check(tmp_path, wanted)
+
+
+def test_a_member_is_as_tarfile_writes_it() -> None:
+    data = image("1")
+    info = tarfile.TarInfo("a.png")
+    info.size = len(data)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(data))
+    ours = store._member("a.png", data)
+    assert out.getvalue().startswith(ours + store._END_OF_TAR)
