@@ -146,7 +146,7 @@ def test_pairs_with_several_texts_read_as_they_did(tmp_path: Path) -> None:
     """Documents of kind `pairs`: all texts, in their order, in every epoch."""
     (tmp_path / "0.png").write_bytes(picture(0))
     line = {"kind": "pairs", "items": [{"image": "0.png"}, {"text": "one"}, {"text": "two"}]}
-    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    (tmp_path / "in.jsonl").write_text("\n".join([json.dumps(line)] * 24))
     preprocess("jsonl", tmp_path / "in.jsonl", tmp_path / "corpus", images=tmp_path, tokenizer="clip")
     corpus = open_corpus(tmp_path / "corpus")
     read = texts_read(corpus, loader_of(corpus, INTERLEAVED))
