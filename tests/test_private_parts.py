@@ -251,7 +251,12 @@ def _defined(tree: ast.AST) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.Name(id=name, ctx=ast.Store())
+            ):
                 names.add(name)
             case ast.Attribute(value=ast.Name(id="self" | "cls" | "ctx"), attr=name, ctx=ast.Store()):
                 names.add(name)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_lcl.cli.arguments import MODEL, add_input, inputs, single_input
-from megatron_lcl.convert.find import find_average
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.settings import describe, read_settings
 
@@ -134,7 +133,11 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
 
 def _averaged(model: str, name: str | None) -> str:
     """The model, or the average of its weights that is asked for."""
-    return model if name is None else str(find_average(Path(model), name))
+    if name is None:
+        return model
+    from megatron_lcl.convert.find import find_average
+
+    return str(find_average(Path(model), name))
 
 
 def _evaluate_corpus(models: list[str], options: argparse.Namespace) -> None:

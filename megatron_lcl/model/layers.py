@@ -173,16 +173,17 @@ class VisionBlock(Block):
         length = self.prefix + x.num_patches
         attend = functools.partial(_attend_images, length)
         num_rows = len(x.image_start) * length
-        return x._replace(hidden=self.residual(x.hidden, num_rows, attend, self._factors(x, length)))
+        return x._replace(hidden=self.residual(x.hidden, num_rows, attend, self._factors(x)))
 
-    def _factors(self, x: Activations, length: int) -> Sequence[torch.Tensor]:
+    def _factors(self, x: Activations) -> Sequence[torch.Tensor]:
         """Drop path's, by image slot."""
         if self.drop is None or not self.training or not x.packs:
             return ()
         packs, size, device = numbers_of(x.packs, x.hidden.device), len(x.hidden), x.hidden.device
         num_images, slots = len(x.image_start), len(x.image_start) // len(x.packs)
         rows = torch.arange(size, device=device) + self.axis.rank * size
-        images = (rows // length).clamp(max=num_images - 1)  # rows past the end are padding
+        images = rows // (self.prefix + x.num_patches)
+        images = images.clamp(max=num_images - 1)  # rows past the end are padding
         return self.drop.factors(packs[images // slots], images % slots, x.hidden.dtype)
 
     def encode(self, hidden_NLV: torch.Tensor) -> torch.Tensor:

@@ -139,7 +139,8 @@ def test_an_image_of_another_size_is_read_as_an_export_would(size: int) -> None:
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     batch = batch_of(images.clone(), None, (size // 8) ** 2, model)
     out, expected = model.layers(batch), exported.layers(batch)
-    for a, b in zip(out, expected, strict=True):
+    assert out.logit_bias is expected.logit_bias is None
+    for a, b in zip(out[:4], expected[:4], strict=True):
         assert torch.allclose(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -164,7 +164,7 @@ class Client:
                 self._check_status(response)
                 return await self._content(response)
 
-    def _get(self, target: URL) -> aiohttp.client._RequestContextManager:
+    def _get(self, target: URL) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         return self._session.get(target, allow_redirects=False, proxy=self._settings.proxy)
 
     def _check_status(self, response: aiohttp.ClientResponse) -> None:

@@ -124,7 +124,7 @@ def test_dropped_texts_of_pages_can_be_judged(tmp_path: Path) -> None:
         (b"[1, 2]", "document: not a JSON object", "[1, 2]"),
         (b'{"items": 3, "x": "y"}', 'document: no list "items"', "{'items': 3, 'x': 'y'}"),
         (b'{"items": [{"text": "a", "image": "b"}]}', 'text: an item without one of "text" and "image"', "'b'}"),
-        (b'{"items": [], "kind": "odd"}', "document: its kind is none of matched, natural, pairs", "'odd'}"),
+        (b'{"items": [], "kind": "odd"}', "document: its kind is none of matched, natural, pairs, captions", "'odd'}"),
     ],
 )
 def test_dropped_lines_can_be_judged(tmp_path: Path, line: bytes, reason: str, sample: str) -> None:
