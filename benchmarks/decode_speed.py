@@ -24,7 +24,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms import transforms
 
 from megatron_lcl.data.loading import images
-from megatron_lcl.data.loading.sequence import uniform
+from megatron_lcl.data.loading.hashes import uniform
 from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
 
 SIZE, SCALE, RATIO = 224, (0.9, 1.0), (3 / 4, 4 / 3)

@@ -48,7 +48,7 @@ def numbers_of(packs: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 def _mix(key: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:
-    """`data.loading.sequence.mix`, elementwise, the 64 bits as int64."""
+    """`data.loading.hashes.mix`, elementwise, the 64 bits as int64."""
     x = key + (_signed(_GOLDEN * (value + 1)) if isinstance(value, int) else _signed(_GOLDEN) * (value + 1))
     for _ in range(2):
         x = (x ^ _right(x, 30)) * _signed(_MIX1)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from megatron_lcl import config as configs
 from megatron_lcl.config import Model
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.sequence import mix
-from megatron_lcl.data.loading.sequence import uniform as numba_uniform
+from megatron_lcl.data.loading.hashes import mix
+from megatron_lcl.data.loading.hashes import uniform as numba_uniform
 from megatron_lcl.model.drop_path import LANGUAGE, DropPath, rate_of, uniform
 from megatron_lcl.model.drop_path import _mix as torch_mix
 from megatron_lcl.model.initialize import initialize

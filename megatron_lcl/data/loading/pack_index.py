@@ -35,8 +35,9 @@ from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
+from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.ledger import Ledger, Segment, open_ledger
-from megatron_lcl.data.loading.sequence import Sequences, shuffled
+from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
 from megatron_lcl.errors import UserError
 

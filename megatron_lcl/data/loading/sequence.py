@@ -14,6 +14,7 @@ import numba
 import numpy as np
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.loading.hashes import mix, uniform
 from megatron_lcl.errors import UserError
 
 SEQUENCE, PIECE, START, STOP = range(4)
@@ -21,9 +22,6 @@ SEQUENCE, PIECE, START, STOP = range(4)
 IMAGE_ROW = -1
 _PLACE, _TEXT = 1 << 32, 1 << 33
 """what is drawn of a document beside its selection: at _PLACE + j where image j stands, at _TEXT which of its texts"""
-
-_U = np.uint64
-_GOLDEN, _MIX1, _MIX2 = _U(0x9E3779B97F4A7C15), _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True)
@@ -151,51 +149,6 @@ def rules_for(
 
 
 # --- hashing -----------------------------------------------------------------------------------------------------
-
-
-@numba.njit(cache=True, nogil=True)
-def mix(key: Any, value: Any) -> Any:
-    """A 64-bit hash of (key, value): SplitMix64's finalizer (Steele, Lea & Flood 2014), twice."""
-    x = _U(key) + _GOLDEN * (_U(value) + _U(1))
-    for _ in range(2):
-        x = (x ^ (x >> _U(30))) * _MIX1
-        x = (x ^ (x >> _U(27))) * _MIX2
-        x ^= x >> _U(31)
-    return x
-
-
-@numba.njit(cache=True, nogil=True)
-def uniform(key: Any, value: Any) -> float:
-    """A number in [0, 1) from the hash of (key, value)."""
-    return float(mix(key, value) >> _U(11)) * 2.0**-53
-
-
-@numba.njit(cache=True, nogil=True)
-def shuffled(key: Any, size: int, start: int, stop: int) -> np.ndarray:
-    """Elements start … stop-1 of a pseudorandom permutation of range(size), int64; any part of it costs only itself.
-
-    A Feistel network on the smallest even number of bits, walked until it falls into the range (Black & Rogaway,
-    "Ciphers with arbitrary finite domains", 2002).
-    """
-    half = _U(4)  # smaller networks are not random enough
-    while (1 << (2 * int(half))) < size:
-        half += _U(1)
-    mask = (_U(1) << half) - _U(1)
-    out = np.empty(stop - start, np.int64)
-    for i in range(start, stop):
-        x = _U(i)
-        while True:
-            left, right = x >> half, x & mask
-            for turn in range(6):
-                left, right = right, left ^ (mix(_U(key) + _U(turn), right) & mask)
-            x = (left << half) | right
-            if x < _U(size):
-                break
-        out[i - start] = np.int64(x)
-    return out
-
-
-# --- selection ---------------------------------------------------------------------------------------------------
 
 
 @numba.njit(cache=True, nogil=True)

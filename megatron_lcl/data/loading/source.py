@@ -20,7 +20,8 @@ from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.store import KIND, Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
-from megatron_lcl.data.loading.sequence import INTERLEAVED, Rules, Sequences, arranged_sizes, measure, mix, rules_for
+from megatron_lcl.data.loading.hashes import mix
+from megatron_lcl.data.loading.sequence import INTERLEAVED, Rules, Sequences, arranged_sizes, measure, rules_for
 from megatron_lcl.errors import UserError
 
 VERSION = 1

@@ -14,8 +14,8 @@ import PIL.ImageOps
 import pytest
 
 from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.loading.hashes import uniform
 from megatron_lcl.data.loading.images import crop_box, decode_eval, decode_train
-from megatron_lcl.data.loading.sequence import uniform
 
 
 def draws(seed: int = 0) -> Callable[[], float]:
