@@ -127,6 +127,20 @@ PARTS = [
     Part("torch._ops", "OpOverload._opname", "name of a collective, to count its traffic"),
     Part("torch.utils._python_dispatch", "TorchDispatchMode", "sees the operations of a step"),
     Part("torch._inductor.compile_fx", "", "imported ahead by the selftest"),
+    # a simulated step: train/simulate.py
+    Part("torch._subclasses.fake_tensor", "FakeTensor", "tensors without data"),
+    Part("torch._subclasses.fake_tensor", "FakeTensorMode", "makes them"),
+    Part("torch.testing._internal.distributed.fake_pg", "FakeStore", "a process group that sends nothing"),
+    Part("torch.utils._pytree", "tree_leaves", "the tensors that an operation gives", ("tree",)),
+    Part("torch", "ops.aten._local_scalar_dense", "a number that is asked of a tensor"),
+    *(
+        Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")
+        for module in (
+            "deepspeed.runtime.zero.partition_parameters",
+            "deepspeed.runtime.zero.partitioned_param_coordinator",
+            "deepspeed.runtime.zero.stage3",
+        )
+    ),
     # others
     Part("submitit", "AutoExecutor._typed_parameters", "names and types of Slurm's parameters"),
     Part("submitit.slurm.slurm", "_make_sbatch_string", "names and types of Slurm's parameters", ("command", "folder")),

@@ -341,3 +341,10 @@ def build_layers(
 ) -> list[nn.Module]:
     """The list of layers (see `layer_specs`), parameters not yet initialized (see `initialize`)."""
     return [make() for make in layer_specs(model, initial_log_scale, norm, axis, recompute, recompute_every)]
+
+
+def num_parameters(model: Model) -> int:
+    """Numbers that a model learns."""
+    with torch.device("meta"):
+        layers = build_layers(model, 0.0)
+    return sum(p.numel() for layer in layers for p in layer.parameters())

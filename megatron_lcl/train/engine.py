@@ -36,6 +36,8 @@ from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import deepspeed_config
 from megatron_lcl.train.step import Stepper
 
+KEPT = 32 << 20
+"""bytes of the largest tensor whose memory a process on a CPU keeps when it is freed"""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -70,7 +72,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_MMAP_THRESHOLD, KEPT)
 
 
 def quiet_deepspeed() -> None:

@@ -23,7 +23,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
@@ -71,9 +71,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
     model, train, stage = config.model, config.train, config.zero.stage
     number = DTYPES[resolve_dtype(config)].itemsize
-    with torch.device("meta"):
-        layers = build_layers(model, config.contrast.initial_log_scale)
-    own = sum(p.numel() for layer in layers for p in layer.parameters()) / split
+    own = num_parameters(model) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
     zero = config.deepspeed.get("zero_optimization", {})

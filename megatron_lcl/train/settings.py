@@ -16,11 +16,13 @@ import pydantic
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.precision import resolve_dtype
 
 BUCKET = 50_000_000
-"""numbers in a sum of gradients over replicas: DeepSpeed's own are so large that a model of 500 million has one sum"""
+"""most numbers in a sum of gradients over replicas. DeepSpeed's own are 500 million: a model of that size has one sum,
+and every process holds a buffer, or two, of 2 GB each"""
 
 
 def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
@@ -48,8 +50,10 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
     merged = _merge(ours, config.deepspeed)
     # gradients are summed over replicas in float32 in every precision, unless the user wants half the bytes
     merged.setdefault("communication_data_type", "fp32")
+    zero: dict[str, Any] = {"reduce_bucket_size": min(BUCKET, num_parameters(config.model) // config.parallel.tensor)}
     if config.zero.stage < 3 and config.parallel.pipeline == 1:  # a sum travels while backward goes on; so not too late
-        merged["zero_optimization"] = {"overlap_comm": True, "reduce_bucket_size": BUCKET} | merged["zero_optimization"]
+        zero["overlap_comm"] = True
+    merged["zero_optimization"] = zero | merged["zero_optimization"]
     _check(config, merged, data_parallel)
     return merged
 

@@ -31,7 +31,7 @@ def test_something_stays_in_training() -> None:
 
 
 def test_an_image_on_several_pages_has_near_duplicates_too() -> None:
-    """Pages name an image that others have as well by its hash; its near-duplicate on a third page is joined to both."""
+    """Pages name an image that others have as well by its hash; a near-duplicate on a third page is joined to both."""
     shown, again = picture(0, 80, 70), picture(0, 80, 70, "JPEG")
     shared = {"shares": [xxhash.xxh3_128_hexdigest(shown)]}
     pages = [

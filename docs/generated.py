@@ -1,0 +1,38 @@
+"""Pages that come from the code: every field of the config, every command's help."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
+
+from megatron_lcl import config as configs
+from megatron_lcl.cli import corpus, evaluation, fetching, training
+
+
+def config() -> str:
+    """A table for each section of the config."""
+    lines = []
+    for section, fields in itertools.groupby(configs.describe(), lambda field: field[0].rpartition(".")[0]):
+        lines += ["", f"## `{section}`" if section else "## At the top", ""]
+        lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
+        for name, kind, default, about in fields:
+            cells = (f"`{name.rpartition('.')[2]}`", f"`{kind}`", f"`{default}`" if default else "", about)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """The help of each command, as the terminal has it."""
+    lines = []
+
+    def add(name: str, run: Any, help: str, **extra: Any) -> argparse.ArgumentParser:
+        parsers[name] = argparse.ArgumentParser(f"megatron-lcl {name}", description=help, allow_abbrev=False, **extra)
+        return parsers[name]
+
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for group in (training, corpus, fetching, evaluation):
+        group.add_commands(add)
+    for name, parser in parsers.items():
+        lines += ["", f"## `{name}`", "", "```text", parser.format_help().rstrip(), "```"]
+    return "\n".join(lines)

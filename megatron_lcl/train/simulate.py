@@ -1,0 +1,241 @@
+"""A step of a run without its memory or its machines: the real engine on tensors that have a shape and no data.
+
+torch's FakeTensorMode computes shapes only, its "fake" process group sends nothing, and every storage that is made is
+counted until it is freed. So DeepSpeed's buffers, kept graphs, gradients and temporaries are those of the program
+itself, for any rank of any layout, on a laptop. What is not seen is what torch's tensors do not hold: fragments of the
+allocator, kernels' own scratch memory, the network library.
+
+DeepSpeed keeps the groups of a process for good, so each step is simulated in a process of its own. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_lcl import attention
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
+from megatron_lcl.objectives.base import COUNTS, GlobalCounts
+from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, quiet_deepspeed
+from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
+
+_SIMULATED = 3
+"""micro-batches of a simulated step, at most: each one more keeps as much as the last"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of a process, as tensors."""
+
+    parameters: float
+    """weights, in the type that computes"""
+    optimizer: float
+    """what else stays from step to step: master weights, moments, buffers for gradients"""
+    batches: float
+    """images and integers of all micro-batches of a step"""
+    graphs: float
+    """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
+    peak: float
+    """the most at one time, all of the above included"""
+    process: float
+    """the same on a CPU, where a process keeps the memory of small tensors when they are freed (`keep_freed_memory`)"""
+
+    @property
+    def temporary(self) -> float:
+        """The rest of the peak: gradients and what is computed with."""
+        return self.peak - self.parameters - self.optimizer - self.batches - self.graphs
+
+
+def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0) -> Usage:
+    """What process `rank` of a run on so many holds. UserError where the layout does not divide.
+
+    images_per_pack: image slots of a pack; each pack is taken to be full of sequences as long as the context.
+    """
+    data = check_layout(config, processes)
+    wanted = num_micro_batches(config, data)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_lcl.selftest.preload"])
+    counts = [wanted] if wanted <= _SIMULATED else [_SIMULATED - 1, _SIMULATED]
+    with ProcessPoolExecutor(len(counts), context, max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(_simulate, _with(config, data, m), processes, images_per_pack, rank) for m in counts]
+        found = [task.result() for task in tasks]
+    if len(found) == 1:
+        return found[0]
+    fewer, more = found
+
+    def extrapolated(name: str) -> float:
+        a, b = getattr(fewer, name), getattr(more, name)
+        return b + (wanted - _SIMULATED) * (b - a)
+
+    return Usage(**{name: extrapolated(name) for name in Usage.__dataclass_fields__})
+
+
+def _with(config: Config, data: int, micro_batches: int) -> Config:
+    return configs.replace(config, train__global_batch=data * config.train.micro_batch * micro_batches)
+
+
+def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # DeepSpeed's alignment check
+    with _processes(processes, rank), _without_data(), FakeTensorMode(), _Storages() as storages:
+        mesh = build_mesh(config)
+        batches = [_batch(config, images) for _ in range(num_micro_batches(config, mesh.data.size))]
+        of_batches = storages.now
+        engine = build_engine(build_module(config, mesh), config, mesh)
+        stepper = build_stepper(engine, config, mesh)
+        stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
+        resident = storages.peak = storages.now
+        after_forwards = resident
+        forwards = stepper._first_forwards
+
+        def counted(given: Sequence[PackedBatch]) -> Any:
+            nonlocal after_forwards
+            outputs = forwards(given)
+            after_forwards = storages.now
+            return outputs
+
+        with mock.patch.object(stepper, "_first_forwards", counted):
+            stepper.run(batches, 1e-3)
+        parameters = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.module.parameters())
+        return Usage(
+            parameters=parameters,
+            optimizer=resident - parameters - of_batches,
+            batches=of_batches,
+            graphs=after_forwards - resident,
+            peak=storages.peak,
+            process=storages.process,
+        )
+
+
+class _Storages(TorchDispatchMode):
+    """Bytes of all storages alive, and the most that there were. Numbers asked of a tensor without data are 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.process = 0
+        self._small = self._heap = 0
+        """bytes of those whose memory is kept when they are freed: now, and the most"""
+        self._sizes: dict[int, int] = {}
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._count(self._sizes[key])
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self._count(-self._sizes.pop(key))
+
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        if abs(size) <= KEPT:
+            self._small += size
+            self._heap = max(self._heap, self._small)
+        self.process = max(self.process, self._heap + self.now - self._small)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        return out
+
+
+@contextlib.contextmanager
+def _processes(processes: int, rank: int) -> Iterator[None]:
+    """A process group of so many, of which this process is one and the others do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    launched = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"} | {k: str(v) for k, v in launched.items()}):
+        dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+        try:
+            import deepspeed
+
+            quiet_deepspeed()
+            deepspeed.init_distributed("gloo", verbose=False)
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _without_data() -> Iterator[None]:
+    """What the program learns from other processes, from what it knows of itself; parameters are changed in place."""
+    import deepspeed.runtime.zero.partition_parameters as partition
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    from megatron_lcl.losses import contrastive
+
+    def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+        for child in module.children():
+            child._apply(function)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = function(parameter.data)
+        return module
+
+    def counts(batches: Sequence[PackedBatch], mesh: Any, _device: torch.device) -> GlobalCounts:
+        own = {name: sum(getattr(batch, name) for batch in batches) for name in COUNTS}
+        everywhere = {name: value * mesh.data.size for name, value in own.items()}
+        return GlobalCounts(everywhere, [own["num_pairs"]] * mesh.data.size)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _cu_seqlens: torch.Tensor, _max: int) -> torch.Tensor:
+        # one sequence keeps what many keep; where they begin and end is data
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)])
+
+    with contextlib.ExitStack() as stack:
+        for module in (partition, coordinator, stage3):
+            stack.enter_context(mock.patch.object(module, "assert_ints_same_as_other_ranks", mock.Mock()))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", torch.no_grad()(apply)))
+        stack.enter_context(mock.patch.object(GlobalCounts, "of", counts))
+        stack.enter_context(mock.patch.object(attention, "_by_sequence", attend))
+        same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
+        stack.enter_context(mock.patch.object(contrastive, "exchange", same))
+        yield
+
+
+def _batch(config: Config, images: int) -> PackedBatch:
+    """A micro-batch of full packs, every image a pair, every other row with a target. Only sizes matter."""
+    packs, slots, side = config.train.micro_batch, config.data.tokens_per_pack, config.model.vision.image_size
+    longest = min(config.model.language.context_length, slots)
+    sizes = integer_sizes(packs, slots, images, num_runs(slots, longest))
+    integers: dict[str, Any] = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
+    placeholders = packs * min(images * config.model.vision.num_patches, slots - 1)
+    return PackedBatch(
+        images=torch.empty(packs * images, 3, side, side, dtype=torch.uint8),
+        num_targets=packs * slots - placeholders,
+        num_pairs=packs * images,
+        num_images=packs * images,
+        num_tokens=packs * slots,
+        max_seqlen=longest,
+        **integers,
+    )

@@ -1,0 +1,58 @@
+"""Protects the documentation as a site: it builds, links and anchors lead somewhere, what is generated is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from sphinx.application import Sphinx
+from sphinx.errors import SphinxError
+from sphinx.util.docutils import docutils_namespace
+
+from megatron_lcl import config as configs
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def build(source: Path, output: Path) -> Path:
+    """The site; SphinxError where there is a warning."""
+    with docutils_namespace():
+        app = Sphinx(source, source, output, output / ".doctrees", "html", status=None, warningiserror=True)
+        app.build()
+        assert app.statuscode == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(DOCS, tmp_path_factory.mktemp("site"))
+
+
+def test_every_page_is_in_it(site: Path) -> None:
+    index = (site / "index.html").read_text()
+    for page in DOCS.glob("*.md"):
+        assert f'href="{page.stem}.html"' in index or page.stem == "index", page.name
+
+
+def test_every_field_and_command_is_in_it(site: Path) -> None:
+    fields, commands = ((site / f"{name}.html").read_text() for name in ("config", "commands"))
+    for name, *_ in configs.describe():
+        assert f">{name.rpartition('.')[2]}</span>" in fields, name
+    for command in ("preprocess", "train", "evaluate", "export", "selftest"):
+        assert f"usage: megatron-lcl {command} " in commands
+
+
+@pytest.mark.parametrize("link", ["[x](page.md#nowhere)", "[x](nowhere.md)"])
+def test_a_link_that_leads_nowhere_is_an_error(link: str, tmp_path: Path) -> None:
+    source = tmp_path / "docs"
+    source.mkdir()
+    for file in ("conf.py", "generated.py"):
+        shutil.copy(DOCS / file, source)
+    shutil.copytree(DOCS / "_static", source / "_static")
+    (source / "page.md").write_text("---\norphan: true\n---\n# Page\n")
+    (source / "index.md").write_text(f"# Index\n\n{link}\n")
+    with pytest.raises((SphinxError, AssertionError)):
+        build(source, tmp_path / "site")
+    (source / "index.md").write_text("# Index\n\n[x](page.md#page)\n")
+    build(source, tmp_path / "site2")
