@@ -33,6 +33,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
+from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, quiet_deepspeed
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
 
@@ -219,6 +220,7 @@ def _without_data() -> Iterator[None]:
         stack.enter_context(mock.patch.object(nn.Module, "_apply", torch.no_grad()(apply)))
         stack.enter_context(mock.patch.object(GlobalCounts, "of", counts))
         stack.enter_context(mock.patch.object(attention, "_by_sequence", attend))
+        stack.enter_context(mock.patch.object(Axis, "gather_objects", lambda axis, value: [value] * axis.size))
         same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
         stack.enter_context(mock.patch.object(contrastive, "exchange", same))
         yield

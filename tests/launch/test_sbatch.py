@@ -230,7 +230,9 @@ def test_what_is_lost_starts_again_without_the_node(
     assert ended(slurm, job) == end, log(folder, job)
     if name == "stuck":
         before, after = log(folder, job).split("back into the queue, without n2")
-        assert "megatron-lcl: all-reduce: process 1 of n2 has not come within 30 s\n" in before
+        # as it is the second node of the job, or the first
+        missing = r"process 1 of n2 has not come within 30 s\n|process 0 of n2 does not answer at "
+        assert re.search(f"megatron-lcl: all-reduce: ({missing})", before), before
         assert re.search(r"\nall-reduce  2 processes on 2 nodes, gloo: 16 MiB in .* bus bandwidth .* GB/s ", after)
         assert [line.split(",")[0] for line in starts(folder, job)] == ["start 1"] * 2, "nothing was trained before"
     assert log(folder, job).count(f"back into the queue, without {end[3]}") == 1

@@ -42,15 +42,16 @@ def negatives_of_one_micro_batch(engine: Any, mesh: Any) -> Iterator[None]:
 
     start = contrast.start_contrast
 
-    def narrow(features: Any, scale: Any, weight: float, counts: Any, mesh: Any) -> Any:
+    def narrow(features: Any, scale: Any, weight: float, counts: Any, mesh: Any, bias: Any) -> Any:
+        assert bias is None
         found, separate = start(features, scale, weight, counts, mesh)(), []
         for own in features:
             pairs = mesh.data.gather_objects(len(own.image))
             share = weight * sum(pairs) / sum(counts.pairs)
             separate.append(start([own], scale, share, dataclasses.replace(counts, pairs=pairs), mesh)())
         image, text = [own.image[0] for own in separate], [own.text[0] for own in separate]
-        scale = torch.stack([own.scale for own in separate]).sum(0)
-        return lambda: dataclasses.replace(found, image=image, text=text, scale=scale)
+        numbers = torch.stack([own.numbers for own in separate]).sum(0)
+        return lambda: dataclasses.replace(found, image=image, text=text, numbers=numbers)
 
     with patch.object(contrast, "start_contrast", narrow):
         yield
