@@ -19,19 +19,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are slo
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 LONGEST = (
+    "test_training_on_slurm.py",
     "test_selftest.py",
     "test_manual.py",
-    "test_training_on_slurm.py",
-    "test_layouts.py",
     "test_sbatch.py",
+    "test_layouts.py",
+    "test_loss_kernels.py",
     "test_training_runs.py",
     "test_killed.py",
     "test_quickstart.py",
+    "test_recipe_states.py",
+    "test_launchers.py",
     "test_lost_processes.py",
     "test_signals.py",
     "test_bad_steps.py",
-    "test_launchers.py",
-    "test_loss_kernels.py",
+    "test_fetch.py",
+    "test_claim.py",
+    "test_sweep.py",
 )
 """the files that take longest, longest first: one that began last would keep a single process busy at the end"""
 MEMORY_PER_WORKER = 3 * 2**30
