@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import queue
+import random
 import socket
 import time
 import traceback
@@ -25,9 +27,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
     first failure, or the timeout, ends all processes and is raised here.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = _free_port()
     context = forkserver()
     results: Any = context.Queue()
     workers = [
@@ -57,6 +57,14 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
                 worker.kill()
             worker.join()
     return [collected[rank] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    """A port that no connection of another test gets meanwhile: the system hands out those from 32768 on."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
+            return int(s.getsockname()[1])
 
 
 def _work(

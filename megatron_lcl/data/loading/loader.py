@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
-from megatron_lcl.data.loading.hashes import shuffled
+from megatron_lcl.data.loading.hashes import shuffled, uniform
 from megatron_lcl.data.loading.images import decode_eval, decode_train
 from megatron_lcl.data.loading.ledger import Ledger, Reading, open_ledger
 from megatron_lcl.data.loading.pack_index import Pack, PackIndex, SequentialIndex
@@ -33,7 +33,6 @@ from megatron_lcl.data.loading.sequence import (
     Sequences,
     arrange,
     has_ends,
-    uniform,
 )
 from megatron_lcl.data.loading.source import Source, key, open_source, plain
 from megatron_lcl.errors import UserError

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.sequence import (
     IMAGE_ROW,
     Rules,
@@ -19,7 +20,6 @@ from megatron_lcl.data.loading.sequence import (
     has_ends,
     rules_for,
     select,
-    shuffled,
 )
 
 NATURAL = Rules(4, 32, 2, False, 0.24, 1, 6, 1, 0.5, False, False, False)
