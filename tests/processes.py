@@ -27,7 +27,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; the function makes its process group from them. The
     first failure, or the timeout, ends all processes and is raised here.
     """
-    port = _free_port()
+    port = free_port()
     context = forkserver()
     results: Any = context.Queue()
     workers = [
@@ -59,7 +59,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     return [collected[rank] for rank in range(world_size)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that no connection of another test gets meanwhile: the system hands out those from 32768 on."""
     while True:
         with socket.socket() as s, contextlib.suppress(OSError):

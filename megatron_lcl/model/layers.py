@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -438,9 +439,16 @@ def build_layers(
     return [make() for make in specs]
 
 
-def num_parameters(model: Model, without: Collection[str] = ()) -> int:
-    """Numbers that a model learns; without those of parameters `{index}.name`."""
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: Model) -> Mapping[str, torch.Size]:
+    """Shapes of all parameters `{index}.name` of a model, whole and unpadded; computed once for a model."""
     with torch.device("meta"):
         layers = build_layers(model, 0.0)
-    named = ((f"{i}.{name}", p) for i, layer in enumerate(layers) for name, p in layer.named_parameters())
-    return sum(p.numel() for name, p in named if name not in without)
+    return MappingProxyType(
+        {f"{i}.{name}": p.shape for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
+    )
+
+
+def num_parameters(model: Model, without: Collection[str] = ()) -> int:
+    """Numbers that a model learns; without those of parameters `{index}.name`."""
+    return sum(shape.numel() for name, shape in parameter_shapes(model).items() if name not in without)

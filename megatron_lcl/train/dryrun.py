@@ -29,7 +29,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -164,11 +164,9 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
 
 
 def _model(config: Config) -> Iterator[str]:
-    with torch.device("meta"):
-        layers = build_layers(config.model, config.initial_log_scale)
-    counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    vision = sum(counts[: 1 + config.model.vision.layers])
-    parts = {"vision": vision, "pool and language": sum(counts) - vision}
+    vision, shapes = range(1 + config.model.vision.layers), parameter_shapes(config.model)
+    of_vision = sum(shape.numel() for name, shape in shapes.items() if int(name.partition(".")[0]) in vision)
+    parts = {"vision": of_vision, "pool and language": num_parameters(config.model) - of_vision}
     yield "model       " + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items()) + " parameters"
 
 

@@ -20,7 +20,7 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.layers import parameter_shapes
 
 _WITHOUT_GRADIENT = {
     "retrieval": ("head.vocabulary*",),
@@ -31,8 +31,7 @@ _WITHOUT_GRADIENT = {
 
 def parameter_names(model: Model) -> dict[str, str]:
     """Every parameter of the model, `{index}.name` → the name after its part."""
-    with torch.device("meta"):
-        return {name: called(name, model) for name, _ in LCL(model, seed=None).layers.named_parameters()}
+    return {name: called(name, model) for name in parameter_shapes(model)}
 
 
 def called(name: str, model: Model) -> str:

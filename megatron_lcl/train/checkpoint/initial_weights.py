@@ -28,6 +28,7 @@ from megatron_lcl.convert.load import (
 )
 from megatron_lcl.convert.resolution import interpolate_positions
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.layers import parameter_shapes
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
 from megatron_lcl.parallel.layers import full_shape, shard
@@ -97,7 +98,7 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
         if verify and path.is_dir() and not export_kind(path):
             check_whole(path)
         theirs, tensors, unused = _read(path, config.model)
-    shapes = _shapes(config.model)
+    shapes = parameter_shapes(config.model)
     names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
     if not names:
         raise UserError(f"train.init_from = {path} has no tensor that the model has; name an LCL checkpoint")
@@ -163,7 +164,7 @@ def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor
         return theirs, held, []
     if path.is_dir():
         model, state = read_config(path).model, read_safetensors(path / WEIGHTS)
-        expected = _shapes(model)
+        expected = parameter_shapes(model)
         known = {name: tensor for name, tensor in state.items() if name in expected}
         _check_tensors(path / WEIGHTS, expected, known)
         return model, known, sorted(state.keys() - known.keys())
@@ -182,11 +183,6 @@ def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor
 def _check_tensors(path: Path, expected: Mapping[str, torch.Size], known: Mapping[str, torch.Tensor]) -> None:
     if faults := name_faults({name: expected[name] for name in known}, known):
         raise UserError(f"{path} {faults}; does its model config belong to it?")
-
-
-def _shapes(model: Model) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in LCL(model, seed=None).layers.named_parameters()}
 
 
 def _layers(model: Model) -> list[tuple[str, int]]:

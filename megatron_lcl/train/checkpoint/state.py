@@ -18,7 +18,7 @@ import xxhash
 
 from megatron_lcl.config import Model
 from megatron_lcl.convert.weights import write_safetensors
-from megatron_lcl.model.lcl import LCL
+from megatron_lcl.model.layers import parameter_shapes
 from megatron_lcl.train.checkpoint.unpickle import load_mapped
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,9 +41,7 @@ class State:
     """The content of a checkpoint's `state` folder."""
 
     def __init__(self, folder: Path, model: Model) -> None:
-        with torch.device("meta"):
-            parameters = LCL(model, seed=None).layers.named_parameters()
-        self.shapes: dict[str, torch.Size] = {name: parameter.shape for name, parameter in parameters}
+        self.shapes = parameter_shapes(model)
         """whole, unpadded"""
         self.partition_dims: dict[str, int] = {}
         self._local_shapes: dict[int, dict[str, torch.Size]] = {}

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from processes import forkserver, free_port
 
 START_SECONDS = 90.0
 
@@ -35,11 +35,8 @@ class Fleet:
         planted: Any = (),
         command: Sequence[str] = (),
     ) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_lcl.selftest.preload"])  # as in `processes`
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        context = forkserver()
+        port = free_port()
         run.parent.mkdir(parents=True, exist_ok=True)
         self.run, self.logs = run, [run.parent / f"{run.name}.{rank}.log" for rank in range(size)]
         words = list(command) or ["train", "--train.output", str(run), *arguments]
