@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing as mp
 import os
 import queue
 import random
@@ -13,12 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-
-def forkserver() -> Any:
-    """Starts processes from a server that has torch and DeepSpeed imported: seconds saved a process."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_lcl.selftest.preload"])
-    return context
+from megatron_lcl.train.forks import forkserver
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:

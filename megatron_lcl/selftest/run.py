@@ -31,6 +31,7 @@ from megatron_lcl.selftest.cases import CASES, Case
 from megatron_lcl.selftest.kernels import Kernel, KernelCase
 from megatron_lcl.selftest.reference import Trajectory, reference
 from megatron_lcl.selftest.worker import run_case
+from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.launch import open_store
 
 
@@ -310,10 +311,8 @@ def _start(
     """
     # forked from a server that has imported everything; but CUDA does not survive a fork, and whether Triton interprets
     # is decided when it is imported
-    method = "spawn" if torch.cuda.is_available() or isinstance(case, KernelCase) else "forkserver"
-    context: Any = mp.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["megatron_lcl.selftest.preload"])
+    spawned = torch.cuda.is_available() or isinstance(case, KernelCase)
+    context: Any = mp.get_context("spawn") if spawned else forkserver()
     results: Any = context.Queue()
     arguments = (case, place, timeout, prepare, results)
     children = {rank: context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in ranks}

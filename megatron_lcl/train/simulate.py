@@ -11,7 +11,6 @@ DeepSpeed keeps the groups of a process for good, so each step is simulated in a
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import warnings
 import weakref
@@ -35,6 +34,7 @@ from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, quiet_deepspeed
+from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
 
 _SIMULATED = 3
@@ -72,10 +72,8 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     """
     data = check_layout(config, processes)
     wanted = num_micro_batches(config, data)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_lcl.selftest.preload"])
     counts = [wanted] if wanted <= _SIMULATED else [_SIMULATED - 1, _SIMULATED]
-    with ProcessPoolExecutor(len(counts), context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(len(counts), forkserver(), max_tasks_per_child=1) as pool:
         tasks = [pool.submit(_simulate, _with(config, data, m), processes, images_per_pack, rank) for m in counts]
         found = [task.result() for task in tasks]
     if len(found) == 1:

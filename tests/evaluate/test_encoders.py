@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import forkserver
 from safetensors.torch import load_file, save_file
 
 from megatron_lcl import LCL
@@ -24,6 +23,7 @@ from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.sources import FileBlob, open_images
 from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.train.forks import forkserver
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from processes import forkserver
+from megatron_lcl.train.forks import forkserver
 
 SIZE = 4
 PATIENCE = 60.0

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import forkserver, free_port
+from processes import free_port
+
+from megatron_lcl.train.forks import forkserver
 
 START_SECONDS = 90.0
 

@@ -1,4 +1,4 @@
-"""Imported once by the server that the selftest's processes are forked from: whatever a run imports sooner or later."""
+"""Imported once by the server of `forks.py`: whatever a run imports sooner or later."""
 
 import atexit
 import gc

@@ -1,0 +1,13 @@
+"""Processes that are forked from a server in which everything is imported: seconds saved a process."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+
+
+def forkserver() -> ForkServerContext:
+    """Starts processes from a server that has imported what a run imports sooner or later (`preload.py`)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_lcl.train.preload"])
+    return context
