@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import corpus, evaluation, fetching, training
+from megatron_lcl.cli.arguments import Imported
 
 
 def config() -> str:
@@ -26,13 +27,18 @@ def commands() -> str:
     """The help of each command, as the terminal has it."""
     lines = []
 
-    def add(name: str, run: Any, help: str, **extra: Any) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, help: str, imported: Imported | None = None, **extra: Any) -> argparse.ArgumentParser:
         parsers[name] = argparse.ArgumentParser(f"megatron-lcl {name}", description=help, allow_abbrev=False, **extra)
+        if imported:
+            later.append((imported, parsers[name]))
         return parsers[name]
 
     parsers: dict[str, argparse.ArgumentParser] = {}
+    later: list[tuple[Imported, argparse.ArgumentParser]] = []
     for group in (training, corpus, fetching, evaluation):
         group.add_commands(add)
+    for imported, parser in later:
+        imported(parser)
     for name, parser in parsers.items():
         lines += ["", f"## `{name}`", "", "```text", parser.format_help().rstrip(), "```"]
     return "\n".join(lines)

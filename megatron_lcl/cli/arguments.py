@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from megatron_lcl.errors import UserError
 
@@ -10,6 +11,10 @@ MODEL = (
     "a run (its newest complete checkpoint), a checkpoint, what `import` or `export` wrote, or a file in the "
     "reference's format"
 )
+
+
+Imported = Callable[[argparse.ArgumentParser], None]
+"""adds what of a command's arguments takes long to import: done when it is called, so that `--help` is quick"""
 
 
 def add_input(sub: argparse.ArgumentParser, metavar: str, help: str, *flags: str) -> None:

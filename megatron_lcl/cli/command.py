@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, evaluation, fetching, training
+from megatron_lcl.cli.arguments import Imported
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 
 _MENDABLE = {
@@ -28,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid Unicode
-    parser = _parser()
+    parser = _parser(arguments[0] if arguments else "")
     if not arguments:
         parser.print_help()
         return 2
@@ -90,7 +91,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(called: str) -> argparse.ArgumentParser:
+    """Of all commands; of the one that is called also the arguments which must be imported first."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="megatron-lcl",
@@ -100,13 +102,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_OneLineEach,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch and DeepSpeed; CUDA or not")
+    later: list[tuple[Imported, argparse.ArgumentParser]] = []
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
-    def add(name: str, run: Callable[..., int | None], help: str, **extra: object) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[..., int | None], help: str, imported: Imported | None = None, **extra: object
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **extra)  # type: ignore[arg-type]
         sub.set_defaults(run=run)
+        if imported and name == called:
+            later.append((imported, sub))
         return sub
 
     for group in (training, corpus, fetching, evaluation):
         group.add_commands(add)
+    for imported, sub in later:
+        imported(sub)
     return parser

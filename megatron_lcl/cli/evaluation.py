@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_lcl.cli.arguments import MODEL, add_input, inputs, single_input
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.settings import describe, read_settings
 
 _AVERAGE = "an average of the run's weights in their place: ema_0.999, tail_0.1 … (config section `average`)"
 
@@ -17,6 +16,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
     sub = add(
         "evaluate", _evaluate, "measure an encoder: on held-out documents, or by the usual tasks on any data",
+        _add_settings,
         usage="megatron-lcl evaluate MODEL (--corpus DIR | --data PATH --task TASK [options]) [--output DIR]",
     )  # fmt: skip
     models = f"{MODEL}; with --data also hf:DIR, timm:NAME, open_clip:NAME; untrained: random:CONFIG, "
@@ -52,10 +52,6 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
             help="cpu, cuda:1 …; repeated, the processes take turns (default: every GPU, or cpu)",
         ),
     ]  # fmt: skip
-    options = sub.add_argument_group("of the tasks, each with its --task")
-    for name, kind, default, help in describe():
-        text = f"{help} ({kind}, default: {default or 'none'})".replace("%", "%%")
-        flags.append(options.add_argument(f"--{name}", dest=name, metavar="VALUE", help=text))
     sub.set_defaults(of_data={flag.dest: flag.option_strings[0] for flag in flags})
 
     sub = add("import", _import, "a checkpoint in the reference's format into ours")
@@ -92,6 +88,17 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 _CACHE = "megatron_lcl/features in the user's cache folder"
 
 
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    """The settings of `evaluate`'s tasks."""
+    from megatron_lcl.evaluate.settings import describe
+
+    options = sub.add_argument_group("of the tasks, each with its --task")
+    for name, kind, default, help in describe():
+        text = f"{help} ({kind}, default: {default or 'none'})".replace("%", "%%")
+        options.add_argument(f"--{name}", dest=name, metavar="VALUE", help=text)
+        sub.get_default("of_data")[name] = f"--{name}"
+
+
 def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
     models = [_averaged(model, options.average) for model in inputs(options)]
     if options.corpus:
@@ -101,6 +108,7 @@ def _evaluate(options: argparse.Namespace, _rest: list[str]) -> None:
 
     from megatron_lcl.evaluate.results import table
     from megatron_lcl.evaluate.run import evaluate
+    from megatron_lcl.evaluate.settings import describe, read_settings
 
     tasks = options.tasks or []
     given = {name: getattr(options, name) for name, *_ in describe() if getattr(options, name) is not None}

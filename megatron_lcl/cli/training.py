@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lcl import config as configs
 from megatron_lcl.cli.arguments import add_input, inputs
-from megatron_lcl.config.phases import common_batch
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     sub = add(
         "train", _train, "pre-train; --section.key VALUE overrides the config",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields(),
+        _add_fields, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     sub.add_argument("--config", metavar="FILE", help="YAML; a field that it does not name has the default below")
     sub.add_argument(
@@ -95,9 +93,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "selftest",
         _selftest,
-        "train a tiny model in every layout that the processes at hand allow, and compare with one process",
+        "train a tiny model in the layouts that the processes at hand allow, and compare with one process",
     )
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds for one layout (%(default)s)")
+    sub.add_argument("--all", action="store_true", help="every combination of layout and option, in minutes")
     sub.add_argument(
         "--all-reduce",
         action="store_true",
@@ -114,6 +113,8 @@ def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_lcl import config as configs
+    from megatron_lcl.config.phases import common_batch
     from megatron_lcl.train import launch
 
     rest = [*rest, "--checkpoint.resume", options.resume] if options.resume else rest
@@ -162,6 +163,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member]) -> int:
     """Print, check or run all members."""
+    from megatron_lcl import config as configs
+    from megatron_lcl.config.phases import common_batch
     from megatron_lcl.train import launch, sweep
 
     processes = {run.name: options.processes or launch.default_processes(common_batch(run.config)) for run in runs}
@@ -256,6 +259,8 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
+    from megatron_lcl.selftest.cases import CASES, MORE_CASES
+    from megatron_lcl.selftest.kernels import KernelCase
     from megatron_lcl.selftest.run import selftest
     from megatron_lcl.train import launch
 
@@ -269,19 +274,25 @@ def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
         if said := check_all_reduce(options.timeout):
             print(said)
         return 0
-    failed = [verdict for verdict in selftest(timeout=options.timeout) if verdict.faults]
+    cases = (KernelCase(), *CASES, *(MORE_CASES if options.all else ()))
+    failed = [verdict for verdict in selftest(cases, timeout=options.timeout) if verdict.faults]
     return 1 if failed else 0
 
 
-def _fields() -> str:
+def _add_fields(sub: argparse.ArgumentParser) -> None:
+    """The fields of the config, for `--help`."""
+    from megatron_lcl import config as configs
+
     lines = ["config fields (type, default):"]
     for name, kind, default, help in configs.describe():
         lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
-    return "\n".join(lines)
+    sub.epilog = "\n".join(lines)
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:
     """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false."""
+    from megatron_lcl import config as configs
+
     switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
     overrides: dict[str, str] = {}
     items = deque(rest)
