@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 SEEDS = (0, 1, 2)
 IMAGES = 80_000
@@ -33,6 +34,12 @@ class Row:
     """dotted fields of the config"""
     shares: Mapping[str, float] = field(default_factory=lambda: INTERLEAVED)
     """corpora, and how many of the images come from each, relative to each other"""
+    early: tuple[tuple[float, Mapping[str, Any]], ...] = ()
+    """phases that the run begins with: share of its images, and what is otherwise in them, as in `schedule.phases`"""
+    cooldown: float = 0.0
+    """share of the steps in which the learning rate falls, see `schedule.cooldown`"""
+    average: str | None = None
+    """name of the average of the weights that is measured in their place"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,11 @@ def _weight(value: str) -> Row:
     about = f"contrast, weight {value}, and generation, on interleaved documents"
     return Row(f"lcl-{value}", about, {"objective.name": "lcl", "objective.contrastive_weight": value})
 
+
+WSD = {"objective.name": "lcl", "schedule.learning_rate": "constant", "average.ema": "[0.95]"}
+MUON = {"objective.name": "lcl", "optimizer.name": "muon"}
+SMALL, MASKED = {"image_size": 32}, {"patch_dropout": 0.5}
+_EMA = "ema_0.95"
 
 _ALL = (
     Part(
@@ -78,6 +90,27 @@ _ALL = (
         "weight",
         "The weight of the contrast",
         (LCL, *(_weight(value) for value in ("0", "0.03", "0.3", "1"))),
+    ),
+    Part(
+        "recipe",
+        "The recipe, on the same documents",
+        (
+            LCL,
+            Row("small-first", "lcl, images of half the side for 8 of 10", LCL.overrides, early=((0.8, SMALL),)),
+            Row("patch-dropout", "lcl, half of the patches for 9 of 10 images", LCL.overrides, early=((0.9, MASKED),)),
+            Row("wsd-ema", "lcl, constant rate with a cooldown, moving average", WSD, cooldown=0.2, average=_EMA),
+            Row("muon", "lcl, Muon for matrices", MUON),
+            Row(
+                "combined",
+                "small-first, then patch-dropout, with wsd-ema and muon",
+                {**WSD, **MUON},
+                early=((0.6, SMALL), (0.3, MASKED)),
+                cooldown=0.2,
+                average=_EMA,
+            ),
+            Row("clip", "contrast on pairs of the same documents", {"objective.name": "clip"}),
+            Row("siglip", "sigmoid contrast on pairs of the same documents", {"objective.name": "siglip"}),
+        ),
     ),
 )
 PARTS = {part.name: part for part in _ALL}

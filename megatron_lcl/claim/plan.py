@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,23 @@ _ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Steps of a run that are alike: all, or those of a phase."""
+
+    share: float
+    """of the images that a run sees"""
+    counts: np.ndarray
+    """int64 [steps, 2]: images of each step, and those of them in the contrast; as many steps as there may be"""
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    """what is otherwise in this phase, as in `schedule.phases`"""
+
+    def steps(self, images: float) -> int:
+        """After which a run of so many images has seen this stretch's share of them, or nearly."""
+        seen = np.concatenate([[0], np.cumsum(self.counts[:, 0])])
+        return max(1, int(np.abs(seen - self.share * images).argmin()))
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a row is trained, but for learning rate, seed and number of steps."""
 
@@ -37,17 +55,20 @@ class Plan:
     file: Path
     overrides: Mapping[str, str]
     config: Config
-    counts: np.ndarray
-    """int64 [steps, 2]: images of each step, and those of them in the contrast; as many steps as a run may have"""
+    """as the run ends"""
+    stretches: tuple[Stretch, ...]
 
     def steps(self, images: float) -> int:
-        """After which the row has seen so many images, or nearly."""
-        seen = np.concatenate([[0], np.cumsum(self.counts[:, 0])])
-        return max(1, int(np.abs(seen - images).argmin()))
+        """Of a run that sees so many images, or nearly."""
+        return sum(stretch.steps(images) for stretch in self.stretches)
+
+    def counts(self, images: float) -> np.ndarray:
+        """Of the steps of such a run, see `Stretch.counts`; each phase as if the run began with it."""
+        return np.concatenate([stretch.counts[: stretch.steps(images)] for stretch in self.stretches])
 
     def member(self, folder: Path, name: str, images: float, lr: float, seed: int) -> Member:
         """The run `folder`/`name`."""
-        steps = self.steps(images)
+        steps, early = self.steps(images), self.stretches[:-1]
         overrides = {
             **self.overrides,
             "optimizer.lr": repr(lr),
@@ -58,6 +79,11 @@ class Plan:
             "data.seed": str(seed),
             "train.output": str(folder / name),
         }
+        if early:
+            phases = [{"steps": stretch.steps(images), **stretch.changed} for stretch in early]
+            overrides["schedule.phases"] = json.dumps(phases)
+        if self.row.cooldown:
+            overrides["schedule.cooldown"] = str(round(steps * self.row.cooldown))
         return Member(name, overrides, configs.load(self.file, overrides))
 
 
@@ -67,27 +93,62 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
     file: config that all rows have in common; given: dotted fields over it. Steps of all rows have nearly the same mean
     number of images, `data.images_per_pack` of each pack: a pack has as many token slots as these need, an image coming
     with more tokens in one row than in another, and more image slots where long texts leave some empty. A corpus's
-    weight, which counts tokens, is such that `row.shares` are of images.
+    weight, which counts tokens, is such that `row.shares` are of images, in the phase that a run ends with.
 
-    UserError where the config leaves the number of image slots open, or a corpus has no images.
+    UserError where the config leaves the number of image slots open or has phases of its own, or a corpus has no
+    images.
     """
     overrides = {**given, **row.overrides, "data.cache": str(cache)}
     overrides["data.corpora"] = json.dumps([{"path": str(corpora / name)} for name in row.shares])
     overrides["model.language.vocab_size"] = str(open_corpus(corpora / next(iter(row.shares))).tokenizer.vocab_size)
     config = configs.load(file, overrides)
-    slots, context = config.data.images_per_pack, config.model.language.context_length
-    if slots is None:
+    if config.data.images_per_pack is None:
         raise UserError(f"{file}: data.images_per_pack is open; `claim` needs a number, the same in all runs")
     if len(phases_of(config)) > 1:
         raise UserError(
-            f"{row.name}: `claim` counts images in steps that are all alike; leave out schedule.phases, "
-            "schedule.batch_doublings and model.vision.unmasked_steps"
+            f"{row.name}: `claim` says itself which steps differ; leave out schedule.phases, schedule.batch_doublings "
+            "and model.vision.unmasked_steps"
         )
-    patches, sequences = config.model.vision.num_placeholders, objectives.create(config).sequences
+    needs, weights = _needs(row, config, corpora)
+    overrides["data.corpora"] = json.dumps(
+        [{"path": str(corpora / name), "weight": round(weight, 4)} for name, weight in weights.items()]
+    )
+    last = 1 - sum(share for share, _ in row.early)
+    ends = configs.load(file, overrides)
+    config, counts = _packs(ends, needs, last * images)
+    overrides |= _slots(config, "data.")
+    early = []
+    for share, changed in row.early:
+        phases = [{"steps": 1, **changed}]
+        first = phases_of(configs.replace(ends, train__steps=2, schedule__phases=phases))[0].config
+        here, of_phase = _packs(first, _needs(row, first, corpora)[0], share * images)
+        early.append(Stretch(share, of_phase, {**changed, **{k: int(v) for k, v in _slots(here).items()}}))
+    return Plan(row, file, overrides, config, (*early, Stretch(last, counts)))
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Of an image, in the mean."""
+
+    tokens: float
+    """token slots"""
+    sequences: float
+
+
+def _slots(config: Config, prefix: str = "") -> dict[str, str]:
+    return {
+        f"{prefix}tokens_per_pack": str(config.data.tokens_per_pack),
+        f"{prefix}images_per_pack": str(config.data.images_per_pack),
+    }
+
+
+def _needs(row: Row, config: Config, corpora: Path) -> tuple[_Needs, dict[str, float]]:
+    """What an image needs of a pack, and the corpora's weights."""
+    context, patches = config.model.language.context_length, config.model.vision.num_placeholders
+    slots, sequences = config.data.images_per_pack, objectives.create(config).sequences
+    assert slots is not None
     wide = configs.replace(config, data__tokens_per_pack=2 * context + patches + 2).data  # nothing is cut for its sake
-    total, tokens, pieces = sum(row.shares.values()), 0.0, 0.0
-    """of an image: token slots, sequences"""
-    weights = {}
+    total, tokens, pieces, weights = sum(row.shares.values()), 0.0, 0.0, {}
     for name, share in row.shares.items():
         source = open_source(corpora / name, wide, patches, context, slots, sequences)
         stored = int(source.images.sum(dtype=np.int64))
@@ -96,26 +157,31 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
         weights[name] = share * int(source.tokens.sum(dtype=np.int64)) / stored
         tokens += weights[name] / total
         pieces += share / total * (np.count_nonzero(source.tokens) / stored if sequences.interleaved else 1)
-    overrides["data.corpora"] = json.dumps(
-        [{"path": str(corpora / name), "weight": round(weight, 4)} for name, weight in weights.items()]
-    )
+    return _Needs(tokens, pieces), weights
+
+
+def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.ndarray]:
+    """The config with packs that hold `data.images_per_pack` in the mean, and what `_count` says of so many images."""
+    slots, context = config.data.images_per_pack, config.model.language.context_length
+    assert slots is not None
+    sequences = objectives.create(config).sequences
+    least = 2 * context + config.model.vision.num_placeholders + 2
     wanted, attempts = slots * config.train.global_batch, 0
     while True:
         # no more tokens, or packing would take long texts first to fill them
-        width = max(wide.tokens_per_pack, math.ceil(slots * tokens))
-        while max_sequences(width, sequences.doubled) < slots * pieces:
+        width = max(least, math.ceil(slots * needs.tokens))
+        while max_sequences(width, sequences.doubled) < slots * needs.sequences:
             width += 1
-        overrides |= {"data.tokens_per_pack": str(width), "data.images_per_pack": str(slots)}
-        config = configs.load(file, overrides)
+        config = configs.replace(config, data__tokens_per_pack=width, data__images_per_pack=slots)
         counts = _count(config, sequences, images)
         mean = float(counts[:, 0].mean())
         attempts += 1
         if mean >= FULL * wanted or attempts == _ATTEMPTS:
-            return Plan(row, file, overrides, config, counts)
+            return config, counts
         slots = math.ceil(slots * wanted / mean)
 
 
-def _count(config: Config, sequences: Sequences, images: int) -> np.ndarray:
+def _count(config: Config, sequences: Sequences, images: float) -> np.ndarray:
     """Of the first steps of a run, up to so many images and one more: see `Plan.counts`."""
     ledger = open_run_ledger(config, sequences)
     loader = loader_of(ledger.reading_at(0, config)[0], config.data, sequences, ledger=ledger)

@@ -18,10 +18,11 @@ import megatron_lcl
 from megatron_lcl import config as configs
 from megatron_lcl.claim.data import CORPORA, SETS, prepare
 from megatron_lcl.claim.measure import measured, validated
-from megatron_lcl.claim.parts import IMAGES, RATES, SEARCH, SEEDS, Part
+from megatron_lcl.claim.parts import IMAGES, RATES, SEARCH, SEEDS, Part, Row
 from megatron_lcl.claim.plan import Plan, plan
 from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
 from megatron_lcl.config.phases import common_batch
+from megatron_lcl.convert.find import find_average
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.demo.run import demo
 from megatron_lcl.demo.write import SOURCES
@@ -97,7 +98,7 @@ def claim(
     tried: dict[str, dict[float, float]] = {name: {} for name in plans}
     for (name, rate), member in searched.items():
         run = Path(member.config.train.output)
-        tried[name][rate] = validated(run, str(run), data)
+        tried[name][rate] = validated(run, _model(member, plans[name].row), data)
         print(f"{name}: learning rate {rate:g}: validation accuracy {tried[name][rate]:.2%}", flush=True)
     chosen = {name: max(found, key=found.__getitem__) if found else rates[0] for name, found in tried.items()}
 
@@ -108,26 +109,31 @@ def claim(
     for of_seed in zip(*members.values(), strict=True):  # all rows of a seed: what is there can be compared
         if code := run_members(of_seed, start, fail_fast=True):
             return code
-        for member in of_seed:
-            run = Path(member.config.train.output)
+        for of_row, member in zip(part.rows, of_seed, strict=True):
             print(f"measuring {member.name}", flush=True)
-            measured(run, str(run), member.config, data)
-    rows = [
+            measured(Path(member.config.train.output), _model(member, of_row), member.config, data)
+    trained = [
         Trained(
             name,
             plans[name].row.about,
-            [measured(Path(m.config.train.output), m.config.train.output, m.config, data) for m in of_row],
+            [measured(Path(m.config.train.output), _model(m, plans[name].row), m.config, data) for m in of_row],
             _facts(of_row, tried[name], chosen[name]),
         )
         for name, of_row in members.items()
     ]
-    rows.append(Trained(UNTRAINED, "", list(_untrained(output, config, data, seeds)), {}))
-    write(part.title, table(rows, seeds), output / part.name)
+    trained.append(Trained(UNTRAINED, "", list(_untrained(output, config, data, seeds)), {}))
+    write(part.title, table(trained, seeds), output / part.name)
     folders = [Path(member.config.train.output) for of_row in members.values() for member in of_row]
     page = write_runs_report(folders, output / f"{part.name}.html")
     print((output / f"{part.name}.md").read_text(encoding="utf-8"))
     print(f"{output / part.name}.md, .json; curves: {page}; {(time.monotonic() - began) / 60:.1f} minutes")
     return 0
+
+
+def _model(member: Member, row: Row) -> str:
+    """What is measured of a run."""
+    run = Path(member.config.train.output)
+    return str(find_average(run, row.average) if row.average else run)
 
 
 def _check(images: int, seeds: Sequence[int], rates: Sequence[float]) -> None:
@@ -148,9 +154,10 @@ def _checked(member: Member, processes: int) -> None:
 def _line(row: Plan, images: int) -> str:
     """What a row's runs are, in a line."""
     steps = row.steps(images)
-    seen, contrasted = row.counts[:steps].sum(0)
+    counts = row.counts(images)
+    seen, contrasted = counts.sum(0)
     contrast = f"{contrasted:,} of them in the contrast" if contrasted else "no contrast"
-    few, many = row.counts[:steps, 0].min(), row.counts[:steps, 0].max()
+    few, many = counts[:, 0].min(), counts[:, 0].max()
     return (
         f"{row.row.name:12} {seen:,} images in {steps} steps of {few} to {many}, {contrast}; "
         f"packs of {row.config.data.tokens_per_pack} tokens"
@@ -172,6 +179,9 @@ def _facts(members: Sequence[Member], tried: Mapping[float, float], lr: float) -
         "images in the contrast": [
             sum(line["num_pairs"] for line in of_run) if contrasted else 0
             for of_run, contrasted in zip(lines, contrasts, strict=True)
+        ],
+        "TFLOP": [
+            sum(line.get("flops_per_second", 0.0) * line["step_seconds"] for line in of_run) / 1e12 for of_run in lines
         ],
         "minutes": [sum(line["step_seconds"] for line in of_run) / 60 for of_run in lines],
     }

@@ -165,7 +165,7 @@ def _facts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         if "lr" not in row:
-            lines.append([row["name"], row["about"], *[""] * 6])
+            lines.append([row["name"], row["about"], *[""] * (3 + len(_SPANS))])
             continue
         tried = ", ".join(f"{rate}: {accuracy:.1%}" for rate, accuracy in row["tried"].items())
         lr = f"{row['lr']:g}" + (" (at the edge of what was tried)" if row["at the edge"] else "")
@@ -176,7 +176,7 @@ def _facts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return _grid(header, lines)
 
 
-_SPANS = ("images seen", "images in the contrast", "minutes")
+_SPANS = ("images seen", "images in the contrast", "TFLOP", "minutes")
 
 
 def _span(values: Sequence[float]) -> str:

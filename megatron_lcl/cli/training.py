@@ -65,7 +65,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--part",
         action="append",
-        metavar="objectives|data|weight",
+        metavar="objectives|data|weight|recipe",
         help="may be repeated (default: objectives); what parts have in common is trained once",
     )
     sub.add_argument(

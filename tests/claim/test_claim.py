@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.claim import data as claim_data
-from megatron_lcl.claim import measure
+from megatron_lcl.claim import measure, parts
 from megatron_lcl.claim.data import in_validation, prepare
 from megatron_lcl.claim.measure import RESULT, Measure
 from megatron_lcl.claim.parts import PARTS, Part
@@ -28,10 +28,11 @@ from megatron_lcl.claim.plan import plan
 from megatron_lcl.claim.run import claim, default_config
 from megatron_lcl.claim.table import Trained, markdown, table
 from megatron_lcl.cli import main
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import pack_index
-from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import open_ledger
+from megatron_lcl.data.loading.ledger import open_run_ledger
+from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.demo.licenses import License
 from megatron_lcl.demo.pictures import Picture
 from megatron_lcl.demo.write import DataSet, write
@@ -104,16 +105,16 @@ def data(once: Callable[..., Any], sets: Path) -> Path:
     return once("claim-data", make)
 
 
-def images_of(config: configs.Config, packs: int) -> dict[str, int]:
-    """Images of the first packs of a run, by corpus, as the training loader finds them."""
-    context, sequences = config.model.language.context_length, objectives.create(config).sequences
-    common = (config.data, config.model.vision.num_patches)
-    ledger = open_ledger(*common, context, sequences=sequences)
-    loader = PackedLoader(*common, config.model.vision.image_size, context, sequences=sequences, ledger=ledger)
+def images_of(config: configs.Config) -> dict[str, int]:
+    """Images of a run, by corpus, as the training loader finds them; of each phase as if the run began with it."""
+    sequences = objectives.create(config).sequences
     images = {Path(corpus.path).name: 0 for corpus in config.data.corpora}
-    for number in range(packs):
-        for origin in loader.reader.provenance(number):
-            images[Path(origin.corpus).name] += len(origin.images)
+    for phase in phases_of(config):
+        ledger = open_run_ledger(phase.config, sequences)
+        reader = loader_of(ledger.reading_at(0, phase.config)[0], phase.config.data, sequences, ledger=ledger).reader
+        for number in range((phase.stop - phase.first) * phase.config.train.global_batch):
+            for origin in reader.provenance(number):
+                images[Path(origin.corpus).name] += len(origin.images)
     return images
 
 
@@ -123,21 +124,27 @@ def test_all_rows_see_the_same_images_of_the_same_documents(
 ) -> None:
     monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)  # or much more is packed than is looked at
     rows = {row.name: row for part in PARTS.values() for row in part.rows}
-    assert len(rows) == 5 + 3 + 4
+    assert len(rows) == 5 + 3 + 4 + 6
     wanted = 3000
-    steps = {}
+    steps, members = {}, {}
+    monkeypatch.setitem(parts.SMALL, "image_size", 8)
     for name, row in rows.items():
         found = plan(row, default_config(), TINY, data / "corpora", tmp_path / "cache", wanted)
         run = found.member(tmp_path, name, wanted, 1e-3, 0).config
         assert run.train.global_batch == 2
-        assert bool(found.counts[:, 1].sum()) == (name != "generation"), name
-        steps[name] = run.train.steps
-        images = images_of(run, run.train.steps * run.train.global_batch)
-        assert sum(images.values()) == pytest.approx(wanted, abs=32), name  # half a step
+        assert bool(found.counts(wanted)[:, 1].sum()) == (name != "generation"), name
+        steps[name], members[name] = run.train.steps, run
+        images = images_of(run)
+        assert sum(images.values()) == pytest.approx(wanted, abs=32 * len(phases_of(run))), name  # half a step each
         total = sum(row.shares.values())
         for corpus, share in row.shares.items():
-            assert images[corpus] / sum(images.values()) == pytest.approx(share / total, abs=0.02), (name, corpus)
+            assert images[corpus] / sum(images.values()) == pytest.approx(
+                share / total, abs=0.05 if row.early else 0.02
+            ), (name, corpus)
     assert max(steps.values()) <= 1.1 * min(steps.values()), steps
+    sizes = {phase.config.model.vision.image_size for phase in phases_of(members["small-first"])}
+    assert sizes == {8, 16}
+    assert [phase.config.model.vision.patch_dropout for phase in phases_of(members["combined"])] == [0, 0.5, 0]
     assert len({tuple(rows[name].shares.items()) for name in ("lcl", "clip", "coca", "generation", "emu")}) == 1
 
 
@@ -291,7 +298,7 @@ def measures(**values: float) -> list[Measure]:
 def test_intervals_are_students(tmp_path: Path) -> None:
     """Three seeds, by hand: t(0.975, 2) = 4.3027; differences are taken seed by seed."""
     facts = {"lr": 0.1, "tried": {}, "at the edge": True, "steps": 3, "images seen": [5, 7]}
-    facts |= {"images in the contrast": [0, 0], "minutes": [1.0, 2.0]}
+    facts |= {"images in the contrast": [0, 0], "TFLOP": [3.0, 3.0], "minutes": [1.0, 2.0]}
     rows = [
         Trained("one", "this", [measures(accuracy=v) for v in (0.6, 0.7, 0.8)], facts),
         Trained("two", "that", [measures(accuracy=v) for v in (0.5, 0.61, 0.69)], facts),
@@ -318,7 +325,7 @@ def test_intervals_are_students(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--part", "wieght"], "there are objectives, data, weight"),
+        (["--part", "wieght"], "there are objectives, data, weight, recipe"),
         (["--seeds", "0,x"], "--seeds 0,x: give numbers"),
         (["--seeds", "1,1"], "--seeds 1,1: give each value once"),
         (["--images", "0"], "--images 0: give a number from 1"),
