@@ -175,7 +175,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     if not high > low:
         return [low]
     step = 10 ** math.floor(math.log10((high - low) / about))
-    step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= about + 0.5)
+    step *= next(f for f in (1, 2, 2.5, 5, 10) if (high - low) / (step * f) <= about + 1)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

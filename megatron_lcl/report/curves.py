@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 from markupsafe import Markup
 
 from megatron_lcl.report.charts import DASHES, NUM_COLORS, Line, Mark, chart, short
@@ -26,6 +25,11 @@ class Spec:
     """metrics to compare with, and what they are called"""
     scaled: Mapping[str, float] = field(default_factory=dict)
     """factors of metrics whose unit is another"""
+    in_percent: bool = False
+
+    def factor(self, name: str) -> float:
+        """What a metric's values are multiplied by."""
+        return 100.0 if self.in_percent else self.scaled.get(name, 1.0)
 
 
 CHANCE = {"chance_accuracy": "chance (1 / pairs)"}
@@ -44,12 +48,13 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("contrastive loss (nats)", ("contrastive",)),
             Spec("regression loss", ("regression",)),
             Spec(
-                "accuracy of the contrast in the batch",
+                "accuracy of the contrast in the batch (%)",
                 ("image_accuracy", "text_accuracy"),
                 ("image to text", "text to image"),
                 CHANCE,
+                in_percent=True,
             ),
-            Spec("information in the contrast: ln(pairs) − loss (nats)", ("mutual_information",)),
+            Spec("ln(pairs) − contrastive loss (nats)", ("mutual_information",)),
             Spec(
                 "cosine similarity",
                 ("positive_similarity", "hardest_negative_similarity"),
@@ -61,35 +66,40 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         "Evaluations",
         (
             Spec(
-                "held-out recall@10",
+                "held-out recall@10 (%)",
                 ("heldout/image_to_context_recall_at_10", "heldout/context_to_image_recall_at_10"),
                 ("image to context", "context to image"),
                 {"heldout/chance_at_10": "chance"},
+                in_percent=True,
             ),
             Spec(
-                "held-out recall@1",
+                "held-out recall@1 (%)",
                 ("heldout/image_to_context_recall_at_1", "heldout/context_to_image_recall_at_1"),
                 ("image to context", "context to image"),
                 {"heldout/chance_at_1": "chance"},
+                in_percent=True,
             ),
             Spec(
-                "held out, the image among its document's",
+                "held out, the image among its document's (%)",
                 ("heldout/image_in_document_recall_at_1",),
                 levels={"heldout/chance_in_document": "chance"},
+                in_percent=True,
             ),
             Spec("held-out median rank of the true context", ("heldout/median_rank",)),
             Spec("held-out bits a token", ("heldout/bits_per_token",)),
             Spec("held-out contrastive loss (nats)", ("heldout/contrastive_loss",)),
             Spec(
-                "labelled images: accuracy",
+                "labelled images: accuracy (%)",
                 ("labeled/knn_accuracy", "labeled/zero_shot_accuracy", "labeled/zero_shot_mean_per_class_recall"),
                 ("k-NN", "zero-shot", "zero-shot, mean of the classes"),
                 {"labeled/chance": "chance"},
+                in_percent=True,
             ),
             Spec(
-                "labelled images: zero-shot, top 5",
+                "labelled images: zero-shot, top 5 (%)",
                 ("labeled/zero_shot_accuracy_top_5",),
                 levels={"labeled/chance_top_5": "chance"},
+                in_percent=True,
             ),
             Spec(
                 "seconds of an evaluation", ("heldout/seconds", "labeled/seconds"), ("held-out documents", "labelled images")
@@ -101,9 +111,9 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         (
             Spec("images a second", ("images_per_second",)),
             Spec("tokens a second", ("tokens_per_second",)),
-            Spec("model FLOPs utilization (MFU)", ("mfu",)),
+            Spec("model FLOPs utilization, MFU (%)", ("mfu",), in_percent=True),
             Spec("seconds a step", ("step_seconds",)),
-            Spec("share of the time waiting for data", ("data_wait",)),
+            Spec("time spent waiting for data (%)", ("data_wait",), in_percent=True),
             Spec("slowest process (rank)", ("slowest_rank",)),
             Spec("peak memory of a device (GiB)", ("memory_peak_bytes",), scaled={"memory_peak_bytes": 2.0**-30}),
         ),
@@ -154,7 +164,8 @@ FAMILIES = {"grad_norm": "gradient norm by part", "update_norm": "update norm by
 """prefixes whose metrics have one unit and are drawn together"""
 MAX_LINES = 8
 """in a chart"""
-_FOLDED = frozenset({"Checkpoints", "What the steps read"})
+FOLDED = frozenset({"Checkpoints", "What the steps read"})
+"""headings whose charts are folded at first"""
 _WORD = re.compile(r"[_/]+")
 
 
@@ -212,7 +223,7 @@ def groups(series: Mapping[str, Series], last_step: int, events: Sequence[Event]
     for title, specs in specs_for(list(drawn)):
         figures = [figure for spec in specs if (figure := _figure(spec, drawn, last_step, marks))]
         if figures:
-            found.append(Group(title, figures, title in _FOLDED))
+            found.append(Group(title, figures, title in FOLDED))
     return found
 
 
@@ -247,17 +258,17 @@ def _figure(spec: Spec, series: Mapping[str, Series], last_step: int, marks: Seq
     lines = []
     for n, name in named:
         label = spec.labels[n] if spec.labels else spec.title
-        lines.append(line_of(label, series[name].points(), spec.scaled.get(name, 1.0), color=len(lines)))
+        lines.append(line_of(label, series[name].points(), spec.factor(name), color=len(lines)))
     for name, label in spec.levels.items():
         if name in series:
-            lines.append(line_of(label, series[name].points(), quiet=True))
+            lines.append(line_of(label, series[name].points(), spec.factor(name), quiet=True))
     drawn = chart(lines, last_step, marks, spec.title)
     if not drawn:
         return drawn
     entries = [(line.color, line.quiet, line.label) for line in lines] if len(lines) > 1 else []
     n, name = named[0]
     value = series[name].last
-    now = short((value or 0.0) * spec.scaled.get(name, 1.0))
+    now = short((value or 0.0) * spec.factor(name))
     return figure(spec.title, drawn, entries, now)
 
 
@@ -278,7 +289,3 @@ def figure(title: str, drawn: Markup, entries: Sequence[tuple[int, bool, str]] =
         '<figure class="plot"><figcaption><b>{}</b><output data-now="{}">{}</output></figcaption>{}{}</figure>'
     ).format(title, now, now, drawn, Markup('<p class="key">{}</p>').format(key) if key else "")
 
-
-def is_drawn(points: Points) -> bool:
-    """Whether a curve has two values at least."""
-    return int(np.isfinite(points.mean).sum()) > 1
