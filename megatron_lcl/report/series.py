@@ -232,7 +232,9 @@ def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """A step's line as this version writes it: no mean over no pairs, and chance beside the accuracy."""
     pairs, changed = line.get("num_pairs"), dict(line)
     if pairs == 0:
-        changed |= {name: None for name in (*OF_PAIRS, "chance_accuracy") if name in line}
+        changed |= {name: None for name in OF_PAIRS if name in line}
+        if "image_accuracy" in line:
+            changed["chance_accuracy"] = None
     elif pairs and "image_accuracy" in line:
         changed.setdefault("chance_accuracy", 1 / pairs)
     if line.get("num_targets") == 0 and "generation" in line:
