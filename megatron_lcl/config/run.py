@@ -178,7 +178,8 @@ class Train:
         "checkpoints of its own resumes from these instead",
     )
     evaluate_every: Count = Field(
-        default=0, description="steps between evaluations on evaluate.corpus and evaluate.labeled, one more at the end; 0: never"
+        default=0,
+        description="steps between evaluations on evaluate.corpus and evaluate.labeled, one more at the end; 0: never",
     )
     log_every: Positive = Field(
         default=10,

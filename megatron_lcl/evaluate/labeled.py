@@ -133,7 +133,9 @@ class LabeledEvaluation:
         many. Neither changes the numbers.
         """
         self.config, self.mesh, self.forward, self.at_once = config, mesh, forward, at_once
-        self.sets = mesh.world.broadcast_object(open_labeled(config) if mesh.is_first else None)
+        found = mesh.world.broadcast_object(open_labeled(config) if mesh.is_first else None)
+        assert found is not None, "the first process has looked"
+        self.sets = found
         vision, language = config.model.vision, config.model.language
         self._special = SpecialTokens.of(language.vocab_size)
         self._image_size, self._patch_size = vision.image_size, vision.patch_size
@@ -207,7 +209,7 @@ class LabeledEvaluation:
             latents += [out.latents.cpu() for _, out in self.forward(batches, self.at_once) if out is not None]
         bad = [b for own in mesh.data.gather_objects(mesh.model_parallel.broadcast_object(found)) for b in own]
         kept = without_bad(data, bad, skip=True)
-        if not mesh.pipeline.size == mesh.pipeline.rank + 1:
+        if mesh.pipeline.size != mesh.pipeline.rank + 1:
             return None, kept, bad
         rows_ND = _first(latents, self.config.model.language.width, high - low)
         missing = {b.index for b in bad}
@@ -341,9 +343,7 @@ def _first(parts: Sequence[torch.Tensor], width: int, number: int) -> torch.Tens
     return torch.cat([torch.zeros(0, width), *parts])[:number].float()
 
 
-def _decoded(
-    blobs: Sequence[Blob], first: int, size: int, at_once: int, bad: list[BadBlob]
-) -> Iterator[torch.Tensor]:
+def _decoded(blobs: Sequence[Blob], first: int, size: int, at_once: int, bad: list[BadBlob]) -> Iterator[torch.Tensor]:
     """Images [n, 3, size, size] uint8, `at_once` at a time, decoded ahead by threads; blank where one does not decode,
     which is added to `bad` with its index in the data set. first: index of the first."""
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -1,7 +1,7 @@
 """Charts as inline SVG whose colors are the page's, so that they follow its light, dark and printed form.
 
-A chart is drawn in WIDTH × HEIGHT units and scaled to its place. `page.js` reads the numbers under the pointer back from
-the paths, by the ranges that the SVG carries; without scripts the chart is whole.
+A chart is drawn in WIDTH × HEIGHT units and scaled to its place. The page's script reads the numbers under the pointer
+back from the paths, by the ranges that the SVG carries; without scripts the chart is whole.
 """
 
 from __future__ import annotations
@@ -77,7 +77,12 @@ def chart(lines: Sequence[Line], last_step: int, marks: Sequence[Mark] = (), lab
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-range="{}" data-log="{}">{}</svg>'
     ).format(
-        WIDTH, HEIGHT, label, " ".join(f"{v:.9g}" for v in (start, stop, low, high)), int(is_log), Markup("".join(parts))
+        WIDTH,
+        HEIGHT,
+        label,
+        " ".join(f"{v:.9g}" for v in (start, stop, low, high)),
+        int(is_log),
+        Markup("".join(parts)),
     )
 
 

@@ -102,7 +102,9 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
                 in_percent=True,
             ),
             Spec(
-                "seconds of an evaluation", ("heldout/seconds", "labeled/seconds"), ("held-out documents", "labelled images")
+                "seconds of an evaluation",
+                ("heldout/seconds", "labeled/seconds"),
+                ("held-out documents", "labelled images"),
             ),
         ),
     ),
@@ -180,7 +182,7 @@ class Group(NamedTuple):
 def specs_for(names: Sequence[str]) -> list[tuple[str, list[Spec]]]:
     """The charts of these metrics, by group: the known ones, then others by what stands before a `/` in their name."""
     left = dict.fromkeys(names)
-    found = []
+    found: list[tuple[str, list[Spec]]] = []
     for title, specs in GROUPS:
         chosen = [spec for spec in specs if any(name in left for name in spec.names)]
         if title == "Optimizer":
@@ -191,14 +193,14 @@ def specs_for(names: Sequence[str]) -> list[tuple[str, list[Spec]]]:
     for name in sorted(left.keys() - known):
         prefix, slash, _ = name.partition("/")
         others.setdefault(words(prefix) if slash else "Further metrics", []).append(Spec(words(name), (name,)))
-    for title, specs in others.items():
+    for title, more in others.items():
         home = next((chosen for known, chosen in found if known.lower() == title.lower()), None)
         if home is None and title == "heldout":
             home = next(chosen for known, chosen in found if known == "Evaluations")
         if home is not None:
-            home += specs
+            home += more
         else:
-            found.append((title[:1].upper() + title[1:], specs))
+            found.append((title[:1].upper() + title[1:], more))
     return [(title, specs) for title, specs in found if specs]
 
 
@@ -255,7 +257,7 @@ NAMES = {
 
 def _figure(spec: Spec, series: Mapping[str, Series], last_step: int, marks: Sequence[Mark]) -> Markup:
     named = [(n, name) for n, name in enumerate(spec.names) if name in series]
-    lines = []
+    lines: list[Line] = []
     for n, name in named:
         label = spec.labels[n] if spec.labels else spec.title
         lines.append(line_of(label, series[name].points(), spec.factor(name), color=len(lines)))
@@ -288,4 +290,3 @@ def figure(title: str, drawn: Markup, entries: Sequence[tuple[int, bool, str]] =
     return Markup(
         '<figure class="plot"><figcaption><b>{}</b><output data-now="{}">{}</output></figcaption>{}{}</figure>'
     ).format(title, now, now, drawn, Markup('<p class="key">{}</p>').format(key) if key else "")
-

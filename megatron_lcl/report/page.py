@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,9 @@ AREA = {name.lower(): getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEF
 
 def template(name: str) -> jinja2.Template:
     """A template of this package."""
-    return jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True).get_template(name)
+    return jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True).get_template(
+        name
+    )
 
 
 def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
@@ -175,14 +178,20 @@ def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
         more = f"generation {line['generation']:.4g}" if is_there("generation") else ""
         yield f"{line['loss']:.4g}", "loss of the last step", more
     if is_there("image_accuracy", "chance_accuracy"):
-        yield f"{100 * line['image_accuracy']:.1f} %", "accuracy of the contrast", (
-            f"chance {100 * line['chance_accuracy']:.2f} %"
+        yield (
+            f"{100 * line['image_accuracy']:.1f} %",
+            "accuracy of the contrast",
+            (f"chance {100 * line['chance_accuracy']:.2f} %"),
         )
     if is_there("images_per_second", "tokens_per_second"):
         more = f"{short(line['tokens_per_second'])} tokens a second"
-        yield f"{line['images_per_second']:.3g}" if line["images_per_second"] < 1000 else short(
-            line["images_per_second"]
-        ), "images a second", more
+        yield (
+            f"{line['images_per_second']:.3g}"
+            if line["images_per_second"] < 1000
+            else short(line["images_per_second"]),
+            "images a second",
+            more,
+        )
     for name, title, factor, unit in (("mfu", "MFU", 100, " %"), ("memory_peak_bytes", "peak memory", 2**-30, " GiB")):
         series = metrics.series.get(name)
         if series is not None and series.last is not None:
@@ -228,8 +237,13 @@ def _profile(run: Path, folder: Path | None) -> Iterator[tuple[str, str | None, 
     """Name, link, and size of the files of a profiler."""
     files = sorted(path for path in (run / PROFILE).rglob("*") if path.is_file()) if (run / PROFILE).is_dir() else []
     for path in files[:MAX_PROFILES]:
-        href = None if folder is None else os.path.relpath(path, folder)
+        href = None if folder is None else link(path, folder)
         yield str(path.relative_to(run)), href, f"{path.stat().st_size / 1e6:,.1f} MB"
+
+
+def link(path: Path, folder: Path) -> str:
+    """To a file, from a page that lies in a folder."""
+    return urllib.parse.quote(os.path.relpath(path, folder))
 
 
 def _quoted(path: Path) -> str:

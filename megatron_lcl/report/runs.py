@@ -1,7 +1,7 @@
 """One self-contained page about several runs: curves, those that differ in the seed alone as one band; final numbers.
 
-What a run's folder has is all that is read: its config, metrics.jsonl, audit.jsonl, and what a held-out evaluation wrote
-there.
+What a run's folder has is all that is read: its config, metrics.jsonl, audit.jsonl, and what a held-out evaluation
+wrote there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_lcl.evaluate.heldout_results import RESULT
 from megatron_lcl.report.charts import DASHES, NUM_COLORS, Line, chart
 from megatron_lcl.report.curves import FOLDED, NAMES, figure, specs_for
 from megatron_lcl.report.page import AREA, REPORT, template, text_of
+from megatron_lcl.report.page import link as link_to
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG
 
@@ -185,8 +186,11 @@ class RunsPage:
         self.runs = [Run.of(folder) for folder in find_runs(paths)]
 
     def changed(self) -> bool:
-        """Whether any run has written anything since the last call, which is taken in."""
-        return any([run.metrics.read() for run in self.runs])
+        """Whether any run has written anything since the last call, which is taken in, or has begun."""
+        known = {run.folder: run for run in self.runs}
+        self.runs = [known.get(folder) or Run.of(folder) for folder in find_runs(self.paths)]
+        read = [run.metrics.read() for run in self.runs]  # of all of them
+        return any(read) or known.keys() != {run.folder for run in self.runs}
 
     def render(self, folder: Path | None = None, live: float = 0.0) -> str:
         """The page; as `page.RunPage.render`."""
@@ -241,7 +245,7 @@ def _link(folder: Path | None) -> Callable[[Run], str | None]:
 
     def link(run: Run) -> str | None:
         page = run.folder / REPORT
-        return os.path.relpath(page, folder) if folder is not None and page.is_file() else None
+        return link_to(page, folder) if folder is not None and page.is_file() else None
 
     return link
 

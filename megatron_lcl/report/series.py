@@ -1,7 +1,7 @@
 """The numbers of a run by name, read as a stream: memory and what is drawn do not grow with the run's length.
 
-A metric is kept in at most MAX_BUCKETS stretches of equal numbers of steps, each with its least, largest and mean value,
-so that a spike of one step in a million is still drawn. When they no longer suffice, two become one.
+A metric is kept in at most MAX_BUCKETS stretches of equal numbers of steps, each with its least, largest and mean
+value, so that a spike of one step in a million is still drawn. When they no longer suffice, two become one.
 """
 
 from __future__ import annotations
@@ -201,7 +201,9 @@ class Metrics:
         elif "loss_kernels" in line and step:
             self._event("resumed", step, time, f"a process of the run went on from step {step:,}")
         if "phase" in line:
-            facts = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in ("step", "phase", "time"))
+            facts = ", ".join(
+                f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in ("step", "phase", "time")
+            )
             self._event("phase", step, time, f"phase {line['phase']}: {facts}")
             return
         if "skipped" in line:

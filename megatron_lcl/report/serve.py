@@ -55,6 +55,8 @@ class Watch:
         self._page, self._files, self._every = page, files, every
         self._lock = threading.Lock()
         self._seen: object = None
+        self._stale = True
+        """what was taken in is not yet on the page"""
         self._text = ""
         self._parts: dict[str, str] = {}
 
@@ -80,15 +82,16 @@ class Watch:
 
     def _update(self) -> None:
         try:
-            changed, files = self._page.changed(), self._files()
-            if self._text and not changed and files == self._seen:
+            files = self._files()
+            self._stale = self._page.changed() or files != self._seen or self._stale
+            if not self._stale:
                 return
             text = self._page.render(live=self._every)
         except (UserError, OSError):
             if not self._text:
                 raise
             return  # a file is just being written: what was shown stays until the next look
-        self._seen, self._text = files, text
+        self._seen, self._text, self._stale = files, text, False
         self._parts = dict(_SECTION.findall(text))
 
 

@@ -49,7 +49,14 @@ def make_run(run: Path, **settings: str) -> Path:
         {"time": 1.7e9, "event": "rewind", "step": 66, "to": 50},
     ]
     (run / "audit.jsonl").write_text("".join(json.dumps(one) + "\n" for one in audit))
-    labeled = {"data": "pictures/test", "classes": 10, "images": 500, "train_images": 900, "neighbors": 20, "step": STEPS}
+    labeled = {
+        "data": "pictures/test",
+        "classes": 10,
+        "images": 500,
+        "train_images": 900,
+        "neighbors": 20,
+        "step": STEPS,
+    }
     labeled |= {"values": {"knn_accuracy": 0.8, "chance": 0.1}}
     (run / "labeled.json").write_text(json.dumps(labeled))
     (run / "profile" / "trace rank 0.json").write_text("{}")

@@ -27,6 +27,10 @@ def pages(whole_run: Path, once: Callable[[str, Callable[[Path], Any]], Any]) ->
 
     def make(folder: Path) -> dict[str, Path]:
         runs = [make_run(folder / name, **{"optimizer.lr": rate}) for name, rate in (("a", "0.1"), ("b", "0.2"))]
+        text = (runs[1] / "metrics.jsonl").read_text()
+        (runs[1] / "metrics.jsonl").write_text(
+            re.sub(r'("[a-z/_]+": )(\d+\.)', r"\g<1>1\g<2>", text)
+        )  # not the same curves
         one = write_report(whole_run, folder / "one.html")
         return {"one": one, "several": write_runs_report(runs, folder / "several.html")}
 
@@ -43,9 +47,11 @@ def test_a_phone_shows_all_without_scrolling_sideways(pages: dict[str, Path], ki
     browser.open(pages[kind].as_uri(), width=360, height=740)
     assert browser.evaluate("document.documentElement.scrollWidth") == 360
     wide = """Array.from(document.querySelectorAll("main *")).filter((e) => !e.closest(".wide, pre, svg")
-      && e.getBoundingClientRect().right > 360.5 && e.getBoundingClientRect().width > 0).map((e) => e.outerHTML.slice(0, 90))"""
+      && e.getBoundingClientRect().right > 360.5).map((e) => e.outerHTML.slice(0, 90))"""
     assert browser.evaluate(wide) == []
-    charts = """Array.from(document.querySelectorAll("svg.chart:not(.swatch)"), (e) => e.getBoundingClientRect().width)"""
+    charts = (
+        """Array.from(document.querySelectorAll("svg.chart:not(.swatch)"), (e) => e.getBoundingClientRect().width)"""
+    )
     widths = [width for width in browser.evaluate(charts) if width]
     assert len(widths) > 10
     assert min(widths) > 290, "a chart fills the width"
@@ -67,7 +73,7 @@ def test_light_and_dark_by_the_readers_choice(pages: dict[str, Path], kind: str,
                                  "(document.querySelector('.plot svg.chart').getBoundingClientRect())")  # fmt: skip
         x, y, width, height = first
         columns = (np.abs(pixels[y : y + height, x : x + width].astype(int) - own).max(-1) < 40).any(0)
-        assert columns[int(0.15 * width) : int(0.95 * width)].mean() > 0.9, "from the first step to the last"
+        assert columns[int(0.15 * width) : int(0.95 * width)].mean() > 0.8, "from the first step to the last"
 
 
 def test_the_pointer_reads_the_curve(pages: dict[str, Path], browser: Browser) -> None:
@@ -90,15 +96,15 @@ def test_printed_charts_are_whole(pages: dict[str, Path], kind: str, browser: Br
     """On A4, also by a reader whose screen is dark: every curve inside of its page, on one page."""
     browser.open(pages[kind].as_uri(), dark=True)
     shown = browser.evaluate("Array.from(document.querySelectorAll('.plot svg.chart path.k0.line')).filter((e) => "
-                             "e.checkVisibility()).length")  # fmt: skip
+                             "e.checkVisibility() && e.getAttribute('d').split('L').length > 100).length")  # fmt: skip
     sheets = pages_of(browser.pdf())
     curves = [path for sheet in sheets for path in sheet if path.color == tuple(round(c / 255, 3) for c in LIGHT)]
     lines = [path for path in curves if len(path.points) > 100]
     assert len(lines) == shown > 8, "the light colors, each line whole on one page"
     for path in curves:
         x, y = np.array(path.points).T
-        assert 0 < x.min() < x.max() < 595
-        assert 0 < y.min() < y.max() < 842
+        assert 0 < x.min() <= x.max() < 595
+        assert 0 < y.min() <= y.max() < 842
 
 
 class Stroke:

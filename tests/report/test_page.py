@@ -48,6 +48,7 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
 
 
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
     page = write_report(run, tmp_path / "elsewhere" / "x.html").read_text()
     assert 'href="../run/profile/trace%20rank%200.json"' in page
 
@@ -79,7 +80,9 @@ def test_what_others_wrote_is_text(run: Path) -> None:
 def test_a_long_run_has_a_page_of_the_same_size(run: Path) -> None:
     """100,000 lines of a million steps: as many points as a chart shows, and every kind of event bounded."""
     small = len(write_report(run).read_bytes())
-    lines = (f'{{"step": {s}, "loss": {1e6 if s == 777_770 else s % 97}, "lr": {1 / s}}}\n' for s in range(210, 10**6, 10))
+    lines = (
+        f'{{"step": {s}, "loss": {1e6 if s == 777_770 else s % 97}, "lr": {1 / s}}}\n' for s in range(210, 10**6, 10)
+    )
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(lines)
     with (run / "audit.jsonl").open("a") as file:
@@ -89,7 +92,9 @@ def test_a_long_run_has_a_page_of_the_same_size(run: Path) -> None:
     paths = re.findall(r'<path class="line[^>]* d="([^"]*)"', page)
     assert max(len(re.findall("[ML]", path)) for path in paths) in range(MAX_BUCKETS // 2, 2 * MAX_BUCKETS + 1)
     (loss,) = (p for p in re.findall(r"<figure.*?</figure>", page, re.DOTALL) if "<b>loss that is minimized" in p)
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.findall(r'class="line[^>]* d="([^"]*)"', loss)[0])]
+    heights = [
+        float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.findall(r'class="line[^>]* d="([^"]*)"', loss)[0])
+    ]
     assert min(heights) < 20 < 60 < sorted(heights)[1], "the spike, alone at the top"
     assert section(page, "events").count("<tr>") == 1 + MAX_EVENTS
     assert "more: audit.jsonl and metrics.jsonl have all" in page

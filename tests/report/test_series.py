@@ -46,20 +46,22 @@ def test_stretches_say_what_all_values_say(number: int) -> None:
     assert series.num_values == np.isfinite(values).sum()
 
 
-def test_a_spike_of_one_step_in_a_million_is_kept() -> None:
+def test_a_spike_of_one_step_is_kept() -> None:
     series = Series()
-    for step in range(1, 1_000_001):
-        series.add(step, 50.0 if step == 654_321 else 1.0)
+    for step in range(1, 200_001):
+        series.add(step, 50.0 if step == 154_321 else 1.0)
     points = series.points()
     assert len(points.first) <= MAX_BUCKETS
     (spike,) = np.flatnonzero(points.high > 1)
-    assert points.first[spike] <= 654_321 <= points.final[spike]
+    assert points.first[spike] <= 154_321 <= points.final[spike]
     assert (points.high[spike], points.low[spike]) == (50.0, 1.0)
     assert len(series._pending) < 5000, "memory does not grow with the run"
 
 
 def test_reading_on_gives_what_reading_at_once_gives(tmp_path: Path) -> None:
-    lines = [{"step": s, "loss": 1 / s, "num_targets": 3, "generation": 2.0 * s, "time": 10.0 * s} for s in range(1, 900)]
+    lines = [
+        {"step": s, "loss": 1 / s, "num_targets": 3, "generation": 2.0 * s, "time": 10.0 * s} for s in range(1, 900)
+    ]
     write(tmp_path / "a", lines[:10])
     grown = Metrics.of(tmp_path / "a")
     assert not grown.read()
