@@ -2,9 +2,7 @@
 
 The numbers are those of `evaluate --data` on a checkpoint of the step, but for the bootstrap intervals. There the model
 lies in one process; here its layers lie as the run's layout says, so images and texts take the way of a step's
-micro-batches. A batch of images is one token and N image slots, whose latents are read (`LCL.encode_image`). A batch of
-texts is a pack of sequences, each ending in `<soi>`, where its slot's context feature is read (`LCL.encode_text`); the
-slot's image is blank and one patch large, and nothing reads it.
+micro-batches (`batches`).
 
 Every data-parallel replica encodes a share of the images and of the classes' texts, and classifies its share of the
 test images against all of them.
@@ -33,6 +31,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.evaluate.checking import BadBlob, without_bad
 from megatron_lcl.evaluate.heldout import Forward
 from megatron_lcl.evaluate.knn import check_neighbors, knn_predict, with_training
@@ -40,7 +39,6 @@ from megatron_lcl.evaluate.sources import Blob, ImageSet, open_images
 from megatron_lcl.evaluate.trained import why_untrained
 from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.model.layers import Outputs
-from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.parallel.mesh import Mesh
 
 RESULT = "labeled.json"
@@ -137,21 +135,19 @@ class LabeledEvaluation:
         assert found is not None, "the first process has looked"
         self.sets = found
         vision, language = config.model.vision, config.model.language
-        self._special = SpecialTokens.of(language.vocab_size)
-        self._image_size, self._patch_size = vision.image_size, vision.patch_size
-        self._num_patches = vision.num_patches
-        self._images_at_once = min(_IMAGES, max(_FEW_IMAGES, rows // (self._num_patches + 2)))
+        self._image_size = vision.image_size
+        self._images_at_once = min(_IMAGES, max(_FEW_IMAGES, rows // (vision.num_patches + 2)))
         self._texts: list[list[int]] = []
-        """of this replica's classes, the templates of each together"""
+        """token ids of this replica's classes, the templates of each together"""
         self._texts_at_once = 1
         if "zero-shot" in self.sets.tasks and mesh.loads_data:
             tokenizer = open_corpus(config.data.corpora[0].path).tokenizer
             test, room = self.sets.test, language.context_length - 2
             texts = [template.replace("{c}", c) for c in test.classes for template in test.templates]
-            ids = [[tokenizer.sot, *row[:room], tokenizer.soi] for row in tokenizer.encode_batch(texts)]
+            ids = [list(row[:room]) for row in tokenizer.encode_batch(texts)]
             low, high = (bound * len(test.templates) for bound in self._share(len(test.classes)))
             self._texts = ids[low:high]
-            self._texts_at_once = min(_IMAGES, max(1, rows // max(map(len, ids))))
+            self._texts_at_once = min(_IMAGES, max(1, rows // (2 + max(map(len, ids)))))
         self._texts_at_once = mesh.model_parallel.broadcast_object(self._texts_at_once)
 
     @torch.no_grad()
@@ -195,7 +191,7 @@ class LabeledEvaluation:
     def _encode(self, data: ImageSet) -> tuple[torch.Tensor | None, ImageSet, list[BadBlob]]:
         """Latents [n, D] of the images of this replica's share that decode, on the last pipeline stage; the data set
         without those that do not, and these."""
-        mesh, at_once = self.mesh, self._images_at_once * self.at_once
+        mesh, model, at_once = self.mesh, self.config.model, self._images_at_once * self.at_once
         low, high = self._share(len(data))
         passes = -(-self._share(len(data), 0)[1] // at_once)
         found: list[BadBlob] = []
@@ -205,7 +201,7 @@ class LabeledEvaluation:
             batches = None
             if decoded is not None:
                 images = next(decoded, torch.zeros(0, 3, self._image_size, self._image_size, dtype=torch.uint8))
-                batches = [self._image_batch(some) for some in _split(images, self._images_at_once, self.at_once)]
+                batches = [image_batch(some, model) for some in _split(images, self._images_at_once, self.at_once)]
             latents += [out.latents.cpu() for _, out in self.forward(batches, self.at_once) if out is not None]
         bad = [b for own in mesh.data.gather_objects(mesh.model_parallel.broadcast_object(found)) for b in own]
         kept = without_bad(data, bad, skip=True)
@@ -228,7 +224,7 @@ class LabeledEvaluation:
             batches = None
             if mesh.loads_data:
                 some = [list(itertools.islice(texts, self._texts_at_once)) for _ in range(self.at_once)]
-                batches = [self._text_batch(rows) for rows in some]
+                batches = [text_batch(rows, self.config.model) for rows in some]
             outputs = self.forward(batches, self.at_once)
             features += [_valid(batch, out).cpu() for batch, out in outputs if out is not None]
         if mesh.pipeline.size != mesh.pipeline.rank + 1:
@@ -287,45 +283,6 @@ class LabeledEvaluation:
                 "chance_top_5": min(5 / len(test.classes), 1.0),
             }
         return values | {"chance": 1 / len(test.classes)}
-
-    def _image_batch(self, images: torch.Tensor) -> PackedBatch:
-        """Images [n, 3, H, W] as slots that no token reads; one blank slot where there are none."""
-        if not len(images):  # a pipeline stage sends rows
-            images = torch.zeros(1, 3, self._image_size, self._image_size, dtype=torch.uint8)
-        return _batch([[self._special.sot]], images, [-1] * len(images), self._num_patches)
-
-    def _text_batch(self, rows: list[list[int]]) -> PackedBatch:
-        """Token ids of texts as sequences, each with a blank slot whose `<soi>` is its last token."""
-        blank = torch.zeros(max(1, len(rows)), 3, self._patch_size, self._patch_size, dtype=torch.uint8)
-        if not rows:
-            return _batch([[self._special.sot, self._special.soi]], blank, [-1], 1)
-        ends = list(itertools.accumulate(map(len, rows)))
-        return _batch(rows, blank, [end - 1 for end in ends], 1)
-
-
-def _batch(rows: list[list[int]], images: torch.Tensor, image_soi: list[int], num_patches: int) -> PackedBatch:
-    def integers(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32)
-
-    tokens = [token for row in rows for token in row]
-    return PackedBatch(
-        tokens=integers(tokens),
-        positions=integers([i for row in rows for i in range(len(row))]),
-        cu_seqlens=integers([0, *itertools.accumulate(map(len, rows))]),
-        targets=integers([-1] * len(tokens)),
-        target_positions=integers([-1] * len(tokens)),
-        images=images,
-        image_start=integers([-1] * len(images)),
-        image_soi=integers(image_soi),
-        image_valid=integers([1] * len(images)),
-        kept_patches=integers([]),
-        num_targets=0,
-        num_pairs=0,
-        num_images=len(images),
-        num_tokens=len(tokens),
-        max_seqlen=max(map(len, rows)),
-        num_patches=num_patches,
-    )
 
 
 def _valid(batch: PackedBatch, out: Outputs) -> torch.Tensor:
