@@ -100,15 +100,16 @@ class _Area:
     def axes(self) -> list[str]:
         base = HEIGHT - BOTTOM
         parts = [f'<path class="axis" d="M{LEFT} {TOP}V{base}H{WIDTH - RIGHT}"/>']
-        for value in self._y_ticks():
+        values = self._y_ticks()
+        for value, text in zip(values, shorts(values), strict=True):
             y = float(self.y(value))
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
+            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
         steps = [tick for tick in ticks(self.start, self.stop, 4) if tick == int(tick)]
-        for step in steps:
+        for step, text in zip(steps, shorts(steps), strict=True):
             x = float(self.x(step))
             anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="{anchor}">{short(step)}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="{anchor}">{text}</text>')
         return parts
 
     def _y_ticks(self) -> list[float]:
@@ -185,12 +186,21 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
-    """A number in at most six characters or so: 1.5k, 2M, 0.02, 3e-05."""
+def shorts(values: Sequence[float]) -> list[str]:
+    """Numbers as `short`, with as many digits as it takes to tell them apart."""
+    for digits in range(3, 8):
+        texts = [short(value, digits) for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number in few characters: 1.5k, 2M, 0.02, 3e-5."""
     size = abs(value)
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= factor:
-            return f"{value / factor:.3g}{letter}"
+            return f"{value / factor:.{digits}g}{letter}"
     if size and size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{value:.3g}"
+        return f"{value:.{digits - 2}e}".replace("e-0", "e-").replace(".0e", "e")
+    return f"{value:.{digits}g}"

@@ -34,6 +34,13 @@ class Spec:
 
 CHANCE = {"chance_accuracy": "chance (1 / pairs)"}
 _LN2 = math.log(2)
+
+
+def _both(name: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Of latents and of context features: metrics, and what they are called."""
+    return (f"latent_{name}", f"context_{name}"), ("latents", "contexts")
+
+
 GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
     (
         "Training",
@@ -114,9 +121,12 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("images a second", ("images_per_second",)),
             Spec("tokens a second", ("tokens_per_second",)),
             Spec("model FLOPs utilization, MFU (%)", ("mfu",), in_percent=True),
+            Spec("TFLOP/s of all processes", ("flops_per_second",), scaled={"flops_per_second": 1e-12}),
             Spec("seconds a step", ("step_seconds",)),
             Spec("time spent waiting for data (%)", ("data_wait",), in_percent=True),
             Spec("slowest process (rank)", ("slowest_rank",)),
+            Spec("seconds a step that it is behind", ("slowest_lag_seconds",)),
+            Spec("seconds that steps waited for checkpoints", ("checkpoint_wait_seconds",)),
             Spec("peak memory of a device (GiB)", ("memory_peak_bytes",), scaled={"memory_peak_bytes": 2.0**-30}),
         ),
     ),
@@ -126,17 +136,18 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("learning rate", ("lr",)),
             Spec("gradient norm", ("grad_norm",)),
             Spec("log of the contrast's scale", ("log_scale",)),
+            Spec("bias of the contrast's logits", ("logit_bias",)),
         ),
     ),
     (
         "Health of the features",
         (
-            Spec(
-                "effective rank",
-                ("latent_effective_rank", "context_effective_rank"),
-                ("latents", "contexts"),
-            ),
-            Spec("spread of the latents (0: all the same)", ("latent_spread",)),
+            Spec("effective rank", *_both("effective_rank")),
+            Spec("spread (0: all the same)", *_both("spread")),
+            Spec("standard deviation", *_both("std")),
+            Spec("dead features (%)", *_both("dead_features"), in_percent=True),
+            Spec("alignment: squared distance of a pair", ("alignment",)),
+            Spec("uniformity of the latents", ("uniformity",)),
         ),
     ),
     (
@@ -159,6 +170,10 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("targets of a step", ("num_targets",)),
             Spec("images of a step that did not decode", ("num_bad_images",)),
             Spec("steps without a pair, so far", ("steps_without_pairs",)),
+            Spec("steps skipped, so far", ("skipped_steps",)),
+            Spec("negatives of an image or text", ("negatives_per_anchor",)),
+            Spec("image slots that hold none", ("image_slots_padded",)),
+            Spec("token slots that hold none", ("token_slots_padded",)),
         ),
     ),
 )
@@ -252,6 +267,8 @@ NAMES = {
     "rejected": "checkpoint rejected",
     "differ": "replicas differ",
     "weights": "initial weights",
+    "health": "health",
+    "stragglers": "slowest processes",
 }
 
 

@@ -24,7 +24,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
 from megatron_lcl.evaluate.labeled import RESULT as LABELED
 from megatron_lcl.report import charts
@@ -74,7 +74,8 @@ class RunPage:
     def render(self, folder: Path | None = None, live: float = 0.0) -> str:
         """The page. folder: where it lies, from which links start; None: nothing is linked. live: seconds between two
         looks at what has changed, for a page that is served; 0: it stays as it is."""
-        run, config, metrics = self.run, self.config, self.metrics
+        run, metrics = self.run, self.metrics
+        config = self.config = configs.load(run / CONFIG)  # which a run that goes on may have written anew
         root = Path(__file__).resolve().parents[2]
         evaluation, events = read_json(run / RESULT), metrics.incidents()
         last = metrics.last if "images_per_second" in metrics.last else None
@@ -238,7 +239,7 @@ def _profile(run: Path, folder: Path | None) -> Iterator[tuple[str, str | None, 
     files = sorted(path for path in (run / PROFILE).rglob("*") if path.is_file()) if (run / PROFILE).is_dir() else []
     for path in files[:MAX_PROFILES]:
         href = None if folder is None else link(path, folder)
-        yield str(path.relative_to(run)), href, f"{path.stat().st_size / 1e6:,.1f} MB"
+        yield str(path.relative_to(run)), href, in_bytes(path.stat().st_size)
 
 
 def link(path: Path, folder: Path) -> str:

@@ -209,6 +209,12 @@ class Metrics:
         if "skipped" in line:
             self._event("skipped", step, time, str(line["skipped"]))
             return
+        if isinstance(health := line.get("health"), dict):
+            self._event("health", step, time, str(health.get("says", "")))
+        if isinstance(last := line.get("stragglers"), list):
+            self._event(
+                "stragglers", step, time, "; ".join(_straggler(one) for one in last[:5] if isinstance(one, dict))
+            )
         if isinstance(bad := line.get("bad_images"), list):
             self.num_bad_images += len(bad)
         for name, value in line.items():
@@ -225,6 +231,14 @@ class Metrics:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= MAX_EVENTS:
             self.events.append(Event(kind, step, time, text))
+
+
+def _straggler(one: Mapping[str, Any]) -> str:
+    """A process that was last: how often, by how much, in which phase of its steps."""
+    seconds = one.get("lag_seconds")
+    behind = f", by {seconds:.3g} s a step" if isinstance(seconds, int | float) else ""
+    who = f"process {one.get('rank')} (node {one.get('node')})"
+    return f"{who} last in {one.get('last')} of {one.get('of')} lines{behind}, in {one.get('phase')}"
 
 
 _NO_METRICS = frozenset({"step", "time", "phase"})

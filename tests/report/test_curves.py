@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lcl.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Line, chart, short, ticks
+from megatron_lcl.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Line, chart, short, shorts, ticks
 from megatron_lcl.report.curves import groups
 from megatron_lcl.report.series import Event, Metrics, Series
 
@@ -142,6 +142,12 @@ def test_ticks_and_numbers_are_round() -> None:
     assert [short(x) for x in (0, 1234567, 999, 0.5, 3e-5, -2500, 1e9)] == [
         "0", "1.23M", "999", "0.5", "3e-5", "-2.5k", "1G"
     ]  # fmt: skip
+
+
+def test_labels_of_an_axis_differ() -> None:
+    assert shorts([3.0001, 3.0002]) == ["3.0001", "3.0002"]
+    assert shorts([1000, 1001]) == ["1k", "1.001k"]
+    assert shorts([0, 0.5, 1]) == ["0", "0.5", "1"]
 
 
 def test_a_downsampled_curve_goes_through_both_ends() -> None:

@@ -98,6 +98,11 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
             {"step": 3, "loss": 2.0, "num_pairs": 4, "contrastive": 1.0, "image_accuracy": 0.5, "time": 9.0},
             {"step": 3, "attention": "dense", "loss_kernels": "torch", "time": 1000.0},
             {"step": 4, "loss": 1.0, "time": 1003.0, "on": True, "words": "x"},
+            {"step": 4, "health": {"metric": "latent_spread", "says": "all the same"}},
+            {
+                "step": 4,
+                "stragglers": [{"node": "n1", "rank": 3, "last": 2, "of": 9, "lag_seconds": 0.5, "phase": "data"}],
+            },
         ],
     )
     audit = [
@@ -111,10 +116,11 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
         file.write('{"cut')
     metrics = Metrics.of(tmp_path)
     assert [(e.kind, e.step) for e in metrics.incidents()] == [
-        ("phase", 0), ("skipped", 2), ("stopped", 3), ("resumed", 3), ("rewind", 9), ("skipped", 9)
-    ] or [(e.kind, e.step) for e in metrics.incidents()] == [
-        ("phase", 0), ("skipped", 2), ("stopped", 3), ("resumed", 3), ("skipped", 9), ("rewind", 9)
+        ("phase", 0), ("skipped", 2), ("stopped", 3), ("resumed", 3), ("health", 4), ("stragglers", 4), ("skipped", 9),
+        ("rewind", 9),
     ]  # fmt: skip
+    said = {e.kind: e.text for e in metrics.incidents()}
+    assert said["stragglers"] == "process 3 (node n1) last in 2 of 9 lines, by 0.5 s a step, in data"
     assert metrics.num_bad_images == 2
     assert metrics.seconds == 12.0, "not the time in which nothing ran"
     assert metrics.series["loss"].num_values == 2
@@ -123,7 +129,7 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     assert {"on", "words", "skipped", "phase", "step", "time"}.isdisjoint(metrics.series)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("{damaged}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 9 is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 11 is damaged"):
         Metrics.of(tmp_path)
 
 
