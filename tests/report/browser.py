@@ -54,14 +54,14 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result. AssertionError for an error, or where there is no answer in two minutes."""
+        """A command's result. AssertionError for an error, or where there is no answer in four minutes."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next(120)
+            answer = self._next(240)
             if answer.get("id") == self._number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
@@ -96,7 +96,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 90.0) -> None:
+    def wait_for(self, expression: str, seconds: float = 240.0) -> None:
         """Until the expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(expression):

@@ -84,6 +84,9 @@ def test_reading_on_gives_what_reading_at_once_gives(tmp_path: Path) -> None:
     (tmp_path / "new/metrics.jsonl").replace(tmp_path / "a/metrics.jsonl")
     assert grown.read()
     assert (grown.last_step, grown.series["loss"].num_values) == (5, 5)
+    write(tmp_path / "a", lines[:3])  # in its place
+    assert grown.read()
+    assert (grown.last_step, grown.series["loss"].num_values) == (3, 3)
 
 
 def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_browser_follows_a_real_process_until_ctrl_c(run: Path, browser: Brows
                 "parts", "part/status", "part/curves", "favicon.ico"
             }  # fmt: skip
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+            assert process.wait(240) == 0
             browser.wait_for("document.getElementById('live').textContent.includes('has ended')")
             assert process.stdout.read() == "ended\n"
             assert process.stderr is not None
