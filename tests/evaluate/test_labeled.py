@@ -98,20 +98,21 @@ def test_features_are_those_of_the_encoder(folder: Path, rows: int, at_once: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout",
+    ("size", "layout"),
     [
-        ("--zero.stage", "3", "--contrast.strategy", "recompute"),
-        ("--parallel.pipeline", "2"),
-        ("--parallel.tensor", "2"),
+        (2, ("--zero.stage", "3", "--contrast.strategy", "recompute")),
+        (4, ("--parallel.pipeline", "2", "--parallel.tensor", "2")),
     ],
-    ids=["zero3", "pipeline", "tensor"],
+    ids=["zero3", "pipeline and tensor"],
 )
-def test_a_run_measures_what_evaluate_measures(folder: Path, layout: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_run_measures_what_evaluate_measures(
+    folder: Path, size: int, layout: tuple[str, ...], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     bad = folder / "labeled/train/red mill/bad.png"
     bad.write_bytes(b"\x89PNG was a picture")
     try:
-        said = fleet.train(run, "--config", str(folder / "config.yaml"), *layout)
+        said = fleet.train(run, "--config", str(folder / "config.yaml"), *layout, size=size)
         settings = Settings(knn=KnnSettings(k=3), zero_shot=ZeroShotSettings(prompts=PROMPTS))
         arguments = {"settings": settings, "cache": tmp_path / "cache", "progress": False, "skip_bad_images": True}
         knn, zero_shot = evaluate([str(run)], ["knn", "zero-shot"], folder / "labeled", **arguments)
