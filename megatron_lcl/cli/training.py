@@ -89,6 +89,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     what = "run folders (train.output) or checkpoints of them, or folders of runs such as `train --sweep` makes; "
     add_input(sub, "RUN", what + "several runs are one picture, seeds as bands", "--run")
     sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder, or in that of all runs")
+    sub.add_argument(
+        "--watch", action="store_true", help="serve the page to this machine's browsers, and let it follow the run"
+    )
+    sub.add_argument("--port", type=int, metavar="N", help="--watch: on 127.0.0.1 (default: a free one)")
 
     sub = add(
         "selftest",
@@ -254,6 +258,15 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.report import page, runs
 
     paths, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
+    if options.watch:
+        from megatron_lcl.report.serve import serve
+
+        if output is not None:
+            raise UserError("--watch serves the page and writes none; leave out --output")
+        serve(paths, options.port or 0)
+        return
+    if options.port is not None:
+        raise UserError("--port goes with --watch")
     found = runs.find_runs(paths)
     print(page.write_report(found[0], output) if len(found) == 1 else runs.write_runs_report(paths, output))
 

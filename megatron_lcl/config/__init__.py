@@ -22,7 +22,7 @@ from megatron_lcl.config.data import Corpus, Data
 from megatron_lcl.config.model import Language, Model, Vision
 from megatron_lcl.config.objective import Contrast, Objective
 from megatron_lcl.config.optimizer import Optimizer, Zero
-from megatron_lcl.config.run import Average, Checkpoint, Evaluate, EvaluationTask, Guard, Parallel, Train
+from megatron_lcl.config.run import Average, Checkpoint, Evaluate, EvaluationTask, Guard, LabeledTask, Parallel, Train
 from megatron_lcl.config.schedule import EarlyPhase, Schedule
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.errors import UserError
@@ -39,6 +39,7 @@ __all__ = [
     "Evaluate",
     "EvaluationTask",
     "Guard",
+    "LabeledTask",
     "Language",
     "Model",
     "Objective",

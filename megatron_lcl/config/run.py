@@ -84,6 +84,9 @@ class Guard:
 
 
 EvaluationTask = Literal["retrieval", "generation"]
+"""what is measured on a held-out corpus, by the part of the model that it needs"""
+LabeledTask = Literal["knn", "zero-shot"]
+"""what is measured on labelled images"""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -93,15 +96,29 @@ class Evaluate:
     corpus: str | None = Field(
         default=None, description="folder of the held-out corpus, e.g. one that `preprocess --held-out` wrote"
     )
-    tasks: tuple[EvaluationTask, ...] = Field(
+    tasks: tuple[Literal["retrieval", "generation", "knn", "zero-shot"], ...] = Field(
         default=(),
-        description="retrieval: recall@1 and @10, image to context and back; generation: bits per token; empty: what "
-        "the objective trains",
+        description="on evaluate.corpus: retrieval: recall@1 and @10, image to context and back; generation: bits per "
+        "token; on evaluate.labeled: knn: k nearest neighbours; zero-shot: the nearest class text; empty: what the "
+        "objective trains and the data allow",
     )
     average: str | None = Field(
         default=None,
         description="name of the average of the weights that is measured in their place (ema_0.999 of average.ema, "
         "tail_0.1 of average.tail), from where it begins; null: the weights",
+    )
+    labeled: str | None = Field(
+        default=None,
+        description="labelled images, DIR/test/CLASS/*.jpg (for knn also DIR/train/…), or a WebDataset in "
+        "CLIP_benchmark's layout; every image is encoded in each evaluation",
+    )
+    neighbors: Positive = Field(
+        default=20, description="of knn: neighbours that vote, by exp(cosine / 0.07) (DINO, arXiv 2104.14294: 20)"
+    )
+    prompts: tuple[str, ...] = Field(
+        default=(),
+        description="of zero-shot: texts of a class, {c} for its name, whose features are averaged; empty: the data's "
+        "own, else `a photo of a {c}.`",
     )
 
 
@@ -161,7 +178,8 @@ class Train:
         "checkpoints of its own resumes from these instead",
     )
     evaluate_every: Count = Field(
-        default=0, description="steps between evaluations on evaluate.corpus, one more at the end; 0: never"
+        default=0,
+        description="steps between evaluations on evaluate.corpus and evaluate.labeled, one more at the end; 0: never",
     )
     log_every: Positive = Field(
         default=10,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.results import Result, bootstrap
-from megatron_lcl.evaluate.sources import ImageSet
+from megatron_lcl.evaluate.sources import ImageSet, open_images
 
 _ROWS = 1024
 
@@ -59,6 +62,38 @@ def knn(
     metrics = {"accuracy": bootstrap(predicted == labels, seed, 1 / len(test.classes))}
     settings = {"k": k, "temperature": temperature, "train images": len(train), "seed": seed}
     return Result("k-NN", encoder, test.name, len(test), metrics, settings)
+
+
+def with_training(
+    data: str | Path,
+    train_split: str,
+    test: ImageSet,
+    images: str | Path | None = None,
+    class_names: str | Path | None = None,
+) -> tuple[ImageSet, ImageSet]:
+    """The training images of a data set beside the test ones, with the same classes. UserError where there are none."""
+    if not (Path(data) / train_split).is_dir():
+        raise UserError(
+            f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
+        )
+    train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
+    same_classes(train, test)
+    return train, test
+
+
+def check_neighbors(k: int, train: ImageSet) -> None:
+    """UserError where there are fewer training images than neighbours."""
+    if k > len(train):
+        raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
+
+
+def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Classes that are mere numbers go as far as the larger split's: it may have images of a last class more."""
+    both = train.classes, test.classes
+    if any(classes != tuple(str(i) for i in range(len(classes))) for classes in both):
+        return train, test
+    longer = max(both, key=len)
+    return replace(train, classes=longer), replace(test, classes=longer)
 
 
 def same_classes(train: ImageSet, test: ImageSet) -> np.ndarray:

@@ -20,7 +20,7 @@ from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource
 from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_cache
 from megatron_lcl.evaluate.gallery import Gallery, make_gallery, write_gallery
-from megatron_lcl.evaluate.knn import knn, same_classes
+from megatron_lcl.evaluate.knn import check_neighbors, knn, with_training
 from megatron_lcl.evaluate.probes import attentive_probe, linear_probe
 from megatron_lcl.evaluate.results import RESULTS, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
@@ -83,13 +83,9 @@ def evaluate(
     test = open_images(data, split, images, class_names, settings.zero_shot.prompts or templates)
     train = None
     if _NEED_TRAINING & set(tasks):
-        if not (Path(data) / train_split).is_dir():
-            raise UserError(
-                f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
-            )
-        train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
-        same_classes(train, test)
-        _check_neighbors(settings.knn.k, train, tasks)
+        train, test = with_training(data, train_split, test, images, class_names)
+        if "knn" in tasks:
+            check_neighbors(settings.knn.k, train)
     if _NEED_CAPTIONS & set(tasks):
         test.need_captions()
     if "zero-shot" in tasks:
@@ -116,7 +112,8 @@ def evaluate(
     test = without_bad(test, bad[0], skip_bad_images)
     if train is not None:
         train = without_bad(train, bad[1], skip_bad_images)
-        _check_neighbors(settings.knn.k, train, tasks)
+        if "knn" in tasks:
+            check_neighbors(settings.knn.k, train)
     store.check_room(shapes, _cached(tasks, train, test, settings))
 
     results: list[Result] = []
@@ -148,11 +145,6 @@ def evaluate(
     if output is not None:
         _write(Path(output), results, test, written, [*bad[0], *bad[1]], gallery)
     return results
-
-
-def _check_neighbors(k: int, train: ImageSet, tasks: Sequence[str]) -> None:
-    if k > len(train) and "knn" in tasks:
-        raise UserError(f"k = {k} neighbours, but {train.name} has {len(train)} images")
 
 
 def _check_device(name: str) -> None:
@@ -196,15 +188,6 @@ def _trained(
         of_knn = settings.knn
         return knn(encoder.name, *sets, *pooled, of_knn.k, of_knn.temperature, seed, device)
     return linear_probe(encoder.name, *sets, *pooled, settings.linear_probe, seed, device, store.progress)
-
-
-def _same_numbers(train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Classes that are mere numbers go as far as the larger split's: it may have images of a last class more."""
-    both = train.classes, test.classes
-    if any(classes != tuple(str(i) for i in range(len(classes))) for classes in both):
-        return train, test
-    longer = max(both, key=len)
-    return replace(train, classes=longer), replace(test, classes=longer)
 
 
 def _write(

@@ -47,8 +47,12 @@ def class_features(
 
 def classify(encoder: Encoder, data: ImageSet, features: np.ndarray, progress: bool = False) -> Classified:
     """The classes by the nearness of their texts. `features`: pooled, [N, D]."""
-    labels = data.need_labels()
     texts = class_features(encoder, data.classes, data.templates, progress)
+    return by_texts(texts, features, data.need_labels())
+
+
+def by_texts(texts: torch.Tensor, features: np.ndarray, labels: np.ndarray) -> Classified:
+    """The same with the classes' features [C, D], for images with pooled `features` [N, D] and `labels` [N]."""
     ranks, given = zip(*(_classify(x, texts, y) for x, y in _batches(features, labels)), strict=True)
     return Classified(np.concatenate(ranks), np.concatenate(given))
 

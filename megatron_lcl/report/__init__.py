@@ -1,7 +1,9 @@
-"""One HTML page about a run folder: pictures and the names that they were given, losses, held-out retrieval, the first
-batch, what the corpora dropped.
+"""HTML pages about run folders: pictures and the names that they were given, curves, what happened, held-out retrieval,
+the first batch, what the corpora dropped; of one run, or of several side by side.
 
 It reads what other packages wrote (the run's config, metrics and checkpoints, the evaluations, the corpora) and may
-import all of them but `quickstart`, `selftest` and `cli`. Begin with `page.write_report`; `report.html` is its
-template, `gallery.html` the part with the pictures.
+import all of them but `claim`, `demo`, `quickstart`, `selftest` and `cli`. Begin with `page.RunPage` or
+`runs.RunsPage`: `series` reads the numbers as a stream, `curves` says which charts there are, `charts` draws them,
+`serve` is `report --watch`. `report.html` and `runs.html` are the templates, with `gallery.html` (the pictures),
+`style.html` and `script.html`.
 """

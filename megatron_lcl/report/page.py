@@ -1,11 +1,14 @@
-"""One self-contained page about a run: names of pictures, losses, retrieval, the first batch, drops, how to go on."""
+"""One self-contained page about a run: names of pictures, curves, what happened, retrieval, the first batch, drops."""
 
 from __future__ import annotations
 
-import io
-import math
+import functools
+import os
 import shlex
 import sys
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,119 +16,239 @@ import jinja2
 from markupsafe import Markup
 
 from megatron_lcl import config as configs
-from megatron_lcl import objectives
+from megatron_lcl import fields, objectives
+from megatron_lcl.config import Config
 from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.pages.replay import render_first_packs
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT
+from megatron_lcl.evaluate.labeled import RESULT as LABELED
+from megatron_lcl.report import charts
+from megatron_lcl.report.charts import short
+from megatron_lcl.report.curves import NAMES, groups
 from megatron_lcl.report.gallery import read_gallery, read_json, read_others
+from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import last_ledger
-from megatron_lcl.train.telemetry import read_metrics
 
 REPORT = "report.html"
 """the page in a run folder, and its template here"""
+PROFILE = "profile"
+"""folder of a run with what a profiler wrote"""
 MAX_THUMBNAIL = 320
 """pixels of an example image's longer side"""
 MAX_PACKS = 16
 """of the first batch that are shown"""
+MAX_EVENTS = 60
+"""lines of what happened"""
+MAX_PROFILES = 60
+"""files that are linked"""
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
     """Write the page about a run folder; returns its path. UserError where `run` is not a run folder."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is not a run folder: it has no {CONFIG}")
-    config = configs.load(run / CONFIG)
-    metrics = [line for line in read_metrics(run) if "loss" in line]
-    evaluation = read_json(run / RESULT)
-    root = Path(__file__).resolve().parents[2]
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True)
-    page = environment.get_template(REPORT).render(
-        config=config,
-        config_yaml=configs.to_yaml(config),
-        gallery=read_gallery(run),
-        others=read_others(run),
-        last=metrics[-1] if metrics else None,
-        curves=_curves(metrics),
-        evaluation=evaluation,
-        examples=_examples(read_json(run / EXAMPLES), evaluation),
-        batch=Markup(
-            render_first_packs(
-                config, objectives.create(config).sequences, min(config.train.global_batch, MAX_PACKS), last_ledger(run)
-            )
-        ),
-        max_packs=MAX_PACKS,
-        corpora=[_corpus(open_corpus(c.path)) for c in config.data.corpora],
-        checkpoint=find_checkpoint(run).name if metrics and checkpoints_in(run) else None,
-        run=run,
-        checkout=_quoted(root) if (root / "launch").is_dir() else None,
-        environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
-    )
     output = output or run / REPORT
-    replace_text(output, page)
+    replace_text(output, RunPage(run).render(output.parent))
     return output
+
+
+class RunPage:
+    """The page about a run folder, which may still be growing."""
+
+    def __init__(self, run: Path) -> None:
+        """UserError where `run` is not a run folder, or a line of its metrics is damaged."""
+        if not (run / CONFIG).is_file():
+            raise UserError(f"{run} is not a run folder: it has no {CONFIG}")
+        self.run = run
+        self.config = configs.load(run / CONFIG)
+        self.metrics = Metrics.of(run)
+
+    def changed(self) -> bool:
+        """Whether the run has written anything since the last call, which is taken in."""
+        return self.metrics.read()
+
+    def render(self, folder: Path | None = None, live: float = 0.0) -> str:
+        """The page. folder: where it lies, from which links start; None: nothing is linked. live: seconds between two
+        looks at what has changed, for a page that is served; 0: it stays as it is."""
+        run, metrics = self.run, self.metrics
+        config = self.config = configs.load(run / CONFIG)  # which a run that goes on may have written anew
+        root = Path(__file__).resolve().parents[2]
+        evaluation, events = read_json(run / RESULT), metrics.incidents()
+        last = metrics.last if "images_per_second" in metrics.last else None
+        profile = list(_profile(run, folder))
+        has = {
+            "names": gallery if (gallery := read_gallery(run)) else None,
+            "heldout": evaluation,
+            "labelled": (labeled := read_json(run / LABELED)),
+            "curves": (drawn := groups(metrics.series, metrics.last_step, events)),
+            "events": events,
+            "retrieval": (examples := _examples(read_json(run / EXAMPLES), evaluation)),
+            "profile": profile,
+        }
+        return template(REPORT).render(
+            live=live,
+            digests={},
+            area=AREA,
+            sections=[(name, title) for name, title in SECTIONS.items() if has.get(name, True)],
+            metrics=metrics,
+            tiles=list(_tiles(metrics)),
+            time=_clock,
+            config=config,
+            config_yaml=configs.to_yaml(config),
+            changed=list(changed_settings(config)),
+            gallery=gallery,
+            others=read_others(run),
+            last=last,
+            groups=drawn,
+            events=events,
+            marks={event.kind for event in events},
+            event_names=NAMES,
+            max_events=MAX_EVENTS,
+            evaluation=evaluation,
+            labeled=labeled,
+            examples=examples,
+            batch=self._batch,
+            max_packs=MAX_PACKS,
+            corpora=self._corpora,
+            profile=profile,
+            checkpoint=find_checkpoint(run).name if last and checkpoints_in(run) else None,
+            run=run,
+            checkout=_quoted(root) if (root / "launch").is_dir() else None,
+            environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
+        )
+
+    @functools.cached_property
+    def _batch(self) -> Markup | None:
+        """The first packs; None where the corpora are not here."""
+        config = self.config
+        try:
+            for corpus in config.data.corpora:
+                open_corpus(corpus.path)
+        except (UserError, OSError):
+            return None
+        packs = min(config.train.global_batch, MAX_PACKS)
+        return Markup(render_first_packs(config, objectives.create(config).sequences, packs, last_ledger(self.run)))
+
+    @functools.cached_property
+    def _corpora(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for corpus in self.config.data.corpora:
+            try:
+                found.append(_corpus(open_corpus(corpus.path)))
+            except (UserError, OSError):
+                found.append({"path": corpus.path})
+        return found
+
+
+SECTIONS = {
+    "names": "Pictures and names",
+    "heldout": "Held-out documents",
+    "labelled": "Labelled images",
+    "curves": "Curves",
+    "events": "What happened",
+    "retrieval": "Retrieval",
+    "batch": "First batch",
+    "documents": "Documents",
+    "settings": "Settings",
+    "profile": "Profiles",
+    "going-on": "Going on",
+}
+"""of the page, by id: what the links at its head say"""
+AREA = {name.lower(): getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this package."""
+    return jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True).get_template(
+        name
+    )
+
+
+def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:
+    """What the page begins with: a number, what it is, more of it."""
+    line = metrics.last
+
+    def is_there(*names: str) -> bool:
+        return all(isinstance(line.get(name), int | float) for name in names)
+
+    if is_there("loss"):
+        more = f"generation {line['generation']:.4g}" if is_there("generation") else ""
+        yield f"{line['loss']:.4g}", "loss of the last step", more
+    if is_there("image_accuracy", "chance_accuracy"):
+        yield (
+            f"{100 * line['image_accuracy']:.1f} %",
+            "accuracy of the contrast",
+            (f"chance {100 * line['chance_accuracy']:.2f} %"),
+        )
+    if is_there("images_per_second", "tokens_per_second"):
+        more = f"{short(line['tokens_per_second'])} tokens a second"
+        yield (
+            f"{line['images_per_second']:.3g}"
+            if line["images_per_second"] < 1000
+            else short(line["images_per_second"]),
+            "images a second",
+            more,
+        )
+    for name, title, factor, unit in (("mfu", "MFU", 100, " %"), ("memory_peak_bytes", "peak memory", 2**-30, " GiB")):
+        series = metrics.series.get(name)
+        if series is not None and series.last is not None:
+            yield f"{factor * series.last:.3g}{unit}", title, ""
+    if metrics.seconds:
+        yield _duration(metrics.seconds), "of training", f"since {_clock(metrics.first_time or 0)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) + " UTC"
+
+
+def changed_settings(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(name, value, default) of the settings that are not the defaults."""
+    own, default = (fields.flat(configs.to_dict(c)) for c in (config, Config()))
+    for name, value in own.items():
+        if value != default.get(name):
+            yield name, text_of(value), text_of(default.get(name))
+
+
+def text_of(value: Any) -> str:
+    """A setting's value as it is read."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(text_of, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text_of(part)}" for key, part in value.items()) or "none"
+    return str(value)
+
+
+def _profile(run: Path, folder: Path | None) -> Iterator[tuple[str, str | None, str]]:
+    """Name, link, and size of the files of a profiler."""
+    files = sorted(path for path in (run / PROFILE).rglob("*") if path.is_file()) if (run / PROFILE).is_dir() else []
+    for path in files[:MAX_PROFILES]:
+        href = None if folder is None else link(path, folder)
+        yield str(path.relative_to(run)), href, in_bytes(path.stat().st_size)
+
+
+def link(path: Path, folder: Path) -> str:
+    """To a file, from a page that lies in a folder."""
+    return urllib.parse.quote(os.path.relpath(path, folder))
 
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-CURVES = (
-    # a line of metrics has it; the title; what it is a mean over
-    ("generation", "generation loss (nats a token)", "num_targets"),
-    ("contrastive", "contrastive loss (nats)", "num_pairs"),
-    ("image_accuracy", "accuracy of the contrast in the batch", "num_pairs"),
-)
-
-
-def _curves(metrics: list[dict[str, Any]]) -> Markup:
-    """Losses and accuracy over steps as inline SVG; broken where a step has nothing to measure them on."""
-    curves = [(title, values) for name, title, of in CURVES if (values := _values(metrics, name, of))]
-    if len(metrics) < 2 or not curves:
-        return Markup("")
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(11, 3.1), layout="constrained", squeeze=False)
-    steps = [line["step"] for line in metrics]
-    for axis, (title, values) in zip(axes[0], curves, strict=True):
-        axis.plot(steps, values, color="#2a6f97")
-        alone = [i for i, value in enumerate(values) if not math.isnan(value) and _is_alone(values, i)]
-        axis.plot([steps[i] for i in alone], [values[i] for i in alone], ".", color="#2a6f97", markersize=3)
-        if title == CURVES[-1][1]:
-            chance = [1 / line["num_pairs"] if line.get("num_pairs") else math.nan for line in metrics]
-            axis.plot(steps, chance, ":", color="#5c6b7a", label="chance (1 / pairs)")
-            axis.legend(fontsize=8, frameon=False)
-        axis.set_xlim(steps[0], steps[-1])
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    svg = text.getvalue()
-    return Markup(svg[svg.index("<svg") :])
-
-
-def _values(metrics: list[dict[str, Any]], name: str, of: str) -> list[float]:
-    """A number of every line; NaN where it has none. Empty where no line has one.
-
-    Earlier versions wrote 0 for the mean over no pairs.
-    """
-    found = [line.get(name) if line.get(of, 1) else None for line in metrics]
-    return [math.nan if value is None else value for value in found] if any(v is not None for v in found) else []
-
-
-def _is_alone(values: list[float], i: int) -> bool:
-    """Whether no line leads to a value: neither neighbor is there."""
-    return all(math.isnan(value) for value in [*values[max(i - 1, 0) : i], *values[i + 1 : i + 2]])
 
 
 def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:

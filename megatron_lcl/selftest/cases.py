@@ -187,6 +187,14 @@ def make_batches(config: Config, step: int) -> list[PackedBatch]:
     ]
 
 
+def lone_images_and_texts(config: Config) -> tuple[torch.Tensor, list[list[int]]]:
+    """What an evaluation encodes by itself: three images, and token ids of five texts."""
+    draw, size = torch.Generator().manual_seed(7), config.model.vision.image_size
+    special = SpecialTokens.of(config.model.language.vocab_size)
+    images = torch.randint(0, 256, (3, 3, size, size), generator=draw, dtype=torch.uint8)
+    return images, [_words(draw, special.sot) for _ in range(5)]
+
+
 @dataclass
 class _Written:
     """A pack while sequences are put into it, one after another."""

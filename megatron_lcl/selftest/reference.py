@@ -14,8 +14,9 @@ from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
-from megatron_lcl.model.lcl import LayerList
-from megatron_lcl.selftest.cases import STEPS, Case, make_batches
+from megatron_lcl.model.lcl import LCL, LayerList
+from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.selftest.cases import STEPS, Case, lone_images_and_texts, make_batches
 from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.optimizers.pieces import tensors_of
@@ -36,6 +37,8 @@ class Trajectory:
     """of the first step, clipped, by parameter"""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """after the last step"""
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    """then, of images and texts by themselves, as an evaluation reads them"""
     sent: list[dict[tuple[int, ...], float]] = field(default_factory=list)
     """of each process: bytes it sent for the last step, by the ranks of the group (see selftest.count_traffic)"""
     expected: list[dict[tuple[int, ...], float]] = field(default_factory=list)
@@ -71,6 +74,14 @@ def reference(case: Case) -> Trajectory:
             log_scale.clamp_(0, MAX_LOG_SCALE)
         out.losses.append([generation.item(), other.item(), log_scale.item()])
     out.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    images, texts = lone_images_and_texts(config)
+    whole = LCL(config.model, seed=None).eval()
+    whole.layers.load_state_dict(model.state_dict())
+    special = SpecialTokens.of(config.model.language.vocab_size)
+    with torch.no_grad():
+        latents, _ = whole.pool.pool(whole.vision_tokens(images))
+        contexts = [whole.encode_text(torch.tensor([[special.sot, *text, special.eot]])) for text in texts]
+    out.features = {"images": latents, "texts": torch.cat(contexts)}
     return out
 
 

@@ -99,6 +99,7 @@ Every layout trains the same tiny model on the same steps, and is compared with 
   losses, norms      largest relative difference of a step's losses or log scale; of its gradient norm
   gradient           norm of the difference over the norm, of the whole gradient of the first step
   parameters         the same of all parameters after the last step
+                     (after it images and texts by themselves are encoded as an evaluation does, and compared too)
   kB sent, formula   what a process sends in a step as counted, and by the formulas of docs/parallelism.md
   s                  seconds; then the verdict
 """
@@ -143,7 +144,8 @@ def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
     sent, formula = (
         sum(sum(x.values()) for x in all_ranks) / case.processes / 1e3 for all_ranks in (ours.sent, ours.expected)
     )
-    faults += [*of_gradients, *of_parameters, *_byte_faults(ours, bounds.sent)]
+    _, of_features = _distance(ours.features, truth.features, bounds.one, "features of lone images and texts")
+    faults += [*of_gradients, *of_parameters, *of_features, *_byte_faults(ours, bounds.sent)]
     return Verdict(case, loss, norm, gradient, parameters, sent, formula, tuple(faults))
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
+from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.selftest.cases import STEPS, Case, make_batches
+from megatron_lcl.selftest.cases import STEPS, Case, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
 
@@ -120,6 +121,13 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     out.sent = mesh.world.gather_objects(counted)
     out.expected = mesh.world.gather_objects(formula)
     out.parameters = read_parameters(engine, mesh)
+    images, texts = lone_images_and_texts(config)
+    own = [image_batch(images, config.model), text_batch(texts, config.model)] if mesh.loads_data else None
+    encoded = stepper.forward(broadcast_batches(own, 2, 1, mesh, engine.device))
+    if encoded:  # the last pipeline stage
+        of_images, of_texts = encoded
+        out.features = {"images": of_images.latents.cpu(), "texts": of_texts.text_features.cpu()}
+    out.features = mesh.world.broadcast_object(out.features, source=mesh.world.size - mesh.data_tensor.size)
     results = mesh.world.gather_objects((out.losses, out.grad_norms))
     assert all(r == results[0] for r in results), f"processes report different losses: {results}"
     mesh.world.barrier()

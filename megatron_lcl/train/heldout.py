@@ -1,4 +1,5 @@
-"""The held-out evaluation that a run makes every so many steps: all processes together, each some documents."""
+"""The evaluations that a run makes every so many steps, on held-out documents and on labelled images: all processes
+together, each a share."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.evaluate.heldout import TASKS as CORPUS_TASKS
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
+from megatron_lcl.evaluate.labeled import TASKS as LABELED_TASKS
+from megatron_lcl.evaluate.labeled import LabeledEvaluation, named_tasks, open_labeled, write_labeled
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
@@ -24,22 +28,43 @@ from megatron_lcl.train.telemetry import Telemetry
 
 def check_heldout(config: Config) -> None:
     """UserError where `train.evaluate_every` is set and the section `evaluate` cannot be carried out."""
+    own = config.evaluate
     if not config.train.evaluate_every:
         return
-    if config.evaluate.corpus is None:
+    if own.corpus is None and own.labeled is None:
         raise UserError(
             f"train.evaluate_every = {config.train.evaluate_every} needs held-out documents: --evaluate.corpus DIR, "
-            "such as `preprocess --held-out DIR` writes"
+            "such as `preprocess --held-out DIR` writes; or labelled images: --evaluate.labeled DIR"
         )
-    check_tasks(config, config.evaluate.tasks)
-    corpus = open_corpus(config.evaluate.corpus)
+    for tasks, name, data in (
+        (corpus_tasks(config), "corpus", own.corpus),
+        (named_tasks(config), "labeled", own.labeled),
+    ):
+        if tasks and data is None:
+            raise UserError(f"evaluate.tasks has {tasks[0]}, which needs evaluate.{name}: --evaluate.{name} DIR")
+        if own.tasks and not tasks and data is not None:
+            raise UserError(
+                f"evaluate.{name} = {data}, but evaluate.tasks = {list(own.tasks)} has no task on it; add one of "
+                f"{', '.join(CORPUS_TASKS if name == 'corpus' else LABELED_TASKS)}, or remove evaluate.{name}"
+            )
+    if own.labeled is not None:
+        open_labeled(config)
+    if own.corpus is None:
+        return
+    check_tasks(config, corpus_tasks(config))
+    corpus = open_corpus(own.corpus)
     corpus.check_sizes()
     tokenizer = corpus.tokenizer
     if any(open_corpus(c.path).tokenizer.fingerprint != tokenizer.fingerprint for c in config.data.corpora):
         raise UserError(
-            f"evaluate.corpus = {config.evaluate.corpus} has another tokenizer than data.corpora; preprocess the "
-            "held-out documents with the same one"
+            f"evaluate.corpus = {own.corpus} has another tokenizer than data.corpora; preprocess the held-out "
+            "documents with the same one"
         )
+
+
+def corpus_tasks(config: Config) -> tuple[EvaluationTask, ...]:
+    """Those of `evaluate.tasks` that a held-out corpus is for."""
+    return tuple(task for task in CORPUS_TASKS if task in config.evaluate.tasks)
 
 
 class _Interrupted(Exception):
@@ -64,23 +89,23 @@ class HeldOutMeter:
         self.mesh = mesh
         self.telemetry = telemetry
         at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
-        assert config.evaluate.corpus is not None
+        rows = config.train.micro_batch * config.data.tokens_per_pack  # as many as in a step
+        packs = 0
 
         def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
             if stop_requested():
                 raise _Interrupted
-            batches = broadcast_batches(read, num, self.evaluation.micro_batch, mesh, device)
+            batches = broadcast_batches(read, num, packs, mesh, device)
             return list(itertools.zip_longest(batches, stepper.forward(batches)))
 
-        self.evaluation = HeldOutEvaluation(
-            config,
-            config.evaluate.corpus,
-            mesh,
-            forward,
-            config.evaluate.tasks,
-            config.train.micro_batch * config.data.tokens_per_pack,  # as many as in a step
-            at_once,
-        )
+        self.evaluation: HeldOutEvaluation | None = None
+        if config.evaluate.corpus is not None:
+            tasks = corpus_tasks(config)
+            self.evaluation = HeldOutEvaluation(config, config.evaluate.corpus, mesh, forward, tasks, rows, at_once)
+            packs = self.evaluation.micro_batch
+        self.labeled: LabeledEvaluation | None = None
+        if config.evaluate.labeled is not None:
+            self.labeled = LabeledEvaluation(config, mesh, forward, rows, at_once)
 
     def measure(self, step: int, average: str | None = None) -> None:
         """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.
@@ -88,14 +113,19 @@ class HeldOutMeter:
         average: the one that the model has in place of its weights (`averages.Averages.evaluated`).
         A signal interrupts it: the time left of the job is for saving.
         """
-        started = time.perf_counter()
         try:
-            result, examples = self.evaluation.run(step)
+            if self.evaluation is not None:
+                self._measure_heldout(self.evaluation, step, average)
+            if self.labeled is not None:
+                self._measure_labeled(self.labeled, step, average)
         except _Interrupted:
             self.telemetry.say(f"the evaluation after step {step} is broken off")
-            return
         except UserError as error:  # on every process
             raise RunError(str(error)) from None
+
+    def _measure_heldout(self, evaluation: HeldOutEvaluation, step: int, average: str | None) -> None:
+        started = time.perf_counter()
+        result, examples = evaluation.run(step)
         if not self.mesh.is_first:
             return
         if result.bad_images:
@@ -107,3 +137,17 @@ class HeldOutMeter:
         numbers = {**result.numbers(), "seconds": seconds}
         self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
         write_heldout(Path(self.config.train.output), replace(result, average=average), examples)
+
+    def _measure_labeled(self, evaluation: LabeledEvaluation, step: int, average: str | None) -> None:
+        started = time.perf_counter()
+        result = evaluation.run(step)
+        if not self.mesh.is_first:
+            return
+        if result.bad_images:
+            self.telemetry.say(f"{len(result.bad_images)} labelled images do not decode, first {result.bad_images[0]}")
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
+        of = f" of {average}" if average else ""
+        self.telemetry.say(f"labelled images{of}, after step {step}: {measured}")
+        numbers = {**result.values, "seconds": time.perf_counter() - started}
+        self.telemetry.write({"step": step, **{f"labeled/{name}": value for name, value in numbers.items()}})
+        write_labeled(Path(self.config.train.output), replace(result, average=average))

@@ -1,15 +1,20 @@
-"""Curves of the report: a step that has nothing to measure a number on leaves a gap, and chance is shown."""
+"""Charts of the report: which there are, gaps where nothing was measured, levels, marks, and what a curve says."""
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_lcl.report.page import _curves
+from megatron_lcl.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Line, chart, short, shorts, ticks
+from megatron_lcl.report.curves import groups
+from megatron_lcl.report.series import Event, Metrics, Series
 
-LINE = re.compile(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: #2a6f97')
+PATH = re.compile(r'<path class="line (\w+)" data-label="([^"]*)"[^>]* d="([^"]*)"')
 
 
 def lines_of(pairs: list[int], empty: float | None) -> list[dict[str, Any]]:
@@ -19,6 +24,7 @@ def lines_of(pairs: list[int], empty: float | None) -> list[dict[str, Any]]:
             "step": step,
             "num_pairs": n,
             "num_targets": 9,
+            "loss": 1.0,
             "generation": 6.0 - step / 10,
             "contrastive": 3.0 - step / 10 if n else empty,
             "image_accuracy": 0.5 + step / 100 if n else empty,
@@ -27,22 +33,128 @@ def lines_of(pairs: list[int], empty: float | None) -> list[dict[str, Any]]:
     ]
 
 
+def drawn(lines: Sequence[Mapping[str, Any]], events: Sequence[Event] = ()) -> dict[str, str]:
+    """The figures of a run with these lines of metrics, by title."""
+    metrics = Metrics(run=None)  # type: ignore[arg-type]
+    for line in lines:
+        metrics._take(line)
+    figures = [f for group in groups(metrics.series, metrics.last_step, events) for f in group.figures]
+    return {html.unescape(re.findall(r"<b>(.*?)</b>", figure)[0]): str(figure) for figure in figures}
+
+
 @pytest.mark.parametrize("empty", [None, 0.0], ids=["now", "as earlier versions wrote it"])
 def test_a_curve_breaks_where_a_step_has_no_pair(empty: float | None) -> None:
-    svg = _curves(lines_of([4, 4, 4, 0, 0, 4, 4, 0, 4, 0, 4, 4], empty))
-    generation, contrastive, accuracy = LINE.findall(svg)
-    assert generation.count("M") == 1
-    for path in (contrastive, accuracy):
-        assert path.count("M") == 4  # runs of steps, the single one among them
-    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", contrastive)]
+    found = drawn(lines_of([4, 4, 4, 0, 0, 4, 4, 0, 4, 0, 4, 4], empty))
+    (generation,) = PATH.findall(found["generation loss (nats a token)"])
+    (contrastive,) = PATH.findall(found["contrastive loss (nats)"])
+    accuracy, chance = PATH.findall(found["accuracy of the contrast in the batch (%)"])
+    assert generation[2].count("M") == 1
+    for path in (contrastive, accuracy, chance):
+        assert path[2].count("M") == 4  # runs of steps, the single one among them
+        assert path[2].count("h0") == 1  # which is a dot
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", contrastive[2])]
     assert heights == sorted(heights)  # it falls all the way, and nowhere to 0 and back
     assert len(heights) == 8
-    assert "<!-- chance (1 / pairs) -->" in svg
+    assert (chance[0], chance[1]) == ("quiet", "chance (1 / pairs)")
 
 
 def test_what_was_never_measured_has_no_curve() -> None:
-    svg = _curves([{**line, "contrastive": None, "image_accuracy": None} for line in lines_of([4] * 9, None)])
-    assert len(LINE.findall(svg)) == 1
-    assert "chance" not in svg
-    assert _curves([]) == ""
-    assert _curves([{"step": step, "loss": 1.0} for step in (1, 2)]) == ""  # another package's objective
+    found = drawn([{**line, "contrastive": None, "image_accuracy": None} for line in lines_of([4] * 9, None)])
+    assert "generation loss (nats a token)" in found
+    assert not {"contrastive loss (nats)", "accuracy of the contrast in the batch (%)"} & set(found)
+    assert drawn([]) == {}
+    assert drawn([{"step": 1, "loss": 1.0}]) == {}, "one value is no curve"
+    assert drawn([{"step": step, "loss": 0.0} for step in (1, 2)]) == {}, "always 0"
+
+
+def test_others_metrics_have_charts_too() -> None:
+    lines = [
+        {
+            "step": s, "loss": 1.0, "grad_norm/vision": 1.0 + s, "grad_norm/language": 2.0 + s, "mfu": 0.3 + s / 100,
+            "slowest_rank": s % 3, "theirs/one_thing": 1.0 * s, "theirs/another": 5.0, "lonely": 2.0 * s,
+            "heldout/bits_per_token": 8.0 - s, "generation": 5.0,
+        }
+        for s in range(1, 5)
+    ]  # fmt: skip
+    found = drawn(lines)
+    by_part = PATH.findall(found["gradient norm by part"])
+    assert [(color, label) for color, label, _ in by_part] == [("k0", "vision"), ("k1", "language")]
+    assert {"theirs one thing", "theirs another", "lonely", "model FLOPs utilization, MFU (%)"} <= set(found)
+    assert [label for _, label, _ in PATH.findall(found["generation loss (nats a token)"])] == ["training", "held out"]
+    metrics = Metrics(run=None)  # type: ignore[arg-type]
+    for line in lines:
+        metrics._take(line)
+    assert [g.title for g in groups(metrics.series, 4, ())][-2:] == ["Further metrics", "Theirs"]
+
+
+def test_a_curve_stands_where_its_numbers_say() -> None:
+    """Read back by the ranges that the SVG carries, as the script of the page does."""
+    steps = np.array([10.0, 20.0, 40.0])
+    values = np.array([3.0, -1.0, 2.0])
+    svg = chart([Line("x", steps, steps, values, values)], 50)
+    start, stop, low, high = map(float, re.findall(r'data-range="([^"]*)"', svg)[0].split())
+    ((_, _, path),) = PATH.findall(svg)
+    for (x, y), step, value in zip(re.findall(r"[ML]([\d.]+) ([\d.]+)", path), steps, values, strict=True):
+        assert start + (float(x) - LEFT) / (WIDTH - LEFT - RIGHT) * (stop - start) == pytest.approx(step, abs=0.05)
+        read = low + (HEIGHT - BOTTOM - float(y)) / (HEIGHT - 12 - BOTTOM) * (high - low)
+        assert read == pytest.approx(value, abs=0.01)
+    assert (start, stop) == (10, 50)
+
+
+def test_a_wide_range_is_logarithmic_and_a_constant_is_drawn() -> None:
+    steps = np.arange(1.0, 30)
+    values = np.ones(29)
+    flat = chart([Line("x", steps, steps, values, values)], 29)
+    assert 'data-log="0"' in flat
+    values = values.copy()
+    values[7] = 1e4
+    assert 'data-log="1"' in chart([Line("x", steps, steps, values, values)], 29)
+    values[8] = -1
+    assert 'data-log="0"' in chart([Line("x", steps, steps, values, values)], 29)
+
+
+def test_phases_and_incidents_are_marked_and_many_of_them_are_one() -> None:
+    events = [
+        Event("phase", 3, None, "phase 2: image size 32"),
+        Event("resumed", 5, None, "went on"),
+        Event("rewind", 8, None, "back <to> step 4"),
+        *(Event("skipped", 9, None, f"reason {i}") for i in range(50)),
+    ]
+    found = drawn(lines_of([4] * 12, None), events)["loss that is minimized"]
+    marks = re.findall(r'<path class="mark ([\w ]+)" d="M([\d.]+) [^"]*"><title>(.*?)</title>', found)
+    assert [kind for kind, *_ in marks] == ["phase", "resumed", "incident rewind", "incident skipped"]
+    places = [float(x) for _, x, _ in marks]
+    assert places == pytest.approx([LEFT + (s - 1) / 11 * (WIDTH - LEFT - RIGHT) for s in (3, 5, 8, 9)], abs=0.06)
+    assert marks[2][2] == "step 8, rewind: back &lt;to&gt; step 4"
+    assert marks[3][2] == "step 9, step skipped: reason 0, and 49 more"
+
+
+def test_names_are_text_wherever_they_come_from() -> None:
+    found = drawn([{"step": s, "<script>/x": 1.0 * s, "lr/<b>": 1.0 * s, "loss": 1.0 * s} for s in (1, 2)])
+    assert not any("<script>" in figure or '<b>"' in figure or "/<b>" in figure for figure in found.values())
+    assert "learning rate by part" in found
+
+
+def test_ticks_and_numbers_are_round() -> None:
+    assert ticks(0, 1, 4) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-3, 1e6, 4) == [0, 250_000, 500_000, 750_000, 1_000_000]
+    assert ticks(5, 5, 4) == [5]
+    assert [short(x) for x in (0, 1234567, 999, 0.5, 3e-5, -2500, 1e9)] == [
+        "0", "1.23M", "999", "0.5", "3e-5", "-2.5k", "1G"
+    ]  # fmt: skip
+
+
+def test_labels_of_an_axis_differ() -> None:
+    assert shorts([3.0001, 3.0002]) == ["3.0001", "3.0002"]
+    assert shorts([1000, 1001]) == ["1k", "1.001k"]
+    assert shorts([0, 0.5, 1]) == ["0", "0.5", "1"]
+
+
+def test_a_downsampled_curve_goes_through_both_ends() -> None:
+    series = Series()
+    for step in range(1, 2001):
+        series.add(step, float(step % 2))
+    points = series.points()
+    svg = chart([Line("x", points.first, points.final, points.low, points.high)], 2000)
+    ((_, _, path),) = PATH.findall(svg)
+    assert len(re.findall("[ML]", path)) == 2 * len(points.first) - 1, "the last stretch has one step"

@@ -1,0 +1,319 @@
+"""The numbers of a run by name, read as a stream: memory and what is drawn do not grow with the run's length.
+
+A metric is kept in at most MAX_BUCKETS stretches of equal numbers of steps, each with its least, largest and mean
+value, so that a spike of one step in a million is still drawn. When they no longer suffice, two become one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from megatron_lcl.errors import UserError
+from megatron_lcl.train.resilience.audit import AUDIT
+from megatron_lcl.train.telemetry import METRICS
+
+MAX_BUCKETS = 400
+"""stretches of a curve: more than a chart has pixels"""
+MAX_METRICS = 400
+"""names that are kept; a file with more is not of a run of ours"""
+MAX_EVENTS = 200
+"""of a kind, whose facts are kept"""
+_PENDING = 4096
+"""numbers that wait to be put into stretches"""
+OF_PAIRS = ("contrastive", "image_accuracy", "text_accuracy", "positive_similarity", "hardest_negative_similarity")
+"""means over pairs, for which earlier versions wrote 0 where a step has none"""
+
+
+class Points(NamedTuple):
+    """A curve: stretches in order. NaN: steps that have nothing to measure the metric on."""
+
+    first: np.ndarray
+    """float64 [N] first step of each"""
+    final: np.ndarray
+    """float64 [N] last step"""
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
+    is_exact: bool
+    """each has one value"""
+
+
+class Series:
+    """A metric over steps."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.last_step = 0
+        self.is_zero = True
+        """no value but 0"""
+        self.num_values = 0
+        self._width = 1
+        self._kept = np.zeros((6, 0))
+        self._pending: list[tuple[float, float]] = []
+
+    def add(self, step: int, value: float | None) -> None:
+        """The value after a step; None, or what is not finite: there is none."""
+        if value is None or not math.isfinite(value):
+            self._pending.append((step, math.nan))
+        else:
+            self._pending.append((step, value))
+            self.last, self.last_step = value, step
+            self.num_values += 1
+            if value:
+                self.is_zero = False
+        if len(self._pending) >= _PENDING:
+            self._flush()
+
+    def points(self, width: int = 1) -> Points:
+        """width: steps of a stretch at least, a power of two, so that several series have the same."""
+        self._flush()
+        kept = self._kept if width <= self._width else _joined(self._kept, width)
+        first, final, low, high, total, count = kept
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.where(count > 0, total / count, np.nan)
+        return Points(first, final, low, high, mean, bool((count <= 1).all()))
+
+    @property
+    def width(self) -> int:
+        """Steps of a stretch."""
+        self._flush()
+        return self._width
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        steps, values = np.array(self._pending, np.float64).T
+        self._pending = []
+        there = np.isfinite(values)
+        new = np.stack([steps, steps, values, values, np.where(there, values, 0.0), there.astype(np.float64)])
+        self._kept = _joined(np.concatenate([self._kept, new], axis=1), self._width)
+        while self._kept.shape[1] > MAX_BUCKETS:
+            self._width *= 2
+            self._kept = _joined(self._kept, self._width)
+
+
+def _joined(rows: np.ndarray, width: int) -> np.ndarray:
+    """Columns (first step, last step, least, largest, sum, count), those of one stretch of `width` steps as one."""
+    stretch = rows[0] // width
+    order = np.argsort(stretch, kind="stable")
+    rows, stretch = rows[:, order], stretch[order]
+    starts = np.flatnonzero(np.concatenate([[True], stretch[1:] != stretch[:-1]]))
+    kinds = (np.minimum, np.maximum, np.fmin, np.fmax, np.add, np.add)  # fmin and fmax pass over NaN
+    return np.stack([kind.reduceat(row, starts) for kind, row in zip(kinds, rows, strict=True)])
+
+
+@dataclass
+class Event:
+    """Something that happened between two steps."""
+
+    kind: str
+    step: int
+    time: float | None
+    text: str
+
+
+@dataclass
+class Metrics:
+    """What a run's metrics.jsonl and audit.jsonl say so far; `read` goes on where it stopped."""
+
+    run: Path
+    series: dict[str, Series] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    """the last line of a step"""
+    first_time: float | None = None
+    last_time: float | None = None
+    last_step: int = 0
+    seconds: float = 0.0
+    """between lines of the run's processes, without the time in between"""
+    events: list[Event] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    """of events, by kind"""
+    num_bad_images: int = 0
+    _at: tuple[int, int] = (0, 0)
+    """lines and bytes that were read"""
+    _seen: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, run: Path) -> Metrics:
+        """UserError where a line is damaged."""
+        metrics = cls(run)
+        metrics.read()
+        return metrics
+
+    def read(self) -> bool:
+        """Take in the lines that have come since, whole ones; returns whether there were any.
+
+        A file that was cut, as by a rewind or where a run goes on, is read anew.
+        """
+        seen = tuple(_state(self.run / name) for name in (METRICS, AUDIT))
+        if seen == self._seen:
+            return False
+        at = self._at
+        before = self._seen[0] if self._seen else None
+        if before != seen[0] and (before is None or seen[0] is None or seen[0][0] != before[0] or seen[0][1] < at[1]):
+            for name, value in vars(type(self)(self.run)).items():
+                setattr(self, name, value)
+        self._seen = seen
+        path = self.run / METRICS
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(self._at[1])
+                for raw in file:
+                    if not raw.endswith(b"\n"):
+                        break
+                    self._at = self._at[0] + 1, self._at[1] + len(raw)
+                    self._take(_parsed(raw, path, self._at[0]))
+        return True
+
+    def incidents(self) -> list[Event]:
+        """What happened, in the order of the steps: from audit.jsonl, and what only metrics.jsonl says."""
+        found, counts = list(self.events), dict(self.counts)
+        steps = {event.step for event in found if event.kind == "skipped"}
+        for event in read_events(self.run):
+            if event.kind == "skipped" and event.step in steps:
+                continue
+            counts[event.kind] = counts.get(event.kind, 0) + 1
+            if counts[event.kind] <= MAX_EVENTS:
+                found.append(event)
+        return sorted(found, key=lambda event: (event.step, event.time or 0))
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        step, time = line.get("step"), line.get("time")
+        if not isinstance(step, int):
+            return
+        self.last_step = max(self.last_step, step)
+        if isinstance(time, int | float):
+            started = "loss_kernels" in line  # each start of the run writes a line with it
+            if self.last_time is not None and not started:
+                self.seconds += max(0.0, time - self.last_time)
+            self.first_time, self.last_time = self.first_time or time, time
+        if "loss" in line:
+            self.last = dict(line)
+            line = _as_now(line)
+        elif "loss_kernels" in line and step:
+            self._event("resumed", step, time, f"a process of the run went on from step {step:,}")
+        if "phase" in line:
+            facts = ", ".join(
+                f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in ("step", "phase", "time")
+            )
+            self._event("phase", step, time, f"phase {line['phase']}: {facts}")
+            return
+        if "skipped" in line:
+            self._event("skipped", step, time, str(line["skipped"]))
+            return
+        if isinstance(health := line.get("health"), dict):
+            self._event("health", step, time, str(health.get("says", "")))
+        if isinstance(last := line.get("stragglers"), list):
+            self._event(
+                "stragglers", step, time, "; ".join(_straggler(one) for one in last[:5] if isinstance(one, dict))
+            )
+        if isinstance(bad := line.get("bad_images"), list):
+            self.num_bad_images += len(bad)
+        for name, value in line.items():
+            if name in _NO_METRICS or not (value is None or isinstance(value, int | float)) or isinstance(value, bool):
+                continue
+            series = self.series.get(name)
+            if series is None:
+                if len(self.series) >= MAX_METRICS:
+                    continue
+                series = self.series[name] = Series()
+            series.add(step, value)
+
+    def _event(self, kind: str, step: int, time: float | None, text: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if self.counts[kind] <= MAX_EVENTS:
+            self.events.append(Event(kind, step, time, text))
+
+
+def _straggler(one: Mapping[str, Any]) -> str:
+    """A process that was last: how often, by how much, in which phase of its steps."""
+    seconds = one.get("lag_seconds")
+    behind = f", by {seconds:.3g} s a step" if isinstance(seconds, int | float) else ""
+    who = f"process {one.get('rank')} (node {one.get('node')})"
+    return f"{who} last in {one.get('last')} of {one.get('of')} lines{behind}, in {one.get('phase')}"
+
+
+_NO_METRICS = frozenset({"step", "time", "phase"})
+
+
+def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A step's line as this version writes it: no mean over no pairs, and chance beside the accuracy."""
+    pairs, changed = line.get("num_pairs"), dict(line)
+    if pairs == 0:
+        changed |= {name: None for name in OF_PAIRS if name in line}
+        if "image_accuracy" in line:
+            changed["chance_accuracy"] = None
+    elif pairs and "image_accuracy" in line:
+        changed.setdefault("chance_accuracy", 1 / pairs)
+    if line.get("num_targets") == 0 and "generation" in line:
+        changed["generation"] = None
+    return changed
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
+    try:
+        try:
+            line = msgspec.json.decode(raw)
+        except msgspec.DecodeError:  # NaN and Infinity, which Python writes
+            line = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number} is damaged: {error}") from None
+    return line if isinstance(line, dict) else {}
+
+
+_AUDITED = {
+    "step skipped": "skipped",
+    "rewind": "rewind",
+    "stopped": "stopped",
+    "changed": "changed",
+    "checkpoint rejected": "rejected",
+    "replicas differ": "differ",
+    "initial weights": "weights",
+}
+"""events of audit.jsonl, by the kind that they are here"""
+
+
+def read_events(run: Path) -> Iterator[Event]:
+    """The events of a run's audit.jsonl, oldest first; a line that was cut off in writing is passed over."""
+    path = run / AUDIT
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw)
+                yield Event(
+                    _AUDITED.get(line["event"], line["event"]), int(line["step"]), line.get("time"), _said(line)
+                )
+            except (ValueError, KeyError, TypeError):
+                continue
+
+
+def _said(line: Mapping[str, Any]) -> str:
+    if line["event"] == "rewind":
+        return f"back to step {line.get('to', 0):,}, without the packs of the steps between"
+    if line["event"] == "stopped":
+        return f"signal {line.get('signal')}; saved at step {line.get('saved', 0):,}"
+    if line["event"] == "changed":
+        return ", ".join(line.get("settings", ())) or "; ".join(line.get("warnings", ()))
+    if line["event"] == "checkpoint rejected":
+        return f"{Path(line.get('folder', '')).name}: {'; '.join(line.get('faults', ())[:3])}"
+    if line["event"] == "initial weights":
+        return str(line.get("path", ""))
+    return str(line.get("reason", ""))

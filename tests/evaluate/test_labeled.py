@@ -1,0 +1,177 @@
+"""k-NN and zero-shot on labelled images during a run: in every layout what `evaluate` says of the checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from data.corpora import random_documents, write_corpus
+from train.resilience import fleet
+
+from megatron_lcl import config as configs
+from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
+from megatron_lcl.evaluate.labeled import LabeledEvaluation, open_labeled
+from megatron_lcl.evaluate.run import evaluate
+from megatron_lcl.evaluate.settings import KnnSettings, Settings, ZeroShotSettings
+from megatron_lcl.evaluate.zero_shot import class_features
+from megatron_lcl.model.layers import Outputs
+from megatron_lcl.model.lcl import LCL
+from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.report.page import write_report
+
+CONFIG = """
+model:
+  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  language: {{context_length: 48, vocab_size: 517, width: 32, layers: 1, heads: 2, mlp_width: 64}}
+  pool_heads: 2
+data: {{corpora: {folder}/corpus, cache: {folder}/cache, tokens_per_pack: 64, workers: 1}}
+optimizer: {{lr: 1.0e-2, warmup: 1}}
+train: {{steps: 3, global_batch: 4, micro_batch: 2, log_every: 1, progress: false, evaluate_every: 2}}
+evaluate: {{labeled: {folder}/labeled, neighbors: 3, prompts: ["a {{c}}", "one {{c}} by the big river"]}}
+"""
+CLASSES = ("blue lake", "green hill", "red mill")
+PROMPTS = ("a {c}", "one {c} by the big river")
+
+
+def picture(label: int, seed: int) -> bytes:
+    """Noise with more of the class's color, so that some are right and some are wrong."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 200, (20, 24, 3))
+    pixels[..., 2 - label] += rng.integers(0, 55)
+    out = io.BytesIO()
+    PIL.Image.fromarray(pixels.astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labeled")
+    write_corpus(folder / "corpus", random_documents(20, seed=1, mean_text=12.0))
+    for split, number in (("train", 9), ("test", 7)):
+        for label, name in enumerate(CLASSES):
+            (folder / "labeled" / split / name).mkdir(parents=True)
+            for i in range(number - label):  # numbers that two replicas cannot halve
+                file = folder / "labeled" / split / name / f"{i}.png"
+                file.write_bytes(picture(label, 100 * label + i + 1000 * (split == "test")))
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def alone(config: configs.Config, model: LCL, rows: int, at_once: int = 1) -> LabeledEvaluation:
+    """In this process, as a run without parallelism."""
+
+    def forward(read: Sequence[PackedBatch] | None, num: int) -> list[tuple[PackedBatch, Outputs | None]]:
+        assert read is not None
+        assert len(read) == num
+        return [(batch, model.layers(batch)) for batch in read]
+
+    return LabeledEvaluation(config, Mesh(Axis(), Axis()), forward, rows, at_once)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (200, 3)])
+def test_features_are_those_of_the_encoder(folder: Path, rows: int, at_once: int) -> None:
+    config = configs.load(folder / "config.yaml")
+    model = LCL(config.model, seed=3).eval()
+    measured = alone(config, model, rows, at_once)
+    test = measured.sets.test
+    encoder = OurEncoder("ours", model, open_corpus(folder / "corpus").tokenizer)
+    images = torch.stack([encoder.prepare(blob.read()) for blob in test.images])
+    latents, kept, bad = measured._encode(test)
+    assert latents is not None
+    assert (len(kept), bad) == (len(test), [])
+    torch.testing.assert_close(latents, encoder.encode(images).pooled, rtol=1e-5, atol=1e-6)
+    texts = measured._class_features()
+    expected = class_features(encoder, CLASSES, PROMPTS)
+    torch.testing.assert_close(texts, expected, rtol=1e-5, atol=1e-6)
+    assert (expected - expected.roll(1, 0)).norm(dim=1).min() > 1e-3, "or the classes could be exchanged"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (2, ("--zero.stage", "3", "--contrast.strategy", "recompute")),
+        (4, ("--parallel.pipeline", "2", "--parallel.tensor", "2")),
+    ],
+    ids=["zero3", "pipeline and tensor"],
+)
+def test_a_run_measures_what_evaluate_measures(
+    folder: Path, size: int, layout: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    bad = folder / "labeled/train/red mill/bad.png"
+    bad.write_bytes(b"\x89PNG was a picture")
+    try:
+        said = fleet.train(run, "--config", str(folder / "config.yaml"), *layout, size=size)
+        settings = Settings(knn=KnnSettings(k=3), zero_shot=ZeroShotSettings(prompts=PROMPTS))
+        arguments = {"settings": settings, "cache": tmp_path / "cache", "progress": False, "skip_bad_images": True}
+        knn, zero_shot = evaluate([str(run)], ["knn", "zero-shot"], folder / "labeled", **arguments)
+    finally:
+        bad.unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "labeled/knn_accuracy" in line]
+    assert [line["step"] for line in measured] == [2, 3]
+    expected = {
+        "knn_accuracy": knn.metrics["accuracy"].value,
+        "zero_shot_accuracy": zero_shot.metrics["accuracy"].value,
+        "zero_shot_accuracy_top_5": zero_shot.metrics["accuracy, top 5"].value,
+        "zero_shot_mean_per_class_recall": zero_shot.metrics["mean per-class recall"].value,
+        "chance": 1 / 3,
+        "chance_top_5": 1.0,
+    }
+    for name, value in expected.items():
+        assert measured[-1][f"labeled/{name}"] == pytest.approx(value, abs=1e-9), name
+    assert 0 < expected["knn_accuracy"] < 1, "both kinds of pictures, or a mistake would not show"
+    assert said.count("1 labelled images do not decode, first ") == 2
+    assert "labelled images, after step 3: knn_accuracy " in said
+    recorded = json.loads((run / "labeled.json").read_text())
+    assert (recorded["step"], recorded["images"], recorded["train_images"]) == (3, 18, 24)
+    assert (recorded["neighbors"], recorded["prompts"]) == (3, list(PROMPTS))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "labelled images" in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"evaluate.neighbors": "25"}, "k = 25 neighbours"),
+        ({"objective.name": "generation", "evaluate.tasks": "[zero-shot]"}, "generation does not train what zero-shot"),
+        ({"evaluate.labeled": "{folder}/labeled/train"}, None),
+        ({"evaluate.labeled": "{folder}/labeled/train", "evaluate.tasks": "[knn]"}, "has no folder 'train'"),
+        ({"evaluate.labeled": "{folder}/nowhere"}, "nowhere"),
+        ({"evaluate.labeled": "{folder}/corpus"}, "has no labels"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(folder: Path, overrides: dict[str, str], said: str | None) -> None:
+    config = configs.load(folder / "config.yaml", {k: v.format(folder=folder) for k, v in overrides.items()})
+    if said is None:
+        assert open_labeled(config).tasks == ("zero-shot",), "no training images: what can be measured"
+        return
+    with pytest.raises(UserError) as refused:
+        open_labeled(config)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_tasks_and_data_must_fit_each_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (("--evaluate.labeled", "null"), "or labelled images: --evaluate.labeled DIR"),
+        (("--evaluate.tasks", "[retrieval]"), "evaluate.tasks has retrieval, which needs evaluate.corpus"),
+        (("--evaluate.tasks", "[knn]", "--evaluate.corpus", str(folder / "corpus")), "has no task on it; add one of"),
+    ):
+        words = ["--config", str(folder / "config.yaml"), "--train.output", str(folder / "refused")]
+        assert main(["train", *words, "--processes", "1", *arguments]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-lcl")]
+        assert said in line
+        assert not (folder / "refused").exists()

@@ -1,0 +1,158 @@
+"""Pages in headless Chromium, by their pixels: narrow, dark, printed; curves drawn; nothing loaded or complained of."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report.browser import Browser
+from report.conftest import make_run
+
+from megatron_lcl.report.page import write_report
+from megatron_lcl.report.runs import write_runs_report
+
+pytestmark = pytest.mark.slow
+LIGHT, DARK = (0x2A, 0x6F, 0x97), (0x5F, 0xB3, 0xE0)
+"""of the first curve, --c0 of style.html"""
+
+
+@pytest.fixture(scope="module")
+def pages(whole_run: Path, once: Callable[[str, Callable[[Path], Any]], Any]) -> dict[str, Path]:
+    """The page of one run, and of two."""
+
+    def make(folder: Path) -> dict[str, Path]:
+        runs = [make_run(folder / name, **{"optimizer.lr": rate}) for name, rate in (("a", "0.1"), ("b", "0.2"))]
+        text = (runs[1] / "metrics.jsonl").read_text()
+        (runs[1] / "metrics.jsonl").write_text(
+            re.sub(r'("[a-z/_]+": )(\d+\.)', r"\g<1>1\g<2>", text)
+        )  # not the same curves
+        one = write_report(whole_run, folder / "one.html")
+        return {"one": one, "several": write_runs_report(runs, folder / "several.html")}
+
+    return once("report-pages", make)
+
+
+def count(pixels: np.ndarray, color: tuple[int, int, int], within: int = 6) -> int:
+    """Pixels of a color, or nearly: edges are smoothed."""
+    return int((np.abs(pixels.astype(int) - color).max(-1) <= within).sum())
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_a_phone_shows_all_without_scrolling_sideways(pages: dict[str, Path], kind: str, browser: Browser) -> None:
+    browser.open(pages[kind].as_uri(), width=360, height=740)
+    assert browser.evaluate("document.documentElement.scrollWidth") == 360
+    wide = """Array.from(document.querySelectorAll("main *")).filter((e) => !e.closest(".wide, pre, svg")
+      && e.getBoundingClientRect().right > 360.5).map((e) => e.outerHTML.slice(0, 90))"""
+    assert browser.evaluate(wide) == []
+    charts = (
+        """Array.from(document.querySelectorAll("svg.chart:not(.swatch)"), (e) => e.getBoundingClientRect().width)"""
+    )
+    widths = [width for width in browser.evaluate(charts) if width]
+    assert len(widths) > 10
+    assert min(widths) > 290, "a chart fills the width"
+    assert browser.complaints() == []
+    assert browser.requests() == []
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_light_and_dark_by_the_readers_choice(pages: dict[str, Path], kind: str, browser: Browser) -> None:
+    for dark, own, other in ((False, LIGHT, DARK), (True, DARK, LIGHT)):
+        browser.open(pages[kind].as_uri(), dark=dark)
+        pixels = browser.pixels()
+        light = pixels.mean(-1)
+        for place in (np.median(light), light[3, 3]):  # the sections, and what lies behind them
+            assert place < 40 if dark else place > 240
+        assert (light > 250).mean() < (0.01 if dark else 1), "no white part in the dark"
+        assert count(pixels, own) > 2000, "curves are drawn"
+        assert count(pixels, own) > 20 * count(pixels, other)
+        first = browser.evaluate("(({x, y, width, height}) => [x, y, width, height].map(Math.round))"
+                                 "(document.querySelector('.plot svg.chart').getBoundingClientRect())")  # fmt: skip
+        x, y, width, height = first
+        columns = (np.abs(pixels[y : y + height, x : x + width].astype(int) - own).max(-1) < 40).any(0)
+        assert columns[int(0.15 * width) : int(0.95 * width)].mean() > 0.8, "from the first step to the last"
+
+
+def test_the_pointer_reads_the_curve(pages: dict[str, Path], browser: Browser) -> None:
+    browser.open(pages["one"].as_uri())
+    place = """(() => { const r = document.querySelector(".plot svg.chart").getBoundingClientRect();
+      return [r.x + r.width * (44 + 0.5 * 306) / 360, r.y + r.height / 2]; })()"""
+    x, y = browser.evaluate(place)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    said = browser.evaluate("document.querySelector('.plot output').textContent")
+    step, value = re.fullmatch(r"step (\d+): ([\d.]+)", said).groups()  # type: ignore[union-attr]
+    assert abs(int(step) - 100) <= 1
+    assert float(value) == pytest.approx(9.0 - int(step) / 40, abs=0.03)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
+    assert browser.evaluate("document.querySelector('.plot output').textContent") == "4"
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_printed_charts_are_whole(pages: dict[str, Path], kind: str, browser: Browser) -> None:
+    """On A4, also by a reader whose screen is dark: every curve inside of its page, on one page."""
+    browser.open(pages[kind].as_uri(), dark=True)
+    shown = browser.evaluate("Array.from(document.querySelectorAll('.plot svg.chart path.k0.line')).filter((e) => "
+                             "e.checkVisibility() && e.getAttribute('d').split('L').length > 100).length")  # fmt: skip
+    sheets = pages_of(browser.pdf())
+    curves = [path for sheet in sheets for path in sheet if path.color == tuple(round(c / 255, 3) for c in LIGHT)]
+    lines = [path for path in curves if len(path.points) > 100]
+    assert len(lines) == shown > 8, "the light colors, each line whole on one page"
+    for path in curves:
+        x, y = np.array(path.points).T
+        assert 0 < x.min() <= x.max() < 595
+        assert 0 < y.min() <= y.max() < 842
+
+
+class Stroke:
+    """A path of a PDF's page, in points from its lower left corner."""
+
+    def __init__(self, color: tuple[float, ...], points: list[tuple[float, float]]) -> None:
+        self.color, self.points = color, points
+
+
+def pages_of(pdf: bytes) -> list[list[Stroke]]:
+    """What is stroked on each page: enough of PDF for what Chromium writes."""
+    sheets = []
+    for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.DOTALL):
+        try:
+            text = zlib.decompress(stream)
+        except zlib.error:
+            continue
+        if b" cm" in text[:400] and (b"\nS\n" in text or b"\nre\n" in text or b" re\n" in text):
+            sheets.append(strokes_of(text.decode("latin-1")))
+    return sheets
+
+
+def strokes_of(text: str) -> list[Stroke]:
+    """By the operators q Q cm RG m l c S of a content stream."""
+    matrix, color, stack, operands = np.eye(3), (0.0,), [], []  # type: ignore[var-annotated]
+    points: list[tuple[float, float]] = []
+    found: list[Stroke] = []
+    for word in text.split():
+        if re.fullmatch(r"-?[\d.]+", word):
+            operands.append(float(word))
+            continue
+        if word == "q":
+            stack.append((matrix, color))
+        elif word == "Q":
+            matrix, color = stack.pop()
+        elif word == "cm":
+            a, b, c, d, e, f = operands[-6:]
+            matrix = np.array([[a, b, 0], [c, d, 0], [e, f, 1]]) @ matrix
+        elif word == "RG":
+            color = tuple(round(value, 3) for value in operands[-3:])
+        elif word in ("m", "l", "c"):
+            x, y, _ = np.array([*operands[-2:], 1.0]) @ matrix
+            points.append((float(x), float(y)))
+        elif word == "S":
+            found.append(Stroke(color, points))
+            points = []
+        elif word in ("n", "f", "f*"):
+            points = []
+        operands = []
+    return found

@@ -1,0 +1,100 @@
+"""The page of a run, as text: what it shows, what it leaves out, and that nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl.errors import UserError
+from megatron_lcl.report.page import MAX_EVENTS, write_report
+from megatron_lcl.report.series import MAX_BUCKETS
+
+
+def section(page: str, name: str) -> str:
+    found = re.findall(rf'<section id="{name}"[^>]*>(.*?)</section>', page, re.DOTALL)
+    assert len(found) == 1, name
+    return found[0]
+
+
+def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
+    page = write_report(run).read_text()
+    assert "200</b>of 200 steps" in section(page, "status")
+    assert "1234" not in section(page, "status")
+    assert "1.23k</b>images a second" in section(page, "status")
+    assert "3 GiB</b>peak memory" in section(page, "status")
+    events = section(page, "events")
+    kinds = re.findall(r'<span class="tag (\w+)">([^<]*)</span></td><td>([^<]*)', events)
+    assert [kind for kind, *_ in kinds] == ["skipped", "rewind", "phase", "resumed"]
+    assert kinds[0][1:] == ("step skipped", "the loss is nan")
+    assert kinds[1][2] == "back to step 50, without the packs of the steps between"
+    assert "80.0 %</b>k-NN accuracy" in section(page, "labelled")
+    assert "chance 10.00 %: 8.0 times" in section(page, "labelled")
+    settings = section(page, "settings")
+    assert re.search(r"<code>train.steps</code></td><td>200</td>.*default 1000", settings)
+    assert "<code>train.log_every</code>" not in settings.partition("<details>")[0], "it is the default"
+    assert 'href="profile/trace%20rank%200.json"' in section(page, "profile")
+    assert "not here" in section(page, "documents")
+    for empty in ("names", "heldout", "retrieval"):
+        assert section(page, empty) == ""
+        assert f'href="#{empty}"' not in page
+    for title in ("labelled images: accuracy (%)", "held-out recall@10 (%)", "gradient norm by part", "effective rank"):
+        assert title in section(page, "curves")
+    assert 'class="mark phase"' in section(page, "curves")
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|@import|url\(""", page), "self-contained"
+    assert "fetch(" not in page, "only a page that is served follows the run"
+
+
+def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    page = write_report(run, tmp_path / "elsewhere" / "x.html").read_text()
+    assert 'href="../run/profile/trace%20rank%200.json"' in page
+
+
+def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
+    for name in ("metrics.jsonl", "audit.jsonl", "labeled.json", "profile/trace rank 0.json"):
+        (run / name).unlink()
+    page = write_report(run).read_text()
+    assert "nothing is written yet" in page
+    assert "<svg" not in page
+    for empty in ("curves", "events", "labelled", "profile"):
+        assert section(page, empty) == ""
+    (run / "config.yaml").unlink()
+    with pytest.raises(UserError, match="is not a run folder"):
+        write_report(run)
+
+
+def test_what_others_wrote_is_text(run: Path) -> None:
+    bad = "</section><script>alert(1)</script>"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": 200 + i, bad: 1.0 * i, "skipped": None}) + "\n" for i in (1, 2))
+        file.write(json.dumps({"step": 203, "skipped": bad}) + "\n")
+    (run / "profile" / "<script>").write_text("")
+    page = write_report(run).read_text()
+    assert "<script>alert" not in page
+    assert page.count("<script>") == 1, "the page's own"
+
+
+def test_a_long_run_has_a_page_of_the_same_size(run: Path) -> None:
+    """100,000 lines of a million steps: as many points as a chart shows, and every kind of event bounded."""
+    small = len(write_report(run).read_bytes())
+    lines = (
+        f'{{"step": {s}, "loss": {1e6 if s == 777_770 else s % 97}, "lr": {1 / s}}}\n' for s in range(210, 10**6, 10)
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(lines)
+    with (run / "audit.jsonl").open("a") as file:
+        file.writelines(f'{{"event": "step skipped", "step": {s}, "reason": "r"}}\n' for s in range(300, 30_000))
+    page = write_report(run).read_text()
+    assert len(page) < small + 150_000
+    paths = re.findall(r'<path class="line[^>]* d="([^"]*)"', page)
+    assert max(len(re.findall("[ML]", path)) for path in paths) in range(MAX_BUCKETS // 2, 2 * MAX_BUCKETS + 1)
+    (loss,) = (p for p in re.findall(r"<figure.*?</figure>", page, re.DOTALL) if "<b>loss that is minimized" in p)
+    heights = [
+        float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.findall(r'class="line[^>]* d="([^"]*)"', loss)[0])
+    ]
+    assert min(heights) < 20 < 60 < sorted(heights)[1], "the spike, alone at the top"
+    assert section(page, "events").count("<tr>") == 1 + MAX_EVENTS
+    assert "more: audit.jsonl and metrics.jsonl have all" in page

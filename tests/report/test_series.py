@@ -1,0 +1,144 @@
+"""Numbers of a run as a stream: what is kept does not grow with the run, and nothing that matters is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lcl.errors import UserError
+from megatron_lcl.report.series import MAX_BUCKETS, MAX_EVENTS, MAX_METRICS, Metrics, Series
+
+
+def write(run: Path, lines: Iterable[Mapping[str, Any]], mode: str = "w", name: str = "metrics.jsonl") -> None:
+    run.mkdir(exist_ok=True)
+    with (run / name).open(mode) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("number", [1, 400, 401, 4096, 30_011])
+def test_stretches_say_what_all_values_say(number: int) -> None:
+    rng = np.random.default_rng(number)
+    steps = np.cumsum(rng.integers(1, 4, number))
+    values = rng.normal(size=number)
+    values[number // 3] = 1e6
+    values[number // 2 :: 7] = math.nan
+    series = Series()
+    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        series.add(step, value)
+    points = series.points()
+    assert len(points.first) <= MAX_BUCKETS
+    for i, stretch in enumerate(np.unique(steps // series.width)):
+        inside = steps // series.width == stretch
+        assert (points.first[i], points.final[i]) == (steps[inside].min(), steps[inside].max())
+        there = values[inside & np.isfinite(values)]
+        if not len(there):
+            assert np.isnan([points.low[i], points.high[i], points.mean[i]]).all()
+            continue
+        assert (points.low[i], points.high[i]) == (there.min(), there.max())
+        assert points.mean[i] == pytest.approx(there.mean())
+    assert points.is_exact == (len(points.first) == number)
+    assert series.num_values == np.isfinite(values).sum()
+
+
+def test_a_spike_of_one_step_is_kept() -> None:
+    series = Series()
+    for step in range(1, 200_001):
+        series.add(step, 50.0 if step == 154_321 else 1.0)
+    points = series.points()
+    assert len(points.first) <= MAX_BUCKETS
+    (spike,) = np.flatnonzero(points.high > 1)
+    assert points.first[spike] <= 154_321 <= points.final[spike]
+    assert (points.high[spike], points.low[spike]) == (50.0, 1.0)
+    assert len(series._pending) < 5000, "memory does not grow with the run"
+
+
+def test_reading_on_gives_what_reading_at_once_gives(tmp_path: Path) -> None:
+    lines = [
+        {"step": s, "loss": 1 / s, "num_targets": 3, "generation": 2.0 * s, "time": 10.0 * s} for s in range(1, 900)
+    ]
+    write(tmp_path / "a", lines[:10])
+    grown = Metrics.of(tmp_path / "a")
+    assert not grown.read()
+    for first in range(10, len(lines), 100):
+        write(tmp_path / "a", lines[first : first + 100], "a")
+        with (tmp_path / "a/metrics.jsonl").open("a") as file:
+            file.write('{"step": 1')  # being written
+        assert grown.read()
+        with (tmp_path / "a/metrics.jsonl").open("r+") as file:
+            file.truncate((tmp_path / "a/metrics.jsonl").stat().st_size - len('{"step": 1'))
+    write(tmp_path / "b", lines)
+    whole = Metrics.of(tmp_path / "b")
+    for name in ("loss", "generation"):
+        np.testing.assert_array_equal(grown.series[name].points()[2], whole.series[name].points()[2])
+    assert grown.last == whole.last == lines[-1]
+    assert grown.seconds == whole.seconds == 10.0 * 898
+    # a rewind: the file is another, shorter one, and nothing of the steps after it stays
+    (tmp_path / "new").mkdir()
+    write(tmp_path / "new", lines[:5])
+    (tmp_path / "new/metrics.jsonl").replace(tmp_path / "a/metrics.jsonl")
+    assert grown.read()
+    assert (grown.last_step, grown.series["loss"].num_values) == (5, 5)
+    write(tmp_path / "a", lines[:3])  # in its place
+    assert grown.read()
+    assert (grown.last_step, grown.series["loss"].num_values) == (3, 3)
+
+
+def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        [
+            {"step": 0, "attention": "dense", "loss_kernels": "torch", "time": 0.0},
+            {"step": 0, "phase": 1, "image_size": 16, "time": 0.0},
+            {"step": 1, "loss": math.nan, "grad_norm": math.inf, "num_pairs": 0, "contrastive": 0.0, "time": 5.0},
+            {"step": 2, "skipped": "loss is nan", "lr": 0.1, "time": 6.0},
+            {"step": 2, "bad_images": ["a: empty", "b: cut"], "time": 6.0},
+            {"step": 3, "loss": 2.0, "num_pairs": 4, "contrastive": 1.0, "image_accuracy": 0.5, "time": 9.0},
+            {"step": 3, "attention": "dense", "loss_kernels": "torch", "time": 1000.0},
+            {"step": 4, "loss": 1.0, "time": 1003.0, "on": True, "words": "x"},
+            {"step": 4, "health": {"metric": "latent_spread", "says": "all the same"}},
+            {
+                "step": 4,
+                "stragglers": [{"node": "n1", "rank": 3, "last": 2, "of": 9, "lag_seconds": 0.5, "phase": "data"}],
+            },
+        ],
+    )
+    audit = [
+        {"time": 6.0, "event": "step skipped", "step": 2, "reason": "loss is nan"},
+        {"time": 7.0, "event": "step skipped", "step": 9, "reason": "gone with a rewind"},
+        {"time": 8.0, "event": "rewind", "step": 9, "to": 3},
+        {"time": 9.0, "event": "stopped", "step": 3, "signal": 15, "saved": 3},
+    ]
+    write(tmp_path, audit, name="audit.jsonl")
+    with (tmp_path / "audit.jsonl").open("a") as file:
+        file.write('{"cut')
+    metrics = Metrics.of(tmp_path)
+    assert [(e.kind, e.step) for e in metrics.incidents()] == [
+        ("phase", 0), ("skipped", 2), ("stopped", 3), ("resumed", 3), ("health", 4), ("stragglers", 4), ("skipped", 9),
+        ("rewind", 9),
+    ]  # fmt: skip
+    said = {e.kind: e.text for e in metrics.incidents()}
+    assert said["stragglers"] == "process 3 (node n1) last in 2 of 9 lines, by 0.5 s a step, in data"
+    assert metrics.num_bad_images == 2
+    assert metrics.seconds == 12.0, "not the time in which nothing ran"
+    assert metrics.series["loss"].num_values == 2
+    assert metrics.series["contrastive"].num_values == 1, "no mean over no pairs"
+    assert metrics.series["chance_accuracy"].last == 0.25, "earlier versions did not write it"
+    assert {"on", "words", "skipped", "phase", "step", "time"}.isdisjoint(metrics.series)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("{damaged}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 11 is damaged"):
+        Metrics.of(tmp_path)
+
+
+def test_names_and_events_without_end_are_bounded(tmp_path: Path) -> None:
+    write(tmp_path, [{"step": s, f"name{s}": 1.0, "skipped": None} for s in range(1000)])
+    write(tmp_path, [{"event": "step skipped", "step": s, "reason": "x"} for s in range(1000)], name="audit.jsonl")
+    metrics = Metrics.of(tmp_path)
+    assert len(metrics.series) <= MAX_METRICS
+    assert len(metrics.incidents()) <= 2 * MAX_EVENTS
