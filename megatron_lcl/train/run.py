@@ -228,7 +228,9 @@ class Training:
             self.telemetry.skipped(step + 1, skipped, lr)
         elif logged and result:
             self.telemetry.step(step + 1, result, lr, self.meter.line(step + 1, result, lr))
-        self.profile.after(step + 1, step + 1 == config.train.steps)
+        if self.profile.ends_after(step + 1, step + 1 == config.train.steps):
+            with self.watchdog.long_phase(step + 1, "writing a profile"):
+                self.profile.finish()
         if skipped:
             packs = [self.ledger.locate(self.progress.packs + i) for i in range(global_batch)]
             self.audit.write("step skipped", step + 1, reason=skipped, packs=packs)

@@ -69,10 +69,12 @@ class Profile:
             self._start()
         self._num_traced += 1
 
-    def after(self, step: int, last: bool) -> None:
-        """It is done. last: no step comes after it."""
-        if step not in self._steps or not (last or step == self._steps[-1]):
-            return
+    def ends_after(self, step: int, last: bool) -> bool:
+        """Whether that step is the last one traced. last: no step comes after it."""
+        return step in self._steps and (last or step == self._steps[-1])
+
+    def finish(self) -> None:
+        """Write what was traced, and print every process's table; all call it."""
         text = self._finish()
         for rank, table in enumerate(self._mesh.world.gather_objects(text)):
             if table:
