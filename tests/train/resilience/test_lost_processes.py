@@ -57,8 +57,8 @@ def hang(rank: int, faulty: int, where: str, mark: str) -> None:
         checkpointer.write_files = write_files
         return
     classes: dict[str, tuple[Any, str]] = {
-        "computing": (Stepper, "run"),
-        "starting": (Stepper, "run"),
+        "computing": (Stepper, "start"),
+        "starting": (Stepper, "start"),
         "reading data": (PackedLoader, "_batches"),
         "in a stage": (Block, "forward"),
     }
