@@ -5,8 +5,9 @@
 A turn is `every` steps. With: as a run makes them, phases timed, operations counted, the last step measured (norms by
 part, a sample of features), read and written to metrics.jsonl and TensorBoard. Without: the steps alone, and nothing is
 read. Printed are medians over the turns, by the clock and in the process's own CPU time, which other work disturbs
-less, and the median of what the turns with telemetry took more than their neighbors; last, what a look at the largest
-sample of features takes, whose batch here is small.
+less, and the median of what the turns with telemetry took more than their neighbors. On a machine with other work that
+differs by more than what is looked for; so also the CPU time spent inside of telemetry's own functions; and last, what
+a look at the largest sample of features takes, whose batch here is small.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,7 +31,9 @@ from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 from megatron_lcl.train.telemetry import Telemetry, health
+from megatron_lcl.train.telemetry.features import FeatureSample
 from megatron_lcl.train.telemetry.meter import StepMeter
+from megatron_lcl.train.telemetry.norms import PartNorms
 
 NUM_PACKS, SEQUENCES, WORDS = 4, 8, 60
 MODEL = {
@@ -76,7 +80,26 @@ def main() -> None:
     batches = [batch.to(engine.device) for batch in host]
     with tempfile.TemporaryDirectory() as folder, Telemetry(Path(folder), config, True, 0) as telemetry:
         meter = StepMeter(config, mesh, stepper.clock, telemetry)
-        done = 0
+        done, inside = 0, [0.0]
+
+        def timed(function: Any) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                used = time.process_time()
+                try:
+                    return function(*arguments, **named)
+                finally:
+                    inside[0] += time.process_time() - used
+
+            return call
+
+        for owner, names in (
+            (PartNorms, ("_before_step", "_after_step", "over_all_processes")),
+            (FeatureSample, ("take", "gather")),
+            (StepMeter, ("read", "step", "line")),
+            (Telemetry, ("count", "step")),
+        ):
+            for name in names:
+                setattr(owner, name, timed(getattr(owner, name)))
 
         def with_telemetry() -> None:
             nonlocal done
@@ -113,6 +136,7 @@ def main() -> None:
                 if number:  # the first turns warm up
                     wall[name].append((time.perf_counter() - since) / options.every)
                     cpu[name].append((time.process_time() - used) / options.every)
+    share = inside[0] / done
     pairs = torch.randn(2, 256, 1024)
     looks = []
     for _ in range(7):
@@ -128,6 +152,8 @@ def main() -> None:
             f"{what:<9} ms a step: with {1e3 * medians['with']:.1f}, without {1e3 * medians['without']:.1f}; "
             f"medians differ by {medians['with'] / medians['without'] - 1:+.2%}, neighbors by {more:+.2%}"
         )
+    without = statistics.median(cpu["without"])
+    print(f"inside telemetry: {1e3 * share:.2f} ms of CPU a step, {share / without:.2%} of one without")
     print(
         f"health of 256 pairs of width 1024: {1e3 * statistics.median(looks):.0f} ms of the first process's CPU a line"
     )
