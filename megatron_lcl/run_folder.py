@@ -2,7 +2,8 @@
 
 RUN/
     config.yaml                 the run's config
-    metrics.jsonl               see train/telemetry.py
+    metrics.jsonl               see train/telemetry/lines.py
+    profile/                    of `train --profile`; see train/telemetry/profile.py
     audit.jsonl                 see train/resilience/audit.py
     checkpoints/step-00001000/  config.yaml, model.safetensors, progress.json …; see train/checkpoint/folder.py
 """

@@ -50,6 +50,8 @@ PARTS = [
     Part(ENGINE, "PipelineEngine._exec_schedule", "runs our schedules", ("self", "pipe_schedule")),
     Part(ENGINE, "PipelineEngine._exec_recv_activations", "replaced", ("self", "buffer_id")),
     Part(ENGINE, "PipelineEngine._exec_forward_pass", "replaced", ("self", "buffer_id")),
+    Part(ENGINE, "PipelineEngine._exec_reduce_grads", "timed", ("self",)),
+    Part(ENGINE, "PipelineEngine._exec_optimizer_step", "timed", ("self", "lr_kwargs")),
     Part(ENGINE, "PipelineEngine._exec_send_activations", "replaced", ("self", "buffer_id")),
     Part(ENGINE, "PipelineEngine._exec_recv_grads", "replaced", ("self", "buffer_id")),
     Part(ENGINE, "PipelineEngine._exec_backward_pass", "replaced", ("self", "buffer_id")),
@@ -149,6 +151,10 @@ PARTS = [
     Part("torch._subclasses.fake_tensor", "FakeTensorMode", "makes them"),
     Part("torch.testing._internal.distributed.fake_pg", "FakeStore", "a process group that sends nothing"),
     Part("torch.utils._pytree", "tree_leaves", "the tensors that an operation gives", ("tree",)),
+    Part("torch.autograd", "Variable._execution_engine", "calls back where a backward has ended"),
+    Part("torch", "_foreach_norm", "norms of many tensors at once"),
+    Part("torch.cuda.memory", "_record_memory_history", "allocations of profiled steps", ("enabled",)),
+    Part("torch.cuda.memory", "_dump_snapshot", "writes them", ("filename",)),
     Part("torch", "ops.aten._local_scalar_dense", "a number that is asked of a tensor"),
     *(
         Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")

@@ -48,6 +48,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--nodes", type=int, default=1, help="with --dry-run: machines, each with --processes (%(default)s)"
     )
+    sub.add_argument("--profile", metavar="A:B", help="the same as --train.profile: trace steps A to B")
+    sub.add_argument(
+        "--profile-ranks", metavar="K,K,…", help="the same as --train.profile_ranks: the processes that do (0)"
+    )
     sub.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="the same as --checkpoint.resume")
     sub.add_argument(
         "--sweep",
@@ -122,6 +126,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.train import launch
 
     rest = [*rest, "--checkpoint.resume", options.resume] if options.resume else rest
+    rest = [*rest, "--train.profile", options.profile] if options.profile else rest
+    rest = [*rest, "--train.profile_ranks", f"[{options.profile_ranks}]"] if options.profile_ranks else rest
     launch.adopt_slurm(os.environ)
     if options.sweep:
         from megatron_lcl.train import sweep

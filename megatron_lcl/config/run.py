@@ -197,3 +197,19 @@ class Train:
         description="patterns of parameters that are not trained, and have neither gradients nor optimizer states: "
         "vision.*, language.blocks.[0-3].*, head.log_scale …; `*` matches any characters (docs/recipe.md)",
     )
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        default=(),
+        description="where metrics go beside metrics.jsonl and TensorBoard: Weights & Biases, MLflow; each takes its "
+        "server and project from its own environment variables (docs/metrics.md)",
+    )
+    peak_flops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="dense peak of a device in operations per second, of which mfu is the part that is used; null: by "
+        "the device's name (docs/metrics.md), and no mfu where it is not known or a CPU",
+    )
+    profile: str | None = Field(
+        default=None,
+        pattern=r"^[1-9][0-9]*:[1-9][0-9]*$",
+        description="A:B: trace steps A to B (counted from 1) into the folder `profile` of the run; null: none",
+    )
+    profile_ranks: tuple[Count, ...] = Field(default=(0,), description="the processes that trace train.profile's steps")

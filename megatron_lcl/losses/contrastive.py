@@ -119,14 +119,17 @@ def start_gather(
     counts: Sequence[int] | None = None,
     kernels: ModuleType | None = None,
     bias: torch.Tensor | None = None,
+    axis: Axis | None = None,
 ) -> FeatureGather:
     """First half of `contrastive_loss`, and of `sigmoid.sigmoid_loss`: sends this rank's features and returns while
     they travel.
 
     Every rank of the group calls it, then `finish_contrastive_loss` (or `finish_sigmoid_loss`); what is computed in
     between overlaps with the transfer. Arguments and errors: as there.
+
+    axis: in place of `group`, with what it knows of how the hosts meet.
     """
-    axis = Axis.of_group(group)
+    axis = axis or Axis.of_group(group)
     image_features, text_features = image_features.contiguous(), text_features.contiguous()
     sizes = _sizes(image_features, text_features, log_scale, bias, axis, counts)
     kernels = kernels or _backend(image_features)

@@ -21,8 +21,8 @@ def exchange(facts: Sequence[int], error: str | None, device: torch.device, axis
     what is wrong with them. device: of the tensors to be sent later.
 
     Ranks whose messages differ in size hang or abort, so this comes before anything whose size follows from arguments.
-    Hosts know the facts before their devices have computed anything. The group sends from the CPU if it can, else in a
-    stream of its own, so that a host does not wait for what its device computes.
+    Hosts know the facts before their devices have computed anything. The group, or the hosts' beside it, sends from the
+    CPU if it can, else in a stream of its own, so that a host does not wait for what its device computes.
     """
     if axis.group is None:
         if error is not None:
@@ -31,7 +31,7 @@ def exchange(facts: Sequence[int], error: str | None, device: torch.device, axis
     types = [of_device.split(":")[0] for of_device in dist.get_backend_config(axis.group).split(",")]
     if error is None and device.type not in types:
         error = f"tensors are on {device}, but the process group sends from {' or '.join(types)}; move them there"
-    if "cpu" in types:
+    if "cpu" in types or axis.host_group is not None:
         table = _table(facts, error, torch.device("cpu"), axis)
     else:
         sent_from = device if device.type in types else torch.device(types[0], torch.cuda.current_device())

@@ -131,7 +131,7 @@ def start_contrast(
     own_bias = None if bias is None else bias.detach().clone().requires_grad_()
     numbers = [scale] if own_bias is None else [scale, own_bias]
     of_ranks = [count for of_replica in sizes_of_replicas for count in of_replica]
-    gather = start_gather(image, text, scale, group=mesh.data_tensor.group, counts=of_ranks, bias=own_bias)
+    gather = start_gather(image, text, scale, counts=of_ranks, bias=own_bias, axis=mesh.data_tensor)
 
     def finish() -> ContrastGradients:
         with torch.enable_grad():

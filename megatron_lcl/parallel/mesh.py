@@ -8,7 +8,7 @@ through them: `mappings` has those with a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +65,9 @@ class Axis:
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     """global ranks, in the order of the axis"""
+    host_group: dist.ProcessGroup | None = None
+    """the same processes, where `group` sends from devices only: tensors in host memory and objects travel by gloo, so
+    that nobody waits for a device to hear of them; None: `group` sends these too"""
 
     @classmethod
     def of_group(cls, group: dist.ProcessGroup | None) -> Axis:
@@ -84,6 +87,10 @@ class Axis:
         ranks = tuple(dist.get_process_group_ranks(group))
         return cls(group, rank, len(ranks), ranks)
 
+    def _group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
+        """The group by which a tensor travels."""
+        return self.host_group if self.host_group is not None and tensor.device.type == "cpu" else self.group
+
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every process's tensor, in the order of the axis: [size, *tensor.shape]."""
         return self._all_gather(tensor, async_op=False).wait()
@@ -99,7 +106,7 @@ class Axis:
         gathered = sent.new_empty(self.size, *sent.shape)
         if not sent.numel():
             return Pending(gathered)
-        work = all_gather_single(gathered.view(-1), sent.view(-1), group=self.group, async_op=async_op)
+        work = all_gather_single(gathered.view(-1), sent.view(-1), group=self._group_of(sent), async_op=async_op)
         return Pending(gathered, work, sent)
 
     def gather_ragged(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -150,7 +157,7 @@ class Axis:
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduce in place over the axis."""
         if self.group is not None:
-            dist.all_reduce(tensor, op=op, group=self.group)
+            dist.all_reduce(tensor, op=op, group=self._group_of(tensor))
         return tensor
 
     def all_to_all(self, numbers: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
@@ -167,7 +174,7 @@ class Axis:
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite with the tensor of the axis's process with index `source`."""
         if self.group is not None:
-            dist.broadcast(tensor, src=self.ranks[source], group=self.group)
+            dist.broadcast(tensor, src=self.ranks[source], group=self._group_of(tensor))
         return tensor
 
     def gather_objects(self, value: T) -> list[T]:
@@ -175,7 +182,7 @@ class Axis:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.host_group or self.group)
         return values
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
@@ -183,7 +190,7 @@ class Axis:
         if self.group is None:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=self.ranks[source], group=self.group)
+        dist.broadcast_object_list(values, src=self.ranks[source], group=self.host_group or self.group)
         return values[0]
 
     def barrier(self) -> None:
@@ -216,8 +223,9 @@ class Mesh:
     @classmethod
     def of_lists(cls, lists: Mapping[str, Sequence[Sequence[int]]]) -> Mesh:
         """Axes by name, each as lists of global ranks that share it. All processes call it together."""
-        world = Axis.of_group(dist.group.WORLD)
-        return cls(world, **{name: _axis(of_axis) for name, of_axis in lists.items()})
+        hosts = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+        world = replace(Axis.of_group(dist.group.WORLD), host_group=hosts)
+        return cls(world, **{name: _axis(of_axis, hosts) for name, of_axis in lists.items()})
 
     @property
     def is_first(self) -> bool:
@@ -230,12 +238,16 @@ class Mesh:
         return self.model_parallel.rank == 0
 
 
-def _axis(lists: Sequence[Sequence[int]]) -> Axis:
+def _axis(lists: Sequence[Sequence[int]], hosts: dist.ProcessGroup | None) -> Axis:
+    """hosts: all processes, by gloo, where the groups of the run send from devices only."""
     rank = dist.get_rank()
     mine = tuple(next(ranks for ranks in lists if rank in ranks))
-    group = None
+    group = host_group = None
     if len(mine) == dist.get_world_size():
-        group = dist.group.WORLD
+        group, host_group = dist.group.WORLD, hosts
     elif len(mine) > 1:
-        group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in lists])
-    return Axis(group, mine.index(rank), len(mine), mine)
+        subgroups = [list(ranks) for ranks in lists]
+        group, _ = dist.new_subgroups_by_enumeration(subgroups)
+        if hosts is not None:
+            host_group, _ = dist.new_subgroups_by_enumeration(subgroups, backend="gloo")
+    return Axis(group, mine.index(rank), len(mine), mine, host_group)

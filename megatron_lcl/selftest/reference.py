@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.optimizers.pieces import tensors_of
 from megatron_lcl.train.optimizers.tensorwise import Rule
+from megatron_lcl.train.parts import PARTS, called
 
 WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0), "siglip": (0.0, 1.0), "genlip": (1.0, 0.0)}
 """by objective: of generation, and of contrast or regression, as published"""
@@ -33,6 +35,8 @@ class Trajectory:
     losses: list[list[float]] = field(default_factory=list)
     """per step: generation; contrastive or regression, whichever the objective has; log scale after it"""
     grad_norms: list[float] = field(default_factory=list)
+    norms_of_parts: list[list[float]] = field(default_factory=list)
+    """per step but the last: of the gradient before it is clipped, by part of the model; then of the update"""
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     """of the first step, clipped, by parameter"""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -65,11 +69,16 @@ def reference(case: Case) -> Trajectory:
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
         for name, p in model.named_parameters():
             p.grad = gradients[name]
+        by_part = _norms_by_part(gradients, config)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         out.grad_norms.append(float(norm))
         if step == 0:
             out.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
         optimizer.step(case.lr(step))
+        if step < STEPS - 1:
+            updates = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+            out.norms_of_parts.append(by_part + _norms_by_part(updates, config))
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
         out.losses.append([generation.item(), other.item(), log_scale.item()])
@@ -83,6 +92,14 @@ def reference(case: Case) -> Trajectory:
         contexts = [whole.encode_text(torch.tensor([[special.sot, *text, special.eot]])) for text in texts]
     out.features = {"images": latents, "texts": torch.cat(contexts)}
     return out
+
+
+def _norms_by_part(tensors: Mapping[str, torch.Tensor], config: Config) -> list[float]:
+    """In float64, in the order of `PARTS`."""
+    squares = dict.fromkeys(PARTS, 0.0)
+    for name, tensor in tensors.items():
+        squares[called(name, config.model).partition(".")[0]] += float(tensor.double().square().sum())
+    return [math.sqrt(square) for square in squares.values()]
 
 
 class _Optimizer:

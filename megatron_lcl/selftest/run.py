@@ -45,7 +45,7 @@ class Bounds:
     """of the whole model's gradient"""
     parameters: float
     one: float
-    """of one tensor's gradient, so that no small tensor hides a fault"""
+    """of one tensor's gradient, so that no small tensor hides a fault; of the norms by part"""
     floor: float
     """also of one tensor's gradient, but of the whole model's norm"""
     sent: float
@@ -129,6 +129,13 @@ def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
         faults.append("losses")
     if not norm <= bounds.losses:
         faults.append("gradient norms")
+    parts = [
+        (a, b)
+        for x, y in zip(ours.norms_of_parts, truth.norms_of_parts, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    if not all(_relative(a, b) <= bounds.one for a, b in parts):
+        faults.append("norms by part")
     gradient, of_gradients = _distance(ours.gradients, truth.gradients, bounds.gradient, "gradients")
     parameters, of_parameters = _distance(ours.parameters, truth.parameters, bounds.parameters, "parameters")
     total = _norm(truth.gradients.values())

@@ -109,9 +109,13 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         with Traffic() as traffic:
             batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)
-            result = stepper.run(batches, case.lr(step))
+            # the last step's bytes are counted, without those of a look at it
+            result = stepper.start(batches, case.lr(step), measure=step < STEPS - 1).read()
         out.losses.append([result.generation, result.metrics[other], result.log_scale])
         out.grad_norms.append(result.grad_norm)
+        if result.measured is not None:
+            measured = result.measured
+            out.norms_of_parts.append([*measured.grad_norms.values(), *measured.update_norms.values()])
         if step == 0:  # Adam's first moment is then the gradient it was given, times 1 - beta1
             moments = read_parameters(engine, mesh, "exp_avg")
             out.gradients = {name: value / (1 - config.optimizer.betas[0]) for name, value in moments.items()}

@@ -72,7 +72,7 @@ def broadcast_batches(
     rows = torch.zeros(num, Header.size(packs_per_batch), dtype=torch.int64)
     if batches is not None:
         rows = torch.tensor([Header.of(batch).to_row(packs_per_batch) for batch in batches], dtype=torch.int64)
-    headers = [Header.from_row(row) for row in mesh.model_parallel.broadcast(rows.to(device)).tolist()]
+    headers = [Header.from_row(row) for row in mesh.model_parallel.broadcast(rows).tolist()]
     return [_one(header, batches[m] if batches is not None else None, mesh, device) for m, header in enumerate(headers)]
 
 

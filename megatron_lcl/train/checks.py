@@ -30,6 +30,8 @@ from megatron_lcl.train.memory import check_memory, local_processes
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.settings import deepspeed_config
+from megatron_lcl.train.telemetry.profile import check_profile
+from megatron_lcl.train.telemetry.sinks import check_trackers
 
 TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropout_places", "unmasked_steps"))
 """settings of the model that say how it is trained, and may change in a run"""
@@ -55,6 +57,8 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
         check_memory(config, processes, local_processes(processes, nodes))
     check_tokenizers(config)
     check_heldout(config)
+    check_trackers(config)
+    check_profile(config, processes)
     without_pairs(config)
     run = Path(config.train.output)
     check_output(run, config)

@@ -22,6 +22,8 @@ from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import parameter_shapes
 
+PARTS = ("vision", "pool", "language", "head")
+"""of the model, in the order of its layers"""
 _WITHOUT_GRADIENT = {
     "retrieval": ("head.vocabulary*",),
     "generation": ("head.norm.*", "head.projection.*", "head.log_scale"),
@@ -131,7 +133,7 @@ def check_frozen_have_weights(config: Config, drawn: Iterable[str] | None) -> No
         return
     names = parameter_names(config.model)
     random = frozen & (names.keys() if drawn is None else set(drawn))
-    for part in ("vision", "pool", "language", "head"):
+    for part in PARTS:
         of_part = {name for name, own in names.items() if own.startswith(f"{part}.")}
         if of_part <= frozen and of_part & random:
             raise UserError(

@@ -51,6 +51,8 @@ from megatron_lcl.train.resilience.signals import Signals, Stopped
 from megatron_lcl.train.resilience.watchdog import Watchdog
 from megatron_lcl.train.resume_point import ResumePoint, resolve_resume_point
 from megatron_lcl.train.telemetry import Telemetry
+from megatron_lcl.train.telemetry.meter import StepMeter
+from megatron_lcl.train.telemetry.profile import Profile
 
 
 @exit_if_lost()
@@ -114,7 +116,10 @@ class Training:
         self.signals = signals
         self.watchdog = watchdog
         self.stepper = build_stepper(engine, config, mesh)
-        self.audit = Audit(Path(config.train.output), mesh.is_first)
+        self.meter = StepMeter(config, mesh, self.stepper.clock, telemetry)
+        run, clock = Path(config.train.output), self.stepper.clock
+        self.profile = Profile(config, mesh, engine.module, clock, run, telemetry.say)
+        self.audit = Audit(run, mesh.is_first)
         self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
         self.bad = BadSteps(config.guard, point.progress.guard)
         self.averages = Averages(config, engine, mesh)
@@ -166,6 +171,13 @@ class Training:
 
     def run(self) -> Path:
         """All steps that are left; the final checkpoint's folder."""
+        try:
+            return self._run()
+        finally:
+            self.profile.close()
+            self.meter.finish()
+
+    def _run(self) -> Path:
         if self.progress.step < self.config.train.steps:
             self._log_kernels()
         while self.progress.step < self.config.train.steps:
@@ -192,22 +204,37 @@ class Training:
         config, mesh, step = self.config, self.mesh, self.progress.step
         global_batch = self.phase.config.train.global_batch
         self.watchdog.heartbeat(step, "reading data")
+        self.profile.before(step + 1)
+        self.stepper.clock.enter("data")
         started = time.perf_counter()
         micro_batches = num_micro_batches(self.phase.config, mesh.data.size)
         own = [next(self.batches) for _ in range(micro_batches)] if mesh.loads_data else None
         loaded = time.perf_counter()
+        self.meter.read(own, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
         shared = broadcast_batches(own, micro_batches, config.train.micro_batch, mesh, self.engine.device)
-        result = self.stepper.run(shared, lr, self.bad.limit())
-        at, applied = (step, self.progress.packs), self.engine.was_step_applied()
-        skipped = self.bad.record(at, result.loss, applied, scale)
-        self.telemetry.step(step + 1, result, lr, time.perf_counter() - started, loaded - started, skipped)
+        logged = self.telemetry.is_logged(step + 1)
+        pending = self.stepper.start(shared, lr, self.bad.limit(), logged)
+        at, applied, counts = (step, self.progress.packs), self.engine.was_step_applied(), pending.counts.counts
+        # nothing else of this step is read from the device
+        result = pending.read() if logged or not applied or self.bad.watches_losses else None
+        skipped = self.bad.record(at, result.loss if result else None, applied, scale)
+        seconds = time.perf_counter() - started
+        self.meter.step(shared, pending.counts, seconds)
+        self.telemetry.count(step + 1, counts, seconds, loaded - started)
+        if skipped:
+            self.telemetry.skipped(step + 1, skipped, lr)
+        elif logged and result:
+            self.telemetry.step(step + 1, result, lr, self.meter.line(step + 1, result, lr))
+        if self.profile.ends_after(step + 1, step + 1 == config.train.steps):
+            with self.watchdog.long_phase(step + 1, "writing a profile"):
+                self.profile.finish()
         if skipped:
             packs = [self.ledger.locate(self.progress.packs + i) for i in range(global_batch)]
             self.audit.write("step skipped", step + 1, reason=skipped, packs=packs)
-        if result.num_bad_images:
+        if counts["num_bad_images"]:
             reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
             self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
         averaged = self.progress.averaged if skipped else self.averages.update(step + 1, self.progress.averaged)
@@ -234,7 +261,7 @@ class Training:
         if self.loader:
             self.ledger = self.loader.ledger_after(self.progress.packs)
             self.progress = replace(self.progress, ledger=self.ledger.to_json())
-        with self.watchdog.long_phase(self.progress.step, "saving"):
+        with self.watchdog.long_phase(self.progress.step, "saving"), self.meter.waiting():
             self.saver.save(replace(self.progress, guard=self.bad.state()))
 
     def _compare_replicas(self) -> None:
@@ -250,10 +277,11 @@ class Training:
 
     def _stop_requested(self) -> int:
         """The signal that any process has received, 0 for none; the same on all, which call it together."""
-        flags = torch.tensor([self.signals.received, self.checkpoints.writing], device=self.engine.device)
+        flags = torch.tensor([self.signals.received, self.checkpoints.writing])  # on the host: no device is waited for
         signum, writing = self.mesh.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         if not writing:
-            self.saver.finish_pending()
+            with self.meter.waiting():
+                self.saver.finish_pending()
         return signum
 
     def _stop_if_requested(self) -> None:

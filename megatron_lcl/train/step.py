@@ -6,9 +6,10 @@ of all forwards, `recompute` runs the forwards twice and keeps none; both give t
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,41 +22,10 @@ from megatron_lcl.objectives.base import GlobalCounts, Objective, StepInputs, wi
 from megatron_lcl.objectives.contrast import without_features
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.master_weights import read_log_scale, read_numbers, update_log_scale
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step gave; the same on every process."""
-
-    loss: float
-    """what the step minimizes: the weighted sum of the objective's terms"""
-    log_scale: float
-    """after the step"""
-    grad_norm: float
-    num_targets: int
-    num_pairs: int
-    num_images: int
-    num_tokens: int
-    num_bad_images: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """`Objective.metrics` by name. Losses are unweighted global means, in nats; what is said of a contrast is over all
-    pairs of the global batch (`losses.contrastive.ContrastiveOutput`)"""
-
-    @property
-    def generation(self) -> float:
-        """The generation loss; 0 where the objective does not measure it."""
-        return self.metrics.get("generation", 0.0)
-
-    @property
-    def contrastive(self) -> float:
-        """The contrastive loss; 0 where the objective does not measure it."""
-        return self.metrics.get("contrastive", 0.0)
-
-    def numbers(self) -> dict[str, float]:
-        """All of it by name, for a line of metrics."""
-        values = asdict(self)
-        metrics = values.pop("metrics")
-        return values | metrics
+from megatron_lcl.train.result import PendingResult, StepResult
+from megatron_lcl.train.telemetry.clock import Clock
+from megatron_lcl.train.telemetry.features import FeatureSample
+from megatron_lcl.train.telemetry.norms import PartNorms
 
 
 def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
@@ -78,10 +48,14 @@ def without_drop_path(batch: PackedBatch) -> PackedBatch:
 class StepLoss:
     """What a step minimizes, micro-batch by micro-batch, where the head's outputs are."""
 
-    def __init__(self, objective: Objective, step: StepInputs, limit: float) -> None:
+    def __init__(
+        self, objective: Objective, step: StepInputs, limit: float, sample: FeatureSample | None = None
+    ) -> None:
+        """sample: takes features of some pairs as they come by."""
         self.objective = objective
         self.step = step
         self.limit = limit
+        self.sample = sample
         self.terms = objective.terms(step)
 
     def of(self, m: int, out: Outputs) -> torch.Tensor:
@@ -90,6 +64,8 @@ class StepLoss:
         Of micro-batch m, from its outputs with their graph; asked for in order.
         """
         batches = self.step.batches
+        if self.sample is not None:
+            self.sample.take(out, batches[m])
         parts = [part for term in self.terms if (part := term.surrogate(m, out)) is not None]
         if not self.objective.all_features_first:
             parts.insert(0, without_features(out, batches[m]))
@@ -105,42 +81,23 @@ class StepLoss:
             loss = loss + other
         return loss
 
-    def result(self, log_scale: torch.Tensor, grad_norm: float) -> StepResult:
-        """After the optimizer's step; log_scale: [1], as it is now."""
-        loss = self.mean()
-        values = dict.fromkeys(self.objective.metrics, torch.zeros_like(loss))
-        values |= {"loss": loss, "log_scale": log_scale[0]}
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """The loss and what its terms measure, scalars on the device."""
+        values: dict[str, torch.Tensor] = {"loss": self.mean()}
         for term in self.terms:
             values |= term.metrics()
-        numbers = torch.stack([v.detach().float() for v in values.values()]).tolist()  # one wait for the device
-        found = dict(zip(values, numbers, strict=True))
-        return make_result(found | {"grad_norm": grad_norm}, self.objective, self.step.counts)
-
-
-def result_names(objective: Objective) -> tuple[str, ...]:
-    """The floating-point numbers of a step's result."""
-    return ("loss", "log_scale", "grad_norm", *objective.metrics)
-
-
-def make_result(numbers: Mapping[str, float], objective: Objective, counts: GlobalCounts) -> StepResult:
-    """From the numbers that `result_names` names. AssertionError where a term measures what is not declared."""
-    undeclared = numbers.keys() - {*result_names(objective)}
-    assert not undeclared, f"{type(objective).__name__}.metrics does not name {', '.join(sorted(undeclared))}"
-    return StepResult(
-        numbers["loss"],
-        numbers["log_scale"],
-        numbers["grad_norm"],
-        **counts.counts,
-        metrics={name: numbers[name] for name in objective.metrics},
-    )
+        return values
 
 
 class Stepper:
     """Runs steps on a DeepSpeed engine without a pipeline."""
 
     def __init__(self, engine: Any, config: Config, mesh: Mesh) -> None:
-        self.engine, self.mesh = engine, mesh
+        self.engine, self.mesh, self.config = engine, mesh, config
         self.objective = objectives.create(config)
+        self.clock = Clock(engine.device)
+        """what a step spends its time on"""
+        self._norms: PartNorms | None = None
 
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
@@ -149,30 +106,61 @@ class Stepper:
         return [self.engine(without_drop_path(batch))._replace(**numbers) for batch in batches]
 
     def run(self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf) -> StepResult:
-        """One step on this replica's micro-batches, which lie on the engine's device.
+        """One step, and what it gave: `start`, and `read` of its result."""
+        return self.start(batches, lr, limit).read()
+
+    def start(
+        self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf, measure: bool = False
+    ) -> PendingResult:
+        """One step on this replica's micro-batches, which lie on the engine's device; nothing of it is read here.
 
         In a pipeline every process of the replica has their integers. A step whose loss is not finite or above `limit`,
         or whose gradient is not finite, changes nothing: see `nan_if_rejected` and the engine's `was_step_applied`.
+
+        measure: also norms by part, and features for a look at their health (`Measured`). All processes agree on it.
         """
-        engine, mesh, objective = self.engine, self.mesh, self.objective
+        engine, mesh, objective, clock = self.engine, self.mesh, self.objective, self.clock
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        counts = GlobalCounts.of(batches, mesh, engine.device)
+        counts = GlobalCounts.of(batches, mesh, torch.device("cpu"))
         outputs: list[Outputs] = []
         if objective.all_features_first:
+            clock.enter("forward")
             retain = objective.keeps_graphs
             with torch.set_grad_enabled(retain):
                 outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
+        clock.enter("loss")
         head, loss = self._head(), None
         if head is not None:
             inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
-            loss = StepLoss(objective, inputs, limit)
-        self._backwards(batches, outputs, loss)
+            loss = StepLoss(objective, inputs, limit, FeatureSample(counts.pairs, mesh.data) if measure else None)
+        with self._part_norms().measured() if measure else contextlib.nullcontext() as norms:
+            self._backwards(batches, outputs, loss)
+        clock.enter("optimizer")
         if head is not None:
             update_log_scale(head.log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        result = loss.result(read_log_scale(head.log_scale), grad_norm) if head is not None and loss else None
-        return self._share(result, counts)
+        grad_norm = engine.get_global_grad_norm()
+        if not isinstance(grad_norm, torch.Tensor):
+            grad_norm = torch.full((), grad_norm or 0.0, device=engine.device)
+        numbers = None
+        if head is not None and loss is not None:
+            numbers = loss.numbers() | {"log_scale": read_log_scale(head.log_scale)[0], "grad_norm": grad_norm}
+        by_part = features = None
+        if norms is not None:
+            by_part = norms.over_all_processes(grad_norm)
+            sample, width = FeatureSample(counts.pairs, mesh.data), self.config.model.language.width
+            if loss is not None and loss.sample is not None:
+                features = loss.sample.gather(width, engine.device)
+            else:
+                features = torch.zeros(sum(sample.sizes), 2 * width, device=engine.device)
+        clock.enter("other")
+        pipeline, wanted = mesh.pipeline, mesh.is_first
+        return PendingResult(numbers, objective, counts, pipeline, engine.device, by_part, features, wanted)
+
+    def _part_norms(self) -> PartNorms:
+        if self._norms is None:  # DeepSpeed's partitions stay where they are
+            self._norms = PartNorms(self.engine, self.config, self.mesh)
+        return self._norms
 
     def _first_forwards(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the head gives for each micro-batch, where it is; with graphs if gradients are enabled."""
@@ -186,15 +174,19 @@ class Stepper:
         assert loss is not None
         undo_means = self.mesh.data.size * len(batches)  # DeepSpeed averages over both; ours is one global mean
         for m, batch in enumerate(batches):
-            out = outputs[m] if self.objective.keeps_graphs else self.engine(batch)
-            self.engine.backward(loss.of(m, out) * undo_means)
+            if self.objective.keeps_graphs:
+                out = outputs[m]
+            else:
+                self.clock.enter("forward")
+                out = self.engine(batch)
+            self.clock.enter("loss")
+            surrogate = loss.of(m, out) * undo_means
+            self.clock.enter_backward(surrogate)
+            self.engine.backward(surrogate)
+            del surrogate  # and with it what of its graph is left
+            self.clock.enter("optimizer")
             self.engine.step()
 
     def _head(self) -> Any:
         """The model's head; None where it is on another process."""
         return self.engine.module[-1]
-
-    def _share(self, result: StepResult | None, counts: GlobalCounts) -> StepResult:
-        """The result, on every process; `result`: None where the head is on another process."""
-        assert result is not None
-        return result

@@ -17,6 +17,7 @@ from megatron_lcl.model.layers import Activations, normalize
 from megatron_lcl.model.lcl import LCL, pack_padded
 from megatron_lcl.objectives.base import GlobalCounts, StepInputs
 from megatron_lcl.parallel.mesh import ALONE, Mesh
+from megatron_lcl.train.result import PendingResult, StepResult
 from megatron_lcl.train.step import StepLoss
 
 MODEL = {
@@ -52,6 +53,12 @@ def step_of(config: Config, model: LCL, batches: list[PackedBatch]) -> tuple[Ste
     surrogate = sum(loss.of(m, out) for m, out in enumerate(outputs))
     gradients = torch.autograd.grad(surrogate, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return loss, float(loss.mean()), list(gradients)
+
+
+def result_of(loss: StepLoss, model: LCL) -> StepResult:
+    """What the step says of itself."""
+    numbers = loss.numbers() | {"log_scale": model.head.log_scale.detach()[0]}
+    return PendingResult(numbers, loss.objective, loss.step.counts, ALONE, torch.device("cpu")).read()
 
 
 def hidden_rows(model: LCL, ids: list[int], images: torch.Tensor) -> torch.Tensor:

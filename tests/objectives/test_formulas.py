@@ -18,6 +18,7 @@ from formulas import (
     loader_of,
     log_likelihoods,
     pairs_in,
+    result_of,
     step_of,
     to_double,
 )
@@ -68,7 +69,7 @@ def test_coca_is_its_equations(corpus: Corpus) -> None:
     caption = -torch.cat(captions).mean()
     expected = 1 * contrast + 2 * caption
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
-    said = loss.result(model.head.log_scale, 0.0)
+    said = result_of(loss, model)
     assert (said.contrastive, said.generation) == pytest.approx((float(contrast), float(caption)), rel=1e-5)
     assert_same_gradients(gradients, expected, double)
     assert step_of(config_of(corpus, "coca", contrastive_weight=0.5, generation_weight=0.0), model, batches)[1] == (
@@ -109,7 +110,7 @@ def test_emu_is_its_equation(corpus: Corpus, leading: bool) -> None:
     expected = generation + 0.7 * regression
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
     assert_same_gradients(gradients, expected, double)
-    said = loss.result(model.head.log_scale, 0.0).metrics
+    said = result_of(loss, model).metrics
     z = torch.stack(latents).detach().numpy()
     std = np.sqrt(z.var(0).mean())
     assert said["regression"] == pytest.approx(float(regression), rel=1e-5)
@@ -125,7 +126,7 @@ def test_emu_s_metrics_show_latents_that_are_all_the_same(corpus: Corpus) -> Non
     with torch.no_grad():  # the pool then gives its bias, whatever the image
         model.pool.v.weight.zero_()
         model.pool.v.bias.normal_()
-    said = step_of(config, model, batches)[0].result(model.head.log_scale, 0.0).metrics
+    said = result_of(step_of(config, model, batches)[0], model).metrics
     assert said["latent_std"] < 1e-5
     assert said["latent_spread"] < 1e-4
     assert said["regression"] > 1e-3

@@ -17,6 +17,7 @@ from formulas import (
     loader_of,
     log_likelihoods,
     pairs_in,
+    result_of,
     step_of,
     to_double,
 )
@@ -75,7 +76,7 @@ def test_siglip_is_its_equation(corpus: Corpus) -> None:
     expected = sigmoid_equation(double, x, y)
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
     assert_same_gradients(gradients, expected, double)
-    said = loss.result(model.head.log_scale, 0.0)
+    said = result_of(loss, model)
     assert said.contrastive == pytest.approx(float(expected.detach()), rel=1e-5)
     assert said.metrics["logit_bias"] == -10.0
     assert said.metrics["positive_similarity"] == pytest.approx(float((x * y).sum(1).mean()), rel=1e-5)
@@ -137,7 +138,7 @@ def test_genlip_is_its_equation(corpus: Corpus) -> None:
     expected = -torch.cat(captions).mean()
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
     assert_same_gradients(gradients, expected, double)
-    assert loss.result(model.head.log_scale, 0.0).generation == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert result_of(loss, model).generation == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_genlip_s_sequences_are_captions_alone(corpus: Corpus) -> None:

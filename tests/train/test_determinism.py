@@ -67,7 +67,7 @@ def two_steps(rank: int, config: str, output: str) -> str:
     from megatron_lcl.train import step
     from megatron_lcl.train.run import train
 
-    run, done = step.Stepper.run, []
+    run, done = step.Stepper.start, []
 
     def noted(self: step.Stepper, *arguments: Any) -> Any:
         print("deterministic", torch.are_deterministic_algorithms_enabled())
@@ -76,7 +76,7 @@ def two_steps(rank: int, config: str, output: str) -> str:
         done.append(run(self, *arguments))
         return done[-1]
 
-    step.Stepper.run = noted  # type: ignore[method-assign]
+    step.Stepper.start = noted  # type: ignore[method-assign]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             train(

@@ -25,13 +25,13 @@ from torch import nn
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.layers import Activations, Outputs
-from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.master_weights import read_numbers
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.pipeline.schedule import AllBackward, AllForward
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
-from megatron_lcl.train.step import StepLoss, Stepper, StepResult, make_result, result_names, without_drop_path
+from megatron_lcl.train.step import StepLoss, Stepper, without_drop_path
+from megatron_lcl.train.telemetry.clock import Clock
 
 LossOf = Callable[[int, Outputs], torch.Tensor]
 """what the last stage minimizes, from the index of a micro-batch and what the head gave for it"""
@@ -58,6 +58,7 @@ class ContrastivePipelineEngine(PipelineEngine):
         super().__init__(**arguments)
         self._shape_of, self._dtype = shape_of, dtype
         self.pipe_buffers["gradients"] = []
+        self.clock = Clock(self.device)
 
     def all_forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the head gave for each micro-batch (none in other stages). Without gradients enabled nothing is kept."""
@@ -99,7 +100,9 @@ class ContrastivePipelineEngine(PipelineEngine):
         self._num_forwards += 1
         if not self.is_first_stage():
             x = x._replace(hidden=self.pipe_buffers["inputs"][buffer_id])
+        self.clock.enter("forward")
         out = DeepSpeedEngine.forward(self, x)
+        self.clock.enter("exchange")
         self.pipe_buffers["outputs"][buffer_id] = out if self.is_last_stage() else out.hidden
         if not torch.is_grad_enabled():
             self.pipe_buffers["inputs"][buffer_id] = None
@@ -117,16 +120,27 @@ class ContrastivePipelineEngine(PipelineEngine):
     def _exec_backward_pass(self, buffer_id: int) -> None:
         out, self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["outputs"][buffer_id], None
         if self.is_last_stage():
+            self.clock.enter("loss")
             loss = self._loss_of(self._num_backwards, out)
         else:
             loss = InjectGradient.apply(out, self.pipe_buffers["gradients"][buffer_id])
             self.pipe_buffers["gradients"][buffer_id] = None
         self._num_backwards += 1
+        self.clock.enter("backward")
         DeepSpeedEngine.backward(self, loss, scale_wrt_gas=False)
+        self.clock.enter("exchange")
 
     def _exec_send_grads(self, buffer_id: int) -> None:
         hidden, self.pipe_buffers["inputs"][buffer_id] = self.pipe_buffers["inputs"][buffer_id], None
         self._send(hidden.grad, self.prev_stage)
+
+    def _exec_reduce_grads(self) -> None:
+        self.clock.enter("reduce")
+        super()._exec_reduce_grads()
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        self.clock.enter("optimizer")
+        super()._exec_optimizer_step(lr_kwargs)
 
     def _receive(self, shape: Sequence[int], stage: int) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=self._dtype, device=self.device)
@@ -148,6 +162,8 @@ class ContrastivePipelineEngine(PipelineEngine):
         schedule.RecvGrad: _exec_recv_grads,
         schedule.BackwardPass: _exec_backward_pass,
         schedule.SendGrad: _exec_send_grads,
+        schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.OptimizerStep: _exec_optimizer_step,
     }
 
 
@@ -190,10 +206,15 @@ class PipelineStepper(Stepper):
 
     engine: ContrastivePipelineEngine
 
+    def __init__(self, engine: Any, config: Config, mesh: Mesh) -> None:
+        super().__init__(engine, config, mesh)
+        engine.clock = self.clock
+
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch]) -> list[Outputs]:
         """What the model makes of this replica's micro-batches, on the last stage, elsewhere nothing; no step."""
-        outputs = self.engine.all_forward([without_drop_path(batch) for batch in batches])
+        with self.clock.paused():
+            outputs = self.engine.all_forward([without_drop_path(batch) for batch in batches])
         if not outputs:
             return []
         numbers = read_numbers(self._head())
@@ -216,13 +237,3 @@ class PipelineStepper(Stepper):
 
     def _head(self) -> Any:
         return self.engine.module.forward_funcs[-1] if self.engine.is_last_stage() else None
-
-    def _share(self, result: StepResult | None, counts: GlobalCounts) -> StepResult:
-        names = result_names(self.objective)
-        values = [0.0] * len(names)
-        if result is not None:
-            numbers = result.numbers()
-            values = [numbers[name] for name in names]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
-        shared = self.mesh.pipeline.broadcast(tensor, source=self.mesh.pipeline.size - 1).tolist()
-        return make_result(dict(zip(names, shared, strict=True)), self.objective, counts)

@@ -48,18 +48,25 @@ class BadSteps:
             return math.inf
         return statistics.fmean(self._losses) + sigmas * statistics.stdev(self._losses)
 
-    def record(self, at: tuple[int, int], loss: float, applied: bool, loss_scale: float) -> str | None:
+    @property
+    def watches_losses(self) -> bool:
+        """Whether it must know every step's loss; else only those of steps that were not applied."""
+        return self.config.spike_sigmas is not None
+
+    def record(self, at: tuple[int, int], loss: float | None, applied: bool, loss_scale: float) -> str | None:
         """Count a step; why it was skipped, None if it was not.
 
-        at: steps done and packs consumed before it.
+        at: steps done and packs consumed before it. loss: None where nobody has read it, because it need not be known.
         loss_scale: that of float16 before the step, 1 without. A gradient too large for float16 is no bad step: the
         scale is being looked for.
         """
         if applied:
             self.consecutive = 0
-            if self.config.spike_sigmas is not None:
+            if self.watches_losses:
+                assert loss is not None
                 self._losses.append(loss)
             return None
+        assert loss is not None
         limit = self.limit()
         if math.isfinite(loss) and loss <= limit and loss_scale > 1:
             return f"gradient too large for float16 at loss scale {loss_scale:g}"

@@ -266,7 +266,7 @@ def poison_a_pipeline(rank: int, packs: list[int]) -> None:
 
     loop.choose_partition = lambda *_: (0, 3)
 
-    plain, loss, bad = PipelineStepper.run, StepLoss.mean, [False]
+    plain, loss, bad = PipelineStepper.start, StepLoss.mean, [False]
 
     def run(self, batches, *arguments):  # type: ignore[no-untyped-def]
         bad[0] = any(set(batch.packs) & set(packs) for batch in batches)
@@ -275,7 +275,7 @@ def poison_a_pipeline(rank: int, packs: list[int]) -> None:
     def mean(self: StepLoss) -> Any:
         return loss(self) * math.nan if bad[0] else loss(self)
 
-    PipelineStepper.run, StepLoss.mean = run, mean  # type: ignore[method-assign]
+    PipelineStepper.start, StepLoss.mean = run, mean  # type: ignore[method-assign]
 
 
 def without_packs_in_a_pipeline(rank: int, consumed: int, count: int) -> None:
@@ -319,7 +319,7 @@ def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
     from megatron_lcl.train.step import Stepper
 
     poison(rank, packs, "nan")
-    plain, calls = Stepper.run, []
+    plain, calls = Stepper.start, []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -328,7 +328,7 @@ def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    Stepper.run = run  # type: ignore[method-assign]
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 def damage(rank: int, packs: list[int], run: str) -> None:
@@ -336,7 +336,7 @@ def damage(rank: int, packs: list[int], run: str) -> None:
     from megatron_lcl.train.step import Stepper
 
     poison(rank, packs, "nan")
-    plain, calls = Stepper.run, []
+    plain, calls = Stepper.start, []
 
     def damaging(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -346,7 +346,7 @@ def damage(rank: int, packs: list[int], run: str) -> None:
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         return plain(self, *arguments)
 
-    Stepper.run = damaging  # type: ignore[method-assign]
+    Stepper.start = damaging  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

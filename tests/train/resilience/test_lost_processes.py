@@ -57,8 +57,8 @@ def hang(rank: int, faulty: int, where: str, mark: str) -> None:
         checkpointer.write_files = write_files
         return
     classes: dict[str, tuple[Any, str]] = {
-        "computing": (Stepper, "run"),
-        "starting": (Stepper, "run"),
+        "computing": (Stepper, "start"),
+        "starting": (Stepper, "start"),
         "reading data": (PackedLoader, "_batches"),
         "in a stage": (Block, "forward"),
     }
@@ -87,7 +87,7 @@ def slow_start(rank: int) -> None:
     from megatron_lcl.train.checkpoint import checkpointer
     from megatron_lcl.train.step import Stepper
 
-    plain, write, calls = Stepper.run, checkpointer.write_files, []
+    plain, write, calls = Stepper.start, checkpointer.write_files, []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -100,14 +100,14 @@ def slow_start(rank: int) -> None:
             time.sleep(TIMEOUT + 1)
         return write(*arguments)
 
-    Stepper.run, checkpointer.write_files = run, write_files  # type: ignore[method-assign]
+    Stepper.start, checkpointer.write_files = run, write_files  # type: ignore[method-assign]
 
 
 def fail(rank: int, mark: str) -> None:
     """The second process meets an error of its own, half a second after it leaves a mark."""
     from megatron_lcl.train.step import Stepper
 
-    plain, calls = Stepper.run, []
+    plain, calls = Stepper.start, []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -117,7 +117,7 @@ def fail(rank: int, mark: str) -> None:
             raise RuntimeError("cosmic ray")
         return plain(self, *arguments)
 
-    Stepper.run = run  # type: ignore[method-assign]
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 class Outcome(NamedTuple):

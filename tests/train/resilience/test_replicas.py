@@ -22,7 +22,7 @@ def flip_a_bit(rank: int, faulty: int, step: int) -> None:
     """After one step, the lowest bit of one parameter of one process."""
     from megatron_lcl.train.step import Stepper
 
-    plain, calls = Stepper.run, []
+    plain, calls = Stepper.start, []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         result = plain(self, *arguments)
@@ -32,7 +32,7 @@ def flip_a_bit(rank: int, faulty: int, step: int) -> None:
             parameter.data.view(torch.int32)[3, 5] ^= 1
         return result
 
-    Stepper.run = run  # type: ignore[method-assign]
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def drift(rank: int) -> None:
 
     from megatron_lcl.train.step import Stepper
 
-    plain, calls = Stepper.run, []
+    plain, calls = Stepper.start, []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         result = plain(self, *arguments)
@@ -75,7 +75,7 @@ def drift(rank: int) -> None:
             safe_set_full_fp32_param(parameter, value)
         return result
 
-    Stepper.run = run  # type: ignore[method-assign]
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

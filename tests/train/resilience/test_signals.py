@@ -28,13 +28,13 @@ def slow_steps(rank: int, marks: str, seconds: float = 0.1) -> None:
     """Steps that a test can catch."""
     from megatron_lcl.train.step import Stepper
 
-    plain = Stepper.run
+    plain = Stepper.start
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         time.sleep(seconds)
         return plain(self, *arguments)
 
-    Stepper.run = run  # type: ignore[method-assign]
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 def slow_saves(rank: int, marks: str) -> None:
@@ -57,7 +57,7 @@ def stuck(rank: int, marks: str) -> None:
     slow_steps(rank, marks)
     from megatron_lcl.train.step import Stepper
 
-    plain, calls = Stepper.run, []
+    plain, calls = Stepper.start, []
 
     def run(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -66,7 +66,7 @@ def stuck(rank: int, marks: str) -> None:
             time.sleep(3600)
         return plain(self, *arguments)
 
-    Stepper.run = run  # type: ignore[method-assign]
+    Stepper.start = run  # type: ignore[method-assign]
 
 
 def saved_steps(run: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar or, in a log, a line every so often; metrics.jsonl, TensorBoard."""
+"""What a run says about itself: a progress bar or, in a log, a line every so often; metrics.jsonl, the other sinks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.errors import UserError, describe_os_error
+from megatron_lcl.errors import describe_os_error
 from megatron_lcl.objectives import contrast, generation, regression
-from megatron_lcl.train.step import StepResult
+from megatron_lcl.train.result import StepResult
+from megatron_lcl.train.telemetry.lines import METRICS, keep_lines_before
+from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
 
-METRICS = "metrics.jsonl"
+WAITING = 1 << 20
+"""bytes of lines that wait where the disk is full"""
 
 
 @dataclass
@@ -35,11 +37,11 @@ class Rates:
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, result: StepResult, seconds: float, data_seconds: float) -> None:
+    def add(self, images: int, tokens: int, seconds: float, data_seconds: float) -> None:
         self.seconds += seconds
         self.data_seconds += data_seconds
-        self.images += result.num_images
-        self.tokens += result.num_tokens
+        self.images += images
+        self.tokens += tokens
         self.steps += 1
 
     def values(self) -> dict[str, float]:
@@ -63,7 +65,7 @@ class Telemetry:
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every = config.train.log_every
         self.total = config.train.steps
-        self._run = run
+        self._run, self._config = run, config
         self._progress = config.train.progress
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
@@ -73,27 +75,31 @@ class Telemetry:
         """steps that had nothing to contrast, since this process started"""
         self._num_bad = 0
         """images that did not decode, since this process started"""
+        self._num_skipped = 0
+        """steps that were, since this process started"""
+        self.last_step = first_step
+        """the last one done"""
         self._file: Any = None
+        self._trackers: dict[str, Sink] = {}
         if is_first:
             self._open(first_step)
 
     def _open(self, step: int) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
         keep_lines_before(self._run / METRICS, step)
+        self.last_step = step
         self.rates = Rates()
         self._fault = ""
-        self._file = (self._run / METRICS).open("a", encoding="utf-8")
-        self._board = self._open_board(step + 1)
+        self._file = (self._run / METRICS).open("a", buffering=WAITING, encoding="utf-8")
+        self._board: TensorBoard | None = TensorBoard(self._run, step + 1)
+        for name in self._config.train.trackers:
+            if name not in self._trackers:  # after a rewind it goes on
+                self._trackers[name] = TRACKERS[name](self._run, self._config)
         # a new bar: its time left is that of the steps to come, at the rate of those made since
         disable = None if self._progress else True  # None: where stderr is no terminal
         self._bar = tqdm(initial=step, total=self.total, unit="step", disable=disable, dynamic_ncols=True)
         self._first_done: tuple[int, float] | None = None
         """the first step that this process has made since, and when; it may have taken long"""
-
-    def _open_board(self, step: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self._run / "tensorboard"), purge_step=step)
 
     def _close(self) -> None:
         self._bar.close()
@@ -107,29 +113,43 @@ class Telemetry:
             self._close()
             self._open(step)
 
-    def step(
-        self, step: int, result: StepResult, lr: float, seconds: float, data_seconds: float, skipped: str | None = None
-    ) -> None:
-        """After step number `step` (counted from 1). skipped: why, if it was; it has no loss then."""
+    def is_logged(self, step: int) -> bool:
+        """Whether a step's numbers are written; the same on every process."""
+        return step % self.every == 0 or step == self.total
+
+    def count(self, step: int, counts: Mapping[str, int], seconds: float, data_seconds: float) -> None:
+        """After step number `step` (counted from 1), whatever else is said of it. counts: of the global batch."""
         if self._file is None:
             return
-        self.rates.add(result, seconds, data_seconds)
+        self.last_step = step
+        self.rates.add(counts["num_images"], counts["num_tokens"], seconds, data_seconds)
         self._bar.update()
         self._first_done = self._first_done or (step, time.monotonic())
-        if self._contrasts and not result.num_pairs:
+        if self._contrasts and not counts["num_pairs"]:
             self.num_without_pairs += 1
             if self.num_without_pairs == 1:
                 self.say(
                     f"step {step} has no pair: no image is compared with a text in it; metrics.jsonl counts such steps"
                 )
-        if skipped is not None:
-            self.say(f"step {step} skipped: {skipped}")
-            self.write({"step": step, "skipped": skipped, "lr": lr})
-            return
-        if step % self.every and step != self.total:
+
+    def skipped(self, step: int, reason: str, lr: float) -> None:
+        """A step was skipped, and is counted; it has no loss."""
+        self._num_skipped += 1
+        if self._file is not None:
+            self.say(f"step {step} skipped: {reason}")
+            self.write({"step": step, "skipped": reason, "lr": lr})
+
+    def step(self, step: int, result: StepResult, lr: float, more: Mapping[str, Any] | None = None) -> None:
+        """The line of a step that is logged, and counted. more: what else there is to write of it."""
+        if self._file is None:
             return
         rates, numbers = self.rates.values(), self._measured(result)
-        self.write({"step": step, **numbers, "steps_without_pairs": self.num_without_pairs, "lr": lr, **rates})
+        events = {"steps_without_pairs": self.num_without_pairs, "skipped_steps": self._num_skipped}
+        # what a term measures over the whole batch counts, not what is measured of the same on a sample of it
+        others = {name: value for name, value in (more or {}).items() if name not in numbers}
+        self.write({"step": step, **numbers, **events, "lr": lr, **rates, **others})
+        if "mfu" in others:
+            rates["mfu"] = others["mfu"]
         self._bar.set_postfix_str(", ".join(_shown(numbers, rates)))
         if self._bar.disable or not sys.stdout.isatty():
             self.say(self._line(step, numbers, lr, rates))
@@ -157,7 +177,8 @@ class Telemetry:
             parts.append(f"accuracy {' / '.join(accuracies)} (chance {measured['chance_accuracy']:.1%})")
         parts += [
             f"lr {lr:.2e}",
-            f"{rates['images_per_second']:.0f} images/s, {rates['tokens_per_second']:.0f} tokens/s",
+            f"{rates['images_per_second']:.0f} images/s, {rates['tokens_per_second']:.0f} tokens/s"
+            + (f", MFU {rates['mfu']:.1%}" if "mfu" in rates else ""),
         ]
         assert self._first_done is not None
         made, since = step - self._first_done[0], time.monotonic() - self._first_done[1]
@@ -165,10 +186,10 @@ class Telemetry:
         return "  ".join([*parts, f"{tqdm.format_interval((self.total - step) * per_step)} left"])
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line of metrics, and its numbers to TensorBoard.
+        """One line of metrics, and its numbers to TensorBoard and the trackers.
 
         Where the disk is full, that is said once, and training goes on. Lines wait for space, as many as fit into the
-        file's buffer; TensorBoard has a gap.
+        file's buffer; TensorBoard has a gap. A tracker that fails is left alone from then on.
         """
         if self._file is None:
             return
@@ -179,6 +200,13 @@ class Telemetry:
             written = False
         if written:
             self._fault = ""
+        numbers = _numbers(values)
+        for name, tracker in list(self._trackers.items()) if numbers else ():
+            try:
+                tracker.write(values["step"], numbers)
+            except Exception as error:  # noqa: BLE001 whatever it is, a run does not end for want of a tracker
+                del self._trackers[name]
+                self.say(f"{name} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
 
     def bad_images(self, step: int, reasons: list[str]) -> None:
         """Images of a step that did not decode: all to the metrics; the first, the tenth, … also to the console."""
@@ -188,10 +216,8 @@ class Telemetry:
             self.say(f"step {step}: an image is skipped, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
 
     def _draw(self, values: dict[str, Any]) -> None:
-        self._board = self._board or self._open_board(values["step"])
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, values["step"])
+        self._board = self._board or TensorBoard(self._run, values["step"])
+        self._board.write(values["step"], _numbers(values))
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
@@ -218,6 +244,14 @@ class Telemetry:
             if self.num_without_pairs > 1:
                 self.say(f"{self.num_without_pairs} steps had no pair: no image was compared with a text in them")
             self._close()
+            for tracker in self._trackers.values():
+                with contextlib.suppress(Exception):  # as in `write`
+                    tracker.close()
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """What of a line can be drawn."""
+    return {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
 
 
 def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> Iterator[str]:
@@ -228,32 +262,3 @@ def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> I
         yield f"accuracy {accuracy:.1%} (chance {chance:.1%})"
     yield f"{rates['images_per_second']:.0f} images/s"
     yield f"{rates['tokens_per_second']:.0f} tokens/s"
-
-
-def keep_lines_before(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing."""
-    if not path.exists():
-        return
-    kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    if kept != lines:
-        replace_text(path, "".join(kept))
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl. UserError where one is damaged; one cut off in writing may end the file."""
-    path = run / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is damaged: {error}") from None
-    return found

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lcl import config as configs
-from megatron_lcl.train.step import StepResult
+from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.train.result import StepResult
 from megatron_lcl.train.telemetry import METRICS, Telemetry, read_metrics
 
 METRICS_OF_A_STEP = {"generation": 1.0, "contrastive": 1.0, "image_accuracy": 0.5, "text_accuracy": 0.3}
@@ -23,6 +24,13 @@ LINE = re.compile(
     r"step (\d+)/9  loss 1\.0000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  "
     r"(\d+):(\d\d) left"
 )
+
+
+def done(telemetry: Telemetry, step: int, result: StepResult = RESULT) -> None:
+    """A step of 0.1 s that waited for no data."""
+    telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1, 0.0)
+    if telemetry.is_logged(step):
+        telemetry.step(step, result, 1e-3)
 
 
 def terminals(monkeypatch: pytest.MonkeyPatch, out: bool, err: bool) -> None:
@@ -43,7 +51,7 @@ def test_time_left_after_resuming_and_after_a_rewind(
             started = time.monotonic()
             for step in range(first + 1, first + 7):
                 time.sleep(0.1)
-                telemetry.step(step, RESULT, 1e-3, 0.1, 0.0)
+                done(telemetry, step)
             per_step = (time.monotonic() - started) / 6
             step, minutes, seconds, rate, unit = SHOWN.findall(capsys.readouterr().err)[-1]
             assert int(step) == first + 6
@@ -77,7 +85,7 @@ def test_a_terminal_has_a_bar_and_a_log_has_lines(
     overrides = {"train.steps": "9", "train.log_every": "4", "train.progress": str(progress).lower()}
     with Telemetry(tmp_path, configs.load(None, overrides), True, 0) as telemetry:
         for step in range(1, 10):
-            telemetry.step(step, RESULT, 1e-3, 0.1, 0.0)
+            done(telemetry, step)
     said = capsys.readouterr()
     assert ("loss 1.000, accuracy 50.0% (chance 25.0%), 1000 images/s" in said.err) == bar
     matches = [LINE.fullmatch(line) for line in said.out.splitlines()]
@@ -94,7 +102,7 @@ def test_a_line_shows_what_the_step_has_and_the_time_left(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Telemetry(tmp_path, configs.load(None, {"train.steps": "9", "train.log_every": "1"}), True, 2) as telemetry:
         for step, pairs in ((3, 4), (4, 0), (5, 1)):
-            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=pairs), 1e-3, 0.1, 0.0)
+            done(telemetry, step, dataclasses.replace(RESULT, num_pairs=pairs))
             clock[0] += 70  # with what lies between the steps, such as saving
     lines = [match for line in capsys.readouterr().out.splitlines() if (match := LINE.fullmatch(line))]
     both = "generation 1.0000, contrastive 1.0000"
@@ -107,7 +115,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: p
     full = Path("/dev/full").open("w")  # noqa: SIM115 closing it fails, as is wanted
     monkeypatch.setattr(sys, "stdout", full)
     with Telemetry(tmp_path, configs.load(None, {"train.log_every": "1"}), True, 0) as telemetry:
-        telemetry.step(1, RESULT, 1e-3, 0.1, 0.0)
+        done(telemetry, 1)
     monkeypatch.undo()
     with pytest.raises(OSError, match="No space left"):  # the line still waits
         full.close()
@@ -143,7 +151,7 @@ def test_steps_without_pairs_are_counted_and_said(
     overrides = {"train.steps": "9", "train.log_every": "2", "train.progress": "false", "objective.name": objective}
     with Telemetry(tmp_path, configs.load(None, overrides), True, 0) as telemetry:
         for step in range(1, 9):
-            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=4 if step in (2, 6) else 0), 1e-3, 0.1, 0.0)
+            done(telemetry, step, dataclasses.replace(RESULT, num_pairs=4 if step in (2, 6) else 0))
     lines = read_metrics(tmp_path)
     contrasted = (2, 6) if objective == "lcl" else ()
     for line in lines:
@@ -164,7 +172,7 @@ def test_steps_without_pairs_are_counted_and_said(
 def test_a_step_without_targets_has_no_generation_loss(tmp_path: Path) -> None:
     config = configs.load(None, {"train.log_every": "1", "train.progress": "false"})
     with Telemetry(tmp_path, config, True, 0) as telemetry:
-        telemetry.step(1, dataclasses.replace(RESULT, num_targets=0), 1e-3, 0.1, 0.0)
+        done(telemetry, 1, dataclasses.replace(RESULT, num_targets=0))
     (line,) = read_metrics(tmp_path)
     assert (line["generation"], line["contrastive"]) == (None, 1.0)
 
@@ -176,6 +184,6 @@ def test_chance_stands_beside_accuracy(
     config = configs.load(None, {"train.log_every": "1", "train.steps": "9"})
     with Telemetry(tmp_path, config, True, 0) as telemetry:
         for step, pairs in ((1, 4), (2, 0)):
-            telemetry.step(step, dataclasses.replace(RESULT, num_pairs=pairs), 1e-3, 0.1, 0.0)
+            done(telemetry, step, dataclasses.replace(RESULT, num_pairs=pairs))
             said = capsys.readouterr().err.rstrip().rpartition("\r")[2]
             assert ("accuracy 50.0% (chance 25.0%)" in said) == bool(pairs), said

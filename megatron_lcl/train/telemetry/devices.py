@@ -1,0 +1,53 @@
+"""Dense peaks of devices, from their makers' data sheets, by the names that drivers give.
+
+Operations per second of matrix products without sparsity, with float32 accumulation. Where a sheet gives the sparse
+number only, half of it is meant. float32 is that of the ordinary units: torch does not use TF32 unless it is told to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Of one device, in operations per second."""
+
+    half: float
+    """bfloat16 and float16"""
+    single: float
+    """float32"""
+    source: str
+
+    def of(self, dtype: str) -> float:
+        """Of the type in which a run computes."""
+        return self.single if dtype == "float32" else self.half
+
+
+PEAKS = {
+    # the first whose words are all in the device's name counts
+    ("A100",): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021"),
+    ("H100", "PCIe"): Peak(756e12, 51e12, "NVIDIA H100 Tensor Core GPU data sheet, 2023: H100 PCIe"),
+    ("H100", "NVL"): Peak(835.5e12, 60e12, "NVIDIA H100 Tensor Core GPU data sheet, 2024: H100 NVL"),
+    ("H100",): Peak(989.5e12, 67e12, "NVIDIA H100 Tensor Core GPU data sheet, 2024: H100 SXM"),
+    ("H200", "NVL"): Peak(835.5e12, 60e12, "NVIDIA H200 Tensor Core GPU data sheet, 2024: H200 NVL"),
+    ("H200",): Peak(989.5e12, 67e12, "NVIDIA H200 Tensor Core GPU data sheet, 2024: H200 SXM"),
+    ("B200",): Peak(2250e12, 75e12, "NVIDIA HGX B200 data sheet, 2025: an eighth of the board's"),
+    ("L40S",): Peak(362e12, 91.6e12, "NVIDIA L40S data sheet, 2023"),
+    ("MI300X",): Peak(1307.4e12, 163.4e12, "AMD Instinct MI300X accelerator data sheet, 2023"),
+}
+
+
+def peak_of(device: str, dtype: str) -> float | None:
+    """The dense peak of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known."""
+    for words, peak in PEAKS.items():
+        if all(word in device for word in words):
+            return peak.of(dtype)
+    return None
+
+
+def own_peak(dtype: str) -> float | None:
+    """Of this process's device; None on a CPU."""
+    return peak_of(torch.cuda.get_device_name(), dtype) if torch.cuda.is_available() else None

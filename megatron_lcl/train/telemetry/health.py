@@ -1,0 +1,118 @@
+"""Whether image latents and context features collapse: closed forms on a sample of pairs, in float64.
+
+Shape legend: n pairs, D numbers of a feature. Z [n, D] are latents, or contexts, as the model gives them; x_i and y_i
+their rows at unit length.
+
+    effective rank    exp(-sum_k p_k ln p_k), p_k = s_k / sum_j s_j, s_k the singular values of the rows at unit length
+                      (RankMe, Garrido et al. 2023, arXiv 2210.02885, eq. 1, without its epsilon); 1 to min(n, D)
+    std               sqrt(mean_j var_j), var_j the variance of number j over the pairs
+    spread            std / sqrt(mean z^2): 0 where all rows are the same, 1 where their mean is 0
+    dead features     share of the numbers j with sqrt(var_j) < 0.01 sqrt(mean z^2)
+    alignment         mean_i |x_i - y_i|^2                              (Wang & Isola 2020, arXiv 2005.10242, eq. 1)
+    uniformity        ln mean_(i != j) exp(-2 |x_i - x_j|^2), of latents      (the same, eq. 2, t = 2); 0 where all meet
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+DEAD = 0.01
+"""a number of a feature is dead whose standard deviation is below this part of the features' root mean square"""
+FEWEST = 16
+"""pairs from which a crossed bound is said: of fewer any of these may be small by chance"""
+NAMES = (
+    *(
+        f"{kind}_{name}"
+        for kind in ("latent", "context")
+        for name in ("effective_rank", "std", "spread", "dead_features")
+    ),
+    "alignment",
+    "uniformity",
+)
+
+
+class Bound(NamedTuple):
+    """Where a number says that something has collapsed."""
+
+    value: float
+    below: bool
+    """it is crossed below the value; else above it"""
+    what: str
+
+
+BOUNDS = {
+    f"{kind}_{name}": Bound(bound.value, bound.below, f"{features} {bound.what}")
+    for kind, features in (("latent", "the image latents"), ("context", "the context features"))
+    for name, bound in {
+        "effective_rank": Bound(2.0, True, "lie along one direction"),
+        "spread": Bound(0.05, True, "are nearly the same for all inputs"),
+        "dead_features": Bound(0.5, False, "do not vary in half of their numbers"),
+    }.items()
+}
+"""an effective rank of 2 is that of two directions of equal weight; a spread of 0.05 is a mean cosine of 0.9975 between
+two features"""
+
+
+def measure(latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:
+    """All of it, by the names of `NAMES`, of n pairs [n, D] each; nothing of fewer than two."""
+    if len(latents) < 2:
+        return {}
+    found: dict[str, float] = {}
+    x, y = (F.normalize(features.double(), dim=1) for features in (latents, contexts))
+    gram = x @ x.t()
+    for kind, features, similarity in (("latent", latents, gram), ("context", contexts, y @ y.t())):
+        square = features.double().square().mean()
+        variances = features.double().var(0, unbiased=False)
+        std = variances.mean().sqrt()
+        found[f"{kind}_effective_rank"] = effective_rank(similarity)
+        found[f"{kind}_std"] = float(std)
+        found[f"{kind}_spread"] = float(std / square.sqrt()) if square > 0 else 0.0
+        found[f"{kind}_dead_features"] = float((variances.sqrt() <= DEAD * square.sqrt()).double().mean())
+    found["alignment"] = float((x - y).square().sum(1).mean())
+    found["uniformity"] = uniformity(gram)
+    return found
+
+
+def effective_rank(gram: torch.Tensor) -> float:
+    """RankMe of rows whose products with each other are [n, n]: its eigenvalues are their singular values squared."""
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    if not values.sum() > 0:
+        return 1.0
+    p = values / values.sum()
+    return math.exp(-float(torch.xlogy(p, p).sum()))
+
+
+def uniformity(gram: torch.Tensor) -> float:
+    """Of n > 1 rows of unit length, whose products with each other are [n, n]: |x - y|^2 = 2 - 2 x.y."""
+    above = gram[tuple(torch.triu_indices(len(gram), len(gram), 1))]
+    return float((4 * above - 4).logsumexp(0)) - math.log(len(above))
+
+
+class HealthWatch:
+    """Says when a bound is crossed, and when it no longer is."""
+
+    def __init__(self) -> None:
+        self._crossed: set[str] = set()
+
+    def look(self, numbers: Mapping[str, float], num_pairs: int) -> list[tuple[str, str]]:
+        """What there is to say of a step: the metric's name and a line. num_pairs: of the sample."""
+        if num_pairs < FEWEST:
+            return []
+        said = []
+        for name, bound in BOUNDS.items():
+            if name not in numbers:
+                continue
+            value = numbers[name]
+            crossed = not math.isfinite(value) or (value < bound.value if bound.below else value > bound.value)
+            if crossed and name not in self._crossed:
+                side = "below" if bound.below else "above"
+                said.append((name, f"{bound.what}: {name} {value:.3g} is {side} {bound.value:g} (docs/metrics.md)"))
+            elif not crossed and name in self._crossed:
+                said.append((name, f"{name} {value:.3g} is within its bound again"))
+            (self._crossed.add if crossed else self._crossed.discard)(name)
+        return said

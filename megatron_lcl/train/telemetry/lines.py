@@ -1,0 +1,41 @@
+"""metrics.jsonl: one line of numbers for a step that is logged, and for what happens between steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+def keep_lines_before(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing."""
+    if not path.exists():
+        return
+    kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    if kept != lines:
+        replace_text(path, "".join(kept))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. UserError where one is damaged; one cut off in writing may end the file."""
+    path = run / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is damaged: {error}") from None
+    return found

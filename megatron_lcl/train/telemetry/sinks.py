@@ -1,0 +1,139 @@
+"""Where numbers go beside metrics.jsonl: TensorBoard, and the trackers that `train.trackers` names.
+
+A tracker's package is imported where it is asked for. What it reads besides (where its server is, the project's name,
+whether it is offline) it takes from its own environment variables, such as WANDB_PROJECT, WANDB_MODE=offline,
+MLFLOW_TRACKING_URI. A run that goes on writes to the tracker's run that it has begun: `trackers.json` in the run folder
+names it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_lcl.config import Config, to_dict
+from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.errors import UserError
+
+IDS = "trackers.json"
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+"""what to install for each tracker"""
+
+
+class Sink(Protocol):
+    """Takes the numbers of lines, in order of their steps; after a rewind steps come again."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Numbers of a step, by name."""
+
+    def close(self) -> None:
+        """No more come."""
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        """first_step: of those to come; later ones that are there already are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; offline its files are in RUN/wandb."""
+
+    def __init__(self, run: Path, config: Config) -> None:
+        import wandb
+
+        def begin(known: str | None) -> tuple[Any, str]:
+            found = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "megatron-lcl"),
+                name=run.name,
+                dir=str(run),
+                id=known,
+                resume="allow" if known else None,
+                config=to_dict(config),
+            )
+            return found, found.id
+
+        self._run = _with_id(run, "wandb", begin)
+        # their own count of steps only goes up, ours goes back at a rewind
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow; without MLFLOW_TRACKING_URI its files are in RUN/mlruns."""
+
+    def __init__(self, run: Path, config: Config) -> None:
+        from mlflow import MlflowClient
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = (run.absolute() / "mlruns").as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks whether it is meant
+        self._client = MlflowClient(uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megatron-lcl")
+
+        def begin(known: str | None) -> tuple[str, str]:
+            if known is None:
+                experiment = self._client.get_experiment_by_name(name)
+                number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+                known = self._client.create_run(number, run_name=run.name).info.run_id
+                self._client.log_text(known, json.dumps(to_dict(config), indent=1), "config.json")
+            self._client.update_run(known, "RUNNING")
+            return known, known
+
+        self._run_id = _with_id(run, "mlflow", begin)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        # in its files a name is a path, and grad_norm cannot be a file and the folder of grad_norm/vision
+        metrics = [Metric(name.replace("/", "."), value, now, step) for name, value in numbers.items()]
+        self._client.log_batch(self._run_id, metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+TRACKERS: dict[str, Callable[[Path, Config], Sink]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def check_trackers(config: Config) -> None:
+    """UserError naming the package of a tracker that is asked for and not installed."""
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.trackers names {name}, and its package is not installed; pip install {PACKAGES[name]}, or "
+                f"leave {name} out"
+            )
+
+
+def _with_id(run: Path, name: str, begin: Callable[[str | None], tuple[Any, str]]) -> Any:
+    """What `begin` gives for the tracker's run that is known of a run folder, or a new one, which then is known."""
+    path = run / IDS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found, known[name] = begin(known.get(name))
+    replace_text(path, json.dumps(known))
+    return found

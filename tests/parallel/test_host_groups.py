@@ -1,0 +1,43 @@
+"""Where a group sends from devices only, what lies in host memory travels by gloo beside it."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from processes import run_processes
+
+from megatron_lcl.parallel.mesh import Axis, Mesh
+
+
+def sent_by(axis: Axis) -> tuple[int, int]:
+    """Collectives so far in the axis's group and in that of its hosts."""
+    assert axis.group is not None
+    assert axis.host_group is not None
+    return tuple(g._get_sequence_number_for_group() for g in (axis.group, axis.host_group))  # type: ignore[return-value]
+
+
+def exchange(rank: int) -> None:
+    dist.init_process_group("gloo")
+    lists = {"data": [[0, 1], [2, 3]], "tensor": [[0, 2], [1, 3]], "model_parallel": [[0, 1, 2, 3]]}
+    with patch.object(dist, "get_backend", lambda: "nccl"):  # as on GPUs; here both are gloo
+        mesh = Mesh.of_lists(lists)
+    plain = Mesh.of_lists(lists)
+    assert plain.world.host_group is plain.data.host_group is None
+    for axis in (mesh.world, mesh.data, mesh.tensor, mesh.model_parallel):
+        before = sent_by(axis)
+        own = torch.tensor([10 * rank])
+        assert axis.all_gather(own)[:, 0].tolist() == [10 * r for r in axis.ranks]
+        assert axis.all_reduce(own.clone()).tolist() == [sum(10 * r for r in axis.ranks)]
+        assert axis.broadcast(own.clone(), axis.size - 1).tolist() == [10 * axis.ranks[-1]]
+        assert axis.gather_objects(rank) == list(axis.ranks)
+        assert axis.broadcast_object(rank) == axis.ranks[0]
+        after = sent_by(axis)
+        assert after[0] == before[0], "nothing in the group of devices"
+        assert after[1] > before[1] + 4
+    dist.destroy_process_group()
+
+
+def test_host_memory_and_objects_travel_by_the_hosts_group() -> None:
+    run_processes(exchange, 4)

@@ -1,0 +1,79 @@
+"""Health of features against closed forms, and what is said of features that collapse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.train.telemetry import health
+from megatron_lcl.train.telemetry.features import NUM_PAIRS, FeatureSample
+
+
+def test_the_effective_rank_of_known_singular_values() -> None:
+    """exp of the entropy: k equal ones have rank k, and weights p have exp(-sum p ln p)."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 8, generator=draw, dtype=torch.float64))[0] for n in (40, 12))
+    for singular in ([3.0] * 5 + [0.0] * 3, [4.0, 2.0, 1.0, 1.0, 0, 0, 0, 0]):
+        rows = left @ torch.diag(torch.tensor(singular, dtype=torch.float64)) @ right.t()
+        p = [s / sum(singular) for s in singular if s]
+        expected = math.exp(-sum(x * math.log(x) for x in p))
+        assert health.effective_rank(rows @ rows.t()) == pytest.approx(expected, rel=1e-5)
+        assert health.effective_rank(rows.t() @ rows) == pytest.approx(expected, rel=1e-5)
+    assert health.effective_rank(torch.zeros(3, 3, dtype=torch.float64)) == 1.0
+
+
+def test_two_points_and_their_opposites() -> None:
+    """Two rows at a right angle, their contexts at 60 degrees from them: every number by hand."""
+    latents = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    contexts = torch.tensor([[1.0, 0.0, math.sqrt(3)], [0.0, 1.0, math.sqrt(3)]])
+    found = health.measure(latents, contexts)
+    assert set(found) == set(health.NAMES)
+    assert found["latent_effective_rank"] == pytest.approx(2.0)
+    assert found["latent_std"] == pytest.approx(math.sqrt(2 / 3))  # variances 1, 1, 0
+    assert found["latent_spread"] == pytest.approx(math.sqrt(2 / 3) / math.sqrt(8 / 6))
+    assert found["latent_dead_features"] == pytest.approx(1 / 3)
+    assert found["context_dead_features"] == pytest.approx(1 / 3)
+    assert found["alignment"] == pytest.approx(2 - 2 * math.cos(math.pi / 3))
+    assert found["uniformity"] == pytest.approx(-2 * 2)  # |x - y|² = 2
+    # cosine of the contexts: 3/4, so singular values of their rows are sqrt(1 ± 3/4)
+    a, b = math.sqrt(1.75), math.sqrt(0.25)
+    p, q = a / (a + b), b / (a + b)
+    assert found["context_effective_rank"] == pytest.approx(math.exp(-p * math.log(p) - q * math.log(q)))
+
+
+def test_gaussian_features_are_healthy_and_copies_are_not() -> None:
+    draw = torch.Generator().manual_seed(1)
+    good = torch.randn(64, 32, generator=draw)
+    one = torch.randn(1, 32, generator=draw).expand(64, 32) + 1e-3 * torch.randn(64, 32, generator=draw)
+    watch = health.HealthWatch()
+    assert watch.look(health.measure(good, good), 64) == []
+    said = dict(watch.look(health.measure(one, good), 64))
+    assert set(said) == {"latent_effective_rank", "latent_spread", "latent_dead_features"}
+    assert said["latent_spread"].startswith("the image latents are nearly the same for all inputs: latent_spread 0.00")
+    assert watch.look(health.measure(one, good), 64) == [], "said once"
+    again = dict(watch.look(health.measure(good, one), 64))
+    assert "within its bound again" in again["latent_spread"]
+    assert {name for name in again if name.startswith("context")} == {
+        "context_effective_rank",
+        "context_spread",
+        "context_dead_features",
+    }
+    assert health.HealthWatch().look(health.measure(one[:8], one[:8]), 8) == [], "too few to tell"
+    assert health.measure(one[:1], one[:1]) == {}
+
+
+def test_features_that_are_exactly_alike_are_dead() -> None:
+    found = health.measure(torch.ones(20, 4), torch.zeros(20, 4))
+    assert found["latent_dead_features"] == found["context_dead_features"] == 1.0
+    assert found["latent_effective_rank"] == pytest.approx(1.0, abs=1e-3)
+    assert (found["latent_spread"], found["context_spread"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("replicas", "each"), [(1, 256), (3, 86), (300, 1)])
+def test_a_sample_takes_as_many_of_each_replica(replicas: int, each: int) -> None:
+    sample = FeatureSample([500, *[2] * (replicas - 1)], Axis(None, 0, replicas))
+    assert sample.sizes == [each, *[min(2, each)] * (replicas - 1)]
+    assert NUM_PAIRS == 256

@@ -1,0 +1,120 @@
+"""What a line holds beside the step's result: collapse that is noticed, operations, rates, waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_model_of_telemetry import RESULT, batch, config_of
+
+from megatron_lcl import objectives
+from megatron_lcl.model import flops
+from megatron_lcl.objectives.base import GlobalCounts
+from megatron_lcl.parallel.mesh import ALONE, Mesh
+from megatron_lcl.train.parts import PARTS
+from megatron_lcl.train.result import Measured
+from megatron_lcl.train.telemetry import Telemetry, read_metrics
+from megatron_lcl.train.telemetry.clock import Clock
+from megatron_lcl.train.telemetry.meter import StepMeter
+
+MESH, CPU = Mesh(ALONE, ALONE), torch.device("cpu")
+NORMS = dict.fromkeys(PARTS, 0.5)
+
+
+def measured(latents: torch.Tensor, contexts: torch.Tensor) -> Measured:
+    return Measured(NORMS, NORMS, latents, contexts)
+
+
+def one_line(meter: StepMeter, step: int, features: Measured | None = None, **replaced: Any) -> dict[str, Any]:
+    """A step of half a second on one batch, which is logged."""
+    config = config_of()
+    own = batch(config)
+    counts = GlobalCounts.of([own], MESH, CPU)
+    meter.read([own], config, objectives.create(config))
+    meter.step([own], counts, 0.5)
+    result = dataclasses.replace(RESULT, measured=features, num_pairs=counts.counts["num_pairs"], **replaced)
+    return meter.line(step, result, 1e-3)
+
+
+def test_a_planted_collapse_is_noticed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    healthy = torch.randn(40, 24, generator=draw)
+    collapsed = healthy[:1] + 1e-4 * healthy
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        assert one_line(meter, 2, measured(collapsed, healthy))["latent_spread"] < 0.01
+        assert "nearly the same" not in capsys.readouterr().out, "the warmup is not over"
+        assert one_line(meter, 4, measured(healthy, healthy))["latent_spread"] > 0.9
+        assert "latent" not in capsys.readouterr().out
+        one_line(meter, 5, measured(collapsed, healthy))
+        said = capsys.readouterr().out
+        assert "step 5: the image latents are nearly the same for all inputs: latent_spread" in said
+        assert "context" not in said
+    (line, *others) = [line for line in read_metrics(tmp_path) if "health" in line]
+    assert (line["step"], {line["health"]["metric"], *(other["health"]["metric"] for other in others)}) == (
+        5,
+        {"latent_effective_rank", "latent_spread", "latent_dead_features"},
+    )
+
+
+def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_path: Path) -> None:
+    config = config_of(peak_flops=1e9)
+    own = batch(config)
+    expected = flops.of_step(config.model, flops.Sizes.of([own])).total
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        meter = StepMeter(config, MESH, Clock(CPU), telemetry)
+        line = one_line(meter, 1)
+        assert line["flops_per_second"] == pytest.approx(expected / 0.5)
+        assert line["mfu"] == pytest.approx(expected / 0.5 / 1e9)
+        assert line["token_slots_padded"] == len(own.tokens) - RESULT.num_tokens
+        assert "mfu" not in one_line(StepMeter(config_of(), MESH, Clock(CPU), telemetry), 1), "of a CPU"
+
+
+def test_what_waits_for_a_checkpoint_is_counted_until_it_is_written(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        for _ in range(2):
+            with meter.waiting():
+                time.sleep(0.02)
+        assert 0.04 <= one_line(meter, 1)["checkpoint_wait_seconds"] < 1
+        assert one_line(meter, 2)["checkpoint_wait_seconds"] == 0
+
+
+def test_a_clock_gives_each_phase_its_time_and_costs_nothing_before_it_is_started() -> None:
+    clock = Clock(CPU)
+    clock.enter("forward")
+    assert not any(clock.take().values())
+    clock.start()
+    clock.enter("forward")
+    time.sleep(0.03)
+    clock.enter_backward(torch.ones(1, requires_grad=True).sum() * 2)
+    clock.enter("other")
+    taken = clock.take()
+    assert 0.03 <= taken["forward"] < 1
+    assert not any(clock.take().values())
+
+
+def test_the_sums_over_replicas_begin_where_autograd_has_ended() -> None:
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.03)
+            return grad
+
+    clock = Clock(CPU)
+    clock.start()
+    loss = Slow.apply(torch.ones(2, requires_grad=True)).sum()
+    clock.enter_backward(loss)
+    loss.backward()
+    time.sleep(0.06)  # as the engine would add up
+    clock.enter("optimizer")
+    taken = clock.take()
+    assert 0.03 <= taken["backward"] < 0.06 <= taken["reduce"]

@@ -1,0 +1,58 @@
+"""docs/metrics.md and the program name the same metrics."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from megatron_lcl import objectives
+from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.train import telemetry
+from megatron_lcl.train.parts import PARTS
+from megatron_lcl.train.telemetry import health
+
+PAGE = Path(__file__).parents[3] / "docs/metrics.md"
+HELD_OUT = "heldout/*"
+
+
+def documented(section: str) -> set[str]:
+    """Names in the first column of a section's table."""
+    text = PAGE.read_text(encoding="utf-8").partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return {name for line in text.splitlines() if line.startswith("| `") for name in _names(line)}
+
+
+def _names(line: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", line.split("|")[1])
+
+
+def written() -> set[str]:
+    """Keys of the lines that the package writes, as its source has them; what is computed, from where it is."""
+    found: set[str] = set()
+    root = Path(telemetry.__file__).parents[1]
+    for name in ("telemetry/log.py", "telemetry/meter.py", "checkpoint/saver.py", "run.py"):
+        for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Dict):
+                found |= {
+                    key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)
+                }
+            if (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.ctx, ast.Store)
+                and isinstance(node.slice, ast.Constant)
+            ):
+                found.add(str(node.slice.value))
+    return found
+
+
+def test_the_page_and_the_program_name_the_same() -> None:
+    of_objectives = {name for one in objectives.names() for name in objectives.objective_class(one).metrics}
+    by_part = {f"{kind}/{part}" for kind in ("grad_norm", "update_norm", "lr") for part in PARTS}
+    computed = {"loss", "log_scale", "grad_norm", *of_objectives, *COUNTS, *by_part, *health.NAMES}
+    page = documented("Every logged step") | documented("Other lines")
+    assert computed <= page, computed - page
+    keys = written()
+    named = keys & page
+    assert page - computed - named == {HELD_OUT}, "the page names what nobody writes"
+    internal = {"metric", "says", "grad_norm", "update_norm", "settings", "warnings", "missing", "unused"}
+    assert keys - page - internal == set(), "the program writes what the page does not name"

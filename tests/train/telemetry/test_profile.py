@@ -1,0 +1,58 @@
+"""What `--profile` takes and refuses, and the table by part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model_of_telemetry import batch, config_of
+
+from megatron_lcl.cli import main
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import build_layers
+from megatron_lcl.model.lcl import LayerList
+from megatron_lcl.train.telemetry.clock import Clock
+from megatron_lcl.train.telemetry.profile import check_profile, layers_timed, profiled_steps, table_by_part
+
+
+def test_steps_and_processes_that_are_not_there_are_refused() -> None:
+    assert profiled_steps(config_of()) is None
+    assert profiled_steps(config_of(profile="3:5")) == range(3, 6)
+    with pytest.raises(ValueError, match=r"train\.profile = 5:3 ends before it begins"):
+        check_profile(config_of(profile="5:3"), 2)
+    with pytest.raises(ValueError, match=r"names process 2, and the run has 0 to 1"):
+        check_profile(config_of(profile="3:5", profile_ranks=[0, 2]), 2)
+    check_profile(config_of(profile_ranks=[7]), 2)
+    for wrong in ("3", "0:2", "a:b", "3:"):
+        with pytest.raises(ValueError, match="profile"):
+            config_of(profile=wrong)
+
+
+def test_the_command_has_them_as_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--profile", "3:5", "--profile-ranks", "0,1", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "profile: '3:5'" in printed or "profile: 3:5" in printed
+    assert "profile_ranks:\n  - 0\n  - 1" in printed
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_every_part_has_a_forward_and_a_backward(graphs: bool) -> None:
+    config = config_of()
+    layers = build_layers(config.model, 2.0)
+    initialize(dict(enumerate(layers)), config.model, 0)
+    model, clock = LayerList(*layers), Clock(torch.device("cpu"))
+    clock.start()
+    with layers_timed(model, config.model, clock), torch.set_grad_enabled(graphs):
+        out = model(batch(config))
+        if graphs:
+            (out.generation + out.latents.sum() + out.contexts.sum()).backward()
+        clock.enter("other")
+    taken = {name for name, seconds in clock.take().items() if seconds}
+    ways = ("forward", "backward") if graphs else ("forward",)
+    assert taken >= {f"{part} {way}" for part in ("vision", "pool", "language", "head") for way in ways}
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model), "hooks are gone"
+
+
+def test_the_table_is_of_one_step_longest_first() -> None:
+    table = table_by_part({"data": 1.0, "forward": 3.0, "other": 0.0}, 2).splitlines()
+    assert table[0] == "2 steps of 2000.0 ms:"
+    assert [line.split() for line in table[2:]] == [["forward", "1500.00", "75.0%"], ["data", "500.00", "25.0%"]]

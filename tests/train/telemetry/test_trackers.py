@@ -1,0 +1,100 @@
+"""The trackers themselves, without a network: Weights & Biases offline, MLflow's files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.train.result import StepResult
+from megatron_lcl.train.telemetry import Telemetry, read_metrics
+from megatron_lcl.train.telemetry.sinks import IDS, PACKAGES, check_trackers
+
+RESULT = StepResult(1.0, 2.0, 1.5, 90, 4, 100, 90, 0, {"generation": 1.0, "contrastive": 1.0})
+
+
+def config_of(*names: str) -> Config:
+    return configs.load(None, {"train.trackers": f"[{', '.join(names)}]", "train.log_every": "1", "train.steps": "9"})
+
+
+def needs(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{PACKAGES[name]} is not installed (extra trackers)")
+
+
+def steps(run: Path, config: Config, first: int, last: int) -> None:
+    """The process makes steps first + 1 to last."""
+    with Telemetry(run, config, True, first) as telemetry:
+        for step in range(first + 1, last + 1):
+            telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS}, 0.1, 0.0)
+            telemetry.step(step, RESULT, 1e-3, {"grad_norm/vision": 0.5 * step})
+
+
+def test_mlflow_has_the_numbers_of_a_run_that_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    config = config_of("mlflow")
+    steps(tmp_path, config, 0, 2)
+    number = json.loads((tmp_path / IDS).read_text())["mlflow"]
+    steps(tmp_path, config, 2, 4)
+    assert json.loads((tmp_path / IDS).read_text())["mlflow"] == number
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    history = client.get_metric_history(number, "grad_norm.vision")
+    assert [(metric.step, metric.value) for metric in history] == [(step, 0.5 * step) for step in (1, 2, 3, 4)]
+    assert [metric.value for metric in client.get_metric_history(number, "loss")] == [1.0] * 4
+    run = client.get_run(number)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", tmp_path.name)
+    written = list((tmp_path / "mlruns").glob("*/*/artifacts/config.json"))
+    assert [json.loads(path.read_text())["train"]["steps"] for path in written] == [9]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = config_of("wandb")
+    steps(tmp_path, config, 0, 2)
+    number = json.loads((tmp_path / IDS).read_text())["wandb"]
+    (file,) = (tmp_path / "wandb").glob(f"offline-run-*-{number}/run-{number}.wandb")
+    content = file.read_bytes()
+    for name in (b"grad_norm", b"contrastive", b"log_every"):
+        assert name in content, name
+    steps(tmp_path, config, 2, 3)
+    assert json.loads((tmp_path / IDS).read_text())["wandb"] == number
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="names mlflow, and its package is not installed; pip install mlflow-skinny"):
+        check_trackers(config_of("mlflow"))
+    check_trackers(config_of())
+
+
+def test_a_tracker_that_fails_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_lcl.train.telemetry import sinks
+
+    class Failing:
+        def __init__(self, run: Path, config: Config) -> None:
+            assert os.path.isdir(run)
+
+        def write(self, step: int, numbers: object) -> None:
+            raise RuntimeError("the server\nis gone")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(sinks.TRACKERS, "wandb", Failing)
+    steps(tmp_path, config_of("wandb"), 0, 3)
+    assert capsys.readouterr().out.count("wandb gets no more metrics: the server is gone; metrics.jsonl has") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]

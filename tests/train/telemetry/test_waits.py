@@ -1,0 +1,142 @@
+"""Between two logged steps nothing of ours reads from the device; a logged step reads once."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from processes import run_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
+
+
+@contextlib.contextmanager
+def reads() -> Iterator[Counter[str]]:
+    """Counts, while inside, what reads a number of a tensor that would lie on a device: by whose code."""
+    found: Counter[str] = Counter()
+    inside = [False]
+
+    def note() -> None:
+        files = [frame.filename for frame in traceback.extract_stack()]
+        ours = [name for name in files if "/megatron_lcl/" in name or "/deepspeed/" in name]
+        # the header of the losses lies in host memory, as `GlobalCounts` do
+        if not ours[-1].endswith("/losses/group.py"):
+            found["ours" if "/megatron_lcl/" in ours[-1] else "deepspeed"] += 1
+
+    class Scalars(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._local_scalar_dense.default and not inside[0]:
+                note()
+            return function(*args, **(kwargs or {}))
+
+    def counted(name: str) -> Any:
+        plain = getattr(torch.Tensor, name)
+
+        def read(self: torch.Tensor, *args: Any) -> Any:
+            if inside[0]:
+                return plain(self, *args)
+            inside[0] = True
+            try:
+                note()
+                return plain(self, *args)
+            finally:
+                inside[0] = False
+
+        return patch.object(torch.Tensor, name, read)
+
+    with contextlib.ExitStack() as stack:
+        for name in READS:
+            stack.enter_context(counted(name))
+        stack.enter_context(Scalars())
+        yield found
+
+
+def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
+    """Of each layout, by step: what is read while steps are made, of which the last is measured and read."""
+    import torch.distributed as dist
+
+    from megatron_lcl import config as configs
+    from megatron_lcl.objectives.base import GlobalCounts
+    from megatron_lcl.selftest.cases import Case, make_batches
+    from megatron_lcl.train.broadcast_batches import broadcast_batches
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+
+    result = []
+    of_host = GlobalCounts.of
+    for layout in layouts:
+        case = Case(**layout)
+        config = configs.replace(case.config(), train__attention="dense")  # the one for CPU reads where sequences begin
+        mesh = init_processes(config)
+        engine = build_engine(build_module(config, mesh), config, mesh)
+        stepper = build_stepper(engine, config, mesh)
+        stepper.clock.start()
+        steps = []
+        for step in range(3):
+            packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
+            num = config.train.global_batch // mesh.data.size
+            batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)
+            counts = of_host(batches, mesh, torch.device("cpu"))
+            with patch.object(GlobalCounts, "of", lambda *_, counts=counts: counts), reads() as found:
+                pending = stepper.start(batches, 1e-3, float("inf"), step == 2)
+                if step == 2:
+                    assert not found["ours"], "before it is read"
+                    pending.read()
+            steps.append(found)
+        stepper.clock.take()
+        result.append(steps)
+    dist.destroy_process_group()
+    return result
+
+
+@pytest.mark.slow
+def test_only_a_logged_step_is_read_and_once() -> None:
+    """On real processes, ZeRO-1, tensor parallel, pipeline. What hosts tell each other lies in host memory."""
+    layouts = [{"data": 2}, {"tensor": 2}, {"pipeline": 2, "strategy": "recompute"}]
+    for of_rank in run_processes(count, 2, layouts, timeout=400.0):
+        for layout, steps in zip(layouts, of_rank, strict=True):
+            assert [found["ours"] for found in steps[:2]] == [0, 0], (layout, steps)
+            assert 0 < steps[2]["ours"] <= 3, (layout, steps)  # one copy, from which the rest is taken on the host
+            assert steps[0]["deepspeed"] > 0, "is a gradient not finite?"
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_step_does_not_synchronize(tmp_path: Any) -> None:
+    """Under torch's own watch, which names the line that waits; DeepSpeed's are its own."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from megatron_lcl.selftest.cases import Case, make_batches
+    from megatron_lcl.train.broadcast_batches import broadcast_batches
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+
+    config = Case(dtype="bfloat16").config()
+    mesh = init_processes(config)
+    engine = build_engine(build_module(config, mesh), config, mesh)
+    stepper = build_stepper(engine, config, mesh)
+    stepper.clock.start()
+    packs = make_batches(config, 0)
+    for logged in (False, True, False, False):  # the first ones compile and allocate
+        batches = broadcast_batches(packs, len(packs), 1, mesh, engine.device)
+        pending = stepper.start(batches, 1e-3, float("inf"), logged)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for logged in (False, True):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                pending = stepper.start(batches, 1e-3, float("inf"), logged)
+            ours = [f"{w.filename}:{w.lineno}" for w in found if "/megatron_lcl/" in w.filename]
+            assert ours == [], ours
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            pending.read()
+        assert len(found) == 1, [str(w.message) for w in found]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum(stepper.clock.take().values()) > 0
