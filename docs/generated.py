@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from megatron_lcl import config as configs
-from megatron_lcl.cli import corpus, evaluation, fetching, training
+from megatron_lcl.cli import corpus, evaluation, fetching, planning, training
 
 
 def config() -> str:
@@ -31,7 +31,7 @@ def commands() -> str:
         return parsers[name]
 
     parsers: dict[str, argparse.ArgumentParser] = {}
-    for group in (training, corpus, fetching, evaluation):
+    for group in (training, planning, corpus, fetching, evaluation):
         group.add_commands(add)
     for name, parser in parsers.items():
         lines += ["", f"## `{name}`", "", "```text", parser.format_help().rstrip(), "```"]
