@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from megatron_lcl import config as configs
-from megatron_lcl.cli import corpus, evaluation, fetching, training
+from megatron_lcl.cli import corpus, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported
 
 
@@ -35,7 +35,7 @@ def commands() -> str:
 
     parsers: dict[str, argparse.ArgumentParser] = {}
     later: list[tuple[Imported, argparse.ArgumentParser]] = []
-    for group in (training, corpus, fetching, evaluation):
+    for group in (training, planning, corpus, fetching, evaluation):
         group.add_commands(add)
     for imported, parser in later:
         imported(parser)

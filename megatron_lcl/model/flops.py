@@ -90,6 +90,19 @@ def forward(model: Model, sizes: Sizes) -> Flops:
     )
 
 
+def forward_of_layers(model: Model, sizes: Sizes) -> list[float]:
+    """The same of each layer of the model's list."""
+    whole, vision, language = forward(model, sizes), model.vision.layers, model.language.layers
+    embedding = _embedding(model, sizes)
+    return [
+        embedding,
+        *[(whole.vision - embedding) / vision] * vision,
+        whole.pool,
+        *[whole.language / language] * language,
+        whole.head,
+    ]
+
+
 def of_step(
     model: Model, sizes: Sizes, all_pairs: int | None = None, forwards: int = 1, contrast: bool = True
 ) -> Flops:

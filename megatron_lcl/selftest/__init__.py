@@ -1,6 +1,6 @@
 """Does every layout give here what one process gives? Steps of a tiny model against plain torch, and bytes sent.
 
 cases.py has the layouts and batches, reference.py the same steps without any parallelism, worker.py runs one process of
-a case, traffic.py computes what it must send and count_traffic.py counts what it does; kernels.py compares attention
+a case, count_traffic.py counts what it sends (what it must is in train/traffic.py); kernels.py compares attention
 and loss kernels with the plain formula. Begin with run.py. May import everything but cli and quickstart.
 """

@@ -1,9 +1,5 @@
-"""What a process sends: bytes counted where torch hands tensors to the network.
-
-A collective is counted as its ring algorithm sends it (Thakur et al. 2005; NCCL's for large messages), on average over
-the p processes of the group: an all-gather or reduce-scatter of n bytes in all (p - 1)/p · n, an all-reduce twice that,
-a broadcast of n bytes (p - 1)/p · n. A message to one process is what it is, and so is what goes from each to each.
-"""
+"""What a process sends: bytes counted where torch hands tensors to the network, each collective as `train.traffic`
+says."""
 
 from __future__ import annotations
 
@@ -13,8 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SMALL = 256
-"""bytes: what is smaller (a loss, a norm, a few counts) is not counted, here and in `selftest.traffic`"""
+from megatron_lcl.train.traffic import SMALL, ring
 
 _SENDING: dict[str, tuple[int, Any, int]] = {
     "allreduce": (0, 1, 2),
@@ -26,11 +21,6 @@ _SENDING: dict[str, tuple[int, Any, int]] = {
 }
 """of torch's operations: which argument holds all that travels, which the group, passes of the ring (0: no ring)"""
 _QUIET = ("recv", "barrier", "monitored_barrier")
-
-
-def ring(num_bytes: float, size: int, passes: int = 1) -> float:
-    """Bytes that each of `size` processes sends for a ring's passes over `num_bytes` in all."""
-    return passes * num_bytes * (size - 1) / size if num_bytes >= SMALL else 0.0
 
 
 class Traffic(TorchDispatchMode):

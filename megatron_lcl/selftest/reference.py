@@ -46,7 +46,7 @@ class Trajectory:
     sent: list[dict[tuple[int, ...], float]] = field(default_factory=list)
     """of each process: bytes it sent for the last step, by the ranks of the group (see selftest.count_traffic)"""
     expected: list[dict[tuple[int, ...], float]] = field(default_factory=list)
-    """the same by the formulas of selftest.traffic"""
+    """the same by the formulas of train.traffic"""
 
 
 def reference(case: Case) -> Trajectory:

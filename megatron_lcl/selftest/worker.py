@@ -93,10 +93,10 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
-    from megatron_lcl.selftest.traffic import of_step
     from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.engine import build_stepper, set_global_batch
     from megatron_lcl.train.master_weights import read_parameters
+    from megatron_lcl.train.traffic import of_step
 
     config = case.config()
     stepper = build_stepper(engine, config, mesh)

@@ -1,56 +1,89 @@
 """Bytes that a process sends in a step: the formulas of docs/parallelism.md, for one layout and one batch.
 
 Without activation checkpointing, and with gradients reduced in float32. Shape legend as in model.layers. `a`: bytes of
-a number in an activation or a parameter; r = (p - 1)/p.
+a number in an activation or a parameter; r = (p - 1)/p. The selftest compares them with what is sent
+(`selftest.count_traffic`), `plan` needs neither an engine nor other processes.
+
+A collective is counted as its ring algorithm sends it (Thakur et al. 2005; NCCL's for large messages), on average over
+the p processes of the group: an all-gather or reduce-scatter of n bytes in all (p - 1)/p · n, an all-reduce twice that,
+a broadcast of n bytes (p - 1)/p · n. A message to one process is what it is, and so is what goes from each to each.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.objectives.base import Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.selftest.count_traffic import SMALL, ring
 from megatron_lcl.train.broadcast_batches import Header
 from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 FLOAT, LONG = 4, 8
+SMALL = 256
+"""bytes: what is smaller (a loss, a norm, a few counts) is not counted"""
 
 Sent = defaultdict[tuple[int, ...], float]
-"""bytes by the global ranks of the group (see count_traffic.Traffic)"""
+"""bytes by the global ranks of the group; what goes to one process under (own rank, the other's)"""
+
+
+def ring(num_bytes: float, size: int, passes: int = 1) -> float:
+    """Bytes that each of `size` processes sends for a ring's passes over `num_bytes` in all."""
+    return passes * num_bytes * (size - 1) / size if num_bytes >= SMALL else 0.0
 
 
 def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: Mesh) -> Sent:
     """What this process sends for a step on these micro-batches of its replica, reading included; all call it."""
     pairs = mesh.data.gather_objects(sum(batch.num_pairs for batch in batches))
-    parameters, objective = dict(engine.module.named_parameters()), objectives.create(config)
-    parts = [reading(batches, config, mesh)]
-    if config.zero.stage == 3:
-        sizes, untrained = {name: p.ds_numel for name, p in parameters.items()}, "generation" not in objective.trains
-        still = [n for name, n in sizes.items() if untrained and ".vocabulary" in name]
-        idle = [n for name, n in sizes.items() if untrained and ".vocabulary_norm" in name]
-        parts.append(zero3([*sizes.values()], still, idle, len(batches), objective.num_forwards, config, mesh))
-    else:
-        layers = sorted({int(name.split(".")[0]) for name in parameters})
-        groups = [sum(p.numel() for p in parameters.values() if (p.dim() >= 2) == decays) for decays in (True, False)]
-        parts.append(stepping(batches, layers, groups, objective.num_forwards, config, mesh))
-    if mesh.pipeline.rank == mesh.pipeline.size - 1:
-        parts.append(of_terms(objective, pairs, mesh))
-    if config.optimizer.name == "muon":
-        parts.append(of_matrices(engine.optimizer.optimizer.exchanges, config, mesh))
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+    exchanges = engine.optimizer.optimizer.exchanges if config.optimizer.name == "muon" else ()
     total: Sent = defaultdict(float)
-    for part in parts:
+    for part in of_layout(batches, pairs, shapes, config, mesh, exchanges).values():
         for ranks, number in part.items():
             total[ranks] += number
     return total
+
+
+def of_layout(
+    batches: Sequence[PackedBatch],
+    pairs: Sequence[int],
+    shapes: Mapping[str, torch.Size],
+    config: Config,
+    mesh: Mesh,
+    exchanges: Iterable[MatrixExchange] = (),
+) -> dict[str, Sent]:
+    """What a process of the mesh sends for a step on these micro-batches of its replica, by what it is for: `reading`,
+    `model` with the optimizer, `terms` of the objective, `muon`. Nothing is asked of other processes.
+
+    pairs: of each data-parallel replica. shapes: of the parameters that the process holds, ZeRO-3's whole, by name.
+    exchanges: Muon's.
+    """
+    objective = objectives.create(config)
+    if config.zero.stage == 3:
+        sizes, untrained = {name: shape.numel() for name, shape in shapes.items()}, "generation" not in objective.trains
+        still = [n for name, n in sizes.items() if untrained and ".vocabulary" in name]
+        idle = [n for name, n in sizes.items() if untrained and ".vocabulary_norm" in name]
+        of_model = zero3([*sizes.values()], still, idle, len(batches), objective.num_forwards, config, mesh)
+    else:
+        layers = sorted({int(name.split(".")[0]) for name in shapes})
+        groups = [sum(s.numel() for s in shapes.values() if (len(s) >= 2) == decays) for decays in (True, False)]
+        of_model = stepping(batches, layers, groups, objective.num_forwards, config, mesh)
+    has_head = mesh.pipeline.rank == mesh.pipeline.size - 1
+    return {
+        "reading": reading(batches, config, mesh),
+        "model": of_model,
+        "terms": of_terms(objective, pairs, mesh) if has_head else defaultdict(float),
+        "muon": of_matrices(exchanges, config, mesh),
+    }
 
 
 def num_bytes(config: Config) -> int:

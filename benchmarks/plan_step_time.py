@@ -1,0 +1,121 @@
+"""`plan`'s step time beside real steps, on the CPU that it runs on.
+
+Each setting trains in a process of its own, of one thread: after every step one round of the calibration (plan/
+calibrate.py) runs in the same process, so that what else the machine does meets both alike. Seconds are CPU time of the
+process, which a busy machine changes less than the clock on the wall. Measured is the median of five steps, predicted
+the step with the medians of the five rounds. Exits with 1 where they differ by more than 25 %.
+
+    python benchmarks/plan_step_time.py [SETTING …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MODEL = {
+    "vision": {"image_size": 96, "patch_size": 8, "width": 384, "layers": 6, "heads": 6, "mlp_width": 1536},
+    "language": {"context_length": 512, "vocab_size": 8003, "width": 384, "layers": 6, "heads": 6, "mlp_width": 1536},
+    "pool_heads": 6,
+}
+B32 = {  # ViT-B/32 and the language model beside it, a third as deep
+    "vision": {"image_size": 224, "patch_size": 32, "width": 768, "layers": 4, "heads": 12, "mlp_width": 3072},
+    "language": {"context_length": 1024, "width": 512, "layers": 4, "heads": 8, "mlp_width": 2048},
+    "pool_heads": 8,
+}
+NARROW = {
+    "vision": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 12, "heads": 4, "mlp_width": 512},
+    "language": {"context_length": 256, "vocab_size": 2003, "width": 128, "layers": 12, "heads": 4, "mlp_width": 512},
+    "pool_heads": 4,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "384 wide, retain": {"model": MODEL},
+    "384 wide, recompute": {"model": MODEL, "contrast": {"strategy": "recompute"}},
+    "384 wide, checkpointing full": {"model": MODEL, "train": {"activation_checkpointing": "full"}},
+    "384 wide, bfloat16": {"model": MODEL, "train": {"dtype": "bfloat16"}},
+    "B/32, a third as deep, vocabulary 49,411": {"model": B32},
+    "128 wide, 12 blocks each": {"model": NARROW},
+}
+PACKS, IMAGES = 2, 2
+"""packs of a step; images of a pack, which is one sequence as long as the context"""
+STEPS, CLAIM = 5, 0.25
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of: {'; '.join(SETTINGS)}. Default: all")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return 0
+    worst = 0.0
+    print(f"{'CPU seconds of a step':<44}{'predicted':>10}{'measured':>10}{'predicted / measured':>22}")
+    for name in options.settings or SETTINGS:
+        command = [sys.executable, __file__, "--measure", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        predicted, measured = json.loads(done.stdout.splitlines()[-1])
+        worst = max(worst, abs(predicted / measured - 1))
+        print(f"{name:<44}{predicted:>10.3f}{measured:>10.3f}{predicted / measured:>22.2f}", flush=True)
+    return int(worst > CLAIM)
+
+
+def measure(name: str) -> tuple[float, float]:
+    """Predicted and measured seconds of a step."""
+    import torch
+
+    from megatron_lcl import config as configs
+    from megatron_lcl.plan.calibrate import Calibration, rates_of
+    from megatron_lcl.plan.predict import predict
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+
+    setting = SETTINGS[name]
+    model, train = setting["model"], {"global_batch": PACKS, "dtype": "float32", **setting.get("train", {})}
+    data = {"tokens_per_pack": model["language"]["context_length"], "images_per_pack": IMAGES}
+    config = configs.from_dict({**setting, "data": data, "train": train})
+    mesh = init_processes(config)
+    engine = build_engine(build_module(config, mesh), config, mesh)
+    stepper = build_stepper(engine, config, mesh)
+    batches = [full_pack(config) for _ in range(PACKS)]
+    calibration, seconds = Calibration(config, IMAGES, time.process_time), []
+    stepper.run(batches, 1e-4)  # the optimizer's states come with the first step
+    for _ in range(STEPS):
+        started = time.process_time()
+        stepper.run(batches, 1e-4)
+        seconds.append(time.process_time() - started)
+        calibration.round()
+    torch.distributed.destroy_process_group()
+    found = calibration.found()
+    rates = rates_of(found, found["memory"], 0.0)
+    predicted = predict(config, 1, 1, rates, IMAGES)
+    parts = {part: round(getattr(predicted, part), 3) for part in ("compute", "again", "optimizer", "loss")}
+    print(parts, {part: round(rate / 1e9, 1) for part, rate in found.items()}, file=sys.stderr)
+    return predicted.seconds, statistics.median(seconds)
+
+
+def full_pack(config: Any) -> Any:
+    """One sequence as long as the context, with its images."""
+    import torch
+
+    from megatron_lcl.model.lcl import pack_padded
+    from megatron_lcl.model.special import SpecialTokens
+
+    model, length = config.model, config.model.language.context_length
+    special, size = SpecialTokens.of(model.language.vocab_size), model.vision.image_size
+    image = [special.soi, *[special.placeholder] * model.vision.num_patches, special.eoi]
+    head = [special.sot, *([5, 6, *image] * IMAGES)]
+    row = torch.tensor([[*head, *[7] * (length - len(head) - 1), special.eot]])
+    pixels = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
+    return pack_padded(row, torch.tensor([length]), pixels, model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""`plan`: what a run would take, before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parsers of these commands."""
+    sub = add(
+        "plan", _plan,
+        "memory, time and network of a run, and the layouts that fit, fastest first; --section.key VALUE overrides the "
+        "config",
+    )  # fmt: skip
+    sub.add_argument("--config", required=True, metavar="FILE", help="as `train` takes it; corpora need not be there")
+    sub.add_argument("--gpus", required=True, type=int, metavar="N", help="in all; of a CPU, processes")
+    sub.add_argument(
+        "--gpu", default="h100", metavar="NAME",
+        help="h100, h200, b200, a100, mi300x, by their data sheets, or cpu: this machine, measured (%(default)s)",
+    )  # fmt: skip
+    sub.add_argument("--nodes", type=int, metavar="N", help="machines that share the GPUs (default: 8 GPUs each)")
+    sub.add_argument("--images", type=float, metavar="N", help="that the run sees (default: as the config's steps do)")
+    sub.add_argument(
+        "--images-per-pack", type=int, metavar="N",
+        help="where the config leaves them to the corpora (default: as many as fit with 100 tokens of text each)",
+    )  # fmt: skip
+    sub.add_argument("--write", metavar="FILE", help="the config in the best layout, whole, as YAML")
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_lcl import config as configs
+    from megatron_lcl.cli.training import _overrides
+    from megatron_lcl.errors import UserError
+    from megatron_lcl.plan import describe, run
+
+    if options.images is not None and options.images <= 0:
+        raise UserError(f"--images {options.images:g}: give a number above 0")
+    if options.write and Path(options.write).exists():
+        raise UserError(f"{options.write} exists; name another file for --write")
+    config = configs.load(options.config, _overrides(rest))
+    say = lambda line: print(f"({line})", file=sys.stderr, flush=True)  # noqa: E731
+    found = run.plan(config, options.gpus, options.gpu, options.nodes, options.images_per_pack, say)
+    for line in describe.lines(found, options.images):
+        print(line)
+    if options.write:
+        run.write(found.best.config, Path(options.write))
+        print(f"written     {options.write}")

@@ -1,0 +1,116 @@
+"""What devices can do by their makers' data sheets, and how much of it a run is assumed to get.
+
+None of the GPUs has been measured here. The assumed shares are round and the same for all devices: they serve to rank
+layouts, and how far off a run's time is, nobody knows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_lcl.errors import UserError
+
+MATMUL, ATTENTION, MEMORY, NETWORK = 0.65, 0.35, 0.75, 0.75
+"""assumed shares: of peak in large matrix products; of peak in attention, forward and backward, masked pairs not
+counted; of the memory's and of the network's bandwidth"""
+KERNEL, COLLECTIVE = 6e-6, 15e-6
+"""assumed seconds: of the host to start a kernel; that a collective takes beside its bytes"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as published: dense numbers, without sparsity."""
+
+    label: str
+    half: float
+    """FLOP/s of matrix products in bfloat16 and float16"""
+    single: float
+    """FLOP/s in float32 (not TF32)"""
+    memory: float
+    """bytes"""
+    bandwidth: float
+    """bytes/s of its memory"""
+    intra: float
+    """bytes/s that it sends to GPUs of its node, one direction"""
+    inter: float
+    """bytes/s of its own network adapter, one direction"""
+
+
+DEVICES = {
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM5: 1,979 TFLOP/s bfloat16 with sparsity, 67 float32, 80 GB, 3.35 TB/s,
+    # NVLink 900 GB/s both ways; DGX H100 data sheet: an adapter of 400 Gb/s for each GPU
+    "h100": Device("NVIDIA H100 SXM, 80 GB", 989.5e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+    # NVIDIA H200 data sheet, SXM: as H100, 141 GB, 4.8 TB/s; DGX H200: 400 Gb/s for each GPU
+    "h200": Device("NVIDIA H200 SXM, 141 GB", 989.5e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+    # NVIDIA HGX B200 data sheet, of 8 GPUs: 36 PFLOP/s bfloat16 with sparsity, 600 TFLOP/s float32, 1.44 TB; DGX B200:
+    # 64 TB/s, NVLink 14.4 TB/s both ways, 400 Gb/s for each GPU
+    "b200": Device("NVIDIA B200 SXM, 180 GB", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
+    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOP/s bfloat16, 19.5 float32, 80 GB, 2,039 GB/s, NVLink 600 GB/s both
+    # ways; DGX A100 data sheet: 200 Gb/s for each GPU
+    "a100": Device("NVIDIA A100 SXM, 80 GB", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
+    # AMD Instinct MI300X data sheet: 1,307.4 TFLOP/s bfloat16, 163.4 float32, 192 GB, 5.3 TB/s; MI300X Platform data
+    # sheet: 7 links of 128 GB/s both ways; adapters of 400 Gb/s, as systems with it have
+    "mi300x": Device("AMD MI300X, 192 GB", 1307.4e12, 163.4e12, 192e9, 5.3e12, 448e9, 50e9),
+}
+NAMES = (*DEVICES, "cpu")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a process gets of its device: FLOP/s, bytes/s, seconds."""
+
+    matmul: Mapping[str, float]
+    """FLOP/s of matrix products of `vision`, `language` and `vocabulary`"""
+    attention: Mapping[str, float]
+    """of attention of `vision` and `language`: forward 1, backward 2, without the masked half of causal pairs"""
+    elements: float
+    """bytes/s of norms, GELU and sums of activations"""
+    memory: float
+    """bytes/s of what is too large for caches"""
+    intra: float
+    inter: float
+    """bytes/s to processes of the node; of the process's own network adapter"""
+    collective: float
+    """seconds of a collective beside its bytes"""
+    kernel: float
+    """seconds of the host to start an operation"""
+    waits: bool
+    """the host computes itself: starting operations adds to their time; else they are started ahead"""
+    peak: float
+    """FLOP/s that MFU is a share of"""
+    assumed: tuple[str, ...] = ()
+    """of rates that are not measured: what they are assumed to be"""
+
+
+def check_name(name: str) -> str:
+    """The name of a device in lower case. UserError for one that is not known, with the nearest."""
+    if name.lower() in NAMES:
+        return name.lower()
+    near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.3)
+    nearest = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"--gpu {name} is not known{nearest} Known are {', '.join(NAMES)}")
+
+
+def assumed_rates(device: Device, dtype: str) -> Rates:
+    """What a process is assumed to get of a device that has not been measured."""
+    peak = device.single if dtype == "float32" else device.half
+    matmul, attention = peak * MATMUL, peak * ATTENTION
+    return Rates(
+        matmul=dict.fromkeys(("vision", "language", "vocabulary"), matmul),
+        attention=dict.fromkeys(("vision", "language"), attention),
+        elements=device.bandwidth * MEMORY,
+        memory=device.bandwidth * MEMORY,
+        intra=device.intra * NETWORK,
+        inter=device.inter * NETWORK,
+        collective=COLLECTIVE,
+        kernel=KERNEL,
+        waits=False,
+        peak=peak,
+        assumed=(
+            f"{MATMUL:.0%} of peak in matrix products, {ATTENTION:.0%} in attention,",
+            f"{MEMORY:.0%} of the memory's and {NETWORK:.0%} of the network's bandwidth,",
+            f"{KERNEL * 1e6:.0f} µs to start a kernel, {COLLECTIVE * 1e6:.0f} µs a collective beside its bytes",
+        ),
+    )

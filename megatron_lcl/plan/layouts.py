@@ -1,0 +1,212 @@
+"""All layouts of a run on so many processes: which are refused, which cannot fit, and the rest by predicted step time.
+
+A layout is legal where `train.layout.check_layout` says so. Of the legal ones the bound of train/memory.py discards
+what certainly does not fit. The steps of those that would be fastest are simulated (`memory.usage_of`), until one fits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_lcl import objectives
+from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
+from megatron_lcl.errors import UserError
+from megatron_lcl.plan.devices import Rates
+from megatron_lcl.plan.memory import Simulate, usage_of
+from megatron_lcl.plan.predict import Prediction, predict
+from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.simulate import Usage, simulate
+
+TENSOR, PIPELINE, MICRO_BATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)
+CHECKPOINTING: tuple[Any, ...] = ("none", "attention", "full")
+MAX_SIMULATED = 4
+"""layouts whose steps are simulated until one fits"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """On what it is to run."""
+
+    processes: int
+    node_size: int
+    """processes of a node"""
+    rates: Rates
+    room: float
+    """bytes that a process may take"""
+    images: int
+    """image slots of a pack"""
+    on_host: bool
+    """what is offloaded lies in other memory than the rest: false on a CPU"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run it, and what is known of that."""
+
+    config: Config
+    refused: str = ""
+    """why it is not legal"""
+    needs: float = 0.0
+    """bytes: the bound, where it was simulated the simulation"""
+    prediction: Prediction | None = None
+    """of the phase that needs most; None where it does not fit"""
+    usages: Mapping[int, Usage] = field(default_factory=dict)
+    """of the first process of a stage, by the stage, where it was simulated: of the first, the middle and the last"""
+
+    @property
+    def seconds(self) -> float:
+        assert self.prediction is not None
+        return self.prediction.seconds
+
+    @property
+    def name(self) -> str:
+        return name_of(self.config)
+
+
+def name_of(config: Config) -> str:
+    """A layout in one line."""
+    train, parallel = config.train, config.parallel
+    parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"ZeRO-{config.zero.stage}"]
+    if objectives.create(config).all_features_first:
+        parts.append(config.contrast.strategy)
+    parts.append(f"micro-batch {train.micro_batch}")
+    if train.activation_checkpointing != "none":
+        every = train.activation_checkpointing_every
+        parts.append(
+            f"checkpointing {train.activation_checkpointing}" + (f" of one in {every} blocks" if every > 1 else "")
+        )
+    return ", ".join(parts)
+
+
+def layouts(config: Config, node_size: int) -> Iterator[Config]:
+    """The config in every layout that is tried, its own among them."""
+    strategies: tuple[Any, ...] = ("retain", "recompute")
+    if not objectives.create(config).all_features_first:
+        strategies = (config.contrast.strategy,)
+    tensors = [t for t in TENSOR if t <= node_size]
+    ways = itertools.product(tensors, PIPELINE, (1, 2, 3), strategies, MICRO_BATCH, CHECKPOINTING)
+    tried = {key_of(config): config} if config.contrast.strategy in strategies else {}
+    for tensor, pipeline, stage, strategy, micro_batch, checkpointing in ways:
+        found = replace(
+            config,
+            parallel=replace(config.parallel, tensor=tensor, pipeline=pipeline),
+            zero=replace(config.zero, stage=stage),
+            contrast=replace(config.contrast, strategy=strategy),
+            train=replace(config.train, micro_batch=micro_batch, activation_checkpointing=checkpointing),
+        )
+        tried.setdefault(key_of(found), found)
+    return iter(tried.values())
+
+
+def key_of(config: Config) -> tuple[object, ...]:
+    """What tells two layouts apart; in the order in which the simpler one of two equals is taken."""
+    parallel, train = config.parallel, config.train
+    checkpointing = CHECKPOINTING.index(train.activation_checkpointing)
+    return (
+        parallel.pipeline,
+        parallel.tensor,
+        config.zero.stage,
+        checkpointing,
+        train.micro_batch,
+        config.contrast.strategy,
+    )
+
+
+def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], list[Layout]]:
+    """The layouts that the bound lets pass, fastest first; those that need too much, least first; those refused."""
+    passed, too_large, refused = [], [], []
+    for tried in layouts(config, target.node_size):
+        try:
+            phases = [phase.config for phase in phases_of(tried)]
+            for phase in phases:
+                check_layout(phase, target.processes)
+        except UserError as error:
+            refused.append(Layout(tried, refused=str(error)))
+            continue
+        needs = max(bound(phase, target) for phase in phases)
+        if needs > target.room:
+            too_large.append(Layout(tried, needs=needs))
+            continue
+        slowest = max(
+            (
+                predict(phase, target.processes, target.node_size, target.rates, slots(phase, target))
+                for phase in phases
+            ),
+            key=lambda of: of.seconds,
+        )
+        passed.append(Layout(tried, needs=needs, prediction=slowest))
+    passed.sort(key=lambda layout: (round(layout.seconds, 9), key_of(layout.config)))
+    too_large.sort(key=lambda layout: layout.needs)
+    return passed, too_large, refused
+
+
+def slots(config: Config, target: Target) -> int:
+    """Image slots of a pack in a phase."""
+    return config.data.images_per_pack or target.images
+
+
+def bound(config: Config, target: Target) -> float:
+    """Bytes that a process holds at least; what is offloaded to the host does not count."""
+    least = estimate(config, target.processes, slots(config, target))
+    return least.total - offloaded(config, target)
+
+
+def offloaded(config: Config, target: Target) -> float:
+    """Bytes of the bound that lie in the host's memory."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not target.on_host:
+        return 0.0
+    least = estimate(config, target.processes, slots(config, target))
+    of_parameters = least.parameters if zero.get("offload_param") else 0.0
+    return of_parameters + (least.optimizer if zero.get("offload_optimizer") else 0.0)
+
+
+def confirm(
+    passed: Sequence[Layout],
+    target: Target,
+    say: Callable[[str], None],
+    simulated: Simulate = simulate,
+) -> tuple[list[Layout], list[Layout]]:
+    """Those that are left, fastest first, and those whose simulated step needs too much.
+
+    A step of the fastest is simulated, of the next one where it does not fit, and so on; behind the first that fits, or
+    behind `MAX_SIMULATED`, stand those of which only the bound is known.
+    """
+    left, failed = list(passed), list[Layout]()
+    while left and len(failed) < MAX_SIMULATED:
+        layout = left[0]
+        say(f"simulating a step: {layout.name}")
+        config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target))
+        last = config.parallel.pipeline - 1
+        usages = {
+            stage: usage_of(config, target.processes, slots(config, target), stage, simulated)
+            for stage in sorted({0, (last + 1) // 2, last})
+        }
+        needs = max(u.peak if target.on_host else u.process for u in usages.values()) - offloaded(config, target)
+        checked = replace(layout, needs=needs, usages=usages)
+        if needs <= target.room:
+            return [checked, *left[1:]], failed
+        failed.append(checked)
+        del left[0]
+        # a layout like it in all but what costs no memory would need as much
+        left = [other for other in left if not _needs_as_much(other, checked)]
+    return left, failed
+
+
+def _needs_as_much(other: Layout, failed: Layout) -> bool:
+    """By the bound, whose distance from the simulation is alike for layouts of one split of the model."""
+    a, b = other.config, failed.config
+    same = (a.parallel, a.zero, a.contrast.strategy) == (b.parallel, b.zero, b.contrast.strategy)
+    return (
+        same
+        and a.train.micro_batch >= b.train.micro_batch
+        and (
+            CHECKPOINTING.index(a.train.activation_checkpointing)
+            <= CHECKPOINTING.index(b.train.activation_checkpointing)
+        )
+    )

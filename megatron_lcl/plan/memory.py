@@ -1,0 +1,71 @@
+"""What a process of a layout holds, by simulated steps (train/simulate.py) that are as short as they can be.
+
+A simulated step of a deep model on hundreds of replicas takes minutes, most of it for what repeats. So it has fewer
+replicas, and without a pipeline fewer blocks: memory grows linearly with the blocks of each encoder, and what replicas
+share between them is known (train/memory.py). A small model on a few is simulated as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.simulate import Usage, simulate
+
+REPLICAS = 64
+"""at most, of a simulated step"""
+BLOCKS = 4
+"""an encoder of up to so many times `activation_checkpointing_every` is simulated whole; of a deeper one this many, and
+half of them"""
+
+Simulate = Callable[[Config, int, int, int], Usage]
+_FIELDS = tuple(Usage.__dataclass_fields__)
+
+
+def usage_of(config: Config, processes: int, images: int, stage: int = 0, simulated: Simulate = simulate) -> Usage:
+    """Bytes of the first process of a stage, of a run all of whose steps are as the config says.
+
+    images: image slots of a pack.
+    """
+    data = check_layout(config, processes)
+    few = data if "zero_hpz_partition_size" in config.deepspeed.get("zero_optimization", {}) else min(data, REPLICAS)
+    fewer = configs.replace(config, train__global_batch=config.train.global_batch // data * few)
+    split = config.parallel.tensor * config.parallel.pipeline
+    rank = stage * few * config.parallel.tensor
+    found = _of_depth(fewer, few * split, images, rank, simulated)
+    if few == data:
+        return found
+    whole, part = estimate(config, processes, images), estimate(fewer, few * split, images)
+    less = {name: getattr(whole, name) - getattr(part, name) for name in ("parameters", "optimizer", "gradients")}
+    # features of all pairs and what the loss keeps of each, float32 (objectives/contrast.py)
+    packs = config.train.global_batch - fewer.train.global_batch
+    features = 4 * (2 * config.model.language.width + 2) * packs * images
+    changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
+    changes |= dict.fromkeys(("peak", "process"), sum(less.values()) + features)
+    return Usage(**{name: getattr(found, name) + changes.get(name, 0.0) for name in _FIELDS})
+
+
+def _of_depth(config: Config, processes: int, images: int, rank: int, simulated: Simulate) -> Usage:
+    """Of the whole model, from simulations of as few blocks as tell."""
+    enough = BLOCKS * config.train.activation_checkpointing_every
+    depths = {"vision": config.model.vision.layers, "language": config.model.language.layers}
+    if config.parallel.pipeline > 1 or config.train.freeze or max(depths.values()) <= enough:
+        return simulated(config, processes, images, rank)
+    deep = {name: depth for name, depth in depths.items() if depth > enough}
+    least = {name: enough // 2 if name in deep else depth for name, depth in depths.items()}
+
+    def of(blocks: dict[str, int]) -> Usage:
+        layers = {f"model__{name}__layers": depth for name, depth in blocks.items()}
+        return simulated(configs.replace(config, **layers), processes, images, rank)
+
+    first = of(least)
+    values = {name: getattr(first, name) for name in _FIELDS}
+    for encoder, depth in deep.items():
+        more = of({**least, encoder: enough})
+        steps = (depth - least[encoder]) / (enough - least[encoder])
+        for name in _FIELDS:
+            values[name] += steps * (getattr(more, name) - getattr(first, name))
+    return Usage(**values)

@@ -1,0 +1,166 @@
+"""A config, so many devices, and what comes of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.config.phases import Phase, phases_of
+from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.plan.calibrate import calibrate
+from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
+from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, confirm, slots, survey
+from megatron_lcl.plan.predict import Prediction, predict
+from megatron_lcl.train.memory import available
+
+USABLE = 0.92
+"""share of a GPU's memory that a run may plan with: the driver's context, the network library's buffers and fragments
+of the allocator take the rest (assumed)"""
+NODE = 8
+"""GPUs of a node, where nobody says"""
+TEXT_PER_IMAGE = 100
+"""tokens beside an image's own, where nobody says: those of the interleaved documents that configs/ count with"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found for a config on so many devices."""
+
+    config: Config
+    device: str
+    nodes: int
+    target: Target
+    assumed_images: bool
+    """nobody said how many images a pack has"""
+    layouts: list[Layout]
+    """those that fit, fastest first; the first one's step was simulated, the others pass the bound"""
+    too_large: list[Layout]
+    """least first"""
+    refused: list[Layout]
+    own: Layout | None
+    """the config's own layout, where it fits"""
+
+    @property
+    def best(self) -> Layout:
+        return self.layouts[0]
+
+    def phases(self, layout: Layout) -> list[tuple[Phase, Prediction]]:
+        """What a step of each phase takes."""
+        target = self.target
+        return [
+            (
+                phase,
+                predict(phase.config, target.processes, target.node_size, target.rates, slots(phase.config, target)),
+            )
+            for phase in phases_of(layout.config)
+        ]
+
+
+def plan(
+    config: Config,
+    gpus: int,
+    gpu: str = "h100",
+    nodes: int | None = None,
+    images_per_pack: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """What a run of the config takes on so many GPUs, or processes of this machine (`cpu`). UserError in one line where
+    nothing goes.
+
+    say: is told what takes long. No GPU and no corpus is needed.
+    """
+    device = check_name(gpu)
+    node_size = _node_size(gpus, nodes, device)
+    images, assumed = images_of(config, images_per_pack)
+    if device == "cpu":
+        say("measuring this machine")
+        rates, room = calibrate(config, gpus, images), available(gpus).size
+    else:
+        if config.train.dtype == "auto":
+            config = configs.replace(config, train__dtype="bfloat16")
+        rates, room = assumed_rates(DEVICES[device], config.train.dtype), USABLE * DEVICES[device].memory
+    target = Target(gpus, node_size, rates, room, images, on_host=device != "cpu")
+    passed, too_large, refused = survey(config, target)
+    fitting, failed = confirm(passed, target, say)
+    too_large = sorted([*failed, *too_large], key=lambda layout: layout.needs)
+    if not fitting or not fitting[0].usages:
+        raise UserError(_nothing_fits(config, target, fitting, too_large, refused))
+    own = next((layout for layout in fitting if layout.config == config), None)
+    return Plan(config, device, gpus // node_size, target, assumed, fitting, too_large, refused, own)
+
+
+def write(config: Config, file: Path) -> None:
+    """The whole config as YAML. UserError where there is such a file."""
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(configs.to_yaml(config))
+    except FileExistsError:
+        raise UserError(f"{file} exists; name another file for --write") from None
+
+
+def images_of(config: Config, given: int | None) -> tuple[int, bool]:
+    """Image slots of a pack, and whether they are assumed: a run chooses them from its corpora."""
+    if given is not None and given < 1:
+        raise UserError(f"--images-per-pack {given}: give a number above 0")
+    if given or config.data.images_per_pack:
+        return given or config.data.images_per_pack or 1, False
+    placeholders = config.model.vision.num_placeholders + 2
+    text = max(1, min(TEXT_PER_IMAGE, config.model.language.context_length - placeholders))
+    return max(1, config.data.tokens_per_pack // (placeholders + text)), True
+
+
+def _node_size(gpus: int, nodes: int | None, device: str) -> int:
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus}: give a number above 0")
+    if device == "cpu":
+        if nodes not in (None, 1):
+            raise UserError(f"--nodes {nodes} with --gpu cpu: only this machine can be measured; leave it out")
+        return gpus
+    if nodes is None:
+        size = min(NODE, gpus)
+        if gpus % size:
+            below = gpus // size * size
+            raise UserError(
+                f"--gpus {gpus} is no multiple of {size} a node; the nearest are {below} and {below + size}, or say "
+                "how many nodes there are: --nodes N"
+            )
+        return size
+    if nodes < 1 or gpus % nodes:
+        divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - nodes))
+        raise UserError(f"--gpus {gpus} do not divide into {nodes} nodes; the nearest number that does is {nearest}")
+    return gpus // nodes
+
+
+def _nothing_fits(
+    config: Config, target: Target, unknown: list[Layout], too_large: list[Layout], refused: list[Layout]
+) -> str:
+    room = in_bytes(target.room)
+    if not unknown and not too_large:
+        reason, _ = Counter(layout.refused for layout in refused).most_common(1)[0]
+        return f"no layout is legal on {target.processes} processes: {reason}"
+    if unknown:
+        least = min(unknown, key=lambda layout: layout.needs)
+        return (
+            f"the simulated steps of the {MAX_SIMULATED} fastest layouts do not fit into {room} a process; of the rest "
+            f"the one with the lowest bound ({in_bytes(least.needs)}) is {least.name}: give it in the config, or take "
+            "more GPUs"
+        )
+    least = too_large[0]
+    text = f"nothing fits into {room} a process: the least is {in_bytes(least.needs)}, with {least.name}"
+    if nearest := _nearest_that_fits(config, target):
+        return f"{text}; the nearest number of GPUs for which a bound passes is {nearest}"
+    return f"{text}; make packs smaller (data.tokens_per_pack), or take devices with more memory"
+
+
+def _nearest_that_fits(config: Config, target: Target) -> int | None:
+    """Twice the processes, and so on: the first number for which some layout passes the bound."""
+    for times in (2, 4, 8, 16, 32):
+        more = replace(target, processes=times * target.processes)
+        if survey(config, more)[0]:
+            return more.processes
+    return None

@@ -1,0 +1,5 @@
+"""The tiny corpus of the tests of launching."""
+
+from launch.conftest import tiny
+
+__all__ = ["tiny"]

@@ -1,0 +1,287 @@
+"""Protects the ranking: what is legal, what fits, what is fastest, and the reason for the rest in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan.test_predict import IMAGES, config_of, rates_of
+
+from megatron_lcl import config as configs
+from megatron_lcl.cli import main
+from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
+from megatron_lcl.plan import layouts, memory, run
+from megatron_lcl.plan.calibrate import Calibration, calibrate
+from megatron_lcl.plan.calibrate import rates_of as measured_rates
+from megatron_lcl.plan.describe import lines
+from megatron_lcl.plan.layouts import Layout, Target, confirm, key_of, survey
+from megatron_lcl.plan.memory import usage_of
+from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.simulate import Usage, simulate
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer layouts are tried."""
+    for name in ("TENSOR", "PIPELINE", "MICRO_BATCH"):
+        monkeypatch.setattr(layouts, name, (1, 2))
+
+
+def needs(peak: float) -> Usage:
+    return Usage(parameters=0.0, optimizer=0.0, batches=0.0, graphs=0.0, peak=peak, process=peak)
+
+
+def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:
+    return Target(processes, processes, rates_of(matmul=1e9, attention=1e9, **rates), room, IMAGES, on_host=True)
+
+
+def test_every_layout_is_ranked_too_large_or_refused() -> None:
+    config, target = config_of(), target_of()
+    passed, too_large, refused = survey(config, target)
+    tried = {key_of(c) for c in layouts.layouts(config, 4)}
+    assert len(tried) == len(passed) + len(refused)
+    assert not too_large
+    assert {key_of(layout.config) for layout in [*passed, *refused]} == tried
+    assert [p.seconds for p in passed] == sorted(p.seconds for p in passed)
+    assert config in [p.config for p in passed], "the config's own"
+    for layout in passed:
+        check_layout(layout.config, 4)
+    for layout in refused:
+        with pytest.raises(UserError) as caught:
+            check_layout(layout.config, 4)
+        assert str(caught.value) == layout.refused
+    assert any("zero.stage = 3 with contrast.strategy = retain" in layout.refused for layout in refused)
+
+
+def test_the_bound_discards_what_cannot_fit() -> None:
+    config = config_of()
+    totals = sorted(layout.needs for layout in survey(config, target_of())[0])
+    room = totals[len(totals) // 2]
+    passed, too_large, _ = survey(config, target_of(room=room))
+    assert passed
+    assert too_large
+    assert max(p.needs for p in passed) <= room < min(t.needs for t in too_large)
+    assert [t.needs for t in too_large] == sorted(t.needs for t in too_large)
+    for layout in too_large:
+        assert layout.needs == estimate(layout.config, 4, IMAGES).total
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    target = target_of()
+    least = estimate(config, 4, IMAGES)
+    assert layouts.bound(config, target) == least.total - least.optimizer
+    assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == least.total
+
+
+def test_the_first_whose_simulated_step_fits_is_the_best() -> None:
+    target = target_of(room=1e9)
+    passed, *_ = survey(config_of(), target)
+    said, asked = list[str](), list[Config]()
+
+    def simulated(config: Config, processes: int, images: int, rank: int) -> Usage:
+        asked.append(config)
+        assert (processes, images) == (4, IMAGES)
+        return needs(2e9 if len(asked) == 1 else 1e8)
+
+    left, failed = confirm(passed, target, said.append, simulated)
+    assert [f.config for f in failed] == [passed[0].config]
+    assert failed[0].needs == 2e9
+    assert left[0].needs == 1e8
+    assert len(said) == 2
+    worse = {key_of(other.config) for other in passed if layouts._needs_as_much(other, passed[0])}
+    assert key_of(passed[0].config) in worse
+    assert [p.config for p in passed if key_of(p.config) not in worse] == [layout.config for layout in left]
+    never, failed = confirm(passed, target, said.append, lambda *_: needs(2e9))
+    assert len(failed) == layouts.MAX_SIMULATED or not never
+
+
+def test_each_stage_is_simulated() -> None:
+    config, target, ranks = config_of(parallel__pipeline=4), target_of(8), list[int]()
+
+    def simulated(config: Config, processes: int, images: int, rank: int) -> Usage:
+        ranks.append(rank)
+        return needs(1e6 * (1 + rank))
+
+    (layout,), _ = confirm([Layout(config)], target, lambda _: None, simulated)
+    assert ranks == [0, 4, 6], "of two replicas: the first, the middle and the last stage's first process"
+    assert layout.needs == 7e6
+    assert [*layout.usages] == [0, 2, 3]
+
+
+def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:
+    config = config_of(model__vision__layers=20, model__language__layers=9, train__global_batch=512)
+    asked: list[tuple[int, int, int, int]] = []
+
+    def simulated(config: Config, processes: int, images: int, rank: int) -> Usage:
+        vision, language = config.model.vision.layers, config.model.language.layers
+        asked.append((vision, language, processes, config.train.global_batch))
+        size = 100.0 + 7 * vision + 3 * language
+        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size)
+
+    found = usage_of(config, 32, IMAGES, simulated=simulated)
+    assert asked == [(2, 2, 32, 512), (4, 2, 32, 512), (2, 4, 32, 512)]
+    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0)
+    asked.clear()
+    many = usage_of(config, 256, IMAGES, simulated=simulated)
+    assert asked[0] == (2, 2, 64, 128), "as many micro-batches a replica"
+    less = (
+        estimate(config, 256, IMAGES).optimizer
+        - estimate(configs.replace(config, train__global_batch=128), 64).optimizer
+    )
+    assert less < 0
+    assert many.optimizer == pytest.approx(534.0 + less)
+    assert many.graphs == found.graphs
+
+
+@pytest.mark.slow
+def test_a_short_simulation_says_what_a_whole_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight and four blocks on eight replicas, from two and four on four."""
+    config = config_of(
+        model__vision__layers=8, model__language__layers=4, model__vision__width=48, model__language__width=64,
+        train__global_batch=8,
+    )  # fmt: skip
+    whole = simulate(config, 8, IMAGES)
+    monkeypatch.setattr(memory, "REPLICAS", 4)
+    short = usage_of(config, 8, IMAGES)
+    for name in ("parameters", "batches", "graphs"):
+        assert getattr(short, name) == pytest.approx(getattr(whole, name), rel=0.01), name
+    assert short.peak == pytest.approx(whole.peak, rel=0.1), "buckets of gradients are not linear in the blocks"
+
+
+def test_images_that_nobody_gives_are_assumed() -> None:
+    config = configs.load(ROOT / "configs" / "lcl_vitg_interleaved.yaml")
+    assert run.images_of(config, None) == (8192 // (256 + 2 + 100), True)
+    assert run.images_of(config, 23) == (23, False)
+    assert run.images_of(configs.replace(config, data__images_per_pack=7), None) == (7, False)
+    with pytest.raises(UserError, match="--images-per-pack 0"):
+        run.images_of(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpus": 8, "gpu": "h1000"}, "--gpu h1000 is not known; did you mean h100? Known are h100, h200, b200"),
+        ({"gpus": 8, "gpu": "tpu"}, "--gpu tpu is not known"),
+        ({"gpus": 20}, "--gpus 20 is no multiple of 8 a node; the nearest are 16 and 24"),
+        ({"gpus": 20, "nodes": 3}, "--gpus 20 do not divide into 3 nodes; the nearest number that does is 2"),
+        ({"gpus": 0}, "--gpus 0: give a number above 0"),
+        ({"gpus": 2, "gpu": "cpu", "nodes": 2}, "--nodes 2 with --gpu cpu"),
+        ({"gpus": 512}, "no layout is legal on 512 processes: "),
+    ],
+)
+def test_errors_are_one_line(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run.plan(config_of(), images_per_pack=IMAGES, **arguments)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_nothing_fits_the_nearest_that_does_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(train__global_batch=64)
+    least = min(layout.needs for layout in survey(config, target_of(1))[0])
+    monkeypatch.setattr(run, "USABLE", 0.98 * least / 80e9)
+    with pytest.raises(UserError) as caught:
+        run.plan(config, 1, images_per_pack=IMAGES)
+    said = str(caught.value)
+    assert re.match(
+        r"nothing fits into \S+ [kM]B a process: the least is \S+ [kM]B, with tensor 1, pipeline 1, ZeRO-", said
+    )
+    assert "; the nearest number of GPUs for which a bound passes is 2" in said
+
+
+def test_where_no_simulated_step_fits_the_smallest_of_the_rest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: needs(1e12)))
+    with pytest.raises(UserError) as caught:
+        run.plan(config_of(), 4, images_per_pack=IMAGES)
+    said = str(caught.value)
+    assert said.startswith(
+        "the simulated steps of the 4 fastest layouts do not fit into 73.6 GB a process; of the rest "
+    )
+    assert "is tensor" in said
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated steps that need nothing."""
+    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: needs(1e6)))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_says_what_was_found_and_writes_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, best = tmp_path / "run.yaml", tmp_path / "best.yaml"
+    file.write_text(configs.to_yaml(config_of(train__micro_batch=2)))
+    arguments = ["plan", "--config", str(file), "--gpus", "4", "--images-per-pack", "2", "--images", "864000"]
+    assert main([*arguments, "--write", str(best), "--train.steps", "77"]) == 0
+    text = capsys.readouterr().out
+    (name,) = [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("best ")]
+    written = configs.load(best)
+    assert layouts.name_of(written) == name.removesuffix(", as the config has it")
+    assert written.train.steps == 77
+    assert written == configs.replace(
+        config_of(train__steps=77),
+        **{key: dataclasses.asdict(getattr(written, key)) for key in ("parallel", "zero", "contrast", "train")},
+    )
+    for words in (
+        "nothing was measured on this device",
+        "run         864,000 images",
+        " layouts are refused:",
+        "FLOPs  ",
+    ):
+        assert words in text
+    assert "  <- the config's" in text or "as the config has it" in text
+    assert main([*arguments, "--write", str(best)]) == 2
+    assert f"{best} exists; name another file for --write" in capsys.readouterr().err
+    assert main([*arguments[:-2], "--images", "-1"]) == 2
+    assert "--images -1: give a number above 0" in capsys.readouterr().err
+    assert main([*arguments, "--train.stepz", "1"]) == 2
+    assert "train.steps" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_phases_are_added_up() -> None:
+    early = {"steps": 3, "image_size": 16}
+    found = run.plan(config_of(train__steps=10, schedule__phases=[early]), 2, images_per_pack=IMAGES)
+    (_, first), (_, rest) = found.phases(found.best)
+    assert first.seconds <= rest.seconds
+    assert first.flops.vision < rest.flops.vision
+    assert found.best.prediction == rest
+    text = "\n".join(lines(found))
+    assert "phase 2     of 2, in which it spends most: steps 4 to 10" in text
+    assert f"run         {10 * 8 * IMAGES} images" in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_written_can_be_trained(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = tmp_path / "best.yaml"
+    file = tmp_path / "empty.yaml"
+    file.write_text("train: {dtype: float32}\n")
+    assert main(["plan", "--config", str(file), "--gpus", "2", *tiny, "--write", str(best)]) == 0
+    assert main(["train", "--config", str(best), "--dry-run", "--processes", "2"]) == 0
+    assert "checks      passed" in capsys.readouterr().out
+
+
+def test_this_machine_is_measured() -> None:
+    calibration = Calibration(config_of(), IMAGES)
+    calibration.round()
+    rates = measured_rates(calibration.found(), 1e9, 1e-5)
+    assert min(*rates.matmul.values(), *rates.attention.values(), rates.elements, rates.memory) > 1e6
+    assert 1e-7 < rates.kernel < 1e-2
+    assert rates.peak == max(rates.matmul.values())
+
+
+@pytest.mark.slow
+def test_processes_measure_together() -> None:
+    rates = calibrate(config_of(), 2, IMAGES)
+    assert rates.collective > 0
+    assert 1e5 < rates.intra < 1e12

@@ -1,0 +1,207 @@
+"""Protects what a plan predicts: operations against torch's count, seconds against formulas worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.losses.contrastive import contrastive_loss
+from megatron_lcl.model.flops import Sizes, of_step
+from megatron_lcl.model.initialize import initialize
+from megatron_lcl.model.layers import Activations, build_layers, num_parameters
+from megatron_lcl.model.lcl import pack_padded
+from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.plan.describe import days_and_hours
+from megatron_lcl.plan.devices import DEVICES, Rates, assumed_rates
+from megatron_lcl.plan.network import bandwidth
+from megatron_lcl.plan.predict import (
+    ADAM_BYTES,
+    GRADIENT_PASSES,
+    HIDDEN,
+    SUM_BYTES,
+    TENSOR_SHOWS,
+    predict,
+    seconds_of_run,
+)
+from megatron_lcl.plan.work import sizes_of
+
+IMAGES, CONTEXT = 2, 80
+FAST = 1e30
+
+
+def config_of(**changes: Any) -> Config:
+    """A tiny model whose packs are one sequence; changes: as in `configs.replace`."""
+    tree = {
+        "model": {
+            "vision": {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "heads": 4, "mlp_width": 56},
+            "language": {"vocab_size": 103, "width": 32, "layers": 3, "heads": 4, "mlp_width": 72},
+            "pool_heads": 4,
+        },
+        "data": {"tokens_per_pack": CONTEXT},
+        "train": {"global_batch": 8, "dtype": "float32"},
+    }
+    return configs.replace(configs.from_dict(tree), **{"model__language__context_length": CONTEXT, **changes})
+
+
+def rates_of(**changes: Any) -> Rates:
+    """A device that takes no time but for what `changes` says."""
+    parts = ("vision", "language", "vocabulary")
+    matmul, attention = (dict.fromkeys(parts, changes.pop(name, FAST)) for name in ("matmul", "attention"))
+    others = {"elements": FAST, "memory": FAST, "intra": FAST, "inter": FAST, "collective": 0.0, "kernel": 0.0}
+    return Rates(matmul, attention, **{**others, "waits": True, "peak": 1e9, **changes})
+
+
+def full_batch(config: Config) -> Any:
+    special = SpecialTokens.of(config.model.language.vocab_size)
+    image = [special.soi, *[special.placeholder] * config.model.vision.num_patches, special.eoi]
+    head = [special.sot, *([5, 6, *image] * IMAGES)]
+    row = torch.tensor([[*head, *[7] * (CONTEXT - len(head) - 1), special.eot]])
+    pixels = torch.randint(0, 256, (IMAGES, 3, *[config.model.vision.image_size] * 2), dtype=torch.uint8)
+    return pack_padded(row, torch.tensor([CONTEXT]), pixels, config.model)
+
+
+def test_operations_of_a_step_are_what_torch_counts() -> None:
+    """The plan knows no documents: its packs are full, and it counts the few tokens that have no target."""
+    config = config_of(train__global_batch=1)
+    batch, sizes = full_batch(config), sizes_of(config, IMAGES, 1)
+    assert replace(sizes, targets=batch.num_targets) == Sizes.of([batch])
+    layers = nn.Sequential(*build_layers(config.model, 1.0))
+    initialize(dict(enumerate(layers)), config.model, 0)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop.__wrapped__})
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        out = layers(Activations.of(batch))
+        loss = contrastive_loss(out.image_features, out.text_features, out.log_scale).loss
+        (out.generation + loss).backward()
+    planned = predict(config, 1, 1, rates_of(), IMAGES).flops
+    assert planned.loss > 0
+    assert planned.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}, {"parallel__tensor": 4, "train__micro_batch": 2}])
+def test_products_and_attention_take_their_operations(changes: dict[str, Any]) -> None:
+    config = config_of(**changes)
+    processes, language = 4, config.model.language
+    found = predict(config, processes, processes, rates_of(matmul=1e9, attention=1e9), IMAGES)
+    whole = of_step(config.model, sizes_of(config, IMAGES, 8), 8 * IMAGES)
+    masked = 3 * language.layers * 4 * (8 * CONTEXT**2) / 2 * language.width
+    shared = whole.total - whole.loss - masked
+    # of the loss each replica makes own tiles; the pool projects its query once a micro-batch, and not once a step
+    loss = found.flops.loss / 1e9 / processes
+    assert found.loss == pytest.approx(loss)
+    assert found.seconds == pytest.approx(shared / 1e9 / processes + loss, rel=1e-3)
+    assert found.mfu == pytest.approx(found.flops.total / (found.seconds * processes * 1e9))
+    assert found.images == 8 * IMAGES
+
+
+def test_what_is_computed_again() -> None:
+    rates = rates_of(matmul=1e9, attention=1e9)
+    once = predict(config_of(), 1, 1, rates, IMAGES)
+    twice = predict(config_of(contrast__strategy="recompute"), 1, 1, rates, IMAGES)
+    assert once.again == 0
+    model, sizes = config_of().model, sizes_of(config_of(), IMAGES, 8)
+    masked = model.language.layers * 4 * (8 * CONTEXT**2) / 2 * model.language.width
+    second = of_step(model, sizes, forwards=2).total - of_step(model, sizes).total - masked
+    assert twice.seconds - once.seconds == pytest.approx(second / 1e9, rel=1e-3)
+    assert twice.again == pytest.approx(second / 1e9, rel=1e-3)
+    full, half = (
+        predict(config_of(train__activation_checkpointing=kind), 1, 1, rates, IMAGES) for kind in ("full", "attention")
+    )
+    assert once.seconds < half.seconds < full.seconds < once.seconds * 4 / 3
+    assert full.flops == half.flops == twice.flops == once.flops, "what the model needs"
+
+
+@pytest.mark.parametrize("strategy", ["retain", "recompute"])
+def test_a_pipeline_takes_what_its_schedule_says(strategy: str) -> None:
+    config = config_of(parallel__pipeline=2, contrast__strategy=strategy)
+    found = predict(config, 2, 2, rates_of(matmul=1e9, attention=1e9), IMAGES)
+    alone = predict(config_of(contrast__strategy=strategy), 1, 1, rates_of(matmul=1e9, attention=1e9), IMAGES)
+    assert found.micro_batches == 8
+    assert sum(found.stages) == pytest.approx((alone.seconds - alone.loss) / 8, rel=1e-3)
+    slowest = max(found.stages)
+    plain = (found.again / 8) if strategy == "recompute" else 0.0
+    assert found.bubble == pytest.approx(slowest - plain)
+    assert found.seconds == pytest.approx(8 * slowest + found.bubble + found.loss)
+    assert found.balance == pytest.approx(sum(found.stages) / 2 / slowest)
+
+
+def test_the_network_and_the_optimizer_take_their_bytes() -> None:
+    found = predict(config_of(parallel__tensor=2), 2, 2, rates_of(intra=1e6), IMAGES)
+    sent = found.sending
+    assert sent.data == sent.pipeline == 0 < sent.contrast < sent.tensor
+    assert found.network == pytest.approx((TENSOR_SHOWS * sent.tensor + sent.contrast + sent.reading) / 1e6)
+    again = predict(
+        config_of(parallel__tensor=2, train__activation_checkpointing="full"), 2, 2, rates_of(intra=1e6), IMAGES
+    )
+    assert again.network - found.network == pytest.approx(TENSOR_SHOWS * sent.tensor * 4 / 10 / 1e6)
+    data = predict(config_of(), 4, 2, rates_of(intra=1e6, inter=2e5), IMAGES)
+    assert data.network == pytest.approx((data.sending.data + data.sending.contrast) / 4e5), "two adapters a node"
+    alone = predict(config_of(), 1, 1, rates_of(memory=1e6), IMAGES)
+    each = ADAM_BYTES + 8 * (GRADIENT_PASSES * 4 + SUM_BYTES)
+    assert alone.optimizer == alone.seconds == pytest.approx(num_parameters(config_of().model) * each / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"train__dtype": "bfloat16"}, 1),  # summed behind the last backward
+        ({}, 4 / (4 + 8)),  # the parameters; float32 gradients' sums travel beside the backward
+        ({"train__dtype": "bfloat16", "zero__stage": 2}, 2 / (2 + 8 * 4)),  # sums of four micro-batches do
+        ({"zero__stage": 3, "contrast__strategy": "recompute"}, 0),
+    ],
+)
+def test_what_travels_beside_a_long_computation_is_not_waited_for(changes: dict[str, Any], shown: float) -> None:
+    found = predict(config_of(**changes), 2, 2, rates_of(matmul=1e3, intra=1e9), IMAGES)
+    waited = found.network - found.sending.contrast / 1e9
+    assert waited * 1e9 == pytest.approx(shown * found.sending.data, rel=0.01)
+
+
+def test_a_short_computation_hides_little() -> None:
+    found = predict(config_of(), 2, 2, rates_of(matmul=1e9, attention=1e9, intra=1e3), IMAGES)
+    backward = 2 / 3 * found.compute
+    sent = (found.sending.data + found.sending.contrast) / 1e3
+    assert found.network == pytest.approx(sent - HIDDEN * backward, rel=0.01)
+
+
+def test_a_group_over_nodes_shares_their_adapters() -> None:
+    rates = rates_of(intra=100.0, inter=20.0)
+    assert bandwidth(range(8), 8, rates) == 100
+    assert bandwidth(range(16), 8, rates) == 100, "eight adapters are faster than the links inside"
+    assert bandwidth(range(0, 16, 2), 8, rates) == 80
+    assert bandwidth(range(0, 64, 8), 8, rates) == 20
+
+
+def test_kernels_are_started_ahead_of_a_device() -> None:
+    waits, ahead = (
+        predict(config_of(), 1, 1, rates_of(matmul=1e9, attention=1e9, kernel=1e-9, waits=w), IMAGES).seconds
+        for w in (True, False)
+    )
+    alone = predict(config_of(), 1, 1, rates_of(matmul=1e9, attention=1e9), IMAGES).seconds
+    assert alone == pytest.approx(ahead)
+    assert waits > alone
+
+
+def test_devices_get_their_assumed_shares() -> None:
+    rates = assumed_rates(DEVICES["h100"], "bfloat16")
+    assert rates.peak == 989.5e12
+    assert rates.matmul["vision"] == pytest.approx(0.65 * 989.5e12)
+    assert assumed_rates(DEVICES["h100"], "float32").peak == 67e12
+    assert all("%" in line or "µs" in line for line in rates.assumed)
+
+
+def test_days_and_hours() -> None:
+    one = predict(config_of(), 1, 1, rates_of(matmul=1e9), IMAGES)
+    short, long = replace(one, seconds=0.5, images=100), replace(one, seconds=2.0, images=400)
+    assert seconds_of_run([(1000, short), (4070, long)], None) == (500 + 8140, 100_000 + 1_628_000)
+    seconds, images = seconds_of_run([(4320, long)], 864_000)
+    assert (seconds, images) == (4320, 864_000)
+    assert days_and_hours(8640, 512, "GPU-hours") == "0.10 days, 1,229 GPU-hours"
+    assert math.isclose(long.images_per_second, 200)
