@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute, pipeline 2": {**TWO, **RECOMPUTE, "parallel": {"pipeline": 2}},
     "retain, a small model": {},
 }
-PACKS, IMAGES, ROWS = 8, 8, 4
+PACKS, IMAGES, ROWS = 4, 8, 4
 """packs of a step; images of a pack, and its sequences, each as long as the context"""
 
 

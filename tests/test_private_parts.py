@@ -156,6 +156,9 @@ PARTS = [
     Part("torch.cuda.memory", "_record_memory_history", "allocations of profiled steps", ("enabled",)),
     Part("torch.cuda.memory", "_dump_snapshot", "writes them", ("filename",)),
     Part("torch", "ops.aten._local_scalar_dense", "a number that is asked of a tensor"),
+    Part("torch", "ops.c10d._allgather_base_", "of which gloo copies what it gives"),
+    Part("torch", "ops.c10d._reduce_scatter_base_", "of which gloo copies what it takes"),
+    Part("multiprocessing.forkserver", "_forkserver", "the server of its processes, ended"),
     *(
         Part(module, "", "its comparison with other processes is left out", in_source="assert_ints_same_as_other_ranks")
         for module in (

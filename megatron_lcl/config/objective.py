@@ -45,8 +45,9 @@ class Contrast:
         description="initial log scale of the contrast; null: as published, ln(1/0.07) (CLIP), in `siglip` ln 10; it "
         "is learned and clamped to [0, ln 100]",
     )
-    strategy: Literal["retain", "recompute"] = Field(
+    strategy: Literal["retain", "recompute", "auto"] = Field(
         default="retain",
         description="retain: keep the graphs of all micro-batches until the loss; recompute: run the forwards twice, "
-        "which needs less memory (required with ZeRO-3)",
+        "which needs less memory (required with ZeRO-3); auto: retain where that fits into the memory there is, else "
+        "recompute, chosen at the start and kept while layout and settings are the same",
     )

@@ -115,8 +115,11 @@ class Objective(ABC):
 
     @property
     def strategy(self) -> Strategy:
-        """How its forwards and backwards follow each other."""
-        return self.config.contrast.strategy if self.all_features_first else "1F1B"
+        """How its forwards and backwards follow each other. `auto` counts, until a run has chosen
+        (`train.strategy`), as what needs less."""
+        if not self.all_features_first:
+            return "1F1B"
+        return "retain" if self.config.contrast.strategy == "retain" else "recompute"
 
     @property
     def keeps_graphs(self) -> bool:

@@ -23,10 +23,11 @@ from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
 from megatron_lcl.train.determinism import check_determinism
+from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.heldout import check_heldout
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
-from megatron_lcl.train.memory import check_memory, local_processes
+from megatron_lcl.train.memory import available, local_processes
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
 from megatron_lcl.train.settings import deepspeed_config
@@ -54,7 +55,7 @@ def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = Fals
     check_freeze(config)
     check_averages(config)
     if not elsewhere:
-        check_memory(config, processes, local_processes(processes, nodes))
+        check_memory(config, processes, available(local_processes(processes, nodes)))
     check_tokenizers(config)
     check_heldout(config)
     check_trackers(config)

@@ -6,6 +6,7 @@ job, so nodes whose texts differ do not have the same software or do not see the
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -34,9 +35,11 @@ from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check, without_pairs
+from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
-from megatron_lcl.train.memory import largest_estimate
+from megatron_lcl.train.memory import Memory, available, largest_estimate, local_processes, run_slots
+from megatron_lcl.train.strategy import choose_strategy
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
@@ -60,7 +63,7 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         check_resolves(os.environ["MASTER_ADDR"])
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
-    lines += [*_kernels(config, elsewhere), _memory(config, nodes * processes, elsewhere)]
+    lines += [*_kernels(config, elsewhere), *_memory(config, nodes, processes, elsewhere)]
     lines += [*_data(config), *_packs(config), *_run(config), _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 
@@ -180,12 +183,21 @@ def _kernels(config: Config, elsewhere: bool) -> Iterator[str]:
     yield from (f"            {fault}" for fault in skipped)
 
 
-def _memory(config: Config, processes: int, elsewhere: bool) -> str:
+def _memory(config: Config, nodes: int, processes: int, elsewhere: bool) -> Iterator[str]:
     # nothing of this machine's, which may have a little more or less than the next one
+    everywhere = nodes * processes
     if elsewhere and config.train.dtype == "auto":
         config = configs.replace(config, train__dtype="bfloat16")
-    slots = "" if config.data.images_per_pack else ", with one image a pack; how many there are is chosen at the start"
-    return f"memory      a process holds at least {largest_estimate(config, processes).describe()}{slots}"
+    slots, progress = run_slots(config)
+    has = Memory(math.inf, "", True) if elsewhere else available(local_processes(everywhere, nodes))
+    check_memory(config, everywhere, has, slots)
+    choice = choose_strategy(config, everywhere, has, slots, None if elsewhere else progress)
+    if choice is not None and elsewhere and choice.bound:
+        yield f"contrast    {choice}, where the run's devices have the room; else recompute"
+    elif choice is not None:
+        config = configs.replace(config, contrast__strategy=choice.strategy)
+        yield f"contrast    {choice}"
+    yield f"memory      a process holds at least {largest_estimate(config, everywhere, slots).describe()}"
 
 
 def _data(config: Config) -> Iterator[str]:

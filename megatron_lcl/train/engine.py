@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import io
 import logging
 import os
@@ -180,6 +181,7 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     for parameter, value in zip(numbers, initial, strict=True):
         # the cast to half precision has rounded the start value, and with it the float32 master
         update_log_scale(parameter, functools.partial(torch.full_like, fill_value=value))
+    gc.collect()  # ZeRO-3 leaves the partitions that it has copied into one in circles of references
     return engine
 
 

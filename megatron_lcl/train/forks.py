@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 from multiprocessing.context import ForkServerContext
 
 
@@ -11,3 +12,8 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_lcl.train.preload"])
     return context
+
+
+def stop_forkserver() -> None:
+    """End the server, if this process has started it: it holds some hundred MB. The next process starts it again."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.config.phases import phases_of
-from megatron_lcl.errors import UserError
+from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.train.averages import average_names
+from megatron_lcl.train.checkpoint.folder import Progress, last_progress
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
@@ -66,7 +66,7 @@ class Estimate:
             f"graphs of {kept}": self.num_graphs * self.graph,
             "batches": self.batches,
         }
-        return f"{_gb(self.total)} GB (" + ", ".join(f"{name} {_gb(size)}" for name, size in parts.items()) + ")"
+        return f"{in_gb(self.total)} GB (" + ", ".join(f"{name} {in_gb(size)}" for name, size in parts.items()) + ")"
 
 
 def estimate(config: Config, processes: int, images_per_pack: int | None = None) -> Estimate:
@@ -98,11 +98,30 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
 
 def largest_estimate(config: Config, processes: int, images_per_pack: Slots = None) -> Estimate:
     """That of the phase of the run that needs most. The parameters are the run's in all of them."""
-    whole, phases = estimate(config, processes), phases_of(config)
-    slots = images_per_pack if isinstance(images_per_pack, Sequence) else [images_per_pack] * len(phases)
+    whole, phases, slots = estimate(config, processes), phases_of(config), slots_of_phases(config, images_per_pack)
     of_phases = [estimate(phase.config, processes, images) for phase, images in zip(phases, slots, strict=True)]
     same = {name: getattr(whole, name) for name in ("parameters", "optimizer", "gradients")}
     return max((replace(one, **same) for one in of_phases), key=lambda one: one.total)
+
+
+def slots_of_phases(config: Config, images_per_pack: Slots) -> Sequence[int | None]:
+    """Image slots of a pack of each phase of the run."""
+    return images_per_pack if isinstance(images_per_pack, Sequence) else [images_per_pack] * len(phases_of(config))
+
+
+def slots_of(ledger: Ledger, config: Config) -> list[int]:
+    """Image slots of a pack in each phase of a run."""
+    readings = [ledger.reading_at(phase.first, phase.config)[0] for phase in phases_of(config)]
+    return [reading.images_per_pack or 1 for reading in readings]
+
+
+def run_slots(config: Config) -> tuple[list[int], Progress | None]:
+    """The same before the run starts, and where it stands, if it has begun. UserError or OSError for its corpora's."""
+    progress = last_progress(Path(config.train.output))
+    previous = Ledger.from_json(progress.ledger) if progress else None
+    step, consumed = (progress.step, progress.packs) if progress else (0, 0)
+    ledger = open_run_ledger(config, objectives.create(config).sequences, previous, step, consumed)
+    return slots_of(ledger, config), progress
 
 
 def _graph(config: Config, images: int, number: int) -> float:
@@ -136,6 +155,7 @@ class Memory:
 
     size: float
     where: str
+    on_gpu: bool = False
 
 
 def available(local: int) -> Memory:
@@ -145,9 +165,9 @@ def available(local: int) -> Memory:
     """
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return Memory(max(sizes), f"the GPU has {_gb(max(sizes))}")
+        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))}", True)
     size = min([_physical(Path("/proc/meminfo")), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-    return Memory(size / local, f"this machine has {_gb(size)}" + (f" for {local} processes" if local > 1 else ""))
+    return Memory(size / local, f"this machine has {in_gb(size)}" + (f" for {local} processes" if local > 1 else ""))
 
 
 def _physical(meminfo: Path) -> float:
@@ -179,20 +199,6 @@ def _limits(own: Path, root: Path) -> Iterator[float]:
                 continue
 
 
-def check_memory(config: Config, processes: int, local: int, images_per_pack: Slots = None) -> Estimate:
-    """What a process needs at least; UserError where it is not there, with its parts and what would need less.
-
-    local: the processes of this machine; it shares its memory among them where they run on its CPU.
-    """
-    needs, has = largest_estimate(config, processes, images_per_pack), available(local)
-    if needs.total > has.size:
-        raise UserError(
-            f"a step needs at least {needs.describe()} a process, and {has.where} GB; "
-            + _remedy(config, processes, has.size, images_per_pack)
-        )
-    return needs
-
-
 def local_processes(processes: int, nodes: int = 1) -> int:
     """How many of a run's processes are certainly on this machine."""
     if is_launched():
@@ -200,29 +206,6 @@ def local_processes(processes: int, nodes: int = 1) -> int:
     return max(1, processes // nodes)
 
 
-def _remedy(config: Config, processes: int, size: float, images_per_pack: Slots) -> str:
-    """Settings that need less, one added after the other until a step may fit."""
-    changes = [
-        ("contrast.strategy", "recompute"),
-        ("train.micro_batch", 1),
-        ("train.activation_checkpointing", "full"),
-        ("zero.stage", 2),
-        ("zero.stage", 3),
-    ]
-    chosen: dict[str, str] = {}
-    needs = largest_estimate(config, processes, images_per_pack).total
-    for field, value in changes:
-        try:
-            changed = configs.replace(config, **{field.replace(".", "__"): value})
-            less = largest_estimate(changed, processes, images_per_pack).total
-        except UserError:  # does not go with the layout
-            continue
-        if less < needs:
-            config, needs, chosen[field] = changed, less, f"{field} to {value}"
-        if needs <= size:
-            return f"set {' and '.join(chosen.values())} (then at least {_gb(needs)} GB)"
-    return "split the model over more processes (parallel.tensor, parallel.pipeline), or make packs smaller"
-
-
-def _gb(size: float) -> str:
+def in_gb(size: float) -> str:
+    """Bytes in 10⁹ of them, for a message."""
     return f"{size / 1e9:,.0f}" if size >= 10e9 else f"{size / 1e9:.2g}"

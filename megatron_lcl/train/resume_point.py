@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, to_yaml
-from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.errors import RunError, UserError, describe_os_error
@@ -20,8 +19,11 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
 from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
-from megatron_lcl.train.memory import check_memory, local_processes
+from megatron_lcl.train.fits import check_memory
+from megatron_lcl.train.forks import stop_forkserver
+from megatron_lcl.train.memory import Memory, available, local_processes, slots_of
 from megatron_lcl.train.resilience.lock import lock_run_folder
+from megatron_lcl.train.strategy import Choice, choose_strategy, with_choice
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,16 @@ class ResumePoint:
     """newer checkpoints that are damaged, and how"""
     deepspeed: dict[str, Any]
     """DeepSpeed's config"""
+    config: Config
+    """the run's, with what `contrast.strategy: auto` came to"""
     weights: InitialWeights | None = None
     """what a new run begins with; None: with what is drawn"""
     without_pairs: tuple[str, ...] = ()
     """corpora that give the contrast no pair"""
     changes: Changes = field(default_factory=Changes)
     """since the checkpoint was written"""
+    choice: Choice | None = None
+    """that, with its numbers; None where the config names a strategy"""
 
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack) -> ResumePoint:
@@ -50,17 +56,14 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
     until_end: takes the first process's lock on the run folder.
     """
 
+    has = min(mesh.world.gather_objects(available(local_processes(mesh.world.size))), key=lambda memory: memory.size)
+
     def decide() -> ResumePoint | str:
         try:
             settings = check(config, mesh.world.size)
             until_end.enter_context(lock_run_folder(Path(config.train.output)))
             check_space(config)  # again: it is there now, and others write too
-            point = _resolve(config, settings)
-            ledger = Ledger.from_json(point.progress.ledger)
-            readings = [ledger.reading_at(phase.first, phase.config)[0] for phase in phases_of(config)]
-            slots = [reading.images_per_pack or 1 for reading in readings]
-            check_memory(config, mesh.world.size, local_processes(mesh.world.size), slots)
-            return point
+            return _resolve(config, settings, mesh.world.size, has)
         except UserError as error:
             return str(error)
         except OSError as error:
@@ -72,7 +75,7 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
     return decision
 
 
-def _resolve(config: Config, settings: dict[str, Any]) -> ResumePoint:
+def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:
     run = Path(config.train.output)
     check_output(run, config)  # again: another run may have begun there before it was locked
     folder, rejected = checkpoint.choose(run, config.checkpoint.resume)
@@ -83,13 +86,21 @@ def _resolve(config: Config, settings: dict[str, Any]) -> ResumePoint:
         previous = Ledger.from_json(saved.ledger)
         check_corpora(previous, config)
     ledger = open_run_ledger(config, objectives.create(config).sequences, previous, saved.step, saved.packs)
+    slots = slots_of(ledger, config)
+    check_memory(config, processes, has, slots)
+    choice = choose_strategy(config, processes, has, slots, saved if folder else None)
+    if choice and choice.needs:
+        stop_forkserver()  # of the simulation
+    config, progress = with_choice(config, replace(saved, ledger=ledger.to_json()), choice)
     replace_text(run / CONFIG, to_yaml(config))
     return ResumePoint(
         folder,
-        replace(saved, ledger=ledger.to_json()),
+        progress,
         rejected,
         settings,
+        config,
         find_initial_weights(config) if folder is None else None,
         without_pairs(config),
         changes_since(folder, config) if folder else Changes(),
+        choice,
     )

@@ -81,6 +81,7 @@ def _train(config: Config, signals: Signals) -> Path:
             contextlib.ExitStack() as until_end,
         ):
             point = resolve_resume_point(config, mesh, until_end)
+            config = point.config
             module = build_module(config, mesh, pipeline_partition(config, mesh, point), point.weights)
             engine = build_engine(module, config, mesh, point.deepspeed)
             run = Path(config.train.output)
@@ -138,6 +139,10 @@ class Training:
         """Load what the run resumes from, and log it."""
         point, telemetry = self.point, self.telemetry
         self._log_rejected(point.rejected)
+        if point.choice:
+            telemetry.say(f"contrast: {point.choice}")
+            needs = point.choice.needs or point.choice.bound
+            telemetry.write({"step": point.progress.step, "strategy": point.choice.strategy, "retain_bytes": needs})
         for path in point.without_pairs:
             telemetry.say(f"{path} gives the contrast no pair")
         self._go_to(point.folder, point.progress)

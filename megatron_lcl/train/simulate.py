@@ -35,7 +35,9 @@ from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, quiet_deepspeed
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.heap import Heap
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
+from megatron_lcl.train.precision import resolve_dtype
 
 _SIMULATED = 3
 """micro-batches of a simulated step, at most: each one more keeps as much as the last"""
@@ -71,6 +73,8 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     images_per_pack: image slots of a pack; each pack is taken to be full of sequences as long as the context.
     """
     data = check_layout(config, processes)
+    # as it would be here, but for kernels that only a GPU has: those that stand in for them keep the same
+    config = configs.replace(config, train__dtype=resolve_dtype(config), train__attention="auto")
     wanted = num_micro_batches(config, data)
     counts = [wanted] if wanted <= _SIMULATED else [_SIMULATED - 1, _SIMULATED]
     with ProcessPoolExecutor(len(counts), forkserver(), max_tasks_per_child=1) as pool:
@@ -126,33 +130,69 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
 
 
 class _Storages(TorchDispatchMode):
-    """Bytes of all storages alive, and the most that there were. Numbers asked of a tensor without data are 1."""
+    """Bytes of all storages alive, and the most that there were. Numbers asked of a tensor without data are 1.
+
+    `process` is what a process on a CPU has of them. Small ones, freed, stay with it. Of the others it has the pages
+    that were written: a buffer that is filled in part counts in part. And gloo copies what it gathers or scatters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.process = 0
-        self._small = self._heap = 0
-        """bytes of those whose memory is kept when they are freed: now, and the most"""
+        self._heap = Heap()
+        """of those whose memory is kept when they are freed"""
+        self._written = 0
+        """of the others, what was written"""
+        self._copies = 0
+        """gloo's largest copy of those whose memory is kept: its threads have a heap of their own"""
         self._sizes: dict[int, int] = {}
+        self._places: dict[int, int] = {}
+        self._ranges: dict[int, list[tuple[int, int]]] = {}
 
-    def _add(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> bool:
+        """Count the tensor's storage, if it is new; whether it is."""
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self._count(self._sizes[key])
-            weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self._count(-self._sizes.pop(key))
-
-    def _count(self, size: int) -> None:
+        if key in self._sizes or tensor.device.type == "meta":  # DeepSpeed keeps shapes so
+            return False
+        size = self._sizes[key] = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        if abs(size) <= KEPT:
-            self._small += size
-            self._heap = max(self._heap, self._small)
-        self.process = max(self.process, self._heap + self.now - self._small)
+        if size <= KEPT:
+            self._places[key] = self._heap.take(size)
+        else:
+            self._ranges[key] = []
+        weakref.finalize(storage, self._free, key)
+        return True
+
+    def _free(self, key: int) -> None:
+        size = self._sizes.pop(key)
+        self.now -= size
+        if size <= KEPT:
+            self._heap.give(self._places.pop(key), size)
+        else:
+            self._written -= _length(self._ranges.pop(key))
+
+    def _write(self, tensor: torch.Tensor) -> None:
+        """What the tensor shows of its storage is written."""
+        key = id(tensor.untyped_storage())
+        if key in self._ranges and tensor.numel():
+            first = int(tensor.storage_offset()) * tensor.element_size()
+            last = sum((n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            ranges = self._ranges[key]
+            self._written -= _length(ranges)
+            ranges[:] = _merged([*ranges, (first, first + (last + 1) * tensor.element_size())])
+            self._written += _length(ranges)
+
+    def _copy(self, size: int) -> None:
+        """gloo copies so much while it sends."""
+        if size <= KEPT:
+            self._copies = max(self._copies, size)
+        else:
+            self._look(size)
+
+    def _look(self, more: int = 0) -> None:
+        self.process = max(self.process, self._heap.size + self._copies + self._written + more)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch._subclasses.fake_tensor import FakeTensor
@@ -161,10 +201,57 @@ class _Storages(TorchDispatchMode):
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
+        reserves = func.overloadpacket in _RESERVING
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf)
+            if isinstance(leaf, torch.Tensor) and self._add(leaf) and not reserves:
+                self._write(leaf)
+        for leaf in _written_by(func, args, kwargs or {}):
+            self._write(leaf)
+        if func.overloadpacket in _COPIED:
+            self._copy(sum(leaf.nbytes for leaf in tree_leaves(args[_COPIED[func.overloadpacket]])))
+        self._look()
         return out
+
+
+_RESERVING = {
+    getattr(torch.ops.aten, f"{name}")
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+"""they give memory that is not written"""
+_COPIED = {
+    torch.ops.c10d._allgather_base_: 0,
+    torch.ops.c10d.allgather_: 0,
+    torch.ops.c10d.allgather_into_tensor_coalesced_: 0,
+    torch.ops.c10d._reduce_scatter_base_: 1,
+    torch.ops.c10d.reduce_scatter_tensor_coalesced_: 1,
+}
+"""collectives of which gloo copies an argument, all of it: what an all-gather gives, what a reduce-scatter takes"""
+
+
+def _written_by(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    """The tensors that an operation writes into."""
+    if func.namespace == "c10d":
+        yield from (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+        return
+    for n, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[n] if n < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor))
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of ranges [first, end) those that overlap or touch as one."""
+    merged: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((first, end))
+    return merged
+
+
+def _length(ranges: Sequence[tuple[int, int]]) -> int:
+    return sum(end - first for first, end in ranges)
 
 
 @contextlib.contextmanager
@@ -215,6 +302,7 @@ def _without_data() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (partition, coordinator, stage3):
             stack.enter_context(mock.patch.object(module, "assert_ints_same_as_other_ranks", mock.Mock()))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=False))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", torch.no_grad()(apply)))
         stack.enter_context(mock.patch.object(GlobalCounts, "of", counts))
         stack.enter_context(mock.patch.object(attention, "_by_sequence", attend))

@@ -186,7 +186,7 @@ class Checkpointer:
         """What the first process does once the files of all processes are there; the result of `tidy`."""
         state, config = State(temporary / STATE, self.config.model), to_yaml(self.config)
         files[WEIGHTS] = state.write_weights(temporary / WEIGHTS)
-        texts = {CONFIG: config, PROGRESS: json.dumps(asdict(progress))}
+        texts = {CONFIG: config, PROGRESS: checkpoint.progress_text(progress)}
         folders = [f"{AVERAGES}/{name}" for name in state.averages]
         for name, folder in zip(state.averages, folders, strict=True):
             (temporary / folder).mkdir(parents=True)

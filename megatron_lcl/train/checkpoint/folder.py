@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +82,17 @@ class Progress:
     """what was counted of bad steps (train.resilience.bad_steps.BadSteps.state)"""
     averaged: dict[str, int] = field(default_factory=dict)
     """of how many steps the weights are in each average (train.averages)"""
+    contrast: dict[str, Any] = field(default_factory=dict)
+    """what `contrast.strategy: auto` came to (train.strategy.Choice); empty where the config names a strategy"""
     layout: Layout = Layout()
     """layout that wrote the checkpoint; filled in by `Checkpointer.save`"""
     code: dict[str, str] = field(default_factory=dict)
     """versions that wrote the checkpoint; filled in by `Checkpointer.save`"""
+
+
+def progress_text(progress: Progress) -> str:
+    """What `progress.json` holds; what was not chosen has no entry."""
+    return json.dumps({key: item for key, item in asdict(progress).items() if key != "contrast" or item})
 
 
 def step_folder(run: Path, step: int) -> Path:

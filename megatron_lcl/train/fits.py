@@ -1,0 +1,151 @@
+"""Whether a run fits into the memory there is, and if not, the nearest that does.
+
+A run is refused for its lower bound alone (`memory.estimate`), which takes no time. What is named in its place has been
+simulated (`simulate`), which takes half a minute, but only then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
+from megatron_lcl.errors import UserError
+from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.memory import (
+    Estimate,
+    Memory,
+    Slots,
+    estimate,
+    in_gb,
+    largest_estimate,
+    run_slots,
+    slots_of_phases,
+)
+
+ROOM = 0.9
+"""the share of the memory that a simulated step may take: such have been within 10 % of what was measured, and have
+nothing of the allocator's fragments, the device's context and the network library"""
+
+SAVINGS: tuple[tuple[str, Any], ...] = (
+    ("contrast.strategy", "recompute"),
+    ("train.micro_batch", 1),
+    ("train.activation_checkpointing", "full"),
+    ("zero.stage", 2),
+    ("zero.stage", 3),
+    ("parallel.tensor", 2),
+    ("parallel.tensor", 4),
+    ("parallel.tensor", 8),
+)
+"""settings that need less, the cheapest first"""
+_TRIES = 3
+"""simulations of a search, at most"""
+
+
+def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_gpu: bool = False) -> float:
+    """Bytes that the process which has most holds in a step of the run's largest phase, simulated.
+
+    Of a pipeline every stage is looked at, all with equally many layers: which they will have is measured at the start.
+    """
+    from megatron_lcl.train.simulate import simulate  # the whole engine, for which most starts have no use here
+
+    largest, images = _largest(config, processes, images_per_pack)
+    data, tensor = check_layout(config, processes), config.parallel.tensor
+    ranks = range(0, processes, data * tensor)  # the first of each stage; the others hold the same
+    with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:
+        found = pool.map(lambda rank: simulate(largest, processes, images, rank), ranks)
+        return max(usage.peak if on_gpu else usage.process for usage in found)
+
+
+def _largest(config: Config, processes: int, images_per_pack: Slots) -> tuple[Config, int]:
+    """The config of the phase whose lower bound is largest, and the image slots of its packs."""
+    phases, slots = [phase.config for phase in phases_of(config)], slots_of_phases(config, images_per_pack)
+    pairs = zip(phases, slots, strict=True)
+    largest, images = max(pairs, key=lambda pair: estimate(pair[0], processes, pair[1]).total)
+    return largest, images or largest.data.images_per_pack or 1
+
+
+def check_memory(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> Estimate:
+    """What a process needs at least; UserError where it is not there, with its parts and the nearest that fits.
+
+    has: what a process has.
+    """
+    needs = largest_estimate(config, processes, images_per_pack)
+    if needs.total > has.size:
+        raise UserError(
+            f"a step needs at least {needs.describe()} a process, and {has.where} GB; "
+            + remedy(config, processes, has, images_per_pack)
+        )
+    return needs
+
+
+def remedy(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> str:
+    """What to do so that a step fits into what a process has: the fewest flags, and how many GPUs do without them."""
+    if config.contrast.strategy == "auto":  # it has come down to that
+        config = configs.replace(config, contrast__strategy="recompute")
+    slots, note = _known_slots(config, images_per_pack)
+    more = [processes << n for n in range(1, 13)] if has.on_gpu else []  # on a CPU they would share what there is
+    fewest = ((changed, processes, f"add {_typed(settings)}") for changed, settings in _changed(config))
+    widest = ((config, n, f"take {n:,} processes in place of {processes:,}") for n in more)
+    found = [_first(tried, has, slots, note) for tried in (fewest, widest)]
+    if not any(found):
+        smallest, settings = min(_changed(config), key=lambda pair: _bound(pair[0], processes, slots))
+        both = ((smallest, n, f"add {_typed(settings)} and take {n:,} processes") for n in more)
+        found = [_first(both, has, slots, note)]
+    return ", or ".join(filter(None, found)) or (
+        "nothing that was tried fits: make packs smaller (--data.tokens_per_pack), or the model"
+    )
+
+
+def _known_slots(config: Config, images_per_pack: Slots) -> tuple[Slots, str]:
+    """Image slots of a pack in each phase: as the run will have them, or, without its corpora, as many as have room."""
+    if images_per_pack is not None or config.data.images_per_pack:
+        return images_per_pack, ""
+    try:
+        return run_slots(config)[0], ""
+    except (UserError, OSError):
+        phases = [phase.config for phase in phases_of(config)]
+        places = [(phase.data.tokens_per_pack, phase.model.vision.num_placeholders + 2) for phase in phases]
+        return [max(1, tokens // of_image) for tokens, of_image in places], ", with packs full of images"
+
+
+def _first(candidates: Iterable[tuple[Config, int, str]], has: Memory, images_per_pack: Slots, note: str) -> str | None:
+    """What is said of the first config and number of processes with which a simulated step fits; None: of none."""
+    within = (one for one in candidates if _bound(one[0], one[1], images_per_pack) <= ROOM * has.size)
+    for config, processes, said in itertools.islice(within, _TRIES):
+        needs = predicted(config, processes, images_per_pack, has.on_gpu)
+        if needs <= ROOM * has.size:
+            return f"{said} (then about {in_gb(needs)} GB{note})"
+    return None
+
+
+def _changed(config: Config) -> Iterator[tuple[Config, dict[str, Any]]]:
+    """The config with one setting of SAVINGS, then with two, then with three, and these settings."""
+    for number in (1, 2, 3):
+        for settings in itertools.combinations(SAVINGS, number):
+            chosen = dict(settings)
+            if len(chosen) == number and all(_get(config, field) != value for field, value in settings):
+                yield configs.replace(config, **{f.replace(".", "__"): v for f, v in settings}), chosen
+
+
+def _get(config: Config, field: str) -> Any:
+    section, name = field.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _bound(config: Config, processes: int, images_per_pack: Slots) -> float:
+    """The lower bound; infinite where the layout does not go."""
+    try:
+        return largest_estimate(config, processes, images_per_pack).total
+    except UserError:
+        return math.inf
+
+
+def _typed(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"--{field} {value}" for field, value in settings.items())

@@ -1,0 +1,162 @@
+"""What a simulated step counts, against sums on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_processes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_lcl import config as configs
+from megatron_lcl.model.layers import num_parameters
+from megatron_lcl.model.lcl import pack_padded
+from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, init_processes
+from megatron_lcl.train.heap import Heap
+from megatron_lcl.train.simulate import _Storages, simulate
+
+BIG = KEPT // 4 * 2
+"""numbers of a tensor of 64 MiB, float32, whose memory is given back"""
+
+
+@pytest.fixture
+def storages() -> Iterator[_Storages]:
+    with FakeTensorMode(), _Storages() as storages:
+        yield storages
+
+
+def test_of_a_buffer_what_is_written_counts(storages: _Storages) -> None:
+    buffer = torch.empty(BIG)
+    assert (storages.peak, storages.process) == (4 * BIG, 0)
+    buffer[: BIG // 4].fill_(1.0)
+    buffer[BIG // 8 : BIG // 2].fill_(1.0)
+    assert storages.process == 4 * BIG // 2
+    buffer.add_(1.0)
+    assert storages.process == 4 * BIG
+
+
+def test_small_ones_stay_when_they_are_freed(storages: _Storages) -> None:
+    small = torch.zeros(BIG // 4)
+    del small
+    large = torch.zeros(BIG)
+    assert storages.now == storages.peak == 4 * BIG
+    del large
+    assert storages.now == 0
+    assert storages.process == pytest.approx(4 * BIG + BIG, rel=1e-5)
+
+
+def test_what_lies_between_others_may_be_too_small() -> None:
+    """As of an allocator that moves nothing."""
+    heap = Heap()
+    places = [heap.take(1000 * n) for n in (4, 1, 5, 1)]
+    heap.give(places[0], 4000)
+    heap.give(places[2], 5000)
+    before = heap.size
+    assert heap.take(3900) == places[0], "the smallest that is large enough"
+    heap.take(4500)
+    assert heap.size == before
+    heap.take(600)
+    assert heap.size > before, "what is left of both is smaller"
+    heap.give(places[1], 1000)
+    heap.give(places[0], 3900)
+    assert heap.take(4900) == places[0], "neighbors are one"
+    heap = Heap()
+    places = [heap.take(1000) for _ in range(3)]
+    heap.give(places[1], 1000)
+    assert heap.take(1000) > places[2], "glibc wants some bytes more, to align the block in them"
+
+
+def test_shapes_alone_are_no_memory(storages: _Storages) -> None:
+    kept = torch.zeros(BIG, device="meta")
+    assert storages.peak == storages.process == 0, kept.shape
+
+
+def test_gloo_copies_what_it_gathers_and_scatters() -> None:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with FakeTensorMode(), _Storages() as storages:
+            whole, half = torch.zeros(BIG), torch.zeros(BIG // 2)
+            held = whole.nbytes + half.nbytes
+            dist.all_reduce(whole)
+            assert storages.process == pytest.approx(held, rel=1e-5)
+            dist.all_gather_into_tensor(whole, half)
+            assert storages.process == pytest.approx(held + whole.nbytes, rel=1e-5)
+            larger = torch.zeros(2 * BIG)
+            held += larger.nbytes
+            dist.reduce_scatter_tensor(whole, larger)
+            assert storages.process == pytest.approx(held + larger.nbytes, rel=1e-5)
+            assert storages.peak == held, "a GPU's library copies nothing"
+    finally:
+        dist.destroy_process_group()
+
+
+SMALL = {"width": 64, "layers": 2, "heads": 2, "mlp_width": 128}
+TREE: dict[str, Any] = {
+    "model": {
+        "vision": {**SMALL, "image_size": 32, "patch_size": 8},
+        "language": {**SMALL, "context_length": 64, "vocab_size": 403},
+        "pool_heads": 2,
+    },
+    "data": {"tokens_per_pack": 256, "images_per_pack": 8},
+    "train": {"dtype": "float32", "global_batch": 4},
+}
+
+
+def test_a_model_on_one_process() -> None:
+    """Weights, AdamW's float32 state, images and their integers: all of it follows from the config."""
+    config = configs.replace(configs.from_dict(TREE), train__global_batch=5)
+    usage, numbers = simulate(config, 1, 8), num_parameters(config.model)
+    assert usage.parameters == 4 * numbers
+    assert 4 * 3 * numbers <= usage.optimizer < 4 * 3 * numbers + 1000, "master weights and two moments"
+    images = 5 * 8 * 3 * 32 * 32
+    assert images < usage.batches < images + 5 * 4 * 10_000
+    assert usage.graphs > 5 * 4 * 256 * 2 * (8 * 64 + 2 * 128), "of every block of every row, as memory.py counts"
+    assert usage.peak >= usage.parameters + usage.optimizer + usage.batches + usage.graphs
+
+
+def held(rank: int, tree: dict[str, Any]) -> tuple[int, int]:
+    """What tensors of a real process hold between steps and at most, counted in the same way."""
+    config = configs.from_dict(tree)
+    mesh = init_processes(config)
+    packs, length = config.train.micro_batch, 64
+    special = SpecialTokens.of(config.model.language.vocab_size)
+    image = [special.soi, *[special.placeholder] * config.model.vision.num_patches, special.eoi]
+    head = [special.sot, 5, *image, 6, *image]
+    row = torch.tensor([*head, *[7] * (length - len(head) - 1), special.eot])
+    try:
+        with _Storages() as storages:
+            batches = []
+            for _ in range(4 // packs // mesh.data.size):
+                pixels = torch.zeros(packs * 8, 3, 32, 32, dtype=torch.uint8)
+                rows = torch.full((packs * 4,), length)
+                batches.append(pack_padded(row.repeat(packs * 4, 1), rows, pixels, config.model))
+            stepper = build_stepper(build_engine(build_module(config, mesh), config, mesh), config, mesh)
+            stepper.run(batches, 1e-3)
+            between = storages.peak = storages.now
+            stepper.run(batches, 1e-3)
+            return between, storages.peak
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel": {"tensor": 2}},
+        {"parallel": {"pipeline": 2}},
+        {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}},
+    ],
+    ids=["tensor", "pipeline", "ZeRO-3"],
+)
+def test_tensors_hold_what_those_of_real_processes_hold(layout: dict[str, Any]) -> None:
+    config = configs.from_dict(TREE | layout)
+    (*_, real) = run_processes(held, 2, configs.to_dict(config))
+    usage = simulate(config, 2, 8, rank=1)
+    simulated = usage.parameters + usage.optimizer + usage.batches, usage.peak
+    assert simulated == pytest.approx(real, rel=0.01)
