@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from megatron_lcl.errors import UserError
 
@@ -38,3 +39,24 @@ def single_input(options: argparse.Namespace) -> str:
     if others:
         raise UserError(f"`{options.command}` takes one {options.input_name}, not also {others[0]!r}")
     return first
+
+
+def overrides_of(rest: Sequence[str]) -> dict[str, str]:
+    """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false."""
+    from megatron_lcl import config as configs
+
+    switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
+    overrides: dict[str, str] = {}
+    items = deque(rest)
+    while items:
+        item = items.popleft()
+        if not item.startswith("--"):
+            raise UserError(f"unexpected argument {item!r}; overrides are --section.key value")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            alone = not items or items[0].startswith("--")
+            if alone and key.replace("-", "_") not in switches:
+                raise UserError(f"--{key} has no value")
+            value = "true" if alone else items.popleft()
+        overrides[key] = value
+    return overrides

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_lcl.cli.arguments import overrides_of
+
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parsers of these commands."""
@@ -32,7 +34,6 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from megatron_lcl import config as configs
-    from megatron_lcl.cli.training import _overrides
     from megatron_lcl.errors import UserError
     from megatron_lcl.plan import describe, run
 
@@ -40,7 +41,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
         raise UserError(f"--images {options.images:g}: give a number above 0")
     if options.write and Path(options.write).exists():
         raise UserError(f"{options.write} exists; name another file for --write")
-    config = configs.load(options.config, _overrides(rest))
+    config = configs.load(options.config, overrides_of(rest))
     say = lambda line: print(f"({line})", file=sys.stderr, flush=True)  # noqa: E731
     found = run.plan(config, options.gpus, options.gpu, options.nodes, options.images_per_pack, say)
     for line in describe.lines(found, options.images):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lcl.cli.arguments import add_input, inputs
+from megatron_lcl.cli.arguments import add_input, inputs, overrides_of
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,13 +131,13 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.sweep:
         from megatron_lcl.train import sweep
 
-        runs = sweep.members(options.config, _overrides(rest), options.sweep)
+        runs = sweep.members(options.config, overrides_of(rest), options.sweep)
         if (of_task := sweep.of_array(runs, os.environ)) is None:
             return _sweep(options, rest, runs)
         rest = [*rest, *of_task.arguments()]
     elif options.fail_fast:
         raise UserError("--fail-fast goes with --sweep")
-    config = configs.load(options.config, _overrides(rest))
+    config = configs.load(options.config, overrides_of(rest))
     if options.print_config:
         print(configs.to_yaml(config), end="")
         return 0
@@ -220,7 +219,7 @@ def _claim(options: argparse.Namespace, rest: list[str]) -> int:
             Path(options.output),
             Path(options.sets) if options.sets else None,
             Path(options.config) if options.config else None,
-            _overrides(rest),
+            overrides_of(rest),
             parts.IMAGES if options.images is None else options.images,
             _numbers("--seeds", options.seeds, int) or parts.SEEDS,
             _numbers("--rates", options.rates, float) or parts.RATES,
@@ -306,24 +305,3 @@ def _add_fields(sub: argparse.ArgumentParser) -> None:
     for name, kind, default, help in configs.describe():
         lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
     sub.epilog = "\n".join(lines)
-
-
-def _overrides(rest: Sequence[str]) -> dict[str, str]:
-    """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false."""
-    from megatron_lcl import config as configs
-
-    switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
-    overrides: dict[str, str] = {}
-    items = deque(rest)
-    while items:
-        item = items.popleft()
-        if not item.startswith("--"):
-            raise UserError(f"unexpected argument {item!r}; overrides are --section.key value")
-        key, equals, value = item[2:].partition("=")
-        if not equals:
-            alone = not items or items[0].startswith("--")
-            if alone and key.replace("-", "_") not in switches:
-                raise UserError(f"--{key} has no value")
-            value = "true" if alone else items.popleft()
-        overrides[key] = value
-    return overrides

@@ -198,8 +198,8 @@ class _Storages(TorchDispatchMode):
         from torch._subclasses.fake_tensor import FakeTensor
 
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            dtype = args[0].dtype  # uint8: DeepSpeed's flag of an overflow
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else int(dtype != torch.uint8)
         out = func(*args, **(kwargs or {}))
         reserves = func.overloadpacket in _RESERVING
         for leaf in tree_leaves(out):
