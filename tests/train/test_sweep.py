@@ -13,6 +13,7 @@ from small_corpus import make_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
+from megatron_lcl.cli.arguments import overrides_of
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
@@ -49,7 +50,7 @@ def test_members_are_the_product_and_say_their_values() -> None:
     ]
     weights = [(m.config.objective.contrastive_weight, m.config.train.seed, m.config.train.output) for m in found]
     assert weights[2] == (0.1, 0, "runs/x/contrastive_weight=0.1,seed=0")
-    assert configs.load(None, main_overrides(found[2])) == found[2].config, "its arguments make the same run"
+    assert configs.load(None, overrides_of(found[2].arguments())) == found[2].config, "its arguments make the same run"
     assert names("objective.name=lcl,coca") == ["objective=lcl", "objective=coca"]
     assert names("data.seed=1", "train.seed=1,2") == ["data.seed=1,train.seed=1", "data.seed=1,train.seed=2"]
     assert names("optimizer.betas=[0.9,0.95],[0.9,0.98]") == ["betas=[0.9,0.95]", "betas=[0.9,0.98]"]
@@ -57,12 +58,6 @@ def test_members_are_the_product_and_say_their_values() -> None:
     long = names("train.init_from=" + "a" * 300 + "," + "a" * 299 + "b")
     assert len(set(long)) == 2
     assert max(map(len, long)) <= sweep.MAX_NAME
-
-
-def main_overrides(member: Member) -> dict[str, str]:
-    from megatron_lcl.cli.training import _overrides
-
-    return _overrides(member.arguments())
 
 
 @pytest.mark.parametrize(
