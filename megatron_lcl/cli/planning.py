@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="where the config leaves them to the corpora (default: as many as fit with 100 tokens of text each)",
     )  # fmt: skip
     sub.add_argument("--write", metavar="FILE", help="the config in the best layout, whole, as YAML")
+    sub.add_argument(
+        "--json", metavar="FILE",
+        help="numbers of the config's own layout; as RUN/plan.json `report` shows them beside what was measured",
+    )  # fmt: skip
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
@@ -46,6 +51,9 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     found = run.plan(config, options.gpus, options.gpu, options.nodes, options.images_per_pack, say)
     for line in describe.lines(found, options.images):
         print(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps(describe.numbers(found), indent=1) + "\n", encoding="utf-8")
+        print(f"written     {options.json}")
     if options.write:
         run.write(found.best.config, Path(options.write))
         print(f"written     {options.write}")

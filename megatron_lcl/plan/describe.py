@@ -38,6 +38,29 @@ def lines(plan: Plan, images: float | None = None, shown: int = SHOWN) -> Iterat
     yield from _refused(plan.refused)
 
 
+def numbers(plan: Plan) -> dict[str, str | float | bool]:
+    """What `plan --json` writes, under the names of metrics: of the config's layout, or if it does not fit the best.
+
+    Of a run with phases: of the one that needs most.
+    """
+    layout = plan.own or plan.best
+    of = layout.prediction
+    assert of is not None
+    return {
+        "layout": layout.name,
+        "processes": plan.target.processes,
+        "device": plan.device,
+        "is_measured": plan.device == "cpu",
+        "step_seconds": of.seconds,
+        "images_per_second": of.images_per_second,
+        "tokens_per_second": of.tokens / of.seconds,
+        "flops_per_second": of.flops.total / of.seconds,
+        "mfu": of.mfu,
+        "memory_peak_bytes": layout.needs,
+        "memory_is_bound": not layout.usages,
+    }
+
+
 def num_of_parts(model: Model) -> dict[str, int]:
     """Parameters of each part of the model."""
     first = {"vision": 0, "pool": 1 + model.vision.layers, "language": 2 + model.vision.layers}

@@ -32,7 +32,7 @@ from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import NAMES, groups
 from megatron_lcl.report.gallery import read_gallery, read_json, read_others
 from megatron_lcl.report.series import Metrics
-from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.run_folder import CONFIG, PLAN
 from megatron_lcl.train.checkpoint.folder import last_ledger
 
 REPORT = "report.html"
@@ -79,12 +79,13 @@ class RunPage:
         root = Path(__file__).resolve().parents[2]
         evaluation, events = read_json(run / RESULT), metrics.incidents()
         last = metrics.last if "images_per_second" in metrics.last else None
-        profile = list(_profile(run, folder))
+        profile, planned = list(_profile(run, folder)), read_json(run / PLAN) or {}
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
             "heldout": evaluation,
             "labelled": (labeled := read_json(run / LABELED)),
             "curves": (drawn := groups(metrics.series, metrics.last_step, events)),
+            "plan": (beside_plan := list(_beside_plan(planned, metrics))),
             "events": events,
             "retrieval": (examples := _examples(read_json(run / EXAMPLES), evaluation)),
             "profile": profile,
@@ -104,6 +105,8 @@ class RunPage:
             others=read_others(run),
             last=last,
             groups=drawn,
+            planned=planned,
+            beside_plan=beside_plan,
             events=events,
             marks={event.kind for event in events},
             event_names=NAMES,
@@ -149,6 +152,7 @@ SECTIONS = {
     "heldout": "Held-out documents",
     "labelled": "Labelled images",
     "curves": "Curves",
+    "plan": "Plan",
     "events": "What happened",
     "retrieval": "Retrieval",
     "batch": "First batch",
@@ -166,6 +170,24 @@ def template(name: str) -> jinja2.Template:
     return jinja2.Environment(loader=jinja2.PackageLoader("megatron_lcl.report", "."), autoescape=True).get_template(
         name
     )
+
+
+def _beside_plan(planned: Mapping[str, Any], metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
+    """What it is, as planned, as last measured, and the second of the first."""
+    for name, title, factor, unit in (
+        ("step_seconds", "a step", 1, " s"),
+        ("images_per_second", "images a second", 1, ""),
+        ("tokens_per_second", "tokens a second", 1, ""),
+        ("flops_per_second", "TFLOP a second", 1e-12, ""),
+        ("mfu", "MFU", 100, " %"),
+        ("memory_peak_bytes", "peak memory of a process", 2**-30, " GiB"),
+    ):
+        series = metrics.series.get(name)
+        plan, last = planned.get(name), series.last if series is not None else None
+        if plan is None or last is None:
+            continue
+        least = "at least " if name == "memory_peak_bytes" and planned.get("memory_is_bound") else ""
+        yield title, f"{least}{factor * plan:,.4g}{unit}", f"{factor * last:,.4g}{unit}", f"{last / plan:.2f}"
 
 
 def _tiles(metrics: Metrics) -> Iterator[tuple[str, str, str]]:

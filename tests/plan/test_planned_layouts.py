@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,13 @@ def test_the_command_says_what_was_found_and_writes_the_best(
     file, best = tmp_path / "run.yaml", tmp_path / "best.yaml"
     file.write_text(configs.to_yaml(config_of(train__micro_batch=2)))
     arguments = ["plan", "--config", str(file), "--gpus", "4", "--images-per-pack", "2", "--images", "864000"]
-    assert main([*arguments, "--write", str(best), "--train.steps", "77"]) == 0
+    numbers = ["--json", str(tmp_path / "plan.json")]
+    assert main([*arguments, *numbers, "--write", str(best), "--train.steps", "77"]) == 0
     text = capsys.readouterr().out
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["layout"] in text
+    assert planned["images_per_second"] * planned["step_seconds"] == pytest.approx(8 * 2), "8 packs of 2 images"
+    assert (planned["processes"], planned["is_measured"]) == (4, False)
     (name,) = [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("best ")]
     written = configs.load(best)
     assert layouts.name_of(written) == name.removesuffix(", as the config has it")

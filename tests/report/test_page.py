@@ -47,6 +47,18 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert "fetch(" not in page, "only a page that is served follows the run"
 
 
+def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
+    assert not section(write_report(run).read_text(), "plan").strip()
+    planned = {"layout": "tensor 2", "processes": 4, "device": "h100", "is_measured": False, "memory_is_bound": True}
+    planned |= {"step_seconds": 0.2, "mfu": 0.5, "memory_peak_bytes": 2**31, "flops_per_second": 1e12}
+    (run / "plan.json").write_text(json.dumps(planned))
+    found = section(write_report(run).read_text(), "plan")
+    for row in ("a step|0.2 s|0.1 s|0.50", "MFU|50 %|40 %|0.80", "peak memory of a process|at least 2 GiB|3 GiB|1.50"):
+        assert "</td><td>".join(row.split("|")) in found, row
+    assert "tensor 2 on 4 processes (h100, by its data sheet)" in found
+    assert "TFLOP a second" not in found, "the run has no such metric"
+
+
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     page = write_report(run, tmp_path / "elsewhere" / "x.html").read_text()
