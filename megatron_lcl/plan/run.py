@@ -89,8 +89,14 @@ def plan(
     too_large = sorted([*failed, *too_large], key=lambda layout: layout.needs)
     if not fitting or not fitting[0].usages:
         raise UserError(_nothing_fits(config, target, fitting, too_large, refused))
-    own = next((layout for layout in fitting if layout.config == config), None)
+    own = next((layout for layout in fitting if _is_own(layout, config)), None)
     return Plan(config, device, gpus // node_size, target, assumed, fitting, too_large, refused, own)
+
+
+def _is_own(layout: Layout, config: Config) -> bool:
+    """Whether the config asks for the layout; with `contrast.strategy: auto` for the faster of those that fit."""
+    strategies = ("auto", layout.config.contrast.strategy)
+    return config.contrast.strategy in strategies and replace(layout.config, contrast=config.contrast) == config
 
 
 def write(config: Config, file: Path) -> None:

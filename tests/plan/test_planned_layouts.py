@@ -255,6 +255,15 @@ def test_the_command_says_what_was_found_and_writes_the_best(
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_configs_own_layout_is_known_where_it_leaves_the_strategy_open() -> None:
+    config = config_of(contrast__strategy="auto")
+    found = run.plan(config, 4, images_per_pack=IMAGES)
+    assert found.own is not None
+    assert found.own.config.contrast.strategy == "retain", "the faster one"
+    assert dataclasses.replace(found.own.config, contrast=config.contrast) == config
+
+
+@pytest.mark.usefixtures("quick")
 def test_phases_are_added_up() -> None:
     early = {"steps": 3, "image_size": 16}
     found = run.plan(config_of(train__steps=10, schedule__phases=[early]), 2, images_per_pack=IMAGES)
