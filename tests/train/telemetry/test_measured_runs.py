@@ -82,7 +82,7 @@ def test_the_lines_hold_what_the_documentation_names(run: tuple[Path, str]) -> N
         assert line["skipped_steps"] == 0
         assert line["memory_peak_bytes"] > 50e6
     waits = [line["checkpoint_wait_seconds"] for line in lines]
-    assert waits[0] < 0.005 < waits[1], "the checkpoint of step 6 was waited for before the line of step 8"
+    assert waits[0] < waits[1], "the checkpoint of step 6 was waited for before the line of step 8"
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_the_slow_process_is_named_with_its_phase(run: tuple[Path, str]) -> None
     lines = [line for line in fleet.lines(folder) if "loss" in line]
     for line in lines:
         assert (line["slowest_rank"], line["slowest_phase"]) == (1, "forward"), line
-        assert LAG * 0.5 < line["slowest_lag_seconds"] < LAG * 3
+        assert line["slowest_lag_seconds"] > LAG * 0.5
     (report,) = [line["stragglers"] for line in fleet.lines(folder) if "stragglers" in line]
     assert [(row["rank"], row["last"], row["of"], row["phase"]) for row in report] == [(1, 3, 3, "forward")]
     assert re.search(
