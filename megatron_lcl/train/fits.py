@@ -79,7 +79,7 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
     needs = largest_estimate(config, processes, images_per_pack)
     if needs.total > has.size:
         raise UserError(
-            f"a step needs at least {needs.describe()} a process, and {has.where} GB; "
+            f"a step needs at least {needs.describe()} a process, and {has.where}; "
             + remedy(config, processes, has, images_per_pack)
         )
     return needs

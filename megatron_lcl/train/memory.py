@@ -165,9 +165,9 @@ def available(local: int) -> Memory:
     """
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))}", True)
+        return Memory(max(sizes), f"the GPU has {in_gb(max(sizes))} GB", True)
     size = min([_physical(Path("/proc/meminfo")), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-    return Memory(size / local, f"this machine has {in_gb(size)}" + (f" for {local} processes" if local > 1 else ""))
+    return Memory(size / local, f"this machine has {in_gb(size)} GB" + (f" for {local} processes" if local > 1 else ""))
 
 
 def _physical(meminfo: Path) -> float:

@@ -97,7 +97,7 @@ def test_a_dry_run_says_what_and_why(
     assert re.fullmatch(r"contrast    recompute \(auto\): retain would need at least 0\.\d+ GB a process", contrast)
     assert "graphs of a micro-batch" in memory
     (refused,) = dry_run("--contrast.strategy", "retain")
-    assert re.search(r"GB; add --contrast\.strategy recompute \(then about 0\.\d+ GB\)$", refused.strip()), refused
+    assert re.search(r"little; add --contrast\.strategy recompute \(then about 0\.\d+ GB\)$", refused.strip()), refused
     has = Memory(1.0, "this machine has little")
     (refused,) = dry_run()
     assert "nothing that was tried fits" in refused

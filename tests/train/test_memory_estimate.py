@@ -22,7 +22,7 @@ from megatron_lcl.train.memory import Memory, estimate, largest_estimate
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CARD = Memory(79.1 * 2**30, "the GPU has 85", True)
+CARD = Memory(79.1 * 2**30, "the GPU has 85 GB", True)
 
 
 def in_bfloat16(file: Path, **changes: Any) -> Config:
@@ -102,7 +102,7 @@ def test_a_remedy_has_the_fewest_settings(simulated: list[tuple[Config, int]]) -
 
 def test_more_gpus_are_named_where_no_setting_is_enough(simulated: list[tuple[Config, int]]) -> None:
     config = in_bfloat16(ROOT / "configs" / "lcl_vitg_interleaved.yaml", parallel__tensor=1)
-    message = refusal(config, 1, Memory(20e9, "the GPU has 20", True), 23)
+    message = refusal(config, 1, Memory(20e9, "the GPU has 20 GB", True), 23)
     assert re.search(r"; add (--\S+ \S+ )+and take \d+ processes \(then about \S+ GB\)$", message), message
 
 
