@@ -212,6 +212,7 @@ def config_of(arguments: argparse.Namespace, objective: str, dtype: str) -> Any:
         "data.cache": str(arguments.work / "cache"),
         "data.workers": 1,
         "objective.name": objective,
+        "contrast.strategy": "retain",
         "train.dtype": dtype,
         "train.micro_batch": 1,
         "train.global_batch": arguments.packs,
