@@ -7,8 +7,7 @@ import itertools
 from typing import Any
 
 from megatron_lcl import config as configs
-from megatron_lcl.cli import corpus, evaluation, fetching, planning, training
-from megatron_lcl.cli.arguments import Imported
+from megatron_lcl.cli.command import add_commands
 
 
 def config() -> str:
@@ -26,19 +25,13 @@ def config() -> str:
 def commands() -> str:
     """The help of each command, as the terminal has it."""
     lines = []
+    parsers: dict[str, argparse.ArgumentParser] = {}
 
-    def add(name: str, run: Any, help: str, imported: Imported | None = None, **extra: Any) -> argparse.ArgumentParser:
-        parsers[name] = argparse.ArgumentParser(f"megatron-lcl {name}", description=help, allow_abbrev=False, **extra)
-        if imported:
-            later.append((imported, parsers[name]))
+    def make(name: str, help: str, **options: Any) -> argparse.ArgumentParser:
+        parsers[name] = argparse.ArgumentParser(f"megatron-lcl {name}", **options)
         return parsers[name]
 
-    parsers: dict[str, argparse.ArgumentParser] = {}
-    later: list[tuple[Imported, argparse.ArgumentParser]] = []
-    for group in (training, planning, corpus, fetching, evaluation):
-        group.add_commands(add)
-    for imported, parser in later:
-        imported(parser)
+    add_commands(make, is_whole=lambda _: True)
     for name, parser in parsers.items():
         lines += ["", f"## `{name}`", "", "```text", parser.format_help().rstrip(), "```"]
     return "\n".join(lines)

@@ -102,15 +102,22 @@ def _parser(called: str) -> argparse.ArgumentParser:
         formatter_class=_OneLineEach,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch and DeepSpeed; CUDA or not")
-    later: list[tuple[Imported, argparse.ArgumentParser]] = []
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+
+    add_commands(commands.add_parser, lambda name: name == called)
+    return parser
+
+
+def add_commands(make: Callable[..., argparse.ArgumentParser], is_whole: Callable[[str], bool]) -> None:
+    """The parser of every command, by `make(name, help=…, …)`; a whole one also has what must be imported first."""
+    later: list[tuple[Imported, argparse.ArgumentParser]] = []
 
     def add(
         name: str, run: Callable[..., int | None], help: str, imported: Imported | None = None, **extra: object
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **extra)  # type: ignore[arg-type]
+        sub = make(name, help=help, description=help, allow_abbrev=False, **extra)
         sub.set_defaults(run=run)
-        if imported and name == called:
+        if imported and is_whole(name):
             later.append((imported, sub))
         return sub
 
@@ -118,4 +125,3 @@ def _parser(called: str) -> argparse.ArgumentParser:
         group.add_commands(add)
     for imported, sub in later:
         imported(sub)
-    return parser

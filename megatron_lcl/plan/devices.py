@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.telemetry.devices import PEAKS, Peak
 
 MATMUL, ATTENTION, MEMORY, NETWORK = 0.65, 0.35, 0.75, 0.75
 """assumed shares: of peak in large matrix products; of peak in attention, forward and backward, masked pairs not
@@ -24,10 +25,8 @@ class Device:
     """A GPU as published: dense numbers, without sparsity."""
 
     label: str
-    half: float
-    """FLOP/s of matrix products in bfloat16 and float16"""
-    single: float
-    """FLOP/s in float32 (not TF32)"""
+    peak: Peak
+    """of matrix products: the same as a run's MFU is taken of"""
     memory: float
     """bytes"""
     bandwidth: float
@@ -39,20 +38,20 @@ class Device:
 
 
 DEVICES = {
-    # NVIDIA H100 Tensor Core GPU data sheet, SXM5: 1,979 TFLOP/s bfloat16 with sparsity, 67 float32, 80 GB, 3.35 TB/s,
-    # NVLink 900 GB/s both ways; DGX H100 data sheet: an adapter of 400 Gb/s for each GPU
-    "h100": Device("NVIDIA H100 SXM, 80 GB", 989.5e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM5: 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100 data
+    # sheet: an adapter of 400 Gb/s for each GPU
+    "h100": Device("NVIDIA H100 SXM, 80 GB", PEAKS["H100",], 80e9, 3.35e12, 450e9, 50e9),
     # NVIDIA H200 data sheet, SXM: as H100, 141 GB, 4.8 TB/s; DGX H200: 400 Gb/s for each GPU
-    "h200": Device("NVIDIA H200 SXM, 141 GB", 989.5e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
-    # NVIDIA HGX B200 data sheet, of 8 GPUs: 36 PFLOP/s bfloat16 with sparsity, 600 TFLOP/s float32, 1.44 TB; DGX B200:
-    # 64 TB/s, NVLink 14.4 TB/s both ways, 400 Gb/s for each GPU
-    "b200": Device("NVIDIA B200 SXM, 180 GB", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
-    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOP/s bfloat16, 19.5 float32, 80 GB, 2,039 GB/s, NVLink 600 GB/s both
-    # ways; DGX A100 data sheet: 200 Gb/s for each GPU
-    "a100": Device("NVIDIA A100 SXM, 80 GB", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
-    # AMD Instinct MI300X data sheet: 1,307.4 TFLOP/s bfloat16, 163.4 float32, 192 GB, 5.3 TB/s; MI300X Platform data
+    "h200": Device("NVIDIA H200 SXM, 141 GB", PEAKS["H200",], 141e9, 4.8e12, 450e9, 50e9),
+    # NVIDIA HGX B200 data sheet, of 8 GPUs: 1.44 TB; DGX B200: 64 TB/s, NVLink 14.4 TB/s both ways, 400 Gb/s
+    # for each GPU
+    "b200": Device("NVIDIA B200 SXM, 180 GB", PEAKS["B200",], 180e9, 8e12, 900e9, 50e9),
+    # NVIDIA A100 80GB data sheet, SXM: 80 GB, 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100 data sheet: 200 Gb/s
+    # for each GPU
+    "a100": Device("NVIDIA A100 SXM, 80 GB", PEAKS["A100",], 80e9, 2.039e12, 300e9, 25e9),
+    # AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s; MI300X Platform data
     # sheet: 7 links of 128 GB/s both ways; adapters of 400 Gb/s, as systems with it have
-    "mi300x": Device("AMD MI300X, 192 GB", 1307.4e12, 163.4e12, 192e9, 5.3e12, 448e9, 50e9),
+    "mi300x": Device("AMD MI300X, 192 GB", PEAKS["MI300X",], 192e9, 5.3e12, 448e9, 50e9),
 }
 NAMES = (*DEVICES, "cpu")
 
@@ -95,7 +94,7 @@ def check_name(name: str) -> str:
 
 def assumed_rates(device: Device, dtype: str) -> Rates:
     """What a process is assumed to get of a device that has not been measured."""
-    peak = device.single if dtype == "float32" else device.half
+    peak = device.peak.of(dtype)
     matmul, attention = peak * MATMUL, peak * ATTENTION
     return Rates(
         matmul=dict.fromkeys(("vision", "language", "vocabulary"), matmul),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Model
-from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.flops import Sizes
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.plan.devices import Rates
+from megatron_lcl.train.simulate import full_batch
 from megatron_lcl.train.traffic import Sent, of_layout
 
 
@@ -79,22 +79,10 @@ def shapes_of_stage(model: Model, tensor: int, first: int, after: int) -> Mappin
 
 def batch_of(config: Config, images: int, sizes: Sizes) -> PackedBatch:
     """A full micro-batch that has sizes and no data. images: slots of a pack."""
-    vision, packs, slots = config.model.vision, config.train.micro_batch, config.data.tokens_per_pack
-    longest = min(config.model.language.context_length, slots)
-    kept = vision.num_kept if vision.patch_dropout else 0
-    lengths = integer_sizes(packs, slots, images, num_runs(slots, longest), kept)
     with torch.device("meta"):
-        integers: dict[str, Any] = {name: torch.empty(n, dtype=torch.int32) for name, n in lengths.items()}
-        pixels = torch.empty(packs * images, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
-    return PackedBatch(
-        images=pixels,
-        num_targets=sizes.targets,
-        num_pairs=sizes.pairs,
-        num_images=sizes.images,
-        num_tokens=sizes.rows,
-        max_seqlen=longest,
-        num_patches=vision.num_kept,
-        **integers,
+        batch = full_batch(config, images)
+    return replace(
+        batch, num_targets=sizes.targets, num_pairs=sizes.pairs, num_images=sizes.images, num_tokens=sizes.rows
     )
 
 

@@ -26,9 +26,9 @@ def read_others(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def read_json(path: Path) -> Any:
-    """What an evaluation wrote; None where there is no such file. UserError for a damaged one."""
+def read_json(path: Path, command: str = "evaluate") -> Any:
+    """What a command wrote; None where there is no such file. UserError for a damaged one."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); `megatron-lcl evaluate` writes it") from None
+        raise UserError(f"{path} is damaged ({error}); `megatron-lcl {command}` writes it") from None

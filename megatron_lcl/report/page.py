@@ -79,7 +79,7 @@ class RunPage:
         root = Path(__file__).resolve().parents[2]
         evaluation, events = read_json(run / RESULT), metrics.incidents()
         last = metrics.last if "images_per_second" in metrics.last else None
-        profile, planned = list(_profile(run, folder)), read_json(run / PLAN) or {}
+        profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or {}
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
             "heldout": evaluation,

@@ -101,7 +101,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # DeepSpeed's alignment check
     with _processes(processes, rank), _without_data(), FakeTensorMode(), _Storages() as storages:
         mesh = build_mesh(config)
-        batches = [_batch(config, images) for _ in range(num_micro_batches(config, mesh.data.size))]
+        batches = [full_batch(config, images) for _ in range(num_micro_batches(config, mesh.data.size))]
         of_batches = storages.now
         engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
@@ -312,7 +312,7 @@ def _without_data() -> Iterator[None]:
         yield
 
 
-def _batch(config: Config, images: int) -> PackedBatch:
+def full_batch(config: Config, images: int) -> PackedBatch:
     """A micro-batch of full packs, every image a pair, every other row with a target. Only sizes matter."""
     packs, slots, side = config.train.micro_batch, config.data.tokens_per_pack, config.model.vision.image_size
     longest = min(config.model.language.context_length, slots)
