@@ -112,6 +112,9 @@ def _memory(plan: Plan, best: Layout) -> Iterator[str]:
         widths = (10, 17, 11, 13, 11, 11)
         numbers = "".join(f"{in_bytes(part):>{width}}" for part, width in zip(parts, widths, strict=True))
         yield f"            stage {stage:<8}{numbers}"
+        network = f"{in_bytes(usage.network)} of what is sent and received"
+        within = f"{in_bytes(usage.losses)} while a loss is computed, {network}"
+        yield f"            {'':14}in these, each at its most: {within}"
     yield f"            the loader: {_loader(plan, config)}"
 
 

@@ -44,7 +44,7 @@ def usage_of(config: Config, processes: int, images: int, stage: int = 0, simula
     packs = config.train.global_batch - fewer.train.global_batch
     features = 4 * (2 * config.model.language.width + 2) * packs * images
     changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
-    changes |= dict.fromkeys(("peak", "process"), sum(less.values()) + features)
+    changes |= dict.fromkeys(("peak", "process"), sum(less.values()) + features) | {"network": features}
     return Usage(**{name: getattr(found, name) + changes.get(name, 0.0) for name in _FIELDS})
 
 

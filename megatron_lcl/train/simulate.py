@@ -31,6 +31,7 @@ from megatron_lcl import attention
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
+from megatron_lcl.losses import contrastive, generation, sigmoid
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, quiet_deepspeed
@@ -59,6 +60,10 @@ class Usage:
     """the most at one time, all of the above included"""
     process: float
     """the same on a CPU, where a process keeps the memory of small tensors when they are freed (`keep_freed_memory`)"""
+    losses: float
+    """the most that a loss takes while it is computed, its gradients included"""
+    network: float
+    """the most at one time of what is sent or received in a step, but for what stays from step to step"""
 
     @property
     def temporary(self) -> float:
@@ -106,7 +111,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
         engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
         stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
-        resident = storages.peak = storages.now
+        resident = storages.begin_step()
         after_forwards = resident
         forwards = stepper._first_forwards
 
@@ -116,7 +121,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             after_forwards = storages.now
             return outputs
 
-        with mock.patch.object(stepper, "_first_forwards", counted):
+        with mock.patch.object(stepper, "_first_forwards", counted), storages.watching_losses():
             stepper.run(batches, 1e-3)
         parameters = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.module.parameters())
         return Usage(
@@ -126,6 +131,8 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             graphs=after_forwards - resident,
             peak=storages.peak,
             process=storages.process,
+            losses=storages.losses,
+            network=storages.network,
         )
 
 
@@ -148,6 +155,43 @@ class _Storages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._places: dict[int, int] = {}
         self._ranges: dict[int, list[tuple[int, int]]] = {}
+        self.losses = self.network = 0
+        self._top = 0
+        """the most since the loss began that is being computed"""
+        self._resident: set[int] = set()
+        self._sent: set[int] = set()
+        """of those made in this step, what collectives read or write"""
+        self._sending = 0
+        """bytes of these"""
+
+    def begin_step(self) -> int:
+        """The peaks are of what follows; returns the bytes that are there."""
+        self._resident = set(self._sizes)
+        self._sent.clear()
+        self.peak, self.losses, self.network, self._sending = self.now, 0, 0, 0
+        return self.now
+
+    @contextlib.contextmanager
+    def watching_losses(self) -> Iterator[None]:
+        """Measure what the losses take here, forward and backward."""
+
+        def measured(function: Any) -> Any:
+            def call(*args: Any) -> Any:
+                before, outer = self.now, self._top
+                self._top = before
+                try:
+                    return function(*args)
+                finally:
+                    self.losses = max(self.losses, self._top - before)
+                    self._top = max(self._top, outer)
+
+            return staticmethod(call)
+
+        with contextlib.ExitStack() as stack:
+            for kind in (contrastive._ContrastiveFunction, sigmoid._SigmoidFunction, generation._GenerationFunction):
+                for way in ("forward", "backward"):
+                    stack.enter_context(mock.patch.object(kind, way, measured(getattr(kind, way))))
+            yield
 
     def _add(self, tensor: torch.Tensor) -> bool:
         """Count the tensor's storage, if it is new; whether it is."""
@@ -157,7 +201,7 @@ class _Storages(TorchDispatchMode):
             return False
         size = self._sizes[key] = storage.nbytes()
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peak, self._top = max(self.peak, self.now), max(self._top, self.now)
         if size <= KEPT:
             self._places[key] = self._heap.take(size)
         else:
@@ -168,6 +212,10 @@ class _Storages(TorchDispatchMode):
     def _free(self, key: int) -> None:
         size = self._sizes.pop(key)
         self.now -= size
+        self._resident.discard(key)  # another storage may get its id
+        if key in self._sent:
+            self._sent.remove(key)
+            self._sending -= size
         if size <= KEPT:
             self._heap.give(self._places.pop(key), size)
         else:
@@ -183,6 +231,13 @@ class _Storages(TorchDispatchMode):
             self._written -= _length(ranges)
             ranges[:] = _merged([*ranges, (first, first + (last + 1) * tensor.element_size())])
             self._written += _length(ranges)
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        key = id(tensor.untyped_storage())
+        if key in self._sizes and key not in self._resident and key not in self._sent:
+            self._sent.add(key)
+            self._sending += self._sizes[key]
+            self.network = max(self.network, self._sending)
 
     def _copy(self, size: int) -> None:
         """gloo copies so much while it sends."""
@@ -207,6 +262,8 @@ class _Storages(TorchDispatchMode):
                 self._write(leaf)
         for leaf in _written_by(func, args, kwargs or {}):
             self._write(leaf)
+            if func.namespace == "c10d":
+                self._send(leaf)
         if func.overloadpacket in _COPIED:
             self._copy(sum(leaf.nbytes for leaf in tree_leaves(args[_COPIED[func.overloadpacket]])))
         self._look()
@@ -278,8 +335,6 @@ def _without_data() -> Iterator[None]:
     import deepspeed.runtime.zero.partition_parameters as partition
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
-
-    from megatron_lcl.losses import contrastive
 
     def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
         for child in module.children():
