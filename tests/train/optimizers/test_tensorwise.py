@@ -168,6 +168,25 @@ def test_two_by_two_processes() -> None:
         compare(ours, truth(name), layout, name)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_the_formula_is_that_of_emerging_optimizers(shape: tuple[int, int]) -> None:
+    """NVIDIA's package, which Megatron-LM uses; it needs Python 3.12."""
+    theirs = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(0)
+    start = 0.02 * torch.randn(shape, generator=generator)
+    formula, parameter = Muon(start, DECAY), torch.nn.Parameter(start.clone())
+    optimizer = theirs.Muon(
+        [parameter], lr=LR, momentum=0.95, weight_decay=DECAY, nesterov=True, fp32_matmul_prec="highest",
+        coefficient_type="simple", scale_mode="spectral", extra_scale_factor=0.2,
+    )  # fmt: skip
+    for _ in range(3):
+        parameter.grad = torch.randn(shape, generator=generator)
+        formula.step(parameter.grad, LR)
+        optimizer.step()
+        moved = float((parameter.detach() - start).norm())
+        assert float((parameter.detach() - formula.parameter).norm()) < 1e-5 * moved
+
+
 def compare(ours: dict[str, np.ndarray], expected: dict[str, Any], layout: Layout, optimizer: str) -> None:
     # half precision: of the weights that a run begins with; of the products, which are summed in another order
     bound = 4e-3 if "bfloat16" in (layout.dtype, *optimizer.split()) else 1e-5
