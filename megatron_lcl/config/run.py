@@ -156,6 +156,11 @@ class Train:
         description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, "
         "else dense; on CPU per_sequence. Naming a kernel that cannot be used is an error",
     )
+    compile: bool = Field(
+        default=False,
+        description="compile what blocks compute beside attention with torch.compile: norms, GELU and sums with the "
+        "matrix products; the first step takes longer. Without tensor parallelism and ZeRO-3",
+    )
     deterministic: bool = Field(
         default=False,
         description="on CUDA: only kernels and sums that give the same bits in every run; slower (docs/parallelism.md)",

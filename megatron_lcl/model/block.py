@@ -31,8 +31,13 @@ Recompute = Literal["none", "full", "attention"]
 """what of a block is recomputed in backward instead of kept: nothing, everything, its first half"""
 
 
+_GRAPHS = 64
+"""that torch may make of a function, 8 by default: two encoders, with gradients and without, blocks with drop path and
+without, each size of the images"""
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention, heads split over tensor ranks; which rows see which is the caller's `attend`."""
+    """Projections of multi-head self-attention, heads split over tensor ranks; what is between them is an `Attend`."""
 
     def __init__(self, width: int, heads: int, axis: Axis, qk_norm: Norm | None = None) -> None:
         """qk_norm: of queries and keys, over the features of a head, with the same parameters for all heads."""
@@ -43,12 +48,13 @@ class Attention(nn.Module):
         self.norm_q: nn.Module | None = qk_norm and qk_norm(width // heads)
         self.norm_k: nn.Module | None = qk_norm and qk_norm(width // heads)
 
-    def forward(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
+    def forward(self, hidden_SD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [R, H, K] of `num_rows` rows."""
         qkv = gathered_linear([hidden_SD] * 3, (self.q, self.k, self.v), self.axis, num_rows)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        return self.out(attend(q, k, v).flatten(-2))
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -92,11 +98,30 @@ class Block(nn.Module):
         self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend, factors: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         attended = self._run("attention", self._attention, hidden_SD, num_rows, attend)
-        hidden_SD = hidden_SD + _scaled(attended, self.scale1, factors[:1])
-        return hidden_SD + _scaled(self.mlp(self.norm2(hidden_SD), num_rows), self.scale2, factors[1:])
+        return self._feed_forward(hidden_SD, attended, num_rows, factors)
 
     def _attention(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        return self.attention(self.norm1(hidden_SD), num_rows, attend)
+        return self.attention.out(attend(*self._heads(hidden_SD, num_rows)).flatten(-2))
+
+    def _heads(self, hidden_SD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.attention(self.norm1(hidden_SD), num_rows)
+
+    def _feed_forward(
+        self, hidden_SD: torch.Tensor, attended_SD: torch.Tensor, num_rows: int, factors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        hidden_SD = hidden_SD + _scaled(attended_SD, self.scale1, factors[:1])
+        return hidden_SD + _scaled(self.mlp(self.norm2(hidden_SD), num_rows), self.scale2, factors[1:])
+
+    def compile_parts(self) -> None:
+        """From now on what stands before attention and what follows on it are each one graph of torch.compile.
+
+        Attention itself is a kernel already. A graph is compiled when it is first needed, once for all blocks of the
+        same shapes. On one tensor rank alone: collectives overlap with products as they are written.
+        """
+        assert self.axis.size == 1
+        torch.compiler.config.recompile_limit = _GRAPHS
+        self._heads = torch.compile(self._heads, fullgraph=True)  # type: ignore[method-assign]
+        self._feed_forward = torch.compile(self._feed_forward, fullgraph=True)  # type: ignore[method-assign]
 
     def _run(self, segment: Recompute, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         if self.recompute != segment:

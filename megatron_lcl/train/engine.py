@@ -22,7 +22,7 @@ from torch import nn
 
 from megatron_lcl.attention import Attention, choose_attention
 from megatron_lcl.config import Config
-from megatron_lcl.model.block import Norm
+from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
 from megatron_lcl.model.lcl import LayerList
@@ -141,6 +141,10 @@ def build_module(
     if weights is not None:
         load_initial_weights(weights, layers, mesh.tensor)
     freeze({f"{index}.{name}": p for index, layer in layers.items() for name, p in layer.named_parameters()}, frozen)
+    if config.train.compile:
+        for layer in layers.values():
+            if isinstance(layer, Block):
+                layer.compile_parts()
     if mesh.pipeline.size == 1:
         return LayerList(*layers.values())
     from megatron_lcl.train.pipeline.engine import PipelineStage

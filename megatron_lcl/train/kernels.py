@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,13 +47,37 @@ def choose_kernels(config: Config) -> Kernels:
 
 
 def check_kernels(config: Config, elsewhere: bool) -> None:
-    """UserError where `train.attention` cannot be used. elsewhere: the run's devices are not this machine's."""
+    """UserError where `train.attention` or `train.compile` cannot be used.
+
+    elsewhere: the run's devices are not this machine's.
+    """
+    if config.train.compile:
+        _check_compile(config, elsewhere)
     if config.train.attention == "auto":
         return
     if not elsewhere:
         choose_run_attention(config)
     elif fault := load_fault(config.train.attention):
         raise UserError(f"train.attention = {config.train.attention}, but {fault}; set train.attention to auto")
+
+
+def _check_compile(config: Config, elsewhere: bool) -> None:
+    fault = None
+    if config.parallel.tensor > 1:
+        fault = f"parallel.tensor is {config.parallel.tensor}, whose collectives are overlapped by hand"
+    elif config.zero.stage == 3:
+        fault = "zero.stage is 3, which gathers each layer's weights in between"
+    elif config.train.apex_layer_norm:
+        fault = "train.apex_layer_norm is set, which is not compiled"
+    elif not (elsewhere or torch.cuda.is_available()) and not has_compiler():
+        fault = "there is no C++ compiler for this CPU; install g++, or name one in CXX"
+    if fault:
+        raise UserError(f"train.compile is set, but {fault}; or leave train.compile unset")
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what compiles for a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name)
 
 
 def describe(kernels: Kernels, mesh: Mesh) -> Iterator[str]:

@@ -79,7 +79,7 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     """
     data = check_layout(config, processes)
     # as it would be here, but for kernels that only a GPU has: those that stand in for them keep the same
-    config = configs.replace(config, train__dtype=resolve_dtype(config), train__attention="auto")
+    config = configs.replace(config, train__dtype=resolve_dtype(config), train__attention="auto", train__compile=False)
     wanted = num_micro_batches(config, data)
     counts = [wanted] if wanted <= _SIMULATED else [_SIMULATED - 1, _SIMULATED]
     with ProcessPoolExecutor(len(counts), forkserver(), max_tasks_per_child=1) as pool:
