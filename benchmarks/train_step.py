@@ -6,6 +6,7 @@ Documents have the texts, and the numbers of images, of real MMC4 annotations; t
 as JPEG. Each way trains in a process of its own, with all cores, on packs of the same documents:
 
     lcl           ours: loader, forward, both losses, backward and optimizer, through the engine; float32 and bfloat16
+    lcl compiled  the same with `train.compile`; the first step, in which graphs are made, is not timed
     like the reference  our modules used as the method's reference uses its own: one document a row, padded to the
                   context length, attention under a dense mask, all logits at once, torch's AdamW as it is by default
     clip, coca    ours, on pairs of the same documents
@@ -41,8 +42,8 @@ CONFIGS = {"b32": "lcl_vitb32", "b16": "lcl_vitb16", "l14": "lcl_vitl14", "g14":
 OPEN_CLIP = {"b32": "ViT-B-32", "b16": "ViT-B-16", "l14": "ViT-L-14", "g14": "ViT-g-14"}
 COCA = {"b32": "coca_ViT-B-32", "l14": "coca_ViT-L-14"}
 WAYS = (
-    "lcl float32", "lcl bfloat16", "like the reference float32", "clip float32", "open_clip clip float32",
-    "coca float32", "open_clip coca float32",
+    "lcl float32", "lcl compiled float32", "lcl bfloat16", "lcl compiled bfloat16", "like the reference float32",
+    "clip float32", "open_clip clip float32", "coca float32", "open_clip coca float32",
 )  # fmt: skip
 ROWS = 8
 """documents of a step of the reference"""
@@ -203,7 +204,7 @@ def peak(dtype: str) -> float:
     return 2 * 2048**3 / best
 
 
-def config_of(arguments: argparse.Namespace, objective: str, dtype: str) -> Any:
+def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compiled: bool = False) -> Any:
     """The shipped config of the size, on the corpus; one process, one pack a micro-batch."""
     from megatron_lcl import config as configs
 
@@ -214,6 +215,7 @@ def config_of(arguments: argparse.Namespace, objective: str, dtype: str) -> Any:
         "objective.name": objective,
         "contrast.strategy": "retain",
         "train.dtype": dtype,
+        "train.compile": compiled,
         "train.micro_batch": 1,
         "train.global_batch": arguments.packs,
         "checkpoint.every": 1000,
@@ -244,7 +246,8 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
     from megatron_lcl.model.flops import Sizes, of_step
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
-    config = config_of(arguments, name, dtype)
+    objective, _, compiled = name.partition(" ")
+    config = config_of(arguments, objective, dtype, bool(compiled))
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= one
     mesh = init_processes(config)
@@ -263,7 +266,7 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
         sizes = Sizes.of(packs)
         documents = sum(len(loader.reader.provenance(n)) for pack in packs for n in pack.packs)
         return {
-            "documents": documents if name == "lcl" else 0,
+            "documents": documents if objective == "lcl" else 0,
             "images": sum(pack.num_images for pack in packs),
             "tokens": sum(pack.num_tokens for pack in packs),
             "flops": of_step(config.model, sizes, contrast=True).total,
