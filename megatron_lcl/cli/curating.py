@@ -37,9 +37,7 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     found = curate(corpus, options.output, settings, workers=options.workers, progress=True)
     print(found)
     if options.sample:
-        print(
-            f"samples of what {'would be' if options.dry_run else 'was'} removed: {write_page(found, options.sample)}"
-        )
+        print(f"samples: {write_page(found, options.sample)}")
 
 
 def _add_rules(sub: argparse.ArgumentParser) -> None:

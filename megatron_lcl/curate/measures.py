@@ -20,17 +20,22 @@ CHARACTERS_IN_RUN, WORDS_IN_RUN = 10, 5
 """character_repetition_length and word_repetition_length of OBELICS"""
 _SPECIAL_ASCII = bytes(set(range(128)) - set(string.ascii_letters.encode()))
 _LETTERS = regex.compile(r"[\p{L}\p{M}]+")
-_WORD = regex.compile(r"[\p{L}\p{M}](?:\S*[\p{L}\p{M}])?")
+_WORD = regex.compile(r"[\p{L}\p{M}](?:.*[\p{L}\p{M}])?", regex.DOTALL)
 _ASCII_STRIP = _SPECIAL_ASCII.decode()
 
 
 def words_of(text: str) -> list[str]:
     """Its words in lower case: what stands between white space, without special characters at both ends, if letters
     are left."""
-    text = text.lower()
-    if text.isascii():
-        return [word for word in (piece.strip(_ASCII_STRIP) for piece in text.split()) if word]
-    return _WORD.findall(text)
+    stripped = (_stripped(piece) for piece in text.lower().split())
+    return [word for word in stripped if word]
+
+
+def _stripped(piece: str) -> str:
+    if piece.isascii():  # faster, and mostly so
+        return piece.strip(_ASCII_STRIP)
+    found = _WORD.search(piece)
+    return found.group() if found else ""
 
 
 def special_ratio(text: str) -> float:

@@ -158,7 +158,7 @@ def curate(
         raise UserError(f"{output} is, lies in, or holds the corpus that is curated; give another folder")
     recipe = {
         "curated": source.fingerprint,
-        "rules": {**as_recipe(settings), **{join.rule: join.threshold for join in joins}},
+        "thresholds": {**as_recipe(settings), **{join.rule: join.threshold for join in joins}},
         "libraries": _libraries(settings),
         "layout": [task_bytes],
     }
@@ -312,7 +312,7 @@ def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) ->
 
 
 def _nothing_left(curated: Curated) -> _NothingLeft:
-    most = max(curated.rules, key=lambda r: (r.texts + r.images, r.documents))
+    most = max(curated.rules, key=lambda r: (r.texts + r.images, -r.documents))
     items, all_items = most.texts + most.images, curated.before["texts"] + curated.before["images"]
     return _NothingLeft(
         f"none of {curated.before['documents']:,} documents is left; {most.rule} = {most.threshold} removed most, "
