@@ -14,10 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import regex
 
 CHARACTERS_IN_RUN, WORDS_IN_RUN = 10, 5
 """character_repetition_length and word_repetition_length of OBELICS"""
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+"""of hashes: odd, and as good as random"""
 _SPECIAL_ASCII = bytes(set(range(128)) - set(string.ascii_letters.encode()))
 _LETTERS = regex.compile(r"[\p{L}\p{M}]+")
 _WORD = regex.compile(r"[\p{L}\p{M}](?:.*[\p{L}\p{M}])?", regex.DOTALL)
@@ -27,15 +30,11 @@ _ASCII_STRIP = _SPECIAL_ASCII.decode()
 def words_of(text: str) -> list[str]:
     """Its words in lower case: what stands between white space, without special characters at both ends, if letters
     are left."""
-    stripped = (_stripped(piece) for piece in text.lower().split())
-    return [word for word in stripped if word]
-
-
-def _stripped(piece: str) -> str:
-    if piece.isascii():  # faster, and mostly so
-        return piece.strip(_ASCII_STRIP)
-    found = _WORD.search(piece)
-    return found.group() if found else ""
+    pieces = text.lower().split()
+    if text.isascii():
+        return [word for piece in pieces if (word := piece.strip(_ASCII_STRIP))]
+    found = map(_WORD.search, pieces)
+    return [match.group() for match in found if match]
 
 
 def special_ratio(text: str) -> float:
@@ -50,11 +49,17 @@ def special_ratio(text: str) -> float:
 def character_repetition_ratio(text: str, n: int = CHARACTERS_IN_RUN) -> float:
     """Of all runs of n characters, the share of the commonest: the √(different runs) most frequent that stand twice or
     more often. 0 for a text that is shorter."""
-    counts = Counter([text[i : i + n] for i in range(len(text) - n + 1)]).values()
-    if not counts:
+    total = len(text) - n + 1
+    if total <= 0:
         return 0.0
-    repeated = sorted((count for count in counts if count > 1), reverse=True)
-    return sum(repeated[: math.isqrt(len(counts))]) / (len(text) - n + 1)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    hashes = np.zeros(total, np.uint64)
+    for k in range(n):  # of each run a polynomial modulo 2^64
+        hashes *= _BASE
+        hashes += codes[k : k + total]
+    counts = np.unique(hashes, return_counts=True)[1]
+    repeated = np.sort(counts[counts > 1])[::-1]
+    return int(repeated[: math.isqrt(len(counts))].sum()) / total
 
 
 def word_repetition_ratio(words: Sequence[str], n: int = WORDS_IN_RUN) -> float:
@@ -63,12 +68,12 @@ def word_repetition_ratio(words: Sequence[str], n: int = WORDS_IN_RUN) -> float:
     if total <= 0:
         return 0.0
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()
-    return sum(count for count in counts if count > 1) / total
+    return (total - list(counts).count(1)) / total
 
 
 def listed_ratio(words: Sequence[str], listed: Collection[str]) -> float:
     """Share of the words that are in a list; 0 where there are none."""
-    return sum(word in listed for word in words) / len(words) if words else 0.0
+    return sum(map(listed.__contains__, words)) / len(words) if words else 0.0
 
 
 class Context(Protocol):
