@@ -130,11 +130,7 @@ def _judge(work: Work, task: Range, folder: Path) -> None:
             gone = []
             for item, is_text in enumerate(document.is_text):
                 if is_text:
-                    removal = (
-                        _first_of_text(texts, Measured(functools.partial(document.text, item), context))
-                        if texts
-                        else None
-                    )
+                    removal = _first_of_text(texts, Measured(functools.partial(document.text, item), context))
                 else:
                     removal = _first_of_image(images, document, item)
                 if removal:

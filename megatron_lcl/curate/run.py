@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,27 +97,18 @@ class Curated:
         return {name: count - sum(getattr(r, name) for r in self.rules) for name, count in self.before.items()}
 
     def __str__(self) -> str:
-        rows = [("rule", "threshold", "texts", "images", "documents", "share")]
+        rows = [["rule", "threshold", "texts", "images", "documents", "share"]]
         for r in self.rules:
-            counts = (f"{count:,}" if count else "" for count in (r.texts, r.images, r.documents))
-            rows.append((r.rule, r.threshold, *counts, f"{r.share(self.before):.2%}"))  # type: ignore[arg-type]
+            counts = [f"{count:,}" if count else "" for count in (r.texts, r.images, r.documents)]
+            rows.append([r.rule, r.threshold, *counts, f"{r.share(self.before):.2%}"])
         for title, counted in (("before", self.before), ("after", self.after)):
-            rows.append((title, "", *(f"{counted[name]:,}" for name in ("texts", "images", "documents")), ""))  # type: ignore[arg-type]
-        widths = [max(len(row[k]) for row in rows) for k in range(6)]
+            rows.append([title, "", *(f"{counted[name]:,}" for name in ("texts", "images", "documents")), ""])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
-            cells = [
-                cell.ljust(w) if k < 2 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
+            cells = [*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
-
-
-_ALIGNED = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
-
-
-def _padded(cell: str, width: int, aligned: Callable[[str, int], str]) -> str:
-    return aligned(cell, width)
 
 
 class _NothingLeft(UserError):
@@ -150,7 +142,7 @@ def curate(
     if output is None:
         with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
             work = Work(source, settings, joins, Path(folder), writes=False)
-            counted = _counted(_decide(work, task_bytes, workers, progress))
+            _, counted = _decide(work, task_bytes, workers, progress)
             return _curated(None, source, work, counted)
     output = Path(output)
     inside, outside = output.resolve(), source.path.resolve()
@@ -172,10 +164,10 @@ def curate(
         with clear_errors(output), in_work_folder(work.folder) as scratch:
             claim(work.folder, recipe, scratch)
             if not is_finished_corpus(output, recipe):  # by others, since the first look
-                done = _decide(work, task_bytes, workers, progress)
+                tasks, counted = _decide(work, task_bytes, workers, progress)
                 with waiting_for_others(work.folder / "lock"):
                     if not (output / MANIFEST).exists():
-                        _finish(output, work, recipe, done, scratch, workers)
+                        _finish(output, work, recipe, tasks, counted, scratch, workers)
     except BaseException as error:
         # the work folder may be gone: another process found all done, finished and cleared up
         if not (isinstance(error, FileNotFoundError) and (output / MANIFEST).exists()):
@@ -229,21 +221,23 @@ def _libraries(settings: Settings) -> dict[str, str]:
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _decide(work: Work, task_bytes: int, workers: int, progress: bool) -> list[tuple[Range, Counted]]:
-    """Both passes, with the joins between them; the tasks, and what was removed in each."""
+def _decide(work: Work, task_bytes: int, workers: int, progress: bool) -> tuple[list[Range], Counted]:
+    """Both passes, with the joins between them; the tasks, and what was removed."""
     tasks = ranges(work.corpus, task_bytes)
 
-    def all_of(results: Iterable[R], title: str) -> list[R]:
-        return list(tqdm(results, title, len(tasks), unit="task", disable=not progress))
+    def each(task: Callable[[Work, Range], R], title: str) -> Iterator[R]:
+        with closing(in_order(task, work, tasks, workers, ahead=4 * workers)) as results:
+            yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
 
-    with closing(in_order(judge, work, tasks, workers)) as judged:
-        all_of(judged, "texts and images")
+    deque(each(judge, "texts and images"), 0)
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
             if not work.joined(number).exists():
                 _join(work, number, join, len(tasks), workers)
-    with closing(in_order(copy, work, tasks, workers)) as copied:
-        return list(zip(tasks, all_of(copied, "documents"), strict=True))
+    counted = Counted()
+    for of_task in each(copy, "documents"):
+        counted.merge(of_task)
+    return tasks, counted
 
 
 def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> None:
@@ -258,23 +252,17 @@ def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> 
         os.replace(target, work.joined(number))
 
 
-def _counted(done: Sequence[tuple[Range, Counted]]) -> Counted:
-    counted = Counted()
-    for _, of_task in done:
-        counted.merge(of_task)
-    return counted
-
-
 def _finish(
     output: Path,
     work: Work,
     recipe: dict[str, Any],
-    done: Sequence[tuple[Range, Counted]],
+    tasks: Sequence[Range],
+    counted: Counted,
     scratch: Path,
     workers: int,
 ) -> None:
-    parts = [part_of(work, task) for task, _ in done]
-    curated = _curated(output, work.corpus, work, _counted(done))
+    parts = [part_of(work, task) for task in tasks]
+    curated = _curated(output, work.corpus, work, counted)
     shards = [shard for part in parts for shard in part.shards]
     if not shards:
         raise _nothing_left(curated)
