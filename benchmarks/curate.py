@@ -5,8 +5,9 @@
 
 A document has six paragraphs of about 55 words, every tenth of which some rule removes; with images each has three
 JPEGs of 224 pixels, one in twenty of them in more than ten places. Megabytes are those of token ids and images. CPU
-time is that of one process without its imports, which are printed as `start`; the peak of memory is with them. The
-claims: documents a second do not fall with their number, memory does not grow with it.
+time is that of one process without its imports, which are printed as `start`; the peak of memory is with them, without
+the pages of the corpus that it maps. The claims: documents a second do not fall with their number, memory does not
+grow with it.
 
 datatrove reads JSON lines of the same texts, applies its rules of the same kind (repetition of characters, words and
 n-grams, number of words, special characters, stop words: Gopher's) to whole documents, and writes JSON lines; it is
@@ -17,6 +18,7 @@ given no images, and does not split documents into paragraphs. PYTHON: of an env
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -25,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,14 +114,21 @@ def write(folder: Path, num: int, images: bool) -> float:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """(CPU seconds, peak in MiB) of a command and what it starts."""
+    """(CPU seconds with those of what it starts, peak of private memory in MiB) of a command."""
+    peak = 0
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
+        pid = 0
+        while pid == 0:
+            with contextlib.suppress(OSError, IndexError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
+            time.sleep(0.05)
+            pid, code, used = os.wait4(process.pid, os.WNOHANG)
+        if code:
             said.seek(0)
             sys.exit(said.read().decode()[-3000:])
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return used.ru_utime + used.ru_stime, peak / 1024
 
 
 def rates(name: str, command: list[str], outputs: Path, inputs: str, num: int, megabytes: float, repeats: int) -> float:

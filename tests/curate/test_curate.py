@@ -142,13 +142,14 @@ def test_names_languages_and_lists(tmp_path: Path) -> None:
     )
     german = "Die Vögel singen im grünen Baum, während das Wasser an der alten Mühle vorbeifließt."
     (tmp_path / "flagged").write_text("Mill\n\nother\n", "utf-8")
+    (tmp_path / "stop").write_text("the\nin\nwhile\n")
     texts = (english, german, "Old mill mill.")
     source = write(tmp_path, [Document((Text(text), Image(picture(k)))) for k, text in enumerate(texts)])
     one_of_three = {"document__min_language": "0.9", "language__among": "[de, en, fr]"}
     chosen: tuple[tuple[dict[str, str], list[tuple[int, int]]], ...] = (
         ({**one_of_three, "language__wanted": "en"}, [(1, -1), (2, -1)]),
         ({**one_of_three, "language__wanted": "de"}, [(0, -1), (2, -1)]),
-        ({"text__min_stop_words": "0.4"}, [(1, 0), (2, 0)]),
+        ({"text__min_stop_words": "0.2", "lists__stop_words": str(tmp_path / "stop")}, [(1, 0), (2, 0)]),
         ({"document__min_stop_words": "0.2", "lists__stop_words": "de"}, [(0, -1), (2, -1)]),
         ({"text__max_flagged_words": "0.5", "lists__flagged_words": str(tmp_path / "flagged")}, [(2, 0)]),
         ({"document__unsafe_names": "[DOCUMENTS.jsonl@0]"}, [(0, -1)]),
