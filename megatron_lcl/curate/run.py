@@ -10,12 +10,13 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -59,6 +60,7 @@ SAMPLES_FILE = "removed-samples.jsonl"
 """of the corpus: a few removals of each rule, with what was removed"""
 CURATED = "curated"
 """key of the manifest: what the corpus had before, what each rule removed"""
+_ROWS = 1 << 17
 R = TypeVar("R")
 
 
@@ -245,11 +247,26 @@ def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> 
     with scratch_folder(work.folder) as folder:
         scratch, target = folder / "free", folder / REMOVED_FILE
         scratch.mkdir()
-        with pq.ParquetWriter(target, JOINED, compression="zstd") as writer:
-            for table in join.decide(facts, scratch, workers):
-                writer.write_table(table)
-        sync(target)
+        _write_tables(target, JOINED, join.decide(facts, scratch, workers))
         os.replace(target, work.joined(number))
+
+
+def _write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """A Parquet file of many tables, in row groups of about _ROWS, so that a reader of a few rows opens few."""
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def write() -> None:
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting).unify_dictionaries())
+                waiting.clear()
+
+        for table in tables:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= _ROWS:
+                write()
+        write()
+    sync(path)
 
 
 def _finish(
@@ -311,8 +328,5 @@ def _nothing_left(curated: Curated) -> _NothingLeft:
 def _write_removed(work: Work, parts: Sequence[Part], scratch: Path) -> FileInfo:
     """The removals of all tasks as one file."""
     path = scratch / REMOVED_FILE
-    with pq.ParquetWriter(path, REMOVED, compression="zstd") as writer:
-        for part in parts:
-            writer.write_table(pq.read_table(work.folder / part.name / REMOVED_FILE))
-    sync(path)
+    _write_tables(path, REMOVED, (pq.read_table(work.folder / part.name / REMOVED_FILE) for part in parts))
     return {"size": path.stat().st_size, "xxh3": hash_file(path)}

@@ -194,13 +194,13 @@ def test_removed_and_kept_are_the_source(
     folder = tmp_path_factory.mktemp("any")
     source = write_corpus(folder / "in", random_documents(12, seed, matched, num_jpegs=6), 2)
     chosen = read_settings(overrides={k: str(v) for k, v in given.items()})
-    looked = curate(source.path, None, chosen, task_bytes=700)
+    looked = curate(source.path, None, chosen, task_bytes=3000)
     if not looked.after["documents"]:
         with pytest.raises(UserError, match="none of 12 documents is left"):
-            curate(source.path, folder / "out", chosen, task_bytes=700)
+            curate(source.path, folder / "out", chosen, task_bytes=3000)
         assert not (folder / "out").exists()
         return
-    found = curate(source.path, folder / "out", chosen, task_bytes=700)
+    found = curate(source.path, folder / "out", chosen, task_bytes=3000)
     assert (looked.rules, looked.samples) == (found.rules, found.samples)
     kept = read(folder / "out")
     assert kept == left(source.path, folder / "out")
