@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from megatron_lcl.errors import UserError
 
@@ -41,11 +41,15 @@ def single_input(options: argparse.Namespace) -> str:
     return first
 
 
-def overrides_of(rest: Sequence[str]) -> dict[str, str]:
-    """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false."""
-    from megatron_lcl import config as configs
+def overrides_of(rest: Sequence[str], switches: Collection[str] | None = None) -> dict[str, str]:
+    """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false.
 
-    switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
+    switches: those fields; None: those of a run's config.
+    """
+    if switches is None:
+        from megatron_lcl import config as configs
+
+        switches = {name for name, kind, *_ in configs.describe() if kind == "bool"}
     overrides: dict[str, str] = {}
     items = deque(rest)
     while items:

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_lcl.cli import corpus, evaluation, fetching, planning, training
+from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         options, rest = parser.parse_known_args(arguments)
         command = f" {options.command}"
-        if rest and options.command not in ("train", "claim", "plan"):
+        if rest and options.command not in ("train", "claim", "plan", "curate"):
             parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")
         return options.run(options, rest) or 0
     except BrokenPipeError:
@@ -121,7 +121,7 @@ def add_commands(make: Callable[..., argparse.ArgumentParser], is_whole: Callabl
             later.append((imported, sub))
         return sub
 
-    for group in (training, planning, corpus, fetching, evaluation):
+    for group in (training, planning, corpus, curating, fetching, evaluation):
         group.add_commands(add)
     for imported, sub in later:
         imported(sub)

@@ -90,8 +90,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     sub = add("report", _report, "one self-contained page about a run, or about several runs together")
     what = "run folders (train.output) or checkpoints of them, or folders of runs such as `train --sweep` makes; "
-    add_input(sub, "RUN", what + "several runs are one picture, seeds as bands", "--run")
-    sub.add_argument("--output", metavar="FILE", help="default: report.html in the run folder, or in that of all runs")
+    what += "several runs are one picture, seeds as bands; or a corpus that `curate` wrote: what was removed"
+    add_input(sub, "RUN", what, "--run")
+    sub.add_argument(
+        "--output", metavar="FILE",
+        help="default: report.html in the run folder, or in that of all runs; removed.html in the corpus",
+    )  # fmt: skip
     sub.add_argument(
         "--watch", action="store_true", help="serve the page to this machine's browsers, and let it follow the run"
     )
@@ -260,6 +264,7 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.corpus.store import MANIFEST
     from megatron_lcl.report import page, runs
 
     paths, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
@@ -272,6 +277,12 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
         return
     if options.port is not None:
         raise UserError("--port goes with --watch")
+    if len(paths) == 1 and (paths[0] / MANIFEST).exists():
+        from megatron_lcl.curate.page import write_page
+        from megatron_lcl.curate.run import read_curated
+
+        print(write_page(read_curated(paths[0]), output))
+        return
     found = runs.find_runs(paths)
     print(page.write_report(found[0], output) if len(found) == 1 else runs.write_runs_report(paths, output))
 

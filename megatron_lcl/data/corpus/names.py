@@ -101,6 +101,13 @@ class Names:
     def __getitem__(self, i: int) -> str:
         return self._block(i // BLOCK)[i % BLOCK].decode(errors="replace")
 
+    def between(self, start: int, stop: int) -> Iterator[str]:
+        """The names of documents start … stop-1 one after another; each block is read once."""
+        for k in range(start // BLOCK, -(-stop // BLOCK)):
+            first = k * BLOCK
+            for name in self._block(k)[max(start - first, 0) : stop - first]:
+                yield name.decode(errors="replace")
+
     def find(self, text: str) -> Iterator[int]:
         """Numbers of the documents whose name has `text` in it, in order."""
         wanted = _encoded(text)

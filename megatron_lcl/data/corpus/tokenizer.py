@@ -96,9 +96,12 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; special tokens come out under their names."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(map(int, ids))
+        if ids and max(ids) < self.base_size:
+            return self._decode(ids)
         return "".join(
             "".join(SPECIAL_TOKENS[i - self.base_size] for i in run) if special else self._decode(list(run))
-            for special, run in groupby(map(int, ids), key=lambda i: i >= self.base_size)
+            for special, run in groupby(ids, key=lambda i: i >= self.base_size)
         )
 
     @abstractmethod

@@ -122,8 +122,9 @@ def write_page(
         ]
         samples.append({"number": i, "source": corpus.name(i), "parts": parts})
     statistics = stats(corpus)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((Path(__file__).parent / "inspect.html").read_text("utf-8"))
+    loader = jinja2.PackageLoader("megatron_lcl", "data/pages/templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.get_template("inspect.html")
     histograms = [(name, _histogram(array)) for name, array in _values(corpus).items() if len(array)]
     drops = list(Drops.from_dict(statistics["drops"]).rows())
     numbers = table({**statistics, "drops": Drops().to_dict()})

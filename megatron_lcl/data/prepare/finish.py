@@ -18,8 +18,9 @@ import numpy as np
 
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
-from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.indexed import FileInfo, write_file
 from megatron_lcl.data.corpus.store import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
+from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.budget import Budget, nothing_left
 from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings
 from megatron_lcl.errors import UserError
@@ -69,8 +70,33 @@ def finish(
     if repeated:
         drops.note("document", "duplicate of another (kept)", count=repeated)
     unsaid = "matched" if any(s["has_similarities"] for _, s in filled if s["kind"] is None) else "natural"
-    shards = [{**shard["counts"], KIND: shard["kind"] or unsaid} for _, shard in filled]
+    assemble(
+        folder, work, parts, settings.tokenizer, drops, scratch, workers,
+        {
+            "source": {"format": recipe["format"], **source},
+            "shards": [{**shard["counts"], KIND: shard["kind"] or unsaid} for _, shard in filled],
+            "recipe": recipe,
+        },
+    )  # fmt: skip
 
+
+def assemble(
+    folder: Path,
+    work: Path,
+    parts: list[Part],
+    tokenizer: Tokenizer,
+    drops: Drops,
+    scratch: Path,
+    workers: int,
+    manifest: Mapping[str, Any],
+    more: Mapping[str, FileInfo] | None = None,
+) -> None:
+    """Make the parts in `work` the corpus `folder`: shards in their order, tokenizer, list of drops, manifest last.
+
+    manifest: its `source`, its `shards` (counts and kind of each), its `recipe`, and what else it is to say.
+    more: other files of the corpus, which lie in `scratch`. Raises as `finish`.
+    """
+    filled = [(part, shard) for part in parts for shard in part.shards]
     moves = [
         _File(work / part.name, work / part.name / name, folder / target, shard["files"][name])
         for number, (part, shard) in enumerate(filled)
@@ -82,35 +108,36 @@ def finish(
                 if (folder / MANIFEST).exists():
                     raise FileNotFoundError(file.source)
                 raise UserError(f"{fault}; remove {file.part} and run the same command again")
-    files = {}
+    files: dict[str, FileInfo] = {}
     for file in moves:
         if file.source.exists():  # else it was renamed before an interruption, or by another process
             _replace(file.source, file.target)
         files[file.target.name] = file.info
-    tokenizer = settings.tokenizer
     tokenizer.save(scratch / f"new-{tokenizer.file_name}")
     for name, content in (
         (tokenizer.file_name, (scratch / f"new-{tokenizer.file_name}").read_bytes()),
         (LOG, drops.log()),
     ):
         files[name] = write_file(scratch / name, content)
+    files |= more or {}
+    for name in (tokenizer.file_name, LOG, *(more or {})):
         os.replace(scratch / name, folder / name)
     sync(folder)
     write_manifest(
         scratch,
         {
             "format_version": FORMAT_VERSION,
-            "source": {"format": recipe["format"], **source},
+            "source": manifest["source"],
             "tokenizer": {
                 "file": tokenizer.file_name,
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
             },
-            "counts": counts,
+            "counts": total(manifest["shards"]),
             "drops": drops.to_dict(NAMES_KEPT),
-            "shards": shards,
+            "shards": manifest["shards"],
             "files": dict(sorted(files.items())),
-            "recipe": recipe,
+            **{key: value for key, value in manifest.items() if key not in ("source", "shards")},
         },
     )
     os.replace(scratch / MANIFEST, folder / MANIFEST)

@@ -9,12 +9,8 @@ machines, does no harm: see `scratch.py`.
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
 import logging
-import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +26,6 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.files import replace_bytes
-from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import MANIFEST, has_names, read_manifest
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
@@ -41,14 +36,19 @@ from megatron_lcl.data.prepare.importers import Each, Importer, Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
-from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.data.prepare.scratch import clear_dead, is_used, waiting_for_others
+from megatron_lcl.data.prepare.unfinished import (
+    WORK,
+    claim,
+    clear_errors,
+    clear_up,
+    in_work_folder,
+    is_finished_corpus,
+    remove_work,
+)
 from megatron_lcl.data.prepare.workers import in_order
-from megatron_lcl.errors import UserError, free_space
+from megatron_lcl.errors import UserError
 
-WORK = "_unfinished"
-_RECORD = "recipe.json"
-_LAYOUT = {"unfinished": 3}
-"""part of the record: version of the layout of unfinished work"""
 TASK_BYTES = 32 << 20
 """a task is a run of units of at least so many bytes"""
 SHARD_BYTES = 4 << 30
@@ -166,10 +166,10 @@ def preprocess(
     sides = [(output, {**recipe, "side": "training"})]
     if held_out is not None:
         sides.append((Path(held_out), {**recipe, "side": "held out"}))
-    finished = [_finished(folder, side) for folder, side in sides]
+    finished = [is_finished_corpus(folder, side) for folder, side in sides]
     for (folder, _), done in zip(sides, finished, strict=True):
         if done:
-            _clear_up(folder)
+            clear_up(folder)
     if any(finished) and not all(finished):
         for (folder, side), done in zip(sides, finished, strict=True):
             if done and (_rules_differ(folder, side) or not has_names(read_manifest(folder), 0)):
@@ -223,7 +223,7 @@ def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
     folder = next((folder for folder in folders if not (folder / MANIFEST).exists()), None)
     if folder is None or not any(error.drops.rows()):
         return error
-    with _clear_errors(folder):
+    with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_bytes(folder / LOG, error.drops.log())
     return Unusable(f"{error} (all reasons, with names: {folder / LOG})", error.drops)
@@ -234,50 +234,6 @@ def _with(training: Summary, rest: list[Summary]) -> Summary:
 
 
 # --- before the work ---------------------------------------------------------------------------------------------
-
-
-def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
-    ours = json.loads(json.dumps(recipe))
-    work = folder / WORK
-    try:  # before the manifest: the record is deleted once that is there
-        record = json.loads((work / _RECORD).read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        record = None
-    if (folder / MANIFEST).exists():
-        theirs = read_manifest(folder).get("recipe", {})
-        different = [key for key in ours if key not in theirs or theirs[key] != ours[key]]
-        if different == ["rules"]:  # whoever trains from it goes on with it
-            logger.warning(
-                "%s was made by another version's rules for %s and stays as it is; give a new folder for today's",
-                folder,
-                recipe["format"],
-            )
-        elif different:
-            raise UserError(
-                f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
-                "corpora with `megatron-lcl merge`"
-            )
-        return True
-    if record is not None:
-        if record == ours:
-            raise UserError(
-                f"{work} was begun by an earlier release and cannot be resumed; remove it and run the same "
-                "command again, or finish it with that release"
-            )
-        if record != {**ours, **_LAYOUT}:
-            raise UserError(
-                f"{folder} holds an unfinished corpus of other input, options or version; remove it or give "
-                "a new folder"
-            )
-    elif folder.exists():
-        if not folder.is_dir():
-            raise UserError(f"{folder} is a file; give a new folder")
-        if others := sorted(p.name for p in folder.iterdir() if p.name not in (WORK, LOG)):
-            raise UserError(
-                f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
-            )
-    return False
 
 
 def _rules_differ(folder: Path, recipe: Mapping[str, Any]) -> bool:
@@ -402,9 +358,9 @@ def _write_corpus(
     work = settings.folder
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with _clear_errors(folder), _in_work_folder(work) as scratch:
-            _claim(work, recipe, scratch)
-            if _finished(folder, recipe):  # by others, since the first look
+        with clear_errors(folder), in_work_folder(work) as scratch:
+            claim(work, recipe, scratch)
+            if is_finished_corpus(folder, recipe):  # by others, since the first look
                 return
             with waiting_for_others(work / "lock"):
                 settings.importer.prepare(work)
@@ -424,65 +380,11 @@ def _write_corpus(
         if not (isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()):
             clear_dead(work)
             if job is None and not is_used(work) and (isinstance(error, Unusable) or not any(work.glob("part-*"))):
-                _remove(folder, created)
+                remove_work(folder, created)
             raise
     finally:
         if (folder / MANIFEST).exists():
-            _clear_up(folder)
-
-
-@contextmanager
-def _in_work_folder(work: Path) -> Iterator[Path]:
-    """A scratch folder in the work folder, which is made if need be."""
-    work.mkdir(parents=True, exist_ok=True)
-    clear_dead(work)
-    with scratch_folder(work) as scratch:
-        yield scratch
-
-
-def _claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
-    """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does."""
-    own = scratch / _RECORD
-    write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
-    try:
-        os.link(own, work / _RECORD)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        if not (work / _RECORD).exists():
-            os.replace(own, work / _RECORD)
-
-
-def _clear_up(folder: Path) -> None:
-    """Once the manifest is written nothing else is needed."""
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-
-
-@contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left for {folder}, {free_space(folder)}; free some and run the same command again"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"cannot write {folder}: {error.strerror}") from None
-        raise
-
-
-def _remove(folder: Path, created: list[Path]) -> None:
-    """Remove what a failed run wrote, and the folders that were made for it, the innermost first."""
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    for path in created:
-        try:
-            path.rmdir()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            logger.warning("%s is left, as it is not empty", path)
-            break
+            clear_up(folder)
 
 
 def _summary(folder: Path, reused: bool = False) -> Summary:

@@ -40,7 +40,8 @@ BATCH_BYTES = 64 << 20
 """fewer, where their images are larger than this together"""
 DIGESTS = "digests"
 """a part's file of hashes, uint64, of its documents"""
-_RECORD = "part.json"
+RECORD = "part.json"
+"""a part's file with its `Part`"""
 PART_PIECES, PART_IMAGES = 8 << 20, 1 << 20
 """a part's index is kept in memory until it ends, so it ends after a batch in which it comes to so many of either"""
 
@@ -94,7 +95,7 @@ def parts_of(folder: Path, task: int) -> list[Part]:
     parts: list[Part] = []
     for number in itertools.count():
         try:
-            record = json.loads((folder / f"part-{task:06d}-{number:04d}" / _RECORD).read_text("utf-8"))
+            record = json.loads((folder / f"part-{task:06d}-{number:04d}" / RECORD).read_text("utf-8"))
         except FileNotFoundError:
             return parts
         parts.append(Part(**record))
@@ -199,7 +200,7 @@ def _write_part(
     digests = [digest for shard in shards.values() for digest in shard.digests]
     write_file(folder / DIGESTS, np.array(digests, np.uint64).tobytes())
     part = Part(task, number, last, num_read, records, drops.to_dict())
-    write_file(folder / _RECORD, json.dumps(vars(part)).encode())
+    write_file(folder / RECORD, json.dumps(vars(part)).encode())
     sync(folder)
     put_in_place(folder, settings.folder / name)
     sync(settings.folder)

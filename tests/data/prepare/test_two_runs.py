@@ -249,10 +249,10 @@ def test_of_two_commands_at_once_one_has_the_folder(
     """Both found it empty; the other was sooner to say that it is its own."""
     from megatron_lcl.data.prepare import preprocess as module
 
-    output, original = tmp_path / "out", module._claim
+    output, original = tmp_path / "out", module.claim
 
     def overtaken(*arguments: object) -> None:
-        monkeypatch.setattr(module, "_claim", original)
+        monkeypatch.setattr(module, "claim", original)
         preprocess("jsonl", source, output, job=(0, 2), **{**SMALL, "shard_documents": 100})  # type: ignore[arg-type]
         original(*arguments)  # type: ignore[arg-type]
 
@@ -261,7 +261,7 @@ def test_of_two_commands_at_once_one_has_the_folder(
 
     if not links:
         monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(module, "_claim", overtaken)
+    monkeypatch.setattr(module, "claim", overtaken)
     with pytest.raises(ValueError, match="unfinished corpus of other input, options or version"):
         preprocess("jsonl", source, output, **SMALL)  # type: ignore[arg-type]
     assert any((output / WORK).glob("part-*"))

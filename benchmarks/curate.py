@@ -1,0 +1,172 @@
+"""`curate` by the rules of OBELICS: documents and megabytes a second of CPU, by their number; beside datatrove.
+
+    python benchmarks/curate.py [--documents 1000 10000] [--text-documents 1000 10000] [--datatrove PYTHON]
+                                [--repeats 3]
+
+A document has six paragraphs of about 55 words, every tenth of which some rule removes; with images each has three
+JPEGs of 224 pixels, one in twenty of them in more than ten places. Megabytes are those of token ids and images. CPU
+time is that of one process without its imports, which are printed as `start`; the peak of memory is with them, without
+the pages of the corpus that it maps. The claims: documents a second do not fall with their number, memory does not
+grow with it.
+
+datatrove reads JSON lines of the same texts, applies its rules of the same kind (repetition of characters, words and
+n-grams, number of words, special characters, stop words: Gopher's) to whole documents, and writes JSON lines; it is
+given no images, and does not split documents into paragraphs. PYTHON: of an environment that has `datatrove[io]` and
+`spacy`, which splits its words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+
+WORDS_A_PARAGRAPH, PARAGRAPHS, IMAGES = (30, 80), 6, 3
+STOP = "the of and to in is that it was for on are as with his they at be this from have or by one had not".split()  # noqa: SIM905
+OURS = """
+import sys
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import read_settings
+if len(sys.argv) > 1:
+    found = curate(sys.argv[1], sys.argv[2], read_settings("obelics", overrides={"document.min_language": "null",
+        "document.min_images": "0"}))
+    print(found.after["documents"], file=sys.stderr)
+"""
+PEER = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
+from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+if __name__ == "__main__" and len(sys.argv) > 1:
+    LocalPipelineExecutor([
+        JsonlReader(sys.argv[1]), GopherRepetitionFilter(), GopherQualityFilter(),
+        JsonlWriter(sys.argv[2], compression=None),
+    ], logging_dir=sys.argv[2] + "-logs").run()
+"""
+
+
+def paragraphs(rng: random.Random, words: list[str]) -> Iterator[str]:
+    for _ in range(PARAGRAPHS):
+        count = rng.randint(*WORDS_A_PARAGRAPH)
+        said = [rng.choice(STOP) if rng.random() < 0.45 else rng.choice(words) for _ in range(count)]
+        if rng.random() < 0.1:
+            said = [said[0], "***", "12345", "$$$"] * (count // 4)
+        yield " ".join(said) + "."
+
+
+def jpeg(seed: int, side: int = 224) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Pillow.fromarray(pixels).resize((side, side)).save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def write(folder: Path, num: int, images: bool) -> float:
+    """A corpus, and for datatrove its texts as JSON lines; returns the corpus's megabytes."""
+    from megatron_lcl.data.corpus.drops import Drops
+    from megatron_lcl.data.corpus.store import ShardWriter, total, write_manifest
+    from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlcumwfgypbvk", k=rng.randint(2, 9))) for _ in range(5000)]
+    tokenizer = train_sentencepiece([" ".join(paragraphs(random.Random(k), words)) for k in range(200)], 4096)
+    encode, pictures = tokenizer.joined_encoder(), [jpeg(seed) for seed in range(16)]
+    (folder / "corpus").mkdir(parents=True)
+    (folder / "json").mkdir()
+    writer = ShardWriter(folder / "corpus", 0)
+    with open(folder / "json" / "a.jsonl", "w") as file:
+        for number in range(num):
+            texts = list(paragraphs(rng, words))
+            file.write(json.dumps({"text": "\n\n".join(texts), "id": str(number)}) + "\n")
+            ids, lengths = encode(texts)
+            start = 0
+            for k, length in enumerate(lengths):
+                writer.add_texts([ids[start : start + 4 * length]])
+                start += 4 * length
+                if images and k < IMAGES:
+                    picture = pictures[rng.randrange(16)]
+                    if rng.random() > 0.05:  # a comment makes its bytes its own
+                        own = number.to_bytes(4, "big") + bytes([k])
+                        picture = picture[:2] + b"\xff\xfe\x00\x07" + own + picture[2:]
+                    writer.add_image(picture, 224, 224, "JPEG")
+            writer.end_document(f"a.jsonl@{number}")
+    files, counts = writer.finish()
+    tokenizer.save(folder / "corpus" / tokenizer.file_name)
+    shards = [{**counts, "kind": "natural"}]
+    named = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    manifest = {"format_version": 1, "source": {"format": "jsonl"}, "tokenizer": named, "counts": total(shards)}
+    write_manifest(folder / "corpus", {**manifest, "drops": Drops().to_dict(), "shards": shards, "files": files})
+    return (4 * counts["tokens"] + counts["image_bytes"]) / 1e6
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """(CPU seconds with those of what it starts, peak of private memory in MiB) of a command."""
+    peak = 0
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        pid = 0
+        while pid == 0:
+            with contextlib.suppress(OSError, IndexError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
+            time.sleep(0.05)
+            pid, code, used = os.wait4(process.pid, os.WNOHANG)
+        if code:
+            said.seek(0)
+            sys.exit(said.read().decode()[-3000:])
+    return used.ru_utime + used.ru_stime, peak / 1024
+
+
+def rates(name: str, command: list[str], outputs: Path, inputs: str, num: int, megabytes: float, repeats: int) -> float:
+    """Print a line; returns documents a second of CPU, the median."""
+    start, _ = measured(command)
+    runs = [measured([*command, inputs, str(outputs / f"{name}-{k}")]) for k in range(repeats)]
+    seconds = statistics.median(seconds for seconds, _ in runs) - start
+    peak = max(peak for _, peak in runs)
+    print(
+        f"{num:>9,}  {name:<22}{num / seconds:>12,.0f}/s{megabytes / seconds:>10,.1f} MB/s{peak:>9,.0f} MiB"
+        f"   start {start:.1f} s", flush=True,
+    )  # fmt: skip
+    return num / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, nargs="*", default=[1000, 10_000], help="with images")
+    parser.add_argument("--text-documents", type=int, nargs="*", default=[1000, 10_000], help="of text only")
+    parser.add_argument("--datatrove", metavar="PYTHON")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    print("documents                        documents a second of CPU, MB, peak of memory")
+    for images, sizes in ((True, options.documents), (False, options.text_documents)):
+        for num in sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                root = Path(folder)
+                megabytes = write(root, num, images)
+                name = "ours, with images" if images else "ours, text only"
+                ours = rates(
+                    name, [sys.executable, "-c", OURS], root, str(root / "corpus"), num, megabytes, options.repeats
+                )
+                if options.datatrove and not images:
+                    (root / "peer.py").write_text(PEER)
+                    command = [options.datatrove, str(root / "peer.py")]
+                    peer = rates("datatrove", command, root, str(root / "json"), num, megabytes, options.repeats)
+                    print(f"{'':>11}ours / datatrove: {ours / peer:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

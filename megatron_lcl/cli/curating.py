@@ -1,0 +1,50 @@
+"""Commands around what stays in a corpus: curate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from megatron_lcl.cli.arguments import add_input, overrides_of, single_input
+from megatron_lcl.errors import UserError
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parsers of these commands."""
+    sub = add(
+        "curate", _curate, "a corpus by rules into another one; --section.key VALUE sets a rule",
+        _add_rules, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_input(sub, "CORPUS", "a folder that `preprocess` or `curate` wrote", "--corpus")
+    sub.add_argument("--output", metavar="DIR", help="the new corpus: new, or one to go on with")
+    rules = sub.add_mutually_exclusive_group()
+    rules.add_argument("--preset", metavar="NAME", help="rules of a paper: datacomp, mint1t, mmc4, obelics")
+    rules.add_argument("--config", metavar="FILE", help="YAML of rules; a field that it does not name is as below")
+    sub.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    sub.add_argument("--dry-run", action="store_true", help="only print what would be removed, without --output")
+    sub.add_argument("--sample", metavar="FILE", help="also write an HTML page with samples of what was removed")
+
+
+def _curate(options: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_lcl.curate.page import write_page
+    from megatron_lcl.curate.run import curate
+    from megatron_lcl.curate.settings import read_settings
+
+    corpus = single_input(options)
+    if options.dry_run == bool(options.output):
+        raise UserError("give --output DIR, or --dry-run for a look at what would be removed")
+    settings = read_settings(options.preset, options.config, overrides_of(rest, switches=()))
+    found = curate(corpus, options.output, settings, workers=options.workers, progress=True)
+    print(found)
+    if options.sample:
+        print(f"samples: {write_page(found, options.sample)}")
+
+
+def _add_rules(sub: argparse.ArgumentParser) -> None:
+    """The rules, for `--help`."""
+    from megatron_lcl.curate.settings import describe
+
+    lines = ["rules (type, default; null: none):"]
+    for name, kind, default, help in describe():
+        lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
+    sub.epilog = "\n".join(lines)

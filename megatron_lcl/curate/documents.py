@@ -1,0 +1,115 @@
+"""A corpus's documents as rules see them, and the ranges of them that are worked on together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megatron_lcl.data.corpus.store import TEXT, Corpus, Shard
+
+MAX_PIECES = 1 << 20
+"""a range has no more texts and images"""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Documents first … last-1 of a shard, a task of either pass."""
+
+    number: int
+    """of the task"""
+    shard: int
+    first: int
+    last: int
+
+    def start(self, corpus: Corpus) -> int:
+        """Number of its first document in the corpus."""
+        return int(corpus.document_starts[self.shard]) + self.first
+
+
+def ranges(corpus: Corpus, task_bytes: int) -> list[Range]:
+    """All documents, in runs of about `task_bytes` of tokens and images, within a shard, by their sizes alone."""
+    found: list[Range] = []
+    for number in range(corpus.num_shards):
+        shard = corpus.shard(number)
+        offsets = shard.document_offsets
+        sizes = 4 * np.where(shard.modes == TEXT, shard.lengths, 1).astype(np.int64)
+        is_image = shard.modes != TEXT
+        if is_image.any():
+            images = shard.pieces(0, shard.num_pieces)[np.cumsum(shard.lengths, dtype=np.int64)[is_image] - 1]
+            sizes[is_image] += shard.image_sizes[images]
+        ends = np.concatenate([[0], np.cumsum(sizes)])[offsets]
+        first = 0
+        while first < shard.num_documents:
+            last = min(
+                int(np.searchsorted(ends, ends[first] + task_bytes)),
+                int(np.searchsorted(offsets, offsets[first] + MAX_PIECES)),
+                shard.num_documents,
+            )
+            last = max(last, first + 1)
+            found.append(Range(len(found), number, first, last))
+            first = last
+    return found
+
+
+class Source:
+    """A document of the corpus that is curated. Its items are its texts and images, counted from 0 in reading order."""
+
+    def __init__(self, corpus: Corpus, shard: Shard, local: int, name: str) -> None:
+        self.shard, self.local = shard, local
+        self.number = int(corpus.document_starts[shard.number]) + local
+        """in the corpus"""
+        self.name = name
+        """where it came from; "" where that is not known"""
+        self.start, stop = shard.document_offsets[local : local + 2].tolist()
+        self.is_text: list[bool] = (shard.modes[self.start : stop] == TEXT).tolist()
+        self.kept: list[int] = list(range(stop - self.start))
+        """the items that no rule has removed so far"""
+        self._corpus = corpus
+        self._texts: dict[int, str] = {}
+
+    def text(self, item: int) -> str:
+        """A text, decoded at most once."""
+        if item not in self._texts:
+            self._texts[item] = self._corpus.tokenizer.decode(self.ids(item))
+        return self._texts[item]
+
+    def ids(self, item: int) -> np.ndarray:
+        """int32 token ids of a text."""
+        return self.shard.pieces(self.start + item, self.start + item + 1)
+
+    def image(self, item: int) -> int:
+        """Index of an image in the shard: of `shard.image(j)`, `shard.image_width[j]`, `shard.image_xxh3[j]` …"""
+        return int(self.ids(item)[0])
+
+    def placement(self, item: int) -> int:
+        """Of an image: index into `shard.similarity` and `shard.matched_text`."""
+        return int(self.shard.placement_of[self.start + item])
+
+    @property
+    def kept_texts(self) -> list[int]:
+        return [item for item in self.kept if self.is_text[item]]
+
+    @property
+    def kept_images(self) -> list[int]:
+        return [item for item in self.kept if not self.is_text[item]]
+
+    @cached_property
+    def number_of_text(self) -> list[int]:
+        """Of each item the number of texts before it, by which `matched_text` names them."""
+        return (np.cumsum(self.is_text) - self.is_text).tolist()
+
+    def without(self, items: Sequence[int]) -> None:
+        """Remove items."""
+        gone = set(items)
+        self.kept = [item for item in self.kept if item not in gone]
+
+
+def documents(corpus: Corpus, task: Range) -> Iterator[Source]:
+    """The documents of a range, in order."""
+    shard = corpus.shard(task.shard)
+    names = shard.names.between(task.first, task.last) if shard.names else iter([""] * (task.last - task.first))
+    for local, name in zip(range(task.first, task.last), names, strict=True):
+        yield Source(corpus, shard, local, name)

@@ -1,0 +1,98 @@
+"""Rules over the whole corpus: what they want of each document is collected in pass 1, then they decide.
+
+A `Join` is all that such a rule has to be; `settings.joins_of` of `run.py` says which are on. The joins of a run are
+independent of each other: each sees what the rules of single items left, and what several remove is counted with the
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_lcl.curate.documents import Source
+
+REMOVED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("value", pa.float64())])
+"""what a join removes: number of the document, of the item in it (-1: the whole document), what the rule measured"""
+_AT_ONCE = 1 << 23
+"""images whose hashes are counted in memory together"""
+
+
+class Join(Protocol):
+    """A rule over the whole corpus. Picklable; one object per run, used by many processes."""
+
+    @property
+    def rule(self) -> str:
+        """Its name, `section.field`: section says of what it removes (image, text, document)."""
+        ...
+
+    @property
+    def threshold(self) -> Any: ...
+
+    def facts(self, documents: Sequence[Source]) -> pa.Table:
+        """What it wants to know of some documents, of their items that are `kept`; always of the same schema."""
+        ...
+
+    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """Tables of schema `REMOVED`, ordered by document and item, from the facts of all documents.
+
+        facts: a Parquet file a task, in the order of the documents. scratch: an empty folder for what does not fit in
+        memory. The same whatever `workers` is.
+        """
+        ...
+
+
+class Places:
+    """Images whose bytes stand in more than so many places of the corpus are removed from all of them.
+
+    OBELICS (arXiv 2306.16527, A.3) counts URLs, MINT-1T (2406.11271) SHA-256; here it is the XXH3-128 of the bytes.
+    """
+
+    rule = "image.max_places"
+
+    def __init__(self, threshold: int) -> None:
+        self.threshold = threshold
+
+    def facts(self, documents: Sequence[Source]) -> pa.Table:
+        rows = [(d, item) for d in documents for item in d.kept_images]
+        digests = b"".join(d.shard.image_xxh3[d.image(item)].tobytes() for d, item in rows)
+        return pa.table(
+            {
+                "document": pa.array([d.number for d, _ in rows], pa.int64()),
+                "item": pa.array([item for _, item in rows], pa.int32()),
+                "xxh3": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(digests)]),
+            }
+        )
+
+    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """In memory: the hashes of a slice, and those of the images that are removed."""
+        num_slices = 1 + sum(pq.read_metadata(file).num_rows for file in facts) // _AT_ONCE
+        too_many = pa.concat_tables([self._too_many(facts, k, num_slices) for k in range(num_slices)])
+        known = too_many["xxh3"].combine_chunks()
+        for file in facts:
+            table = pq.read_table(file)
+            found = pc.index_in(table["xxh3"], known)
+            chosen = table.append_column("value", pc.take(too_many["places"], found)).filter(pc.is_valid(found))
+            yield chosen.select(REMOVED.names).cast(REMOVED)
+
+    def _too_many(self, facts: Sequence[Path], number: int, num_slices: int) -> pa.Table:
+        """Hashes (`xxh3`) of the slice with that number that stand too often, and how often (`places`)."""
+        columns = [_slice(pq.read_table(file, columns=["xxh3"]), number, num_slices) for file in facts]
+        counted = pa.concat_tables(columns).group_by("xxh3").aggregate([([], "count_all")])
+        return counted.rename_columns(["xxh3", "places"]).filter(pc.field("places") > self.threshold)
+
+
+def _slice(table: pa.Table, number: int, num_slices: int) -> pa.Table:
+    """The rows whose hash is in one of `num_slices` ranges."""
+    if num_slices == 1:
+        return table
+    column = table["xxh3"].combine_chunks()
+    digests = np.frombuffer(column.buffers()[1], np.uint8)[16 * column.offset :].reshape(-1, 16)[: len(column)]
+    first = 256 * digests[:, 0].astype(np.int64) + digests[:, 1]
+    return table.filter(pa.array(first * num_slices >> 16 == number))

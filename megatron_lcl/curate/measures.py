@@ -1,0 +1,129 @@
+"""What the rules compare with their thresholds: pure functions of a text, an image or a document.
+
+The ratios are those of OBELICS (arXiv 2306.16527, appendix A.2; huggingface/OBELICS, web_document_filtering.py), which
+has them from ROOTS (arXiv 2303.03915). Special characters are all but letters and the marks on them, by their Unicode
+category; OBELICS lists them one by one, and both agree on ASCII.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import regex
+
+CHARACTERS_IN_RUN, WORDS_IN_RUN = 10, 5
+"""character_repetition_length and word_repetition_length of OBELICS"""
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+"""of hashes: odd, and as good as random"""
+_SPECIAL_ASCII = bytes(set(range(128)) - set(string.ascii_letters.encode()))
+_LETTERS = regex.compile(r"[\p{L}\p{M}]+")
+_WORD = regex.compile(r"[\p{L}\p{M}](?:.*[\p{L}\p{M}])?", regex.DOTALL)
+_ASCII_STRIP = _SPECIAL_ASCII.decode()
+
+
+def words_of(text: str) -> list[str]:
+    """Its words in lower case: what stands between white space, without special characters at both ends, if letters
+    are left."""
+    pieces = text.lower().split()
+    if text.isascii():
+        return [word for piece in pieces if (word := piece.strip(_ASCII_STRIP))]
+    found = map(_WORD.search, pieces)
+    return [match.group() for match in found if match]
+
+
+def special_ratio(text: str) -> float:
+    """Share of characters that are no letters: digits, punctuation, symbols, white space."""
+    if not text:
+        return 0.0
+    if text.isascii():
+        return 1 - len(text.encode().translate(None, _SPECIAL_ASCII)) / len(text)
+    return 1 - sum(map(len, _LETTERS.findall(text))) / len(text)
+
+
+def character_repetition_ratio(text: str, n: int = CHARACTERS_IN_RUN) -> float:
+    """Of all runs of n characters, the share of the commonest: the √(different runs) most frequent that stand twice or
+    more often. 0 for a text that is shorter."""
+    total = len(text) - n + 1
+    if total <= 0:
+        return 0.0
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    hashes = np.zeros(total, np.uint64)
+    for k in range(n):  # of each run a polynomial modulo 2^64
+        hashes *= _BASE
+        hashes += codes[k : k + total]
+    counts = np.unique(hashes, return_counts=True)[1]
+    repeated = np.sort(counts[counts > 1])[::-1]
+    return int(repeated[: math.isqrt(len(counts))].sum()) / total
+
+
+def word_repetition_ratio(words: Sequence[str], n: int = WORDS_IN_RUN) -> float:
+    """Of all runs of n words, the share of those that stand twice or more often; 0 for fewer words."""
+    total = len(words) - n + 1
+    if total <= 0:
+        return 0.0
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()
+    return (total - list(counts).count(1)) / total
+
+
+def listed_ratio(words: Sequence[str], listed: Collection[str]) -> float:
+    """Share of the words that are in a list; 0 where there are none."""
+    return sum(map(listed.__contains__, words)) / len(words) if words else 0.0
+
+
+class Context(Protocol):
+    """What measures of texts need besides the text."""
+
+    @property
+    def stop_words(self) -> Collection[str]: ...
+
+    @property
+    def flagged_words(self) -> Collection[str]: ...
+
+    @property
+    def language(self) -> Callable[[str], float]: ...
+
+
+class Measured:
+    """A text that is measured, or a document: all its texts as one, how many texts and images, and its name."""
+
+    def __init__(
+        self, read: Callable[[], str], context: Context, images: int = 0, texts: int = 1, name: str = ""
+    ) -> None:
+        """read: gives the text; it is called at most once, when a rule first asks for it."""
+        self._read, self.context = read, context
+        self.images, self.texts, self.name = images, texts, name
+
+    @cached_property
+    def text(self) -> str:
+        return self._read()
+
+    @cached_property
+    def words(self) -> list[str]:
+        return words_of(self.text)
+
+
+MEASURES: dict[str, Callable[[Measured], float]] = {
+    "words": lambda m: len(m.words),
+    "characters": lambda m: len(m.text),
+    "character_repetition": lambda m: character_repetition_ratio(m.text),
+    "word_repetition": lambda m: word_repetition_ratio(m.words),
+    "special": lambda m: special_ratio(m.text),
+    "stop_words": lambda m: listed_ratio(m.words, m.context.stop_words),
+    "flagged_words": lambda m: listed_ratio(m.words, m.context.flagged_words),
+    "language": lambda m: m.context.language(m.text),
+    "images": lambda m: m.images,
+    "texts": lambda m: m.texts,
+}
+"""of texts and documents, by the name of their fields without `min_` or `max_`"""
+
+
+def has_any(name: str, words: Sequence[str]) -> bool:
+    """Whether a name has one of the words in it, in upper or lower case."""
+    name = name.lower()
+    return any(word.lower() in name for word in words)

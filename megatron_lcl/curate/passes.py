@@ -1,0 +1,414 @@
+"""The two passes over a corpus, a range of documents at a time: `judge` decides on single items, `copy` on documents.
+
+A task leaves a folder in the work folder, put there complete under its name, so one that was killed is done again and
+any number of processes may do the same tasks. What is written depends on the range alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from megatron_lcl.curate.documents import Range, Source, documents
+from megatron_lcl.curate.joins import Join
+from megatron_lcl.curate.languages import Context, context_of
+from megatron_lcl.curate.measures import MEASURES, Measured, has_any
+from megatron_lcl.curate.settings import Rule, Settings, rules_of
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.store import FORMATS, Corpus, ShardWriter
+from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.data.prepare.preprocess_task import RECORD, Part, parts_of
+from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder, waiting_for_others
+
+WHOLE = -1
+"""in place of an item: the whole document"""
+EMPTY, UNMATCHED = "document.empty", "image.matched_text"
+"""rules that are always on: of a document nothing is left; the text that an image is matched to was removed"""
+REMOVED = pa.schema(
+    [
+        ("document", pa.int64()),
+        ("item", pa.int32()),
+        ("rule", pa.dictionary(pa.int32(), pa.string())),
+        ("value", pa.float64()),
+        ("name", pa.string()),
+    ]
+)
+"""of the corpus's file `removed.parquet`"""
+REMOVED_FILE, COUNTED_FILE = "removed.parquet", "counted.json"
+"""of a part: what its range lost; counts by rule and samples"""
+_JUDGED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("rule", pa.string()), ("value", pa.float64())])
+_JUDGED_FILE = "items.parquet"
+_BATCH = 256
+"""documents whose facts are collected together"""
+SAMPLES = 6
+"""of each rule; those whose hash is smallest, so that they are the same whoever removes what"""
+_SAMPLE_CHARACTERS, _SAMPLE_PARTS, _THUMBNAIL = 1200, 8, 240
+
+Removal = tuple[str, float]
+"""a rule's name, and what it measured"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all tasks of a run have in common. Picklable."""
+
+    corpus: Corpus
+    settings: Settings
+    joins: tuple[Join, ...]
+    folder: Path
+    """the work folder"""
+    writes: bool = True
+    """copy what is left; else only say what is removed"""
+
+    def facts(self, task: int, join: int) -> Path:
+        """The file of what a join wants to know of a task's documents."""
+        return self._judged(task) / f"facts-{join}.parquet"
+
+    def joined(self, join: int) -> Path:
+        """The file of what a join removes."""
+        return self.folder / f"joined-{join}.parquet"
+
+    def judged_items(self, task: int) -> Path:
+        return self._judged(task) / _JUDGED_FILE
+
+    def _judged(self, task: int) -> Path:
+        return self.folder / f"judged-{task:06d}"
+
+
+@contextmanager
+def _once(work: Work, task: Range, name: str) -> Iterator[Path | None]:
+    """A new folder that is put into the work folder under a name at the end; None where that is done already."""
+    target = work.folder / name
+    with waiting_for_others(work.folder / f"lock-{task.number:06d}"), scratch_folder(work.folder) as scratch:
+        if target.exists():
+            yield None
+            return
+        folder = scratch / name
+        folder.mkdir()
+        yield folder
+        for path in (*folder.iterdir(), folder):
+            sync(path)
+        put_in_place(folder, target)
+        sync(work.folder)
+
+
+# --- pass 1: single items ----------------------------------------------------------------------------------------
+
+
+def judge(work: Work, task: Range) -> int:
+    """Decide on every text and image of a range alone, and collect what the joins want of those that stay.
+
+    Returns how many items are removed.
+    """
+    folder = work.judged_items(task.number).parent
+    with _once(work, task, folder.name) as scratch:
+        if scratch is not None:
+            _judge(work, task, scratch)
+    return pq.read_metadata(folder / _JUDGED_FILE).num_rows
+
+
+def _judge(work: Work, task: Range, folder: Path) -> None:
+    context = context_of(work.settings)
+    images, texts = rules_of(work.settings, "image"), rules_of(work.settings, "text")
+    rows: list[tuple[int, int, str, float]] = []
+    writers: list[pq.ParquetWriter] = []
+    for batch in _batches(documents(work.corpus, task)):
+        for document in batch:
+            gone = []
+            for item, is_text in enumerate(document.is_text):
+                if is_text:
+                    removal = _first_of_text(texts, Measured(functools.partial(document.text, item), context))
+                else:
+                    removal = _first_of_image(images, document, item)
+                if removal:
+                    gone.append(item)
+                    rows.append((document.number, item, *removal))
+            document.without(gone)
+        for number, join in enumerate(work.joins):
+            facts = join.facts(batch)
+            if number == len(writers):
+                path = folder / work.facts(task.number, number).name
+                writers.append(pq.ParquetWriter(path, facts.schema, compression="zstd"))
+            writers[number].write_table(facts)
+    for writer in writers:
+        writer.close()
+    columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in _JUDGED]
+    pq.write_table(pa.table(columns, schema=_JUDGED), folder / _JUDGED_FILE, compression="zstd")
+
+
+def _batches(found: Iterator[Source]) -> Iterator[list[Source]]:
+    batch: list[Source] = []
+    for document in found:
+        batch.append(document)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _first_of_text(rules: Sequence[Rule], text: Measured) -> Removal | None:
+    """The first rule that removes a text or a document, if one does."""
+    for rule in rules:
+        if rule.field == "unsafe_names":
+            value, breaks = 1.0, has_any(text.name, rule.threshold)
+        else:
+            value = MEASURES[rule.field[4:]](text)  # without min_ or max_
+            breaks = rule.breaks(value)
+        if breaks:
+            return rule.name, value
+    return None
+
+
+def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Removal | None:
+    shard, j = document.shard, document.image(item)
+    sides = sorted((int(shard.image_width[j]), int(shard.image_height[j])))
+    for rule in rules:
+        match rule.field:
+            case "formats":
+                number = int(shard.image_format[j])
+                if FORMATS[number] not in rule.threshold:
+                    return rule.name, float(number)
+                continue
+            case "min_side":
+                value: float = sides[0]
+            case "max_side":
+                value = sides[1]
+            case "max_aspect":
+                value = sides[1] / sides[0]
+            case "min_similarity":
+                value = float(shard.similarity[document.placement(item)])
+            case _:
+                continue  # of the whole corpus
+        if rule.breaks(value):
+            return rule.name, value
+    return None
+
+
+# --- pass 2: documents, and the copy -----------------------------------------------------------------------------
+
+
+@dataclass
+class Counted:
+    """What was removed, by rule."""
+
+    removed: dict[str, list[int]] = field(default_factory=dict)
+    """texts, images, documents; of documents that are removed whole, the texts and images that were left in them"""
+    samples: dict[str, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
+    """a few of each rule, with the hashes by which they are chosen, the smallest first"""
+
+    def add(self, rule: str, texts: int = 0, images: int = 0, documents: int = 0) -> None:
+        counts = self.removed.setdefault(rule, [0, 0, 0])
+        for k, count in enumerate((texts, images, documents)):
+            counts[k] += count
+
+    def merge(self, other: Counted) -> None:
+        for rule, counts in other.removed.items():
+            self.add(rule, *counts)
+        for rule, samples in other.samples.items():
+            both = [*self.samples.get(rule, ()), *samples]
+            self.samples[rule] = heapq.nsmallest(SAMPLES, both, key=lambda sample: sample[0])
+
+
+def copy(work: Work, task: Range) -> Counted:
+    """Copy what is left of a range of documents; returns what was removed."""
+    name = Part(task.number, 0, True, 0).name
+    with _once(work, task, name) as scratch:
+        if scratch is not None:
+            _copy_range(work, task, scratch)
+    return Counted(**json.loads((work.folder / name / COUNTED_FILE).read_bytes()))
+
+
+def part_of(work: Work, task: Range) -> Part:
+    """The record of a task that `copy` has done."""
+    (part,) = parts_of(work.folder, task.number)
+    return part
+
+
+def _copy_range(work: Work, task: Range, folder: Path) -> None:
+    removals = _removals(work, task)
+    rules, context = rules_of(work.settings, "document"), context_of(work.settings)
+    thresholds = thresholds_of(work.settings, work.joins)
+    counted, drops = Counted(), Drops()
+    rows: list[tuple[int, int, str, float, str]] = []
+    writer = ShardWriter(folder, 0) if work.writes else None
+    try:
+        for document in documents(work.corpus, task):
+            gone = removals.pop(document.number, {})
+            whole = gone.pop(WHOLE, None)
+            document.without(list(gone))
+            gone |= _unmatched(document)
+            document.without(list(gone))
+            if whole is None:
+                whole = _first_of_document(rules, document, context)
+            for item, (rule, value) in sorted(gone.items()):
+                is_text = document.is_text[item]
+                counted.add(rule, texts=is_text, images=not is_text)
+                sample = document.text(item) if is_text else ""
+                drops.left_out("text" if is_text else "image", _reason(rule, thresholds), document.name, sample=sample)
+                rows.append((document.number, item, rule, value, document.name))
+            if whole is not None:
+                rule, value = whole
+                counted.add(rule, len(document.kept_texts), len(document.kept_images), 1)
+                drops.left_out("document", _reason(rule, thresholds), document.name)
+                rows.append((document.number, WHOLE, rule, value, document.name))
+            elif writer:
+                _copy_document(writer, document)
+        shards = []
+        if writer and writer.num_documents:
+            similarities = writer.has_similarities
+            files, counts = writer.finish()
+            kind = work.corpus.kinds[task.shard]
+            record = {"kind": kind, "number": 0, "has_similarities": similarities}
+            shards = [{**record, "files": files, "counts": counts}]
+        elif writer:
+            writer.abort()
+    except BaseException:
+        if writer:
+            writer.abort()
+        raise
+    columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in REMOVED]
+    pq.write_table(pa.table(columns, names=REMOVED.names).cast(REMOVED), folder / REMOVED_FILE, compression="zstd")
+    counted.samples = _samples(work, task, rows)
+    write_file(folder / COUNTED_FILE, json.dumps(vars(counted)).encode())
+    part = Part(task.number, 0, True, task.last - task.first, shards, drops.to_dict())
+    write_file(folder / RECORD, json.dumps(vars(part)).encode())
+
+
+def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
+    """What pass 1 and the joins remove of a range, by document and item; of several that remove one item the first."""
+    found: dict[int, dict[int, Removal]] = {}
+    table = pq.read_table(work.judged_items(task.number))
+    for document, item, rule, value in zip(*(table[name].to_pylist() for name in _JUDGED.names), strict=True):
+        found.setdefault(document, {})[item] = (rule, value)
+    first = task.start(work.corpus)
+    inside = [("document", ">=", first), ("document", "<", first + task.last - task.first)]
+    for number, join in enumerate(work.joins):
+        table = pq.read_table(work.joined(number), filters=inside)
+        columns = (table[name].to_pylist() for name in ("document", "item", "value"))
+        for document, item, value in zip(*columns, strict=True):
+            found.setdefault(document, {}).setdefault(item, (join.rule, value))
+    return found
+
+
+def _unmatched(document: Source) -> dict[int, Removal]:
+    """Images whose text is gone; the value is the number of the text."""
+    texts = [item for item, is_text in enumerate(document.is_text) if is_text]
+    kept, found = set(document.kept), {}
+    if len(kept) < len(document.is_text):
+        for item in document.kept_images:
+            matched = int(document.shard.matched_text[document.placement(item)])
+            if matched >= 0 and texts[matched] not in kept:
+                found[item] = (UNMATCHED, float(matched))
+    return found
+
+
+def _first_of_document(rules: Sequence[Rule], document: Source, context: Context) -> Removal | None:
+    if not document.kept:
+        return EMPTY, 0.0
+    if not rules:
+        return None
+    texts = document.kept_texts
+    images = len(document.kept) - len(texts)
+    measured = Measured(lambda: "\n\n".join(map(document.text, texts)), context, images, len(texts), document.name)
+    return _first_of_text(rules, measured)
+
+
+def _copy_document(writer: ShardWriter, document: Source) -> None:
+    """Token ids and encoded images as they are; matches by the numbers that the texts have now."""
+    shard = document.shard
+    texts = document.kept_texts
+    if len(texts) == len(document.kept):
+        ids = [document.ids(item).tobytes() for item in texts]
+        writer.add_text_documents(b"".join(ids), [len(piece) // 4 for piece in ids], [len(ids)], [document.name])
+        return
+    numbers = {document.number_of_text[item]: number for number, item in enumerate(texts)}
+    for item in document.kept:
+        if document.is_text[item]:
+            writer.add_texts([document.ids(item).tobytes()])
+            continue
+        j, placement = document.image(item), document.placement(item)
+        similarity, matched = float(shard.similarity[placement]), int(shard.matched_text[placement])
+        writer.add_image(
+            bytes(shard.image(j)),
+            int(shard.image_width[j]),
+            int(shard.image_height[j]),
+            FORMATS[shard.image_format[j]],
+            None if np.isnan(similarity) else similarity,
+            None if matched < 0 else numbers[matched],
+        )
+    writer.end_document(document.name)
+
+
+def thresholds_of(settings: Settings, joins: Sequence[Join]) -> dict[str, Any]:
+    """Of all rules that are on, in the order in which they are tried, by name; None: it has none."""
+    found: dict[str, Any] = {}
+    for section in ("image", "text"):
+        found |= {rule.name: rule.threshold for rule in rules_of(settings, section)}
+    found |= {join.rule: join.threshold for join in joins}
+    found |= {UNMATCHED: None, EMPTY: None}
+    return found | {rule.name: rule.threshold for rule in rules_of(settings, "document")}
+
+
+def threshold_text(threshold: Any) -> str:
+    """A threshold as it is read."""
+    if isinstance(threshold, tuple | list):
+        return ", ".join(map(str, threshold))
+    return "" if threshold is None else f"{threshold:g}" if isinstance(threshold, float) else str(threshold)
+
+
+def _reason(rule: str, thresholds: dict[str, Any]) -> str:
+    return f"{rule} {threshold_text(thresholds[rule])}".rstrip()
+
+
+def _samples(
+    work: Work, task: Range, rows: Sequence[tuple[int, int, str, float, str]]
+) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """Of each rule those removals whose hash is smallest, with what was removed."""
+    by_rule: dict[str, list[tuple[int, int, float, str]]] = {}
+    for document, item, rule, value, name in rows:
+        by_rule.setdefault(rule, []).append((document, item, value, name))
+    gone: dict[int, set[int]] = {}
+    for document, item, *_ in rows:
+        gone.setdefault(document, set()).add(item)
+    chosen: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for rule, found in sorted(by_rule.items()):
+        hashed = ((xxhash.xxh3_64_intdigest(b"%d %d" % row[:2]) >> 1, row) for row in found)
+        chosen[rule] = [
+            (number, {"document": document, "item": item, "value": value, "name": name,
+                      "parts": _parts(work.corpus, task, document, item, gone[document])})
+            for number, (document, item, value, name) in heapq.nsmallest(SAMPLES, hashed)
+        ]  # fmt: skip
+    return chosen
+
+
+def _parts(corpus: Corpus, task: Range, document: int, item: int, gone: set[int]) -> list[dict[str, str]]:
+    """What was removed, as a page shows it: the item, or of a whole document what was left of it."""
+    shard = corpus.shard(task.shard)
+    source = Source(corpus, shard, document - int(corpus.document_starts[task.shard]), "")
+    items = [item] if item != WHOLE else [other for other in source.kept if other not in gone]
+    parts = []
+    for number in items[:_SAMPLE_PARTS]:
+        if source.is_text[number]:
+            text = source.text(number)
+            parts.append({"text": text[:_SAMPLE_CHARACTERS] + "…" * (len(text) > _SAMPLE_CHARACTERS)})
+        else:
+            j = source.image(number)
+            size = f"{shard.image_width[j]} × {shard.image_height[j]}, {FORMATS[shard.image_format[j]]}"
+            parts.append({"image": thumbnail(shard.image(j), _THUMBNAIL), "caption": size})
+    if len(items) > _SAMPLE_PARTS:
+        parts.append({"text": f"… and {len(items) - _SAMPLE_PARTS} more"})
+    return parts

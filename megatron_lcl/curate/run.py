@@ -1,0 +1,332 @@
+"""`curate`: a corpus, and what of it is removed, into another corpus.
+
+The result depends on the corpus and the settings alone: a run that was killed goes on where it stopped, the same
+command again recognizes the finished corpus, and any number of processes do the tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from megatron_lcl.curate.documents import Range, ranges
+from megatron_lcl.curate.joins import REMOVED as JOINED
+from megatron_lcl.curate.joins import Join, Places
+from megatron_lcl.curate.languages import context_of, libraries
+from megatron_lcl.curate.passes import (
+    REMOVED,
+    REMOVED_FILE,
+    Counted,
+    Work,
+    copy,
+    judge,
+    part_of,
+    threshold_text,
+    thresholds_of,
+)
+from megatron_lcl.curate.settings import Settings, as_recipe, rules_of
+from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.files import hash_file, sync
+from megatron_lcl.data.corpus.indexed import FileInfo, write_file
+from megatron_lcl.data.corpus.store import KIND, MANIFEST, Corpus, open_corpus, read_manifest
+from megatron_lcl.data.prepare.finish import assemble
+from megatron_lcl.data.prepare.preprocess import TASK_BYTES
+from megatron_lcl.data.prepare.preprocess_task import Part
+from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.data.prepare.unfinished import (
+    WORK,
+    claim,
+    clear_errors,
+    clear_up,
+    in_work_folder,
+    is_finished_corpus,
+    remove_work,
+)
+from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.errors import UserError
+
+SAMPLES_FILE = "removed-samples.jsonl"
+"""of the corpus: a few removals of each rule, with what was removed"""
+CURATED = "curated"
+"""key of the manifest: what the corpus had before, what each rule removed"""
+_ROWS = 1 << 17
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a rule removed."""
+
+    rule: str
+    threshold: str
+    texts: int
+    images: int
+    """placements; of documents that were removed whole, as with texts, those that other rules had left in them"""
+    documents: int
+
+    def share(self, before: dict[str, int]) -> float:
+        """Of what the rule is about (texts, images or documents) in the corpus before."""
+        about = {"text": "texts", "image": "images", "document": "documents"}[self.rule.partition(".")[0]]
+        return getattr(self, about) / before[about] if before[about] else 0.0
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What came of it."""
+
+    path: Path | None
+    """None: only looked at"""
+    before: dict[str, int]
+    """texts, images, documents of the source"""
+    rules: list[Removed]
+    samples: list[dict[str, Any]]
+    """rule, document, item, value, name, and parts: what was removed, `text` or `image` (a data: URL) each"""
+    reused: bool = False
+
+    @property
+    def after(self) -> dict[str, int]:
+        return {name: count - sum(getattr(r, name) for r in self.rules) for name, count in self.before.items()}
+
+    def __str__(self) -> str:
+        rows = [["rule", "threshold", "texts", "images", "documents", "share"]]
+        for r in self.rules:
+            counts = [f"{count:,}" if count else "" for count in (r.texts, r.images, r.documents)]
+            rows.append([r.rule, r.threshold, *counts, f"{r.share(self.before):.2%}"])
+        for title, counted in (("before", self.before), ("after", self.after)):
+            rows.append([title, "", *(f"{counted[name]:,}" for name in ("texts", "images", "documents")), ""])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = [*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+
+class _NothingLeft(UserError):
+    """Nothing of the work is of use."""
+
+
+def curate(
+    corpus: str | Path,
+    output: str | Path | None,
+    settings: Settings | None = None,
+    *,
+    joins: Sequence[Join] = (),
+    workers: int = 1,
+    task_bytes: int = TASK_BYTES,
+    progress: bool = False,
+) -> Curated:
+    """Write what the rules leave of `corpus` into the folder `output`; None: only say what they would remove.
+
+    joins: rules over the whole corpus besides those of the settings. Ids of texts, bytes of images, similarities, names
+    and kinds stay as they are. Beside the corpus's usual files, and as them in its manifest: `removed.parquet`, every
+    removal, and samples of them. The same call again goes on with an unfinished run and recognizes a finished corpus.
+    Raises UserError, leaving nothing, where `output` holds something else, a list, model or package is missing, or
+    every document would go.
+    """
+    settings = settings or Settings()
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give at least 1")
+    source = open_corpus(corpus)
+    joins = (*_joins_of(settings), *joins)
+    _check(settings)
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
+            work = Work(source, settings, joins, Path(folder), writes=False)
+            _, counted = _decide(work, task_bytes, workers, progress)
+            return _curated(None, source, work, counted)
+    output = Path(output)
+    inside, outside = output.resolve(), source.path.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise UserError(f"{output} is, lies in, or holds the corpus that is curated; give another folder")
+    recipe = {
+        "curated": source.fingerprint,
+        "thresholds": {**as_recipe(settings), **{join.rule: join.threshold for join in joins}},
+        "libraries": _libraries(settings),
+        "layout": [task_bytes],
+    }
+    if is_finished_corpus(output, recipe):
+        clear_up(output)
+        return read_curated(output, reused=True)
+    source.check_sizes()
+    work = Work(source, settings, joins, output / WORK)
+    created = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        with clear_errors(output), in_work_folder(work.folder) as scratch:
+            claim(work.folder, recipe, scratch)
+            if not is_finished_corpus(output, recipe):  # by others, since the first look
+                tasks, counted = _decide(work, task_bytes, workers, progress)
+                with waiting_for_others(work.folder / "lock"):
+                    if not (output / MANIFEST).exists():
+                        _finish(output, work, recipe, tasks, counted, scratch, workers)
+    except BaseException as error:
+        # the work folder may be gone: another process found all done, finished and cleared up
+        if not (isinstance(error, FileNotFoundError) and (output / MANIFEST).exists()):
+            clear_dead(work.folder)
+            useless = isinstance(error, _NothingLeft) or not any(work.folder.glob("judged-*"))
+            if useless and not is_used(work.folder):
+                remove_work(output, created)
+            raise
+    finally:
+        if (output / MANIFEST).exists():
+            clear_up(output)
+    return read_curated(output)
+
+
+def read_curated(folder: str | Path, reused: bool = False) -> Curated:
+    """What was removed on the way to a corpus. UserError where it is none that was curated."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if CURATED not in manifest:
+        raise UserError(f"{folder} was not curated, so nothing is known of what was removed; `inspect` shows a corpus")
+    try:
+        lines = (folder / SAMPLES_FILE).read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []  # a page can do without
+    said = manifest[CURATED]
+    return Curated(folder, said["before"], [Removed(**r) for r in said["rules"]], list(map(json.loads, lines)), reused)
+
+
+def _joins_of(settings: Settings) -> tuple[Join, ...]:
+    places = settings.image.max_places
+    return () if places is None else (Places(places),)
+
+
+def _check(settings: Settings) -> None:
+    """UserError where a list, a model or a package is missing that a rule needs."""
+    context_of.cache_clear()  # a file may have changed since this process read it
+    context = context_of(settings)
+    for rule in (*rules_of(settings, "text"), *rules_of(settings, "document")):
+        match rule.field:
+            case "min_stop_words" | "max_flagged_words":
+                getattr(context, rule.field[4:])
+            case "min_language":
+                context.language("a")
+
+
+def _libraries(settings: Settings) -> dict[str, str]:
+    rules = {rule.field for section in ("text", "document") for rule in rules_of(settings, section)}
+    return libraries(rules, settings.language, settings.lists)
+
+
+# --- the work ----------------------------------------------------------------------------------------------------
+
+
+def _decide(work: Work, task_bytes: int, workers: int, progress: bool) -> tuple[list[Range], Counted]:
+    """Both passes, with the joins between them; the tasks, and what was removed."""
+    tasks = ranges(work.corpus, task_bytes)
+
+    def each(task: Callable[[Work, Range], R], title: str) -> Iterator[R]:
+        with closing(in_order(task, work, tasks, workers, ahead=4 * workers)) as results:
+            yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
+
+    deque(each(judge, "texts and images"), 0)
+    with waiting_for_others(work.folder / "lock"):
+        for number, join in enumerate(work.joins):
+            if not work.joined(number).exists():
+                _join(work, number, join, len(tasks), workers)
+    counted = Counted()
+    for of_task in each(copy, "documents"):
+        counted.merge(of_task)
+    return tasks, counted
+
+
+def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> None:
+    facts = [work.facts(task, number) for task in range(num_tasks)]
+    with scratch_folder(work.folder) as folder:
+        scratch, target = folder / "free", folder / REMOVED_FILE
+        scratch.mkdir()
+        _write_tables(target, JOINED, join.decide(facts, scratch, workers))
+        os.replace(target, work.joined(number))
+
+
+def _write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """A Parquet file of many tables, in row groups of about _ROWS, so that a reader of a few rows opens few."""
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def write() -> None:
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting).unify_dictionaries())
+                waiting.clear()
+
+        for table in tables:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= _ROWS:
+                write()
+        write()
+    sync(path)
+
+
+def _finish(
+    output: Path,
+    work: Work,
+    recipe: dict[str, Any],
+    tasks: Sequence[Range],
+    counted: Counted,
+    scratch: Path,
+    workers: int,
+) -> None:
+    parts = [part_of(work, task) for task in tasks]
+    curated = _curated(output, work.corpus, work, counted)
+    shards = [shard for part in parts for shard in part.shards]
+    if not shards:
+        raise _nothing_left(curated)
+    drops = Drops.from_dict(work.corpus.manifest["drops"])
+    for part in parts:
+        drops.add(Drops.from_dict(part.drops))
+    samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in curated.samples)
+    more = {
+        REMOVED_FILE: _write_removed(work, parts, scratch),
+        SAMPLES_FILE: write_file(scratch / SAMPLES_FILE, samples.encode()),
+    }
+    manifest = {
+        "source": work.corpus.manifest["source"],
+        "shards": [{**shard["counts"], KIND: shard["kind"]} for shard in shards],
+        "recipe": recipe,
+        CURATED: {"before": curated.before, "rules": [vars(removed) for removed in curated.rules]},
+    }
+    assemble(output, work.folder, parts, work.corpus.tokenizer, drops, scratch, workers, manifest, more)
+
+
+def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) -> Curated:
+    thresholds = thresholds_of(work.settings, work.joins)
+    counts = source.manifest["counts"]
+    before = {
+        "texts": counts["pieces"] - counts["placements"],
+        "images": counts["placements"],
+        "documents": counts["documents"],
+    }
+    rules = [
+        Removed(rule, threshold_text(threshold), *counted.removed.get(rule, (0, 0, 0)))
+        for rule, threshold in thresholds.items()
+    ]
+    samples = [{"rule": rule, **sample} for rule in thresholds for _, sample in counted.samples.get(rule, ())]
+    return Curated(path, before, rules, samples)
+
+
+def _nothing_left(curated: Curated) -> _NothingLeft:
+    most = max(curated.rules, key=lambda r: (r.texts + r.images, -r.documents))
+    items, all_items = most.texts + most.images, curated.before["texts"] + curated.before["images"]
+    return _NothingLeft(
+        f"none of {curated.before['documents']:,} documents is left; {most.rule} = {most.threshold} removed most, "
+        f"{items:,} of {all_items:,} texts and images; choose another threshold"
+    )
+
+
+def _write_removed(work: Work, parts: Sequence[Part], scratch: Path) -> FileInfo:
+    """The removals of all tasks as one file."""
+    path = scratch / REMOVED_FILE
+    _write_tables(path, REMOVED, (pq.read_table(work.folder / part.name / REMOVED_FILE) for part in parts))
+    return {"size": path.stat().st_size, "xxh3": hash_file(path)}

@@ -1,0 +1,219 @@
+"""What a corpus is curated by: one section for images, texts and documents each, one field a rule; None: no such rule.
+
+A field `min_X` or `max_X` is the least or the largest value of X (`measures.py`) that stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import xxhash
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_lcl import fields
+from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
+from megatron_lcl.data.corpus.store import FORMATS
+from megatron_lcl.errors import UserError
+from megatron_lcl.fields import read_yaml
+
+PRESETS = Path(__file__).parent / "presets"
+_AtLeast1 = Annotated[float, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ImageRules:
+    """Of single images."""
+
+    formats: tuple[str, ...] = Field(default=(), description="formats that stay, such as JPEG, PNG; empty: all")
+    min_side: Positive | None = Field(default=None, description="shorter side, pixels")
+    max_side: Positive | None = Field(default=None, description="longer side, pixels")
+    max_aspect: _AtLeast1 | None = Field(default=None, description="longer side / shorter side")
+    min_similarity: float | None = Field(default=None, description="to its text, of images that have one")
+    max_places: Positive | None = Field(
+        default=None, description="places of the corpus at which the same bytes stand; in more, all are removed"
+    )
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            if name not in FORMATS:
+                raise UserError(f"image.formats has {name!r}; a corpus knows {', '.join(FORMATS[1:])}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextRules:
+    """Of single texts, as the importer made them: paragraphs, captions, sentences."""
+
+    min_words: Count | None = Field(default=None, description="words, split at white space, with a letter in them")
+    max_words: Count | None = Field(default=None, description="words")
+    min_characters: Count | None = Field(default=None, description="characters")
+    max_character_repetition: Fraction | None = Field(
+        default=None, description="share of the commonest runs of 10 characters among all"
+    )
+    max_word_repetition: Fraction | None = Field(
+        default=None, description="share of runs of 5 words that stand more than once"
+    )
+    max_special: Fraction | None = Field(default=None, description="share of characters that are no letters")
+    min_stop_words: Fraction | None = Field(default=None, description="share of words that are stop words")
+    max_flagged_words: Fraction | None = Field(default=None, description="share of words of lists.flagged_words")
+    min_language: Fraction | None = Field(
+        default=None, description="probability of the likeliest language, 0 where it is none of language.wanted"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Holdings:
+    """What a document holds, and where it is from."""
+
+    min_images: Count | None = Field(default=None, description="images")
+    max_images: Count | None = Field(default=None, description="images")
+    min_texts: Count | None = Field(default=None, description="texts")
+    unsafe_names: tuple[str, ...] = Field(
+        default=(), description="words that a document's name (file, URL) must not have in it, in upper or lower case"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class DocumentRules(TextRules, Holdings):
+    """Of documents, of what single images and texts are left; all texts as one, with a blank line between them."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lists:
+    """Lists of words."""
+
+    stop_words: str = Field(
+        default="en", description="a language of the package stop-words, or a file with a word a line"
+    )
+    flagged_words: str | None = Field(default=None, description="file with a word a line; no list comes with us")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Language:
+    """What language a text is in."""
+
+    wanted: tuple[str, ...] = Field(
+        default=("en",), min_length=1, description="codes of languages that stay (ISO 639-1)"
+    )
+    model: str | None = Field(
+        default=None, description="fastText model that labels languages (lid.176.bin); null: the package lingua"
+    )
+    among: tuple[str, ...] = Field(
+        default=(), description="languages that lingua chooses from; empty: all that it knows, which takes longer"
+    )
+    characters: Positive = Field(default=1000, description="at the beginning of a text, by which it is judged")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """All rules."""
+
+    image: ImageRules = ImageRules()
+    text: TextRules = TextRules()
+    document: DocumentRules = DocumentRules()
+    lists: Lists = Lists()
+    language: Language = Language()
+
+    def __post_init__(self) -> None:
+        for section in (self.text, self.document):
+            if section.max_flagged_words is not None and self.lists.flagged_words is None:
+                raise UserError("max_flagged_words needs lists.flagged_words, a file with a word a line")
+
+
+class Rule(NamedTuple):
+    """A rule that is on."""
+
+    section: str
+    """image, text or document"""
+    field: str
+    threshold: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}.{self.field}"
+
+    def breaks(self, value: float) -> bool:
+        """Whether what has this value is removed. A value that is not a number breaks no rule."""
+        return value < self.threshold if self.field.startswith("min_") else value > self.threshold
+
+
+def rules_of(settings: Settings, section: str) -> list[Rule]:
+    """The rules of a section that are on, in order."""
+    values = getattr(settings, section)
+    given = ((name, getattr(values, name)) for name in fields.fields_of(type(values)))
+    return [Rule(section, name, value) for name, value in given if value is not None and value != ()]
+
+
+def read_settings(
+    preset: str | None = None, file: str | Path | None = None, overrides: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings of a preset or a YAML file, with dotted overrides, `{"text.min_words": "4"}`, on top.
+
+    UserError for a preset that there is not, a field that there is not or a value that does not fit, a file of words
+    or a model that is missing.
+    """
+    assert preset is None or file is None
+    tree: dict[str, Any] = {}
+    if preset is not None:
+        file = PRESETS / f"{preset}.yaml"
+        if preset not in preset_names():
+            raise UserError(f"there is no preset {preset!r}; there are {', '.join(preset_names())}")
+    if file is not None:
+        try:
+            tree = read_yaml(Path(file).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(f"no config file {file}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{file} holds a {type(tree).__name__}; rules are sections such as `image:` and `text:`")
+    for key, text in (overrides or {}).items():
+        fields.put(Settings, tree, key.replace("-", "_"), text)
+    settings = fields.build(Settings, {key: value for key, value in tree.items() if value is not None}, _called)
+    for name, path in _files(settings):
+        if not Path(path).is_file():
+            raise UserError(f"--{name} {path}: there is no such file")
+    return settings
+
+
+def preset_names() -> list[str]:
+    """The presets, sorted."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """Every setting as (dotted name, type, default, help), in order."""
+    return fields.describe(Settings)
+
+
+def as_recipe(settings: Settings) -> dict[str, Any]:
+    """What of the settings decides the result, by dotted name: those that are not the defaults; of files their hash."""
+    default = fields.flat(dataclasses.asdict(Settings()))
+    own = fields.flat(dataclasses.asdict(settings))
+    recipe = {name: value for name, value in own.items() if value != default[name]}
+    for name, path in _files(settings):
+        recipe[name] = xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
+    return recipe
+
+
+def is_file(text: str) -> bool:
+    """Whether what lists.stop_words says is a file, not a language."""
+    return not text.isalpha()
+
+
+def _files(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The settings that are files."""
+    if is_file(settings.lists.stop_words):
+        yield "lists.stop_words", settings.lists.stop_words
+    if settings.lists.flagged_words is not None:
+        yield "lists.flagged_words", settings.lists.flagged_words
+    if settings.language.model is not None:
+        yield "language.model", settings.language.model
+
+
+def _called(key: str) -> str:
+    return f"--{key}"

@@ -1,0 +1,124 @@
+"""The folder of a corpus that is not complete: whose it is, what in it is unfinished, and how it is cleared up."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.corpus.drops import LOG
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.store import MANIFEST, read_manifest
+from megatron_lcl.data.prepare.scratch import clear_dead, scratch_folder
+from megatron_lcl.errors import UserError, free_space
+
+WORK = "_unfinished"
+_RECORD = "recipe.json"
+_LAYOUT = {"unfinished": 3}
+"""part of the record: version of the layout of unfinished work"""
+logger = logging.getLogger(__name__)
+
+
+def is_finished_corpus(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very corpus, rather than nothing, or an unfinished run. UserError for all else."""
+    ours = json.loads(json.dumps(recipe))
+    work = folder / WORK
+    try:  # before the manifest: the record is deleted once that is there
+        record = json.loads((work / _RECORD).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        record = None
+    if (folder / MANIFEST).exists():
+        theirs = read_manifest(folder).get("recipe", {})
+        different = [key for key in ours if key not in theirs or theirs[key] != ours[key]]
+        if different == ["rules"]:  # whoever trains from it goes on with it
+            logger.warning(
+                "%s was made by another version's rules for %s and stays as it is; give a new folder for today's",
+                folder,
+                recipe["format"],
+            )
+        elif different:
+            raise UserError(
+                f"{folder} holds another corpus (its {', '.join(different)} differ); give a new folder, and join "
+                "corpora with `megatron-lcl merge`"
+            )
+        return True
+    if record is not None:
+        if record == ours:
+            raise UserError(
+                f"{work} was begun by an earlier release and cannot be resumed; remove it and run the same "
+                "command again, or finish it with that release"
+            )
+        if record != {**ours, **_LAYOUT}:
+            raise UserError(
+                f"{folder} holds an unfinished corpus of other input, options or version; remove it or give "
+                "a new folder"
+            )
+    elif folder.exists():
+        if not folder.is_dir():
+            raise UserError(f"{folder} is a file; give a new folder")
+        if others := sorted(p.name for p in folder.iterdir() if p.name not in (WORK, LOG)):
+            raise UserError(
+                f"{folder} holds other files ({others[0]}, {len(others)} in all); give a new or an empty folder"
+            )
+    return False
+
+
+@contextmanager
+def in_work_folder(work: Path) -> Iterator[Path]:
+    """A scratch folder in the work folder, which is made if need be."""
+    work.mkdir(parents=True, exist_ok=True)
+    clear_dead(work)
+    with scratch_folder(work) as scratch:
+        yield scratch
+
+
+def claim(work: Path, recipe: Mapping[str, Any], scratch: Path) -> None:
+    """Record which corpus the work folder is for, unless that is recorded: of several processes at once one does."""
+    own = scratch / _RECORD
+    write_file(own, json.dumps({**recipe, **_LAYOUT}).encode())
+    try:
+        os.link(own, work / _RECORD)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not (work / _RECORD).exists():
+            os.replace(own, work / _RECORD)
+
+
+def clear_up(folder: Path) -> None:
+    """Once the manifest is written nothing else is needed."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+@contextmanager
+def clear_errors(folder: Path) -> Iterator[None]:
+    """A full disk, or a folder that cannot be written, as one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left for {folder}, {free_space(folder)}; free some and run the same command again"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"cannot write {folder}: {error.strerror}") from None
+        raise
+
+
+def remove_work(folder: Path, created: list[Path]) -> None:
+    """Remove what a failed run wrote, and the folders that were made for it, the innermost first."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    for path in created:
+        try:
+            path.rmdir()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            logger.warning("%s is left, as it is not empty", path)
+            break

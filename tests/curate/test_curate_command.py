@@ -1,0 +1,168 @@
+"""Protects the command `curate`, its refusals in one line, the presets, and the page of what was removed."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from curate.corpora_of_rules import picture, write
+from data.corpora import random_documents, write_corpus
+from report.browser import Browser
+
+from megatron_lcl.cli import main
+from megatron_lcl.curate.languages import context_of
+from megatron_lcl.curate.page import write_page
+from megatron_lcl.curate.run import curate, read_curated
+from megatron_lcl.curate.settings import as_recipe, preset_names, read_settings
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.prepare.verify import verify
+
+HOSTILE = "<script>document.title = 'taken'</script> & \"quotes\""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    documents = [
+        Document(
+            (Text(HOSTILE), Image(picture(k, 40 + 20 * k, 60)), Text("many words of one paragraph stand here " * 3))
+        )
+        for k in range(6)
+    ]
+    return write(tmp_path_factory.mktemp("source"), documents)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, output = tmp_path / "page.html", tmp_path / "out"
+    words = ["curate", str(source), "--image.min_side", "50", "--text.max_words=20", "--sample", str(page)]
+    assert main([*words, "--dry-run"]) == 0
+    looked = capsys.readouterr().out
+    assert not output.exists()
+    assert main([*words, "--output", str(output), "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said == looked
+    table = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
+    assert table["image.min_side"] == ["50", "1", "16.67%"]
+    assert table["text.max_words"] == ["20", "6", "50.00%"]
+    assert table["before"] == ["12", "6", "6"]
+    assert table["after"] == ["6", "5", "6"]
+    assert verify(output) == []
+    assert main([*words, "--output", str(output)]) == 0
+    assert main(["report", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(output / "removed.html")
+    assert (output / "removed.html").read_text().partition("<table")[2] == page.read_text().partition("<table")[2]
+    assert main(["report", str(output), "--output", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").exists()
+    assert verify(output) == []
+    assert main(["report", str(source)]) == 2
+    assert "was not curated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output", "{out}", "--preset", "c4"], "no preset 'c4'; there are datacomp, mint1t, mmc4, obelics"),
+        (["--output", "{out}", "--image.min_sides", "3"], "no --image.min_sides; the nearest is `image.min_side`"),
+        (["--output", "{out}", "--text.min_words", "many"], "--text.min_words = 'many'"),
+        (["--output", "{out}", "--text.max_special", "30"], "--text.max_special = 30"),
+        (["--output", "{out}", "--image.formats", "[JPG]"], "image.formats has 'JPG'"),
+        (["--output", "{out}", "--text.max_flagged_words", "0.01"], "needs lists.flagged_words"),
+        (["--output", "{out}", "--lists.flagged_words", "{out}/no"], "no such file"),
+        (["--output", "{out}", "--lists.stop_words", "xx", "--text.min_stop_words", "0.3"], "--lists.stop_words xx"),
+        (["--output", "{out}", "--document.min_language", "0.8", "--language.wanted", "xx"], "no language 'xx'"),
+        (["--output", "{out}", "--document.min_language", "0.8", "--language.among", "en"], "give one besides en"),
+        (["--output", "{out}", "--config", "{out}.yaml"], "no config file"),
+        (["--output", "{out}", "--workers", "0"], "--workers 0"),
+        (["--output", "{source}"], "give another folder"),
+        (["--output", "{out}", "--text.max_words", "0", "--document.min_texts", "1"], "text.max_words = 0 removed"),
+        (["--output", "{out}", "--dry-run"], "--dry-run"),
+        ([], "give --output DIR, or --dry-run"),
+        (["--output", "{out}", "--other", "word", "word"], "unexpected argument 'word'"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["curate", str(source), *(word.format(out=out, source=source) for word in words)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "task" not in line]  # bars
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("package", "rule"), [("lingua", "min_language"), ("stop_words", "min_stop_words")])
+def test_a_package_that_is_missing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    package: str, rule: str,
+) -> None:  # fmt: skip
+    original = builtins.__import__
+
+    def without(name: str, *more: object) -> object:
+        if name == package:
+            raise ImportError(name)
+        return original(name, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    context_of.cache_clear()
+    assert main(["curate", str(source), "--output", str(tmp_path / "out"), f"--text.{rule}", "0.1"]) == 2
+    assert "pip install megatron-lcl[curate]" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets(preset: str, tmp_path: Path) -> None:
+    """Each runs; every number of it has its source beside it."""
+    source = write_corpus(tmp_path / "in", random_documents(6, 1, matched=True))
+    assert curate(source.path, None, read_settings(preset)).before["documents"] == 6
+    text = (Path(sys.modules[curate.__module__].__file__ or "").parent / "presets" / f"{preset}.yaml").read_text()
+    assert re.match(r"# .*arXiv \d{4}\.\d{5}", text)
+    numbers = [line for line in text.splitlines() if re.search(r"^  \w+: ", line)]
+    assert len(numbers) == len(as_recipe(read_settings(preset)))
+    assert as_recipe(read_settings("obelics", overrides={"text.min_words": "null"}))["image.min_side"] == 150
+
+
+def test_a_file_of_rules(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text("image:\n  min_side: 50\ntext:\n")
+    found = curate(source, None, read_settings(file=tmp_path / "rules.yaml"))
+    assert next((r.rule, r.threshold) for r in found.rules) == ("image.min_side", "50")
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_was_removed(source: Path, tmp_path: Path, browser: Browser) -> None:
+    settings = read_settings(overrides={"image.min_side": "55", "text.max_special": "0.25", "document.max_words": "20"})
+    page = write_page(curate(source, tmp_path / "out", read_settings(overrides={"image.min_side": "55"})))
+    browser.open(page.as_uri())
+    assert browser.complaints() == []
+    assert browser.requests() == []
+    assert browser.evaluate("document.querySelectorAll('article img').length") == 1
+    assert browser.evaluate("[...document.images].every((i) => i.naturalWidth > 0)")
+    page = write_page(curate(source, None, settings), tmp_path / "looked.html")
+    browser.open(page.as_uri(), width=420)
+    assert browser.evaluate("document.title") == "What would be removed"
+    assert browser.evaluate("document.querySelector('article p').textContent").startswith("<script>")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 420
+    assert browser.complaints() == []
+
+
+def test_samples_are_few_and_say_what_was_removed(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path / "in", random_documents(60, 2, matched=True), 2)
+    curate(source.path, tmp_path / "out", read_settings(overrides={"text.min_words": "9"}), task_bytes=3000)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "removed-samples.jsonl").read_text().splitlines()]
+    assert samples == read_curated(tmp_path / "out").samples
+    texts = [sample for sample in samples if sample["rule"] == "text.min_words"]
+    assert len(texts) == 6
+    for sample in texts:
+        text = source[sample["document"]].items[sample["item"]]
+        assert sample["parts"] == [{"text": text.text}]
+        assert sample["name"] == source.name(sample["document"])

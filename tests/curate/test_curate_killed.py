@@ -1,0 +1,110 @@
+"""Protects the bytes of a curated corpus: the same from one process and from three, and after `kill -9`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from curate.corpora_of_rules import files
+from data.corpora import random_documents, write_corpus
+
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import Settings, read_settings
+from megatron_lcl.data.prepare.unfinished import WORK
+from megatron_lcl.data.prepare.verify import verify
+
+RULES = {"text.min_words": "4", "image.max_places": "6", "document.min_images": "1", "document.max_words": "15"}
+TASK_BYTES = 4000
+RUN = """
+import json, os, signal, sys
+from importlib import import_module
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import read_settings
+module, name, nth, source, output, rules, task_bytes = json.loads(sys.argv[1])
+module = import_module("megatron_lcl." + module)
+original, calls = getattr(module, name), []
+def killed(*arguments, **more):
+    calls.append(0)
+    if len(calls) == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **more)
+setattr(module, name, killed)
+curate(source, output, read_settings(overrides=rules), task_bytes=task_bytes)
+"""
+POINTS = [
+    ("curate.passes", "_judge", 3, "in pass 1"),
+    ("curate.run", "_join", 1, "between the passes"),
+    ("curate.passes", "_copy_document", 10, "amid a part of pass 2"),
+    ("curate.run", "_write_removed", 1, "after pass 2"),
+    ("data.prepare.finish", "_replace", 7, "while the parts are put in place"),
+    ("data.prepare.finish", "write_manifest", 1, "before the manifest"),
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "corpus"
+    return write_corpus(folder, random_documents(80, 5, matched=True, num_jpegs=30), num_shards=3).path
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected") / "corpus"
+    found = curate(source, folder, rules(), task_bytes=TASK_BYTES)
+    assert {r.rule for r in found.rules if r.texts or r.images or r.documents} >= {*RULES, "image.matched_text"}
+    assert verify(folder) == []
+    return files(folder)
+
+
+def rules() -> Settings:
+    return read_settings(overrides=RULES)
+
+
+@pytest.mark.slow
+def test_three_processes_write_what_one_writes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    curate(source, tmp_path / "out", rules(), task_bytes=TASK_BYTES, workers=3)
+    assert files(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "name", "nth", "_when"), POINTS, ids=[when for *_, when in POINTS])
+def test_killed_and_gone_on_with(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, module: str, name: str, nth: int, _when: str
+) -> None:
+    output = tmp_path / "out"
+    arguments = json.dumps([module, name, nth, str(source), str(output), RULES, TASK_BYTES])
+    ended = subprocess.run([sys.executable, "-c", RUN, arguments], timeout=300, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert (output / WORK).is_dir()
+    assert not (output / "corpus.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in (output / WORK).glob("*/*.parquet") if "scratch" not in str(path)}
+    found = curate(source, output, rules(), task_bytes=TASK_BYTES)
+    assert not found.reused
+    assert files(output) == expected
+    if name == "_copy_document":
+        assert any("part-0" in str(path) for path in done)  # what was finished was there to be kept
+
+
+def test_finished_tasks_are_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lcl.curate import passes, run
+
+    calls: list[str] = []
+
+    def counting(name: str) -> None:
+        original = getattr(passes, name)
+        monkeypatch.setattr(passes, name, lambda *given: (calls.append(name), original(*given)))
+
+    counting("_judge")
+    counting("_copy_range")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(source, tmp_path / "out", rules(), task_bytes=TASK_BYTES)
+    first = len(calls)
+    assert first > 6
+    curate(source, tmp_path / "out", rules(), task_bytes=TASK_BYTES)
+    assert len(calls) == first
