@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,10 +101,10 @@ class Source:
         """Of each item the number of texts before it, by which `matched_text` names them."""
         return (np.cumsum(self.is_text) - self.is_text).tolist()
 
-    def without(self, items: Sequence[int]) -> None:
+    def without(self, items: Collection[int]) -> None:
         """Remove items."""
-        gone = set(items)
-        self.kept = [item for item in self.kept if item not in gone]
+        if items:
+            self.kept = [item for item in self.kept if item not in items]
 
 
 def documents(corpus: Corpus, task: Range) -> Iterator[Source]:

@@ -1,13 +1,12 @@
-"""Rules over the whole corpus: what they want of each document is collected in pass 1, then they decide.
+"""Rules over the whole corpus: each notes of a range of documents what it wants to know in pass 1, then they decide.
 
-A `Join` is all that such a rule has to be; `settings.joins_of` of `run.py` says which are on. The joins of a run are
-independent of each other: each sees what the rules of single items left, and what several remove is counted with the
-first.
+A `Join` is all that such a rule has to be. The joins of a run are independent of each other: each sees what the rules
+of single items left, and what several remove is counted with the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,16 +15,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_lcl.curate.documents import Source
+from megatron_lcl.curate.documents import Range, documents
+from megatron_lcl.data.corpus.store import Corpus
 
-REMOVED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("value", pa.float64())])
-"""what a join removes: number of the document, of the item in it (-1: the whole document), what the rule measured"""
+REMOVED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("value", pa.float64()), ("matched", pa.string())])
+"""what a join removes: number of the document, of the item in it (-1: the whole document), what the rule measured, and
+the name of what it is like, if it is removed for that"""
 _AT_ONCE = 1 << 23
 """images whose hashes are counted in memory together"""
+Gone = Mapping[int, Collection[int]]
+"""of documents, by their number in the corpus, the items that rules of single items remove"""
 
 
 class Join(Protocol):
-    """A rule over the whole corpus. Picklable; one object per run, used by many processes."""
+    """A rule over the whole corpus. Picklable; one object a run, used by many processes."""
 
     @property
     def rule(self) -> str:
@@ -35,14 +38,14 @@ class Join(Protocol):
     @property
     def threshold(self) -> Any: ...
 
-    def facts(self, documents: Sequence[Source]) -> pa.Table:
-        """What it wants to know of some documents, of their items that are `kept`; always of the same schema."""
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+        """Write what it wants to know of a range of documents, without the items that are gone, into a new file."""
         ...
 
     def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
         """Tables of schema `REMOVED`, ordered by document and item, from the facts of all documents.
 
-        facts: a Parquet file a task, in the order of the documents. scratch: an empty folder for what does not fit in
+        facts: the file of each range, in the order of the documents. scratch: an empty folder for what does not fit in
         memory. The same whatever `workers` is.
         """
         ...
@@ -59,16 +62,24 @@ class Places:
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold
 
-    def facts(self, documents: Sequence[Source]) -> pa.Table:
-        rows = [(d, item) for d in documents for item in d.kept_images]
-        digests = b"".join(d.shard.image_xxh3[d.image(item)].tobytes() for d, item in rows)
-        return pa.table(
-            {
-                "document": pa.array([d.number for d, _ in rows], pa.int64()),
-                "item": pa.array([item for _, item in rows], pa.int32()),
-                "xxh3": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(digests)]),
-            }
-        )
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+        """Document, item and hash of every image."""
+        numbers: list[int] = []
+        items: list[int] = []
+        digests: list[bytes] = []
+        for document in documents(corpus, task):
+            document.without(gone.get(document.number, ()))
+            images = document.kept_images
+            numbers += [document.number] * len(images)
+            items += images
+            digests += [document.shard.image_xxh3[document.image(item)].tobytes() for item in images]
+        buffers = [None, pa.py_buffer(b"".join(digests))]
+        columns = {
+            "document": pa.array(numbers, pa.int64()),
+            "item": pa.array(items, pa.int32()),
+            "xxh3": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), buffers),
+        }
+        pq.write_table(pa.table(columns), file, compression="zstd")
 
     def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
         """In memory: the hashes of a slice, and those of the images that are removed."""
@@ -79,6 +90,7 @@ class Places:
             table = pq.read_table(file)
             found = pc.index_in(table["xxh3"], known)
             chosen = table.append_column("value", pc.take(too_many["places"], found)).filter(pc.is_valid(found))
+            chosen = chosen.append_column("matched", pa.repeat("", len(chosen)))
             yield chosen.select(REMOVED.names).cast(REMOVED)
 
     def _too_many(self, facts: Sequence[Path], number: int, num_slices: int) -> pa.Table:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.curate.documents import Range, Source, documents
+from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join
 from megatron_lcl.curate.languages import Context, context_of
 from megatron_lcl.curate.measures import MEASURES, Measured, has_any
@@ -44,6 +45,7 @@ REMOVED = pa.schema(
         ("rule", pa.dictionary(pa.int32(), pa.string())),
         ("value", pa.float64()),
         ("name", pa.string()),
+        ("matched", pa.string()),
     ]
 )
 """of the corpus's file `removed.parquet`"""
@@ -51,14 +53,30 @@ REMOVED_FILE, COUNTED_FILE = "removed.parquet", "counted.json"
 """of a part: what its range lost; counts by rule and samples"""
 _JUDGED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("rule", pa.string()), ("value", pa.float64())])
 _JUDGED_FILE = "items.parquet"
-_BATCH = 256
-"""documents whose facts are collected together"""
 SAMPLES = 6
 """of each rule; those whose hash is smallest, so that they are the same whoever removes what"""
 _SAMPLE_CHARACTERS, _SAMPLE_PARTS, _THUMBNAIL = 1200, 8, 240
 
-Removal = tuple[str, float]
-"""a rule's name, and what it measured"""
+
+class Removal(NamedTuple):
+    """Why something is removed."""
+
+    rule: str
+    value: float
+    """what the rule measured"""
+    matched: str = ""
+    """the name of what it is like, if it is removed for that"""
+
+
+class Row(NamedTuple):
+    """A row of `removed.parquet`."""
+
+    document: int
+    item: int
+    rule: str
+    value: float
+    name: str
+    matched: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ class Work:
 
     def facts(self, task: int, join: int) -> Path:
         """The file of what a join wants to know of a task's documents."""
-        return self._judged(task) / f"facts-{join}.parquet"
+        return self._judged(task) / f"facts-{join}"
 
     def joined(self, join: int) -> Path:
         """The file of what a join removes."""
@@ -124,40 +142,20 @@ def _judge(work: Work, task: Range, folder: Path) -> None:
     context = context_of(work.settings)
     images, texts = rules_of(work.settings, "image"), rules_of(work.settings, "text")
     rows: list[tuple[int, int, str, float]] = []
-    writers: list[pq.ParquetWriter] = []
-    for batch in _batches(documents(work.corpus, task)):
-        for document in batch:
-            gone = []
-            for item, is_text in enumerate(document.is_text):
-                if is_text:
-                    removal = _first_of_text(texts, Measured(functools.partial(document.text, item), context))
-                else:
-                    removal = _first_of_image(images, document, item)
-                if removal:
-                    gone.append(item)
-                    rows.append((document.number, item, *removal))
-            document.without(gone)
-        for number, join in enumerate(work.joins):
-            facts = join.facts(batch)
-            if number == len(writers):
-                path = folder / work.facts(task.number, number).name
-                writers.append(pq.ParquetWriter(path, facts.schema, compression="zstd"))
-            writers[number].write_table(facts)
-    for writer in writers:
-        writer.close()
+    gone: dict[int, set[int]] = {}
+    for document in documents(work.corpus, task):
+        for item, is_text in enumerate(document.is_text):
+            if is_text:
+                removal = _first_of_text(texts, Measured(functools.partial(document.text, item), context))
+            else:
+                removal = _first_of_image(images, document, item)
+            if removal:
+                gone.setdefault(document.number, set()).add(item)
+                rows.append((document.number, item, removal.rule, removal.value))
+    for number, join in enumerate(work.joins):
+        join.facts(work.corpus, task, gone, folder / work.facts(task.number, number).name)
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in _JUDGED]
     pq.write_table(pa.table(columns, schema=_JUDGED), folder / _JUDGED_FILE, compression="zstd")
-
-
-def _batches(found: Iterator[Source]) -> Iterator[list[Source]]:
-    batch: list[Source] = []
-    for document in found:
-        batch.append(document)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _first_of_text(rules: Sequence[Rule], text: Measured) -> Removal | None:
@@ -169,7 +167,7 @@ def _first_of_text(rules: Sequence[Rule], text: Measured) -> Removal | None:
             value = MEASURES[rule.field[4:]](text)  # without min_ or max_
             breaks = rule.breaks(value)
         if breaks:
-            return rule.name, value
+            return Removal(rule.name, value)
     return None
 
 
@@ -181,7 +179,7 @@ def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Remov
             case "formats":
                 number = int(shard.image_format[j])
                 if FORMATS[number] not in rule.threshold:
-                    return rule.name, float(number)
+                    return Removal(rule.name, float(number))
                 continue
             case "min_side":
                 value: float = sides[0]
@@ -194,7 +192,7 @@ def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Remov
             case _:
                 continue  # of the whole corpus
         if rule.breaks(value):
-            return rule.name, value
+            return Removal(rule.name, value)
     return None
 
 
@@ -243,7 +241,7 @@ def _copy_range(work: Work, task: Range, folder: Path) -> None:
     rules, context = rules_of(work.settings, "document"), context_of(work.settings)
     thresholds = thresholds_of(work.settings, work.joins)
     counted, drops = Counted(), Drops()
-    rows: list[tuple[int, int, str, float, str]] = []
+    rows: list[Row] = []
     writer = ShardWriter(folder, 0) if work.writes else None
     try:
         for document in documents(work.corpus, task):
@@ -254,17 +252,16 @@ def _copy_range(work: Work, task: Range, folder: Path) -> None:
             document.without(list(gone))
             if whole is None:
                 whole = _first_of_document(rules, document, context)
-            for item, (rule, value) in sorted(gone.items()):
+            for item, removal in sorted(gone.items()):
                 is_text = document.is_text[item]
-                counted.add(rule, texts=is_text, images=not is_text)
-                sample = document.text(item) if is_text else ""
-                drops.left_out("text" if is_text else "image", _reason(rule, thresholds), document.name, sample=sample)
-                rows.append((document.number, item, rule, value, document.name))
+                counted.add(removal.rule, texts=is_text, images=not is_text)
+                sample, reason = document.text(item) if is_text else "", _reason(removal.rule, thresholds)
+                drops.left_out("text" if is_text else "image", reason, document.name, sample=sample)
+                rows.append(Row(document.number, item, removal.rule, removal.value, document.name, removal.matched))
             if whole is not None:
-                rule, value = whole
-                counted.add(rule, len(document.kept_texts), len(document.kept_images), 1)
-                drops.left_out("document", _reason(rule, thresholds), document.name)
-                rows.append((document.number, WHOLE, rule, value, document.name))
+                counted.add(whole.rule, len(document.kept_texts), len(document.kept_images), 1)
+                drops.left_out("document", _reason(whole.rule, thresholds), document.name)
+                rows.append(Row(document.number, WHOLE, whole.rule, whole.value, document.name, whole.matched))
             elif writer:
                 _copy_document(writer, document)
         shards = []
@@ -293,14 +290,14 @@ def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
     found: dict[int, dict[int, Removal]] = {}
     table = pq.read_table(work.judged_items(task.number))
     for document, item, rule, value in zip(*(table[name].to_pylist() for name in _JUDGED.names), strict=True):
-        found.setdefault(document, {})[item] = (rule, value)
+        found.setdefault(document, {})[item] = Removal(rule, value)
     first = task.start(work.corpus)
     inside = [("document", ">=", first), ("document", "<", first + task.last - task.first)]
     for number, join in enumerate(work.joins):
         table = pq.read_table(work.joined(number), filters=inside)
-        columns = (table[name].to_pylist() for name in ("document", "item", "value"))
-        for document, item, value in zip(*columns, strict=True):
-            found.setdefault(document, {}).setdefault(item, (join.rule, value))
+        columns = (table[name].to_pylist() for name in JOINED.names)
+        for document, item, value, matched in zip(*columns, strict=True):
+            found.setdefault(document, {}).setdefault(item, Removal(join.rule, value, matched))
     return found
 
 
@@ -312,13 +309,13 @@ def _unmatched(document: Source) -> dict[int, Removal]:
         for item in document.kept_images:
             matched = int(document.shard.matched_text[document.placement(item)])
             if matched >= 0 and texts[matched] not in kept:
-                found[item] = (UNMATCHED, float(matched))
+                found[item] = Removal(UNMATCHED, float(matched))
     return found
 
 
 def _first_of_document(rules: Sequence[Rule], document: Source, context: Context) -> Removal | None:
     if not document.kept:
-        return EMPTY, 0.0
+        return Removal(EMPTY, 0.0)
     if not rules:
         return None
     texts = document.kept_texts
@@ -374,24 +371,20 @@ def _reason(rule: str, thresholds: dict[str, Any]) -> str:
     return f"{rule} {threshold_text(thresholds[rule])}".rstrip()
 
 
-def _samples(
-    work: Work, task: Range, rows: Sequence[tuple[int, int, str, float, str]]
-) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+def _samples(work: Work, task: Range, rows: Sequence[Row]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     """Of each rule those removals whose hash is smallest, with what was removed."""
-    by_rule: dict[str, list[tuple[int, int, float, str]]] = {}
-    for document, item, rule, value, name in rows:
-        by_rule.setdefault(rule, []).append((document, item, value, name))
+    by_rule: dict[str, list[Row]] = {}
     gone: dict[int, set[int]] = {}
-    for document, item, *_ in rows:
-        gone.setdefault(document, set()).add(item)
+    for row in rows:
+        by_rule.setdefault(row.rule, []).append(row)
+        gone.setdefault(row.document, set()).add(row.item)
     chosen: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for rule, found in sorted(by_rule.items()):
-        hashed = ((xxhash.xxh3_64_intdigest(b"%d %d" % row[:2]) >> 1, row) for row in found)
+        hashed = ((xxhash.xxh3_64_intdigest(b"%d %d" % (row.document, row.item)) >> 1, row) for row in found)
         chosen[rule] = [
-            (number, {"document": document, "item": item, "value": value, "name": name,
-                      "parts": _parts(work.corpus, task, document, item, gone[document])})
-            for number, (document, item, value, name) in heapq.nsmallest(SAMPLES, hashed)
-        ]  # fmt: skip
+            (number, {**row._asdict(), "parts": _parts(work.corpus, task, row.document, row.item, gone[row.document])})
+            for number, row in heapq.nsmallest(SAMPLES, hashed)
+        ]
     return chosen
 
 

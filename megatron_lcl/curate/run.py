@@ -91,7 +91,7 @@ class Curated:
     """texts, images, documents of the source"""
     rules: list[Removed]
     samples: list[dict[str, Any]]
-    """rule, document, item, value, name, and parts: what was removed, `text` or `image` (a data: URL) each"""
+    """as the rows of `removed.parquet`, and `parts`: what was removed, `text` or `image` (a data: URL) each"""
     reused: bool = False
 
     @property
@@ -312,7 +312,7 @@ def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) ->
         Removed(rule, threshold_text(threshold), *counted.removed.get(rule, (0, 0, 0)))
         for rule, threshold in thresholds.items()
     ]
-    samples = [{"rule": rule, **sample} for rule in thresholds for _, sample in counted.samples.get(rule, ())]
+    samples = [sample for rule in thresholds for _, sample in counted.samples.get(rule, ())]
     return Curated(path, before, rules, samples)
 
 

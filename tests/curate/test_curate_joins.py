@@ -1,0 +1,110 @@
+"""Protects that any rule over the whole corpus can be added: what it is given, and what becomes of what it removes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from curate.corpora_of_rules import files, left, picture, read, write
+
+from megatron_lcl.curate.documents import Range, documents, ranges
+from megatron_lcl.curate.joins import REMOVED, Gone
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import read_settings
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
+
+
+def table_of(rows: Sequence[tuple[int, int, float, str]]) -> pa.Table:
+    """Removals of a join."""
+    return pa.Table.from_pylist([dict(zip(REMOVED.names, row, strict=True)) for row in rows], REMOVED)
+
+
+@dataclass(frozen=True)
+class SameTexts:
+    """Removes documents whose texts another one before them has, as far as rules have left them."""
+
+    rule: str = "document.same_texts"
+    threshold: str = "1 of each"
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+        found = []
+        for document in documents(corpus, task):
+            document.without(gone.get(document.number, ()))
+            texts = [document.text(item) for item in document.kept_texts]
+            found.append([document.number, document.name, texts])
+        file.write_text(json.dumps(found))
+
+    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+        assert list(scratch.iterdir()) == []
+        first: dict[tuple[str, ...], str] = {}
+        for file in facts:
+            again = []
+            for number, name, texts in json.loads(file.read_text()):
+                original = first.setdefault(tuple(texts), name)
+                if original != name:
+                    again.append((number, -1, 1.0, original))
+            yield table_of(again)
+
+
+@dataclass(frozen=True)
+class FirstItems:
+    """Removes the first item of every document."""
+
+    rule: str = "image.first"
+    threshold: None = None
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+        file.write_text(json.dumps([document.number for document in documents(corpus, task)]))
+
+    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+        numbers = [number for file in facts for number in json.loads(file.read_text())]
+        yield table_of([(number, 0, 0.5, "") for number in numbers])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    texts = ["one text", "short", "another text", "one text", "one text"]
+    return write(
+        tmp_path,
+        [Document((Image(picture(k, 40 + k)), Text(text), Text("no"))) for k, text in enumerate(texts)],
+        shard_documents=2,
+    )
+
+
+def test_a_rule_of_another_package(source: Path, tmp_path: Path) -> None:
+    rules = read_settings(overrides={"text.min_characters": "3"})
+    for workers in (1, 2):
+        found = curate(
+            source, tmp_path / str(workers), rules, joins=[SameTexts(), FirstItems()], workers=workers, task_bytes=100
+        )
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    table = pq.read_table(tmp_path / "1" / "removed.parquet")
+    rows = list(zip(*(table[name].to_pylist() for name in ("document", "item", "rule", "matched")), strict=True))
+    first = [(k, 0, "image.first", "") for k in range(5)]
+    short = [(k, 2, "text.min_characters", "") for k in range(5)]
+    again = [(k, -1, "document.same_texts", open_corpus(source).name(0)) for k in (3, 4)]
+    assert sorted(rows) == sorted(first + short + again)
+    counts = {r.rule: (r.threshold, r.texts, r.images, r.documents) for r in found.rules}
+    assert counts["document.same_texts"] == ("1 of each", 2, 0, 2)
+    assert counts["image.first"] == ("", 0, 5, 0)
+    assert read(tmp_path / "1") == left(source, tmp_path / "1")
+    assert verify(tmp_path / "1") == []
+    with pytest.raises(UserError, match="holds another corpus"):
+        curate(source, tmp_path / "1", rules, joins=[SameTexts()], task_bytes=100)
+
+
+def test_ranges_are_cut_by_size_and_hold_every_document_once(source: Path) -> None:
+    corpus = open_corpus(source)
+    for task_bytes in (1, 200, 1 << 20):
+        found = ranges(corpus, task_bytes)
+        assert [document.number for task in found for document in documents(corpus, task)] == list(range(5))
+        assert [task.number for task in found] == list(range(len(found)))
+        assert len(found) == (5 if task_bytes < 1 << 20 else 3)
