@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 from PIL import Image as Pillow
-from scipy.fft import dct
 
+from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.data.loading.images import decode_rgb
 
 MAX_BITS = 10
@@ -46,17 +46,6 @@ class Picture:
 def is_chosen(name: str, fraction: float, purpose: str) -> bool:
     """Whether a name is among the `fraction` of all names that a hash chooses; each purpose chooses others."""
     return xxhash.xxh3_64_intdigest(f"{purpose}\0{name}".encode()) < fraction * 2.0**64
-
-
-def perceptual_hash(image: Pillow.Image) -> np.ndarray:
-    """bool [64]: whether a coefficient of the 8 x 8 lowest of the cosine transform is above their median.
-
-    Of 32 x 32 grey pixels; the same bits as `phash` of the library ImageHash (Zauner, "Implementation and benchmarking
-    of perceptual image hash functions", 2010).
-    """
-    grey = np.asarray(image.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS))
-    low = dct(dct(grey, axis=0), axis=1)[:8, :8]
-    return (low > np.median(low)).ravel()
 
 
 def near_duplicates(pictures: Sequence[Picture], others: Iterable[Picture]) -> list[int]:

@@ -6,12 +6,12 @@ import io
 from collections import Counter
 
 import numpy as np
-import pytest
 from PIL import Image as Pillow
 from PIL import ImageDraw
 
+from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.demo import documents
-from megatron_lcl.demo.pictures import MAX_BITS, Picture, near_duplicates, perceptual_hash
+from megatron_lcl.demo.pictures import MAX_BITS, Picture, near_duplicates
 from megatron_lcl.demo.split import split
 
 
@@ -30,15 +30,6 @@ def drawing(seed: int, shift: int = 0, color: str = "navy") -> bytes:
 
 def picture(artist: str, name: str, data: bytes, topic: str = "shapes", about: str = "few words") -> Picture:
     return Picture(artist, name, about, "shape", topic, f"pictures/{artist}/{name}.png", data)
-
-
-def test_the_hash_is_that_of_the_library_imagehash() -> None:
-    imagehash = pytest.importorskip("imagehash")
-    for seed in range(20):
-        image = Pillow.open(io.BytesIO(drawing(seed))).convert("RGB")
-        assert (perceptual_hash(image) == imagehash.phash(image).hash.ravel()).all()
-    noise = Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
-    assert (perceptual_hash(noise) == imagehash.phash(noise).hash.ravel()).all()
 
 
 def test_redrawn_and_copied_pictures_are_near_duplicates() -> None:

@@ -155,13 +155,16 @@ def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP
     return f"data:image/{format.lower()};base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def decode_rgb(data: bytes) -> PIL.Image.Image:
+def decode_rgb(data: bytes, min_side: int | None = None) -> PIL.Image.Image:
     """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white.
 
-    What every encoder is given, ours and other libraries'. BadImage if the image does not decode.
+    What every encoder is given, ours and other libraries'. min_side: a JPEG's decoder may scale it down as long as both
+    sides stay that long. BadImage if the image does not decode.
     """
     try:
         image = open_image(data)
+        if min_side is not None:
+            image.draft(None, (min_side, min_side))
         image.load()
         image = _rgb(upright(image))
     except DAMAGE as error:

@@ -1,0 +1,93 @@
+"""Do two pictures show the same, one of them perhaps flipped, cropped a little, or partly covered?
+
+Both are gray and stretched to a square. The first is laid over the second by an affine map that maximizes their
+correlation (Evangelidis & Psarakis, "Parametric image alignment using enhanced correlation coefficient maximization",
+2008; OpenCV's), starting from where the candidate's hash was taken. Then their blocks are compared one by one, so that
+a text bar or a logo costs the blocks that it covers and no more.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+SIDE = 64
+"""pixels a side of the pictures"""
+_BLOCK = 8
+_CELL = 4
+"""pixels a side of the cells that are compared before the alignment"""
+_KEPT = 0.8
+"""of the cells, those that differ least: the others may be covered"""
+_MIN_EXPLAINED = 0.3
+"""share of their variance that the picture has to explain, before it is aligned"""
+_ITERATIONS, _PRECISION = 20, 1e-3
+_FILTER = 5
+"""pixels, of the Gaussian that the alignment blurs both with"""
+_MAX_SHIFT = 5.0
+"""pixels, by which the alignment may move a corner from the first guess: 8 % of a side"""
+_DETAIL = 3.0
+"""levels: blocks of a smaller standard deviation are blank"""
+_BLUR = 3
+"""pixels, of the Gaussian before blocks are compared: half a pixel of misalignment in fine texture is no difference"""
+_LEVELS, _SHARE = 5.0, 0.6
+"""Blank blocks are the same where they differ by at most so many levels (root mean square), others where they do by at
+most so much of their standard deviation"""
+_MIN_BLOCKS = 6
+"""of 64, which are not blank; pictures with fewer cannot be told apart"""
+_CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
+
+
+def agreement(picture: np.ndarray, other: np.ndarray, start: np.ndarray) -> float:
+    """The share, 0 … 1, of the blocks of `other` that `picture` shows; the lower one of all blocks and of those that
+    are not blank.
+
+    Both uint8 [SIDE, SIDE]. start: float32 [2, 3], the first guess of the map from places in `picture`, (column, row,
+    1), to places in `other`.
+    """
+    ours, theirs = picture.astype(np.float32), other.astype(np.float32)
+    shown = _warped(theirs, start)
+    if _explained(ours, shown) < _MIN_EXPLAINED:
+        return 0.0
+    share = _same_blocks(ours, shown)
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _ITERATIONS, _PRECISION)
+    try:
+        everywhere = np.full_like(picture, 255)
+        _, found = cv2.findTransformECC(picture, other, start.copy(), cv2.MOTION_AFFINE, criteria, everywhere, _FILTER)
+    except cv2.error:  # it does not converge, as for most pictures that are not the same
+        return share
+    if np.abs((found - start) @ _CORNERS).max() > _MAX_SHIFT:
+        return share
+    return max(share, _same_blocks(ours, _warped(theirs, found)))
+
+
+def _warped(picture: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(picture, warp, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _explained(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The share of the variance of the cells, without those that differ most, that is the same in both."""
+    ours, theirs = _blocks(ours, _CELL).mean(1), _blocks(theirs, _CELL).mean(1)
+    error = ours - theirs
+    error = np.abs(error - np.median(error))
+    kept = np.argsort(error, kind="stable")[: round(_KEPT * len(error))]
+    return float(1 - (error[kept] ** 2).mean() / max(float(theirs[kept].var()), 1e-6))
+
+
+def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
+    ours, theirs = (cv2.GaussianBlur(picture, (_BLUR, _BLUR), 0) for picture in (ours, theirs))
+    offset = np.median(ours - theirs)
+    ours, theirs = _blocks(ours, _BLOCK), _blocks(theirs, _BLOCK)
+    spread = theirs.std(1)
+    error = np.sqrt(((ours - theirs - offset) ** 2).mean(1))
+    detailed = spread >= _DETAIL
+    same = error <= np.where(detailed, _SHARE * spread, _LEVELS)
+    if detailed.sum() < _MIN_BLOCKS:
+        return 0.0
+    return float(min(same.mean(), same[detailed].mean()))
+
+
+def _blocks(picture: np.ndarray, size: int) -> np.ndarray:
+    """[SIDE, SIDE] → [blocks, pixels]"""
+    side = SIDE // size
+    return picture.reshape(side, size, side, size).swapaxes(1, 2).reshape(side * side, -1)

@@ -1,0 +1,110 @@
+"""Rows that are alike, joined into clusters: equal keys by sorting, beyond memory, and union-find.
+
+N rows have a description each, uint32 [N, D] in a file that is mapped. Two of them are alike where they differ in few
+places: entries of MinHash signatures, or bits of perceptual hashes. Only rows with an equal key are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numba
+import numpy as np
+
+LIMIT = 64
+"""A row is compared with the first so many of its key, in order: where boilerplate gives one key to many rows, to
+compare all pairs would take the square of their number."""
+MEMORY = 1 << 30
+"""bytes that sorting the keys may take"""
+_BYTES_OF_ROW = 40
+"""a key, its row, the order that sorting gives, and what it needs itself"""
+_CHUNK = 1 << 20
+
+
+@numba.njit(cache=True, nogil=True)
+def find(parent: np.ndarray, row: int) -> int:
+    """The first row of a row's cluster, which the rows on the way are then nearer to (path halving)."""
+    while parent[row] != row:
+        parent[row] = parent[parent[row]]
+        row = parent[row]
+    return row
+
+
+@numba.njit(cache=True, nogil=True)
+def unite(parent: np.ndarray, one: int, other: int) -> None:
+    """Join two rows' clusters; the first row of both stands for it, whatever the order of calls."""
+    one, other = find(parent, one), find(parent, other)
+    if one < other:
+        parent[other] = one
+    else:
+        parent[one] = other
+
+
+@numba.njit(cache=True, nogil=True)
+def difference(one: np.ndarray, other: np.ndarray, bits: bool, limit: int) -> int:
+    """How many entries (bits: how many bits) of two descriptions differ; more than `limit` are not counted on."""
+    total = 0
+    for k in range(len(one)):
+        x = one[k] ^ other[k]
+        if bits:
+            x = x - ((x >> np.uint32(1)) & np.uint32(0x55555555))
+            x = (x & np.uint32(0x33333333)) + ((x >> np.uint32(2)) & np.uint32(0x33333333))
+            x = (x + (x >> np.uint32(4))) & np.uint32(0x0F0F0F0F)
+            x = (x + (x >> np.uint32(8))) & np.uint32(0x00FF00FF)
+            total += (x + (x >> np.uint32(16))) & np.uint32(0xFF)
+        elif x:
+            total += 1
+        if total > limit:
+            break
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def unite_alike(
+    rows: np.ndarray, starts: np.ndarray, described: np.ndarray, bits: bool, limit: int, parent: np.ndarray
+) -> None:
+    """Join those of each group, rows[starts[g]:starts[g+1]], whose descriptions, uint32 [N, D], differ in at most
+    `limit` places."""
+    for g in range(len(starts) - 1):
+        for k in range(starts[g] + 1, starts[g + 1]):
+            row = rows[k]
+            for j in range(starts[g], min(k, starts[g] + LIMIT)):
+                other = rows[j]
+                if find(parent, row) == find(parent, other):
+                    continue
+                if difference(described[row], described[other], bits, limit) <= limit:
+                    unite(parent, row, other)
+
+
+def equal_keys(
+    keys: Callable[[int, int], tuple[np.ndarray, np.ndarray]], num: int, memory: int = MEMORY
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows int64 [R], starts int64 [G+1]) of groups of two or more rows with an equal key, keys and rows ascending.
+
+    keys(start, stop): keys of those of the rows start … stop-1 that have one, uint64 and evenly distributed, and these
+    rows, int64. Where sorting all of them would take more than `memory` bytes, the keys are gone through several times,
+    each time for those of a range; the groups and their order are the same.
+    """
+    parts = max(1, -(-num * _BYTES_OF_ROW // memory))
+    width = -(-(1 << 64) // parts)
+    for part in range(parts):
+        low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 1 << 64) - 1)
+        found = []
+        for start in range(0, num, _CHUNK):
+            key, row = keys(start, min(num, start + _CHUNK))
+            if parts > 1:
+                inside = (key >= low) & (key <= high)
+                key, row = key[inside], row[inside]
+            found.append((key, row))
+        if found:
+            yield _groups(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+
+def _groups(key: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(key, kind="stable")
+    key, row = key[order], row[order]
+    new = np.concatenate([[True], key[1:] != key[:-1]]) if len(key) else np.empty(0, bool)
+    sizes = np.diff(np.append(np.flatnonzero(new), len(key)))
+    several = sizes > 1
+    starts = np.concatenate([[0], np.cumsum(sizes[several])])
+    return row[np.repeat(several, sizes)], starts

@@ -1,0 +1,203 @@
+"""Which images of a corpus are evaluation images, also resized, recompressed, flipped, cropped or covered a little.
+
+Two stages. Candidates: evaluation images with a view (`views`) whose 64-bit hash is near that of the image, which is
+compared with all of them. Then the picture is laid over each candidate, and their blocks are compared (`alignment`);
+the image is taken for the evaluation image of which it shows the most, if that is enough.
+
+First `evaluation_facts` of all evaluation images, in tasks, and `write_index` of them. Then `contamination_facts` of
+the corpus, in tasks, each of which maps the index; and `join_evaluation`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from megatron_lcl.curate.duplicates.alignment import SIDE, agreement
+from megatron_lcl.curate.duplicates.facts import THUMBNAIL, Facts, places, thumbnail
+from megatron_lcl.curate.duplicates.join import Removals, gather
+from megatron_lcl.curate.duplicates.settings import Decontamination
+from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.store import MANIFEST, Corpus
+from megatron_lcl.errors import UserError
+
+MAX_CANDIDATES = 32
+"""that are laid over an image, the nearest ones; more have only pictures like many others"""
+_INDEX = ("hash", "detailed", "thumbnail", "digest", "name")
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+class EvaluationImages:
+    """Images of a corpus, a WebDataset, class folders, captions' JSON (all that `evaluate` reads), or of one folder.
+
+    UserError where there are none.
+    """
+
+    def __init__(self, source: str | Path, split: str | None = None) -> None:
+        path = Path(source)
+        self._corpus = Corpus(path) if (path / MANIFEST).is_file() else None
+        if self._corpus is not None:
+            counts = [shard["images"] for shard in self._corpus.manifest["shards"]]
+            self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            return
+        if path.is_dir() and (files := sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)):
+            from megatron_lcl.evaluate.sources import FileBlob  # imports torch
+
+            self._blobs = tuple(FileBlob(file) for file in files)
+        else:
+            from megatron_lcl.evaluate.sources import open_images
+
+            self._blobs = open_images(path, split).images
+
+    def __len__(self) -> int:
+        return len(self._blobs) if self._corpus is None else int(self._starts[-1])
+
+    def read(self, number: int) -> tuple[str, bytes]:
+        """Name and encoded bytes of an image."""
+        if self._corpus is None:
+            return self._blobs[number].name, self._blobs[number].read()
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        local = number - int(self._starts[shard])
+        name = f"{self._corpus.path}: shard {shard}, image {local}"
+        return name, bytes(self._corpus.shard(shard).image(local))
+
+
+def evaluation_facts(
+    source: str | Path, first: int, last: int, settings: Decontamination, split: str | None = None
+) -> Facts:
+    """Of the N images first … last-1 of an `EvaluationImages`:
+
+    hash uint64 [N, V] and detailed bool [N, V] of its views; thumbnail uint8 [N, SIDE, SIDE], gray; digest uint64 [N],
+    XXH3 of its bytes; name. An image that does not decode has no detail, and is only found by its bytes.
+    """
+    images = EvaluationImages(source, split)
+    num, views = last - first, len(COMPARED)
+    hashes, detailed = np.zeros((num, views), np.uint64), np.zeros((num, views), bool)
+    thumbnails, digests = np.zeros((num, SIDE, SIDE), np.uint8), np.zeros(num, np.uint64)
+    names = []
+    for k in range(num):
+        name, data = images.read(first + k)
+        names.append(name)
+        digests[k] = xxhash.xxh3_64_intdigest(data)
+        try:
+            pixels = thumbnail(data)
+        except BadImage:
+            continue
+        seen = [view_hashes(p, KEPT, settings.min_detail) for p in (pixels, np.ascontiguousarray(pixels[:, ::-1]))]
+        hashes[k], detailed[k] = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+        thumbnails[k] = _small(pixels)
+    return {
+        "hash": hashes,
+        "detailed": detailed,
+        "thumbnail": thumbnails,
+        "digest": digests,
+        "name": np.array(names, np.str_),
+    }
+
+
+def write_index(files: Sequence[Path], folder: Path) -> None:
+    """The index of all evaluation images in an empty folder, from the files of `evaluation_facts`: 4.4 kB an image."""
+    if not files:
+        raise UserError("no evaluation images to compare with; name their folders")
+    gather(files, _INDEX, folder)
+
+
+@functools.lru_cache(1)
+def _open_index(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Its arrays, mapped, and the order of the digests."""
+    index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _INDEX}
+    index["hash"], index["detailed"] = np.array(index["hash"]), np.array(index["detailed"])
+    return index, np.argsort(index["digest"], kind="stable")
+
+
+class Finder:
+    """Finds which evaluation image of the index in a folder an image is."""
+
+    def __init__(self, folder: Path, settings: Decontamination) -> None:
+        self._index, self._order = _open_index(Path(folder))
+        self._settings = settings
+        self._asked = np.array([view.asked for view in COMPARED])
+        self._radius = np.where(self._asked == 0, settings.whole_bits, settings.third_bits)
+
+    def find(self, data: bytes) -> tuple[int, float] | None:
+        """(number of the evaluation image, the share of it that the image shows) of an encoded image; None: it is none.
+
+        The share is 1 for the same bytes. BadImage if it does not decode.
+        """
+        digest = np.uint64(xxhash.xxh3_64_intdigest(data))
+        at = int(np.searchsorted(self._index["digest"], digest, sorter=self._order))
+        if at < len(self._order) and self._index["digest"][self._order[at]] == digest:
+            return int(self._order[at]), 1.0
+        pixels = thumbnail(data)
+        best: tuple[int, float] | None = None
+        small = _small(pixels)
+        for number, view in self.candidates(pixels):
+            picture = np.ascontiguousarray(small[:, ::-1]) if COMPARED[view].flipped else small
+            share = agreement(picture, self._index["thumbnail"][number], first_guess(COMPARED[view].shown, SIDE))
+            if share >= self._settings.min_agreement and (best is None or share > best[1]):
+                best = number, share
+        return best
+
+    def candidates(self, pixels: np.ndarray) -> list[tuple[int, int]]:
+        """(evaluation image, its nearest view) of those that are near a picture, uint8 [THUMBNAIL, THUMBNAIL]; the
+        nearest first."""
+        asked, asked_detail = view_hashes(pixels, ASKED, self._settings.min_detail)
+        slack, view = nearest(
+            asked, asked_detail, self._index["hash"], self._index["detailed"], self._asked, self._radius
+        )
+        near = np.flatnonzero(slack >= 0)
+        near = near[np.argsort(-slack[near], kind="stable")][:MAX_CANDIDATES]
+        return [(int(number), int(view[number])) for number in near]
+
+
+def contamination_facts(
+    corpus: str | Path, shard: int, first: int, last: int, index: Path, settings: Decontamination
+) -> Facts:
+    """Of the K places, in the documents first … last-1 of a shard (numbers in the shard), of evaluation images:
+
+    document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; evaluation int64 [K],
+    number in the index (the folder of `write_index`); value float32 [K], the share of its blocks that agree.
+    """
+    opened, finder = Corpus(corpus), Finder(index, settings)
+    part = opened.shard(shard)
+    document, item, shown = places(opened, shard, first, last)
+    images, place = np.unique(shown, return_inverse=True)
+    evaluation, value = np.full(len(images), -1, np.int64), np.zeros(len(images), np.float32)
+    for k, image in enumerate(images):
+        try:
+            found = finder.find(bytes(part.image(int(image))))
+        except BadImage:
+            continue
+        if found is not None:
+            evaluation[k], value[k] = found
+    is_one = evaluation[place] >= 0
+    return {
+        "document": document[is_one],
+        "item": item[is_one],
+        "evaluation": evaluation[place][is_one],
+        "value": value[place][is_one],
+    }
+
+
+def join_evaluation(files: Sequence[Path], index: Path) -> Removals:
+    """All places of evaluation images, from files of `contamination_facts` in the corpus's order, each with the name of
+    the evaluation image. value: the share, 0 … 1, of its blocks that agree."""
+    columns: dict[str, list[np.ndarray]] = {"document": [], "item": [], "evaluation": [], "value": []}
+    for file in files:
+        with np.load(file) as facts:
+            for name, arrays in columns.items():
+                arrays.append(facts[name])
+    document, item, evaluation, value = (np.concatenate(arrays) for arrays in columns.values())
+    names = _open_index(Path(index))[0]["name"]
+    return Removals("evaluation images", document, item, value, [str(names[number]) for number in evaluation])
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    """[THUMBNAIL, THUMBNAIL] → [SIDE, SIDE], uint8, means of pixels."""
+    step = THUMBNAIL // SIDE
+    return (pixels.reshape(SIDE, step, SIDE, step).mean((1, 3)) + 0.5).astype(np.uint8)

@@ -1,0 +1,120 @@
+"""What of documents and images decides whether there is another like them: plain functions of a task, for any worker.
+
+Each returns arrays, and `corpus`, the path as text, by which a join names what it matched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from PIL import Image as Pillow
+
+from megatron_lcl.curate.duplicates.minhash import shingle_hashes, signature, word_hashes
+from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
+from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.store import IMAGE, Corpus, Shard
+from megatron_lcl.data.loading.images import decode_rgb
+
+THUMBNAIL = 128
+"""pixels a side of the gray picture, stretched to a square, that everything is computed from"""
+Facts = dict[str, np.ndarray]
+
+
+def document_facts(corpus: str | Path, shard: int, first: int, last: int, settings: DocumentDuplicates) -> Facts:
+    """Of the N documents first … last-1 of a shard (numbers in the shard):
+
+    document int64 [N], its number in the corpus; digest uint32 [N, 4], XXH3-128 of its texts and its images' bytes in
+    their order; signature uint32 [N, permutations] and shingles int32 [N], how many it has (see `minhash`; neither
+    where the threshold is null). UserError where the corpus is not readable.
+    """
+    opened = Corpus(corpus)
+    part, start = opened.shard(shard), int(opened.document_starts[shard])
+    digests = np.empty((last - first, 4), np.uint32)
+    signatures = np.empty((last - first, settings.permutations if settings.threshold is not None else 0), np.uint32)
+    counts = np.zeros(last - first, np.int32)
+    for k in range(last - first):
+        digest, texts = xxhash.xxh3_128(), []
+        for piece in _pieces(part, first + k):
+            if isinstance(piece, int):
+                digest.update(b"\1" + part.image_xxh3[piece].tobytes())
+            else:
+                texts.append(opened.tokenizer.decode(piece))
+                encoded = texts[-1].encode(errors="surrogatepass")
+                digest.update(b"\0" + len(encoded).to_bytes(8, "little") + encoded)
+        digests[k] = np.frombuffer(digest.digest(), np.uint32)
+        if settings.threshold is not None:
+            shingles = shingle_hashes(word_hashes("\n".join(texts)), settings.words)
+            counts[k], signatures[k] = len(shingles), signature(shingles, settings.permutations)
+    return {
+        "corpus": np.array(str(corpus)),
+        "document": start + np.arange(first, last, dtype=np.int64),
+        "digest": digests,
+        "signature": signatures,
+        "shingles": counts,
+    }
+
+
+def image_facts(corpus: str | Path, shard: int, first: int, last: int, settings: ImageDuplicates) -> Facts:
+    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images:
+
+    document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; image int32 [K], which
+    of the M. digest uint32 [M, 4], XXH3-128 of its bytes; hash uint32 [M, 10], 64 and then 256 bits of its perceptual
+    hash; detail float32 [M], standard deviation of its gray levels, -1 for an image that does not decode (hash and
+    detail only where `max_bits` is not null).
+    """
+    opened = Corpus(corpus)
+    part = opened.shard(shard)
+    document, item, shown = places(opened, shard, first, last)
+    images, index = np.unique(shown, return_inverse=True)
+    hashes = np.zeros((len(images), 10), np.uint32)
+    detail = np.full(len(images), -1, np.float32)
+    if settings.max_bits is not None:
+        for k, image in enumerate(images):
+            try:
+                pixels = thumbnail(bytes(part.image(int(image))))
+            except BadImage:
+                continue
+            hashes[k], detail[k] = _hashes(pixels), pixels.std()
+    return {
+        "corpus": np.array(str(corpus)),
+        "document": document,
+        "item": item,
+        "image": index.astype(np.int32),
+        "digest": part.image_xxh3[images].view(np.uint32).reshape(-1, 4),
+        "hash": hashes,
+        "detail": detail,
+    }
+
+
+def places(corpus: Corpus, shard: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where images stand in documents of a shard: number of the document in the corpus int64 [K], index of the piece in
+    the document int32 [K], number of the image in the shard int64 [K]."""
+    part, start = corpus.shard(shard), int(corpus.document_starts[shard])
+    offsets = part.document_offsets[first : last + 1]
+    piece = int(offsets[0]) + np.flatnonzero(part.modes[int(offsets[0]) : int(offsets[-1])] == IMAGE)
+    local = np.searchsorted(offsets, piece, side="right") - 1
+    shown = np.array([part.piece(int(k)) for k in piece], np.int64)
+    return start + first + local.astype(np.int64), (piece - offsets[local]).astype(np.int32), shown
+
+
+def thumbnail(data: bytes) -> np.ndarray:
+    """An encoded image as gray levels, uint8 [THUMBNAIL, THUMBNAIL], stretched to a square. BadImage if it does not
+    decode."""
+    image = decode_rgb(data, 2 * THUMBNAIL).convert("L")
+    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Pillow.Resampling.BOX))
+
+
+def _hashes(pixels: np.ndarray) -> np.ndarray:
+    """64 and 256 bits, uint32 [10]."""
+    image = Pillow.fromarray(pixels)
+    bits = np.concatenate([perceptual_hash(image), perceptual_hash(image, 16)])
+    return np.packbits(bits).view(np.uint32)
+
+
+def _pieces(shard: Shard, document: int) -> Iterator[np.ndarray | int]:
+    start, stop = (int(x) for x in shard.document_offsets[document : document + 2])
+    return map(shard.piece, range(start, stop))

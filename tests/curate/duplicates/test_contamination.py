@@ -1,0 +1,222 @@
+"""Protects decontamination: changed evaluation images are found and named, others are not, from whatever layout."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.corpora import write_corpus
+from PIL import Image, ImageDraw
+
+from megatron_lcl.curate.duplicates.alignment import SIDE, agreement
+from megatron_lcl.curate.duplicates.evaluation import (
+    EvaluationImages,
+    Finder,
+    contamination_facts,
+    evaluation_facts,
+    join_evaluation,
+    write_index,
+)
+from megatron_lcl.curate.duplicates.settings import Decontamination
+from megatron_lcl.curate.duplicates.views import COMPARED, WHOLE, first_guess
+from megatron_lcl.errors import UserError
+
+SETTINGS = Decontamination()
+
+
+def picture(seed: int, side: int = 160) -> Image.Image:
+    """Noise with the spectrum of photographs, amplitudes as 1 / frequency (Field, "Relations between the statistics of
+    natural images and the response properties of cortical cells", 1987), in color."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
+    spectrum = np.fft.fft2(rng.normal(size=(3, side, side))) / np.maximum(frequency, 1 / side)
+    pixels = np.fft.ifft2(spectrum).real
+    pixels = pixels.mean(0) + 0.3 * pixels
+    pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def encoded(image: Image.Image, quality: int = 90, format: str = "JPEG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, quality=quality)
+    return out.getvalue()
+
+
+def flipped(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def cropped(image: Image.Image, seed: int) -> Image.Image:
+    """A tenth of the area."""
+    rng = np.random.default_rng(seed)
+    share = rng.uniform(0.9, 1)
+    width, height = round(image.width * share), round(image.height * 0.9 / share)
+    left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
+    return image.crop((left, top, left + width, top + height))
+
+
+def covered(image: Image.Image, seed: int) -> Image.Image:
+    """A bar of a tenth of the area at some height, or a square at some place."""
+    rng = np.random.default_rng(seed)
+    image = image.copy()
+    width, height = image.size
+    size = (1.0, 0.1) if seed % 2 else (0.316, 0.316)
+    left, top = rng.uniform(0, 1 - size[0]) * width, rng.uniform(0, 1 - size[1]) * height
+    color = tuple(int(v) for v in rng.integers(0, 256, 3))
+    ImageDraw.Draw(image).rectangle((left, top, left + size[0] * width, top + size[1] * height), fill=color)
+    return image
+
+
+CHANGES: dict[str, tuple[Callable[[Image.Image, int], bytes], float]] = {
+    "half": (lambda i, seed: encoded(i.resize((80, 80))), 0.99),
+    "stretched": (lambda i, seed: encoded(i.resize((300, 200))), 0.99),
+    "JPEG 50": (lambda i, seed: encoded(i, 50), 0.99),
+    "flip": (lambda i, seed: encoded(flipped(i)), 0.99),
+    "crop": (lambda i, seed: encoded(cropped(i, seed)), 0.9),
+    "flip and crop": (lambda i, seed: encoded(cropped(flipped(i), seed)), 0.9),
+    "overlay": (lambda i, seed: encoded(covered(i, seed)), 0.9),
+}
+
+
+def make_index(folder: Path, images: list[Image.Image], size: int = 1000) -> Path:
+    """The index of images, from tasks of `size`."""
+    for name in ("images", "facts", "index"):
+        (folder / name).mkdir(parents=True)
+    for k, image in enumerate(images):
+        (folder / "images" / f"{k:04d}.jpg").write_bytes(encoded(image, 95))
+    files = []
+    for first in range(0, len(images), size):
+        files.append(folder / "facts" / f"{first:04d}.npz")
+        last = min(len(images), first + size)
+        np.savez(files[-1], **evaluation_facts(folder / "images", first, last, SETTINGS))
+    write_index(files, folder / "index")
+    return folder / "index"
+
+
+def recall(finder: Finder, images: list[Image.Image], change: Callable[[Image.Image, int], bytes]) -> float:
+    found = [finder.find(change(image, k)) for k, image in enumerate(images)]
+    return float(np.mean([match is not None and match[0] == k for k, match in enumerate(found)]))
+
+
+def measured(folder: Path, num: int, num_others: int) -> None:
+    images = [picture(k) for k in range(num)]
+    finder = Finder(make_index(folder, images), SETTINGS)
+    for name, (change, claimed) in CHANGES.items():
+        assert recall(finder, images, change) >= claimed, name
+    assert [k for k in range(num_others) if finder.find(encoded(picture(10**6 + k))) is not None] == []
+
+
+def test_changed_images_are_found_and_named(tmp_path: Path) -> None:
+    measured(tmp_path, 12, 30)
+
+
+@pytest.mark.slow
+def test_of_many_changed_images_as_many_as_are_claimed(tmp_path: Path) -> None:
+    measured(tmp_path, 150, 600)
+
+
+@pytest.mark.slow
+def test_photographs_are_found_among_their_neighbors(tmp_path: Path) -> None:
+    """Tiles of two photographs; half of the tiles of each are indexed, the others are not found."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    tiles = [
+        Image.fromarray(photograph[top : top + 128, left : left + 128])
+        for photograph in datasets.load_sample_images().images
+        for top in range(0, 427 - 127, 128)
+        for left in range(0, 640 - 127, 128)
+    ]
+    images, others = tiles[::2], tiles[1::2]
+    finder = Finder(make_index(tmp_path, images), SETTINGS)
+    for name, (change, _) in CHANGES.items():
+        assert recall(finder, images, change) >= 0.9, name
+    assert [k for k, tile in enumerate(others) if finder.find(encoded(tile)) is not None] == []
+
+
+def test_the_measurement_sees_what_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lcl.curate.duplicates import evaluation
+
+    images = [picture(k) for k in range(20)]
+    index = make_index(tmp_path, images)
+    narrow = Finder(index, Decontamination(whole_bits=2, third_bits=0))
+    assert recall(narrow, images, CHANGES["crop"][0]) < 0.8
+    assert recall(narrow, images, CHANGES["overlay"][0]) < 0.8
+    monkeypatch.setattr(evaluation, "COMPARED", tuple(v._replace(flipped=False, shown=WHOLE) for v in COMPARED))
+    finder = Finder(index, SETTINGS)
+    assert recall(finder, images, CHANGES["JPEG 50"][0]) == 1
+    assert recall(finder, images, CHANGES["flip"][0]) == 0
+
+
+def test_the_first_guess_is_the_part_that_is_shown() -> None:
+    big = np.asarray(picture(0, 256).convert("L"))
+    small = np.asarray(Image.fromarray(big).resize((SIDE, SIDE), Image.Resampling.BOX))
+    for view in COMPARED:
+        left, top, right, bottom = (round(256 * edge) for edge in view.shown)
+        part = Image.fromarray(big[top:bottom, left:right]).resize((SIDE, SIDE), Image.Resampling.BOX)
+        assert agreement(np.asarray(part), small, first_guess(view.shown, SIDE)) > 0.95
+    assert agreement(small[:, ::-1].copy(), small, first_guess(WHOLE, SIDE)) < 0.3
+
+
+def test_blank_pictures_are_found_by_their_bytes_only(tmp_path: Path) -> None:
+    blank = Image.new("RGB", (100, 100), (200, 180, 160))
+    index = make_index(tmp_path, [blank, picture(0)])
+    finder = Finder(index, SETTINGS)
+    assert finder.find(encoded(blank, 95)) == (0, 1.0)
+    assert finder.find(encoded(blank, 40)) is None
+    assert finder.find(encoded(picture(0), 95)) == (1, 1.0)
+
+
+def test_a_corpus_with_evaluation_images(tmp_path: Path) -> None:
+    images = [picture(k) for k in range(4)]
+    one = make_index(tmp_path / "one", images)
+    two = make_index(tmp_path / "two", images, size=1)  # however it is cut
+    for name in ("hash", "detailed", "thumbnail", "digest"):
+        assert (one / f"{name}.npy").read_bytes() == (two / f"{name}.npy").read_bytes()
+    other = encoded(picture(50))
+    documents = [
+        [[1, 2], (encoded(flipped(images[2])), None, None), (other, None, None)],
+        [(b"no image", None, None), [3]],
+        [(other, None, None), [4], (encoded(images[0], 60), None, None), (encoded(flipped(images[2])), None, None)],
+    ]
+    for shards in (1, 3):
+        corpus = write_corpus(tmp_path / f"corpus-{shards}", documents, shards)
+        files = []
+        for shard in range(shards):
+            files.append(tmp_path / f"{shards}-{shard}.npz")
+            last = corpus.shard(shard).num_documents
+            np.savez(files[-1], **contamination_facts(corpus.path, shard, 0, last, one, SETTINGS))
+        removals = join_evaluation(files, one)
+        assert removals.document.tolist() == [0, 2, 2]
+        assert removals.item.tolist() == [1, 2, 3]
+        assert (removals.value >= SETTINGS.min_agreement).all()
+        assert [Path(name).name for name in removals.matched] == ["0002.jpg", "0000.jpg", "0002.jpg"]
+
+
+def test_evaluation_images_lie_in_any_layout(tmp_path: Path) -> None:
+    data = [encoded(picture(k, 64)) for k in range(3)]
+    plain, classes, tars = (tmp_path / name for name in ("plain", "classes", "tars"))
+    plain.mkdir()
+    for k, content in enumerate(data):
+        (plain / f"{k}.jpg").write_bytes(content)
+        (classes / f"class {k}").mkdir(parents=True)
+        (classes / f"class {k}" / "a.jpg").write_bytes(content)
+    (tars / "test").mkdir(parents=True)
+    with tarfile.open(tars / "test" / "0.tar", "w") as tar:
+        for k, content in enumerate(data):
+            for name, part in ((f"{k}.jpg", content), (f"{k}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    pieces = [[(content, None, None)] for content in data]  # without texts, which `evaluate` would want
+    corpus = write_corpus(tmp_path / "corpus", pieces, 2)
+    for source in (plain, classes, tars, corpus.path):
+        images = EvaluationImages(source)
+        assert [images.read(k)[1] for k in range(len(images))] == data
+        assert str(source) in images.read(2)[0]
+    with pytest.raises(UserError, match="there is no"):
+        EvaluationImages(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no evaluation images"):
+        write_index([], tmp_path)

@@ -1,0 +1,224 @@
+"""Protects the joins: the clusters are those of all pairs, however the corpus is cut, in whatever memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data.corpora import jpeg, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from megatron_lcl.curate.duplicates import clusters
+from megatron_lcl.curate.duplicates.clusters import difference, equal_keys, find, unite_alike
+from megatron_lcl.curate.duplicates.facts import document_facts, image_facts
+from megatron_lcl.curate.duplicates.join import Removals, join_documents, join_images
+from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
+from megatron_lcl.data.corpus.store import Corpus
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 400))
+def test_groups_are_those_of_equal_keys_in_any_memory(values: list[int], memory: int) -> None:
+    spread = np.array(values, np.uint64) * np.uint64(1 << 60)  # wraps: a few values of the whole range
+
+    def keys(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return spread[start:stop], np.arange(start, stop)
+
+    groups = [
+        rows[start:stop].tolist()
+        for rows, starts in equal_keys(keys, len(values), memory)
+        for start, stop in itertools.pairwise(starts)
+    ]
+    order = sorted(set(spread.tolist()))
+    expected = [np.flatnonzero(spread == np.uint64(key)).tolist() for key in order]
+    assert groups == [rows for rows in expected if len(rows) > 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(0, 5))
+def test_clusters_are_the_components_of_all_alike_pairs(seed: int, num: int, limit: int) -> None:
+    described = np.random.default_rng(seed).integers(0, 3, (num, 6), np.uint32)
+    for bits in (False, True):
+        apart = described[:, None] ^ described
+        counted = np.bitwise_count(apart).sum(2) if bits else (apart != 0).sum(2)
+        assert all(
+            difference(described[i], described[j], bits, 99) == counted[i, j] for i in range(num) for j in range(num)
+        )
+        _, expected = connected_components(coo_array(counted <= limit), directed=False)
+        parent = np.arange(num)
+        unite_alike(np.arange(num), np.array([0, num]), described, bits, limit, parent)
+        roots = [find(parent, k) for k in range(num)]
+        assert roots == [int(np.flatnonzero(expected == expected[k])[0]) for k in range(num)]
+
+
+def test_a_key_that_many_rows_have_costs_no_square() -> None:
+    num = 200_000
+    described = np.arange(num, dtype=np.uint32)[:, None] // 2 * np.uint32(2)  # pairs, and all of one key
+    parent = np.arange(num)
+    unite_alike(np.arange(num), np.array([0, num]), described, False, 0, parent)  # minutes if all pairs were compared
+    assert (parent[: clusters.LIMIT] == np.arange(clusters.LIMIT) // 2 * 2).all()
+
+
+WORDS = [f"word{k}" for k in range(400)]
+
+
+def sentence(seed: int, changed: int = 0) -> str:
+    """120 words, the last few of which are others."""
+    rng = np.random.default_rng(seed)
+    words = rng.choice(WORDS, 120).tolist()
+    words[len(words) - changed :] = rng.choice(WORDS, changed).tolist()
+    return " ".join(words)
+
+
+def make_corpus(folder: Path, documents: Sequence[Sequence[Any]], num_shards: int = 1) -> Corpus:
+    """Texts as strings, images as bytes."""
+    from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
+
+    encode = ClipTokenizer([]).encode
+    pieces = [[encode(p) if isinstance(p, str) else (p, None, None) for p in document] for document in documents]
+    return write_corpus(folder, pieces, num_shards)
+
+
+def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, **options: Any) -> list[Path]:
+    """Facts of tasks of at most `size` documents, as files."""
+    folder.mkdir(parents=True)
+    files = []
+    for shard in range(corpus.num_shards):
+        num = corpus.shard(shard).num_documents
+        for first in range(0, num, size):
+            files.append(folder / f"{len(files):05d}.npz")
+            np.savez(files[-1], **make(corpus.path, shard, first, min(num, first + size), **options))
+    return files
+
+
+def removed(removals: Removals) -> list[tuple[int, int]]:
+    return list(zip(removals.document.tolist(), removals.item.tolist(), strict=True))
+
+
+DOCUMENTS = [
+    [sentence(0)],
+    [sentence(1), jpeg(1)],
+    [sentence(0).upper().replace(" ", ", ")],  # the same words
+    [jpeg(2)],
+    [sentence(1), jpeg(2)],  # the same text, another image
+    [sentence(2, changed=4)],
+    [sentence(2)],
+    [jpeg(2)],
+    [sentence(3)],
+    [sentence(0)],
+]
+
+
+@pytest.mark.parametrize(("shards", "size", "memory"), [(1, 99, 1 << 30), (3, 1, 1 << 30), (2, 2, 100)])
+def test_documents_that_are_there_before(shards: int, size: int, memory: int, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", DOCUMENTS, shards)
+    for k, (rule, expected, matched) in enumerate(
+        [
+            (DocumentDuplicates(), [2, 4, 6, 7, 9], [0, 1, 5, 3, 0]),
+            (DocumentDuplicates(action="drop-all"), [0, 1, 2, 3, 4, 5, 6, 7, 9], [2, 4, 0, 7, 1, 6, 5, 3, 0]),
+            (DocumentDuplicates(threshold=None), [7, 9], [3, 0]),
+        ]
+    ):
+        files = facts_of(corpus, document_facts, tmp_path / f"facts-{k}", size, settings=rule)
+        (scratch := tmp_path / f"scratch-{k}").mkdir()
+        found = join_documents(files, rule, scratch, memory=memory)
+        assert removed(found) == [(d, -1) for d in expected]
+        assert found.matched == [f"{corpus.path}: document {d}" for d in matched]
+        assert (found.value >= 0.75).all()
+        assert found.value[expected.index(9)] == 1
+
+
+def test_documents_of_another_corpus(tmp_path: Path) -> None:
+    ours = make_corpus(tmp_path / "ours", DOCUMENTS, 2)
+    other = make_corpus(tmp_path / "other", [[sentence(9)], [sentence(3)], [sentence(2)]])
+    files, against = (facts_of(c, document_facts, tmp_path / f"facts-{c.path.name}", 2) for c in (ours, other))
+    (scratch := tmp_path / "scratch").mkdir()
+    found = join_documents(files, DocumentDuplicates(), scratch, against)
+    assert removed(found) == [(d, -1) for d in (2, 4, 5, 6, 7, 8, 9)]
+    assert found.matched[2:4] == [f"{other.path}: document 2"] * 2
+    assert found.matched[5] == f"{other.path}: document 1"
+    (scratch := tmp_path / "again").mkdir()
+    one = join_documents(files, DocumentDuplicates(action="drop-all"), scratch, against)
+    assert 8 in one.document  # once in each corpus
+
+
+def photograph(seed: int, quality: int = 92, scale: float = 1.0) -> bytes:
+    """A picture with detail of its own."""
+    import io
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((240, 200), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    image.resize((round(240 * scale), round(200 * scale))).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def blank(level: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("L", (60, 60), level).save(out, "PNG")
+    return out.getvalue()
+
+
+IMAGES = [
+    ["one", photograph(0), photograph(1)],
+    [photograph(0, quality=60), "two", blank(10), photograph(2)],
+    [photograph(3), blank(11), photograph(1), photograph(1)],
+    [photograph(2, scale=0.5), b"no image", blank(10), b"no picture"],
+]
+
+
+@pytest.mark.parametrize(("shards", "size", "memory"), [(1, 99, 1 << 30), (4, 1, 1 << 30), (2, 1, 100)])
+def test_images_that_stand_before(shards: int, size: int, memory: int, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", IMAGES, shards)
+    near = [(1, 0), (2, 2), (2, 3), (3, 0), (3, 2)]
+    exact = [(2, 2), (2, 3), (3, 2)]
+    everywhere = sorted([*near, (0, 1), (0, 2), (1, 2), (1, 3)])
+    for k, (rule, expected) in enumerate(
+        [
+            (ImageDuplicates(), near),
+            (ImageDuplicates(max_bits=None), exact),
+            (ImageDuplicates(action="drop-all"), everywhere),
+        ]
+    ):
+        files = facts_of(corpus, image_facts, tmp_path / f"facts-{k}", size, settings=rule)
+        (scratch := tmp_path / f"scratch-{k}").mkdir()
+        found = join_images(files, rule, scratch, memory=memory)
+        assert removed(found) == expected
+        assert (found.value <= 40).all()
+        if rule == ImageDuplicates():
+            assert found.matched[0] == f"{corpus.path}: document 0, piece 1"
+            assert found.value[1] == 0
+
+
+def test_images_of_another_corpus(tmp_path: Path) -> None:
+    ours = make_corpus(tmp_path / "ours", IMAGES, 2)
+    other = make_corpus(tmp_path / "other", [["text"], [photograph(3, quality=70)]])
+    files, against = (facts_of(c, image_facts, tmp_path / f"facts-{c.path.name}", 1) for c in (ours, other))
+    (scratch := tmp_path / "scratch").mkdir()
+    found = join_images(files, ImageDuplicates(), scratch, against)
+    assert removed(found) == [(1, 0), (2, 0), (2, 2), (2, 3), (3, 0), (3, 2)]
+    assert found.matched[1] == f"{other.path}: document 1, piece 0"
+
+
+def test_an_empty_corpus_has_none(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", [["text"]])
+    for name, make, join, rule in (
+        ("documents", document_facts, join_documents, DocumentDuplicates()),
+        ("images", image_facts, join_images, ImageDuplicates()),
+    ):
+        files = facts_of(corpus, make, tmp_path / f"facts-{name}", 1)
+        (scratch := tmp_path / f"scratch-{name}").mkdir()
+        assert len(join(files, rule, scratch)) == 0
