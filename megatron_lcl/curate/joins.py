@@ -38,11 +38,15 @@ class Join(Protocol):
     @property
     def threshold(self) -> Any: ...
 
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+    def prepare(self, folder: Path, workers: int) -> None:
+        """Write what it needs beside the corpus, once, before all else, into an empty folder (`prepared` below)."""
+        ...
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """Write what it wants to know of a range of documents, without the items that are gone, into a new file."""
         ...
 
-    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """Tables of schema `REMOVED`, ordered by document and item, from the facts of all documents.
 
         facts: the file of each range, in the order of the documents. scratch: an empty folder for what does not fit in
@@ -62,7 +66,10 @@ class Places:
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold
 
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+    def prepare(self, folder: Path, workers: int) -> None:
+        """It needs nothing."""
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """Document, item and hash of every image."""
         numbers: list[int] = []
         items: list[int] = []
@@ -81,7 +88,7 @@ class Places:
         }
         pq.write_table(pa.table(columns), file, compression="zstd")
 
-    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """In memory: the hashes of a slice, and those of the images that are removed."""
         num_slices = 1 + sum(pq.read_metadata(file).num_rows for file in facts) // _AT_ONCE
         too_many = pa.concat_tables([self._too_many(facts, k, num_slices) for k in range(num_slices)])

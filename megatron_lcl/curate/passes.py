@@ -95,6 +95,10 @@ class Work:
         """The file of what a join wants to know of a task's documents."""
         return self._judged(task) / f"facts-{join}"
 
+    def prepared(self, join: int) -> Path:
+        """The folder of what a join needs beside the corpus."""
+        return self.folder / f"prepared-{join}"
+
     def joined(self, join: int) -> Path:
         """The file of what a join removes."""
         return self.folder / f"joined-{join}.parquet"
@@ -153,7 +157,8 @@ def _judge(work: Work, task: Range, folder: Path) -> None:
                 gone.setdefault(document.number, set()).add(item)
                 rows.append((document.number, item, removal.rule, removal.value))
     for number, join in enumerate(work.joins):
-        join.facts(work.corpus, task, gone, folder / work.facts(task.number, number).name)
+        file = folder / work.facts(task.number, number).name
+        join.facts(work.corpus, task, gone, file, work.prepared(number))
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in _JUDGED]
     pq.write_table(pa.table(columns, schema=_JUDGED), folder / _JUDGED_FILE, compression="zstd")
 

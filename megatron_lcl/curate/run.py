@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_lcl.curate.documents import Range, ranges
+from megatron_lcl.curate.duplicates.rules import Duplicates, EvaluationSets
 from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of, libraries
@@ -43,7 +44,7 @@ from megatron_lcl.data.corpus.store import KIND, MANIFEST, Corpus, open_corpus, 
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.preprocess_task import Part
-from megatron_lcl.data.prepare.scratch import clear_dead, is_used, scratch_folder, waiting_for_others
+from megatron_lcl.data.prepare.scratch import clear_dead, is_used, put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.prepare.unfinished import (
     WORK,
     claim,
@@ -199,8 +200,14 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
 
 
 def _joins_of(settings: Settings) -> tuple[Join, ...]:
-    places = settings.image.max_places
-    return () if places is None else (Places(places),)
+    joins: list[Join] = []
+    if settings.image.max_places is not None:
+        joins.append(Places(settings.image.max_places))
+    if settings.evaluation.sets:
+        joins.append(EvaluationSets(settings.evaluation))
+    rules = settings.duplicates
+    joins += [Duplicates(each, rules.against) for each in (rules.images, rules.documents) if each.action is not None]
+    return tuple(joins)
 
 
 def _check(settings: Settings) -> None:
@@ -231,6 +238,10 @@ def _decide(work: Work, task_bytes: int, workers: int, progress: bool) -> tuple[
         with closing(in_order(task, work, tasks, workers, ahead=4 * workers)) as results:
             yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
 
+    with waiting_for_others(work.folder / "lock"):
+        for number, join in enumerate(work.joins):
+            if not work.prepared(number).exists():
+                _prepare(work, number, join, workers)
     deque(each(judge, "texts and images"), 0)
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
@@ -242,12 +253,20 @@ def _decide(work: Work, task_bytes: int, workers: int, progress: bool) -> tuple[
     return tasks, counted
 
 
+def _prepare(work: Work, number: int, join: Join, workers: int) -> None:
+    with scratch_folder(work.folder) as scratch:
+        folder = scratch / work.prepared(number).name
+        folder.mkdir()
+        join.prepare(folder, workers)
+        put_in_place(folder, work.prepared(number))
+
+
 def _join(work: Work, number: int, join: Join, num_tasks: int, workers: int) -> None:
     facts = [work.facts(task, number) for task in range(num_tasks)]
     with scratch_folder(work.folder) as folder:
         scratch, target = folder / "free", folder / REMOVED_FILE
         scratch.mkdir()
-        _write_tables(target, JOINED, join.decide(facts, scratch, workers))
+        _write_tables(target, JOINED, join.decide(facts, work.prepared(number), scratch, workers))
         os.replace(target, work.joined(number))
 
 

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_lcl import fields
 from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
+from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
 from megatron_lcl.data.corpus.store import FORMATS
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
@@ -115,6 +116,8 @@ class Settings:
     image: ImageRules = ImageRules()
     text: TextRules = TextRules()
     document: DocumentRules = DocumentRules()
+    duplicates: DuplicateRules = DuplicateRules()
+    evaluation: Decontamination = Decontamination()
     lists: Lists = Lists()
     language: Language = Language()
 

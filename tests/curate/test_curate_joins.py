@@ -34,7 +34,10 @@ class SameTexts:
     rule: str = "document.same_texts"
     threshold: str = "1 of each"
 
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+    def prepare(self, folder: Path, workers: int) -> None:
+        (folder / "said").write_text("once")
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         found = []
         for document in documents(corpus, task):
             document.without(gone.get(document.number, ()))
@@ -42,8 +45,9 @@ class SameTexts:
             found.append([document.number, document.name, texts])
         file.write_text(json.dumps(found))
 
-    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         assert list(scratch.iterdir()) == []
+        assert (prepared / "said").read_text() == "once"
         first: dict[tuple[str, ...], str] = {}
         for file in facts:
             again = []
@@ -61,10 +65,13 @@ class FirstItems:
     rule: str = "image.first"
     threshold: None = None
 
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path) -> None:
+    def prepare(self, folder: Path, workers: int) -> None:
+        assert list(folder.iterdir()) == []
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         file.write_text(json.dumps([document.number for document in documents(corpus, task)]))
 
-    def decide(self, facts: Sequence[Path], scratch: Path, workers: int) -> Iterator[pa.Table]:
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         numbers = [number for file in facts for number in json.loads(file.read_text())]
         yield table_of([(number, 0, 0.5, "") for number in numbers])
 

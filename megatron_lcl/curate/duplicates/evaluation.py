@@ -18,10 +18,11 @@ import numpy as np
 import xxhash
 
 from megatron_lcl.curate.duplicates.alignment import SIDE, agreement
-from megatron_lcl.curate.duplicates.facts import THUMBNAIL, Facts, places, thumbnail
+from megatron_lcl.curate.duplicates.facts import NOTHING, THUMBNAIL, Facts, places, thumbnail
 from megatron_lcl.curate.duplicates.join import Removals, gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
+from megatron_lcl.curate.joins import Gone
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import MANIFEST, Corpus
 from megatron_lcl.errors import UserError
@@ -156,16 +157,23 @@ class Finder:
 
 
 def contamination_facts(
-    corpus: str | Path, shard: int, first: int, last: int, index: Path, settings: Decontamination
+    corpus: str | Path,
+    shard: int,
+    first: int,
+    last: int,
+    index: Path,
+    settings: Decontamination,
+    gone: Gone = NOTHING,
 ) -> Facts:
-    """Of the K places, in the documents first … last-1 of a shard (numbers in the shard), of evaluation images:
+    """Of the K places, in the documents first … last-1 of a shard (numbers in the shard), of evaluation images, without
+    the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; evaluation int64 [K],
     number in the index (the folder of `write_index`); value float32 [K], the share of its blocks that agree.
     """
     opened, finder = Corpus(corpus), Finder(index, settings)
     part = opened.shard(shard)
-    document, item, shown = places(opened, shard, first, last)
+    document, item, shown = places(opened, shard, first, last, gone)
     images, place = np.unique(shown, return_inverse=True)
     evaluation, value = np.full(len(images), -1, np.int64), np.zeros(len(images), np.float32)
     for k, image in enumerate(images):

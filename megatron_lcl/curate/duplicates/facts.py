@@ -5,8 +5,9 @@ Each returns arrays, and `corpus`, the path as text, by which a join names what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import xxhash
@@ -14,6 +15,7 @@ from PIL import Image as Pillow
 
 from megatron_lcl.curate.duplicates.minhash import shingle_hashes, signature, word_hashes
 from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
+from megatron_lcl.curate.joins import Gone
 from megatron_lcl.data.corpus.perceptual_hash import perceptual_hash
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import IMAGE, Corpus, Shard
@@ -22,10 +24,13 @@ from megatron_lcl.data.loading.images import decode_rgb
 THUMBNAIL = 128
 """pixels a side of the gray picture, stretched to a square, that everything is computed from"""
 Facts = dict[str, np.ndarray]
+NOTHING: Gone = MappingProxyType({})
 
 
-def document_facts(corpus: str | Path, shard: int, first: int, last: int, settings: DocumentDuplicates) -> Facts:
-    """Of the N documents first … last-1 of a shard (numbers in the shard):
+def document_facts(
+    corpus: str | Path, shard: int, first: int, last: int, settings: DocumentDuplicates, gone: Gone = NOTHING
+) -> Facts:
+    """Of the N documents first … last-1 of a shard (numbers in the shard), without the items that are gone:
 
     document int64 [N], its number in the corpus; digest uint32 [N, 4], XXH3-128 of its texts and its images' bytes in
     their order; signature uint32 [N, permutations] and shingles int32 [N], how many it has (see `minhash`; neither
@@ -38,7 +43,7 @@ def document_facts(corpus: str | Path, shard: int, first: int, last: int, settin
     counts = np.zeros(last - first, np.int32)
     for k in range(last - first):
         digest, texts = xxhash.xxh3_128(), []
-        for piece in _pieces(part, first + k):
+        for piece in _pieces(part, first + k, gone.get(start + first + k, ())):
             if isinstance(piece, int):
                 digest.update(b"\1" + part.image_xxh3[piece].tobytes())
             else:
@@ -58,8 +63,11 @@ def document_facts(corpus: str | Path, shard: int, first: int, last: int, settin
     }
 
 
-def image_facts(corpus: str | Path, shard: int, first: int, last: int, settings: ImageDuplicates) -> Facts:
-    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images:
+def image_facts(
+    corpus: str | Path, shard: int, first: int, last: int, settings: ImageDuplicates, gone: Gone = NOTHING
+) -> Facts:
+    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images,
+    without the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; image int32 [K], which
     of the M. digest uint32 [M, 4], XXH3-128 of its bytes; hash uint32 [M, 10], 64 and then 256 bits of its perceptual
@@ -68,7 +76,7 @@ def image_facts(corpus: str | Path, shard: int, first: int, last: int, settings:
     """
     opened = Corpus(corpus)
     part = opened.shard(shard)
-    document, item, shown = places(opened, shard, first, last)
+    document, item, shown = places(opened, shard, first, last, gone)
     images, index = np.unique(shown, return_inverse=True)
     hashes = np.zeros((len(images), 10), np.uint32)
     detail = np.full(len(images), -1, np.float32)
@@ -90,15 +98,21 @@ def image_facts(corpus: str | Path, shard: int, first: int, last: int, settings:
     }
 
 
-def places(corpus: Corpus, shard: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def places(
+    corpus: Corpus, shard: int, first: int, last: int, gone: Gone = NOTHING
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where images stand in documents of a shard: number of the document in the corpus int64 [K], index of the piece in
-    the document int32 [K], number of the image in the shard int64 [K]."""
+    the document int32 [K], number of the image in the shard int64 [K]. Without the items that are gone."""
     part, start = corpus.shard(shard), int(corpus.document_starts[shard])
     offsets = part.document_offsets[first : last + 1]
     piece = int(offsets[0]) + np.flatnonzero(part.modes[int(offsets[0]) : int(offsets[-1])] == IMAGE)
     local = np.searchsorted(offsets, piece, side="right") - 1
+    document, item = start + first + local.astype(np.int64), (piece - offsets[local]).astype(np.int32)
     shown = np.array([part.piece(int(k)) for k in piece], np.int64)
-    return start + first + local.astype(np.int64), (piece - offsets[local]).astype(np.int32), shown
+    if gone:
+        stays = [i not in gone.get(d, ()) for d, i in zip(document.tolist(), item.tolist(), strict=True)]
+        document, item, shown = (array[np.array(stays, bool)] for array in (document, item, shown))
+    return document, item, shown
 
 
 def thumbnail(data: bytes) -> np.ndarray:
@@ -115,6 +129,6 @@ def _hashes(pixels: np.ndarray) -> np.ndarray:
     return np.packbits(bits).view(np.uint32)
 
 
-def _pieces(shard: Shard, document: int) -> Iterator[np.ndarray | int]:
+def _pieces(shard: Shard, document: int, gone: Collection[int]) -> Iterator[np.ndarray | int]:
     start, stop = (int(x) for x in shard.document_offsets[document : document + 2])
-    return map(shard.piece, range(start, stop))
+    return (shard.piece(k) for k in range(start, stop) if k - start not in gone)

@@ -140,7 +140,7 @@ class _Places:
 
 
 def _removals(
-    rule: str, places: _Places, parent: np.ndarray, action: Action, value: Callable[[int, int], float]
+    rule: str, places: _Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float]
 ) -> Removals:
     _to_roots(parent)
     label = parent[places.row]

@@ -26,8 +26,8 @@ class DocumentDuplicates:
     permutations: Annotated[int, Field(ge=2)] = Field(
         default=112, description="hash functions of a MinHash signature (FineWeb: 112)"
     )
-    action: Action = Field(
-        default="keep-one", description="keep-one: the first document of a cluster stays; drop-all: none does"
+    action: Action | None = Field(
+        default=None, description="keep-one: the first document of a cluster stays; drop-all: none does"
     )
 
 
@@ -46,8 +46,19 @@ class ImageDuplicates:
         description="images whose gray levels have a smaller standard deviation than this (of 256 levels) are compared "
         "by their bytes only: the hash of a blank picture is noise",
     )
-    action: Action = Field(
-        default="keep-one", description="keep-one: the first place of an image stays; drop-all: none does"
+    action: Action | None = Field(
+        default=None, description="keep-one: the first place of an image stays; drop-all: none does"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class DuplicateRules:
+    """What the corpus, or another one, has before."""
+
+    documents: DocumentDuplicates = DocumentDuplicates()
+    images: ImageDuplicates = ImageDuplicates()
+    against: tuple[str, ...] = Field(
+        default=(), description="corpora with which both are compared, too: what is in them is removed from this one"
     )
 
 
@@ -55,6 +66,9 @@ class ImageDuplicates:
 class Decontamination:
     """Images that are evaluation images, also changed a little."""
 
+    sets: tuple[str, ...] = Field(
+        default=(), description="the evaluation images: folders, WebDatasets, corpora; empty: no such rule"
+    )
     whole_bits: Count = Field(
         default=12,
         le=64,

@@ -1,0 +1,137 @@
+"""Duplicates and evaluation images as rules of `curate` (`joins.Join`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_lcl.curate.documents import Range, ranges
+from megatron_lcl.curate.duplicates.evaluation import (
+    EvaluationImages,
+    contamination_facts,
+    evaluation_facts,
+    join_evaluation,
+    write_index,
+)
+from megatron_lcl.curate.duplicates.facts import Facts, document_facts, image_facts
+from megatron_lcl.curate.duplicates.join import Removals, join_documents, join_images
+from megatron_lcl.curate.duplicates.settings import Decontamination, DocumentDuplicates, ImageDuplicates
+from megatron_lcl.curate.joins import REMOVED, Gone
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.errors import UserError
+
+_TASK_BYTES = 32 << 20
+_IMAGES = 512
+"""evaluation images of a task"""
+
+
+class Duplicates:
+    """Documents, or images, that stand in the corpus before, or in other corpora."""
+
+    def __init__(self, settings: DocumentDuplicates | ImageDuplicates, against: Sequence[str]) -> None:
+        self.settings, self.against = settings, tuple(against)
+        of_documents = isinstance(settings, DocumentDuplicates)
+        self.rule = "document.duplicates" if of_documents else "image.duplicates"
+        for path in self.against:
+            open_corpus(path)  # which says what is wrong with it
+
+    @property
+    def threshold(self) -> Any:
+        return self.settings.action
+
+    def prepare(self, folder: Path, workers: int) -> None:
+        """Facts of the other corpora, a file a range."""
+        items = [(path, task) for path in self.against for task in ranges(open_corpus(path), _TASK_BYTES)]
+        for number, facts in enumerate(in_order(_facts_of_range, self.settings, items, workers, ahead=4 * workers)):
+            _save(folder / f"{number:06d}", facts)
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+        """As `document_facts` and `image_facts` say."""
+        _save(file, _facts(self.settings, corpus.path, task, gone))
+
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """As `join_documents` and `join_images` say."""
+        against = sorted(prepared.iterdir())
+        if isinstance(self.settings, DocumentDuplicates):
+            yield _table(join_documents(facts, self.settings, scratch, against))
+        else:
+            yield _table(join_images(facts, self.settings, scratch, against))
+
+
+class EvaluationSets:
+    """Images that are evaluation images, changed a little or not."""
+
+    rule = "image.evaluation"
+
+    def __init__(self, settings: Decontamination) -> None:
+        self.settings = settings
+        self.sizes = {path: len(EvaluationImages(path)) for path in settings.sets}
+        for path, size in self.sizes.items():
+            if not size:
+                raise UserError(f"--evaluation.sets: {path} has no images")
+
+    @property
+    def threshold(self) -> Any:
+        return ", ".join(self.settings.sets)
+
+    def prepare(self, folder: Path, workers: int) -> None:
+        """The index of the evaluation images."""
+        tasks = [
+            _Images(path, first, min(first + _IMAGES, size))
+            for path, size in self.sizes.items()
+            for first in range(0, size, _IMAGES)
+        ]
+        files = [folder / f"facts-{number:06d}" for number in range(len(tasks))]
+        found = in_order(_facts_of_images, self.settings, tasks, workers, ahead=4 * workers)
+        for file, facts in zip(files, found, strict=True):
+            _save(file, facts)
+        write_index(files, folder)
+        for file in files:
+            file.unlink()
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+        """As `contamination_facts` says."""
+        where = (corpus.path, task.shard, task.first, task.last)
+        _save(file, contamination_facts(*where, prepared, self.settings, gone))
+
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """As `join_evaluation` says."""
+        yield _table(join_evaluation(facts, prepared))
+
+
+class _Images(NamedTuple):
+    """Some images of an evaluation set."""
+
+    path: str
+    first: int
+    last: int
+
+
+def _facts(settings: DocumentDuplicates | ImageDuplicates, path: str | Path, task: Range, gone: Gone) -> Facts:
+    where = (path, task.shard, task.first, task.last)
+    if isinstance(settings, DocumentDuplicates):
+        return document_facts(*where, settings, gone)
+    return image_facts(*where, settings, gone)
+
+
+def _facts_of_range(settings: DocumentDuplicates | ImageDuplicates, item: tuple[str, Range]) -> Facts:
+    return _facts(settings, *item, {})
+
+
+def _facts_of_images(settings: Decontamination, images: _Images) -> Facts:
+    return evaluation_facts(*images, settings)
+
+
+def _save(file: Path, facts: Facts) -> None:
+    with file.open("wb") as stream:  # np.savez would put a suffix on a path
+        np.savez(stream, **facts)  # type: ignore[arg-type]  # one of savez's own names is none of ours
+
+
+def _table(removals: Removals) -> pa.Table:
+    columns = (removals.document, removals.item, removals.value.astype(np.float64), removals.matched)
+    return pa.table(dict(zip(REMOVED.names, columns, strict=True))).cast(REMOVED)

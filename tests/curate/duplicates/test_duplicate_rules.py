@@ -1,0 +1,98 @@
+"""Duplicates and evaluation images as rules of `curate`: what is removed is recorded with what it is like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from curate.corpora_of_rules import files, write
+from curate.duplicates.test_contamination import encoded, flipped, picture
+from curate.duplicates.test_joins import sentence
+
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import Settings, read_settings
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
+
+
+def rules(**overrides: str) -> Settings:
+    return read_settings(overrides={name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def removals(output: Path) -> list[tuple[int, int, str, str]]:
+    table = pq.read_table(output / "removed.parquet")
+    columns = (table[name].to_pylist() for name in ("document", "item", "rule", "matched"))
+    return list(zip(*columns, strict=True))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Twice the same text but for a word, twice the same picture but for its size, and what a rule removes."""
+    small = encoded(picture(0).resize((90, 90)))
+    return write(
+        tmp_path,
+        [
+            Document((Image(encoded(picture(0))), Text(sentence(0)), Text("no"))),
+            Document((Text(sentence(1)), Image(small))),
+            Document((Text(sentence(0, changed=1)), Image(encoded(picture(1))))),
+            Document((Text(sentence(2)), Image(encoded(flipped(picture(2)))))),
+            Document((Text("no"), Text(sentence(1).upper()), Image(encoded(picture(3))))),
+        ],
+        shard_documents=2,
+    )
+
+
+def test_duplicates_are_removed_and_named(source: Path, tmp_path: Path) -> None:
+    settings = rules(
+        text__min_characters="3", duplicates__documents__action="keep-one", duplicates__images__action="keep-one"
+    )
+    for workers in (1, 2):
+        curate(source, tmp_path / str(workers), settings, workers=workers, task_bytes=100)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert removals(tmp_path / "1") == [
+        (0, 2, "text.min_characters", ""),
+        (1, 1, "image.duplicates", f"{source}: document 0, piece 0"),
+        (2, -1, "document.duplicates", f"{source}: document 0"),
+        (4, 0, "text.min_characters", ""),
+        (4, -1, "document.duplicates", f"{source}: document 1"),
+    ]
+    assert len(open_corpus(tmp_path / "1")) == 3
+    assert verify(tmp_path / "1") == []
+
+
+def test_what_another_corpus_has_is_removed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other", [Document((Text(sentence(2)), Image(encoded(picture(1)))))])
+    settings = rules(
+        duplicates__against=f"[{other}]",
+        duplicates__documents__action="keep-one",
+        duplicates__images__action="drop-all",
+    )
+    curate(source, tmp_path / "out", settings)
+    found = {(document, item): matched for document, item, _, matched in removals(tmp_path / "out")}
+    assert found[2, 1] == f"{other}: document 0, piece 1"
+    assert found[3, -1] == f"{other}: document 0"
+    assert found[0, 0] and found[1, 1], "the same picture twice, of which none stays"
+
+
+def test_evaluation_images_are_removed_and_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for seed in (2, 9):
+        (tmp_path / "set" / f"{seed}.jpg").write_bytes(encoded(picture(seed)))
+    settings = rules(evaluation__sets=f"[{tmp_path / 'set'}]")
+    curate(source, tmp_path / "out", settings, workers=2, task_bytes=100)
+    assert removals(tmp_path / "out") == [(3, 1, "image.evaluation", str(tmp_path / "set" / "2.jpg"))]
+    (found,) = [r for r in curate(source, None, settings).rules if r.rule == "image.evaluation"]
+    assert (found.images, found.documents) == (1, 0)
+
+
+def test_another_corpus_or_set_that_is_not_there(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        curate(source, tmp_path / "out", rules(duplicates__against="[nowhere]", duplicates__images__action="keep-one"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        curate(source, tmp_path / "out", rules(evaluation__sets=f"[{tmp_path / 'empty'}]"))
+    assert not (tmp_path / "out").exists()
