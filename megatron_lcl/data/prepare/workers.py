@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -58,6 +58,7 @@ _work_of_this_process: list[tuple[Callable[..., Any], Any]] = []
 
 def _start(function: Callable[..., Any], shared: Any) -> None:
     end_on_interrupt()
+    end_with_parent()
     _work_of_this_process[:] = [(function, shared)]
 
 
