@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import os
 import re
@@ -34,6 +35,13 @@ _PROXY = re.compile(r"http://([^/?#@\s]*@)?([^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(:
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
+_RETRIES = 2
+"""times that a worker process may die"""
+logger = logging.getLogger(__name__)
+
+
+class _Died(UserError):
+    """A worker process could not say why it ended."""
 
 
 def fetch(
@@ -56,12 +64,19 @@ def fetch(
     with _planned(Path(input), output, settings, url_column, workers) as (plan, plan_lock):
         index, num_jobs = job or (0, 1)
         mine = range(index, len(plan.parts), num_jobs)
-        todo = [part for part in mine if num_done(output, part) < plan.parts[part]]
         if job is not None:
             plan_lock.close()  # each part has a lock of its own
-        total, done = sum(plan.parts[part] for part in mine), sum(num_done(output, part) for part in mine)
-        with tqdm(total=total, initial=done, unit="url", disable=not progress) as bar:
-            _do(output, plan, todo, settings, workers, bar)
+        with tqdm(total=sum(plan.parts[part] for part in mine), unit="url", disable=not progress) as bar:
+            for tries_left in reversed(range(_RETRIES + 1)):
+                bar.n = sum(num_done(output, part) for part in mine)
+                todo = [part for part in mine if num_done(output, part) < plan.parts[part]]
+                try:
+                    _do(output, plan, todo, settings, workers, bar)
+                    break
+                except _Died:
+                    if not tries_left:
+                        raise
+                    logger.warning("a worker process died, perhaps out of memory; its parts are gone on with")
         return {**summary(output), "dropped": plan.dropped}
 
 
@@ -225,7 +240,9 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
             for k in [k for k in running if not processes[k].is_alive()]:
                 running.remove(k)
                 if processes[k].exitcode:
-                    raise UserError(_last_words(pipes[k][0]) or _DIED.format(processes[k].exitcode))
+                    if said := _last_words(pipes[k][0]):
+                        raise UserError(said)
+                    raise _Died(_DIED.format(processes[k].exitcode))
     finally:
         for process in processes:
             if process.pid is not None:

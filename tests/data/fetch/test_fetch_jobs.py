@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +47,27 @@ def test_a_bad_list_is_refused_before_any_job(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image URL"):
         fetch_in_jobs(tmp_path / "urls.txt", tmp_path / "store", Engine("local", 2))
     assert [path.name for path in tmp_path.iterdir()] == ["urls.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    listed, store = tmp_path / "urls.txt", tmp_path / "store"
+    flags = [*FLAGS, "--delay", "0.02", "--shard-urls", "40", "--workers", "2"]
+    with serving(tmp_path, addresses=8) as server:
+        urls = mixed(server, 590, start=1)
+        listed.write_text("\n".join(urls) + "\n")
+        command = [sys.executable, "-m", "megatron_lcl", "fetch", str(listed), "--output", str(store), *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 100
+            while not list(store.glob("*.log")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            assert len(workers) == 2
+            os.kill(int(workers[0]), signal.SIGKILL)
+            out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "590 URLs" in out
+    assert "its parts are gone on with" in err
+    check_store(store, urls)
