@@ -27,6 +27,7 @@ LONGEST = (
     "test_training_runs.py",
     "test_killed.py",
     "test_quickstart.py",
+    "test_ray_cluster.py",
     "test_lost_processes.py",
     "test_signals.py",
     "test_bad_steps.py",

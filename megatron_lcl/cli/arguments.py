@@ -1,12 +1,20 @@
-"""What a command reads is its first argument; the flag that earlier versions wanted says the same."""
+"""Arguments that several commands have.
+
+What a command reads is its first argument; the flag that earlier versions wanted says the same. What can be divided
+into jobs takes `--job`, or an engine that does them all.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_lcl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lcl.data.engines import Engine
 
 MODEL = (
     "a run (its newest complete checkpoint), a checkpoint, what `import` or `export` wrote, or a file in the "
@@ -39,6 +47,56 @@ def single_input(options: argparse.Namespace) -> str:
     if others:
         raise UserError(f"`{options.command}` takes one {options.input_name}, not also {others[0]!r}")
     return first
+
+
+def add_jobs(sub: argparse.ArgumentParser, workers: str) -> None:
+    """What divides a command's work among processes and machines. workers: help of `--workers`."""
+    sub.add_argument("--workers", type=int, default=1, help=workers + " (%(default)s)")
+    sub.add_argument(
+        "--job", metavar="I/N", help="only the I-th of N jobs (from 0), on any machine that sees the folders"
+    )
+    sub.add_argument(
+        "--executor", choices=["local", "slurm", "ray"], default="local",
+        help="slurm, ray: all --jobs there, those that fail or are lost again (docs/engines.md)",
+    )  # fmt: skip
+    sub.add_argument("--jobs", type=int, metavar="N", help="of --executor slurm and ray (8)")
+    sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
+    sub.add_argument(
+        "--ray", action="append", default=[], metavar="ADDRESS|KEY=VALUE",
+        help="host:port, auto or local (default: RAY_ADDRESS, else a cluster that runs here, else one for this "
+        "command); num_cpus or memory_gb of a job",
+    )  # fmt: skip
+
+
+def jobs_of(options: argparse.Namespace) -> tuple[Engine | None, tuple[int, int] | None]:
+    """What `add_jobs` was given: the engine that does all jobs, or the one job to do here, or neither."""
+    from megatron_lcl.data.engines import Engine, parse_job
+
+    if options.executor == "local":
+        if options.slurm or options.ray or options.jobs is not None:
+            raise UserError("--jobs, --slurm and --ray are for --executor slurm or ray; here --workers does it")
+        return None, parse_job(options.job) if options.job else None
+    if options.job:
+        raise UserError(f"--job does one job here; --executor {options.executor} does all --jobs: give one of the two")
+    if options.executor == "slurm":
+        from megatron_lcl.data.engines import slurm
+
+        other, parameters = options.ray, slurm.read_parameters(pairs(options.slurm))
+    else:
+        from megatron_lcl.data.engines import ray
+
+        other, parameters = options.slurm, ray.read_parameters(options.ray)
+    if other:
+        raise UserError(f"--executor is {options.executor}: --slurm is for slurm, --ray for ray")
+    return Engine(options.executor, 8 if options.jobs is None else options.jobs, parameters), None
+
+
+def pairs(items: Sequence[str]) -> dict[str, str]:
+    """["key=value", …] as a dict."""
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"{item!r} is not KEY=VALUE")
+    return {key: value for key, _, value in (item.partition("=") for item in items)}
 
 
 def overrides_of(rest: Sequence[str], switches: Collection[str] | None = None) -> dict[str, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.cli.arguments import add_input, single_input
+from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, pairs, single_input
 from megatron_lcl.errors import UserError
 
 
@@ -72,11 +72,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="KEY=VALUE",
         help="of the format, see --format F --help; may be repeated",
     )
-    sub.add_argument("--workers", type=int, default=1, help="processes; any number writes the same bytes (%(default)s)")
-    sub.add_argument("--job", metavar="I/N", help="only the I-th of N jobs (from 0); the last one done finishes")
-    sub.add_argument("--executor", choices=["local", "slurm"], default="local", help="slurm: a job array of --jobs")
-    sub.add_argument("--jobs", type=int, help="jobs of the array (8)")
-    sub.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="submitit's parameters")
+    add_jobs(sub, "processes; any number writes the same bytes")
 
     sub = add("verify", _verify, "check a corpus: checksums, offsets, token and image indices, every image decodes")
     sub.add_argument("corpus", metavar="CORPUS")
@@ -184,9 +180,9 @@ def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.prepare.cluster import preprocess_on_slurm, read_parameters
     from megatron_lcl.data.prepare.importers import read_options
-    from megatron_lcl.data.prepare.preprocess import parse_job, preprocess
+    from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
+    from megatron_lcl.data.prepare.preprocess import preprocess
 
     arguments = {
         "images": options.images,
@@ -198,21 +194,16 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         "max_image_side": options.max_image_side,
         "seed": options.held_out_seed,
         "limit": options.limit,
-        "options": read_options(options.format, _pairs(options.option)),
+        "options": read_options(options.format, pairs(options.option)),
         "workers": options.workers,
         **{name: n for name in ("shard_bytes", "shard_documents") if (n := getattr(options, name)) is not None},
     }
     places = (options.format, options.input, options.output)
-    if options.executor == "slurm":
-        if options.job:
-            raise UserError("--job does one job here; --executor slurm does all --jobs: give one of the two")
-        jobs = 8 if options.jobs is None else options.jobs
-        print(preprocess_on_slurm(*places, jobs=jobs, slurm=read_parameters(_pairs(options.slurm)), **arguments))
-    else:
-        if options.slurm or options.jobs is not None:
-            raise UserError("--jobs and --slurm are for --executor slurm")
-        job = parse_job(options.job) if options.job else None
+    engine, job = jobs_of(options)
+    if engine is None:
         print(preprocess(*places, job=job, progress=True, **arguments))
+    else:
+        print(preprocess_in_jobs(*places, engine, progress=True, **arguments))
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
@@ -284,11 +275,3 @@ def _replay(options: argparse.Namespace, _rest: list[str]) -> None:
     file = Path(options.output or f"replay-{options.step}.html")
     replace_text(file, page)
     print(file)
-
-
-def _pairs(items: Sequence[str]) -> dict[str, str]:
-    """["key=value", …] as a dict."""
-    for item in items:
-        if "=" not in item:
-            raise UserError(f"{item!r} is not KEY=VALUE")
-    return {key: value for key, _, value in (item.partition("=") for item in items)}

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
-from megatron_lcl.cli.arguments import add_input, single_input
+from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, single_input
 from megatron_lcl.data.fetch.settings import Settings
 
 
@@ -23,7 +23,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--url-column", metavar="NAME", help="column or key of the URLs (default: those of these data sets)"
     )
-    sub.add_argument("--workers", type=int, default=1, help="processes; a host is one process's alone (%(default)s)")
+    add_jobs(sub, "processes; a host is one process's alone")
     default = Settings()
     for name, kind, metavar, help in (
         ("max_image_side", int, "PIXELS", "scale larger images down, and encode them again"),
@@ -47,13 +47,16 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.fetch.run import fetch
+    from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
 
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-    found = fetch(
-        single_input(options), options.output, settings,
-        url_column=options.url_column, workers=options.workers, progress=True,
-    )  # fmt: skip
+    places = (single_input(options), options.output)
+    common = {"url_column": options.url_column, "workers": options.workers, "progress": True}
+    engine, job = jobs_of(options)
+    if engine is None:
+        found = fetch(*places, settings, job=job, **common)
+    else:
+        found = fetch_in_jobs(*places, engine, settings, **common)
     total = sum(found[status] for status in ("kept", "dead", "refused"))
     print(
         f"{options.output}: {total:,} URLs: {found['kept']:,} kept ({found['bytes']:,} bytes), {found['dead']:,} dead, "

@@ -3,8 +3,9 @@
 `urls.py` reads the URLs of an input; `plan.py` writes each once, in parts that share no host; `schedule.py` says which
 URL's turn it is (connections and delay of each host, retries); `client.py` fetches one and says kept, dead or refused,
 and why; `addresses.py` says which addresses are public; `store.py` writes shards and their tables, all or nothing;
-`run.py` does the parts in several processes, each of one event loop.
+`run.py` does the parts in several processes, each of one event loop, and in jobs of an engine (`data/engines`).
 
-Imports data.prepare (the readers of JSON lines, the names of a store's members) and data.corpus. aiohttp and Protego
-are the extra `fetch`, imported by `client.py` only, which is imported late. Begin with the header of `store.py`.
+Imports data.prepare (the readers of JSON lines, the names of a store's members), data.engines and data.corpus. aiohttp
+and Protego are the extra `fetch`, imported by `client.py` only, which is imported late. Begin with the header of
+`store.py`.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
 from megatron_lcl.data.fetch.settings import Settings
@@ -33,6 +35,13 @@ _PROXY = re.compile(r"http://([^/?#@\s]*@)?([^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(:
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
+_RETRIES = 2
+"""times that a worker process may die"""
+logger = logging.getLogger(__name__)
+
+
+class _Died(UserError):
+    """A worker process could not say why it ended."""
 
 
 def fetch(
@@ -42,21 +51,76 @@ def fetch(
     *,
     url_column: str | None = None,
     workers: int = 1,
+    job: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Fetch the images of all URLs in `input` into the store `output`; gone on with where it was stopped.
 
-    Returns the store's `summary`, and `dropped`: what of the input was no URL, by reason. UserError for input without
-    URLs, a store of another input, a proxy that refuses, or where nothing is reached any more.
+    job: (i, n) does every n-th part of the plan, the i-th of 0 … n-1, while other jobs do the others. Returns the
+    store's `summary`, and `dropped`: what of the input was no URL, by reason. UserError for input without URLs, a store
+    of another input, a proxy that refuses, or where nothing is reached any more.
     """
+    output, settings = Path(output), settings or Settings()
+    with _planned(Path(input), output, settings, url_column, workers) as (plan, plan_lock):
+        index, num_jobs = job or (0, 1)
+        mine = range(index, len(plan.parts), num_jobs)
+        if job is not None:
+            plan_lock.close()  # each part has a lock of its own
+        with tqdm(total=sum(plan.parts[part] for part in mine), unit="url", disable=not progress) as bar:
+            for tries_left in reversed(range(_RETRIES + 1)):
+                bar.n = sum(num_done(output, part) for part in mine)
+                todo = [part for part in mine if num_done(output, part) < plan.parts[part]]
+                try:
+                    _do(output, plan, todo, settings, workers, bar)
+                    break
+                except _Died:
+                    if not tries_left:
+                        raise
+                    logger.warning("a worker process died, perhaps out of memory; its parts are gone on with")
+        return {**summary(output), "dropped": plan.dropped}
+
+
+def fetch_in_jobs(
+    input: str | Path,
+    output: str | Path,
+    engine: Engine,
+    settings: Settings | None = None,
+    *,
+    url_column: str | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """`fetch` in `engine.jobs` jobs on folders that all machines see; waits, and returns the same.
+
+    workers: processes, and so CPUs, of a job. UserError as of `fetch`, before any job begins where input, settings or
+    proxy are to blame, and of `engines.run_jobs`.
+    """
+    input, output, settings = Path(input).resolve(), Path(output).resolve(), settings or Settings()
+    with _planned(input, output, settings, url_column, workers):
+        pass
+    arguments: dict[str, Any] = {
+        "input": input,
+        "output": output,
+        "settings": settings,
+        "url_column": url_column,
+        "workers": workers,
+    }
+    run_jobs(fetch, arguments, engine, output=output, reads=[input], cpus=workers, progress=progress)
+    return fetch(**arguments)  # finished: only reads the summary
+
+
+@contextlib.contextmanager
+def _planned(
+    input: Path, output: Path, settings: Settings, url_column: str | None, workers: int
+) -> Iterator[tuple[Plan, contextlib.ExitStack]]:
+    """The plan of the store, made if need be, and its lock, which other processes wait for until it is closed."""
     from megatron_lcl.data.fetch import client  # says what is not installed, before anything is written
 
-    settings = settings or Settings()
     _check(settings, workers)
-    output = Path(output)
-    files = url_files(Path(input))
+    files = url_files(input)
     signature = f"{files_signature(files.read, files.root)} {url_column or ''}".strip()
-    with _folder(output), waiting_for_others(output / ".lock"):
+    with _folder(output), contextlib.ExitStack() as lock:
+        lock.enter_context(waiting_for_others(output / ".lock"))
         clear_dead(output)
         if (plan := open_plan(output, signature, settings)) is None:
             if any(path.name != ".lock" and not is_scratch(path) for path in output.iterdir()):
@@ -68,11 +132,7 @@ def fetch(
             make_plan(output, found, drops.bad_counts, signature, settings)
             plan = open_plan(output, signature, settings)
         assert plan is not None
-        todo = [part for part, size in enumerate(plan.parts) if num_done(output, part) < size]
-        done = sum(num_done(output, part) for part in range(len(plan.parts)))
-        with tqdm(total=sum(plan.parts), initial=done, unit="url", disable=not progress) as bar:
-            _do(output, plan, todo, settings, workers, bar)
-        return {**summary(output), "dropped": plan.dropped}
+        yield plan, lock
 
 
 def summary(output: str | Path) -> dict[str, Any]:
@@ -180,7 +240,9 @@ def _do(output: Path, plan: Plan, todo: list[int], settings: Settings, workers: 
             for k in [k for k in running if not processes[k].is_alive()]:
                 running.remove(k)
                 if processes[k].exitcode:
-                    raise UserError(_last_words(pipes[k][0]) or _DIED.format(processes[k].exitcode))
+                    if said := _last_words(pipes[k][0]):
+                        raise UserError(said)
+                    raise _Died(_DIED.format(processes[k].exitcode))
     finally:
         for process in processes:
             if process.pid is not None:

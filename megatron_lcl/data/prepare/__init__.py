@@ -2,9 +2,9 @@
 `export_corpus`).
 
 `preprocess.py` cuts the input into tasks; `preprocess_task.py` writes a task's documents as parts, in any process;
-`finish.py` makes a corpus of all parts. `scratch.py` lets several processes work in one folder, `cluster.py` submits a
-Slurm job array. `budget.py` stops where too much of the input is bad, `holdout.py` chooses held-out documents.
-`importers/` has a file for each source format.
+`finish.py` makes a corpus of all parts. `scratch.py` lets several processes work in one folder, `jobs.py` has an engine
+(`data/engines`) run the work in jobs. `budget.py` stops where too much of the input is bad, `holdout.py` chooses
+held-out documents. `importers/` has a file for each source format.
 
-Imports data.corpus, not data.loading. Begin with the header of `preprocess.py`.
+Imports data.corpus and data.engines, not data.loading. Begin with the header of `preprocess.py`.
 """

@@ -210,14 +210,6 @@ def preprocess(
     return _with(summaries[0], summaries[1:])
 
 
-def parse_job(text: str) -> tuple[int, int]:
-    """`"i/n"` as (i, n), i from 0 to n-1. UserError for anything else."""
-    index, slash, total = text.partition("/")
-    if slash and index.isdecimal() and total.isdecimal() and int(index) < int(total):
-        return int(index), int(total)
-    raise UserError(f"--job {text}: give i/n with i from 0 to n-1, such as 0/4")
-
-
 def _with_list(error: Unusable, folders: list[Path]) -> Unusable:
     """The error that also names a list of what was bad, which is written where the corpus would have been."""
     folder = next((folder for folder in folders if not (folder / MANIFEST).exists()), None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from typing import Any, TypeVar
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
+from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_RETRIES = 2
+logger = logging.getLogger(__name__)
 
 
 def in_order(
@@ -27,28 +31,49 @@ def in_order(
     """function(shared, item) of every item, in order, from `workers` processes; from this one where one is enough.
 
     The function can be imported by its name; every process gets its own copy of `shared` once. ahead: results that may
-    wait for their turn, or None for any number. UserError where a process dies.
+    wait for their turn, or None for any number. Where a process dies, what had no result yet is done again, in new
+    processes; UserError where that happens a third time.
     """
     if workers <= 1 or len(items) <= 1:
         for item in items:
             yield function(shared, item)
         return
+    done = deaths = 0
+    while done < len(items):
+        with closing(_from_processes(function, shared, items[done:], workers, ahead)) as results:
+            try:
+                for result in results:
+                    done += 1
+                    yield result
+            except BrokenProcessPool:
+                deaths += 1
+                if deaths > _RETRIES:
+                    raise UserError(
+                        f"a worker process died, {deaths} times now, perhaps out of memory; run the same command "
+                        "again, with a smaller --workers"
+                    ) from None
+                logger.warning("a worker process died, perhaps out of memory; its work is done again")
+
+
+def _from_processes(
+    function: Callable[[Shared, Item], Result],
+    shared: Shared,
+    items: Sequence[Item],
+    workers: int,
+    ahead: int | None,
+) -> Generator[Result, None, None]:
+    """BrokenProcessPool where one dies."""
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[Result]] = deque()
-    rest = iter(items)
     with ProcessPoolExecutor(min(workers, len(items)), context, _start, (function, shared)) as pool:
         try:
-            for item in rest:
+            for item in items:
                 with holding_interrupts():
                     waiting.append(pool.submit(_call, item))
                 if ahead is not None and len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process died, perhaps out of memory; run the same command again, with a smaller --workers"
-            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -58,6 +83,7 @@ _work_of_this_process: list[tuple[Callable[..., Any], Any]] = []
 
 def _start(function: Callable[..., Any], shared: Any) -> None:
     end_on_interrupt()
+    end_with_parent()
     _work_of_this_process[:] = [(function, shared)]
 
 

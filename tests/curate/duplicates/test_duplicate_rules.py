@@ -75,7 +75,7 @@ def test_what_another_corpus_has_is_removed(source: Path, tmp_path: Path) -> Non
     found = {(document, item): matched for document, item, _, matched in removals(tmp_path / "out")}
     assert found[2, 1] == f"{other}: document 0, piece 1"
     assert found[3, -1] == f"{other}: document 0"
-    assert found[0, 0] and found[1, 1], "the same picture twice, of which none stays"
+    assert {(0, 0), (1, 1)} <= found.keys(), "the same picture twice, of which none stays"
 
 
 def test_evaluation_images_are_removed_and_named(source: Path, tmp_path: Path) -> None:

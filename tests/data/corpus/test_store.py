@@ -23,8 +23,9 @@ from lxml import html
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import Shard, ShardWriter, open_corpus
+from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.pages.inspect import show, stats, table, write_page
-from megatron_lcl.data.prepare import cluster
+from megatron_lcl.data.prepare import jobs
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -416,10 +417,21 @@ def test_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert out.startswith("tokens-00000.bin: its XXH3")
 
 
-def test_preprocess_on_slurm_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options, places=places))
-    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm", "--jobs", "7",
-          "--slurm", "slurm_partition=cpu", "--slurm", "timeout_min=5", "--workers", "3"])  # fmt: skip
-    assert (given["places"], given["jobs"], given["workers"]) == (("jsonl", "a", "b"), 7, 3)
-    assert given["slurm"] == {"slurm_partition": "cpu", "timeout_min": 5}
+@pytest.mark.parametrize(
+    ("executor", "given", "parameters"),
+    [
+        ("slurm", ["slurm_partition=cpu", "timeout_min=5"], {"slurm_partition": "cpu", "timeout_min": 5}),
+        ("ray", ["head:6379", "memory_gb=2"], {"address": "head:6379", "memory_gb": 2.0}),
+    ],
+)
+def test_preprocess_in_jobs_by_command(
+    monkeypatch: pytest.MonkeyPatch, executor: Any, given: list[str], parameters: dict[str, Any]
+) -> None:
+    pytest.importorskip("submitit")
+    called: dict[str, Any] = {}
+    monkeypatch.setattr(jobs, "preprocess_in_jobs", lambda *places, **options: called.update(options, places=places))
+    words = [word for text in given for word in (f"--{executor}", text)]
+    main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", executor, "--jobs", "7",
+          "--workers", "3", *words])  # fmt: skip
+    assert called["places"] == ("jsonl", "a", "b", Engine(executor, 7, parameters))
+    assert called["workers"] == 3

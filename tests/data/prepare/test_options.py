@@ -136,10 +136,10 @@ def test_the_option_decides_what_a_text_means(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
-    from megatron_lcl.data.prepare import cluster
+    from megatron_lcl.data.prepare import jobs
 
     given: dict[str, Any] = {}
-    monkeypatch.setattr(cluster, "preprocess_on_slurm", lambda *places, **options: given.update(options["slurm"]))
+    monkeypatch.setattr(jobs, "preprocess_in_jobs", lambda *places, **options: given.update(places[3].parameters))
     texts = ["slurm_account=0123", "slurm_partition=no", "timeout_min=0600", "mem_gb=2", "slurm_mem=64e3",
              "slurm_exclusive=yes", "slurm_additional_parameters={reservation: a, nice: 9}",
              "slurm_setup=[a, 01]"]  # fmt: skip
@@ -152,10 +152,25 @@ def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPat
     }  # fmt: skip
 
 
-def test_one_job_or_all_on_slurm(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", "slurm",
-                 "--job", "0/2"]) == 2  # fmt: skip
-    assert "give one of the two" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--executor", "slurm", "--job", "0/2"], "give one of the two"),
+        (["--executor", "ray", "--slurm", "mem_gb=2"], "--slurm is for slurm"),
+        (["--executor", "ray", "--ray", "memory=2"], "no --ray memory; the nearest is `memory_gb`"),
+        (["--executor", "ray", "--ray", "num_cpus=many"], "--ray num_cpus = 'many'"),
+        (["--executor", "ray", "--jobs", "0"], "--jobs 0: give at least 1"),
+        (["--jobs", "2"], "here --workers does it"),
+    ],
+)
+def test_arguments_of_jobs_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    places = ["--format", "jsonl", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(["preprocess", *places, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 URLS = ["http://x/é", "http://y/2"]

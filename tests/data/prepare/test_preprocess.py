@@ -29,7 +29,7 @@ from megatron_lcl.data.prepare import importers, preprocess_task
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
-from megatron_lcl.data.prepare.preprocess import WORK, Summary, parse_job, preprocess
+from megatron_lcl.data.prepare.preprocess import WORK, Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
 
 SMALL = {"task_bytes": 1, "shard_documents": 64}  # a task per file, several shards a task
@@ -81,13 +81,6 @@ def test_jobs_write_the_same_bytes(source: Path, expected: dict[str, bytes], tmp
             assert {int(p.name.split("-")[1]) for p in (tmp_path / "out" / WORK).glob("part-*")} == tasks
     assert summary.counts["documents"] == 5 * 149
     assert contents(tmp_path / "out") == expected
-
-
-def test_parse_job() -> None:
-    assert parse_job("2/3") == (2, 3)
-    for wrong in ("3/3", "1", "a/b", "-1/2", "1/2/3", "/2", ""):
-        with pytest.raises(ValueError, match="i from 0 to n-1"):
-            parse_job(wrong)
 
 
 def test_a_job_that_fails_leaves_the_others_work(source: Path, tmp_path: Path) -> None:

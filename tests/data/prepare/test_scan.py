@@ -125,8 +125,10 @@ def square(add: int, number: int) -> tuple[int, int]:
     return add + number**2, os.getpid()
 
 
-def die(_shared: None, number: int) -> int:
-    if number == 2:
+def die(deaths: Path, number: int) -> int:
+    """The process that does number 2 is killed, so many times as the file has bytes."""
+    if number == 2 and (left := deaths.read_bytes()):
+        deaths.write_bytes(left[1:])
         os.kill(os.getpid(), signal.SIGKILL)
     return number
 
@@ -137,5 +139,15 @@ def test_results_come_in_order_from_other_processes() -> None:
     assert list(results) == [3 + k**2 for k in range(40)]
     assert os.getpid() not in processes
     assert {process for _, process in in_order(square, 0, range(3), 1)} == {os.getpid()}
-    with pytest.raises(UserError, match=r"a worker process died.*--workers"):
-        list(in_order(die, None, range(4), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_what_a_process_that_dies_had_to_do_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.write_bytes(b"xx")
+    assert list(in_order(die, deaths, range(6), 2, ahead=3)) == list(range(6))
+    assert caplog.text.count("its work is done again") == 2
+    deaths.write_bytes(b"xxx")
+    with pytest.raises(UserError, match=r"a worker process died, 3 times now.*--workers"):
+        list(in_order(die, deaths, range(6), 2))

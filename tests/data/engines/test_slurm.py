@@ -11,7 +11,8 @@ from data.writers import picture
 from local_slurm import Slurm
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.prepare.cluster import preprocess_on_slurm
+from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
 
@@ -41,7 +42,8 @@ def test_job_array_writes_the_same_bytes_though_a_job_is_lost(
     options = {"tokenizer": tmp_path / "t.model", "task_bytes": 1}
     preprocess("jsonl", tmp_path / "in", tmp_path / "expected", **options)
     parameters = {"timeout_min": 5, "mem_gb": 1, "slurm_setup": [LOST_ONCE.format(folder=tmp_path)]}
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", jobs=3, slurm=parameters, **options)
+    engine = Engine("slurm", 3, parameters)
+    summary = preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "out", engine, **options)
     assert summary.counts["documents"] == 160
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
@@ -58,6 +60,9 @@ class FakeJob:
     def exception(self) -> Exception | None:
         return self._error
 
+    def result(self) -> str:
+        return ""
+
 
 class FakeExecutor:
     """Runs jobs where they are submitted; job 1 is lost the first `num_lost` times."""
@@ -72,14 +77,15 @@ class FakeExecutor:
     def update_parameters(self, **parameters: object) -> None:
         pass
 
-    def map_array(self, run, arguments, indices, totals):  # type: ignore[no-untyped-def]
+    def map_array(self, run, tasks, indices):  # type: ignore[no-untyped-def]
         self.submitted.append(indices)
         jobs = []
-        for argument, index, total in zip(arguments, indices, totals, strict=True):
+        for task, index in zip(tasks, indices, strict=True):
             if index == 1 and len(self.submitted) <= self.num_lost:
                 jobs.append(FakeJob(RuntimeError("node n2 went away")))
             else:
-                run(argument, index, total)
+                task.logs.mkdir(exist_ok=True)
+                assert run(task, index) == ""
                 jobs.append(FakeJob(None))
         return jobs
 
@@ -89,9 +95,10 @@ def test_a_lost_job_alone_is_run_again(tmp_path: Path, monkeypatch: pytest.Monke
 
     writers.write_jsonl([Document((Text("a"), Image(picture(0))))] * 5, tmp_path / "in")
     monkeypatch.setattr(submitit, "AutoExecutor", FakeExecutor)
-    summary = preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "out", jobs=3, tokenizer=TOKENIZER)
+    engine = Engine("slurm", 3)
+    summary = preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "out", engine, tokenizer=TOKENIZER)
     assert FakeExecutor.submitted == [[0, 1, 2], [1]]
     assert summary.counts["documents"] == 5
     monkeypatch.setattr(FakeExecutor, "num_lost", 9)
-    with pytest.raises(ValueError, match=r"jobs \[1\] of 3 failed, the first with: node n2 went away"):
-        preprocess_on_slurm("jsonl", tmp_path / "in", tmp_path / "two", jobs=3, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match=r"jobs \[1\] of 3 failed, each 3 times, the first with: node n2 went away"):
+        preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "two", engine, tokenizer=TOKENIZER)

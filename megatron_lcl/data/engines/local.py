@@ -1,0 +1,90 @@
+"""Jobs as processes of this machine, as many at a time as it has CPUs for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+
+from megatron_lcl.data.engines.task import Task, do_logged
+from megatron_lcl.interrupts import end_on_interrupt, end_with_parent, holding_interrupts
+
+_POLL = 1.0
+"""seconds that `ended` waits"""
+_PATIENCE = 10.0
+"""seconds that a process has to end by itself"""
+
+
+@contextmanager
+def opened(task: Task) -> Iterator[_Local]:
+    """Ready for jobs."""
+    task.logs.mkdir(parents=True, exist_ok=True)
+    runner = _Local(task)
+    try:
+        yield runner
+    finally:
+        runner.end()
+
+
+class _Local:
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._context = multiprocessing.get_context("spawn")
+        self._at_once = max(1, len(os.sched_getaffinity(0)) // task.cpus)
+        self._waiting: deque[int] = deque()
+        self._running: dict[int, tuple[int, multiprocessing.process.BaseProcess, Connection]] = {}
+        """by the process's sentinel: job, process, where it says what went wrong"""
+
+    def submit(self, jobs: Sequence[int]) -> None:
+        self._waiting.extend(jobs)
+
+    def ended(self) -> Mapping[int, str]:
+        while self._waiting and len(self._running) < self._at_once:
+            self._start(self._waiting.popleft())
+        errors = {}
+        for sentinel in wait(list(self._running), _POLL):
+            assert isinstance(sentinel, int)
+            index, process, words = self._running.pop(sentinel)
+            process.join()
+            errors[index] = _outcome(process.exitcode, words)
+            words.close()
+        return errors
+
+    def end(self) -> None:
+        """Kill what still runs; the processes that jobs have started end with them."""
+        for _, process, _ in self._running.values():
+            process.terminate()
+        for _, process, words in self._running.values():
+            process.join(_PATIENCE)
+            process.kill()
+            process.join()
+            words.close()
+
+    def _start(self, index: int) -> None:
+        reading, writing = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_job, args=(self._task, index, writing))
+        with holding_interrupts():
+            process.start()
+        writing.close()
+        self._running[process.sentinel] = index, process, reading
+
+
+def _job(task: Task, index: int, words: Connection) -> None:
+    end_on_interrupt()
+    end_with_parent()
+    words.send(do_logged(task, index, "here"))
+
+
+def _outcome(exit_code: int | None, words: Connection) -> str:
+    try:
+        return words.recv()
+    except EOFError:
+        pass
+    assert exit_code is not None
+    if exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}, perhaps out of memory"
+    return f"ended with exit code {exit_code}"

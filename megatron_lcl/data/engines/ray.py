@@ -1,0 +1,176 @@
+"""Jobs as tasks of Ray: on a cluster that runs, or on one of this machine alone that ends with the command.
+
+Ray itself tries nothing again (`max_retries=0`), so that failures are counted in one place. A job is tried again on
+a node where it has not failed, if one is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_lcl.config.types import STRICT
+from megatron_lcl.data.engines.task import Task, do_logged, one_line
+from megatron_lcl.errors import UserError
+from megatron_lcl.fields import build, put
+
+_POLL = 1.0
+"""seconds that `ended` waits"""
+_STORE_BYTES = 80 << 20
+"""of the object store of a cluster of our own, of which jobs need nothing: about the least that Ray takes"""
+_NODE = re.compile(r"^node (\w+):", re.MULTILINE)
+_HOST_PORT = re.compile(r"([^/:]+):([0-9]{1,5})")
+_PATIENCE = 10.0
+"""seconds in which a cluster must answer"""
+_LOCAL = "local"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RaySettings:
+    """Where Ray is, and what it reserves for a job."""
+
+    address: str | None = Field(
+        default=None,
+        description="host:port of a cluster, auto: the one that runs here, local: one for this command; "
+        "null: RAY_ADDRESS's, else auto, else local",
+    )
+    num_cpus: Annotated[float, Field(gt=0)] | None = Field(default=None, description="null: the job's processes")
+    memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="10^9 bytes, by which nodes are chosen; Ray does not enforce it"
+    )
+
+
+def read_parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """`RaySettings` from texts, each KEY=VALUE or an address."""
+    parameters: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        put(RaySettings, parameters, *((key, value) if equals else ("address", text)))
+    return parameters
+
+
+@contextlib.contextmanager
+def opened(task: Task, parameters: Mapping[str, Any]) -> Iterator[_Ray]:
+    """Ready for jobs. UserError where Ray is not installed or not reached."""
+    settings: RaySettings = build(RaySettings, parameters, "--ray {}".format)
+    with contextlib.ExitStack() as stack:
+        # read when Ray is imported, by us and by the processes of a cluster of our own
+        stack.enter_context(_environment(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"))
+        try:
+            import ray
+        except ImportError:
+            raise UserError("Ray needs the package ray: `pip install megatron-lcl[ray]`") from None
+        task.logs.mkdir(parents=True, exist_ok=True)
+        # a folder of its own: another command would else find this cluster, which ends with us; short, for its sockets
+        folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+        temporary = stack.enter_context(folder)
+        stack.callback(ray.shutdown)
+        handler = signal.getsignal(signal.SIGTERM)
+        _connect(ray, settings, task.cpus, temporary)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's would abort this process
+        runner = _Ray(ray, task, settings)
+        stack.callback(runner.end)
+        yield runner
+
+
+def _connect(ray: Any, settings: RaySettings, cpus: int, folder: str) -> None:
+    """To a cluster, or to one that is started here, with its files in `folder`."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address != _LOCAL:
+            if place := _HOST_PORT.fullmatch(address or ""):  # Ray itself would try for minutes
+                socket.create_connection((place[1], int(place[2])), _PATIENCE).close()
+            ray.init(address=address or "auto", **quiet)
+            return
+    except Exception as error:
+        if address:
+            raise UserError(f"no Ray at {address}: {one_line(error)}") from None
+        if not isinstance(error, ConnectionError):
+            raise
+    num_cpus = max(len(os.sched_getaffinity(0)), cpus)
+    ray.init(
+        address=_LOCAL, num_cpus=num_cpus, object_store_memory=_STORE_BYTES, include_dashboard=False, _temp_dir=folder,
+        **quiet,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Variables of this process, unless they are set already; at the end all are as before."""
+    before = dict(os.environ)
+    os.environ.update({**variables, **before})
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():  # Ray adds some, too
+            del os.environ[name]
+
+
+class _Ray:
+    def __init__(self, ray: Any, task: Task, settings: RaySettings) -> None:
+        self._ray, self._task = ray, task
+        # max_calls: a process of its own, which leaves nothing to the next
+        self._function = ray.remote(max_calls=1, max_retries=0)(_job)
+        self._common = {
+            "num_cpus": settings.num_cpus or task.cpus,
+            "memory": int((settings.memory_gb or 0) * 1e9) or None,
+        }
+        self._running: dict[Any, int] = {}
+        """jobs by the reference of their result"""
+        self._failed: set[int] = set()
+
+    def submit(self, jobs: Sequence[int]) -> None:
+        for index in jobs:
+            options = {**self._common, "name": f"job {index}", "scheduling_strategy": self._nodes(index)}
+            self._running[self._function.options(**options).remote(self._task, index)] = index
+
+    def ended(self) -> Mapping[int, str]:
+        references, _ = self._ray.wait(list(self._running), timeout=_POLL)
+        errors = {self._running.pop(reference): self._outcome(reference) for reference in references}
+        self._failed.update(index for index, error in errors.items() if error)
+        return errors
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for reference in self._running:
+            self._ray.cancel(reference, force=True)
+
+    def _nodes(self, index: int) -> Any:
+        """Which nodes are preferred: all alike, or those where the job has not failed."""
+        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+        log = self._task.log(index)
+        before = _NODE.findall(log.read_text(errors="replace")) if index in self._failed and log.exists() else []
+        return NodeLabelSchedulingStrategy({}, soft={"ray.io/node-id": NotIn(*set(before))}) if before else "SPREAD"
+
+    def _outcome(self, reference: Any) -> str:
+        """What went wrong in a job that is over; "" for a good one."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except errors.OutOfMemoryError:
+            return "its process was killed, as its node was out of memory"
+        except (errors.WorkerCrashedError, errors.NodeDiedError):
+            return "its process was killed, or its node was lost"
+        except errors.RayError as error:  # also: the function cannot be imported there
+            return one_line(error)
+
+
+def _job(task: Task, index: int) -> str:
+    import ray
+
+    return do_logged(task, index, f"node {ray.get_runtime_context().get_node_id()}")

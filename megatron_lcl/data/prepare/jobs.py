@@ -1,0 +1,36 @@
+"""`preprocess` divided into jobs, which an engine runs (`data/engines`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_lcl.data.engines import Engine, run_jobs
+from megatron_lcl.data.prepare.preprocess import Summary, preprocess
+
+
+def preprocess_in_jobs(
+    format: str,
+    input: str | Path,
+    output: str | Path,
+    engine: Engine,
+    *,
+    workers: int = 1,
+    progress: bool = False,
+    **options: Any,
+) -> Summary:
+    """`preprocess` in `engine.jobs` jobs on folders that all machines see; waits, and returns its summary.
+
+    The corpus is the same, byte for byte, as from one process. workers: processes, and so CPUs, of a job. options:
+    those of `preprocess`. Raises UserError as `engines.run_jobs` and `preprocess` do.
+    """
+    output, input = Path(output).resolve(), Path(input).resolve()
+    arguments = {**options, "format": format, "input": input, "output": output, "workers": workers}
+    reads = [input]
+    for name in ("images", "held_out", "tokenizer"):
+        if isinstance(value := options.get(name), str | Path) and str(value) != "clip":
+            arguments[name] = Path(value).resolve()
+            if name != "held_out":
+                reads.append(arguments[name])
+    run_jobs(preprocess, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
+    return preprocess(**arguments)  # finished: only reads the summary

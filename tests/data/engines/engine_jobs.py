@@ -1,0 +1,33 @@
+"""Jobs of the tests, where processes of every engine can import them; each says in a file that it was tried."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def tried(folder: Path, index: int) -> int:
+    """Count another try of a job; how many there have been."""
+    with open(folder / f"tries-{index}", "ab") as file:
+        file.write(f"{os.getpid()}\n".encode())
+    return len((folder / f"tries-{index}").read_text().split())
+
+
+def fails(folder: Path, times: int, how: str, job: tuple[int, int]) -> None:
+    """Job 1 fails so many times; every job that does not leaves a file."""
+    index, total = job
+    if tried(folder, index) <= times and index == min(1, total - 1):
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exits":
+            os._exit(3)
+        raise ValueError("two\nlines")
+    (folder / f"done-{index}-of-{total}").touch()
+
+
+def waits(folder: Path, job: tuple[int, int]) -> None:
+    """Longer than any test."""
+    tried(folder, job[0])
+    time.sleep(600)

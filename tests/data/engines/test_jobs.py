@@ -1,0 +1,96 @@
+"""Jobs in processes of this machine: each is done, those that fail are tried again, and none outlives the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from data.engines.engine_jobs import fails
+from data.engines.running import marked, processes_marked
+
+from megatron_lcl.data.engines import Engine, parse_job, run_jobs
+from megatron_lcl.data.engines.task import Task, do
+from megatron_lcl.errors import UserError
+
+
+def test_parse_job() -> None:
+    assert parse_job("2/3") == (2, 3)
+    for wrong in ("3/3", "1", "a/b", "-1/2", "1/2/3", "/2", ""):
+        with pytest.raises(ValueError, match="i from 0 to n-1"):
+            parse_job(wrong)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raises", "ValueError: two lines"),
+        ("killed", "killed by SIGKILL, perhaps out of memory"),
+        ("exits", "ended with exit code 3"),
+    ],
+)
+@pytest.mark.timeout(120)
+def test_a_job_that_fails_is_tried_again_and_then_said(tmp_path: Path, how: str, said: str) -> None:
+    for times in (1, 9):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        arguments = {"folder": folder, "times": times, "how": how}
+        done = ["done-0-of-3", "done-1-of-3", "done-2-of-3"]
+        if times == 1:
+            run_jobs(fails, arguments, Engine("local", 3, retries=1), output=folder)
+        else:
+            with pytest.raises(UserError) as error:
+                run_jobs(fails, arguments, Engine("local", 3, retries=1), output=folder)
+            logs = tmp_path / f"{times}.local"
+            assert str(error.value) == f"jobs [1] of 3 failed, each 2 times, the first with: {said}; logs in {logs}"
+            assert (logs / "job-1.log").read_text().count("job 1 of 3") == 2
+            assert ("Traceback" in (logs / "job-1.log").read_text()) == (how == "raises")
+            done.remove("done-1-of-3")
+        assert sorted(path.name for path in folder.glob("done-*")) == done
+        assert [len((folder / f"tries-{k}").read_text().split()) for k in range(3)] == [1, 2, 1]
+
+
+def test_a_machine_that_does_not_see_the_folders_says_so(tmp_path: Path) -> None:
+    arguments = {"folder": tmp_path, "times": 0, "how": ""}
+    task = Task(fails, arguments, 1, 1, tmp_path, (tmp_path / "in",))
+    assert f"does not see {tmp_path / 'in'}: input and output must be on a file system that all machines" in do(task, 0)
+    assert not list(tmp_path.glob("done-*"))
+    with pytest.raises(UserError, match="there is no"):
+        run_jobs(fails, arguments, Engine("local", 1), output=tmp_path / "out", reads=[tmp_path / "in"])
+    assert not list(tmp_path.iterdir())
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from data.engines.engine_jobs import waits
+from megatron_lcl.data.engines import Engine, run_jobs
+if __name__ == "__main__":
+    run_jobs(waits, {"folder": Path(sys.argv[1])}, Engine("local", 3), output=Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.timeout(120)
+def test_a_signal_ends_all_processes(tmp_path: Path, signum: int) -> None:
+    program, folder, mark = tmp_path / "program.py", tmp_path / "out", uuid.uuid4().hex
+    program.write_text(PROGRAM)
+    folder.mkdir()
+    command = [sys.executable, str(program), str(folder)]
+    with subprocess.Popen(command, env=marked(mark), stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("tries-*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(processes_marked(mark)) > 1
+        os.kill(process.pid, signum)
+        assert process.wait(30) in {128 + signum, -signum}
+    while (
+        processes_marked(mark) and time.monotonic() < deadline
+    ):  # after SIGKILL they see by themselves that they are alone
+        time.sleep(0.02)
+    assert not processes_marked(mark)

@@ -1,0 +1,73 @@
+"""A list that several jobs fetch: each part is one job's, and the ledger has every URL once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data.fetch.faulty_server import requests_of, serving
+from data.fetch.test_fetch import FLAGS, QUICK, check_store, mixed
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
+from megatron_lcl.errors import UserError
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_jobs_fetch_every_url_once(tmp_path: Path) -> None:
+    """Two by hand, the last first, the others by an engine; then nothing is asked for again."""
+    listed, store = tmp_path / "urls.txt", tmp_path / "store"
+    settings = dataclasses.replace(QUICK, shard_urls=30)
+    with serving(tmp_path, addresses=8) as server:
+        urls = mixed(server, 299, start=1)
+        listed.write_text("\n".join(urls) + "\n")
+        for job in ("2/3", "0/3"):
+            assert main(["fetch", str(listed), "--output", str(store), *FLAGS, "--shard-urls", "30", "--job", job]) == 0
+        parts = range(len(list((store / "plan").glob("part-*.parquet"))))
+        assert len(parts) > 3
+        done = {int(path.name.split("-")[0]) for path in store.glob("*.parquet")}
+        assert done == {part for part in parts if part % 3 != 1}
+        found = fetch_in_jobs(listed, store, Engine("local", 2), settings)
+        check_store(store, urls)
+        before = requests_of(*server)
+        assert fetch_in_jobs(listed, store, Engine("local", 3), settings) == fetch(listed, store, settings) == found
+        assert set(requests_of(*server) - before) == set()
+
+
+def test_a_bad_list_is_refused_before_any_job(tmp_path: Path) -> None:
+    (tmp_path / "urls.txt").write_text("nothing\n")
+    with pytest.raises(UserError, match="no image URL"):
+        fetch_in_jobs(tmp_path / "urls.txt", tmp_path / "store", Engine("local", 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["urls.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    listed, store = tmp_path / "urls.txt", tmp_path / "store"
+    flags = [*FLAGS, "--delay", "0.02", "--shard-urls", "40", "--workers", "2"]
+    with serving(tmp_path, addresses=8) as server:
+        urls = mixed(server, 590, start=1)
+        listed.write_text("\n".join(urls) + "\n")
+        command = [sys.executable, "-m", "megatron_lcl", "fetch", str(listed), "--output", str(store), *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 100
+            while not list(store.glob("*.log")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            assert len(workers) == 2
+            os.kill(int(workers[0]), signal.SIGKILL)
+            out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "590 URLs" in out
+    assert "its parts are gone on with" in err
+    check_store(store, urls)
