@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from megatron_lcl.cli.arguments import add_input, overrides_of, single_input
+from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, overrides_of, single_input
 from megatron_lcl.errors import UserError
 
 
@@ -20,21 +20,28 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     rules = sub.add_mutually_exclusive_group()
     rules.add_argument("--preset", metavar="NAME", help="rules of a paper: datacomp, mint1t, mmc4, obelics")
     rules.add_argument("--config", metavar="FILE", help="YAML of rules; a field that it does not name is as below")
-    sub.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    add_jobs(sub, "processes; any number writes the same bytes")
     sub.add_argument("--dry-run", action="store_true", help="only print what would be removed, without --output")
     sub.add_argument("--sample", metavar="FILE", help="also write an HTML page with samples of what was removed")
 
 
 def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     from megatron_lcl.curate.page import write_page
-    from megatron_lcl.curate.run import curate
+    from megatron_lcl.curate.run import curate, curate_in_jobs
     from megatron_lcl.curate.settings import read_settings
 
     corpus = single_input(options)
     if options.dry_run == bool(options.output):
         raise UserError("give --output DIR, or --dry-run for a look at what would be removed")
     settings = read_settings(options.preset, options.config, overrides_of(rest, switches=()))
-    found = curate(corpus, options.output, settings, workers=options.workers, progress=True)
+    engine, job = jobs_of(options)
+    common = {"settings": settings, "workers": options.workers, "progress": True}
+    if engine is None:
+        found = curate(corpus, options.output, job=job, **common)
+    elif options.dry_run:
+        raise UserError(f"--dry-run looks here; give it without --executor {engine.executor}")
+    else:
+        found = curate_in_jobs(corpus, options.output, engine, **common)
     print(found)
     if options.sample:
         print(f"samples: {write_page(found, options.sample)}")

@@ -41,6 +41,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
 from megatron_lcl.data.corpus.store import KIND, MANIFEST, Corpus, open_corpus, read_manifest
+from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.preprocess_task import Part
@@ -125,6 +126,7 @@ def curate(
     *,
     joins: Sequence[Join] = (),
     workers: int = 1,
+    job: tuple[int, int] | None = None,
     task_bytes: int = TASK_BYTES,
     progress: bool = False,
 ) -> Curated:
@@ -132,7 +134,9 @@ def curate(
 
     joins: rules over the whole corpus besides those of the settings. Ids of texts, bytes of images, similarities, names
     and kinds stay as they are. Beside the corpus's usual files, and as them in its manifest: `removed.parquet`, every
-    removal, and samples of them. The same call again goes on with an unfinished run and recognizes a finished corpus.
+    removal, and samples of them. job: (i, n) is one of n that share the work: the i-th of 0 … n-1 begins at its part of
+    the corpus, and then does what the others have not done yet, as it has to be done before the work goes on.
+    The same call again goes on with an unfinished run and recognizes a finished corpus.
     Raises UserError, leaving nothing, where `output` holds something else, a list, model or package is missing, or
     every document would go.
     """
@@ -145,7 +149,7 @@ def curate(
     if output is None:
         with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
             work = Work(source, settings, joins, Path(folder), writes=False)
-            _, counted = _decide(work, task_bytes, workers, progress)
+            _, counted = _decide(work, task_bytes, workers, None, progress)
             return _curated(None, source, work, counted)
     output = Path(output)
     inside, outside = output.resolve(), source.path.resolve()
@@ -167,7 +171,7 @@ def curate(
         with clear_errors(output), in_work_folder(work.folder) as scratch:
             claim(work.folder, recipe, scratch)
             if not is_finished_corpus(output, recipe):  # by others, since the first look
-                tasks, counted = _decide(work, task_bytes, workers, progress)
+                tasks, counted = _decide(work, task_bytes, workers, job, progress)
                 with waiting_for_others(work.folder / "lock"):
                     if not (output / MANIFEST).exists():
                         _finish(output, work, recipe, tasks, counted, scratch, workers)
@@ -183,6 +187,26 @@ def curate(
         if (output / MANIFEST).exists():
             clear_up(output)
     return read_curated(output)
+
+
+def curate_in_jobs(
+    corpus: str | Path,
+    output: str | Path,
+    engine: Engine,
+    settings: Settings | None = None,
+    *,
+    workers: int = 1,
+    progress: bool = False,
+    **options: Any,
+) -> Curated:
+    """`curate` in `engine.jobs` jobs on folders that all machines see; waits, and returns the same.
+
+    workers: processes, and so CPUs, of a job. options: those of `curate`. UserError as of `curate` and `run_jobs`.
+    """
+    corpus, output = Path(corpus).resolve(), Path(output).resolve()
+    arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
+    run_jobs(curate, arguments, engine, output=output, reads=[corpus], cpus=workers, progress=progress)
+    return curate(**arguments)  # finished: only reads what was removed
 
 
 def read_curated(folder: str | Path, reused: bool = False) -> Curated:
@@ -230,12 +254,17 @@ def _libraries(settings: Settings) -> dict[str, str]:
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _decide(work: Work, task_bytes: int, workers: int, progress: bool) -> tuple[list[Range], Counted]:
+def _decide(
+    work: Work, task_bytes: int, workers: int, job: tuple[int, int] | None, progress: bool
+) -> tuple[list[Range], Counted]:
     """Both passes, with the joins between them; the tasks, and what was removed."""
     tasks = ranges(work.corpus, task_bytes)
+    index, num_jobs = job or (0, 1)
+    start = index * len(tasks) // num_jobs
+    mine_first = [*tasks[start:], *tasks[:start]]
 
     def each(task: Callable[[Work, Range], R], title: str) -> Iterator[R]:
-        with closing(in_order(task, work, tasks, workers, ahead=4 * workers)) as results:
+        with closing(in_order(task, work, mine_first, workers, ahead=4 * workers)) as results:
             yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
 
     with waiting_for_others(work.folder / "lock"):
