@@ -24,6 +24,8 @@ from data.helpers import TOKENIZER, contents
 from data.writers import picture
 
 from megatron_lcl.cli import main
+from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare import jobs
@@ -189,6 +191,33 @@ def test_a_fetch_whose_node_is_killed_accounts_for_every_url_once(
     assert [line for line in said if "its process was killed, or its node was lost" in line] == said
     assert any(len(nodes) > 1 for nodes in nodes_of(tmp_path / "store.ray").values())
     check_store(tmp_path / "store", urls)
+
+
+CURATE = """
+import sys
+from megatron_lcl.curate.run import curate_in_jobs
+from megatron_lcl.curate.settings import read_settings
+from megatron_lcl.data.engines import Engine
+folder, address = sys.argv[1:]
+settings = read_settings(overrides={"image.max_places": "300", "duplicates.images.action": "keep-one"})
+engine = Engine("ray", 4, {"address": address})
+print(curate_in_jobs(f"{folder}/corpus", f"{folder}/out", engine, settings, task_bytes=100_000))
+"""
+
+
+def test_a_curation_whose_node_is_killed_changes_no_byte(ray_cluster: Ray, command: Any, tmp_path: Path) -> None:
+    source = written(tmp_path / "in", 2, 100)
+    preprocess("jsonl", source, tmp_path / "corpus", tokenizer=TOKENIZER)
+    rules = read_settings(overrides={"image.max_places": "300", "duplicates.images.action": "keep-one"})
+    curate(tmp_path / "corpus", tmp_path / "expected", rules, task_bytes=100_000)
+    node = ray_cluster.second()
+    process = command("-c", CURATE, tmp_path, ray_cluster.address)
+    kill_when_busy(ray_cluster, node, tmp_path / "out.ray", process)
+    code, out, said = finish(process)
+    assert code == 0, said
+    assert "image.duplicates" in out
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert not verify(tmp_path / "out")
 
 
 def test_a_job_that_always_fails_is_one_line_and_the_others_work_stays(
