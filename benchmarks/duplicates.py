@@ -91,8 +91,9 @@ def join(name: str, folder: Path, bands: int) -> tuple[float, float, tuple[int, 
     described = np.load(folder / "signature.npy", mmap_mode="r")
     parent = np.arange(len(described))
     limit = int(PERMUTATIONS * (1 - THRESHOLD))
-    nothing = np.zeros(0, np.int64), np.zeros(1, np.int64)
-    unite_alike(*nothing, described, False, limit, parent)  # compiled
+    np.save(folder / "few.npy", np.arange(4, dtype=np.uint64) // 2)
+    for rows, starts in ENGINES[name](folder / "few.npy", folder):  # imported and compiled
+        unite_alike(rows, starts, described, False, 0, parent.copy())
     start = time.perf_counter()
     for band in range(bands):
         for rows, starts in ENGINES[name](folder / f"band-{band}.npy", folder):
@@ -116,7 +117,7 @@ def by_duckdb(file: Path, folder: Path) -> Groups:
     table = pa.table({"key": pa.array(keys), "row": pa.array(np.arange(len(keys)))})
     query = "SELECT list(row ORDER BY row) AS rows FROM keyed GROUP BY key HAVING count(*) > 1 ORDER BY key"
     with duckdb.connect(config={"temp_directory": str(folder)}) as connection:
-        found = connection.register("keyed", table).execute(query).to_arrow_table()
+        found = connection.register("keyed", table).sql(query).to_arrow_table()
     yield _of_lists(found["rows"].combine_chunks())
 
 

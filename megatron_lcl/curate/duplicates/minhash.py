@@ -12,7 +12,6 @@ import re
 
 import numba
 import numpy as np
-import xxhash
 
 from megatron_lcl.data.loading.hashes import mix
 
@@ -22,14 +21,30 @@ _SEED = 0
 """of the hash functions; signatures of other seeds cannot be compared"""
 _U = np.uint64
 _SHIFT = _U(32)
+_FNV_START, _FNV_FACTOR = _U(0xCBF29CE484222325), _U(0x100000001B3)
+_MISSED, _WASTED = 0.9, 0.1
+"""weights of a near-duplicate that is no candidate, and of a candidate that is none, which costs a comparison only"""
 _STEPS = 200
 """of the integrals over the similarity"""
 
 
 def word_hashes(text: str) -> np.ndarray:
     """uint64 [W]: a hash of each word of a text, in order; letters and digits count, case and all else do not."""
-    digest = xxhash.xxh3_64_intdigest
-    return np.array([digest(word.encode(errors="surrogatepass")) for word in _WORD.findall(text.casefold())], np.uint64)
+    words = _WORD.findall(text.casefold())
+    return _hashes(np.frombuffer(" ".join(words).encode(errors="surrogatepass"), np.uint8), len(words))
+
+
+@numba.njit(cache=True, nogil=True)
+def _hashes(text: np.ndarray, num: int) -> np.ndarray:
+    """FNV-1a of `num` words with a space between them."""
+    out = np.full(num, _FNV_START)
+    k = 0
+    for byte in text:
+        if byte == 32:
+            k += 1
+        else:
+            out[k] = (out[k] ^ _U(byte)) * _FNV_FACTOR
+    return out
 
 
 @numba.njit(cache=True, nogil=True)
@@ -79,14 +94,15 @@ def candidate_probability(similarity: np.ndarray | float, bands: int, rows: int)
 
 @functools.cache
 def choose_bands(threshold: float, permutations: int) -> tuple[int, int]:
-    """(bands, rows) whose candidates miss the least: the sum of the probabilities, integrated over the similarity, of a
-    candidate below the threshold and of none above it (Zhu et al., "LSH Ensemble", 2016, section 5.3)."""
+    """(bands, rows) with the least weighted sum of the probabilities, integrated over the similarity, of a candidate
+    below the threshold and of none above it (Zhu et al., "LSH Ensemble", 2016, section 5.3)."""
 
     def error(bands: int, rows: int) -> float:
         below = np.linspace(0, threshold, _STEPS)
         above = np.linspace(threshold, 1, _STEPS)
         wrong = np.trapezoid(candidate_probability(below, bands, rows), below)
-        return float(wrong + np.trapezoid(1 - candidate_probability(above, bands, rows), above))
+        missed = np.trapezoid(1 - candidate_probability(above, bands, rows), above)
+        return float(_WASTED * wrong + _MISSED * missed)
 
     options = [(b, r) for r in range(1, permutations + 1) for b in range(1, permutations // r + 1)]
     return min(options, key=lambda option: error(*option))

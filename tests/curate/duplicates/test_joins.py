@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from data.corpora import jpeg, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -21,6 +23,7 @@ from megatron_lcl.curate.duplicates.facts import document_facts, image_facts
 from megatron_lcl.curate.duplicates.join import Removals, join_documents, join_images
 from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
 from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,14 +82,12 @@ def sentence(seed: int, changed: int = 0) -> str:
 
 def make_corpus(folder: Path, documents: Sequence[Sequence[Any]], num_shards: int = 1) -> Corpus:
     """Texts as strings, images as bytes."""
-    from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
-
     encode = ClipTokenizer([]).encode
     pieces = [[encode(p) if isinstance(p, str) else (p, None, None) for p in document] for document in documents]
     return write_corpus(folder, pieces, num_shards)
 
 
-def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, **options: Any) -> list[Path]:
+def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, rule: Any) -> list[Path]:
     """Facts of tasks of at most `size` documents, as files."""
     folder.mkdir(parents=True)
     files = []
@@ -94,7 +95,7 @@ def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, **options: Any)
         num = corpus.shard(shard).num_documents
         for first in range(0, num, size):
             files.append(folder / f"{len(files):05d}.npz")
-            np.savez(files[-1], **make(corpus.path, shard, first, min(num, first + size), **options))
+            np.savez(files[-1], **make(corpus.path, shard, first, min(num, first + size), rule))
     return files
 
 
@@ -126,7 +127,7 @@ def test_documents_that_are_there_before(shards: int, size: int, memory: int, tm
             (DocumentDuplicates(threshold=None), [7, 9], [3, 0]),
         ]
     ):
-        files = facts_of(corpus, document_facts, tmp_path / f"facts-{k}", size, settings=rule)
+        files = facts_of(corpus, document_facts, tmp_path / f"facts-{k}", size, rule)
         (scratch := tmp_path / f"scratch-{k}").mkdir()
         found = join_documents(files, rule, scratch, memory=memory)
         assert removed(found) == [(d, -1) for d in expected]
@@ -138,9 +139,10 @@ def test_documents_that_are_there_before(shards: int, size: int, memory: int, tm
 def test_documents_of_another_corpus(tmp_path: Path) -> None:
     ours = make_corpus(tmp_path / "ours", DOCUMENTS, 2)
     other = make_corpus(tmp_path / "other", [[sentence(9)], [sentence(3)], [sentence(2)]])
-    files, against = (facts_of(c, document_facts, tmp_path / f"facts-{c.path.name}", 2) for c in (ours, other))
+    rule = DocumentDuplicates()
+    files, against = (facts_of(c, document_facts, tmp_path / f"facts-{c.path.name}", 2, rule) for c in (ours, other))
     (scratch := tmp_path / "scratch").mkdir()
-    found = join_documents(files, DocumentDuplicates(), scratch, against)
+    found = join_documents(files, rule, scratch, against)
     assert removed(found) == [(d, -1) for d in (2, 4, 5, 6, 7, 8, 9)]
     assert found.matched[2:4] == [f"{other.path}: document 2"] * 2
     assert found.matched[5] == f"{other.path}: document 1"
@@ -151,10 +153,6 @@ def test_documents_of_another_corpus(tmp_path: Path) -> None:
 
 def photograph(seed: int, quality: int = 92, scale: float = 1.0) -> bytes:
     """A picture with detail of its own."""
-    import io
-
-    from PIL import Image
-
     pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
     image = Image.fromarray(pixels).resize((240, 200), Image.Resampling.BICUBIC)
     out = io.BytesIO()
@@ -163,10 +161,6 @@ def photograph(seed: int, quality: int = 92, scale: float = 1.0) -> bytes:
 
 
 def blank(level: int) -> bytes:
-    import io
-
-    from PIL import Image
-
     out = io.BytesIO()
     Image.new("L", (60, 60), level).save(out, "PNG")
     return out.getvalue()
@@ -193,7 +187,7 @@ def test_images_that_stand_before(shards: int, size: int, memory: int, tmp_path:
             (ImageDuplicates(action="drop-all"), everywhere),
         ]
     ):
-        files = facts_of(corpus, image_facts, tmp_path / f"facts-{k}", size, settings=rule)
+        files = facts_of(corpus, image_facts, tmp_path / f"facts-{k}", size, rule)
         (scratch := tmp_path / f"scratch-{k}").mkdir()
         found = join_images(files, rule, scratch, memory=memory)
         assert removed(found) == expected
@@ -206,9 +200,10 @@ def test_images_that_stand_before(shards: int, size: int, memory: int, tmp_path:
 def test_images_of_another_corpus(tmp_path: Path) -> None:
     ours = make_corpus(tmp_path / "ours", IMAGES, 2)
     other = make_corpus(tmp_path / "other", [["text"], [photograph(3, quality=70)]])
-    files, against = (facts_of(c, image_facts, tmp_path / f"facts-{c.path.name}", 1) for c in (ours, other))
+    rule = ImageDuplicates()
+    files, against = (facts_of(c, image_facts, tmp_path / f"facts-{c.path.name}", 1, rule) for c in (ours, other))
     (scratch := tmp_path / "scratch").mkdir()
-    found = join_images(files, ImageDuplicates(), scratch, against)
+    found = join_images(files, rule, scratch, against)
     assert removed(found) == [(1, 0), (2, 0), (2, 2), (2, 3), (3, 0), (3, 2)]
     assert found.matched[1] == f"{other.path}: document 1, piece 0"
 
@@ -219,6 +214,6 @@ def test_an_empty_corpus_has_none(tmp_path: Path) -> None:
         ("documents", document_facts, join_documents, DocumentDuplicates()),
         ("images", image_facts, join_images, ImageDuplicates()),
     ):
-        files = facts_of(corpus, make, tmp_path / f"facts-{name}", 1)
+        files = facts_of(corpus, make, tmp_path / f"facts-{name}", 1, rule)
         (scratch := tmp_path / f"scratch-{name}").mkdir()
         assert len(join(files, rule, scratch)) == 0

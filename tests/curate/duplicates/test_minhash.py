@@ -90,12 +90,12 @@ def test_bands_find_what_the_closed_form_says(similarity: float) -> None:
 def test_bands_are_chosen_as_datasketch_does(threshold: float, permutations: int) -> None:
     lsh = pytest.importorskip("datasketch.lsh")
     bands, rows = choose_bands(threshold, permutations)
-    theirs = lsh._optimal_param(threshold, permutations, 0.5, 0.5)
+    theirs = lsh._optimal_param(threshold, permutations, 0.1, 0.9)
 
     def error(bands: int, rows: int) -> float:
         below, above = np.linspace(0, threshold, 2000), np.linspace(threshold, 1, 2000)
         missed = np.trapezoid(1 - candidate_probability(above, bands, rows), above)
-        return float(np.trapezoid(candidate_probability(below, bands, rows), below) + missed)
+        return float(0.1 * np.trapezoid(candidate_probability(below, bands, rows), below) + 0.9 * missed)
 
     assert bands * rows <= permutations
     assert error(bands, rows) <= error(*theirs) + 1e-4
