@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -349,7 +348,7 @@ def _copy_document(writer: ShardWriter, document: Source) -> None:
             int(shard.image_width[j]),
             int(shard.image_height[j]),
             FORMATS[shard.image_format[j]],
-            None if np.isnan(similarity) else similarity,
+            similarity,
             None if matched < 0 else numbers[matched],
         )
     writer.end_document(document.name)

@@ -87,7 +87,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_a_rule_of_another_package(source: Path, tmp_path: Path) -> None:
-    rules = read_settings(overrides={"text.min_characters": "3"})
+    rules = read_settings(overrides={"text.min_characters": "3", "image.max_side": "43"})
     for workers in (1, 2):
         found = curate(
             source, tmp_path / str(workers), rules, joins=[SameTexts(), FirstItems()], workers=workers, task_bytes=100
@@ -95,13 +95,13 @@ def test_a_rule_of_another_package(source: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "1") == files(tmp_path / "2")
     table = pq.read_table(tmp_path / "1" / "removed.parquet")
     rows = list(zip(*(table[name].to_pylist() for name in ("document", "item", "rule", "matched")), strict=True))
-    first = [(k, 0, "image.first", "") for k in range(5)]
+    first = [(k, 0, "image.first", "") for k in range(4)] + [(4, 0, "image.max_side", "")]  # which was before it
     short = [(k, 2, "text.min_characters", "") for k in range(5)]
     again = [(k, -1, "document.same_texts", open_corpus(source).name(0)) for k in (3, 4)]
     assert sorted(rows) == sorted(first + short + again)
     counts = {r.rule: (r.threshold, r.texts, r.images, r.documents) for r in found.rules}
     assert counts["document.same_texts"] == ("1 of each", 2, 0, 2)
-    assert counts["image.first"] == ("", 0, 5, 0)
+    assert counts["image.first"] == ("", 0, 4, 0)
     assert read(tmp_path / "1") == left(source, tmp_path / "1")
     assert verify(tmp_path / "1") == []
     with pytest.raises(UserError, match="holds another corpus"):

@@ -247,7 +247,7 @@ def test_interrupted_after_every_step_of_finishing(
         assert len([p for p in output.iterdir() if p.suffix != ".tmp" and p.name != WORK]) == step
     reached = 0
     with monkeypatch.context() as patched:
-        patched.setattr(preprocess_module, "_clear_up", interrupt)  # the manifest is there, the parts' records as well
+        patched.setattr(preprocess_module, "clear_up", interrupt)  # the manifest is there, the parts' records as well
         with pytest.raises(KeyboardInterrupt):
             preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
     assert (output / WORK).exists()
