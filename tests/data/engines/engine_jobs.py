@@ -27,6 +27,17 @@ def fails(folder: Path, times: int, how: str, job: tuple[int, int]) -> None:
     (folder / f"done-{index}-of-{total}").touch()
 
 
+def fails_last(folder: Path, how: str, job: tuple[int, int]) -> None:
+    """Job 1 fails at first, when the others are done."""
+    index, total = job
+    deadline = time.monotonic() + 60
+    while index == 1 and len(list(folder.glob("done-*"))) < total - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if index == 1 and not (folder / "tries-1").exists():
+        time.sleep(1)  # they have left their nodes
+    fails(folder, 1, how, job)
+
+
 def waits(folder: Path, job: tuple[int, int]) -> None:
     """Longer than any test."""
     tried(folder, job[0])
