@@ -3,8 +3,8 @@
 Two folders of pictures that have none in common: evaluation images, and others. All evaluation images are indexed; some
 are changed in each of the ways below and looked for; all others are looked for. A picture with a side of more than
 three tiles is cut into tiles, each of which counts as a picture, so that a few hundred large photographs do for
-thousands; tiles that are nearly blank (a standard deviation below 8 of 256 levels) are left out. Named: taken for the
-very image that was planted, and not for one that looks like it. The search is the product's.
+thousands. Pictures that are nearly blank (a standard deviation below 8 of 256 levels) are left out. Named: taken for
+the very image that was planted, and not for one that looks like it. The search is the product's.
 
     python benchmarks/decontaminate.py --evaluation DIR --others DIR [--images 10000] [--planted 500] [--exclude TEXT]
 
@@ -90,7 +90,8 @@ def pictures(tile: int, file: Path) -> list[bytes]:
         return []
     if min(image.size) < MIN_SIDE:
         return []
-    return [encoded(part, 95) for part in cut(image, tile)]
+    parts = cut(image, tile)
+    return [encoded(part, 95) for part in parts if np.asarray(part.convert("L").resize((64, 64))).std() >= BLANK]
 
 
 def cut(image: Image.Image, tile: int) -> Iterator[Image.Image]:
@@ -99,9 +100,7 @@ def cut(image: Image.Image, tile: int) -> Iterator[Image.Image]:
         return
     for top in range(0, image.height - tile + 1, tile):
         for left in range(0, image.width - tile + 1, tile):
-            part = image.crop((left, top, left + tile, top + tile))
-            if np.asarray(part.convert("L").resize((64, 64))).std() >= BLANK:
-                yield part
+            yield image.crop((left, top, left + tile, top + tile))
 
 
 def save_facts(folder: Path, target: Path, part: tuple[int, int]) -> Path:

@@ -32,7 +32,7 @@ _BLUR = 3
 _LEVELS, _SHARE = 5.0, 0.6
 """Blank blocks are the same where they differ by at most so many levels (root mean square), others where they do by at
 most so much of their standard deviation"""
-_MIN_BLOCKS = 6
+_MIN_BLOCKS = 4
 """of 64, which are not blank; pictures with fewer cannot be told apart"""
 _CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
 
@@ -66,12 +66,12 @@ def _warped(picture: np.ndarray, warp: np.ndarray) -> np.ndarray:
 
 
 def _explained(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The share of the variance of the cells, without those that differ most, that is the same in both."""
+    """The share of the variance of the cells that is the same in both, but for those that differ most."""
     ours, theirs = _blocks(ours, _CELL).mean(1), _blocks(theirs, _CELL).mean(1)
     error = ours - theirs
     error = np.abs(error - np.median(error))
     kept = np.argsort(error, kind="stable")[: round(_KEPT * len(error))]
-    return float(1 - (error[kept] ** 2).mean() / max(float(theirs[kept].var()), 1e-6))
+    return float(1 - (error[kept] ** 2).mean() / max(float(theirs.var()), 1e-6))
 
 
 def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:

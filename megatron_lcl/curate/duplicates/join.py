@@ -61,7 +61,7 @@ def join_documents(
     everything = [*against, *files]
     rows, starts = gather(everything, ("document", "digest", "signature", "shingles"), scratch)
     digest, signature, shingles = rows["digest"], rows["signature"], rows["shingles"]
-    parent = _same_content(digest, memory)
+    parent = same_content(digest, memory)
     num = signature.shape[1]
     if settings.threshold is not None:
         bands, per_band = choose_bands(settings.threshold, num)
@@ -81,8 +81,8 @@ def join_documents(
         return 1.0 if same else float((signature[one] == signature[other]).mean())
 
     item = np.full(len(digest), -1, np.int32)
-    places = _Places(everything, len(against), starts, rows["document"], item, np.arange(len(digest)))
-    return _removals("duplicate documents", places, parent, settings.action, value)
+    places = Places(everything, len(against), starts, rows["document"], item, np.arange(len(digest)))
+    return removals_of("duplicate documents", places, parent, settings.action, value)
 
 
 def join_images(
@@ -101,7 +101,7 @@ def join_images(
     rows, first_image = gather(everything, ("digest", "hash", "detail"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, short, long = rows["digest"], rows["hash"][:, :2], rows["hash"][:, 2:]
-    parent = _same_content(digest, memory)
+    parent = same_content(digest, memory)
     if settings.max_bits is not None:
         for chosen in itertools.combinations(range(8), 8 - _DIFFERING):
             kept = np.zeros(8, np.uint8)
@@ -120,12 +120,12 @@ def join_images(
         return 0.0 if same else float(difference(long[one], long[other], True, 256))
 
     image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
-    places = _Places(everything, len(against), starts, placed["document"], placed["item"], image)
-    return _removals("duplicate images", places, parent, settings.action, value)
+    places = Places(everything, len(against), starts, placed["document"], placed["item"], image)
+    return removals_of("duplicate images", places, parent, settings.action, value)
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Documents, or images in them, of all files in order."""
 
     files: Sequence[Path]
@@ -139,9 +139,10 @@ class _Places:
     """which row of the clusters it shows"""
 
 
-def _removals(
-    rule: str, places: _Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float]
+def removals_of(
+    rule: str, places: Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float]
 ) -> Removals:
+    """What is removed of clusters, int64 [rows] as union-find leaves them; value: of two rows."""
     _to_roots(parent)
     label = parent[places.row]
     order = np.argsort(label, kind="stable")
@@ -197,8 +198,8 @@ def gather(files: Sequence[Path], names: Sequence[str], scratch: Path) -> tuple[
     return arrays, starts
 
 
-def _same_content(digest: np.ndarray, memory: int) -> np.ndarray:
-    """Clusters, int64 [N], of rows with the same digest, uint32 [N, 4]."""
+def same_content(digest: np.ndarray, memory: int) -> np.ndarray:
+    """Clusters of rows with the same digest, uint32 [N, 4]: int64 [N], for `clusters.find` and `unite`."""
     parent = np.arange(len(digest))
 
     def keys(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

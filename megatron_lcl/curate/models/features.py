@@ -1,0 +1,161 @@
+"""Features of images by an encoder, what a linear head makes of them, and images that have nearly the same.
+
+Near-duplicates by features: Abbas et al., "SemDeDup", 2023; here exactly, every image with every other, in blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import PIL.Image
+
+from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
+from megatron_lcl.curate.duplicates.facts import Facts, places
+from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, same_content
+from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lcl.evaluate.encoders.encoder import Encoder
+
+_BATCH = 32
+_BLOCK = 2048
+
+
+def feature_facts(
+    corpus: str | Path, shard: int, first: int, last: int, encoder: str, tokenizer: str | None = None
+) -> Facts:
+    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images:
+
+    document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; image int32 [K], which
+    of the M; digest uint32 [M, 4], XXH3-128 of its bytes; feature float32 [M, D], the pooled feature with unit norm, 0
+    for an image that does not decode. encoder: as `evaluate` names it; UserError where it does not load.
+    """
+    import torch
+
+    opened, (model, width) = Corpus(corpus), _load(encoder, tokenizer)
+    part = opened.shard(shard)
+    document, item, shown = places(opened, shard, first, last)
+    images, index = np.unique(shown, return_inverse=True)
+    features = np.zeros((len(images), width), np.float32)
+    for start in range(0, len(images), _BATCH):
+        prepared = {}
+        for k in range(start, min(len(images), start + _BATCH)):
+            with contextlib.suppress(BadImage):
+                prepared[k] = model.prepare(bytes(part.image(int(images[k]))))
+        if prepared:
+            pooled = model.encode(torch.stack(list(prepared.values()))).pooled
+            features[list(prepared)] = torch.nn.functional.normalize(pooled).numpy()
+    return {
+        "corpus": np.array(str(corpus)),
+        "document": document,
+        "item": item,
+        "image": index.astype(np.int32),
+        "digest": part.image_xxh3[images].view(np.uint32).reshape(-1, 4),
+        "feature": features,
+    }
+
+
+def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
+    """Places of images that the head scores too low or too high, from files of `feature_facts` in the corpus's order.
+
+    value: the score, weight · feature + bias. An image that does not decode has none, and stays. UserError where the
+    head is not one, or of another width than the features.
+    """
+    weight, bias = read_head(Path(settings.head))
+    low = -np.inf if settings.min_score is None else settings.min_score
+    high = np.inf if settings.max_score is None else settings.max_score
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for file in files:
+        with np.load(file) as facts:
+            feature, image = facts["feature"], facts["image"]
+            if feature.shape[1] != len(weight):
+                raise UserError(
+                    f"the head {settings.head} has {len(weight)} weights, the encoder {feature.shape[1]} features; "
+                    "give the head of this encoder"
+                )
+            score = (feature @ weight + bias)[image]
+            out = feature.any(1)[image] & ((score < low) | (score > high))
+            found.append((facts["document"][out], facts["item"][out], score[out].astype(np.float32)))
+    document, item, value = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return Removals(f"score by {settings.head}", document, item, value, [settings.head] * len(value))
+
+
+def join_features(
+    files: Sequence[Path],
+    settings: FeatureDuplicates,
+    scratch: Path,
+    against: Sequence[Path] = (),
+    memory: int = MEMORY,
+) -> Removals:
+    """Places of images whose features are those of an image before, or in the corpora `against`.
+
+    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 16
+    bytes an image and 16 a place. value: the cosine similarity to the image that is named, 1 for the same bytes. All
+    pairs are compared: N² · D multiplications.
+    """
+    everything = [*against, *files]
+    rows, first_image = gather(everything, ("digest", "feature"), scratch)
+    placed, starts = gather(everything, ("document", "item", "image"), scratch)
+    digest, feature = rows["digest"], rows["feature"]
+    parent = same_content(digest, memory)
+    for start in range(0, len(feature), _BLOCK):
+        block = feature[start : start + _BLOCK]
+        for other in range(0, start + 1, _BLOCK):
+            alike = np.nonzero(block @ feature[other : other + _BLOCK].T >= settings.min_cosine)
+            _unite_pairs(parent, start + alike[0], other + alike[1])
+
+    def value(one: int, other: int) -> float:
+        same = (digest[one] == digest[other]).all()
+        return 1.0 if same else float(feature[one] @ feature[other])
+
+    image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
+    spots = Places(everything, len(against), starts, placed["document"], placed["item"], image)
+    return removals_of("images with the same features", spots, parent, settings.action, value)
+
+
+def read_head(file: Path) -> tuple[np.ndarray, float]:
+    """Weight float32 [D] and bias of a linear head in a .npz or .safetensors file. UserError where it is none."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            arrays = load_file(file)
+        else:
+            with np.load(file) as opened:
+                arrays = dict(opened)
+        weight = np.asarray(arrays["weight"], np.float32).reshape(-1)
+        bias = float(np.asarray(arrays.get("bias", 0.0)).reshape(()))
+    except FileNotFoundError:
+        raise UserError(f"there is no {file}; give the file of a linear head") from None
+    except Exception as error:  # noqa: BLE001 - whatever these libraries raise for damaged files
+        raise UserError(
+            f"{file} is no linear head ({type(error).__name__}: {error}); give a .npz or .safetensors file with a "
+            "`weight` for each feature and, if there is one, a `bias`"
+        ) from None
+    return weight, bias
+
+
+@numba.njit(cache=True, nogil=True)
+def _unite_pairs(parent: np.ndarray, rows: np.ndarray, others: np.ndarray) -> None:
+    for k in range(len(rows)):
+        unite(parent, rows[k], others[k])
+
+
+@functools.lru_cache(1)
+def _load(encoder: str, tokenizer: str | None) -> tuple[Encoder, int]:
+    """The encoder, loaded once in a process, and the width of its features."""
+    from megatron_lcl.evaluate.encoders.load import load_encoder
+
+    model, blank = load_encoder(encoder, tokenizer), io.BytesIO()
+    PIL.Image.new("RGB", (32, 32)).save(blank, "PNG")
+    return model, model.encode(model.prepare(blank.getvalue())[None]).pooled.shape[1]

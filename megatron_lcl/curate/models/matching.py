@@ -1,0 +1,99 @@
+"""Each image of a document matched to one of its texts, so that documents in reading order become matched ones.
+
+As MMC4 does it (Zhu et al., "Multimodal C4", 2023, section 3): cosine similarities of an encoder's features of all
+images and all texts of the document, and the bipartite assignment with the largest sum. No two images have one text;
+where there are more images than texts, those that the assignment leaves over have none.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_lcl.data.corpus.document import Image, Text
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.store import Corpus
+
+if TYPE_CHECKING:
+    from megatron_lcl.evaluate.encoders.encoder import Encoder
+
+_BATCH = 32
+
+
+def assign(similarity: np.ndarray) -> np.ndarray:
+    """Of each image the text that it is matched to, int64 [images], -1 where it is left over.
+
+    similarity: [images, texts], finite.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matched = np.full(len(similarity), -1)
+    images, texts = linear_sum_assignment(similarity, maximize=True)
+    matched[images] = texts
+    return matched
+
+
+def matching_facts(
+    corpus: str | Path, shard: int, first: int, last: int, encoder: str, tokenizer: str | None = None
+) -> dict[str, np.ndarray]:
+    """Of the K images, in their places, of the documents first … last-1 of a shard (numbers in the shard):
+
+    document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; matched_text int32
+    [K], index among the document's texts, -1 where it has none; similarity float32 [K], cosine, NaN where it has none.
+    An image that does not decode has none.
+
+    encoder: as `evaluate` names it (`open_clip:NAME`, `hf:DIR`, an LCL checkpoint); tokenizer: of an LCL checkpoint.
+    UserError where it has no text encoder.
+    """
+    opened, model = Corpus(corpus), _load(encoder, tokenizer)
+    found: dict[str, list[float]] = {"document": [], "item": [], "matched_text": [], "similarity": []}
+    for number in range(first, last):
+        document = int(opened.document_starts[shard]) + number
+        items = opened[document].items
+        places = [k for k, item in enumerate(items) if isinstance(item, Image)]
+        texts = [item.text for item in items if isinstance(item, Text)]
+        similarity = similarities(model, [items[k].data for k in places], texts)
+        usable = np.flatnonzero(~np.isnan(similarity).any(1))
+        matched = np.full(len(places), -1)
+        matched[usable] = assign(similarity[usable])
+        found["document"] += [document] * len(places)
+        found["item"] += places
+        found["matched_text"] += matched.tolist()
+        found["similarity"] += [float(s[m]) if m >= 0 else np.nan for s, m in zip(similarity, matched, strict=True)]
+    kinds = {"document": np.int64, "item": np.int32, "matched_text": np.int32, "similarity": np.float32}
+    return {name: np.array(values, kinds[name]) for name, values in found.items()}
+
+
+def similarities(encoder: Encoder, images: list[bytes], texts: list[str]) -> np.ndarray:
+    """Cosine similarities of encoded images and texts, float32 [images, texts]; NaN where an image does not decode."""
+    import torch
+    from torch.nn.functional import normalize
+
+    out = np.full((len(images), len(texts)), np.nan, np.float32)
+    if not out.size:
+        return out
+    prepared = {}
+    for k, data in enumerate(images):
+        try:
+            prepared[k] = encoder.prepare(data)
+        except BadImage:
+            continue
+    if prepared:
+        words = torch.cat([encoder.encode_texts(texts[at : at + _BATCH]) for at in range(0, len(texts), _BATCH)])
+        batches = torch.stack(list(prepared.values())).split(_BATCH)
+        pooled = torch.cat([encoder.encode(batch).pooled for batch in batches])
+        out[list(prepared)] = (normalize(pooled) @ normalize(words).T).numpy()
+    return out
+
+
+@functools.lru_cache(1)
+def _load(encoder: str, tokenizer: str | None) -> Encoder:
+    """The encoder, loaded once in a process. UserError where it does not encode texts."""
+    from megatron_lcl.evaluate.encoders.load import load_encoder
+
+    loaded = load_encoder(encoder, tokenizer)
+    loaded.encode_texts(["a text"])
+    return loaded

@@ -1,0 +1,101 @@
+"""Protects linear heads and duplicates by features: on features made by hand, and on those of an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data.corpora import jpeg, write_corpus
+from safetensors.numpy import save_file
+
+from megatron_lcl.curate.models.features import feature_facts, join_features, join_scores
+from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
+from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.load import load_encoder
+
+ENCODER = "timm:test_vit?pretrained=no&seed=1"
+
+
+def by_hand(folder: Path, angles: list[float], size: int, seed: int = 0) -> tuple[Corpus, list[Path]]:
+    """A corpus with one image a document whose features have these angles in degrees (NaN: it does not decode), and
+    their facts by tasks of `size` documents."""
+    corpus = write_corpus(folder, [[(jpeg(seed + k), None, None)] for k in range(len(angles))])
+    radians = np.deg2rad(angles)
+    feature = np.nan_to_num(np.stack([np.cos(radians), np.sin(radians)], 1)).astype(np.float32)
+    files = []
+    for first in range(0, len(angles), size):
+        own = np.arange(first, min(len(angles), first + size))
+        files.append(folder.with_name(f"{folder.name}-{first}.npz"))
+        facts: dict[str, Any] = {"corpus": np.array(str(folder)), "document": own, "item": np.zeros(len(own), np.int32)}
+        facts |= {"image": np.arange(len(own), dtype=np.int32), "feature": feature[own]}
+        np.savez(files[-1], digest=corpus.shard(0).image_xxh3[own].view(np.uint32), **facts)
+    return corpus, files
+
+
+@pytest.mark.parametrize("size", [2, 99])
+def test_features_within_an_angle_are_duplicates(size: int, tmp_path: Path) -> None:
+    corpus, files = by_hand(tmp_path / "ours", [0, 90, 8, 200, 16, np.nan, np.nan, 91], size)
+    _, against = by_hand(tmp_path / "other", [300, 204], 99, seed=100)
+    rule = FeatureDuplicates(min_cosine=float(np.cos(np.deg2rad(9))))
+    expected = {"keep-one": ([2, 4, 7], [0, 0, 1]), "drop-all": ([0, 1, 2, 4, 7], [2, 7, 0, 0, 1])}
+    for action, (documents, matched) in expected.items():
+        (scratch := tmp_path / action).mkdir()
+        found = join_features(files, FeatureDuplicates(rule.min_cosine, action), scratch)  # type: ignore[arg-type]
+        assert found.document.tolist() == documents
+        assert found.matched == [f"{corpus.path}: document {d}, piece 0" for d in matched]
+    (scratch := tmp_path / "against").mkdir()
+    found = join_features(files, rule, scratch, against)
+    assert found.document.tolist() == [2, 3, 4, 7]
+    assert found.matched[1] == f"{tmp_path / 'other'}: document 1, piece 0"
+    cosines = np.cos(np.deg2rad([8, 4, 16, 1]))  # the second to last is connected by the image between
+    np.testing.assert_allclose(found.value, cosines, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["npz", "safetensors"])
+def test_a_head_scores_what_it_is_given(format: str, tmp_path: Path) -> None:
+    _, files = by_hand(tmp_path / "corpus", [0, 60, np.nan, 90, 180], 2)
+    head = {"weight": np.array([[2.0, 0.0]], np.float32), "bias": np.array([0.5], np.float32)}
+    file = tmp_path / f"head.{format}"
+    np.savez(file, **head) if format == "npz" else save_file(head, file)
+    low = join_scores(files, HeadScore(str(file), min_score=1.0))
+    assert low.document.tolist() == [3, 4]
+    np.testing.assert_allclose(low.value, [0.5, -1.5], atol=1e-6)
+    assert join_scores(files, HeadScore(str(file), max_score=1.0)).document.tolist() == [0, 1]
+    assert join_scores(files, HeadScore(str(file), min_score=-1.0, max_score=2.0)).document.tolist() == [0, 4]
+    for content, said in ((np.ones(3), "3 weights, the encoder 2"), (np.zeros((2, 0)), "0 weights")):
+        np.savez(tmp_path / "other.npz", weight=content)
+        with pytest.raises(UserError, match=said):
+            join_scores(files, HeadScore(str(tmp_path / "other.npz"), min_score=1.0))
+    (tmp_path / "text.npz").write_text("no head")
+    for name, said in (("text.npz", "is no linear head"), ("nowhere.npz", "there is no")):
+        with pytest.raises(UserError, match=said):
+            join_scores(files, HeadScore(str(tmp_path / name), min_score=1.0))
+    with pytest.raises(ValueError, match="removes nothing"):  # pydantic's, of our UserError
+        HeadScore(str(file))
+
+
+def test_features_are_those_of_the_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    pictures = [jpeg(k) for k in range(3)]
+    documents = [
+        [[1], (pictures[0], None, None), (b"no image", None, None)],
+        [(pictures[1], None, None), (pictures[0], None, None)],
+        [(pictures[2], None, None)],
+    ]
+    corpus = write_corpus(tmp_path / "corpus", documents)
+    facts = feature_facts(corpus.path, 0, 0, 3, ENCODER)
+    assert facts["document"].tolist() == [0, 0, 1, 1, 2]
+    assert facts["item"].tolist() == [1, 2, 0, 1, 0]
+    model = load_encoder(ENCODER)
+    for place, picture in ((0, 0), (2, 1), (3, 0), (4, 2)):
+        expected = model.encode(model.prepare(pictures[picture])[None]).pooled[0]
+        np.testing.assert_allclose(
+            facts["feature"][facts["image"][place]], torch.nn.functional.normalize(expected, dim=0), atol=1e-5
+        )
+    assert not facts["feature"][facts["image"][1]].any()
+    only_bad = feature_facts(corpus.path, 0, 0, 1, ENCODER)
+    assert only_bad["feature"].shape[1] == facts["feature"].shape[1]
