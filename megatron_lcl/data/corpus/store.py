@@ -236,8 +236,8 @@ class Shard:
         self.number, self._remote = number, remote
         self._names_path = folder / _NAMES.format(number)
         tokens, images = _TOKENS.format(number), _IMAGES.format(number)
-        self.tokens = read_indexed(folder / tokens, remote and remote.blocks(f"{tokens}.bin"))
-        self.images = read_indexed(folder / images, remote and remote.blocks(f"{images}.bin"))
+        self.tokens = read_indexed(folder / tokens, remote.blocks(f"{tokens}.bin") if remote else None)
+        self.images = read_indexed(folder / images, remote.blocks(f"{images}.bin") if remote else None)
         arrow_path = folder / (_IMAGES.format(number) + _ARROW)
         try:
             images, placements = _arrow_columns(arrow_path)
@@ -290,7 +290,7 @@ class Shard:
     @cached_property
     def names(self) -> Names | None:
         """Where each document came from; None in a corpus of an earlier release."""
-        if self._remote is not None:
+        if self._remote is not None and self._names_path.name in self._remote.files:
             self._remote.copy([self._names_path.name])
         return Names(self._names_path, self.num_documents) if self._names_path.exists() else None
 

@@ -77,7 +77,10 @@ class Blocks:
         self._files: tuple[int, int] | None = None
         self._held: dict[int, tuple[bytes, int]] = {}
         """blocks for which there is no room on the disk, and until which turn they are needed"""
+        self._asked: dict[int, int] = {}
+        """blocks that a thread has asked for, and until which turn they are needed"""
         self._lock = threading.Lock()
+        self._arrival = threading.Condition(self._lock)
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start … stop-1: those that are here, the others from the store."""
@@ -86,20 +89,35 @@ class Blocks:
         first, last = start // BLOCK, -(-stop // BLOCK)
         content = self._here(first, last)
         if content is None:
-            content = b"".join(self._fetch([(first, last)], None))
+            content = b"".join(self._fetch([(first, last)]))
         return content[start - first * BLOCK : stop - first * BLOCK]
 
     def ahead(self, ranges: Iterable[tuple[int, int]], turn: int) -> None:
-        """Fetch what is not here of some ranges of bytes, in few requests, for `read` up to turn `turn`."""
-        wanted = sorted((start // BLOCK, -(-stop // BLOCK)) for start, stop in ranges if start < stop)
-        missing: list[tuple[int, int]] = []
-        for first, last in wanted:
-            if missing and first - missing[-1][1] <= MERGE and last - missing[-1][0] <= LARGEST // BLOCK:
-                if last > missing[-1][1] and self._here(first, last, turn) is None:
-                    missing[-1] = missing[-1][0], last
-            elif self._here(first, last, turn) is None:
-                missing.append((first, last))
-        self._fetch(missing, turn)
+        """Have some ranges of bytes here, for `read` up to turn `turn`; what is not is asked for in few requests.
+
+        What another thread has asked for is waited for; where that fails, `read` asks again.
+        """
+        needed: set[int] = set()
+        for start, stop in ranges:
+            first, last = start // BLOCK, -(-stop // BLOCK)
+            if start < stop and self._here(first, last, turn) is None:
+                needed.update(range(first, last))
+        with self._arrival:
+            own = sorted(needed - self._asked.keys())
+            for block in needed:
+                self._asked[block] = max(turn, self._asked.get(block, turn))
+                if block in self._held:  # it has just come, for another turn
+                    content, until = self._held[block]
+                    self._held[block] = content, max(turn, until)
+        try:
+            self._fetch(_runs(own))
+        finally:
+            with self._arrival:
+                for block in own:
+                    del self._asked[block]
+                self._arrival.notify_all()
+        with self._arrival:
+            self._arrival.wait_for(lambda: not needed & self._asked.keys())
 
     def release(self, turn: int) -> None:
         """Let go of what was held in memory for turns up to `turn`."""
@@ -107,7 +125,8 @@ class Blocks:
             for block in [block for block, (_, until) in self._held.items() if until <= turn]:
                 del self._held[block]
 
-    def _fetch(self, runs: list[tuple[int, int]], turn: int | None) -> list[bytes]:
+    def _fetch(self, runs: list[tuple[int, int]]) -> list[bytes]:
+        """Blocks of some runs, from the store; they are kept, those without room if a turn needs them."""
         step = LARGEST // BLOCK
         runs = [(at, min(at + step, last)) for first, last in runs for at in range(first, last, step)]
         ranges = [(first * BLOCK, min(last * BLOCK, self.size)) for first, last in runs]
@@ -115,11 +134,12 @@ class Blocks:
         for (first, last), content in zip(runs, contents, strict=True):
             if self._room.take(len(content)) and self._write(first, content):
                 continue
-            if turn is not None:
-                with self._lock:
-                    for block in range(first, last):
+            with self._lock:
+                for block in range(first, last):
+                    if block in self._asked:
                         at = (block - first) * BLOCK
-                        self._held[block] = content[at : at + BLOCK], turn
+                        until = max(self._asked[block], self._held.get(block, (b"", 0))[1])
+                        self._held[block] = content[at : at + BLOCK], until
         return contents
 
     def _here(self, first: int, last: int, turn: int | None = None) -> bytes | None:
@@ -135,15 +155,15 @@ class Blocks:
         hashes = np.frombuffer(os.pread(have, 8 * (last - first), 8 * first), np.uint64)
         if len(hashes) < last - first:
             return None
-        content = bytearray(os.pread(data, min(last * BLOCK, self.size) - first * BLOCK, first * BLOCK))
-        view = memoryview(content)
+        found = bytearray(os.pread(data, min(last * BLOCK, self.size) - first * BLOCK, first * BLOCK))
+        view = memoryview(found)
         for block, expected in zip(range(first, last), hashes.tolist(), strict=True):
             at = (block - first) * BLOCK
             if block in held:
-                content[at : at + BLOCK] = held[block][0]
+                found[at : at + BLOCK] = held[block][0]
             elif not expected or _hash(view[at : at + BLOCK]) != expected:
                 return None
-        return bytes(content)
+        return bytes(found)
 
     def _write(self, first: int, content: bytes) -> bool:
         """Whether the disk took it."""
@@ -172,6 +192,17 @@ class Blocks:
     def __del__(self) -> None:
         for descriptor in self._files or ():
             os.close(descriptor)
+
+
+def _runs(blocks: list[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as runs (first, last + 1), near ones together."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and block - runs[-1][1] <= MERGE and block - runs[-1][0] < LARGEST // BLOCK:
+            runs[-1] = runs[-1][0], block + 1
+        else:
+            runs.append((block, block + 1))
+    return runs
 
 
 def _hash(block: bytes | memoryview) -> int:

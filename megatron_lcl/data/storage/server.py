@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from configparser import Error as ConfigError
@@ -85,17 +85,7 @@ class Remote:
         # of the requests for its parts each is made again; all of them together seldom succeed
         self._again(name, lambda: obstore.put(self._retrying, name, source, chunk_size=CHUNK))
 
-    def list(self, prefix: str) -> list[tuple[str, int]]:
-        """(name, bytes) of all objects below a prefix, in order of their names."""
-        import obstore
-
-        def listed() -> list[tuple[str, int]]:
-            pages = obstore.list(self._store, prefix or None)
-            return sorted((item["path"], item["size"]) for page in pages for item in page)
-
-        return self._again(prefix, listed)
-
-    def delete(self, names: list[str]) -> None:
+    def delete(self, names: Sequence[str]) -> None:
         """Objects, as far as they are there."""
         import obstore
 
@@ -105,6 +95,16 @@ class Remote:
 
         for name in names:
             self._again(name, lambda name=name: one(name))  # type: ignore[misc]
+
+    def list(self, prefix: str) -> list[tuple[str, int]]:
+        """(name, bytes) of all objects below a prefix, in order of their names."""
+        import obstore
+
+        def listed() -> list[tuple[str, int]]:
+            pages = obstore.list(self._store, prefix or None)
+            return sorted((item["path"], item["size"]) for page in pages for item in page)
+
+        return self._again(prefix, listed)
 
     def _head(self, name: str) -> tuple[int, str | None] | None:
         import obstore
@@ -190,7 +190,9 @@ def _open(url: str, retries: int) -> Any:
             config["endpoint"] = _endpoint()
         config["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         config |= _profile()
-    return from_url(url + "/", client_options=client, retry_config=retry, **config)
+    return from_url(
+        url if scheme in ("http", "https") else f"{url}/", client_options=client, retry_config=retry, **config
+    )
 
 
 def _endpoint() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
@@ -37,3 +38,12 @@ def s3(s3_server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 def place(s3: Proxy) -> str:
     """A folder of objects that no other test has."""
     return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+def upload(folder: Path, place: str) -> str:
+    """A folder's files as objects; their place."""
+    from megatron_lcl.data.storage.store import Store
+
+    for file in sorted(folder.iterdir()):
+        Store(place).put(file.name, file)
+    return place
