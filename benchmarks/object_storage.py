@@ -23,7 +23,7 @@ from s3_server import moto, proxied
 
 OBJECT = 64 << 20
 READER = """
-import json, random, sys, time
+import json, os, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
 library, sizes, flights, total = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
 began = time.perf_counter()
@@ -40,7 +40,8 @@ else:
     import multistorageclient as msc
     from multistorageclient.types import Range
     from multistorageclient import StorageClient, StorageClientConfig
-    options = {"base_path": "bench", "region_name": "us-east-1", "endpoint_url": __import__("os").environ["AWS_ENDPOINT_URL"]}
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    options = {"base_path": "bench", "region_name": "us-east-1", "endpoint_url": endpoint}
     if library.endswith("rust"):
         options["rust_client"] = {"allow_http": True}
     client = StorageClient(StorageClientConfig.from_dict(
@@ -63,8 +64,9 @@ for size in sizes:
             since, cpu = time.perf_counter(), time.process_time()
             took = sorted(pool.map(one, starts))
             wall, cpu = time.perf_counter() - since, time.process_time() - cpu
-        print(json.dumps({"size": size, "flight": flight, "mb_s": count * size / wall / 1e6, "cpu_ms": 1e3 * cpu / count,
-            "p50": 1e3 * took[len(took) // 2], "p99": 1e3 * took[int(0.99 * (len(took) - 1))]}), flush=True)
+        said = {"size": size, "flight": flight, "mb_s": count * size / wall / 1e6, "cpu_ms": 1e3 * cpu / count}
+        said |= {"p50": 1e3 * took[len(took) // 2], "p99": 1e3 * took[int(0.99 * (len(took) - 1))]}
+        print(json.dumps(said), flush=True)
 kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"peak MB": kib * 1.024e-3}))
 """

@@ -82,6 +82,10 @@ class Proxy:
         self.latency, self.unavailable, self.cut, self.answer, self._count = 0.0, 0, 0, b"", 0
         self.requests.clear()
 
+    def keep(self, path: str, content: bytes, etag: str) -> None:
+        """Answer what is asked of an object from here, where `keeps` is set."""
+        self._kept[path] = etag.encode(), content
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client's connection."""
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None

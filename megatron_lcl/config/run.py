@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT, Count, Positive
+from megatron_lcl.errors import check_on_disk
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -46,6 +47,9 @@ class Checkpoint:
     max_failures: Positive = Field(
         default=3, description="stop the run after so many consecutive checkpoints that could not be written"
     )
+
+    def __post_init__(self) -> None:
+        check_on_disk("checkpoint.resume", self.resume)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -213,3 +217,7 @@ class Train:
         description="A:B: trace steps A to B (counted from 1) into the folder `profile` of the run; null: none",
     )
     profile_ranks: tuple[Count, ...] = Field(default=(0,), description="the processes that trace train.profile's steps")
+
+    def __post_init__(self) -> None:
+        check_on_disk("train.output", self.output)
+        check_on_disk("train.init_from", self.init_from)

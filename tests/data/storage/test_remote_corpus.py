@@ -207,9 +207,9 @@ def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, t
     with pytest.raises(UserError, match=r"/2/images-00000.bin is missing"):
         open_corpus(f"{place}/2", tmp_path / "cache-3").check_sizes()
     upload(local, f"{place}/3")
-    with pytest.raises(UserError, match="copy s3://.* to a disk, and verify the copy"):
+    with pytest.raises(UserError, match=r"copy s3://.* to a disk, and verify the copy"):
         verify(f"{place}/3")
-    with pytest.raises(UserError, match="copy .* there first"):
+    with pytest.raises(UserError, match=r"copy .* there first"):
         merge([Path(f"{place}/3")], tmp_path / "merged")
 
 
