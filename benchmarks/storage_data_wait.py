@@ -102,6 +102,7 @@ def main() -> None:
                     waited += time.perf_counter() - since
                 time.sleep(arguments.step_seconds)
             total = time.perf_counter() - began
+            del batches
             reads = [request for request in proxy.requests if request.method == "GET"]
             faults = sum(request.status == 503 for request in reads)
             sent = sum(request.sent for request in reads) / 1e6

@@ -97,11 +97,12 @@ class Proxy:
                 self.requests.append(seen)
                 if self.latency:
                     await asyncio.sleep(self.latency)
-                self._count += method in ("GET", "PUT") and path.count("/") > 1
+                counted = method in ("GET", "PUT") and path.count("/") > 1
+                self._count += counted
                 if self.answer:
                     reply, content = self.answer.split(b"\r\n\r\n", 1)
                     reply += b"\r\n\r\n"
-                elif self.unavailable and self._count % self.unavailable == 0:
+                elif counted and self.unavailable and self._count % self.unavailable == 0:
                     content = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
                     reply = b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n" % len(content)
                 elif self.keeps and method == "GET" and path in self._kept:
@@ -116,7 +117,7 @@ class Proxy:
                     if self.keeps and method == "GET" and not seen.range and b" 200 " in reply[:20]:
                         self._kept[path] = _header(reply, b"etag").encode(), content
                 seen.status = int(reply.split(b" ", 2)[1])
-                if self.cut and self._count % self.cut == 0 and len(content) > 1:
+                if counted and self.cut and self._count % self.cut == 0 and len(content) > 1:
                     seen.sent = len(content) // 2
                     writer.write(reply + content[: seen.sent])
                     await writer.drain()

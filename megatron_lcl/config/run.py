@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT, Count, Positive
-from megatron_lcl.errors import check_on_disk
+from megatron_lcl.errors import UserError, check_on_disk
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,8 +48,16 @@ class Checkpoint:
         default=3, description="stop the run after so many consecutive checkpoints that could not be written"
     )
 
+    mirror: str | None = Field(
+        default=None,
+        description="s3://bucket/folder to which each checkpoint is copied once it is complete, and from which a run "
+        "without checkpoints of its own goes on (docs/object-storage.md); null: none",
+    )
+
     def __post_init__(self) -> None:
         check_on_disk("checkpoint.resume", self.resume)
+        if self.mirror is not None and "://" not in self.mirror:
+            raise UserError(f"checkpoint.mirror is {self.mirror}; give a URL, as s3://bucket/folder")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -37,6 +37,8 @@ class Fault(NamedTuple):
     passing: bool
     """another try may do better"""
     missing: bool = False
+    answered: bool = False
+    """there is a server, and it may do better later"""
 
 
 def endpoint_of(url: str, environment: Mapping[str, str]) -> str:
@@ -75,7 +77,8 @@ def explained(error: BaseException, url: str, name: str, environment: Mapping[st
     if kind == "NotSupportedError" or "Range request not supported" in said:
         return Fault(f"{place}: {endpoint} does not answer requests for a range of bytes; use another server", False)
     if status in (408, 429) or status >= 500:
-        return Fault(f"{place}: {endpoint} answers with status {status}{f' ({code})' * bool(code)}; try later", True)
+        said = f"{place}: {endpoint} answers with status {status}{f' ({code})' * bool(code)}; try later"
+        return Fault(said, True, answered=True)
     if status:
         return Fault(f"{place}: {endpoint} answers with status {status}{f' ({code})' * bool(code)}", False)
     if isinstance(error, (OSError, ValueError)) and kind not in ("GenericError", "BaseError"):

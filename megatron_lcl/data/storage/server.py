@@ -163,6 +163,7 @@ class Remote:
                 fault = Fault(f"{self.url}/{name}: the answer ended too early, each time; check the network", True)
             except Exception as error:  # noqa: BLE001 of whatever kind, it is explained
                 fault = explained(error, self.url, name, os.environ)
+            self._answered |= fault.answered
             waited = time.monotonic() - began + pause
             if not fault.passing or waited > (PATIENCE_SECONDS if self._answered else FIRST_SECONDS):
                 raise StorageError(fault.message, fault.missing)
