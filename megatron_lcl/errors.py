@@ -23,6 +23,16 @@ class RunError(UserError):
     """What every process of a run finds, with the same message; only the first process prints it."""
 
 
+def check_on_disk(name: str, path: object) -> None:
+    """UserError where a setting that is a path of a file system has a URL for its value."""
+    if isinstance(path, str) and "://" in path:
+        scheme = path.partition("://")[0]
+        raise UserError(
+            f"{name} is {scheme}://…: object storage is read for corpora only; use a path here, and copy to or from "
+            "object storage with a tool for that (`aws s3 sync`, rclone)"
+        )
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """An OSError from inside that names no file names this one: writes to an open file, and syncs, do not say which."""

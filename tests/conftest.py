@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-pytest_plugins = ["local_slurm"]
+pytest_plugins = ["local_slurm", "s3_fixtures"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are slower
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported
-from megatron_lcl.errors import RunError, UserError, describe_os_error
+from megatron_lcl.errors import RunError, UserError, check_on_disk, describe_os_error
 
 _MENDABLE = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
     errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
 }  # fmt: skip
 """what the system says of files and folders; other OSErrors are faults of the program"""
+_ON_DISK = ("input", "images", "output", "held_out")
+"""arguments that are no place in object storage"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         command = f" {options.command}"
         if rest and options.command not in ("train", "claim", "plan", "curate"):
             parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")
+        for name in _ON_DISK:
+            check_on_disk(f"--{name.replace('_', '-')}", getattr(options, name, None))
         return options.run(options, rest) or 0
     except BrokenPipeError:
         return 0

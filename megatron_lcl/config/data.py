@@ -15,7 +15,10 @@ from megatron_lcl.errors import UserError
 class Corpus:
     """One corpus of a blend."""
 
-    path: str = Field(description="folder that `preprocess` wrote")
+    path: str = Field(
+        description="folder that `preprocess` wrote, also s3://bucket/folder or http(s)://host/folder "
+        "(docs/object-storage.md)"
+    )
     weight: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="relative weight in the blend, counted in tokens"
     )
@@ -77,6 +80,15 @@ class Data:
         default=100,
         description="size limit of the folder for pack indices, GB (10^9 bytes); over it, the least recently used are "
         "deleted",
+    )
+    storage_cache_gb: Annotated[float, Field(ge=0)] = Field(
+        default=100,
+        description="size limit of what is kept, in the folder for pack indices, of corpora in object storage, GB; "
+        "what is over it is read again in each epoch",
+    )
+    look_ahead: Positive = Field(
+        default=8,
+        description="of corpora in object storage: micro-batches whose images each loader process reads ahead",
     )
     max_bad_images: Positive = Field(
         default=100, description="stop the run after so many consecutive images that do not decode"

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT, Count, Positive
+from megatron_lcl.errors import UserError, check_on_disk
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -46,6 +47,17 @@ class Checkpoint:
     max_failures: Positive = Field(
         default=3, description="stop the run after so many consecutive checkpoints that could not be written"
     )
+
+    mirror: str | None = Field(
+        default=None,
+        description="s3://bucket/folder to which each checkpoint is copied once it is complete, and from which a run "
+        "without checkpoints of its own goes on (docs/object-storage.md); null: none",
+    )
+
+    def __post_init__(self) -> None:
+        check_on_disk("checkpoint.resume", self.resume)
+        if self.mirror is not None and "://" not in self.mirror:
+            raise UserError(f"checkpoint.mirror is {self.mirror}; give a URL, as s3://bucket/folder")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -218,3 +230,7 @@ class Train:
         description="A:B: trace steps A to B (counted from 1) into the folder `profile` of the run; null: none",
     )
     profile_ranks: tuple[Count, ...] = Field(default=(0,), description="the processes that trace train.profile's steps")
+
+    def __post_init__(self) -> None:
+        check_on_disk("train.output", self.output)
+        check_on_disk("train.init_from", self.init_from)

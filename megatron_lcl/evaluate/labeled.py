@@ -141,7 +141,7 @@ class LabeledEvaluation:
         """token ids of this replica's classes, the templates of each together"""
         self._texts_at_once = 1
         if "zero-shot" in self.sets.tasks and mesh.loads_data:
-            tokenizer = open_corpus(config.data.corpora[0].path).tokenizer
+            tokenizer = open_corpus(config.data.corpora[0].path, config.data.cache).tokenizer
             test, room = self.sets.test, language.context_length - 2
             texts = [template.replace("{c}", c) for c in test.classes for template in test.templates]
             ids = [list(row[:room]) for row in tokenizer.encode_batch(texts)]

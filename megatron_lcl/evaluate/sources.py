@@ -68,7 +68,7 @@ class CorpusBlob:
 
     @property
     def name(self) -> str:
-        return f"{self.corpus.path}: document {self.document}, image {self.position}"
+        return f"{self.corpus.where}: document {self.document}, image {self.position}"
 
     def read(self) -> bytes:
         return self.corpus[self.document].images[self.position].data

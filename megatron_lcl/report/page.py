@@ -130,7 +130,7 @@ class RunPage:
         config = self.config
         try:
             for corpus in config.data.corpora:
-                open_corpus(corpus.path)
+                open_corpus(corpus.path, self.config.data.cache)
         except (UserError, OSError):
             return None
         packs = min(config.train.global_batch, MAX_PACKS)
@@ -141,7 +141,7 @@ class RunPage:
         found: list[dict[str, Any]] = []
         for corpus in self.config.data.corpora:
             try:
-                found.append(_corpus(open_corpus(corpus.path)))
+                found.append(_corpus(open_corpus(corpus.path, self.config.data.cache)))
             except (UserError, OSError):
                 found.append({"path": corpus.path})
         return found
@@ -289,7 +289,7 @@ def _examples(examples: list[dict[str, Any]] | None, evaluation: dict[str, Any] 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:
     return {
-        "path": corpus.path,
+        "path": corpus.where,
         "source": corpus.manifest.get("source", {}),
         "counts": corpus.manifest["counts"],
         "tokenizer": corpus.manifest["tokenizer"],

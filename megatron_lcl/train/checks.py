@@ -93,7 +93,7 @@ def check_phases(config: Config, processes: int) -> None:
 def check_tokenizers(config: Config) -> None:
     """The corpora's files have their sizes, and the model's vocabulary is that of their tokenizers."""
     for corpus in config.data.corpora:
-        opened = open_corpus(corpus.path)
+        opened = open_corpus(corpus.path, config.data.cache)
         opened.check_sizes()
         tokenizer = opened.tokenizer
         if tokenizer.vocab_size != config.model.language.vocab_size:
@@ -177,7 +177,7 @@ def check_model(saved: Path, config: Config) -> None:
 def check_corpora(ledger: Ledger, config: Config) -> None:
     """The corpora are those that the run last read, by fingerprint, or `data.allow_change` is set."""
     before = {c["fingerprint"]: c["path"] for c in ledger.blends()[-1]["blend"]}
-    now = {open_corpus(c.path).fingerprint: c.path for c in config.data.corpora}
+    now = {open_corpus(c.path, config.data.cache).fingerprint: c.path for c in config.data.corpora}
     if config.data.allow_change or before.keys() == now.keys():
         return
     gone, new = (", ".join(a[f] for f in a.keys() - b.keys()) for a, b in ((before, now), (now, before)))

@@ -203,7 +203,7 @@ def _memory(config: Config, nodes: int, processes: int, elsewhere: bool) -> Iter
 def _data(config: Config) -> Iterator[str]:
     nothing = without_pairs(config)
     for entry in config.data.corpora:
-        corpus = open_corpus(entry.path)
+        corpus = open_corpus(entry.path, config.data.cache)
         for index in {0, len(corpus) - 1} if len(corpus) else ():
             corpus[index]  # its files can be read
         yield f"data        {entry.path} (weight {entry.weight:g}): {len(corpus):,} documents" + (

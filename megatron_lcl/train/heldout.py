@@ -52,10 +52,13 @@ def check_heldout(config: Config) -> None:
     if own.corpus is None:
         return
     check_tasks(config, corpus_tasks(config))
-    corpus = open_corpus(own.corpus)
+    corpus = open_corpus(own.corpus, config.data.cache)
     corpus.check_sizes()
     tokenizer = corpus.tokenizer
-    if any(open_corpus(c.path).tokenizer.fingerprint != tokenizer.fingerprint for c in config.data.corpora):
+    if any(
+        open_corpus(c.path, config.data.cache).tokenizer.fingerprint != tokenizer.fingerprint
+        for c in config.data.corpora
+    ):
         raise UserError(
             f"evaluate.corpus = {own.corpus} has another tokenizer than data.corpora; preprocess the held-out "
             "documents with the same one"

@@ -18,6 +18,7 @@ from megatron_lcl.train.changes import Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
+from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
 from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.forks import stop_forkserver
@@ -78,6 +79,8 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
 def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:
     run = Path(config.train.output)
     check_output(run, config)  # again: another run may have begun there before it was locked
+    if config.checkpoint.mirror is not None:
+        Mirror(config.checkpoint.mirror).restore(run)
     folder, rejected = checkpoint.choose(run, config.checkpoint.resume)
     saved, previous = Progress(0, 0, {}), None
     if folder:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from megatron_lcl.data.storage.blocks import Blocks
 from megatron_lcl.errors import UserError, naming
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -166,20 +167,44 @@ class Indexed:
     """int64 [D+1], sequence number where each document starts, and the end"""
     modes: np.ndarray
     """int8 [S]: 0 text, 1 image"""
-    data: np.ndarray
-    """all elements, in the container's dtype"""
+    dtype: np.dtype
+    """of the elements"""
+    num_elements: int
+    data: np.ndarray | None
+    """all elements; None where `blocks` has them"""
+    blocks: Blocks | None = None
+    """the bytes of `.bin`, where that is in object storage"""
 
     def sequence(self, k: int) -> np.ndarray:
-        """Elements of sequence `k`, a read-only view."""
-        start = int(self.pointers[k]) // self.data.itemsize
-        return self.data[start : start + int(self.lengths[k])]
+        """Elements of sequence `k`, read-only."""
+        first = int(self.pointers[k]) // self.dtype.itemsize
+        return self.elements(first, first + int(self.lengths[k]))
+
+    def elements(self, first: int, last: int) -> np.ndarray:
+        """Elements first … last-1 of all, read-only."""
+        if self.blocks is None:
+            assert self.data is not None
+            return self.data[first:last]
+        size = self.dtype.itemsize
+        return np.frombuffer(self.blocks.read(first * size, last * size), self.dtype)
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Where in `.bin` sequences start … stop-1 begin and end, bytes."""
+        if start >= stop:
+            return 0, 0
+        end = int(self.pointers[stop - 1]) + int(self.lengths[stop - 1]) * self.dtype.itemsize
+        return int(self.pointers[start]), end
 
 
-def read_indexed(prefix: Path) -> Indexed:
-    """Map a container. UserError names a file that is not one, or is truncated."""
+def read_indexed(prefix: Path, blocks: Blocks | None = None) -> Indexed:
+    """Map a container; blocks: its `.bin`, where only the index is on the disk.
+
+    UserError names a file that is not one, or is truncated.
+    """
     index_path, data_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     try:
-        index, data = memoryview(map_file(index_path)), memoryview(map_file(data_path))
+        index = memoryview(map_file(index_path))
+        data = memoryview(map_file(data_path) if blocks is None else b"")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or error} is missing; the corpus is incomplete") from None
     if index.nbytes < _HEADER.size:
@@ -204,7 +229,9 @@ def read_indexed(prefix: Path) -> Indexed:
     modes = take(np.dtype(np.int8), num_sequences)
     dtype: Any = dtypes[code]
     needed = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if num_sequences else 0
-    if data.nbytes != needed:
-        raise UserError(f"{data_path} has {data.nbytes} bytes, its index needs {needed}")
+    size = data.nbytes if blocks is None else blocks.size
+    if size != needed:
+        raise UserError(f"{data_path} has {size} bytes, its index needs {needed}")
     elements = np.frombuffer(data, dtype) if data.nbytes else np.empty(0, dtype)
-    return Indexed(lengths, pointers, documents, modes, elements)
+    whole = elements if blocks is None else None
+    return Indexed(lengths, pointers, documents, modes, np.dtype(dtype), size // dtype.itemsize, whole, blocks)

@@ -27,10 +27,13 @@ import pyarrow as pa
 import xxhash
 
 from megatron_lcl.data.corpus import kinds
-from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
+from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
+from megatron_lcl.data.corpus.manifest_shape import check_shape
 from megatron_lcl.data.corpus.names import Names, NamesWriter
+from megatron_lcl.data.corpus.remote import Remote, open_remote
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -218,7 +221,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 class Shard:
-    """One shard, memory-mapped. All arrays are read-only views.
+    """One shard, memory-mapped. All arrays are read-only views. Of a corpus in object storage (`remote`) the tokens and
+    images are read when they are asked for.
 
     lengths int32 [num_pieces], modes int8 [num_pieces]: 0 text, 1 image
     document_offsets int64 [num_documents+1], piece numbers
@@ -228,11 +232,12 @@ class Shard:
     image_format int8 [num_images], an index into FORMATS; image_xxh3 uint8 [num_images, 16]
     """
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.number = number
+    def __init__(self, folder: Path, number: int, remote: Remote | None = None) -> None:
+        self.number, self._remote = number, remote
         self._names_path = folder / _NAMES.format(number)
-        self._tokens = read_indexed(folder / _TOKENS.format(number))
-        self._images = read_indexed(folder / _IMAGES.format(number))
+        tokens, images = _TOKENS.format(number), _IMAGES.format(number)
+        self.tokens = read_indexed(folder / tokens, remote.blocks(f"{tokens}.bin") if remote else None)
+        self.images = read_indexed(folder / images, remote.blocks(f"{images}.bin") if remote else None)
         arrow_path = folder / (_IMAGES.format(number) + _ARROW)
         try:
             images, placements = _arrow_columns(arrow_path)
@@ -250,32 +255,32 @@ class Shard:
 
     @property
     def lengths(self) -> np.ndarray:
-        return self._tokens.lengths
+        return self.tokens.lengths
 
     @property
     def modes(self) -> np.ndarray:
-        return self._tokens.modes
+        return self.tokens.modes
 
     @property
     def document_offsets(self) -> np.ndarray:
-        return self._tokens.documents
+        return self.tokens.documents
 
     @property
     def num_documents(self) -> int:
-        return len(self._tokens.documents) - 1
+        return len(self.tokens.documents) - 1
 
     @property
     def num_pieces(self) -> int:
-        return len(self._tokens.lengths)
+        return len(self.tokens.lengths)
 
     @property
     def num_images(self) -> int:
-        return len(self._images.lengths)
+        return len(self.images.lengths)
 
     @property
     def image_sizes(self) -> np.ndarray:
         """int32 [num_images], encoded bytes of each image."""
-        return self._images.lengths
+        return self.images.lengths
 
     @cached_property
     def placement_of(self) -> np.ndarray:
@@ -285,24 +290,23 @@ class Shard:
     @cached_property
     def names(self) -> Names | None:
         """Where each document came from; None in a corpus of an earlier release."""
+        if self._remote is not None and self._names_path.name in self._remote.files:
+            self._remote.copy([self._names_path.name])
         return Names(self._names_path, self.num_documents) if self._names_path.exists() else None
 
     def piece(self, k: int) -> np.ndarray | int:
         """Piece `k`: int32 token ids of a text, or the index of an image in this shard."""
-        values = self._tokens.sequence(k)
+        values = self.tokens.sequence(k)
         return int(values[0]) if self.modes[k] == IMAGE else values
 
     def pieces(self, start: int, stop: int) -> np.ndarray:
         """int32 elements of pieces start … stop-1 one after another (`lengths` tells them apart)."""
-        if start >= stop:
-            return np.empty(0, np.int32)
-        first = int(self._tokens.pointers[start]) // 4
-        last = int(self._tokens.pointers[stop - 1]) // 4 + int(self._tokens.lengths[stop - 1])
-        return self._tokens.data[first:last]
+        begin, end = self.tokens.span(start, stop)
+        return self.tokens.elements(begin // 4, end // 4)
 
     def image(self, j: int) -> memoryview:
         """Encoded bytes of image `j`."""
-        return self._images.sequence(j).data
+        return self.images.sequence(j).data
 
 
 def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
@@ -318,27 +322,38 @@ def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
 
 
 class Corpus(Sequence[Document]):
-    """A finished corpus; `corpus[i]` is its i-th Document. Cheap to open, pickled by its path."""
+    """A finished corpus; `corpus[i]` is its i-th Document. Cheap to open, pickled by its path.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    path: a folder, or a URL of one in object storage, of which a part is kept in `cache` (data.cache; `remote`).
+    """
+
+    def __init__(self, path: str | Path, cache: str | Path | None = None) -> None:
+        url = url_of(path)
+        self.remote = None if url is None else open_remote(url, cache, MANIFEST)
+        self.path = self.remote.folder if self.remote else Path(path)
+        """the folder with the files that are on the disk"""
+        self.where = str(url or path)
+        """as the user named it"""
+        self._cache = cache
         self.manifest = read_manifest(self.path)
         try:
-            _check_manifest(self.manifest)
+            check_shape(self.manifest, COUNTS, KIND)
         except (KeyError, TypeError):
             raise UserError(
                 f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
             ) from None
+        if self.remote:
+            self.remote.prepare(self.manifest)
         self._shards: dict[int, Shard] = {}
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self.document_starts = np.array([0, *itertools.accumulate(counts)], np.int64)
         """int64 [num_shards+1]: number of each shard's first document, and the total"""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Corpus, (self.path,)
+        return Corpus, (self.where, self._cache)
 
     def __repr__(self) -> str:
-        return f"Corpus({str(self.path)!r}, {len(self)} documents)"
+        return f"Corpus({self.where!r}, {len(self)} documents)"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -364,7 +379,7 @@ class Corpus(Sequence[Document]):
         """Shard `k`, opened on first use."""
         if k not in self._shards:
             self._check_sizes(shard_files(k, has_names(self.manifest, k)))
-            self._shards[k] = Shard(self.path, k)
+            self._shards[k] = Shard(self.path, k, self.remote)
         return self._shards[k]
 
     def check_sizes(self) -> None:
@@ -377,13 +392,16 @@ class Corpus(Sequence[Document]):
                 if fault:
                     raise UserError(
                         f"{fault}; copy it again from where the corpus came from, or remove the folder and run "
-                        f"`megatron-lcl preprocess` again (`megatron-lcl verify {self.path}` says what else is wrong)"
+                        f"`megatron-lcl preprocess` again (`megatron-lcl verify {self.where}` says what else is wrong)"
                     )
 
     def _size_fault(self, name: str) -> str:
-        path = self.path / name
+        path = f"{self.where}/{name}"
         try:
-            size, expected = path.stat().st_size, self.manifest["files"][name]["size"]
+            size, expected = (
+                self.remote.size(name) if self.remote else (self.path / name).stat().st_size,
+                self.manifest["files"][name]["size"],
+            )
         except FileNotFoundError:
             return f"{path} is missing"
         except KeyError:
@@ -468,29 +486,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return {**manifest, "fingerprint": xxhash.xxh3_128_hexdigest(raw)}
 
 
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    """KeyError or TypeError where something is not there, or of another type."""
+def open_corpus(path: str | Path, cache: str | Path | None = None) -> Corpus:
+    """Open the corpus in folder `path` by its manifest; shards are mapped on first use. UserError if there is none.
 
-    def are(kind: type, *values: object) -> None:
-        if not all(type(value) is kind for value in values):
-            raise TypeError
-
-    are(dict, manifest["source"], manifest["tokenizer"], manifest["counts"], manifest["files"], manifest["drops"])
-    are(dict, *(manifest["drops"][key] for key in ("bad", "left_out", "noted", "names")))
-    are(list, manifest["shards"])
-    are(dict, *manifest["shards"], *manifest["files"].values())
-    tokenizer = manifest["tokenizer"]
-    are(str, tokenizer["file"], tokenizer["fingerprint"], *(info["xxh3"] for info in manifest["files"].values()))
-    are(int, tokenizer["vocab_size"], *(info["size"] for info in manifest["files"].values()))
-    for counts in (manifest["counts"], *manifest["shards"]):
-        are(int, *(counts[name] for name in COUNTS))
-    if any(shard.get(KIND, KINDS[0]) not in KINDS for shard in manifest["shards"]):
-        raise TypeError
-
-
-def open_corpus(path: str | Path) -> Corpus:
-    """Open the corpus in folder `path` by its manifest; shards are mapped on first use. UserError if there is none."""
-    return Corpus(path)
+    path: also `s3://bucket/folder` or `http(s)://host/folder`; cache: where what is read of such a corpus is kept,
+    `data.cache` (None: megatron_lcl in the user's cache folder).
+    """
+    return Corpus(path, cache)
 
 
 def total(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -31,6 +31,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.errors import UserError, free_space, naming
 
 RECORD = "chunk.json"
@@ -57,7 +58,7 @@ def cache_folder(data: Data) -> Path:
     """`data.cache`, or megatron_lcl in the user's cache folder."""
     if data.cache is not None:
         return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
+    return user_cache()
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ def corpora_without_pairs(
         return ()
     rules = rules_of_kinds(data, num_patches, context_length, 1, sequences)
     leading = data.contrast_leading_images
-    paths = tuple(c.path for c in data.corpora if not _gives_pairs(open_corpus(c.path), rules, leading))
+    paths = tuple(c.path for c in data.corpora if not _gives_pairs(open_corpus(c.path, data.cache), rules, leading))
     if len(paths) == len(data.corpora):
         none = "no image has a text before it" if sequences.interleaved else "no image has a text"
         raise UserError(

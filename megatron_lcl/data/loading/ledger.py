@@ -264,8 +264,9 @@ def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
 def _blend_of(data: Data) -> list[dict[str, Any]]:
     if not data.corpora:
         raise UserError("data.corpora is empty; name at least one corpus, e.g. data.corpora=[{path: corpus}]")
-    blend = [{"path": c.path, "fingerprint": open_corpus(c.path).fingerprint, "weight": c.weight} for c in data.corpora]
-    tokenizers = {c.path: open_corpus(c.path).manifest["tokenizer"]["fingerprint"] for c in data.corpora}
+    opened = [(c, open_corpus(c.path, data.cache)) for c in data.corpora]
+    blend = [{"path": c.path, "fingerprint": corpus.fingerprint, "weight": c.weight} for c, corpus in opened]
+    tokenizers = {c.path: corpus.manifest["tokenizer"]["fingerprint"] for c, corpus in opened}
     if len(set(tokenizers.values())) > 1:
         raise UserError(
             "the corpora of a blend must have the same tokenizer (`megatron-lcl retokenize` changes it); these "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
+from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.hashes import shuffled, uniform
@@ -177,7 +179,7 @@ class PackReader(Dataset[PackedBatch]):
             images: list[ImageOrigin] = []
             start = row
             special = source.corpus.tokenizer
-            where = str(source.corpus.path), document, epoch, part
+            where = source.corpus.where, document, epoch, part
             rows, begins, ends, first_piece, shard = self._rows(source, document, epoch, part)
             if self.sequences.captions and not self.sequences.doubled:
                 (_, written, begin, end), (_, pictured, _, _) = rows.tolist()
@@ -262,7 +264,7 @@ class PackReader(Dataset[PackedBatch]):
                 targets[soi : soi + self.num_placeholders + 1] = -1
 
     def _pixels(self, pack: Pack, origin: SequenceOrigin, image: ImageOrigin) -> np.ndarray:
-        corpus = next(s.corpus for s in pack.sources if str(s.corpus.path) == origin.corpus)
+        corpus = next(s.corpus for s in pack.sources if s.corpus.where == origin.corpus)
         data = corpus.shard(image.shard).image(image.image)
         if not self.train:
             return decode_eval(data, self.image_size)
@@ -288,7 +290,7 @@ _PATCHES = 1 << 40
 
 
 def _image_name(source: Source, shard: Shard, image: int) -> str:
-    return f"{source.corpus.path}, shard {shard.number}, image {image}"
+    return f"{source.corpus.where}, shard {shard.number}, image {image}"
 
 
 class PackedLoader(Iterable[PackedBatch]):
@@ -389,14 +391,12 @@ class PackedLoader(Iterable[PackedBatch]):
     def _locate(self, consumed: int) -> int:
         return consumed if self.ledger is None else self.ledger.locate(consumed)
 
-    def _packs(self) -> Iterator[tuple[int, ...]]:
-        step = 0
-        while self.steps is None or step < self.steps:
-            first = self._first + step * self._global_batch
-            for micro in range(self.micro_batches):
-                start = first + (micro * self._world_size + self._rank) * self._micro_batch
-                yield tuple(self._locate(start + b) for b in range(self._micro_batch))
-            step += 1
+    def packs_of(self, turn: int) -> tuple[int, ...]:
+        """The packs of micro-batch `turn`, counted from 0."""
+        step, micro = divmod(turn, self.micro_batches)
+        first = self._first + step * self._global_batch
+        start = first + (micro * self._world_size + self._rank) * self._micro_batch
+        return tuple(self._locate(start + b) for b in range(self._micro_batch))
 
     def __len__(self) -> int:
         """Micro-batches in all. TypeError if there is no end."""
@@ -412,13 +412,15 @@ class PackedLoader(Iterable[PackedBatch]):
 
     def _batches(self) -> Iterator[PackedBatch]:
         workers = self._data.workers
+        numbers = itertools.count() if self.steps is None else range(len(self))
+        turns = Turns(self.reader, self.packs_of, None if self.steps is None else len(self))
         if workers == 0:
-            yield from map(self.reader.__getitem__, self._packs())
+            yield from map(turns.__getitem__, numbers)
             return
         self.reader.progress = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
         loader: DataLoader[PackedBatch] = DataLoader(
-            self.reader,
-            sampler=self._packs(),  # type: ignore[arg-type]
+            turns,
+            sampler=numbers,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
             pin_memory=self._pin,

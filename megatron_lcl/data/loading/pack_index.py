@@ -173,7 +173,7 @@ class PackIndex:
             paths += [c["path"] for e in self.ledger.blends() for c in e["blend"] if c["fingerprint"] == wanted]
             for path in paths:
                 try:
-                    if open_corpus(path).fingerprint != wanted:
+                    if open_corpus(path, self._data.cache).fingerprint != wanted:
                         continue
                 except UserError:
                     continue

@@ -103,7 +103,7 @@ class Source:
         total = int(self.tokens.sum(dtype=np.int64))
         if total == 0:
             raise UserError(
-                f"no document of {self.corpus.path} is left after selection; lower data.min_similarity or "
+                f"no document of {self.corpus.where} is left after selection; lower data.min_similarity or "
                 "data.min_images"
             )
         return total / len(self.tokens)
@@ -157,7 +157,10 @@ def open_source(
 ) -> Source:
     """Open the corpus in folder `path` as a source of sequences."""
     rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, sequences, carry_text)
-    return Source(open_corpus(path), rules, data.seed, cache_folder(data))
+    corpus = open_corpus(path, data.cache)
+    if corpus.remote:
+        corpus.remote.room.limit = data.storage_cache_gb * 1e9
+    return Source(corpus, rules, data.seed, cache_folder(data))
 
 
 def rules_of_kinds(

@@ -29,7 +29,7 @@ def stats(corpus: Corpus) -> dict[str, Any]:
     for number in range(corpus.num_shards):
         formats += np.bincount(corpus.shard(number).image_format, minlength=len(FORMATS))
     return {
-        "path": str(corpus.path),
+        "path": corpus.where,
         "fingerprint": corpus.fingerprint,
         "source": corpus.manifest["source"],
         "tokenizer": corpus.manifest["tokenizer"],
@@ -82,7 +82,7 @@ def found(corpus: Corpus, source: str, max_listed: int = 50) -> str:
     width = len(str(listed[-1]))
     lines = [f"{i:>{width}}  {corpus.name(i)}" for i in listed]
     lines.append(f"{len(listed) + more:,} documents" + (f", the first {max_listed} are listed" if more else ""))
-    return "\n".join([*lines, f"`megatron-lcl inspect {corpus.path} show N` shows one"])
+    return "\n".join([*lines, f"`megatron-lcl inspect {corpus.where} show N` shows one"])
 
 
 def _find(corpus: Corpus, source: str) -> Iterator[int]:
@@ -92,9 +92,9 @@ def _find(corpus: Corpus, source: str) -> Iterator[int]:
     if first is None:
         if not any(corpus.shard(k).names for k in range(corpus.num_shards)):
             raise UserError(
-                f"{corpus.path} does not say where its documents came from, as it was written by an earlier release"
+                f"{corpus.where} does not say where its documents came from, as it was written by an earlier release"
             )
-        raise UserError(f"no document of {corpus.path} has {source!r} in its source, such as {corpus.name(0)!r}")
+        raise UserError(f"no document of {corpus.where} has {source!r} in its source, such as {corpus.name(0)!r}")
     return itertools.chain((first,), numbers)
 
 

@@ -84,7 +84,9 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _render(config: Config, loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
-    corpora = {str(corpus.path): corpus for corpus in (open_corpus(entry.path) for entry in config.data.corpora)}
+    corpora = {
+        corpus.where: corpus for corpus in (open_corpus(entry.path, config.data.cache) for entry in config.data.corpora)
+    }
     tokenizer = next(iter(corpora.values())).tokenizer
     packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, side) for batch in loader]
     for sequence in (sequence for pack in packs for sequence in pack["sequences"]):

@@ -114,7 +114,7 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
             images = [item for item in document.items if isinstance(item, Image)]
             if len(images) > 1 or len(texts) > 1:
                 raise UserError(
-                    f"document {first + local} of {corpus.path} has {len(images)} images and {len(texts)} texts, and "
+                    f"document {first + local} of {corpus.where} has {len(images)} images and {len(texts)} texts, and "
                     "webdataset holds pairs; export it with --format jsonl"
                 )
             if not images:

@@ -63,6 +63,8 @@ def _join(sources: list[Path], output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a new folder")
     opened = [open_corpus(s) for s in sources]
+    if remote := [corpus.where for corpus in opened if corpus.remote]:
+        raise UserError(f"merge joins corpora on one disk: copy {remote[0]} there first")
     manifests = [corpus.manifest for corpus in opened]
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
     if len(tokenizers) > 1:

@@ -50,6 +50,8 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
+    if corpus.remote:
+        raise UserError(f"verify reads every byte of a corpus: copy {corpus.where} to a disk, and verify the copy")
     files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
     for name, info in files.items():
         yield from _file_faults(path / name, info)
@@ -114,9 +116,9 @@ def _structure_faults(folder: Path, number: int, shard: Shard) -> Iterator[str]:
         ends = np.cumsum(lengths)
         if (lengths < 1).any():
             yield f"{kind}: sequence {int(np.argmax(lengths < 1))} is empty"
-        if not np.array_equal(container.pointers, (ends - lengths) * container.data.itemsize):
+        if not np.array_equal(container.pointers, (ends - lengths) * container.dtype.itemsize):
             yield f"{kind}: pointers do not follow from the lengths"
-        if (ends[-1] if len(ends) else 0) != len(container.data):
+        if (ends[-1] if len(ends) else 0) != container.num_elements:
             yield f"{kind}: the lengths do not add up to the data"
         documents = container.documents
         if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 1).any():

@@ -14,6 +14,7 @@ from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.hf import HfEncoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
@@ -79,6 +80,6 @@ def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.To
     if config is None:
         return None
     for corpus in config.data.corpora:
-        if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
-            return open_corpus(corpus.path).tokenizer
+        if url_of(corpus.path) or (Path(corpus.path) / CORPUS_MANIFEST).is_file():
+            return open_corpus(corpus.path, config.data.cache).tokenizer
     return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
@@ -43,6 +43,7 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
+from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, is_average, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.optimizers.pieces import partitions_of
@@ -70,6 +71,8 @@ class Saved:
     """from the first file to the final name"""
     not_deleted: list[str]
     """older files that should have gone and did not, and why"""
+    not_copied: str = ""
+    """why there is no copy of it in `checkpoint.mirror`"""
 
 
 class Checkpointer:
@@ -180,7 +183,19 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         num_bytes = sum(file["bytes"] for file in whole.values())
-        return Saved(final, progress.step, num_bytes, 0.0, time.perf_counter() - started, not_deleted[0])
+        saved = Saved(final, progress.step, num_bytes, 0.0, time.perf_counter() - started, not_deleted[0])
+        return replace(saved, not_copied=self._copy(final)) if first else saved
+
+    def _copy(self, folder: Path) -> str:
+        """Copy a complete checkpoint to `checkpoint.mirror`; why it could not be, if so: it is complete anyway."""
+        settings = self.config.checkpoint
+        if settings.mirror is None:
+            return ""
+        try:
+            Mirror(settings.mirror).upload(folder, settings)
+        except (UserError, OSError) as error:
+            return explain(error) if isinstance(error, OSError) else str(error)
+        return ""
 
     def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
         """What the first process does once the files of all processes are there; the result of `tidy`."""

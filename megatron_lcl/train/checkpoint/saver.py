@@ -58,6 +58,9 @@ class Saver:
         for saved in self.checkpoints.finished():
             numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
             self.telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
+            if saved.not_copied:
+                self.audit.write("not copied", saved.step, reason=saved.not_copied)
+                self.telemetry.say(f"no copy of the checkpoint of step {saved.step}: {saved.not_copied}")
             if saved.not_deleted:
                 self.audit.write("not deleted", saved.step, files=saved.not_deleted)
                 self.telemetry.say(f"could not delete {'; '.join(saved.not_deleted[:3])}")

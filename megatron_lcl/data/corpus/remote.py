@@ -1,0 +1,167 @@
+"""A corpus in object storage: its small files on the local disk, its tokens and images by ranges.
+
+    <cache>/corpora-<fingerprint>/   the manifest, the tokenizer, `.idx`, `.arrow` and names, each as its hash in the
+                                     manifest says; `.bin` and `.bin.have` as `data.storage.blocks` keeps them
+    <cache>/corpora-<fingerprint>.lock   held by the process that copies small files
+
+A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest, as far
+as there are locks; folders that nobody has read from for a day go, longest unused first, where a new corpus needs room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import lock_descriptor
+
+from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
+from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
+from megatron_lcl.data.storage.faults import StorageError
+from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import UserError
+
+LIMIT = 100e9
+"""bytes that the blocks of all corpora take, where no config says it"""
+BATCH = 16
+"""files that are copied at once"""
+_UNUSED_SECONDS = 86400.0
+_PREFIX = "corpora-"
+
+
+def user_cache() -> Path:
+    """megatron_lcl in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lcl"
+
+
+@lru_cache(maxsize=64)  # a corpus does not change, and a run opens one often
+def open_remote(url: str, cache: str | Path | None, manifest_name: str) -> Remote:
+    """The corpus at a URL, with its manifest on the disk. UserError where there is none."""
+    return Remote(url, Path(cache).expanduser() if cache else user_cache(), manifest_name)
+
+
+class Remote:
+    """Where the files of a corpus are. Opened once in a process and those that it forks."""
+
+    def __init__(self, url: str, cache: Path, manifest_name: str) -> None:
+        self.url = url
+        self.store = Store(url)
+        self._manifest_name = manifest_name
+        try:
+            raw = self.store.get(manifest_name)
+        except StorageError as error:
+            if error.missing:
+                raise UserError(f"{url} is not a corpus: it has no {manifest_name}") from None
+            raise
+        self.folder = cache / f"{_PREFIX}{xxhash.xxh3_128_hexdigest(raw)}"
+        self.room = Room(cache, f"{_PREFIX}*", LIMIT)
+        self.files: dict[str, Any] = {}
+        """of the manifest: sizes and hashes"""
+        self._objects: dict[str, tuple[int, str | None] | None] = {}
+        self._blocks: dict[str, Blocks] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / manifest_name).exists():
+                replace_bytes(self.folder / manifest_name, raw)
+            self._use = os.open(self.folder / manifest_name, os.O_RDONLY | os.O_CLOEXEC)
+            os.utime(self.folder)
+        except OSError as error:
+            raise UserError(
+                f"{url} cannot be kept in {cache} ({error.strerror}); set data.cache to another folder"
+            ) from None
+        with contextlib.suppress(OSError):  # there are no locks, or another user's
+            fcntl.flock(self._use, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def prepare(self, manifest: dict[str, Any]) -> None:
+        """What all shards need on the disk, and the sizes of all objects; each once."""
+        self.files = files = manifest["files"]
+        if not self._objects:
+            self._objects = dict(zip(files, self.store.head(list(files)), strict=True))
+            make_room(self.folder, self.room.limit - sum(info["size"] for info in files.values()))
+        small = [name for name in files if name.endswith((".idx", ".arrow"))]
+        self.copy([*small, manifest["tokenizer"]["file"]])
+
+    def size(self, name: str) -> int:
+        """Bytes of an object. FileNotFoundError where there is none."""
+        about = self._objects.get(name)
+        if about is None:
+            raise FileNotFoundError(f"{self.url}/{name}")
+        return about[0]
+
+    def blocks(self, name: str) -> Blocks:
+        """The bytes of a `.bin`."""
+        if name not in self._blocks:
+            about = self._objects[name]
+            assert about is not None, name
+            self._blocks[name] = Blocks(self.store, name, *about, self.folder, self.room)
+        return self._blocks[name]
+
+    def copy(self, names: Sequence[str]) -> None:
+        """Have whole files on the disk, as the manifest says them. UserError where one is another."""
+        missing = [name for name in names if not (self.folder / name).exists()]
+        if not missing:
+            return
+        with _locked(self.folder.with_name(self.folder.name + ".lock")) as alone:
+            for left in self.folder.glob(".copy-*") if alone else ():  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            missing = [name for name in missing if not (self.folder / name).exists()]
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".copy-") as scratch:
+                for first in range(0, len(missing), BATCH):
+                    self._copy(missing[first : first + BATCH], Path(scratch))
+
+    def _copy(self, names: list[str], scratch: Path) -> None:
+        self.store.fetch(names, scratch)
+        for name in names:
+            size, digest = (scratch / name).stat().st_size, hash_file(scratch / name)
+            listed = self.files.get(name, {"size": size, "xxh3": digest})  # a tokenizer has its own fingerprint
+            if (size, digest) != (listed["size"], listed["xxh3"]):
+                raise UserError(
+                    f"{self.url}/{name} is not the file that the manifest names ({size:,} bytes, XXH3 {digest}); copy "
+                    "the corpus again"
+                )
+            sync(scratch / name)
+            (scratch / name).replace(self.folder / name)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether there are locks, which only save work, and this process has the one."""
+    with open(path, "w") as file:
+        try:
+            alone = lock_descriptor(file.fileno(), blocking=True)
+        except OSError:
+            alone = False
+        yield alone
+
+
+def make_room(keep: Path, left: float) -> None:
+    """Delete corpora of the cache of `keep` that nobody has used for a day until the others take up to `left` bytes."""
+    others = []
+    for folder in keep.parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder != keep and folder.is_dir():
+                others.append((folder.stat().st_mtime, folder, disk_use(folder)))
+    total = sum(size for *_, size in others)
+    for used, folder, size in sorted(others):
+        if total > left and time.time() - used > _UNUSED_SECONDS and not _in_use(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+
+def _in_use(folder: Path) -> bool:
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False

@@ -1,0 +1,8 @@
+"""Object storage: `s3://bucket/folder` and `http(s)://host/folder` (`gs://`, `az://` as far as obstore goes).
+
+`store.py` is what the rest of the package uses: whole objects, ranges of them, files to and from a folder. Requests are
+made by a process of their own (`server.py`), because obstore's threads do not survive a fork, and training forks its
+loader processes. `blocks.py` keeps ranges of one object on the local disk. `faults.py` says errors in one line.
+
+Imports nothing of data's other rooms. Begin with `store.py`.
+"""

@@ -1,0 +1,114 @@
+"""What went wrong with a request to object storage, in one line that names the remedy and holds no secret.
+
+Nothing of an error is passed on as it came: answers of a server may repeat a request with its keys. Only its HTTP
+status and error code, both checked for their form, and the addresses that the user gave are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from megatron_lcl.errors import UserError
+
+KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_STATUS = re.compile(r"(?:status code|status)\W{1,3}([1-5]\d\d)\b")
+_CODE = re.compile(r"<Code>\s*([A-Za-z]{3,60})\s*</Code>")
+_NOT_TAKEN = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
+_METADATA = ("/latest/api/token", "/latest/meta-data", "169.254.169.254", "metadata.google.internal", "169.254.170.2")
+"""where credentials are asked for on machines in a cloud, once the environment has none"""
+
+
+class StorageError(UserError):
+    """A request that failed for good."""
+
+    def __init__(self, message: str, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+        """there is no such object"""
+
+
+class Fault(NamedTuple):
+    """Why one try failed."""
+
+    message: str
+    passing: bool
+    """another try may do better"""
+    missing: bool = False
+    answered: bool = False
+    """there is a server, and it may do better later"""
+
+
+def endpoint_of(url: str, environment: Mapping[str, str]) -> str:
+    """Where requests for a URL go, as the user named it."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https"):
+        return f"{parts.scheme}://{parts.netloc}"
+    if parts.scheme == "s3":
+        names = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
+        return next((environment[name] for name in names if environment.get(name)), "Amazon S3")
+    return {"gs": "Google Cloud Storage", "az": "Azure"}[parts.scheme]
+
+
+def explained(error: BaseException, url: str, name: str, environment: Mapping[str, str]) -> Fault:
+    """An error of obstore at the object `name` below `url`."""
+    said, kind = str(error), type(error).__name__
+    found, coded = _STATUS.search(said), _CODE.search(said)
+    status, code = int(found[1]) if found else 0, coded[1] if coded else ""
+    endpoint = without_secrets(endpoint_of(url, environment))
+    place = f"{url}/{name}".rstrip("/")
+    if code == "NoSuchBucket":
+        return Fault(f"{url}: there is no bucket {urlsplit(url).netloc!r} at {endpoint}; check its name", False)
+    if code in ("RequestTimeTooSkewed", "RequestExpired"):
+        return Fault(f"{url}: {endpoint} refused the time of this machine ({code}); set its clock (NTP)", False)
+    if any(address in said for address in _METADATA):
+        return Fault(f"{url}: no credentials; {_remedy(url)}", False)
+    if "redirect" in said.lower():
+        return Fault(f"{url}: {endpoint} says that the bucket is elsewhere; set AWS_REGION to its region", False)
+    if kind == "PreconditionError" or status == 412:
+        return Fault(f"{place} was replaced while it was read; begin again with what is there now", False)
+    if code in _NOT_TAKEN or status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        why = code or f"status {status or 403}"
+        return Fault(f"{place}: {endpoint} refused ({why}); {_remedy(url)}, with rights to this place", False)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return Fault(f"{place} does not exist", False, missing=True)
+    if kind == "NotSupportedError" or "Range request not supported" in said:
+        return Fault(f"{place}: {endpoint} does not answer requests for a range of bytes; use another server", False)
+    if status in (408, 429) or status >= 500:
+        said = f"{place}: {endpoint} answers with status {status}{f' ({code})' * bool(code)}; try later"
+        return Fault(said, True, answered=True)
+    if status:
+        return Fault(f"{place}: {endpoint} answers with status {status}{f' ({code})' * bool(code)}", False)
+    if isinstance(error, (OSError, ValueError)) and kind not in ("GenericError", "BaseError"):
+        return Fault(f"{place}: {kind}", False)
+    if "builder error" in said or "URL scheme" in said:
+        return Fault(
+            f"{url}: {endpoint} is no address of an S3 server; set AWS_ENDPOINT_URL, as http://host:port", False
+        )
+    return Fault(f"{url}: no whole answer from {endpoint}; {_reach(url)}", True)
+
+
+def _remedy(url: str) -> str:
+    match urlsplit(url).scheme:
+        case "s3":
+            return f"set {KEYS} (a public bucket: AWS_SKIP_SIGNATURE=true)"
+        case "gs":
+            return "set GOOGLE_APPLICATION_CREDENTIALS"
+        case "az":
+            return "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
+    return "the server wants credentials, which http(s):// has none of"
+
+
+def _reach(url: str) -> str:
+    setting = "AWS_ENDPOINT_URL" if url.startswith("s3:") else "the URL"
+    return f"check {setting} and the network"
+
+
+def without_secrets(address: str) -> str:
+    """An address without a user, a password or a query."""
+    parts = urlsplit(address)
+    if not parts.netloc:
+        return address
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

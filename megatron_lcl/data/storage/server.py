@@ -1,0 +1,263 @@
+"""The process that makes the requests, with obstore (the Rust crate object_store): `python -m … SOCKET`.
+
+It answers the process that started it and those that this one forks, over a socket in a folder that only their user may
+enter, each connection in a thread; it ends when the last of them has (its standard input ends then). A request is
+(operation, url, arguments); an answer ("ok", value) or ("fault", message, missing).
+
+A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to a URL
+was answered yet (a wrong address shows soon), for PATIENCE_SECONDS afterwards. A body with fewer bytes than were asked
+for counts as one that failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from configparser import Error as ConfigError
+from datetime import timedelta
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explained
+
+FIRST_SECONDS = 6.0
+PATIENCE_SECONDS = 300.0
+IN_FLIGHT = 32
+"""requests made at once for one process that reads"""
+CHUNK = 16 << 20
+"""bytes of a request, of a whole object that is fetched, and of a part, of one that is put"""
+T = TypeVar("T")
+
+
+class Remote:
+    """A folder of objects."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._store, self._retrying = _open(url, 0), _open(url, 10)
+        self._answered = False
+        self._pool = ThreadPoolExecutor(IN_FLIGHT)
+
+    def head(self, names: list[str]) -> list[tuple[int, str | None] | None]:
+        """(bytes, ETag) of each object; None where it is not there."""
+        return list(self._pool.map(self._head, names))
+
+    def read(self, name: str, etag: str | None, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Bytes start … stop-1 of an object, for each range."""
+        return list(self._pool.map(lambda r: self._range(name, etag, *r), ranges))
+
+    def fetch(self, names: list[str], folder: str) -> None:
+        """Whole objects into files of the same names in a folder, one after another in many requests."""
+        for name, about in zip(names, self.head(names), strict=True):
+            if about is None:
+                raise StorageError(f"{self.url}/{name} does not exist", missing=True)
+            size, etag = about
+            with open(Path(folder) / name, "wb") as file:
+                descriptor = file.fileno()
+
+                def one(
+                    start: int, name: str = name, etag: str | None = etag, size: int = size, to: int = descriptor
+                ) -> None:
+                    content = memoryview(self._range(name, etag, start, min(start + CHUNK, size)))
+                    while content:
+                        written = os.pwrite(to, content, start)
+                        content, start = content[written:], start + written
+
+                list(self._pool.map(one, range(0, size, CHUNK)))
+
+    def put(self, name: str, content: bytes | str) -> None:
+        """An object, of these bytes or of a file at this path; as it was or whole, whatever ends this process."""
+        import obstore
+
+        source = Path(content) if isinstance(content, str) else content
+        if not self._answered:
+            self._head(name)  # a wrong address shows soon
+        # of the requests for its parts each is made again; all of them together seldom succeed
+        self._again(name, lambda: obstore.put(self._retrying, name, source, chunk_size=CHUNK))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Objects, as far as they are there."""
+        import obstore
+
+        def one(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, name)
+
+        for name in names:
+            self._again(name, lambda name=name: one(name))  # type: ignore[misc]
+
+    def list(self, prefix: str) -> list[tuple[str, int]]:
+        """(name, bytes) of all objects below a prefix, in order of their names."""
+        import obstore
+
+        def listed() -> list[tuple[str, int]]:
+            pages = obstore.list(self._store, prefix or None)
+            return sorted((item["path"], item["size"]) for page in pages for item in page)
+
+        return self._again(prefix, listed)
+
+    def _head(self, name: str) -> tuple[int, str | None] | None:
+        import obstore
+        from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+        def one() -> tuple[int, str | None] | None:
+            try:
+                about = obstore.head(self._store, name)
+            except FileNotFoundError:
+                if urlsplit(self.url).scheme == "s3" and not self._answered:
+                    self._say_why(name)
+                return None
+            except (PermissionDeniedError, UnauthenticatedError):
+                self._say_why(name)
+                raise
+            return about["size"], about["e_tag"]
+
+        return self._again(name, one)
+
+    def _say_why(self, name: str) -> None:
+        """The answer to `head` has no body that says what is wrong (bucket, keys, clock); that to `get` has."""
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                obstore.get(self._store, name)
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise StorageError(explained(error, self.url, name, os.environ).message) from None
+
+    def _range(self, name: str, etag: str | None, start: int, stop: int) -> bytes:
+        import obstore
+
+        def one() -> bytes:
+            options: dict[str, Any] = {"range": (start, stop)}
+            if etag is not None and not etag.startswith("W/"):  # a weak one says nothing of bytes
+                options["if_match"] = etag
+            content = obstore.get(self._store, name, options=options).bytes()  # type: ignore[arg-type]
+            if len(content) != stop - start:
+                raise _CutShort
+            return content.to_bytes()
+
+        return self._again(name, one) if stop > start else b""
+
+    def _again(self, name: str, action: Callable[[], T]) -> T:
+        began, pause = time.monotonic(), 0.1
+        while True:
+            try:
+                result = action()
+                self._answered = True
+                return result
+            except StorageError:
+                raise
+            except _CutShort:
+                self._answered = True
+                fault = Fault(f"{self.url}/{name}: the answer ended too early, each time; check the network", True)
+            except Exception as error:  # noqa: BLE001 of whatever kind, it is explained
+                fault = explained(error, self.url, name, os.environ)
+            self._answered |= fault.answered
+            waited = time.monotonic() - began + pause
+            if not fault.passing or waited > (PATIENCE_SECONDS if self._answered else FIRST_SECONDS):
+                raise StorageError(fault.message, fault.missing)
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, 8.0)
+
+
+class _CutShort(Exception):
+    """Fewer bytes than were asked for."""
+
+
+def _open(url: str, retries: int) -> Any:
+    from obstore.store import from_url
+
+    scheme = urlsplit(url).scheme
+    client: Any = {
+        "connect_timeout": timedelta(seconds=5),
+        "timeout": timedelta(seconds=60),
+        "allow_http": scheme == "http" or not _endpoint().startswith("https://"),
+    }
+    retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=PATIENCE_SECONDS)}
+    config: dict[str, Any] = {}
+    if scheme == "s3":
+        if _endpoint():
+            config["endpoint"] = _endpoint()
+        config["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        config |= _profile()
+    return from_url(
+        url if scheme in ("http", "https") else f"{url}/", client_options=client, retry_config=retry, **config
+    )
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def _profile() -> dict[str, str]:
+    """Keys from the file that the tools of AWS write, where the environment has none."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        return {}
+    file, parser = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials", ConfigParser()
+    name = os.environ.get("AWS_PROFILE", "default")
+    try:
+        parser.read(Path(file).expanduser())
+        section = parser[name]
+    except (OSError, ConfigError, KeyError, UnicodeDecodeError):
+        if "AWS_PROFILE" in os.environ:
+            raise StorageError(f"AWS_PROFILE is {name!r}, which {file} does not have; set {KEYS}") from None
+        return {}
+    keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
+    keys["aws_session_token"] = "session_token"
+    return {ours: section[theirs] for theirs, ours in keys.items() if theirs in section}
+
+
+def main(address: str) -> None:
+    """Answer until standard input ends."""
+    remotes: dict[str, Remote] = {}
+    lock = threading.Lock()
+
+    def answer(connection: Connection) -> None:
+        with connection, contextlib.suppress(EOFError, OSError):
+            while True:
+                operation, url, arguments = connection.recv()
+                reply: tuple[Any, ...]
+                try:
+                    with lock:
+                        if url not in remotes:
+                            remotes[url] = Remote(url)
+                    reply = "ok", getattr(remotes[url], operation)(*arguments)
+                except StorageError as error:
+                    reply = "fault", str(error), error.missing
+                except OSError as error:  # of a file of ours
+                    reply = "fault", f"{arguments[-1]}: {error.strerror or type(error).__name__}", False
+                except ImportError:
+                    reply = "fault", "object storage needs obstore: pip install 'megatron-lcl[storage]'", False
+                except Exception as error:  # noqa: BLE001 its text may repeat what is secret
+                    reply = (
+                        "fault",
+                        f"{url}: {type(error).__name__} in obstore, of the settings in AWS_… variables",
+                        False,
+                    )
+                connection.send(reply)
+
+    def listen() -> None:
+        with Listener(address, "AF_UNIX", backlog=128) as listener:
+            print("ready", flush=True)
+            while True:
+                threading.Thread(target=answer, args=(listener.accept(),), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    sys.stdin.buffer.read()
+    shutil.rmtree(Path(address).parent, ignore_errors=True)
+    os._exit(0)  # whatever requests are still being made: nobody waits for them
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

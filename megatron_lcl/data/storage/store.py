@@ -1,0 +1,188 @@
+"""A folder of objects, by its URL: `Store("s3://bucket/folder")`.
+
+Settings are everybody's environment variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, AWS_SKIP_SIGNATURE, … (docs/object-storage.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_lcl.data.storage.faults import StorageError, without_secrets
+from megatron_lcl.errors import UserError
+
+_URL = re.compile(r"(s3|gs|az|https?):/+(.*)", re.DOTALL)
+_TRIES = 3
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HTTP", "http", "NO_PROXY", "no_proxy")
+"""how the environment variables begin that a request depends on"""
+
+
+def url_of(path: str | os.PathLike[str]) -> str | None:
+    """The URL of a folder of objects, without a slash at its end; None: it is a path of a file system.
+
+    A Path has lost one of the two slashes. UserError where the URL has a user, a password or a query in it: it would
+    stand in configs, logs and manifests.
+    """
+    found = _URL.fullmatch(os.fspath(path))
+    if found is None:
+        return None
+    url = f"{found[1]}://{found[2]}".rstrip("/")
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise UserError(f"{url} names no bucket; write {found[1]}://BUCKET/FOLDER")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"{without_secrets(url)}: a URL with a user, a password or a query is not taken, as it would be written "
+            "into logs; give credentials by environment variables"
+        )
+    return url
+
+
+class Store:
+    """The objects below a URL. Cheap to make; every process and thread may use one. Raises StorageError."""
+
+    def __init__(self, url: str) -> None:
+        found = url_of(url)
+        assert found is not None, url
+        self.url = found
+
+    def head(self, names: Sequence[str]) -> list[tuple[int, str | None] | None]:
+        """(bytes, ETag) of each object; None where it is not there."""
+        return self._ask("head", list(names))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object."""
+        return self.head([name])[0] is not None
+
+    def get(self, name: str) -> bytes:
+        """A whole object."""
+        about = self.head([name])[0]
+        if about is None:
+            raise StorageError(f"{self.url}/{name} does not exist", missing=True)
+        return self.read(name, [(0, about[0])], about[1])[0]
+
+    def read(self, name: str, ranges: Sequence[tuple[int, int]], etag: str | None = None) -> list[bytes]:
+        """Bytes start … stop-1 of an object for each of the ranges, which are asked for at once.
+
+        etag: that of `head`; where the object is another by now, this fails.
+        """
+        return self._ask("read", name, etag, list(ranges))
+
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
+        """Whole objects into files of the same names in a folder; what is there is overwritten, not durably."""
+        self._ask("fetch", list(names), str(folder.absolute()))
+
+    def put(self, name: str, content: bytes | Path) -> None:
+        """An object, of these bytes or of a file: all of it is there afterwards, or what was there before."""
+        self._ask("put", name, str(content.absolute()) if isinstance(content, Path) else content)
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(name, bytes) of all objects below a prefix (whole parts of a path), in order."""
+        return self._ask("list", prefix)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects, as far as they are there."""
+        self._ask("delete", list(names))
+
+    def _ask(self, operation: str, *arguments: Any) -> Any:
+        for left in reversed(range(_TRIES)):
+            connection = None
+            try:
+                connection = _connection()
+                connection.send((operation, self.url, arguments))
+                reply = connection.recv()
+                break
+            except (EOFError, OSError):  # the server was killed: another one begins again
+                _forget(connection)
+                if not left:
+                    raise StorageError(
+                        f"{self.url}: the process that makes requests was killed {_TRIES} times"
+                    ) from None
+            except BaseException:  # an answer that nobody takes would be that to the next question
+                _forget(connection)
+                raise
+        if reply[0] == "fault":
+            raise StorageError(reply[1], reply[2])
+        return reply[1]
+
+
+# --- the process that makes the requests --------------------------------------------------------------------------
+
+
+class _Mine(threading.local):
+    connection: Connection | None = None
+    pid = 0
+    address = ""
+
+
+_mine = _Mine()
+_starting = threading.Lock()
+_server: tuple[subprocess.Popen[bytes], str, dict[str, str]] | None = None
+"""the process, its address, and the settings that it has; of a process that was forked: its parent's"""
+
+
+def _connection() -> Connection:
+    """This thread's connection, new where it has none."""
+    address = _address()
+    if _mine.connection is None or _mine.pid != os.getpid() or _mine.address != address:
+        _mine.connection = None  # in a forked process: the parent's, which stays open there
+        _mine.connection, _mine.pid, _mine.address = Client(address, "AF_UNIX"), os.getpid(), address
+    return _mine.connection
+
+
+def _forget(connection: Connection | None) -> None:
+    global _server
+    with contextlib.suppress(OSError):
+        if connection is not None:
+            connection.close()
+    address, _mine.connection = _mine.address, None
+    with _starting:
+        if _server is not None and (connection is None or _server[1] == address):
+            _server = None  # the process ends when nobody holds its standard input any more
+
+
+def _address() -> str:
+    """Where the process that has this one's settings listens; it is started where there is none."""
+    global _server
+    settings = {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)}
+    with _starting:
+        if _server is None or _server[2] != settings:
+            folder = tempfile.mkdtemp(prefix="megatron-lcl-storage-")
+            address = os.path.join(folder, "s")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_lcl.data.storage.server", address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the processes that it serves
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            process.stdout.close()
+            if ready != b"ready\n":
+                process.wait()
+                raise StorageError(
+                    f"the process that makes requests to object storage did not start ({sys.executable})"
+                )
+            _server = process, address, settings
+        return _server[1]
+
+
+def _after_fork() -> None:
+    global _starting
+    _starting = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,70 @@
+"""Copies of a run's checkpoints in object storage (`checkpoint.mirror`).
+
+    s3://bucket/run/step-00001000/…   the files that the checkpoint's manifest names, then manifest.json
+
+A checkpoint is written to the run folder first, as always, and copied once it is complete there. An object is whole or
+not there, and the manifest is put last, so a copy with a manifest is complete; it is deleted manifest first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_lcl.config import Checkpoint
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
+from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import RunError
+from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
+
+
+class Mirror:
+    """The copies below a URL; used by one process of a run. Raises StorageError."""
+
+    def __init__(self, url: str) -> None:
+        self.store = Store(url)
+
+    def complete(self) -> list[str]:
+        """Names of the checkpoints of which there is a whole copy, oldest first."""
+        found = (Path(name) for name, _ in self.store.list())
+        names = (path.parent.name for path in found if path.name == MANIFEST and len(path.parts) == 2)
+        return sorted((name for name in names if step_of(Path(name)) >= 0), key=lambda name: step_of(Path(name)))
+
+    def upload(self, folder: Path, keep: Checkpoint) -> None:
+        """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted."""
+        self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a resume
+        for name in read_manifest(folder):
+            self.store.put(f"{folder.name}/{name}", folder / name)
+        self.store.put(f"{folder.name}/{MANIFEST}", folder / MANIFEST)
+        complete = self.complete()
+        kept = {*complete} - {old.name for old in superseded([Path(name) for name in complete], keep)}
+        stale = [name for name, _ in self.store.list() if self._is_of_a_step(name) and Path(name).parts[0] not in kept]
+        self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
+
+    def _is_of_a_step(self, name: str) -> bool:
+        return step_of(Path(Path(name).parts[0])) >= 0
+
+    def restore(self, run: Path) -> Path | None:
+        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need."""
+        complete = self.complete()
+        if list_checkpoints(run) or not complete:
+            return None
+        final = run / CHECKPOINTS / complete[-1]
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        source = Store(f"{self.store.url}/{final.name}")
+        source.fetch([MANIFEST], temporary)
+        names = list(read_manifest(temporary))
+        for name in names:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        source.fetch(names, temporary)
+        if faults := verify(temporary):
+            raise RunError(f"the copy {source.url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
+        for name in (*names, MANIFEST, "."):
+            sync(temporary / name)
+        temporary.rename(final)
+        sync(final.parent)
+        return final

@@ -1,0 +1,146 @@
+"""Objects and ranges of them through a proxy with faults: what arrives is what was put, or an error of one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+from s3_server import Proxy
+
+from megatron_lcl.data.storage import store as module
+from megatron_lcl.data.storage.faults import StorageError
+from megatron_lcl.data.storage.store import Store, url_of
+from megatron_lcl.errors import UserError
+
+CONTENT = bytes(range(256)) * 4000
+LARGE = os.urandom(1 << 20) * 20
+"""of more than one part"""
+
+
+def peer(s3: Proxy) -> object:
+    return boto3.client("s3", endpoint_url=s3.url, region_name="us-east-1")
+
+
+def test_objects_are_what_boto3_reads_and_writes(s3: Proxy, place: str, tmp_path: Path) -> None:
+    store, prefix = Store(place), place.removeprefix("s3://bucket/")
+    store.put("bytes", CONTENT)
+    (tmp_path / "file").write_bytes(LARGE)
+    store.put("below/file", tmp_path / "file")
+    client = peer(s3)
+    assert client.get_object(Bucket="bucket", Key=f"{prefix}/bytes")["Body"].read() == CONTENT
+    assert client.get_object(Bucket="bucket", Key=f"{prefix}/below/file")["Body"].read() == LARGE
+    client.put_object(Bucket="bucket", Key=f"{prefix}/theirs", Body=b"")
+    assert store.list() == [("below/file", len(LARGE)), ("bytes", len(CONTENT)), ("theirs", 0)]
+    assert store.list("below") == [("below/file", len(LARGE))]
+    assert store.get("theirs") == b""
+    assert store.exists("bytes")
+    assert not store.exists("other")
+    store.fetch(["bytes"], tmp_path)
+    assert (tmp_path / "bytes").read_bytes() == CONTENT
+    store.delete(["theirs", "never there"])
+    assert not store.exists("theirs")
+
+
+@pytest.mark.slow
+def test_503s_and_cut_bodies_are_asked_for_again(s3: Proxy, place: str, tmp_path: Path) -> None:
+    store = Store(place)
+    store.put("object", LARGE)
+    ranges = [(i * 100_003, i * 100_003 + 40_000) for i in range(60)]
+    s3.unavailable, s3.cut = 5, 4
+    assert store.read("object", ranges) == [LARGE[a:b] for a, b in ranges]
+    store.fetch(["object"], tmp_path)
+    assert (tmp_path / "object").read_bytes() == LARGE
+    s3.cut = 0
+    store.put("again", LARGE)
+    assert {request.status for request in s3.requests} >= {206, 503}
+    s3.reset()
+    assert store.get("again") == LARGE
+
+
+def test_an_object_that_is_replaced_is_not_mixed(place: str) -> None:
+    store = Store(place)
+    store.put("object", CONTENT)
+    etag = store.head(["object"])[0][1]
+    assert store.read("object", [(5, 9)], etag) == [CONTENT[5:9]]
+    store.put("object", CONTENT[::-1])
+    with pytest.raises(StorageError, match="object was replaced while it was read"):
+        store.read("object", [(5, 9)], etag)
+
+
+def test_forked_processes_ask_and_a_killed_server_comes_back(place: str) -> None:
+    store = Store(place)
+    store.put("object", CONTENT)
+    for _ in range(2):
+        child = os.fork()
+        if not child:
+            os._exit(0 if store.get("object") == CONTENT else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        module._server[0].kill()
+        assert store.get("object") == CONTENT
+
+
+def planted(code: str, status: str = "403 Forbidden") -> bytes:
+    """What a server may say, with everything in it that should stay secret."""
+    said = f"{os.environ['AWS_ACCESS_KEY_ID']} {os.environ['AWS_SECRET_ACCESS_KEY']}"
+    body = f"<Error><Code>{code}</Code><Message>{said}</Message><StringToSign>{said}</StringToSign></Error>".encode()
+    return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(body), body)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("RequestTimeTooSkewed", "403 Forbidden", r"refused the time of this machine \(RequestTimeTooSkewed\)"),
+        ("SignatureDoesNotMatch", "403 Forbidden", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("NoSuchBucket", "404 Not Found", "there is no bucket 'bucket' at http://127.0.0.1"),
+        ("PermanentRedirect", "301 Moved", "set AWS_REGION"),
+    ],
+)
+def test_errors_have_one_line_and_no_secret(s3: Proxy, place: str, code: str, status: str, said: str) -> None:
+    for question in (lambda: Store(place).get("object"), lambda: Store(place).list()):
+        s3.answer = planted(code, status)
+        with pytest.raises(StorageError, match=said) as raised:
+            question()
+        s3.answer = b""
+        message = str(raised.value)
+        assert "\n" not in message
+        assert place in message
+        assert "PLANTED" not in message
+        assert "secret/of" not in message
+
+
+def test_a_wrong_address_shows_soon(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    since = time.monotonic()
+    with pytest.raises(StorageError, match=f"no whole answer from http://127.0.0.1:{port}; check AWS_ENDPOINT_URL"):
+        Store(place).get("object")
+    assert time.monotonic() - since < 60  # not the 300 s of a run that has begun
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    with pytest.raises(StorageError, match="there is no bucket 'other'"):
+        Store("s3://other/folder").get("object")
+
+
+def test_missing_credentials_name_the_variables(s3: Proxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # where a cloud would have some
+    with pytest.raises(StorageError, match=r"no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        Store(place).get("object")
+
+
+def test_urls(tmp_path: Path) -> None:
+    assert url_of("s3://bucket/a/") == "s3://bucket/a"
+    assert url_of(Path("s3://bucket/a")) == "s3://bucket/a"
+    assert url_of("corpora/s3") is None
+    assert url_of(tmp_path) is None
+    for wrong in ("s3://user:planted@bucket/a", "https://host/a?X-Amz-Signature=planted"):
+        with pytest.raises(UserError, match="environment variables") as raised:
+            url_of(wrong)
+        assert "planted" not in str(raised.value)
+    with pytest.raises(UserError, match="no bucket"):
+        url_of("s3://")

@@ -1,0 +1,238 @@
+"""A corpus in object storage: its batches are those of the disk, whatever the network and the cache do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from corpora import jpeg, random_documents, write_corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from s3_fixtures import upload
+from s3_server import Proxy
+
+from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus.remote import open_remote
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.loader import PackedLoader
+from megatron_lcl.data.pages import inspect
+from megatron_lcl.data.prepare.merge import merge
+from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.data.storage.blocks import BLOCK, Blocks, Room
+from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import UserError
+
+STEPS = 12
+"""more than two epochs"""
+
+
+@pytest.fixture
+def local(once: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A corpus on the disk, of 3 shards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    return once("storage-corpus", lambda folder: write_corpus(folder / "c", random_documents(60, 3), 3).path)
+
+
+def loader(path: Any, cache: Path, **options: Any) -> PackedLoader:
+    given = {"world_size": 1, "rank": 0, "steps": STEPS, "first_pack": 0}
+    given |= {name: options.pop(name) for name in given.keys() & options.keys()}
+    fields: dict[str, Any] = {"tokens_per_pack": 512, "images_per_pack": 4, "workers": 0, "look_ahead": 2, **options}
+    data = Data(corpora=(Corpus(str(path)),), cache=str(cache), **fields)
+    return PackedLoader(data, 4, 16, 96, global_batch=4, micro_batch=2, **given)
+
+
+def contents(batches: Any) -> list[tuple[Any, ...]]:
+    def of(batch: PackedBatch) -> tuple[Any, ...]:
+        arrays = [*batch.integers().values(), batch.images]
+        return batch.packs, batch.num_images, *(array.numpy().tobytes() for array in arrays)
+
+    return list(map(of, batches))
+
+
+def ranges(s3: Proxy) -> list[Any]:
+    """Requests for parts of `.bin` files."""
+    return [r for r in s3.requests if r.method == "GET" and r.path.endswith(".bin") and "names" not in r.path]
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0], ids=["kept", "no room"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_disk(
+    s3: Proxy, place: str, local: Path, tmp_path: Path, workers: int, limit: float
+) -> None:
+    upload(local, place)
+    s3.latency, s3.unavailable, s3.cut = 0.02, 9, 7
+    options = {"workers": workers, "storage_cache_gb": limit}
+    expected, given = (loader(path, tmp_path / "cache", **options) for path in (local, place))
+    assert contents(given) == contents(expected)
+    if not workers:
+        blocks = open_remote(place, str(tmp_path / "cache"), "corpus.json")._blocks.values()
+        assert sum(len(b._held) for b in blocks) == 0
+        assert {b._path.exists() for b in blocks} == {True}
+        stored = sum(b._path.stat().st_blocks for b in blocks)
+        assert (stored == 0) == (limit == 0)
+
+
+def test_each_rank_reads_what_it_needs_and_resumes_anywhere(s3: Proxy, place: str, tmp_path: Path) -> None:
+    documents = [[[d], (jpeg(d) + bytes(100_000), None, None)] for d in range(40)]
+    corpus = write_corpus(tmp_path / "c", documents, 2)
+    upload(corpus.path, place)
+    options = {"world_size": 2, "rank": 1, "first_pack": 4, "steps": 1}
+    expected = contents(loader(corpus.path, tmp_path / "cache", **options))
+    s3.reset()
+    remote = loader(place, tmp_path / "cache", **options)
+    assert contents(remote) == expected
+    origins = [o for packs in (batch[0] for batch in expected) for n in packs for o in remote.provenance(n)]
+    images = {(image.shard, image.image) for origin in origins for image in origin.images}
+    assert len(images) == 8
+    sent = sum(request.sent for request in ranges(s3) if "images" in request.path)
+    assert 1.0 < sent / sum(int(corpus.shard(k).image_sizes[j]) for k, j in images) < 1.3
+
+
+def test_several_epochs_read_once_what_fits(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
+    upload(local, place)
+    s3.reset()
+    first = contents(loader(place, tmp_path / "cache"))
+    size = sum(file.stat().st_size for file in local.glob("[it]*.bin"))
+    read = sum(request.sent for request in ranges(s3))
+    assert size / 2 < read < 2 * size
+    s3.reset()
+    assert contents(loader(place, tmp_path / "cache")) == first
+    assert ranges(s3) == []
+
+
+def test_nothing_is_asked_for_at_the_last_moment(
+    place: str, s3: Proxy, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(local, place)
+    fetch, late = Blocks._fetch, []
+
+    def counted(self: Blocks, runs: list[tuple[int, int]]) -> Any:
+        late.extend((self.name, block) for run in runs for block in range(*run) if not self._asked)
+        return fetch(self, runs)
+
+    monkeypatch.setattr(Blocks, "_fetch", counted)
+    for limit in (1.0, 0.0):
+        contents(loader(place, tmp_path / f"cache-{limit}", storage_cache_gb=limit))
+    assert late == []
+
+
+def test_what_a_disk_has_wrong_is_read_again(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
+    upload(local, place)
+    expected = contents(loader(place, tmp_path / "cache"))
+    (folder,) = (tmp_path / "cache").glob("corpora-*/")
+    for file in folder.glob("*.bin"):
+        if file.with_name(f"{file.name}.have").exists():  # a crash has lost what was written last
+            size = file.stat().st_size
+            file.write_bytes(b"\0" * size)
+    s3.reset()
+    assert contents(loader(place, tmp_path / "cache")) == expected
+    assert ranges(s3)
+
+
+def reading(path: str, cache: Path) -> None:
+    contents(loader(path, cache, look_ahead=1))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
+    upload(local, place)
+    expected = contents(loader(local, tmp_path / "local"))
+    context, draw = multiprocessing.get_context("spawn"), random.Random(1)
+    s3.latency, s3.cut = 0.02, 11
+    process = context.Process(target=reading, args=(place, tmp_path / "cache"))
+    process.start()  # two at once, on one cache
+    for _ in range(3):
+        other = context.Process(target=reading, args=(place, tmp_path / "cache"))
+        other.start()
+        seen = len(s3.requests)
+        while other.is_alive() and len(s3.requests) == seen:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.0))
+        os.kill(other.pid, signal.SIGKILL)
+        other.join(60)
+    process.join(120)
+    assert process.exitcode == 0
+    assert contents(loader(place, tmp_path / "cache")) == expected
+    (folder,) = (tmp_path / "cache").glob("corpora-*/")
+    assert not list(folder.glob(".copy-*"))
+
+
+def test_http_without_s3(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
+    upload(local, place)
+    client = boto3.client("s3", endpoint_url=s3.url, region_name="us-east-1")
+    for file in local.iterdir():
+        key = f"{place.removeprefix('s3://bucket/')}/{file.name}"
+        client.put_object_acl(Bucket="bucket", Key=key, ACL="public-read")
+    url = place.replace("s3:/", s3.url)
+    assert contents(loader(url, tmp_path / "a", steps=2)) == contents(loader(local, tmp_path / "a", steps=2))
+
+
+def test_documents_and_statistics(place: str, s3: Proxy, local: Path) -> None:
+    upload(local, place)
+    remote, disk = open_corpus(place), open_corpus(local)
+    assert len(remote) == len(disk)
+    assert [remote[i] for i in (0, 31, 59)] == [disk[i] for i in (0, 31, 59)]
+    assert remote.name(31) == disk.name(31)
+    numbers, expected = inspect.stats(remote), inspect.stats(disk)
+    assert numbers.pop("path") == place
+    expected.pop("path")
+    assert numbers == expected
+
+
+def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{place} is not a corpus: it has no corpus.json"):
+        open_corpus(place)
+    copy = shutil.copytree(local, tmp_path / "copy")
+    index = bytearray((copy / "tokens-00001.idx").read_bytes())
+    index[-1] ^= 1
+    (copy / "tokens-00001.idx").write_bytes(index)
+    with pytest.raises(UserError, match=rf"{place}/1/tokens-00001.idx is not the file that the manifest names"):
+        open_corpus(upload(copy, f"{place}/1"), tmp_path / "cache-1")
+    shutil.copy(local / "tokens-00001.idx", copy)
+    (copy / "images-00000.bin").write_bytes((copy / "images-00000.bin").read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"/2/images-00000.bin has [\d,]+ bytes, but was written with"):
+        open_corpus(upload(copy, f"{place}/2"), tmp_path / "cache-2").shard(0)
+    Store(f"{place}/2").delete(["images-00000.bin"])
+    with pytest.raises(UserError, match=r"/2/images-00000.bin is missing"):
+        open_corpus(f"{place}/2", tmp_path / "cache-3").check_sizes()
+    upload(local, f"{place}/3")
+    with pytest.raises(UserError, match=r"copy s3://.* to a disk, and verify the copy"):
+        verify(f"{place}/3")
+    with pytest.raises(UserError, match=r"copy .* there first"):
+        merge([Path(f"{place}/3")], tmp_path / "merged")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.integers(1, 40 * BLOCK),
+    wanted=st.lists(st.tuples(st.integers(0, 40 * BLOCK), st.integers(0, 5 * BLOCK)), max_size=6),
+    limit=st.sampled_from([0.0, 8 * BLOCK, 1e9]),
+    data=st.data(),
+)
+def test_any_ranges_of_any_object(
+    place: str, s3: Proxy, tmp_path: Path, size: int, wanted: list[tuple[int, int]], limit: float, data: Any
+) -> None:
+    """Ranges read ahead, or not, in any order, whatever room there is, are the object's bytes."""
+    content = np.random.default_rng(size).bytes(size)
+    store, folder = Store(place), tmp_path / f"{size}-{time.monotonic_ns()}"
+    store.put("object", content)
+    folder.mkdir()
+    blocks = Blocks(store, "object", size, store.head(["object"])[0][1], folder, Room(tmp_path, folder.name, limit))
+    bounds = [(min(start, size), min(start + length, size)) for start, length in wanted]
+    for turn in range(2):
+        blocks.ahead(data.draw(st.lists(st.sampled_from(bounds))) if bounds else [], turn)
+        for start, stop in data.draw(st.permutations(bounds)):
+            assert blocks.read(start, stop) == content[start:stop]
+        blocks.release(turn)
+        assert not blocks._held

@@ -1,0 +1,113 @@
+"""Copies of checkpoints in object storage: complete or not there, and enough to go on from without the run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import Fleet, losses, train
+from s3_server import Proxy
+
+from megatron_lcl.config import Checkpoint
+from megatron_lcl.data.corpus.manifest import MANIFEST, verify
+from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import RunError
+from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.train.checkpoint.mirror import Mirror
+
+
+def planted(rank: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def fleet_options() -> dict[str, Any]:
+    return {"plant": planted, "planted": ({name: x for name, x in os.environ.items() if name.startswith("AWS_")},)}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_copy(
+    s3: Proxy, place: str, config_file: str, undisturbed: list[tuple], tmp_path: Path
+) -> None:
+    words = ["--config", config_file, "--checkpoint.mirror", place]
+    first, second, mirror = tmp_path / "first", tmp_path / "second", Mirror(place)
+    s3.unavailable, s3.latency = 9, 0.01
+    with Fleet(first, *words, "--checkpoint.keep_last", "1", **fleet_options()) as fleet:
+        fleet.wait_for(lambda: bool(mirror.complete()))
+        fleet.kill()
+    s3.reset()
+    step = int(mirror.complete()[-1].removeprefix("step-"))
+    shutil.rmtree(first)  # the machine is gone
+    said = train(second, *words, "--checkpoint.keep_last", "2", **fleet_options())
+    assert "going on from" in said
+    assert losses(second) == [line for line in undisturbed if line[0] > step]
+    assert mirror.complete() == ["step-00000008", "step-00000012"]
+    assert {name.split("/")[0] for name, _ in Store(place).list()} == {*mirror.complete()}
+    assert mirror.restore(tmp_path / "third") is not None
+    restored = tmp_path / "third" / CHECKPOINTS / "step-00000012"
+    assert verify(restored) == []
+    for file in restored.rglob("*"):
+        if file.is_file():
+            own = second / CHECKPOINTS / "step-00000012" / file.relative_to(restored)
+            assert file.read_bytes() == own.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_copies(s3: Proxy, config_file: str, undisturbed: list[tuple], tmp_path: Path) -> None:
+    words = ["--config", config_file, "--checkpoint.mirror"]
+    said = train(tmp_path / "none", *words, "s3://nowhere/run", code=2, **fleet_options())
+    assert "there is no bucket 'nowhere'" in said
+    assert not (tmp_path / "none" / CHECKPOINTS).exists()
+    said = train(tmp_path / "path", *words, "copies", code=2, **fleet_options())
+    assert "give a URL" in said
+    assert losses(tmp_path / "none") == []
+
+
+def saved(folder: Path, step: int) -> Path:
+    """What looks like a checkpoint."""
+    from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
+
+    made = folder / f"step-{step:08d}"
+    (made / "state").mkdir(parents=True)
+    (made / "state" / "a.pt").write_bytes(bytes([step]) * 1000)
+    (made / "model.safetensors").write_bytes(bytes([step]) * 2000)
+    files = {name: fingerprint(made / name) for name in ("state/a.pt", "model.safetensors")}
+    (made / MANIFEST).write_text(manifest_text(files))
+    return made
+
+
+def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror, keep = Mirror(place), Checkpoint(keep_last=2, keep_every=10)
+    put, left = Store.put, [0]
+
+    def failing(self: Store, name: str, content: bytes | Path) -> None:
+        if not left[0]:
+            raise ConnectionError
+        left[0] -= 1
+        put(self, name, content)
+
+    monkeypatch.setattr(Store, "put", failing)
+    for allowed in range(4):
+        left[0] = allowed
+        folder = saved(tmp_path / str(allowed), 10)
+        if allowed < 3:
+            with pytest.raises(ConnectionError):
+                mirror.upload(folder, keep)
+            assert mirror.complete() == []
+            assert mirror.restore(tmp_path / "run") is None
+        else:
+            mirror.upload(folder, keep)
+    assert mirror.complete() == ["step-00000010"]
+    monkeypatch.setattr(Store, "put", put)
+    Store(place).put("step-00000011/model.safetensors", b"of a copy that was interrupted")
+    Store(place).put("other", b"no checkpoint")
+    for step in (12, 13, 14, 13):
+        mirror.upload(saved(tmp_path / f"{step}-{len(list(tmp_path.iterdir()))}", step), keep)
+    assert mirror.complete() == ["step-00000010", "step-00000013", "step-00000014"]
+    assert {name.split("/")[0] for name, _ in Store(place).list()} == {"other", *mirror.complete()}
+    Store(place).put("step-00000014/model.safetensors", b"damaged")
+    with pytest.raises(RunError, match=r"step-00000014 is damaged \(model.safetensors: 7 bytes"):
+        mirror.restore(tmp_path / "run")
+    assert not (tmp_path / "run" / CHECKPOINTS / "step-00000014").exists()
