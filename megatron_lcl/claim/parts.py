@@ -11,8 +11,8 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 IMAGES = 60_000
-"""images that a run sees, the same one counted as often as it is seen; on two cores seven minutes of `lcl`, and two hours
-of a part"""
+"""images that a run sees, the same one counted as often as it is seen: seven minutes of `lcl` on two cores, and two
+hours of a part"""
 RATES = (5e-4, 1e-3, 2e-3)
 """learning rates that are tried for every row"""
 SEARCH = 0.2

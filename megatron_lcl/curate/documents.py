@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +67,8 @@ class Source:
         self.is_text: list[bool] = (shard.modes[self.start : stop] == TEXT).tolist()
         self.kept: list[int] = list(range(stop - self.start))
         """the items that no rule has removed so far"""
+        self.matches: Mapping[int, tuple[float, int]] | None = None
+        """similarity of an image and number of its text, by item, where they are new"""
         self._corpus = corpus
         self._texts: dict[int, str] = {}
 
@@ -87,6 +89,13 @@ class Source:
     def placement(self, item: int) -> int:
         """Of an image: index into `shard.similarity` and `shard.matched_text`."""
         return int(self.shard.placement_of[self.start + item])
+
+    def match(self, item: int) -> tuple[float, int]:
+        """Of an image: similarity, NaN where it has none; number of the text it is matched to, -1 for none."""
+        if self.matches is not None:
+            return self.matches[item]
+        placement = self.placement(item)
+        return float(self.shard.similarity[placement]), int(self.shard.matched_text[placement])
 
     @property
     def kept_texts(self) -> list[int]:

@@ -24,6 +24,7 @@ from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join
 from megatron_lcl.curate.languages import Context, context_of
 from megatron_lcl.curate.measures import MEASURES, Measured, has_any
+from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.settings import Rule, Settings, rules_of
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import sync
@@ -241,7 +242,7 @@ def part_of(work: Work, task: Range) -> Part:
 
 
 def _copy_range(work: Work, task: Range, folder: Path) -> None:
-    removals = _removals(work, task)
+    removals, matches = _removals(work, task), _matches(work, task)
     rules, context = rules_of(work.settings, "document"), context_of(work.settings)
     thresholds = thresholds_of(work.settings, work.joins)
     counted, drops = Counted(), Drops()
@@ -252,6 +253,8 @@ def _copy_range(work: Work, task: Range, folder: Path) -> None:
             gone = removals.pop(document.number, {})
             whole = gone.pop(WHOLE, None)
             document.without(list(gone))
+            if matches is not None:
+                document.matches = matches.get(document.number, {})
             gone |= _unmatched(document)
             document.without(list(gone))
             if whole is None:
@@ -272,7 +275,7 @@ def _copy_range(work: Work, task: Range, folder: Path) -> None:
         if writer and writer.num_documents:
             similarities = writer.has_similarities
             files, counts = writer.finish()
-            kind = work.corpus.kinds[task.shard]
+            kind = work.corpus.kinds[task.shard] if matches is None else "matched"
             record = {"kind": kind, "number": 0, "has_similarities": similarities}
             shards = [{**record, "files": files, "counts": counts}]
         elif writer:
@@ -305,13 +308,21 @@ def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
     return found
 
 
+def _matches(work: Work, task: Range) -> dict[int, dict[int, tuple[float, int]]] | None:
+    """New matches of images to texts, by document and item; None where they stay."""
+    for number, join in enumerate(work.joins):
+        if isinstance(join, Matched):
+            return join.matches(work.facts(task.number, number))
+    return None
+
+
 def _unmatched(document: Source) -> dict[int, Removal]:
     """Images whose text is gone; the value is the number of the text."""
     texts = [item for item, is_text in enumerate(document.is_text) if is_text]
     kept, found = set(document.kept), {}
     if len(kept) < len(document.is_text):
         for item in document.kept_images:
-            matched = int(document.shard.matched_text[document.placement(item)])
+            _, matched = document.match(item)
             if matched >= 0 and texts[matched] not in kept:
                 found[item] = Removal(UNMATCHED, float(matched))
     return found
@@ -341,8 +352,7 @@ def _copy_document(writer: ShardWriter, document: Source) -> None:
         if document.is_text[item]:
             writer.add_texts([document.ids(item).tobytes()])
             continue
-        j, placement = document.image(item), document.placement(item)
-        similarity, matched = float(shard.similarity[placement]), int(shard.matched_text[placement])
+        j, (similarity, matched) = document.image(item), document.match(item)
         writer.add_image(
             bytes(shard.image(j)),
             int(shard.image_width[j]),

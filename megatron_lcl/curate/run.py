@@ -25,6 +25,7 @@ from megatron_lcl.curate.duplicates.rules import Duplicates, EvaluationSets
 from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of, libraries
+from megatron_lcl.curate.models import rules as models
 from megatron_lcl.curate.passes import (
     REMOVED,
     REMOVED_FILE,
@@ -231,7 +232,7 @@ def _joins_of(settings: Settings) -> tuple[Join, ...]:
         joins.append(EvaluationSets(settings.evaluation))
     rules = settings.duplicates
     joins += [Duplicates(each, rules.against) for each in (rules.images, rules.documents) if each.action is not None]
-    return tuple(joins)
+    return (*joins, *models.joins_of(settings.models))
 
 
 def _check(settings: Settings) -> None:

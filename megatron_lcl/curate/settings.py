@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from megatron_lcl import fields
 from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
+from megatron_lcl.curate.models.settings import ModelRules
 from megatron_lcl.data.corpus.store import FORMATS
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
@@ -118,6 +119,7 @@ class Settings:
     document: DocumentRules = DocumentRules()
     duplicates: DuplicateRules = DuplicateRules()
     evaluation: Decontamination = Decontamination()
+    models: ModelRules = ModelRules()
     lists: Lists = Lists()
     language: Language = Language()
 
@@ -216,6 +218,8 @@ def _files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "lists.flagged_words", settings.lists.flagged_words
     if settings.language.model is not None:
         yield "language.model", settings.language.model
+    if settings.models.head is not None:
+        yield "models.head", settings.models.head
 
 
 def _called(key: str) -> str:

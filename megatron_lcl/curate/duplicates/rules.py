@@ -48,19 +48,19 @@ class Duplicates:
         """Facts of the other corpora, a file a range."""
         items = [(path, task) for path in self.against for task in ranges(open_corpus(path), _TASK_BYTES)]
         for number, facts in enumerate(in_order(_facts_of_range, self.settings, items, workers, ahead=4 * workers)):
-            _save(folder / f"{number:06d}", facts)
+            save_facts(folder / f"{number:06d}", facts)
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `document_facts` and `image_facts` say."""
-        _save(file, _facts(self.settings, corpus.path, task, gone))
+        save_facts(file, _facts(self.settings, corpus.path, task, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_documents` and `join_images` say."""
         against = sorted(prepared.iterdir())
         if isinstance(self.settings, DocumentDuplicates):
-            yield _table(join_documents(facts, self.settings, scratch, against))
+            yield table_of(join_documents(facts, self.settings, scratch, against))
         else:
-            yield _table(join_images(facts, self.settings, scratch, against))
+            yield table_of(join_images(facts, self.settings, scratch, against))
 
 
 class EvaluationSets:
@@ -89,7 +89,7 @@ class EvaluationSets:
         files = [folder / f"facts-{number:06d}" for number in range(len(tasks))]
         found = in_order(_facts_of_images, self.settings, tasks, workers, ahead=4 * workers)
         for file, facts in zip(files, found, strict=True):
-            _save(file, facts)
+            save_facts(file, facts)
         write_index(files, folder)
         for file in files:
             file.unlink()
@@ -97,11 +97,11 @@ class EvaluationSets:
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `contamination_facts` says."""
         where = (corpus.path, task.shard, task.first, task.last)
-        _save(file, contamination_facts(*where, prepared, self.settings, gone))
+        save_facts(file, contamination_facts(*where, prepared, self.settings, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_evaluation` says."""
-        yield _table(join_evaluation(facts, prepared))
+        yield table_of(join_evaluation(facts, prepared))
 
 
 class _Images(NamedTuple):
@@ -127,11 +127,13 @@ def _facts_of_images(settings: Decontamination, images: _Images) -> Facts:
     return evaluation_facts(*images, settings)
 
 
-def _save(file: Path, facts: Facts) -> None:
+def save_facts(file: Path, facts: Facts) -> None:
+    """Write them so that `np.load` reads them."""
     with file.open("wb") as stream:  # np.savez would put a suffix on a path
         np.savez(stream, **facts)  # type: ignore[arg-type]  # one of savez's own names is none of ours
 
 
-def _table(removals: Removals) -> pa.Table:
+def table_of(removals: Removals) -> pa.Table:
+    """Removals as a join gives them."""
     columns = (removals.document, removals.item, removals.value.astype(np.float64), removals.matched)
     return pa.table(dict(zip(REMOVED.names, columns, strict=True))).cast(REMOVED)

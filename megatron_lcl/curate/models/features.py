@@ -17,8 +17,9 @@ import numpy as np
 import PIL.Image
 
 from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
-from megatron_lcl.curate.duplicates.facts import Facts, places
+from megatron_lcl.curate.duplicates.facts import NOTHING, Facts, places
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, same_content
+from megatron_lcl.curate.joins import Gone
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
@@ -32,9 +33,16 @@ _BLOCK = 2048
 
 
 def feature_facts(
-    corpus: str | Path, shard: int, first: int, last: int, encoder: str, tokenizer: str | None = None
+    corpus: str | Path,
+    shard: int,
+    first: int,
+    last: int,
+    encoder: str,
+    tokenizer: str | None = None,
+    gone: Gone = NOTHING,
 ) -> Facts:
-    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images:
+    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images,
+    without the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; image int32 [K], which
     of the M; digest uint32 [M, 4], XXH3-128 of its bytes; feature float32 [M, D], the pooled feature with unit norm, 0
@@ -44,7 +52,7 @@ def feature_facts(
 
     opened, (model, width) = Corpus(corpus), _load(encoder, tokenizer)
     part = opened.shard(shard)
-    document, item, shown = places(opened, shard, first, last)
+    document, item, shown = places(opened, shard, first, last, gone)
     images, index = np.unique(shown, return_inverse=True)
     features = np.zeros((len(images), width), np.float32)
     for start in range(0, len(images), _BATCH):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_lcl.curate.duplicates.facts import NOTHING, Facts
+from megatron_lcl.curate.joins import Gone
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
@@ -37,12 +39,20 @@ def assign(similarity: np.ndarray) -> np.ndarray:
 
 
 def matching_facts(
-    corpus: str | Path, shard: int, first: int, last: int, encoder: str, tokenizer: str | None = None
-) -> dict[str, np.ndarray]:
-    """Of the K images, in their places, of the documents first … last-1 of a shard (numbers in the shard):
+    corpus: str | Path,
+    shard: int,
+    first: int,
+    last: int,
+    encoder: str,
+    tokenizer: str | None = None,
+    gone: Gone = NOTHING,
+) -> Facts:
+    """Of the K images, in their places, of the documents first … last-1 of a shard (numbers in the shard), without the
+    items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; matched_text int32
-    [K], index among the document's texts, -1 where it has none; similarity float32 [K], cosine, NaN where it has none.
+    [K], index among all of the document's texts, -1 where it has none; similarity float32 [K], cosine, NaN where it has
+    none.
     An image that does not decode has none.
 
     encoder: as `evaluate` names it (`open_clip:NAME`, `hf:DIR`, an LCL checkpoint); tokenizer: of an LCL checkpoint.
@@ -52,16 +62,17 @@ def matching_facts(
     found: dict[str, list[float]] = {"document": [], "item": [], "matched_text": [], "similarity": []}
     for number in range(first, last):
         document = int(opened.document_starts[shard]) + number
-        items = opened[document].items
-        places = [k for k, item in enumerate(items) if isinstance(item, Image)]
-        texts = [item.text for item in items if isinstance(item, Text)]
-        similarity = similarities(model, [items[k].data for k in places], texts)
+        items, left_out = opened[document].items, gone.get(document, ())
+        images = {k: item.data for k, item in enumerate(items) if isinstance(item, Image) and k not in left_out}
+        texts = [(k, item.text) for k, item in enumerate(items) if isinstance(item, Text)]
+        numbers = [number for number, (k, _) in enumerate(texts) if k not in left_out]
+        similarity = similarities(model, list(images.values()), [texts[number][1] for number in numbers])
         usable = np.flatnonzero(~np.isnan(similarity).any(1))
-        matched = np.full(len(places), -1)
+        matched = np.full(len(images), -1)
         matched[usable] = assign(similarity[usable])
-        found["document"] += [document] * len(places)
-        found["item"] += places
-        found["matched_text"] += matched.tolist()
+        found["document"] += [document] * len(images)
+        found["item"] += images
+        found["matched_text"] += [numbers[m] if m >= 0 else -1 for m in matched]
         found["similarity"] += [float(s[m]) if m >= 0 else np.nan for s, m in zip(similarity, matched, strict=True)]
     kinds = {"document": np.int64, "item": np.int32, "matched_text": np.int32, "similarity": np.float32}
     return {name: np.array(values, kinds[name]) for name, values in found.items()}

@@ -40,3 +40,35 @@ class FeatureDuplicates:
     action: Action = Field(
         default="keep-one", description="keep-one: the first place of an image stays; drop-all: none does"
     )
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelRules:
+    """Rules that ask an encoder; each is on where its field is set."""
+
+    encoder: str | None = Field(default=None, description="any that `evaluate --encoder` takes, or an LCL checkpoint")
+    tokenizer: str | None = Field(default=None, description="of an LCL checkpoint, whose texts are encoded")
+    match: bool = Field(
+        default=False, description="match each image to one text of its document; images that are left over go"
+    )
+    min_similarity: float | None = Field(
+        default=None, description="of match: images whose cosine similarity to their text is lower go, too"
+    )
+    head: str | None = Field(default=None, description="file of a linear head that scores images, see HeadScore")
+    min_score: float | None = Field(default=None, description="images that it scores lower are removed")
+    max_score: float | None = Field(default=None, description="images that it scores higher are removed")
+    duplicates: Action | None = Field(
+        default=None, description="of images with nearly the same features: keep-one or drop-all"
+    )
+    min_cosine: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=FeatureDuplicates().min_cosine, description="of duplicates: cosine similarity from which they are that"
+    )
+
+    def __post_init__(self) -> None:
+        asks = self.match or self.head is not None or self.duplicates is not None
+        if asks and self.encoder is None:
+            raise UserError("models.match, head and duplicates need models.encoder, such as hf:DIR or a run")
+        if self.min_similarity is not None and not self.match:
+            raise UserError("models.min_similarity goes with models.match")
+        if self.head is not None:
+            HeadScore(self.head, self.min_score, self.max_score)  # which says what is missing

@@ -1,0 +1,118 @@
+"""What an encoder says, as rules of `curate` (`joins.Join`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_lcl.curate.documents import Range
+from megatron_lcl.curate.duplicates.join import Removals
+from megatron_lcl.curate.duplicates.rules import save_facts, table_of
+from megatron_lcl.curate.joins import Gone
+from megatron_lcl.curate.models.features import feature_facts, join_features, join_scores, read_head
+from megatron_lcl.curate.models.matching import matching_facts
+from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore, ModelRules
+from megatron_lcl.data.corpus.store import Corpus
+
+
+class _Asking:
+    """A rule whose facts are an encoder's."""
+
+    def __init__(self, encoder: str, tokenizer: str | None) -> None:
+        self.encoder, self.tokenizer = encoder, tokenizer
+
+    def prepare(self, folder: Path, workers: int) -> None:
+        """The encoder is loaded by each process."""
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+        """As `feature_facts` says."""
+        where = (corpus.path, task.shard, task.first, task.last)
+        save_facts(file, feature_facts(*where, self.encoder, self.tokenizer, gone))
+
+
+class Scores(_Asking):
+    """Images that a linear head scores too low or too high."""
+
+    rule = "image.score"
+
+    def __init__(self, encoder: str, tokenizer: str | None, settings: HeadScore) -> None:
+        super().__init__(encoder, tokenizer)
+        self.settings = settings
+        read_head(Path(settings.head))  # which says what is wrong with it
+
+    @property
+    def threshold(self) -> Any:
+        low, high = self.settings.min_score, self.settings.max_score
+        return " ".join(f"{name} {value:g}" for name, value in (("min", low), ("max", high)) if value is not None)
+
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """As `join_scores` says."""
+        yield table_of(join_scores(facts, self.settings))
+
+
+class SameFeatures(_Asking):
+    """Images whose features are nearly those of an image before."""
+
+    rule = "image.features"
+
+    def __init__(self, encoder: str, tokenizer: str | None, settings: FeatureDuplicates) -> None:
+        super().__init__(encoder, tokenizer)
+        self.settings = settings
+
+    @property
+    def threshold(self) -> Any:
+        return self.settings.min_cosine
+
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """As `join_features` says."""
+        yield table_of(join_features(facts, self.settings, scratch))
+
+
+class Matched(_Asking):
+    """Images to which no text of their document is matched, or one that is too unlike; the others' matches are new."""
+
+    rule = "image.matching"
+
+    def __init__(self, encoder: str, tokenizer: str | None, min_similarity: float | None) -> None:
+        super().__init__(encoder, tokenizer)
+        self.threshold = min_similarity
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+        """As `matching_facts` says."""
+        where = (corpus.path, task.shard, task.first, task.last)
+        save_facts(file, matching_facts(*where, self.encoder, self.tokenizer, gone))
+
+    def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
+        """value: the similarity, NaN of an image without a text."""
+        least = -np.inf if self.threshold is None else self.threshold
+        for file in facts:
+            with np.load(file) as found:
+                out = (found["matched_text"] < 0) | ~(found["similarity"] >= least)
+                document, item, value = (found[name][out] for name in ("document", "item", "similarity"))
+                yield table_of(Removals(self.rule, document, item, value, [""] * len(value)))
+
+    def matches(self, file: Path) -> dict[int, dict[int, tuple[float, int]]]:
+        """Of a file of facts: similarity and number of the text, by document and item."""
+        matches: dict[int, dict[int, tuple[float, int]]] = {}
+        with np.load(file) as found:
+            columns = (found[name].tolist() for name in ("document", "item", "similarity", "matched_text"))
+            for document, item, similarity, text in zip(*columns, strict=True):
+                matches.setdefault(document, {})[item] = (similarity, text)
+        return matches
+
+
+def joins_of(rules: ModelRules) -> Iterator[Scores | SameFeatures | Matched]:
+    """The rules that are on."""
+    if rules.encoder is None:
+        return
+    encoder = (rules.encoder, rules.tokenizer)
+    if rules.head is not None:
+        yield Scores(*encoder, HeadScore(rules.head, rules.min_score, rules.max_score))
+    if rules.duplicates is not None:
+        yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates))
+    if rules.match:
+        yield Matched(*encoder, rules.min_similarity)
