@@ -17,7 +17,7 @@ from megatron_lcl.curate.run import Curated, curate, read_curated
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.store import open_corpus, read_manifest
+from megatron_lcl.data.corpus.store import open_corpus, read_manifest, write_manifest
 from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.unfinished import WORK
@@ -255,6 +255,21 @@ def test_curated_corpora_are_merged_and_curated_again(tmp_path: Path) -> None:
     assert verify(tmp_path / "both") == []
     with pytest.raises(UserError, match="was not curated"):
         read_curated(tmp_path / "both")
+
+
+def test_a_corpus_of_an_earlier_release(tmp_path: Path) -> None:
+    """Its manifest says neither kinds nor where documents came from."""
+    source = write_corpus(tmp_path / "in", random_documents(9, 3, matched=True), 2).path
+    for file in source.glob("names-*.bin"):
+        file.unlink()
+    manifest = {key: value for key, value in read_manifest(source).items() if key != "fingerprint"}
+    manifest["files"] = {name: info for name, info in manifest["files"].items() if not name.startswith("names-")}
+    write_manifest(source, manifest)
+    curate(source, tmp_path / "out", rules(text__min_characters="4"))
+    assert read(tmp_path / "out") == left(source, tmp_path / "out")
+    assert {name for name, *_ in read(tmp_path / "out")} == {""}
+    assert set(open_corpus(tmp_path / "out").kinds) == {"matched"}
+    assert verify(tmp_path / "out") == []
 
 
 def test_verify_sees_a_changed_record(tmp_path: Path) -> None:
