@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -89,23 +90,38 @@ def opened(task: Task, parameters: Mapping[str, Any]) -> Iterator[_Ray]:
 def _connect(ray: Any, settings: RaySettings, cpus: int, folder: str) -> None:
     """To a cluster, or to one that is started here, with its files in `folder`."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address != _LOCAL:
-            if place := _HOST_PORT.fullmatch(address or ""):  # Ray itself would try for minutes
-                socket.create_connection((place[1], int(place[2])), _PATIENCE).close()
-            ray.init(address=address or "auto", **quiet)
-            return
-    except Exception as error:
-        if address:
+    given = settings.address or os.environ.get("RAY_ADDRESS")
+    address = _running() if given in (None, "auto") else given
+    if address not in (None, _LOCAL):
+        try:
+            _reach(address)
+            ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
             raise UserError(f"no Ray at {address}: {one_line(error)}") from None
-        if not isinstance(error, ConnectionError):
-            raise
+        return
+    if given == "auto":
+        raise UserError("no Ray runs on this machine: `ray start` joins it to a cluster, `--ray local` needs none")
     num_cpus = max(len(os.sched_getaffinity(0)), cpus)
     ray.init(
         address=_LOCAL, num_cpus=num_cpus, object_store_memory=_STORE_BYTES, include_dashboard=False, _temp_dir=folder,
         **quiet,
     )  # fmt: skip
+
+
+def _running() -> str | None:
+    """The address of the cluster that `ray start` says this machine belongs to, if it still answers."""
+    try:
+        address = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster").read_text("utf-8").strip()
+        _reach(address)
+    except OSError:
+        return None
+    return address
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens there: Ray itself would try for minutes."""
+    if place := _HOST_PORT.fullmatch(address):
+        socket.create_connection((place[1], int(place[2])), _PATIENCE).close()
 
 
 @contextlib.contextmanager
