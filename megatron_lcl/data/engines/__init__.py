@@ -40,6 +40,10 @@ class Engine:
     retries: int = 2
     """further tries of a job that failed or was lost"""
 
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UserError(f"--jobs {self.jobs}: give at least 1")
+
 
 class Runner(Protocol):
     """An engine at work."""
@@ -69,8 +73,6 @@ def run_jobs(
     this (Ctrl-C and SIGTERM too) ends all jobs. UserError where the engine cannot be had, or jobs still fail; the
     others' work stays.
     """
-    if engine.jobs < 1:
-        raise UserError(f"--jobs {engine.jobs}: give at least 1")
     for path in reads:
         if not path.exists():
             raise UserError(f"there is no {path}")

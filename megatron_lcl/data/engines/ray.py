@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -22,7 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.data.engines.task import Task, do_logged, one_line
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.fields import build, put
 
 _POLL = 1.0
@@ -78,34 +80,50 @@ def opened(task: Task, parameters: Mapping[str, Any]) -> Iterator[_Ray]:
         temporary = stack.enter_context(folder)
         stack.callback(ray.shutdown)
         handler = signal.getsignal(signal.SIGTERM)
-        _connect(ray, settings, task.cpus, temporary)
+        cpus = settings.num_cpus or task.cpus
+        _connect(ray, settings, cpus, temporary)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's would abort this process
-        runner = _Ray(ray, task, settings)
+        runner = _Ray(ray, task, cpus, (settings.memory_gb or 0) * 1e9)
         stack.callback(runner.end)
         yield runner
 
 
-def _connect(ray: Any, settings: RaySettings, cpus: int, folder: str) -> None:
+def _connect(ray: Any, settings: RaySettings, cpus: float, folder: str) -> None:
     """To a cluster, or to one that is started here, with its files in `folder`."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address != _LOCAL:
-            if place := _HOST_PORT.fullmatch(address or ""):  # Ray itself would try for minutes
-                socket.create_connection((place[1], int(place[2])), _PATIENCE).close()
-            ray.init(address=address or "auto", **quiet)
-            return
-    except Exception as error:
-        if address:
+    given = settings.address or os.environ.get("RAY_ADDRESS")
+    address = _running() if given in (None, "auto") else given
+    if address not in (None, _LOCAL):
+        try:
+            _reach(address)
+            ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
             raise UserError(f"no Ray at {address}: {one_line(error)}") from None
-        if not isinstance(error, ConnectionError):
-            raise
-    num_cpus = max(len(os.sched_getaffinity(0)), cpus)
+        return
+    if given == "auto":
+        raise UserError("no Ray runs on this machine: `ray start` joins it to a cluster, `--ray local` needs none")
+    num_cpus = max(len(os.sched_getaffinity(0)), math.ceil(cpus))
     ray.init(
         address=_LOCAL, num_cpus=num_cpus, object_store_memory=_STORE_BYTES, include_dashboard=False, _temp_dir=folder,
         **quiet,
     )  # fmt: skip
+
+
+def _running() -> str | None:
+    """The address of the cluster that `ray start` says this machine belongs to, if it still answers."""
+    try:
+        address = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster").read_text("utf-8").strip()
+        _reach(address)
+    except OSError:
+        return None
+    return address
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens there: Ray itself would try for minutes."""
+    if place := _HOST_PORT.fullmatch(address):
+        socket.create_connection((place[1], int(place[2])), _PATIENCE).close()
 
 
 @contextlib.contextmanager
@@ -121,14 +139,15 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 class _Ray:
-    def __init__(self, ray: Any, task: Task, settings: RaySettings) -> None:
+    def __init__(self, ray: Any, task: Task, cpus: float, memory: float) -> None:
         self._ray, self._task = ray, task
         # max_calls: a process of its own, which leaves nothing to the next
         self._function = ray.remote(max_calls=1, max_retries=0)(_job)
-        self._common = {
-            "num_cpus": settings.num_cpus or task.cpus,
-            "memory": int((settings.memory_gb or 0) * 1e9) or None,
-        }
+        self._common = {"num_cpus": cpus, "memory": int(memory) or None}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if all(node.get("CPU", 0) < cpus or node.get("memory", 0) < memory for node in nodes):
+            wanted = f"num_cpus {cpus:g}" + (f" and {in_bytes(memory)}" if memory else "")
+            logger.warning("no node of Ray has what a job needs, %s; waiting until one comes", wanted)
         self._running: dict[Any, int] = {}
         """jobs by the reference of their result"""
         self._failed: set[int] = set()

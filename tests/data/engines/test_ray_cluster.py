@@ -151,12 +151,12 @@ from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
 folder, address = sys.argv[1:]
 options = {"tokenizer": f"{folder}/t.model", "max_image_side": 500, "task_bytes": 1}
-print(preprocess_in_jobs("jsonl", f"{folder}/in", f"{folder}/out", Engine("ray", 8, {"address": address}), **options))
+print(preprocess_in_jobs("jsonl", f"{folder}/in", f"{folder}/out", Engine("ray", 6, {"address": address}), **options))
 """
 
 
 def test_a_node_killed_in_mid_run_changes_no_byte(ray_cluster: Ray, command: Any, tmp_path: Path) -> None:
-    source = written(tmp_path / "in", 8, 40)
+    source = written(tmp_path / "in", 6, 50)
     TOKENIZER.save(tmp_path / "t.model")
     preprocess("jsonl", source, tmp_path / "expected", tokenizer=TOKENIZER, max_image_side=500, task_bytes=1)
     node = ray_cluster.second()
@@ -164,10 +164,10 @@ def test_a_node_killed_in_mid_run_changes_no_byte(ray_cluster: Ray, command: Any
     kill_when_busy(ray_cluster, node, tmp_path / "out.ray", process)
     code, out, said = finish(process)
     assert code == 0, said
-    assert "320 documents" in out
+    assert "300 documents" in out
     assert [line for line in said if "its process was killed, or its node was lost" in line] == said
     tries = nodes_of(tmp_path / "out.ray")
-    assert len(tries) == 8
+    assert len(tries) == 6
     assert any(len(nodes) > 1 for nodes in tries.values())
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
@@ -233,8 +233,7 @@ def test_a_job_that_always_fails_is_one_line_and_the_others_work_stays(
     environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(jobs, "preprocess_in_jobs", functools.partial(jobs.preprocess_in_jobs, task_bytes=1))
     assert main(["preprocess", "--format", "jsonl", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"),
-                 "--tokenizer", str(tmp_path / "t.model"), "--executor", "ray", "--jobs", "2",
-                 "--ray", ray_cluster.address]) == 2  # fmt: skip
+                 "--tokenizer", str(tmp_path / "t.model"), "--executor", "ray", "--jobs", "2"]) == 2  # fmt: skip
     *_, said = capfd.readouterr().err.splitlines()
     # the one that is done last sees that too much is bad
     match = re.fullmatch(r"megatron-lcl preprocess: jobs \[(.)\] of 2 failed, each 3 times, the first with: .*", said)
@@ -261,10 +260,23 @@ def test_a_job_that_failed_goes_to_the_other_node(ray_cluster: Ray, tmp_path: Pa
         assert second in nodes
 
 
-def test_no_ray_where_it_is_said_to_be(tmp_path: Path) -> None:
+def test_no_ray_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:1")  # of a cluster that was killed
     arguments = {"folder": tmp_path, "times": 0, "how": ""}
-    with pytest.raises(UserError, match=r"no Ray at 127\.0\.0\.1:1: "):
-        run_jobs(fails, arguments, Engine("ray", 1, {"address": "127.0.0.1:1"}), output=tmp_path / "out")
+    for address, said in (("127.0.0.1:1", r"no Ray at 127\.0\.0\.1:1: "), ("auto", "no Ray runs on this machine")):
+        with pytest.raises(UserError, match=said):
+            run_jobs(fails, arguments, Engine("ray", 1, {"address": address}), output=tmp_path / "out")
+
+
+def test_a_job_too_large_for_all_nodes_is_said(ray_cluster: Ray, command: Any, tmp_path: Path) -> None:
+    parameters = f'{{"address": "{ray_cluster.address}", "memory_gb": 1e6}}'
+    process = command("-c", WAITS.replace('{"address": "local"}', parameters), tmp_path)
+    assert "what a job needs, num_cpus 1 and 1000 TB; waiting until one comes" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (128 + signal.SIGTERM, "", [])
+    assert not list(tmp_path.glob("tries-*"))
 
 
 WAITS = """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from data import writers
+from data.engines.running import marked
 from data.helpers import TOKENIZER, contents
 from data.writers import picture
 from local_slurm import Slurm
@@ -48,6 +52,32 @@ def test_job_array_writes_the_same_bytes_though_a_job_is_lost(
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
     assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "alone"]  # job 1 once more
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from data.engines.engine_jobs import waits
+from megatron_lcl.data.engines import Engine, run_jobs
+parameters = {"timeout_min": 5, "mem_gb": 1}
+run_jobs(waits, {"folder": Path(sys.argv[1])}, Engine("slurm", 6, parameters), output=Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_signal_cancels_the_jobs(slurm: Slurm, tmp_path: Path) -> None:
+    """Those that run and those that wait for a node."""
+    environment = marked("", **{name: slurm.environment[name] for name in ("SLURM_CONF", "PATH")})
+    process = subprocess.Popen([sys.executable, "-c", WAITS, tmp_path], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        slurm.wait(lambda: bool(list(tmp_path.glob("tries-*"))), "a job that runs")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        slurm.wait(lambda: slurm.run("squeue", "--noheader", "--name=megatron-lcl-waits") == "", "an empty queue")
+    finally:
+        process.kill()
+        process.wait()
 
 
 class FakeJob:
