@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -25,6 +26,9 @@ from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_gu
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import MANIFEST, Corpus
 from megatron_lcl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lcl.evaluate.sources import Blob
 
 MAX_CANDIDATES = 32
 """that are laid over an image, the nearest ones; more have only pictures like many others"""
@@ -45,10 +49,11 @@ class EvaluationImages:
             counts = [shard["images"] for shard in self._corpus.manifest["shards"]]
             self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             return
+        self._blobs: Sequence[Blob]
         if path.is_dir() and (files := sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)):
             from megatron_lcl.evaluate.sources import FileBlob  # imports torch
 
-            self._blobs = tuple(FileBlob(file) for file in files)
+            self._blobs = [FileBlob(file) for file in files]
         else:
             from megatron_lcl.evaluate.sources import open_images
 

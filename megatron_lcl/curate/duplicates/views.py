@@ -70,7 +70,8 @@ def view_hashes(
     image, side = Pillow.fromarray(pixels), len(pixels)
     bits, detailed = [], []
     for rectangle in rectangles:
-        part = image.crop(tuple(round(side * edge) for edge in rectangle))
+        left, top, right, bottom = (round(side * edge) for edge in rectangle)
+        part = image.crop((left, top, right, bottom))
         bits.append(perceptual_hash(part))
         detailed.append(np.asarray(part).std() >= min_detail)
     return np.packbits(bits, axis=1).view(_U).ravel(), np.array(detailed)
