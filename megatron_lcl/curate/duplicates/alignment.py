@@ -32,7 +32,7 @@ _BLUR = 3
 _LEVELS, _SHARE = 5.0, 0.6
 """Blank blocks are the same where they differ by at most so many levels (root mean square), others where they do by at
 most so much of their standard deviation"""
-_MIN_BLOCKS = 4
+_MIN_BLOCKS = 6
 """of 64, which are not blank; pictures with fewer cannot be told apart"""
 _CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
 

@@ -50,10 +50,11 @@ class EvaluationImages:
             counts = [shard["images"] for shard in self._corpus.manifest["shards"]]
             self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             return
+        self._blobs: Sequence[Blob]
         if path.is_dir() and (files := sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)):
             from megatron_lcl.evaluate.sources import FileBlob  # imports torch
 
-            self._blobs: Sequence[Blob] = tuple(FileBlob(file) for file in files)
+            self._blobs = [FileBlob(file) for file in files]
         else:
             from megatron_lcl.evaluate.sources import open_images
 

@@ -78,7 +78,7 @@ class Decontamination:
         default=6, le=64, description="of 64 bits, in which those of an outer third of the pictures differ at most"
     )
     min_agreement: Similarity = Field(
-        default=0.74, description="share of an evaluation image's blocks that an image has to show to be taken for it"
+        default=0.7, description="share of an evaluation image's blocks that an image has to show to be taken for it"
     )
     min_detail: Annotated[float, Field(ge=0)] = Field(
         default=4.0,
