@@ -16,6 +16,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -77,6 +78,11 @@ class Blocks:
         self._files: tuple[int, int] | None = None
         self._held: dict[int, tuple[bytes, int]] = {}
         """blocks for which there is no room on the disk, and until which turn they are needed"""
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        """With nothing asked for; also in a process that was forked, where the threads that have asked are not."""
         self._asked: dict[int, int] = {}
         """blocks that a thread has asked for, and until which turn they are needed"""
         self._lock = threading.Lock()
@@ -192,6 +198,17 @@ class Blocks:
     def __del__(self) -> None:
         for descriptor in self._files or ():
             os.close(descriptor)
+
+
+_all: weakref.WeakSet[Blocks] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for blocks in _all:
+        blocks._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _runs(blocks: list[int]) -> list[tuple[int, int]]:

@@ -182,7 +182,7 @@ def _open(url: str, retries: int) -> Any:
     client: Any = {
         "connect_timeout": timedelta(seconds=5),
         "timeout": timedelta(seconds=60),
-        "allow_http": scheme == "http" or not _endpoint().startswith("https://"),
+        "allow_http": scheme == "http" or _endpoint().startswith("http://"),
     }
     retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=PATIENCE_SECONDS)}
     config: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +47,11 @@ def local(once: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def loader(path: Any, cache: Path, **options: Any) -> PackedLoader:
     given = {"world_size": 1, "rank": 0, "steps": STEPS, "first_pack": 0}
+    train = bool(options.pop("train", True))
     given |= {name: options.pop(name) for name in given.keys() & options.keys()}
     fields: dict[str, Any] = {"tokens_per_pack": 512, "images_per_pack": 4, "workers": 0, "look_ahead": 2, **options}
     data = Data(corpora=(Corpus(str(path)),), cache=str(cache), **fields)
-    return PackedLoader(data, 4, 16, 96, global_batch=4, micro_batch=2, **given)
+    return PackedLoader(data, 4, 16, 96, global_batch=4, micro_batch=2, train=train, **given)
 
 
 def contents(batches: Any) -> list[tuple[Any, ...]]:
@@ -211,6 +213,35 @@ def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, t
         verify(f"{place}/3")
     with pytest.raises(UserError, match=r"copy .* there first"):
         merge([Path(f"{place}/3")], tmp_path / "merged")
+
+
+def test_held_out_documents_in_order(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:
+    upload(local, place)
+    s3.latency, s3.cut = 0.01, 6
+    path = Path(place)  # as the command line gives it
+    expected, given = (contents(loader(p, tmp_path / "cache", steps=None, train=False)) for p in (local, path))
+    assert given == expected
+    assert len(given) > 3
+
+
+def test_a_fork_while_blocks_are_asked_for(place: str, s3: Proxy, tmp_path: Path) -> None:
+    store = Store(place)
+    store.put("object", content := bytes(range(256)) * 256)
+    room = Room(tmp_path, "none", 0)
+    blocks = Blocks(store, "object", len(content), store.head(["object"])[0][1], tmp_path, room)
+    s3.latency = 0.5
+    thread = threading.Thread(target=blocks.ahead, args=([(0, 3 * BLOCK)], 0))
+    thread.start()
+    while not blocks._asked:
+        time.sleep(0.001)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        blocks.ahead([(BLOCK, 2 * BLOCK)], 0)
+        os._exit(0 if blocks.read(BLOCK, 3 * BLOCK) == content[BLOCK : 3 * BLOCK] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join(30)
+    assert blocks.read(0, 3 * BLOCK) == content[: 3 * BLOCK]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
