@@ -33,7 +33,9 @@ _LEVELS, _SHARE = 5.0, 0.6
 """Blank blocks are the same where they differ by at most so many levels (root mean square), others where they do by at
 most so much of their standard deviation"""
 _MIN_BLOCKS = 6
-"""of 64, which are not blank; pictures with fewer cannot be told apart"""
+"""of 64, which are not blank; pictures with fewer are the same where no block differs by more than _LEVELS"""
+_MIN_SPREAD = 8.0
+"""levels: pictures with fewer of these blocks and a smaller standard deviation cannot be told apart"""
 _CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
 
 
@@ -81,9 +83,10 @@ def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
     spread = theirs.std(1)
     error = np.sqrt(((ours - theirs - offset) ** 2).mean(1))
     detailed = spread >= _DETAIL
-    same = error <= np.where(detailed, _SHARE * spread, _LEVELS)
     if detailed.sum() < _MIN_BLOCKS:
-        return 0.0
+        error = np.sqrt(((ours - theirs) ** 2).mean(1))
+        return float(theirs.std() >= _MIN_SPREAD and (error <= _LEVELS).all())
+    same = error <= np.where(detailed, _SHARE * spread, _LEVELS)
     return float(min(same.mean(), same[detailed].mean()))
 
 
