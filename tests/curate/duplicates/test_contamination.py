@@ -117,7 +117,7 @@ def test_changed_images_are_found_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_many_changed_images_as_many_as_are_claimed(tmp_path: Path) -> None:
-    measured(tmp_path, 150, 600)
+    measured(tmp_path, 100, 400)
 
 
 @pytest.mark.slow
