@@ -91,7 +91,8 @@ def test_our_exports_open(model: LCL, run: Path, tmp_path: Path, format: str) ->
     pytest.importorskip(LIBRARY[format])
     export(run, format, tmp_path / "out")
     opened, images = load_model(tmp_path / "out"), torch.rand(2, 3, 64, 64)
-    assert torch.equal(opened.encode_image(images), model.encode_image(images))
+    # weights that are mapped from a file lie at other places, by which products may round otherwise
+    torch.testing.assert_close(opened.encode_image(images), model.encode_image(images), rtol=0, atol=1e-6)
     with pytest.raises(UserError, match=r"is an export to .*: weights alone"):
         resumable(str(tmp_path / "out"))
     tokens = torch.tensor([[1, 2, 3]])

@@ -154,7 +154,8 @@ def test_random_is_the_config_and_the_seed(runs: Path) -> None:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     trained = load_encoder(runs / "lcl")  # whose weights are those of seed 7
     same, other = (load_encoder(f"random:{runs / 'lcl'}?seed={seed}") for seed in (7, 8))
-    assert torch.equal(same.encode(images).pooled, trained.encode(images).pooled)
+    # not to the last bit: where in memory weights lie decides how some CPUs round
+    torch.testing.assert_close(same.encode(images).pooled, trained.encode(images).pooled, rtol=0, atol=1e-6)
     assert not torch.allclose(other.encode(images).pooled, trained.encode(images).pooled, atol=1e-3)
     assert load_encoder(f"random:{runs / 'lcl'}").fingerprint == load_encoder(f"random:{runs / 'clip'}").fingerprint
     with pytest.raises(UserError, match=r"no config file lcl_vitb23_pairs; .* such as lcl_vitb32_pairs"):
