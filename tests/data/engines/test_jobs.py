@@ -86,9 +86,12 @@ def test_a_signal_ends_all_processes(tmp_path: Path, signum: int) -> None:
         deadline = time.monotonic() + 60
         while not list(folder.glob("tries-*")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert len(processes_marked(mark)) > 1
-        os.kill(process.pid, signum)
-        assert process.wait(30) in {128 + signum, -signum}
+        try:
+            assert len(processes_marked(mark)) > 1
+            os.kill(process.pid, signum)
+            assert process.wait(30) in {128 + signum, -signum}
+        finally:
+            process.kill()
     while (
         processes_marked(mark) and time.monotonic() < deadline
     ):  # after SIGKILL they see by themselves that they are alone
