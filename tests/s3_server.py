@@ -101,7 +101,7 @@ class Proxy:
                 self._count += counted
                 if self.answer:
                     reply, content = self.answer.split(b"\r\n\r\n", 1)
-                    reply += b"\r\n\r\n"
+                    reply, content = reply + b"\r\n\r\n", b"" if method == "HEAD" else content
                 elif counted and self.unavailable and self._count % self.unavailable == 0:
                     content = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
                     reply = b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n" % len(content)

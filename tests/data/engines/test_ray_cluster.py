@@ -78,7 +78,9 @@ def ray_cluster() -> Iterator[Ray]:
     # a short path: that of a socket has 107 bytes at most
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
         mark, handler = uuid.uuid4().hex, signal.getsignal(signal.SIGTERM)
-        for name, value in marked(mark, RAY_USAGE_STATS_ENABLED="0").items():
+        # where it notes its address, in a folder that it does not make
+        (Path(folder) / "ray").mkdir()
+        for name, value in marked(mark, RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=folder).items():
             patch.setenv(name, value)
         cluster = Ray(Path(folder))
         patch.delenv("TEST_MARK")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def test_a_run_that_is_killed_goes_on_as_from_the_disk(
         started = [pid for process in fleet.processes for pid in descendants(process.pid)]
         assert started
         fleet.kill()
+    deadline = time.monotonic() + 30
+    while alive(started) and time.monotonic() < deadline:  # they see by themselves that they are alone
+        time.sleep(0.05)
     assert alive(started) == []
     said = train(run, *words, **options)
     assert "going on from" in said
