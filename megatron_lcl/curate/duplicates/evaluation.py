@@ -207,7 +207,7 @@ def join_evaluation(files: Sequence[Path], index: Path) -> Removals:
                 arrays.append(facts[name])
     document, item, evaluation, value = (np.concatenate(arrays) for arrays in columns.values())
     names = _open_index(Path(index))[0]["name"]
-    return Removals("evaluation images", document, item, value, [str(names[number]) for number in evaluation])
+    return Removals(document, item, value, [str(names[number]) for number in evaluation])
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:

@@ -31,7 +31,6 @@ differ: a key for each choice of 4 (Manku, Jain & Das Sarma, "Detecting near-dup
 class Removals:
     """What a rule removes from a corpus, in the corpus's order."""
 
-    rule: str
     document: np.ndarray
     """int64 [R], number in the corpus"""
     item: np.ndarray
@@ -82,7 +81,7 @@ def join_documents(
 
     item = np.full(len(digest), -1, np.int32)
     places = Places(everything, len(against), starts, rows["document"], item, np.arange(len(digest)))
-    return removals_of("duplicate documents", places, parent, settings.action, value)
+    return removals_of(places, parent, settings.action, value)
 
 
 def join_images(
@@ -121,7 +120,7 @@ def join_images(
 
     image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
     places = Places(everything, len(against), starts, placed["document"], placed["item"], image)
-    return removals_of("duplicate images", places, parent, settings.action, value)
+    return removals_of(places, parent, settings.action, value)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Places:
 
 
 def removals_of(
-    rule: str, places: Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float]
+    places: Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float]
 ) -> Removals:
     """What is removed of clusters, int64 [rows] as union-find leaves them; value: of two rows."""
     _to_roots(parent)
@@ -166,7 +165,6 @@ def removals_of(
         return f"{corpus.path}: document {document}{'' if item < 0 else f', piece {item}'}"
 
     return Removals(
-        rule,
         np.array(places.document[removed]),
         np.array(places.item[removed]),
         np.array([value(places.row[r], places.row[match[r]]) for r in removed], np.float32),

@@ -95,7 +95,7 @@ def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
             out = feature.any(1)[image] & ((score < low) | (score > high))
             found.append((facts["document"][out], facts["item"][out], score[out].astype(np.float32)))
     document, item, value = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    return Removals(f"score by {settings.head}", document, item, value, [settings.head] * len(value))
+    return Removals(document, item, value, [settings.head] * len(value))
 
 
 def join_features(
@@ -128,7 +128,7 @@ def join_features(
 
     image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
     spots = Places(everything, len(against), starts, placed["document"], placed["item"], image)
-    return removals_of("images with the same features", spots, parent, settings.action, value)
+    return removals_of(spots, parent, settings.action, value)
 
 
 def read_head(file: Path) -> tuple[np.ndarray, float]:

@@ -93,7 +93,7 @@ class Matched(_Asking):
             with np.load(file) as found:
                 out = (found["matched_text"] < 0) | ~(found["similarity"] >= least)
                 document, item, value = (found[name][out] for name in ("document", "item", "similarity"))
-                yield table_of(Removals(self.rule, document, item, value, [""] * len(value)))
+                yield table_of(Removals(document, item, value, [""] * len(value)))
 
     def matches(self, file: Path) -> dict[int, dict[int, tuple[float, int]]]:
         """Of a file of facts: similarity and number of the text, by document and item."""

@@ -12,11 +12,7 @@ from data.corpora import jpeg, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lcl import LCL
-from megatron_lcl.config import Config, Language, Model, Train, Vision
-from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.curate.models.matching import assign, matching_facts
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 
@@ -37,18 +33,6 @@ def test_no_other_assignment_has_a_larger_sum(images: int, texts: int, seed: int
 def test_an_image_gives_way_where_the_sum_is_larger() -> None:
     assert assign(np.array([[0.9, 0.8], [0.85, 0.1]])).tolist() == [1, 0]
     assert assign(np.array([[0.3], [0.4], [0.2]])).tolist() == [-1, 0, -1]
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A small untrained model, and its tokenizer."""
-    root = tmp_path_factory.mktemp("model")
-    tokenizer = train_sentencepiece([f"a photo of a {i}" for i in range(10)] * 3, 400)
-    model = LCL(Model(Vision(16, 4, 64, 1, 4, 128), Language(64, tokenizer.vocab_size, 48, 1, 4, 96), 4), seed=7)
-    (root / "run").mkdir()
-    save_checkpoint(model, Config(model=model.config, train=Train(seed=7)), root / "run")
-    tokenizer.save(root / "words.model")
-    return f"random:{root / 'run'}?seed=3", str(root / "words.model")
 
 
 def test_images_of_a_corpus_are_matched_by_the_encoder(encoder: tuple[str, str], tmp_path: Path) -> None:

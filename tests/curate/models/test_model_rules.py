@@ -8,30 +8,14 @@ import numpy as np
 import pytest
 from curate.corpora_of_rules import picture, removed, write
 
-from megatron_lcl import LCL
-from megatron_lcl.config import Config, Language, Model, Train, Vision
-from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small untrained model, and its tokenizer, as settings."""
-    root = tmp_path_factory.mktemp("model")
-    tokenizer = train_sentencepiece([f"a photo of a {i}" for i in range(10)] * 3, 400)
-    model = LCL(Model(Vision(16, 4, 64, 1, 4, 128), Language(64, tokenizer.vocab_size, 48, 1, 4, 96), 4), seed=7)
-    (root / "run").mkdir()
-    save_checkpoint(model, Config(model=model.config, train=Train(seed=7)), root / "run")
-    tokenizer.save(root / "words.model")
-    return {"models.encoder": f"random:{root / 'run'}?seed=3", "models.tokenizer": str(root / "words.model")}
 
 
 @pytest.fixture
@@ -46,13 +30,13 @@ def source(tmp_path: Path) -> Path:
     )
 
 
-def rules(encoder: dict[str, str], **more: str) -> Settings:
-    return read_settings(overrides={**encoder, **{f"models.{name}": value for name, value in more.items()}})
+def rules(encoder: tuple[str, str], **more: str) -> Settings:
+    given = {"encoder": encoder[0], "tokenizer": encoder[1], **more}
+    return read_settings(overrides={name if "." in name else f"models.{name}": v for name, v in given.items()})
 
 
-def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: dict[str, str], tmp_path: Path) -> None:
-    settings = read_settings(overrides={**encoder, "models.match": "true", "text.min_characters": "3"})
-    curate(source, tmp_path / "out", settings)
+def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: tuple[str, str], tmp_path: Path) -> None:
+    curate(source, tmp_path / "out", rules(encoder, match="true", **{"text.min_characters": "3"}))
     gone = removed(tmp_path / "out")
     assert (0, 0, "text.min_characters") in gone
     ((document, left_over, _),) = [row for row in gone if row[2] == "image.matching"]
@@ -60,7 +44,7 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: d
     corpus = open_corpus(tmp_path / "out")
     assert corpus.kinds == ("matched",)
     assert verify(tmp_path / "out") == []
-    facts = matching_facts(source, 0, 0, 3, *encoder.values(), {0: {0}})
+    facts = matching_facts(source, 0, 0, 3, *encoder, {0: {0}})
     first, second = corpus[0].images, corpus[1].images
     assert sorted(image.matched_text for image in first) == [0, 1], "by the numbers that texts have now"
     assert [image.similarity for image in first] == facts["similarity"][:2].tolist()
@@ -71,8 +55,8 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: d
     assert found["image.matching"] == 4
 
 
-def test_a_head_and_features_remove_images(source: Path, encoder: dict[str, str], tmp_path: Path) -> None:
-    features = feature_facts(source, 0, 0, 3, *encoder.values())["feature"]
+def test_a_head_and_features_remove_images(source: Path, encoder: tuple[str, str], tmp_path: Path) -> None:
+    features = feature_facts(source, 0, 0, 3, *encoder)["feature"]
     np.savez(tmp_path / "head.npz", weight=features[1], bias=0.0)
     score = features @ features[1]
     head = {"head": str(tmp_path / "head.npz"), "max_score": str(float(np.sort(score)[-2:].mean()))}
