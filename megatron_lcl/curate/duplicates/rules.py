@@ -22,10 +22,10 @@ from megatron_lcl.curate.duplicates.join import Removals, join_documents, join_i
 from megatron_lcl.curate.duplicates.settings import Decontamination, DocumentDuplicates, ImageDuplicates
 from megatron_lcl.curate.joins import REMOVED, Gone
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.workers import in_order
 from megatron_lcl.errors import UserError
 
-_TASK_BYTES = 32 << 20
 _IMAGES = 512
 """evaluation images of a task"""
 
@@ -46,7 +46,7 @@ class Duplicates:
 
     def prepare(self, folder: Path, workers: int) -> None:
         """Facts of the other corpora, a file a range."""
-        items = [(path, task) for path in self.against for task in ranges(open_corpus(path), _TASK_BYTES)]
+        items = [(path, task) for path in self.against for task in ranges(open_corpus(path), TASK_BYTES)]
         for number, facts in enumerate(in_order(_facts_of_range, self.settings, items, workers, ahead=4 * workers)):
             save_facts(folder / f"{number:06d}", facts)
 

@@ -6,27 +6,21 @@ Near-duplicates by features: Abbas et al., "SemDeDup", 2023; here exactly, every
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
-import PIL.Image
 
 from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
 from megatron_lcl.curate.duplicates.facts import NOTHING, Facts, places
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, same_content
 from megatron_lcl.curate.joins import Gone
+from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_lcl.evaluate.encoders.encoder import Encoder
 
 _BATCH = 32
 _BLOCK = 2048
@@ -50,7 +44,7 @@ def feature_facts(
     """
     import torch
 
-    opened, (model, width) = Corpus(corpus), _load(encoder, tokenizer)
+    opened, (model, width) = Corpus(corpus), load(encoder, tokenizer)
     part = opened.shard(shard)
     document, item, shown = places(opened, shard, first, last, gone)
     images, index = np.unique(shown, return_inverse=True)
@@ -157,13 +151,3 @@ def read_head(file: Path) -> tuple[np.ndarray, float]:
 def _unite_pairs(parent: np.ndarray, rows: np.ndarray, others: np.ndarray) -> None:
     for k in range(len(rows)):
         unite(parent, rows[k], others[k])
-
-
-@functools.lru_cache(1)
-def _load(encoder: str, tokenizer: str | None) -> tuple[Encoder, int]:
-    """The encoder, loaded once in a process, and the width of its features."""
-    from megatron_lcl.evaluate.encoders.load import load_encoder
-
-    model, blank = load_encoder(encoder, tokenizer), io.BytesIO()
-    PIL.Image.new("RGB", (32, 32)).save(blank, "PNG")
-    return model, model.encode(model.prepare(blank.getvalue())[None]).pooled.shape[1]

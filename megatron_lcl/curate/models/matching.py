@@ -7,7 +7,6 @@ where there are more images than texts, those that the assignment leaves over ha
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from megatron_lcl.curate.duplicates.facts import NOTHING, Facts
 from megatron_lcl.curate.joins import Gone
+from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import Corpus
@@ -58,7 +58,8 @@ def matching_facts(
     encoder: as `evaluate` names it (`open_clip:NAME`, `hf:DIR`, an LCL checkpoint); tokenizer: of an LCL checkpoint.
     UserError where it has no text encoder.
     """
-    opened, model = Corpus(corpus), _load(encoder, tokenizer)
+    opened, (model, _) = Corpus(corpus), load(encoder, tokenizer)
+    model.encode_texts(["a text"])  # which says where it encodes none
     found: dict[str, list[float]] = {"document": [], "item": [], "matched_text": [], "similarity": []}
     for number in range(first, last):
         document = int(opened.document_starts[shard]) + number
@@ -98,13 +99,3 @@ def similarities(encoder: Encoder, images: list[bytes], texts: list[str]) -> np.
         pooled = torch.cat([encoder.encode(batch).pooled for batch in batches])
         out[list(prepared)] = (normalize(pooled) @ normalize(words).T).numpy()
     return out
-
-
-@functools.lru_cache(1)
-def _load(encoder: str, tokenizer: str | None) -> Encoder:
-    """The encoder, loaded once in a process. UserError where it does not encode texts."""
-    from megatron_lcl.evaluate.encoders.load import load_encoder
-
-    loaded = load_encoder(encoder, tokenizer)
-    loaded.encode_texts(["a text"])
-    return loaded
