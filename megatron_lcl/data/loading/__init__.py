@@ -2,6 +2,6 @@
 
 sequence.py places and cuts a document (compiled); source.py is a corpus with the size of each document; packing.py
 fills packs and pack_index.py says which document goes into which, with the ledger of a run; cache.py keeps both on
-disk; images.py decodes; loader.py assembles batches (batch.py). What is read is a plain record, `sequence.Sequences`.
-Begin with loader.PackReader. May import config and data.corpus, never torch.distributed.
+disk; images.py decodes; reader.py assembles batches (batch.py), loader.py has them made. What is read is a plain
+record, `sequence.Sequences`. Begin with reader.PackReader. May import config and data.corpus, never torch.distributed.
 """

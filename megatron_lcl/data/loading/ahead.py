@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
 
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.data.loading.reader import PackReader
 from megatron_lcl.data.storage.blocks import Blocks
 from megatron_lcl.data.storage.store import url_of
-
-if TYPE_CHECKING:
-    from megatron_lcl.data.loading.loader import PackReader
 
 _THREADS = 16
 """objects that are read from at once"""

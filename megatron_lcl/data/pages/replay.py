@@ -18,7 +18,8 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
-from megatron_lcl.data.loading.loader import PackedLoader, SequenceOrigin, loader_of
+from megatron_lcl.data.loading.loader import PackedLoader, loader_of
+from megatron_lcl.data.loading.reader import SequenceOrigin
 from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.errors import UserError
 

@@ -19,8 +19,9 @@ from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading import pack_index
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
-from megatron_lcl.data.loading.loader import draw_patches, loader_of
+from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
+from megatron_lcl.data.loading.reader import draw_patches
 from megatron_lcl.data.loading.sequence import INTERLEAVED
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError

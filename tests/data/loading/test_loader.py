@@ -20,7 +20,7 @@ from corpora import MakeCorpus, jpeg, random_documents
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading import loader
+from megatron_lcl.data.loading import reader
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.sequence import INTERLEAVED
@@ -235,7 +235,7 @@ def test_a_fault_in_the_decoder_is_not_taken_for_a_bad_image(
     make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = make_corpus("c", [[[1, 2], (jpeg(0), None, None)]])
-    monkeypatch.setattr(loader, "decode_eval", lambda *_: np.zeros(3) + np.zeros(4))
+    monkeypatch.setattr(reader, "decode_eval", lambda *_: np.zeros(3) + np.zeros(4))
     with pytest.raises(ValueError, match="could not be broadcast"):
         list(loader_of(corpus.path, train=False, data={"workers": 0}))
 
@@ -267,9 +267,7 @@ def test_too_large_a_share_of_undecodable_images_stops_the_run(make_corpus: Make
 
 
 def _slow(seconds: float) -> Any:
-    from megatron_lcl.data.loading import loader
-
-    decode = loader.decode_train
+    decode = reader.decode_train
 
     def slow(*arguments: Any) -> np.ndarray:
         time.sleep(seconds)
@@ -283,7 +281,7 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(
     make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = make_corpus("c", random_documents(50, 5))
-    monkeypatch.setattr("megatron_lcl.data.loading.loader.decode_train", _slow(0.2))
+    monkeypatch.setattr("megatron_lcl.data.loading.reader.decode_train", _slow(0.2))
     loader = loader_of(corpus.path, data={"workers": 2})
     batches = iter(loader)
     next(batches)
