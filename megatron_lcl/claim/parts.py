@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SEEDS = (0, 1, 2)
-IMAGES = 60_000
+IMAGES = 50_000
 """images that a run sees, the same one counted as often as it is seen: seven minutes of `lcl` on two cores, and two
 hours of a part"""
 RATES = (5e-4, 1e-3, 2e-3)
