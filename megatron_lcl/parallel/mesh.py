@@ -7,6 +7,7 @@ through them: `mappings` has those with a gradient.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -19,6 +20,16 @@ T = TypeVar("T")
 # named so since torch 2.13; the older names warn there
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def connect_on_demand() -> None:
+    """In gloo groups made from now on, two processes connect when one first sends to the other.
+
+    torch's default connects all to all where a group is made: sockets and requests to the store grow with the square
+    of the processes, and past about a thousand of them, or a limit of 1,024 open files, no group comes about
+    (pytorch/gloo issues 327 and 419). Collectives talk to a logarithmic number of processes.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 class Pending:
@@ -246,8 +257,8 @@ def _axis(lists: Sequence[Sequence[int]], hosts: dist.ProcessGroup | None) -> Ax
     if len(mine) == dist.get_world_size():
         group, host_group = dist.group.WORLD, hosts
     elif len(mine) > 1:
-        subgroups = [list(ranks) for ranks in lists]
-        group, _ = dist.new_subgroups_by_enumeration(subgroups)
+        # with its members alone: elsewise all processes wait for each other at every group of the run
+        group = dist.new_group(list(mine), use_local_synchronization=True)
         if hosts is not None:
-            host_group, _ = dist.new_subgroups_by_enumeration(subgroups, backend="gloo")
+            host_group = dist.new_group(list(mine), backend="gloo", use_local_synchronization=True)
     return Axis(group, mine.index(rank), len(mine), mine, host_group)

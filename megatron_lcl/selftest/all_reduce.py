@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.parallel.mesh import Axis, connect_on_demand
 from megatron_lcl.train.launch import hosts, open_store
 from megatron_lcl.train.resilience.faults import LOST, exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
@@ -49,6 +49,7 @@ def check_all_reduce(timeout: float) -> str:
         return "all-reduce  one process: nothing to sum"
     store, nodes = _meet(rank, size, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    connect_on_demand()
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with Watchdog(Axis(None, rank, size), timeout, timeout, store) as watchdog:

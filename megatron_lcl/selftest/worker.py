@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.evaluate.batches import image_batch, text_batch
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand
 from megatron_lcl.selftest.cases import STEPS, Case, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
@@ -45,6 +45,7 @@ def run_case(
     meet(store, rank, case.processes, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
+    connect_on_demand()
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, store=store, rank=rank, world_size=case.processes, timeout=limit)

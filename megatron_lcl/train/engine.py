@@ -26,7 +26,7 @@ from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
 from megatron_lcl.model.lcl import LayerList
-from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from megatron_lcl.train.layout import build_mesh, build_topology
@@ -56,6 +56,7 @@ def init_processes(config: Config) -> Mesh:
     import deepspeed
 
     quiet_deepspeed()
+    connect_on_demand()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
 
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.selftest.cases import Case
+from megatron_lcl.train.engine import init_processes
 
 
 def sent_by(axis: Axis) -> tuple[int, int]:
@@ -41,3 +47,34 @@ def exchange(rank: int) -> None:
 
 def test_host_memory_and_objects_travel_by_the_hosts_group() -> None:
     run_processes(exchange, 4)
+
+
+def num_sockets() -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return found
+
+
+def sockets_of_a_group(rank: int) -> int:
+    """How many a group of all processes has that has summed something."""
+    init_processes(Case(data=12).config())
+    one = torch.ones(1)
+    for _ in range(2):  # the default group has connected what it connects
+        dist.all_reduce(one.clone())
+        dist.barrier()
+    before = num_sockets()
+    group = dist.new_group(backend="gloo")
+    dist.all_reduce(one, group=group)
+    assert one == 12
+    found = num_sockets() - before
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts sockets as Linux lists them")
+def test_a_process_connects_only_to_those_it_sends_to() -> None:
+    """Not to all others: at 512 processes two groups would be more files than a process may usually open."""
+    assert max(run_processes(sockets_of_a_group, 12)) < 11
