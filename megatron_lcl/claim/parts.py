@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SEEDS = (0, 1, 2)
-IMAGES = 50_000
-"""images that a run sees, the same one counted as often as it is seen: seven minutes of `lcl` on two cores, and two
-hours of a part"""
-RATES = (5e-4, 1e-3, 2e-3)
+IMAGES = 75_000
+"""images that a run sees, the same one counted as often as it is seen: more than five minutes on two cores, and less
+than two hours of a part"""
+RATES = (1e-3, 2e-3, 4e-3)
 """learning rates that are tried for every row"""
 SEARCH = 0.2
 """length of the runs that the learning rate is chosen by, as a share of a run's"""
