@@ -5,7 +5,6 @@
 A document is a text of about 40 words, an image of its own (a JPEG), and, where the format is not one of pairs, another
 text. Claims: documents a second do not fall with their number, memory does not grow with it. Megabytes are those of the
 input, images included; CPU seconds are those of `preprocess`, with tokenizing and checking of images, without imports.
-The peak counts the pages of a mapped Arrow file (`hf`), which the system takes back when it needs them.
 """
 
 from __future__ import annotations
