@@ -74,7 +74,7 @@ class TableImporter(LinesImporter):
             self._choose_columns(names)
 
     def signature(self) -> str:
-        return files_signature([*self.files, *self.images.tars, *self.keys.tables], self.root)
+        return files_signature([*self.files, *self.images.archives, *self.keys.tables], self.root)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)

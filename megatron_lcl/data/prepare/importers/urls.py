@@ -24,6 +24,6 @@ def url_key(url: str) -> str:
 
 
 def names_of_url(url: str) -> list[str]:
-    """The names under which a store may have the image of a URL."""
+    """The names under which a store may have the image of a URL: in parquet the key, in tars with an extension."""
     key = url_key(url)
-    return [key + extension for extension in dict.fromkeys(EXTENSIONS.values())]
+    return [key, *(key + extension for extension in dict.fromkeys(EXTENSIONS.values()))]
