@@ -248,7 +248,7 @@ def adapter(self, row, path, number):
 
 reader = {
     "jsonl": lambda: readers.JsonlReader(folder, adapter=adapter),
-    "table": lambda: readers.CsvReader(folder, adapter=adapter),
+    "table": lambda: readers.CSVReader(folder, adapter=adapter),
     "obelics": lambda: readers.ParquetReader(folder, adapter=adapter),
     "hf": lambda: readers.IpcReader(folder, stream=True, adapter=adapter, glob_pattern="*.arrow"),
 }[format]()
