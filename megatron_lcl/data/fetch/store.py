@@ -33,10 +33,9 @@ from megatron_lcl.data.prepare.importers.image_tables import (
     GROUP_BYTES,
     GROUP_ROWS,
     IMAGES,
-    SUFFIX,
     write_image_table,
 )
-from megatron_lcl.data.prepare.importers.urls import EXTENSIONS, url_key
+from megatron_lcl.data.prepare.importers.urls import EXTENSIONS, TABLE_SUFFIX, url_key
 from megatron_lcl.errors import naming
 
 Status = Literal["kept", "dead", "refused"]
@@ -139,7 +138,7 @@ class PartStore:
         sync(unfinished)
         if self._store == "tar":
             os.rename(self._partial, shard.with_suffix(".tar"))
-        os.rename(unfinished, shard.with_suffix(".parquet" if self._store == "tar" else SUFFIX))
+        os.rename(unfinished, shard.with_suffix(".parquet" if self._store == "tar" else TABLE_SUFFIX))
         sync(self._folder)
         self._partial.unlink(missing_ok=True)
         self._log.unlink()

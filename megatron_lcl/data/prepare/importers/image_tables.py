@@ -14,11 +14,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SUFFIX = ".images.parquet"
 IMAGES = "bytes"
 """the column of the images, null where there is none; `key` and `size` name and measure them"""
 GROUP_BYTES, GROUP_ROWS = 32 << 20, 1000
 """a row group's images, but for the last, and its rows, are no more"""
+DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError)
 _MAX_PAGE = 1 << 30
 _SIZE = 4
 
@@ -40,7 +40,7 @@ def write_image_table(file: Path, groups: Iterable[pa.Table], schema: pa.Schema)
 
 
 def image_places(file: Path) -> Iterator[tuple[str, int, int]]:
-    """(key, first byte, size) of the images of a file; ValueError where they do not lie as they were written."""
+    """(key, first byte, size) of the images of a file; one of DAMAGE where they do not lie as they were written."""
     with pq.ParquetFile(file) as table, open(file, "rb") as raw:
         column = table.schema_arrow.names.index(IMAGES)
         for group in range(table.num_row_groups):

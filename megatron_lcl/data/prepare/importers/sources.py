@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
 from megatron_lcl.data.corpus.document import Text
@@ -19,8 +18,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
-from megatron_lcl.data.prepare.importers.image_tables import SUFFIX, image_places
-from megatron_lcl.data.prepare.importers.urls import is_url, names_of_url
+from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
 MAX_FILE = 256 << 20
@@ -127,7 +125,7 @@ class ImageSource:
 
 
 def _archives(root: Path) -> list[Path]:
-    return [root] if root.is_file() else sorted([*root.glob("*.tar"), *root.glob(f"*{SUFFIX}")])
+    return [root] if root.is_file() else sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
 
 
 def _anywhere(name: str) -> str:
@@ -161,10 +159,12 @@ def _sorted_runs(archives: list[Path], damaged: list[str]) -> Iterator[np.ndarra
 
 def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
     """(name, first byte, size) of the files in an archive, as far as it can be read."""
-    if path.name.endswith(SUFFIX):
+    if path.name.endswith(TABLE_SUFFIX):
+        from megatron_lcl.data.prepare.importers import image_tables  # pyarrow.parquet, which few inputs need
+
         try:
-            yield from image_places(path)
-        except (pa.ArrowException, OSError, ValueError, KeyError):
+            yield from image_tables.image_places(path)
+        except image_tables.DAMAGE:
             damaged.append(f"{path.name} is damaged, or not as `fetch` wrote it")
         return
     try:

@@ -10,6 +10,8 @@ EXTENSIONS = {
     "MPO": ".jpg", "ICO": ".ico", "PPM": ".ppm", "JPEG2000": ".jp2",
 }  # fmt: skip
 """Pillow's name of a format → the extension of its members, the frequent ones first"""
+TABLE_SUFFIX = ".images.parquet"
+"""of files of a store in parquet (`image_tables.py`)"""
 _URL = re.compile(r"https?://", re.I)
 
 
