@@ -4,8 +4,9 @@ Another package adds a format with an entry point in the group `megatron_lcl.imp
 whose object is an `Importer` class.
 
 What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
-`tars.py` (WebDataset tars), `sources.py` (images in folders and tars), `urls.py` (images by their URL), `url_keys.py`
-(img2dataset's tables). Imports data.corpus only. Begin with `Importer` below, then `jsonl.py`, the simplest one.
+`tars.py` (WebDataset tars), `sources.py` (images in folders and archives), `image_tables.py` (archives in parquet),
+`urls.py` (images by their URL), `url_keys.py` (img2dataset's tables). Imports data.corpus only. Begin with `Importer`
+below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
