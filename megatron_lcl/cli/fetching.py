@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, single_input
-from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.settings import STORES, Settings
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -25,6 +25,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add_jobs(sub, "processes; a host is one process's alone")
     default = Settings()
+    sub.add_argument(
+        "--store", choices=STORES, default=default.store,
+        help="what holds the images: tar files, or parquet files with a row for each URL (%(default)s)",
+    )  # fmt: skip
     for name, kind, metavar, help in (
         ("max_image_side", int, "PIXELS", "scale larger images down, and encode them again"),
         ("max_bytes", int, "BYTES", "longer responses are refused (%(default)s)"),

@@ -88,6 +88,7 @@ def open_plan(output: Path, signature: str, settings: Settings) -> Plan | None:
         raise UserError(f"{folder / _ABOUT} is damaged: take another --output") from error
     if version != _VERSION:
         raise UserError(f"{output} was written by another release (version {version}): take another --output")
+    about.setdefault("store", "tar")  # of plans from before there was another
     for key, value in _fixed(signature, settings).items():
         if about[key] != value:
             what = "the images of another input" if key == "input" else f"images fetched with {key} {about[key]}"
@@ -102,7 +103,12 @@ def host_of(url: str) -> str:
 
 
 def _fixed(signature: str, settings: Settings) -> dict[str, Any]:
-    return {"input": signature, "max-image-side": settings.max_image_side, "shard-urls": settings.shard_urls}
+    return {
+        "input": signature,
+        "max-image-side": settings.max_image_side,
+        "shard-urls": settings.shard_urls,
+        "store": settings.store,
+    }
 
 
 def _name(part: int) -> str:

@@ -22,7 +22,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
-from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.settings import STORES, Settings
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
@@ -178,6 +178,8 @@ def _check(settings: Settings, workers: int) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    if settings.store not in STORES:
+        raise UserError(f"--store {settings.store}: give {' or '.join(STORES)}")
     if not settings.timeout > 0:
         raise UserError(f"--timeout {settings.timeout}: give seconds, more than 0")
     if workers < 1:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 AGENT = "megatron-lcl/1.0"
+Store = Literal["tar", "parquet"]
+STORES: tuple[Store, ...] = get_args(Store)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of one run. The first two decide what is stored, and may not change while a store is incomplete."""
+    """Of one run. The first three decide what is stored, and may not change from run to run of a store."""
 
     max_image_side: int | None = None
     """pixels; images with a longer side are scaled down and encoded again"""
     shard_urls: int = 10_000
     """rows of a shard's table, at most"""
+    store: Store = "tar"
+    """what holds the images: tars beside the tables, or the tables themselves"""
     max_bytes: int = 32 << 20
     """of a response; longer ones are refused"""
     max_pixels: int = 89_478_485

@@ -1,12 +1,14 @@
-"""An image store: tar shards, and beside each a table of every URL that it accounts for. What is written when:
+"""An image store: shards of images, each with a table of every URL that it accounts for. What is written when:
 
 1. While a part is fetched, its images are appended to `PART.partial`, a tar, and after each image a row to `PART.log`:
    first the image, then the row that says where it ends. A process that is killed leaves at most an image without a
    row. Whoever goes on reads the rows, compares the images with their hashes, cuts both files after the last row whose
    image is whole, and goes on there.
-2. A shard is complete when it has `shard_urls` rows, or its part has no more URLs. Then the tar is ended, put on disk
-   and renamed to `PART-NUMBER.tar`, then its table `PART-NUMBER.parquet` is renamed into place: with it the shard is
-   there. Last the log is removed. Killed between, the tar is taken back and the shard completed anew from the log.
+2. A shard is complete when it has `shard_urls` rows, or its part has no more URLs. Of a store of tars, the tar is then
+   ended, put on disk and renamed to `PART-NUMBER.tar`, then its table `PART-NUMBER.parquet` is renamed into place: with
+   it the shard is there. Of a store of parquet, the table has the images too, and `PART-NUMBER.images.parquet` is
+   renamed into place. Last the tar, where it is left, and the log are removed. Killed between, the tar is taken back
+   and the shard completed anew from the log; a log whose rows are in a table is left from a complete shard.
 
 So a URL is in one table or in the log, or still to be fetched, at every moment.
 """
@@ -26,7 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_lcl.data.corpus.files import sync
-from megatron_lcl.data.prepare.importers.urls import EXTENSIONS, url_key
+from megatron_lcl.data.fetch.settings import Store
+from megatron_lcl.data.prepare.importers.image_tables import (
+    GROUP_BYTES,
+    GROUP_ROWS,
+    IMAGES,
+    write_image_table,
+)
+from megatron_lcl.data.prepare.importers.urls import EXTENSIONS, TABLE_SUFFIX, url_key
 from megatron_lcl.errors import naming
 
 Status = Literal["kept", "dead", "refused"]
@@ -34,7 +43,7 @@ SCHEMA = pa.schema(
     [
         ("url", pa.string()),
         ("key", pa.string()),
-        ("status", pa.dictionary(pa.int8(), pa.string())),
+        ("status", pa.string()),
         ("reason", pa.string()),
         ("sha256", pa.string()),
         ("size", pa.int64()),
@@ -42,6 +51,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
+_SCHEMA_WITH_IMAGES = SCHEMA.append(pa.field(IMAGES, pa.binary()))
 _END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -72,8 +82,8 @@ class _Logged(msgspec.Struct, array_like=True, frozen=True):
 class PartStore:
     """The shards of one part. `done`: keys of the URLs that need not be fetched any more."""
 
-    def __init__(self, folder: Path, part: int, shard_urls: int) -> None:
-        self._folder, self._part, self._shard_urls = folder, part, shard_urls
+    def __init__(self, folder: Path, part: int, shard_urls: int, store: Store = "tar") -> None:
+        self._folder, self._part, self._shard_urls, self._store = folder, part, shard_urls, store
         self._partial, self._log = folder / f"{part:05d}.partial", folder / f"{part:05d}.log"
         tables = part_tables(folder, part)
         self._number = len(tables)
@@ -114,17 +124,23 @@ class PartStore:
         self._log_file.close()
 
     def _complete(self, last: bool = False) -> None:
-        tar, table = (self._folder / f"{self._part:05d}-{self._number:05d}{suffix}" for suffix in (".tar", ".parquet"))
-        _append(self._tar, self._partial, _END_OF_TAR)
+        shard = self._folder / f"{self._part:05d}-{self._number:05d}"
+        unfinished = shard.with_suffix(".table")
+        if self._store == "tar":
+            _append(self._tar, self._partial, _END_OF_TAR)
+            sync(self._partial)
         self.close()
-        sync(self._partial)
-        unfinished = table.with_suffix(".table")
         with naming(unfinished):
-            pq.write_table(_table(self._rows), unfinished, compression="zstd")
+            if self._store == "tar":
+                pq.write_table(_table(self._rows), unfinished, compression="zstd")
+            else:
+                write_image_table(unfinished, _with_images(self._rows, self._partial), _SCHEMA_WITH_IMAGES)
         sync(unfinished)
-        os.rename(self._partial, tar)
-        os.rename(unfinished, table)
+        if self._store == "tar":
+            os.rename(self._partial, shard.with_suffix(".tar"))
+        os.rename(unfinished, shard.with_suffix(".parquet" if self._store == "tar" else TABLE_SUFFIX))
         sync(self._folder)
+        self._partial.unlink(missing_ok=True)
         self._log.unlink()
         self._rows = []
         self._number += 1
@@ -136,8 +152,9 @@ class PartStore:
         tar = self._folder / f"{self._part:05d}-{self._number:05d}.tar"
         if tar.exists():  # its table was not renamed into place
             os.rename(tar, self._partial)
-        if self._number and not self._partial.exists():  # the log is of a shard that is complete
-            self._log.unlink(missing_ok=True)
+        if self._is_of_complete_shard():
+            self._partial.unlink(missing_ok=True)
+            self._log.unlink()
         # unbuffered: what is written is in the file at once, and what failed is not tried again when it is closed
         log, partial = open(self._log, "a+b", 0), open(self._partial, "a+b", 0)  # noqa: SIM115
         log.seek(0)
@@ -158,6 +175,14 @@ class PartStore:
         partial.seek(end)
         return partial, log
 
+    def _is_of_complete_shard(self) -> bool:
+        """Whether the log's first row is in a table."""
+        try:
+            with open(self._log, "rb") as log:
+                return url_key(msgspec.json.decode(log.readline(), type=_Logged).row.url) in self.done
+        except (FileNotFoundError, msgspec.DecodeError):
+            return False
+
 
 def part_tables(folder: Path, part: int) -> list[Path]:
     """The tables of a part's complete shards, in order."""
@@ -177,7 +202,7 @@ def num_done(folder: Path, part: int) -> int:
 def read_rows(folder: Path) -> Iterator[dict[str, object]]:
     """Every row of the tables of a store: the columns of `SCHEMA`."""
     for table in tables(folder):
-        for batch in pq.ParquetFile(table).iter_batches(4096):
+        for batch in pq.ParquetFile(table).iter_batches(4096, columns=SCHEMA.names):
             yield from batch.to_pylist()
 
 
@@ -210,6 +235,26 @@ def _is_whole(partial: FileIO, logged: _Logged, start: int) -> bool:
         return False
     data = content[tarfile.BLOCKSIZE :][:size]
     return hashlib.sha256(data).hexdigest() == logged.row.sha256
+
+
+def _with_images(rows: list[Row], partial: Path) -> Iterator[pa.Table]:
+    """The table of a shard in row groups, with the images from its tar."""
+    with open(partial, "rb") as tar:
+        group: list[Row] = []
+        images: list[bytes | None] = []
+        size = 0
+        for row in rows:
+            if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
+                yield _table(group).append_column(_SCHEMA_WITH_IMAGES.field(IMAGES), pa.array(images, pa.binary()))
+                group, images, size = [], [], 0
+            group.append(row)
+            images.append(None)
+            if row.status == "kept":
+                tar.seek(tarfile.BLOCKSIZE, os.SEEK_CUR)
+                images[-1] = tar.read(row.size)
+                tar.seek(-row.size % tarfile.BLOCKSIZE, os.SEEK_CUR)
+                size += row.size
+        yield _table(group).append_column(_SCHEMA_WITH_IMAGES.field(IMAGES), pa.array(images, pa.binary()))
 
 
 def _table(rows: list[Row]) -> pa.Table:

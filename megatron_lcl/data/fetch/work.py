@@ -27,11 +27,11 @@ OUTAGE_HOSTS, OUTAGE_SECONDS = 50, 60.0
 class OpenPart:
     """A part whose URLs are being fetched. It is this process's alone while it is open."""
 
-    def __init__(self, output: Path, plan: Plan, number: int, shard_urls: int) -> None:
+    def __init__(self, output: Path, plan: Plan, number: int, settings: Settings) -> None:
         self._opened = contextlib.ExitStack()
         # a process whose parent was killed may live for a moment longer
         self._opened.enter_context(waiting_for_others(plan.lock(number)))
-        self._store = PartStore(output, number, shard_urls)
+        self._store = PartStore(output, number, settings.shard_urls, settings.store)
         self.urls = [url for url in plan.urls(number) if url_key(url) not in self._store.done]
         self.left = len(self.urls)
         self.resumed = self._store.resumed
@@ -88,7 +88,7 @@ class Worker:
     def _open_next(self) -> bool:
         if (number := self._next_part()) is None:
             return False
-        part = OpenPart(self._output, self._plan, number, self._settings.shard_urls)
+        part = OpenPart(self._output, self._plan, number, self._settings)
         self._open.add(part)
         self._schedule.open_parts += 1
         self._counts[COUNTED.index("before")] += part.resumed

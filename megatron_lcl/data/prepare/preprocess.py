@@ -13,7 +13,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,8 +326,8 @@ class _Bars:
     def scan(self, importer: Importer, workers: int) -> Each:
         """What an importer scans with."""
 
-        def each(function: Callable[[Any, list[str]], R], items: Sequence[list[str]]) -> Iterator[R]:
-            results = in_order(function, importer, items, workers)
+        def each(function: Callable[[Any, Any], R], items: Sequence[Sized]) -> Iterator[R]:
+            results = in_order(function, importer, items, workers, ahead=4 * workers)
             return self.over(results, "scan", "file", [len(item) for item in items])
 
         return each

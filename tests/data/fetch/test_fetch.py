@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import multiprocessing
 import random
@@ -17,13 +18,14 @@ from urllib.parse import urlsplit
 
 import pytest
 from data.fetch.faulty_server import EXPECTED, image, requests_of, serving
+from data.fetch.stores import images_in
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("protego")
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.fetch.run import fetch
-from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.settings import Settings, Store
 from megatron_lcl.data.fetch.store import read_rows
 from megatron_lcl.data.prepare.importers.urls import url_key
 
@@ -57,18 +59,11 @@ def mixed(server: Server, number: int, start: int = 0) -> list[str]:
 
 
 def check_store(output: Path, urls: Sequence[str]) -> None:
-    """Every URL is accounted for once, as its kind expects, and the tars have the kept images, each once."""
+    """Every URL is accounted for once, as its kind expects, and the store has the kept images, each once."""
     table = list(read_rows(output))
     rows = {row["url"]: row for row in table}
     assert Counter(row["url"] for row in table) == Counter(urls)
-    members: dict[str, bytes] = {}
-    for tar in sorted(output.glob("*.tar")):
-        with tarfile.open(tar) as archive:
-            for member in archive:
-                stem, _, extension = member.name.partition(".")
-                assert stem not in members
-                assert extension == "png"
-                members[stem] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    members = images_in(output)
     for url in urls:
         kind, number = urlsplit(url).path.strip("/").split("/")
         row = rows[url]
@@ -93,13 +88,15 @@ def size_of(folder: Path) -> int:
     return total
 
 
-def fetch_with_kills(urls: list[str], server: Server, folder: Path, kills: int, shard_urls: int) -> None:
+def fetch_with_kills(
+    urls: list[str], server: Server, folder: Path, kills: int, shard_urls: int, store: Store = "tar"
+) -> None:
     """Begin, and kill soon after something was written, so often; then to the end."""
     listed, output = folder / "urls.txt", folder / "store"
     listed.write_text("\n".join(urls) + "\n")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_lcl.data.fetch.run", "megatron_lcl.data.fetch.work"])
-    settings = Settings(**{**{name: getattr(QUICK, name) for name in QUICK.__slots__}, "shard_urls": shard_urls})
+    settings = dataclasses.replace(QUICK, shard_urls=shard_urls, store=store)
     moments = random.Random(1)
     before = requests_of(*server)
     for _ in range(kills):
@@ -128,6 +125,13 @@ def fetch_with_kills(urls: list[str], server: Server, folder: Path, kills: int, 
 @pytest.mark.timeout(600)
 def test_killed_25_times(server: Server, tmp_path: Path) -> None:
     fetch_with_kills(mixed(server, 5000), server, tmp_path, kills=25, shard_urls=300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_parquet_killed_8_times(server: Server, tmp_path: Path) -> None:
+    fetch_with_kills(mixed(server, 1200, 3 * 10**6), server, tmp_path, kills=8, shard_urls=100, store="parquet")
+    assert not list((tmp_path / "store").glob("*.tar"))
 
 
 @pytest.mark.soak
@@ -296,6 +300,7 @@ def test_a_store_is_of_one_input(server: Server, tmp_path: Path, capsys: pytest.
     again = ["fetch", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "store"), *FLAGS]
     assert main([*again, "--per-host", "1"]) == 0
     assert "max-image-side None" in refused([*again, "--max-image-side", "4"], capsys)
+    assert "store tar" in refused([*again, "--store", "parquet"], capsys)
     (tmp_path / "urls.txt").write_text(urls[0] + "2\n")
     assert "the images of another input" in refused(again, capsys)
 

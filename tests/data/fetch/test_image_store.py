@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from data.fetch.faulty_server import image
+from data.fetch.stores import images_in
 
 from megatron_lcl.data.fetch import store
+from megatron_lcl.data.fetch.settings import STORES, Store
 from megatron_lcl.data.fetch.store import PartStore, Row, read_rows
 from megatron_lcl.data.prepare.importers.urls import url_key
 
@@ -34,9 +36,9 @@ def rows(number: int) -> list[tuple[Row, bytes]]:
     return found
 
 
-def add_all(folder: Path, wanted: list[tuple[Row, bytes]], added: list[str] | None = None) -> int:
+def add_all(folder: Path, wanted: list[tuple[Row, bytes]], kind: Store, added: list[str] | None = None) -> int:
     """Whoever goes on; how many were to be done. added: is given the URLs that were."""
-    part = PartStore(folder, 3, 4)
+    part = PartStore(folder, 3, 4, kind)
     todo = [(row, data) for row, data in wanted if url_key(row.url) not in part.done]
     for row, data in todo:
         part.add(row, data)
@@ -46,19 +48,17 @@ def add_all(folder: Path, wanted: list[tuple[Row, bytes]], added: list[str] | No
     return len(todo)
 
 
-def check(folder: Path, wanted: list[tuple[Row, bytes]]) -> None:
+def check(folder: Path, wanted: list[tuple[Row, bytes]], kind: Store) -> None:
     assert Counter(row["url"] for row in read_rows(folder)) == Counter(row.url for row, _ in wanted)
-    found = {}
-    for tar in folder.glob("*.tar"):
-        with tarfile.open(tar) as archive:
-            for member in archive:
-                assert member.name not in found
-                found[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    assert found == {url_key(row.url) + ".png": data for row, data in wanted if data}
-    assert {path.suffix for path in folder.iterdir()} == {".tar", ".parquet"}
+    assert images_in(folder) == {url_key(row.url): data for row, data in wanted if data}
+    assert {path.suffix for path in folder.iterdir()} == ({".tar", ".parquet"} if kind == "tar" else {".parquet"})
 
 
-def test_killed_before_each_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+KINDS = pytest.mark.parametrize("kind", STORES)
+
+
+@KINDS
+def test_killed_before_each_operation(tmp_path: Path, kind: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = rows(11)
     left = [-1]
     real = {name: getattr(os, name) for name in ("rename", "unlink", "fsync")}
@@ -74,8 +74,9 @@ def test_killed_before_each_operation(tmp_path: Path, monkeypatch: pytest.Monkey
 
     for name in real:
         monkeypatch.setattr(os, name, killing(name))
-    real_write = store.pq.write_table
-    monkeypatch.setattr(store.pq, "write_table", lambda *a, **b: killing_write(real_write, left, *a, **b))
+    write_table, write_images = store.pq.write_table, store.write_image_table
+    monkeypatch.setattr(store.pq, "write_table", lambda *a, **b: killing_write(write_table, a[1], left, *a, **b))
+    monkeypatch.setattr(store, "write_image_table", lambda *a: killing_write(write_images, a[0], left, *a))
     kills = 0
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
@@ -83,22 +84,22 @@ def test_killed_before_each_operation(tmp_path: Path, monkeypatch: pytest.Monkey
         added: list[str] = []
         left[0] = moment
         try:
-            add_all(folder, wanted, added)
+            add_all(folder, wanted, kind, added)
         except Killed:
             kills += 1
         else:
             break
         finally:
             left[0] = -1
-        assert add_all(folder, wanted) == 11 - len(added)
-        check(folder, wanted)
+        assert add_all(folder, wanted, kind) == 11 - len(added)
+        check(folder, wanted, kind)
     assert kills >= 3 * 5  # in each of three shards
 
 
-def killing_write(write: Any, left: list[int], *arguments: Any, **named: Any) -> None:
+def killing_write(write: Any, file: Path, left: list[int], *arguments: Any, **named: Any) -> None:
     left[0] -= 1
     if not left[0]:
-        Path(arguments[1]).write_bytes(b"PAR1 half")
+        file.write_bytes(b"PAR1 half")
         raise Killed
     write(*arguments, **named)
 
@@ -114,9 +115,9 @@ def test_cut_anywhere(tmp_path: Path, cut: int) -> None:
     for name in ("00003.partial", "00003.log"):
         with open(tmp_path / name, "r+b") as file:
             file.truncate(min(cut, os.path.getsize(file.name)))
-    todo = add_all(tmp_path, wanted)
+    todo = add_all(tmp_path, wanted, "tar")
     assert todo == 4 if cut < 97 else todo <= 4
-    check(tmp_path, wanted)
+    check(tmp_path, wanted, "tar")
 
 
 def test_damaged_image_is_fetched_again(tmp_path: Path) -> None:
@@ -128,8 +129,8 @@ def test_damaged_image_is_fetched_again(tmp_path: Path) -> None:
     with open(tmp_path / "00003.partial", "r+b") as file:
         file.seek(512 + 40)
         file.write(bytes(10))
-    assert add_all(tmp_path, wanted) == 4
-    check(tmp_path, wanted)
+    assert add_all(tmp_path, wanted, "tar") == 4
+    check(tmp_path, wanted, "tar")
 
 
 def test_a_member_is_as_tarfile_writes_it() -> None:

@@ -17,7 +17,7 @@ GOOD = '{"items": [{"text": "words of some length, so that there are several uni
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_lines_are_named_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(lines, "_RANGE", 100)
+    monkeypatch.setattr(lines, "RANGE", 100)
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     rows = [GOOD] * 40

@@ -68,7 +68,7 @@ def test_all_passes_use_all_workers_and_give_the_same_bytes(
 
 def test_a_scan_in_any_groups_finds_the_same(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one process of many knows of images, another one does not."""
-    rules = []
+    found = []
     for size in (1, 3, 16, 1000):
         monkeypatch.setattr("megatron_lcl.data.prepare.importers.html._PAGES_PER_LOOK", size)
         importer = create("html", site, None, {})
@@ -78,12 +78,15 @@ def test_a_scan_in_any_groups_finds_the_same(site: Path, monkeypatch: pytest.Mon
                 function(create("html", site, None, {}), item) for item in items
             ]  # a copy for each
         )
-        rules.append((importer._rules, importer._num_bytes, importer._facts, importer.units()))
-    assert all(found == rules[0] for found in rules[1:])
-    assert len(rules[0][2]) > NUM_PAGES  # so that no worker finds them out again
-    assert rules[0][0].duplicates == {"p50.html": "p03.html"}
-    assert len(rules[0][0].repeated) == 1
-    assert len(rules[0][0].unwanted) == 1 + 8  # the logo, and the images of nine pages each
+        repeats = importer._repeats
+        assert repeats is not None
+        images = [column.tolist() for column in (repeats.images, repeats.num_pages, repeats.last_page)]
+        found.append((repeats.original, images, importer._repeated_texts, importer._num_bytes, importer.units()))
+    assert all(other == found[0] for other in found[1:])
+    original, (_, num_pages, _), repeated, *_ = found[0]
+    assert {page: first for page, first in enumerate(original) if page != first} == {50: 3}
+    assert len(repeated) == 1
+    assert sum(number > 3 for number in num_pages) == 1 + 8  # the logo, and the images of nine pages each
 
 
 def test_bars_from_the_start(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

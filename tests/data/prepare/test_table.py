@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -69,10 +70,34 @@ def test_tsv_in_ranges(tmp_path: Path, pictures: Path, monkeypatch: pytest.Monke
     (tmp_path / "no-header.tsv").write_text(body)
     (tmp_path / "header.tsv").write_text("caption\tpath\n" + body)
     for size in (1, 9, 1 << 20):
-        monkeypatch.setattr(lines, "_RANGE", size)
+        monkeypatch.setattr(lines, "RANGE", size)
         assert plain(documents_of(create("table", tmp_path / "header.tsv", pictures, {}))[0]) == expected(texts)
         options = {"columns": "caption,path"}
         assert plain(documents_of(create("table", tmp_path / "no-header.tsv", pictures, options))[0]) == expected(texts)
+
+
+def test_csv_in_ranges(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range begins at a record, whatever the quotes hold: as if the file were read by one process."""
+    write_csv(tmp_path / "a.csv", ["caption", "path"], [[text, f"{k}.png"] for k, text in enumerate(TEXTS)])
+    draw = random.Random(0)
+    for k in range(60):  # mostly against the rules
+        (tmp_path / f"{k}.csv").write_text(
+            "".join(draw.choices('ab",\n\r é', [4, 4, 3, 3, 4, 1, 1, 1], k=200)), "utf-8"
+        )
+    (tmp_path / "long.csv").write_text('a,b\n"open,c\n' + "x\n" * 70_000 + 'd,"e\nf"\n')
+    for file in sorted(tmp_path.glob("*.csv")):
+        found = []
+        for size in (1 << 20, 1, 40):
+            monkeypatch.setattr(lines, "RANGE", size)
+            importer = create("table", file, pictures, {} if file.stem == "a" else {"columns": "caption,path"})
+            units = importer.units()
+            documents, drops = documents_of(importer)
+            found.append(([(document.name, document.items) for document in documents], drops.to_dict()))
+            assert len(units) > 1 or size > 1 or file.stem.isdecimal(), file
+            assert sum(unit.size for unit in units) == file.stat().st_size
+        assert found[1:] == found[:1] * 2, file
+        if file.stem == "a":
+            assert plain(documents) == expected()
 
 
 def store_by_url(folder: Path) -> Path:

@@ -4,8 +4,9 @@ Another package adds a format with an entry point in the group `megatron_lcl.imp
 whose object is an `Importer` class.
 
 What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
-`tars.py` (WebDataset tars), `sources.py` (images in folders and tars), `urls.py` (images by their URL), `url_keys.py`
-(img2dataset's tables). Imports data.corpus only. Begin with `Importer` below, then `jsonl.py`, the simplest one.
+`tars.py` (WebDataset tars), `sources.py` (images in folders and archives), `image_tables.py` (archives in parquet),
+`urls.py` (images by their URL), `url_keys.py` (img2dataset's tables). Imports data.corpus only. Begin with `Importer`
+below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import inspect
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,7 +60,7 @@ class Unit:
     """whatever the importer needs to find it again; picklable"""
 
 
-Each = Callable[[Callable[[Any, list[str]], Any], Sequence[list[str]]], Iterable[Any]]
+Each = Callable[[Callable[[Any, Any], Any], Sequence[Sized]], Iterable[Any]]
 """each(function, items): function(importer, item) of every item, in order, from several processes, with a bar"""
 
 
@@ -92,8 +93,8 @@ class Importer(ABC):
     def scan(self, each: Each) -> None:  # noqa: B027 - most documents depend on nothing else
         """Once, before `units`: find out what documents depend on and only the whole input tells.
 
-        each: see `Each`; an item is a list of names, and the bar counts the names. The function may be called in
-        another process, on a copy, so what it finds is what it returns.
+        each: see `Each`; an item is a list of names, or a range of numbers, and the bar counts these. The function may
+        be called in another process, on a copy, so what it finds is what it returns.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -18,6 +18,7 @@ import lxml.etree
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.prepare.importers.files import Names
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.importers.sources import MAX_FILE
 from megatron_lcl.errors import UserError
@@ -39,14 +40,14 @@ class EpubImporter(HtmlImporter):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_opened": None}
 
-    def list_pages(self) -> list[str]:
+    def list_pages(self) -> Sequence[str]:
         """`BOOK.epub/MEMBER`; a book that cannot be read is a page of its own name, which `documents` counts."""
         if self.image_root != self.root.resolve():
             raise UserError("format epub has its images in the books; leave out --images")
         self._faults: dict[str, str] = {}
         self._ids: dict[str, str] = {}
-        pages: list[str] = []
-        for file in self.files:
+        pages = Names()
+        for file in self.found.paths():
             book = self.found.name(file)
             try:
                 if not book.lower().endswith(_ENDS[:-1]):
@@ -57,9 +58,10 @@ class EpubImporter(HtmlImporter):
                 pages.append(book)
                 continue
             for member in members:
-                pages.append(f"{book}/{member}")
+                page = f"{book}/{member}"
+                pages.append(page)
                 if member in encrypted:
-                    self._faults[pages[-1]] = "encrypted page"
+                    self._faults[page] = "encrypted page"
         return pages
 
     def page_size(self, name: str) -> int:
@@ -85,11 +87,11 @@ class EpubImporter(HtmlImporter):
     def image_bytes(self, file: Path) -> bytes:
         return self._member(file.as_posix())
 
-    def documents_of_page(self, name: str, drops: Drops) -> Iterator[Document]:
-        if name in self._faults:
+    def documents_of_page(self, number: int, drops: Drops) -> Iterator[Document]:
+        if (name := self.pages[number]) in self._faults:
             drops.bad("document", self._faults[name], name)
         else:
-            yield from super().documents_of_page(name, drops)
+            yield from super().documents_of_page(number, drops)
 
     def _member(self, name: str) -> bytes:
         info = self._info(name)

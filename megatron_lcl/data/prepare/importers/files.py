@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
@@ -25,16 +28,47 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Names(Sequence[str]):
+    """Strings in one block of memory: their UTF-8 bytes and 8 more each, where a list of paths takes a kilobyte."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._data, self._ends = bytearray(), array("q", [0])
+        for name in names:
+            self.append(name)
+
+    def append(self, name: str) -> None:
+        self._data += name.encode(errors="surrogatepass")
+        self._ends.append(len(self._data))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[k] for k in range(len(self))[at]]
+        k = range(len(self))[at]
+        return self._data[self._ends[k] : self._ends[k + 1]].decode(errors="surrogatepass")
+
+
 @dataclass(frozen=True)
 class Files:
     """What lies in an input."""
 
     root: Path
     """names are relative to it"""
-    read: list[Path]
-    """the files to read, in the order of their names"""
+    names: Sequence[str]
+    """of the files to read, in order"""
     skipped: list[tuple[Path, str]]
     """(file, why) of those that have a format's name and are not read"""
+
+    @property
+    def read(self) -> list[Path]:
+        """The files to read."""
+        return list(self.paths())
+
+    def paths(self) -> Iterator[Path]:
+        """The same, one at a time."""
+        return (self.root / name for name in self.names)
 
     def name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -51,24 +85,33 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     if it is there. UserError where there is nothing to read.
     """
     if input.is_file():
-        return Files(input.parent, [input], [])
+        return Files(input.parent, [input.name], [])
     plain = {_uncompressed(suffix) for suffix in suffixes}
-    copies: dict[Path, list[Path]] = {}
-    for path in input.rglob("*"):
-        base = _uncompressed(path.name)
-        named = path.name.lower().endswith(tuple(suffixes)) or base.lower().endswith(tuple(plain - {""}))
-        if named and path.is_file():
-            copies.setdefault(path.with_name(base.removesuffix(".jsonl")), []).append(path)
-    read, skipped = [], []
-    for paths in copies.values():
-        readable = sorted((p for p in paths if p.name.lower().endswith(tuple(suffixes))), key=_preference)
-        read += readable[:1]
-        chosen = readable[0] if readable else None
-        skipped += [(p, TWICE if chosen else NOT_READ) for p in paths if p != chosen]
+    read: list[str] = []
+    skipped: list[tuple[Path, str]] = []
+    for folder, _, files in os.walk(input):
+        below = os.path.relpath(folder, input)
+        for _, group in itertools.groupby(sorted(files, key=_base), key=_base):
+            copies = [name for name in group if _is_named(name, suffixes, plain) and Path(folder, name).is_file()]
+            readable = sorted((name for name in copies if name.lower().endswith(tuple(suffixes))), key=_preference)
+            read += [name if below == "." else f"{below}/{name}" for name in readable[:1]]
+            why = TWICE if readable else NOT_READ
+            skipped += [(Path(folder, name), why) for name in copies if name not in readable[:1]]
     if not read:
         packed = f"; {min(skipped)[0].name} is {NOT_READ}" if skipped else ""
         raise UserError(f"no {', '.join(suffixes)} files in {input}{packed}. The format reads: {reads}")
-    return Files(input, sorted(read), sorted(skipped))
+    read.sort(key=lambda name: name.replace("/", "\0"))  # as paths are ordered: a folder before what only begins alike
+    return Files(input, Names(read), sorted(skipped))
+
+
+def _base(name: str) -> str:
+    """The same for copies of one file."""
+    return _uncompressed(name).removesuffix(".jsonl")
+
+
+def _is_named(name: str, suffixes: Sequence[str], plain: set[str]) -> bool:
+    base = _uncompressed(name)
+    return name.lower().endswith(tuple(suffixes)) or base.lower().endswith(tuple(plain - {""}))
 
 
 def _uncompressed(name: str) -> str:
@@ -79,9 +122,9 @@ def _uncompressed(name: str) -> str:
     return next((name[: -len(suffix)] for suffix in COMPRESSED if lower.endswith(suffix)), name)
 
 
-def _preference(path: Path) -> tuple[int, str]:
-    suffix = path.suffix.lower().replace(".tgz", ".gz")
-    return (COMPRESSED.index(suffix) if suffix in COMPRESSED else -1), path.name
+def _preference(name: str) -> tuple[int, str]:
+    suffix = Path(name).suffix.lower().replace(".tgz", ".gz")
+    return (COMPRESSED.index(suffix) if suffix in COMPRESSED else -1), name
 
 
 class FilesImporter(Importer):
@@ -101,7 +144,7 @@ class FilesImporter(Importer):
         return self.found.read
 
     def signature(self) -> str:
-        return files_signature(self.files, self.root)
+        return files_signature(self.found.paths(), self.root)
 
     def units(self) -> list[Unit]:
         return [*self.units_of_files(), *self.found.skipped_units()]

@@ -9,6 +9,7 @@ the types, or by options.
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ _SPLIT = re.compile(r"(?:.*-)?([^-]+)-\d{5}-of-\d{5}")
 _STATE, _DICT = "state.json", "dataset_dict.json"
 _BATCH = 16
 """rows read at once: each may hold many large images"""
+_MAPPED_BYTES = 32 << 20
+"""of an Arrow file that are kept mapped once they were read"""
 _NOT_LISTED = f"not of the data set: {_STATE} does not list it"
 _OTHER_SPLIT = "of another split"
 
@@ -136,8 +139,10 @@ class HfImporter(FilesImporter):
         return [self.image, self.text, *(column for column in ("url", "id") if names.count(column) == 1)]
 
     def _arrow_rows(self, file: Path, name: str, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
-        row = 0
-        with pa.memory_map(str(file)) as mapped, _open_stream(mapped) as stream:
+        row = num_bytes = 0
+        with open(file, "rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        with _open_stream(pa.BufferReader(mapped)) as stream:
             if (columns := self._columns(stream.schema.names, name, drops)) is None:
                 return
             for batch in stream:
@@ -153,6 +158,10 @@ class HfImporter(FilesImporter):
                     for values in zip(*(column_values(part[column]) for column in columns), strict=True):
                         yield row, dict(zip(columns, values, strict=True))
                         row += 1
+                    num_bytes += part.nbytes
+                    if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
+                        mapped.madvise(mmap.MADV_DONTNEED)
+                        num_bytes = 0
 
     def _documents(self, row: dict[str, Any], name: str, drops: Drops) -> Iterator[Document]:
         """One, or of one image with several texts one each."""
@@ -213,7 +222,7 @@ def _listed(found: Files) -> Files:
             states[file.parent] = _data_files(file.parent)
         names = states[file.parent]
         if names is None or file.name in names:
-            read.append(file)
+            read.append(found.name(file))
         else:
             skipped.append((file, _NOT_LISTED))
     return Files(found.root, read, sorted(skipped))
@@ -238,7 +247,7 @@ def _data_files(folder: Path) -> set[str] | None:
 
 
 def _of_split(found: Files, split: str) -> Files:
-    splits = {file: _split_of(file) for file in found.read}
+    splits = {name: _split_of(file) for name, file in zip(found.names, found.paths(), strict=True)}
     names = sorted(set(splits.values()))
     if split in ("", "all"):
         if split == "" and len(names) > 1:
@@ -247,8 +256,8 @@ def _of_split(found: Files, split: str) -> Files:
         return found
     if split not in names:
         raise UserError(f"--option split={split}: {found.root} has {', '.join(filter(None, names)) or 'no splits'}")
-    others = [(file, _OTHER_SPLIT) for file in found.read if splits[file] != split]
-    return Files(found.root, [f for f in found.read if splits[f] == split], sorted([*found.skipped, *others]))
+    others = [(found.root / name, _OTHER_SPLIT) for name, its in splits.items() if its != split]
+    return Files(found.root, [n for n, its in splits.items() if its == split], sorted([*found.skipped, *others]))
 
 
 def _split_of(file: Path) -> str:

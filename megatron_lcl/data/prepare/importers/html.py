@@ -2,15 +2,18 @@
 
 A page becomes one document, a long one several, cut at headings. Consecutive paragraphs are joined by line ends; a
 segment ends where an image stands. Images are found relative to their page (or to `images`), inside the folder only.
-What of a page is its content: `html_page.py`; which texts are the site's: `html_repeats.py`.
+What of a page is its content: `html_page.py`; which texts are the site's: `html_repeats.py`; which pages and
+images repeat: `html_scan.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -21,45 +24,19 @@ import xxhash
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.probe import BadImage, probe
+from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
 from megatron_lcl.data.prepare.importers import Each, Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
+from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 
 _PAGES_PER_UNIT = 64
 _PAGES_PER_LOOK = 16
 """pages that a process scans together"""
+_IMAGES_KNOWN = 4096
 _DECORATION = 1 / 3
 """an image on a larger share of the pages, a site's logo, says nothing about which pages belong together"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What the scan found out about the whole folder: what later passes do with each page and image."""
-
-    duplicates: dict[str, str]
-    """page → the page it repeats"""
-    unwanted: dict[bytes, str]
-    """content hash → why the image is skipped everywhere"""
-    first_pages: dict[bytes, list[str]]
-    """content hash of an image that stands more often than allowed → pages on which it stays"""
-    num_pages: dict[bytes, int]
-    """content hash of an image that stands on several pages → their number"""
-    repeated: frozenset[int]
-    """hashes of the texts that stand at the edges of many pages"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    """What is known of an image by itself."""
-
-    digest: bytes = b""
-    """content hash; empty for an image that is not there"""
-    unwanted: str = ""
-    """why it is skipped"""
-    size: int = 0
-    """bytes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +83,19 @@ class HtmlImporter(FilesImporter):
         self.max_page_share, self.max_repeats = max_page_share, max_repeats
         self.max_text_share, self.max_words, self.text_pages = max_text_share, max_words, text_pages
         self.pages = self.list_pages()
-        self._rules: _Rules | None = None
-        self._facts: dict[str, _Fact] = {}
-        self._num_bytes: list[int] = []
+        self._repeats: Repeats | None = None
+        self._repeated_texts: frozenset[int] = frozenset()
+        """hashes of those that stand at the edges of many pages"""
+        self._num_bytes = array("q")
         """of each page's images"""
+        self._known: dict[bytes, str] = {}
+        """of images seen lately, by their content hash: why one is skipped everywhere, or """ ""
 
     # --- what other kinds of pages replace -------------------------------------------------------------------
 
-    def list_pages(self) -> list[str]:
+    def list_pages(self) -> Sequence[str]:
         """Names of all pages, in order."""
-        return [self.found.name(file) for file in self.files]
+        return self.found.names
 
     def page_size(self, name: str) -> int:
         return (self.root / name).stat().st_size
@@ -148,105 +128,92 @@ class HtmlImporter(FilesImporter):
     # --- units -----------------------------------------------------------------------------------------------
 
     def units_of_files(self) -> list[Unit]:
-        if self._rules is None:
+        if self._repeats is None:
             self.scan(lambda function, items: (function(self, item) for item in items))
         units = []
         for start in range(0, len(self.pages), _PAGES_PER_UNIT):
-            group = self.pages[start : start + _PAGES_PER_UNIT]
-            size = sum(self.page_size(page) for page in group)
-            units.append(Unit(group[0], size + sum(self._num_bytes[start : start + _PAGES_PER_UNIT]), group))
+            pages = range(start, min(start + _PAGES_PER_UNIT, len(self.pages)))
+            size = sum(self.page_size(self.pages[page]) for page in pages)
+            units.append(Unit(self.pages[start], size + sum(self._num_bytes[start : pages.stop]), pages))
         return units
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        for name in unit.payload:
-            yield from self.documents_of_page(name, drops)
+        """Payload: the pages' numbers."""
+        for page in unit.payload:
+            yield from self.documents_of_page(page, drops)
 
     # --- the scan: what repeats ------------------------------------------------------------------------------
 
     def scan(self, each: Each) -> None:
-        contents: dict[bytes, str] = {}
-        duplicates: dict[str, str] = {}
-        pages_of: dict[bytes, list[str]] = {}
+        num = len(self.pages)
+        groups = [range(start, min(start + _PAGES_PER_LOOK, num)) for start in range(0, num, _PAGES_PER_LOOK)]
         edge_texts = EdgeTexts()
-        groups = [self.pages[i : i + _PAGES_PER_LOOK] for i in range(0, len(self.pages), _PAGES_PER_LOOK)]
-        for group, (looks, facts) in zip(groups, each(HtmlImporter._look_at, groups), strict=True):
-            self._facts.update(facts)
-            for name, look in zip(group, looks, strict=True):
+        with counting(self.max_repeats) as tally:
+            for look in itertools.chain.from_iterable(each(HtmlImporter._look_at, groups)):
                 self._num_bytes.append(look.num_bytes)
-                original = contents.setdefault(look.digest, name)
-                if original != name:
-                    duplicates[name] = original
-                    continue
-                if look.edge_keys is not None:
-                    edge_texts.add(look.edge_keys)
-                for image in look.images:
-                    pages_of.setdefault(image, []).append(name)
-        limit = max(2, self.max_page_share * len(self.pages))
-        share = f"stands on over {self.max_page_share:.0%} of the pages"
-        self._rules = _Rules(
-            duplicates,
-            unwanted={image: share for image, pages in pages_of.items() if len(pages) > limit},
-            first_pages={
-                image: pages[: self.max_repeats] for image, pages in pages_of.items() if len(pages) > self.max_repeats
-            },
-            num_pages={image: len(pages) for image, pages in pages_of.items() if len(pages) > 1},
-            repeated=edge_texts.repeated(self.max_text_share),
-        )
+                if tally.add_page(look.digest):
+                    tally.add_images(look.images)
+                    if look.edge_keys is not None:
+                        edge_texts.add(look.edge_keys)
+            self._repeats = tally.repeats()
+        self._repeated_texts = edge_texts.repeated(self.max_text_share)
 
-    def _look_at(self, pages: list[str]) -> tuple[list[_Look], dict[str, _Fact]]:
-        """What is on each page, and what this found out about images."""
+    def _look_at(self, pages: range) -> list[_Look]:
+        """What is on each page."""
         looks = []
-        known = set(self._facts)
-        for name in pages:
+        for name in (self.pages[page] for page in pages):
             page = self._parse(name)
-            facts = {fact.digest: fact for kind, source in page.events if kind == "image"
-                     if (fact := self._fact(name, source)).digest}  # fmt: skip
+            sizes: dict[bytes, int] = {}
+            for kind, source in page.events:
+                if kind == "image":
+                    with contextlib.suppress(BadImage):
+                        data = self._read(name, source)
+                        digest = xxhash.xxh3_128_digest(data)
+                        sizes[digest] = 0 if self._unwanted(digest, data) else len(data)
             shows = page.events and not page.redirect
             looks.append(
                 _Look(
                     xxhash.xxh3_128_digest(repr(page.events).encode()),
                     edge_keys(list(assemble(page.events))) if shows else None,
-                    list(facts),
-                    sum(fact.size for fact in facts.values() if not fact.unwanted),
+                    list(sizes),
+                    sum(sizes.values()),
                 )
             )
-        return looks, {key: fact for key, fact in self._facts.items() if key not in known}
+        return looks
 
-    def _fact(self, page: str, source: str) -> _Fact:
-        """What is known of an image as a page names it."""
-        key = f"{page}\0{source}" if source.startswith("data:") else str(self.locate(page, source))
-        if key not in self._facts:
-            try:
-                data = self._read(page, source)
-            except BadImage:
-                self._facts[key] = _Fact()
-            else:
-                self._facts[key] = _Fact(xxhash.xxh3_128_digest(data), self._unwanted(data), len(data))
-        return self._facts[key]
+    def _unwanted(self, digest: bytes, data: bytes) -> str:
+        """Why an image is skipped everywhere, whatever the pages; "" where it is not, or is damaged."""
+        if (reason := self._known.get(digest)) is None:
+            if len(self._known) >= _IMAGES_KNOWN:
+                self._known.clear()
+            reason = self._known[digest] = self._unwanted_shape(data)
+        return reason
 
-    def _unwanted(self, data: bytes) -> str:
+    def _unwanted_shape(self, data: bytes) -> str:
         try:
-            size = probe(data)
-        except BadImage:
+            short, long = sorted(open_image(data).size)
+            if short >= self.min_side and long <= self.max_aspect * short:
+                return ""
+            probe(data)  # which decodes it: one that is damaged is counted as such later
+        except (BadImage, *DAMAGE):
             return ""
-        if min(size.width, size.height) < self.min_side:
-            return f"under {self.min_side} pixels on a side"
-        if max(size.width, size.height) > self.max_aspect * min(size.width, size.height):
-            return f"aspect above {self.max_aspect:g}"
-        return ""
+        return (
+            f"under {self.min_side} pixels on a side" if short < self.min_side else f"aspect above {self.max_aspect:g}"
+        )
 
     # --- one page --------------------------------------------------------------------------------------------
 
-    def documents_of_page(self, name: str, drops: Drops) -> Iterator[Document]:
-        assert self._rules is not None, "units() comes first"
+    def documents_of_page(self, number: int, drops: Drops) -> Iterator[Document]:
+        assert self._repeats is not None, "units() comes first"
+        name = self.pages[number]
         page = self._parse(name)
         for reason, text in page.left_out:
             drops.left_out("text", reason, name, sample=text)
         if page.redirect:
             drops.left_out("document", "redirect", name, sample=_text(assemble(page.events)))
             return
-        if name in self._rules.duplicates:
-            drops.left_out("document", "repeats another page", f"{name} = {self._rules.duplicates[name]}")
+        if (original := self._repeats.original[number]) != number:
+            drops.left_out("document", "repeats another page", f"{name} = {self.pages[original]}")
             return
         seen: set[bytes] = set()
         shares: set[str] = set()
@@ -257,10 +224,10 @@ class HtmlImporter(FilesImporter):
                 events.append((kind, value))
                 continue
             num_named += 1
-            if (image := self._image(name, value, seen, shares, drops)) is not None:
+            if (image := self._image(number, value, seen, shares, drops)) is not None:
                 events.append(("image", image))
         num_lost = drops.num_bad("image") - bad_before
-        items, repeated = without_repeated(list(assemble(events)), self._rules.repeated)
+        items, repeated = without_repeated(list(assemble(events)), self._repeated_texts)
         for block in repeated:
             drops.left_out("text", "repeated at the edges of many pages", name, sample=block.value)
         if any(item.kind == "image" for item in items) or (items and self.text_pages):
@@ -276,9 +243,10 @@ class HtmlImporter(FilesImporter):
             reason = "page without images" if items else "empty page"
         drops.left_out("document", reason, name, sample=_text(items))
 
-    def _image(self, page: str, source: str, seen: set[bytes], shares: set[str], drops: Drops) -> Image | None:
+    def _image(self, number: int, source: str, seen: set[bytes], shares: set[str], drops: Drops) -> Image | None:
         """The image if it stays; else its drop is counted, and `shares` takes one that joins this page to others."""
-        assert self._rules is not None
+        assert self._repeats is not None
+        page = self.pages[number]
         label = f"{page}: {source[:100]}"
         if urlsplit(source).path.lower().endswith((".svg", ".svgz")) or source.startswith("data:image/svg"):
             drops.left_out("image", "vector graphics", label)
@@ -288,14 +256,15 @@ class HtmlImporter(FilesImporter):
         except BadImage as error:
             drops.bad("image", str(error), label)
             return None
-        fact = self._fact(page, source)
-        digest, unwanted = fact.digest, fact.unwanted
-        allowed = self._rules.first_pages.get(digest)
-        if not unwanted and digest in self._rules.num_pages:
-            unwanted = self._rules.unwanted.get(digest, "")
-            if self._rules.num_pages[digest] <= _DECORATION * len(self.pages):
+        digest = xxhash.xxh3_128_digest(data)
+        unwanted = self._unwanted(digest, data)
+        num_pages, may_stay = self._repeats.of_image(digest, number)
+        if not unwanted and num_pages > 1:
+            if num_pages > max(2, self.max_page_share * len(self.pages)):
+                unwanted = f"stands on over {self.max_page_share:.0%} of the pages"
+            if num_pages <= _DECORATION * len(self.pages):
                 shares.add(digest.hex())
-        if not unwanted and (digest in seen or (allowed is not None and page not in allowed)):
+        if not unwanted and (digest in seen or not may_stay):
             unwanted = f"repeated (on a page, or on more than {self.max_repeats} pages)"
         if unwanted:
             drops.left_out("image", unwanted, label)

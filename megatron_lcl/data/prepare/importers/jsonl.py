@@ -57,7 +57,7 @@ class JsonlImporter(LinesImporter):
         self.images = ImageSource(images or self.root)
 
     def signature(self) -> str:
-        return files_signature([*self.files, *self.images.tars], self.root)
+        return files_signature([*self.files, *self.images.archives], self.root)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)

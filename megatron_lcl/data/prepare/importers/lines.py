@@ -28,7 +28,8 @@ _DECODER = json.JSONDecoder()
 _CHUNK = 1 << 16
 _COMPRESSED_CHUNK = 1 << 10
 """a hostile one makes a thousand times as much with gzip, thirty thousand times with zstandard"""
-_RANGE = 8 << 20
+RANGE = 8 << 20
+"""bytes of a plain file that are a unit"""
 _MAX_LINE = 64 << 20
 _SAMPLE_BYTES = 4096
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -39,16 +40,16 @@ def line_units(files: Iterable[Path], name: Callable[[Path], str]) -> list[Unit]
     units = []
     for file in files:
         size = file.stat().st_size
-        if _is_compressed(file):
+        if is_compressed(file):
             units.append(Unit(name(file), size, (file, 0, size)))
         else:
-            for start in range(0, max(size, 1), _RANGE):
-                end = min(size, start + _RANGE)
+            for start in range(0, max(size, 1), RANGE):
+                end = min(size, start + RANGE)
                 units.append(Unit(name(file), end - start, (file, start, end)))
     return units
 
 
-def _is_compressed(path: Path) -> bool:
+def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in (".gz", ".zst", ".zip")
 
 
@@ -100,7 +101,7 @@ def text_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
     path, start, end = unit.payload
     try:
         with open(path, "rb", _CHUNK) as file:
-            if _is_compressed(path):
+            if is_compressed(path):
                 chunks = _decompressed(unit.name, path.suffix.lower(), file, drops)
                 yield from _split(unit.name, chunks, drops)
             else:
@@ -247,7 +248,7 @@ class LinesImporter(FilesImporter):
 
     @functools.cached_property
     def _line_numbers(self) -> LineNumbers:
-        return LineNumbers(self.units_of_files())
+        return LineNumbers(line_units(self.files, self.found.name))
 
     def place(self, name: str) -> str:
         return self._line_numbers.name(name)

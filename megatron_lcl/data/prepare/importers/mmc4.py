@@ -39,7 +39,7 @@ class Mmc4Importer(LinesImporter):
     def __init__(self, input: Path, images: Path | None = None) -> None:
         super().__init__(input)
         in_order = sorted(self.found.read, key=lambda p: (_shard_number(p), p))
-        self.found = Files(self.root, in_order, self.found.skipped)
+        self.found = Files(self.root, [self.found.name(file) for file in in_order], self.found.skipped)
         self.images = ImageSource(images)
         numbers = [_shard_number(file) for file in self.files]
         self._missing_before = {

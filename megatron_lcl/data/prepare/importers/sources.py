@@ -1,4 +1,5 @@
-"""Where images are: a folder, a tar file, or a folder of tar files, as an image store is. Names never lead outside."""
+"""Where images are: a folder, a tar file, or a folder of tar or parquet files, as an image store is. Names never lead
+outside."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
-from megatron_lcl.data.prepare.importers.urls import is_url, names_of_url
+from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
 MAX_FILE = 256 << 20
@@ -27,20 +28,21 @@ _RUN = 1 << 21
 
 
 def images_signature(root: Path) -> str:
-    """Changes with the folder's name and with its tars' names, sizes and times; other files are too many to list."""
-    return f"{root.resolve().name} {files_signature(_tars(root), root.parent)}"
+    """Changes with the folder's name and its archives' names, sizes and times; other files are too many to list."""
+    return f"{root.resolve().name} {files_signature(_archives(root), root.parent)}"
 
 
 class ImageSource:
-    """Images by name below `root`: a folder, which may itself hold tar files, or one tar file; None: there are none.
+    """Images by name below `root`: a folder, which may itself hold archives, or one archive; None: there are none.
 
-    Tar files are listed once, and their members kept as sorted arrays of 24 bytes for each image's name, and 24 for its
-    name without folders: in files that all processes map, after `prepare`, else in memory.
+    Archives (tar files, and a store's parquet files) are listed once, and their members kept as sorted arrays of 24
+    bytes for each image's name, and 24 for its name without folders: in files that all processes map, after `prepare`,
+    else in memory.
     """
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
-        self.tars = [] if root is None else _tars(root)
+        self.archives = [] if root is None else _archives(root)
         self._packed = (
             [] if root is None or root.is_file() else sorted(set(root.glob("*.tar.*")) | set(root.glob("*.tgz")))
         )
@@ -52,14 +54,14 @@ class ImageSource:
         return {**vars(self), "_runs": None}
 
     def prepare(self, folder: Path) -> None:
-        """List the tars into a folder below `folder`, unless it is there."""
+        """List the archives into a folder below `folder`, unless it is there."""
         self._folder = folder / "images-in-tars"
-        if self.tars and not self._folder.exists():
+        if self.archives and not self._folder.exists():
             with scratch_folder(folder) as scratch:
                 unfinished = scratch / "images-in-tars"
                 unfinished.mkdir()
                 damaged: list[str] = []
-                for number, run in enumerate(_sorted_runs(self.tars, damaged)):
+                for number, run in enumerate(_sorted_runs(self.archives, damaged)):
                     save_array(unfinished / f"{number:06d}.npy", run)
                 (unfinished / _DAMAGED).write_text(json.dumps(damaged))
                 put_in_place(unfinished, self._folder)
@@ -68,7 +70,7 @@ class ImageSource:
         """The first of the names that there is. BadImage says why there is none.
 
         A name that is a URL means the image that `megatron-lcl fetch` has stored of it.
-        near: names, without extension, of tars to look into before the others, as names may repeat from tar to tar.
+        near: names, without extension, of archives to look into before the others, as names may repeat in them.
         """
         if self._root is None:
             raise BadImage("no image folder was given")
@@ -79,29 +81,29 @@ class ImageSource:
         for name in candidates:
             if (data := _read_file(self._root / name)) is not None:
                 return data
-        if self.tars:
+        if self.archives:
             found = [self._find(key) for key in dict.fromkeys((*candidates, *map(_anywhere, candidates)))]
-            own = [[member for member in members if self.tars[member[0]].stem in near] for members in found]
+            own = [[member for member in members if self.archives[member[0]].stem in near] for members in found]
             if members := next(filter(None, (*own, *found)), None):
                 contents = {self._read_member(*member) for member in members}
                 if len(contents) > 1:  # nothing says which is meant
                     raise BadImage("several images of this name in the tars")
                 return contents.pop()
             if self._damaged:
-                raise BadImage(f"file missing, and {self._damaged[0]} is damaged or cut")
+                raise BadImage(f"file missing, and {self._damaged[0]}")
         unread = [
-            tar.name for tar in self._packed if tar.with_name(tar.name.partition(".")[0] + ".tar") not in self.tars
+            tar.name for tar in self._packed if tar.with_name(tar.name.partition(".")[0] + ".tar") not in self.archives
         ]
         if unread:
             raise BadImage(f"file missing, and {unread[0]} is compressed, which is not read: unpack it")
         raise BadImage("file missing")
 
     def _find(self, key: str) -> list[tuple[int, int, int]]:
-        """(tar, first byte, size) of all members of a name."""
+        """(archive, first byte, size) of all members of a name."""
         if self._runs is None:
             if self._folder is None:
                 self._damaged = []
-                self._runs = list(_sorted_runs(self.tars, self._damaged))
+                self._runs = list(_sorted_runs(self.archives, self._damaged))
             else:
                 self._damaged = json.loads((self._folder / _DAMAGED).read_text())
                 self._runs = [np.load(file, mmap_mode="r") for file in sorted(self._folder.glob("*.npy"))]
@@ -117,13 +119,13 @@ class ImageSource:
     def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
             raise BadImage(f"over {MAX_FILE >> 20} MiB")
-        with open(self.tars[number], "rb") as file:
+        with open(self.archives[number], "rb") as file:
             file.seek(start)
             return file.read(size)
 
 
-def _tars(root: Path) -> list[Path]:
-    return [root] if root.is_file() else sorted(root.glob("*.tar"))
+def _archives(root: Path) -> list[Path]:
+    return [root] if root.is_file() else sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
 
 
 def _anywhere(name: str) -> str:
@@ -135,15 +137,15 @@ def _digest(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass"))
 
 
-def _sorted_runs(tars: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
-    """All members of the tars, under their name and under that without folders: uint64 [3, n] arrays of up to _RUN.
+def _sorted_runs(archives: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
+    """All members of the archives, under their name and under that without folders: uint64 [3, n], up to _RUN each.
 
-    Names of tars that end early are added to `damaged`.
+    What is wrong with archives that cannot be read to their end is added to `damaged`.
 
-    Rows: the key's XXH3, ascending; first byte; number of the tar (upper 32 bits) and size (lower 32 bits).
+    Rows: the key's XXH3, ascending; first byte; number of the archive (upper 32 bits) and size (lower 32 bits).
     """
     run, length = np.empty((3, _RUN), np.uint64), 0
-    for number, path in enumerate(tars):
+    for number, path in enumerate(archives):
         for name, start, size in _members(path, damaged):
             place = number << 32 | min(size, 0xFFFF_FFFF)
             run[:, length] = _digest(name), start, place
@@ -156,7 +158,15 @@ def _sorted_runs(tars: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
 
 
 def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, size) of the regular files in a tar, as far as it can be read."""
+    """(name, first byte, size) of the files in an archive, as far as it can be read."""
+    if path.name.endswith(TABLE_SUFFIX):
+        from megatron_lcl.data.prepare.importers import image_tables  # pyarrow.parquet, which few inputs need
+
+        try:
+            yield from image_tables.image_places(path)
+        except image_tables.DAMAGE:
+            damaged.append(f"{path.name} is damaged, or not as `fetch` wrote it")
+        return
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
@@ -166,7 +176,7 @@ def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
                 if member.isfile():
                     yield member.name.removeprefix("./"), member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError, ValueError):
-        damaged.append(path.name)
+        damaged.append(f"{path.name} is damaged or cut")
 
 
 def _check_name(name: str) -> None:

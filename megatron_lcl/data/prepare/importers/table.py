@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import Unit, files_signature
-from megatron_lcl.data.prepare.importers.lines import LinesImporter, line_units, text_lines
+from megatron_lcl.data.prepare.importers import Unit, files_signature, lines
+from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
 from megatron_lcl.data.prepare.importers.row_groups import (
     DAMAGE,
     count_damage,
@@ -41,9 +41,10 @@ _JOINS = {
 
 
 class TableImporter(LinesImporter):
-    """A table or a folder of them: a TSV by 8 MiB, a CSV or a compressed file as a whole, parquet by row groups."""
+    """A table or a folder of them: CSV and TSV by 8 MiB, a compressed file as a whole, parquet by row groups."""
 
     kind = "pairs"
+    rules = 2
     reads = (
         ".csv, .tsv (also .gz, .zst), .parquet with a column of texts and one of the images' paths, URLs or "
         "img2dataset keys; images in --images, a folder or tars, else beside the input"
@@ -74,7 +75,7 @@ class TableImporter(LinesImporter):
             self._choose_columns(names)
 
     def signature(self) -> str:
-        return files_signature([*self.files, *self.images.tars, *self.keys.tables], self.root)
+        return files_signature([*self.files, *self.images.archives, *self.keys.tables], self.root)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)
@@ -121,8 +122,8 @@ class TableImporter(LinesImporter):
             name, size = self.found.name(file), file.stat().st_size
             if file.suffix == ".parquet":
                 units += row_group_units(file, name)
-            elif _is_csv(file):  # a quoted field may hold line ends
-                units.append(Unit(name, size, (file, 0, size)))
+            elif _is_csv(file) and not is_compressed(file):  # a quoted field may hold line ends
+                units += [Unit(name, end - start, (file, start, end)) for start, end in _csv_ranges(file, size)]
             else:
                 units += line_units([file], self.found.name)
         return units
@@ -192,23 +193,39 @@ def _is_csv(file: Path) -> bool:
     return ".csv" in (suffix.lower() for suffix in file.suffixes[-2:])
 
 
+def _csv_ranges(file: Path, size: int) -> Iterator[tuple[int, int]]:
+    """A file's bytes in parts of `RANGE` and more that begin at records.
+
+    Found by the reader that reads them, as only that knows for any file, be it against the rules, which quotes hold
+    line ends: so a part is read as if all had been.
+    """
+    start = 0
+    if size > lines.RANGE:
+        for label, _ in _records(Unit("", size, (file, 0, size)), True, Drops()):
+            position = int(label.removeprefix("@"))
+            if position - start >= lines.RANGE:
+                yield start, position
+                start = position
+    yield start, size
+
+
 def _records(unit: Unit, quoted: bool, drops: Drops) -> Iterator[tuple[str, list[str]]]:
     """(name, fields) of each row of a unit, the header among them; blank lines are none."""
     labels: list[str] = []
 
-    def lines() -> Iterator[str]:
+    def read() -> Iterator[str]:
         for label, raw, _ in text_lines(unit, drops):
             labels.append(label)
             text = decoded(raw, label, drops).removeprefix("\ufeff")
             yield text.rstrip("\r\n") + "\n"
 
     if not quoted:
-        for text in lines():
+        for text in read():
             if text != "\n":
                 yield labels[-1], text[:-1].split("\t")
             labels.clear()
         return
-    reader = csv.reader(lines())
+    reader = csv.reader(read())
     while True:
         labels.clear()
         try:

@@ -10,6 +10,8 @@ EXTENSIONS = {
     "MPO": ".jpg", "ICO": ".ico", "PPM": ".ppm", "JPEG2000": ".jp2",
 }  # fmt: skip
 """Pillow's name of a format → the extension of its members, the frequent ones first"""
+TABLE_SUFFIX = ".images.parquet"
+"""of files of a store in parquet (`image_tables.py`)"""
 _URL = re.compile(r"https?://", re.I)
 
 
@@ -24,6 +26,6 @@ def url_key(url: str) -> str:
 
 
 def names_of_url(url: str) -> list[str]:
-    """The names under which a store may have the image of a URL."""
+    """The names under which a store may have the image of a URL: in parquet the key, in tars with an extension."""
     key = url_key(url)
-    return [key + extension for extension in dict.fromkeys(EXTENSIONS.values())]
+    return [key, *(key + extension for extension in dict.fromkeys(EXTENSIONS.values()))]
