@@ -69,7 +69,7 @@ class EvaluationImages:
             return self._blobs[number].name, self._blobs[number].read()
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         local = number - int(self._starts[shard])
-        name = f"{self._corpus.path}: shard {shard}, image {local}"
+        name = f"{self._corpus.where}: shard {shard}, image {local}"
         return name, bytes(self._corpus.shard(shard).image(local))
 
 

@@ -162,7 +162,7 @@ def removals_of(
     def name(place: int) -> str:
         corpus = opened(int(np.searchsorted(places.starts, place, side="right")) - 1)
         document, item = int(places.document[place]), int(places.item[place])
-        return f"{corpus.path}: document {document}{'' if item < 0 else f', piece {item}'}"
+        return f"{corpus.where}: document {document}{'' if item < 0 else f', piece {item}'}"
 
     return Removals(
         np.array(places.document[removed]),

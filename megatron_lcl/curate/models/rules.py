@@ -30,7 +30,7 @@ class _Asking:
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `feature_facts` says."""
-        where = (corpus.path, task.shard, task.first, task.last)
+        where = (corpus.where, task.shard, task.first, task.last)
         save_facts(file, feature_facts(*where, self.encoder, self.tokenizer, gone))
 
 
@@ -83,7 +83,7 @@ class Matched(_Asking):
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `matching_facts` says."""
-        where = (corpus.path, task.shard, task.first, task.last)
+        where = (corpus.where, task.shard, task.first, task.last)
         save_facts(file, matching_facts(*where, self.encoder, self.tokenizer, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
