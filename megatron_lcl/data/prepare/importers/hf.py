@@ -28,11 +28,13 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     count_damage,
     missing_columns,
     open_parquet,
+    opened,
     read_rows,
     row_group_units,
     some_columns,
 )
 from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
@@ -53,6 +55,7 @@ class HfImporter(FilesImporter):
         "text column (each may be a list); images in the columns, else by their path in --images"
     )
     suffixes = (".parquet", ".arrow")
+    reads_objects = True
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class HfImporter(FilesImporter):
 
     def _arrow_rows(self, file: Path, name: str, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
         row = 0
-        with pa.memory_map(str(file)) as mapped, _open_stream(mapped) as stream:
+        with _mapped(file) as mapped, _open_stream(mapped) as stream:
             if (columns := self._columns(stream.schema.names, name, drops)) is None:
                 return
             for batch in stream:
@@ -262,6 +265,11 @@ def _split_of(file: Path) -> str:
 # --- which columns -----------------------------------------------------------------------------------------------
 
 
+def _mapped(file: Path) -> Any:
+    """A file of the disk, mapped, or an object."""
+    return pa.PythonFile(file.open("rb"), "r") if isinstance(file, ObjectPath) else pa.memory_map(str(file))
+
+
 def _open_stream(file: Any) -> Any:
     """Batches of an Arrow stream, or of an Arrow file."""
     magic = file.read(6)
@@ -278,8 +286,8 @@ def _schema(file: Path) -> pa.Schema | None:
     """None for a damaged file."""
     try:
         if file.suffix == ".parquet":
-            return pq.read_schema(file)
-        with pa.memory_map(str(file)) as mapped, _open_stream(mapped) as stream:
+            return pq.read_schema(opened(file))
+        with _mapped(file) as mapped, _open_stream(mapped) as stream:
             return stream.schema
     except DAMAGE:
         return None
