@@ -117,6 +117,11 @@ class Source:
             self.kept = [item for item in self.kept if item not in items]
 
 
+def address(corpus: Corpus) -> str:
+    """By which another process opens it."""
+    return corpus.where if corpus.remote else str(corpus.path)
+
+
 @contextmanager
 def read_ahead(corpus: Corpus, task: Range, images: bool) -> Iterator[None]:
     """Of a corpus in object storage: have a range's texts, and its images if need be, here until the end."""

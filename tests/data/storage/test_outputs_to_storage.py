@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,13 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 from corpora import jpeg
+from data.helpers import TOKENIZER, byte_level
 from s3_fixtures import upload
 from s3_server import Proxy
 
 from megatron_lcl.cli import main
-from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.curate.passes import REMOVED_FILE
+from megatron_lcl.curate.run import SAMPLES_FILE
+from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.store import open_corpus, read_manifest
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -298,3 +305,39 @@ def test_jobs_share_a_work_folder(place: str, tmp_path: Path) -> None:
         assert (CORPUS in objects(place)) == (job == "1/2" and bool(Store(place).exists(CORPUS)))
         assert main([*words, "--output", place, "--work", str(tmp_path / "work"), "--job", job]) == 0
     assert objects(place) == files(tmp_path / "disk")
+
+
+def test_retokenize_copies_whole_images(s3: Proxy, place: str, tmp_path: Path) -> None:
+    made = preprocess("jsonl", source(tmp_path / "in"), tmp_path / "c", tokenizer=TOKENIZER).path
+    tokenizers.JsonTokenizer(byte_level().to_str().encode()).save(tmp_path / "tokenizer.json")
+    url = upload(Path(made), f"{place}/c")
+    len(open_corpus(url)[3].images[0].data)  # so that the cache has a part of the images
+    words = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--output"]
+    assert main(["retokenize", str(made), *words, str(tmp_path / "new")]) == 0
+    assert main(["retokenize", url, *words, f"{place}/new"]) == 0
+    assert objects(f"{place}/new") == files(tmp_path / "new")
+
+
+def test_curate_by_rules_over_the_whole_corpus(
+    s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "megatron_lcl.data.corpus.remote.LIMIT", 0.0
+    )  # no room in the cache, whose files have holes then
+    given, again = source(tmp_path / "in"), io.BytesIO()
+    PIL.Image.open(given / "0.jpg").save(again, "JPEG", quality=95)
+    (given / "9.jpg").write_bytes(again.getvalue())
+    made = preprocess("jsonl", given, tmp_path / "c", tokenizer="clip").path
+    url = upload(Path(made), f"{place}/c")
+    rules = ["--duplicates.images.action", "keep-one", "--duplicates.images.min_detail", "0"]
+    assert main(["curate", str(made), "--output", str(tmp_path / "new"), *rules]) == 0
+    assert main(["curate", url, "--output", f"{place}/new", *rules]) == 0
+    assert any(rule["images"] for rule in read_manifest(tmp_path / "new")["curated"]["rules"])
+    theirs, ours = files(tmp_path / "new"), objects(f"{place}/new")
+    # these name the corpus
+    assert {name for name in theirs if ours[name] != theirs[name]} <= {REMOVED_FILE, SAMPLES_FILE, CORPUS}
+    columns = ["document", "item", "rule", "value"]
+    rows = [pq.read_table(io.BytesIO(found[REMOVED_FILE]), columns=columns) for found in (ours, theirs)]
+    assert rows[0].equals(rows[1])
+    ranges = [r for r in s3.requests if "/c/images-00000.bin" in r.path and r.method == "GET"]
+    assert len(ranges) <= 3  # of both passes, and of the samples
