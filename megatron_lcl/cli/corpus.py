@@ -51,14 +51,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "-h", "--help", action=_HelpOnFormats, needed=needed, help="this, and with --format F the options of format F"
     )
-    sub.add_argument("--images", metavar="DIR", help="where the images are, for formats that keep them apart")
+    sub.add_argument("--images", metavar="DIR|URL", help="where the images are, for formats that keep them apart")
     sub.add_argument(
         "--tokenizer",
         metavar="clip|FILE|CORPUS",
         help="a SentencePiece .model, a tokenizer.json, or a corpus's (default: train one)",
     )
     sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
-    sub.add_argument("--held-out", metavar="DIR", help="hold whole documents out, into a corpus of their own")
+    sub.add_argument("--held-out", metavar="DIR|URL", help="hold whole documents out, into a corpus of their own")
     sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
     sub.add_argument(
         "--held-out-seed", type=int, default=0, metavar="N", help="which documents these are (%(default)s)"
