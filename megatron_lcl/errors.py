@@ -23,14 +23,13 @@ class RunError(UserError):
     """What every process of a run finds, with the same message; only the first process prints it."""
 
 
-def check_on_disk(name: str, path: object) -> None:
+def check_on_disk(
+    name: str, path: object, remedy: str = "copy to or from object storage with a tool for that (`aws s3 sync`, rclone)"
+) -> None:
     """UserError where a setting that is a path of a file system has a URL for its value."""
     if isinstance(path, str) and "://" in path:
         scheme = path.partition("://")[0]
-        raise UserError(
-            f"{name} is {scheme}://…: object storage is read for corpora only; use a path here, and copy to or from "
-            "object storage with a tool for that (`aws s3 sync`, rclone)"
-        )
+        raise UserError(f"{name} is {scheme}://…: use a path of a file system here, and {remedy}")
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ into jobs takes `--job`, or an engine that does them all.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lcl.errors import UserError
@@ -89,6 +91,42 @@ def jobs_of(options: argparse.Namespace) -> tuple[Engine | None, tuple[int, int]
     if other:
         raise UserError(f"--executor is {options.executor}: --slurm is for slurm, --ray for ray")
     return Engine(options.executor, 8 if options.jobs is None else options.jobs, parameters), None
+
+
+def add_output(sub: argparse.ArgumentParser, help: str, *others: str, required: bool = True) -> argparse.Action:
+    """Where a command writes: a folder, or one in object storage. others: further arguments that may be URLs."""
+    output = sub.add_argument("--output", required=required, metavar="DIR|URL", help=help)
+    sub.add_argument(
+        "--work", metavar="DIR",
+        help="of an output s3://bucket/folder: where it is made, whole, before it is uploaded (default: outputs in the "
+        "user's cache folder; with --job and --executor one that all machines see)",
+    )  # fmt: skip
+    sub.set_defaults(at_urls=("output", *others))
+    return output
+
+
+@contextlib.contextmanager
+def output_folder(
+    options: argparse.Namespace, last: str | None, *, resumes: bool = False, name: str = "output"
+) -> Iterator[Path]:
+    """The folder that a command writes: the output, or one that is uploaded to it at the end.
+
+    last, resumes: as `data.storage.upload.uploaded` has them. name: of the argument.
+    """
+    from megatron_lcl.data.corpus.remote import user_cache
+    from megatron_lcl.data.storage.store import url_of
+    from megatron_lcl.data.storage.upload import uploaded
+
+    place = getattr(options, name)
+    if (url := url_of(place)) is None:
+        yield Path(place)
+        return
+    job = getattr(options, "job", None)
+    if options.work is None and (job or getattr(options, "executor", "local") != "local"):
+        raise UserError(f"jobs that write {url} need --work DIR, a folder that all machines see")
+    work = Path(options.work) if options.work else user_cache() / "outputs"
+    with uploaded(url, work, last, resumes=resumes, keep=bool(job)) as folder:
+        yield folder
 
 
 def pairs(items: Sequence[str]) -> dict[str, str]:

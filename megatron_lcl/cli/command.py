@@ -23,8 +23,8 @@ _MENDABLE = {
     errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EIO,
 }  # fmt: skip
 """what the system says of files and folders; other OSErrors are faults of the program"""
-_ON_DISK = ("input", "images", "output", "held_out")
-"""arguments that are no place in object storage"""
+_PLACES = ("input", "images", "output", "held_out", "tokenizer", "work")
+"""arguments that are no place in object storage, but where a command says so (`at_urls`)"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -41,8 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         command = f" {options.command}"
         if rest and options.command not in ("train", "claim", "plan", "curate"):
             parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")
-        for name in _ON_DISK:
-            check_on_disk(f"--{name.replace('_', '-')}", getattr(options, name, None))
+        for name in _PLACES:
+            if name not in getattr(options, "at_urls", ()):
+                check_on_disk(f"--{name.replace('_', '-')}", getattr(options, name, None))
         return options.run(options, rest) or 0
     except BrokenPipeError:
         return 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, pairs, single_input
+from megatron_lcl.cli.arguments import add_input, add_jobs, add_output, jobs_of, output_folder, pairs, single_input
 from megatron_lcl.errors import UserError
 
 
@@ -38,20 +40,25 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     needed = [
         sub.add_argument("--format", required=True, metavar="F", help="format of the input: one of those below"),
-        sub.add_argument("--input", required=True, metavar="PATH", help="a file or folder of that format"),
-        sub.add_argument("--output", required=True, metavar="DIR", help="the corpus: a new or an empty folder"),
+        sub.add_argument(
+            "--input",
+            required=True,
+            metavar="PATH|URL",
+            help="a file or folder of that format, also s3://bucket/folder",
+        ),
+        add_output(sub, "the corpus: a new or an empty folder", "input", "images", "held_out"),
     ]
     sub.add_argument(
         "-h", "--help", action=_HelpOnFormats, needed=needed, help="this, and with --format F the options of format F"
     )
-    sub.add_argument("--images", metavar="DIR", help="where the images are, for formats that keep them apart")
+    sub.add_argument("--images", metavar="DIR|URL", help="where the images are, for formats that keep them apart")
     sub.add_argument(
         "--tokenizer",
         metavar="clip|FILE|CORPUS",
         help="a SentencePiece .model, a tokenizer.json, or a corpus's (default: train one)",
     )
     sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
-    sub.add_argument("--held-out", metavar="DIR", help="hold whole documents out, into a corpus of their own")
+    sub.add_argument("--held-out", metavar="DIR|URL", help="hold whole documents out, into a corpus of their own")
     sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
     sub.add_argument(
         "--held-out-seed", type=int, default=0, metavar="N", help="which documents these are (%(default)s)"
@@ -89,18 +96,18 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     sub = add("merge", _merge, "join corpora of the same tokenizer")
     sub.add_argument("corpora", nargs="+", metavar="CORPUS")
-    sub.add_argument("--output", required=True, metavar="DIR")
+    add_output(sub, "a new or an empty folder")
     sub.add_argument("--move", action="store_true", help="move the shards (default: link them)")
 
     sub = add("retokenize", _retokenize, "a corpus under another tokenizer; its images are linked, not read")
     sub.add_argument("corpus", metavar="CORPUS")
     sub.add_argument("--tokenizer", required=True, metavar="clip|FILE|CORPUS", help="as of `preprocess`")
-    sub.add_argument("--output", required=True, metavar="DIR", help="a new or an empty folder")
+    add_output(sub, "a new or an empty folder")
 
     sub = add("export-corpus", _export_corpus, "a corpus back into JSON lines and tars of images, or into WebDataset")
     sub.add_argument("corpus", metavar="CORPUS")
     sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset", help="webdataset: pairs (%(default)s)")
-    sub.add_argument("--output", required=True, metavar="DIR", help="a new or an empty folder")
+    add_output(sub, "a new or an empty folder")
 
     sub = add(
         "replay",
@@ -180,15 +187,16 @@ def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.corpus.store import MANIFEST
     from megatron_lcl.data.prepare.importers import read_options
     from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
     from megatron_lcl.data.prepare.preprocess import preprocess
+    from megatron_lcl.data.storage.store import url_of
 
     arguments = {
         "images": options.images,
         "tokenizer": options.tokenizer,
         "vocab_size": options.vocab_size,
-        "held_out": options.held_out,
         "held_out_fraction": options.held_out_fraction,
         "max_bad_fraction": options.max_bad_fraction,
         "max_image_side": options.max_image_side,
@@ -198,12 +206,21 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
         "workers": options.workers,
         **{name: n for name in ("shard_bytes", "shard_documents") if (n := getattr(options, name)) is not None},
     }
-    places = (options.format, options.input, options.output)
     engine, job = jobs_of(options)
-    if engine is None:
-        print(preprocess(*places, job=job, progress=True, **arguments))
-    else:
-        print(preprocess_in_jobs(*places, engine, progress=True, **arguments))
+    input = url_of(options.input)
+    for place in filter(None, map(url_of, filter(None, (options.output, options.held_out)))):
+        if input and f"{place}/".startswith(f"{input}/"):
+            raise UserError(f"{place} lies in the folder of the input, and would be part of it; give another place")
+    with contextlib.ExitStack() as outputs:
+        places = [outputs.enter_context(output_folder(options, MANIFEST, resumes=True))]
+        if options.held_out is not None:
+            places.append(outputs.enter_context(output_folder(options, MANIFEST, resumes=True, name="held_out")))
+            arguments["held_out"] = places[1]
+        if engine is None:
+            found = preprocess(options.format, options.input, places[0], job=job, progress=True, **arguments)
+        else:
+            found = preprocess_in_jobs(options.format, options.input, places[0], engine, progress=True, **arguments)
+    print(found.at(options.output, options.held_out))
 
 
 def _verify(options: argparse.Namespace, _rest: list[str]) -> int:
@@ -242,16 +259,23 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.corpus.store import MANIFEST
     from megatron_lcl.data.prepare.merge import merge
+    from megatron_lcl.data.storage.store import url_of
 
-    counts = merge(options.corpora, options.output, options.move)["counts"]
+    if options.move and url_of(options.output):
+        raise UserError("--move removes corpora once they are joined, which is before the upload; leave it out")
+    with output_folder(options, MANIFEST) as folder:
+        counts = merge(options.corpora, folder, options.move)["counts"]
     print(f"{options.output}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
 
 
 def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.corpus.store import MANIFEST
     from megatron_lcl.data.prepare.retokenize import retokenize
 
-    manifest = retokenize(options.corpus, options.output, options.tokenizer, progress=True)
+    with output_folder(options, MANIFEST) as folder:
+        manifest = retokenize(options.corpus, folder, options.tokenizer, progress=True)
     counts, size = manifest["counts"], manifest["tokenizer"]["vocab_size"]
     print(f"{options.output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {size:,} token ids")
 
@@ -259,7 +283,9 @@ def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
 def _export_corpus(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.prepare.export_corpus import export_corpus
 
-    print(export_corpus(options.corpus, options.output, options.format, progress=True))
+    with output_folder(options, None) as folder:
+        found = export_corpus(options.corpus, folder, options.format, progress=True)
+    print(dataclasses.replace(found, path=options.output))
 
 
 def _replay(options: argparse.Namespace, _rest: list[str]) -> None:

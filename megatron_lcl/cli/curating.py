@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, overrides_of, single_input
+from megatron_lcl.cli.arguments import (
+    add_input,
+    add_jobs,
+    add_output,
+    jobs_of,
+    output_folder,
+    overrides_of,
+    single_input,
+)
 from megatron_lcl.errors import UserError
 
 
@@ -16,7 +24,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         _add_rules, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_input(sub, "CORPUS", "a folder that `preprocess` or `curate` wrote", "--corpus")
-    sub.add_argument("--output", metavar="DIR", help="the new corpus: new, or one to go on with")
+    add_output(sub, "the new corpus: new, or one to go on with", required=False)
     rules = sub.add_mutually_exclusive_group()
     rules.add_argument("--preset", metavar="NAME", help="rules of a paper: datacomp, mint1t, mmc4, obelics")
     rules.add_argument("--config", metavar="FILE", help="YAML of rules; a field that it does not name is as below")
@@ -29,6 +37,7 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     from megatron_lcl.curate.page import write_page
     from megatron_lcl.curate.run import curate, curate_in_jobs
     from megatron_lcl.curate.settings import read_settings
+    from megatron_lcl.data.corpus.store import MANIFEST
 
     corpus = single_input(options)
     if options.dry_run == bool(options.output):
@@ -36,12 +45,16 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     settings = read_settings(options.preset, options.config, overrides_of(rest, switches=()))
     engine, job = jobs_of(options)
     common = {"settings": settings, "workers": options.workers, "progress": True}
-    if engine is None:
-        found = curate(corpus, options.output, job=job, **common)
-    elif options.dry_run:
-        raise UserError(f"--dry-run looks here; give it without --executor {engine.executor}")
+    if options.dry_run:
+        if engine is not None:
+            raise UserError(f"--dry-run looks here; give it without --executor {engine.executor}")
+        found = curate(corpus, None, job=job, **common)
     else:
-        found = curate_in_jobs(corpus, options.output, engine, **common)
+        with output_folder(options, MANIFEST, resumes=True) as folder:
+            if engine is None:
+                found = curate(corpus, folder, job=job, **common)
+            else:
+                found = curate_in_jobs(corpus, folder, engine, **common)
     print(found)
     if options.sample:
         print(f"samples: {write_page(found, options.sample)}")

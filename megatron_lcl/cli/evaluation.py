@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_lcl.cli.arguments import MODEL, add_input, inputs, single_input
+from megatron_lcl.cli.arguments import MODEL, add_input, add_output, inputs, output_folder, single_input
 from megatron_lcl.errors import UserError
 
 _AVERAGE = "an average of the run's weights in their place: ema_0.999, tail_0.1 … (config section `average`)"
@@ -63,7 +63,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add("export", _export, "a checkpoint into another library's format")
     add_input(sub, "MODEL", MODEL, "--checkpoint")
     sub.add_argument("--format", required=True, choices=["hf", "timm", "open_clip"])
-    sub.add_argument("--output", required=True, metavar="DIR")
+    add_output(sub, "a new folder, or an export of the same format, which is replaced")
     sub.add_argument("--average", metavar="NAME", help=_AVERAGE)
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     sub.add_argument("--image-size", type=int, help="interpolate the position embedding to this size")
@@ -176,6 +176,7 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.card import card_of
     from megatron_lcl.convert.certificate import summary
     from megatron_lcl.convert.export import export
+    from megatron_lcl.convert.folder import CERTIFICATE
 
     checkpoint, metrics = _averaged(single_input(options), options.average), []
     if options.results:
@@ -185,5 +186,6 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
         fingerprint = load_encoder(checkpoint).fingerprint
         metrics = [measured for file in options.results for measured in read_measured(file, fingerprint)]
     card = card_of(Path(checkpoint)).replaced(options.name, options.license, options.datasets, metrics)
-    facts = export(checkpoint, options.format, options.output, options.dtype, options.image_size, card)
+    with output_folder(options, CERTIFICATE) as folder:
+        facts = export(checkpoint, options.format, folder, options.dtype, options.image_size, card)
     print(f"{options.output}: {summary(facts)}")

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
-from megatron_lcl.cli.arguments import add_input, add_jobs, jobs_of, single_input
+from megatron_lcl.cli.arguments import add_input, add_jobs, add_output, jobs_of, output_folder, single_input
 from megatron_lcl.data.fetch.settings import STORES, Settings
+from megatron_lcl.errors import UserError
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -19,7 +20,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "JSON lines of this package, or .txt with a URL a line",
         "--input",
     )  # fmt: skip
-    sub.add_argument("--output", required=True, metavar="DIR", help="the store: new, or one to go on with")
+    add_output(sub, "the store: new, or one to go on with")
     sub.add_argument(
         "--url-column", metavar="NAME", help="column or key of the URLs (default: those of these data sets)"
     )
@@ -51,16 +52,23 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _fetch(options: argparse.Namespace, _rest: list[str]) -> None:
+    from megatron_lcl.data.fetch.plan import ABOUT, FOLDER
     from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
+    from megatron_lcl.data.storage.store import url_of
 
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-    places = (single_input(options), options.output)
+    input = single_input(options)
     common = {"url_column": options.url_column, "workers": options.workers, "progress": True}
     engine, job = jobs_of(options)
-    if engine is None:
-        found = fetch(*places, settings, job=job, **common)
-    else:
-        found = fetch_in_jobs(*places, engine, settings, **common)
+    if job is not None and url_of(options.output):
+        raise UserError(
+            "--job fetches a part of a store, and what is uploaded is whole: give a folder that all jobs see"
+        )
+    with output_folder(options, f"{FOLDER}/{ABOUT}", resumes=True) as folder:
+        if engine is None:
+            found = fetch(input, folder, settings, job=job, **common)
+        else:
+            found = fetch_in_jobs(input, folder, engine, settings, **common)
     total = sum(found[status] for status in ("kept", "dead", "refused"))
     print(
         f"{options.output}: {total:,} URLs: {found['kept']:,} kept ({found['bytes']:,} bytes), {found['dead']:,} dead, "

@@ -232,5 +232,9 @@ class Train:
     profile_ranks: tuple[Count, ...] = Field(default=(0,), description="the processes that trace train.profile's steps")
 
     def __post_init__(self) -> None:
-        check_on_disk("train.output", self.output)
+        check_on_disk(
+            "train.output",
+            self.output,
+            "checkpoint.mirror=s3://bucket/folder for copies of its checkpoints in a bucket",
+        )
         check_on_disk("train.init_from", self.init_from)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,6 +115,33 @@ class Source:
         """Remove items."""
         if items:
             self.kept = [item for item in self.kept if item not in items]
+
+
+def address(corpus: Corpus) -> str:
+    """By which another process opens it."""
+    return corpus.where if corpus.remote else str(corpus.path)
+
+
+@contextmanager
+def read_ahead(corpus: Corpus, task: Range, images: bool) -> Iterator[None]:
+    """Of a corpus in object storage: have a range's texts, and its images if need be, here until the end."""
+    shard = corpus.shard(task.shard)
+    texts, pictures = shard.tokens.blocks, shard.images.blocks
+    if texts is None or pictures is None:
+        yield
+        return
+    start, stop = shard.document_offsets[[task.first, task.last]].tolist()
+    texts.ahead([shard.tokens.span(start, stop)], task.number)
+    if images:
+        is_image = shard.modes[start:stop] != TEXT
+        ends = np.cumsum(shard.lengths[start:stop], dtype=np.int64)
+        shown = np.unique(shard.pieces(start, stop)[ends[is_image] - 1]).tolist()
+        pictures.ahead([shard.images.span(j, j + 1) for j in shown], task.number)
+    try:
+        yield
+    finally:
+        texts.release(task.number)
+        pictures.release(task.number)
 
 
 def documents(corpus: Corpus, task: Range) -> Iterator[Source]:

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from megatron_lcl.curate.documents import Range, Source, documents
+from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
 from megatron_lcl.curate.joins import REMOVED as JOINED
-from megatron_lcl.curate.joins import Join
+from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import Context, context_of
 from megatron_lcl.curate.measures import MEASURES, Measured, has_any
 from megatron_lcl.curate.models.rules import Matched
@@ -138,7 +138,9 @@ def judge(work: Work, task: Range) -> int:
     folder = work.judged_items(task.number).parent
     with _once(work, task, folder.name) as scratch:
         if scratch is not None:
-            _judge(work, task, scratch)
+            images = any(not isinstance(join, Places) for join in work.joins)
+            with read_ahead(work.corpus, task, images):
+                _judge(work, task, scratch)
     return pq.read_metadata(folder / _JUDGED_FILE).num_rows
 
 
@@ -231,7 +233,8 @@ def copy(work: Work, task: Range) -> Counted:
     name = Part(task.number, 0, True, 0).name
     with _once(work, task, name) as scratch:
         if scratch is not None:
-            _copy_range(work, task, scratch)
+            with read_ahead(work.corpus, task, images=work.writes):
+                _copy_range(work, task, scratch)
     return Counted(**json.loads((work.folder / name / COUNTED_FILE).read_bytes()))
 
 

@@ -57,6 +57,7 @@ from megatron_lcl.data.prepare.unfinished import (
     remove_work,
 )
 from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 
 SAMPLES_FILE = "removed-samples.jsonl"
@@ -204,9 +205,12 @@ def curate_in_jobs(
 
     workers: processes, and so CPUs, of a job. options: those of `curate`. UserError as of `curate` and `run_jobs`.
     """
-    corpus, output = Path(corpus).resolve(), Path(output).resolve()
+    url, output = url_of(corpus), Path(output).resolve()
+    corpus = url or Path(corpus).resolve()
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
-    run_jobs(curate, arguments, engine, output=output, reads=[corpus], cpus=workers, progress=progress)
+    run_jobs(
+        curate, arguments, engine, output=output, reads=[] if url else [Path(corpus)], cpus=workers, progress=progress
+    )
     return curate(**arguments)  # finished: only reads what was removed
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from megatron_lcl.curate.documents import address
 from megatron_lcl.curate.duplicates.alignment import SIDE, agreement
 from megatron_lcl.curate.duplicates.facts import NOTHING, THUMBNAIL, Facts, places, thumbnail
 from megatron_lcl.curate.duplicates.join import Removals, gather
@@ -69,7 +70,7 @@ class EvaluationImages:
             return self._blobs[number].name, self._blobs[number].read()
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         local = number - int(self._starts[shard])
-        name = f"{self._corpus.path}: shard {shard}, image {local}"
+        name = f"{address(self._corpus)}: shard {shard}, image {local}"
         return name, bytes(self._corpus.shard(shard).image(local))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from megatron_lcl.curate.documents import address
 from megatron_lcl.curate.duplicates.clusters import MEMORY, difference, equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands
 from megatron_lcl.curate.duplicates.settings import Action, DocumentDuplicates, ImageDuplicates
@@ -162,7 +163,7 @@ def removals_of(
     def name(place: int) -> str:
         corpus = opened(int(np.searchsorted(places.starts, place, side="right")) - 1)
         document, item = int(places.document[place]), int(places.item[place])
-        return f"{corpus.path}: document {document}{'' if item < 0 else f', piece {item}'}"
+        return f"{address(corpus)}: document {document}{'' if item < 0 else f', piece {item}'}"
 
     return Removals(
         np.array(places.document[removed]),

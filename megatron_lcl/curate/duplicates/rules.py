@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from megatron_lcl.curate.documents import Range, ranges
+from megatron_lcl.curate.documents import Range, address, ranges
 from megatron_lcl.curate.duplicates.evaluation import (
     EvaluationImages,
     contamination_facts,
@@ -52,7 +52,7 @@ class Duplicates:
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `document_facts` and `image_facts` say."""
-        save_facts(file, _facts(self.settings, corpus.path, task, gone))
+        save_facts(file, _facts(self.settings, address(corpus), task, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_documents` and `join_images` say."""
@@ -96,7 +96,7 @@ class EvaluationSets:
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `contamination_facts` says."""
-        where = (corpus.path, task.shard, task.first, task.last)
+        where = (address(corpus), task.shard, task.first, task.last)
         save_facts(file, contamination_facts(*where, prepared, self.settings, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:

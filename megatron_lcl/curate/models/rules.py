@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_lcl.curate.documents import Range
+from megatron_lcl.curate.documents import Range, address
 from megatron_lcl.curate.duplicates.join import Removals
 from megatron_lcl.curate.duplicates.rules import save_facts, table_of
 from megatron_lcl.curate.joins import Gone
@@ -30,7 +30,7 @@ class _Asking:
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `feature_facts` says."""
-        where = (corpus.path, task.shard, task.first, task.last)
+        where = (address(corpus), task.shard, task.first, task.last)
         save_facts(file, feature_facts(*where, self.encoder, self.tokenizer, gone))
 
 
@@ -83,7 +83,7 @@ class Matched(_Asking):
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `matching_facts` says."""
-        where = (corpus.path, task.shard, task.first, task.last)
+        where = (address(corpus), task.shard, task.first, task.last)
         save_facts(file, matching_facts(*where, self.encoder, self.tokenizer, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:

@@ -116,9 +116,18 @@ class Remote:
             missing = [name for name in missing if not (self.folder / name).exists()]
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".copy-") as scratch:
                 for first in range(0, len(missing), BATCH):
-                    self._copy(missing[first : first + BATCH], Path(scratch))
+                    some = missing[first : first + BATCH]
+                    self._fetch(some, Path(scratch))
+                    for name in some:
+                        (Path(scratch) / name).replace(self.folder / name)
 
-    def _copy(self, names: list[str], scratch: Path) -> None:
+    def download(self, name: str, target: Path) -> None:
+        """A whole file to a place outside the cache, as the manifest says it. UserError where it is another."""
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copy-") as scratch:
+            self._fetch([name], Path(scratch))
+            (Path(scratch) / name).replace(target)
+
+    def _fetch(self, names: Sequence[str], scratch: Path) -> None:
         self.store.fetch(names, scratch)
         for name in names:
             size, digest = (scratch / name).stat().st_size, hash_file(scratch / name)
@@ -129,7 +138,6 @@ class Remote:
                     "the corpus again"
                 )
             sync(scratch / name)
-            (scratch / name).replace(self.folder / name)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 from megatron_lcl.errors import UserError
 
 FOLDER = "plan"
-_ABOUT = "plan.json"
+ABOUT = "plan.json"
 _VERSION = 1
 _BUCKETS = 256
 _HOST = re.compile(r"https?://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/:?#]*)", re.I)
@@ -72,7 +72,7 @@ def make_plan(
             pq.write_table(pa.table({"url": list(distinct)}), folder / _name(part), compression="zstd")
             parts.append(len(distinct))
         about = {"version": _VERSION, **_fixed(signature, settings), "parts": parts, "dropped": dropped}
-        (folder / _ABOUT).write_text(json.dumps(about, indent=1))
+        (folder / ABOUT).write_text(json.dumps(about, indent=1))
         put_in_place(folder, output / FOLDER)
 
 
@@ -82,10 +82,10 @@ def open_plan(output: Path, signature: str, settings: Settings) -> Plan | None:
     if not folder.is_dir():
         return None
     try:
-        about = json.loads((folder / _ABOUT).read_text())
+        about = json.loads((folder / ABOUT).read_text())
         parts, dropped, version = tuple(about["parts"]), about["dropped"], about["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / _ABOUT} is damaged: take another --output") from error
+        raise UserError(f"{folder / ABOUT} is damaged: take another --output") from error
     if version != _VERSION:
         raise UserError(f"{output} was written by another release (version {version}): take another --output")
     about.setdefault("store", "tar")  # of plans from before there was another

@@ -27,6 +27,8 @@ from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.prepare.scratch import clear_dead, is_scratch, waiting_for_others
+from megatron_lcl.data.storage.paths import path_of, reading
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
@@ -44,6 +46,7 @@ class _Died(UserError):
     """A worker process could not say why it ended."""
 
 
+@reading()
 def fetch(
     input: str | Path,
     output: str | Path,
@@ -56,12 +59,13 @@ def fetch(
 ) -> dict[str, Any]:
     """Fetch the images of all URLs in `input` into the store `output`; gone on with where it was stopped.
 
+    input: also an object's URL, `s3://bucket/folder` or `http(s)://host/file`.
     job: (i, n) does every n-th part of the plan, the i-th of 0 … n-1, while other jobs do the others. Returns the
     store's `summary`, and `dropped`: what of the input was no URL, by reason. UserError for input without URLs, a store
     of another input, a proxy that refuses, or where nothing is reached any more.
     """
     output, settings = Path(output), settings or Settings()
-    with _planned(Path(input), output, settings, url_column, workers) as (plan, plan_lock):
+    with _planned(path_of(input), output, settings, url_column, workers) as (plan, plan_lock):
         index, num_jobs = job or (0, 1)
         mine = range(index, len(plan.parts), num_jobs)
         if job is not None:
@@ -80,6 +84,7 @@ def fetch(
         return {**summary(output), "dropped": plan.dropped}
 
 
+@reading()
 def fetch_in_jobs(
     input: str | Path,
     output: str | Path,
@@ -95,17 +100,19 @@ def fetch_in_jobs(
     workers: processes, and so CPUs, of a job. UserError as of `fetch`, before any job begins where input, settings or
     proxy are to blame, and of `engines.run_jobs`.
     """
-    input, output, settings = Path(input).resolve(), Path(output).resolve(), settings or Settings()
-    with _planned(input, output, settings, url_column, workers):
+    place, output, settings = path_of(input).resolve(), Path(output).resolve(), settings or Settings()
+    with _planned(place, output, settings, url_column, workers):
         pass
     arguments: dict[str, Any] = {
-        "input": input,
+        "input": str(place),
         "output": output,
         "settings": settings,
         "url_column": url_column,
         "workers": workers,
     }
-    run_jobs(fetch, arguments, engine, output=output, reads=[input], cpus=workers, progress=progress)
+    run_jobs(
+        fetch, arguments, engine, output=output, reads=[] if url_of(input) else [place], cpus=workers, progress=progress
+    )
     return fetch(**arguments)  # finished: only reads the summary
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers.files import Files, find_files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, json_lines, line_units
+from megatron_lcl.data.prepare.importers.row_groups import open_parquet
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
@@ -67,7 +67,7 @@ def read_urls(files: Files, column: str | None, drops: Drops) -> Iterator[list[s
 
 def _of_parquet(file: Path, name: str, wanted: str | None, drops: Drops) -> Iterator[list[Any]]:
     try:
-        with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as source:
+        with open_parquet(file) as source:
             column = _column(source.schema_arrow, name, wanted)
             for batch in source.iter_batches(4096, columns=[column], use_threads=False):
                 values = batch.column(0)

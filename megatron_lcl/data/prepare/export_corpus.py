@@ -30,7 +30,7 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "?":
 class Exported:
     """What was written."""
 
-    path: Path
+    path: Path | str
     documents: int
     images: int
     without_image: int
@@ -58,7 +58,7 @@ def export_corpus(corpus: str | Path, output: str | Path, format: str = "jsonl",
     if format not in EXPORTS:
         raise UserError(f"--format {format}: a corpus is exported as {' or '.join(EXPORTS)}")
     if format == "webdataset" and (other := next((kind for kind in source.kinds if kind != "pairs"), None)):
-        raise UserError(f"{source.path} holds {other} documents, and webdataset pairs; export it with --format jsonl")
+        raise UserError(f"{source.where} holds {other} documents, and webdataset pairs; export it with --format jsonl")
     source.check_sizes()
     documents = images = without = 0
     with whole_folder(output) as folder:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
+from megatron_lcl.data.storage.store import url_of
 
 
 def preprocess_in_jobs(
@@ -24,11 +25,12 @@ def preprocess_in_jobs(
     The corpus is the same, byte for byte, as from one process. workers: processes, and so CPUs, of a job. options:
     those of `preprocess`. Raises UserError as `engines.run_jobs` and `preprocess` do.
     """
-    output, input = Path(output).resolve(), Path(input).resolve()
+    output = Path(output).resolve()
     arguments = {**options, "format": format, "input": input, "output": output, "workers": workers}
-    reads = [input]
-    for name in ("images", "held_out", "tokenizer"):
-        if isinstance(value := options.get(name), str | Path) and str(value) != "clip":
+    reads = []
+    for name in ("input", "images", "held_out", "tokenizer"):
+        value = arguments.get(name)
+        if isinstance(value, str | Path) and str(value) != "clip" and url_of(value) is None:
             arguments[name] = Path(value).resolve()
             if name != "held_out":
                 reads.append(arguments[name])

@@ -16,6 +16,7 @@ from megatron_lcl.data.corpus.store import (
     FORMAT_VERSION,
     KIND,
     MANIFEST,
+    Corpus,
     has_names,
     open_corpus,
     read_manifest,
@@ -23,18 +24,22 @@ from megatron_lcl.data.corpus.store import (
     total,
     write_manifest,
 )
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 
 
 def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False) -> dict[str, Any]:
     """Join corpora, in the given order, into the new folder `output`; returns its manifest.
 
-    Files are hard-linked (copied to another file system), so the sources stay as they are; with `move` they are removed
-    once the new manifest is written. Done before with the same corpora, it is recognized, and an interrupted removal
-    goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers differ, a corpus is
-    given twice or has lost a file or part of one, or the folder holds something else.
+    Files are hard-linked (copied to another file system, or from object storage), so the sources stay as they are; with
+    `move` they are removed once the new manifest is written. Done before with the same corpora, it is recognized, and
+    an interrupted removal goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers
+    differ, a corpus is given twice, has lost a file or part of one, or is in object storage and to be moved, or the
+    folder holds something else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
+    if move and (remote := [url for source in sources if (url := url_of(source))]):
+        raise UserError(f"--move removes corpora of a disk, and {remote[0]} is none; leave it out")
     if not _is_done(sources, output, move):
         _join(sources, output)
     if move:
@@ -48,7 +53,7 @@ def _is_done(sources: list[Path], output: Path, move: bool) -> bool:
     if not (output / MANIFEST).exists():
         return False
     merged = read_manifest(output).get("recipe", {}).get("merged", ())
-    there = [read_manifest(s)["fingerprint"] if (s / MANIFEST).exists() else None for s in sources]
+    there = [open_corpus(s).manifest["fingerprint"] if url_of(s) or (s / MANIFEST).exists() else None for s in sources]
     return len(there) == len(merged) > 0 and all(
         a == b or (move and a is None) for a, b in zip(there, merged, strict=True)
     )
@@ -63,8 +68,6 @@ def _join(sources: list[Path], output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a new folder")
     opened = [open_corpus(s) for s in sources]
-    if remote := [corpus.where for corpus in opened if corpus.remote]:
-        raise UserError(f"merge joins corpora on one disk: copy {remote[0]} there first")
     manifests = [corpus.manifest for corpus in opened]
     tokenizers = {m["tokenizer"]["fingerprint"]: s for m, s in zip(manifests, sources, strict=True)}
     if len(tokenizers) > 1:
@@ -75,28 +78,28 @@ def _join(sources: list[Path], output: Path) -> None:
 
     files: dict[str, Any] = {}
     shards: list[dict[str, Any]] = []
-    links: list[tuple[Path, str]] = []
+    links: list[tuple[Corpus, str, str]] = []
     drops = Drops()
-    for source, corpus in zip(sources, opened, strict=True):
+    for corpus in opened:
         corpus.check_sizes()
         manifest = corpus.manifest
         recipe["merged"].append(manifest["fingerprint"])
         for number, (counts, kind) in enumerate(zip(manifest["shards"], corpus.kinds, strict=True)):
             names = has_names(manifest, number)
             for old, new in zip(shard_files(number, names), shard_files(len(shards), names), strict=True):
-                links.append((source / old, new))
+                links.append((corpus, old, new))
                 files[new] = manifest["files"][old]
             shards.append({**counts, KIND: kind})
         drops.add(Drops.from_dict(manifest["drops"]))
     tokenizer = manifests[0]["tokenizer"]
-    links.append((sources[0] / tokenizer["file"], tokenizer["file"]))
+    links.append((opened[0], tokenizer["file"], tokenizer["file"]))
     files[tokenizer["file"]] = manifests[0]["files"][tokenizer["file"]]
 
     created = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     try:
-        for old_path, new in links:
-            link_file(old_path, output / new)
+        for corpus, old, new in links:
+            link_file(corpus, old, output / new)
         files[LOG] = write_file(output / LOG, drops.log())
         sync(output)
         write_manifest(
@@ -113,7 +116,7 @@ def _join(sources: list[Path], output: Path) -> None:
             },
         )
     except BaseException:
-        for name in (*(new for _, new in links), LOG):
+        for name in (*(new for *_, new in links), LOG):
             (output / name).unlink(missing_ok=True)
         if created:
             output.rmdir()
@@ -133,8 +136,12 @@ def _remove(source: Path) -> None:
         source.rmdir()
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Hard-link a corpus's file, or copy it where the file system has no links, or is another."""
+def link_file(corpus: Corpus, name: str, target: Path) -> None:
+    """Hard-link a corpus's file; copy it where the file system has no links, or is another, or from object storage."""
+    if corpus.remote:
+        corpus.remote.download(name, target)
+        return
+    source = corpus.path / name
     try:
         os.link(source, target)
     except FileNotFoundError:

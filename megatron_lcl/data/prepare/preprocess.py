@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,7 @@ from megatron_lcl.data.prepare.unfinished import (
     remove_work,
 )
 from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.errors import UserError
 
 TASK_BYTES = 32 << 20
@@ -63,7 +64,8 @@ logger = logging.getLogger(__name__)
 class Summary:
     """What a corpus holds and what was dropped on the way."""
 
-    path: Path
+    path: Path | str
+    """of the folder, or where it was uploaded to"""
     counts: dict[str, int]
     """documents, pieces, tokens, placements, images, image_bytes"""
     drops: Drops
@@ -72,6 +74,13 @@ class Summary:
     reused: bool = False
     """the folder already held the finished corpus"""
     held_out: Summary | None = None
+
+    def at(self, place: str, held_out: str | None) -> Summary:
+        """The same, of corpora at these places."""
+        rest = self.held_out
+        if rest is not None and held_out is not None:
+            rest = replace(rest, path=held_out)
+        return replace(self, path=place, held_out=rest)
 
     def __str__(self) -> str:
         if not self.vocab_size:
@@ -89,6 +98,7 @@ class Summary:
         return "\n".join(lines)
 
 
+@reading()
 def preprocess(
     format: str,
     input: str | Path,
@@ -115,6 +125,7 @@ def preprocess(
 ) -> Summary:
     """Write the corpus `output` from `input`; returns what it holds.
 
+    input, images: also URLs of objects, `s3://bucket/folder` or `http(s)://host/file`, which are read where they lie.
     tokenizer: "clip", a SentencePiece model, or None to train one of `vocab_size` ids on the (training) documents, and
     on `more_texts`, of another corpus that is to have the same tokenizer.
     held_out: a second corpus of about `held_out_fraction` of the documents, none of whose images has a near-duplicate
@@ -152,7 +163,7 @@ def preprocess(
     recipe: dict[str, Any] = {
         "format": format,
         "input": importer.signature(),
-        "images": None if images is None else images_signature(Path(images)),
+        "images": None if images is None else images_signature(path_of(images)),
         "options": dict(options or {}),
         "tokenizer": given.fingerprint if given else {"train": vocab_size, **_texts_in_recipe(more_texts)},
         "max_image_side": max_image_side,

@@ -43,16 +43,16 @@ def retokenize(
     """Write `corpus` with the ids of another tokenizer into the new folder `output`; returns its manifest.
 
     Shards, documents, their order, names and images are the same; the files of the images are hard-linked (copied to
-    another file system). Raises UserError, leaving nothing, where the corpus has this tokenizer, its own does not give
-    texts back exactly, a file is missing, or a text has no tokens under the new one.
+    another file system, or from object storage). Raises UserError, leaving nothing, where the corpus has this
+    tokenizer, its own does not give texts back exactly, a file is missing, or a text has no tokens under the new one.
     """
     source, output = open_corpus(corpus), Path(output)
     new = tokenizers.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     if new.fingerprint == source.manifest["tokenizer"]["fingerprint"]:
-        raise UserError(f"{source.path} has this tokenizer already")
+        raise UserError(f"{source.where} has this tokenizer already")
     if not source.tokenizer.is_lossless:
         raise UserError(
-            f"the tokenizer of {source.path} ({source.tokenizer.fingerprint.partition('-')[0]}) does not give texts "
+            f"the tokenizer of {source.where} ({source.tokenizer.fingerprint.partition('-')[0]}) does not give texts "
             "back as they were; run `megatron-lcl preprocess` on their source with the new one"
         )
     source.check_sizes()
@@ -65,7 +65,7 @@ def retokenize(
             files |= written
             for name in shard_files(number, has_names(source.manifest, number)):
                 if name not in written:
-                    link_file(source.path / name, folder / name)
+                    link_file(source, name, folder / name)
                     files[name] = source.manifest["files"][name]
             entry = source.manifest["shards"][number]
             shards.append({**entry, "tokens": _num_tokens(written, entry["placements"])})
@@ -73,7 +73,7 @@ def retokenize(
         files[new.file_name] = write_file(folder / new.file_name, (folder / "new").read_bytes())
         (folder / "new").unlink()
         if LOG in source.manifest["files"]:
-            link_file(source.path / LOG, folder / LOG)
+            link_file(source, LOG, folder / LOG)
             files[LOG] = source.manifest["files"][LOG]
         named = {"file": new.file_name, "fingerprint": new.fingerprint, "vocab_size": new.vocab_size}
         manifest = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron_lcl.data.corpus.store import (
     total,
 )
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
+from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
 
 _BLOCK = 8 << 20
@@ -34,7 +37,8 @@ _BLOCK = 8 << 20
 def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[str]:
     """The first `max_faults` faults of the corpus at `path`, a line each; an empty list if there is none.
 
-    `quick` skips the images: that they decode, and have the stored size and hash.
+    `quick` skips the images: that they decode, and have the stored size and hash. Of a corpus in object storage one
+    shard at a time is copied to the folder for temporary files (TMPDIR). UserError where the storage cannot be reached.
     """
     faults: list[str] = []
     for fault in _faults(Path(path), quick):
@@ -47,14 +51,17 @@ def verify(path: str | Path, quick: bool = False, max_faults: int = 10) -> list[
 def _faults(path: Path, quick: bool) -> Iterator[str]:
     try:
         corpus = open_corpus(path)
+    except StorageError:
+        raise
     except UserError as error:
         yield str(error)
         return
-    if corpus.remote:
-        raise UserError(f"verify reads every byte of a corpus: copy {corpus.where} to a disk, and verify the copy")
     files, named = corpus.manifest["files"], corpus.manifest["tokenizer"]
-    for name, info in files.items():
-        yield from _file_faults(path / name, info)
+    of_shards = {name for number in range(corpus.num_shards) for name in shard_files(number)}
+    others = [name for name in files if name not in of_shards]
+    with _on_disk(corpus, others) as folder:
+        for name in others:
+            yield from _file_faults(folder / name, files[name])
     listed = {name for number in range(corpus.num_shards) for name in shard_files(number, names=False)}
     for name in sorted({*listed, named["file"]} - set(files)):
         yield f"{name}: not in the manifest"
@@ -66,11 +73,27 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
     except UserError as error:
         yield str(error)
     for number in range(corpus.num_shards):
-        try:
-            for fault in _shard_faults(corpus, number, named["vocab_size"] - len(SPECIAL_TOKENS), quick):
-                yield f"shard {number:05d}: {fault}"
-        except UserError as error:
-            yield str(error)
+        names = [name for name in shard_files(number) if name in files]
+        with _on_disk(corpus, names) as folder:
+            for name in names:
+                yield from _file_faults(folder / name, files[name])
+            try:
+                for fault in _shard_faults(corpus, folder, number, named["vocab_size"] - len(SPECIAL_TOKENS), quick):
+                    yield f"shard {number:05d}: {fault}"
+            except UserError as error:
+                yield str(error)
+
+
+@contextmanager
+def _on_disk(corpus: Corpus, names: list[str]) -> Iterator[Path]:
+    """The folder with some files of a corpus; of one in object storage copies, as far as they are there."""
+    if corpus.remote is None:
+        yield corpus.path
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron-lcl-verify-") as folder:
+        there = zip(names, corpus.remote.store.head(names), strict=True)
+        corpus.remote.store.fetch([name for name, about in there if about], Path(folder))
+        yield Path(folder)
 
 
 def _file_faults(path: Path, info: dict[str, Any]) -> Iterator[str]:
@@ -85,9 +108,9 @@ def _file_faults(path: Path, info: dict[str, Any]) -> Iterator[str]:
         yield f"{path.name}: its XXH3 is not that of the manifest"
 
 
-def _shard_faults(corpus: Corpus, number: int, base_size: int, quick: bool) -> Iterator[str]:
-    shard = Shard(corpus.path, number)
-    structure = list(_structure_faults(corpus.path, number, shard))
+def _shard_faults(corpus: Corpus, folder: Path, number: int, base_size: int, quick: bool) -> Iterator[str]:
+    shard = Shard(folder, number)
+    structure = list(_structure_faults(folder, number, shard))
     yield from structure
     if structure:
         return  # what follows reads by these offsets

@@ -96,13 +96,20 @@ class Remote:
         for name in names:
             self._again(name, lambda name=name: one(name))  # type: ignore[misc]
 
-    def list(self, prefix: str) -> list[tuple[str, int]]:
-        """(name, bytes) of all objects below a prefix, in order of their names."""
+    def list(self, prefix: str, deep: bool) -> list[tuple[str, int, str | None]]:
+        """(name, bytes, ETag) of all objects below a prefix, in order of their names. Not deep: only those directly
+        below, and the folders there as (name, -1, None)."""
         import obstore
 
-        def listed() -> list[tuple[str, int]]:
-            pages = obstore.list(self._store, prefix or None)
-            return sorted((item["path"], item["size"]) for page in pages for item in page)
+        def listed() -> list[tuple[str, int, str | None]]:
+            if deep:
+                items = [item for page in obstore.list(self._store, prefix or None) for item in page]
+                folders = []
+            else:
+                found = obstore.list_with_delimiter(self._store, prefix or None)
+                items, folders = list(found["objects"]), list(found["common_prefixes"])
+            objects = [(item["path"], item["size"], item["e_tag"]) for item in items]
+            return sorted(objects + [(name, -1, None) for name in folders])
 
         return self._again(prefix, listed)
 

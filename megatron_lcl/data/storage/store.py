@@ -34,7 +34,7 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     A Path has lost one of the two slashes. UserError where the URL has a user, a password or a query in it: it would
     stand in configs, logs and manifests.
     """
-    found = _URL.fullmatch(os.fspath(path))
+    found = _URL.fullmatch(str(path))
     if found is None:
         return None
     url = f"{found[1]}://{found[2]}".rstrip("/")
@@ -89,7 +89,11 @@ class Store:
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         """(name, bytes) of all objects below a prefix (whole parts of a path), in order."""
-        return self._ask("list", prefix)
+        return [(name, size) for name, size, _ in self._ask("list", prefix, True)]
+
+    def versions(self, deep: bool) -> dict[str, tuple[int, str | None]]:
+        """(bytes, ETag) of all objects by name, in order. Not deep: of those directly below, (-1, None) of a folder."""
+        return {name: (size, etag) for name, size, etag in self._ask("list", "", deep)}
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects, as far as they are there."""

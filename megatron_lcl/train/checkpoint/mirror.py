@@ -15,6 +15,7 @@ from megatron_lcl.config import Checkpoint
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
 from megatron_lcl.data.storage.store import Store
+from megatron_lcl.data.storage.upload import put_files
 from megatron_lcl.errors import RunError
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
@@ -35,9 +36,7 @@ class Mirror:
     def upload(self, folder: Path, keep: Checkpoint) -> None:
         """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted."""
         self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a resume
-        for name in read_manifest(folder):
-            self.store.put(f"{folder.name}/{name}", folder / name)
-        self.store.put(f"{folder.name}/{MANIFEST}", folder / MANIFEST)
+        put_files(self.store, folder, read_manifest(folder), MANIFEST, f"{folder.name}/")
         complete = self.complete()
         kept = {*complete} - {old.name for old in superseded([Path(name) for name in complete], keep)}
         stale = [name for name, _ in self.store.list() if self._is_of_a_step(name) and Path(name).parts[0] not in kept]

@@ -59,7 +59,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.usefixtures("other_packages")
 def test_the_help_names_all_formats(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys, "--help")
-    assert "usage: megatron-lcl preprocess --format F --input PATH --output DIR" in text
+    assert "usage: megatron-lcl preprocess --format F --input PATH|URL --output DIR|URL" in text
     for name in set(formats()) - {"broken"}:
         importer = importer_class(name)
         reads = importer.reads or (inspect.getdoc(importer) or "").partition("\n")[0]

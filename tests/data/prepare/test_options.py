@@ -26,7 +26,7 @@ from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
-from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.errors import UserError
 
 DOCUMENTS = [Document((Image(picture(k)), Text(f"text {k}"))) for k in range(40)]
@@ -106,16 +106,21 @@ def test_too_much_that_is_bad_ends_the_run_early(tmp_path: Path, monkeypatch: py
     assert seen == ["0.jsonl"]
 
 
+DONE = Summary(Path("b"), {}, Drops(), 0)
+
+
 def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options, at=places))
+    monkeypatch.setattr(
+        preprocess_module, "preprocess", lambda *places, **options: given.update(options, at=places) or DONE
+    )
     main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--images", "c", "--tokenizer", "d",
           "--vocab-size", "500", "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
           "--max-image-side", "512", "--held-out-seed", "7", "--limit", "9", "--shard-bytes", "1000",
           "--shard-documents", "20", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
           "--workers", "3", "--job", "1/4"])  # fmt: skip
     assert given == {
-        "at": ("obelics", "a", "b"), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": "e",
+        "at": ("obelics", "a", Path("b")), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": Path("e"),
         "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
         "seed": 7, "limit": 9, "shard_bytes": 1000, "shard_documents": 20,
         "options": {"image_name": "{md5}", "rule": "{row}_{file}"},
@@ -125,7 +130,7 @@ def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_option_decides_what_a_text_means(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options))
+    monkeypatch.setattr(preprocess_module, "preprocess", lambda *places, **options: given.update(options) or DONE)
     places = ["--input", "a", "--output", "b"]
     main(["preprocess", "--format", "html", *places, "--option", "min_side=064", "--option", "max_page_share=1",
           "--option", "text_pages=no"])  # fmt: skip
@@ -139,7 +144,7 @@ def test_the_parameter_decides_what_slurm_is_given(monkeypatch: pytest.MonkeyPat
     from megatron_lcl.data.prepare import jobs
 
     given: dict[str, Any] = {}
-    monkeypatch.setattr(jobs, "preprocess_in_jobs", lambda *places, **options: given.update(places[3].parameters))
+    monkeypatch.setattr(jobs, "preprocess_in_jobs", lambda *p, **options: given.update(p[3].parameters) or DONE)
     texts = ["slurm_account=0123", "slurm_partition=no", "timeout_min=0600", "mem_gb=2", "slurm_mem=64e3",
              "slurm_exclusive=yes", "slurm_additional_parameters={reservation: a, nice: 9}",
              "slurm_setup=[a, 01]"]  # fmt: skip

@@ -28,8 +28,6 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.pages import inspect
-from megatron_lcl.data.prepare.merge import merge
-from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.data.storage.blocks import BLOCK, Blocks, Room
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
@@ -208,11 +206,6 @@ def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, t
     Store(f"{place}/2").delete(["images-00000.bin"])
     with pytest.raises(UserError, match=r"/2/images-00000.bin is missing"):
         open_corpus(f"{place}/2", tmp_path / "cache-3").check_sizes()
-    upload(local, f"{place}/3")
-    with pytest.raises(UserError, match=r"copy s3://.* to a disk, and verify the copy"):
-        verify(f"{place}/3")
-    with pytest.raises(UserError, match=r"copy .* there first"):
-        merge([Path(f"{place}/3")], tmp_path / "merged")
 
 
 def test_held_out_documents_in_order(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:

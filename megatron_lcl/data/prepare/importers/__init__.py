@@ -5,8 +5,8 @@ whose object is an `Importer` class.
 
 What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
 `tars.py` (WebDataset tars), `sources.py` (images in folders and archives), `image_tables.py` (archives in parquet),
-`urls.py` (images by their URL), `url_keys.py` (img2dataset's tables). Imports data.corpus only. Begin with `Importer`
-below, then `jsonl.py`, the simplest one.
+`urls.py` (images by their URL), `url_keys.py` (img2dataset's tables). Imports data.corpus and, for inputs that are
+objects, data.storage. Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import xxhash
 
 from megatron_lcl.data.corpus.document import Document, Kind
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.storage.paths import ObjectPath, path_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import parse, plain_text
 from megatron_lcl.plugins import Plugins
@@ -79,6 +80,8 @@ class Importer(ABC):
     """what options do, of importers that were written before `Annotated` said it"""
     kind: Kind | None = None
     """that of documents which do not say theirs; None: matched if any of these has similarities, else natural"""
+    reads_objects: ClassVar[bool] = False
+    """its input and images may lie in object storage: it looks at them and opens them by methods of `Path` alone"""
     rules: ClassVar[int] = 1
     """counted up when the same input and options give other documents than before"""
 
@@ -117,12 +120,13 @@ class Importer(ABC):
 
 
 def files_signature(files: Iterable[Path], root: Path) -> str:
-    """A hash of names below `root`, sizes and modification times."""
+    """A hash of names below `root`, sizes and modification times, of objects ETags."""
     digest = xxhash.xxh3_128()
     for file in files:
         stat = file.stat()
         name = file.relative_to(root) if file.is_relative_to(root) else file.name
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        version = file.about[1] if isinstance(file, ObjectPath) and file.about else stat.st_mtime_ns
+        digest.update(f"{name}\0{stat.st_size}\0{version}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -207,7 +211,10 @@ def create(format: str, input: str | Path, images: str | Path | None, options: M
         accepted = (int, float) if kind is float else (kind,)
         if kind in (str, int, float, bool) and type(value) not in accepted:
             raise UserError(f"--option {name}={value}: give a value such as {known[name].default_text}")
-    for path in (input, images):
-        if path is not None and not Path(path).exists():
-            raise UserError(f"{path} does not exist")
-    return cls(Path(input), None if images is None else Path(images), **options)
+    places = [path_of(place) for place in (input, images) if place is not None]
+    for place in places:
+        if isinstance(place, ObjectPath) and not cls.reads_objects:
+            raise UserError(f"format {format} reads files on a disk; copy {place} there first (`aws s3 sync`, rclone)")
+        if not place.exists():
+            raise UserError(f"{place} does not exist")
+    return cls(places[0], places[1] if images is not None else None, **options)

@@ -64,6 +64,7 @@ class CocoImporter(FilesImporter):
         "tars, by file_name, else by coco_url as `fetch` stores it"
     )
     suffixes = (".json",)
+    reads_objects = True
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         super().__init__(input)

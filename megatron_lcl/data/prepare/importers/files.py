@@ -6,14 +6,15 @@ import itertools
 import os
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
+from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
 COMPRESSED = (".zst", ".gz", ".zip", ".bz2", ".xz", ".lz4", ".br")
@@ -60,6 +61,8 @@ class Files:
     """of the files to read, in order"""
     skipped: list[tuple[Path, str]]
     """(file, why) of those that have a format's name and are not read"""
+    objects: Mapping[str, Path] = field(default_factory=dict)
+    """by name, with what was listed of them, where they are objects"""
 
     @property
     def read(self) -> list[Path]:
@@ -68,7 +71,7 @@ class Files:
 
     def paths(self) -> Iterator[Path]:
         """The same, one at a time."""
-        return (self.root / name for name in self.names)
+        return (self.objects.get(name) or self.root / name for name in self.names)
 
     def name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -85,23 +88,40 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     if it is there. UserError where there is nothing to read.
     """
     if input.is_file():
-        return Files(input.parent, [input.name], [])
+        return Files(input.parent, [input.name], [], {input.name: input})
     plain = {_uncompressed(suffix) for suffix in suffixes}
     read: list[str] = []
     skipped: list[tuple[Path, str]] = []
-    for folder, _, files in os.walk(input):
-        below = os.path.relpath(folder, input)
+    objects: dict[str, Path] = {}
+    if isinstance(input, ObjectPath):
+        objects = {path.relative_to(input).as_posix(): path for path in input.rglob("*")}
+    for folder, files in _folders(input, objects):
         for _, group in itertools.groupby(sorted(files, key=_base), key=_base):
-            copies = [name for name in group if _is_named(name, suffixes, plain) and Path(folder, name).is_file()]
+            named = [name for name in group if _is_named(name, suffixes, plain)]
+            copies = [name for name in named if objects or Path(input, folder, name).is_file()]
             readable = sorted((name for name in copies if name.lower().endswith(tuple(suffixes))), key=_preference)
-            read += [name if below == "." else f"{below}/{name}" for name in readable[:1]]
+            read += [f"{folder}/{name}".lstrip("/") for name in readable[:1]]
             why = TWICE if readable else NOT_READ
-            skipped += [(Path(folder, name), why) for name in copies if name not in readable[:1]]
+            skipped += [(input / folder / name, why) for name in copies if name not in readable[:1]]
     if not read:
         packed = f"; {min(skipped)[0].name} is {NOT_READ}" if skipped else ""
         raise UserError(f"no {', '.join(suffixes)} files in {input}{packed}. The format reads: {reads}")
     read.sort(key=lambda name: name.replace("/", "\0"))  # as paths are ordered: a folder before what only begins alike
-    return Files(input, Names(read), sorted(skipped))
+    return Files(input, Names(read), sorted(skipped), objects)
+
+
+def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder below the input, names of its files), of objects by their names."""
+    if isinstance(input, ObjectPath):
+        found: dict[str, list[str]] = {}
+        for name in objects:
+            folder, _, file = name.rpartition("/")
+            found.setdefault(folder, []).append(file)
+        yield from found.items()
+        return
+    for path, _, files in os.walk(input):
+        below = os.path.relpath(path, input)
+        yield "" if below == "." else below, files
 
 
 def _base(name: str) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,13 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     count_damage,
     missing_columns,
     open_parquet,
+    opened,
     read_rows,
     row_group_units,
     some_columns,
 )
 from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
@@ -56,6 +59,7 @@ class HfImporter(FilesImporter):
         "text column (each may be a list); images in the columns, else by their path in --images"
     )
     suffixes = (".parquet", ".arrow")
+    reads_objects = True
 
     def __init__(
         self,
@@ -140,9 +144,8 @@ class HfImporter(FilesImporter):
 
     def _arrow_rows(self, file: Path, name: str, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
         row = num_bytes = 0
-        with open(file, "rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        with _open_stream(pa.BufferReader(mapped)) as stream:
+        source, give_back = _source(file)
+        with source, _open_stream(source) as stream:
             if (columns := self._columns(stream.schema.names, name, drops)) is None:
                 return
             for batch in stream:
@@ -160,7 +163,7 @@ class HfImporter(FilesImporter):
                         row += 1
                     num_bytes += part.nbytes
                     if num_bytes > _MAPPED_BYTES:  # else all that was read counts as memory of this process
-                        mapped.madvise(mmap.MADV_DONTNEED)
+                        give_back()
                         num_bytes = 0
 
     def _documents(self, row: dict[str, Any], name: str, drops: Drops) -> Iterator[Document]:
@@ -225,7 +228,7 @@ def _listed(found: Files) -> Files:
             read.append(found.name(file))
         else:
             skipped.append((file, _NOT_LISTED))
-    return Files(found.root, read, sorted(skipped))
+    return replace(found, names=read, skipped=sorted(skipped))
 
 
 def _data_files(folder: Path) -> set[str] | None:
@@ -257,7 +260,9 @@ def _of_split(found: Files, split: str) -> Files:
     if split not in names:
         raise UserError(f"--option split={split}: {found.root} has {', '.join(filter(None, names)) or 'no splits'}")
     others = [(found.root / name, _OTHER_SPLIT) for name, its in splits.items() if its != split]
-    return Files(found.root, [n for n, its in splits.items() if its == split], sorted([*found.skipped, *others]))
+    return replace(
+        found, names=[n for n, its in splits.items() if its == split], skipped=sorted([*found.skipped, *others])
+    )
 
 
 def _split_of(file: Path) -> str:
@@ -269,6 +274,15 @@ def _split_of(file: Path) -> str:
 
 
 # --- which columns -----------------------------------------------------------------------------------------------
+
+
+def _source(file: Path) -> tuple[Any, Callable[[], None]]:
+    """What Arrow reads of an object or, mapped, of a file of the disk; and what gives back the pages that were read."""
+    if isinstance(file, ObjectPath):
+        return pa.PythonFile(file.open("rb"), "r"), lambda: None
+    with open(file, "rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.BufferReader(mapped), lambda: mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _open_stream(file: Any) -> Any:
@@ -287,8 +301,8 @@ def _schema(file: Path) -> pa.Schema | None:
     """None for a damaged file."""
     try:
         if file.suffix == ".parquet":
-            return pq.read_schema(file)
-        with pa.memory_map(str(file)) as mapped, _open_stream(mapped) as stream:
+            return pq.read_schema(opened(file))
+        with _source(file)[0] as source, _open_stream(source) as stream:
             return stream.schema
     except DAMAGE:
         return None

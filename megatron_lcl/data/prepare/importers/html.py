@@ -89,7 +89,7 @@ class HtmlImporter(FilesImporter):
         self._num_bytes = array("q")
         """of each page's images"""
         self._known: dict[bytes, str] = {}
-        """of images seen lately, by their content hash: why one is skipped everywhere, or """ ""
+        """of images seen lately, by their content hash: why one is skipped everywhere; empty for the others"""
 
     # --- what other kinds of pages replace -------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_lcl.data.prepare.importers.row_groups import opened
+
 IMAGES = "bytes"
 """the column of the images, null where there is none; `key` and `size` name and measure them"""
 GROUP_BYTES, GROUP_ROWS = 32 << 20, 1000
@@ -41,7 +43,7 @@ def write_image_table(file: Path, groups: Iterable[pa.Table], schema: pa.Schema)
 
 def image_places(file: Path) -> Iterator[tuple[str, int, int]]:
     """(key, first byte, size) of the images of a file; one of DAMAGE where they do not lie as they were written."""
-    with pq.ParquetFile(file) as table, open(file, "rb") as raw:
+    with pq.ParquetFile(opened(file)) as table, file.open("rb") as raw:
         column = table.schema_arrow.names.index(IMAGES)
         for group in range(table.num_row_groups):
             chunk = table.metadata.row_group(group).column(column)

@@ -100,7 +100,7 @@ def text_lines(unit: Unit, drops: Drops) -> Iterator[tuple[str, bytes, bool]]:
     """(name, line, ends with a line end) of each line of a unit of `line_units`; names as in `json_lines`."""
     path, start, end = unit.payload
     try:
-        with open(path, "rb", _CHUNK) as file:
+        with path.open("rb", _CHUNK) as file:
             if is_compressed(path):
                 chunks = _decompressed(unit.name, path.suffix.lower(), file, drops)
                 yield from _split(unit.name, chunks, drops)
@@ -242,6 +242,7 @@ class LinesImporter(FilesImporter):
     """Reads files of JSON lines."""
 
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    reads_objects = True
 
     def units_of_files(self) -> list[Unit]:
         return line_units(self.files, self.found.name)

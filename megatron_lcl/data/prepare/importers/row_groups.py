@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +14,7 @@ from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
+from megatron_lcl.data.storage.paths import ObjectPath
 
 _BATCH = 64
 _NAMED = 12
@@ -27,6 +28,7 @@ class ParquetImporter(FilesImporter):
     """A parquet file or a folder of them; a row group is a unit."""
 
     suffixes = (".parquet",)
+    reads_objects = True
     needed: ClassVar[tuple[str, ...]]
     """columns without which a file is bad"""
 
@@ -66,7 +68,7 @@ def row_group_units(file: Path, name: str) -> list[Unit]:
     that cannot be read."""
     size = file.stat().st_size
     try:
-        metadata = pq.read_metadata(file)
+        metadata = pq.read_metadata(opened(file))
         num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except DAMAGE:
         return [Unit(name, size, (file, -1, 0, 0))]
@@ -77,12 +79,17 @@ def row_group_units(file: Path, name: str) -> list[Unit]:
     return units
 
 
-def open_parquet(file: Path, group: int) -> pq.ParquetFile:
-    """The file of a unit; one of DAMAGE where it is none."""
+def open_parquet(file: Path, group: int = 0) -> pq.ParquetFile:
+    """The file, of a unit of this row group; one of DAMAGE where it is none."""
     if group < 0:
         raise pa.ArrowInvalid
     # buffered: else a row group's column is read whole, however large
-    return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+    return pq.ParquetFile(opened(file), buffer_size=1 << 20, pre_buffer=False)
+
+
+def opened(file: Path) -> Path | BinaryIO:
+    """What pyarrow takes for a file: its path, or an object, opened."""
+    return cast(BinaryIO, file.open("rb", 0)) if isinstance(file, ObjectPath) else file
 
 
 def count_damage(unit: Unit, row: int, stop: int, name: str, drops: Drops) -> None:

@@ -20,6 +20,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
+from megatron_lcl.data.storage.paths import ObjectPath
 
 MAX_FILE = 256 << 20
 _DAMAGED = "damaged.json"
@@ -78,7 +79,8 @@ class ImageSource:
         candidates = list(dict.fromkeys(n for one in given for n in (names_of_url(one) if is_url(one) else [one])))
         for name in candidates:
             _check_name(name)
-        for name in candidates:
+        # of objects each name is a request, so beside archives there are no single ones
+        for name in candidates if not (self.archives and isinstance(self._root, ObjectPath)) else ():
             if (data := _read_file(self._root / name)) is not None:
                 return data
         if self.archives:
@@ -119,7 +121,7 @@ class ImageSource:
     def _read_member(self, number: int, start: int, size: int) -> bytes:
         if size > MAX_FILE:
             raise BadImage(f"over {MAX_FILE >> 20} MiB")
-        with open(self.archives[number], "rb") as file:
+        with self.archives[number].open("rb", 0) as file:
             file.seek(start)
             return file.read(size)
 
@@ -168,7 +170,7 @@ def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
             damaged.append(f"{path.name} is damaged, or not as `fetch` wrote it")
         return
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
                 if member.size < 0:

@@ -23,6 +23,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     count_damage,
     missing_columns,
     open_parquet,
+    opened,
     read_rows,
     row_group_units,
     some_columns,
@@ -107,7 +108,7 @@ class TableImporter(LinesImporter):
         """The columns of a file; None where it cannot be read."""
         if file.suffix == ".parquet":
             try:
-                return pq.read_schema(file).names
+                return pq.read_schema(opened(file)).names
             except DAMAGE:
                 return None
         if self.given:

@@ -19,6 +19,7 @@ class TarImporter(FilesImporter):
 
     format: ClassVar[str]
     suffixes = (".tar", ".tar.gz", ".tgz")
+    reads_objects = True
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         if images is not None:
@@ -45,7 +46,7 @@ def tar_samples(unit: Unit, drops: Drops) -> Iterator[dict[str, Any]]:
         raise error
 
     try:
-        with open(unit.payload, "rb") as stream:
+        with unit.payload.open("rb") as stream:
             files = tar_file_expander([{"url": unit.name, "stream": stream}], handler=count)
             yield from group_by_keys(files, handler=count)
     except OSError as error:

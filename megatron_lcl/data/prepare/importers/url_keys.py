@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.data.corpus.files import save_array
+from megatron_lcl.data.prepare.importers.row_groups import opened
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
@@ -87,7 +88,7 @@ def _sorted_runs(tables: list[Path]) -> Iterator[np.ndarray]:
 def _pairs(table: Path) -> Iterator[tuple[str, str]]:
     """URL and key of each image that a table says is there, as far as it can be read."""
     try:
-        with pq.ParquetFile(table) as file:
+        with pq.ParquetFile(opened(table)) as file:
             names = file.schema_arrow.names
             if "url" not in names or "key" not in names:
                 return

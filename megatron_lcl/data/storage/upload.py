@@ -1,0 +1,159 @@
+"""Folders into object storage, all or nothing: one that can be opened is complete.
+
+An object is whole or not there. The file of a folder that says what belongs to it is put last: before, there is nothing
+to open. While a command's output is put, and where that was interrupted, `_uploading.json` lies beside it; the same
+command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import xxhash
+
+from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import UserError
+
+UPLOADING = "_uploading.json"
+"""{"fingerprint": of all that is being put, or null while that is being made}"""
+_RECORDS = (".json", ".jsonl", ".parquet")
+"""what a command looks at to see that its output is finished"""
+
+
+def put_files(store: Store, folder: Path, names: Iterable[str], last: str | None, prefix: str = "") -> None:
+    """Put files of a folder, and the one that says what belongs to it once the others are there."""
+    for name in names:
+        if name != last:
+            store.put(prefix + name, folder / name)
+    if last is not None:
+        store.put(prefix + last, folder / last)
+
+
+@contextlib.contextmanager
+def uploaded(
+    url: str,
+    work: Path,
+    last: str | None,
+    *,
+    resumes: bool,
+    keep: bool = False,
+) -> Iterator[Path]:
+    """A folder below `work` for what a command writes, whose files are put below the URL at the end.
+
+    last: name of the file with which the output is complete, which it must have; None: it has no such file. Where it is
+    not there at the end, as other jobs are not done, nothing is put. resumes: the command goes on with a folder that it
+    finds, and recognizes a finished one; else it wants a new one each time. keep: leave the folder, for other jobs.
+
+    Raises UserError, before the command begins, where the place cannot be reached or written, or holds something else.
+    """
+    if url.startswith("http"):
+        raise UserError(f"{url}: outputs are written to a disk or to object storage, as s3://bucket/folder")
+    store, above = Store(url), work / quote(url.rpartition("/")[0], safe="")
+    folder = above / url.rpartition("/")[2]
+    found = dict(store.list())
+    complete = last in found
+    begun = _begun(store, found)
+    if not complete and begun is None and found:
+        raise UserError(f"{url} holds other objects ({min(found)}, {len(found)} in all); give another place")
+    if not resumes:
+        if complete:
+            raise UserError(f"{url} holds such an output already (it has {last}); give another place")
+        shutil.rmtree(folder, ignore_errors=True)
+    brought = complete and not folder.exists()
+    above.mkdir(parents=True, exist_ok=True)
+    if complete:
+        assert last is not None
+        _bring(store, folder, [name for name in found if name.endswith(_RECORDS) and name != UPLOADING], last)
+    elif begun is None:
+        store.put(UPLOADING, _marker(None))  # says now, not after hours of work, if this may not be written
+    try:
+        yield folder
+    except BaseException as error:
+        if brought:  # what is wrong with the folder is so with the place
+            error.args = tuple(a.replace(str(folder), url) if isinstance(a, str) else a for a in error.args)
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not complete and not (begun or {}).get("fingerprint"):
+            with contextlib.suppress(UserError):
+                store.delete([UPLOADING])
+        _remove_if_empty(above)
+        raise
+    with open(above / f"{folder.name}.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # there are no locks, which only save work
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir() and (last is None or (folder / last).exists()):
+            _put_all(store, folder, last)
+            if not keep:
+                shutil.rmtree(folder)
+    if not keep:
+        (above / f"{folder.name}.lock").unlink(missing_ok=True)
+        _remove_if_empty(above)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _bring(store: Store, folder: Path, names: list[str], last: str) -> None:
+    """The records of a finished output into a folder that lacks them, so that the command recognizes it."""
+    if (folder / last).exists():
+        return
+    for name in (*names, last):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    store.fetch([name for name in names if name != last], folder)
+    temporary = folder / f"{last}.tmp"
+    temporary.write_bytes(store.get(last))
+    temporary.rename(folder / last)
+
+
+def _put_all(store: Store, folder: Path, last: str | None) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    found = dict(store.list())
+    if last in found:
+        assert last is not None
+        if store.get(last) != (folder / last).read_bytes():
+            raise UserError(f"{store.url} holds another such output (its {last} differs); give another place")
+    else:
+        own, begun = _fingerprint(folder, sizes), _begun(store, found)
+        there = begun["fingerprint"] if begun else None
+        if there not in (None, own):
+            raise UserError(
+                f"an upload of something else to {store.url} was begun and not finished; finish it with the command "
+                "that began it, delete the objects there, or give another place"
+            )
+        store.put(UPLOADING, _marker(own))
+        missing = [name for name, size in sizes.items() if there is None or found.get(name) != size]
+        put_files(store, folder, missing, last)
+    store.delete([UPLOADING])
+
+
+def _fingerprint(folder: Path, names: Iterable[str]) -> str:
+    """Of the names and contents of files."""
+    digest = xxhash.xxh3_128()
+    for name in names:
+        with open(folder / name, "rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _marker(fingerprint: str | None) -> bytes:
+    return json.dumps({"fingerprint": fingerprint}).encode()
+
+
+def _begun(store: Store, found: Iterable[str]) -> dict[str, str | None] | None:
+    """What says that an upload was begun; None where nothing does."""
+    if UPLOADING not in found:
+        return None
+    raw = store.get(UPLOADING)
+    try:
+        return {"fingerprint": json.loads(raw)["fingerprint"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{store.url}/{UPLOADING} is none of ours; give another place") from None
