@@ -133,6 +133,24 @@ PARTS = [
         Part("deepspeed.runtime.zero.stage3", f"DeepSpeedZeroOptimizer_Stage3.{name}", "puts masters into the model")
         for name in ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters")
     ),
+    # DeepSpeed's question whether a gradient is finite, put off: train/skipping.py
+    *(
+        Part(f"deepspeed.runtime.{module}", name, "replaced during a step", parameters)
+        for module, name, parameters in (
+            ("zero.stage_1_and_2", "is_invalid_grad_norm", ("norm",)),
+            ("zero.stage3", "is_invalid_grad_norm", ("norm",)),
+            ("bf16_optimizer", "is_invalid_grad_norm", ("norm",)),
+            ("zero.stage_1_and_2", "mask_nan_or_inf_with_val_inplace", ("input", "device", "val")),
+            ("utils", "mask_nan_or_inf_with_val_inplace", ("input", "device", "val")),
+            ("bf16_optimizer", "clip_tensors_by_global_norm", ("input_tensors", "max_norm", "global_norm", "mpu")),
+        )
+    ),
+    Part(
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer.check_overflow",
+        "left out",
+        ("self", "partition_gradients"),
+    ),
     # torch
     Part("torch.multiprocessing", "_prctl_pr_set_pdeathsig", "a process ends with its parent"),
     Part("torch._C._autograd", "_get_current_graph_task_keep_graph", "whether backward may free its buffers"),

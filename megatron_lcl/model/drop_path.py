@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_lcl.model.transfer import from_host
+
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 BRANCHES = 2
 """of a block: attention, feed-forward"""
@@ -44,7 +46,7 @@ def rate_of(layer: int, layers: int, largest: float) -> float:
 
 def numbers_of(packs: Sequence[int], device: torch.device) -> torch.Tensor:
     """Numbers of a micro-batch's packs, int64 [B]."""
-    return torch.tensor(packs, dtype=torch.int64, device=device)
+    return from_host(packs, device, torch.int64)
 
 
 def _mix(key: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:

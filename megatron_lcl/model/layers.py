@@ -30,6 +30,7 @@ from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.block import Block, Norm, Recompute
 from megatron_lcl.model.drop_path import LANGUAGE, DropPath, numbers_of, rate_of
 from megatron_lcl.model.positions import positions_for
+from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.layers import (
     ColumnLinear,
     RowLinear,
@@ -375,7 +376,7 @@ class Head(nn.Module):
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 RGB [N, 3, H, W] → float32, CLIP's mean and standard deviation."""
-    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (from_host(c, images.device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
     return (images.float() / 255 - mean) / std
 
 

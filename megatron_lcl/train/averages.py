@@ -50,6 +50,11 @@ class Averages:
         self._config, self._engine, self._mesh = config, engine, mesh
         self._names = average_names(config)
 
+    @property
+    def has_any(self) -> bool:
+        """Whether the run has averages."""
+        return bool(self._names)
+
     @torch.no_grad()
     def update(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
         """Take in the weights after step number `step` (from 1), which was applied.

@@ -38,6 +38,7 @@ from megatron_lcl.train.parts import check_stages, freeze, frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import deepspeed_config
+from megatron_lcl.train.skipping import skip_on_device, skips_on_device
 from megatron_lcl.train.step import Stepper
 
 KEPT = 32 << 20
@@ -180,6 +181,8 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
             engine = build_pipeline_engine(module, optimizer, settings, config, mesh)
     if isinstance(optimizer, Tensorwise):
         optimizer.attach(partitions_of(engine.optimizer, mesh), mesh)
+    if skips_on_device(config):
+        skip_on_device(engine.optimizer)
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):  # at the smallest scale too an overflow is one more bad step
         scaler.raise_error_at_min_scale = False

@@ -46,6 +46,8 @@ class StepResult:
     pairs of the global batch (`losses.contrastive.ContrastiveOutput`)"""
     measured: Measured | None = field(default=None, compare=False)
     """where the step was asked to measure it"""
+    applied: bool = True
+    """False: the step has changed nothing, for its loss or gradient is not finite, or the loss is above the limit"""
 
     @property
     def generation(self) -> float:
@@ -59,7 +61,7 @@ class StepResult:
 
     def numbers(self) -> dict[str, float]:
         """All numbers of it by name, for a line of metrics."""
-        own = [f.name for f in fields(self) if f.name not in ("metrics", "measured")]
+        own = [f.name for f in fields(self) if f.name not in ("metrics", "measured", "applied")]
         return {name: getattr(self, name) for name in own} | dict(self.metrics)
 
 
@@ -76,57 +78,76 @@ class PendingResult:
         norms: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         wanted: bool = True,
+        skipped: torch.Tensor | bool = False,
     ) -> None:
         """numbers: scalars by the names of `result_names`, where the head is, else None; what is missing is 0.
         AssertionError where there are others. norms: [2, parts] of gradient and update, the same on every process.
         features: [n, 2 D] latents and contexts, without values where the head is not; both None where nothing is
-        measured. wanted: whether this process is to have the features."""
-        self.counts = counts
-        self._names, self._objective, self._pipeline = result_names(objective), objective, pipeline
-        self._wanted = wanted
-        self._norms, self._features = norms, features
-        self._own = torch.zeros(len(self._names), device=device)
+        measured. wanted: whether this process is to have the features. skipped: whether the step has changed nothing;
+        a scalar, 1 or 0, where only the device knows it."""
+        self.counts, self.pipeline, self.wanted = counts, pipeline, wanted
+        self.applied: bool | None = None if isinstance(skipped, torch.Tensor) else not skipped
+        """whether the step has changed something; None where it must be read"""
+        self._names, self._objective = result_names(objective), objective
+        own = torch.zeros(len(self._names), device=device)
         if numbers is not None:
             undeclared = numbers.keys() - {*self._names}
             assert not undeclared, f"{type(objective).__name__}.metrics does not name {', '.join(sorted(undeclared))}"
-            zero = self._own[0]
-            self._own = torch.stack([numbers.get(name, zero).detach().float() for name in self._names])
-        self._result: StepResult | None = None
+            zero = own[0]
+            own = torch.stack([numbers.get(name, zero).detach().float() for name in self._names])
+        flag = skipped.reshape(1) if isinstance(skipped, torch.Tensor) else own.new_full((1,), skipped)
+        self.numbers = torch.cat([own, flag.to(own.device)])
+        """[names + 1] as the last stage of a pipeline knows them, and whether the step was skipped"""
+        self.norms, self.features = norms, features
+        self.result: StepResult | None = None
 
     def read(self) -> StepResult:
         """The result; waits for the device, once. The processes of a pipeline call it together."""
-        if self._result is None:
-            self._result = self._read()
-        return self._result
+        (result,) = read_results([self])
+        return result
 
-    def _read(self) -> StepResult:
-        parts = [self._own] if self._features is None else [self._own, self._features.flatten()]
-        flat, length = torch.cat(parts), len(self._names)
-        if self._pipeline.size > 1:
-            self._pipeline.broadcast(flat, source=self._pipeline.size - 1)
-        if self._norms is None or self._features is None:
-            return self._made(flat.tolist())
-        if not self._wanted:
-            flat = flat[:length]
-        host = torch.cat([self._norms.flatten(), flat]).cpu()
-        norms, numbers, features = host.split([self._norms.numel(), length, len(flat) - length])
-        grads, updates = norms.view(2, -1).tolist()
-        latents, contexts = features.view(-1, self._features.shape[1]).chunk(2, 1)
-        measured = Measured(
-            dict(zip(PARTS, grads, strict=True)), dict(zip(PARTS, updates, strict=True)), latents, contexts
-        )
-        return self._made(numbers.tolist(), measured)
-
-    def _made(self, values: Sequence[float], measured: Measured | None = None) -> StepResult:
-        numbers = dict(zip(self._names, values, strict=True))
+    def made(self, numbers: torch.Tensor, norms: torch.Tensor, features: torch.Tensor) -> StepResult:
+        """The result, from copies in host memory; norms and features: flat, empty where there are none."""
+        *values, skipped = numbers.tolist()
+        of_names = dict(zip(self._names, values, strict=True))
+        measured = None
+        if self.features is not None:
+            grads, updates = (dict(zip(PARTS, row, strict=True)) for row in norms.view(2, -1).tolist())
+            measured = Measured(grads, updates, *features.view(-1, self.features.shape[1]).chunk(2, 1))
         return StepResult(
-            numbers["loss"],
-            numbers["log_scale"],
-            numbers["grad_norm"],
+            of_names["loss"],
+            of_names["log_scale"],
+            of_names["grad_norm"],
             **self.counts.counts,
-            metrics={name: numbers[name] for name in self._objective.metrics},
+            metrics={name: of_names[name] for name in self._objective.metrics},
             measured=measured,
+            applied=not skipped,
         )
+
+
+def read_results(steps: Sequence[PendingResult]) -> list[StepResult]:
+    """The results of some steps; waits for the device once, for all of them. The processes of a pipeline call it
+    together."""
+    unread = [step for step in steps if step.result is None]
+    if unread:
+        nothing, pipeline = unread[0].numbers[:0], unread[0].pipeline
+        of_last_stage = [part for step in unread for part in (step.numbers, _flat(step.features, nothing))]
+        flat = torch.cat(of_last_stage)
+        if pipeline.size > 1:
+            pipeline.broadcast(flat, source=pipeline.size - 1)
+        received = iter(flat.split([len(part) for part in of_last_stage]))
+        parts: list[torch.Tensor] = []
+        for step in unread:
+            numbers, features = next(received), next(received)
+            parts += [numbers, _flat(step.norms, nothing), features if step.wanted else nothing]
+        host = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
+        for step in unread:
+            step.result = step.made(next(host), next(host), next(host))
+    return [step.result for step in steps if step.result is not None]
+
+
+def _flat(tensor: torch.Tensor | None, nothing: torch.Tensor) -> torch.Tensor:
+    return nothing if tensor is None else tensor.flatten()
 
 
 def result_names(objective: Objective) -> tuple[str, ...]:

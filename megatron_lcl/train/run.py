@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from megatron_lcl.train.resilience.faults import exit_if_lost
 from megatron_lcl.train.resilience.replicas import find_difference
 from megatron_lcl.train.resilience.signals import Signals, Stopped
 from megatron_lcl.train.resilience.watchdog import Watchdog
+from megatron_lcl.train.result import PendingResult, StepResult, read_results
 from megatron_lcl.train.resume_point import ResumePoint, resolve_resume_point
 from megatron_lcl.train.telemetry import Telemetry
 from megatron_lcl.train.telemetry.meter import StepMeter
@@ -94,6 +95,21 @@ def _train(config: Config, signals: Signals) -> Path:
         dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A step that was made, and of which nobody knows yet whether it was applied."""
+
+    number: int
+    """steps done before it"""
+    packs: int
+    """consumed before it"""
+    global_batch: int
+    lr: float
+    scale: float
+    """of float16's loss, before the step"""
+    pending: PendingResult
+
+
 class Training:
     """A run between two steps, and what happens beside the steps. Every process has one and all do the same."""
 
@@ -133,6 +149,8 @@ class Training:
         self.ledger = Ledger.from_json(point.progress.ledger)
         self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
+        self.unread: list[Unread] = []
+        """the steps since those that were recorded last"""
         self._begin()
 
     def _begin(self) -> None:
@@ -220,31 +238,70 @@ class Training:
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
         shared = broadcast_batches(own, micro_batches, config.train.micro_batch, mesh, self.engine.device)
-        logged = self.telemetry.is_logged(step + 1)
-        pending = self.stepper.start(shared, lr, self.bad.limit(), logged)
-        at, applied, counts = (step, self.progress.packs), self.engine.was_step_applied(), pending.counts.counts
-        # nothing else of this step is read from the device
-        result = pending.read() if logged or not applied or self.bad.watches_losses else None
-        skipped = self.bad.record(at, result.loss if result else None, applied, scale)
-        seconds = time.perf_counter() - started
+        pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
+        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, pending))
+        self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
+        results = self._read()
+        seconds, counts = time.perf_counter() - started, pending.counts.counts
         self.meter.step(shared, pending.counts, seconds)
         self.telemetry.count(step + 1, counts, seconds, loaded - started)
-        if skipped:
-            self.telemetry.skipped(step + 1, skipped, lr)
-        elif logged and result:
-            self.telemetry.step(step + 1, result, lr, self.meter.line(step + 1, result, lr))
+        self._record(results)
         if self.profile.ends_after(step + 1, step + 1 == config.train.steps):
             with self.watchdog.long_phase(step + 1, "writing a profile"):
                 self.profile.finish()
-        if skipped:
-            packs = [self.ledger.locate(self.progress.packs + i) for i in range(global_batch)]
-            self.audit.write("step skipped", step + 1, reason=skipped, packs=packs)
         if counts["num_bad_images"]:
             reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
             self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
-        averaged = self.progress.averaged if skipped else self.averages.update(step + 1, self.progress.averaged)
-        consumed = self.progress.packs + global_batch
-        self.progress = replace(self.progress, step=step + 1, packs=consumed, averaged=averaged)
+
+    def _read(self, always: bool = False) -> list[tuple[Unread, StepResult | None]]:
+        """The steps since the last ones read, where it is time to know what they gave: one wait for the device.
+
+        Nothing else of a step is read from the device. None: of a step that is known to have been applied nobody needs
+        more. always: read them now.
+        """
+        unread = self.unread
+        if not (always or self._must_know()) and any(step.pending.applied is None for step in unread):
+            return []
+        self.unread = []
+        wanted = [
+            step
+            for step in unread
+            if self.bad.watches_losses or not step.pending.applied or self.telemetry.is_logged(step.number + 1)
+        ]
+        results = dict(zip(wanted, read_results([step.pending for step in wanted]), strict=True))
+        return [(step, results.get(step)) for step in unread]
+
+    def _must_know(self) -> bool:
+        """Whether what comes now depends on whether the last steps were applied. Else they are read with the next
+        logged step; those after too many bad ones are then made in vain, and nothing of them stays."""
+        config, step = self.config, self.progress.step
+        every = (config.checkpoint.every, config.guard.every, config.train.evaluate_every if self.heldout else 0)
+        return (
+            self.telemetry.is_logged(step)
+            or self.bad.watches_losses
+            or self.averages.has_any
+            or step == self.phase.stop
+            or any(n and step % n == 0 for n in every)
+        )
+
+    def _record(self, results: Sequence[tuple[Unread, StepResult | None]]) -> None:
+        """Count the steps, and log them; up to the one after which the run must go back, if there is one."""
+        for step, result in results:
+            number, lr = step.number + 1, step.lr
+            applied = result.applied if result else True
+            skipped = self.bad.record((step.number, step.packs), result.loss if result else None, applied, step.scale)
+            if skipped:
+                self.telemetry.skipped(number, skipped, lr)
+                packs = [self.ledger.locate(step.packs + i) for i in range(step.global_batch)]
+                self.audit.write("step skipped", number, reason=skipped, packs=packs)
+            else:
+                averaged = self.averages.update(number, self.progress.averaged)
+                self.progress = replace(self.progress, averaged=averaged)
+                if result and self.telemetry.is_logged(number):
+                    self.telemetry.step(number, result, lr, self.meter.line(number, result, lr))
+            if self.bad.too_many:
+                self.progress = replace(self.progress, step=number, packs=step.packs + step.global_batch)
+                return
 
     def _after_step(self) -> None:
         step, every, compare = self.progress.step, self.config.checkpoint.every, self.config.guard.every
@@ -290,9 +347,13 @@ class Training:
         return signum
 
     def _stop_if_requested(self) -> None:
-        step, signum = self.progress.step, self._stop_requested()
+        signum = self._stop_requested()
         if not signum:
             return
+        self._record(self._read(always=True))
+        if self.bad.too_many:
+            self._rewind()
+        step = self.progress.step
         with self.watchdog.long_phase(step, "saving before the end"):
             self.saver.finish_pending()
             if self.saver.step != step:

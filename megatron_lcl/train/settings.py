@@ -45,6 +45,7 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
         "fp16": {"enabled": dtype == "float16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step; nobody reads it
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
     }
     merged = _merge(ours, config.deepspeed)

@@ -31,10 +31,10 @@ from megatron_lcl.train.telemetry.norms import PartNorms
 def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
     """The surrogate as it is where the step's loss is finite and not above `limit`, else NaN, with NaN as gradients.
 
-    Before every optimizer step DeepSpeed asks all processes together whether a gradient is not finite, as it must for
-    float16, and if so leaves parameters and optimizer as they are. So one question serves losses and gradients, every
-    precision, ZeRO stage and pipeline stage, no process can decide alone, and the device is not waited for. Only the
-    last micro-batch need be refused; the processes of a pipeline's last stage refuse, and the rest get NaN from them.
+    Before every optimizer step DeepSpeed takes the norm of the gradient over all processes, and a step for which it is
+    not finite leaves parameters and optimizer as they are (train/skipping.py). So one number serves losses and
+    gradients, every precision, ZeRO stage and pipeline stage, and no process can decide alone. Only the last
+    micro-batch need be refused; the processes of a pipeline's last stage refuse, and the rest get NaN from them.
     """
     good = torch.isfinite(loss) & (loss <= limit)
     return surrogate_loss * torch.where(good, 1.0, torch.nan)
@@ -115,7 +115,7 @@ class Stepper:
         """One step on this replica's micro-batches, which lie on the engine's device; nothing of it is read here.
 
         In a pipeline every process of the replica has their integers. A step whose loss is not finite or above `limit`,
-        or whose gradient is not finite, changes nothing: see `nan_if_rejected` and the engine's `was_step_applied`.
+        or whose gradient is not finite, changes nothing: see `nan_if_rejected`, and `applied` of the result.
 
         measure: also norms by part, and features for a look at their health (`Measured`). All processes agree on it.
         """
@@ -139,9 +139,14 @@ class Stepper:
         clock.enter("optimizer")
         if head is not None:
             update_log_scale(head.log_scale, lambda value: value.clamp(0, MAX_LOG_SCALE))
+        skipped = getattr(engine.optimizer.optimizer, "found_inf", None)
+        if skipped is None:  # see train/skipping.py
+            skipped = not engine.was_step_applied()
         grad_norm = engine.get_global_grad_norm()
         if not isinstance(grad_norm, torch.Tensor):
             grad_norm = torch.full((), grad_norm or 0.0, device=engine.device)
+        elif isinstance(skipped, torch.Tensor):
+            grad_norm = torch.where(skipped > 0, math.inf, grad_norm)
         numbers = None
         if head is not None and loss is not None:
             numbers = loss.numbers() | {"log_scale": read_log_scale(head.log_scale)[0], "grad_norm": grad_norm}
@@ -155,7 +160,7 @@ class Stepper:
                 features = torch.zeros(sum(sample.sizes), 2 * width, device=engine.device)
         clock.enter("other")
         pipeline, wanted = mesh.pipeline, mesh.is_first
-        return PendingResult(numbers, objective, counts, pipeline, engine.device, by_part, features, wanted)
+        return PendingResult(numbers, objective, counts, pipeline, engine.device, by_part, features, wanted, skipped)
 
     def _part_norms(self) -> PartNorms:
         if self._norms is None:  # DeepSpeed's partitions stay where they are

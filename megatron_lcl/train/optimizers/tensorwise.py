@@ -11,6 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from megatron_lcl.config import Optimizer
+from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.train.optimizers.muon import MatrixExchange, matrix_update
 from megatron_lcl.train.optimizers.pieces import Partition, Piece, Tensor
@@ -49,6 +50,8 @@ class Tensorwise(torch.optim.Optimizer):
         self._exchanges: dict[torch.Tensor, MatrixExchange] = {}
         self._stable: dict[torch.Tensor, list[str]] = {}
         self._axis, self._tensor_rank = ALONE, 0
+        self.found_inf: torch.Tensor | None = None
+        """a scalar on the parameters' device, 1 where the step is to change nothing; None: all steps are good"""
 
     def attach(self, partitions: Sequence[Partition], mesh: Mesh) -> None:
         """Say what lies in the partitions."""
@@ -86,7 +89,7 @@ class Tensorwise(torch.optim.Optimizer):
         if "step" not in state:
             state["step"] = torch.zeros((), device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        state["step"] += 1
+        state["step"] += 1 if self.found_inf is None else 1 - self.found_inf
         clipped = [piece for piece in pieces if self._is(piece, "stable_adamw")]
         slower = self._clipping(flat, clipped) if self._stable[flat] else {}
         self._adamw(flat, group, [piece for piece in pieces if not self._is(piece, "muon")], slower)
@@ -123,6 +126,7 @@ class Tensorwise(torch.optim.Optimizer):
                 second,
                 [],
                 [state["step"] - 1 for _ in bounds],  # torch counts them up
+                found_inf=self.found_inf,
                 fused=True,
                 amsgrad=False,
                 maximize=False,
@@ -152,7 +156,7 @@ class Tensorwise(torch.optim.Optimizer):
                 second = piece.of(self.state[flat]["exp_avg_sq"]).lerp(square, 1 - beta2)
                 sums[names.index(piece.name)] = (square / second.div_(unbiased).clamp_(min=eps**2)).sum()
         self._axis.all_reduce(sums)
-        sizes = torch.tensor([self._rules[name].tensor.shape.numel() for name in names], device=flat.device)
+        sizes = from_host([self._rules[name].tensor.shape.numel() for name in names], flat.device)
         return dict(zip(names, (sums / sizes).sqrt().clamp(min=1).tolist(), strict=True))
 
     def _muon(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
@@ -170,7 +174,7 @@ class Tensorwise(torch.optim.Optimizer):
         blended = []
         for piece in pieces:
             grad, buffer = piece.of(flat.grad), piece.of(momentum)
-            buffer.lerp_(grad, 1 - settings.momentum)
+            self._put(buffer, buffer.lerp(grad, 1 - settings.momentum))
             blended.append(grad.lerp(buffer, settings.momentum))
         dtype = getattr(torch, settings.dtype)
 
@@ -184,4 +188,8 @@ class Tensorwise(torch.optim.Optimizer):
             rows, columns = rule.tensor.shape
             scale = 0.2 * max(rows // rule.heads, columns) ** 0.5
             weights = piece.of(flat.detach())
-            weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
+            self._put(weights, (weights * (1 - lr * weight_decay)).add_(orthogonal, alpha=-lr * scale))
+
+    def _put(self, values: torch.Tensor, new: torch.Tensor) -> None:
+        """New values in place of those before, in a step that is to change something."""
+        values.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, values, new))

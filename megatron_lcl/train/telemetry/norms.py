@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Config
+from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.layers import is_split
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.optimizers.pieces import Piece, partitions_of
@@ -43,7 +44,7 @@ class PartNorms:
                 if piece.length and (mesh.tensor.rank == 0 or is_split(parameters[piece.name]))
             ]
             parts = [PARTS.index(called(piece.name, config.model).partition(".")[0]) for piece in counted]
-            self._pieces[partition.flat] = counted, torch.tensor(parts, device=partition.flat.device)
+            self._pieces[partition.flat] = counted, from_host(parts, partition.flat.device, torch.int64)
         self._squares = torch.zeros(2, len(PARTS), device=self._device)
         self._before: dict[torch.Tensor, torch.Tensor] = {}
 

@@ -238,7 +238,7 @@ def run_case(case: Case) -> dict[str, Any]:
             sent.clear()
             result = stepper.run(batches, case.lr, case.limit)
             found["results"].append(result.numbers())
-            found["applied"].append(engine.was_step_applied())
+            found["applied"].append(result.applied)
             found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
             row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
             found["rows"].append(list(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -25,8 +26,12 @@ from megatron_lcl.train.resilience.bad_steps import BadSteps
 FAULTS = ["loss", "gradient", "contrast", "spike"]
 
 
-def skip_steps(rank: int, layouts: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]]:
-    """For each (ZeRO stage, dtype): `skip_at`."""
+Layout = tuple[int, str, str, float]
+"""ZeRO stage, dtype, optimizer, norm to which gradients are clipped"""
+
+
+def skip_steps(rank: int, layouts: list[Layout]) -> dict[Layout, dict[str, Any]]:
+    """For each layout: `skip_at`."""
     import torch.distributed as dist
 
     outcomes = {layout: skip_at(rank, *layout) for layout in layouts}
@@ -34,32 +39,39 @@ def skip_steps(rank: int, layouts: list[tuple[int, str]]) -> dict[tuple[int, str
     return outcomes
 
 
-def skip_at(rank: int, zero: int, dtype: str) -> dict[str, Any]:
-    """Three good steps, with bad ones of every kind between them, and the same without: all state of both, by bits.
+def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float) -> dict[str, Any]:
+    """Three good steps, with bad ones of every kind before them, and the same without: all state of both, by bits.
 
-    The faults come from the second process alone; the spike is one because of the limit.
+    The faults come from the second process alone; the spike is one because of the limit. Without faults DeepSpeed asks
+    on the host whether a gradient is not finite, as it comes.
     """
+    from unittest.mock import patch
+
     from small_model import batches_of, build_config
 
     from megatron_lcl.train.engine import build_engine, build_module, init_processes
     from megatron_lcl.train.step import Stepper
 
     config = build_config(zero, dtype)
+    config = configs.replace(config, optimizer__name=optimizer, optimizer__clip_norm=clip_norm)
     mesh = init_processes(config)
     outcomes: dict[str, Any] = {}
     for faults in ([], FAULTS):
-        engine = build_engine(build_module(config, mesh), config, mesh)
+        with contextlib.ExitStack() as stack:
+            if not faults:
+                stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
+            engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = Stepper(engine, config, mesh)
         results = []
         for step in range(3):
-            for fault in faults if step > 0 else ():  # after the first, for the optimizer has a state then
+            for fault in faults:  # before the first the optimizer has no state
                 plant(engine, fault if rank == 1 else "")
                 limit = 0.5 if fault == "spike" else math.inf
                 result = stepper.run(batches_of(9, rank, config), 1e-2, limit)
                 plant(engine, "")
-                outcomes[f"{fault} {step}"] = engine.was_step_applied(), result.loss
+                outcomes[f"{fault} {step}"] = result.applied, result.loss, result.grad_norm
             results.append(stepper.run(batches_of(step, rank, config), 1e-2))
-            assert engine.was_step_applied()
+            assert results[-1].applied
         outcomes["with" if faults else "without"] = results, state_of(engine)
     same = outcomes["with"][0] == outcomes["without"][0]
     pairs = zip(outcomes["with"][1], outcomes["without"][1], strict=True)
@@ -104,15 +116,17 @@ def state_of(engine: Any) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_bad_step_changes_nothing() -> None:
-    layouts = [(zero, dtype) for zero in (1, 2, 3) for dtype in ("float32", "bfloat16")]
+    layouts: list[Layout] = [(zero, dtype, "adamw", 0.5) for zero in (1, 2, 3) for dtype in ("float32", "bfloat16")]
+    layouts += [(1, "bfloat16", "muon", 1e6), (2, "float32", "stable_adamw", 1e6)]
     for outcomes in run_processes(skip_steps, 2, layouts):
         for layout, outcome in outcomes.items():
             assert outcome["same"], layout
             assert len(outcome["equal"]) > 50
             assert all(outcome["equal"]), layout
             bad = outcome["bad"]
-            assert len(bad) == 8
-            assert not any(applied for applied, _ in bad.values()), layout
+            assert len(bad) == 12
+            assert not any(applied for applied, _, _ in bad.values()), layout
+            assert all(math.isinf(norm) for _, _, norm in bad.values()), layout
             assert bad["loss 1"][1] == math.inf
             assert math.isnan(bad["contrast 1"][1])
             assert math.isfinite(bad["gradient 1"][1])
@@ -227,15 +241,20 @@ def test_bad_steps_are_left_out_together_and_audited(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nan", "spike"])
+@pytest.mark.parametrize("kind", ["nan", "spike", "late"])
 def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    """Steps 7 and 8 are bad: back to step 4, again to step 6, and on with the packs after theirs."""
+    """Steps 7 and 8 are bad: back to step 4, again to step 6, and on with the packs after theirs.
+
+    late: the host learns it at step 12, the next one that is logged; what was made since then is forgotten.
+    """
     run = tmp_path / "run"
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     if kind == "spike":
         words += ["--guard.spike_sigmas", "6", "--guard.spike_window", "8"]
-    train(run, *words, plant=poison, planted=([26, 31], kind))
-    assert losses(run) == without
+    if kind == "late":
+        words += ["--train.log_every", "12", "--checkpoint.every", "6"]
+    train(run, *words, plant=poison, planted=([26, 31], "spike" if kind == "spike" else "nan"))
+    assert losses(run) == (without[-1:] if kind == "late" else without)
     events = [(line["event"], line["step"]) for line in read_audit(run)]
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
     assert read_audit(run)[-1]["skip"] == {"from_pack": 24, "skip": 8}

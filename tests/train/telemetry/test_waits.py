@@ -1,4 +1,4 @@
-"""Between two logged steps nothing of ours reads from the device; a logged step reads once."""
+"""Between two logged steps nothing is read from the device, by us or by DeepSpeed; a logged step is read once."""
 
 from __future__ import annotations
 
@@ -16,24 +16,40 @@ from processes import run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero.default",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "repeat_interleave.Tensor",
+)
+"""operations whose result the host must know, or its size"""
 
 
 @contextlib.contextmanager
 def reads() -> Iterator[Counter[str]]:
-    """Counts, while inside, what reads a number of a tensor that would lie on a device: by whose code."""
+    """Counts, while inside, what the host would wait for if tensors lay on a device: by whose code.
+
+    Numbers and sizes that are read, tensors made of the host's numbers where a device is named (the copy is waited
+    for), and waits for all of the device.
+    """
+    from deepspeed.accelerator import get_accelerator
+
     found: Counter[str] = Counter()
     inside = [False]
 
     def note() -> None:
-        files = [frame.filename for frame in traceback.extract_stack()]
-        ours = [name for name in files if "/megatron_lcl/" in name or "/deepspeed/" in name]
+        frames = [f for f in traceback.extract_stack() if "/megatron_lcl/" in f.filename or "/deepspeed/" in f.filename]
         # the header of the losses lies in host memory, as `GlobalCounts` do
-        if not ours[-1].endswith("/losses/group.py"):
-            found["ours" if "/megatron_lcl/" in ours[-1] else "deepspeed"] += 1
+        if not frames[-1].filename.endswith("/losses/group.py"):
+            found["ours" if "/megatron_lcl/" in frames[-1].filename else "deepspeed"] += 1
+            found[f"{frames[-1].filename}:{frames[-1].lineno}"] += 1
 
     class Scalars(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.ops.aten._local_scalar_dense.default and not inside[0]:
+            name = str(function).removeprefix("aten.")
+            if not inside[0] and (name.startswith(WAITING) or (name == "index.Tensor" and _masks(args[1]))):
                 note()
             return function(*args, **(kwargs or {}))
 
@@ -52,11 +68,24 @@ def reads() -> Iterator[Counter[str]]:
 
         return patch.object(torch.Tensor, name, read)
 
+    make = torch.tensor
+
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None:
+            note()
+        return make(*args, **kwargs)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "tensor", made))
+        stack.enter_context(patch.object(get_accelerator(), "synchronize", lambda *_: note()))
         for name in READS:
             stack.enter_context(counted(name))
         stack.enter_context(Scalars())
         yield found
+
+
+def _masks(indices: Any) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
@@ -72,10 +101,14 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
     result = []
     of_host = GlobalCounts.of
     for layout in layouts:
+        asks = layout.pop("asks", False)
         case = Case(**layout)
         config = configs.replace(case.config(), train__attention="dense")  # the one for CPU reads where sequences begin
         mesh = init_processes(config)
-        engine = build_engine(build_module(config, mesh), config, mesh)
+        with contextlib.ExitStack() as stack:
+            if asks:
+                stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
+            engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
         stepper.clock.start()
         steps = []
@@ -87,7 +120,7 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
             with patch.object(GlobalCounts, "of", lambda *_, counts=counts: counts), reads() as found:
                 pending = stepper.start(batches, 1e-3, float("inf"), step == 2)
                 if step == 2:
-                    assert not found["ours"], "before it is read"
+                    assert not found["ours"], f"before it is read: {found}"
                     pending.read()
             steps.append(found)
         stepper.clock.take()
@@ -98,18 +131,33 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
 
 @pytest.mark.slow
 def test_only_a_logged_step_is_read_and_once() -> None:
-    """On real processes, ZeRO-1, tensor parallel, pipeline. What hosts tell each other lies in host memory."""
-    layouts = [{"data": 2}, {"tensor": 2}, {"pipeline": 2, "strategy": "recompute"}]
+    """On real processes, all ZeRO stages, tensor parallel, pipeline. What hosts tell each other lies in host memory."""
+    layouts: list[dict[str, Any]] = [
+        {"data": 2},
+        {"data": 2, "dtype": "bfloat16"},
+        {"data": 2, "zero": 2, "optimizer": "muon"},
+        {"data": 2, "zero": 2, "dtype": "bfloat16", "options": True},
+        {"data": 2, "zero": 3, "strategy": "recompute"},
+        {"tensor": 2},
+        {"pipeline": 2, "strategy": "recompute"},
+        {"data": 2, "asks": True},
+    ]
     for of_rank in run_processes(count, 2, layouts, timeout=400.0):
         for layout, steps in zip(layouts, of_rank, strict=True):
             assert [found["ours"] for found in steps[:2]] == [0, 0], (layout, steps)
             assert 0 < steps[2]["ours"] <= 3, (layout, steps)  # one copy, from which the rest is taken on the host
-            assert steps[0]["deepspeed"] > 0, "is a gradient not finite?"
+            deepspeed = [found["deepspeed"] for found in steps]
+            if layout.get("asks"):
+                assert min(deepspeed) > 0, "is a gradient not finite?"
+            elif layout.get("zero") == 3:  # at first it notes what is gathered when; then a number goes to the device
+                assert deepspeed[2] == 2, (layout, steps)  # for each parameter group
+            else:
+                assert deepspeed == [0, 0, 0], (layout, steps)
 
 
 @pytest.mark.gpu
 def test_on_cuda_a_step_does_not_synchronize(tmp_path: Any) -> None:
-    """Under torch's own watch, which names the line that waits; DeepSpeed's are its own."""
+    """Under torch's own watch, which names the line that waits, ours or DeepSpeed's."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     from megatron_lcl.selftest.cases import Case, make_batches
@@ -131,8 +179,8 @@ def test_on_cuda_a_step_does_not_synchronize(tmp_path: Any) -> None:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
                 pending = stepper.start(batches, 1e-3, float("inf"), logged)
-            ours = [f"{w.filename}:{w.lineno}" for w in found if "/megatron_lcl/" in w.filename]
-            assert ours == [], ours
+            waits = [f"{w.filename}:{w.lineno}" for w in found if "synchronizing" in str(w.message)]
+            assert waits == [], waits
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             pending.read()

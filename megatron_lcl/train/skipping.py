@@ -1,0 +1,92 @@
+"""Bad steps that are skipped on the device: DeepSpeed's ZeRO optimizers, without their question on the host.
+
+Before every step they ask on the host whether the norm of the gradient is finite, for which the host waits until the
+device has computed it. Here the answer stays on the device: torch's fused kernels take it as `found_inf`, as they do
+from torch.amp.GradScaler, and where it is 1 they write nothing and count no step. The rest of DeepSpeed's step goes on
+as after a good one; it copies masters, which have not changed, into the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_lcl.config import Config
+from megatron_lcl.train.precision import resolve_dtype
+
+
+def skips_on_device(config: Config) -> bool:
+    """Whether the host need not know of a step whether it was skipped.
+
+    float16 needs it for the loss scale of the next step; an offloaded optimizer has its gradients on the host; apex's
+    optimizer takes no `found_inf`; and without a norm DeepSpeed asks nothing that could be put off.
+    """
+    zero = config.deepspeed.get("zero_optimization", {})
+    offloaded = any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in _OFFLOADED)
+    return (
+        resolve_dtype(config) != "float16"
+        and config.optimizer.name != "apex_fused_adam"
+        and not offloaded
+        and bool(zero.get("compute_grad_norm", True))
+    )
+
+
+_OFFLOADED = ("optimizer", "param")
+_SHARED = "deepspeed.runtime.utils"
+"""module of functions that the optimizers' own modules import"""
+
+
+def skip_on_device(optimizer: Any) -> None:
+    """Let a step of DeepSpeed's optimizer whose gradient is not finite change nothing, without asking on the host.
+
+    optimizer: one of its ZeRO optimizers, around a base optimizer that takes `found_inf`, where the answer is found.
+    """
+    plain, base = optimizer.step, optimizer.optimizer
+
+    def go_on(norm: torch.Tensor) -> bool:
+        """In place of is_invalid_grad_norm: what that one returns goes to the kernels."""
+        base.found_inf = (~torch.isfinite(norm) | (norm < 0)).any().float()
+        return False
+
+    modules = [importlib.import_module(name) for name in (_SHARED, type(optimizer).__module__)]
+    replaced = {
+        "is_invalid_grad_norm": go_on,
+        "mask_nan_or_inf_with_val_inplace": _mask,
+        "clip_tensors_by_global_norm": _clip,
+    }
+
+    def step(closure: Any = None) -> None:
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                for name, function in replaced.items():
+                    if hasattr(module, name):
+                        stack.enter_context(mock.patch.object(module, name, function))
+            plain(closure)
+
+    optimizer.step = step
+    optimizer.check_overflow = _no_check  # the norm is not finite either where a gradient is not
+
+
+def _no_check(*_: Any, **__: Any) -> None:
+    """In place of ZeRO-1's and 2's search for numbers that are not finite, which they make beside the norm."""
+
+
+def _mask(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    """In place of mask_nan_or_inf_with_val_inplace, which sends the value to the device and waits for that."""
+    norm.masked_fill_(~torch.isfinite(norm), val)
+
+
+def _clip(
+    input_tensors: Iterable[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: Any = None
+) -> torch.Tensor:
+    """In place of clip_tensors_by_global_norm, which asks on the host whether there is something to clip; times 1
+    changes no bit."""
+    factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
+    for tensor in input_tensors:
+        tensor.detach().mul_(factor)
+    return global_norm
