@@ -22,12 +22,13 @@ from lxml import html
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import Shard, ShardWriter, open_corpus
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.pages.inspect import show, stats, table, write_page
 from megatron_lcl.data.prepare import jobs
 from megatron_lcl.data.prepare.merge import merge
-from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
 
 DOCUMENTS = [
@@ -429,9 +430,14 @@ def test_preprocess_in_jobs_by_command(
 ) -> None:
     pytest.importorskip("submitit")
     called: dict[str, Any] = {}
-    monkeypatch.setattr(jobs, "preprocess_in_jobs", lambda *places, **options: called.update(options, places=places))
+
+    def in_jobs(*places: Any, **options: Any) -> Summary:
+        called.update(options, places=places)
+        return Summary(places[2], {}, Drops(), 0)
+
+    monkeypatch.setattr(jobs, "preprocess_in_jobs", in_jobs)
     words = [word for text in given for word in (f"--{executor}", text)]
     main(["preprocess", "--format", "jsonl", "--input", "a", "--output", "b", "--executor", executor, "--jobs", "7",
           "--workers", "3", *words])  # fmt: skip
-    assert called["places"] == ("jsonl", "a", "b", Engine(executor, 7, parameters))
+    assert called["places"] == ("jsonl", "a", Path("b"), Engine(executor, 7, parameters))
     assert called["workers"] == 3
