@@ -17,7 +17,7 @@ from megatron_lcl.train import kernels
 from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 from megatron_lcl.train.kernels import check_kernels, has_compiler
 
-CASES = [Case(strategy="recompute", options=True), Case(pipeline=2, options=True), Case(data=2, zero=2)]
+CASES = [Case(strategy="recompute", options=True), Case(pipeline=2), Case(data=2, zero=2)]
 
 
 def trained(_rank: int, case: Case, compiled: bool) -> tuple[list[int], list[np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -45,7 +46,8 @@ class Engine:
         layers = build_layers(config.model, config.contrast.initial_log_scale)
         initialize(dict(enumerate(layers)), config.model, config.train.seed)
         self.module = LayerList(*layers)
-        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
+        base = torch.optim.SGD(self.module.parameters(), lr=0.0)
+        self.optimizer = SimpleNamespace(optimizer=base, param_groups=base.param_groups)
         self.events: list[str] = []
 
     def __call__(self, batch: Any) -> Any:
@@ -57,6 +59,9 @@ class Engine:
         loss.backward()
 
     def step(self) -> None: ...
+
+    def was_step_applied(self) -> bool:
+        return True
 
     def get_global_grad_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
