@@ -195,7 +195,8 @@ class Watchdog:
                 nodes = [state.host] if state.broken else []
                 return Fault(f"process {rank} failed while {state.at()}: {state.ended}", nodes, state.code)
         for rank, (state, when) in others.items():
-            if state.ended is None and self._last_contact - when > silence:  # while the store still answered
+            heard = self._last_contact - when > 3 * self.publish_period  # the store, while nothing came of it
+            if state.ended is None and now - when > silence and heard:
                 silent = f"silent for {now - when:.0f} s, while {state.at()}"
                 return Fault(f"process {rank} died or its machine did: {silent}", [state.host])
         if now - self._last_contact > silence:
