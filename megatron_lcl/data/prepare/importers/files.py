@@ -62,7 +62,7 @@ class Files:
     skipped: list[tuple[Path, str]]
     """(file, why) of those that have a format's name and are not read"""
     objects: Mapping[str, Path] = field(default_factory=dict)
-    """by name, with what was listed of them, where they are objects"""
+    """those of them that are objects, by name, with what was listed of each"""
 
     @property
     def read(self) -> list[Path]:
@@ -88,7 +88,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     if it is there. UserError where there is nothing to read.
     """
     if input.is_file():
-        return Files(input.parent, [input.name], [], {input.name: input})
+        return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
     plain = {_uncompressed(suffix) for suffix in suffixes}
     read: list[str] = []
     skipped: list[tuple[Path, str]] = []
@@ -107,7 +107,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
         packed = f"; {min(skipped)[0].name} is {NOT_READ}" if skipped else ""
         raise UserError(f"no {', '.join(suffixes)} files in {input}{packed}. The format reads: {reads}")
     read.sort(key=lambda name: name.replace("/", "\0"))  # as paths are ordered: a folder before what only begins alike
-    return Files(input, Names(read), sorted(skipped), objects)
+    return Files(input, Names(read), sorted(skipped), {name: objects[name] for name in read if objects})
 
 
 def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
