@@ -38,6 +38,11 @@ class Join(Protocol):
     @property
     def threshold(self) -> Any: ...
 
+    @property
+    def facts_of(self) -> str:
+        """Joins that say the same here want the same facts, which are then written once, by the first."""
+        ...
+
     def prepare(self, folder: Path, workers: int) -> None:
         """Write what it needs beside the corpus, once, before all else, into an empty folder (`prepared` below)."""
         ...
@@ -61,7 +66,7 @@ class Places:
     OBELICS (arXiv 2306.16527, A.3) counts URLs, MINT-1T (2406.11271) SHA-256; here it is the XXH3-128 of the bytes.
     """
 
-    rule = "image.max_places"
+    rule = facts_of = "image.max_places"
 
     def __init__(self, threshold: int) -> None:
         self.threshold = threshold

@@ -93,7 +93,8 @@ class Work:
 
     def facts(self, task: int, join: int) -> Path:
         """The file of what a join wants to know of a task's documents."""
-        return self._judged(task) / f"facts-{join}"
+        wanted = [each.facts_of for each in self.joins]
+        return self._judged(task) / f"facts-{wanted.index(wanted[join])}"
 
     def prepared(self, join: int) -> Path:
         """The folder of what a join needs beside the corpus."""
@@ -160,7 +161,8 @@ def _judge(work: Work, task: Range, folder: Path) -> None:
                 rows.append((document.number, item, removal.rule, removal.value))
     for number, join in enumerate(work.joins):
         file = folder / work.facts(task.number, number).name
-        join.facts(work.corpus, task, gone, file, work.prepared(number))
+        if not file.exists():
+            join.facts(work.corpus, task, gone, file, work.prepared(number))
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in _JUDGED]
     pq.write_table(pa.table(columns, schema=_JUDGED), folder / _JUDGED_FILE, compression="zstd")
 

@@ -33,6 +33,7 @@ class SameTexts:
 
     rule: str = "document.same_texts"
     threshold: str = "1 of each"
+    facts_of: str = "texts"
 
     def prepare(self, folder: Path, workers: int) -> None:
         (folder / "said").write_text("once")
@@ -64,6 +65,7 @@ class FirstItems:
 
     rule: str = "image.first"
     threshold: None = None
+    facts_of: str = "numbers"
 
     def prepare(self, folder: Path, workers: int) -> None:
         assert list(folder.iterdir()) == []

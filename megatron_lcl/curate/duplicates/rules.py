@@ -36,7 +36,7 @@ class Duplicates:
     def __init__(self, settings: DocumentDuplicates | ImageDuplicates, against: Sequence[str]) -> None:
         self.settings, self.against = settings, tuple(against)
         of_documents = isinstance(settings, DocumentDuplicates)
-        self.rule = "document.duplicates" if of_documents else "image.duplicates"
+        self.rule = self.facts_of = "document.duplicates" if of_documents else "image.duplicates"
         for path in self.against:
             open_corpus(path)  # which says what is wrong with it
 
@@ -66,7 +66,7 @@ class Duplicates:
 class EvaluationSets:
     """Images that are evaluation images, changed a little or not."""
 
-    rule = "image.evaluation"
+    rule = facts_of = "image.evaluation"
 
     def __init__(self, settings: Decontamination) -> None:
         self.settings = settings

@@ -22,6 +22,8 @@ from megatron_lcl.data.corpus.store import Corpus
 class _Asking:
     """A rule whose facts are an encoder's."""
 
+    facts_of = "features"
+
     def __init__(self, encoder: str, tokenizer: str | None) -> None:
         self.encoder, self.tokenizer = encoder, tokenizer
 
@@ -75,7 +77,7 @@ class SameFeatures(_Asking):
 class Matched(_Asking):
     """Images to which no text of their document is matched, or one that is too unlike; the others' matches are new."""
 
-    rule = "image.matching"
+    rule = facts_of = "image.matching"
 
     def __init__(self, encoder: str, tokenizer: str | None, min_similarity: float | None) -> None:
         super().__init__(encoder, tokenizer)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from curate.corpora_of_rules import picture, removed, write
 
+from megatron_lcl.curate.models import rules as model_rules
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate
@@ -55,7 +57,9 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: t
     assert found["image.matching"] == 4
 
 
-def test_a_head_and_features_remove_images(source: Path, encoder: tuple[str, str], tmp_path: Path) -> None:
+def test_a_head_and_features_remove_images(
+    source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = feature_facts(source, 0, 0, 3, *encoder)["feature"]
     np.savez(tmp_path / "head.npz", weight=features[1], bias=0.0)
     score = features @ features[1]
@@ -68,6 +72,17 @@ def test_a_head_and_features_remove_images(source: Path, encoder: tuple[str, str
     curate(source, tmp_path / "alike", rules(encoder, duplicates="keep-one", min_cosine=least))
     place = [(0, 1), (0, 3), (1, 0), (1, 1)][later]
     assert removed(tmp_path / "alike") == [(*place, "image.features")]
+    asked: list[Any] = []
+
+    def counted(*where: Any) -> Any:
+        asked.append(where)
+        return feature_facts(*where)
+
+    monkeypatch.setattr(model_rules, "feature_facts", counted)
+    curate(source, tmp_path / "both", rules(encoder, duplicates="keep-one", min_cosine=least, **head), workers=1)
+    both = {place: "image.features", (0, 3): "image.score"}
+    assert removed(tmp_path / "both") == [(*where, rule) for where, rule in sorted(both.items())]
+    assert len(asked) == 1, "both rules read the same features"
 
 
 @pytest.mark.parametrize(
