@@ -16,13 +16,14 @@ from s3_server import Proxy
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.fetch import urls
+from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.paths import WINDOW, path_of
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 
-FORMATS = {"jsonl": "images", "obelics": "images", "webdataset": "", "hf": "", "coco": "images"}
+FORMATS = {"jsonl": "images", "mmc4": "images", "obelics": "images", "webdataset": "", "hf": "", "coco": "images"}
 
 
 def put_tree(folder: Path, place: str) -> str:
@@ -54,6 +55,12 @@ def write(format: str, folder: Path) -> None:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (folder / "in" / "a.jsonl").write_text(text + "no JSON\n")
             (inner / "b.jsonl").write_text(text.replace("text", "other"))
+        case "mmc4":
+            shown = [{"image_name": f"{k}.jpg", "matched_text_index": 0, "matched_sim": 0.3} for k in range(6)]
+            lines = [{"text_list": [f"text {k}"], "image_info": [image]} for k, image in enumerate(shown)]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / "in" / "docs_shard_10_v2.jsonl").write_text(text + "no JSON\n")
+            (inner / "docs_shard_9_v2.jsonl").write_text(text.replace("text ", "other "))
         case "obelics":
             rows = {
                 "images": [[f"http://h/{k}", None] for k in range(6)],
@@ -169,6 +176,21 @@ def test_objects_as_files(s3: Proxy, place: str) -> None:
     Store(place).put("a/b.bin", content[::-1])
     with pytest.raises(BaseException, match="was replaced while it was read"):
         path.read_bytes()
+
+
+@pytest.mark.parametrize("format", ["jsonl", "mmc4"])
+def test_the_objects_that_were_listed_are_read(s3: Proxy, place: str, tmp_path: Path, format: str) -> None:
+    write(format, tmp_path)
+    put_tree(tmp_path / "in", place)
+    importer = create(format, place, None, {})
+    s3.reset()
+    units = importer.units()
+    assert s3.requests == [], "sizes and versions are known from the list"
+    for unit in units:
+        name = unit.payload[0].relative_to(importer.root).as_posix()
+        Store(place).put(name, (tmp_path / "in" / name).read_bytes() + b"\n")
+        with pytest.raises(BaseException, match="was replaced while it was read"):
+            list(importer.documents(unit, Drops()))
 
 
 def test_what_cannot_be_read_is_said(s3: Proxy, place: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LinesImporter, json_lines
 from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
@@ -39,7 +39,7 @@ class Mmc4Importer(LinesImporter):
     def __init__(self, input: Path, images: Path | None = None) -> None:
         super().__init__(input)
         in_order = sorted(self.found.read, key=lambda p: (_shard_number(p), p))
-        self.found = Files(self.root, [self.found.name(file) for file in in_order], self.found.skipped)
+        self.found = replace(self.found, names=[self.found.name(file) for file in in_order])
         self.images = ImageSource(images)
         numbers = [_shard_number(file) for file in self.files]
         self._missing_before = {
