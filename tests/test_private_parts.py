@@ -151,6 +151,9 @@ PARTS = [
         "left out",
         ("self", "partition_gradients"),
     ),
+    # the machinery of torch.compile, not imported: train/uncompiled.py
+    Part("deepspeed.runtime.compiler", "", "replaced while Muon is imported", in_source="def compile("),
+    Part("deepspeed.runtime.zero.muon.original_muon", "", "imported", in_source="@compiler.compile()"),
     # torch
     Part("torch.multiprocessing", "_prctl_pr_set_pdeathsig", "a process ends with its parent"),
     Part("torch._C._autograd", "_get_current_graph_task_keep_graph", "whether backward may free its buffers"),

@@ -40,6 +40,7 @@ from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import deepspeed_config
 from megatron_lcl.train.skipping import skip_on_device, skips_on_device
 from megatron_lcl.train.step import Stepper
+from megatron_lcl.train.uncompiled import import_muon_of_deepspeed
 
 KEPT = 32 << 20
 """bytes of the largest tensor whose memory a process on a CPU keeps when it is freed"""
@@ -94,6 +95,7 @@ def quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_muon_of_deepspeed()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

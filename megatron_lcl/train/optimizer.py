@@ -16,6 +16,7 @@ from megatron_lcl.train.apex import fused_adam
 from megatron_lcl.train.optimizers.pieces import Tensor
 from megatron_lcl.train.optimizers.tensorwise import Rule, Tensorwise
 from megatron_lcl.train.parts import called, rates_of
+from megatron_lcl.train.uncompiled import uncompiled
 
 _MATRICES = re.compile(r"(vision|language)\.blocks\..*\.weight|pool\.(q|k|v|out)\.weight")
 """what Muon steps, where it has two dimensions: neither embeddings nor what the outputs are read from"""
@@ -26,6 +27,11 @@ SCHEDULE = (
 )
 """the settings on which `scheduled` depends"""
 _COSINE = Schedule()
+
+
+@uncompiled
+class _AdamW(torch.optim.AdamW):
+    """torch's."""
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -57,7 +63,7 @@ def build_optimizer(
         optimizer = steps_beside_moments(fused_adam()(groups, adam_w_mode=True, **settings))
     else:
         # in one pass over the numbers; torch's other ways write a tensor for each term
-        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        optimizer = _AdamW(groups, fused=True, **settings)
     optimizer.register_load_state_dict_pre_hook(_of_earlier_versions)
     return optimizer
 

@@ -54,8 +54,8 @@ def train(config: Path, output: Path, *arguments: str, processes: int = 2) -> st
 
 
 def launch(config: Path, output: Path, *arguments: str) -> str:
-    """The command itself, with its launcher: each process imports torch and DeepSpeed, which takes seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """The command itself, with its launcher: each process imports torch and DeepSpeed, and says what."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
     command = [sys.executable, "-m", "megatron_lcl", "train", "--config", str(config), "--train.output", str(output)]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)
     assert result.returncode == 0, result.stderr
@@ -71,7 +71,8 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
 def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps on two processes."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    launch(config_file, run, "--processes", "2")
+    said = launch(config_file, run, "--processes", "2")
+    run.with_name("said.txt").write_text(said)
     return run
 
 
@@ -94,6 +95,13 @@ def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
     assert not list((finished / "checkpoints").glob(".*"))
     model = load_model(finished)
     assert model.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
+
+
+@pytest.mark.slow
+def test_a_run_imports_nothing_of_torch_compile(finished: Path) -> None:
+    imported = re.findall(r"^import time:.*\| +([\w.]+)$", finished.with_name("said.txt").read_text(), re.MULTILINE)
+    assert imported.count("deepspeed.runtime.zero.muon.original_muon") == imported.count("torch.optim.adamw") - 1 == 2
+    assert not {"torch._dynamo", "torch._inductor", "sympy"} & {*imported}, "two seconds of each process's start"
 
 
 @pytest.mark.slow

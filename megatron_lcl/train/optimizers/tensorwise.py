@@ -15,6 +15,7 @@ from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.mesh import ALONE, Mesh
 from megatron_lcl.train.optimizers.muon import MatrixExchange, matrix_update
 from megatron_lcl.train.optimizers.pieces import Partition, Piece, Tensor
+from megatron_lcl.train.uncompiled import uncompiled
 
 Algorithm = Literal["adamw", "stable_adamw", "muon"]
 
@@ -33,6 +34,7 @@ class Rule:
     """Muon: equal parts of the rows that are orthogonalized each by itself"""
 
 
+@uncompiled
 class Tensorwise(torch.optim.Optimizer):
     """Steps each tensor by its rule, whatever data or tensor rank holds which part of it.
 
@@ -75,7 +77,6 @@ class Tensorwise(torch.optim.Optimizer):
     def _is(self, piece: Piece, algorithm: Algorithm) -> bool:
         return self._rules[piece.name].algorithm == algorithm
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step every partition that has a gradient."""
         assert closure is None, "DeepSpeed gives none"
