@@ -38,6 +38,8 @@ sequences, and no row lies outside. `max_seqlen` bounds the longest.
 
 NAMES: tuple[AttentionName, ...] = ("flash_attn", "torch_varlen", "dense", "per_sequence")
 """in the order in which they are tried on CUDA"""
+VARLEN: tuple[AttentionName, ...] = ("flash_attn", "torch_varlen")
+"""those that are made for sequences of any length one after another"""
 HALF = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 """oldest CUDA compute capability for which flash-attn and torch's variable-length kernel are built"""

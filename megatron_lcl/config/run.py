@@ -173,6 +173,11 @@ class Train:
         description="compile what blocks compute beside attention with torch.compile: norms, GELU and sums with the "
         "matrix products; the first step takes longer. Without tensor parallelism and ZeRO-3",
     )
+    measure_kernels: bool = Field(
+        default=False,
+        description="when a run begins, measure which attention (where train.attention is auto) and whether compiled "
+        "blocks (as train.compile) are fastest here, and take them; kept in data.cache and in checkpoints",
+    )
     deterministic: bool = Field(
         default=False,
         description="on CUDA: only kernels and sums that give the same bits in every run; slower (docs/parallelism.md)",

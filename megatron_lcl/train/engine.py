@@ -14,7 +14,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,16 @@ def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
     initial_log_scale, train = config.initial_log_scale, config.train
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     attention = choose_run_attention(config).attend
-    return layer_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention, train.seed)
+    specs = layer_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention, train.seed)
+    return [functools.partial(_compiled, make.func, *make.args) for make in specs] if train.compile else specs
+
+
+def _compiled(make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A layer, its parts compiled if it is a block."""
+    layer = make(*arguments)
+    if isinstance(layer, Block):
+        layer.compile_parts()
+    return layer
 
 
 def choose_run_attention(config: Config) -> Attention:
@@ -145,10 +154,6 @@ def build_module(
     if weights is not None:
         load_initial_weights(weights, layers, mesh.tensor)
     freeze({f"{index}.{name}": p for index, layer in layers.items() for name, p in layer.named_parameters()}, frozen)
-    if config.train.compile:
-        for layer in layers.values():
-            if isinstance(layer, Block):
-                layer.compile_parts()
     if mesh.pipeline.size == 1:
         return LayerList(*layers.values())
     from megatron_lcl.train.pipeline.engine import PipelineStage

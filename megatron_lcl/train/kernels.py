@@ -51,8 +51,8 @@ def check_kernels(config: Config, elsewhere: bool) -> None:
 
     elsewhere: the run's devices are not this machine's.
     """
-    if config.train.compile:
-        _check_compile(config, elsewhere)
+    if config.train.compile and (fault := compile_fault(config, elsewhere)):
+        raise UserError(f"train.compile is set, but {fault}; or leave train.compile unset")
     if config.train.attention == "auto":
         return
     if not elsewhere:
@@ -61,18 +61,17 @@ def check_kernels(config: Config, elsewhere: bool) -> None:
         raise UserError(f"train.attention = {config.train.attention}, but {fault}; set train.attention to auto")
 
 
-def _check_compile(config: Config, elsewhere: bool) -> None:
-    fault = None
+def compile_fault(config: Config, elsewhere: bool = False) -> str | None:
+    """Why blocks cannot be compiled; None if they can. elsewhere: as of `check_kernels`."""
     if config.parallel.tensor > 1:
-        fault = f"parallel.tensor is {config.parallel.tensor}, whose collectives are overlapped by hand"
-    elif config.zero.stage == 3:
-        fault = "zero.stage is 3, which gathers each layer's weights in between"
-    elif config.train.apex_layer_norm:
-        fault = "train.apex_layer_norm is set, which is not compiled"
-    elif not (elsewhere or torch.cuda.is_available()) and not has_compiler():
-        fault = "there is no C++ compiler for this CPU; install g++, or name one in CXX"
-    if fault:
-        raise UserError(f"train.compile is set, but {fault}; or leave train.compile unset")
+        return f"parallel.tensor is {config.parallel.tensor}, whose collectives are overlapped by hand"
+    if config.zero.stage == 3:
+        return "zero.stage is 3, which gathers each layer's weights in between"
+    if config.train.apex_layer_norm:
+        return "train.apex_layer_norm is set, which is not compiled"
+    if not (elsewhere or torch.cuda.is_available()) and not has_compiler():
+        return "there is no C++ compiler for this CPU; install g++, or name one in CXX"
+    return None
 
 
 def has_compiler() -> bool:

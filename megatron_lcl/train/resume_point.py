@@ -20,6 +20,7 @@ from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
+from megatron_lcl.train.fastest import kept_kernels
 from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.forks import stop_forkserver
 from megatron_lcl.train.memory import Memory, available, local_processes, slots_of
@@ -40,7 +41,7 @@ class ResumePoint:
     deepspeed: dict[str, Any]
     """DeepSpeed's config"""
     config: Config
-    """the run's, with what `contrast.strategy: auto` came to"""
+    """the run's, with what `contrast.strategy: auto` came to, and the kernels of the checkpoint's run"""
     weights: InitialWeights | None = None
     """what a new run begins with; None: with what is drawn"""
     without_pairs: tuple[str, ...] = ()
@@ -49,6 +50,8 @@ class ResumePoint:
     """since the checkpoint was written"""
     choice: Choice | None = None
     """that, with its numbers; None where the config names a strategy"""
+    measure_kernels: bool = False
+    """whether kernels are still to be measured"""
 
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack) -> ResumePoint:
@@ -82,6 +85,8 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     if config.checkpoint.mirror is not None:
         Mirror(config.checkpoint.mirror).restore(run)
     folder, rejected = checkpoint.choose(run, config.checkpoint.resume)
+    kept = kept_kernels(config, folder)
+    config = kept or config
     saved, previous = Progress(0, 0, {}), None
     if folder:
         check_model(folder / CONFIG, config)
@@ -106,4 +111,5 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
         without_pairs(config),
         changes_since(folder, config) if folder else Changes(),
         choice,
+        measure_kernels=config.train.measure_kernels and kept is None,
     )

@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config
+from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.config.phases import Phase, phase_at, phases_of
+from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -37,6 +39,7 @@ from megatron_lcl.train.engine import (
     set_global_batch,
     specs_of,
 )
+from megatron_lcl.train.fastest import Fastest, choose_fastest
 from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
@@ -82,6 +85,9 @@ def _train(config: Config, signals: Signals) -> Path:
             contextlib.ExitStack() as until_end,
         ):
             point = resolve_resume_point(config, mesh, until_end)
+            kernels = None
+            if point.measure_kernels:
+                kernels, point = measure_kernels(point, mesh)
             config = point.config
             module = build_module(config, mesh, pipeline_partition(config, mesh, point), point.weights)
             engine = build_engine(module, config, mesh, point.deepspeed)
@@ -90,6 +96,8 @@ def _train(config: Config, signals: Signals) -> Path:
                 Telemetry(run, config, mesh.is_first, point.progress.step) as telemetry,
                 Checkpointer(engine, config, mesh, run) as checkpoints,
             ):
+                if kernels:
+                    telemetry.say(f"kernels measured: {kernels}")
                 return Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog).run()
     finally:
         dist.destroy_process_group()
@@ -429,13 +437,30 @@ class Training:
 
 
 def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[int, ...]:
-    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs.
+    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs."""
+    layout = point.progress.layout
+    if layout.pipeline == mesh.pipeline.size:
+        return layout.partition
+    sample, place = sample_batch(config, mesh, point), (_device(), DTYPES[resolve_dtype(config)])
+    return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, *place)
 
-    Of a run with phases they are packs of the one that reads most of them, as if the run began with it.
+
+def measure_kernels(point: ResumePoint, mesh: Mesh) -> tuple[Fastest, ResumePoint]:
+    """What `train.measure_kernels` finds on the first packs, and the run with it."""
+    config = point.config
+    found = choose_fastest(config, sample_batch(config, mesh, point), mesh, _device())
+    config = found.chosen.applied(config)
+    if mesh.is_first:
+        replace_text(Path(config.train.output) / CONFIG, to_yaml(config))
+    return found, replace(point, config=config)
+
+
+def sample_batch(config: Config, mesh: Mesh, point: ResumePoint) -> PackedBatch:
+    """The first micro-batch, the same on every process; all processes call it.
+
+    Of a run with phases it is one of the phase that reads most packs, as if the run began with it.
     """
     progress, ledger = point.progress, Ledger.from_json(point.progress.ledger)
-    if progress.layout.pipeline == mesh.pipeline.size:
-        return progress.layout.partition
     phases, sample = phases_of(config), None
     phase = max(phases, key=_packs_of)
     if mesh.is_first:
@@ -444,8 +469,13 @@ def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[
             ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
         packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
         sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, device, DTYPES[resolve_dtype(config)])
+    batch = mesh.world.broadcast_object(sample)
+    assert batch is not None, "the first process has read it"
+    return batch
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _packs_of(phase: Phase) -> int:

@@ -111,7 +111,7 @@ def hidden_shape(layer: int, batch: PackedBatch, model: Model, axis: Axis) -> tu
 
 def choose_partition(
     specs: Sequence[partial[nn.Module]],
-    sample: PackedBatch | None,
+    batch: PackedBatch,
     config: Config,
     mesh: Mesh,
     device: torch.device,
@@ -119,10 +119,8 @@ def choose_partition(
 ) -> tuple[int, ...]:
     """The first layer of each stage of the run's pipeline, the same on every process; all processes call it.
 
-    specs: as `layer_specs` gives them for `mesh.tensor`. sample: a micro-batch of the run, needed on the first process.
+    specs: as `layer_specs` gives them for `mesh.tensor`. batch: a micro-batch of the run, on every process the same.
     """
-    batch = mesh.world.broadcast_object(sample)
-    assert batch is not None, "the first process has no sample"
     costs = measure_costs(LayerSamples(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
     shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
     return partition_balanced(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
