@@ -107,6 +107,8 @@ class Unread:
     lr: float
     scale: float
     """of float16's loss, before the step"""
+    contrastive_weight: float | None
+    """of the step, where phases give it; for the log"""
     pending: PendingResult
 
 
@@ -146,6 +148,7 @@ class Training:
         self.progress = point.progress
         self.phase = phase_at(config, point.progress.step)
         self.several_phases = len(phases_of(config)) > 1
+        self.logs_weight = any(phase.contrastive_weight is not None for phase in config.schedule.phases)
         self.ledger = Ledger.from_json(point.progress.ledger)
         self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
@@ -233,13 +236,16 @@ class Training:
         micro_batches = num_micro_batches(self.phase.config, mesh.data.size)
         own = [next(self.batches) for _ in range(micro_batches)] if mesh.loads_data else None
         loaded = time.perf_counter()
+        if self.phase.change is not None:
+            self.stepper.objective = objectives.create(self.phase.config_at(step))
         self.meter.read(own, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
         shared = broadcast_batches(own, micro_batches, config.train.micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
-        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, pending))
+        weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
+        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
         results = self._read()
         seconds, counts = time.perf_counter() - started, pending.counts.counts
@@ -298,7 +304,10 @@ class Training:
                 averaged = self.averages.update(number, self.progress.averaged)
                 self.progress = replace(self.progress, averaged=averaged)
                 if result and self.telemetry.is_logged(number):
-                    self.telemetry.step(number, result, lr, self.meter.line(number, result, lr))
+                    more = self.meter.line(number, result, lr)
+                    if step.contrastive_weight is not None:
+                        more["contrastive_weight"] = step.contrastive_weight
+                    self.telemetry.step(number, result, lr, more)
             if self.bad.too_many:
                 self.progress = replace(self.progress, step=number, packs=step.packs + step.global_batch)
                 return

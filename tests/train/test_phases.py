@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +35,19 @@ model:
 data: {{corpora: {corpus}, cache: {folder}/cache, tokens_per_pack: 96, workers: 1}}
 schedule:
   phases: [{{steps: 1, image_size: 16, patch_dropout: 0, context_length: 40, tokens_per_pack: 64, global_batch: 2,
-    contrastive_weight: 1.0}}]
+    contrastive_weight: 1.0}},
+    {{steps: 3, contrastive_weight: 0.7, contrastive_weight_change: cosine}}]
   learning_rate: constant
   cooldown: 2
   cooldown_shape: linear
+objective: {{contrastive_weight: 0.1}}
 optimizer: {{lr: 1.0e-2, warmup: 1}}
 train: {{steps: 6, global_batch: 4, log_every: 1, progress: false, evaluate_every: 3}}
 evaluate: {{corpus: {corpus}}}
 checkpoint: {{every: 1, keep_last: 9}}
 """
+WEIGHTS = (1.0, 0.7, 0.55, 0.25, 0.1, 0.1)
+"""of the contrast in each step: half a cosine has gone a quarter of its way after a third of its time"""
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +79,9 @@ def test_each_phase_is_trained_as_it_says(run: Path) -> None:
     lines = fleet.lines(run)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    for line in steps:
-        weight = 1.0 if line["step"] == 1 else 0.1
+    for line, weight in zip(steps, WEIGHTS, strict=True):
         assert line["loss"] == pytest.approx(line["generation"] + weight * line["contrastive"], rel=1e-5)
+        assert line["contrastive_weight"] == pytest.approx(weight)
     assert [line["lr"] for line in steps] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.01, 0.005])
     phases = [line for line in lines if "phase" in line]
     names = ("step", "phase", "image_size", "num_patches", "global_batch")
@@ -107,7 +112,7 @@ def test_evaluation_is_at_the_full_resolution_with_all_patches(run: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_run_goes_on_in_its_phase_bit_for_bit(run: Path, tmp_path: Path, step: int) -> None:
-    """From where a phase ends, and from its midst."""
+    """From where a phase ends, and from its midst, where the weight of the contrast is on its way."""
     assert going_on(run, step, tmp_path / "run") == fleet.losses(run)[step:]
 
 
@@ -184,6 +189,35 @@ def test_what_is_wrong_with_a_phase_is_said_before_the_run_begins(phase: dict[st
     if "contrastive_weight" in phase:
         with pytest.raises(ValueError, match=r"give a contrastive_weight, which .* does not have"):
             check_phases(other, 2)
+    phases = json.dumps([{"steps": 2, "contrastive_weight_change": "linear"}])
+    with pytest.raises(ValueError, match=r"give a contrastive_weight_change, which .* does not have"):
+        check_phases(config_of(objective__name="clip", objective__contrastive_weight=1, schedule__phases=phases), 1)
+
+
+def test_the_weight_of_the_contrast_goes_smoothly_to_the_next_value() -> None:
+    """Whatever else changes on the way; its first step has its own, the first one behind it the next value."""
+    phases = [
+        {"steps": 5, "contrastive_weight": 0, "contrastive_weight_change": "linear"},
+        {"steps": 2, "contrastive_weight": 2},
+        {"steps": 4, "contrastive_weight": 1, "contrastive_weight_change": "cosine"},
+    ]
+    config = config_of(
+        train__steps=13,
+        train__global_batch=8,
+        objective__contrastive_weight=0.5,
+        schedule__phases=json.dumps(phases),
+        schedule__batch_doublings="[3]",
+    )
+    found = [phase_at(config, step).config_at(step) for step in range(13)]
+    weights = [here.objective.contrastive_weight for here in found]
+    half = math.sqrt(0.5) / 2
+    cosine = [1, 0.5 + half / 2 + 0.25, 0.75, 0.5 + 0.25 - half / 2]
+    assert weights == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2, *cosine, 0.5, 0.5])
+    assert [weights[n] for n in (0, 7, 11)] == [0, 1, 0.5], "ends are exact"
+    assert [(p.first, p.stop) for p in phases_of(config)] == [(0, 3), (3, 5), (5, 7), (7, 11), (11, 13)]
+    assert [here.train.global_batch for here in found] == [4] * 3 + [8] * 10
+    assert "contrastive weight 1.2 to 2 (linear)" in phases_of(config)[1].describe()
+    assert "contrastive weight 2" in phases_of(config)[2].describe()
 
 
 def test_what_any_phase_trains_may_be_evaluated() -> None:
@@ -234,6 +268,11 @@ def test_the_end_is_unmasked_whatever_the_phases_say() -> None:
         ),
         ({"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 10}, "leave none of train.steps"),
         ({"schedule__cooldown": 11}, "cooldown = 11 is more than train.steps = 10"),
+        (
+            {"schedule__phases": "[{steps: 2, contrastive_weight: 0, contrastive_weight_change: linear}]"},
+            r"phases\[0\].contrastive_weight_change = linear goes .*objective.contrastive_weight is null; give it one",
+        ),
+        ({"schedule__phases": "[{steps: 2, contrastive_weight_change: sqrt}]"}, "linear.*cosine"),
         ({"schedule__phases": "[{steps: 1, images: 2}]"}, "there is no config key `schedule.phases.0.images`"),
     ],
 )
