@@ -43,9 +43,9 @@ class Phase:
     first: int
     stop: int
     config: Config
-    """the run's, as it is in this phase: with its image size, context length, patch dropout, packs, global batch and
-    weight of the contrast, and no phases. Its model is the run's at another image size and context length: it is never
-    built. A weight that changes is the one with which it begins to (`config_at` has that of a step)"""
+    """the run's, as it is in this phase: with its image size, context length, patch dropout, packs, global batch,
+    micro-batch and weight of the contrast, and no phases. Its model is the run's at another image size and context
+    length: it is never built. A weight that changes is the one with which it begins to (`config_at` has a step's)"""
     change: Change | None = None
     """of the weight of the contrast; it may have begun before the phase, and go on behind it"""
 
@@ -67,7 +67,7 @@ class Phase:
         return (
             f"steps {self.first + 1:,} to {self.stop:,}: images of {vision.image_size} px{kept}, sequences of up to "
             f"{min(self.config.model.language.context_length, data.tokens_per_pack):,} tokens, {train.global_batch:,} "
-            f"packs of {data.tokens_per_pack:,} tokens a step{said}"
+            f"packs of {data.tokens_per_pack:,} tokens a step in micro-batches of {train.micro_batch}{said}"
         )
 
 
@@ -156,7 +156,11 @@ def _config_of(config: Config, early: int | None, step: int, masked: bool) -> Co
             images_per_pack=phase.images_per_pack or data.images_per_pack,
         ),
         objective=dataclasses.replace(config.objective, contrastive_weight=_weight(config, early)),
-        train=dataclasses.replace(config.train, global_batch=phase.global_batch or _doubled(config, step)),
+        train=dataclasses.replace(
+            config.train,
+            global_batch=phase.global_batch or _doubled(config, step),
+            micro_batch=phase.micro_batch or config.train.micro_batch,
+        ),
         schedule=dataclasses.replace(config.schedule, phases=(), batch_doublings=()),
     )
 

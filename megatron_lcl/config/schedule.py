@@ -42,6 +42,9 @@ class EarlyPhase:
         "phase",
     )
     global_batch: Positive | None = Field(default=None, description="packs per optimizer step")
+    micro_batch: Positive | None = Field(
+        default=None, description="packs per forward pass of one data-parallel replica"
+    )
     contrastive_weight: Weight | None = Field(default=None, description="weight of the contrastive loss")
     contrastive_weight_change: Literal["linear", "cosine"] | None = Field(
         default=None,
@@ -57,10 +60,10 @@ class Schedule:
     phases: tuple[EarlyPhase, ...] = Field(
         default=(),
         description="what the run begins with: a list of {steps, image_size, context_length, patch_dropout, "
-        "tokens_per_pack, images_per_pack, global_batch, contrastive_weight, contrastive_weight_change}, one after "
-        "another, each with steps and what is otherwise in it; contrastive_weight_change, linear or cosine: over the "
-        "phase that weight goes to the value behind it; after the last phase all is as the rest of the config says, to "
-        "the end of the run (small images first: CLIPA, arXiv 2305.07017)",
+        "tokens_per_pack, images_per_pack, global_batch, micro_batch, contrastive_weight, contrastive_weight_change}, "
+        "one after another, each with steps and what is otherwise in it; contrastive_weight_change, linear or cosine: "
+        "over the phase that weight goes to the value behind it; after the last phase all is as the rest of the config "
+        "says, to the end of the run (small images first: CLIPA, arXiv 2305.07017)",
     )
     batch_doublings: tuple[Positive, ...] = Field(
         default=(),

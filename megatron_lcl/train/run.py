@@ -34,7 +34,7 @@ from megatron_lcl.train.engine import (
     build_module,
     build_stepper,
     init_processes,
-    set_global_batch,
+    set_batch,
     specs_of,
 )
 from megatron_lcl.train.heldout import HeldOutMeter
@@ -187,8 +187,9 @@ class Training:
         telemetry, config, step = self.telemetry, self.phase.config, self.progress.step
         if self.several_phases:
             telemetry.say(f"phase {self.phase.number + 1}, {self.phase.describe()}")
-            vision, batch = config.model.vision, config.train.global_batch
-            facts = {"image_size": vision.image_size, "num_patches": vision.num_kept, "global_batch": batch}
+            vision, train = config.model.vision, config.train
+            facts = {"image_size": vision.image_size, "num_patches": vision.num_kept}
+            facts |= {"global_batch": train.global_batch, "micro_batch": train.micro_batch}
             telemetry.write({"step": step, "phase": self.phase.number + 1, **facts})
         if self.loader and self.mesh.is_first:
             summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
@@ -228,7 +229,7 @@ class Training:
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step
-        global_batch = self.phase.config.train.global_batch
+        global_batch, micro_batch = self.phase.config.train.global_batch, self.phase.config.train.micro_batch
         self.watchdog.heartbeat(step, "reading data")
         self.profile.before(step + 1)
         self.stepper.clock.enter("data")
@@ -242,7 +243,7 @@ class Training:
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
-        shared = broadcast_batches(own, micro_batches, config.train.micro_batch, mesh, self.engine.device)
+        shared = broadcast_batches(own, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
         weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
         self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
@@ -431,7 +432,7 @@ class Training:
         if self.progress.step == phase.first:
             self.bad.new_phase()
         self.stepper.objective = objectives.create(phase.config)
-        set_global_batch(self.engine, phase.config.train.global_batch)
+        set_batch(self.engine, phase.config.train.global_batch, phase.config.train.micro_batch)
         if self.mesh.loads_data:
             self.loader = build_loader(self.config, self.mesh, phase, self.progress, self.ledger)
             self.batches = iter(self.loader)
@@ -451,7 +452,7 @@ def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[
         if len(phases) > 1:
             progress = replace(progress, step=0, packs=0)
             ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
-        packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
+        packs = tuple(ledger.locate(progress.packs + i) for i in range(phase.config.train.micro_batch))
         sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, device, DTYPES[resolve_dtype(config)])
@@ -471,7 +472,7 @@ def build_loader(config: Config, mesh: Mesh, phase: Phase, progress: Progress, l
         rank=mesh.data.rank,
         world_size=mesh.data.size,
         global_batch=reading.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro_batch=phase.config.train.micro_batch,
         first_pack=progress.packs,
         steps=phase.stop - progress.step,
         ledger=ledger,
