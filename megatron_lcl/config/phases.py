@@ -1,4 +1,4 @@
-"""A run's phases: stretches of steps in which nothing changes but the learning rate, each with a config of its own.
+"""A run's phases: stretches of steps, each with a config of its own, in which nothing changes but learning rate and λ.
 
 The sections `schedule` and `model.vision` say where something changes. Whatever reads data, estimates or weights losses
 takes a phase's config as if it were a run's; only what is built once, the model above all, has that of the run.
@@ -12,8 +12,26 @@ import math
 from dataclasses import dataclass
 
 from megatron_lcl.config import Config
-from megatron_lcl.config.schedule import EarlyPhase
+from megatron_lcl.config.schedule import LEFT, EarlyPhase
 from megatron_lcl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Change:
+    """The weight of the contrast goes from `start`, which step `first` has, to `end`, which step `stop` would have."""
+
+    first: int
+    stop: int
+    start: float
+    end: float
+    shape: str
+    """of `LEFT`"""
+
+    def at(self, step: int) -> float:
+        """The weight in a step, first … stop."""
+        return self.start + (self.end - self.start) * (
+            1 - LEFT[self.shape]((step - self.first) / (self.stop - self.first))
+        )
 
 
 @dataclass(frozen=True)
@@ -25,20 +43,31 @@ class Phase:
     first: int
     stop: int
     config: Config
-    """the run's, as it is in this phase: with its image size, context length, patch dropout, packs, global batch and
-    weight of the contrast, and no phases. Its model is the run's at another image size and context length: it is never
-    built"""
+    """the run's, as it is in this phase: with its image size, context length, patch dropout, packs, global batch,
+    micro-batch and weight of the contrast, and no phases. Its model is the run's at another image size and context
+    length: it is never built. A weight that changes is the one with which it begins to (`config_at` has a step's)"""
+    change: Change | None = None
+    """of the weight of the contrast; it may have begun before the phase, and go on behind it"""
+
+    def config_at(self, step: int) -> Config:
+        """The config of a step of the phase: `config`, with the weight of the contrast that the step has."""
+        if self.change is None:
+            return self.config
+        objective = dataclasses.replace(self.config.objective, contrastive_weight=self.change.at(step))
+        return dataclasses.replace(self.config, objective=objective)
 
     def describe(self) -> str:
         """One line for the person who watches."""
         vision, train, data = self.config.model.vision, self.config.train, self.config.data
         kept = f", {vision.num_kept} of {vision.num_patches} patches kept" if vision.patch_dropout else ""
-        weight = self.config.objective.contrastive_weight
+        weight, change = self.config.objective.contrastive_weight, self.change
+        said = "" if weight is None else f", contrastive weight {weight:g}"
+        if change is not None:
+            said = f", contrastive weight {change.at(self.first):g} to {change.at(self.stop):g} ({change.shape})"
         return (
             f"steps {self.first + 1:,} to {self.stop:,}: images of {vision.image_size} px{kept}, sequences of up to "
             f"{min(self.config.model.language.context_length, data.tokens_per_pack):,} tokens, {train.global_batch:,} "
-            f"packs of {data.tokens_per_pack:,} tokens a step"
-            + (f", contrastive weight {weight:g}" if weight is not None else "")
+            f"packs of {data.tokens_per_pack:,} tokens a step in micro-batches of {train.micro_batch}{said}"
         )
 
 
@@ -71,11 +100,17 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
     found: list[Phase] = []
     for first, stop in itertools.pairwise(bounds):
         early = next((n for n, end in enumerate(ends) if first < end), None)
-        here = _config_of(config, early, first, masked=first < unmasked)
-        if found and found[-1].config == here:
+        here = Phase(
+            len(found),
+            first,
+            stop,
+            _config_of(config, early, first, masked=first < unmasked),
+            _change(config, early, ends),
+        )
+        if found and (found[-1].config, found[-1].change) == (here.config, here.change):
             found[-1] = dataclasses.replace(found[-1], stop=stop)
         else:
-            found.append(Phase(len(found), first, stop, here))
+            found.append(here)
     return tuple(found)
 
 
@@ -108,7 +143,6 @@ def _config_of(config: Config, early: int | None, step: int, masked: bool) -> Co
             f"{model.language.context_length}, up to which positions are learned"
         )
     dropout = model.vision.patch_dropout if phase.patch_dropout is None else phase.patch_dropout
-    weight = config.objective.contrastive_weight if phase.contrastive_weight is None else phase.contrastive_weight
     vision = dataclasses.replace(
         model.vision, image_size=size, patch_dropout=dropout if masked else 0.0, unmasked_steps=0
     )
@@ -121,10 +155,34 @@ def _config_of(config: Config, early: int | None, step: int, masked: bool) -> Co
             tokens_per_pack=phase.tokens_per_pack or data.tokens_per_pack,
             images_per_pack=phase.images_per_pack or data.images_per_pack,
         ),
-        objective=dataclasses.replace(config.objective, contrastive_weight=weight),
-        train=dataclasses.replace(config.train, global_batch=phase.global_batch or _doubled(config, step)),
+        objective=dataclasses.replace(config.objective, contrastive_weight=_weight(config, early)),
+        train=dataclasses.replace(
+            config.train,
+            global_batch=phase.global_batch or _doubled(config, step),
+            micro_batch=phase.micro_batch or config.train.micro_batch,
+        ),
         schedule=dataclasses.replace(config.schedule, phases=(), batch_doublings=()),
     )
+
+
+def _weight(config: Config, early: int | None) -> float | None:
+    """The weight of the contrast that an entry of schedule.phases says, or (None) the rest of the config."""
+    own = None if early is None else config.schedule.phases[early].contrastive_weight
+    return config.objective.contrastive_weight if own is None else own
+
+
+def _change(config: Config, early: int | None, ends: list[int]) -> Change | None:
+    """How the weight of the contrast changes over an entry of schedule.phases; ends: the first step behind each."""
+    phases = config.schedule.phases
+    if early is None or (shape := phases[early].contrastive_weight_change) is None:
+        return None
+    start, end = (_weight(config, n if n < len(phases) else None) for n in (early, early + 1))
+    if start is None or end is None:
+        raise UserError(
+            f"schedule.phases[{early}].contrastive_weight_change = {shape} goes from one number to another, and "
+            "objective.contrastive_weight is null; give it one"
+        )
+    return Change(ends[early] - phases[early].steps, ends[early], start, end, shape)
 
 
 def _doubled(config: Config, step: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -9,6 +11,14 @@ from pydantic.dataclasses import dataclass
 
 from megatron_lcl.config.types import STRICT, Count, Positive, Weight
 from megatron_lcl.errors import UserError
+
+LEFT: dict[str, Callable[[float], float]] = {
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear": lambda t: 1 - t,
+    "sqrt": lambda t: 1 - math.sqrt(t),
+    "square": lambda t: 1 - t * t,
+}
+"""part of a height that is left after a part t of the way down, by shape"""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,7 +42,15 @@ class EarlyPhase:
         "phase",
     )
     global_batch: Positive | None = Field(default=None, description="packs per optimizer step")
+    micro_batch: Positive | None = Field(
+        default=None, description="packs per forward pass of one data-parallel replica"
+    )
     contrastive_weight: Weight | None = Field(default=None, description="weight of the contrastive loss")
+    contrastive_weight_change: Literal["linear", "cosine"] | None = Field(
+        default=None,
+        description="how that weight goes over the phase, from its own value in the first step to the value behind the "
+        "phase, which the first step there has: linear, or half a cosine; null: it stays, and then jumps",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,9 +60,10 @@ class Schedule:
     phases: tuple[EarlyPhase, ...] = Field(
         default=(),
         description="what the run begins with: a list of {steps, image_size, context_length, patch_dropout, "
-        "tokens_per_pack, images_per_pack, global_batch, contrastive_weight}, one after another, each with steps and "
-        "what is otherwise in it; after the last one all is as the rest of the config says, to the end of the run "
-        "(small images first: CLIPA, arXiv 2305.07017)",
+        "tokens_per_pack, images_per_pack, global_batch, micro_batch, contrastive_weight, contrastive_weight_change}, "
+        "one after another, each with steps and what is otherwise in it; contrastive_weight_change, linear or cosine: "
+        "over the phase that weight goes to the value behind it; after the last phase all is as the rest of the config "
+        "says, to the end of the run (small images first: CLIPA, arXiv 2305.07017)",
     )
     batch_doublings: tuple[Positive, ...] = Field(
         default=(),

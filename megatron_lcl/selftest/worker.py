@@ -95,7 +95,7 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     from megatron_lcl.train.broadcast_batches import broadcast_batches
-    from megatron_lcl.train.engine import build_stepper, set_global_batch
+    from megatron_lcl.train.engine import build_stepper, set_batch
     from megatron_lcl.train.master_weights import read_parameters
     from megatron_lcl.train.traffic import of_step
 
@@ -105,7 +105,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     for step in range(STEPS):
         here = phase_at(config, step).config
         num = here.train.global_batch // mesh.data.size
-        set_global_batch(engine, here.train.global_batch)
+        set_batch(engine, here.train.global_batch, here.train.micro_batch)
         stepper.objective = objectives.create(here)
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         with Traffic() as traffic:

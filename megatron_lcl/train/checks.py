@@ -83,11 +83,12 @@ def check_phases(config: Config, processes: int) -> None:
             where = f"in phase {phase.number + 1}, " if phase.stop < config.train.steps else ""
             raise UserError(f"{where}{error}") from None
     weighted = "contrastive_weight" in objectives.objective_class(config.objective.name).published
-    if not weighted and any(phase.contrastive_weight is not None for phase in config.schedule.phases):
-        raise UserError(
-            f"schedule.phases give a contrastive_weight, which objective.name = {config.objective.name} does not have; "
-            "remove it"
-        )
+    for name in ("contrastive_weight", "contrastive_weight_change"):
+        if not weighted and any(getattr(phase, name) is not None for phase in config.schedule.phases):
+            raise UserError(
+                f"schedule.phases give a {name}, which objective.name = {config.objective.name} does not have; "
+                "remove it"
+            )
 
 
 def check_tokenizers(config: Config) -> None:

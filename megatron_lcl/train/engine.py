@@ -200,10 +200,11 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     return engine
 
 
-def set_global_batch(engine: Any, packs: int) -> None:
-    """The engine's steps read so many packs from now on; to be called between two steps."""
-    if packs == engine.train_batch_size():
+def set_batch(engine: Any, packs: int, micro_batch: int) -> None:
+    """The engine's steps read so many packs from now on, in such micro-batches; to be called between two steps."""
+    if (packs, micro_batch) == (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()):
         return
+    engine.set_train_micro_batch_size(micro_batch)  # and the global batch that makes with the steps' number of them
     engine.set_train_batch_size(packs)
     engine.micro_steps = 0  # steps end where it is a multiple of the micro-batches of one
     if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's, with the optimizer on the CPU

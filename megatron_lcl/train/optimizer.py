@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_lcl.config import Config, Optimizer, Schedule
+from megatron_lcl.config.schedule import LEFT
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.apex import fused_adam
 from megatron_lcl.train.optimizers.pieces import Tensor
@@ -146,7 +146,7 @@ def steps_beside_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
 
 
 def scheduled(step: int, config: Config) -> dict[str, float]:
-    """What changes from step to step by the config alone, by its name in words, at a step (counted from 0)."""
+    """What follows a schedule and should not jump where a run goes on, by its name in words, at a step (from 0)."""
     return {"learning rate": learning_rate(step, config.optimizer, config.train.steps, config.schedule)}
 
 
@@ -162,7 +162,7 @@ def learning_rate(step: int, config: Optimizer, total_steps: int, schedule: Sche
     value = _before_cooldown(min(step, begin), config, schedule.decay_steps or total_steps, schedule.learning_rate)
     if step < begin or not schedule.cooldown:
         return value
-    left = _LEFT[schedule.cooldown_shape](min(1.0, (step - begin) / schedule.cooldown))
+    left = LEFT[schedule.cooldown_shape](min(1.0, (step - begin) / schedule.cooldown))
     return config.min_lr + (value - config.min_lr) * left
 
 
@@ -173,13 +173,4 @@ def _before_cooldown(step: int, config: Optimizer, end: int, shape: str) -> floa
     progress = (step - config.warmup) / max(1, end - config.warmup)
     if shape == "constant":
         return config.lr
-    return config.min_lr + (config.lr - config.min_lr) * _LEFT[shape](min(1.0, progress))
-
-
-_LEFT: dict[str, Callable[[float], float]] = {
-    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    "linear": lambda t: 1 - t,
-    "sqrt": lambda t: 1 - math.sqrt(t),
-    "square": lambda t: 1 - t * t,
-}
-"""part of a height that is left after a part t of the way down"""
+    return config.min_lr + (config.lr - config.min_lr) * LEFT[shape](min(1.0, progress))

@@ -36,7 +36,7 @@ from megatron_lcl.train.engine import (
     build_module,
     build_stepper,
     init_processes,
-    set_global_batch,
+    set_batch,
     specs_of,
 )
 from megatron_lcl.train.fastest import Fastest, choose_fastest
@@ -115,6 +115,8 @@ class Unread:
     lr: float
     scale: float
     """of float16's loss, before the step"""
+    contrastive_weight: float | None
+    """of the step, where phases give it; for the log"""
     pending: PendingResult
 
 
@@ -154,6 +156,7 @@ class Training:
         self.progress = point.progress
         self.phase = phase_at(config, point.progress.step)
         self.several_phases = len(phases_of(config)) > 1
+        self.logs_weight = any(phase.contrastive_weight is not None for phase in config.schedule.phases)
         self.ledger = Ledger.from_json(point.progress.ledger)
         self.loader: PackedLoader | None = None
         self.batches: Iterator[PackedBatch] = iter(())
@@ -192,8 +195,9 @@ class Training:
         telemetry, config, step = self.telemetry, self.phase.config, self.progress.step
         if self.several_phases:
             telemetry.say(f"phase {self.phase.number + 1}, {self.phase.describe()}")
-            vision, batch = config.model.vision, config.train.global_batch
-            facts = {"image_size": vision.image_size, "num_patches": vision.num_kept, "global_batch": batch}
+            vision, train = config.model.vision, config.train
+            facts = {"image_size": vision.image_size, "num_patches": vision.num_kept}
+            facts |= {"global_batch": train.global_batch, "micro_batch": train.micro_batch}
             telemetry.write({"step": step, "phase": self.phase.number + 1, **facts})
         if self.loader and self.mesh.is_first:
             summary = summarize(self.loader, self.progress.packs, config.data.images_per_pack is None)
@@ -233,7 +237,7 @@ class Training:
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step
-        global_batch = self.phase.config.train.global_batch
+        global_batch, micro_batch = self.phase.config.train.global_batch, self.phase.config.train.micro_batch
         self.watchdog.heartbeat(step, "reading data")
         self.profile.before(step + 1)
         self.stepper.clock.enter("data")
@@ -241,13 +245,16 @@ class Training:
         micro_batches = num_micro_batches(self.phase.config, mesh.data.size)
         own = [next(self.batches) for _ in range(micro_batches)] if mesh.loads_data else None
         loaded = time.perf_counter()
+        if self.phase.change is not None:
+            self.stepper.objective = objectives.create(self.phase.config_at(step))
         self.meter.read(own, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
-        shared = broadcast_batches(own, micro_batches, config.train.micro_batch, mesh, self.engine.device)
+        shared = broadcast_batches(own, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
-        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, pending))
+        weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
+        self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
         results = self._read()
         seconds, counts = time.perf_counter() - started, pending.counts.counts
@@ -306,7 +313,10 @@ class Training:
                 averaged = self.averages.update(number, self.progress.averaged)
                 self.progress = replace(self.progress, averaged=averaged)
                 if result and self.telemetry.is_logged(number):
-                    self.telemetry.step(number, result, lr, self.meter.line(number, result, lr))
+                    more = self.meter.line(number, result, lr)
+                    if step.contrastive_weight is not None:
+                        more["contrastive_weight"] = step.contrastive_weight
+                    self.telemetry.step(number, result, lr, more)
             if self.bad.too_many:
                 self.progress = replace(self.progress, step=number, packs=step.packs + step.global_batch)
                 return
@@ -430,7 +440,7 @@ class Training:
         if self.progress.step == phase.first:
             self.bad.new_phase()
         self.stepper.objective = objectives.create(phase.config)
-        set_global_batch(self.engine, phase.config.train.global_batch)
+        set_batch(self.engine, phase.config.train.global_batch, phase.config.train.micro_batch)
         if self.mesh.loads_data:
             self.loader = build_loader(self.config, self.mesh, phase, self.progress, self.ledger)
             self.batches = iter(self.loader)
@@ -467,7 +477,7 @@ def sample_batch(config: Config, mesh: Mesh, point: ResumePoint) -> PackedBatch:
         if len(phases) > 1:
             progress = replace(progress, step=0, packs=0)
             ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
-        packs = tuple(ledger.locate(progress.packs + i) for i in range(config.train.micro_batch))
+        packs = tuple(ledger.locate(progress.packs + i) for i in range(phase.config.train.micro_batch))
         sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
     batch = mesh.world.broadcast_object(sample)
     assert batch is not None, "the first process has read it"
@@ -492,7 +502,7 @@ def build_loader(config: Config, mesh: Mesh, phase: Phase, progress: Progress, l
         rank=mesh.data.rank,
         world_size=mesh.data.size,
         global_batch=reading.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro_batch=phase.config.train.micro_batch,
         first_pack=progress.packs,
         steps=phase.stop - progress.step,
         ledger=ledger,

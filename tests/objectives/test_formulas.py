@@ -31,7 +31,15 @@ from megatron_lcl import objectives
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.packing import best_fit, max_sequences
-from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, INTERLEAVED, arrange, arranged_sizes, measure, rules_for
+from megatron_lcl.data.loading.sequence import (
+    CAPTIONED_PAIRS,
+    END,
+    INTERLEAVED,
+    arrange,
+    arranged_sizes,
+    measure,
+    rules_for,
+)
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.model.lcl import LCL
 
@@ -196,7 +204,7 @@ def test_the_packer_knows_a_pair_s_size(lengths: list[int], patches: int, contex
         sizes.append(size)
     offsets, placements, documents = np.array([0, len(modes)]), np.zeros(1, np.int64), np.zeros(1, np.int64)
     arrays = pieces, modes, offsets, nan, none
-    found = arranged_sizes(*arrays, placements, documents, np.zeros(1, np.uint64), rules)
+    found = arranged_sizes(*arrays, placements, documents, np.zeros(1, np.uint64), np.array([[0, END]]), rules)
     assert found[:, 1].tolist() == sizes
     assert found[:, 2].tolist() == [1] * len(sizes)
     total, images = np.zeros(1, np.int32), np.zeros(1, np.int32)

@@ -30,7 +30,7 @@ from megatron_lcl import objectives
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.sequence import CAPTIONS, arrange, arranged_sizes, rules_for
+from megatron_lcl.data.loading.sequence import CAPTIONS, END, arrange, arranged_sizes, rules_for
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.model.lcl import LCL
@@ -179,5 +179,7 @@ def test_the_packer_knows_a_lone_caption_s_size(lengths: list[int], patches: int
     kept = [int(stop) for _, _, _, stop in rows[::2]]
     assert kept == [min(length, min(context, 80) - patches - 4) for length in lengths]
     arrays = pieces, modes, np.array([0, len(modes)]), nan, none
-    found = arranged_sizes(*arrays, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint64), rules)
+    found = arranged_sizes(
+        *arrays, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.uint64), np.array([[0, END]]), rules
+    )
     assert found[:, 1].tolist() == [text + patches + 4 for text in kept]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from processes import run_processes
 
 from megatron_lcl import config as configs
+from megatron_lcl import objectives
 from megatron_lcl.errors import UserError
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 from megatron_lcl.train import kernels
@@ -29,6 +30,9 @@ def trained(_rank: int, case: Case, compiled: bool) -> tuple[list[int], list[np.
         engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
         for step in range(STEPS):
+            # as where phases change it: no graph may depend on it
+            weighted = configs.replace(config, objective__contrastive_weight=0.1 + 0.2 * step)
+            stepper.objective = objectives.create(weighted)
             stepper.run(make_batches(config, step)[mesh.data.rank :: mesh.data.size], case.lr(step))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return graphs, [parameter.detach().numpy() for parameter in engine.module.parameters()]

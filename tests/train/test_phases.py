@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check_phases
+from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.memory import estimate, largest_estimate
 
 CONFIG = """
@@ -34,22 +36,27 @@ model:
 data: {{corpora: {corpus}, cache: {folder}/cache, tokens_per_pack: 96, workers: 1}}
 schedule:
   phases: [{{steps: 1, image_size: 16, patch_dropout: 0, context_length: 40, tokens_per_pack: 64, global_batch: 2,
-    contrastive_weight: 1.0}}]
+    micro_batch: 1, contrastive_weight: 1.0}},
+    {{steps: 3, micro_batch: 1, contrastive_weight: 0.7, contrastive_weight_change: cosine}}]
   learning_rate: constant
   cooldown: 2
   cooldown_shape: linear
+objective: {{contrastive_weight: 0.1}}
 optimizer: {{lr: 1.0e-2, warmup: 1}}
-train: {{steps: 6, global_batch: 4, log_every: 1, progress: false, evaluate_every: 3}}
+train: {{steps: 6, global_batch: 4, micro_batch: 2, log_every: 1, progress: false, evaluate_every: 3}}
 evaluate: {{corpus: {corpus}}}
 checkpoint: {{every: 1, keep_last: 9}}
 """
+WEIGHTS = (1.0, 0.7, 0.55, 0.25, 0.1, 0.1)
+"""of the contrast in each step: half a cosine has gone a quarter of its way after a third of its time"""
 
 
 @pytest.fixture(scope="module")
 def run(once: Callable[..., Any]) -> Path:
     """Six steps on two processes: small images; half of the patches; all of them. A checkpoint after each.
 
-    The first phase ends after one micro-batch of each process, where a step of the next one has two.
+    The first phase ends after one micro-batch of each process, where a step of the next one has two, and of the last
+    one a single micro-batch of two packs.
     """
 
     def make(folder: Path) -> str:
@@ -74,14 +81,14 @@ def test_each_phase_is_trained_as_it_says(run: Path) -> None:
     lines = fleet.lines(run)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    for line in steps:
-        weight = 1.0 if line["step"] == 1 else 0.1
+    for line, weight in zip(steps, WEIGHTS, strict=True):
         assert line["loss"] == pytest.approx(line["generation"] + weight * line["contrastive"], rel=1e-5)
+        assert line["contrastive_weight"] == pytest.approx(weight)
     assert [line["lr"] for line in steps] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.01, 0.005])
     phases = [line for line in lines if "phase" in line]
-    names = ("step", "phase", "image_size", "num_patches", "global_batch")
+    names = ("step", "phase", "image_size", "num_patches", "global_batch", "micro_batch")
     found = [tuple(line[name] for name in names) for line in phases]
-    assert found == [(0, 1, 16, 4, 2), (1, 2, 24, 4, 4), (4, 3, 24, 9, 4)]
+    assert found == [(0, 1, 16, 4, 2, 1), (1, 2, 24, 4, 4, 1), (4, 3, 24, 9, 4, 2)]
     slots = [line["images_per_pack"] for line in lines if "images_per_pack" in line]
     assert slots[1] >= slots[2], "where fewer placeholders are needed more images fit"
     progress = checkpoint.read_progress(checkpoint.step_folder(run, 6))
@@ -107,13 +114,18 @@ def test_evaluation_is_at_the_full_resolution_with_all_patches(run: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_run_goes_on_in_its_phase_bit_for_bit(run: Path, tmp_path: Path, step: int) -> None:
-    """From where a phase ends, and from its midst."""
+    """From where a phase ends, and from its midst, where the weight of the contrast is on its way."""
     assert going_on(run, step, tmp_path / "run") == fleet.losses(run)[step:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2", "--contrast.strategy", "recompute")]
+    "layout",
+    [
+        ("--parallel.tensor", "2"),
+        ("--parallel.pipeline", "2", "--contrast.strategy", "recompute"),
+        ("--train.micro_batch", "1"),
+    ],
 )
 def test_a_run_goes_on_at_another_layout(run: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     """(ZeRO-3, and phases from their beginning at every layout: the selftest.)"""
@@ -145,7 +157,10 @@ def test_the_dry_run_says_the_phases(run: Path, tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith(("phase", "packs"))]
     assert [line.split()[0] for line in lines] == ["phase", "packs"] * 3
-    assert "steps 1 to 1: images of 16 px, sequences of up to 40 tokens, 2 packs of 64 tokens a step" in lines[0]
+    assert (
+        "steps 1 to 1: images of 16 px, sequences of up to 40 tokens, 2 packs of 64 tokens a step in micro-batches of 1"
+        in lines[0]
+    )
     assert main([*arguments, "--dry-run", "--processes", "4"]) == 2
     assert "in phase 1, train.global_batch = 2 packs do not divide into 4" in capsys.readouterr().err
 
@@ -167,6 +182,7 @@ def test_a_run_without_a_schedule_is_one_phase() -> None:
     ("phase", "message"),
     [
         ({"global_batch": 3}, "in phase 1, train.global_batch = 3 packs do not divide into 2"),
+        ({"micro_batch": 4}, "in phase 1, .* do not divide into 2 .* with train.micro_batch = 4; the nearest .* is 8"),
         ({"tokens_per_pack": 40}, "in phase 1, a sequence of 40 tokens cannot hold an image of 49 patches"),
         ({"contrastive_weight": 0}, "in phase 1, .* leaves nothing to train for"),
     ],
@@ -184,6 +200,35 @@ def test_what_is_wrong_with_a_phase_is_said_before_the_run_begins(phase: dict[st
     if "contrastive_weight" in phase:
         with pytest.raises(ValueError, match=r"give a contrastive_weight, which .* does not have"):
             check_phases(other, 2)
+    phases = json.dumps([{"steps": 2, "contrastive_weight_change": "linear"}])
+    with pytest.raises(ValueError, match=r"give a contrastive_weight_change, which .* does not have"):
+        check_phases(config_of(objective__name="clip", objective__contrastive_weight=1, schedule__phases=phases), 1)
+
+
+def test_the_weight_of_the_contrast_goes_smoothly_to_the_next_value() -> None:
+    """Whatever else changes on the way; its first step has its own, the first one behind it the next value."""
+    phases = [
+        {"steps": 5, "contrastive_weight": 0, "contrastive_weight_change": "linear"},
+        {"steps": 2, "contrastive_weight": 2},
+        {"steps": 4, "contrastive_weight": 1, "contrastive_weight_change": "cosine"},
+    ]
+    config = config_of(
+        train__steps=13,
+        train__global_batch=8,
+        objective__contrastive_weight=0.5,
+        schedule__phases=json.dumps(phases),
+        schedule__batch_doublings="[3]",
+    )
+    found = [phase_at(config, step).config_at(step) for step in range(13)]
+    weights = [here.objective.contrastive_weight for here in found]
+    half = math.sqrt(0.5) / 2
+    cosine = [1, 0.5 + half / 2 + 0.25, 0.75, 0.5 + 0.25 - half / 2]
+    assert weights == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2, *cosine, 0.5, 0.5])
+    assert [weights[n] for n in (0, 7, 11)] == [0, 1, 0.5], "ends are exact"
+    assert [(p.first, p.stop) for p in phases_of(config)] == [(0, 3), (3, 5), (5, 7), (7, 11), (11, 13)]
+    assert [here.train.global_batch for here in found] == [4] * 3 + [8] * 10
+    assert "contrastive weight 1.2 to 2 (linear)" in phases_of(config)[1].describe()
+    assert "contrastive weight 2" in phases_of(config)[2].describe()
 
 
 def test_what_any_phase_trains_may_be_evaluated() -> None:
@@ -234,6 +279,11 @@ def test_the_end_is_unmasked_whatever_the_phases_say() -> None:
         ),
         ({"model__vision__patch_dropout": 0.5, "model__vision__unmasked_steps": 10}, "leave none of train.steps"),
         ({"schedule__cooldown": 11}, "cooldown = 11 is more than train.steps = 10"),
+        (
+            {"schedule__phases": "[{steps: 2, contrastive_weight: 0, contrastive_weight_change: linear}]"},
+            r"phases\[0\].contrastive_weight_change = linear goes .*objective.contrastive_weight is null; give it one",
+        ),
+        ({"schedule__phases": "[{steps: 2, contrastive_weight_change: sqrt}]"}, "linear.*cosine"),
         ({"schedule__phases": "[{steps: 1, images: 2}]"}, "there is no config key `schedule.phases.0.images`"),
     ],
 )
@@ -241,6 +291,16 @@ def test_a_schedule_that_does_not_fit_is_one_line(fields: dict[str, Any], messag
     with pytest.raises(ValueError, match=message) as caught:
         phases_of(config_of(train__steps=10, **fields))
     assert "\n" not in str(caught.value)
+
+
+def test_a_phase_has_a_micro_batch_of_its_own() -> None:
+    phases = json.dumps([{"steps": 4, "image_size": 96, "micro_batch": 8}, {"steps": 2}])
+    config = config_of(train__steps=10, train__global_batch=16, train__micro_batch=2, schedule__phases=phases)
+    found = [(p.first, p.config.train.micro_batch, num_micro_batches(p.config, 2)) for p in phases_of(config)]
+    assert found == [(0, 8, 1), (4, 2, 4)]
+    slots = configs.replace(config, data__images_per_pack=8, contrast__strategy="recompute")
+    ours, alone = largest_estimate(slots, 2), estimate(phases_of(slots)[0].config, 2)
+    assert ours.graph == alone.graph > estimate(phases_of(slots)[1].config, 2).graph, "it counts for memory"
 
 
 def test_the_estimate_is_that_of_the_hungriest_phase() -> None:

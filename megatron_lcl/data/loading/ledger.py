@@ -1,7 +1,8 @@
 """The ledger: what the packs of a run depend on, and what of it changed on the way.
 
 A run with phases (`config.phases`) has an entry for each. Packs are numbered through all of them. Phases whose packs
-are planned alike are one segment; with the next one the documents go on where the last pack read left them.
+are planned alike are one segment; with the next one the documents go on where the last pack read left them, also in the
+midst of one.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Segment:
     first_pack: int
     """number of its first pack"""
     settings: dict[str, Any]
+    rests: bool = True
+    """it begins with what is left of documents that were read in part; earlier versions left that out"""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ class Ledger:
 
     An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …]}: new shares from the first window of
     documents that begins at pack n or later; or {"from_pack": n, "skip": count}: packs n … n+count-1 are not used; or
-    {"from_step": s, "consumed": n, "phase": a `Reading`}: from step s (counted from 0) on, behind n packs, all steps
-    read that. Phases that are still to come may be replaced.
+    {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": true}: from step s (counted from 0) on, behind n
+    packs, all steps read that; the first ones the rests of documents that were cut, unless `rests` is missing, as it is
+    where an earlier version planned the phase. Phases that are still to come may be replaced.
     """
 
     settings: dict[str, Any]
@@ -151,7 +155,7 @@ class Ledger:
             if settings != found[-1].settings:
                 # behind the last pack of the one before, whatever is skipped from there on
                 first = self.locate(entry["consumed"] - 1) + 1
-                found.append(Segment(len(found), entry["consumed"], first, settings))
+                found.append(Segment(len(found), entry["consumed"], first, settings, entry.get("rests", False)))
         return found
 
     def segment_after(self, consumed: int) -> Segment:
@@ -258,7 +262,7 @@ def open_run_ledger(
 def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
     plain = asdict(reading)
     kept = None if reading.kept_patches is None else list(reading.kept_patches)
-    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}}
+    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": True}
 
 
 def _blend_of(data: Data) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ number of the one before it, "served": {corpus: tokens of that blend}}. The ledg
 by building one chunk, whatever of the cache was deleted.
 
 A run with phases has an index for each segment of packs that are planned alike (`ledger.Segment`). All but the first
-begin in a state of their own: {"pack": the segment's first, "segment": the same, "left": hash of the documents that
-the segment before had drawn and not read}. These are packed first. A document of which a part was read counts as read.
+begin in a state of their own: {"pack": the segment's first, "segment": the same, "left": hash of what the segment
+before had drawn and not read: documents, and ranges of those that were read in part}. It is packed first, cut as the
+segment's settings say; the entries of such a chunk are RANGED.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.lib.recfunctions import repack_fields
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.files import save_array
@@ -37,7 +39,7 @@ from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
 from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.ledger import Ledger, Segment, open_ledger
-from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.data.loading.sequence import END, Sequences
 from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
 from megatron_lcl.errors import UserError
 
@@ -49,6 +51,8 @@ MIN_CHUNK = 1 << 16
 """documents of one chunk at least, if epochs are shorter"""
 ENTRY = np.dtype([("document", np.int64), ("corpus", np.int32), ("epoch", np.int32), ("part", np.int32)])
 """one sequence: the part'th of a document in an epoch; corpus counts the chunk's corpora"""
+RANGED = np.dtype([*ENTRY.descr, ("begin", np.int32), ("until", np.int32)])
+"""the part'th of what stands between two positions of a document (`sequence.arrange`)"""
 
 _SHUFFLE = 1 << 62
 _T = TypeVar("_T")
@@ -93,12 +97,18 @@ class _Entries:
         return self._entries.read(int(start), int(stop))
 
 
+Left = tuple[str, int, list[int | list[int]]]
+"""fingerprint of a corpus, epoch, and what is unread of it: documents, or [document, begin, until]"""
+
+
 class _Drawn(NamedTuple):
     """Documents of one corpus, to be packed in a window."""
 
     epoch: int
     documents: np.ndarray
     """int64 numbers in the corpus"""
+    ranges: np.ndarray
+    """int64 [documents, 2]: the positions of each that are to be read"""
     turns: np.ndarray
     """int64: where each stands among those of all corpora"""
 
@@ -117,8 +127,8 @@ class PackIndex:
         self._cache = cache.cache_folder(data)
         known = [state for state in ledger.states if state.get("segment", 0) == self.segment.first_pack]
         self._states = sorted(known if self.segment.number else [_BEGIN, *known], key=_pack_of)
-        self._left: list[tuple[str, int, list[int]]] = []
-        """what the segment before has left, once it is known: fingerprint of the corpus, epoch, documents"""
+        self._left: list[Left] = []
+        """what the segment before has left, once it is known"""
         self._found: dict[Path, Chunk] = {}
         self._last: Chunk | None = None
         self._sources: dict[str, Source] = {}
@@ -221,7 +231,7 @@ class PackIndex:
         assert number >= self.segment.first_pack, f"pack {number} is of an earlier segment than {self.segment}"
         if not self._states or number < _pack_of(self._states[0]):
             before = PackIndex(self._data, self.ledger, self.ledger.segments()[self.segment.number - 1])
-            begin, self._left = before.handed_on(self.segment.first_pack)
+            begin, self._left = before.handed_on(self.segment)
             self._states.insert(0, begin)
         return self._states[bisect.bisect_right(self._states, number, key=_pack_of) - 1]
 
@@ -283,16 +293,20 @@ class PackIndex:
             blocks.append(window[0])
             counts.append(np.diff(window[1]))
         offsets = np.cumsum(np.concatenate(counts))
-        save_array(folder / "entries.npy", np.concatenate(blocks))
+        entries = np.concatenate(blocks)
+        if (entries["until"] == END).all():
+            entries = repack_fields(entries[list(ENTRY.names or ())])
+        save_array(folder / "entries.npy", entries)
         save_array(folder / "offsets.npy", offsets)
         record = {"inputs": inputs, "end": state, "packs": len(offsets) - 1, "documents": documents, **totals}
         (folder / cache.RECORD).write_text(json.dumps(record, indent=1))
 
-    def handed_on(self, number: int) -> tuple[dict[str, Any], list[tuple[str, int, list[int]]]]:
-        """The state in which the segment that begins with pack `number` does, and the documents that are left for it.
+    def handed_on(self, following: Segment) -> tuple[dict[str, Any], list[Left]]:
+        """The state in which the following segment begins, and what is left for it.
 
-        They are those of the window of pack `number` - 1 of which no pack before `number` has any part.
+        That is what of the window of the last pack before it no pack before it has.
         """
+        number = following.first_pack
         inputs = self._place(self._chunk_of(number - 1).begin)[1]
         state, totals = json.loads(json.dumps(inputs["state"])), {"tokens": 0, "images": 0}
         while state["pack"] < number:
@@ -301,12 +315,31 @@ class PackIndex:
         read, rest = np.split(entries, [offsets[number - first]])
         left = []
         for c, (name, _) in enumerate(inputs["blend"]):
-            unread = rest[(rest["corpus"] == c) & ~np.isin(rest["document"], read["document"][read["corpus"] == c])]
-            documents, places = np.unique(unread["document"], return_index=True)
-            if len(documents):
-                left.append((name, int(unread["epoch"][0]), documents[np.argsort(places)].tolist()))
+            unread, begun = rest[rest["corpus"] == c], read[read["corpus"] == c]
+            if found := self._unread(self.source(name), unread, begun, following.rests):
+                left.append((name, int(unread["epoch"][0]), found))
         begin = {"pack": number, "segment": number, "blend": -1, "positions": state["positions"], "served": {}}
         return begin | ({"left": fingerprint({"left": left})} if left else {}), left
+
+    def _unread(self, source: Source, unread: np.ndarray, read: np.ndarray, rests: bool) -> list[int | list[int]]:
+        """What is left of a corpus, in order, from the entries of its sequences: those not read, and those that are.
+
+        rests: also ranges of documents that are read in part.
+        """
+        items, places, counts = np.unique(_item_of(unread), return_index=True, return_counts=True)
+        in_part = np.isin(items, _item_of(read))
+        parts, stops = unread["part"][np.lexsort((unread["part"], _item_of(unread)))], np.cumsum(counts)
+        found: list[int | list[int]] = []
+        for item in np.argsort(places).tolist():
+            document, _, epoch, _, begin, until = unread[places[item]].item()
+            if not in_part[item]:
+                found.append(document if until == END else [document, begin, until])
+            elif rests:
+                cuts = source.cuts(document, epoch, begin, until)
+                own = parts[stops[item] - counts[item] : stops[item]]  # ascending
+                runs = np.split(own, np.flatnonzero(np.diff(own) > 1) + 1)
+                found += [[document, cuts[run[0]], cuts[run[-1] + 1]] for run in runs]
+        return found
 
     def _window(
         self, blend: list[list[Any]], state: dict[str, Any], totals: dict[str, int]
@@ -319,11 +352,12 @@ class PackIndex:
         drawn = self._take_left(blend) if state.pop("left", None) else self._draw(blend, state)
         blocks = []
         for c, (name, _) in enumerate(blend):
-            epoch, documents, turns = drawn[c]
-            sizes = self.source(name).sizes(documents, epoch)
-            block = np.empty(len(sizes), ENTRY)
+            epoch, documents, ranges, turns = drawn[c]
+            sizes = self.source(name).sizes(documents, epoch, ranges)
+            block = np.empty(len(sizes), RANGED)
             block["corpus"], block["epoch"], block["part"] = c, epoch, sizes[:, 1]
             block["document"] = documents[sizes[:, 0]]
+            block["begin"], block["until"] = ranges[sizes[:, 0]].T
             blocks.append((block, sizes[:, 2], sizes[:, 3], turns[sizes[:, 0]]))
         entries, sizes, images, turn = (np.concatenate(x) for x in zip(*blocks, strict=True))
         as_drawn = np.argsort(turn, kind="stable")
@@ -338,15 +372,17 @@ class PackIndex:
         state["pack"] += len(offsets) - 1
         totals["tokens"] += int(sizes.sum())
         totals["images"] += int(images.sum())
-        return entries[order], offsets, sum(len(documents) for _, documents, _ in drawn)
+        return entries[order], offsets, sum(len(of_corpus.documents) for of_corpus in drawn)
 
     def _take_left(self, blend: list[list[Any]]) -> list[_Drawn]:
         """What the segment before has left, for each corpus of the blend; a corpus that is gone is left out."""
         found, turn = [], 0
         for name, _ in blend:
-            epoch, documents = next(((e, d) for n, e, d in self._left if n == name), (0, []))
-            found.append(_Drawn(epoch, np.array(documents, np.int64), np.arange(turn, turn + len(documents))))
-            turn += len(documents)
+            epoch, items = next(((e, items) for n, e, items in self._left if n == name), (0, []))
+            rows = [[item, 0, END] if isinstance(item, int) else item for item in items]
+            table = np.array(rows, np.int64).reshape(-1, 3)
+            found.append(_Drawn(epoch, table[:, 0], table[:, 1:], np.arange(turn, turn + len(items))))
+            turn += len(items)
         return found
 
     def _draw(self, blend: list[list[Any]], state: dict[str, Any]) -> list[_Drawn]:
@@ -382,9 +418,24 @@ class PackIndex:
             ]
         state["served"] = {f: int(s) for (f, _), s in zip(blend, served, strict=True)}
         return [
-            _Drawn(position[0], documents[: taken[c]], np.flatnonzero(turns == c))
+            _Drawn(position[0], documents[: taken[c]], _whole(taken[c]), np.flatnonzero(turns == c))
             for c, (position, documents) in enumerate(zip(positions, drawn, strict=True))
         ]
+
+
+def range_of(entry: Any) -> tuple[int, int]:
+    """The positions of its document that an entry is cut from: begin and until."""
+    return (int(entry["begin"]), int(entry["until"])) if "begin" in entry.dtype.names else (0, END)
+
+
+def _whole(num: int) -> np.ndarray:
+    """The ranges of so many whole documents."""
+    return np.broadcast_to(np.array([0, END]), (num, 2))
+
+
+def _item_of(entries: np.ndarray) -> np.ndarray:
+    """A number for each document, or range of one, that RANGED entries are cut from."""
+    return entries["document"] << 31 | entries["begin"]
 
 
 def _sequences(settings: Mapping[str, Any]) -> Sequences:

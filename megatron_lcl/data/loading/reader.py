@@ -16,7 +16,7 @@ from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.hashes import shuffled, uniform
 from megatron_lcl.data.loading.images import decode_eval, decode_train
-from megatron_lcl.data.loading.pack_index import Pack, PackIndex, SequentialIndex
+from megatron_lcl.data.loading.pack_index import Pack, PackIndex, SequentialIndex, range_of
 from megatron_lcl.data.loading.sequence import (
     IMAGE_ROW,
     PIECE,
@@ -24,10 +24,8 @@ from megatron_lcl.data.loading.sequence import (
     START,
     STOP,
     Sequences,
-    arrange,
-    has_ends,
 )
-from megatron_lcl.data.loading.source import Source, key, plain
+from megatron_lcl.data.loading.source import Source, key
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ class SequenceOrigin:
     """number in the corpus"""
     epoch: int
     part: int
-    """0, or the index of the piece of a document that was cut"""
+    """0, or the index of the piece of a document that was cut, or of what was left of one when a phase ended"""
     start: int
     stop: int
     target_start: int
@@ -170,7 +168,8 @@ class PackReader(Dataset[PackedBatch]):
             start = row
             special = source.corpus.tokenizer
             where = source.corpus.where, document, epoch, part
-            rows, begins, ends, first_piece, shard = self._rows(source, document, epoch, part)
+            rows, begins, ends, first_piece, shard = source.arranged(document, epoch, *range_of(entry))
+            rows = rows[rows[:, SEQUENCE] == part]
             if self.sequences.captions and not self.sequences.doubled:
                 (_, written, begin, end), (_, pictured, _, _) = rows.tolist()
                 text = shard.piece(first_piece + written)[begin:end]  # type: ignore[index]
@@ -230,20 +229,6 @@ class PackReader(Dataset[PackedBatch]):
         tokens[row : row + self.num_placeholders] = special.placeholder
         tokens[row + self.num_placeholders] = special.eoi
         return row + self.num_placeholders + 1
-
-    def _rows(self, source: Source, document: int, epoch: int, part: int) -> tuple[np.ndarray, bool, bool, int, Shard]:
-        """The rows of one sequence (see `arrange`), whether `<sot>` and `<eot>` are around it, the piece that row
-        piece 0 is, and its shard."""
-        k, local = source.corpus.locate(document)
-        shard = source.corpus.shard(k)
-        a, b = (int(x) for x in shard.document_offsets[local : local + 2])
-        modes = plain(shard.modes[a:b])
-        p = int(source.placements[document])
-        q = p + int(modes.sum())
-        arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
-        rules = source.rules_of(k)
-        rows = arrange(*arrays, source.document_key(document, epoch), rules)
-        return rows[rows[:, SEQUENCE] == part], *has_ends(rows, modes, rules), a, shard
 
     def _targets(self, origin: SequenceOrigin, tokens: np.ndarray, targets: np.ndarray) -> None:
         """targets of one sequence from its tokens: the next id unless that is a placeholder or `<eoi>`."""

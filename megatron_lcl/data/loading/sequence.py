@@ -20,6 +20,8 @@ from megatron_lcl.errors import UserError
 SEQUENCE, PIECE, START, STOP = range(4)
 """columns of an arrangement's rows; STOP = IMAGE_ROW marks an image"""
 IMAGE_ROW = -1
+END = (1 << 31) - 1
+"""behind the last position of any document"""
 _PLACE, _TEXT = 1 << 32, 1 << 33
 """what is drawn of a document beside its selection: at _PLACE + j where image j stands, at _TEXT which of its texts"""
 
@@ -263,7 +265,14 @@ def _num_preceded(modes: np.ndarray, matched: np.ndarray, keep: np.ndarray, rule
 
 @numba.njit(cache=True, nogil=True)
 def arrange(
-    lengths: np.ndarray, modes: np.ndarray, similarity: np.ndarray, matched: np.ndarray, key: Any, rules: Rules
+    lengths: np.ndarray,
+    modes: np.ndarray,
+    similarity: np.ndarray,
+    matched: np.ndarray,
+    key: Any,
+    rules: Rules,
+    begin: int = 0,
+    until: int = END,
 ) -> np.ndarray:
     """The sequences of one document: int32 [N, 4], rows (sequence, piece, start, stop) in order.
 
@@ -276,6 +285,9 @@ def arrange(
     `max_tokens` or `max_images` is cut between segments, a segment and its images staying together where they fit one
     sequence; a text is cut only if it is itself too long, or (`carry_text`) for an image after it that would begin a
     sequence.
+
+    begin, until: of its positions in that order only these, cut as if they were all. Each token of a text and each
+    image is one, with P = 0 each pair; so positions do not depend on how long a sequence may be.
     """
     keep = select(similarity, matched, key, rules)
     num_texts = 0
@@ -283,7 +295,9 @@ def arrange(
         num_texts += modes[k] == 0
     drawn = int(uniform(key, _TEXT) * num_texts) if rules.alternatives else -1
     if rules.num_patches == 0:
-        return _pairs(lengths, modes, matched, keep, num_texts, drawn, rules)
+        rows = _pairs(lengths, modes, matched, keep, num_texts, drawn, rules)[2 * begin : 2 * until].copy()
+        rows[:, SEQUENCE] -= begin
+        return rows
     matches = matched.copy()
     if rules.pairs and num_texts == 1:
         matches[:] = 0
@@ -318,7 +332,16 @@ def arrange(
                 order[count, 0], order[count, 1] = k, k
                 count += 1
         text += 1
-    return _cut(lengths, modes, order[:count], rules)
+    # what is in the range of each
+    parts, position, num = np.empty((count, 4), np.int32), 0, 0
+    for i in range(count):
+        piece = order[i, 0]
+        length = lengths[piece] if modes[piece] == 0 else 1
+        start, stop = max(0, begin - position), min(length, until - position)
+        position += length
+        if start < stop:
+            num = _put(parts, num, order[i, 1], piece, start, stop)
+    return _cut(modes, parts[:num], rules)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -328,25 +351,26 @@ def _put(rows: np.ndarray, count: int, sequence: int, piece: Any, start: int, st
 
 
 @numba.njit(cache=True, nogil=True)
-def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
-    one_ended = rules.reference_pairs and len(order) == 2 and modes[order[0, 0]] != modes[order[1, 0]]
+def _cut(modes: np.ndarray, order: np.ndarray, rules: Rules) -> np.ndarray:
+    """order: rows (unit, piece, start, stop), not empty ones, as they stand; an image has one position."""
+    one_ended = rules.reference_pairs and len(order) == 2 and modes[order[0, 1]] != modes[order[1, 1]]
     one_ended = one_ended and (len(modes) == 2 or rules.alternatives)
     capacity = rules.max_tokens - 2
     image_tokens = rules.num_patches + 2
     total = 0
     for i in range(len(order)):
-        total += lengths[order[i, 0]] if modes[order[i, 0]] == 0 else image_tokens
+        total += order[i, 3] - order[i, 2] if modes[order[i, 1]] == 0 else image_tokens
     if one_ended and total <= capacity + 1:
         capacity += 1
     rows = np.empty((len(order) + total // capacity + 1 + len(order), 4), np.int32)
     count, sequence, room, slots, i = 0, 0, capacity, rules.max_images, 0
     for i in range(len(order)):
-        piece, unit = order[i, 0], order[i, 1]
-        if i == 0 or order[i - 1, 1] != unit:  # keep a segment and its images together if one sequence can hold them
+        unit, piece = order[i, 0], order[i, 1]
+        if i == 0 or order[i - 1, 0] != unit:  # keep a segment and its images together if one sequence can hold them
             tokens, images, end = 0, 0, i
-            while end < len(order) and order[end, 1] == unit:
-                if modes[order[end, 0]] == 0:
-                    tokens += lengths[order[end, 0]]
+            while end < len(order) and order[end, 0] == unit:
+                if modes[order[end, 1]] == 0:
+                    tokens += order[end, 3] - order[end, 2]
                 else:
                     tokens += image_tokens
                     images += 1
@@ -371,13 +395,13 @@ def _cut(lengths: np.ndarray, modes: np.ndarray, order: np.ndarray, rules: Rules
             count = _put(rows, count, sequence, piece, 0, IMAGE_ROW)
             room, slots = room - image_tokens, slots - 1
             continue
-        start, length = 0, lengths[piece]
-        if length > room and length <= capacity:
+        start, last = order[i, 2], order[i, 3]
+        if last - start > room and last - start <= capacity:
             sequence, room, slots = sequence + 1, capacity, rules.max_images
-        while start < length:
+        while start < last:
             if room == 0:
                 sequence, room, slots = sequence + 1, capacity, rules.max_images
-            stop = min(length, start + room)
+            stop = min(last, start + room)
             count = _put(rows, count, sequence, piece, start, stop)
             room, start = room - (stop - start), stop
     return rows[:count].copy()
@@ -458,9 +482,13 @@ def arranged_sizes(
     placements: np.ndarray,
     documents: np.ndarray,
     keys: np.ndarray,
+    ranges: np.ndarray,
     rules: Rules,
 ) -> np.ndarray:
-    """Sizes of the sequences of some documents of a shard, int32 [N, 3]: rows (i, tokens, images) for documents[i]."""
+    """Sizes of the sequences of some documents of a shard, int32 [N, 3]: rows (i, tokens, images) for documents[i].
+
+    ranges: int64 [documents, 2], of each the positions that `arrange` takes as begin and until.
+    """
     out = np.empty((max(16, 2 * len(documents)), 3), np.int32)
     count = 0
     for i in range(len(documents)):
@@ -469,7 +497,16 @@ def arranged_sizes(
         last = first
         for k in range(a, b):
             last += modes[k] == 1
-        rows = arrange(lengths[a:b], modes[a:b], similarity[first:last], matched[first:last], keys[i], rules)
+        rows = arrange(
+            lengths[a:b],
+            modes[a:b],
+            similarity[first:last],
+            matched[first:last],
+            keys[i],
+            rules,
+            ranges[i, 0],
+            ranges[i, 1],
+        )
         begins, ends = has_ends(rows, modes[a:b], rules)
         previous, text = -1, 0
         for r in range(len(rows)):

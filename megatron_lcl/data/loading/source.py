@@ -21,7 +21,21 @@ from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.store import KIND, Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.loading.hashes import mix
-from megatron_lcl.data.loading.sequence import INTERLEAVED, Rules, Sequences, arranged_sizes, measure, rules_for
+from megatron_lcl.data.loading.sequence import (
+    END,
+    IMAGE_ROW,
+    INTERLEAVED,
+    SEQUENCE,
+    START,
+    STOP,
+    Rules,
+    Sequences,
+    arrange,
+    arranged_sizes,
+    has_ends,
+    measure,
+    rules_for,
+)
 from megatron_lcl.errors import UserError
 
 VERSION = 1
@@ -116,11 +130,44 @@ class Source:
         """What the selection and placement of a document in an epoch are drawn from."""
         return key(int(self.key), epoch, document)
 
-    def sizes(self, documents: np.ndarray, epoch: int) -> np.ndarray:
+    def arranged(
+        self, document: int, epoch: int, begin: int = 0, until: int = END
+    ) -> tuple[np.ndarray, bool, bool, int, Shard]:
+        """A document's rows in an epoch (`arrange`), whether `<sot>` and `<eot>` are around each of its sequences, the
+        piece of its shard that row piece 0 is, and the shard."""
+        k, local = self.corpus.locate(document)
+        shard = self.corpus.shard(k)
+        a, b = (int(x) for x in shard.document_offsets[local : local + 2])
+        modes = plain(shard.modes[a:b])
+        p = int(self.placements[document])
+        q = p + int(modes.sum())
+        arrays = plain(shard.lengths[a:b]), modes, plain(shard.similarity[p:q]), plain(shard.matched_text[p:q])
+        rules = self.rules_of(k)
+        rows = arrange(*arrays, self.document_key(document, epoch), rules, begin, until)
+        return rows, *has_ends(rows, modes, rules), a, shard
+
+    def cuts(self, document: int, epoch: int, begin: int = 0, until: int = END) -> list[int]:
+        """The positions in a document at which its sequences begin in an epoch, and that at which the last one ends.
+
+        What stands between two of them is the same whatever else the rules say of sequences' lengths (`arrange`).
+        """
+        rows, *_ = self.arranged(document, epoch, begin, until)
+        firsts = np.flatnonzero(np.diff(rows[:, SEQUENCE], prepend=-1))
+        sizes = np.where(rows[:, STOP] == IMAGE_ROW, 1, rows[:, STOP] - rows[:, START])
+        if self.rules.num_patches == 0:
+            sizes[1::2] = 0  # a pair's two rows are one position
+            sizes[::2] = 1
+        ends = begin + np.cumsum([0, *sizes])
+        return [int(ends[row]) for row in (*firsts, len(rows))]
+
+    def sizes(self, documents: np.ndarray, epoch: int, ranges: np.ndarray | None = None) -> np.ndarray:
         """Sizes of sequences, int32 [N, 4]: rows (document's index in the list, part, tokens, images).
 
-        documents: int64, numbers in the corpus; skipped ones give no row.
+        documents: int64, numbers in the corpus; skipped ones give no row. ranges: int64 [documents, 2], of each the
+        positions that are read (`arrange`); None: all.
         """
+        if ranges is None:
+            ranges = np.broadcast_to(np.array([0, END]), (len(documents), 2))
         tokens, images = self.tokens[documents], self.images[documents]
         rules = self.rules
         several = images > 1  # of pairs each is a sequence
@@ -129,6 +176,7 @@ class Source:
         if "captions" in self.kinds:  # of which each epoch draws another text
             drawn = np.array([self._rules[kind].alternatives for kind in self.kinds])
             several |= drawn[np.searchsorted(self.corpus.document_starts, documents, "right") - 1]
+        several |= (ranges != (0, END)).any(1)
         whole = np.flatnonzero((tokens > 0) & ~several)
         blocks = [np.stack([whole, np.zeros_like(whole), tokens[whole], images[whole]], 1).astype(np.int32)]
         places = np.flatnonzero(several & (tokens > 0))
@@ -139,7 +187,9 @@ class Source:
             keys = np.array([self.document_key(int(d), epoch) for d in documents[mine]], np.uint64)
             placements = self.placements[start : self.corpus.document_starts[k + 1]]
             local = documents[mine] - start
-            rows = arranged_sizes(*self.pieces(k), placements, local, keys, self.rules_of(k))  # type: ignore[call-arg]
+            rows = arranged_sizes(  # type: ignore[call-arg]
+                *self.pieces(k), placements, local, keys, plain(ranges[mine]), self.rules_of(k)
+            )
             first = np.searchsorted(rows[:, 0], np.arange(len(mine)))
             part = np.arange(len(rows)) - first[rows[:, 0]]
             blocks.append(np.stack([mine[rows[:, 0]], part, rows[:, 1], rows[:, 2]], 1).astype(np.int32))

@@ -21,6 +21,7 @@ from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.sequence import (
     CAPTIONED_PAIRS,
     CAPTIONS,
+    END,
     INTERLEAVED,
     PAIRS,
     Sequences,
@@ -122,7 +123,16 @@ def test_the_draw_is_even_and_sizes_are_of_what_is_drawn() -> None:
             counts[text[1]] += 1
             offsets, zero = np.array([0, 4]), np.zeros(1, np.int64)
             sizes = arranged_sizes(
-                lengths, modes, offsets, nan, none, zero, zero, np.array([key * 977], np.uint64), rules
+                lengths,
+                modes,
+                offsets,
+                nan,
+                none,
+                zero,
+                zero,
+                np.array([key * 977], np.uint64),
+                np.array([[0, END]]),
+                rules,
             )
             assert sizes.tolist() == [[0, int(lengths[text[1]]) + 2 + (P + 2) * sequences.interleaved, 1]]
         assert set(counts) == {1, 2, 3}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_lcl.config import Data
 from megatron_lcl.data.loading.hashes import shuffled
 from megatron_lcl.data.loading.sequence import (
+    END,
     IMAGE_ROW,
     Rules,
     arrange,
@@ -83,8 +84,46 @@ def test_every_token_and_selected_image_stands_in_exactly_one_place(document, ru
         assert images <= rules.max_images
         sizes.append([0, tokens, images])
     offsets, zero = np.array([0, len(modes)], np.int64), np.zeros(1, np.int64)
-    told = arranged_sizes(lengths, modes, offsets, similarity, matched, zero, zero, np.array([key], np.uint64), rules)
+    arrays = lengths, modes, offsets, similarity, matched, zero, zero, np.array([key], np.uint64)
+    told = arranged_sizes(*arrays, np.array([[0, END]]), rules)
     assert told.tolist() == sizes
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents(), rules_of, st.integers(0, 2**63), st.data())
+def test_ranges_of_positions_make_up_the_document_however_each_is_cut(document, rules, seed, data) -> None:  # type: ignore[no-untyped-def]
+    """So what one phase leaves of a document another one, with longer or shorter sequences, can go on with."""
+    rules, key = rules._replace(carry_text=False), np.uint64(seed)
+    whole = content_of(arrange(*document, key, rules))
+    bounds = sorted({0, len(whole), *data.draw(st.lists(st.integers(0, len(whole)), max_size=3))})
+    found = []
+    for begin, until in itertools.pairwise(bounds):
+        other = rules._replace(
+            max_tokens=data.draw(st.integers(9, 40)), max_images=data.draw(st.integers(1, 3)), num_patches=2
+        )
+        rows = arrange(*document, key, other, begin, until)
+        found += content_of(rows)
+        one = np.zeros(1, np.int64)
+        lengths, modes, similarity, matched = document
+        arrays = lengths, modes, np.array([0, len(modes)]), similarity, matched, one, one, np.array([key], np.uint64)
+        sizes = arranged_sizes(*arrays, np.array([[begin, until]]), other)
+        assert sizes[:, 1].max() <= other.max_tokens
+        assert sizes[:, 2].max() <= other.max_images
+        ends = sum(has_ends(rows, modes, other)) * len(sizes)
+        texts = int((rows[:, 3] - rows[:, 2])[rows[:, 3] != IMAGE_ROW].sum())
+        assert sizes[:, 1:].sum(0).tolist() == [texts + int(sizes[:, 2].sum()) * 4 + ends, len(found_images(rows))]
+    assert found == whole
+
+
+def content_of(rows: np.ndarray) -> list[tuple[int, int]]:
+    """(piece, token) of what rows hold, in order; an image's token is -1."""
+    return [
+        (int(piece), t) for _, piece, start, stop in rows for t in ([-1] if stop == IMAGE_ROW else range(start, stop))
+    ]
+
+
+def found_images(rows: np.ndarray) -> np.ndarray:
+    return rows[rows[:, 3] == IMAGE_ROW]
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,153 @@
+"""Where a phase ends in the midst of documents the next one goes on: of an epoch everything is read exactly once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import MakeCorpus, Piece, jpeg, write_corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_lcl import config as configs
+from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.loading import pack_index
+from megatron_lcl.data.loading.ledger import open_run_ledger
+from megatron_lcl.data.loading.loader import loader_of
+from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS, Sequences
+
+STEPS = 200
+"""more than an epoch takes"""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few epochs."""
+    monkeypatch.setattr(pack_index, "MIN_CHUNK", 60)
+
+
+def config_of(path: Path, phases: list[dict[str, Any]], **fields: Any) -> Config:
+    tree: dict[str, Any] = {
+        "model.vision.image_size": 16,
+        "model.vision.patch_size": 8,
+        "model.language.context_length": 96,
+        "data.corpora": str(path),
+        "data.tokens_per_pack": 128,
+        "data.workers": 0,
+        "data.min_images": 0,
+        "train.steps": STEPS,
+        "train.global_batch": 2,
+        "schedule.phases": json.dumps(phases),
+    }
+    return configs.load(None, {key: str(value) for key, value in (tree | fields).items()})
+
+
+def sequences_of(
+    config: Config, sequences: Sequences, packs: int | None = None
+) -> list[tuple[int, list[int], list[int]]]:
+    """Of each sequence of the first epoch, or of the first packs, in the order in which a run reads them: its document,
+    its tokens of text, and its images, as they are stored."""
+    ledger, found = open_run_ledger(config, sequences), []
+    sot = open_corpus(config.data.corpora[0].path).tokenizer.sot
+    for phase in phases_of(config):
+        reading, consumed = ledger.reading_at(phase.first, phase.config)
+        last = consumed + (phase.stop - phase.first) * reading.global_batch
+        reader = loader_of(reading, config.data, sequences, ledger=ledger, first_pack=consumed).reader
+        for number in range(consumed, last if packs is None else min(last, packs)):
+            tokens, origins = reader[(number,)].tokens.numpy(), reader.provenance(number)
+            if origins and min(origin.epoch for origin in origins):
+                return found
+            for origin in origins:
+                ids = tokens[origin.start : origin.stop]
+                found.append((origin.document, ids[ids < sot].tolist(), [image.image for image in origin.images]))
+        reader.index.close()
+    return found
+
+
+def numbered(num: int, seed: int, matched: bool) -> list[list[Piece]]:
+    """Documents whose tokens are 0, 1, 2, … from their beginning, up to 400, and images among them."""
+    rng = np.random.default_rng(seed)
+    jpegs, documents = [jpeg(n) for n in range(8)], []
+    for _ in range(num):
+        cuts = np.unique(rng.integers(0, rng.integers(1, 400), rng.integers(1, 6)))
+        texts = [list(range(a, b)) for a, b in zip([0, *cuts], cuts, strict=False) if b > a] or [[0]]
+        images = [jpegs[n] for n in rng.permutation(8)[: rng.integers(0, 5)]]  # equal ones are stored once
+        if matched:
+            pieces: list[Piece] = [*texts, *((image, 0.9, int(rng.integers(len(texts)))) for image in images)]
+        else:
+            pieces = [*texts]
+            for image in images:
+                pieces.insert(int(rng.integers(len(pieces) + 1)), (image, None, None))
+        documents.append(pieces)
+    return documents
+
+
+def content(documents: list[list[Piece]]) -> tuple[dict[int, Counter[int]], dict[int, int]]:
+    """Of each document: its tokens, and how many images it has."""
+    texts = {d: Counter(t for p in pieces if not isinstance(p, tuple) for t in p) for d, pieces in enumerate(documents)}
+    return texts, {d: sum(isinstance(p, tuple) for p in pieces) for d, pieces in enumerate(documents)}
+
+
+phase = st.fixed_dictionaries(
+    {
+        "steps": st.integers(1, 6),
+        "image_size": st.sampled_from([8, 16]),
+        "context_length": st.sampled_from([24, 40, 96]),
+        "tokens_per_pack": st.sampled_from([48, 64, 128]),
+        "images_per_pack": st.sampled_from([1, 2, 4]),
+        "global_batch": st.integers(1, 3),
+    }
+)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["natural", "matched"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, Any]:
+    documents = numbered(20, 5, request.param)
+    source = "mmc4" if request.param else "jsonl"
+    return write_corpus(tmp_path_factory.mktemp("ends") / "c", documents, 2, source), documents
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(phases=st.lists(phase, min_size=1, max_size=4))
+def test_an_epoch_has_every_token_and_image_once_wherever_phases_end(
+    written: tuple[Corpus, list[list[Piece]]], phases: list[dict[str, Any]]
+) -> None:
+    corpus, documents = written
+    every = {"data.max_images_per_segment": 9, "data.max_images": 9}
+    texts, images = defaultdict(Counter), defaultdict(list)
+    for document, text, seen in sequences_of(config_of(corpus.path, phases, **every), INTERLEAVED):
+        texts[document].update(text)
+        images[document] += seen
+    tokens, counts = content(documents)
+    assert texts == tokens
+    for document, count in counts.items():
+        assert len(images[document]) == len(set(images[document])) == count
+
+
+def test_the_next_phase_goes_on_where_the_document_was_cut(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", [[list(range(100))]])
+    short = {"steps": 1, "context_length": 34, "tokens_per_pack": 34, "global_batch": 1}
+    longer = {"steps": 1, "context_length": 50, "tokens_per_pack": 50, "global_batch": 1}
+    found = [text for _, text, _ in sequences_of(config_of(corpus.path, [short, longer]), INTERLEAVED, packs=3)]
+    assert found == [list(range(32)), list(range(32, 80)), list(range(80, 100))]
+
+
+def test_each_pair_of_a_document_is_read_once(make_corpus: MakeCorpus) -> None:
+    """Pairs are sequences of their own; a phase may end between those of a document."""
+    documents = numbered(30, 6, matched=False)
+    corpus = make_corpus("c", documents, num_shards=2)
+    phases = [
+        {"steps": 3, "context_length": 24, "tokens_per_pack": 64, "images_per_pack": 2},
+        {"steps": 4, "context_length": 40, "images_per_pack": 3},
+    ]
+    images = defaultdict(list)
+    for document, _, seen in sequences_of(config_of(corpus.path, phases), PAIRS):
+        images[document] += seen
+    for document, count in content(documents)[1].items():
+        assert len(images[document]) == len(set(images[document])) == count
