@@ -8,12 +8,13 @@ share between them is known (train/memory.py). A small model on a few is simulat
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.simulate import Usage, simulate
+from megatron_lcl.train.simulate import Usage, extrapolated, simulate
 
 REPLICAS = 64
 """at most, of a simulated step"""
@@ -22,7 +23,6 @@ BLOCKS = 4
 half of them"""
 
 Simulate = Callable[[Config, int, int, int], Usage]
-_FIELDS = tuple(Usage.__dataclass_fields__)
 
 
 def usage_of(config: Config, processes: int, images: int, stage: int = 0, simulated: Simulate = simulate) -> Usage:
@@ -44,8 +44,8 @@ def usage_of(config: Config, processes: int, images: int, stage: int = 0, simula
     packs = config.train.global_batch - fewer.train.global_batch
     features = 4 * (2 * config.model.language.width + 2) * packs * images
     changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
-    changes |= dict.fromkeys(("peak", "process"), sum(less.values()) + features) | {"network": features}
-    return Usage(**{name: getattr(found, name) + changes.get(name, 0.0) for name in _FIELDS})
+    changes |= dict.fromkeys(("peak", "touched"), sum(less.values()) + features) | {"network": features}
+    return replace(found, **{name: getattr(found, name) + change for name, change in changes.items()})
 
 
 def _of_depth(config: Config, processes: int, images: int, rank: int, simulated: Simulate) -> Usage:
@@ -61,11 +61,8 @@ def _of_depth(config: Config, processes: int, images: int, rank: int, simulated:
         layers = {f"model__{name}__layers": depth for name, depth in blocks.items()}
         return simulated(configs.replace(config, **layers), processes, images, rank)
 
-    first = of(least)
-    values = {name: getattr(first, name) for name in _FIELDS}
+    found = first = of(least)
     for encoder, depth in deep.items():
         more = of({**least, encoder: enough})
-        steps = (depth - least[encoder]) / (enough - least[encoder])
-        for name in _FIELDS:
-            values[name] += steps * (getattr(more, name) - getattr(first, name))
-    return Usage(**values)
+        found = extrapolated(found, first, more, (depth - least[encoder]) / (enough - least[encoder]))
+    return found

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from unittest import mock
 
@@ -34,9 +34,16 @@ from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.losses import contrastive, generation, sigmoid
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, quiet_deepspeed
+from megatron_lcl.train.engine import (
+    KEPT,
+    build_engine,
+    build_module,
+    build_stepper,
+    keep_freed_memory,
+    quiet_deepspeed,
+)
 from megatron_lcl.train.forks import forkserver
-from megatron_lcl.train.heap import Heap
+from megatron_lcl.train.heap import Heap, Place
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
 from megatron_lcl.train.precision import resolve_dtype
 
@@ -58,17 +65,36 @@ class Usage:
     """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
     peak: float
     """the most at one time, all of the above included"""
-    process: float
+    touched: float
     """the same on a CPU, where a process keeps the memory of small tensors when they are freed (`keep_freed_memory`)"""
+    kept: float
+    """of `touched`, the small tensors"""
+    lost: float
+    """what lies between them in the heap, less what it has of large ones, as a share of `kept`: no bytes"""
     losses: float
     """the most that a loss takes while it is computed, its gradients included"""
     network: float
     """the most at one time of what is sent or received in a step, but for what stays from step to step"""
 
     @property
+    def process(self) -> float:
+        """What a process on a CPU has."""
+        return self.touched + self.lost * self.kept
+
+    @property
     def temporary(self) -> float:
         """The rest of the peak: gradients and what is computed with."""
         return self.peak - self.parameters - self.optimizer - self.batches - self.graphs
+
+
+def extrapolated(usage: Usage, fewer: Usage, more: Usage, times: float) -> Usage:
+    """`usage` and so many times what `more` has more than `fewer`; of the shares that are lost the larger: what a
+    tensor loses depends on all before it, so a difference of two says nothing."""
+    values = {
+        field.name: getattr(usage, field.name) + times * (getattr(more, field.name) - getattr(fewer, field.name))
+        for field in fields(Usage)
+    }
+    return Usage(**values | {"lost": max(usage.lost, more.lost)})
 
 
 def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0) -> Usage:
@@ -88,12 +114,7 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     if len(found) == 1:
         return found[0]
     fewer, more = found
-
-    def extrapolated(name: str) -> float:
-        a, b = getattr(fewer, name), getattr(more, name)
-        return b + (wanted - _SIMULATED) * (b - a)
-
-    return Usage(**{name: extrapolated(name) for name in Usage.__dataclass_fields__})
+    return extrapolated(more, fewer, more, wanted - _SIMULATED)
 
 
 def _with(config: Config, data: int, micro_batches: int) -> Config:
@@ -103,6 +124,7 @@ def _with(config: Config, data: int, micro_batches: int) -> Config:
 def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    keep_freed_memory()
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # DeepSpeed's alignment check
     with _processes(processes, rank), _without_data(), FakeTensorMode(), _Storages() as storages:
         mesh = build_mesh(config)
@@ -130,7 +152,9 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             batches=of_batches,
             graphs=after_forwards - resident,
             peak=storages.peak,
-            process=storages.process,
+            touched=storages.touched,
+            kept=storages.kept,
+            lost=(storages.process - storages.touched) / max(storages.kept, 1),
             losses=storages.losses,
             network=storages.network,
         )
@@ -139,21 +163,26 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
 class _Storages(TorchDispatchMode):
     """Bytes of all storages alive, and the most that there were. Numbers asked of a tensor without data are 1.
 
-    `process` is what a process on a CPU has of them. Small ones, freed, stay with it. Of the others it has the pages
+    `touched` is what a process on a CPU has of them. Small ones, freed, stay with it. Of the others it has the pages
     that were written: a buffer that is filled in part counts in part. And gloo copies what it gathers or scatters.
+    `process` is that by its allocator: what lies between the small ones is not free for others, and what is free takes
+    large ones, too.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.process = 0
+        self.now = self.peak = self.touched = self.process = 0
+        self._small = self.kept = 0
+        """of those whose memory is kept when they are freed, now and at most"""
         self._heap = Heap()
-        """of those whose memory is kept when they are freed"""
         self._written = 0
         """of the others, what was written"""
+        self._apart = 0
+        """of those outside the heap, what was written"""
         self._copies = 0
         """gloo's largest copy of those whose memory is kept: its threads have a heap of their own"""
         self._sizes: dict[int, int] = {}
-        self._places: dict[int, int] = {}
+        self._places: dict[int, Place] = {}
         self._ranges: dict[int, list[tuple[int, int]]] = {}
         self.losses = self.network = 0
         self._top = 0
@@ -202,8 +231,13 @@ class _Storages(TorchDispatchMode):
         size = self._sizes[key] = storage.nbytes()
         self.now += size
         self.peak, self._top = max(self.peak, self.now), max(self._top, self.now)
+        place = self._heap.take(size)
+        if place is not None:
+            self._places[key] = place
         if size <= KEPT:
-            self._places[key] = self._heap.take(size)
+            self._small += size
+            self.kept = max(self.kept, self._small)
+            self._apart += size if place is None else 0
         else:
             self._ranges[key] = []
         weakref.finalize(storage, self._free, key)
@@ -216,10 +250,15 @@ class _Storages(TorchDispatchMode):
         if key in self._sent:
             self._sent.remove(key)
             self._sending -= size
+        place = self._places.pop(key, None)
+        if place is not None:
+            self._heap.give(place, size)
+        written = size if size <= KEPT else _length(self._ranges.pop(key))
         if size <= KEPT:
-            self._heap.give(self._places.pop(key), size)
+            self._small -= size
         else:
-            self._written -= _length(self._ranges.pop(key))
+            self._written -= written
+        self._apart -= written if place is None else 0
 
     def _write(self, tensor: torch.Tensor) -> None:
         """What the tensor shows of its storage is written."""
@@ -228,9 +267,11 @@ class _Storages(TorchDispatchMode):
             first = int(tensor.storage_offset()) * tensor.element_size()
             last = sum((n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             ranges = self._ranges[key]
-            self._written -= _length(ranges)
+            before = _length(ranges)
             ranges[:] = _merged([*ranges, (first, first + (last + 1) * tensor.element_size())])
-            self._written += _length(ranges)
+            more = _length(ranges) - before
+            self._written += more
+            self._apart += more if key not in self._places else 0
 
     def _send(self, tensor: torch.Tensor) -> None:
         key = id(tensor.untyped_storage())
@@ -247,7 +288,9 @@ class _Storages(TorchDispatchMode):
             self._look(size)
 
     def _look(self, more: int = 0) -> None:
-        self.process = max(self.process, self._heap.size + self._copies + self._written + more)
+        more += self._copies
+        self.touched = max(self.touched, self.kept + self._written + more)
+        self.process = max(self.process, self._heap.size + self._apart + more)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch._subclasses.fake_tensor import FakeTensor

@@ -37,9 +37,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def needs(peak: float) -> Usage:
-    return Usage(
-        parameters=0.0, optimizer=0.0, batches=0.0, graphs=0.0, peak=peak, process=peak, losses=0.0, network=0.0
-    )
+    nothing = dict.fromkeys(Usage.__dataclass_fields__, 0.0)
+    return Usage(**nothing | {"peak": peak, "touched": peak})
 
 
 def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:
@@ -128,11 +127,12 @@ def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:
         vision, language = config.model.vision.layers, config.model.language.layers
         asked.append((vision, language, processes, config.train.global_batch))
         size = 100.0 + 7 * vision + 3 * language
-        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, 7.0, size)
+        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size)
 
     found = usage_of(config, 32, IMAGES, simulated=simulated)
     assert asked == [(2, 2, 32, 512), (4, 2, 32, 512), (2, 4, 32, 512)]
-    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 7.0, 267.0)
+    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0)
+    assert found.process == pytest.approx(1602.0 + 0.14 * 133.5), "the largest share of the heap, not extrapolated"
     asked.clear()
     many = usage_of(config, 256, IMAGES, simulated=simulated)
     assert asked[0] == (2, 2, 64, 128), "as many micro-batches a replica"
