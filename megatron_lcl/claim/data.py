@@ -1,11 +1,11 @@
-"""The sets of `demo` as corpora of one tokenizer, and labeled pictures divided into validation and test.
+"""The emoji of `demo` as corpora; labeled pictures of its sets, divided into validation and test.
 
-OUTPUT/corpora/SET-{labels,contexts,pairs}   what is trained on
-OUTPUT/corpora/SET-heldout                   documents of held-out pictures, none of them of the validation split
-OUTPUT/evaluate/SET-kinds                    train, validation, test: kinds as classes
-OUTPUT/evaluate/SET-names                    test: names as classes
-OUTPUT/evaluate/digits                       train, test: handwritten digits, of scikit-learn
-OUTPUT/sources.json                          of the sets, written last
+OUTPUT/corpora/emoji-{labels,contexts,pairs}   what is trained on
+OUTPUT/corpora/emoji-heldout                   documents of held-out pictures, none of them of the validation split
+OUTPUT/evaluate/SET-kinds                      train, validation, test: kinds as classes
+OUTPUT/evaluate/emoji-names                    test: names as classes
+OUTPUT/evaluate/digits                         train, test: handwritten digits, of scikit-learn
+OUTPUT/sources.json                            of the sets, written last
 
 A fifth of the held-out pictures, by a hash of their bytes, is the validation split. The others are the test split.
 """
@@ -13,9 +13,10 @@ A fifth of the held-out pictures, by a hash of their bytes, is the validation sp
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,20 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.sources import ImageSet, open_images
 from megatron_lcl.parallel.cores import num_cores
 
-SETS = ("emoji", "things")
+TRAINED = "emoji"
+SETS = (TRAINED, "things")
 CORPORA = "corpora"
 KINDS = tuple(f"{name}-kinds" for name in SETS)
-NAMES = tuple(f"{name}-names" for name in SETS)
-HELD_OUT = tuple(f"{name}-heldout" for name in SETS)
+NAMES, HELD_OUT = f"{TRAINED}-names", f"{TRAINED}-heldout"
 DIGITS = "digits"
 VALIDATION = 0.2
 """share of the held-out pictures"""
 PROBE_IMAGES = 2000
 """of a split at most, chosen by a hash: probes are trained and tested for each of many encoders"""
-_VOCAB_SIZE = 4096
+_VOCAB_SIZE = 2048
 _DIGITS_TRAIN = 1200
 """of 1,797; those that follow are by other writers for the most part"""
-_RULES = 1
+_RULES = 2
 """counted up when the same sets give other data than before"""
 
 
@@ -60,24 +61,24 @@ def prepare(sets: Path, output: Path) -> None:
             return
         raise UserError(f"{output} was made of other sets than those in {sets}; give a new --output")
     _write_digits(output / EVALUATE / DIGITS)
-    tokenizer = tokenizers.train_sentencepiece(_texts(sets), _VOCAB_SIZE)
     for name in SETS:
-        source = sets / name
-        _write_kinds(source, output / EVALUATE / f"{name}-kinds")
-        _write_names(source, output / EVALUATE / f"{name}-names")
-        files = {kind: source / DOCUMENTS / f"{kind}.jsonl" for kind in ("labels", "contexts", "pairs")}
-        files["heldout"] = _write_held_out(source, output / DOCUMENTS / f"{name}-heldout.jsonl")
-        for kind, file in files.items():
-            summary = preprocess(
-                "jsonl",
-                file,
-                output / CORPORA / f"{name}-{kind}",
-                images=source / DOCUMENTS,
-                tokenizer=tokenizer,
-                source={"demo": name, "packages": made_of[name]["packages"]},
-                workers=min(2, num_cores()),
-            )
-            print(summary, flush=True)
+        _write_kinds(sets / name, output / EVALUATE / f"{name}-kinds")
+    source = sets / TRAINED
+    _write_names(source, output / EVALUATE / NAMES)
+    files = {kind: source / DOCUMENTS / f"{kind}.jsonl" for kind in ("labels", "contexts", "pairs")}
+    tokenizer = tokenizers.train_sentencepiece(_texts(files.values()), _VOCAB_SIZE)
+    files["heldout"] = _write_held_out(source, output / DOCUMENTS / f"{HELD_OUT}.jsonl")
+    for kind, file in files.items():
+        summary = preprocess(
+            "jsonl",
+            file,
+            output / CORPORA / f"{TRAINED}-{kind}",
+            images=source / DOCUMENTS,
+            tokenizer=tokenizer,
+            source={"demo": TRAINED, "packages": made_of[TRAINED]["packages"]},
+            workers=min(2, num_cores()),
+        )
+        print(summary, flush=True)
     replace_text(output / SOURCES, json.dumps(made_of, indent=1))
 
 
@@ -91,12 +92,10 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def _texts(sets: Path) -> Iterator[str]:
+def _texts(files: Iterable[Path]) -> Iterator[str]:
     """What is trained on."""
-    for name in SETS:
-        for kind in ("labels", "contexts", "pairs"):
-            for record in _records(sets / name / DOCUMENTS / f"{kind}.jsonl"):
-                yield from (item["text"] for item in record["items"] if "text" in item)
+    for record in itertools.chain.from_iterable(map(_records, files)):
+        yield from (item["text"] for item in record["items"] if "text" in item)
 
 
 def _write_held_out(source: Path, file: Path) -> Path:

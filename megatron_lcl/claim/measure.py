@@ -26,7 +26,7 @@ from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, Settings
 from megatron_lcl.evaluate.sources import open_images
 
-RESULT = "claim.json"
+RESULT, VALIDATION = "claim.json", "claim-validation.json"
 SETTINGS = Settings(
     linear_probe=LinearSettings(strengths=tuple(10.0**e for e in range(-4, 2))),
     attentive_probe=AttentiveSettings(epochs=10, seeds=(0,)),
@@ -78,16 +78,16 @@ def read(file: Path) -> list[Measure]:
 
 
 def validated(folder: Path, model: str, data: Path) -> float:
-    """The number that learning rates are chosen by: accuracy of the attentive probe on the kinds of pictures.
+    """The number that learning rates are chosen by: accuracy of the attentive probe on kinds of emoji.
 
-    The mean over the sets' validation splits. Every objective trains the patches that it reads, and none has an
-    advantage by its text side or pool.
+    Of the validation split. Every objective trains the patches that it reads, and none has an advantage by its text
+    side or pool.
     """
-    file = folder / RESULT
+    file = folder / VALIDATION
     if not file.is_file():
-        found = [m for name in KINDS for m in _labeled(folder, model, ["attentive-probe"], data, name, "validation")]
+        found = list(_labeled(folder, model, ["attentive-probe"], data, KINDS[0], "validation"))
         replace_text(file, json.dumps([asdict(measure) for measure in found], indent=1, ensure_ascii=False) + "\n")
-    return float(np.mean([measure.value for measure in read(file) if measure.metric == "accuracy"]))
+    return next(measure.value for measure in read(file) if measure.metric == "accuracy")
 
 
 def _measure(folder: Path, model: str, config: Config, data: Path) -> Iterator[Measure]:
@@ -95,10 +95,8 @@ def _measure(folder: Path, model: str, config: Config, data: Path) -> Iterator[M
         yield from _labeled(folder, model, _PROBES, data, name)
     trains = objectives.create(config).trains
     if "retrieval" in trains:
-        for name in NAMES:
-            yield from _labeled(folder, model, _TEXT, data, name)
-    for name in HELD_OUT:
-        yield from _held_out(model, config, data, name)
+        yield from _labeled(folder, model, _TEXT, data, NAMES)
+    yield from _held_out(model, config, data)
 
 
 def _labeled(
@@ -128,13 +126,13 @@ def _measures(name: str, result: Result) -> Iterator[Measure]:
         yield Measure(name, result.task, metric, m.value, m.chance, result.num_items)
 
 
-def _held_out(model: str, config: Config, data: Path, name: str) -> Iterator[Measure]:
+def _held_out(model: str, config: Config, data: Path) -> Iterator[Measure]:
     """The contrast on contexts of interleaved documents, and bits a token, of what the objective trains."""
     spec = parse_spec(model)
     lcl = load_model(model) if spec.seed is None else untrained_model(spec.name, spec.seed)[0]
     lcl = lcl.to("cuda" if torch.cuda.is_available() else "cpu")
-    found, _ = evaluate_heldout(lcl, config, data / CORPORA / name, num_examples=0, progress=False)
+    found, _ = evaluate_heldout(lcl, config, data / CORPORA / HELD_OUT, num_examples=0, progress=False)
     if found.pairs:
-        yield from _measures(name, as_result(found, ""))
+        yield from _measures(HELD_OUT, as_result(found, ""))
     if found.bits_per_token is not None:
-        yield Measure(name, "generation", "bits a token", found.bits_per_token, None, found.targets)
+        yield Measure(HELD_OUT, "generation", "bits a token", found.bits_per_token, None, found.targets)

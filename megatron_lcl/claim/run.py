@@ -1,10 +1,10 @@
 """`megatron-lcl claim`: train, measure and compare the rows of a part.
 
-OUTPUT/data/               corpora and labeled pictures (`data.py`)
-OUTPUT/search/             short runs, a folder for each row and learning rate, with their validation accuracy
-OUTPUT/runs/ROW,seed=N/    the runs that are compared, each with its numbers (`measure.RESULT`)
-OUTPUT/untrained/seed=N/   the numbers of an encoder that was not trained
-OUTPUT/PART.md, .json      the table         OUTPUT/PART.html   the curves
+OUTPUT/data/                     corpora and labeled pictures (`data.py`)
+OUTPUT/runs/ROW,lr=R,seed=N/     the runs: of the first seed with each learning rate that is tried, of the others with
+                                 the one that was chosen; each with its numbers (`measure.VALIDATION`, `RESULT`)
+OUTPUT/untrained/seed=N/         the numbers of an encoder that was not trained
+OUTPUT/PART.md, .json            the table               OUTPUT/PART.html   the curves
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import megatron_lcl
 from megatron_lcl import config as configs
 from megatron_lcl.claim.data import CORPORA, SETS, prepare
 from megatron_lcl.claim.measure import measured, validated
-from megatron_lcl.claim.parts import IMAGES, RATES, SEARCH, SEEDS, Part, Row
+from megatron_lcl.claim.parts import IMAGES, RATES, SEEDS, Part, Row
 from megatron_lcl.claim.plan import Plan, plan
 from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
 from megatron_lcl.config.phases import common_batch
@@ -28,12 +28,13 @@ from megatron_lcl.demo.run import demo
 from megatron_lcl.demo.write import SOURCES
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.runs import write_runs_report
+from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train import launch
 from megatron_lcl.train.checks import check
 from megatron_lcl.train.sweep import Member, run_members
 from megatron_lcl.train.telemetry import read_metrics
 
-DATA, SEARCHED, RUNS = "data", "search", "runs"
+DATA, RUNS = "data", "runs"
 """folders of the output"""
 Start = Callable[[Member], int]
 
@@ -78,40 +79,38 @@ def claim(
         print(_line(row, images), flush=True)
     config = next(iter(plans.values())).config
     processes = launch.default_processes(common_batch(config))
-    searched = {
-        (name, rate): row.member(output / SEARCHED, f"{name},lr={rate:g}", SEARCH * images, rate, seeds[0])
-        for name, row in plans.items()
-        for rate in (rates if len(rates) > 1 else ())
-    }
-    for name, row in plans.items():
-        _checked(row.member(output / RUNS, name, images, rates[0], seeds[0]), processes)
+
+    def member(name: str, rate: float, seed: int) -> Member:
+        return plans[name].member(output / RUNS, f"{name},lr={rate:g},seed={seed}", images, rate, seed)
+
+    for name in plans:
+        _checked(member(name, rates[0], seeds[0]), processes)
     if dry_run:
-        print(f"{len(searched)} runs to choose learning rates by, {len(plans) * len(seeds)} that are compared")
+        print(f"{len(plans) * (len(rates) + len(seeds) - 1)} runs, of which {len(plans) * len(seeds)} are compared")
         return 0
 
     def launched(member: Member) -> int:
         return launch.start_local(["train", "--config", str(file), *member.arguments()], processes)
 
     start = start or launched
-    if searched and (code := run_members(list(searched.values()), start, fail_fast=True)):
+    tuned = {(name, rate): member(name, rate, seeds[0]) for name in plans for rate in rates}
+    for run in tuned.values():
+        _check_length(run)
+    if code := run_members(list(tuned.values()), start, fail_fast=True):
         return code
     tried: dict[str, dict[float, float]] = {name: {} for name in plans}
-    for (name, rate), member in searched.items():
-        run = Path(member.config.train.output)
-        tried[name][rate] = validated(run, _model(member, plans[name].row), data)
+    for (name, rate), run in tuned.items() if len(rates) > 1 else ():
+        tried[name][rate] = validated(Path(run.config.train.output), _model(run, plans[name].row), data)
         print(f"{name}: learning rate {rate:g}: validation accuracy {tried[name][rate]:.2%}", flush=True)
     chosen = {name: max(found, key=found.__getitem__) if found else rates[0] for name, found in tried.items()}
 
-    members = {
-        name: [row.member(output / RUNS, f"{name},seed={seed}", images, chosen[name], seed) for seed in seeds]
-        for name, row in plans.items()
-    }
+    members = {name: [member(name, chosen[name], seed) for seed in seeds] for name in plans}
     for of_seed in zip(*members.values(), strict=True):  # all rows of a seed: what is there can be compared
         if code := run_members(of_seed, start, fail_fast=True):
             return code
-        for of_row, member in zip(part.rows, of_seed, strict=True):
-            print(f"measuring {member.name}", flush=True)
-            measured(Path(member.config.train.output), _model(member, of_row), member.config, data)
+        for of_row, run in zip(part.rows, of_seed, strict=True):
+            print(f"measuring {run.name}", flush=True)
+            measured(Path(run.config.train.output), _model(run, of_row), run.config, data)
     trained = [
         Trained(
             name,
@@ -123,7 +122,7 @@ def claim(
     ]
     trained.append(Trained(UNTRAINED, "", list(_untrained(output, config, data, seeds)), {}))
     write(part.title, table(trained, seeds), output / part.name)
-    folders = [Path(member.config.train.output) for of_row in members.values() for member in of_row]
+    folders = [Path(run.config.train.output) for of_row in members.values() for run in of_row]
     page = write_runs_report(folders, output / f"{part.name}.html")
     print((output / f"{part.name}.md").read_text(encoding="utf-8"))
     print(f"{output / part.name}.md, .json; curves: {page}; {(time.monotonic() - began) / 60:.1f} minutes")
@@ -149,6 +148,16 @@ def _checked(member: Member, processes: int) -> None:
         check(member.config, processes)
     except UserError as error:
         raise UserError(f"{member.name}: {error}") from None
+
+
+def _check_length(member: Member) -> None:
+    """A run of another length is not gone on with: its learning rate fell over other steps."""
+    file = Path(member.config.train.output) / CONFIG
+    if file.is_file() and (steps := configs.load(file).train.steps) != member.config.train.steps:
+        raise UserError(
+            f"{file.parent} is a run of {steps} steps, and this would be one of {member.config.train.steps}; give a "
+            "new --output"
+        )
 
 
 def _line(row: Plan, images: int) -> str:

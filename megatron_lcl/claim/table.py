@@ -93,6 +93,11 @@ def table(rows: Sequence[Trained], seeds: Sequence[int]) -> dict[str, Any]:
                 "at chance": [
                     name for name, e in estimates.items() if first.chance is not None and e.reaches(first.chance)
                 ],
+                "not above untrained": [
+                    name
+                    for name, e in estimates.items()
+                    if first.chance is not None and UNTRAINED in estimates and e.reaches(estimates[UNTRAINED].mean)
+                ],
                 f"minus {rows[0].name}": {
                     name: asdict(Estimate.of([m.value - b[key].value for m, b in zip(measures, base, strict=True)]))
                     for name, measures in found.items()
@@ -122,7 +127,7 @@ def markdown(title: str, numbers: Mapping[str, Any]) -> str:
             [
                 _what(line),
                 "" if line["chance"] is None else _number(line, line["chance"]),
-                *(_cell(line, line["rows"].get(name), name in line["at chance"]) for name in names),
+                *(_cell(line, line["rows"].get(name), _marks(line, name)) for name in names),
             ]
             for line in shown
         ],
@@ -156,8 +161,8 @@ def _said(seeds: Sequence[int]) -> str:
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     return (
         f"Seeds {', '.join(map(str, seeds))}. Mean ± half of the 95 % interval over n = {n} seeds, by Student's t "
-        f"distribution (t = {t:.2f}). ○: chance is in the interval, or above it. Chance of a probe is the share of the "
-        "most frequent class."
+        f"distribution (t = {t:.2f}). ○: chance is in the interval, or above it; △: so is the mean of the untrained "
+        "encoder. Chance of a probe is the share of the most frequent class."
     )
 
 
@@ -196,10 +201,14 @@ def _number(line: Mapping[str, Any], value: float, digits: int = 1) -> str:
     return f"{value:.3f}" if line["metric"] == "bits a token" else f"{100 * value:.{digits}f} %"
 
 
-def _cell(line: Mapping[str, Any], estimate: Mapping[str, Any] | None, at_chance: bool) -> str:
+def _marks(line: Mapping[str, Any], name: str) -> str:
+    below = name != UNTRAINED and name in line["not above untrained"]
+    return " ○" * (name in line["at chance"]) + " △" * below
+
+
+def _cell(line: Mapping[str, Any], estimate: Mapping[str, Any] | None, mark: str = "") -> str:
     if estimate is None:
         return ""
-    mark = " ○" if at_chance else ""
     if estimate["half"] is None:
         return _number(line, estimate["mean"], 2) + mark
     mean = _number(line, estimate["mean"], 2).removesuffix(" %")
@@ -209,7 +218,7 @@ def _cell(line: Mapping[str, Any], estimate: Mapping[str, Any] | None, at_chance
 def _difference(line: Mapping[str, Any], estimate: Mapping[str, Any] | None) -> str:
     if estimate is None:
         return ""
-    text = _cell(line, estimate, False)
+    text = _cell(line, estimate)
     text = text if text.startswith("-") else f"+{text}"
     is_clear = estimate["half"] is not None and abs(estimate["mean"]) > estimate["half"]
     return f"**{text}**" if is_clear else text

@@ -75,9 +75,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--sets", metavar="DIR", help="emoji and things as `demo` makes them; made where missing (OUTPUT/sets)"
     )
     sub.add_argument("--config", metavar="FILE", help="what all runs have in common (configs/claim/cpu.yaml)")
-    sub.add_argument("--images", type=int, metavar="N", help="that each run sees (75000)")
+    sub.add_argument("--images", type=int, metavar="N", help="that each run sees (90000)")
     sub.add_argument("--seeds", metavar="N,N,…", help="(0,1,2)")
-    sub.add_argument("--rates", metavar="LR,LR,…", help="learning rates that are tried; one: taken (1e-3,2e-3,4e-3)")
+    sub.add_argument("--rates", metavar="LR,LR,…", help="learning rates that are tried; one: taken (5e-4,1e-3)")
     sub.add_argument("--dry-run", action="store_true", help="make the data, say what would be run, and stop")
 
     sub = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")

@@ -14,16 +14,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phase_at, phases_of
-from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
-from megatron_lcl.data.loading.loader import PackedLoader, loader_of
+from megatron_lcl.data.loading.ledger import Ledger
+from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -37,15 +35,13 @@ from megatron_lcl.train.engine import (
     build_stepper,
     init_processes,
     set_batch,
-    specs_of,
 )
-from megatron_lcl.train.fastest import Fastest, choose_fastest
+from megatron_lcl.train.first_batch import build_loader, measure_kernels, pipeline_partition
 from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate
-from megatron_lcl.train.pipeline.partition import choose_partition
-from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 from megatron_lcl.train.resilience.faults import exit_if_lost
@@ -444,67 +440,3 @@ class Training:
         if self.mesh.loads_data:
             self.loader = build_loader(self.config, self.mesh, phase, self.progress, self.ledger)
             self.batches = iter(self.loader)
-
-
-def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[int, ...]:
-    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs."""
-    layout = point.progress.layout
-    if layout.pipeline == mesh.pipeline.size:
-        return layout.partition
-    sample, place = sample_batch(config, mesh, point), (_device(), DTYPES[resolve_dtype(config)])
-    return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, *place)
-
-
-def measure_kernels(point: ResumePoint, mesh: Mesh) -> tuple[Fastest, ResumePoint]:
-    """What `train.measure_kernels` finds on the first packs, and the run with it."""
-    config = point.config
-    found = choose_fastest(config, sample_batch(config, mesh, point), mesh, _device())
-    config = found.chosen.applied(config)
-    if mesh.is_first:
-        replace_text(Path(config.train.output) / CONFIG, to_yaml(config))
-    return found, replace(point, config=config)
-
-
-def sample_batch(config: Config, mesh: Mesh, point: ResumePoint) -> PackedBatch:
-    """The first micro-batch, the same on every process; all processes call it.
-
-    Of a run with phases it is one of the phase that reads most packs, as if the run began with it.
-    """
-    progress, ledger = point.progress, Ledger.from_json(point.progress.ledger)
-    phases, sample = phases_of(config), None
-    phase = max(phases, key=_packs_of)
-    if mesh.is_first:
-        if len(phases) > 1:
-            progress = replace(progress, step=0, packs=0)
-            ledger = open_run_ledger(phase.config, objectives.create(config).sequences)
-        packs = tuple(ledger.locate(progress.packs + i) for i in range(phase.config.train.micro_batch))
-        sample = build_loader(config, mesh, phase, progress, ledger).reader[packs]
-    batch = mesh.world.broadcast_object(sample)
-    assert batch is not None, "the first process has read it"
-    return batch
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _packs_of(phase: Phase) -> int:
-    return (phase.stop - phase.first) * phase.config.train.global_batch
-
-
-def build_loader(config: Config, mesh: Mesh, phase: Phase, progress: Progress, ledger: Ledger) -> PackedLoader:
-    """This process's batches of a phase, from where the run stands on; all later ones come from other loaders."""
-    reading, _ = ledger.reading_at(progress.step, phase.config)
-    return loader_of(
-        reading,
-        config.data,
-        objectives.create(config).sequences,
-        rank=mesh.data.rank,
-        world_size=mesh.data.size,
-        global_batch=reading.global_batch,
-        micro_batch=phase.config.train.micro_batch,
-        first_pack=progress.packs,
-        steps=phase.stop - progress.step,
-        ledger=ledger,
-        pin_memory=torch.cuda.is_available(),
-    )
