@@ -40,11 +40,11 @@ def hang(rank: int, faulty: int, where: str, mark: str) -> None:
     in the background, from writing its part of a checkpoint."""
     from megatron_lcl.data.loading.loader import PackedLoader
     from megatron_lcl.model.layers import LanguageBlock as Block
-    from megatron_lcl.train import run as loop
+    from megatron_lcl.train import first_batch
     from megatron_lcl.train.checkpoint import checkpointer
     from megatron_lcl.train.step import Stepper
 
-    loop.choose_partition = lambda *_: (0, 2, 4)
+    first_batch.choose_partition = lambda *_: (0, 2, 4)
     os.environ |= {"SLURMD_NODENAME": f"node-{rank}", "MEGATRON_LCL_FAULTS": str(Path(mark).parent)}
     if rank != faulty:
         return
