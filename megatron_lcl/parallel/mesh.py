@@ -32,6 +32,11 @@ def connect_on_demand() -> None:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
+def local_device() -> torch.device:
+    """Where this process computes: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 class Pending:
     """A collective that has been started."""
 

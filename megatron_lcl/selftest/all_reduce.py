@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.parallel.mesh import Axis, connect_on_demand
+from megatron_lcl.parallel.mesh import Axis, connect_on_demand, local_device
 from megatron_lcl.train.launch import hosts, open_store
 from megatron_lcl.train.resilience.faults import LOST, exit_if_lost, name_nodes, node
 from megatron_lcl.train.resilience.signals import leave
@@ -115,7 +115,7 @@ def _end(rank: int, missing: Sequence[int], what: str) -> Any:
 
 def _time_all_reduce(num_bytes: int, rank: int, size: int) -> tuple[float, float]:
     """Seconds of the first sum, in which connections are made, and the mean of the next ones; the slowest process's."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     values = torch.full((num_bytes // 4,), rank + 1.0, device=device)
     first = _timed(values)
     expected = size * (size + 1) / 2

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.evaluate.batches import image_batch, text_batch
-from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand
+from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
 from megatron_lcl.selftest.cases import STEPS, Case, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
@@ -65,7 +65,7 @@ def check_group(axis: Axis, name: str, store: dist.Store, timeout: float) -> Non
     """One collective in a group: every process gives its rank and gets everybody's. GroupError names who did not."""
     if axis.group is None:
         return
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     me = axis.ranks[axis.rank]
     own = torch.tensor([me], device=device)
     all_ranks = [torch.empty_like(own) for _ in axis.ranks]

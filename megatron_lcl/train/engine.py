@@ -26,7 +26,7 @@ from megatron_lcl.model.block import Block, Norm
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Head, layer_specs
 from megatron_lcl.model.lcl import LayerList
-from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand
+from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
 from megatron_lcl.train.apex import fused_layer_norm
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from megatron_lcl.train.layout import build_mesh, build_topology
@@ -127,7 +127,7 @@ def _compiled(make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
 def choose_run_attention(config: Config) -> Attention:
     """The language model's attention on this process's device. UserError where `train.attention` cannot be used."""
     language, train = config.model.language, config.train
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     return choose_attention(
         device,
         DTYPES[resolve_dtype(config)],

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from megatron_lcl import config as configs
-from megatron_lcl.attention import VARLEN, find_fault
+from megatron_lcl.attention import VARLEN
 from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.cache import cache_folder
-from megatron_lcl.errors import UserError
+from megatron_lcl.data.loading.cache import cache_folder, fingerprint
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.engine import choose_run_attention, specs_of
@@ -71,10 +70,10 @@ def choose_fastest(config: Config, batch: PackedBatch, mesh: Mesh, device: torch
 
     batch: a micro-batch of the run with its images, on every process the same.
     """
-    options = candidates(config, mesh, device)
+    options = candidates(config, mesh)
     if len(options) == 1:
         return Fastest(options[0], {})
-    file, about = _kept(config, batch, mesh, device, options)
+    file, about = _file_of(config, batch, mesh, device, options)
     seconds = mesh.world.broadcast_object(_read(file, options) if mesh.is_first else None)
     if seconds is None:
         seconds = _measured(options, config, batch, mesh, device)
@@ -90,23 +89,27 @@ def fastest(options: Sequence[Candidate], seconds: Mapping[str, float]) -> Candi
     return best if seconds[str(best)] <= (1 - GAIN) * seconds[str(options[0])] else options[0]
 
 
-def candidates(config: Config, mesh: Mesh, device: torch.device) -> list[Candidate]:
+def candidates(config: Config, mesh: Mesh) -> list[Candidate]:
     """What can be used on all processes; first what a run has that does not measure."""
     first, train = choose_run_attention(config).name, config.train
     attentions: list[str] = [first]
     if train.attention == "auto" and first in VARLEN:
-        dtype, capability = DTYPES[resolve_dtype(config)], torch.cuda.get_device_capability(device)
-        width = config.model.language.width // config.model.language.heads
-        attentions += [
-            name for name in VARLEN if name != first and not find_fault(name, device, dtype, capability, width)
-        ]
+        attentions += [name for name in VARLEN if name != first and _can_attend(config, name)]
     compiled = [True] if train.compile else [False] if compile_fault(config) else [False, True]
     own = [Candidate(attention, compile) for attention in attentions for compile in compiled]
     everywhere = mesh.world.gather_objects(own)
     usable = [option for option in own if all(option in others for others in everywhere)]
     if not usable:
-        raise UserError("the processes have no attention in common; name one that all have as train.attention")
+        raise RunError("the processes have no attention in common; name one that all have as train.attention")
     return usable
+
+
+def _can_attend(config: Config, name: str) -> bool:
+    try:
+        choose_run_attention(configs.replace(config, train__attention=name))
+    except UserError:
+        return False
+    return True
 
 
 def kept_kernels(config: Config, folder: Path | None) -> Config | None:
@@ -143,7 +146,7 @@ def _measured(
     }
 
 
-def _kept(
+def _file_of(
     config: Config, batch: PackedBatch, mesh: Mesh, device: torch.device, options: Sequence[Candidate]
 ) -> tuple[Path, dict[str, Any]]:
     """The file of such a measurement, and what it is of."""
@@ -163,8 +166,7 @@ def _kept(
         "model": tree["model"],
         "parallel": tree["parallel"],
     }
-    digest = xxhash.xxh3_64_hexdigest(json.dumps(about, sort_keys=True).encode())
-    return cache_folder(config.data) / f"kernels-{digest}.json", about
+    return cache_folder(config.data) / f"kernels-{fingerprint(about)}.json", about
 
 
 def _read(file: Path, options: Sequence[Candidate]) -> dict[str, float] | None:

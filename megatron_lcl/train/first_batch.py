@@ -14,7 +14,7 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.mesh import Mesh, local_device
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.engine import specs_of
@@ -29,14 +29,14 @@ def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[
     layout = point.progress.layout
     if layout.pipeline == mesh.pipeline.size:
         return layout.partition
-    sample, place = sample_batch(config, mesh, point), (_device(), DTYPES[resolve_dtype(config)])
+    sample, place = sample_batch(config, mesh, point), (local_device(), DTYPES[resolve_dtype(config)])
     return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, *place)
 
 
 def measure_kernels(point: ResumePoint, mesh: Mesh) -> tuple[Fastest, ResumePoint]:
     """What `train.measure_kernels` finds on the first packs, and the run with it."""
     config = point.config
-    found = choose_fastest(config, sample_batch(config, mesh, point), mesh, _device())
+    found = choose_fastest(config, sample_batch(config, mesh, point), mesh, local_device())
     config = found.chosen.applied(config)
     if mesh.is_first:
         replace_text(Path(config.train.output) / CONFIG, to_yaml(config))
@@ -60,10 +60,6 @@ def sample_batch(config: Config, mesh: Mesh, point: ResumePoint) -> PackedBatch:
     batch = mesh.world.broadcast_object(sample)
     assert batch is not None, "the first process has read it"
     return batch
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _packs_of(phase: Phase) -> int:

@@ -18,7 +18,7 @@ C = TypeVar("C", bound=type[torch.optim.Optimizer])
 
 
 def uncompiled(optimizer: C) -> C:
-    """An optimizer's class with its methods as they are without those wrappers. It cannot be compiled."""
+    """An optimizer's class with its methods as they are without those wrappers, and steps that record no gradient."""
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         setattr(optimizer, name, inspect.unwrap(getattr(optimizer, name)))
     optimizer.step = torch.no_grad()(inspect.unwrap(optimizer.step))  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""`train.measure_kernels`: what is measured, what is chosen, and that a run keeps it."""
+"""`train.measure_kernels`: what is measured, and what is chosen; test_training_runs.py has a run that does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
-from small_corpus import make_corpus
-from train.resilience import fleet
 
 from megatron_lcl import config as configs
-from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import fastest, kernels
 from megatron_lcl.train.engine import init_processes
@@ -88,50 +85,3 @@ def test_what_one_process_lacks_no_process_uses(tmp_path: Path) -> None:
     found = run_processes(choose, 2, str(tmp_path), (True, False))
     assert found == [("per_sequence (nothing else can be used)", [])] * 2
     assert list(tmp_path.iterdir()) == []
-
-
-CONFIG = """
-model:
-  vision: {{image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64}}
-  language: {{context_length: 64, vocab_size: {vocab_size}, width: 32, layers: 1, heads: 2, mlp_width: 64}}
-  pool_heads: 2
-data: {{corpora: {corpus}, cache: {cache}, tokens_per_pack: 96, images_per_pack: 4, workers: 1}}
-optimizer: {{lr: 1.0e-2, warmup: 1}}
-train: {{steps: 2, global_batch: 2, log_every: 1, progress: false, measure_kernels: true}}
-checkpoint: {{every: 1}}
-"""
-
-
-def plant(_rank: int, compiled: float) -> None:
-    """Compiled blocks take so many times as long."""
-    kernels.has_compiler = lambda: True
-    agree = fastest.agree_on_costs
-
-    def said(times: Sequence[Any], *more: Any) -> list[float]:
-        costs = agree(times, *more)
-        said.calls += 1  # type: ignore[attr-defined]
-        return [1.0 if said.calls % 2 else compiled for _ in costs]  # type: ignore[attr-defined]
-
-    said.calls = 0  # type: ignore[attr-defined]
-    fastest.agree_on_costs = said
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not kernels.has_compiler(), reason="torch.compile needs a C++ compiler here")
-def test_a_run_measures_its_own_layers_and_keeps_its_kernels(tmp_path: Path) -> None:
-    corpus, file, run = make_corpus(tmp_path, seed=0), tmp_path / "config.yaml", tmp_path / "run"
-    vocab_size = open_corpus(corpus).tokenizer.vocab_size
-    file.write_text(CONFIG.format(vocab_size=vocab_size, corpus=corpus, cache=tmp_path / "cache"))
-    said = fleet.train(run, "--config", str(file), "--train.steps", "1", size=1, plant=plant, planted=(2.0,))
-    assert "kernels measured: per_sequence (a micro-batch through all layers: per_sequence " in said
-    train = configs.load(run / "config.yaml").train
-    assert (train.attention, train.compile, train.measure_kernels) == ("per_sequence", False, True)
-    (kept,) = (tmp_path / "cache").glob("kernels-*.json")
-    kept.unlink()
-    said = fleet.train(run, "--config", str(file), size=1, plant=plant, planted=(0.5,))
-    assert "going on from" in said
-    assert "kernels measured" not in said
-    assert "setting changed: train.compile" not in said
-    assert not list((tmp_path / "cache").glob("kernels-*.json"))
-    train = configs.load(run / "config.yaml").train
-    assert (train.attention, train.compile) == ("per_sequence", False)

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import apex_stand_in
 import pytest
@@ -24,6 +26,8 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.report.page import write_report
+from megatron_lcl.train import fastest
+from megatron_lcl.train import kernels as kernel_choice
 from megatron_lcl.train.checkpoint import folder as checkpoint
 
 CONFIG = """
@@ -360,6 +364,41 @@ def test_apex_is_used_where_it_is_asked_for(
     assert said.count("FusedLayerNorm()") == len(norms)
     ours, theirs = (torch.tensor(losses(r), dtype=torch.float64) for r in (run, finished))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def plant_costs(_rank: int, compiled: float) -> None:
+    """Compiled blocks take so many times as long."""
+    kernel_choice.has_compiler = lambda: True
+    agree = fastest.agree_on_costs
+
+    def said(times: Sequence[Any], *more: Any) -> list[float]:
+        costs = agree(times, *more)
+        said.calls += 1  # type: ignore[attr-defined]
+        return [1.0 if said.calls % 2 else compiled for _ in costs]  # type: ignore[attr-defined]
+
+    said.calls = 0  # type: ignore[attr-defined]
+    fastest.agree_on_costs = said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not kernel_choice.has_compiler(), reason="torch.compile needs a C++ compiler here")
+def test_a_run_measures_its_own_layers_and_keeps_its_kernels(config_file: Path, tmp_path: Path) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    words = ["--config", str(config_file), "--data.cache", str(cache), "--train.measure_kernels", "true"]
+    words += ["--checkpoint.every", "1"]
+    said = fleet.train(run, *words, "--train.steps", "1", size=1, plant=plant_costs, planted=(2.0,))
+    assert "kernels measured: per_sequence (a micro-batch through all layers: per_sequence " in said
+    train = configs.load(run / "config.yaml").train
+    assert (train.attention, train.compile, train.measure_kernels) == ("per_sequence", False, True)
+    (kept,) = cache.glob("kernels-*.json")
+    kept.unlink()
+    said = fleet.train(run, *words, "--train.steps", "2", size=1, plant=plant_costs, planted=(0.5,))
+    assert "going on from" in said
+    assert "kernels measured" not in said
+    assert "setting changed: train.compile" not in said
+    assert not list(cache.glob("kernels-*.json"))
+    train = configs.load(run / "config.yaml").train
+    assert (train.attention, train.compile) == ("per_sequence", False)
 
 
 @pytest.mark.slow
