@@ -27,6 +27,11 @@ MODEL = {
     "pool_heads": 4,
 }
 WIDE = {**MODEL, "language": {**MODEL["language"], "width": 768, "heads": 8, "mlp_width": 3072, "vocab_size": 8003}}
+SHALLOW = {
+    **WIDE,
+    "vision": {**MODEL["vision"], "layers": 1},
+    "language": {**WIDE["language"], "layers": 1, "vocab_size": 16003},
+}
 RECOMPUTE = {"contrast": {"strategy": "recompute"}}
 TWO: dict[str, Any] = {"processes": 2, "model": WIDE}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "retain, tensor 2": {**TWO, "parallel": {"tensor": 2}},
     "retain, pipeline 2": {**TWO, "parallel": {"pipeline": 2}},
     "recompute, pipeline 2": {**TWO, **RECOMPUTE, "parallel": {"pipeline": 2}},
-    "retain, a small model": {},
+    "retain, one layer": {"model": SHALLOW},
 }
 PACKS, IMAGES, ROWS = 4, 8, 4
 """packs of a step; images of a pack, and its sequences, each as long as the context"""

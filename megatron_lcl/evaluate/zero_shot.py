@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.results import Result, bootstrap
+from megatron_lcl.evaluate.retrieval import not_below
 from megatron_lcl.evaluate.sources import ImageSet
 
 _ROWS = 1024
@@ -77,7 +78,7 @@ def accuracy(encoder: Encoder, data: ImageSet, classified: Classified, seed: int
 def _classify(features: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     scores = F.normalize(features, dim=-1) @ texts.t()
     own = scores.gather(1, labels[:, None])
-    ranks = (~(scores < own)).sum(1) - 1
+    ranks = not_below(scores, own).sum(1) - 1
     others = scores.scatter(1, labels[:, None], -torch.inf)
     return ranks.numpy(), torch.where(ranks < 1, labels, others.argmax(1)).numpy()
 

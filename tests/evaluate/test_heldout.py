@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from data.corpora import Piece, jpeg, random_documents, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,8 @@ from megatron_lcl.evaluate.heldout import (
     evaluate_heldout,
 )
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, table
-from megatron_lcl.evaluate.retrieval import rank_own
+from megatron_lcl.evaluate.retrieval import rank_own, retrieval_ranks
+from megatron_lcl.evaluate.zero_shot import by_texts
 from megatron_lcl.parallel.mesh import Axis, Mesh
 
 TINY = Model(Vision(16, 8, 32, 1, 2, 64), Language(48, 517, 32, 1, 2, 64), 2)
@@ -69,6 +71,19 @@ def test_recall_of_perfect_reversed_constant_and_broken_similarities() -> None:
     assert share(torch.zeros(n, n), 10) == 0.0  # a model that says nothing must not look good
     assert share(torch.full((n, n), math.nan), 10) == 0.0
     assert share(torch.zeros(n, n), n) == 1.0
+
+
+def test_rounding_decides_no_rank() -> None:
+    """Images that occur twice are encoded in other batches: their similarities differ by what is rounded there."""
+    candidates = F.normalize(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    twice = torch.cat([candidates, candidates])
+    noise = F.normalize(twice + 1e-8 * torch.randn(80, 64, generator=torch.Generator().manual_seed(1)), dim=1)
+    queries = F.normalize(torch.randn(80, 64, generator=torch.Generator().manual_seed(2)), dim=1)
+    exact = (queries.double() @ twice.double().T - (queries.double() * twice.double()).sum(1, keepdim=True)) > -1e-12
+    assert rank_own(queries, noise)[0].tolist() == exact.sum(1).tolist()
+    assert by_texts(noise, queries.numpy(), np.arange(80)).rank.tolist() == (exact.sum(1) - 1).tolist()
+    pairs = np.stack([np.arange(80)] * 2, 1)
+    assert retrieval_ranks(queries, noise, pairs)[0].tolist() == (exact.sum(1) - 1).tolist()
 
 
 def test_recall_of_random_similarities_is_chance() -> None:

@@ -196,6 +196,7 @@ def test_the_bound_is_below_what_is_measured_and_a_simulated_step_is_what_is_mea
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    bound, simulated, measured = benchmark.run("retain, a small model")
+    bound, simulated, measured = benchmark.run("retain, one layer")
+    assert measured > 1e9
     assert 0.6 * measured < bound < measured
-    assert simulated == pytest.approx(measured, rel=0.15), "below 1 GB; of larger ones 10 %: docs/parallelism.md"
+    assert simulated == pytest.approx(measured, rel=0.1)
