@@ -2,8 +2,10 @@
 
 The back-ends, and where each is chosen unless `train.attention` names one:
 
+    flash_attn_3   CUDA, half precision, compute capability 9.x (Hopper), FlashAttention-3 installed and loading
     flash_attn     CUDA, half precision, compute capability 8.0 (Ampere) or newer, flash-attn installed and loading
     torch_varlen   the same without flash-attn: torch's variable-length kernel
+    flex           nowhere by itself: torch's FlexAttention, CUDA, any precision; where it is asked for or measured
     dense          CUDA in float32, which these lack, or on older GPUs: attention under a block-diagonal mask
     per_sequence   CPU: one call per sequence
 
@@ -19,16 +21,18 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.losses.kernels import triton_fault
 
-AttentionName = Literal["flash_attn", "torch_varlen", "dense", "per_sequence"]
+AttentionName = Literal["flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence"]
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(q, k, v [R, H, K], cu_seqlens, max_seqlen) → [R, H, K]: causal attention inside each sequence, softmax(q·k/√K) v.
 
@@ -36,13 +40,16 @@ PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 sequences, and no row lies outside. `max_seqlen` bounds the longest.
 """
 
-NAMES: tuple[AttentionName, ...] = ("flash_attn", "torch_varlen", "dense", "per_sequence")
-"""in the order in which they are tried on CUDA"""
-VARLEN: tuple[AttentionName, ...] = ("flash_attn", "torch_varlen")
+NAMES: tuple[AttentionName, ...] = ("flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence")
+AUTOMATIC: tuple[AttentionName, ...] = ("flash_attn_3", "flash_attn", "torch_varlen", "dense")
+"""in the order in which they are tried on CUDA in half precision"""
+VARLEN: tuple[AttentionName, ...] = ("flash_attn_3", "flash_attn", "torch_varlen", "flex")
 """those that are made for sequences of any length one after another"""
 HALF = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 """oldest CUDA compute capability for which flash-attn and torch's variable-length kernel are built"""
+TRITON_CAPABILITY = (7, 0)
+"""oldest CUDA compute capability for which Triton compiles, and FlexAttention with it"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def choose_attention(
         name: AttentionName = "dense" if device.type == "cuda" else "per_sequence"
         return Attention(name, _function(name, deterministic))
     passed_over: list[str] = []
-    for name in NAMES:
+    for name in AUTOMATIC:
         if not (fault := faults(name)):
             return Attention(name, _function(name, deterministic), tuple(passed_over))
         if is_installed(name):
@@ -101,15 +108,29 @@ def find_fault(
         return None
     if device.type != "cuda":
         return f"{name} needs a CUDA device, not {device.type}"
+    assert capability is not None
+    if name == "flex":
+        return _flex_fault(capability, head_width)
     if dtype not in HALF:
         return f"{name} needs train.dtype bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    assert capability is not None
     if capability < CAPABILITY:
         return f"{name} needs compute capability 8.0 (Ampere) or newer, and the GPU has {capability[0]}.{capability[1]}"
-    if head_width is not None and (head_width > 256 or (name == "torch_varlen" and head_width % 8)):
+    if name == "flash_attn_3" and capability[0] != 9:
+        return f"{name} needs compute capability 9.x (Hopper), and the GPU has {capability[0]}.{capability[1]}"
+    if head_width is not None and (head_width > 256 or (name != "flash_attn" and head_width % 8)):
         limit = "at most 256" if head_width > 256 else "a multiple of 8"
         return f"{name} needs heads of {limit} features, and the model's have {head_width}"
     return load_fault(name)
+
+
+def _flex_fault(capability: tuple[int, int], head_width: int | None) -> str | None:
+    if capability < TRITON_CAPABILITY:
+        return f"flex needs compute capability 7.0 (Volta) or newer, and the GPU has {capability[0]}.{capability[1]}"
+    if head_width is not None and head_width < 16:
+        return f"flex needs heads of at least 16 features, and the model's have {head_width}"
+    if fault := triton_fault():
+        return f"flex cannot be compiled: {fault}"
+    return None
 
 
 def is_installed(name: AttentionName) -> bool:
@@ -135,14 +156,17 @@ def load_fault(name: AttentionName) -> str | None:
 
 
 _SOURCES: dict[str, tuple[str, str]] = {
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_varlen_func"),
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
 }
 
 
 def _function(name: AttentionName, deterministic: bool) -> PackedAttention:
-    if name == "flash_attn":
-        return functools.partial(_flash_attn, deterministic=deterministic)
+    if name in ("flash_attn", "flash_attn_3"):
+        return functools.partial(_flash_attn, module=_SOURCES[name][0], deterministic=deterministic)
+    if name == "flex":
+        return FlexAttention()
     return {"torch_varlen": _torch_varlen, "dense": _block_diagonal, "per_sequence": _by_sequence}[name]
 
 
@@ -170,12 +194,19 @@ def full_attention(q_NHLK: torch.Tensor, k_NHLK: torch.Tensor, v_NHLK: torch.Ten
 
 
 def _flash_attn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *, deterministic: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    module: str,
+    deterministic: bool,
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
+    attend = importlib.import_module(module).flash_attn_varlen_func
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(q, k, v, *lengths, causal=True, deterministic=deterministic)
+    out = attend(q, k, v, *lengths, causal=True, deterministic=deterministic)
+    return out[0] if isinstance(out, tuple) else out  # FlashAttention-3 gave the log-sum-exps too, until 2025
 
 
 def _torch_varlen(
@@ -186,6 +217,63 @@ def _torch_varlen(
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
     assert isinstance(out, torch.Tensor)
     return out
+
+
+class FlexAttention:
+    """torch's FlexAttention (arXiv 2412.05496), compiled. The first layer makes a batch's mask, the others use it."""
+
+    def __init__(self) -> None:
+        self._lengths: weakref.ref[torch.Tensor] | None = None
+        self._mask: Any = None
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        if not len(q):
+            return q + k + v
+        if self._lengths is None or self._lengths() is not cu_seqlens:
+            self._lengths, self._mask = weakref.ref(cu_seqlens), flex_mask(cu_seqlens, len(q))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return _compiled_flex()(q, k, v, block_mask=self._mask)[0].transpose(0, 1)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_mask(cu_seqlens: torch.Tensor, rows: int, block: int = 128) -> Any:
+    """FlexAttention's `BlockMask` of sequences one after another, each causal: blocks of `block` queries and keys.
+
+    The blocks that a block of queries reads begin with the one where the sequence of its first row begins, and end with
+    its own; those between are read without a mask where its last row's sequence begins before them. So the mask takes
+    (rows / block)² numbers, where torch's `create_block_mask` looks at rows² of them; nothing waits for the device.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    row = torch.arange(rows, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens.to(row.dtype), row, right=True)
+    starts = cu_seqlens.long()[sequence - 1]
+    own = torch.arange(-(-rows // block), device=row.device)
+    first, last = own * block, own * block + block - 1
+    reads = (own >= starts[first][:, None] // block) & (own <= own[:, None])
+    whole = reads & (first >= starts[last.clamp(max=rows - 1)][:, None]) & (own < own[:, None])
+    whole &= last[:, None] < rows  # as torch has it: a block that is not full has a mask
+    masked = reads & ~whole
+
+    def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many blocks of keys each block of queries reads, and which: those first, in ascending order."""
+        order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    def same_and_not_later(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (sequence[query] == sequence[key]) & (query >= key)
+
+    return BlockMask.from_kv_blocks(
+        *listed(masked), *listed(whole), BLOCK_SIZE=block, mask_mod=same_and_not_later, seq_lengths=(rows, rows)
+    )
 
 
 def _by_sequence(

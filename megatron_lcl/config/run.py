@@ -163,10 +163,10 @@ class Train:
         description="type of weights and activations; auto: bfloat16 on CUDA, float32 elsewhere; master weights are "
         "always float32",
     )
-    attention: Literal["auto", "flash_attn", "torch_varlen", "dense", "per_sequence"] = Field(
+    attention: Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence"] = Field(
         default="auto",
-        description="kernel of the language model's attention; auto: flash_attn where it loads, else torch_varlen, "
-        "else dense; on CPU per_sequence. Naming a kernel that cannot be used is an error",
+        description="kernel of the language model's attention; auto: flash_attn_3 or flash_attn where they load, else "
+        "torch_varlen, else dense; on CPU per_sequence. Naming a kernel that cannot be used is an error",
     )
     compile: bool = Field(
         default=False,

@@ -104,7 +104,7 @@ def _attention(device: torch.device) -> Iterator[Kernel]:
         for dtype in dtypes:
             if find_fault(name, device, dtype, capability):  # has no float32
                 continue
-            for deterministic in (False, True) if name == "flash_attn" else (False,):
+            for deterministic in (False, True) if name in ("flash_attn_3", "flash_attn") else (False,):
                 attend = choose_attention(device, dtype, name, deterministic=deterministic).attend
                 packed = _Packed(device, dtype)
                 title = f"attention {name}{' deterministic' * deterministic}, {_name(dtype)}"

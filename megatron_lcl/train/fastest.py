@@ -93,7 +93,7 @@ def candidates(config: Config, mesh: Mesh) -> list[Candidate]:
     """What can be used on all processes; first what a run has that does not measure."""
     first, train = choose_run_attention(config).name, config.train
     attentions: list[str] = [first]
-    if train.attention == "auto" and first in VARLEN:
+    if train.attention == "auto":
         attentions += [name for name in VARLEN if name != first and _can_attend(config, name)]
     compiled = [True] if train.compile else [False] if compile_fault(config) else [False, True]
     own = [Candidate(attention, compile) for attention in attentions for compile in compiled]

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from launch.conftest import tiny  # noqa: F401 - a fixture
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from megatron_lcl.attention import Adaptive, choose_attention, find_fault
+from megatron_lcl import attention
+from megatron_lcl.attention import Adaptive, FlexAttention, choose_attention, find_fault, flex_mask
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
@@ -21,7 +23,7 @@ from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.train.kernels import Kernels, describe
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-AMPERE, TURING = (8, 0), (7, 5)
+TURING, AMPERE, HOPPER, BLACKWELL = (7, 5), (8, 0), (9, 0), (10, 0)
 WRONG_ABI = 'raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E\\n(in this torch)")\n'
 WORKING = "def flash_attn_varlen_func(*arguments, **keywords):\n    return keywords\n"
 
@@ -103,6 +105,73 @@ def test_flash_attn_is_asked_for_its_deterministic_backward(deterministic: bool)
     chosen = choose_attention(CUDA, torch.bfloat16, capability=AMPERE, deterministic=deterministic)
     rows: Any = torch.zeros(3, 1, 8)
     assert chosen.attend(rows, rows, rows, rows, 3) == {"causal": True, "deterministic": deterministic}
+
+
+@pytest.mark.parametrize("gives", ["keywords", "keywords, None"], ids=["now", "with the log-sum-exps"])
+def test_flash_attention_3_is_first_on_hopper(gives: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f"def flash_attn_varlen_func(*arguments, **keywords):\n    return {gives}\n"
+    (tmp_path / "flash_attn_interface.py").write_text(module)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    chosen = choose_attention(CUDA, torch.bfloat16, capability=HOPPER, deterministic=True)
+    assert (chosen.name, chosen.passed_over) == ("flash_attn_3", ())
+    rows: Any = torch.zeros(3, 1, 8)
+    assert chosen.attend(rows, rows, rows, rows, 3) == {"causal": True, "deterministic": True}
+    for capability, has in ((AMPERE, "8.0"), (BLACKWELL, "10.0")):
+        other = choose_attention(CUDA, torch.bfloat16, capability=capability)
+        assert other.name != "flash_attn_3"
+        assert f"flash_attn_3 needs compute capability 9.x (Hopper), and the GPU has {has}" in other.passed_over
+    assert "a multiple of 8" in str(find_fault("flash_attn_3", CUDA, torch.bfloat16, HOPPER, 20))
+
+
+def test_flex_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "triton_fault", lambda: "triton is not installed")
+    with pytest.raises(UserError, match=r"flex, but flex cannot be compiled: triton is not installed; set train"):
+        choose_attention(CUDA, torch.float32, "flex", capability=TURING)
+    monkeypatch.setattr(attention, "triton_fault", lambda: None)
+    assert choose_attention(CUDA, torch.float32, "flex", capability=TURING).name == "flex"
+    assert choose_attention(CUDA, torch.float32, capability=TURING).name == "dense"
+    for device, capability, width, said in (
+        (CPU, None, 64, "needs a CUDA device"),
+        (CUDA, (6, 1), 64, "7.0 (Volta) or newer, and the GPU has 6.1"),
+        (CUDA, HOPPER, 8, "at least 16 features"),
+    ):
+        assert said in str(find_fault("flex", device, torch.float32, capability, width))
+
+
+@pytest.mark.parametrize("lengths", [(1, 37, 0, 130, 5, 0, 300), (128, 128, 256), (513,), (1,) * 300, (100, 28, 129)])
+def test_the_blocks_of_flex_are_those_that_torch_finds_by_looking_at_all_pairs(lengths: tuple[int, ...]) -> None:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    ours = flex_mask(torch.tensor([0, *ends, ends[-1]], dtype=torch.int32), ends[-1])
+    theirs = create_block_mask(ours.mask_mod, None, None, ends[-1], ends[-1], device="cpu")
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        numbers = getattr(ours, f"{kind}_num_blocks")
+        assert torch.equal(numbers, getattr(theirs, f"{kind}_num_blocks")), kind
+        for row, number in enumerate(numbers[0, 0].tolist()):
+            listed = [getattr(mask, f"{kind}_indices")[0, 0, row, :number] for mask in (ours, theirs)]
+            assert torch.equal(*listed), (kind, row)
+
+
+def test_flex_is_the_same_and_makes_a_batch_s_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward: torch has no backward of it on a CPU; on a GPU the selftest compares gradients too."""
+    made: list[int] = []
+
+    def counted(bounds: torch.Tensor, rows: int) -> Any:
+        made.append(rows)
+        return flex_mask(bounds, rows)
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)  # as written: all scores
+    monkeypatch.setattr(attention, "flex_mask", counted)
+    flex, per_sequence = FlexAttention(), choose_attention(CPU, torch.float32, "per_sequence").attend
+    for lengths in ((1, 5, 0, 150), (150, 6, 0, 0)):
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        for _ in range(2):  # layers
+            qkv = [torch.randn(156, 2, 16) for _ in range(3)]
+            torch.testing.assert_close(flex(*qkv, bounds, 150), per_sequence(*qkv, bounds, 150))
+    assert made == [156, 156]
+    nothing = flex(*[torch.randn(0, 2, 16, requires_grad=True) for _ in range(3)], torch.zeros(2, dtype=torch.int32), 0)
+    assert nothing.grad_fn is not None, "the graph of a process without rows"
 
 
 def test_dense_and_per_sequence_are_the_same() -> None:
