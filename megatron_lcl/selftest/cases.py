@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,17 @@ MIN_PACKS = 4
 TOKENS, IMAGES, CONTEXT = 60, 4, 40
 """token slots and image slots of a pack; longest sequence"""
 PHASES = [
-    {"steps": 1, "image_size": 16, "contrastive_weight": 0.3},
-    {"steps": 1, "image_size": 16, "patch_dropout": 0.5},
+    {
+        "steps": 2,
+        "image_size": 16,
+        "patch_dropout": 0.5,
+        "micro_batch": 1,
+        "contrastive_weight": 0.3,
+        "contrastive_weight_change": "linear",
+    }
 ]
+WEIGHTS_OF_PHASES = (0.3, 0.2, 0.1)
+"""of the contrast, in each step where there are phases"""
 IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
 """images of each pack of each step, over and over: with two replicas the second one never has an image"""
 
@@ -45,9 +55,9 @@ class Case:
     dtype: str = "float32"
     objective: str = "lcl"
     phases: str = ""
-    """`kept` or `all`: the images of the first two steps are smaller, the first has another weight of the contrast, the
-    second leaves out half of the patches (with placeholders for those that are kept, or for all), and the third reads
-    twice as many packs"""
+    """`kept` or `all`: in the first two steps images are smaller and half of their patches are left out (with
+    placeholders for those that are kept, or for all), and the weight of the contrast goes linearly to the third step's,
+    which reads twice as many packs, two to a micro-batch"""
     optimizer: str = "adamw"
     """muon: also with learning rates by part and depth"""
     options: bool = False
@@ -112,7 +122,8 @@ class Case:
                     "pool_heads": 4,
                 },
                 "data": {"tokens_per_pack": TOKENS, "images_per_pack": IMAGES},
-                "objective": {"name": self.objective},
+                "objective": {"name": self.objective}
+                | ({"contrastive_weight": WEIGHTS_OF_PHASES[-1]} if self.phases else {}),
                 "contrast": {
                     "strategy": self.strategy,
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
@@ -123,7 +134,7 @@ class Case:
                 "train": {
                     "steps": STEPS,
                     "global_batch": self.global_batch * (2 if self.phases else 1),
-                    "micro_batch": 1,
+                    "micro_batch": 2 if self.phases else 1,
                     "dtype": self.dtype,  # the same on every device: it is what the bounds are for
                 },
                 "schedule": {"phases": PHASES, "batch_doublings": [2]} if self.phases else {},
@@ -178,13 +189,36 @@ MORE_CASES = (
 
 
 def make_batches(config: Config, step: int) -> list[PackedBatch]:
-    """The packs of a step's global batch, in global order, one to a micro-batch."""
+    """The packs of a step's global batch, in global order."""
     config, images = phase_at(config, step).config, IMAGES_OF_PACK[step]
     make = _documents if objectives.create(config).sequences.interleaved else _pairs
     return [
         _pack(config, make, config.train.global_batch * step + n, images[n % len(images)], 100_000 * step + n)
         for n in range(config.train.global_batch)
     ]
+
+
+def joined(packs: Sequence[PackedBatch]) -> PackedBatch:
+    """The packs as one micro-batch."""
+    rows = [TOKENS * n for n in range(len(packs))]
+
+    def shifted(name: str) -> torch.Tensor:
+        """Numbers of rows, where there are any."""
+        own = [getattr(pack, name) for pack in packs]
+        return torch.cat([torch.where(x >= 0, x + row, x) for x, row in zip(own, rows, strict=True)])
+
+    positions = shifted("target_positions")
+    fields: dict[str, Any] = {
+        name: torch.cat([getattr(pack, name) for pack in packs])
+        for name in ("tokens", "positions", "targets", "images", "image_valid", "kept_patches")
+    }
+    fields |= {name: shifted(name) for name in ("image_start", "image_soi")}
+    fields["target_positions"] = torch.cat([positions[positions >= 0], positions[positions < 0]])
+    starts = [pack.cu_seqlens[:-1] + row for pack, row in zip(packs, rows, strict=True)]
+    fields["cu_seqlens"] = torch.cat([*starts, torch.tensor([TOKENS * len(packs)], dtype=torch.int32)])
+    for name in ("num_targets", "num_pairs", "num_images", "num_tokens"):
+        fields[name] = sum(getattr(pack, name) for pack in packs)
+    return dataclasses.replace(packs[0], **fields, packs=tuple(n for pack in packs for n in pack.packs))
 
 
 def lone_images_and_texts(config: Config) -> tuple[torch.Tensor, list[list[int]]]:

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lcl.config import Config
-from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
 from megatron_lcl.model.lcl import LCL, LayerList
 from megatron_lcl.model.special import SpecialTokens
-from megatron_lcl.selftest.cases import STEPS, Case, lone_images_and_texts, make_batches
+from megatron_lcl.selftest.cases import STEPS, WEIGHTS_OF_PHASES, Case, lone_images_and_texts, make_batches
 from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.optimizers.pieces import tensors_of
@@ -61,8 +60,7 @@ def reference(case: Case) -> Trajectory:
     out = Trajectory()
     for step in range(STEPS):
         model.zero_grad()
-        given = phase_at(config, step).config.objective.contrastive_weight
-        other_weight = published if given is None else given
+        other_weight = WEIGHTS_OF_PHASES[step] if case.phases else published
         generation, other = _losses(model, make_batches(config, step), case.objective)
         (weight * generation + other_weight * other).backward()
         # DeepSpeed's gradients are zero where torch has none

@@ -15,7 +15,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.evaluate.batches import image_batch, text_batch
 from megatron_lcl.parallel.mesh import Axis, Mesh, connect_on_demand, local_device
-from megatron_lcl.selftest.cases import STEPS, Case, lone_images_and_texts, make_batches
+from megatron_lcl.selftest.cases import STEPS, Case, joined, lone_images_and_texts, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
 from megatron_lcl.selftest.reference import Trajectory
 
@@ -103,13 +103,15 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     stepper = build_stepper(engine, config, mesh)
     out, other = Trajectory(), "regression" if case.objective == "emu" else "contrastive"
     for step in range(STEPS):
-        here = phase_at(config, step).config
-        num = here.train.global_batch // mesh.data.size
+        here = phase_at(config, step).config_at(step)
+        size = here.train.micro_batch
+        num = here.train.global_batch // mesh.data.size // size
         set_batch(engine, here.train.global_batch, here.train.micro_batch)
         stepper.objective = objectives.create(here)
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
+        own = [joined(packs[n * size : (n + 1) * size]) for n in range(num)] if mesh.loads_data else None
         with Traffic() as traffic:
-            batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)
+            batches = broadcast_batches(own, num, size, mesh, engine.device)
             # the last step's bytes are counted, without those of a look at it
             result = stepper.start(batches, case.lr(step), measure=step < STEPS - 1).read()
         out.losses.append([result.generation, result.metrics[other], result.log_scale])
@@ -127,8 +129,8 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     out.expected = mesh.world.gather_objects(formula)
     out.parameters = read_parameters(engine, mesh)
     images, texts = lone_images_and_texts(config)
-    own = [image_batch(images, config.model), text_batch(texts, config.model)] if mesh.loads_data else None
-    encoded = stepper.forward(broadcast_batches(own, 2, 1, mesh, engine.device))
+    alone = [image_batch(images, config.model), text_batch(texts, config.model)] if mesh.loads_data else None
+    encoded = stepper.forward(broadcast_batches(alone, 2, 1, mesh, engine.device))
     if encoded:  # the last pipeline stage
         of_images, of_texts = encoded
         out.features = {"images": of_images.latents.cpu(), "texts": of_texts.text_features.cpu()}
