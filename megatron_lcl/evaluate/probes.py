@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
+from threadpoolctl import ThreadpoolController
 from torch import nn
 from tqdm import tqdm, trange
 
@@ -69,13 +70,15 @@ def fit_linear(
         assert parameters.grad is not None
         return value.item(), parameters.grad.cpu().numpy().ravel()
 
-    found = minimize(
-        loss,
-        np.zeros(shape).ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": max_iterations, "gtol": 1e-7, "ftol": 1e-14},
-    )
+    # between two losses SciPy adds vectors of a few thousand numbers: threads take longer to meet than to add them
+    with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1):
+        found = minimize(
+            loss,
+            np.zeros(shape).ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": max_iterations, "gtol": 1e-7, "ftol": 1e-14},
+        )
     steepest = float(np.abs(found.jac).max())
     if not found.success and steepest > 1e-4:  # else it stands at the optimum and merely cannot get nearer
         warnings.warn(

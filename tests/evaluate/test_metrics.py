@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import ThreadpoolController
 from torchmetrics.retrieval import RetrievalHitRate
 
 from megatron_lcl.evaluate import probes
@@ -97,6 +100,24 @@ def test_a_linear_classifier_that_is_not_done_says_so(split: tuple[np.ndarray, .
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit_linear(split[0], split[1], 10, 1.0)
+
+
+def test_between_losses_scipy_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two made the fit eight times as slow."""
+    threads: list[list[int]] = []
+
+    def watched(*given: Any, **options: Any) -> Any:
+        threads.append([pool.num_threads for pool in blas.lib_controllers])
+        return minimize(*given, **options)
+
+    monkeypatch.setattr(probes, "minimize", watched)
+    blas = ThreadpoolController().select(prefix="libscipy_openblas")
+    if not blas.lib_controllers:
+        pytest.skip("SciPy has another BLAS here")
+    with blas.limit(limits=2):
+        fit_linear(np.eye(4), np.arange(4), 4, 1.0)
+        assert [pool.num_threads for pool in blas.lib_controllers] == [2] * len(threads[0])
+    assert threads == [[1] * len(threads[0])]
 
 
 def test_linear_probe(split: tuple[np.ndarray, ...]) -> None:
