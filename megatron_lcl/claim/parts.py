@@ -40,11 +40,13 @@ class Row:
     """share of the steps in which the learning rate falls, see `schedule.cooldown`"""
     average: str | None = None
     """name of the average of the weights that is measured in their place"""
+    beside: str | None = None
+    """row that it is compared with; the part's first, if none is named"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are compared; the others with the first one."""
+    """Rows that are compared; the others with the first one, unless they name another (`Row.beside`)."""
 
     name: str
     title: str
@@ -104,12 +106,14 @@ _ALL = (
                 "combined",
                 "small-first, then patch-dropout, with wsd-ema and muon",
                 {**WSD, **MUON},
-                early=((0.6, SMALL), (0.3, MASKED)),
+                early=((0.85, SMALL), (0.1, MASKED)),  # 0.49 of lcl's operations
                 cooldown=0.2,
                 average=_EMA,
             ),
             Row("clip", "contrast on pairs of the same documents", {"objective.name": "clip"}),
-            Row("siglip", "sigmoid contrast on pairs of the same documents", {"objective.name": "siglip"}),
+            Row(
+                "siglip", "sigmoid contrast on pairs of the same documents", {"objective.name": "siglip"}, beside="clip"
+            ),
         ),
     ),
 )

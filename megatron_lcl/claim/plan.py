@@ -23,6 +23,7 @@ from megatron_lcl.data.loading.packing import max_sequences
 from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.flops import Sizes, of_step
 from megatron_lcl.train.sweep import Member
 
 FULL = 0.96
@@ -38,6 +39,8 @@ class Stretch:
     """of the images that a run sees"""
     counts: np.ndarray
     """int64 [steps, 2]: images of each step, and those of them in the contrast; as many steps as there may be"""
+    flops: float
+    """floating-point operations that the first step needs; the slots of all are the same, only targets differ"""
     changed: Mapping[str, Any] = field(default_factory=dict)
     """what is otherwise in this phase, as in `schedule.phases`"""
 
@@ -65,6 +68,10 @@ class Plan:
     def counts(self, images: float) -> np.ndarray:
         """Of the steps of such a run, see `Stretch.counts`; each phase as if the run began with it."""
         return np.concatenate([stretch.counts[: stretch.steps(images)] for stretch in self.stretches])
+
+    def flops(self, images: float) -> float:
+        """Floating-point operations of such a run, or nearly."""
+        return sum(stretch.steps(images) * stretch.flops for stretch in self.stretches)
 
     def member(self, folder: Path, name: str, images: float, lr: float, seed: int) -> Member:
         """The run `folder`/`name`."""
@@ -115,15 +122,15 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
     )
     last = 1 - sum(share for share, _ in row.early)
     ends = configs.load(file, overrides)
-    config, counts = _packs(ends, needs, last * images)
+    config, counts, flops = _packs(ends, needs, last * images)
     overrides |= _slots(config, "data.")
     early = []
     for share, changed in row.early:
         phases = [{"steps": 1, **changed}]
         first = phases_of(configs.replace(ends, train__steps=2, schedule__phases=phases))[0].config
-        here, of_phase = _packs(first, _needs(row, first, corpora)[0], share * images)
-        early.append(Stretch(share, of_phase, {**changed, **{k: int(v) for k, v in _slots(here).items()}}))
-    return Plan(row, file, overrides, config, (*early, Stretch(last, counts)))
+        here, of_phase, cost = _packs(first, _needs(row, first, corpora)[0], share * images)
+        early.append(Stretch(share, of_phase, cost, {**changed, **{k: int(v) for k, v in _slots(here).items()}}))
+    return Plan(row, file, overrides, config, (*early, Stretch(last, counts, flops)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def _needs(row: Row, config: Config, corpora: Path) -> tuple[_Needs, dict[str, f
     return _Needs(tokens, pieces), weights
 
 
-def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.ndarray]:
+def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.ndarray, float]:
     """The config with packs that hold `data.images_per_pack` in the mean, and what `_count` says of so many images."""
     slots, context = config.data.images_per_pack, config.model.language.context_length
     assert slots is not None
@@ -173,16 +180,16 @@ def _packs(config: Config, needs: _Needs, images: float) -> tuple[Config, np.nda
         while max_sequences(width, sequences.doubled) < slots * needs.sequences:
             width += 1
         config = configs.replace(config, data__tokens_per_pack=width, data__images_per_pack=slots)
-        counts = _count(config, sequences, images)
+        counts, flops = _count(config, sequences, images)
         mean = float(counts[:, 0].mean())
         attempts += 1
         if mean >= FULL * wanted or attempts == _ATTEMPTS:
-            return config, counts
+            return config, counts, flops
         slots = math.ceil(slots * wanted / mean)
 
 
-def _count(config: Config, sequences: Sequences, images: float) -> np.ndarray:
-    """Of the first steps of a run, up to so many images and one more: see `Plan.counts`."""
+def _count(config: Config, sequences: Sequences, images: float) -> tuple[np.ndarray, float]:
+    """Of the first steps of a run, up to so many images and one more: see `Stretch.counts`, `.flops`."""
     ledger = open_run_ledger(config, sequences)
     loader = loader_of(ledger.reading_at(0, config)[0], config.data, sequences, ledger=ledger)
     counts: list[tuple[int, int]] = []
@@ -197,5 +204,7 @@ def _count(config: Config, sequences: Sequences, images: float) -> np.ndarray:
         pack += config.train.global_batch
         seen += len(origins)
         counts.append((len(origins), sum(image.pair for image in origins)))
+    sizes = Sizes.of(loader.reader[(number,)] for number in range(config.train.global_batch))
+    cost = of_step(config.model, sizes, sizes.pairs, contrast=objectives.create(config).all_features_first)
     loader.reader.index.close()
-    return np.array(counts, np.int64)
+    return np.array(counts, np.int64), cost.total

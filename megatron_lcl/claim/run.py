@@ -9,6 +9,7 @@ OUTPUT/PART.md, .json            the table               OUTPUT/PART.html   the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,9 +76,10 @@ def claim(
     data = output / DATA
     prepare(sets, data)
     plans = {row.name: plan(row, file, given or {}, data / CORPORA, output / "cache", images) for row in part.rows}
+    first = next(iter(plans.values()))
     for row in plans.values():
-        print(_line(row, images), flush=True)
-    config = next(iter(plans.values())).config
+        print(_line(row, first, images), flush=True)
+    config = first.config
     processes = launch.default_processes(common_batch(config))
 
     def member(name: str, rate: float, seed: int) -> Member:
@@ -116,7 +118,8 @@ def claim(
             name,
             plans[name].row.about,
             [measured(Path(m.config.train.output), _model(m, plans[name].row), m.config, data) for m in of_row],
-            _facts(of_row, tried[name], chosen[name]),
+            _facts(of_row, members[first.row.name], tried[name], chosen[name]),
+            plans[name].row.beside,
         )
         for name, of_row in members.items()
     ]
@@ -160,8 +163,8 @@ def _check_length(member: Member) -> None:
         )
 
 
-def _line(row: Plan, images: int) -> str:
-    """What a row's runs are, in a line."""
+def _line(row: Plan, first: Plan, images: int) -> str:
+    """What a row's runs are, in a line; beside the first row's."""
     steps = row.steps(images)
     counts = row.counts(images)
     seen, contrasted = counts.sum(0)
@@ -170,14 +173,20 @@ def _line(row: Plan, images: int) -> str:
     return (
         f"{row.row.name:12} {seen:,} images in {steps} steps of {few} to {many}, {contrast}; "
         f"packs of {row.config.data.tokens_per_pack} tokens"
+        + ("" if row is first else f"; {row.flops(images) / first.flops(images):.3f} of {first.row.name}'s operations")
     )
 
 
-def _facts(members: Sequence[Member], tried: Mapping[float, float], lr: float) -> dict[str, Any]:
-    """How a row was trained: what was tuned, and of each seed what the run's metrics say."""
-    lines = [
-        [line for line in read_metrics(Path(member.config.train.output)) if "num_images" in line] for member in members
-    ]
+def _facts(
+    members: Sequence[Member], first: Sequence[Member], tried: Mapping[float, float], lr: float
+) -> dict[str, Any]:
+    """How a row was trained: what was tuned, and of each seed what the run's metrics say.
+
+    first: the runs of the part's first row.
+    """
+    lines, of_first = _steps_of(members), _steps_of(first)
+    config, wanted = members[0].config, first[0].config
+    same = (config.objective, config.data.corpora) == (wanted.objective, wanted.data.corpora)
     contrasts = [any(line["contrastive"] for line in of_run if line.get("contrastive")) for of_run in lines]
     return {
         "lr": lr,
@@ -193,7 +202,31 @@ def _facts(members: Sequence[Member], tried: Mapping[float, float], lr: float) -
             sum(line.get("flops_per_second", 0.0) * line["step_seconds"] for line in of_run) / 1e12 for of_run in lines
         ],
         "minutes": [sum(line["step_seconds"] for line in of_run) / 60 for of_run in lines],
+        "steps to the same loss": [
+            steps_to([line["loss"] for line in of_run], [line["loss"] for line in goal])
+            for of_run, goal in zip(lines, of_first, strict=True)
+        ]
+        if same
+        else [],
     }
+
+
+def _steps_of(members: Sequence[Member]) -> list[list[dict[str, Any]]]:
+    """Of each run, the lines of its metrics that are of a step."""
+    return [
+        [line for line in read_metrics(Path(member.config.train.output)) if "num_images" in line] for member in members
+    ]
+
+
+def steps_to(losses: Sequence[float], goal: Sequence[float]) -> int | None:
+    """Steps after which the mean loss of the last twentieth of a run is what it is at the end of the run `goal`.
+
+    None: it is above that to the end.
+    """
+    width = max(1, len(goal) // 20)
+    level = math.fsum(goal[-width:]) / width
+    means = (math.fsum(losses[end - width : end]) / width for end in range(width, len(losses) + 1))
+    return next((width + n for n, mean in enumerate(means) if mean <= level), None)
 
 
 def _untrained(output: Path, config: configs.Config, data: Path, seeds: Sequence[int]) -> Iterator[list[Any]]:

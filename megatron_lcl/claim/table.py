@@ -66,13 +66,15 @@ class Trained:
     """of each seed"""
     facts: Mapping[str, Any]
     """how it was trained; empty: it was not"""
+    beside: str | None = None
+    """row whose numbers are subtracted from its own, if it is not the first one"""
 
 
 def table(rows: Sequence[Trained], seeds: Sequence[int]) -> dict[str, Any]:
-    """All numbers, as they stand in the JSON file. The first row is what the others are compared with."""
+    """All numbers, as they stand in the JSON file. Others are compared with the first row, or with `Trained.beside`."""
     by_row = {row.name: [{m.key: m for m in of_seed} for of_seed in row.measures] for row in rows}
     keys = dict.fromkeys(m.key for row in rows for of_seed in row.measures for m in of_seed)
-    base = by_row[rows[0].name]
+    beside = {row.name: row.beside or rows[0].name for row in rows[1:] if row.name != UNTRAINED}
     lines = []
     for key in keys:
         found = {
@@ -98,10 +100,12 @@ def table(rows: Sequence[Trained], seeds: Sequence[int]) -> dict[str, Any]:
                     for name, e in estimates.items()
                     if first.chance is not None and UNTRAINED in estimates and e.reaches(estimates[UNTRAINED].mean)
                 ],
-                f"minus {rows[0].name}": {
-                    name: asdict(Estimate.of([m.value - b[key].value for m, b in zip(measures, base, strict=True)]))
-                    for name, measures in found.items()
-                    if name not in (rows[0].name, UNTRAINED) and rows[0].name in found
+                "differences": {
+                    name: asdict(
+                        Estimate.of([a.value - b.value for a, b in zip(found[name], found[other], strict=True)])
+                    )
+                    for name, other in beside.items()
+                    if name in found and other in found
                 },
             }
         )
@@ -111,6 +115,7 @@ def table(rows: Sequence[Trained], seeds: Sequence[int]) -> dict[str, Any]:
         if len(seeds) > 1
         else None,
         "rows": [{"name": row.name, "about": row.about, **row.facts} for row in rows],
+        "beside": beside,
         "measures": lines,
     }
 
@@ -118,7 +123,7 @@ def table(rows: Sequence[Trained], seeds: Sequence[int]) -> dict[str, Any]:
 def markdown(title: str, numbers: Mapping[str, Any]) -> str:
     """The table to read."""
     rows, seeds = numbers["rows"], numbers["seeds"]
-    names, base = [row["name"] for row in rows], rows[0]["name"]
+    names, beside = [row["name"] for row in rows], numbers["beside"]
     said = [f"# {title}", "", _said(seeds), "", *_facts(rows), "", "## Measured, frozen", ""]
     shown = [line for line in numbers["measures"] if line["metric"] in _SHOWN]
     said += _grid(
@@ -132,17 +137,15 @@ def markdown(title: str, numbers: Mapping[str, Any]) -> str:
             for line in shown
         ],
     )
-    others = [name for name in names if name not in (base, UNTRAINED)]
-    if others:
-        said += ["", f"## Differences to {base}, seed by seed", ""]
+    if beside:
+        said += ["", "## Differences, seed by seed", ""]
         said += ["**Bold**: 0 is not in the interval. No correction is made for there being many numbers.", ""]
-        key = f"minus {base}"
         said += _grid(
-            ["", *others],
+            ["", *(f"{name} − {other}" for name, other in beside.items())],
             [
-                [_what(line), *(_difference(line, line[key].get(name)) for name in others)]
+                [_what(line), *(_difference(line, line["differences"].get(name)) for name in beside)]
                 for line in shown
-                if line[key]
+                if line["differences"]
             ],
         )
     return "\n".join(said) + "\n"
@@ -167,17 +170,23 @@ def _said(seeds: Sequence[int]) -> str:
 
 
 def _facts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = []
+    lines, first = [], rows[0]
     for row in rows:
         if "lr" not in row:
-            lines.append([row["name"], row["about"], *[""] * (3 + len(_SPANS))])
+            lines.append([row["name"], row["about"], *[""] * (5 + len(_SPANS))])
             continue
         tried = ", ".join(f"{rate}: {accuracy:.1%}" for rate, accuracy in row["tried"].items())
         lr = f"{row['lr']:g}" + (" (at the edge of what was tried)" if row["at the edge"] else "")
         lines.append(
-            [row["name"], row["about"], lr, tried or "none", str(row["steps"]), *(_span(row[k]) for k in _SPANS)]
+            [
+                *(row["name"], row["about"], lr, tried or "none", str(row["steps"])),
+                *(_span(row[k]) for k in _SPANS),
+                f"{fmean(row['TFLOP']) / fmean(first['TFLOP']):.3f}",
+                ", ".join("not" if steps is None else str(steps) for steps in row["steps to the same loss"]),
+            ]
         )
     header = ["", "minimizes", "learning rate", "tried: validation accuracy", "steps", *_SPANS]
+    header += [f"TFLOP / {first['name']}'s", f"steps to {first['name']}'s last loss, by seed"]
     return _grid(header, lines)
 
 

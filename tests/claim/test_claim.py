@@ -21,11 +21,11 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.claim import data as claim_data
 from megatron_lcl.claim import measure, parts
-from megatron_lcl.claim.data import in_validation, prepare
+from megatron_lcl.claim.data import CORPORA, in_validation, prepare
 from megatron_lcl.claim.measure import RESULT, VALIDATION, Measure
 from megatron_lcl.claim.parts import PARTS, Part
 from megatron_lcl.claim.plan import plan
-from megatron_lcl.claim.run import claim, default_config
+from megatron_lcl.claim.run import claim, default_config, steps_to
 from megatron_lcl.claim.table import Trained, markdown, table
 from megatron_lcl.cli import main
 from megatron_lcl.config.phases import phases_of
@@ -217,6 +217,8 @@ def test_a_part_from_end_to_end(
     page = (tmp_path / "out" / "objectives.md").read_text()
 
     # what was trained
+    where = tmp_path / "out" / "data" / CORPORA, tmp_path / "out" / "cache"
+    planned = {row.name: plan(row, default_config(), TINY, *where, 190) for row in part.rows}
     for row in numbers["rows"][:2]:
         name = row["name"]
         tried = {}
@@ -234,6 +236,8 @@ def test_a_part_from_end_to_end(
             assert len(lines) == row["steps"] == config.train.steps
             assert row["images seen"][seed] == sum(line["num_images"] for line in lines)
             assert row["images seen"][seed] == pytest.approx(190, rel=0.1)
+        needed = planned[name].flops(190) / 1e12
+        assert row["TFLOP"] == pytest.approx([needed, needed], rel=0.02)
     lcl, generation, untrained = numbers["rows"]
     assert min(lcl["images in the contrast"]) > 80
     assert generation["images in the contrast"] == [0, 0]
@@ -301,28 +305,43 @@ def measures(**values: float) -> list[Measure]:
 def test_intervals_are_students(tmp_path: Path) -> None:
     """Three seeds, by hand: t(0.975, 2) = 4.3027; differences are taken seed by seed."""
     facts = {"lr": 0.1, "tried": {}, "at the edge": True, "steps": 3, "images seen": [5, 7]}
-    facts |= {"images in the contrast": [0, 0], "TFLOP": [3.0, 3.0], "minutes": [1.0, 2.0]}
+    facts |= {"images in the contrast": [0, 0], "TFLOP": [3.0, 5.0], "minutes": [1.0, 2.0]}
+    facts |= {"steps to the same loss": [2, None]}
+    half = {**facts, "TFLOP": [1.0, 1.0], "steps to the same loss": []}
     rows = [
         Trained("one", "this", [measures(accuracy=v) for v in (0.6, 0.7, 0.8)], facts),
         Trained("two", "that", [measures(accuracy=v) for v in (0.5, 0.61, 0.69)], facts),
+        Trained("three", "that", [measures(accuracy=v) for v in (0.5, 0.61, 0.7)], half, beside="two"),
         Trained("untrained", "", [measures(accuracy=v) for v in (0.5, 0.5, 0.5)], {}),
     ]
     numbers = table(rows, (0, 1, 2))
     (line,) = numbers["measures"]
     assert line["rows"]["one"]["mean"] == pytest.approx(0.7)
     assert line["rows"]["one"]["half"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
-    assert line["minus one"]["two"]["mean"] == pytest.approx(-0.1)
-    assert line["minus one"]["two"]["half"] == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
-    assert line["at chance"] == ["one", "two", "untrained"], "0.7 ± 0.25 has 0.5 in it"
+    assert line["differences"]["two"]["mean"] == pytest.approx(-0.1)
+    assert line["differences"]["two"]["half"] == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
+    assert line["differences"]["three"]["values"] == pytest.approx([0, 0, 0.01])
+    assert line["at chance"] == ["one", "two", "three", "untrained"], "0.7 ± 0.25 has 0.5 in it"
     page = markdown("Title", numbers)
     assert "70.00 ± 24.84 % ○ △" in page
     assert "**-10.00 ± 2.48 %**" in page
     assert "n = 3 seeds, by Student's t distribution (t = 4.30)" in page
     assert "0.1 (at the edge of what was tried)" in page
     assert "5 to 7" in page
+    assert "| two − one | three − two |" in page
+    assert "| 1.000 | 2, not |" in page
+    assert "| 0.250 |  |" in page
     alone = markdown("Title", table([rows[0].__class__("one", "this", rows[0].measures[:1], facts), rows[2]], (0,)))
     assert "no intervals" in alone
     assert "60.00 %" in alone
+
+
+def test_steps_to_the_same_loss() -> None:
+    goal = [10.0 - step / 10 for step in range(60)]  # the last three: 4.3, 4.2, 4.1
+    assert steps_to(goal, goal) == 60
+    assert steps_to([2 * loss - 10.05 for loss in goal], goal) == 31  # 4.35, 4.15, 3.95
+    assert steps_to([loss + 0.01 for loss in goal], goal) is None
+    assert steps_to([9, 9, 9, 0, 9, 4.1, 4.1, 4.1], goal) == 8, "one small loss is not enough"
 
 
 @pytest.mark.parametrize(
