@@ -9,6 +9,8 @@ a weight that DeepSpeed's ZeRO-3 gathers for its module's forward is needed for 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -111,6 +113,24 @@ def _error(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, si
     return None
 
 
+@contextlib.contextmanager
+def _products_of(hidden: torch.Tensor) -> Iterator[None]:
+    """On a CPU products of float32 numbers that are bfloat16 ones are made by units for bfloat16, where there are some.
+
+    Their sums are float32 all the same, so the logits are as they were. The gradients of logits are rounded, as on a
+    GPU.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -119,7 +139,7 @@ class _GenerationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, targets_R, axis, first, num_real, with_gradient, kernels):
         of_hidden, of_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
-        with torch.autocast(hidden_RD.device.type, enabled=False):
+        with torch.autocast(hidden_RD.device.type, enabled=False), _products_of(hidden_RD):
             # Kept beside, not among, the saved tensors: a checkpointed segment that ends here and is recomputed has
             # nothing to fetch from this function and stops short of it.
             loss, *ctx.gradients = _chunked(

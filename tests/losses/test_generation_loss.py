@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from measured import Recorder
 from processes import run_processes
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lcl.losses import generation
+from megatron_lcl.losses import generation, softmax_torch
 from megatron_lcl.losses.generation import generation_loss
 
 WIDTH = 9
@@ -87,6 +89,31 @@ def test_half_precision_costs_no_more_than_its_own_rounding(dtype, small_chunks)
     for g, e in zip(gradients, exact, strict=True):
         assert g.dtype == dtype
         torch.testing.assert_close(g.double(), e, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_bfloat16_on_a_cpu_is_multiplied_as_bfloat16_and_summed_in_float32(monkeypatch):
+    """Large enough for oneDNN to use its units: 300 rows of width 256, 1,000 words."""
+    hidden, weight, targets = problem(300, 1000, width=256, dtype=torch.bfloat16, spread=0.2)
+    matmul, asked = torch.backends.mkldnn.matmul, []
+
+    def statistics(*arguments):
+        asked.append(matmul.fp32_precision)
+        return softmax_torch.statistics(*arguments)
+
+    kernels = SimpleNamespace(statistics=statistics, error=softmax_torch.error)
+    before = matmul.fp32_precision
+    of = functools.partial(generation_loss, kernels=kernels)
+    loss, *gradients = with_gradients(of, hidden, weight, targets)
+    expected, *exact = with_gradients(plain, hidden.double(), weight.double(), targets)
+    assert abs(loss - expected) <= 1e-6 * expected, "as exact as float32: what is multiplied has eight bits"
+    for g, e in zip(gradients, exact, strict=True):
+        assert (g.double() - e).norm() <= 1e-2 * e.norm()
+    with_gradients(of, hidden.float(), weight.float(), targets)
+    assert asked == ["bf16", before]
+    monkeypatch.setattr(kernels, "error", None)
+    with pytest.raises(TypeError):
+        with_gradients(of, hidden, weight, targets)
+    assert matmul.fp32_precision == before
 
 
 def test_sums_too_large_for_float16_are_rounded_after_the_mean_is_taken(small_chunks):
