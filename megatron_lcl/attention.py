@@ -7,7 +7,7 @@ The back-ends, and where each is chosen unless `train.attention` names one:
     torch_varlen   the same without flash-attn: torch's variable-length kernel
     flex           nowhere by itself: torch's FlexAttention, CUDA, any precision; where it is asked for or measured
     dense          CUDA in float32, which these lack, or on older GPUs: attention under a block-diagonal mask
-    per_sequence   CPU: one call per sequence
+    per_sequence   CPU: one call per sequence, or for all short ones of nearly the same length
 
 `choose_attention` chooses once, for a device and a dtype; what it returns is handed to the model's layers. `Adaptive`
 serves models whose device and dtype may change (those of the library): it chooses when it is called.
@@ -22,10 +22,11 @@ import importlib
 import importlib.util
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -280,14 +281,103 @@ def _by_sequence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> torch.Tensor:
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     assert bounds[-1] == len(q), f"sequences end at row {bounds[-1]} of {len(q)}"
-    parts = []
-    for sequence in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        if len(sequence[0]):
-            one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in sequence)
-            parts.append(F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True)[0].transpose(0, 1))
-    return torch.cat(parts) if parts else q + k + v  # no rows, but every process must have the same graph
+    if not len(q):
+        return q + k + v  # but every process must have the same graph
+    groups = group_by_length([(start, end - start) for start, end in itertools.pairwise(bounds) if end > start])
+    order = None if all(group.number == 1 for group in groups) else _Order.of(groups, len(q))
+    if order is not None:
+        q, k, v = (_Arrange.apply(x, order) for x in (q, k, v))
+    lengths, parts = [group.number * group.length for group in groups], []
+    for group, *rows in zip(groups, q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        heads = (x.view(group.number, group.length, *x.shape[1:]).transpose(1, 2) for x in rows)
+        parts.append(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(0, 1))
+    out = torch.cat(parts)
+    return out if order is None else _PutBack.apply(out, order)
+
+
+SHORT, STEP = 128, 16
+"""rows of the longest sequence that shares a call with others, and those to a multiple of which they are filled up"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that are one call: as many rows of each, the first ones its own."""
+
+    sequences: tuple[tuple[int, int], ...]
+    """first row and length of each"""
+    length: int
+
+    @property
+    def number(self) -> int:
+        """Of sequences."""
+        return len(self.sequences)
+
+
+def group_by_length(sequences: Sequence[tuple[int, int]]) -> list[Group]:
+    """Short sequences by length, to the next multiple of STEP; each long one alone, as it is; so a lone short one.
+
+    sequences: first row and length of each, in order. Without any short ones in a common group the order is kept.
+    """
+    of_length: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for start, length in sequences:
+        alone = length > SHORT
+        of_length.setdefault((length, start) if alone else (-(-length // STEP) * STEP, -1), []).append((start, length))
+    return [Group(tuple(own), key[0] if len(own) > 1 else own[0][1]) for key, own in of_length.items()]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Rows of groups one after another: P places for R rows. A place past a sequence's end holds its last row.
+
+    No row of the sequence attends to it, as attention is causal.
+    """
+
+    row_P: torch.Tensor
+    place_R: torch.Tensor
+    is_row_P: torch.Tensor
+    """whether a place is the row's own"""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], rows: int) -> _Order:
+        row, own = [], []
+        for group in groups:
+            start, length = np.array(group.sequences).T
+            place = np.arange(group.length)
+            row.append((start[:, None] + np.minimum(place, length[:, None] - 1)).ravel())
+            own.append((place < length[:, None]).ravel())
+        row_P, own_P = np.concatenate(row), np.concatenate(own)
+        place_R = np.empty(rows, np.int64)
+        place_R[row_P[own_P]] = np.flatnonzero(own_P)
+        return cls(*map(torch.from_numpy, (row_P, place_R, own_P)))
+
+
+class _Arrange(torch.autograd.Function):
+    """[R, H, K] → [P, H, K]. Backward only copies: what is not a row's own place gets no gradient in attention."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return x.index_select(0, order.row_P)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.order.place_R), None
+
+
+class _PutBack(torch.autograd.Function):
+    """[P, H, K] → [R, H, K]."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return x.index_select(0, order.place_R)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.order.row_P).mul_(ctx.order.is_row_P[:, None, None]), None
 
 
 def _block_diagonal(

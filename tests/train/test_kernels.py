@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launch.conftest import tiny  # noqa: F401 - a fixture
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megatron_lcl import attention
-from megatron_lcl.attention import Adaptive, FlexAttention, choose_attention, find_fault, flex_mask
+from megatron_lcl.attention import Adaptive, FlexAttention, choose_attention, find_fault, flex_mask, group_by_length
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
@@ -172,6 +175,29 @@ def test_flex_is_the_same_and_makes_a_batch_s_mask_once(monkeypatch: pytest.Monk
     assert made == [156, 156]
     nothing = flex(*[torch.randn(0, 2, 16, requires_grad=True) for _ in range(3)], torch.zeros(2, dtype=torch.int32), 0)
     assert nothing.grad_fn is not None, "the graph of a process without rows"
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(0, 100))
+@settings(deadline=None, max_examples=30)
+def test_short_sequences_of_like_length_are_one_call(lengths: list[int], seed: int) -> None:
+    """Each row once, and results and gradients those of the sequences one by one."""
+    ends = [0, *np.cumsum(lengths).tolist()]
+    groups = group_by_length([(start, length) for start, length in zip(ends, lengths, strict=False) if length])
+    found = sorted(sequence for group in groups for sequence in group.sequences)
+    assert found == [(start, length) for start, length in zip(ends, lengths, strict=False) if length]
+    together = {-(-length // 16) for length in lengths if 0 < length <= 128}
+    assert len(groups) == len(together) + sum(length > 128 for length in lengths)
+    assert all(0 <= group.length - length < 16 for group in groups for _, length in group.sequences)
+    generator = torch.Generator().manual_seed(seed)
+    qkv = [torch.randn(ends[-1], 2, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    given_gradient = torch.randn(ends[-1], 2, 8, generator=generator, dtype=torch.float64)
+    both = [
+        choose_attention(CPU, torch.float64, name).attend(*qkv, torch.tensor(ends, dtype=torch.int32), 200)
+        for name in ("dense", "per_sequence")
+    ]
+    torch.testing.assert_close(*both)
+    dense, ours = (torch.autograd.grad(out, qkv, given_gradient) for out in both)
+    torch.testing.assert_close(ours, dense)
 
 
 def test_dense_and_per_sequence_are_the_same() -> None:
