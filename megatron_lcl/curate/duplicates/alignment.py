@@ -3,7 +3,8 @@
 Both are gray and stretched to a square. The first is laid over the second by an affine map that maximizes their
 correlation (Evangelidis & Psarakis, "Parametric image alignment using enhanced correlation coefficient maximization",
 2008; OpenCV's), starting from where the candidate's hash was taken. Then their blocks are compared one by one, so that
-a text bar or a logo costs the blocks that it covers and no more.
+a text bar or a logo costs the blocks that it covers and no more. Gray levels are compared as they are: but for their
+means, a dark surface with an edge would be the same as a bright one.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ _LEVELS, _SHARE = 5.0, 0.6
 most so much of their standard deviation"""
 _MIN_BLOCKS = 6
 """of 64, which are not blank; pictures with fewer are the same where no block differs by more than _LEVELS"""
-_MIN_SPREAD = 8.0
-"""levels: pictures with fewer of these blocks and a smaller standard deviation cannot be told apart"""
+_IDENTITY = np.eye(2, 3, dtype=np.float32)
 _CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
 
 
@@ -44,13 +44,16 @@ def agreement(picture: np.ndarray, other: np.ndarray, start: np.ndarray) -> floa
     are not blank.
 
     Both uint8 [SIDE, SIDE]. start: float32 [2, 3], the first guess of the map from places in `picture`, (column, row,
-    1), to places in `other`.
+    1), to places in `other`. Also compared as they are: of a picture that is much the same everywhere, the hash of a
+    part may be the nearest one though the picture is not cropped.
     """
     ours, theirs = picture.astype(np.float32), other.astype(np.float32)
     shown = _warped(theirs, start)
+    share = _same_blocks(ours, theirs)
     if _explained(ours, shown) < _MIN_EXPLAINED:
-        return 0.0
-    share = _same_blocks(ours, shown)
+        return share
+    if (start != _IDENTITY).any():
+        share = max(share, _same_blocks(ours, shown))
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _ITERATIONS, _PRECISION)
     try:
         everywhere = np.full_like(picture, 255)
@@ -78,14 +81,12 @@ def _explained(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
     ours, theirs = (cv2.GaussianBlur(picture, (_BLUR, _BLUR), 0) for picture in (ours, theirs))
-    offset = np.median(ours - theirs)
     ours, theirs = _blocks(ours, _BLOCK), _blocks(theirs, _BLOCK)
     spread = theirs.std(1)
-    error = np.sqrt(((ours - theirs - offset) ** 2).mean(1))
+    error = np.sqrt(((ours - theirs) ** 2).mean(1))
     detailed = spread >= _DETAIL
     if detailed.sum() < _MIN_BLOCKS:
-        error = np.sqrt(((ours - theirs) ** 2).mean(1))
-        return float(theirs.std() >= _MIN_SPREAD and (error <= _LEVELS).all())
+        return float((error <= _LEVELS).all())
     same = error <= np.where(detailed, _SHARE * spread, _LEVELS)
     return float(min(same.mean(), same[detailed].mean()))
 

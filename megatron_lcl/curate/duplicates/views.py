@@ -60,6 +60,9 @@ def _views() -> tuple[View, ...]:
 
 COMPARED = _views()
 """what each of KEPT, and then each of KEPT of the flipped picture, stands for"""
+_MARGIN = 128.0
+"""of a coefficient above the median: what white noise of two levels gives. Regular patterns, gradients and symmetric
+pictures have many coefficients of about zero, and so has their median: without a margin noise would set their bits"""
 _U = np.uint64
 
 
@@ -72,7 +75,7 @@ def view_hashes(
     for rectangle in rectangles:
         left, top, right, bottom = (round(side * edge) for edge in rectangle)
         part = image.crop((left, top, right, bottom))
-        bits.append(perceptual_hash(part))
+        bits.append(perceptual_hash(part, margin=_MARGIN))
         detailed.append(np.asarray(part).std() >= min_detail)
     return np.packbits(bits, axis=1).view(_U).ravel(), np.array(detailed)
 

@@ -21,6 +21,7 @@ from megatron_lcl.curate.duplicates.evaluation import (
     join_evaluation,
     write_index,
 )
+from megatron_lcl.curate.duplicates.facts import thumbnail
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import COMPARED, WHOLE, first_guess
 from megatron_lcl.errors import UserError
@@ -160,6 +161,38 @@ def test_the_first_guess_is_the_part_that_is_shown() -> None:
         part = Image.fromarray(big[top:bottom, left:right]).resize((SIDE, SIDE), Image.Resampling.BOX)
         assert agreement(np.asarray(part), small, first_guess(view.shown, SIDE)) > 0.95
     assert agreement(small[:, ::-1].copy(), small, first_guess(WHOLE, SIDE)) < 0.3
+
+
+def test_noise_does_not_decide_the_hash_of_a_regular_pattern(tmp_path: Path) -> None:
+    """Most of its coefficients are zero but for what the encoder adds."""
+    column, row = np.meshgrid(np.arange(160), np.arange(160))
+    patterns = [
+        np.hypot(column % 32 - 16, row % 32 - 16) < 9,  # dots
+        (column // 16 + row // 16) % 2,  # a checkerboard
+        row / 159,  # a gradient
+        np.hypot(column - 79.5, row - 79.5) < 60,  # a disc
+        (row > 40) & (row < 100),  # a stripe
+    ]
+    images = [Image.fromarray((60 + 120 * pattern).astype(np.uint8)).convert("RGB") for pattern in patterns]
+    finder = Finder(make_index(tmp_path, images), SETTINGS)
+    for name in ("half", "stretched", "JPEG 50", "flip"):
+        for k, image in enumerate(images):
+            candidates = finder.candidates(thumbnail(CHANGES[name][0](image, k)))
+            assert k in [number for number, _ in candidates], (name, k)
+
+
+def test_a_dark_surface_with_an_edge_is_not_a_bright_one() -> None:
+    dark, bright = (np.full((SIDE, SIDE), level, np.uint8) for level in (40, 90))
+    dark[:, 56:], bright[:, 56:] = 10, 60
+    assert agreement(dark, dark, first_guess(WHOLE, SIDE)) == 1
+    assert agreement(dark, bright, first_guess(WHOLE, SIDE)) == 0
+
+
+def test_a_whole_picture_is_compared_as_such_though_a_part_of_it_has_the_nearest_hash() -> None:
+    """Stripes cannot be aligned along themselves."""
+    stripes = np.zeros((SIDE, SIDE), np.uint8)
+    stripes[:20], stripes[40:] = 80, 200
+    assert agreement(stripes, stripes, first_guess((0, 0.075, 1, 1), SIDE)) == 1
 
 
 def test_blank_pictures_are_found_by_their_bytes_only(tmp_path: Path) -> None:
