@@ -3,7 +3,7 @@
 Both are gray and stretched to a square. The first is laid over the second by an affine map that maximizes their
 correlation (Evangelidis & Psarakis, "Parametric image alignment using enhanced correlation coefficient maximization",
 2008; OpenCV's), starting from where the candidate's hash was taken. Then their blocks are compared one by one, so that
-a text bar or a logo costs the blocks that it covers and no more. Gray levels are compared as they are: but for their
+a text bar or a logo costs the blocks that it covers and no more. Gray levels are compared as they are: without their
 means, a dark surface with an edge would be the same as a bright one.
 """
 
