@@ -24,10 +24,10 @@ from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.result import Measured, StepResult
 from megatron_lcl.train.telemetry import health
-from megatron_lcl.train.telemetry.clock import PHASES, Clock
+from megatron_lcl.train.telemetry.clock import PHASES, STEP, WORK, Clock
 from megatron_lcl.train.telemetry.devices import own_peak
 from megatron_lcl.train.telemetry.log import Telemetry
-from megatron_lcl.train.telemetry.stragglers import Place, Stragglers
+from megatron_lcl.train.telemetry.stragglers import Place, Stragglers, of_each
 
 FLOPS = tuple(f.name for f in dataclasses.fields(flops.Flops))
 
@@ -105,6 +105,7 @@ class StepMeter:
             if said:
                 self._telemetry.say(said)
         if result.measured is not None:
+            numbers |= {"rank_step_seconds": of_each(each, STEP), "rank_work_seconds": of_each(each, WORK)}
             numbers |= self._measured(step, result.measured)
         return numbers
 

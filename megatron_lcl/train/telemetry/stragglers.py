@@ -19,6 +19,10 @@ NOTABLE = 0.1
 """part of a step by which a process must be behind the others for a line on the console"""
 IN_A_ROW = 3
 """lines of metrics after which that is said"""
+LISTED = 64
+"""processes up to which a line has a number of each"""
+QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+"""what it has of more"""
 
 
 class Place(NamedTuple):
@@ -44,6 +48,16 @@ def slowest(times: Sequence[Mapping[str, float]], places: Sequence[Place]) -> Sl
     groups: dict[int, list[int]] = {}
     for rank, place in enumerate(places):
         groups.setdefault(place.in_replica, []).append(rank)
+def of_each(times: Sequence[Mapping[str, float]], phases: Sequence[Phase]) -> list[float] | dict[str, float]:
+    """Seconds a step that each process spends in these phases, by rank, to four digits; of more than `LISTED` processes
+    their quantiles (the nearest of the numbers). times: seconds a step, by rank."""
+    each = [float(f"{sum(row[phase] for phase in phases):.4g}") for row in times]
+    if len(each) <= LISTED:
+        return each
+    ordered = sorted(each)
+    return {name: ordered[round(part * (len(each) - 1))] for name, part in QUANTILES.items()}
+
+
     if len(groups) == len(places):
         groups = {0: list(range(len(places)))}
     found = []
