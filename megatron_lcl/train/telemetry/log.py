@@ -31,27 +31,24 @@ class Rates:
     """Throughput since the last line of metrics."""
 
     seconds: float = 0.0
-    data_seconds: float = 0.0
     images: int = 0
     tokens: int = 0
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, images: int, tokens: int, seconds: float, data_seconds: float) -> None:
+    def add(self, images: int, tokens: int, seconds: float) -> None:
         self.seconds += seconds
-        self.data_seconds += data_seconds
         self.images += images
         self.tokens += tokens
         self.steps += 1
 
     def values(self) -> dict[str, float]:
-        """Images and tokens a second over all processes, seconds a step, share of it spent waiting for data."""
+        """Images and tokens a second over all processes, seconds a step."""
         seconds = max(self.seconds, 1e-9)
         return {
             "images_per_second": self.images / seconds,
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds / max(self.steps, 1),
-            "data_wait": self.data_seconds / seconds,
         }
 
 
@@ -117,12 +114,12 @@ class Telemetry:
         """Whether a step's numbers are written; the same on every process."""
         return step % self.every == 0 or step == self.total
 
-    def count(self, step: int, counts: Mapping[str, int], seconds: float, data_seconds: float) -> None:
+    def count(self, step: int, counts: Mapping[str, int], seconds: float) -> None:
         """After step number `step` (counted from 1), whatever else is said of it. counts: of the global batch."""
         if self._file is None:
             return
         self.last_step = step
-        self.rates.add(counts["num_images"], counts["num_tokens"], seconds, data_seconds)
+        self.rates.add(counts["num_images"], counts["num_tokens"], seconds)
         self._bar.update()
         self._first_done = self._first_done or (step, time.monotonic())
         if self._contrasts and not counts["num_pairs"]:

@@ -95,6 +95,9 @@ class StepMeter:
             "memory_peak_bytes": int(max(row["memory"] for row in of_ranks)),
             "checkpoint_wait_seconds": max(row["waited"] for row in of_ranks),
         }
+        places = self._stragglers.places
+        data = [row["data"] for row, place in zip(of_ranks, places, strict=True) if place.reads]
+        numbers |= {"data_wait": sum(data) / len(data) / seconds, "data_wait_max": max(data) / seconds}
         if self._peak:
             numbers["mfu"] = total / seconds / (self._peak * self._mesh.world.size)
         if self._mesh.world.size > 1:
@@ -102,10 +105,10 @@ class StepMeter:
             slowest, said = self._stragglers.add(each, seconds / steps)
             numbers |= {"slowest_rank": slowest.rank, "slowest_lag_seconds": slowest.lag}
             numbers["slowest_phase"] = slowest.phase
+            numbers |= {"rank_step_seconds": of_each(each, STEP), "rank_work_seconds": of_each(each, WORK)}
             if said:
                 self._telemetry.say(said)
         if result.measured is not None:
-            numbers |= {"rank_step_seconds": of_each(each, STEP), "rank_work_seconds": of_each(each, WORK)}
             numbers |= self._measured(step, result.measured)
         return numbers
 

@@ -32,6 +32,11 @@ class Place(NamedTuple):
     in_replica: int
     """its rank in its replica"""
 
+    @property
+    def reads(self) -> bool:
+        """Whether it reads the batches of its replica (`Mesh.loads_data`)."""
+        return self.in_replica == 0
+
 
 class Slowest(NamedTuple):
     """The process that is furthest behind."""
@@ -43,11 +48,6 @@ class Slowest(NamedTuple):
     """in which most of it comes about"""
 
 
-def slowest(times: Sequence[Mapping[str, float]], places: Sequence[Place]) -> Slowest:
-    """Of all processes, by rank; times: seconds a step."""
-    groups: dict[int, list[int]] = {}
-    for rank, place in enumerate(places):
-        groups.setdefault(place.in_replica, []).append(rank)
 def of_each(times: Sequence[Mapping[str, float]], phases: Sequence[Phase]) -> list[float] | dict[str, float]:
     """Seconds a step that each process spends in these phases, by rank, to four digits; of more than `LISTED` processes
     their quantiles (the nearest of the numbers). times: seconds a step, by rank."""
@@ -58,6 +58,11 @@ def of_each(times: Sequence[Mapping[str, float]], phases: Sequence[Phase]) -> li
     return {name: ordered[round(part * (len(each) - 1))] for name, part in QUANTILES.items()}
 
 
+def slowest(times: Sequence[Mapping[str, float]], places: Sequence[Place]) -> Slowest:
+    """Of all processes, by rank; times: seconds a step."""
+    groups: dict[int, list[int]] = {}
+    for rank, place in enumerate(places):
+        groups.setdefault(place.in_replica, []).append(rank)
     if len(groups) == len(places):
         groups = {0: list(range(len(places)))}
     found = []

@@ -27,8 +27,8 @@ LINE = re.compile(
 
 
 def done(telemetry: Telemetry, step: int, result: StepResult = RESULT) -> None:
-    """A step of 0.1 s that waited for no data."""
-    telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1, 0.0)
+    """A step of 0.1 s."""
+    telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
     if telemetry.is_logged(step):
         telemetry.step(step, result, 1e-3)
 
