@@ -97,7 +97,9 @@ class StepMeter:
         }
         places = self._stragglers.places
         data = [row["data"] for row, place in zip(of_ranks, places, strict=True) if place.reads]
-        numbers |= {"data_wait": sum(data) / len(data) / seconds, "data_wait_max": max(data) / seconds}
+        numbers["data_wait"] = sum(data) / len(data) / seconds
+        if len(data) > 1:
+            numbers["data_wait_max"] = max(data) / seconds
         if self._peak:
             numbers["mfu"] = total / seconds / (self._peak * self._mesh.world.size)
         if self._mesh.world.size > 1:
