@@ -62,3 +62,12 @@ def test_the_page_and_the_program_name_the_same() -> None:
 def test_the_page_says_when_processes_are_listed() -> None:
     (row,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if "| `rank_step_seconds`" in line)
     assert f"of up to {LISTED} processes; of more {', '.join(f'`{name}`' for name in QUANTILES)} over them" in row
+
+
+def test_the_page_has_the_bounds_of_health() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("## Health\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    page = {name: row[2].strip().replace("−", "-") for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    assert page == {
+        name: f"{'below' if bound.below else 'above'} {bound.value:g}" for name, bound in health.BOUNDS.items()
+    }

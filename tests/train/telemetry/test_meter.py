@@ -58,7 +58,7 @@ def test_a_planted_collapse_is_noticed_and_written(tmp_path: Path, capsys: pytes
     (line, *others) = [line for line in read_metrics(tmp_path) if "health" in line]
     assert (line["step"], {line["health"]["metric"], *(other["health"]["metric"] for other in others)}) == (
         5,
-        {"latent_effective_rank", "latent_spread", "latent_dead_features"},
+        {"latent_effective_rank", "latent_spread", "latent_dead_features", "uniformity"},
     )
 
 
