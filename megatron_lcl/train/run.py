@@ -229,7 +229,7 @@ class Training:
         kernels = choose_kernels(self.config)
         for line in describe(kernels, self.mesh):
             self.telemetry.say(line)
-        self.telemetry.write({"step": self.progress.step, **kernels.facts()})
+        self.telemetry.write({"step": self.progress.step, **kernels.facts(), "hardware": self.meter.hardware()})
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step

@@ -25,7 +25,7 @@ from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.result import Measured, StepResult
 from megatron_lcl.train.telemetry import health
 from megatron_lcl.train.telemetry.clock import PHASES, STEP, WORK, Clock
-from megatron_lcl.train.telemetry.devices import own_peak
+from megatron_lcl.train.telemetry.devices import hardware, own_peak
 from megatron_lcl.train.telemetry.log import Telemetry
 from megatron_lcl.train.telemetry.stragglers import Place, Stragglers, of_each
 
@@ -113,6 +113,10 @@ class StepMeter:
         if result.measured is not None:
             numbers |= self._measured(step, result.measured)
         return numbers
+
+    def hardware(self) -> dict[str, str | int]:
+        """On what the run computes, for its metrics."""
+        return hardware([place.node for place in self._stragglers.places])
 
     def finish(self) -> None:
         """The last line is written: who was last how often, where there are several processes."""
