@@ -60,8 +60,8 @@ two features.
 
 Uniformity is at least -4 (1 - mean cosine), by Jensen's inequality: -0.01 is the same mean cosine. Unlike the
 spread it does not depend on lengths. Alignment has no bound: it is small where the model is good, and also where all
-features are one and the same; and the softmax of the contrast is the same whatever is added to all cosines, so that it need not be
-below the 2 of unrelated features."""
+features are one and the same; and the softmax of the contrast is the same whatever is added to all cosines, so that it
+need not be below the 2 of unrelated features."""
 
 
 def measure(latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:
