@@ -86,7 +86,8 @@ class StepMeter:
         self._start()
         if not self._mesh.is_first:
             return {}
-        of_ranks = [dict(zip((*PHASES, *FLOPS, "memory", "waited"), row, strict=True)) for row in table]
+        spent = [dict(zip(PHASES, row[: len(PHASES)], strict=True)) for row in table]  # apart: FLOPs have a `loss` too
+        of_ranks = [dict(zip((*FLOPS, "memory", "waited"), row[len(PHASES) :], strict=True)) for row in table]
         total = sum(row[part] for row in of_ranks for part in FLOPS)
         numbers: dict[str, Any] = {
             **self._counts(result),
@@ -96,14 +97,14 @@ class StepMeter:
             "checkpoint_wait_seconds": max(row["waited"] for row in of_ranks),
         }
         places = self._stragglers.places
-        data = [row["data"] for row, place in zip(of_ranks, places, strict=True) if place.reads]
+        data = [row["data"] for row, place in zip(spent, places, strict=True) if place.reads]
         numbers["data_wait"] = sum(data) / len(data) / seconds
         if len(data) > 1:
             numbers["data_wait_max"] = max(data) / seconds
         if self._peak:
             numbers["mfu"] = total / seconds / (self._peak * self._mesh.world.size)
         if self._mesh.world.size > 1:
-            each: list[dict[str, float]] = [{phase: row[phase] / steps for phase in PHASES} for row in of_ranks]
+            each: list[dict[str, float]] = [{phase: row[phase] / steps for phase in PHASES} for row in spent]
             slowest, said = self._stragglers.add(each, seconds / steps)
             numbers |= {"slowest_rank": slowest.rank, "slowest_lag_seconds": slowest.lag}
             numbers["slowest_phase"] = slowest.phase

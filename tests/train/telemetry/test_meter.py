@@ -104,6 +104,7 @@ def test_the_wait_for_data_is_that_of_all_that_read(tmp_path: Path) -> None:
     assert line["data_wait_max"] == pytest.approx(0.2 / 0.5)
     assert (line["slowest_rank"], line["slowest_phase"]) == (2, "data")
     assert line["rank_work_seconds"] == [0.1, 0.0, 0.2, 0.0]
+    assert 0 < max(line["rank_step_seconds"]) < 10, "seconds alone"
 
 
 def test_a_clock_gives_each_phase_its_time_and_costs_nothing_before_it_is_started() -> None:
