@@ -3,7 +3,7 @@
 RUN/
     config.yaml                 the run's config
     metrics.jsonl               see train/telemetry/lines.py
-    plan.json                   of `plan --json`, where somebody puts it there; `report` shows it
+    plan.json                   of `plan --json`, where somebody puts it there; `report` shows it instead of its own
     profile/                    of `train --profile`; see train/telemetry/profile.py
     audit.jsonl                 see train/resilience/audit.py
     checkpoints/step-00001000/  config.yaml, model.safetensors, progress.json …; see train/checkpoint/folder.py

@@ -43,14 +43,18 @@ def numbers(plan: Plan) -> dict[str, str | float | bool]:
 
     Of a run with phases: of the one that needs most.
     """
-    layout = plan.own or plan.best
+    return numbers_of(plan.own or plan.best, plan.device, plan.target.processes)
+
+
+def numbers_of(layout: Layout, device: str, processes: int) -> dict[str, str | float | bool]:
+    """The same of one layout, whose time is predicted."""
     of = layout.prediction
     assert of is not None
     return {
         "layout": layout.name,
-        "processes": plan.target.processes,
-        "device": plan.device,
-        "is_measured": plan.device == "cpu",
+        "processes": processes,
+        "device": device,
+        "is_measured": device == "cpu",
         "step_seconds": of.seconds,
         "images_per_second": of.images_per_second,
         "tokens_per_second": of.tokens / of.seconds,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_lcl.errors import UserError
-from megatron_lcl.train.telemetry.devices import PEAKS, Peak
+from megatron_lcl.train.telemetry.devices import PEAKS, Peak, find_peak
 
 MATMUL, ATTENTION, MEMORY, NETWORK = 0.65, 0.35, 0.75, 0.75
 """assumed shares: of peak in large matrix products; of peak in attention, forward and backward, masked pairs not
@@ -90,6 +90,12 @@ def check_name(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.3)
     nearest = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"--gpu {name} is not known{nearest} Known are {', '.join(NAMES)}")
+
+
+def name_of(device: str) -> str | None:
+    """The name here of a device that its driver calls so; None for one that is not here, as a slower make of one."""
+    peak = find_peak(device)
+    return next((name for name, known in DEVICES.items() if known.peak is peak), None)
 
 
 def assumed_rates(device: Device, dtype: str) -> Rates:

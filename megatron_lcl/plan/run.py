@@ -13,7 +13,7 @@ from megatron_lcl.config.phases import Phase, phases_of
 from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
-from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, confirm, slots, survey
+from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
 from megatron_lcl.plan.predict import Prediction, predict
 from megatron_lcl.train.memory import available
 
@@ -91,6 +91,21 @@ def plan(
         raise UserError(_nothing_fits(config, target, fitting, too_large, refused))
     own = next((layout for layout in fitting if _is_own(layout, config)), None)
     return Plan(config, device, gpus // node_size, target, assumed, fitting, too_large, refused, own)
+
+
+def own_layout(config: Config, device: str, processes: int, nodes: int, images: int | None) -> Layout:
+    """The config in its own layout on GPUs of a name in `DEVICES`, at once: no step is simulated, and the memory is the
+    bound. UserError where the layout does not divide.
+
+    config: of a run with phases that of one. images: slots of a pack, where they are known.
+    """
+    if config.train.dtype == "auto":
+        config = configs.replace(config, train__dtype="bfloat16")
+    images = images or images_of(config, None)[0]
+    rates = assumed_rates(DEVICES[device], config.train.dtype)
+    target = Target(processes, -(-processes // nodes), rates, USABLE * DEVICES[device].memory, images, on_host=True)
+    prediction = predict(config, processes, target.node_size, rates, slots(config, target))
+    return Layout(config, needs=bound(config, target), prediction=prediction)
 
 
 def _is_own(layout: Layout, config: Config) -> bool:

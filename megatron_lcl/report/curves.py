@@ -123,7 +123,12 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("model FLOPs utilization, MFU (%)", ("mfu",), in_percent=True),
             Spec("TFLOP/s of all processes", ("flops_per_second",), scaled={"flops_per_second": 1e-12}),
             Spec("seconds a step", ("step_seconds",)),
-            Spec("time spent waiting for data (%)", ("data_wait",), in_percent=True),
+            Spec(
+                "time spent waiting for data (%)",
+                ("data_wait", "data_wait_max"),
+                ("mean of the processes", "most of a process"),
+                in_percent=True,
+            ),
             Spec("slowest process (rank)", ("slowest_rank",)),
             Spec("seconds a step that it is behind", ("slowest_lag_seconds",)),
             Spec("seconds that steps waited for checkpoints", ("checkpoint_wait_seconds",)),

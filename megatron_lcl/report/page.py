@@ -31,6 +31,7 @@ from megatron_lcl.report import charts
 from megatron_lcl.report.charts import short
 from megatron_lcl.report.curves import NAMES, groups
 from megatron_lcl.report.gallery import read_gallery, read_json, read_others
+from megatron_lcl.report.planned import Asked
 from megatron_lcl.report.series import Metrics
 from megatron_lcl.run_folder import CONFIG, PLAN
 from megatron_lcl.train.checkpoint.folder import last_ledger
@@ -66,6 +67,7 @@ class RunPage:
         self.run = run
         self.config = configs.load(run / CONFIG)
         self.metrics = Metrics.of(run)
+        self._planned: tuple[Asked | None, Mapping[str, Any]] = None, {}
 
     def changed(self) -> bool:
         """Whether the run has written anything since the last call, which is taken in."""
@@ -79,7 +81,7 @@ class RunPage:
         root = Path(__file__).resolve().parents[2]
         evaluation, events = read_json(run / RESULT), metrics.incidents()
         last = metrics.last if "images_per_second" in metrics.last else None
-        profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or {}
+        profile, planned = list(_profile(run, folder)), read_json(run / PLAN, "plan --json") or self._plan()
         has = {
             "names": gallery if (gallery := read_gallery(run)) else None,
             "heldout": evaluation,
@@ -123,6 +125,13 @@ class RunPage:
             checkout=_quoted(root) if (root / "launch").is_dir() else None,
             environment=_quoted(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None,
         )
+
+    def _plan(self) -> Mapping[str, Any]:
+        """What `plan` says of the run's own layout; empty where it does not know the device."""
+        asked = Asked.of(self.config, self.metrics)
+        if asked != self._planned[0]:
+            self._planned = asked, asked.numbers() if asked else {}
+        return self._planned[1]
 
     @functools.cached_property
     def _batch(self) -> Markup | None:

@@ -45,6 +45,10 @@ FINAL = {
     "heldout/image_to_context_recall_at_10": "held-out recall@10",
     "heldout/median_rank": "held-out median rank",
     "heldout/bits_per_token": "held-out bits a token",
+    "labeled/knn_accuracy": "k-NN accuracy",
+    "labeled/zero_shot_accuracy": "zero-shot accuracy",
+    "labeled/zero_shot_accuracy_top_5": "zero-shot, top 5",
+    "labeled/zero_shot_mean_per_class_recall": "zero-shot, mean of the classes",
 }
 """columns of the table"""
 

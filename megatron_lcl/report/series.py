@@ -128,6 +128,8 @@ class Metrics:
     series: dict[str, Series] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     """the last line of a step"""
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    """`device`, `processes`, `nodes` of the last process that began or went on; empty: an earlier version's run"""
     first_time: float | None = None
     last_time: float | None = None
     last_step: int = 0
@@ -200,6 +202,8 @@ class Metrics:
             line = _as_now(line)
         elif "loss_kernels" in line and step:
             self._event("resumed", step, time, f"a process of the run went on from step {step:,}")
+        if isinstance(found := line.get("hardware"), dict):
+            self.hardware = found
         if "phase" in line:
             facts = ", ".join(
                 f"{k.replace('_', ' ')} {v}" for k, v in line.items() if k not in ("step", "phase", "time")

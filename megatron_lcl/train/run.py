@@ -229,7 +229,7 @@ class Training:
         kernels = choose_kernels(self.config)
         for line in describe(kernels, self.mesh):
             self.telemetry.say(line)
-        self.telemetry.write({"step": self.progress.step, **kernels.facts()})
+        self.telemetry.write({"step": self.progress.step, **kernels.facts(), "hardware": self.meter.hardware()})
 
     def _step(self) -> None:
         config, mesh, step = self.config, self.mesh, self.progress.step
@@ -240,7 +240,6 @@ class Training:
         started = time.perf_counter()
         micro_batches = num_micro_batches(self.phase.config, mesh.data.size)
         own = [next(self.batches) for _ in range(micro_batches)] if mesh.loads_data else None
-        loaded = time.perf_counter()
         if self.phase.change is not None:
             self.stepper.objective = objectives.create(self.phase.config_at(step))
         self.meter.read(own, self.phase.config, self.stepper.objective)
@@ -255,7 +254,7 @@ class Training:
         results = self._read()
         seconds, counts = time.perf_counter() - started, pending.counts.counts
         self.meter.step(shared, pending.counts, seconds)
-        self.telemetry.count(step + 1, counts, seconds, loaded - started)
+        self.telemetry.count(step + 1, counts, seconds)
         self._record(results)
         if self.profile.ends_after(step + 1, step + 1 == config.train.steps):
             with self.watchdog.long_phase(step + 1, "writing a profile"):

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lcl import config as configs
 from megatron_lcl.errors import UserError
+from megatron_lcl.plan.devices import DEVICES, assumed_rates
+from megatron_lcl.plan.predict import predict
 from megatron_lcl.report.page import MAX_EVENTS, write_report
 from megatron_lcl.report.series import MAX_BUCKETS
 
@@ -48,7 +51,21 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
 
 
 def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
+    def with_hardware(device: str, processes: int, **more: int) -> str:
+        facts = {"step": 200, "hardware": {"device": device, "processes": processes, "nodes": 2}, **more}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+        return section(write_report(run).read_text(), "plan")
+
     assert not section(write_report(run).read_text(), "plan").strip()
+    for device, processes in (("cpu", 8), ("NVIDIA H100 PCIe", 8), ("NVIDIA H100 80GB HBM3", 7)):
+        assert not with_hardware(device, processes).strip(), "not known, or 7 processes do not divide the batch"
+    config, own = configs.load(run / "config.yaml"), with_hardware("NVIDIA H100 80GB HBM3", 16, images_per_pack=3)
+    assert "on 16 processes (h100, by its data sheet)" in own
+    config = configs.replace(config, train__dtype="bfloat16")
+    step = predict(config, 16, 8, assumed_rates(DEVICES["h100"], "bfloat16"), 3).seconds
+    assert f"<td>a step</td><td>{step:,.4g} s</td><td>0.1 s</td><td>{0.1 / step:.2f}</td>" in own
+    assert re.search(r"<td>peak memory of a process</td><td>at least [\d.]+ GiB</td><td>3 GiB</td>", own)
     planned = {"layout": "tensor 2", "processes": 4, "device": "h100", "is_measured": False, "memory_is_bound": True}
     planned |= {"step_seconds": 0.2, "mfu": 0.5, "memory_peak_bytes": 2**31, "flops_per_second": 1e12}
     (run / "plan.json").write_text(json.dumps(planned))

@@ -184,6 +184,10 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
     write_run(tmp_path / "s/a1", [8.0, 3.0, 1.0], train__seed=1, optimizer__lr=0.1)
     write_run(tmp_path / "s/b0", [5.0], train__seed=0, optimizer__lr=0.2)
     (tmp_path / "s/a0/heldout.json").write_text(json.dumps({"step": 2, "image_to_context_recall_at_10": 0.25}))
+    for name, accuracies in {"a0": (0.1, 0.5), "a1": (0.2, 0.7)}.items():
+        with (tmp_path / f"s/{name}/metrics.jsonl").open("a") as file:
+            numbers = [{"step": n, "labeled/knn_accuracy": value} for n, value in enumerate(accuracies, 1)]
+            file.writelines(json.dumps({**line, "labeled/zero_shot_accuracy": 0.25}) + "\n" for line in numbers)
     runs = [Run.of(path) for path in find_runs([tmp_path / "s"])]
     one, other = group(runs)
     assert (one.label, other.label) == ("lr 0.1", "lr 0.2")
@@ -192,6 +196,7 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
     assert one.band("contrastive") == [], "always 0: not measured"
     assert (one.cell("loss"), other.cell("loss")) == ("1.5 (1 to 2)", "5")
     assert one.cell("heldout/image_to_context_recall_at_10") == "0.25"
+    assert (one.cell("labeled/knn_accuracy"), other.cell("labeled/knn_accuracy")) == ("0.6 (0.5 to 0.7)", "")
     page = write_runs_report([tmp_path / "s"])
     assert page == tmp_path / "s/report.html"
     text = page.read_text()
@@ -202,9 +207,10 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
         "train.seed alone",
         "<svg",
         "2 to 3 of 1000",
+        '<th class="number">k-NN accuracy</th><th class="number">zero-shot accuracy</th></tr>',
     ):
         assert said in text, said
-    assert text.count("<figure") == 1
+    assert text.count("<figure") == 3
     assert not any(loads in text for loads in ("src=", "<link", "@import", "url(http")), "self-contained"
 
 

@@ -246,6 +246,17 @@ def test_the_report_shows_the_packs_that_were_read(finished: Path, tmp_path: Pat
     sources = re.findall(r"<header><b>Document \d+</b>.*? of (\S+), epoch", page)
     assert len(sources) > 8
     assert set(sources) == {str(before)}
+    assert "Plan and measured" not in page, "of a CPU"
+    metrics = (run / "metrics.jsonl").read_text()
+    assert '"hardware": {"device": "cpu", "processes": 2, "nodes": 1}' in metrics
+    (run / "metrics.jsonl").write_text(metrics.replace('"device": "cpu"', '"device": "NVIDIA H100 80GB HBM3"'))
+    page = write_report(run).read_text()
+    assert "Planned for tensor 1, pipeline 1, ZeRO-1," in page
+    assert "on 2 processes (h100, by its data sheet), with full packs" in page
+    rows = re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td><td>([\d.]+)</td></tr>", page)
+    measured = json.loads([line for line in metrics.splitlines() if '"loss"' in line][-1])
+    assert ("a step", f"{measured['step_seconds']:,.4g} s") in [(title, value) for title, _, value, _ in rows]
+    assert {"images a second", "tokens a second", "peak memory of a process"} <= {title for title, *_ in rows}
 
 
 @pytest.mark.slow

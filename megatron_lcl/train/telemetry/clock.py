@@ -18,6 +18,8 @@ Phase = Literal["data", "exchange", "forward", "loss", "backward", "reduce", "op
 wait for the others' features; backward; sums over replicas, with the wait for the others; the optimizer's step; what
 lies between two steps, such as saving and evaluating"""
 PHASES: tuple[Phase, ...] = get_args(Phase)
+STEP: tuple[Phase, ...] = PHASES[:-1]
+"""those of a step: all but what lies between two"""
 WORK: tuple[Phase, ...] = ("data", "forward", "backward")
 """the phases in which a process waits for no other, as long as it is alone with its layers (`parallel.tensor: 1`)"""
 

@@ -6,6 +6,7 @@ number only, half of it is meant. float32 is that of the ordinary units: torch d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +41,22 @@ PEAKS = {
 }
 
 
+def find_peak(device: str) -> Peak | None:
+    """The dense peaks of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known."""
+    return next((peak for words, peak in PEAKS.items() if all(word in device for word in words)), None)
+
+
 def peak_of(device: str, dtype: str) -> float | None:
-    """The dense peak of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known."""
-    for words, peak in PEAKS.items():
-        if all(word in device for word in words):
-            return peak.of(dtype)
-    return None
+    """The same in one type."""
+    peak = find_peak(device)
+    return peak.of(dtype) if peak else None
+
+
+def hardware(nodes: Sequence[str]) -> dict[str, str | int]:
+    """On what a run computes, for the metrics: this process's device by its driver's name, or `cpu`; how many
+    processes and nodes. nodes: of each process."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "processes": len(nodes), "nodes": len(set(nodes))}
 
 
 def own_peak(dtype: str) -> float | None:

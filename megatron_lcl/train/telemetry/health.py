@@ -54,8 +54,14 @@ BOUNDS = {
         "dead_features": Bound(0.5, False, "do not vary in half of their numbers"),
     }.items()
 }
-"""an effective rank of 2 is that of two directions of equal weight; a spread of 0.05 is a mean cosine of 0.9975 between
-two features"""
+BOUNDS["uniformity"] = Bound(-0.01, False, "the image latents point in nearly the same direction")
+"""An effective rank of 2 is that of two directions of equal weight; a spread of 0.05 is a mean cosine of 0.9975 between
+two features.
+
+Uniformity is at least -4 (1 - mean cosine), by Jensen's inequality: -0.01 is the same mean cosine. Unlike the
+spread it does not depend on lengths. Alignment has no bound: it is small where the model is good, and also where all
+features are one and the same; and the softmax of the contrast is the same whatever is added to all cosines, so that it
+need not be below the 2 of unrelated features."""
 
 
 def measure(latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
-from megatron_lcl.errors import describe_os_error
+from megatron_lcl.errors import describe_os_error, in_bytes
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.train.result import StepResult
 from megatron_lcl.train.telemetry.lines import METRICS, keep_lines_before
@@ -24,6 +24,10 @@ from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
 
 WAITING = 1 << 20
 """bytes of lines that wait where the disk is full"""
+NOTABLE_WAIT = 0.01
+"""share of the time for which processes waited for data, from which the console names it"""
+RISEN = 1.01
+"""times the last named peak of memory from which a log names it again"""
 
 
 @dataclass
@@ -31,27 +35,24 @@ class Rates:
     """Throughput since the last line of metrics."""
 
     seconds: float = 0.0
-    data_seconds: float = 0.0
     images: int = 0
     tokens: int = 0
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, images: int, tokens: int, seconds: float, data_seconds: float) -> None:
+    def add(self, images: int, tokens: int, seconds: float) -> None:
         self.seconds += seconds
-        self.data_seconds += data_seconds
         self.images += images
         self.tokens += tokens
         self.steps += 1
 
     def values(self) -> dict[str, float]:
-        """Images and tokens a second over all processes, seconds a step, share of it spent waiting for data."""
+        """Images and tokens a second over all processes, seconds a step."""
         seconds = max(self.seconds, 1e-9)
         return {
             "images_per_second": self.images / seconds,
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds / max(self.steps, 1),
-            "data_wait": self.data_seconds / seconds,
         }
 
 
@@ -71,6 +72,8 @@ class Telemetry:
         self._contrasts = objective.sequences.contrast
         no_losses = {*contrast.METRICS[1:], *contrast.SIGMOID_METRICS[1:]}
         self._losses = [name for name in objective.metrics if name not in no_losses]
+        self._peak = 0.0
+        """bytes of memory that a line has named last"""
         self.num_without_pairs = 0
         """steps that had nothing to contrast, since this process started"""
         self._num_bad = 0
@@ -117,12 +120,12 @@ class Telemetry:
         """Whether a step's numbers are written; the same on every process."""
         return step % self.every == 0 or step == self.total
 
-    def count(self, step: int, counts: Mapping[str, int], seconds: float, data_seconds: float) -> None:
+    def count(self, step: int, counts: Mapping[str, int], seconds: float) -> None:
         """After step number `step` (counted from 1), whatever else is said of it. counts: of the global batch."""
         if self._file is None:
             return
         self.last_step = step
-        self.rates.add(counts["num_images"], counts["num_tokens"], seconds, data_seconds)
+        self.rates.add(counts["num_images"], counts["num_tokens"], seconds)
         self._bar.update()
         self._first_done = self._first_done or (step, time.monotonic())
         if self._contrasts and not counts["num_pairs"]:
@@ -148,8 +151,7 @@ class Telemetry:
         # what a term measures over the whole batch counts, not what is measured of the same on a sample of it
         others = {name: value for name, value in (more or {}).items() if name not in numbers}
         self.write({"step": step, **numbers, **events, "lr": lr, **rates, **others})
-        if "mfu" in others:
-            rates["mfu"] = others["mfu"]
+        rates |= {name: others[name] for name in ("mfu", "data_wait", "memory_peak_bytes") if name in others}
         self._bar.set_postfix_str(", ".join(_shown(numbers, rates)))
         if self._bar.disable or not sys.stdout.isatty():
             self.say(self._line(step, numbers, lr, rates))
@@ -170,16 +172,17 @@ class Telemetry:
     def _line(self, step: int, numbers: Mapping[str, float | None], lr: float, rates: Mapping[str, float]) -> str:
         """A step in one line of a log."""
         measured = {name: value for name, value in numbers.items() if value is not None}
-        losses = ", ".join(f"{name} {measured[name]:.4f}" for name in self._losses if name in measured)
-        parts = [f"step {step}/{self.total}", f"loss {measured['loss']:.4f}" + (f" ({losses})" if losses else "")]
-        accuracies = [f"{measured[name]:.1%}" for name in ("image_accuracy", "text_accuracy") if name in measured]
+        losses = ", ".join(f"{name} {measured[name]:.3f}" for name in self._losses if name in measured)
+        parts = [f"step {step}/{self.total}", f"loss {measured['loss']:.3f}" + (f" ({losses})" if losses else "")]
+        accuracies = [f"{100 * measured[n]:.1f}" for n in ("image_accuracy", "text_accuracy") if n in measured]
         if accuracies:
-            parts.append(f"accuracy {' / '.join(accuracies)} (chance {measured['chance_accuracy']:.1%})")
-        parts += [
-            f"lr {lr:.2e}",
-            f"{rates['images_per_second']:.0f} images/s, {rates['tokens_per_second']:.0f} tokens/s"
-            + (f", MFU {rates['mfu']:.1%}" if "mfu" in rates else ""),
-        ]
+            parts.append(f"accuracy {'/'.join(accuracies)}% (chance {measured['chance_accuracy']:.1%})")
+        speed = [*_speed(rates), *([f"MFU {rates['mfu']:.1%}"] if "mfu" in rates else []), *_data_wait(rates)]
+        peak = rates.get("memory_peak_bytes", 0.0)
+        if peak > RISEN * self._peak:
+            self._peak = peak
+            speed.append(f"peak {in_bytes(peak)}")
+        parts += [f"lr {lr:.2e}", ", ".join(speed)]
         assert self._first_done is not None
         made, since = step - self._first_done[0], time.monotonic() - self._first_done[1]
         per_step = since / made if made else rates["step_seconds"]
@@ -260,5 +263,19 @@ def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> I
     accuracy, chance = numbers.get("image_accuracy"), numbers.get("chance_accuracy")
     if accuracy is not None and chance is not None:
         yield f"accuracy {accuracy:.1%} (chance {chance:.1%})"
-    yield f"{rates['images_per_second']:.0f} images/s"
-    yield f"{rates['tokens_per_second']:.0f} tokens/s"
+    yield from _speed(rates)
+    yield from _data_wait(rates)
+    if "memory_peak_bytes" in rates:
+        yield in_bytes(rates["memory_peak_bytes"])
+
+
+def _speed(rates: Mapping[str, float]) -> Iterator[str]:
+    for name in ("images", "tokens"):
+        rate = rates[f"{name}_per_second"]
+        factor, letter = (1e6, "M") if rate >= 999_500 else (1e3, "k") if rate >= 9_999.5 else (1, "")
+        yield f"{rate:.0f} {name}/s" if factor == 1 else f"{rate / factor:.3g}{letter} {name}/s"
+
+
+def _data_wait(rates: Mapping[str, float]) -> Iterator[str]:
+    if rates.get("data_wait", 0.0) > NOTABLE_WAIT:
+        yield f"data wait {rates['data_wait']:.0%}"

@@ -24,10 +24,10 @@ from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.result import Measured, StepResult
 from megatron_lcl.train.telemetry import health
-from megatron_lcl.train.telemetry.clock import PHASES, Clock
-from megatron_lcl.train.telemetry.devices import own_peak
+from megatron_lcl.train.telemetry.clock import PHASES, STEP, WORK, Clock
+from megatron_lcl.train.telemetry.devices import hardware, own_peak
 from megatron_lcl.train.telemetry.log import Telemetry
-from megatron_lcl.train.telemetry.stragglers import Place, Stragglers
+from megatron_lcl.train.telemetry.stragglers import Place, Stragglers, of_each
 
 FLOPS = tuple(f.name for f in dataclasses.fields(flops.Flops))
 
@@ -86,7 +86,8 @@ class StepMeter:
         self._start()
         if not self._mesh.is_first:
             return {}
-        of_ranks = [dict(zip((*PHASES, *FLOPS, "memory", "waited"), row, strict=True)) for row in table]
+        spent = [dict(zip(PHASES, row[: len(PHASES)], strict=True)) for row in table]  # apart: FLOPs have a `loss` too
+        of_ranks = [dict(zip((*FLOPS, "memory", "waited"), row[len(PHASES) :], strict=True)) for row in table]
         total = sum(row[part] for row in of_ranks for part in FLOPS)
         numbers: dict[str, Any] = {
             **self._counts(result),
@@ -95,18 +96,28 @@ class StepMeter:
             "memory_peak_bytes": int(max(row["memory"] for row in of_ranks)),
             "checkpoint_wait_seconds": max(row["waited"] for row in of_ranks),
         }
+        places = self._stragglers.places
+        data = [row["data"] for row, place in zip(spent, places, strict=True) if place.reads]
+        numbers["data_wait"] = sum(data) / len(data) / seconds
+        if len(data) > 1:
+            numbers["data_wait_max"] = max(data) / seconds
         if self._peak:
             numbers["mfu"] = total / seconds / (self._peak * self._mesh.world.size)
         if self._mesh.world.size > 1:
-            each: list[dict[str, float]] = [{phase: row[phase] / steps for phase in PHASES} for row in of_ranks]
+            each: list[dict[str, float]] = [{phase: row[phase] / steps for phase in PHASES} for row in spent]
             slowest, said = self._stragglers.add(each, seconds / steps)
             numbers |= {"slowest_rank": slowest.rank, "slowest_lag_seconds": slowest.lag}
             numbers["slowest_phase"] = slowest.phase
+            numbers |= {"rank_step_seconds": of_each(each, STEP), "rank_work_seconds": of_each(each, WORK)}
             if said:
                 self._telemetry.say(said)
         if result.measured is not None:
             numbers |= self._measured(step, result.measured)
         return numbers
+
+    def hardware(self) -> dict[str, str | int]:
+        """On what the run computes, for its metrics."""
+        return hardware([place.node for place in self._stragglers.places])
 
     def finish(self) -> None:
         """The last line is written: who was last how often, where there are several processes."""

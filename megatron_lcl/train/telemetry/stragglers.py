@@ -19,6 +19,10 @@ NOTABLE = 0.1
 """part of a step by which a process must be behind the others for a line on the console"""
 IN_A_ROW = 3
 """lines of metrics after which that is said"""
+LISTED = 64
+"""processes up to which a line has a number of each"""
+QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+"""what it has of more"""
 
 
 class Place(NamedTuple):
@@ -27,6 +31,11 @@ class Place(NamedTuple):
     node: str
     in_replica: int
     """its rank in its replica"""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads the batches of its replica (`Mesh.loads_data`)."""
+        return self.in_replica == 0
 
 
 class Slowest(NamedTuple):
@@ -37,6 +46,16 @@ class Slowest(NamedTuple):
     """seconds a step, behind the median of those with the same work (of an even number of them, the lower)"""
     phase: Phase
     """in which most of it comes about"""
+
+
+def of_each(times: Sequence[Mapping[str, float]], phases: Sequence[Phase]) -> list[float] | dict[str, float]:
+    """Seconds a step that each process spends in these phases, by rank, to four digits; of more than `LISTED` processes
+    their quantiles (the nearest of the numbers). times: seconds a step, by rank."""
+    each = [float(f"{sum(row[phase] for phase in phases):.4g}") for row in times]
+    if len(each) <= LISTED:
+        return each
+    ordered = sorted(each)
+    return {name: ordered[round(part * (len(each) - 1))] for name, part in QUANTILES.items()}
 
 
 def slowest(times: Sequence[Mapping[str, float]], places: Sequence[Place]) -> Slowest:

@@ -11,6 +11,7 @@ from megatron_lcl.objectives.base import COUNTS
 from megatron_lcl.train import telemetry
 from megatron_lcl.train.parts import PARTS
 from megatron_lcl.train.telemetry import health
+from megatron_lcl.train.telemetry.stragglers import LISTED, QUANTILES
 
 PAGE = Path(__file__).parents[3] / "docs/metrics.md"
 EVALUATIONS = {"heldout/*", "labeled/*"}
@@ -56,3 +57,17 @@ def test_the_page_and_the_program_name_the_same() -> None:
     assert page - computed - named == EVALUATIONS, "the page names what nobody writes"
     internal = {"metric", "says", "grad_norm", "update_norm", "settings", "warnings", "missing", "unused"}
     assert keys - page - internal == set(), "the program writes what the page does not name"
+
+
+def test_the_page_says_when_processes_are_listed() -> None:
+    (row,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if "| `rank_step_seconds`" in line)
+    assert f"of up to {LISTED} processes; of more {', '.join(f'`{name}`' for name in QUANTILES)} over them" in row
+
+
+def test_the_page_has_the_bounds_of_health() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("## Health\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    page = {name: row[2].strip().replace("−", "-") for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    assert page == {
+        name: f"{'below' if bound.below else 'above'} {bound.value:g}" for name, bound in health.BOUNDS.items()
+    }

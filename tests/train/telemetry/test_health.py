@@ -51,7 +51,7 @@ def test_gaussian_features_are_healthy_and_copies_are_not() -> None:
     watch = health.HealthWatch()
     assert watch.look(health.measure(good, good), 64) == []
     said = dict(watch.look(health.measure(one, good), 64))
-    assert set(said) == {"latent_effective_rank", "latent_spread", "latent_dead_features"}
+    assert set(said) == {"latent_effective_rank", "latent_spread", "latent_dead_features", "uniformity"}
     assert said["latent_spread"].startswith("the image latents are nearly the same for all inputs: latent_spread 0.00")
     assert watch.look(health.measure(one, good), 64) == [], "said once"
     again = dict(watch.look(health.measure(good, one), 64))
@@ -63,6 +63,22 @@ def test_gaussian_features_are_healthy_and_copies_are_not() -> None:
     }
     assert health.HealthWatch().look(health.measure(one[:8], one[:8]), 8) == [], "too few to tell"
     assert health.measure(one[:1], one[:1]) == {}
+
+
+def test_uniformity_tells_one_direction_of_many_lengths() -> None:
+    """Neither the spread nor the rank does. And the values of unrelated features, as docs/metrics.md has them."""
+    draw = torch.Generator().manual_seed(2)
+    direction, noise = torch.ones(512), torch.randn(256, 512, generator=draw)
+    lengths = torch.rand(256, 1, generator=draw) + 0.1
+    found = health.measure(lengths * (direction + 0.04 * noise), noise)
+    assert found["latent_spread"] > 0.3
+    assert set(dict(health.HealthWatch().look(found, 256))) == {"uniformity"}
+    x, y = torch.randn(2, 256, 512, generator=draw, dtype=torch.float64)
+    found = health.measure(x, y)
+    assert found["uniformity"] == pytest.approx(-4 + 8 / 512, abs=1e-3)
+    assert found["alignment"] == pytest.approx(2, abs=0.02)
+    near = health.measure(direction + 0.05 * noise, noise)  # a mean cosine of 1 / (1 + 0.05²)
+    assert near["uniformity"] == pytest.approx(-4 * (1 - 1 / 1.0025), rel=0.01)
 
 
 def test_features_that_are_exactly_alike_are_dead() -> None:

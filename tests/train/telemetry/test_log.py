@@ -21,14 +21,14 @@ SHOWN = re.compile(r"(\d+)/1000 \[\d\d:\d\d<(\d\d):(\d\d), +([\d.]+)(step/s|s/st
 
 
 LINE = re.compile(
-    r"step (\d+)/9  loss 1\.0000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  "
+    r"step (\d+)/9  loss 1\.000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  "
     r"(\d+):(\d\d) left"
 )
 
 
 def done(telemetry: Telemetry, step: int, result: StepResult = RESULT) -> None:
-    """A step of 0.1 s that waited for no data."""
-    telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1, 0.0)
+    """A step of 0.1 s."""
+    telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
     if telemetry.is_logged(step):
         telemetry.step(step, result, 1e-3)
 
@@ -91,7 +91,7 @@ def test_a_terminal_has_a_bar_and_a_log_has_lines(
     matches = [LINE.fullmatch(line) for line in said.out.splitlines()]
     assert [match and match[1] for match in matches] == (["4", "8", "9"] if lines else [])
     assert {match.groups()[1:3] for match in matches if match} <= {
-        ("generation 1.0000, contrastive 1.0000", "50.0% / 30.0% (chance 25.0%)")
+        ("generation 1.000, contrastive 1.000", "50.0/30.0% (chance 25.0%)")
     }
 
 
@@ -105,10 +105,26 @@ def test_a_line_shows_what_the_step_has_and_the_time_left(
             done(telemetry, step, dataclasses.replace(RESULT, num_pairs=pairs))
             clock[0] += 70  # with what lies between the steps, such as saving
     lines = [match for line in capsys.readouterr().out.splitlines() if (match := LINE.fullmatch(line))]
-    both = "generation 1.0000, contrastive 1.0000"
-    assert [match[2] for match in lines] == [both, "generation 1.0000", both]
-    assert [match[3] for match in lines] == ["50.0% / 30.0% (chance 25.0%)", None, "50.0% / 30.0% (chance 100.0%)"]
+    both = "generation 1.000, contrastive 1.000"
+    assert [match[2] for match in lines] == [both, "generation 1.000", both]
+    assert [match[3] for match in lines] == ["50.0/30.0% (chance 25.0%)", None, "50.0/30.0% (chance 100.0%)"]
     assert [60 * int(match[4]) + int(match[5]) for match in lines] == [6 * 0.1 // 1, 5 * 70, 4 * 70]
+
+
+def test_a_line_names_the_wait_for_data_and_the_peak_where_they_say_something(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminals(monkeypatch, False, False)
+    config = configs.load(None, {"train.steps": "100000", "train.log_every": "1"})
+    result = dataclasses.replace(RESULT, num_images=9_876, num_tokens=2_345_678, num_pairs=9_000)
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        for step, (wait, peak) in enumerate(((0.009, 6e10), (0.123, 6.05e10), (0.0, 6.12e10)), 1):
+            telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
+            telemetry.step(step, result, 1e-3, {"mfu": 0.412, "data_wait": wait, "memory_peak_bytes": peak})
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    speed = "98.8k images/s, 23.5M tokens/s, MFU 41.2%"
+    assert [line[4] for line in lines] == [f"{speed}, peak 60 GB", f"{speed}, data wait 12%", f"{speed}, peak 61.2 GB"]
+    assert max(len("  ".join(line[:5])) for line in lines) <= 170
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def test_the_lines_hold_what_the_documentation_names(run: tuple[Path, str]) -> N
         assert 1 <= line["latent_effective_rank"] <= line["num_pairs"]
         assert line["skipped_steps"] == 0
         assert line["memory_peak_bytes"] > 50e6
+        assert 0 < line["data_wait"] <= line["data_wait_max"] < 1
     waits = [line["checkpoint_wait_seconds"] for line in lines]
     assert waits[0] < waits[1], "the checkpoint of step 6 was waited for before the line of step 8"
 
@@ -106,6 +107,10 @@ def test_the_slow_process_is_named_with_its_phase(run: tuple[Path, str]) -> None
     for line in lines:
         assert (line["slowest_rank"], line["slowest_phase"]) == (1, "forward"), line
         assert line["slowest_lag_seconds"] > LAG * 0.5
+        steps, work = line["rank_step_seconds"], line["rank_work_seconds"]
+        assert work[1] - work[0] == pytest.approx(line["slowest_lag_seconds"], rel=0.02)
+        assert all(own < step for own, step in zip(work, steps, strict=True)), line
+        assert steps == pytest.approx([line["step_seconds"]] * 2, rel=0.2), "they end together"
     (report,) = [line["stragglers"] for line in fleet.lines(folder) if "stragglers" in line]
     assert [(row["rank"], row["last"], row["of"], row["phase"]) for row in report] == [(1, 3, 3, "forward")]
     assert re.search(

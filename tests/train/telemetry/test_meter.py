@@ -14,12 +14,13 @@ from small_model_of_telemetry import RESULT, batch, config_of
 from megatron_lcl import objectives
 from megatron_lcl.model import flops
 from megatron_lcl.objectives.base import GlobalCounts
-from megatron_lcl.parallel.mesh import ALONE, Mesh
+from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.train.parts import PARTS
 from megatron_lcl.train.result import Measured
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
-from megatron_lcl.train.telemetry.clock import Clock
+from megatron_lcl.train.telemetry.clock import PHASES, Clock
 from megatron_lcl.train.telemetry.meter import StepMeter
+from megatron_lcl.train.telemetry.stragglers import Place
 
 MESH, CPU = Mesh(ALONE, ALONE), torch.device("cpu")
 NORMS = dict.fromkeys(PARTS, 0.5)
@@ -57,7 +58,7 @@ def test_a_planted_collapse_is_noticed_and_written(tmp_path: Path, capsys: pytes
     (line, *others) = [line for line in read_metrics(tmp_path) if "health" in line]
     assert (line["step"], {line["health"]["metric"], *(other["health"]["metric"] for other in others)}) == (
         5,
-        {"latent_effective_rank", "latent_spread", "latent_dead_features"},
+        {"latent_effective_rank", "latent_spread", "latent_dead_features", "uniformity"},
     )
 
 
@@ -82,6 +83,28 @@ def test_what_waits_for_a_checkpoint_is_counted_until_it_is_written(tmp_path: Pa
                 time.sleep(0.02)
         assert 0.04 <= one_line(meter, 1)["checkpoint_wait_seconds"] < 1
         assert one_line(meter, 2)["checkpoint_wait_seconds"] == 0
+
+
+class Four(Axis):
+    """Process 0 of four in two replicas: of the others it is told that they waited 0, 0.2 and 0 s for data."""
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        rows = tensor.repeat(4, 1)
+        rows[:, PHASES.index("data")] = torch.tensor([0.1, 0.0, 0.2, 0.0])
+        return rows
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        return [Place("a", 0), Place("a", 1), Place("b", 0), Place("b", 1)]
+
+
+def test_the_wait_for_data_is_that_of_all_that_read(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        line = one_line(StepMeter(config_of(), Mesh(Four(None, 0, 4), ALONE), Clock(CPU), telemetry), 1)
+    assert line["data_wait"] == pytest.approx(0.3 / 2 / 0.5)
+    assert line["data_wait_max"] == pytest.approx(0.2 / 0.5)
+    assert (line["slowest_rank"], line["slowest_phase"]) == (2, "data")
+    assert line["rank_work_seconds"] == [0.1, 0.0, 0.2, 0.0]
+    assert 0 < max(line["rank_step_seconds"]) < 10, "seconds alone"
 
 
 def test_a_clock_gives_each_phase_its_time_and_costs_nothing_before_it_is_started() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_lcl.train.telemetry.clock import PHASES
+from megatron_lcl.train.telemetry.clock import PHASES, STEP, WORK
 from megatron_lcl.train.telemetry.devices import PEAKS, peak_of
-from megatron_lcl.train.telemetry.stragglers import Place, Stragglers, slowest
+from megatron_lcl.train.telemetry.stragglers import LISTED, QUANTILES, Place, Stragglers, of_each, slowest
 
 
 def times(**phases: float) -> dict[str, float]:
@@ -37,6 +37,17 @@ def test_it_is_said_once_it_lasts_and_counted_by_node() -> None:
     assert (first["rank"], first["last"], first["of"], first["phase"]) == (1, 6, 7, "backward")
     assert abs(first["lag_seconds"] - 0.5) < 1e-9  # type: ignore[operator]
     assert (second["node"], second["last"]) == ("a", 1)
+
+
+def test_each_process_has_its_time_and_many_have_quantiles() -> None:
+    rows = [times(data=0.1, forward=1.23456, reduce=0.5, other=9.0), times(forward=2.0)]
+    assert (of_each(rows, STEP), of_each(rows, WORK)) == ([1.835, 2.0], [1.335, 2.0])
+    many = [times(backward=float(rank)) for rank in reversed(range(4096))]
+    assert of_each(many[-LISTED:], WORK) == [float(rank) for rank in reversed(range(LISTED))]
+    found = of_each(many, WORK)
+    assert isinstance(found, dict)
+    assert found == {"min": 0, "p10": 410, "median": 2048, "p90": 3686, "max": 4095}
+    assert list(found) == list(QUANTILES)
 
 
 def test_peaks_are_found_by_the_names_that_drivers_give() -> None:

@@ -32,7 +32,7 @@ def steps(run: Path, config: Config, first: int, last: int) -> None:
     """The process makes steps first + 1 to last."""
     with Telemetry(run, config, True, first) as telemetry:
         for step in range(first + 1, last + 1):
-            telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS}, 0.1, 0.0)
+            telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS}, 0.1)
             telemetry.step(step, RESULT, 1e-3, {"grad_norm/vision": 0.5 * step})
 
 
