@@ -7,7 +7,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
-from megatron_lcl.data.fetch.settings import STORES, Settings
+from megatron_lcl.data.fetch.settings import STORES, Settings, proxy_parts
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
@@ -33,7 +32,6 @@ from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
 _POLL_SECONDS = 0.5
-_PROXY = re.compile(r"http://([^/?#@\s]*@)?([^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?")
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
@@ -193,8 +191,8 @@ def _check(settings: Settings, workers: int) -> None:
         raise UserError(f"--workers {workers}: give 1 or more")
     if not settings.user_agent.partition("/")[0].strip() or not settings.user_agent.isprintable():
         raise UserError(f"--user-agent {settings.user_agent!r}: give a name, as in name/1.0 (+https://example.org/bot)")
-    if settings.proxy is not None and not _PROXY.fullmatch(settings.proxy):
-        raise UserError(f"--proxy {settings.proxy}: give http://host:port")
+    if settings.proxy is not None:
+        proxy_parts(settings.proxy)  # which says what is wrong with it
 
 
 async def _try_proxy(client: type, settings: Settings, found: Iterator[list[str]]) -> None:
