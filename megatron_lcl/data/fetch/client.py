@@ -87,8 +87,9 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._agent = settings.user_agent.partition("/")[0].strip()
-        self._proxy = proxy_parts(settings.proxy)[0] if settings.proxy else ""
+        self._proxy, login = proxy_parts(settings.proxy) if settings.proxy else ("", "")
         """without credentials"""
+        self._proxy_url = f"http://{login}@{self._proxy}" if login else settings.proxy
         self._robots: dict[str, asyncio.Task[Protego | None]] = {}
         self._crawl_delays: dict[str, float] = {}
 
@@ -165,7 +166,7 @@ class Client:
                 return await self._content(response)
 
     def _get(self, target: URL) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        return self._session.get(target, allow_redirects=False, proxy=self._settings.proxy)
+        return self._session.get(target, allow_redirects=False, proxy=self._proxy_url)
 
     def _check_status(self, response: aiohttp.ClientResponse) -> None:
         status = response.status

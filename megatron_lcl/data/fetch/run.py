@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
-from megatron_lcl.data.fetch.settings import STORES, Settings, proxy_parts
+from megatron_lcl.data.fetch.settings import PROXY_LOGIN, STORES, Settings, proxy_parts
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
@@ -101,6 +102,12 @@ def fetch_in_jobs(
     place, output, settings = path_of(input).resolve(), Path(output).resolve(), settings or Settings()
     with _planned(place, output, settings, url_column, workers):
         pass
+    environment: dict[str, str] = {}
+    if settings.proxy is not None:  # engines write arguments into files
+        address, login = proxy_parts(settings.proxy)
+        settings = replace(settings, proxy=f"http://{address}")
+        if login:
+            environment[PROXY_LOGIN] = login
     arguments: dict[str, Any] = {
         "input": str(place),
         "output": output,
@@ -108,8 +115,9 @@ def fetch_in_jobs(
         "url_column": url_column,
         "workers": workers,
     }
+    reads = [] if url_of(input) else [place]
     run_jobs(
-        fetch, arguments, engine, output=output, reads=[] if url_of(input) else [place], cpus=workers, progress=progress
+        fetch, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress, environment=environment
     )
     return fetch(**arguments)  # finished: only reads the summary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -11,6 +12,8 @@ from megatron_lcl.errors import UserError
 AGENT = "megatron-lcl/1.0"
 Store = Literal["tar", "parquet"]
 STORES: tuple[Store, ...] = get_args(Store)
+PROXY_LOGIN = "MEGATRON_LCL_PROXY_LOGIN"
+"""environment variable with user:password of a proxy that is given without them"""
 _HOST = r"(?:[^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?"
 _PROXY = re.compile(rf"http://(?:([^/?#@\s]*)@)?({_HOST})")
 
@@ -50,11 +53,17 @@ class Settings:
 
 
 def proxy_parts(proxy: str) -> tuple[str, str]:
-    """`host:port` of a proxy, and its `user:password`, or "". UserError, without them, where it is malformed."""
+    """`host:port` of a proxy, and `user:password`, its own or the environment's, or "".
+
+    UserError, without them, where one of the two is malformed.
+    """
     if (found := _PROXY.fullmatch(proxy)) is None:
         named = _without_login(proxy)
         raise UserError(f"--proxy{named and f' {named}'}: give http://host:port")
-    return found[2], found[1] or ""
+    login = os.environ.get(PROXY_LOGIN, "") if found[1] is None else found[1]
+    if not _PROXY.fullmatch(f"http://{login}@{found[2]}"):
+        raise UserError(f"{PROXY_LOGIN} is not user:password as in a URL: write @ as %40, / as %2F, # as %23, ? as %3F")
+    return found[2], login
 
 
 def _without_login(proxy: str) -> str:
