@@ -139,8 +139,8 @@ def curate(
     removal, and samples of them. job: (i, n) is one of n that share the work: the i-th of 0 … n-1 begins at its part of
     the corpus, and then does what the others have not done yet, as it has to be done before the work goes on.
     The same call again goes on with an unfinished run and recognizes a finished corpus.
-    Raises UserError, leaving nothing, where `output` holds something else, a list, model or package is missing, or
-    every document would go.
+    Raises UserError, leaving nothing, where `output` holds something else, a list, model or package is missing, a
+    model does not fit its rules, or every document would go.
     """
     settings = settings or Settings()
     if workers < 1:
@@ -149,6 +149,7 @@ def curate(
     joins = (*_joins_of(settings), *joins)
     _check(settings)
     if output is None:
+        models.check(settings.models, keep=workers == 1)
         with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
             work = Work(source, settings, joins, Path(folder), writes=False)
             _, counted = _decide(work, task_bytes, workers, None, progress)
@@ -167,6 +168,7 @@ def curate(
         clear_up(output)
         return read_curated(output, reused=True)
     source.check_sizes()
+    models.check(settings.models, keep=workers == 1)
     work = Work(source, settings, joins, output / WORK)
     created = [path for path in (output, *output.parents) if not path.exists()]
     try:
@@ -203,9 +205,14 @@ def curate_in_jobs(
 ) -> Curated:
     """`curate` in `engine.jobs` jobs on folders that all machines see; waits, and returns the same.
 
-    workers: processes, and so CPUs, of a job. options: those of `curate`. UserError as of `curate` and `run_jobs`.
+    workers: processes, and so CPUs, of a job. options: those of `curate`. UserError as of `curate` and `run_jobs`,
+    before any job begins where a list, model or package is to blame.
     """
     url, output = url_of(corpus), Path(output).resolve()
+    if not (output / MANIFEST).exists():
+        _joins_of(settings or Settings())
+        _check(settings or Settings())
+        models.check((settings or Settings()).models, keep=False)
     corpus = url or Path(corpus).resolve()
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
     run_jobs(

@@ -80,11 +80,7 @@ def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
     for file in files:
         with np.load(file) as facts:
             feature, image = facts["feature"], facts["image"]
-            if feature.shape[1] != len(weight):
-                raise UserError(
-                    f"the head {settings.head} has {len(weight)} weights, the encoder {feature.shape[1]} features; "
-                    "give the head of this encoder"
-                )
+            check_width(settings.head, weight, feature.shape[1])
             score = (feature @ weight + bias)[image]
             out = feature.any(1)[image] & ((score < low) | (score > high))
             found.append((facts["document"][out], facts["item"][out], score[out].astype(np.float32)))
@@ -123,6 +119,14 @@ def join_features(
     image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
     spots = Places(everything, len(against), starts, placed["document"], placed["item"], image)
     return removals_of(spots, parent, settings.action, value)
+
+
+def check_width(head: str, weight: np.ndarray, width: int) -> None:
+    """UserError where a head's weight [D] is not for features of this width."""
+    if len(weight) != width:
+        raise UserError(
+            f"the head {head} has {len(weight)} weights, the encoder {width} features; give the head of this encoder"
+        )
 
 
 def read_head(file: Path) -> tuple[np.ndarray, float]:

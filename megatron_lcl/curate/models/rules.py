@@ -13,7 +13,8 @@ from megatron_lcl.curate.documents import Range, address
 from megatron_lcl.curate.duplicates.join import Removals
 from megatron_lcl.curate.duplicates.rules import save_facts, table_of
 from megatron_lcl.curate.joins import Gone
-from megatron_lcl.curate.models.features import feature_facts, join_features, join_scores, read_head
+from megatron_lcl.curate.models.encoder import load
+from megatron_lcl.curate.models.features import check_width, feature_facts, join_features, join_scores, read_head
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore, ModelRules
 from megatron_lcl.data.corpus.store import Corpus
@@ -118,3 +119,19 @@ def joins_of(rules: ModelRules) -> Iterator[Scores | SameFeatures | Matched]:
         yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates))
     if rules.match:
         yield Matched(*encoder, rules.min_similarity)
+
+
+def check(rules: ModelRules, *, keep: bool) -> None:
+    """UserError where the encoder does not load, has no texts for `match`, or other features than the head.
+
+    keep: this process needs the encoder soon.
+    """
+    if rules.encoder is None or not (rules.match or rules.head or rules.duplicates):
+        return
+    model, width = load(rules.encoder, rules.tokenizer)
+    if not keep:
+        load.cache_clear()
+    if rules.match:
+        model.encode_texts(["a text"])
+    if rules.head is not None:
+        check_width(rules.head, read_head(Path(rules.head))[0], width)

@@ -11,9 +11,10 @@ only, which is imported late. Begin with `run_jobs`.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -64,23 +65,26 @@ def run_jobs(
     reads: Sequence[Path] = (),
     cpus: int = 1,
     progress: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """`function(**arguments, job=(i, n))` for every i from 0 to n-1, n being `engine.jobs`; returns when all succeeded.
 
     output: what they write; logs go beside it. reads: what they read; both must be seen by all machines. cpus: of a
-    job. progress: a bar on stderr. A job that fails or is lost (its process killed, its machine gone, out of memory) is
-    run again up to `engine.retries` times, while the others go on; by Ray on another node if one is free. Whatever ends
-    this (Ctrl-C and SIGTERM too) ends all jobs. UserError where the engine cannot be had, or jobs still fail; the
-    others' work stays.
+    job. progress: a bar on stderr. environment: variables of the jobs, also of this process meanwhile, for passwords:
+    Slurm's arguments lie in files beside the output. A job that fails or is lost (its process killed, its machine gone,
+    out of memory) is run again up to `engine.retries` times, while the others go on; by Ray on another node if one is
+    free. Whatever ends this (Ctrl-C and SIGTERM too) ends all jobs. UserError where the engine cannot be had, or jobs
+    still fail; the others' work stays.
     """
     for path in reads:
         if not path.exists():
             raise UserError(f"there is no {path}")
     logs = output.with_name(f"{output.name}.{engine.executor}")
-    with ending_on_sigterm():
+    environment = environment or {}
+    with ending_on_sigterm(), _having(environment):
         task = Task(function, arguments, engine.jobs, cpus, logs, tuple(reads))
         with (
-            _opened(engine, task) as runner,
+            _opened(engine, task, environment) as runner,
             tqdm(
                 desc=f"{output.name} on {engine.executor}", total=engine.jobs, unit="job", disable=not progress
             ) as bar,
@@ -102,7 +106,21 @@ def parse_job(text: str) -> tuple[int, int]:
     raise UserError(f"--job {text}: give i/n with i from 0 to n-1, such as 0/4")
 
 
-def _opened(engine: Engine, task: Task) -> AbstractContextManager[Runner]:
+@contextmanager
+def _having(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process, which those that it starts inherit; at the end they are as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _opened(engine: Engine, task: Task, environment: Mapping[str, str]) -> AbstractContextManager[Runner]:
     """The engine, ready for jobs; leaving it ends what still runs."""
     match engine.executor:
         case "local":
@@ -116,7 +134,7 @@ def _opened(engine: Engine, task: Task) -> AbstractContextManager[Runner]:
         case "ray":
             from megatron_lcl.data.engines import ray
 
-            return ray.opened(task, engine.parameters)
+            return ray.opened(task, engine.parameters, environment)
     raise UserError(f"--executor {engine.executor}: give one of {', '.join(EXECUTORS)}")
 
 

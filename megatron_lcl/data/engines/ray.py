@@ -64,8 +64,8 @@ def read_parameters(texts: Sequence[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(task: Task, parameters: Mapping[str, Any]) -> Iterator[_Ray]:
-    """Ready for jobs. UserError where Ray is not installed or not reached."""
+def opened(task: Task, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[_Ray]:
+    """Ready for jobs. environment: of jobs, besides their node's. UserError where Ray is not there or not reached."""
     settings: RaySettings = build(RaySettings, parameters, "--ray {}".format)
     with contextlib.ExitStack() as stack:
         # read when Ray is imported, by us and by the processes of a cluster of our own
@@ -84,7 +84,7 @@ def opened(task: Task, parameters: Mapping[str, Any]) -> Iterator[_Ray]:
         _connect(ray, settings, cpus, temporary)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's would abort this process
-        runner = _Ray(ray, task, cpus, (settings.memory_gb or 0) * 1e9)
+        runner = _Ray(ray, task, cpus, (settings.memory_gb or 0) * 1e9, dict(environment))
         stack.callback(runner.end)
         yield runner
 
@@ -139,8 +139,8 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 class _Ray:
-    def __init__(self, ray: Any, task: Task, cpus: float, memory: float) -> None:
-        self._ray, self._task = ray, task
+    def __init__(self, ray: Any, task: Task, cpus: float, memory: float, environment: dict[str, str]) -> None:
+        self._ray, self._task, self._environment = ray, task, environment
         # max_calls: a process of its own, which leaves nothing to the next
         self._function = ray.remote(max_calls=1, max_retries=0)(_job)
         self._common = {"num_cpus": cpus, "memory": int(memory) or None}
@@ -155,7 +155,8 @@ class _Ray:
     def submit(self, jobs: Sequence[int]) -> None:
         for index in jobs:
             options = {**self._common, "name": f"job {index}", "scheduling_strategy": self._nodes(index)}
-            self._running[self._function.options(**options).remote(self._task, index)] = index
+            job = self._function.options(**options).remote(self._task, index, self._environment)
+            self._running[job] = index
 
     def ended(self) -> Mapping[int, str]:
         references, _ = self._ray.wait(list(self._running), timeout=_POLL)
@@ -189,7 +190,8 @@ class _Ray:
             return one_line(error)
 
 
-def _job(task: Task, index: int) -> str:
+def _job(task: Task, index: int, environment: dict[str, str]) -> str:
     import ray
 
+    os.environ.update(environment)  # not by Ray's runtime_env, which its logs repeat
     return do_logged(task, index, f"node {ray.get_runtime_context().get_node_id()}")

@@ -22,7 +22,7 @@ from types import TracebackType
 
 from megatron_lcl.data.corpus.probe import TOO_MANY_PIXELS, BadImage, downscale, probe
 from megatron_lcl.data.fetch.addresses import PrivateAddress, is_public, public_socket
-from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.settings import Settings, proxy_parts
 from megatron_lcl.data.fetch.store import Row, Status
 from megatron_lcl.errors import UserError
 
@@ -87,8 +87,9 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._agent = settings.user_agent.partition("/")[0].strip()
-        self._proxy = (settings.proxy or "").removeprefix("http://").rpartition("@")[2]
+        self._proxy, login = proxy_parts(settings.proxy) if settings.proxy else ("", "")
         """without credentials"""
+        self._proxy_url = f"http://{login}@{self._proxy}" if login else settings.proxy
         self._robots: dict[str, asyncio.Task[Protego | None]] = {}
         self._crawl_delays: dict[str, float] = {}
 
@@ -116,7 +117,7 @@ class Client:
         """The image of a URL, or why there is none. Retry where it may be there later; ProxyError."""
         try:
             async with asyncio.timeout(self._settings.timeout):
-                with _named_errors():
+                with _named_errors(self._proxy):
                     data = await self._image(url)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._decoder, _checked, url, data, self._settings)
@@ -165,7 +166,7 @@ class Client:
                 return await self._content(response)
 
     def _get(self, target: URL) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        return self._session.get(target, allow_redirects=False, proxy=self._settings.proxy)
+        return self._session.get(target, allow_redirects=False, proxy=self._proxy_url)
 
     def _check_status(self, response: aiohttp.ClientResponse) -> None:
         status = response.status
@@ -223,7 +224,7 @@ class Client:
         target = origin / "robots.txt"
         try:
             async with asyncio.timeout(self._settings.timeout):
-                with _named_errors():
+                with _named_errors(self._proxy):
                     for _ in range(MAX_REDIRECTS + 1):
                         self._check_name(target)
                         async with self._get(target) as response:
@@ -259,15 +260,15 @@ def opted_out(values: Iterable[str], agent: str) -> bool:
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
-    """What aiohttp raises as what it means for the URL."""
+def _named_errors(proxy: str) -> Iterator[None]:
+    """What aiohttp raises as what it means for the URL. proxy: its address, without credentials."""
     try:
         yield
-    except aiohttp.ClientProxyConnectionError as error:
-        raise ProxyError(_says(f"{error.host}:{error.port}", "no connection")) from None
+    except aiohttp.ClientProxyConnectionError:
+        raise ProxyError(_says(proxy, "no connection")) from None
     except aiohttp.ClientHttpProxyError as error:
         if error.status == 407:
-            raise ProxyError(_says(error.request_info.url.authority, "status 407")) from None
+            raise ProxyError(_says(proxy, "status 407")) from None
         if error.status in _TEMPORARY:
             raise Retry(f"the proxy answers status {error.status}", reached=None) from None
         raise _Given("dead", f"the proxy answers status {error.status}", reached=None) from None

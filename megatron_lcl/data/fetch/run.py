@@ -7,10 +7,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
-from megatron_lcl.data.fetch.settings import STORES, Settings
+from megatron_lcl.data.fetch.settings import PROXY_LOGIN, STORES, Settings, proxy_parts
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
@@ -33,7 +33,6 @@ from megatron_lcl.errors import UserError, describe_os_error
 from megatron_lcl.interrupts import end_on_interrupt, holding_interrupts
 
 _POLL_SECONDS = 0.5
-_PROXY = re.compile(r"http://([^/?#@\s]*@)?([^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?")
 _PROBES = 4
 """URLs with which a proxy is tried"""
 _DIED = "a worker process ended with code {}, perhaps out of memory; the same command goes on"
@@ -103,6 +102,12 @@ def fetch_in_jobs(
     place, output, settings = path_of(input).resolve(), Path(output).resolve(), settings or Settings()
     with _planned(place, output, settings, url_column, workers):
         pass
+    environment: dict[str, str] = {}
+    if settings.proxy is not None:  # engines write arguments into files
+        address, login = proxy_parts(settings.proxy)
+        settings = replace(settings, proxy=f"http://{address}")
+        if login:
+            environment[PROXY_LOGIN] = login
     arguments: dict[str, Any] = {
         "input": str(place),
         "output": output,
@@ -110,8 +115,9 @@ def fetch_in_jobs(
         "url_column": url_column,
         "workers": workers,
     }
+    reads = [] if url_of(input) else [place]
     run_jobs(
-        fetch, arguments, engine, output=output, reads=[] if url_of(input) else [place], cpus=workers, progress=progress
+        fetch, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress, environment=environment
     )
     return fetch(**arguments)  # finished: only reads the summary
 
@@ -193,8 +199,8 @@ def _check(settings: Settings, workers: int) -> None:
         raise UserError(f"--workers {workers}: give 1 or more")
     if not settings.user_agent.partition("/")[0].strip() or not settings.user_agent.isprintable():
         raise UserError(f"--user-agent {settings.user_agent!r}: give a name, as in name/1.0 (+https://example.org/bot)")
-    if settings.proxy is not None and not _PROXY.fullmatch(settings.proxy):
-        raise UserError(f"--proxy {settings.proxy}: give http://host:port")
+    if settings.proxy is not None:
+        proxy_parts(settings.proxy)  # which says what is wrong with it
 
 
 async def _try_proxy(client: type, settings: Settings, found: Iterator[list[str]]) -> None:

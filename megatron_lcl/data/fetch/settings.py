@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+from megatron_lcl.errors import UserError
 
 AGENT = "megatron-lcl/1.0"
 Store = Literal["tar", "parquet"]
 STORES: tuple[Store, ...] = get_args(Store)
+PROXY_LOGIN = "MEGATRON_LCL_PROXY_LOGIN"
+"""environment variable with user:password of a proxy that is given without them"""
+_HOST = r"(?:[^/?#@:\s\[\]]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?"
+_PROXY = re.compile(rf"http://(?:([^/?#@\s]*)@)?({_HOST})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +44,30 @@ class Settings:
     """requests at a time of one host"""
     delay: float = 0.1
     """seconds between the starts of requests to one host, at least; robots.txt's Crawl-delay if longer"""
-    proxy: str | None = None
+    proxy: str | None = field(default=None, repr=False)
     """http://[user:password@]host:port for all requests"""
     allow_private: bool = False
     """also connect to addresses that are not public"""
     user_agent: str = AGENT
     """the header; its name before the slash is what robots.txt and X-Robots-Tag may name"""
+
+
+def proxy_parts(proxy: str) -> tuple[str, str]:
+    """`host:port` of a proxy, and `user:password`, its own or the environment's, or "".
+
+    UserError, without them, where one of the two is malformed.
+    """
+    if (found := _PROXY.fullmatch(proxy)) is None:
+        named = _without_login(proxy)
+        raise UserError(f"--proxy{named and f' {named}'}: give http://host:port")
+    login = os.environ.get(PROXY_LOGIN, "") if found[1] is None else found[1]
+    if not _PROXY.fullmatch(f"http://{login}@{found[2]}"):
+        raise UserError(f"{PROXY_LOGIN} is not user:password as in a URL: write @ as %40, / as %2F, # as %23, ? as %3F")
+    return found[2], login
+
+
+def _without_login(proxy: str) -> str:
+    """What of a malformed proxy is surely no user and no password: scheme and host, or ""."""
+    scheme, slashes, rest = proxy.rpartition("://")
+    host = re.split("[/?#]", rest.rpartition("@")[2], maxsplit=1)[0]
+    return f"{scheme}{slashes}{host}" if re.fullmatch(r"\w*", scheme) and re.fullmatch(_HOST, host) else ""

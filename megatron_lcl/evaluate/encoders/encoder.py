@@ -58,7 +58,9 @@ class Encoder(ABC):
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features."""
-        raise UserError(f"{self.name} has no text encoder; zero-shot classification and retrieval need one")
+        raise UserError(
+            f"{self.name} has no text encoder; zero-shot classification, retrieval and models.match of curate need one"
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from curate.corpora_of_rules import picture, removed, write
 
+from megatron_lcl.cli import main
 from megatron_lcl.curate.models import rules as model_rules
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
-from megatron_lcl.curate.run import curate
+from megatron_lcl.curate.run import curate, curate_in_jobs
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
 
@@ -83,6 +85,25 @@ def test_a_head_and_features_remove_images(
     both = {place: "image.features", (0, 3): "image.score"}
     assert removed(tmp_path / "both") == [(*where, rule) for where, rule in sorted(both.items())]
     assert len(asked) == 1, "both rules read the same features"
+
+
+def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
+    source: Path, encoder: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    np.savez(tmp_path / "head.npz", weight=np.ones(3))
+    before = sorted(tmp_path.iterdir())
+    without_texts = {"encoder": "timm:test_vit?pretrained=no", "match": "true"}
+    of_another = {"encoder": encoder[0], "tokenizer": encoder[1], "head": str(tmp_path / "head.npz"), "min_score": "0"}
+    for given, said in ((without_texts, "has no text encoder"), (of_another, "has 3 weights, the encoder 48 features")):
+        words = [f"--models.{name}={value}" for name, value in given.items()]
+        assert main(["curate", str(source), "--output", str(tmp_path / "out"), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+        settings = read_settings(overrides={f"models.{name}": value for name, value in given.items()})
+        with pytest.raises(UserError, match=said):
+            curate_in_jobs(source, tmp_path / "out", Engine("local", 2), settings)
+        assert sorted(tmp_path.iterdir()) == before  # no logs: no job has begun
 
 
 @pytest.mark.parametrize(

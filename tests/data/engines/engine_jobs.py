@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
@@ -36,6 +37,11 @@ def fails_last(folder: Path, how: str, job: tuple[int, int]) -> None:
     if index == 1 and not (folder / "tries-1").exists():
         time.sleep(1)  # they have left their nodes
     fails(folder, 1, how, job)
+
+
+def hashes(folder: Path, variable: str, job: tuple[int, int]) -> None:
+    """Leaves the hash of an environment variable."""
+    (folder / "hash").write_text(hashlib.sha256(os.environ[variable].encode()).hexdigest())
 
 
 def waits(folder: Path, job: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from data import writers
-from data.engines.engine_jobs import fails, fails_last
+from data.engines.engine_jobs import fails, fails_last, hashes
 from data.engines.running import kill_tree, marked, processes_marked
 from data.fetch.faulty_server import serving
 from data.fetch.test_fetch import FLAGS, check_store, mixed
@@ -260,6 +261,16 @@ def test_a_job_that_failed_goes_to_the_other_node(ray_cluster: Ray, tmp_path: Pa
         nodes = nodes_of(tmp_path / f"{how}.ray")["job-1"]
         assert len(nodes) == len(set(nodes)) == 2
         assert second in nodes
+
+
+def test_a_password_reaches_the_jobs_and_no_file(ray_cluster: Ray, tmp_path: Path) -> None:
+    password, arguments = uuid.uuid4().hex, {"folder": tmp_path, "variable": "PLANTED"}
+    engine = Engine("ray", 1, {"address": ray_cluster.address})
+    run_jobs(hashes, arguments, engine, output=tmp_path / "out", environment={"PLANTED": password})
+    assert (tmp_path / "hash").read_text() == hashlib.sha256(password.encode()).hexdigest()
+    files = [path for at in (tmp_path, Path(os.environ["RAY_TMPDIR"])) for path in at.rglob("*") if path.is_file()]
+    assert {"raylet.out", "hash"} <= {path.name for path in files}
+    assert [path.name for path in files if password.encode() in path.read_bytes()] == []
 
 
 def test_no_ray_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

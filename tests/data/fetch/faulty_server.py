@@ -10,6 +10,7 @@ Each kind is a method of `_Connection`; `EXPECTED` says what a fetch makes of it
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import signal
@@ -44,7 +45,8 @@ EXPECTED = {
 }
 """with --timeout 10 --max-bytes 100000"""
 WANTS_CREDENTIALS = "127.0.0.2"
-"""the address at which it is a proxy that wants credentials; at others it answers itself"""
+"""the address at which it is a proxy that wants LOGIN; at others it answers itself"""
+LOGIN = "me:the-right-password"
 _ROBOTS = b"User-agent: *\nDisallow: /secret/\n"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -77,9 +79,10 @@ class _Connection(asyncio.Protocol):
         if not self.received.endswith(b"\r\n\r\n"):
             return
         method, path, _ = self.received.decode().split(" ", 2)
-        self.received = b""
+        received, self.received = self.received, b""
         if method == "CONNECT" or path.startswith("http://"):  # as a proxy is asked
-            if self.transport.get_extra_info("sockname")[0] == WANTS_CREDENTIALS:
+            wanted = self.transport.get_extra_info("sockname")[0] == WANTS_CREDENTIALS
+            if wanted and b"Proxy-Authorization: Basic " + base64.b64encode(LOGIN.encode()) not in received:
                 self.answer(b"", "407 Proxy Authentication Required")
                 return
             path = "/" + path.split("/", 3)[-1]

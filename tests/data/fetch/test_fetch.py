@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from data.fetch.faulty_server import EXPECTED, image, requests_of, serving
+from data.fetch.faulty_server import EXPECTED, LOGIN, WANTS_CREDENTIALS, image, requests_of, serving
 from data.fetch.stores import images_in
 
 pytest.importorskip("aiohttp")
@@ -25,7 +25,7 @@ pytest.importorskip("protego")
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.fetch.run import fetch
-from megatron_lcl.data.fetch.settings import Settings, Store
+from megatron_lcl.data.fetch.settings import PROXY_LOGIN, Settings, Store
 from megatron_lcl.data.fetch.store import read_rows
 from megatron_lcl.data.prepare.importers.urls import url_key
 
@@ -263,7 +263,9 @@ def refused(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_bad_input_leaves_nothing(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_leaves_nothing(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     addresses, port = server
     urls, empty, output = tmp_path / "urls.txt", tmp_path / "empty.txt", tmp_path / "store"
     urls.write_text(f"http://{addresses[0]}:{port}/ok/1\nhttps://127.0.0.3:{port}/ok/1\n")
@@ -277,13 +279,21 @@ def test_bad_input_leaves_nothing(server: Server, tmp_path: Path, capsys: pytest
         ([str(urls), "--proxy", "http://127.0.0.1:9"], "proxy 127.0.0.1:9 refuses"),
         ([str(urls), "--proxy", f"http://me:secret@127.0.0.2:{port}"], f"proxy 127.0.0.2:{port} refuses (status 407)"),
         ([str(urls), "--proxy", "socks5://127.0.0.1:9"], "give http://host:port"),
-        ([str(urls), "--proxy", "http://me@:9"], "give http://host:port"),
+        ([str(urls), "--proxy", "http://me@:9"], "--proxy: give http://host:port"),
+        ([str(urls), "--proxy", "https://me:secret@host:8080"], "--proxy https://host:8080: give http://host:port"),
+        ([str(urls), "--proxy", "me:secret@host:8080"], "--proxy host:8080: give http://host:port"),
+        ([str(urls), "--proxy", "http://me:a/secret@b@host:80/"], "--proxy http://host:80: give http://host:port"),
+        ([str(urls), "--proxy", "http://me:secret"], "--proxy: give http://host:port"),
+        ([str(urls), "--proxy", "http://host:80"], f"{PROXY_LOGIN} is not user:password as in a URL"),
         ([str(urls), "--per-host", "0"], "--per-host 0: give 1 or more"),
         ([str(urls), "--delay", "nan"], "--delay nan: give 0"),
         ([str(urls), "--workers", "0"], "--workers 0"),
         ([str(urls), "--user-agent", " "], "--user-agent"),
     ):
-        line = refused(["fetch", *words, "--output", str(output), "--allow-private"], capsys)
+        with monkeypatch.context() as patch:
+            if PROXY_LOGIN in said:
+                patch.setenv(PROXY_LOGIN, "me:a/secret")
+            line = refused(["fetch", *words, "--output", str(output), "--allow-private"], capsys)
         assert said in line, line
         assert "secret" not in line
         assert not output.exists()
@@ -307,12 +317,13 @@ def test_a_store_is_of_one_input(server: Server, tmp_path: Path, capsys: pytest.
 
 def test_through_a_proxy(server: Server, tmp_path: Path) -> None:
     """Names are the proxy's; what names a local machine is refused by its name."""
-    (address, *_), port = server
+    port = server[1]
     urls = ["http://pictures.example/ok/7", "http://localhost/ok/8", "http://10.0.0.1/ok/9", "http://[::1]/ok/10"]
     listed, output = tmp_path / "urls.txt", tmp_path / "store"
     listed.write_text("\n".join(urls))
     flags = [flag for flag in FLAGS if flag != "--allow-private"]
-    assert main(["fetch", str(listed), "--output", str(output), *flags, "--proxy", f"http://{address}:{port}"]) == 0
+    proxy = f"http://{LOGIN}@{WANTS_CREDENTIALS}:{port}"
+    assert main(["fetch", str(listed), "--output", str(output), *flags, "--proxy", proxy]) == 0
     found = {row["url"]: (row["status"], row["reason"]) for row in read_rows(output)}
     assert found == {urls[0]: ("kept", ""), **dict.fromkeys(urls[1:], ("refused", "private address"))}
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from data.fetch.faulty_server import requests_of, serving
+from data.fetch.faulty_server import LOGIN, WANTS_CREDENTIALS, requests_of, serving
 from data.fetch.test_fetch import FLAGS, QUICK, check_store, mixed
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.fetch.run import fetch, fetch_in_jobs
+from megatron_lcl.data.fetch.settings import PROXY_LOGIN
 from megatron_lcl.errors import UserError
 
 
@@ -47,6 +52,44 @@ def test_a_bad_list_is_refused_before_any_job(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image URL"):
         fetch_in_jobs(tmp_path / "urls.txt", tmp_path / "store", Engine("local", 2))
     assert [path.name for path in tmp_path.iterdir()] == ["urls.txt"]
+
+
+class InFiles:
+    """Stands in for submitit: jobs are pickled into its folder, and each is read from there and done at once."""
+
+    def __init__(self, folder: Path, cluster: str) -> None:
+        self.folder = folder
+
+    def update_parameters(self, **_parameters: object) -> None:
+        pass
+
+    def map_array(self, *columns: Any) -> list[SimpleNamespace]:
+        function, tasks, indices = columns
+        self.folder.mkdir()
+        jobs = []
+        for task, index in zip(tasks, indices, strict=True):
+            file = self.folder / f"{index}.pkl"
+            file.write_bytes(pickle.dumps((function, task, index)))
+            run, *given = pickle.loads(file.read_bytes())
+            job: dict[str, Any] = {"done": lambda: True, "exception": lambda: None, "result": partial(str, run(*given))}
+            jobs.append(SimpleNamespace(job_id=f"1_{index}", **job))
+        return jobs
+
+
+def test_a_password_stands_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's jobs are files, which others may read; they have it from the environment."""
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit, "AutoExecutor", InFiles)
+    monkeypatch.setenv(PROXY_LOGIN, "another:one")
+    listed = tmp_path / "urls.txt"
+    listed.write_text("".join(f"http://pictures.example/ok/{k}\n" for k in range(4)))
+    with serving(tmp_path) as (_, port):
+        settings = dataclasses.replace(QUICK, proxy=f"http://{LOGIN}@{WANTS_CREDENTIALS}:{port}")
+        assert fetch_in_jobs(listed, tmp_path / "store", Engine("slurm", 2), settings)["kept"] == 4
+    written = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert WANTS_CREDENTIALS.encode() in written["0.pkl"]
+    assert [name for name, content in written.items() if LOGIN.partition(":")[2].encode() in content] == []
+    assert os.environ[PROXY_LOGIN] == "another:one"
 
 
 @pytest.mark.slow

@@ -101,12 +101,21 @@ def test_rows_without_a_sample_are_counted_once(tmp_path: Path) -> None:
     assert drops.bad_counts == {"document: a row without sample_id": 5}
 
 
-def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("format", "said"),
+    [
+        ("nemo", "no columns sample_id and position and modality"),
+        ("obelics", "no columns images and texts"),
+        ("omnicorpus", "no columns images and texts"),
+    ],
+)
+def test_other_columns_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, said: str) -> None:
     pq.write_table(pa.table({"url": ["x"], "a b": [1]}), tmp_path / "a.parquet")
     TOKENIZER.save(tmp_path / "t.model")
-    assert main(["preprocess", "--format", "nemo", "--input", str(tmp_path / "a.parquet"), "--output",
+    before = sorted(tmp_path.iterdir())
+    assert main(["preprocess", "--format", format, "--input", str(tmp_path / "a.parquet"), "--output",
                  str(tmp_path / "out"), "--tokenizer", str(tmp_path / "t.model")]) == 2  # fmt: skip
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-lcl")]
-    assert "no columns sample_id and position and modality" in line
-    assert "it has url, 'a b'" in line
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["drops.jsonl"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "it has url, 'a b'. The format reads: .parquet" in line
+    assert sorted(tmp_path.iterdir()) == before

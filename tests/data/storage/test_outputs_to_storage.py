@@ -101,6 +101,10 @@ def test_preprocess_and_curate(
     assert main(["curate", f"{place}/c", "--output", f"{place}/curated", *rules]) == 0
     assert verify(f"{place}/curated") == []
     assert left(cache) == []
+    # what was written there is what is on the disk
+    secret, said = os.environ["AWS_SECRET_ACCESS_KEY"], capsys.readouterr()
+    assert secret not in said.out + said.err + str(pq.read_table(tmp_path / "curated" / REMOVED_FILE).to_pylist())
+    assert [name for name, content in files(tmp_path).items() if secret.encode() in content] == []
 
 
 def test_held_out_documents(s3: Proxy, place: str, tmp_path: Path) -> None:

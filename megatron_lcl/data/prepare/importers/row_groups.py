@@ -15,6 +15,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.storage.paths import ObjectPath
+from megatron_lcl.errors import UserError
 
 _BATCH = 64
 _NAMED = 12
@@ -31,6 +32,19 @@ class ParquetImporter(FilesImporter):
     reads_objects = True
     needed: ClassVar[tuple[str, ...]]
     """columns without which a file is bad"""
+
+    def __init__(self, input: Path) -> None:
+        """UserError also where no file that can be read has the columns."""
+        super().__init__(input)
+        fault = ""
+        for file in self.found.paths():
+            if (names := column_names(file)) is None:
+                continue
+            if not (wrong := missing_columns(names, self.needed)):
+                return
+            fault = fault or f"{file}: {wrong}. The format reads: {self.reads}"
+        if fault:
+            raise UserError(fault)
 
     def units_of_files(self) -> list[Unit]:
         units: list[Unit] = []
@@ -90,6 +104,14 @@ def open_parquet(file: Path, group: int = 0) -> pq.ParquetFile:
 def opened(file: Path) -> Path | BinaryIO:
     """What pyarrow takes for a file: its path, or an object, opened."""
     return cast(BinaryIO, file.open("rb", 0)) if isinstance(file, ObjectPath) else file
+
+
+def column_names(file: Path) -> list[str] | None:
+    """The columns of a parquet file; None where it cannot be read."""
+    try:
+        return pq.read_schema(opened(file)).names
+    except DAMAGE:
+        return None
 
 
 def count_damage(unit: Unit, row: int, stop: int, name: str, drops: Drops) -> None:

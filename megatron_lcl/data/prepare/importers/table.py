@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
-
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
@@ -20,10 +18,10 @@ from megatron_lcl.data.prepare.importers import Unit, files_signature, lines
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
 from megatron_lcl.data.prepare.importers.row_groups import (
     DAMAGE,
+    column_names,
     count_damage,
     missing_columns,
     open_parquet,
-    opened,
     read_rows,
     row_group_units,
     some_columns,
@@ -107,10 +105,7 @@ class TableImporter(LinesImporter):
     def _header(self, file: Path) -> list[str] | None:
         """The columns of a file; None where it cannot be read."""
         if file.suffix == ".parquet":
-            try:
-                return pq.read_schema(opened(file)).names
-            except DAMAGE:
-                return None
+            return column_names(file)
         if self.given:
             return self.given
         drops = Drops()
