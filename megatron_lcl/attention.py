@@ -289,8 +289,8 @@ def _by_sequence(
         q, k, v = (_Arrange.apply(x, order) for x in (q, k, v))
     lengths, parts = [group.number * group.length for group in groups], []
     for group, *rows in zip(groups, q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        heads = (x.view(group.number, group.length, *x.shape[1:]).transpose(1, 2) for x in rows)
-        parts.append(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(0, 1))
+        one_q, one_k, one_v = (x.view(group.number, group.length, *x.shape[1:]).transpose(1, 2) for x in rows)
+        parts.append(F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True).transpose(1, 2).flatten(0, 1))
     out = torch.cat(parts)
     return out if order is None else _PutBack.apply(out, order)
 

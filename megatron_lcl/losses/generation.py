@@ -123,7 +123,7 @@ def _products_of(hidden: torch.Tensor) -> Iterator[None]:
     if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # an object that torch puts there
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
