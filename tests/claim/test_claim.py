@@ -237,7 +237,7 @@ def test_a_part_from_end_to_end(
             assert row["images seen"][seed] == sum(line["num_images"] for line in lines)
             assert row["images seen"][seed] == pytest.approx(190, rel=0.1)
         needed = planned[name].flops(190) / 1e12
-        assert row["TFLOP"] == pytest.approx([needed, needed], rel=0.02)
+        assert row["TFLOP"] == pytest.approx([needed, needed], rel=0.05)
     lcl, generation, untrained = numbers["rows"]
     assert min(lcl["images in the contrast"]) > 80
     assert generation["images in the contrast"] == [0, 0]

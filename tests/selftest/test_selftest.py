@@ -186,7 +186,7 @@ def test_a_planted_fault_is_found(fault: Callable[[int], None], case: Case, foun
 
 
 def compute_wrongly(rank: int) -> None:
-    """One attention looks ahead, one Triton kernel is off by a percent."""
+    """One attention looks ahead, one Triton kernel is off by two percent."""
     from megatron_lcl import attention
 
     def not_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -198,7 +198,7 @@ def compute_wrongly(rank: int) -> None:
         from megatron_lcl.losses import softmax_triton
 
         error = softmax_triton.error
-        softmax_triton.error = lambda *arguments: error(*arguments) * 1.01
+        softmax_triton.error = lambda *arguments: error(*arguments) * 1.02
 
 
 @pytest.mark.slow
