@@ -286,13 +286,13 @@ def _by_sequence(
     groups = group_by_length([(start, end - start) for start, end in itertools.pairwise(bounds) if end > start])
     order = None if all(group.number == 1 for group in groups) else _Order.of(groups, len(q))
     if order is not None:
-        q, k, v = (_Arrange.apply(x, order) for x in (q, k, v))
+        q, k, v = (_Gather.apply(x, order.row_P, order.place_R) for x in (q, k, v))
     lengths, parts = [group.number * group.length for group in groups], []
     for group, *rows in zip(groups, q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         one_q, one_k, one_v = (x.view(group.number, group.length, *x.shape[1:]).transpose(1, 2) for x in rows)
         parts.append(F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True).transpose(1, 2).flatten(0, 1))
     out = torch.cat(parts)
-    return out if order is None else _PutBack.apply(out, order)
+    return out if order is None else _Gather.apply(out, order.place_R, order.row_P, order.is_row_P)
 
 
 SHORT, STEP = 128, 16
@@ -351,32 +351,19 @@ class _Order:
         return cls(*map(torch.from_numpy, (row_P, place_R, own_P)))
 
 
-class _Arrange(torch.autograd.Function):
-    """[R, H, K] → [P, H, K]. Backward only copies: what is not a row's own place gets no gradient in attention."""
+class _Gather(torch.autograd.Function):
+    """x[index]. Backward only copies: grad[back], and 0 where `is_own` is not set (None: it is everywhere)."""
 
     @staticmethod
-    def forward(ctx, x, order):
-        ctx.order = order
-        return x.index_select(0, order.row_P)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.order.place_R), None
-
-
-class _PutBack(torch.autograd.Function):
-    """[P, H, K] → [R, H, K]."""
-
-    @staticmethod
-    def forward(ctx, x, order):
-        ctx.order = order
-        return x.index_select(0, order.place_R)
+    def forward(ctx, x, index, back, is_own=None):
+        ctx.back, ctx.is_own = back, is_own
+        return x.index_select(0, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad.index_select(0, ctx.order.row_P).mul_(ctx.order.is_row_P[:, None, None]), None
+        grad = grad.index_select(0, ctx.back)
+        return grad if ctx.is_own is None else grad.mul_(ctx.is_own[:, None, None]), None, None, None
 
 
 def _block_diagonal(
