@@ -3,7 +3,7 @@
 OUTPUT/corpora/emoji-{labels,contexts,pairs}   what is trained on
 OUTPUT/corpora/emoji-heldout                   documents of held-out pictures, none of them of the validation split
 OUTPUT/evaluate/SET-kinds                      train, validation, test: kinds as classes
-OUTPUT/evaluate/emoji-names                    test: names as classes
+OUTPUT/evaluate/SET-names                      test: pictures of the held-out vendor or artist, names as classes
 OUTPUT/evaluate/digits                         train, test: handwritten digits, of scikit-learn
 OUTPUT/sources.json                            of the sets, written last
 
@@ -36,7 +36,8 @@ TRAINED = "emoji"
 SETS = (TRAINED, "things")
 CORPORA = "corpora"
 KINDS = tuple(f"{name}-kinds" for name in SETS)
-NAMES, HELD_OUT = f"{TRAINED}-names", f"{TRAINED}-heldout"
+NAMES = tuple(f"{name}-names" for name in SETS)
+HELD_OUT = f"{TRAINED}-heldout"
 DIGITS = "digits"
 VALIDATION = 0.2
 """share of the held-out pictures"""
@@ -45,7 +46,7 @@ PROBE_IMAGES = 2000
 _VOCAB_SIZE = 2048
 _DIGITS_TRAIN = 1200
 """of 1,797; those that follow are by other writers for the most part"""
-_RULES = 2
+_RULES = 3
 """counted up when the same sets give other data than before"""
 
 
@@ -63,8 +64,8 @@ def prepare(sets: Path, output: Path) -> None:
     _write_digits(output / EVALUATE / DIGITS)
     for name in SETS:
         _write_kinds(sets / name, output / EVALUATE / f"{name}-kinds")
+        _write_names(sets / name, output / EVALUATE / f"{name}-names")
     source = sets / TRAINED
-    _write_names(source, output / EVALUATE / NAMES)
     files = {kind: source / DOCUMENTS / f"{kind}.jsonl" for kind in ("labels", "contexts", "pairs")}
     tokenizer = tokenizers.train_sentencepiece(_texts(files.values()), _VOCAB_SIZE)
     files["heldout"] = _write_held_out(source, output / DOCUMENTS / f"{HELD_OUT}.jsonl")

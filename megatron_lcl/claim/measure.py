@@ -95,7 +95,8 @@ def _measure(folder: Path, model: str, config: Config, data: Path) -> Iterator[M
         yield from _labeled(folder, model, _PROBES, data, name)
     trains = objectives.create(config).trains
     if "retrieval" in trains:
-        yield from _labeled(folder, model, _TEXT, data, NAMES)
+        for name in NAMES:
+            yield from _labeled(folder, model, _TEXT, data, name)
     yield from _held_out(model, config, data)
 
 

@@ -54,6 +54,7 @@ class Part:
 
 
 LCL = Row("lcl", "contrast, weight 0.1, and generation, on interleaved documents", {"objective.name": "lcl"})
+GENERATION = Row("generation", "generation on interleaved documents", {"objective.name": "generation"})
 
 
 def _weight(value: str) -> Row:
@@ -74,7 +75,7 @@ _ALL = (
             LCL,
             Row("clip", "contrast on pairs of the same documents", {"objective.name": "clip"}),
             Row("coca", "contrast and captioning on pairs of the same documents", {"objective.name": "coca"}),
-            Row("generation", "generation on interleaved documents", {"objective.name": "generation"}),
+            GENERATION,
             Row("emu", "generation and regression of latents on interleaved documents", {"objective.name": "emu"}),
         ),
     ),
@@ -91,7 +92,7 @@ _ALL = (
     Part(
         "weight",
         "The weight of the contrast",
-        (LCL, *(_weight(value) for value in ("0", "0.03", "0.3", "1"))),
+        (LCL, GENERATION, *(_weight(value) for value in ("0.03", "0.3", "1"))),  # lcl with weight 0 is generation
     ),
     Part(
         "recipe",

@@ -161,6 +161,9 @@ def test_validation_and_test_share_nothing(data: Path, sets: Path) -> None:
         assert all(map(in_validation, kinds["validation"]))
         held_out = {blob.read() for blob in open_images(sets / name / "evaluate" / "kinds", "test").images}
         assert kinds["validation"] | kinds["test"] == held_out
+        names = open_images(data / "evaluate" / f"{name}-names")
+        assert len(names.classes) == len(names) == len(set(names.need_labels()))
+        assert not {blob.read() for blob in names.images} & kinds["validation"]
         if name != claim_data.TRAINED:
             continue
         documents = {
@@ -169,9 +172,6 @@ def test_validation_and_test_share_nothing(data: Path, sets: Path) -> None:
         assert documents
         assert not documents & kinds["validation"]
         assert not documents & kinds["train"]
-        names = open_images(data / "evaluate" / "emoji-names")
-        assert len(names.classes) == len(names) == len(set(names.need_labels()))
-        assert not {blob.read() for blob in names.images} & kinds["validation"]
     digits = open_images(data / "evaluate" / "digits", "train")
     assert (len(digits), digits.classes[7]) == (1200, "7")
 
@@ -252,7 +252,8 @@ def test_a_part_from_end_to_end(
     assert {(line["data"], line["task"], line["metric"]) for line in numbers["measures"]} == set(measured["lcl"][0])
     tasks = {(line["data"], line["task"]) for line in numbers["measures"]}
     assert tasks >= {("emoji-kinds", "linear probe"), ("things-kinds", "attentive probe"), ("digits", "k-NN")} | {
-        ("emoji-names", ZERO_SHOT), ("emoji-names", "retrieval"), ("emoji-heldout", "held-out documents"),
+        ("emoji-names", ZERO_SHOT), ("things-names", ZERO_SHOT), ("emoji-names", "retrieval"),
+        ("emoji-heldout", "held-out documents"),
     }  # fmt: skip
     for line in numbers["measures"]:
         key = line["data"], line["task"], line["metric"]

@@ -85,6 +85,19 @@ def test_coca_is_its_equations(corpus: Corpus) -> None:
     )
 
 
+def test_lcl_without_the_contrast_is_generation(corpus: Corpus) -> None:
+    """The claim has one row for both."""
+    losses, gradients = [], []
+    for config in (config_of(corpus, "lcl", contrastive_weight=0.0), config_of(corpus, "generation")):
+        batches = list(loader_of(config))
+        _, value, found = step_of(config, LCL(config.model, seed=1), batches)
+        losses.append(value)
+        gradients.append(found)
+    assert losses[0] == losses[1]
+    for ours, alone in zip(*gradients, strict=True):
+        assert torch.equal(ours, alone)
+
+
 @pytest.mark.parametrize("leading", [False, True])
 def test_emu_is_its_equation(corpus: Corpus, leading: bool) -> None:
     config = config_of(corpus, "emu", regression_weight=0.7)
