@@ -9,10 +9,11 @@ from pathlib import Path
 from lxml import html as lxml_html
 
 from megatron_lcl.data.corpus.files import replace_text
+from megatron_lcl.data.prepare.export_corpus import export_corpus
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.demo.licenses import LICENSES, License, license_text
 from megatron_lcl.demo.packages import Fetched, Package, fetch, unpack_debian
-from megatron_lcl.demo.write import SOURCES
+from megatron_lcl.demo.write import DOCUMENTS, SOURCES
 from megatron_lcl.errors import UserError
 
 PACKAGE = Package(
@@ -54,12 +55,19 @@ def fetch_manual(folder: str | Path, given: Path | None = None) -> Manual:
 
 
 def make(output: Path, folder: Path, given: Path | None, html: Path | None, workers: int) -> Summary:
-    """Corpora of the manual, or of another folder of pages, in `output`: documents to train on and held-out ones."""
+    """Corpora of the manual, or of another folder of pages, in `output`: documents to train on and held-out ones.
+
+    And the same documents in the generic format, LICENSES, and the sources.
+    """
     source: dict[str, str] = {}
     if html is None:
         manual = fetch_manual(folder, given)
         html, source = manual.html, manual.source
-        replace_text(output / LICENSES, _licenses(manual))
+        entry = _license(manual)
+    else:
+        entry = License(
+            str(html), "not known", "Pages that were given: whose they are, and under what license, they say."
+        )
     made = preprocess(
         "html",
         html,
@@ -71,17 +79,21 @@ def make(output: Path, folder: Path, given: Path | None, html: Path | None, work
         progress=True,
     )
     assert made.held_out is not None
+    for name in (CORPUS, HELD_OUT):
+        documents = output / DOCUMENTS / Path(name).name
+        if not documents.exists():
+            export_corpus(output / name, documents)
+    replace_text(output / LICENSES, license_text("manual", [entry]))
     sources = {"demo": "manual", "packages": [source] if source else [], "counts": made.counts}
     replace_text(output / SOURCES, json.dumps({**sources, "held out": made.held_out.counts}, indent=1))
     return made
 
 
-def _licenses(manual: Manual) -> str:
+def _license(manual: Manual) -> License:
     """With the GNU Free Documentation License as it stands in the manual."""
     pages = sorted(manual.html.glob("gfdl*.html"))
     texts = [lxml_html.fromstring(page.read_bytes()).text_content() for page in pages]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     package = f"{PACKAGE.name} {manual.fetched.version}"
     about = "The GIMP manual, by the GIMP Documentation Team; its pages name the authors."
-    entry = License(package, LICENSE, about, "\n".join(line for line in lines if line))
-    return license_text("manual", [entry])
+    return License(package, LICENSE, about, "\n".join(line for line in lines if line))

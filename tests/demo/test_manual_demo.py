@@ -22,6 +22,12 @@ def test_pages_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [sources["counts"]["documents"], sources["held out"]["documents"]] == [len(corpus) for corpus in corpora]
     assert sum(map(len, corpora)) == 24
     assert sum(len(document.images) for corpus in corpora for document in corpus) == 48
+    for name, corpus in zip(("manual", "heldout"), corpora, strict=True):
+        files = sorted((tmp_path / "out" / "documents" / name).glob("*.jsonl"))
+        lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        assert sum("image" in item for line in lines for item in line["items"]) == sum(len(d.images) for d in corpus)
+        assert len(lines) == len(corpus)
+    assert f"{tmp_path / 'pages'}: not known" in (tmp_path / "out" / "LICENSES").read_text()
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     assert main(command) == 0
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
