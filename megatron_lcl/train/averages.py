@@ -14,6 +14,7 @@ import torch
 
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.optimizers.pieces import partitions_of
 
@@ -35,8 +36,8 @@ def check_averages(config: Config) -> None:
         )
 
 
-def weight_of_next(name: str, value: float, number: int) -> float:
-    """The weight of the number-th weights (from 1) in an average of so many.
+def weight_of_next(name: str, value: float, number: torch.Tensor) -> torch.Tensor:
+    """The weight of the number-th weights (from 1; a float64 scalar) in an average of so many.
 
     ema: (1 - d) / (1 - d^n), which makes the average sum_i d^(n - i) w_i / sum_i d^(n - i); tail: 1 / n.
     """
@@ -44,36 +45,57 @@ def weight_of_next(name: str, value: float, number: int) -> float:
 
 
 class Averages:
-    """The averages of a run; every process has one, and all call it together."""
+    """The averages of a run; every process has one, and all call it together.
+
+    A step that is skipped on the device (train/skipping.py) is left out there, too: nothing is asked on the host.
+    """
 
     def __init__(self, config: Config, engine: Any, mesh: Mesh) -> None:
         self._config, self._engine, self._mesh = config, engine, mesh
         self._names = average_names(config)
+        self._averaged: Mapping[str, int] = {}
+        self._numbers: dict[str, torch.Tensor] = {}
+        """of how many steps the weights are in each, where the masters lie"""
 
-    @property
-    def has_any(self) -> bool:
-        """Whether the run has averages."""
-        return bool(self._names)
+    def begin(self, averaged: Mapping[str, int]) -> None:
+        """Go on from a checkpoint, whose weights of so many steps are in each average (Progress.averaged)."""
+        self._averaged = averaged
+        self._numbers = {}
 
     @torch.no_grad()
-    def update(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
-        """Take in the weights after step number `step` (from 1), which was applied.
+    def update(self, step: int, skipped: torch.Tensor | bool) -> None:
+        """Take in the weights after step number `step` (from 1), if it was not skipped.
 
-        averaged: of how many steps the weights are in each average (Progress.averaged); given back as it is then.
+        skipped: a scalar, 1 or 0, where only the device knows it.
         """
-        counts = {name: number for name, number in averaged.items() if name in self._names}  # others are gone
-        for name, value in self._names.items():
-            if name.startswith("tail_") and step <= self._config.train.steps * (1 - value):
-                continue
-            number = counts.get(name, 0) + 1
-            weight = weight_of_next(name, value, number)
-            for flat, state in self._states():
-                if number == 1:
+        begun = {name: value for name, value in self._names.items() if self._has_begun(name, step)}
+        if skipped is True or not begun:
+            return
+        states = list(self._states())
+        for name, value in begun.items():
+            weight = self._next_weight(name, value, states[0][0].device, skipped)
+            for flat, state in states:
+                if name not in state:
                     state[name] = flat.detach().clone()
-                else:
-                    state[name].lerp_(flat.detach(), weight)
-            counts[name] = number
-        return counts
+                state[name].lerp_(flat.detach(), weight)  # with weight 1 it is these, with 0 what it was, by bits
+
+    def count(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
+        """Of how many steps the weights are in each average with those after step number `step`, which was applied."""
+        counts = {name: number for name, number in averaged.items() if name in self._names}  # others are gone
+        return counts | {name: counts.get(name, 0) + 1 for name in self._names if self._has_begun(name, step)}
+
+    def _has_begun(self, name: str, step: int) -> bool:
+        return not name.startswith("tail_") or step > self._config.train.steps * (1 - self._names[name])
+
+    def _next_weight(self, name: str, value: float, device: torch.device, skipped: torch.Tensor | bool) -> torch.Tensor:
+        """Count the step, and the weight of what is taken in, float32."""
+        if name not in self._numbers:
+            self._numbers[name] = from_host([self._averaged.get(name, 0)], device, torch.float64)[0]
+        number = self._numbers[name]
+        if isinstance(skipped, bool):
+            return weight_of_next(name, value, number.add_(1)).float()
+        number.add_(1 - skipped)
+        return torch.where(skipped > 0, 0.0, weight_of_next(name, value, number)).float()
 
     @contextlib.contextmanager
     def evaluated(self, averaged: Mapping[str, int]) -> Iterator[str | None]:

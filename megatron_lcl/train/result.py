@@ -86,6 +86,7 @@ class PendingResult:
         measured. wanted: whether this process is to have the features. skipped: whether the step has changed nothing;
         a scalar, 1 or 0, where only the device knows it."""
         self.counts, self.pipeline, self.wanted = counts, pipeline, wanted
+        self.skipped = skipped
         self.applied: bool | None = None if isinstance(skipped, torch.Tensor) else not skipped
         """whether the step has changed something; None where it must be read"""
         self._names, self._objective = result_names(objective), objective

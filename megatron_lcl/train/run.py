@@ -248,6 +248,7 @@ class Training:
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
         shared = broadcast_batches(own, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
+        self.averages.update(step + 1, pending.skipped)
         weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
         self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
@@ -289,7 +290,6 @@ class Training:
         return (
             self.telemetry.is_logged(step)
             or self.bad.watches_losses
-            or self.averages.has_any
             or step == self.phase.stop
             or any(n and step % n == 0 for n in every)
         )
@@ -305,7 +305,7 @@ class Training:
                 packs = [self.ledger.locate(step.packs + i) for i in range(step.global_batch)]
                 self.audit.write("step skipped", number, reason=skipped, packs=packs)
             else:
-                averaged = self.averages.update(number, self.progress.averaged)
+                averaged = self.averages.count(number, self.progress.averaged)
                 self.progress = replace(self.progress, averaged=averaged)
                 if result and self.telemetry.is_logged(number):
                     more = self.meter.line(number, result, lr)
@@ -418,6 +418,7 @@ class Training:
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
+        self.averages.begin(progress.averaged)
         self._enter(phase_at(self.config, progress.step))
 
     def _next_phase(self) -> None:

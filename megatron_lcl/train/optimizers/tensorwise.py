@@ -98,24 +98,24 @@ class Tensorwise(torch.optim.Optimizer):
             self._muon(flat, group, [piece for piece in pieces if self._is(piece, "muon")])
 
     def _adamw(
-        self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece], slower: Mapping[str, float]
+        self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece], slower: Mapping[str, torch.Tensor]
     ) -> None:
         """Torch's fused AdamW, once for each pair of rates; neighbors of the same rates are one tensor to it.
 
-        slower: by what the learning rates of tensors are divided.
+        slower: by what the learning rates of some tensors are divided, scalars on the device; once for each of these.
         """
-        runs: dict[tuple[float, float], list[tuple[int, int]]] = defaultdict(list)
+        runs: dict[tuple[float, float, str], list[tuple[int, int]]] = defaultdict(list)
         for piece in (piece for piece in pieces if piece.length):
             rule, end = self._rules[piece.name], piece.start + piece.length
-            lr = group["lr"] * rule.lr / slower.get(piece.name, 1.0)
-            of_rates = runs[lr, group["weight_decay"] * rule.weight_decay]
+            alone = piece.name if piece.name in slower else ""
+            of_rates = runs[group["lr"] * rule.lr, group["weight_decay"] * rule.weight_decay, alone]
             if of_rates and of_rates[-1][1] == piece.start:
                 of_rates[-1] = (of_rates[-1][0], end)
             else:
                 of_rates.append((piece.start, end))
         assert flat.grad is not None
         state, (beta1, beta2) = self.state[flat], self._config.betas
-        for (lr, weight_decay), bounds in runs.items():
+        for (lr, weight_decay, alone), bounds in runs.items():
             weights, grads, first, second = (
                 [x[start:end] for start, end in bounds]
                 for x in (flat.detach(), flat.grad, state["exp_avg"], state["exp_avg_sq"])
@@ -134,11 +134,11 @@ class Tensorwise(torch.optim.Optimizer):
                 beta1=beta1,
                 beta2=beta2,
                 eps=self._config.eps,
-                lr=lr,
+                lr=lr / slower[alone] if alone else lr,
                 weight_decay=weight_decay,
             )
 
-    def _clipping(self, flat: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, float]:
+    def _clipping(self, flat: torch.Tensor, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
         """StableAdamW's update clipping (arXiv 2304.13013, algorithm 2): max(1, RMS_t) of each tensor.
 
             eta_t = lr / max(1, RMS_t),  RMS_t = sqrt(mean(g_t² / max(u_t, eps²)))
@@ -158,7 +158,7 @@ class Tensorwise(torch.optim.Optimizer):
                 sums[names.index(piece.name)] = (square / second.div_(unbiased).clamp_(min=eps**2)).sum()
         self._axis.all_reduce(sums)
         sizes = from_host([self._rules[name].tensor.shape.numel() for name in names], flat.device)
-        return dict(zip(names, (sums / sizes).sqrt().clamp(min=1).tolist(), strict=True))
+        return dict(zip(names, (sums / sizes).sqrt().clamp(min=1), strict=True))
 
     def _muon(self, flat: torch.Tensor, group: Mapping[str, Any], pieces: Sequence[Piece]) -> None:
         """Muon (Jordan et al. 2024) with AdamW's learning rate and decay (arXiv 2502.16982, eq. 4).

@@ -76,8 +76,9 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         for step in range(first, last):
             own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
             batches = [pack(step, number, config) for number in own] if mesh.loads_data else None
-            result = stepper.run(broadcast_batches(batches, each, 1, mesh, engine.device), LR[step])
-            averaged = averages.update(step + 1, averaged)
+            pending = stepper.start(broadcast_batches(batches, each, 1, mesh, engine.device), LR[step])
+            averages.update(step + 1, pending.skipped)
+            result, averaged = pending.read(), averages.count(step + 1, averaged)
             rows.append((result.loss, result.grad_norm))
             weights.append(arrays(read_parameters(engine, mesh)))
 
@@ -89,6 +90,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         else:
             checkpoints.load(step_folder(folder / job.source, FIRST))
             averaged = read_progress(step_folder(folder / job.source, FIRST)).averaged
+            averages.begin(averaged)
         steps(FIRST, 2 * FIRST)
     in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
     before = in_model(engine, mesh)

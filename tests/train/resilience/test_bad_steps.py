@@ -49,11 +49,13 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float) 
 
     from small_model import batches_of, build_config
 
+    from megatron_lcl.train.averages import Averages
     from megatron_lcl.train.engine import build_engine, build_module, init_processes
     from megatron_lcl.train.step import Stepper
 
     config = build_config(zero, dtype)
     config = configs.replace(config, optimizer__name=optimizer, optimizer__clip_norm=clip_norm)
+    config = configs.replace(config, train__steps=3, average__ema=(0.9,), average__tail=(0.5,))
     mesh = init_processes(config)
     outcomes: dict[str, Any] = {}
     for faults in ([], FAULTS):
@@ -61,16 +63,20 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float) 
             if not faults:
                 stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
             engine = build_engine(build_module(config, mesh), config, mesh)
-        stepper = Stepper(engine, config, mesh)
+        stepper, averages = Stepper(engine, config, mesh), Averages(config, engine, mesh)
         results = []
         for step in range(3):
             for fault in faults:  # before the first the optimizer has no state
                 plant(engine, fault if rank == 1 else "")
                 limit = 0.5 if fault == "spike" else math.inf
-                result = stepper.run(batches_of(9, rank, config), 1e-2, limit)
+                pending = stepper.start(batches_of(9, rank, config), 1e-2, limit)
+                averages.update(step + 1, pending.skipped)
+                result = pending.read()
                 plant(engine, "")
                 outcomes[f"{fault} {step}"] = result.applied, result.loss, result.grad_norm
-            results.append(stepper.run(batches_of(step, rank, config), 1e-2))
+            pending = stepper.start(batches_of(step, rank, config), 1e-2)
+            averages.update(step + 1, pending.skipped)
+            results.append(pending.read())
             assert results[-1].applied
         outcomes["with" if faults else "without"] = results, state_of(engine)
     same = outcomes["with"][0] == outcomes["without"][0]
@@ -103,7 +109,7 @@ def plant(engine: Any, fault: str) -> None:
 
 
 def state_of(engine: Any) -> list[torch.Tensor]:
-    """Parameters as the forward reads them, and every tensor of the optimizer."""
+    """Parameters as the forward reads them, and every tensor of the optimizer, averages of the weights among them."""
     found = [p.detach().clone() for p in engine.module.parameters()]
     inner = engine.optimizer.optimizer
     for group in inner.param_groups:
