@@ -106,7 +106,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     sub = add("export-corpus", _export_corpus, "a corpus back into JSON lines and tars of images, or into WebDataset")
     sub.add_argument("corpus", metavar="CORPUS")
-    sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset", help="webdataset: pairs (%(default)s)")
+    sub.add_argument("--format", default="jsonl", metavar="jsonl|webdataset", help="(%(default)s)")
     add_output(sub, "a new or an empty folder")
 
     sub = add(

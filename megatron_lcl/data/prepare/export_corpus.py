@@ -1,7 +1,7 @@
-"""A corpus back into source formats: JSON lines with tars of images, or, of pairs, WebDataset tars.
+"""A corpus back into source formats: JSON lines with tars of images, or WebDataset tars.
 
-`preprocess` reads both back: with the corpus's own tokenizer the same documents come of it, with their kinds,
-similarities and names.
+`preprocess` reads both back with the corpus's own tokenizer. Of JSON lines the same documents come, with their kinds,
+similarities and names; of WebDataset tars the same texts and images.
 """
 
 from __future__ import annotations
@@ -51,22 +51,23 @@ def export_corpus(corpus: str | Path, output: str | Path, format: str = "jsonl",
     """Write `corpus` into the new folder `output`, two files a shard at most; the same corpus gives the same bytes.
 
     jsonl: `00000.jsonl`, a document a line as the format `jsonl` reads it, and `00000.tar` of its images, named by
-    their XXH3-128. webdataset: `00000.tar` with image, .txt and .json under a key for each pair. UserError, leaving
-    nothing, for another format, a folder that is not empty, a file that is missing, and for webdataset of no pairs.
+    their XXH3-128. webdataset: `00000.tar`; of a corpus of pairs with image, .txt and .json under a key for each, which
+    the format `webdataset` reads; of any other with .json (lists `texts` and `images`, one of them null at each
+    position) and the images under a key for each document, like the interleaved samples in Megatron Energon's
+    documentation, which the format `mint1t` reads. UserError, leaving nothing, for another format, a folder that is not
+    empty, and a file that is missing.
     """
     source, output = open_corpus(corpus), Path(output)
     if format not in EXPORTS:
         raise UserError(f"--format {format}: a corpus is exported as {' or '.join(EXPORTS)}")
-    if format == "webdataset" and (other := next((kind for kind in source.kinds if kind != "pairs"), None)):
-        raise UserError(f"{source.where} holds {other} documents, and webdataset pairs; export it with --format jsonl")
+    write = {"jsonl": _write_lines, "webdataset": _write_pairs if {*source.kinds} <= {"pairs"} else _write_samples}[
+        format
+    ]
     source.check_sizes()
     documents = images = without = 0
     with whole_folder(output) as folder:
         for number in tqdm(range(source.num_shards), desc=output.name, unit="shard", disable=not progress):
-            if format == "jsonl":
-                written = _write_lines(source, number, folder)
-            else:
-                written = _write_samples(source, number, folder)
+            written = write(source, number, folder)
             documents, images, without = (a + b for a, b in zip((documents, images, without), written, strict=True))
     return Exported(output, documents, images, without, source.tokenizer.is_lossless)
 
@@ -104,6 +105,30 @@ def _item(corpus: Corpus, shard: Shard, piece: int) -> dict[str, Any]:
 
 
 def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
+    """Documents of any kind."""
+    shard, images = corpus.shard(number), 0
+    with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for local in range(shard.num_documents):
+            key = f"{local:09d}"
+            lists: dict[str, list[str | None]] = {"texts": [], "images": []}
+            for k in range(*shard.document_offsets[local : local + 2].tolist()):
+                value = shard.piece(k)
+                text = image = None
+                if isinstance(value, int):
+                    image = f"{len(lists['images'])}.{_suffix(shard, value)}"
+                    _add(archive, f"{key}.{image}", bytes(shard.image(value)))
+                    images += 1
+                else:
+                    text = corpus.tokenizer.decode(value)
+                lists["texts"].append(text)
+                lists["images"].append(image)
+            name = {"id": shard.names[local]} if shard.names and shard.names[local] else {}
+            _add(archive, f"{key}.json", json.dumps({**name, **lists}, ensure_ascii=False).encode())
+    sync(folder / f"{number:05d}.tar")
+    return shard.num_documents, images, 0
+
+
+def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, int]:
     shard, first = corpus.shard(number), int(corpus.document_starts[number])
     documents = 0
     with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -67,11 +69,44 @@ def test_webdataset_as_its_library_reads_it(tmp_path: Path) -> None:
     assert plain(list(open_corpus(tmp_path / "back"))) == [*plain(PAIRS), [(picture(9), None, None)]]
 
 
+def test_interleaved_webdataset(tmp_path: Path) -> None:
+    """As webdataset's own library groups it, and read back; an image is what its entry names."""
+    webdataset = pytest.importorskip("webdataset")
+    source = make(tmp_path, MIXED)
+    exported = export_corpus(source, tmp_path / "out", "webdataset")
+    assert (exported.documents, exported.images, exported.without_image) == (6, 7, 0)
+    samples = list(webdataset.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False, empty_check=False))
+    record = json.loads(samples[0]["json"])
+    assert record["texts"] == ["a", None, " b\n", None]
+    assert record["images"] == [None, "1.png", None, "3.png"]
+    assert [samples[0][name] for name in record["images"] if name] == [picture(1), picture(2)]
+    preprocess("mint1t", tmp_path / "out", tmp_path / "back", tokenizer=source)
+
+    def items(corpus: Path) -> list[list[object]]:
+        return [[i.text if isinstance(i, Text) else i.data for i in d.items] for d in open_corpus(corpus)]
+
+    assert items(tmp_path / "back") == items(source)
+    assert open_corpus(tmp_path / "back").name(0).endswith(open_corpus(source).name(0))
+
+
+def test_an_interleaved_webdataset_without_an_image(tmp_path: Path) -> None:
+    lists = {"texts": ["a", None, None, "b"], "images": [None, "0.PNG", "__key__", None]}
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for name, data in {"k.0.png": picture(1), "k.json": json.dumps(lists).encode()}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    summary = preprocess("mint1t", tmp_path / "in.tar", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
+    assert "no file of this name in the tar" in str(summary)
+    (document,) = open_corpus(tmp_path / "out")
+    assert [image.data for image in document.images] == [picture(1)]
+    assert [text.text for text in document.texts] == ["a", "b"]
+
+
 def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make(tmp_path / "a", MIXED)
     several = make(tmp_path / "b", [*PAIRS, Document((Text("x"), Image(picture(1)), Text("y")), kind="pairs")])
     for corpus, format, message in (
-        (source, "webdataset", "holds natural documents, and webdataset pairs; export it with --format jsonl"),
         (several, "webdataset", "document 7 of .* has 1 images and 2 texts"),
         (several, "parquet", "--format parquet: a corpus is exported as jsonl or webdataset"),
     ):

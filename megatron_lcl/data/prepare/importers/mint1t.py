@@ -1,8 +1,10 @@
-"""MINT-1T's PDF part (Awadalla et al. 2024), experimental: tars of `<key>.json` and multi-frame `<key>.tiff`.
+"""MINT-1T's PDF part (Awadalla et al. 2024): tars of `<key>.json` and multi-frame `<key>.tiff`, or of single images.
 
-The JSON file has lists `texts` and `images`, one of them not null at each position. That frame k of the TIFF is the
-k-th image that is not null is inferred, not documented; where the counts differ, the document's images are dropped.
-Frames are stored as PNG.
+The JSON file has lists `texts` and `images`, one of them not null at each position. Where an entry of `images` is what
+stands behind the key in the name of a file, that file is the image, as in the samples that Megatron Energon's
+documentation has for interleaved data, and in those of `export-corpus`. Else the images are frames (experimental): that
+frame k of the TIFF is the k-th image that is not null is inferred, not documented; where the counts differ, the
+document's images are dropped. Frames are stored as PNG.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 class Mint1tImporter(TarImporter):
     format, kind = "mint1t", "natural"
-    reads = ".tar, .tar.gz with .json (lists texts and images) and multi-frame .tiff under each key (experimental)"
+    reads = (
+        ".tar, .tar.gz with .json (lists texts and images) and the images that it names, or one multi-frame .tiff "
+        "(experimental), under each key"
+    )
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         for sample in tar_samples(unit, drops):
@@ -51,9 +56,14 @@ class Mint1tImporter(TarImporter):
     ) -> Iterator[Text | Image]:
         num_images = sum(image is not None for image in images)
         frames: Iterator[bytes | None] = iter(())
+        files = [_file(sample, image) for image in images if image is not None]
         data = sample.get("tiff", sample.get("tif", b""))
         found = _num_frames(data) if data else 0
-        if found != num_images or (data and not found):
+        if any(files):
+            if missing := files.count(b""):
+                drops.bad("image", "no file of this name in the tar", name, missing)
+            frames = iter(files)
+        elif found != num_images or (data and not found):
             reason = "no TIFF, or not readable" if found == 0 else "TIFF with another number of frames"
             drops.bad("image", reason, f"{name}: {found} frames, {num_images} images", num_images or found or 1)
         elif found:
@@ -69,6 +79,12 @@ class Mint1tImporter(TarImporter):
                 drops.bad("image", "truncated or damaged", f"{name}: position {number}")
             elif frame:
                 yield Image(frame, name=f"{name}#{number}")
+
+
+def _file(sample: dict[str, Any], image: Any) -> bytes:
+    """The file of the sample with this name behind its key; empty where there is none."""
+    data = sample.get(image.lower()) if isinstance(image, str) else None
+    return data if isinstance(data, bytes) else b""
 
 
 def _num_frames(data: bytes) -> int:
