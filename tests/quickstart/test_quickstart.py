@@ -147,6 +147,27 @@ def test_without_npm_the_pages_alone_are_trained_on(
 
 
 @pytest.mark.slow
+def test_the_pages_alone_come_to_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pages(tmp_path / "pages")
+    monkeypatch.setattr(packages, "npm", lambda: None)
+    monkeypatch.setattr(train_module, "start_local", start_forked)
+    out = tmp_path / "out"
+    assert main(["quickstart", "--html", str(tmp_path / "pages"), "--output", str(out), "--steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "without the emoji, on the pages alone: npm is not on this machine" in said
+    assert "[6/6]" in said
+    assert "zero-shot" not in said
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert [Path(corpus["path"]).name for corpus in config["data"]["corpora"]] == ["corpus"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Retrieval examples" in page
+    assert "Names for pictures" not in page
+    assert (out / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_the_report_is_one_self_contained_page(output: Path) -> None:
     page = (output / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r"<(?:img|script|link|iframe)[^>]*(?:src|href)=[\"']([^\"']+)", page)
