@@ -15,7 +15,9 @@ class Part:
     """How fast a part of the model is trained, beside the others."""
 
     lr: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="learning rate of the part, as a multiple of the scheduled one"
+        default=1.0,
+        description="learning rate of the part, as a multiple of the scheduled one (discriminative fine-tuning, arXiv "
+        "1801.06146, section 3.2)",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="weight decay of the part, as a multiple of optimizer.weight_decay"
@@ -28,8 +30,9 @@ class Encoder(Part):
 
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0,
-        description="factor of the learning rate from a block to the one below, the embedding the lowest "
-        "(BEiT, arXiv 2106.08254, fine-tunes with 0.65 to 0.85); 1: none",
+        description="factor d of the learning rate from a block to the one below: of L blocks the n-th has "
+        "d^(L + 1 - n), the embedding below them d^(L + 1) (ELECTRA, arXiv 2003.10555; BEiT, arXiv 2106.08254, "
+        "fine-tunes with 0.65 to 0.85); 1: none",
     )
 
 

@@ -141,12 +141,13 @@ class Average:
     ema: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(),
         description="decays of exponential moving averages, each an average of its own, called ema_0.999 …; unbiased "
-        "(as Adam's moments are), so that what a run begins with has no part in them",
+        "as Adam's moments are (arXiv 1412.6980, section 3), so that what a run begins with has no part in them; d has "
+        "sum_i d^(n - i) w_i / sum_i d^(n - i) after n steps",
     )
     tail: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=(),
         description="plain means over the last steps, as fractions of train.steps, each an average of its own, called "
-        "tail_0.1 … (arXiv 1803.05407 averages the last quarter)",
+        "tail_0.1 … (Polyak and Juditsky 1992; arXiv 1803.05407 averages the last quarter)",
     )
 
 

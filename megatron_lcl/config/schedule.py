@@ -68,7 +68,8 @@ class Schedule:
     batch_doublings: tuple[Positive, ...] = Field(
         default=(),
         description="steps after which the global batch doubles, ascending; with n of them the run begins with "
-        "train.global_batch / 2^n",
+        "train.global_batch / 2^n (larger batches in place of a smaller learning rate: arXiv 1711.00489; here the "
+        "learning rate follows its own schedule)",
     )
     learning_rate: Literal["cosine", "linear", "constant"] = Field(
         default="cosine",

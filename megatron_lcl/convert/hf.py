@@ -1,4 +1,7 @@
-"""Export to Hugging Face: the vision tower as `CLIPVisionModel`, the attention pool beside it, a model card."""
+"""Export to Hugging Face: the vision tower, the attention pool beside it, a model card.
+
+The tower is a `CLIPVisionModel`; without a norm behind the patch embedding one of DINOv2's (`hf_dinov2`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_lcl.config import Vision
+from megatron_lcl.config import Model, Vision
+from megatron_lcl.convert import hf_dinov2
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.card import POOLED, Card, Usage, write_card
 from megatron_lcl.convert.certificate import Features, check_images
@@ -55,22 +59,16 @@ _SIZES = {
 
 
 def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
-    """All files but the certificate. UserError for what transformers' CLIPVisionModel has no place for."""
+    """All files but the certificate. UserError for what transformers' classes have no place for."""
     v = model.config.vision
-    refuse_options(v)
-    save_parts(_tensors(model), folder / "model.safetensors", dtype)
+    if v.embedding_norm:
+        config, tensors, usage = _clip_config(model.config), _tensors(model), USAGE
+    else:
+        config, usage = hf_dinov2.config_of(v), hf_dinov2.usage(v)
+        tensors = hf_dinov2.tensors(model) | hf_dinov2.constants(v)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    save_parts(tensors, folder / "model.safetensors", dtype)
     save_pool(model, folder, dtype)
-    config = {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
-        **{theirs: getattr(v, ours) for ours, theirs in _SIZES.items()},
-        "num_channels": 3,
-        "projection_dim": model.config.language.width,
-        "hidden_act": "gelu",
-        "layer_norm_eps": v.norm_eps,
-        "attention_dropout": 0.0,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -87,26 +85,41 @@ def write(model: LCL, folder: Path, dtype: torch.dtype, card: Card) -> None:
     }
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor)
-    write_card(folder, USAGE, model.config, card)
+    write_card(folder, usage, model.config, card)
 
 
-def refuse_options(vision: Vision) -> None:
-    """UserError for an option of the model that transformers' CLIPVisionModel has no place for."""
-    options: dict[str, Any] = {"embedding_norm": True, "registers": 0, "layer_scale": None, "qk_norm": False}
+def _clip_config(model: Model) -> dict[str, Any]:
+    """CLIPVisionModel's `config.json`, but for the dtype. UserError for an option that it has no place for."""
+    v = model.vision
+    options: dict[str, Any] = {"registers": 0, "layer_scale": None, "qk_norm": False}
     for name, usual in options.items():
-        if (value := getattr(vision, name)) != usual:
-            raise UserError(
-                f"format hf: transformers' CLIPVisionModel has no place for model.vision.{name} = {value}; export to "
-                "timm"
+        if (value := getattr(v, name)) != usual:
+            other = (
+                "" if name == "qk_norm" else " (Dinov2Model has one, and none for model.vision.embedding_norm = True)"
             )
+            raise UserError(
+                f"format hf: transformers' CLIPVisionModel has no place for model.vision.{name} = {value}{other}; "
+                "export to timm"
+            )
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        **{theirs: getattr(v, ours) for ours, theirs in _SIZES.items()},
+        "num_channels": 3,
+        "projection_dim": model.language.width,
+        "hidden_act": "gelu",
+        "layer_norm_eps": v.norm_eps,
+        "attention_dropout": 0.0,
+    }
 
 
 def read(folder: Path) -> LCL:
     """The vision encoder and the pool of such a folder."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "model.safetensors"
+    if config["model_type"] != "clip_vision_model":
+        return load_encoder(folder, weights, hf_dinov2.vision_of(config), hf_dinov2.tensors)
     sizes = {ours: config[theirs] for ours, theirs in _SIZES.items()}
-    vision = Vision(**sizes, norm_eps=config["layer_norm_eps"])
-    return load_encoder(folder, folder / "model.safetensors", vision, _tensors)
+    return load_encoder(folder, weights, Vision(**sizes, norm_eps=config["layer_norm_eps"]), _tensors)
 
 
 def features(folder: Path, size: int) -> Features:
@@ -117,7 +130,8 @@ def features(folder: Path, size: int) -> Features:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tower = getattr(model, "vision_model", model)  # transformers 4 has one level more
     with torch.no_grad():
-        patches = tower.post_layernorm(model(check_images(size)).last_hidden_state[:, 1:])
+        hidden = model(check_images(size)).last_hidden_state[:, 1 + getattr(model.config, "num_register_tokens", 0) :]
+        patches = tower.post_layernorm(hidden) if model.config.model_type == "clip_vision_model" else hidden
         return Features(patches, attention_pool(patches, *read_pool(folder / POOL)))
 
 
@@ -130,7 +144,7 @@ def _tensors(model: LCL) -> dict[str, torch.Tensor]:
         "embeddings.patch_embedding.weight": patches.projection.weight.unflatten(1, (3, p, p)),
         "embeddings.position_embedding.weight": patches.positions,
     }
-    assert patches.norm is not None, "`refuse_options` lets none pass without"
+    assert patches.norm is not None
     modules: dict[str, torch.nn.Module] = {"pre_layrnorm": patches.norm, "post_layernorm": pool.norm}
     for i, block in enumerate(model.vision_blocks):
         attention = block.attention

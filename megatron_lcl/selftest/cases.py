@@ -23,11 +23,12 @@ STEPS = 3
 MIN_PACKS = 4
 """of a step; more where there are more replicas, each of which has one at least"""
 TOKENS, IMAGES, CONTEXT = 60, 4, 40
-"""token slots and image slots of a pack; longest sequence"""
+"""token slots and image slots of a pack; longest sequence, but in `PHASES`"""
 PHASES = [
     {
         "steps": 2,
         "image_size": 16,
+        "context_length": 28,
         "patch_dropout": 0.5,
         "micro_batch": 1,
         "contrastive_weight": 0.3,
@@ -36,6 +37,9 @@ PHASES = [
 ]
 WEIGHTS_OF_PHASES = (0.3, 0.2, 0.1)
 """of the contrast, in each step where there are phases"""
+FROZEN = ("vision.patches.*", "vision.blocks.0.*", "language.blocks.1.mlp.*")
+"""the lowest part, below which backward stops, and something in the middle"""
+EMA, TAIL = 0.5, 0.5
 IMAGES_OF_PACK = ((4, 0, 3, 0), (2, 0, 4, 0), (3, 0, 1, 0))
 """images of each pack of each step, over and over: with two replicas the second one never has an image"""
 
@@ -55,11 +59,15 @@ class Case:
     dtype: str = "float32"
     objective: str = "lcl"
     phases: str = ""
-    """`kept` or `all`: in the first two steps images are smaller and half of their patches are left out (with
-    placeholders for those that are kept, or for all), and the weight of the contrast goes linearly to the third step's,
-    which reads twice as many packs, two to a micro-batch"""
+    """`kept` or `all`: in the first two steps images are smaller, sequences shorter, half of the patches are left out
+    (with placeholders for those that are kept, or for all), and the weight of the contrast goes linearly to the third
+    step's, which reads twice as many packs, two to a micro-batch"""
     optimizer: str = "adamw"
-    """muon: also with learning rates by part and depth"""
+    """the others: also with learning rates by part and depth"""
+    freeze: bool = False
+    """`FROZEN` is not trained"""
+    averages: bool = False
+    """of the weights: exponential, by which lone images and texts are encoded, and a plain mean of the last steps"""
     options: bool = False
     """both encoders have drop path, LayerScale and QK-norm, and images have registers"""
 
@@ -73,19 +81,24 @@ class Case:
         name += f", {self.dtype}" * (self.dtype != "float32") + f", {self.objective}" * (self.objective != "lcl")
         name += f", phases with {self.phases} places" if self.phases else ""
         name += f", {self.optimizer}" * (self.optimizer != "adamw")
-        name += ", model options" * self.options
+        name += ", frozen" * self.freeze + ", averages" * self.averages + ", model options" * self.options
         return f"{name}, scale at its bound" if self.climbs else name
 
     @property
     def global_batch(self) -> int:
-        """Packs of a step: what decides the result, beside `climbs`, the objective, the optimizer, the model's options
-        and `phases`; of the first steps where there are phases."""
+        """Packs of a step; of the first steps where there are phases."""
         return -(-MIN_PACKS // self.data) * self.data
 
     def lr(self, step: int) -> float:
         """Learning rate of a step: negative where the steps go uphill."""
         rate = learning_rate(step, self.config().optimizer, STEPS)
         return -rate if self.climbs else rate
+
+    @property
+    def truth(self) -> tuple[Any, ...]:
+        """What decides the result: cases in which it is the same are compared with one run of one process."""
+        options = (self.climbs, self.objective, self.phases, self.optimizer, self.freeze, self.averages)
+        return (self.global_batch, *options, self.config().model)
 
     def config(self) -> Config:
         """The run's config."""
@@ -129,12 +142,15 @@ class Case:
                     "initial_log_scale": math.log(99.95 if self.climbs else 1 / 0.07),
                 },
                 "optimizer": optimizer,
+                "average": {"ema": [EMA], "tail": [TAIL]} if self.averages else {},
+                "evaluate": {"average": f"ema_{EMA:g}"} if self.averages else {},
                 "zero": {"stage": self.zero},
                 "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
                 "train": {
                     "steps": STEPS,
                     "global_batch": self.global_batch * (2 if self.phases else 1),
                     "micro_batch": 2 if self.phases else 1,
+                    "freeze": list(FROZEN) if self.freeze else [],
                     "dtype": self.dtype,  # the same on every device: it is what the bounds are for
                 },
                 "schedule": {"phases": PHASES, "batch_doublings": [2]} if self.phases else {},
@@ -153,9 +169,9 @@ CASES = (
     Case(tensor=2, pipeline=2),
     Case(tensor=2, data=2, strategy="recompute", climbs=True),
     Case(pipeline=2, data=2, objective="coca"),
-    Case(tensor=2, data=2, objective="emu"),
+    Case(tensor=2, data=2, objective="emu", optimizer="stable_adamw", freeze=True),
     Case(pipeline=2, data=2, strategy="recompute", phases="kept"),
-    Case(tensor=2, data=2, optimizer="muon"),
+    Case(tensor=2, data=2, optimizer="muon", averages=True),
     Case(tensor=2, pipeline=2, objective="siglip", options=True),
     # what a run on GPUs uses: half precision, and with it flash-attn or torch's variable-length attention
     Case(pipeline=2, data=2, strategy="recompute", dtype="bfloat16"),
@@ -172,13 +188,13 @@ MORE_CASES = (
     Case(pipeline=4),
     Case(tensor=4),
     Case(tensor=2, data=2, strategy="recompute", objective="coca"),
-    Case(pipeline=2, data=2, objective="emu"),
-    Case(data=2, zero=3, objective="emu"),
+    Case(pipeline=2, data=2, objective="emu", optimizer="stable_adamw", freeze=True),
+    Case(data=2, zero=3, objective="emu", optimizer="stable_adamw", freeze=True),
     Case(tensor=2, data=2, phases="kept"),
     Case(tensor=2, pipeline=2, phases="all"),
     Case(data=2, zero=3, strategy="recompute", phases="kept"),
-    Case(pipeline=2, data=2, optimizer="muon"),
-    Case(data=2, zero=3, strategy="recompute", optimizer="muon"),
+    Case(pipeline=2, data=2, optimizer="muon", averages=True),
+    Case(data=2, zero=3, strategy="recompute", optimizer="muon", averages=True),
     Case(data=2, zero=3, strategy="recompute", objective="siglip", options=True),
     Case(tensor=2, pipeline=2, objective="genlip"),
     Case(dtype="bfloat16"),
@@ -250,6 +266,7 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
     written = _Written([], [], [], [])
     make(written, config, num_images, draw)
     used, slots = written.rows, len(written.image_soi)
+    context = config.model.language.context_length
     tokens, positions, targets = (torch.full((TOKENS,), fill, dtype=torch.int32) for fill in (0, 0, -1))
     image_start, image_soi = (torch.full((IMAGES,), -1, dtype=torch.int32) for _ in range(2))
     tokens[:used] = torch.tensor([i for ids in written.sequences for i in ids])
@@ -257,10 +274,10 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
     positions[:used] = torch.cat([torch.arange(len(ids)) for ids in written.sequences])
     image_start[:slots], image_soi[:slots] = torch.tensor(written.image_start), torch.tensor(written.image_soi)
     bounds = [0, *itertools.accumulate(map(len, written.sequences))]
-    assert max(map(len, written.sequences)) <= CONTEXT, written
+    assert max(map(len, written.sequences)) <= context, written
     while bounds[-1] < TOKENS:
-        bounds.append(min(bounds[-1] + CONTEXT, TOKENS))
-    bounds += [TOKENS] * (num_runs(TOKENS, CONTEXT) + 1 - len(bounds))
+        bounds.append(min(bounds[-1] + context, TOKENS))
+    bounds += [TOKENS] * (num_runs(TOKENS, context) + 1 - len(bounds))
     rows_with_target = (targets >= 0).nonzero()[:, 0].int()
     target_positions = torch.full((TOKENS,), -1, dtype=torch.int32)
     target_positions[: len(rows_with_target)] = rows_with_target
@@ -285,7 +302,7 @@ def _pack(config: Config, make: Any, number: int, num_images: int, seed: int) ->
         num_pairs=int((image_soi >= 0).sum()),
         num_images=slots,
         num_tokens=used,
-        max_seqlen=CONTEXT,
+        max_seqlen=context,
         num_patches=vision.num_kept,
         packs=(number,),
     )

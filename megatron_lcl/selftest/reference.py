@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,12 +17,12 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
 from megatron_lcl.model.lcl import LCL, LayerList
 from megatron_lcl.model.special import SpecialTokens
-from megatron_lcl.selftest.cases import STEPS, WEIGHTS_OF_PHASES, Case, lone_images_and_texts, make_batches
+from megatron_lcl.selftest.cases import EMA, STEPS, TAIL, WEIGHTS_OF_PHASES, Case, lone_images_and_texts, make_batches
 from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.optimizers.pieces import tensors_of
 from megatron_lcl.train.optimizers.tensorwise import Rule
-from megatron_lcl.train.parts import PARTS, called
+from megatron_lcl.train.parts import PARTS, called, freeze, frozen_parameters
 
 WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0), "siglip": (0.0, 1.0), "genlip": (1.0, 0.0)}
 """by objective: of generation, and of contrast or regression, as published"""
@@ -37,11 +38,14 @@ class Trajectory:
     norms_of_parts: list[list[float]] = field(default_factory=list)
     """per step but the last: of the gradient before it is clipped, by part of the model; then of the update"""
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """of the first step, clipped, by parameter"""
+    """of the first step, clipped, by parameter that is trained"""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """after the last step"""
+    averages: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """then, by name and parameter that is trained"""
     features: dict[str, torch.Tensor] = field(default_factory=dict)
-    """then, of images and texts by themselves, as an evaluation reads them"""
+    """then, of images and texts by themselves, as an evaluation reads them; by the exponential average, if there is
+    one"""
     sent: list[dict[tuple[int, ...], float]] = field(default_factory=list)
     """of each process: bytes it sent for the last step, by the ranks of the group (see selftest.count_traffic)"""
     expected: list[dict[tuple[int, ...], float]] = field(default_factory=list)
@@ -54,7 +58,10 @@ def reference(case: Case) -> Trajectory:
     stages = build_layers(config.model, config.initial_log_scale, seed=config.train.seed)
     initialize(dict(enumerate(stages)), config.model, config.train.seed)
     model = LayerList(*stages)
+    freeze(dict(model.named_parameters()), frozen_parameters(config))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings, optimizer = config.optimizer, _Optimizer(model, config)
+    weights: list[dict[str, torch.Tensor]] = []
     weight, published = WEIGHTS[case.objective]
     log_scale = dict(model.named_parameters())[f"{len(stages) - 1}.log_scale"]
     out = Trajectory()
@@ -64,32 +71,50 @@ def reference(case: Case) -> Trajectory:
         generation, other = _losses(model, make_batches(config, step), case.objective)
         (weight * generation + other_weight * other).backward()
         # DeepSpeed's gradients are zero where torch has none
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-        for name, p in model.named_parameters():
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
+        for name, p in trained.items():
             p.grad = gradients[name]
         by_part = _norms_by_part(gradients, config)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm)
         out.grad_norms.append(float(norm))
         if step == 0:
             out.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
         optimizer.step(case.lr(step))
         if step < STEPS - 1:
-            updates = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+            updates = {name: p.detach() - before[name] for name, p in trained.items()}
             out.norms_of_parts.append(by_part + _norms_by_part(updates, config))
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
+        weights.append({name: p.detach().clone() for name, p in trained.items()})
         out.losses.append([generation.item(), other.item(), log_scale.item()])
+    if case.averages:
+        out.averages = _averages(weights)
     out.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     images, texts = lone_images_and_texts(config)
     whole = LCL(config.model, seed=None).eval()
-    whole.layers.load_state_dict(model.state_dict())
+    whole.layers.load_state_dict(model.state_dict() | out.averages.get(f"ema_{EMA:g}", {}))
     special = SpecialTokens.of(config.model.language.vocab_size)
     with torch.no_grad():
         latents, _ = whole.pool.pool(whole.vision_tokens(images))
         contexts = [whole.encode_text(torch.tensor([[special.sot, *text, special.eot]])) for text in texts]
     out.features = {"images": latents, "texts": torch.cat(contexts)}
     return out
+
+
+def _averages(weights: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Of the weights after each step: sum_i d^(n - i) w_i / sum_i d^(n - i), and the mean of the last ones."""
+    numbers = range(1, len(weights) + 1)
+    shares = {
+        f"ema_{EMA:g}": [EMA ** (len(weights) - number) for number in numbers],
+        f"tail_{TAIL:g}": [float(number > STEPS * (1 - TAIL)) for number in numbers],
+    }
+
+    def mean(of_steps: Sequence[float], name: str) -> torch.Tensor:
+        whole = torch.stack([share * each[name].double() for share, each in zip(of_steps, weights, strict=True)])
+        return (whole.sum(0) / sum(of_steps)).float()
+
+    return {average: {name: mean(each, name) for name in weights[0]} for average, each in shares.items()}
 
 
 def _norms_by_part(tensors: Mapping[str, torch.Tensor], config: Config) -> list[float]:
@@ -101,10 +126,11 @@ def _norms_by_part(tensors: Mapping[str, torch.Tensor], config: Config) -> list[
 
 
 class _Optimizer:
-    """Torch's AdamW, each parameter a group of its own; Muon's matrices by its formula."""
+    """Torch's AdamW, each parameter a group of its own; Muon's matrices, and how StableAdamW clips, by their
+    formulas."""
 
     def __init__(self, model: LayerList, config: Config) -> None:
-        named, settings = dict(model.named_parameters()), config.optimizer
+        named, settings = {n: p for n, p in model.named_parameters() if p.requires_grad}, config.optimizer
         rules = {name: Rule(tensor) for name, tensor in tensors_of(named).items()}
         rules |= rules_of({name: rule.tensor for name, rule in rules.items()}, config) or {}
         self.settings = settings
@@ -117,11 +143,25 @@ class _Optimizer:
             if rule.algorithm != "muon"
         ]
         self.adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        self.squares: dict[torch.Tensor, list[torch.Tensor]] = defaultdict(list)
+        """of each parameter's gradients, where updates are clipped"""
+
+    def clipping(self, parameter: torch.Tensor) -> float:
+        """What a learning rate is divided by (StableAdamW, arXiv 2304.13013, algorithm 2): max(1, RMS of g / sqrt(u))
+        of a whole tensor, u the mean of all g² with weights beta2^(t - i)."""
+        if self.settings.name != "stable_adamw":
+            return 1.0
+        assert parameter.grad is not None
+        squares, beta = self.squares[parameter], self.settings.betas[1]
+        squares.append(parameter.grad.square())
+        shares = [beta**age for age in reversed(range(len(squares)))]
+        u = torch.stack([share * square for share, square in zip(shares, squares, strict=True)]).sum(0) / sum(shares)
+        return max(1.0, math.sqrt(float((squares[-1] / u.clamp(min=self.settings.eps**2)).mean())))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         for group in self.adamw.param_groups:
-            group["lr"] = lr * group["rate"]
+            group["lr"] = lr * group["rate"] / self.clipping(group["params"][0])
         self.adamw.step()
         muon = self.settings.muon
         for matrix, rule in self.matrices.items():

@@ -94,13 +94,15 @@ def _wait_for(store: dist.Store, key: str, rank: int, ranks: tuple[int, ...], ti
 
 
 def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
+    from megatron_lcl.train.averages import Averages
     from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.engine import build_stepper, set_batch
     from megatron_lcl.train.master_weights import read_parameters
     from megatron_lcl.train.traffic import of_step
 
     config = case.config()
-    stepper = build_stepper(engine, config, mesh)
+    stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
+    averaged: dict[str, int] = {}
     out, other = Trajectory(), "regression" if case.objective == "emu" else "contrastive"
     for step in range(STEPS):
         here = phase_at(config, step).config_at(step)
@@ -114,6 +116,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
             batches = broadcast_batches(own, num, size, mesh, engine.device)
             # the last step's bytes are counted, without those of a look at it
             result = stepper.start(batches, case.lr(step), measure=step < STEPS - 1).read()
+        averaged = averages.update(step + 1, averaged)
         out.losses.append([result.generation, result.metrics[other], result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if result.measured is not None:
@@ -128,9 +131,11 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     out.sent = mesh.world.gather_objects(counted)
     out.expected = mesh.world.gather_objects(formula)
     out.parameters = read_parameters(engine, mesh)
+    out.averages = {name: read_parameters(engine, mesh, name) for name in averaged}
     images, texts = lone_images_and_texts(config)
     alone = [image_batch(images, config.model), text_batch(texts, config.model)] if mesh.loads_data else None
-    encoded = stepper.forward(broadcast_batches(alone, 2, 1, mesh, engine.device))
+    with averages.evaluated(averaged):
+        encoded = stepper.forward(broadcast_batches(alone, 2, 1, mesh, engine.device))
     if encoded:  # the last pipeline stage
         of_images, of_texts = encoded
         out.features = {"images": of_images.latents.cpu(), "texts": of_texts.text_features.cpu()}

@@ -50,6 +50,9 @@ def of_step(batches: Sequence[PackedBatch], engine: Any, config: Config, mesh: M
     for part in of_layout(batches, pairs, shapes, config, mesh, exchanges).values():
         for ranks, number in part.items():
             total[ranks] += number
+    if config.optimizer.name == "stable_adamw":
+        for tensors in engine.optimizer.optimizer.sums:
+            total[mesh.data_tensor.ranks] += ring(tensors * FLOAT, mesh.data_tensor.size, 2)
     return total
 
 

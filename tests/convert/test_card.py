@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,20 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("format", LIBRARY)
+DINO = {"embedding_norm": False, "registers": 3}
+
+
+@pytest.mark.parametrize(("format", "options"), [*((format, {}) for format in LIBRARY), ("hf", DINO)])
 def test_example_computes_our_features(
-    model: LCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photograph: Callable[[Path], Path], format: str
+    make_model: Callable[..., LCL],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    photograph: Callable[[Path], Path],
+    format: str,
+    options: dict[str, Any],
 ) -> None:
     pytest.importorskip(LIBRARY[format])
+    model = make_model(replace(TINY, vision=replace(TINY.vision, **options)))
     export_model(model, format, tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
     monkeypatch.syspath_prepend(".")  # as a script or a notebook in this folder has it

@@ -19,8 +19,15 @@ ALL = {"registers": 3, "layer_scale": 0.5, "qk_norm": True, "embedding_norm": Fa
 PLACES: dict[str, tuple[str, ...]] = {
     "timm": tuple(ALL),
     "open_clip": ("layer_scale", "embedding_norm", "norm_eps", "drop_path"),
-    "hf": ("norm_eps", "drop_path"),
+    "hf": ("norm_eps", "drop_path"),  # CLIP's class
 }
+DINO = {name: ALL[name] for name in ("embedding_norm", "registers", "layer_scale", "norm_eps", "drop_path")}
+WITH_PLACES = [(format, {name: ALL[name] for name in names}) for format, names in PLACES.items()]
+WITH_PLACES += [("hf", DINO), ("hf", {"embedding_norm": False})]
+WITHOUT = [(format, name, ALL[name], {}) for format in PLACES for name in ALL if name not in PLACES[format]]
+WITHOUT.remove(("hf", "embedding_norm", False, {}))
+WITHOUT += [("hf", "qk_norm", True, DINO), ("hf", "mlp_width", 100, DINO)]
+"""format, option, value, and what else the model has"""
 
 
 def with_options(model: LCL, make_model: Callable[..., LCL], options: dict[str, Any]) -> LCL:
@@ -28,10 +35,12 @@ def with_options(model: LCL, make_model: Callable[..., LCL], options: dict[str, 
     return make_model(replace(config, vision=replace(config.vision, **options)))
 
 
-@pytest.mark.parametrize("format", PLACES)
-def test_an_export_with_options(format: str, model: LCL, make_model: Callable[..., LCL], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "options"), WITH_PLACES)
+def test_an_export_with_options(
+    format: str, options: dict[str, Any], model: LCL, make_model: Callable[..., LCL], tmp_path: Path
+) -> None:
     pytest.importorskip({"hf": "transformers"}.get(format, format))
-    ours = with_options(model, make_model, {name: ALL[name] for name in PLACES[format]})
+    ours = with_options(model, make_model, options)
     facts = export_model(ours, format, tmp_path / "out")
     assert facts["patches"]["relative_difference"] < 1e-5
     assert facts["latents"]["relative_difference"] < 1e-5
@@ -43,13 +52,38 @@ def test_an_export_with_options(format: str, model: LCL, make_model: Callable[..
     )
 
 
-@pytest.mark.parametrize(("format", "option"), [(f, o) for f in PLACES for o in ALL if o not in PLACES[f]])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_every_row_is_what_dinov2s_classes_compute(
+    registers: int, model: LCL, make_model: Callable[..., LCL], tmp_path: Path
+) -> None:
+    """The class token and the registers too; all tensors of theirs are in the file, and no other."""
+    transformers = pytest.importorskip("transformers")
+    ours, images = with_options(model, make_model, DINO | {"registers": registers}), check_images(64)
+    export_model(ours, "hf", tmp_path / "out")
+    name = "Dinov2WithRegistersModel" if registers else "Dinov2Model"
+    theirs, told = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    with torch.no_grad():
+        rows = theirs.eval()(images).last_hidden_state
+        expected = ours.pool.norm(ours.vision_tokens(images))
+    assert rows.shape == (4, 1 + registers + 16, 64)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("format", "option", "value", "others"), WITHOUT)
 def test_an_option_without_a_place_is_refused_by_its_name(
-    format: str, option: str, model: LCL, make_model: Callable[..., LCL], tmp_path: Path
+    format: str,
+    option: str,
+    value: Any,
+    others: dict[str, Any],
+    model: LCL,
+    make_model: Callable[..., LCL],
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip({"hf": "transformers"}.get(format, format))
-    with pytest.raises(ValueError, match=rf"no place for model\.vision\.{option} = ") as error:
-        export_model(with_options(model, make_model, {option: ALL[option]}), format, tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"no place for model\.vision\.{option} = {value}\b") as error:
+        export_model(with_options(model, make_model, others | {option: value}), format, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

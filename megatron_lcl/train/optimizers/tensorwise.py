@@ -74,6 +74,11 @@ class Tensorwise(torch.optim.Optimizer):
         """Of the partitions that hold a matrix of Muon's."""
         return list(self._exchanges.values())
 
+    @property
+    def sums(self) -> list[int]:
+        """Of how many tensors a sum travels, by partition: those whose updates are clipped."""
+        return [len(names) for names in self._stable.values()]
+
     def _is(self, piece: Piece, algorithm: Algorithm) -> bool:
         return self._rules[piece.name].algorithm == algorithm
 

@@ -17,13 +17,19 @@ from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.convert.find import find_average
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.train.checkpoint.folder import read_progress, step_folder
 
 DECAY = 0.5
 FREEZE = ("vision.patches.*", "language.blocks.0.mlp.*")
 FROZEN = ("0.", "3.mlp.")
 """beginnings of what is frozen, by our names"""
+VISION, LANGUAGE = ("vision.*", "pool.*"), ("language.*",)
+TOWERS = {
+    VISION: ("0.", "1.", "2.norm", "2.query", "2.q.", "2.k.", "2.v.", "2.out."),
+    LANGUAGE: ("2.embedding.", "2.positions", "3.", "4."),
+}
+"""the same of whole encoders"""
 RECIPE = {
     "optimizer__name": "muon",
     "optimizer__muon__dtype": "float32",
@@ -49,8 +55,19 @@ def run(rank: int, folder: str, jobs: list[Run]) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     results = [run_job(Path(folder), job) for job in jobs]
+    nothing_to_train(Path(folder))
     dist.destroy_process_group()
     return results
+
+
+def nothing_to_train(folder: Path) -> None:
+    """A pipeline whose first stage, the vision encoder's, is frozen."""
+    from megatron_lcl.train.engine import build_engine, build_module, init_processes
+
+    config = Run("idle", pipeline=2, freeze=("vision.*",)).config(folder)
+    mesh = init_processes(config)
+    with pytest.raises(RunError, match="leaves stage 0 of the pipeline no matrix or no vector to train"):
+        build_engine(build_module(config, mesh, (0, 2)), config, mesh)
 
 
 def run_job(folder: Path, job: Run) -> dict[str, Any]:
@@ -68,6 +85,10 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
     engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
     stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
     each, averaged, run = GLOBAL_BATCH // mesh.data.size, {}, Path(config.train.output)
+    with_gradient: set[str] = set()
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: with_gradient.add(name))
     rows: list[tuple[float, float]] = []
     weights: list[dict[str, np.ndarray]] = []
 
@@ -104,6 +125,8 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         "inside": inside,
         "undone": all(np.array_equal(before[name], after[name]) for name in before),
         "in optimizer": sum(mesh.world.gather_objects(in_optimizer)),
+        "moments": {name for kind in ("exp_avg", "exp_avg_sq") for name in read_parameters(engine, mesh, kind)},
+        "with gradient": {name for names in mesh.world.gather_objects(with_gradient) for name in names},
     }
 
 
@@ -131,6 +154,12 @@ SOURCES = {
     "bfloat16": Run("bfloat16", dtype="bfloat16"),
     "thawed": Run("thawed", freeze=()),
 }
+FROZEN_TOWERS = [
+    Run("zero1 without vision", freeze=VISION),
+    Run("pipeline without vision", pipeline=2, freeze=VISION),
+    Run("zero3 without language", 3, freeze=LANGUAGE),
+    Run("pipeline without language", pipeline=2, freeze=LANGUAGE),
+]
 AGAIN = ("zero1", "zero3", "bfloat16")
 OTHERS = [
     Run("a", 3, source="zero1"),
@@ -146,7 +175,7 @@ OTHERS = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("runs")
     fresh = [dataclasses.replace(SOURCES[name], name=f"{name}, fresh", source=name) for name in AGAIN]
-    jobs = [*SOURCES.values(), *fresh, *OTHERS]
+    jobs = [*SOURCES.values(), *fresh, *OTHERS, *FROZEN_TOWERS]
     results = run_processes(run, 2, str(folder), jobs, timeout=500.0)[0]
     return folder, {job.name: result for job, result in zip(jobs, results, strict=True)}
 
@@ -213,6 +242,22 @@ def test_what_is_frozen_stays_and_is_not_in_the_optimizer(runs: Any) -> None:
         split = name in ("b",)  # each tensor rank has what is not split, and its shard of a padded vocabulary
         assert split or results[name]["in optimizer"] == trained, name
     assert results["thawed"]["in optimizer"] == sum(value.size for value in start.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", FROZEN_TOWERS, ids=lambda job: job.name)
+def test_a_whole_encoder_that_is_frozen(job: Run, runs: Any) -> None:
+    """It keeps its bits, and neither gradients nor moments, masters or averages; all else moves."""
+    frozen, result = TOWERS[job.freeze], runs[1][job.name]
+    start = dict(LCL(job.config(Path()).model, seed=0).layers.named_parameters())
+    trained = {key: value for key, value in start.items() if not key.startswith(frozen)}
+    assert {key.partition(".")[0] for key in start.keys() - trained.keys()} == {key[0] for key in frozen}
+    for key, value in start.items():
+        assert np.array_equal(result["weights"][-1][key], value.detach().numpy()) == (key not in trained), key
+    assert result["with gradient"] == trained.keys()
+    assert result["moments"] == trained.keys()
+    assert result["averages"]["ema_0.5"].keys() == trained.keys()
+    assert result["in optimizer"] == sum(value.numel() for value in trained.values())
 
 
 @pytest.mark.slow
