@@ -21,7 +21,6 @@ import functools
 import importlib
 import importlib.util
 import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_lcl.errors import UserError
 
@@ -166,8 +166,10 @@ def _function(name: AttentionName, deterministic: bool) -> PackedAttention:
     if name in ("flash_attn", "flash_attn_3"):
         return functools.partial(_flash_attn, module=_SOURCES[name][0], deterministic=deterministic)
     if name == "flex":
-        return FlexAttention()
-    return {"torch_varlen": _torch_varlen, "dense": _block_diagonal, "per_sequence": _by_sequence}[name]
+        return PerBatch(flex_mask, _flex)
+    if name == "per_sequence":
+        return PerBatch(_Calls.of, _by_sequence)
+    return {"torch_varlen": _torch_varlen, "dense": _block_diagonal}[name]
 
 
 class Adaptive:
@@ -219,22 +221,35 @@ def _torch_varlen(
     return out
 
 
-class FlexAttention:
-    """torch's FlexAttention (arXiv 2412.05496), compiled. The first layer makes a batch's mask, the others use it."""
+class PerBatch:
+    """A back-end that computes with what it makes of a batch's lengths: a batch's first layer makes it for all others.
 
-    def __init__(self) -> None:
-        self._lengths: weakref.ref[torch.Tensor] | None = None
-        self._mask: Any = None
+    It is kept as long as the tensor `cu_seqlens` is, for each batch there is.
+    """
+
+    def __init__(self, prepare: Callable[[torch.Tensor, int], Any], attend: Callable[..., torch.Tensor]) -> None:
+        """prepare: what is made of `cu_seqlens` and R; attend: attention over q, k, v, and this."""
+        self._prepare, self._attend = prepare, attend
+        self._prepared = WeakTensorKeyDictionary()
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
     ) -> torch.Tensor:
         if not len(q):
-            return q + k + v
-        if self._lengths is None or self._lengths() is not cu_seqlens:
-            self._lengths, self._mask = weakref.ref(cu_seqlens), flex_mask(cu_seqlens, len(q))
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return _compiled_flex()(q, k, v, block_mask=self._mask)[0].transpose(0, 1)
+            return q + k + v  # every process must have the same graph
+        prepared = self._prepared.get(cu_seqlens)
+        if prepared is None:
+            prepared = self._prepared[cu_seqlens] = self._prepare(cu_seqlens, len(q))
+        return self._attend(q, k, v, prepared)
+
+    def __reduce__(self) -> Any:
+        return PerBatch, (self._prepare, self._attend)  # a copy of the model, or one in another process, begins anew
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+    """torch's FlexAttention (arXiv 2412.05496), compiled."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return _compiled_flex()(q, k, v, block_mask=mask)[0].transpose(0, 1)
 
 
 @functools.cache
@@ -276,15 +291,8 @@ def flex_mask(cu_seqlens: torch.Tensor, rows: int, block: int = 128) -> Any:
     )
 
 
-def _by_sequence(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
-    bounds = cu_seqlens.tolist()
-    assert bounds[-1] == len(q), f"sequences end at row {bounds[-1]} of {len(q)}"
-    if not len(q):
-        return q + k + v  # but every process must have the same graph
-    groups = group_by_length([(start, end - start) for start, end in itertools.pairwise(bounds) if end > start])
-    order = None if all(group.number == 1 for group in groups) else _Order.of(groups, len(q))
+def _by_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: _Calls) -> torch.Tensor:
+    groups, order = calls.groups, calls.order
     if order is not None:
         q, k, v = (_Gather.apply(x, order.row_P, order.place_R) for x in (q, k, v))
     lengths, parts = [group.number * group.length for group in groups], []
@@ -349,6 +357,22 @@ class _Order:
         place_R = np.empty(rows, np.int64)
         place_R[row_P[own_P]] = np.flatnonzero(own_P)
         return cls(*map(torch.from_numpy, (row_P, place_R, own_P)))
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """What is one call, of the sequences of a batch."""
+
+    groups: Sequence[Group]
+    order: _Order | None
+    """None: the rows are in the order of the groups"""
+
+    @classmethod
+    def of(cls, cu_seqlens: torch.Tensor, rows: int) -> _Calls:
+        bounds = cu_seqlens.tolist()
+        assert bounds[-1] == rows, f"sequences end at row {bounds[-1]} of {rows}"
+        groups = group_by_length([(start, end - start) for start, end in itertools.pairwise(bounds) if end > start])
+        return cls(groups, None if all(group.number == 1 for group in groups) else _Order.of(groups, rows))
 
 
 class _Gather(torch.autograd.Function):

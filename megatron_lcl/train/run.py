@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import Phase, phase_at, phases_of
-from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.summary import summarize
@@ -42,6 +41,7 @@ from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 from megatron_lcl.train.resilience.faults import exit_if_lost
@@ -155,7 +155,8 @@ class Training:
         self.logs_weight = any(phase.contrastive_weight is not None for phase in config.schedule.phases)
         self.ledger = Ledger.from_json(point.progress.ledger)
         self.loader: PackedLoader | None = None
-        self.batches: Iterator[PackedBatch] = iter(())
+        self.batches: Prefetcher | None = None
+        """of the phase, where this process reads"""
         self.unread: list[Unread] = []
         """the steps since those that were recorded last"""
         self._begin()
@@ -239,19 +240,25 @@ class Training:
         self.stepper.clock.enter("data")
         started = time.perf_counter()
         micro_batches = num_micro_batches(self.phase.config, mesh.data.size)
-        own = [next(self.batches) for _ in range(micro_batches)] if mesh.loads_data else None
+        own = self.batches.take() if self.batches else None
         if self.phase.change is not None:
             self.stepper.objective = objectives.create(self.phase.config_at(step))
-        self.meter.read(own, self.phase.config, self.stepper.objective)
+        self.meter.read(own and own.read, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
-        shared = broadcast_batches(own, micro_batches, micro_batch, mesh, self.engine.device)
+        shared = broadcast_batches(own and own.copies, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
         self.averages.update(step + 1, pending.skipped)
         weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
         self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
+        if self.batches and self.batches.reads_ahead:
+            self.watchdog.heartbeat(step, "reading data")
+            self.stepper.clock.enter("data")
+            self.batches.begin()
+            self.watchdog.heartbeat(step, "computing")
+            self.stepper.clock.enter("other")
         results = self._read()
         seconds, counts = time.perf_counter() - started, pending.counts.counts
         self.meter.step(shared, pending.counts, seconds)
@@ -261,7 +268,8 @@ class Training:
             with self.watchdog.long_phase(step + 1, "writing a profile"):
                 self.profile.finish()
         if counts["num_bad_images"]:
-            reasons = mesh.world.gather_objects([reason for b in own or () for _, reason in b.bad_images])
+            read = own.read if own else []
+            reasons = mesh.world.gather_objects([reason for batch in read for _, reason in batch.bad_images])
             self.telemetry.bad_images(step + 1, list(itertools.chain.from_iterable(reasons)))
 
     def _read(self, always: bool = False) -> list[tuple[Unread, StepResult | None]]:
@@ -413,7 +421,7 @@ class Training:
 
     def _go_to(self, folder: Path | None, progress: Progress) -> None:
         """Parameters, optimizer and generators of a checkpoint (None: as they are), and its position in the data."""
-        self.batches = iter(())  # the loader processes end
+        self.batches = None  # the loader processes end
         self.progress = progress
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
@@ -423,7 +431,7 @@ class Training:
 
     def _next_phase(self) -> None:
         """The step to come is another phase's first."""
-        self.batches = iter(())  # the loader processes end
+        self.batches = None  # the loader processes end
         with self.watchdog.long_phase(self.progress.step, "planning packs"):
             if self.loader:
                 self.ledger = self.loader.ledger_after(self.progress.packs)
@@ -439,4 +447,5 @@ class Training:
         set_batch(self.engine, phase.config.train.global_batch, phase.config.train.micro_batch)
         if self.mesh.loads_data:
             self.loader = build_loader(self.config, self.mesh, phase, self.progress, self.ledger)
-            self.batches = iter(self.loader)
+            number = num_micro_batches(phase.config, self.mesh.data.size)
+            self.batches = Prefetcher(iter(self.loader), number, self.engine.device)

@@ -392,7 +392,7 @@ def _without_data() -> Iterator[None]:
         everywhere = {name: value * mesh.data.size for name, value in own.items()}
         return GlobalCounts(everywhere, [own["num_pairs"]] * mesh.data.size)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _cu_seqlens: torch.Tensor, _max: int) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
         # one sequence keeps what many keep; where they begin and end is data
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)])
@@ -403,7 +403,7 @@ def _without_data() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=False))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", torch.no_grad()(apply)))
         stack.enter_context(mock.patch.object(GlobalCounts, "of", counts))
-        stack.enter_context(mock.patch.object(attention, "_by_sequence", attend))
+        stack.enter_context(mock.patch.object(attention, "_function", return_value=attend))
         stack.enter_context(mock.patch.object(Axis, "gather_objects", lambda axis, value: [value] * axis.size))
         same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
         stack.enter_context(mock.patch.object(contrastive, "exchange", same))

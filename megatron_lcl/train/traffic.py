@@ -21,7 +21,7 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.objectives.base import Objective, without_targets
+from megatron_lcl.objectives.base import COUNTS, Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import Header
 from megatron_lcl.train.optimizers.muon import MatrixExchange
@@ -65,7 +65,8 @@ def of_layout(
     exchanges: Iterable[MatrixExchange] = (),
 ) -> dict[str, Sent]:
     """What a process of the mesh sends for a step on these micro-batches of its replica, by what it is for: `reading`,
-    `model` with the optimizer, `terms` of the objective, `muon`. Nothing is asked of other processes.
+    `model` with the optimizer and the counts of the global batch, `terms` of the objective, `muon`. Nothing is asked of
+    other processes.
 
     pairs: of each data-parallel replica. shapes: of the parameters that the process holds, ZeRO-3's whole, by name.
     exchanges: Muon's.
@@ -80,6 +81,7 @@ def of_layout(
         layers = sorted({int(name.split(".")[0]) for name in shapes})
         groups = [sum(s.numel() for s in shapes.values() if (len(s) >= 2) == decays) for decays in (True, False)]
         of_model = stepping(batches, layers, groups, objective.num_forwards, config, mesh)
+    of_model[mesh.data.ranks] += ring(len(COUNTS) * LONG * mesh.data.size, mesh.data.size)
     has_head = mesh.pipeline.rank == mesh.pipeline.size - 1
     return {
         "reading": reading(batches, config, mesh),

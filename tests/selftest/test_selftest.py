@@ -20,7 +20,7 @@ from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase
-from megatron_lcl.selftest.run import selftest
+from megatron_lcl.selftest.run import Verdict, selftest
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -48,6 +48,16 @@ def test_every_layout_gives_what_one_process_gives() -> None:
     for case, row in zip(ALL, rows, strict=True):
         sent = float(row.removesuffix("equal").split()[-3])  # that it is the formula's is the selftest's own business
         assert bool(sent) == (case.processes > 1), row
+
+
+@pytest.mark.slow
+def test_eight_processes_send_what_the_formulas_say() -> None:
+    """Three axes at once, and an axis of eight; what each process sends in each group is compared."""
+    cases = [Case(tensor=2, pipeline=2, data=2), Case(data=8, zero=2)]
+    for verdict in selftest(cases, timeout=PATIENCE, say=lambda _: None):
+        assert isinstance(verdict, Verdict)
+        assert not verdict.faults, verdict
+        assert verdict.sent > 0
 
 
 def test_the_short_one_leaves_nothing_out() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
+import itertools
 import re
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +22,7 @@ from launch.conftest import tiny  # noqa: F401 - a fixture
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megatron_lcl import attention
-from megatron_lcl.attention import Adaptive, FlexAttention, choose_attention, find_fault, flex_mask, group_by_length
+from megatron_lcl.attention import Adaptive, choose_attention, find_fault, flex_mask, group_by_length
 from megatron_lcl.cli import main
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses import contrastive, contrastive_tiles, generation, kernels, softmax_torch
@@ -156,25 +160,39 @@ def test_the_blocks_of_flex_are_those_that_torch_finds_by_looking_at_all_pairs(l
             assert torch.equal(*listed), (kind, row)
 
 
-def test_flex_is_the_same_and_makes_a_batch_s_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward: torch has no backward of it on a CPU; on a GPU the selftest compares gradients too."""
-    made: list[int] = []
+def test_what_follows_from_a_batch_s_lengths_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex's mask and the CPU's groups. Forward: torch has no backward of flex on a CPU; on a GPU the selftest has."""
+    made: list[Any] = []
 
-    def counted(bounds: torch.Tensor, rows: int) -> Any:
-        made.append(rows)
-        return flex_mask(bounds, rows)
+    def counted(prepare: Any) -> Any:
+        def call(bounds: torch.Tensor, rows: int) -> Any:
+            result = prepare(bounds, rows)
+            made.append(weakref.ref(result))
+            return result
+
+        return call
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)  # as written: all scores
-    monkeypatch.setattr(attention, "flex_mask", counted)
-    flex, per_sequence = FlexAttention(), choose_attention(CPU, torch.float32, "per_sequence").attend
-    for lengths in ((1, 5, 0, 150), (150, 6, 0, 0)):
-        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-        for _ in range(2):  # layers
-            qkv = [torch.randn(156, 2, 16) for _ in range(3)]
-            torch.testing.assert_close(flex(*qkv, bounds, 150), per_sequence(*qkv, bounds, 150))
-    assert made == [156, 156]
+    monkeypatch.setattr(attention, "flex_mask", counted(flex_mask))
+    monkeypatch.setattr(attention._Calls, "of", counted(attention._Calls.of))
+    flex, per_sequence = (attention._function(name, False) for name in ("flex", "per_sequence"))
+    dense = choose_attention(CPU, torch.float32, "dense").attend
+    ends = [np.cumsum([0, *lengths]).tolist() for lengths in ((1, 5, 0, 9, 141), (141, 6, 0, 9, 0))]
+    batches = [torch.tensor(bounds, dtype=torch.int32) for bounds in ends]
+    for layer, bounds in itertools.product(range(2), batches):  # both batches are there at the same time
+        qkv = [torch.randn(156, 2, 16) for _ in range(3)]
+        expected = dense(*qkv, bounds, 150)
+        torch.testing.assert_close(flex(*qkv, bounds, 150), expected)
+        torch.testing.assert_close(per_sequence(*qkv, bounds, 150), expected)
+        assert len(made) == (4 if layer else 2 * (1 + (bounds is batches[1])))
+    copied = copy.deepcopy(per_sequence)
+    assert torch.equal(copied(*qkv, bounds, 150), per_sequence(*qkv, bounds, 150))
+    assert len(made) == 5
     nothing = flex(*[torch.randn(0, 2, 16, requires_grad=True) for _ in range(3)], torch.zeros(2, dtype=torch.int32), 0)
     assert nothing.grad_fn is not None, "the graph of a process without rows"
+    del bounds, batches
+    gc.collect()
+    assert [prepared() for prepared in made] == [None] * 5, "it goes with the batch"
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(0, 100))

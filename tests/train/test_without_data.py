@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_lcl import attention, objectives
+from megatron_lcl.attention import choose_attention
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.model.lcl import LayerList
@@ -70,6 +71,7 @@ def test_a_step_reads_nothing_from_its_device(objective: str, strategy: str) -> 
 
 
 def test_what_reads_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_block_diagonal", attention._by_sequence)  # the CPU's, which asks for the lengths
+    asks = choose_attention(torch.device("cpu"), torch.float32).attend  # for the lengths
+    monkeypatch.setattr(attention, "_block_diagonal", asks)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         step(Case())

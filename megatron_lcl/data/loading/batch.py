@@ -84,22 +84,31 @@ class PackedBatch:
         """The integer tensors by name, in order."""
         return {name: getattr(self, name) for name in fields_of_kind("integers")}
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """The batch on a device, in two copies: one for all integers, one for the images.
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on a device, in two copies, one for all integers and one for the images; itself if it is there.
 
-        With pinned memory (`pin_memory`) the copies run beside the computation.
+        To CUDA they are made from page-locked memory, so the host does not wait for them.
         """
-        integers = self.integers()
+        device = torch.device(device)
+        if self.images.device == device:
+            return self
+        integers, images = self.integers(), self.images
         flat = torch.cat(list(integers.values()))
-        if torch.device(device).type == "cuda":
-            flat = flat.pin_memory()
-        moved = flat.to(device, non_blocking=non_blocking).split([len(part) for part in integers.values()])
-        images = self.images.to(device, non_blocking=non_blocking)
+        if device.type == "cuda":
+            flat, images = flat.pin_memory(), images.pin_memory()  # itself where it is already
+        moved = flat.to(device, non_blocking=True).split([len(part) for part in integers.values()])
+        images = images.to(device, non_blocking=True)
         return dataclasses.replace(self, images=images, **dict(zip(integers, moved, strict=True)))
 
     def pin_memory(self) -> PackedBatch:
         """The batch with its images in page-locked memory."""
         return dataclasses.replace(self, images=self.images.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Of a copy that `to` has made on another stream: `stream` uses it, so its memory is not given to others before
+        that is done."""
+        for tensor in (self.tokens, self.images):  # all integers are in one storage
+            tensor.record_stream(stream)
 
 
 def fields_of_kind(kind: Kind) -> tuple[str, ...]:
