@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from sphinx.errors import SphinxError
 from sphinx.util.docutils import docutils_namespace
 
 from megatron_lcl import config as configs
+from megatron_lcl.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -31,8 +34,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_page_is_in_it(site: Path) -> None:
     index = (site / "index.html").read_text()
-    for page in DOCS.glob("*.md"):
-        assert f'href="{page.stem}.html"' in index or page.stem == "index", page.name
+    for page in DOCS.rglob("*.md"):
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
+        assert f'href="{name}.html"' in index or name == "index", name
 
 
 def test_every_field_and_command_is_in_it(site: Path) -> None:
@@ -41,6 +45,21 @@ def test_every_field_and_command_is_in_it(site: Path) -> None:
         assert f">{name.rpartition('.')[2]}</span>" in fields, name
     for command in ("preprocess", "train", "evaluate", "export", "selftest"):
         assert f"usage: megatron-lcl {command} " in commands
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("sources/*.md")), ids=lambda page: page.stem)
+def test_commands_of_a_data_set_are_ours(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command, format and option is known: what fails is the first look at the data, which are not there."""
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line)[1:] for line in re.findall(r"^ {4}(megatron-lcl .*)$", page.read_text("utf-8"), re.M)]
+    assert {"preprocess", "verify", "inspect"} <= {name for name, *_ in commands}
+    for name, *words in commands:
+        assert main([name, *words]) > 0
+        (line,) = "".join(capsys.readouterr()).splitlines()
+        data = words[words.index("--input") + 1] if "--input" in words else words[0]
+        assert re.search(rf"(^| ){data} (does not exist|is not a corpus)", line), line
 
 
 @pytest.mark.parametrize("link", ["[x](page.md#nowhere)", "[x](nowhere.md)"])

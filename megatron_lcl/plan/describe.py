@@ -61,6 +61,8 @@ def numbers_of(layout: Layout, device: str, processes: int) -> dict[str, str | f
         "flops_per_second": of.flops.total / of.seconds,
         "mfu": of.mfu,
         "memory_peak_bytes": layout.needs,
+        "memory_gradients_bytes": layout.gradients,
+        "memory_offloaded_bytes": layout.offloaded,
         "memory_is_bound": not layout.usages,
     }
 
@@ -116,9 +118,12 @@ def _memory(plan: Plan, best: Layout) -> Iterator[str]:
         widths = (10, 17, 11, 13, 11, 11)
         numbers = "".join(f"{in_bytes(part):>{width}}" for part, width in zip(parts, widths, strict=True))
         yield f"            stage {stage:<8}{numbers}"
-        network = f"{in_bytes(usage.network)} of what is sent and received"
-        within = f"{in_bytes(usage.losses)} while a loss is computed, {network}"
-        yield f"            {'':14}in these, each at its most: {within}"
+        within = f"in these, each at its most: {in_bytes(usage.gradients)} of gradients for the optimizer, "
+        yield f"            {'':14}{within}{in_bytes(usage.losses)} while"
+        yield f"            {'':14}a loss is computed, {in_bytes(usage.network)} of what is sent and received"
+    if best.offloaded:
+        on_node = in_bytes(min(target.node_size, target.processes) * best.offloaded)
+        yield f"            on the host, besides: {in_bytes(best.offloaded)} a process, {on_node} a node"
     yield f"            the loader: {_loader(plan, config)}"
 
 

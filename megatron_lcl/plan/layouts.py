@@ -53,6 +53,10 @@ class Layout:
     """why it is not legal"""
     needs: float = 0.0
     """bytes: the bound, where it was simulated the simulation"""
+    gradients: float = 0.0
+    """bytes of them, at the stage that has most: by the bound's formula, or as simulated"""
+    offloaded: float = 0.0
+    """bytes besides what it needs, in the host's memory"""
     prediction: Prediction | None = None
     """of the phase that needs most; None where it does not fit"""
     usages: Mapping[int, Usage] = field(default_factory=dict)
@@ -128,9 +132,9 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
         except UserError as error:
             refused.append(Layout(tried, refused=str(error)))
             continue
-        needs = max(bound(phase, target) for phase in phases)
-        if needs > target.room:
-            too_large.append(Layout(tried, needs=needs))
+        least = max((bound(phase, target) for phase in phases), key=lambda of: of.needs)
+        if least.needs > target.room:
+            too_large.append(Layout(tried, **vars(least)))
             continue
         slowest = max(
             (
@@ -139,7 +143,7 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
             ),
             key=lambda of: of.seconds,
         )
-        passed.append(Layout(tried, needs=needs, prediction=slowest))
+        passed.append(Layout(tried, **vars(least), prediction=slowest))
     passed.sort(key=lambda layout: (round(layout.seconds, 9), key_of(layout.config)))
     too_large.sort(key=lambda layout: layout.needs)
     return passed, too_large, refused
@@ -150,20 +154,25 @@ def slots(config: Config, target: Target) -> int:
     return config.data.images_per_pack or target.images
 
 
-def bound(config: Config, target: Target) -> float:
-    """Bytes that a process holds at least; what is offloaded to the host does not count."""
-    least = estimate(config, target.processes, slots(config, target))
-    return least.total - offloaded(config, target)
+@dataclass(frozen=True)
+class Bound:
+    """Bytes that a process holds at least, of them the gradients, and what it has in the host's memory besides."""
+
+    needs: float
+    gradients: float
+    offloaded: float
 
 
-def offloaded(config: Config, target: Target) -> float:
-    """Bytes of the bound that lie in the host's memory."""
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not target.on_host:
-        return 0.0
+def bound(config: Config, target: Target) -> Bound:
+    """What is certain of a config's memory; what is offloaded to the host is not needed where that is other memory."""
     least = estimate(config, target.processes, slots(config, target))
-    of_parameters = least.parameters if zero.get("offload_param") else 0.0
-    return of_parameters + (least.optimizer if zero.get("offload_optimizer") else 0.0)
+    zero = config.deepspeed.get("zero_optimization", {}) if target.on_host else {}
+    offloaded = sum(
+        size
+        for name, size in (("param", least.parameters), ("optimizer", least.optimizer))
+        if zero.get(f"offload_{name}")
+    )
+    return Bound(least.total - offloaded, least.gradients, offloaded)
 
 
 def confirm(
@@ -181,14 +190,16 @@ def confirm(
     while left and len(failed) < MAX_SIMULATED:
         layout = left[0]
         say(f"simulating a step: {layout.name}")
-        config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target))
+        config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target).needs)
         last = config.parallel.pipeline - 1
         usages = {
             stage: usage_of(config, target.processes, slots(config, target), stage, simulated)
             for stage in sorted({0, (last + 1) // 2, last})
         }
-        needs = max(u.peak if target.on_host else u.process for u in usages.values()) - offloaded(config, target)
-        checked = replace(layout, needs=needs, usages=usages)
+        offloaded = bound(config, target).offloaded
+        needs = max(u.peak if target.on_host else u.process for u in usages.values()) - offloaded
+        gradients = max(u.gradients for u in usages.values())
+        checked = replace(layout, needs=needs, gradients=gradients, offloaded=offloaded, usages=usages)
         if needs <= target.room:
             return [checked, *left[1:]], failed
         failed.append(checked)

@@ -105,7 +105,7 @@ def own_layout(config: Config, device: str, processes: int, nodes: int, images: 
     rates = assumed_rates(DEVICES[device], config.train.dtype)
     target = Target(processes, -(-processes // nodes), rates, USABLE * DEVICES[device].memory, images, on_host=True)
     prediction = predict(config, processes, target.node_size, rates, slots(config, target))
-    return Layout(config, needs=bound(config, target), prediction=prediction)
+    return Layout(config, **vars(bound(config, target)), prediction=prediction)
 
 
 def _is_own(layout: Layout, config: Config) -> bool:

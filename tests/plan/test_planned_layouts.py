@@ -15,12 +15,12 @@ from plan.test_predict import IMAGES, config_of, rates_of
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.plan import layouts, memory, run
 from megatron_lcl.plan.calibrate import Calibration, calibrate
 from megatron_lcl.plan.calibrate import rates_of as measured_rates
-from megatron_lcl.plan.describe import lines
-from megatron_lcl.plan.layouts import Layout, Target, confirm, key_of, survey
+from megatron_lcl.plan.describe import lines, numbers_of
+from megatron_lcl.plan.layouts import Bound, Layout, Target, confirm, key_of, survey
 from megatron_lcl.plan.memory import usage_of
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate
@@ -36,9 +36,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layouts, name, (1, 2))
 
 
-def needs(peak: float) -> Usage:
+def needs(peak: float, gradients: float = 0.0) -> Usage:
     nothing = dict.fromkeys(Usage.__dataclass_fields__, 0.0)
-    return Usage(**nothing | {"peak": peak, "touched": peak})
+    return Usage(**nothing | {"peak": peak, "touched": peak, "gradients": gradients})
 
 
 def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:
@@ -80,8 +80,9 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     target = target_of()
     least = estimate(config, 4, IMAGES)
-    assert layouts.bound(config, target) == least.total - least.optimizer
-    assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == least.total
+    on_host = Bound(least.total - least.optimizer, least.gradients, least.optimizer)
+    assert layouts.bound(config, target) == on_host
+    assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == Bound(least.total, least.gradients, 0)
 
 
 def test_the_first_whose_simulated_step_fits_is_the_best() -> None:
@@ -127,11 +128,11 @@ def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:
         vision, language = config.model.vision.layers, config.model.language.layers
         asked.append((vision, language, processes, config.train.global_batch))
         size = 100.0 + 7 * vision + 3 * language
-        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size)
+        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size, 2 * size)
 
     found = usage_of(config, 32, IMAGES, simulated=simulated)
     assert asked == [(2, 2, 32, 512), (4, 2, 32, 512), (2, 4, 32, 512)]
-    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0)
+    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0, 534.0)
     assert found.process == pytest.approx(1602.0 + 0.14 * 133.5), "the largest share of the heap, not extrapolated"
     asked.clear()
     many = usage_of(config, 256, IMAGES, simulated=simulated)
@@ -254,6 +255,28 @@ def test_the_command_says_what_was_found_and_writes_the_best(
     assert "--images -1: give a number above 0" in capsys.readouterr().err
     assert main([*arguments, "--train.stepz", "1"]) == 2
     assert "train.steps" in capsys.readouterr().err
+
+
+def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated of the best layout, at the stage that has most of them; by the bound of one that was not simulated."""
+    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: needs(7e6, gradients=3e6)))
+    config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    found = run.plan(config, 4, images_per_pack=IMAGES)
+    layout = found.best
+    least = estimate(layout.config, 4, IMAGES)
+    assert (layout.gradients, layout.offloaded, layout.needs) == (3e6, least.optimizer, 7e6 - least.optimizer)
+    text = "\n".join(lines(found))
+    assert "in these, each at its most: 3 MB of gradients for the optimizer," in text
+    on_host = f"on the host, besides: {in_bytes(least.optimizer)} a process, {in_bytes(4 * least.optimizer)} a node"
+    assert on_host in text
+    numbers = numbers_of(layout, "h100", 4)
+    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (3e6, least.optimizer)
+    other = found.layouts[1]
+    assert not other.usages
+    assert numbers_of(other, "h100", 4)["memory_gradients_bytes"] == estimate(other.config, 4, IMAGES).gradients
+    nothing_offloaded = run.plan(config_of(), 4, images_per_pack=IMAGES)
+    assert nothing_offloaded.best.offloaded == 0
+    assert "on the host" not in "\n".join(lines(nothing_offloaded))
 
 
 @pytest.mark.usefixtures("quick")

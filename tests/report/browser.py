@@ -40,7 +40,7 @@ class Browser:
             os.dup2(second, 4)
 
         command = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command, preexec_fn=take_pipes, close_fds=False, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
         os.close(reads)
@@ -127,7 +127,7 @@ class Browser:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
         os.close(self._to)
         os.close(self._from)

@@ -6,7 +6,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -71,7 +72,7 @@ class Telemetry:
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
         no_losses = {*contrast.METRICS[1:], *contrast.SIGMOID_METRICS[1:]}
-        self._losses = [name for name in objective.metrics if name not in no_losses]
+        self._losses = _shortened([name for name in objective.metrics if name not in no_losses])
         self._peak = 0.0
         """bytes of memory that a line has named last"""
         self.num_without_pairs = 0
@@ -170,23 +171,23 @@ class Telemetry:
         return numbers
 
     def _line(self, step: int, numbers: Mapping[str, float | None], lr: float, rates: Mapping[str, float]) -> str:
-        """A step in one line of a log."""
+        """A step in one line of a log, of no more than 140 characters up to step 99,999, but for MFU and the peak."""
         measured = {name: value for name, value in numbers.items() if value is not None}
-        losses = ", ".join(f"{name} {measured[name]:.3f}" for name in self._losses if name in measured)
-        parts = [f"step {step}/{self.total}", f"loss {measured['loss']:.3f}" + (f" ({losses})" if losses else "")]
+        losses = ", ".join(f"{short} {measured[name]:#.4g}" for name, short in self._losses.items() if name in measured)
+        parts = [f"step {step}/{self.total}", f"loss {measured['loss']:#.4g}" + (f" ({losses})" if losses else "")]
         accuracies = [f"{100 * measured[n]:.1f}" for n in ("image_accuracy", "text_accuracy") if n in measured]
         if accuracies:
-            parts.append(f"accuracy {'/'.join(accuracies)}% (chance {measured['chance_accuracy']:.1%})")
+            parts.append(f"acc {'/'.join(accuracies)}% (chance {measured['chance_accuracy']:.1%})")
         speed = [*_speed(rates), *([f"MFU {rates['mfu']:.1%}"] if "mfu" in rates else []), *_data_wait(rates)]
         peak = rates.get("memory_peak_bytes", 0.0)
         if peak > RISEN * self._peak:
             self._peak = peak
             speed.append(f"peak {in_bytes(peak)}")
-        parts += [f"lr {lr:.2e}", ", ".join(speed)]
+        parts += [f"lr {lr:.2e}".replace("e-0", "e-"), ", ".join(speed)]
         assert self._first_done is not None
         made, since = step - self._first_done[0], time.monotonic() - self._first_done[1]
         per_step = since / made if made else rates["step_seconds"]
-        return "  ".join([*parts, f"{tqdm.format_interval((self.total - step) * per_step)} left"])
+        return " ".join([*parts, f"{tqdm.format_interval((self.total - step) * per_step)} left"])
 
     def write(self, values: dict[str, Any]) -> None:
         """One line of metrics, and its numbers to TensorBoard and the trackers.
@@ -252,6 +253,12 @@ class Telemetry:
                     tracker.close()
 
 
+def _shortened(names: Sequence[str]) -> dict[str, str]:
+    """Each name and its first three letters, or all of it where these are another's too."""
+    begins = Counter(name[:3] for name in names)
+    return {name: name[:3] if begins[name[:3]] == 1 else name for name in names}
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """What of a line can be drawn."""
     return {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
@@ -270,10 +277,10 @@ def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> I
 
 
 def _speed(rates: Mapping[str, float]) -> Iterator[str]:
-    for name in ("images", "tokens"):
+    for name, unit in (("images", "img/s"), ("tokens", "tok/s")):
         rate = rates[f"{name}_per_second"]
         factor, letter = (1e6, "M") if rate >= 999_500 else (1e3, "k") if rate >= 9_999.5 else (1, "")
-        yield f"{rate:.0f} {name}/s" if factor == 1 else f"{rate / factor:.3g}{letter} {name}/s"
+        yield f"{rate:.0f} {unit}" if factor == 1 else f"{rate / factor:.3g}{letter} {unit}"
 
 
 def _data_wait(rates: Mapping[str, float]) -> Iterator[str]:

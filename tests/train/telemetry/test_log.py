@@ -21,7 +21,7 @@ SHOWN = re.compile(r"(\d+)/1000 \[\d\d:\d\d<(\d\d):(\d\d), +([\d.]+)(step/s|s/st
 
 
 LINE = re.compile(
-    r"step (\d+)/9  loss 1\.000 \(([^()]*)\)  (?:accuracy (.*)  )?lr 1\.00e-03  1000 images/s, 900 tokens/s  "
+    r"step (\d+)/9 loss 1\.000 \(([^()]*)\) (?:acc (.*) )?lr 1\.00e-3 1000 img/s, 900 tok/s "
     r"(\d+):(\d\d) left"
 )
 
@@ -87,11 +87,11 @@ def test_a_terminal_has_a_bar_and_a_log_has_lines(
         for step in range(1, 10):
             done(telemetry, step)
     said = capsys.readouterr()
-    assert ("loss 1.000, accuracy 50.0% (chance 25.0%), 1000 images/s" in said.err) == bar
+    assert ("loss 1.000, accuracy 50.0% (chance 25.0%), 1000 img/s" in said.err) == bar
     matches = [LINE.fullmatch(line) for line in said.out.splitlines()]
     assert [match and match[1] for match in matches] == (["4", "8", "9"] if lines else [])
     assert {match.groups()[1:3] for match in matches if match} <= {
-        ("generation 1.000, contrastive 1.000", "50.0/30.0% (chance 25.0%)")
+        ("gen 1.000, con 1.000", "50.0/30.0% (chance 25.0%)")
     }
 
 
@@ -105,8 +105,8 @@ def test_a_line_shows_what_the_step_has_and_the_time_left(
             done(telemetry, step, dataclasses.replace(RESULT, num_pairs=pairs))
             clock[0] += 70  # with what lies between the steps, such as saving
     lines = [match for line in capsys.readouterr().out.splitlines() if (match := LINE.fullmatch(line))]
-    both = "generation 1.000, contrastive 1.000"
-    assert [match[2] for match in lines] == [both, "generation 1.000", both]
+    both = "gen 1.000, con 1.000"
+    assert [match[2] for match in lines] == [both, "gen 1.000", both]
     assert [match[3] for match in lines] == ["50.0/30.0% (chance 25.0%)", None, "50.0/30.0% (chance 100.0%)"]
     assert [60 * int(match[4]) + int(match[5]) for match in lines] == [6 * 0.1 // 1, 5 * 70, 4 * 70]
 
@@ -121,10 +121,32 @@ def test_a_line_names_the_wait_for_data_and_the_peak_where_they_say_something(
         for step, (wait, peak) in enumerate(((0.009, 6e10), (0.123, 6.05e10), (0.0, 6.12e10)), 1):
             telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
             telemetry.step(step, result, 1e-3, {"mfu": 0.412, "data_wait": wait, "memory_peak_bytes": peak})
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    speed = "98.8k images/s, 23.5M tokens/s, MFU 41.2%"
-    assert [line[4] for line in lines] == [f"{speed}, peak 60 GB", f"{speed}, data wait 12%", f"{speed}, peak 61.2 GB"]
-    assert max(len("  ".join(line[:5])) for line in lines) <= 170
+    lines = re.findall(r"lr 1\.00e-3 (.*) [\d:]+ left$", capsys.readouterr().out, re.MULTILINE)
+    speed = "98.8k img/s, 23.5M tok/s, MFU 41.2%"
+    assert lines == [f"{speed}, peak 60 GB", f"{speed}, data wait 12%", f"{speed}, peak 61.2 GB"]
+
+
+def test_a_line_has_room_in_140_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With losses above 10, a wait for data, and hours to come."""
+    terminals(monkeypatch, False, False)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    metrics = {"generation": 10.825, "contrastive": 12.25, "image_accuracy": 0.187, "text_accuracy": 0.186}
+    result = dataclasses.replace(RESULT, loss=47.575, num_images=15, num_tokens=749, num_pairs=200, metrics=metrics)
+    config = configs.load(None, {"train.steps": "46000", "train.log_every": "1"})
+    with Telemetry(tmp_path, config, True, 0) as telemetry:
+        for step in (19_999, 20_000):
+            telemetry.count(step, {name: getattr(result, name) for name in COUNTS}, 0.1)
+            telemetry.step(step, result, 1.234e-4, {"data_wait": 0.123})
+            clock[0] += 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == (
+        "step 20000/46000 loss 47.58 (gen 10.82, con 12.25) acc 18.7/18.6% (chance 0.5%) lr 1.23e-4 "
+        "150 img/s, 7490 tok/s, data wait 12% 7:13:20 left"
+    )
+    assert len(line) <= 140
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
