@@ -218,8 +218,9 @@ def _files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "lists.flagged_words", settings.lists.flagged_words
     if settings.language.model is not None:
         yield "language.model", settings.language.model
-    if settings.models.head is not None:
-        yield "models.head", settings.models.head
+    for name, head in settings.models.heads.items():
+        if head.head is not None:
+            yield "models.head" if name == "score" else f"models.{name}.head", head.head
 
 
 def _called(key: str) -> str:

@@ -21,7 +21,7 @@ from megatron_lcl.data.corpus.store import Corpus
 
 
 class _Asking:
-    """A rule whose facts are an encoder's."""
+    """A rule whose facts are an encoder's: written once, whatever the number of rules that read the same features."""
 
     facts_of = "features"
 
@@ -40,12 +40,10 @@ class _Asking:
 class Scores(_Asking):
     """Images that a linear head scores too low or too high."""
 
-    rule = "image.score"
-
-    def __init__(self, encoder: str, tokenizer: str | None, settings: HeadScore) -> None:
+    def __init__(self, encoder: str, tokenizer: str | None, settings: HeadScore, name: str) -> None:
         super().__init__(encoder, tokenizer)
-        self.settings = settings
-        read_head(Path(settings.head))  # which says what is wrong with it
+        self.settings, self.rule = settings, f"image.{name}"
+        read_head(settings.head)  # which says what is wrong with it
 
     @property
     def threshold(self) -> Any:
@@ -113,8 +111,8 @@ def joins_of(rules: ModelRules) -> Iterator[Scores | SameFeatures | Matched]:
     if rules.encoder is None:
         return
     encoder = (rules.encoder, rules.tokenizer)
-    if rules.head is not None:
-        yield Scores(*encoder, HeadScore(rules.head, rules.min_score, rules.max_score))
+    for name, head in rules.heads.items():
+        yield Scores(*encoder, head, name)
     if rules.duplicates is not None:
         yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates))
     if rules.match:
@@ -122,16 +120,16 @@ def joins_of(rules: ModelRules) -> Iterator[Scores | SameFeatures | Matched]:
 
 
 def check(rules: ModelRules, *, keep: bool) -> None:
-    """UserError where the encoder does not load, has no texts for `match`, or other features than the head.
+    """UserError where the encoder does not load, has no texts for `match`, or other features than a head.
 
     keep: this process needs the encoder soon.
     """
-    if rules.encoder is None or not (rules.match or rules.head or rules.duplicates):
+    if rules.encoder is None or not rules.asks:
         return
     model, width = load(rules.encoder, rules.tokenizer)
     if not keep:
         load.cache_clear()
     if rules.match:
         model.encode_texts(["a text"])
-    if rules.head is not None:
-        check_width(rules.head, read_head(Path(rules.head))[0], width)
+    for head in rules.heads.values():
+        check_width(head.head, read_head(head.head)[0], width)
