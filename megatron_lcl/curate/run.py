@@ -243,7 +243,7 @@ def _joins_of(settings: Settings) -> tuple[Join, ...]:
         joins.append(EvaluationSets(settings.evaluation))
     rules = settings.duplicates
     joins += [Duplicates(each, rules.against) for each in (rules.images, rules.documents) if each.action is not None]
-    return (*joins, *models.joins_of(settings.models))
+    return (*joins, *models.joins_of(settings.models, rules.against))
 
 
 def _check(settings: Settings, *, keep: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import picture, removed, write
 
@@ -117,6 +118,34 @@ def test_all_rules_of_features_encode_each_image_once(
         == as_recipe(rules(encoder, **given))
         != as_recipe(rules(encoder, **given | {"models.nsfw.head": file[0]}))
     )
+
+
+@pytest.mark.parametrize("action", ["keep-one", "drop-all"])
+def test_features_of_another_corpus(source: Path, encoder: tuple[str, str], tmp_path: Path, action: str) -> None:
+    """It has one of the images, and one whose features are near: found as by comparing all pairs."""
+    (tmp_path / "more").mkdir()
+    other = write(tmp_path / "more", [Document((Image(picture(7)), Image(picture(2)), Text("other")))])
+    facts = [feature_facts(path, 0, 0, number, *encoder)["feature"] for path, number in ((other, 1), (source, 3))]
+    features = np.concatenate(facts)
+    cosine = features @ features.T
+    across = np.sort(cosine[:2, 2:].ravel())
+    least = float(across[-3:-1].mean())
+    clusters = np.linalg.matrix_power((cosine >= least).astype(int), 6) > 0
+    first = clusters.argmax(1)
+    expected = {}
+    for place, k in (((0, 1), 2), ((0, 3), 3), ((1, 0), 4), ((1, 1), 5)):
+        if (action == "drop-all" and clusters[k].sum() > 1) or first[k] < k:
+            expected[place] = f"{other}: document 0, piece {first[k]}" if first[k] < 2 else None
+    assert expected[1, 0] == f"{other}: document 0, piece {first[4]}"
+    given = {"duplicates": action, "min_cosine": str(least), "duplicates.against": f"[{other}]"}
+    curate(source, tmp_path / "out", rules(encoder, **given))
+    table = pq.read_table(tmp_path / "out" / "removed.parquet").to_pylist()
+    assert {row["rule"] for row in table} == {"image.features"}
+    found = {(row["document"], row["item"]): row["matched"] for row in table}
+    assert found.keys() == expected.keys()
+    assert all(found[place] == matched for place, matched in expected.items() if matched)
+    with pytest.raises(UserError, match="nowhere"):
+        curate(source, tmp_path / "new", rules(encoder, **given | {"duplicates.against": "[nowhere]"}))
 
 
 def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
