@@ -41,8 +41,8 @@ class Checkpoint:
     resume: str = Field(
         default="auto",
         description="auto: resume from the newest checkpoint in train.output that verifies; or a run folder (its "
-        "newest that verifies) or a checkpoint of another run (pickles with more than tensors, plain values and "
-        "DeepSpeed's own few classes are refused)",
+        "newest that verifies) or a checkpoint of another run, also s3://bucket/folder (pickles with more "
+        "than tensors, plain values and DeepSpeed's own few classes are refused)",
     )
     max_failures: Positive = Field(
         default=3, description="stop the run after so many consecutive checkpoints that could not be written"
@@ -55,7 +55,6 @@ class Checkpoint:
     )
 
     def __post_init__(self) -> None:
-        check_on_disk("checkpoint.resume", self.resume)
         if self.mirror is not None and "://" not in self.mirror:
             raise UserError(f"checkpoint.mirror is {self.mirror}; give a URL, as s3://bucket/folder")
 
@@ -243,4 +242,3 @@ class Train:
             self.output,
             "checkpoint.mirror=s3://bucket/folder for copies of its checkpoints in a bucket",
         )
-        check_on_disk("train.init_from", self.init_from)

@@ -3,7 +3,8 @@
 * a run folder: its newest complete checkpoint (and so does its folder `checkpoints`);
 * a checkpoint, or what `import` wrote: itself;
 * what `export` wrote: itself, as far as its format holds the model;
-* a file: a checkpoint in the reference's format.
+* a file: a checkpoint in the reference's format;
+* a URL of a folder in object storage: a copy of what is there, on the disk.
 
 Imports neither torch nor numpy, so that listing checkpoints stays fast.
 """
@@ -18,6 +19,7 @@ import yaml
 from megatron_lcl.config import Config, from_dict
 from megatron_lcl.convert.folder import EXPORTS, read_record
 from megatron_lcl.data.corpus.manifest import MANIFEST
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS
@@ -29,6 +31,10 @@ WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
 
 def find_checkpoint(path: Path) -> Path:
     """The folder or file that holds the weights which `path` names. UserError where there are none."""
+    if url := url_of(path):
+        from megatron_lcl.convert.remote import local_copy
+
+        path = local_copy(url)
     if path.is_file() or _is_checkpoint(path):
         return path
     if kind := export_kind(path):

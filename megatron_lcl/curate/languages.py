@@ -1,13 +1,15 @@
-"""Lists of words, and the language of a text, by lingua or by a fastText model that the user has."""
+"""What rules of texts need besides the text: lists of words; its language, by lingua or by a fastText model that the
+user has."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Set
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_lcl.curate.perplexity import perplexity_score
 from megatron_lcl.curate.settings import Language, Lists, Settings, is_file
 from megatron_lcl.errors import UserError
 
@@ -33,6 +35,10 @@ class Context:
     @cached_property
     def language(self) -> Callable[[str], float]:
         return language_score(self._settings.language)
+
+    @cached_property
+    def perplexity(self) -> Callable[[str], float]:
+        return perplexity_score(self._settings.perplexity)
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,11 +125,13 @@ def read_words(path: str | Path) -> frozenset[str]:
     return frozenset(word for line in lines if (word := line.strip()))
 
 
-def libraries(rules: Collection[str], language: Language, lists: Lists) -> dict[str, str]:
+def libraries(rules: Set[str], language: Language, lists: Lists) -> dict[str, str]:
     """Versions of the packages on which the result depends. rules: fields of texts and documents that are on."""
     used = {}
     if "min_stop_words" in rules and not is_file(lists.stop_words):
         used["stop-words"] = version("stop-words")
     if "min_language" in rules and language.model is None:
         used[_LINGUA] = version(_LINGUA)
+    if rules & {"min_perplexity", "max_perplexity"}:
+        used["transformers"] = version("transformers")
     return used

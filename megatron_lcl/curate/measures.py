@@ -88,6 +88,9 @@ class Context(Protocol):
     @property
     def language(self) -> Callable[[str], float]: ...
 
+    @property
+    def perplexity(self) -> Callable[[str], float]: ...
+
 
 class Measured:
     """A text that is measured, or a document: all its texts as one, how many texts and images, and its name."""
@@ -117,6 +120,7 @@ MEASURES: dict[str, Callable[[Measured], float]] = {
     "stop_words": lambda m: listed_ratio(m.words, m.context.stop_words),
     "flagged_words": lambda m: listed_ratio(m.words, m.context.flagged_words),
     "language": lambda m: m.context.language(m.text),
+    "perplexity": lambda m: m.context.perplexity(m.text),
     "images": lambda m: m.images,
     "texts": lambda m: m.texts,
 }

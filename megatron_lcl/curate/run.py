@@ -147,7 +147,7 @@ def curate(
         raise UserError(f"--workers {workers}: give at least 1")
     source = open_corpus(corpus)
     joins = (*_joins_of(settings), *joins)
-    _check(settings)
+    _check(settings, keep=workers == 1)
     if output is None:
         models.check(settings.models, keep=workers == 1)
         with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
@@ -211,7 +211,7 @@ def curate_in_jobs(
     url, output = url_of(corpus), Path(output).resolve()
     if not (output / MANIFEST).exists():
         _joins_of(settings or Settings())
-        _check(settings or Settings())
+        _check(settings or Settings(), keep=False)
         models.check((settings or Settings()).models, keep=False)
     corpus = url or Path(corpus).resolve()
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
@@ -243,11 +243,11 @@ def _joins_of(settings: Settings) -> tuple[Join, ...]:
         joins.append(EvaluationSets(settings.evaluation))
     rules = settings.duplicates
     joins += [Duplicates(each, rules.against) for each in (rules.images, rules.documents) if each.action is not None]
-    return (*joins, *models.joins_of(settings.models))
+    return (*joins, *models.joins_of(settings.models, rules.against))
 
 
-def _check(settings: Settings) -> None:
-    """UserError where a list, a model or a package is missing that a rule needs."""
+def _check(settings: Settings, *, keep: bool) -> None:
+    """UserError where a list, a model or a package is missing that a rule needs. keep: this process needs them soon."""
     context_of.cache_clear()  # a file may have changed since this process read it
     context = context_of(settings)
     for rule in (*rules_of(settings, "text"), *rules_of(settings, "document")):
@@ -256,6 +256,10 @@ def _check(settings: Settings) -> None:
                 getattr(context, rule.field[4:])
             case "min_language":
                 context.language("a")
+            case "min_perplexity" | "max_perplexity":
+                context.perplexity("a")
+    if not keep:
+        context_of.cache_clear()
 
 
 def _libraries(settings: Settings) -> dict[str, str]:

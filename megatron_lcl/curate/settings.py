@@ -65,6 +65,8 @@ class TextRules:
     min_language: Fraction | None = Field(
         default=None, description="probability of the likeliest language, 0 where it is none of language.wanted"
     )
+    min_perplexity: _AtLeast1 | None = Field(default=None, description="perplexity to perplexity.model")
+    max_perplexity: _AtLeast1 | None = Field(default=None, description="perplexity to perplexity.model")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -111,6 +113,16 @@ class Language:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Perplexity:
+    """How surprising a text is."""
+
+    model: str | None = Field(
+        default=None, description="folder of a causal language model and its tokenizer as transformers writes them"
+    )
+    tokens: Positive = Field(default=512, description="at the beginning of a text, by which it is judged")
+
+
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """All rules."""
 
@@ -122,9 +134,14 @@ class Settings:
     models: ModelRules = ModelRules()
     lists: Lists = Lists()
     language: Language = Language()
+    perplexity: Perplexity = Perplexity()
 
     def __post_init__(self) -> None:
         for section in (self.text, self.document):
+            if self.perplexity.model is None and (section.min_perplexity, section.max_perplexity) != (None, None):
+                raise UserError(
+                    "min_perplexity and max_perplexity need perplexity.model, the folder of a language model"
+                )
             if section.max_flagged_words is not None and self.lists.flagged_words is None:
                 raise UserError("max_flagged_words needs lists.flagged_words, a file with a word a line")
 
@@ -182,6 +199,8 @@ def read_settings(
     for name, path in _files(settings):
         if not Path(path).is_file():
             raise UserError(f"--{name} {path}: there is no such file")
+    if settings.perplexity.model is not None and not Path(settings.perplexity.model).is_dir():
+        raise UserError(f"--perplexity.model {settings.perplexity.model}: there is no such folder")
     return settings
 
 
@@ -196,13 +215,27 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 
 
 def as_recipe(settings: Settings) -> dict[str, Any]:
-    """What of the settings decides the result, by dotted name: those that are not the defaults; of files their hash."""
+    """What of the settings decides the result, by dotted name: those that are not the defaults; of files and of a
+    model's folder their hash."""
     default = fields.flat(dataclasses.asdict(Settings()))
     own = fields.flat(dataclasses.asdict(settings))
     recipe = {name: value for name, value in own.items() if value != default[name]}
     for name, path in _files(settings):
         recipe[name] = xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
+    if settings.perplexity.model is not None:
+        recipe["perplexity.model"] = _hash_folder(settings.perplexity.model)
     return recipe
+
+
+def _hash_folder(folder: str) -> str:
+    """Of the names and bytes of its files, without those of folders in it."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def is_file(text: str) -> bool:
@@ -218,8 +251,9 @@ def _files(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "lists.flagged_words", settings.lists.flagged_words
     if settings.language.model is not None:
         yield "language.model", settings.language.model
-    if settings.models.head is not None:
-        yield "models.head", settings.models.head
+    for name, head in settings.models.heads.items():
+        if head.head is not None:
+            yield "models.head" if name == "score" else f"models.{name}.head", head.head
 
 
 def _called(key: str) -> str:

@@ -22,6 +22,7 @@ from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, resumable
 from megatron_lcl.train.checkpoint.initial_weights import find_initial_weights
+from megatron_lcl.train.checkpoint.mirror import resumed
 from megatron_lcl.train.determinism import check_determinism
 from megatron_lcl.train.fits import check_memory
 from megatron_lcl.train.heldout import check_heldout
@@ -108,7 +109,8 @@ def check_beginning(config: Config) -> None:
     """What a run that has no checkpoint of its own goes on from, or begins with, is there, and its weights fit."""
     if config.train.init_from is None:
         if config.checkpoint.resume != "auto":
-            resumable(config.checkpoint.resume)
+            if resumed(config.checkpoint.resume) is None:
+                resumable(config.checkpoint.resume)
         else:
             check_frozen_have_weights(config, None)
         return

@@ -29,6 +29,7 @@ from megatron_lcl.data.corpus.manifest import verify
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.summary import summarize_config
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.run_folder import CONFIG, PROGRESS
@@ -233,6 +234,9 @@ def _packs(config: Config) -> Iterator[str]:
 def _run(config: Config) -> Iterator[str]:
     run, weights, named = Path(config.train.output), config.train.init_from, config.checkpoint.resume
     saved = checkpoint.list_checkpoints(run)
+    if not saved and (url := url_of(named)):
+        yield f"run         {run}: goes on from {url}, if it verifies"
+        return
     folder = saved[-1] if saved else None if named == "auto" else checkpoint.resumable(named)[-1]
     if folder is None:
         yield f"run         {run}: starts at step 0" + (f" with the weights of {weights}" if weights else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CONFIG
@@ -18,7 +20,7 @@ from megatron_lcl.train.changes import Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_initial_weights
-from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
 from megatron_lcl.train.fastest import kept_kernels
 from megatron_lcl.train.fits import check_memory
@@ -82,9 +84,27 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
 def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:
     run = Path(config.train.output)
     check_output(run, config)  # again: another run may have begun there before it was locked
-    if config.checkpoint.mirror is not None:
-        Mirror(config.checkpoint.mirror).restore(run)
-    folder, rejected = checkpoint.choose(run, config.checkpoint.resume)
+    restored = _restored(run, config)
+    try:
+        return _from(run, config, settings, processes, has)
+    except UserError:
+        if restored is not None:  # it does not fit this run, which is not to find it as its own
+            shutil.rmtree(restored)
+        raise
+
+
+def _restored(run: Path, config: Config) -> Path | None:
+    """The checkpoint that a run without any fetches from object storage; None where there is none, or no need."""
+    if config.checkpoint.mirror is not None and (restored := Mirror(config.checkpoint.mirror).restore(run)):
+        return restored
+    if checkpoint.list_checkpoints(run) or (named := resumed(config.checkpoint.resume)) is None:
+        return None
+    return named.restore(run)
+
+
+def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:
+    resume = "auto" if url_of(config.checkpoint.resume) else config.checkpoint.resume  # which lies in the run by now
+    folder, rejected = checkpoint.choose(run, resume)
     kept = kept_kernels(config, folder)
     config = kept or config
     saved, previous = Progress(0, 0, {}), None

@@ -11,6 +11,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.config import Config
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.folder import CERTIFICATE
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.data.storage.store import Store
 
 
@@ -22,9 +23,15 @@ def test_an_export_is_that_of_the_disk(
     checkpoint, put, order = tmp_path / "checkpoint", Store.put, list[str]()
     checkpoint.mkdir()
     save_checkpoint(model, Config(model=model.config), checkpoint)
+    listed = {file.name: fingerprint(file) for file in checkpoint.iterdir()}
+    (checkpoint / MANIFEST).write_text(manifest_text(listed))
     command = ["export", str(checkpoint), "--format", "timm", "--output"]
     monkeypatch.setattr(Store, "put", lambda self, name, content: (order.append(name), put(self, name, content)))
     assert main([*command, str(tmp_path / "out")]) == 0
+    for file in checkpoint.iterdir():  # whose weights are elsewhere, too
+        Store(f"{place}/checkpoint").put(file.name, file)
+    order.clear()
+    command[1] = f"{place}/checkpoint"
     assert main([*command, f"{place}/out"]) == 0
     assert f"{place}/out: " in capsys.readouterr().out
     store = Store(f"{place}/out")

@@ -106,13 +106,13 @@ def test_shares_of_lists_and_names() -> None:
 
 
 def test_every_rule_has_its_measure() -> None:
-    context = SimpleNamespace(stop_words={"the"}, flagged_words={"b"}, language=lambda text: 0.5)
+    context = SimpleNamespace(stop_words={"the"}, flagged_words={"b"}, language=lambda text: 0.5, perplexity=len)
     measured = Measured(lambda: "The b c", context, images=3, texts=2)
     found = {name: measure(measured) for name, measure in MEASURES.items()}
     assert found == {
         "words": 3, "characters": 7, "character_repetition": 0, "word_repetition": 0, "special": pytest.approx(2 / 7),
-        "stop_words": pytest.approx(1 / 3), "flagged_words": pytest.approx(1 / 3), "language": 0.5, "images": 3,
-        "texts": 2,
+        "stop_words": pytest.approx(1 / 3), "flagged_words": pytest.approx(1 / 3), "language": 0.5, "perplexity": 7,
+        "images": 3, "texts": 2,
     }  # fmt: skip
     for section in ("text", "document"):
         for name in fields.fields_of(type(getattr(Settings(), section))):

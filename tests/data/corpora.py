@@ -10,8 +10,9 @@ import numpy as np
 import PIL.Image
 
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.indexed import FileInfo
 from megatron_lcl.data.corpus.store import Corpus, ShardWriter, open_corpus, total, write_manifest
-from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
+from megatron_lcl.data.corpus.tokenizer import ClipTokenizer, Tokenizer
 
 Piece = Sequence[int] | tuple[bytes, float | None, int | None]
 """token ids, or an image with similarity and matched text"""
@@ -31,8 +32,6 @@ def write_corpus(
 ) -> Corpus:
     """A corpus of the given documents, spread over shards in order."""
     folder.mkdir(parents=True)
-    tokenizer = ClipTokenizer([])
-    tokenizer.save(folder / tokenizer.file_name)
     shards, files = [], {}
     for k, block in enumerate(np.array_split(np.arange(len(documents)), num_shards)):
         writer = ShardWriter(folder, k)
@@ -46,6 +45,14 @@ def write_corpus(
         written, counts = writer.finish()
         files.update(written)
         shards.append(counts)
+    return finish_corpus(folder, ClipTokenizer([]), shards, files, source)
+
+
+def finish_corpus(
+    folder: Path, tokenizer: Tokenizer, shards: list[dict[str, int]], files: dict[str, FileInfo], source: str = "jsonl"
+) -> Corpus:
+    """The corpus of shards that are written: counts of each, and all of their files."""
+    tokenizer.save(folder / tokenizer.file_name)
     manifest = {"format_version": 1, "source": {"format": source}, "shards": shards, "files": files}
     manifest |= {"counts": total(shards), "drops": Drops().to_dict()}
     manifest["tokenizer"] = {

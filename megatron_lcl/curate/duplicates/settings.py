@@ -58,7 +58,9 @@ class DuplicateRules:
     documents: DocumentDuplicates = DocumentDuplicates()
     images: ImageDuplicates = ImageDuplicates()
     against: tuple[str, ...] = Field(
-        default=(), description="corpora with which both are compared, too: what is in them is removed from this one"
+        default=(),
+        description="corpora with which documents, images and their features (models.duplicates) are compared, too: "
+        "what is in them is removed from this one",
     )
 
 

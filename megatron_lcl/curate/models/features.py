@@ -73,7 +73,7 @@ def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
     value: the score, weight · feature + bias. An image that does not decode has none, and stays. UserError where the
     head is not one, or of another width than the features.
     """
-    weight, bias = read_head(Path(settings.head))
+    weight, bias = read_head(settings.head)
     low = -np.inf if settings.min_score is None else settings.min_score
     high = np.inf if settings.max_score is None else settings.max_score
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -85,7 +85,7 @@ def join_scores(files: Sequence[Path], settings: HeadScore) -> Removals:
             out = feature.any(1)[image] & ((score < low) | (score > high))
             found.append((facts["document"][out], facts["item"][out], score[out].astype(np.float32)))
     document, item, value = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    return Removals(document, item, value, [settings.head] * len(value))
+    return Removals(document, item, value, [str(settings.head)] * len(value))
 
 
 def join_features(
@@ -121,7 +121,7 @@ def join_features(
     return removals_of(spots, parent, settings.action, value)
 
 
-def check_width(head: str, weight: np.ndarray, width: int) -> None:
+def check_width(head: str | None, weight: np.ndarray, width: int) -> None:
     """UserError where a head's weight [D] is not for features of this width."""
     if len(weight) != width:
         raise UserError(
@@ -129,8 +129,10 @@ def check_width(head: str, weight: np.ndarray, width: int) -> None:
         )
 
 
-def read_head(file: Path) -> tuple[np.ndarray, float]:
+def read_head(head: str | None) -> tuple[np.ndarray, float]:
     """Weight float32 [D] and bias of a linear head in a .npz or .safetensors file. UserError where it is none."""
+    assert head is not None  # a rule without one is off
+    file = Path(head)
     try:
         if file.suffix == ".safetensors":
             from safetensors.numpy import load_file

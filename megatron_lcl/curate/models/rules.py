@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_lcl.curate.documents import Range, address
+from megatron_lcl.curate.documents import Range, address, ranges
+from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.duplicates.join import Removals
 from megatron_lcl.curate.duplicates.rules import save_facts, table_of
 from megatron_lcl.curate.joins import Gone
@@ -17,11 +18,13 @@ from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.features import check_width, feature_facts, join_features, join_scores, read_head
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore, ModelRules
-from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.preprocess import TASK_BYTES
+from megatron_lcl.data.prepare.workers import in_order
 
 
 class _Asking:
-    """A rule whose facts are an encoder's."""
+    """A rule whose facts are an encoder's: written once, whatever the number of rules that read the same features."""
 
     facts_of = "features"
 
@@ -40,12 +43,10 @@ class _Asking:
 class Scores(_Asking):
     """Images that a linear head scores too low or too high."""
 
-    rule = "image.score"
-
-    def __init__(self, encoder: str, tokenizer: str | None, settings: HeadScore) -> None:
+    def __init__(self, encoder: str, tokenizer: str | None, settings: HeadScore, name: str) -> None:
         super().__init__(encoder, tokenizer)
-        self.settings = settings
-        read_head(Path(settings.head))  # which says what is wrong with it
+        self.settings, self.rule = settings, f"image.{name}"
+        read_head(settings.head)  # which says what is wrong with it
 
     @property
     def threshold(self) -> Any:
@@ -58,21 +59,32 @@ class Scores(_Asking):
 
 
 class SameFeatures(_Asking):
-    """Images whose features are nearly those of an image before."""
+    """Images whose features are nearly those of an image before, or in other corpora."""
 
     rule = "image.features"
 
-    def __init__(self, encoder: str, tokenizer: str | None, settings: FeatureDuplicates) -> None:
+    def __init__(
+        self, encoder: str, tokenizer: str | None, settings: FeatureDuplicates, against: Sequence[str] = ()
+    ) -> None:
         super().__init__(encoder, tokenizer)
-        self.settings = settings
+        self.settings, self.against = settings, tuple(against)
+        for path in self.against:
+            open_corpus(path)  # which says what is wrong with it
 
     @property
     def threshold(self) -> Any:
         return self.settings.min_cosine
 
+    def prepare(self, folder: Path, workers: int) -> None:
+        """Features of the other corpora's images, a file a range."""
+        items = [(path, task) for path in self.against for task in ranges(open_corpus(path), TASK_BYTES)]
+        encoder = (self.encoder, self.tokenizer)
+        for number, facts in enumerate(in_order(_features_of_range, encoder, items, workers, ahead=4 * workers)):
+            save_facts(folder / f"{number:06d}", facts)
+
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_features` says."""
-        yield table_of(join_features(facts, self.settings, scratch))
+        yield table_of(join_features(facts, self.settings, scratch, sorted(prepared.iterdir())))
 
 
 class Matched(_Asking):
@@ -108,30 +120,35 @@ class Matched(_Asking):
         return matches
 
 
-def joins_of(rules: ModelRules) -> Iterator[Scores | SameFeatures | Matched]:
-    """The rules that are on."""
+def _features_of_range(encoder: tuple[str, str | None], item: tuple[str, Range]) -> Facts:
+    path, task = item
+    return feature_facts(path, task.shard, task.first, task.last, *encoder)
+
+
+def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores | SameFeatures | Matched]:
+    """The rules that are on. against: corpora whose images are duplicates, too."""
     if rules.encoder is None:
         return
     encoder = (rules.encoder, rules.tokenizer)
-    if rules.head is not None:
-        yield Scores(*encoder, HeadScore(rules.head, rules.min_score, rules.max_score))
+    for name, head in rules.heads.items():
+        yield Scores(*encoder, head, name)
     if rules.duplicates is not None:
-        yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates))
+        yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates), against)
     if rules.match:
         yield Matched(*encoder, rules.min_similarity)
 
 
 def check(rules: ModelRules, *, keep: bool) -> None:
-    """UserError where the encoder does not load, has no texts for `match`, or other features than the head.
+    """UserError where the encoder does not load, has no texts for `match`, or other features than a head.
 
     keep: this process needs the encoder soon.
     """
-    if rules.encoder is None or not (rules.match or rules.head or rules.duplicates):
+    if rules.encoder is None or not rules.asks:
         return
     model, width = load(rules.encoder, rules.tokenizer)
     if not keep:
         load.cache_clear()
     if rules.match:
         model.encode_texts(["a text"])
-    if rules.head is not None:
-        check_width(rules.head, read_head(Path(rules.head))[0], width)
+    for head in rules.heads.values():
+        check_width(head.head, read_head(head.head)[0], width)

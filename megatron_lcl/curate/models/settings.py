@@ -16,16 +16,20 @@ from megatron_lcl.errors import UserError
 class HeadScore:
     """Images that a linear head on an encoder's features scores too low or too high."""
 
-    head: str = Field(
+    head: str | None = Field(
+        default=None,
         description="file of the head, .npz or .safetensors: `weight` with a number for each feature, and `bias` if "
-        "it has one; the features have unit norm"
+        "it has one; the features have unit norm",
     )
     min_score: float | None = Field(default=None, description="images with a lower score are removed")
     max_score: float | None = Field(default=None, description="images with a higher score are removed")
 
     def __post_init__(self) -> None:
-        if self.min_score is None and self.max_score is None:
+        bounds = self.min_score is not None or self.max_score is not None
+        if self.head is not None and not bounds:
             raise UserError(f"the head {self.head} removes nothing; give min_score or max_score")
+        if self.head is None and bounds:
+            raise UserError("min_score and max_score are of a head; give its file")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,6 +61,8 @@ class ModelRules:
     head: str | None = Field(default=None, description="file of a linear head that scores images, see HeadScore")
     min_score: float | None = Field(default=None, description="images that it scores lower are removed")
     max_score: float | None = Field(default=None, description="images that it scores higher are removed")
+    nsfw: HeadScore = HeadScore()
+    aesthetics: HeadScore = HeadScore()
     duplicates: Action | None = Field(
         default=None, description="of images with nearly the same features: keep-one or drop-all"
     )
@@ -65,10 +71,19 @@ class ModelRules:
     )
 
     def __post_init__(self) -> None:
-        asks = self.match or self.head is not None or self.duplicates is not None
-        if asks and self.encoder is None:
-            raise UserError("models.match, head and duplicates need models.encoder, such as hf:DIR or a run")
+        if self.asks and self.encoder is None:
+            raise UserError("models.match, heads and duplicates need models.encoder, such as hf:DIR or a run")
         if self.min_similarity is not None and not self.match:
             raise UserError("models.min_similarity goes with models.match")
-        if self.head is not None:
-            HeadScore(self.head, self.min_score, self.max_score)  # which says what is missing
+
+    @property
+    def heads(self) -> dict[str, HeadScore]:
+        """Those that are given, by the name that they have in `removed.parquet` after `image.`."""
+        heads = {"score": HeadScore(self.head, self.min_score, self.max_score)}
+        heads |= {"nsfw": self.nsfw, "aesthetics": self.aesthetics}
+        return {name: head for name, head in heads.items() if head.head is not None}
+
+    @property
+    def asks(self) -> bool:
+        """Whether a rule is on."""
+        return self.match or bool(self.heads) or self.duplicates is not None

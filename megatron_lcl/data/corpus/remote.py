@@ -110,7 +110,7 @@ class Remote:
         missing = [name for name in names if not (self.folder / name).exists()]
         if not missing:
             return
-        with _locked(self.folder.with_name(self.folder.name + ".lock")) as alone:
+        with locked(self.folder.with_name(self.folder.name + ".lock")) as alone:
             for left in self.folder.glob(".copy-*") if alone else ():  # by one that was killed
                 shutil.rmtree(left, ignore_errors=True)
             missing = [name for name in missing if not (self.folder / name).exists()]
@@ -141,7 +141,7 @@ class Remote:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool]:
     """Whether there are locks, which only save work, and this process has the one."""
     with open(path, "w") as file:
         try:
@@ -151,10 +151,11 @@ def _locked(path: Path) -> Iterator[bool]:
         yield alone
 
 
-def make_room(keep: Path, left: float) -> None:
-    """Delete corpora of the cache of `keep` that nobody has used for a day until the others take up to `left` bytes."""
+def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
+    """Delete folders beside `keep`, of a prefix, that nobody has used for a day until the others take up to `left`
+    bytes."""
     others = []
-    for folder in keep.parent.glob(f"{_PREFIX}*"):
+    for folder in keep.parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             if folder != keep and folder.is_dir():
                 others.append((folder.stat().st_mtime, folder, disk_use(folder)))

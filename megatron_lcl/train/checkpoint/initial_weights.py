@@ -26,7 +26,9 @@ from megatron_lcl.convert.load import (
     read_safetensors,
     read_state_dict,
 )
+from megatron_lcl.convert.remote import pinned
 from megatron_lcl.convert.resolution import interpolate_positions
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import parameter_shapes
 from megatron_lcl.model.lcl import LCL
@@ -47,7 +49,8 @@ class InitialWeights:
     """What of a checkpoint becomes what of a model. The first process finds it; all load it."""
 
     path: Path | str
-    """the checkpoint's folder, or the file; or the other library's model, as `train.init_from` names it"""
+    """the checkpoint's folder, or the file; a text: its URL, of which each machine has a copy, or the other library's
+    model, as `train.init_from` names it"""
     names: dict[str, str]
     """parameter of the model → that of the checkpoint's model (`{index}.name` both)"""
     missing: list[str]
@@ -93,11 +96,13 @@ def find_initial_weights(config: Config, verify: bool = True) -> InitialWeights 
         theirs, tensors, unused = found.model, found.tensors, found.unused
         compared = found.compare() if verify else ()
     else:
-        path = Path(path)
-        path = find_checkpoint(path) if path.is_dir() else path
-        if verify and path.is_dir() and not export_kind(path):
-            check_whole(path)
-        theirs, tensors, unused = _read(path, config.model)
+        url = url_of(path)
+        path = pinned(url) if url else Path(path)
+        folder = find_checkpoint(Path(path)) if url or Path(path).is_dir() else Path(path)
+        if verify and folder.is_dir() and not export_kind(folder):
+            check_whole(folder)
+        theirs, tensors, unused = _read(folder, config.model)
+        path = path if url else folder
     shapes = parameter_shapes(config.model)
     names = {name: source for name in shapes if (source := _counterpart(name, config.model, theirs)) in tensors}
     if not names:
@@ -128,11 +133,12 @@ def load_initial_weights(weights: InitialWeights, layers: Mapping[int, nn.Module
 
     axis: the tensor ranks that share them.
     """
-    if isinstance(weights.path, str):
+    if isinstance(weights.path, str) and not url_of(weights.path):
         assert weights.model is not None
         tensors = read_libraries(weights.path, library_specs(weights.path), weights.model).tensors
     else:
-        _, tensors, _ = _read(weights.path, None)
+        folder = find_checkpoint(Path(weights.path)) if isinstance(weights.path, str) else weights.path
+        _, tensors, _ = _read(folder, None)
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
             ours = f"{index}.{name}"

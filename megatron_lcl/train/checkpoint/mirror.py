@@ -12,26 +12,31 @@ import shutil
 from pathlib import Path
 
 from megatron_lcl.config import Checkpoint
+from megatron_lcl.convert.remote import pinned
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest, verify
-from megatron_lcl.data.storage.store import Store
+from megatron_lcl.data.storage.store import Store, url_of
 from megatron_lcl.data.storage.upload import put_files
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.checkpoint.folder import list_checkpoints, step_of, superseded
 
 
 class Mirror:
-    """The copies below a URL; used by one process of a run. Raises StorageError."""
+    """The copies below a URL; used by one process of a run. Raises StorageError.
 
-    def __init__(self, url: str) -> None:
-        self.store = Store(url)
+    only: the one that is looked at, by its name.
+    """
+
+    def __init__(self, url: str, only: str | None = None) -> None:
+        self.store, self.only = Store(url), only
 
     def complete(self) -> list[str]:
         """Names of the checkpoints of which there is a whole copy, oldest first."""
         found = (Path(name) for name, _ in self.store.list())
         names = (path.parent.name for path in found if path.name == MANIFEST and len(path.parts) == 2)
-        return sorted((name for name in names if step_of(Path(name)) >= 0), key=lambda name: step_of(Path(name)))
+        wanted = (name for name in names if step_of(Path(name)) >= 0 and self.only in (None, name))
+        return sorted(wanted, key=lambda name: step_of(Path(name)))
 
     def upload(self, folder: Path, keep: Checkpoint) -> None:
         """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted."""
@@ -61,9 +66,27 @@ class Mirror:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         source.fetch(names, temporary)
         if faults := verify(temporary):
+            shutil.rmtree(temporary)
             raise RunError(f"the copy {source.url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
         for name in (*names, MANIFEST, "."):
             sync(temporary / name)
         temporary.rename(final)
         sync(final.parent)
         return final
+
+
+def resumed(resume: str) -> Mirror | None:
+    """The checkpoint that `checkpoint.resume` names by a URL, of a run its newest; None where it is no URL.
+
+    UserError where there is none.
+    """
+    url = url_of(resume)
+    if url is None:
+        return None
+    place, _, name = pinned(url).rpartition("/")
+    mirror = Mirror(place, only=name)
+    if not mirror.complete():
+        raise UserError(
+            f"checkpoint.resume = {url} is no checkpoint of a run; begin with its weights by --train.init_from {url}"
+        )
+    return mirror

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import picture, removed, write
 
 from megatron_lcl.cli import main
-from megatron_lcl.curate.models import rules as model_rules
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate, curate_in_jobs
-from megatron_lcl.curate.settings import Settings, read_settings
+from megatron_lcl.curate.settings import Settings, as_recipe, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 
 
 @pytest.fixture
@@ -59,9 +60,7 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: t
     assert found["image.matching"] == 4
 
 
-def test_a_head_and_features_remove_images(
-    source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_and_features_remove_images(source: Path, encoder: tuple[str, str], tmp_path: Path) -> None:
     features = feature_facts(source, 0, 0, 3, *encoder)["feature"]
     np.savez(tmp_path / "head.npz", weight=features[1], bias=0.0)
     score = features @ features[1]
@@ -74,17 +73,79 @@ def test_a_head_and_features_remove_images(
     curate(source, tmp_path / "alike", rules(encoder, duplicates="keep-one", min_cosine=least))
     place = [(0, 1), (0, 3), (1, 0), (1, 1)][later]
     assert removed(tmp_path / "alike") == [(*place, "image.features")]
-    asked: list[Any] = []
 
-    def counted(*where: Any) -> Any:
-        asked.append(where)
-        return feature_facts(*where)
 
-    monkeypatch.setattr(model_rules, "feature_facts", counted)
-    curate(source, tmp_path / "both", rules(encoder, duplicates="keep-one", min_cosine=least, **head), workers=1)
-    both = {place: "image.features", (0, 3): "image.score"}
-    assert removed(tmp_path / "both") == [(*where, rule) for where, rule in sorted(both.items())]
-    assert len(asked) == 1, "both rules read the same features"
+def test_all_rules_of_features_encode_each_image_once(
+    source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three heads and duplicates; what each removes is as of itself alone, what several would, the first's."""
+    features = feature_facts(source, 0, 0, 3, *encoder)["feature"]
+    places = [(0, 1), (0, 3), (1, 0), (1, 1)]
+    for k in range(3):
+        np.savez(tmp_path / f"{k}.npz", weight=features[k])
+    scores = features @ features[:3].T
+    least = [float(np.sort(scores[:, k])[:2].mean()) for k in range(3)]
+    most = [float(np.sort(scores[:, k])[-2:].mean()) for k in range(3)]
+    file = [str(tmp_path / f"{k}.npz") for k in range(3)]
+    given = {
+        "head": file[0],
+        "max_score": str(most[0]),
+        "models.nsfw.head": file[1],
+        "models.nsfw.max_score": str(most[1]),
+    }
+    given |= {"models.aesthetics.head": file[2], "models.aesthetics.min_score": str(least[2])}
+    expected = {places[scores[:, 2].argmin()]: "aesthetics", places[1]: "nsfw", places[0]: "score"}
+    cosine = np.triu(features @ features.T, 1)
+    again = places[np.unravel_index(cosine.argmax(), cosine.shape)[1]]
+    expected = {again: "features"} | expected
+    encoded: list[int] = []
+    original = OurEncoder.encode
+
+    def counted(self: OurEncoder, images: Any) -> Any:
+        encoded.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(OurEncoder, "encode", counted)
+    given |= {"duplicates": "keep-one", "min_cosine": str(float(cosine.max()) - 1e-3)}
+    curate(source, tmp_path / "out", rules(encoder, **given))
+    assert removed(tmp_path / "out") == [(*where, f"image.{rule}") for where, rule in sorted(expected.items())]
+    assert sum(encoded) in (4, 5), "four images, and a blank one where the encoder is loaded"
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "1.npz").write_bytes((tmp_path / "1.npz").read_bytes())
+    moved = as_recipe(rules(encoder, **given | {"models.nsfw.head": str(tmp_path / "same" / "1.npz")}))
+    assert (
+        moved
+        == as_recipe(rules(encoder, **given))
+        != as_recipe(rules(encoder, **given | {"models.nsfw.head": file[0]}))
+    )
+
+
+@pytest.mark.parametrize("action", ["keep-one", "drop-all"])
+def test_features_of_another_corpus(source: Path, encoder: tuple[str, str], tmp_path: Path, action: str) -> None:
+    """It has one of the images, and one whose features are near: found as by comparing all pairs."""
+    (tmp_path / "more").mkdir()
+    other = write(tmp_path / "more", [Document((Image(picture(7)), Image(picture(2)), Text("other")))])
+    facts = [feature_facts(path, 0, 0, number, *encoder)["feature"] for path, number in ((other, 1), (source, 3))]
+    features = np.concatenate(facts)
+    cosine = features @ features.T
+    across = np.sort(cosine[:2, 2:].ravel())
+    least = float(across[-3:-1].mean())
+    clusters = np.linalg.matrix_power((cosine >= least).astype(int), 6) > 0
+    first = clusters.argmax(1)
+    expected = {}
+    for place, k in (((0, 1), 2), ((0, 3), 3), ((1, 0), 4), ((1, 1), 5)):
+        if (action == "drop-all" and clusters[k].sum() > 1) or first[k] < k:
+            expected[place] = f"{other}: document 0, piece {first[k]}" if first[k] < 2 else None
+    assert expected[1, 0] == f"{other}: document 0, piece {first[4]}"
+    given = {"duplicates": action, "min_cosine": str(least), "duplicates.against": f"[{other}]"}
+    curate(source, tmp_path / "out", rules(encoder, **given))
+    table = pq.read_table(tmp_path / "out" / "removed.parquet").to_pylist()
+    assert {row["rule"] for row in table} == {"image.features"}
+    found = {(row["document"], row["item"]): row["matched"] for row in table}
+    assert found.keys() == expected.keys()
+    assert all(found[place] == matched for place, matched in expected.items() if matched)
+    with pytest.raises(UserError, match="nowhere"):
+        curate(source, tmp_path / "new", rules(encoder, **given | {"duplicates.against": "[nowhere]"}))
 
 
 def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
@@ -112,6 +173,8 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
         ({"models.match": "true"}, "need models.encoder"),
         ({"models.encoder": "hf:x", "models.min_similarity": "0.2"}, "goes with models.match"),
         ({"models.encoder": "hf:x", "models.head": "head.npz"}, "removes nothing; give min_score or max_score"),
+        ({"models.encoder": "hf:x", "models.nsfw.head": "head.npz"}, "removes nothing; give min_score or max_score"),
+        ({"models.nsfw.max_score": "0.5"}, "are of a head; give its file"),
     ],
 )
 def test_settings_that_say_half(given: dict[str, str], said: str) -> None:

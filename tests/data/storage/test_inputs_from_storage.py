@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from s3_server import Proxy
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.fetch import urls
 from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.paths import WINDOW, path_of
@@ -24,6 +26,7 @@ from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
 
 FORMATS = {"jsonl": "images", "mmc4": "images", "obelics": "images", "webdataset": "", "hf": "", "coco": "images"}
+FORMATS |= {"html": "", "markdown": "", "epub": ""}
 
 
 def put_tree(folder: Path, place: str) -> str:
@@ -82,10 +85,42 @@ def write(format: str, folder: Path) -> None:
             table = pa.table({"image": column, "text": [f"caption {k}" for k in range(6)]})
             with pa.OSFile(str(folder / "in" / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
                 out.write_table(table)
+        case "html" | "markdown" | "epub":
+            write_pages(format, folder / "in")
         case "coco":
             listed = [{"id": k, "file_name": f"{k}.jpg"} for k in range(6)]
             said = [{"image_id": k, "caption": f"caption {k}"} for k in range(6)]
             (folder / "in" / "a.json").write_text(json.dumps({"images": listed, "annotations": said}))
+
+
+def write_pages(format: str, folder: Path) -> None:
+    """Pages in a folder and below it: images beside them, above, from the top, missing and outside."""
+    pictures = {f"pictures/{k}.jpg": jpeg(k, 80, 70) for k in range(6)}
+    sources = ["pictures/0.jpg", "/pictures/1.jpg", "below/../pictures/2.jpg", "no.jpg", "../../out.jpg"]
+    shown = {"a": sources, "below/b": ["../pictures/3.jpg", "/pictures/4.jpg", "../../out.jpg"]}
+    shown |= {"below/c": ["../pictures/5.jpg"], "c": []}
+    pages = {
+        name: "".join(f'<p>Words of {name} {k}.</p><img src="{image}">' for k, image in enumerate(images))
+        for name, images in shown.items()
+    }
+    if format == "epub":
+        listed = '<item id="p" href="p.xhtml" media-type="application/xhtml+xml"/>'
+        package = f'<package><manifest>{listed}</manifest><spine><itemref idref="p"/></spine></package>'
+        container = '<container><rootfiles><rootfile full-path="b.opf"/></rootfiles></container>'
+        for name, page in pages.items():
+            inside = page.replace('src="../', 'src="').replace('src="/', 'src="').replace('">', '"/>')
+            members = {"META-INF/container.xml": container, "b.opf": package, "p.xhtml": f"<body>{inside}</body>"}
+            with zipfile.ZipFile(folder / f"{name}.epub", "w") as book:
+                for member, data in {**members, **pictures}.items():
+                    book.writestr(member, data)
+        whole = (folder / "a.epub").read_bytes()
+        (folder / "below" / "damaged.epub").write_bytes(whole[: len(whole) // 2])
+        return
+    suffix = ".html" if format == "html" else ".md"
+    files = {f"{name}{suffix}": page.encode() for name, page in pages.items()} | pictures
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -193,8 +228,9 @@ def test_the_objects_that_were_listed_are_read(s3: Proxy, place: str, tmp_path: 
             list(importer.documents(unit, Drops()))
 
 
-def test_what_cannot_be_read_is_said(s3: Proxy, place: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_said(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store(place).put("a.html", b"<p>text</p>")
+    monkeypatch.setattr(HtmlImporter, "reads_objects", False)
     Store(f"{place}/begun").put("_uploading.json", b"{}")
     for format, url, said in (
         ("html", place, "format html reads files on a disk; copy s3://"),

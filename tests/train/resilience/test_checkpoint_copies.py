@@ -11,12 +11,15 @@ import pytest
 from fleet import Fleet, losses, train
 from s3_server import Proxy
 
-from megatron_lcl.config import Checkpoint
+from megatron_lcl import config as configs
+from megatron_lcl.config import Checkpoint, Config
 from megatron_lcl.data.corpus.manifest import MANIFEST, verify
 from megatron_lcl.data.storage.store import Store
-from megatron_lcl.errors import RunError
+from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.train import resume_point
 from megatron_lcl.train.checkpoint.mirror import Mirror
+from megatron_lcl.train.memory import Memory
 
 
 def planted(rank: int, environment: dict[str, str]) -> None:
@@ -111,3 +114,29 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     with pytest.raises(RunError, match=r"step-00000014 is damaged \(model.safetensors: 7 bytes"):
         mirror.restore(tmp_path / "run")
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000014").exists()
+
+
+def test_a_url_to_go_on_from(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run folder that was copied whole, or one checkpoint; what does not fit the run is not left to it."""
+    for step in (4, 8):
+        folder = saved(tmp_path / "steps", step)
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            Store(f"{place}/{CHECKPOINTS}/{folder.name}").put(file.relative_to(folder).as_posix(), file)
+
+    def config(run: str, resume: str) -> Config:
+        return configs.from_dict({"train": {"output": str(tmp_path / run)}, "checkpoint": {"resume": resume}})
+
+    for run, resume, step in (("newest", place, 8), ("one", f"{place}/{CHECKPOINTS}/step-00000004", 4)):
+        restored = resume_point._restored(tmp_path / run, config(run, resume))
+        assert restored == tmp_path / run / CHECKPOINTS / f"step-{step:08d}"
+        assert verify(restored) == []
+        assert resume_point._restored(tmp_path / run, config(run, place)) is None, "it has one of its own"
+
+    def refused(*_: Any) -> None:
+        assert len(list((tmp_path / "other").rglob("model.safetensors"))) == 1
+        raise UserError("another model")
+
+    monkeypatch.setattr(resume_point, "_from", refused)
+    with pytest.raises(UserError, match="another model"):
+        resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
+    assert list((tmp_path / "other" / CHECKPOINTS).iterdir()) == []

@@ -21,6 +21,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers.files import Names
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.importers.sources import MAX_FILE
+from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
 _PAGES = ("application/xhtml+xml", "text/html")
@@ -115,7 +116,8 @@ class EpubImporter(HtmlImporter):
             if self._opened is not None:
                 self._opened[1].close()
                 self._opened = None
-            self._opened = book, zipfile.ZipFile(self.root / book)
+            file = self.found.path(book)
+            self._opened = book, zipfile.ZipFile(file.open("rb") if isinstance(file, ObjectPath) else file)
         return self._opened[1]
 
 

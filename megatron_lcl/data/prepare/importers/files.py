@@ -71,7 +71,11 @@ class Files:
 
     def paths(self) -> Iterator[Path]:
         """The same, one at a time."""
-        return (self.objects.get(name) or self.root / name for name in self.names)
+        return map(self.path, self.names)
+
+    def path(self, name: str) -> Path:
+        """A file to read, by its name."""
+        return self.objects.get(name) or self.root / name
 
     def name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()

@@ -12,6 +12,7 @@ import base64
 import binascii
 import contextlib
 import itertools
+import posixpath
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
+from megatron_lcl.data.storage.paths import ObjectPath
 
 _PAGES_PER_UNIT = 64
 _PAGES_PER_LOOK = 16
@@ -58,6 +60,7 @@ class HtmlImporter(FilesImporter):
 
     kind = "natural"
     rules = 2
+    reads_objects = True
     reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"
     suffixes: ClassVar[tuple[str, ...]] = (".html", ".htm", ".xhtml")
 
@@ -79,6 +82,11 @@ class HtmlImporter(FilesImporter):
     ) -> None:
         super().__init__(input)
         self.image_root = (images or self.root).resolve()
+        self._images: dict[str, Path] | None = None
+        """where they are objects that can be listed: by name below the folder"""
+        if isinstance(self.image_root, ObjectPath) and self.image_root in (images, input):
+            listed = self.image_root.rglob("*")
+            self._images = {file.relative_to(self.image_root).as_posix(): file for file in listed} or None
         self.min_side, self.max_aspect = min_side, max_aspect
         self.max_page_share, self.max_repeats = max_page_share, max_repeats
         self.max_text_share, self.max_words, self.text_pages = max_text_share, max_words, text_pages
@@ -98,11 +106,11 @@ class HtmlImporter(FilesImporter):
         return self.found.names
 
     def page_size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        return self.found.path(name).stat().st_size
 
     def page_html(self, name: str) -> bytes:
         """OSError or ValueError where it cannot be read."""
-        return (self.root / name).read_bytes()
+        return self.found.path(name).read_bytes()
 
     def about(self, name: str) -> dict[str, str]:
         """Metadata of a page's documents: "group", and, where the page says it, "id"."""
@@ -114,6 +122,11 @@ class HtmlImporter(FilesImporter):
         if parts.scheme not in ("", "file") or parts.netloc:
             return None
         path = unquote(parts.path)
+        if isinstance(self.image_root, ObjectPath):
+            name = posixpath.normpath(
+                posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/"))
+            )
+            return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
         base = self.image_root if path.startswith("/") else (self.image_root / page).parent
         try:
             file = (base / path.lstrip("/")).resolve()
@@ -123,6 +136,11 @@ class HtmlImporter(FilesImporter):
 
     def image_bytes(self, file: Path) -> bytes:
         """Of what `locate` found; OSError or ValueError where it is not there."""
+        if self._images is not None:
+            name = file.relative_to(self.image_root).as_posix()
+            if name not in self._images:
+                raise FileNotFoundError(name)
+            file = self._images[name]
         return file.read_bytes()
 
     # --- units -----------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""Checkpoints of runs, imports and exports in object storage: copied to the disk, whole and as they say of themselves.
+
+    <user's cache>/checkpoint-<hash of the URL and of the record>/step-00001000/…
+
+The record is the file that is put last and names all others with their hashes: a checkpoint's manifest, an export's
+certificate, an import's record. What another process deletes of the cache, or replaces in the storage, is fetched anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import xxhash
+
+from megatron_lcl.convert.folder import CERTIFICATE, EXPORTS, IMPORT, read_record
+from megatron_lcl.data.corpus.files import hash_file, sync
+from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
+from megatron_lcl.data.corpus.remote import locked, make_room, user_cache
+from megatron_lcl.data.storage.store import Store
+from megatron_lcl.errors import UserError, free_space, in_bytes
+from megatron_lcl.run_folder import CHECKPOINTS
+
+LIMIT = 100e9
+"""bytes that all copies take, but for those that somebody has used within a day"""
+PREFIX = "checkpoint-"
+_RECORDS = (MANIFEST, CERTIFICATE, "import.json")
+_STEP = re.compile(rf"(?:{CHECKPOINTS}/)?step-(\d+)/{re.escape(MANIFEST)}")
+
+
+def pinned(url: str) -> str:
+    """What a URL names: of a run, or of a run's copies (`checkpoint.mirror`), the newest complete checkpoint; else
+    itself. UserError where there is none, or the storage cannot be reached."""
+    store = Store(url)
+    if any(store.head(_RECORDS)):
+        return url
+    names = [] if url.startswith("http") else [name for name, _ in store.list()]
+    steps = {int(found[1]): name for name in names if (found := _STEP.fullmatch(name))}
+    if not steps:
+        raise UserError(
+            f"{url} holds no complete checkpoint: none of {', '.join(_RECORDS)} and no step-…/{MANIFEST} is there; "
+            "files of other formats are read from a disk"
+        )
+    return f"{url}/{steps[max(steps)].rpartition('/')[0]}"
+
+
+def local_copy(url: str) -> Path:
+    """A folder with what lies at a URL, or in the newest checkpoint of the run there: complete, and of the bytes that
+    its record names. UserError where it is not, or cannot be had."""
+    url = pinned(url)
+    store, name = Store(url), PurePosixPath(url).name
+    at = next(k for k, about in enumerate(store.head(_RECORDS)) if about)
+    record = store.get(_RECORDS[at])
+    holder = user_cache() / f"{PREFIX}{xxhash.xxh3_128_hexdigest(url.encode() + record)}"
+    holder.mkdir(parents=True, exist_ok=True)
+    with locked(holder.with_name(f"{holder.name}.lock")):
+        if not (holder / name).exists():
+            _fetch(store, _RECORDS[at], record, holder, name)
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(holder)
+    return holder / name
+
+
+def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: str) -> None:
+    """What the record names into a folder of that name, all or nothing."""
+    for left in holder.iterdir():  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=holder, prefix=".copy-") as temporary:
+        folder = Path(temporary) / name
+        folder.mkdir()
+        (folder / record_name).write_bytes(record)
+        hashes = _listed(folder, store.url)
+        sizes = dict(zip(hashes, store.head(list(hashes)), strict=True))
+        if missing := [file for file, about in sizes.items() if about is None]:
+            raise UserError(f"{store.url}/{missing[0]} is missing; copy the folder there again")
+        total = sum(about[0] for about in sizes.values() if about)
+        make_room(holder, LIMIT - total, PREFIX)
+        if total > shutil.disk_usage(holder).free:
+            raise UserError(
+                f"{store.url} takes {in_bytes(total)}, and {free_space(holder)}; set XDG_CACHE_HOME to another folder"
+            )
+        for file in hashes:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        store.fetch(list(hashes), folder)
+        if changed := [file for file, digest in hashes.items() if hash_file(folder / file) != digest]:
+            raise UserError(f"{store.url}/{changed[0]} is not the file that {record_name} names; copy it there again")
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        folder.rename(holder / name)
+
+
+def _listed(folder: Path, url: str) -> dict[str, str]:
+    """The files that a folder's record names, with their hashes."""
+    for kind in (IMPORT, *EXPORTS):
+        if found := read_record(folder, kind):
+            hashes = {name: str(digest) for name, digest in found[1]["files"].items()}
+            break
+    else:
+        try:
+            hashes = {name: str(file["xxh3"]) for name, file in read_manifest(folder).items()}
+        except UserError as error:
+            raise UserError(f"{url}/{MANIFEST} {error}; copy the checkpoint there again") from None
+        except OSError:  # a certificate or a record that is none
+            raise UserError(f"{url} is no checkpoint, import or export of megatron_lcl") from None
+    if strange := [name for name in hashes if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+        raise UserError(f"{url} names a file outside of its folder ({strange[0]}), and is not copied")
+    return hashes
