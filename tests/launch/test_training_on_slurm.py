@@ -72,7 +72,9 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     assert stopped is not None, rank0.read_text()
     assert 5 < int(stopped[1]) < STEPS
     assert f"going on from a run/checkpoints/step-{int(stopped[1]):08d}" in rank0.read_text()
-    shown = re.findall(rf"^step (\d+)/{STEPS} loss [\d.]+ \(gen .*img/s.* left$", rank0.read_text(), re.MULTILINE)
+    shown = re.findall(
+        rf"^step (\d+)/{STEPS} loss [\d.]+ \(generation .*img/s.* left$", rank0.read_text(), re.MULTILINE
+    )
     assert [int(step) for step in shown][: int(stopped[1])] == list(range(1, int(stopped[1]) + 1))
     slurm.wait(lambda: losses(run)[-1][0] > int(stopped[1]), "a step of the second start", 60)
     for pid in processes_of(slurm, job, "n2"):

@@ -167,7 +167,9 @@ def test_a_run_reads_ahead_before_it_waits_for_what_a_step_gave(ahead: bool, mon
     training, calls = mock.MagicMock(), mock.Mock()
     training.phase.change = None
     training.profile.ends_after.return_value = False
-    training.stepper.start.return_value = SimpleNamespace(counts=SimpleNamespace(counts={"num_bad_images": 0}))
+    training.stepper.start.return_value = SimpleNamespace(
+        counts=SimpleNamespace(counts={"num_bad_images": 0}), skipped=False
+    )
     training.batches.reads_ahead = ahead
     for name, mocked in {
         "take": training.batches.take,

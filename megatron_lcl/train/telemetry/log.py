@@ -6,8 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +71,7 @@ class Telemetry:
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
         no_losses = {*contrast.METRICS[1:], *contrast.SIGMOID_METRICS[1:]}
-        self._losses = _shortened([name for name in objective.metrics if name not in no_losses])
+        self._losses = [name for name in objective.metrics if name not in no_losses]
         self._peak = 0.0
         """bytes of memory that a line has named last"""
         self.num_without_pairs = 0
@@ -171,9 +170,9 @@ class Telemetry:
         return numbers
 
     def _line(self, step: int, numbers: Mapping[str, float | None], lr: float, rates: Mapping[str, float]) -> str:
-        """A step in one line of a log, of no more than 140 characters up to step 99,999, but for MFU and the peak."""
+        """A step in one line of a log, of no more than 160 characters up to step 99,999, but for MFU and the peak."""
         measured = {name: value for name, value in numbers.items() if value is not None}
-        losses = ", ".join(f"{short} {measured[name]:#.4g}" for name, short in self._losses.items() if name in measured)
+        losses = ", ".join(f"{name} {measured[name]:#.4g}" for name in self._losses if name in measured)
         parts = [f"step {step}/{self.total}", f"loss {measured['loss']:#.4g}" + (f" ({losses})" if losses else "")]
         accuracies = [f"{100 * measured[n]:.1f}" for n in ("image_accuracy", "text_accuracy") if n in measured]
         if accuracies:
@@ -251,12 +250,6 @@ class Telemetry:
             for tracker in self._trackers.values():
                 with contextlib.suppress(Exception):  # as in `write`
                     tracker.close()
-
-
-def _shortened(names: Sequence[str]) -> dict[str, str]:
-    """Each name and its first three letters, or all of it where these are another's too."""
-    begins = Counter(name[:3] for name in names)
-    return {name: name[:3] if begins[name[:3]] == 1 else name for name in names}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
