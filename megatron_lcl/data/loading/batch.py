@@ -89,8 +89,8 @@ class PackedBatch:
 
         To CUDA they are made from page-locked memory, so the host does not wait for them.
         """
-        device = torch.device(device)
-        if self.images.device == device:
+        device, here = torch.device(device), self.images.device
+        if device.type == here.type and device.index in (None, here.index):
             return self
         integers, images = self.integers(), self.images
         flat = torch.cat(list(integers.values()))
