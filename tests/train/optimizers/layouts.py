@@ -25,6 +25,8 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     dtype: str = "float32"
+    hierarchical: int = 1
+    """ZeRO-3: data ranks among which parameters are sharded once more, for backward (ZeRO++, arXiv 2306.10209)"""
 
 
 def config_of(layout: Layout, optimizer: dict[str, Any], train: dict[str, Any] | None = None) -> Config:
@@ -34,6 +36,7 @@ def config_of(layout: Layout, optimizer: dict[str, Any], train: dict[str, Any] |
     language = {"context_length": 32, "vocab_size": 99, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
     # ZeRO-3: several partitions of a group, and no parameter so small that it stays whole
     zero = {"sub_group_size": 2000, "stage3_param_persistence_threshold": 0} if layout.zero == 3 else {}
+    zero |= {"zero_hpz_partition_size": layout.hierarchical} if layout.hierarchical > 1 else {}
     tree: dict[str, Any] = {
         "model": {"vision": vision, "language": language, "pool_heads": 4},
         "optimizer": {"weight_decay": DECAY, "clip_norm": 0.5, **optimizer},
@@ -41,7 +44,7 @@ def config_of(layout: Layout, optimizer: dict[str, Any], train: dict[str, Any] |
         "deepspeed": {"zero_optimization": zero},
         "parallel": {"tensor": layout.tensor, "pipeline": layout.pipeline},
         "contrast": {"strategy": "recompute" if layout.zero == 3 else "retain"},
-        "train": {"seed": 5, "global_batch": 2, "dtype": layout.dtype, **(train or {})},
+        "train": {"seed": 5, "global_batch": 4, "dtype": layout.dtype, **(train or {})},
     }
     return configs.from_dict(tree)
 
@@ -52,16 +55,16 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
     return torch.randn(shape, generator=draw) * (1.0, 10.0, 0.1)[step]
 
 
-def run_layouts(rank: int, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, np.ndarray]]:
-    """Whole parameters after the steps, by case; as numpy arrays, so that a queue copies them."""
+def run_layouts(rank: int, cases: list[tuple[Layout, dict[str, Any]]]) -> list[list[dict[str, np.ndarray]]]:
+    """By case: whole parameters before the steps and after each; as numpy arrays, so that a queue copies them."""
     import torch.distributed as dist
 
     results = [step_layout(config_of(*case)) for case in cases]
     dist.destroy_process_group()
-    return [{name: value.numpy() for name, value in result.items()} for result in results]
+    return [[{name: value.numpy() for name, value in each.items()} for each in result] for result in results]
 
 
-def step_layout(config: Config) -> dict[str, torch.Tensor]:
+def step_layout(config: Config) -> list[dict[str, torch.Tensor]]:
     from megatron_lcl.parallel.layers import full_shape, shard
     from megatron_lcl.train.engine import build_engine, build_module, init_processes
     from megatron_lcl.train.master_weights import read_parameters
@@ -74,6 +77,7 @@ def step_layout(config: Config) -> dict[str, torch.Tensor]:
     split = dict(engine.module.named_parameters())
     base, partitions = engine.optimizer.optimizer, partitions_of(engine.optimizer, mesh)
     groups = getattr(engine.optimizer, "sub_group_to_group_id", range(len(partitions)))
+    states = [_copies(read_parameters(engine, mesh))]
     for step in range(STEPS):
         for number, partition in enumerate(partitions):
             flat = partition.flat
@@ -87,4 +91,9 @@ def step_layout(config: Config) -> dict[str, torch.Tensor]:
             base.param_groups = [{**group, "params": [flat], "lr": LR * (1 + step)}]
             base.step()
             base.param_groups = all_groups
-    return read_parameters(engine, mesh)
+        states.append(_copies(read_parameters(engine, mesh)))
+    return states
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}

@@ -22,6 +22,13 @@ BETAS, EPS = (0.9, 0.98), 1e-6
 LAYOUTS = [Layout("zero1"), Layout("zero3", 3), Layout("tensor", tensor=2)]
 MORE = [Layout("zero2", 2), Layout("pipeline", pipeline=2), Layout("bfloat16", dtype="bfloat16")]
 """whose partitions are made as those of the others"""
+OF_FOUR = [
+    (Layout("tensor and data", tensor=2), "muon"),
+    (Layout("tensor and data", tensor=2), "stable_adamw"),
+    (Layout("tensor and pipeline", tensor=2, pipeline=2), "muon"),
+    (Layout("hierarchical zero3", 3, hierarchical=2), "muon"),
+]
+"""processes"""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"name": "muon", "muon": {"dtype": "float32"}},
     "muon by heads, bfloat16": {"name": "muon", "muon": {"per_head": True}},
@@ -104,7 +111,7 @@ class MuonByHeads:
 
 
 def truth(optimizer: str) -> dict[str, Any]:
-    """The same steps on whole tensors, by parameter."""
+    """The same steps on whole tensors, by parameter; `states`: before them and after each, in float64."""
     config = config_of(Layout("one"), OPTIMIZERS[optimizer])
     steppers: dict[str, Any] = {}
     for name, parameter in LCL(config.model, seed=5).layers.named_parameters():
@@ -112,18 +119,21 @@ def truth(optimizer: str) -> dict[str, Any]:
         decay = DECAY if start.dim() >= 2 else 0.0
         matrix = start.dim() == 2 and (".blocks." in own or own in {f"pool.{x}.weight" for x in ("q", "k", "v", "out")})
         if optimizer == "stable_adamw":
-            steppers[name] = Stable(start, decay)
+            stepper: Any = Stable(start, decay)
         elif optimizer == "parts":
             lr, of_decay = rates(own)
-            steppers[name] = Adam(start, decay * of_decay, lr)
+            stepper = Adam(start, decay * of_decay, lr)
         elif not matrix:
-            steppers[name] = Adam(start, decay)
+            stepper = Adam(start, decay)
         elif optimizer == "muon":
-            steppers[name] = Muon(start, decay)
+            stepper = Muon(start, decay)
         else:
-            steppers[name] = MuonByHeads(start, decay, 4 if own.split(".")[-2] in ("q", "k", "v") else 1)
+            stepper = MuonByHeads(start, decay, 4 if own.split(".")[-2] in ("q", "k", "v") else 1)
+        stepper.states = [start.double()]
         for step in range(STEPS):
-            steppers[name].step(gradient(name, start.shape, step), LR * (1 + step))
+            stepper.step(gradient(name, start.shape, step), LR * (1 + step))
+            stepper.states.append(stepper.parameter.detach().double().clone())
+        steppers[name] = stepper
     return steppers
 
 
@@ -142,7 +152,7 @@ def rates(own: str) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def stepped() -> dict[tuple[str, str], dict[str, np.ndarray]]:
+def stepped() -> dict[tuple[str, str], list[dict[str, np.ndarray]]]:
     cases = {(layout.name, name): (layout, OPTIMIZERS[name]) for layout in LAYOUTS for name in OPTIMIZERS}
     cases |= {(layout.name, "muon"): (layout, OPTIMIZERS["muon"]) for layout in MORE}
     return dict(zip(cases, run_processes(run_layouts, 2, list(cases.values()), timeout=400.0)[0], strict=True))
@@ -159,13 +169,11 @@ def test_every_layout_steps_as_one_process(optimizer: str, stepped: Any) -> None
 
 
 @pytest.mark.slow
-def test_two_by_two_processes() -> None:
-    layout = Layout("tensor and data", tensor=2)
-    names = ["muon", "stable_adamw"]
-    for name, ours in zip(
-        names, run_processes(run_layouts, 4, [(layout, OPTIMIZERS[n]) for n in names])[0], strict=True
-    ):
-        compare(ours, truth(name), layout, name)
+def test_four_processes() -> None:
+    results = run_processes(run_layouts, 4, [(layout, OPTIMIZERS[name]) for layout, name in OF_FOUR], timeout=400.0)[0]
+    expected = {name: truth(name) for _, name in OF_FOUR}
+    for (layout, name), ours in zip(OF_FOUR, results, strict=True):
+        compare(ours, expected[name], layout, name)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
@@ -187,14 +195,23 @@ def test_the_formula_is_that_of_emerging_optimizers(shape: tuple[int, int]) -> N
         assert float((parameter.detach() - formula.parameter).norm()) < 1e-5 * moved
 
 
-def compare(ours: dict[str, np.ndarray], expected: dict[str, Any], layout: Layout, optimizer: str) -> None:
+def compare(ours: list[dict[str, np.ndarray]], expected: dict[str, Any], layout: Layout, optimizer: str) -> None:
+    """Parameters after the last step; in float32 also what each step adds, but for the rounding of the sum."""
     # half precision: of the weights that a run begins with; of the products, which are summed in another order
-    bound = 4e-3 if "bfloat16" in (layout.dtype, *optimizer.split()) else 1e-5
-    assert ours.keys() == expected.keys()
+    half = "bfloat16" in (layout.dtype, *optimizer.split())
+    bound = 4e-3 if half else 1e-5
+    for state in ours:
+        assert state.keys() == expected.keys()
     for name, stepper in expected.items():
-        value = stepper.parameter.detach().double()
-        error = float((torch.from_numpy(ours[name]) - value).norm() / value.norm().clamp(min=1e-2))
+        states = [torch.from_numpy(state[name]).double() for state in ours]
+        size = float(stepper.states[-1].norm())
+        error = float((states[-1] - stepper.states[-1]).norm()) / max(size, 1e-2)
         assert error < bound, f"{name} at {layout}, {optimizer}: {error:.1e}"
+        for step in range(0 if half else STEPS):
+            update, true = (each[step + 1] - each[step] for each in (states, stepper.states))
+            rounding = 4 * float(stepper.states[step].norm()) * 2**-24
+            error = (float((update - true).norm()) - rounding) / float(true.norm())
+            assert error < 1e-5, f"update {step} of {name} at {layout}, {optimizer}: {error:.1e}"
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
