@@ -115,8 +115,9 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         with Traffic() as traffic:
             batches = broadcast_batches(own, num, size, mesh, engine.device)
             # the last step's bytes are counted, without those of a look at it
-            result = stepper.start(batches, case.lr(step), measure=step < STEPS - 1).read()
-        averaged = averages.update(step + 1, averaged)
+            pending = stepper.start(batches, case.lr(step), measure=step < STEPS - 1)
+            averages.update(step + 1, pending.skipped)
+            result, averaged = pending.read(), averages.count(step + 1, averaged)
         out.losses.append([result.generation, result.metrics[other], result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if result.measured is not None:
