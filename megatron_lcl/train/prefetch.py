@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,5 +65,6 @@ class Prefetcher:
 
     def _read(self) -> Step:
         read = list(itertools.islice(self._batches, self._number))
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        copying: Any = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with copying:
             return Step(read, [batch.to(self._device) for batch in read])
