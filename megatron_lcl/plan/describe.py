@@ -123,7 +123,7 @@ def _memory(plan: Plan, best: Layout) -> Iterator[str]:
         yield f"            {'':14}a loss is computed, {in_bytes(usage.network)} of what is sent and received"
     if best.offloaded:
         on_node = in_bytes(min(target.node_size, target.processes) * best.offloaded)
-        yield f"            on the host, besides: {in_bytes(best.offloaded)} a process, {on_node} a node"
+        yield f"            on the host: {in_bytes(best.offloaded)} a process, {on_node} a node"
     yield f"            the loader: {_loader(plan, config)}"
 
 

@@ -15,7 +15,7 @@ from plan.test_predict import IMAGES, config_of, rates_of
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.errors import UserError
 from megatron_lcl.plan import layouts, memory, run
 from megatron_lcl.plan.calibrate import Calibration, calibrate
 from megatron_lcl.plan.calibrate import rates_of as measured_rates
@@ -36,9 +36,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layouts, name, (1, 2))
 
 
-def needs(peak: float, gradients: float = 0.0) -> Usage:
+def needs(peak: float, **more: float) -> Usage:
     nothing = dict.fromkeys(Usage.__dataclass_fields__, 0.0)
-    return Usage(**nothing | {"peak": peak, "touched": peak, "gradients": gradients})
+    return Usage(**nothing | {"peak": peak, "touched": peak} | more)
 
 
 def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:
@@ -259,21 +259,22 @@ def test_the_command_says_what_was_found_and_writes_the_best(
 
 def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated of the best layout, at the stage that has most of them; by the bound of one that was not simulated."""
-    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: needs(7e6, gradients=3e6)))
+    usage = needs(7e6, gradients=3e6, optimizer=5e6)
+    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: usage))
     config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     found = run.plan(config, 4, images_per_pack=IMAGES)
     layout = found.best
     least = estimate(layout.config, 4, IMAGES)
-    assert (layout.gradients, layout.offloaded, layout.needs) == (3e6, least.optimizer, 7e6 - least.optimizer)
+    assert (layout.gradients, layout.offloaded, layout.needs) == (3e6, 5e6, 7e6 - least.optimizer)
     text = "\n".join(lines(found))
     assert "in these, each at its most: 3 MB of gradients for the optimizer," in text
-    on_host = f"on the host, besides: {in_bytes(least.optimizer)} a process, {in_bytes(4 * least.optimizer)} a node"
-    assert on_host in text
+    assert "on the host: 5 MB a process, 20 MB a node" in text
     numbers = numbers_of(layout, "h100", 4)
-    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (3e6, least.optimizer)
+    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (3e6, 5e6)
     other = found.layouts[1]
     assert not other.usages
-    assert numbers_of(other, "h100", 4)["memory_gradients_bytes"] == estimate(other.config, 4, IMAGES).gradients
+    least, numbers = estimate(other.config, 4, IMAGES), numbers_of(other, "h100", 4)
+    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (least.gradients, least.optimizer)
     nothing_offloaded = run.plan(config_of(), 4, images_per_pack=IMAGES)
     assert nothing_offloaded.best.offloaded == 0
     assert "on the host" not in "\n".join(lines(nothing_offloaded))
