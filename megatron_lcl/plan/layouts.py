@@ -54,7 +54,7 @@ class Layout:
     needs: float = 0.0
     """bytes: the bound, where it was simulated the simulation"""
     gradients: float = 0.0
-    """bytes of them, at the stage that has most: by the bound's formula, or as simulated"""
+    """bytes of them once they are summed and split over replicas, by the bound's formula"""
     offloaded: float = 0.0
     """bytes in the host's memory: by the bound's formula, or as simulated, with buffers for what is moved"""
     prediction: Prediction | None = None
@@ -201,9 +201,8 @@ def confirm(
         # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
         certain = bound(config, target).offloaded
         needs = max(u.peak if target.on_host else u.process for u in usages.values()) - certain
-        gradients = max(u.gradients for u in usages.values())
         offloaded = max(_offloaded(config, target, u) for u in usages.values())
-        checked = replace(layout, needs=needs, gradients=gradients, offloaded=offloaded, usages=usages)
+        checked = replace(layout, needs=needs, offloaded=offloaded, usages=usages)
         if needs <= target.room:
             return [checked, *left[1:]], failed
         failed.append(checked)
