@@ -118,12 +118,13 @@ def _memory(plan: Plan, best: Layout) -> Iterator[str]:
         widths = (10, 17, 11, 13, 11, 11)
         numbers = "".join(f"{in_bytes(part):>{width}}" for part, width in zip(parts, widths, strict=True))
         yield f"            stage {stage:<8}{numbers}"
-        within = f"in these, each at its most: {in_bytes(usage.gradients)} of gradients for the optimizer, "
-        yield f"            {'':14}{within}{in_bytes(usage.losses)} while"
-        yield f"            {'':14}a loss is computed, {in_bytes(usage.network)} of what is sent and received"
+        network = f"{in_bytes(usage.network)} of what is sent and received"
+        within = f"{in_bytes(usage.losses)} while a loss is computed, {network}"
+        yield f"            {'':14}in these, each at its most: {within}"
+    yield f"            gradients, in these: {in_bytes(best.gradients)} once they are summed and split (by formula)"
     if best.offloaded:
         on_node = in_bytes(min(target.node_size, target.processes) * best.offloaded)
-        yield f"            on the host, besides: {in_bytes(best.offloaded)} a process, {on_node} a node"
+        yield f"            on the host: {in_bytes(best.offloaded)} a process, {on_node} a node"
     yield f"            the loader: {_loader(plan, config)}"
 
 

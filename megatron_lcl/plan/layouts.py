@@ -19,7 +19,7 @@ from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.memory import Simulate, usage_of
 from megatron_lcl.plan.predict import Prediction, predict
 from megatron_lcl.train.layout import check_layout
-from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.memory import Estimate, estimate
 from megatron_lcl.train.simulate import Usage, simulate
 
 TENSOR, PIPELINE, MICRO_BATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)
@@ -54,9 +54,9 @@ class Layout:
     needs: float = 0.0
     """bytes: the bound, where it was simulated the simulation"""
     gradients: float = 0.0
-    """bytes of them, at the stage that has most: by the bound's formula, or as simulated"""
+    """bytes of them once they are summed and split over replicas, by the bound's formula"""
     offloaded: float = 0.0
-    """bytes besides what it needs, in the host's memory"""
+    """bytes in the host's memory: by the bound's formula, or as simulated, with buffers for what is moved"""
     prediction: Prediction | None = None
     """of the phase that needs most; None where it does not fit"""
     usages: Mapping[int, Usage] = field(default_factory=dict)
@@ -166,13 +166,15 @@ class Bound:
 def bound(config: Config, target: Target) -> Bound:
     """What is certain of a config's memory; what is offloaded to the host is not needed where that is other memory."""
     least = estimate(config, target.processes, slots(config, target))
-    zero = config.deepspeed.get("zero_optimization", {}) if target.on_host else {}
-    offloaded = sum(
-        size
-        for name, size in (("param", least.parameters), ("optimizer", least.optimizer))
-        if zero.get(f"offload_{name}")
-    )
+    offloaded = _offloaded(config, target, least)
     return Bound(least.total - offloaded, least.gradients, offloaded)
+
+
+def _offloaded(config: Config, target: Target, of: Estimate | Usage) -> float:
+    """What of the bytes lies in the host's memory."""
+    zero = config.deepspeed.get("zero_optimization", {}) if target.on_host else {}
+    of_optimizer = of.optimizer if zero.get("offload_optimizer") else 0.0
+    return of_optimizer + (of.parameters if zero.get("offload_param") else 0.0)
 
 
 def confirm(
@@ -196,10 +198,11 @@ def confirm(
             stage: usage_of(config, target.processes, slots(config, target), stage, simulated)
             for stage in sorted({0, (last + 1) // 2, last})
         }
-        offloaded = bound(config, target).offloaded
-        needs = max(u.peak if target.on_host else u.process for u in usages.values()) - offloaded
-        gradients = max(u.gradients for u in usages.values())
-        checked = replace(layout, needs=needs, gradients=gradients, offloaded=offloaded, usages=usages)
+        # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
+        certain = bound(config, target).offloaded
+        needs = max(u.peak if target.on_host else u.process for u in usages.values()) - certain
+        offloaded = max(_offloaded(config, target, u) for u in usages.values())
+        checked = replace(layout, needs=needs, offloaded=offloaded, usages=usages)
         if needs <= target.room:
             return [checked, *left[1:]], failed
         failed.append(checked)

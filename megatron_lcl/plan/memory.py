@@ -43,7 +43,7 @@ def usage_of(config: Config, processes: int, images: int, stage: int = 0, simula
     # features of all pairs and what the loss keeps of each, float32 (objectives/contrast.py)
     packs = config.train.global_batch - fewer.train.global_batch
     features = 4 * (2 * config.model.language.width + 2) * packs * images
-    changes = dict(less)
+    changes = {"parameters": less["parameters"], "optimizer": less["optimizer"]}
     changes |= dict.fromkeys(("peak", "touched"), sum(less.values()) + features) | {"network": features}
     return replace(found, **{name: getattr(found, name) + change for name, change in changes.items()})
 

@@ -75,8 +75,6 @@ class Usage:
     """the most that a loss takes while it is computed, its gradients included"""
     network: float
     """the most at one time of what is sent or received in a step, but for what stays from step to step"""
-    gradients: float
-    """those there when the optimizer begins, as they are summed and split by then"""
 
     @property
     def process(self) -> float:
@@ -145,8 +143,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             after_forwards = storages.now
             return outputs
 
-        counting = mock.patch.object(stepper, "_first_forwards", counted)
-        with counting, storages.watching_losses(), storages.watching_gradients(engine):
+        with mock.patch.object(stepper, "_first_forwards", counted), storages.watching_losses():
             stepper.run(batches, 1e-3)
         parameters = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.module.parameters())
         return Usage(
@@ -160,7 +157,6 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
             lost=(storages.process - storages.touched) / max(storages.kept, 1),
             losses=storages.losses,
             network=storages.network,
-            gradients=storages.gradients,
         )
 
 
@@ -188,7 +184,7 @@ class _Storages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._places: dict[int, Place] = {}
         self._ranges: dict[int, list[tuple[int, int]]] = {}
-        self.losses = self.network = self.gradients = 0
+        self.losses = self.network = 0
         self._top = 0
         """the most since the loss began that is being computed"""
         self._resident: set[int] = set()
@@ -224,24 +220,6 @@ class _Storages(TorchDispatchMode):
             for kind in (contrastive._ContrastiveFunction, sigmoid._SigmoidFunction, generation._GenerationFunction):
                 for way in ("forward", "backward"):
                     stack.enter_context(mock.patch.object(kind, way, measured(getattr(kind, way))))
-            yield
-
-    @contextlib.contextmanager
-    def watching_gradients(self, engine: Any) -> Iterator[None]:
-        """Measure those of DeepSpeed's engine when its optimizer begins: the parameters' own, and what the optimizer
-        calls so, sums that stay from step to step included."""
-        optimizer, parameters = engine.optimizer, list(engine.module.parameters())
-        step = optimizer.step
-
-        def measured(*args: Any, **options: Any) -> Any:
-            named = [value for name, value in vars(optimizer).items() if "grad" in name]
-            held = [
-                leaf for leaf in tree_leaves([p.grad for p in parameters] + named) if isinstance(leaf, torch.Tensor)
-            ]
-            self.gradients = sum(self._sizes.get(key, 0) for key in {id(leaf.untyped_storage()) for leaf in held})
-            return step(*args, **options)
-
-        with mock.patch.object(optimizer, "step", measured):
             yield
 
     def _add(self, tensor: torch.Tensor) -> bool:

@@ -36,9 +36,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layouts, name, (1, 2))
 
 
-def needs(peak: float, gradients: float = 0.0) -> Usage:
+def needs(peak: float, **more: float) -> Usage:
     nothing = dict.fromkeys(Usage.__dataclass_fields__, 0.0)
-    return Usage(**nothing | {"peak": peak, "touched": peak, "gradients": gradients})
+    return Usage(**nothing | {"peak": peak, "touched": peak} | more)
 
 
 def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:
@@ -128,11 +128,11 @@ def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:
         vision, language = config.model.vision.layers, config.model.language.layers
         asked.append((vision, language, processes, config.train.global_batch))
         size = 100.0 + 7 * vision + 3 * language
-        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size, 2 * size)
+        return Usage(size, 2 * size, 5.0, size, 5 * size, 6 * size, size / 2, 0.1 + language / 100, 7.0, size)
 
     found = usage_of(config, 32, IMAGES, simulated=simulated)
     assert asked == [(2, 2, 32, 512), (4, 2, 32, 512), (2, 4, 32, 512)]
-    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0, 534.0)
+    assert found == Usage(267.0, 534.0, 5.0, 267.0, 1335.0, 1602.0, 133.5, 0.14, 7.0, 267.0)
     assert found.process == pytest.approx(1602.0 + 0.14 * 133.5), "the largest share of the heap, not extrapolated"
     asked.clear()
     many = usage_of(config, 256, IMAGES, simulated=simulated)
@@ -258,22 +258,23 @@ def test_the_command_says_what_was_found_and_writes_the_best(
 
 
 def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulated of the best layout, at the stage that has most of them; by the bound of one that was not simulated."""
-    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: needs(7e6, gradients=3e6)))
+    """What is offloaded as it was simulated; of a layout that was not, by the bound's formula, as all gradients are."""
+    usage = needs(7e6, optimizer=5e6)
+    monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: usage))
     config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     found = run.plan(config, 4, images_per_pack=IMAGES)
     layout = found.best
     least = estimate(layout.config, 4, IMAGES)
-    assert (layout.gradients, layout.offloaded, layout.needs) == (3e6, least.optimizer, 7e6 - least.optimizer)
+    assert (layout.gradients, layout.offloaded, layout.needs) == (least.gradients, 5e6, 7e6 - least.optimizer)
     text = "\n".join(lines(found))
-    assert "in these, each at its most: 3 MB of gradients for the optimizer," in text
-    on_host = f"on the host, besides: {in_bytes(least.optimizer)} a process, {in_bytes(4 * least.optimizer)} a node"
-    assert on_host in text
+    assert f"gradients, in these: {in_bytes(least.gradients)} once they are summed" in text
+    assert "on the host: 5 MB a process, 20 MB a node" in text
     numbers = numbers_of(layout, "h100", 4)
-    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (3e6, least.optimizer)
+    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (least.gradients, 5e6)
     other = found.layouts[1]
     assert not other.usages
-    assert numbers_of(other, "h100", 4)["memory_gradients_bytes"] == estimate(other.config, 4, IMAGES).gradients
+    least, numbers = estimate(other.config, 4, IMAGES), numbers_of(other, "h100", 4)
+    assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (least.gradients, least.optimizer)
     nothing_offloaded = run.plan(config_of(), 4, images_per_pack=IMAGES)
     assert nothing_offloaded.best.offloaded == 0
     assert "on the host" not in "\n".join(lines(nothing_offloaded))
