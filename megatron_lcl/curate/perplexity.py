@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from megatron_lcl.curate.settings import Perplexity
 from megatron_lcl.errors import UserError
@@ -25,11 +26,10 @@ def perplexity_score(settings: Perplexity) -> Callable[[str], float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with loading(folder, "Hugging Face"):
-        options = {"local_files_only": True, "trust_remote_code": False}
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        library: Any = AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
+        model, report = library.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise UserError(f"{folder} lacks {min(report['missing_keys'])}; transformers would make it up")
     known = model.get_input_embeddings().num_embeddings

@@ -87,11 +87,12 @@ def equal_keys(
     """
     parts = max(1, -(-num * _BYTES_OF_ROW // memory))
     width = -(-(1 << 64) // parts)
+    step = max(1, min(_CHUNK, memory // _BYTES_OF_ROW))
     for part in range(parts):
         low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 1 << 64) - 1)
         found = []
-        for start in range(0, num, _CHUNK):
-            key, row = keys(start, min(num, start + _CHUNK))
+        for start in range(0, num, step):
+            key, row = keys(start, min(num, start + step))
             if parts > 1:
                 inside = (key >= low) & (key <= high)
                 key, row = key[inside], row[inside]

@@ -1,13 +1,13 @@
 """Facts of all tasks → which documents and images are removed. Independent of how the corpus was cut into tasks.
 
-Facts are copied into arrays on the disk and mapped; in memory are about 60 bytes a document, or a place of an image,
-and what sorting may take (`clusters.MEMORY`).
+Facts are copied into arrays on the disk and mapped, and so are the clusters: in memory is what sorting may take
+(`clusters.MEMORY`), and a block of places or removals at a time.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,11 +26,13 @@ from megatron_lcl.data.loading.hashes import mix
 _DIFFERING = 4
 """Images are compared where at least 4 of the 8 bytes of their 64-bit hashes agree, as they do where at most 4 bits
 differ: a key for each choice of 4 (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", 2007, 3.1)"""
+_BLOCK = 1 << 14
+"""places that are looked at together, of which some are removed"""
 
 
 @dataclass(frozen=True)
 class Removals:
-    """What a rule removes from a corpus, in the corpus's order."""
+    """What a rule removes from a corpus, in the corpus's order; or a part of it."""
 
     document: np.ndarray
     """int64 [R], number in the corpus"""
@@ -51,17 +53,17 @@ def join_documents(
     scratch: Path,
     against: Sequence[Path] = (),
     memory: int = MEMORY,
-) -> Removals:
-    """Documents of a corpus that are in it before, or in the corpora `against`.
+) -> Iterator[Removals]:
+    """Documents of a corpus that are in it before, or in the corpora `against`, part after part.
 
-    files, against: of `document_facts`, in their corpora's order. scratch: an empty folder; 4 · permutations + 28 bytes
+    files, against: of `document_facts`, in their corpora's order. scratch: an empty folder; 4 · permutations + 60 bytes
     a document. value: the estimated Jaccard similarity to the document that is named, 1 for the same texts and images;
     it may be below the threshold where others connect the two.
     """
     everything = [*against, *files]
     rows, starts = gather(everything, ("document", "digest", "signature", "shingles"), scratch)
     digest, signature, shingles = rows["digest"], rows["signature"], rows["shingles"]
-    parent = same_content(digest, memory)
+    parent = same_content(digest, scratch, memory)
     num = signature.shape[1]
     if settings.threshold is not None:
         bands, per_band = choose_bands(settings.threshold, num)
@@ -80,9 +82,11 @@ def join_documents(
         same = not num or (digest[one] == digest[other]).all()
         return 1.0 if same else float((signature[one] == signature[other]).mean())
 
-    item = np.full(len(digest), -1, np.int32)
-    places = Places(everything, len(against), starts, rows["document"], item, np.arange(len(digest)))
-    return removals_of(places, parent, settings.action, value)
+    shown = new_array(scratch / "row.npy", np.int64, (len(digest),))
+    for start, stop in blocks(0, len(digest)):
+        shown[start:stop] = np.arange(start, stop)
+    places = Places(everything, len(against), starts, rows["document"], None, shown)
+    yield from removals_of(places, parent, settings.action, value, scratch)
 
 
 def join_images(
@@ -91,17 +95,17 @@ def join_images(
     scratch: Path,
     against: Sequence[Path] = (),
     memory: int = MEMORY,
-) -> Removals:
-    """Places of images in a corpus whose image stands in it before, or in the corpora `against`.
+) -> Iterator[Removals]:
+    """Places of images in a corpus whose image stands in it before, or in the corpora `against`, part after part.
 
-    files, against: of `image_facts`, in their corpora's order. scratch: an empty folder; 60 bytes an image and 16 a
+    files, against: of `image_facts`, in their corpora's order. scratch: an empty folder; 84 bytes an image and 24 a
     place. value: how many of 256 bits of the perceptual hash differ from the image that is named, 0 for the same bytes.
     """
     everything = [*against, *files]
     rows, first_image = gather(everything, ("digest", "hash", "detail"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, short, long = rows["digest"], rows["hash"][:, :2], rows["hash"][:, 2:]
-    parent = same_content(digest, memory)
+    parent = same_content(digest, scratch, memory)
     if settings.max_bits is not None:
         for chosen in itertools.combinations(range(8), 8 - _DIFFERING):
             kept = np.zeros(8, np.uint8)
@@ -119,9 +123,9 @@ def join_images(
         same = (digest[one] == digest[other]).all()
         return 0.0 if same else float(difference(long[one], long[other], True, 256))
 
-    image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
-    places = Places(everything, len(against), starts, placed["document"], placed["item"], image)
-    return removals_of(places, parent, settings.action, value)
+    shown = rows_shown(placed["image"], first_image, starts, scratch)
+    places = Places(everything, len(against), starts, placed["document"], placed["item"], shown)
+    yield from removals_of(places, parent, settings.action, value, scratch)
 
 
 @dataclass(frozen=True)
@@ -134,27 +138,37 @@ class Places:
     starts: np.ndarray
     """int64 [files + 1]: number of each file's first place, and of all"""
     document: np.ndarray
-    item: np.ndarray
+    item: np.ndarray | None
+    """None: the documents themselves"""
     row: np.ndarray
     """which row of the clusters it shows"""
 
+    def item_of(self, place: int) -> int:
+        return -1 if self.item is None else int(self.item[place])
+
+
+def blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """first … last-1 in runs of at most _BLOCK."""
+    return ((start, min(last, start + _BLOCK)) for start in range(first, last, _BLOCK))
+
+
+def rows_shown(image: np.ndarray, first_image: np.ndarray, starts: np.ndarray, scratch: Path) -> np.ndarray:
+    """Of every place the row of its image among all files', int64, mapped. image: numbers in a place's own file."""
+    shown = new_array(scratch / "row.npy", np.int64, image.shape)
+    for first, start, stop in zip(first_image[:-1], starts[:-1], starts[1:], strict=True):
+        shown[start:stop] = image[start:stop] + first
+    return shown
+
 
 def removals_of(
-    places: Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float]
-) -> Removals:
-    """What is removed of clusters, int64 [rows] as union-find leaves them; value: of two rows."""
-    _to_roots(parent)
-    label = parent[places.row]
-    order = np.argsort(label, kind="stable")
-    new = np.flatnonzero(np.diff(label[order], prepend=-1))  # in order: where each cluster begins
-    size = np.diff(np.append(new, len(label)))
-    match = np.full(len(label), -1)
-    several = new[size > 1]
-    match[order] = np.repeat(order[new], size)
-    match[order[new]] = -1  # the first of each cluster stays
-    if action == "drop-all":
-        match[order[several]] = order[several + 1]
-    removed = int(places.starts[places.num_against]) + np.flatnonzero(match[places.starts[places.num_against] :] >= 0)
+    places: Places, parent: np.ndarray, action: Action | None, value: Callable[[int, int], float], scratch: Path
+) -> Iterator[Removals]:
+    """What is removed of clusters, int64 [rows] as union-find leaves them; value: of two rows. In blocks of places, so
+    that memory does not grow with their number: what is kept of all is mapped below `scratch`."""
+    first, second = (new_array(scratch / f"{name}.npy", np.int64, parent.shape) for name in ("first", "second"))
+    for start, stop in blocks(0, len(parent)):
+        first[start:stop] = second[start:stop] = -1
+    _first_two(places.row, parent, first, second)
 
     @cache
     def opened(file: int) -> Corpus:
@@ -162,15 +176,25 @@ def removals_of(
 
     def name(place: int) -> str:
         corpus = opened(int(np.searchsorted(places.starts, place, side="right")) - 1)
-        document, item = int(places.document[place]), int(places.item[place])
+        document, item = int(places.document[place]), places.item_of(place)
         return f"{address(corpus)}: document {document}{'' if item < 0 else f', piece {item}'}"
 
-    return Removals(
-        np.array(places.document[removed]),
-        np.array(places.item[removed]),
-        np.array([value(places.row[r], places.row[match[r]]) for r in removed], np.float32),
-        [name(match[r]) for r in removed],
-    )
+    for start, stop in blocks(int(places.starts[places.num_against]), int(places.starts[-1])):
+        root = parent[places.row[start:stop]]  # which `_first_two` has made of all rows' parents
+        match = first[root]
+        of_itself = match == np.arange(start, stop)
+        match[of_itself] = second[root[of_itself]] if action == "drop-all" else -1
+        removed = start + np.flatnonzero(match >= 0)
+        if len(removed):
+            matched = match[removed - start]
+            yield Removals(
+                np.array(places.document[removed]),
+                np.full(len(removed), -1, np.int32) if places.item is None else np.array(places.item[removed]),
+                np.array(
+                    [value(places.row[r], places.row[m]) for r, m in zip(removed, matched, strict=True)], np.float32
+                ),
+                [name(place) for place in matched],
+            )
 
 
 def _corpus_of(file: Path) -> str:
@@ -197,9 +221,11 @@ def gather(files: Sequence[Path], names: Sequence[str], scratch: Path) -> tuple[
     return arrays, starts
 
 
-def same_content(digest: np.ndarray, memory: int) -> np.ndarray:
-    """Clusters of rows with the same digest, uint32 [N, 4]: int64 [N], for `clusters.find` and `unite`."""
-    parent = np.arange(len(digest))
+def same_content(digest: np.ndarray, scratch: Path, memory: int) -> np.ndarray:
+    """Clusters of rows with the same digest, uint32 [N, 4]: int64 [N], mapped, for `clusters.find` and `unite`."""
+    parent = new_array(scratch / "parent.npy", np.int64, (len(digest),))
+    for start, stop in blocks(0, len(digest)):
+        parent[start:stop] = np.arange(start, stop)
 
     def keys(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return _key(digest[start:stop]), np.arange(start, stop)
@@ -220,7 +246,13 @@ def _key(entries: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _to_roots(parent: np.ndarray) -> None:
-    """Let every row name the first of its cluster."""
+def _first_two(shown: np.ndarray, parent: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+    """The first two places of each cluster, by its first row, and let every row name this one."""
     for row in range(len(parent)):
         parent[row] = find(parent, row)
+    for place in range(len(shown)):
+        root = parent[shown[place]]
+        if first[root] < 0:
+            first[root] = place
+        elif second[root] < 0:
+            second[root] = place

@@ -58,9 +58,9 @@ class Duplicates:
         """As `join_documents` and `join_images` say."""
         against = sorted(prepared.iterdir())
         if isinstance(self.settings, DocumentDuplicates):
-            yield table_of(join_documents(facts, self.settings, scratch, against))
+            yield from map(table_of, join_documents(facts, self.settings, scratch, against))
         else:
-            yield table_of(join_images(facts, self.settings, scratch, against))
+            yield from map(table_of, join_images(facts, self.settings, scratch, against))
 
 
 class EvaluationSets:

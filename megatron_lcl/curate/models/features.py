@@ -6,7 +6,7 @@ Near-duplicates by features: Abbas et al., "SemDeDup", 2023; here exactly, every
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numba
@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
 from megatron_lcl.curate.duplicates.facts import NOTHING, Facts, places
-from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, same_content
+from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, rows_shown, same_content
 from megatron_lcl.curate.joins import Gone
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore
@@ -94,18 +94,18 @@ def join_features(
     scratch: Path,
     against: Sequence[Path] = (),
     memory: int = MEMORY,
-) -> Removals:
-    """Places of images whose features are those of an image before, or in the corpora `against`.
+) -> Iterator[Removals]:
+    """Places, part after part, of images whose features are those of an image before, or in the corpora `against`.
 
-    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 16
-    bytes an image and 16 a place. value: the cosine similarity to the image that is named, 1 for the same bytes. All
+    files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 40
+    bytes an image and 24 a place. value: the cosine similarity to the image that is named, 1 for the same bytes. All
     pairs are compared: N² · D multiplications.
     """
     everything = [*against, *files]
     rows, first_image = gather(everything, ("digest", "feature"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
     digest, feature = rows["digest"], rows["feature"]
-    parent = same_content(digest, memory)
+    parent = same_content(digest, scratch, memory)
     for start in range(0, len(feature), _BLOCK):
         block = feature[start : start + _BLOCK]
         for other in range(0, start + 1, _BLOCK):
@@ -116,9 +116,9 @@ def join_features(
         same = (digest[one] == digest[other]).all()
         return 1.0 if same else float(feature[one] @ feature[other])
 
-    image = placed["image"] + np.repeat(first_image[:-1], np.diff(starts))
-    spots = Places(everything, len(against), starts, placed["document"], placed["item"], image)
-    return removals_of(spots, parent, settings.action, value)
+    shown = rows_shown(placed["image"], first_image, starts, scratch)
+    spots = Places(everything, len(against), starts, placed["document"], placed["item"], shown)
+    yield from removals_of(spots, parent, settings.action, value, scratch)
 
 
 def check_width(head: str | None, weight: np.ndarray, width: int) -> None:

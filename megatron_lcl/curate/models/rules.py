@@ -84,7 +84,7 @@ class SameFeatures(_Asking):
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_features` says."""
-        yield table_of(join_features(facts, self.settings, scratch, sorted(prepared.iterdir())))
+        yield from map(table_of, join_features(facts, self.settings, scratch, sorted(prepared.iterdir())))
 
 
 class Matched(_Asking):

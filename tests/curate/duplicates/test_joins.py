@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from megatron_lcl.curate.duplicates import clusters
+from megatron_lcl.curate.duplicates import join as joins
 from megatron_lcl.curate.duplicates.clusters import difference, equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.facts import document_facts, image_facts
 from megatron_lcl.curate.duplicates.join import Removals, join_documents, join_images
@@ -117,8 +118,17 @@ DOCUMENTS = [
 ]
 
 
+def together(parts: Iterator[Removals]) -> Removals:
+    """All removals of a join."""
+    columns = list(zip(*((p.document, p.item, p.value, p.matched) for p in parts), strict=True))
+    return Removals(*map(np.concatenate, columns[:3]), [name for part in columns[3] for name in part])
+
+
 @pytest.mark.parametrize(("shards", "size", "memory"), [(1, 99, 1 << 30), (3, 1, 1 << 30), (2, 2, 100)])
-def test_documents_that_are_there_before(shards: int, size: int, memory: int, tmp_path: Path) -> None:
+def test_documents_that_are_there_before(
+    shards: int, size: int, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joins, "_BLOCK", 3 if memory == 100 else 1 << 14)
     corpus = make_corpus(tmp_path / "corpus", DOCUMENTS, shards)
     for k, (rule, expected, matched) in enumerate(
         [
@@ -129,7 +139,7 @@ def test_documents_that_are_there_before(shards: int, size: int, memory: int, tm
     ):
         files = facts_of(corpus, document_facts, tmp_path / f"facts-{k}", size, rule)
         (scratch := tmp_path / f"scratch-{k}").mkdir()
-        found = join_documents(files, rule, scratch, memory=memory)
+        found = together(join_documents(files, rule, scratch, memory=memory))
         assert removed(found) == [(d, -1) for d in expected]
         assert found.matched == [f"{corpus.path}: document {d}" for d in matched]
         assert (found.value >= 0.75).all()
@@ -142,12 +152,12 @@ def test_documents_of_another_corpus(tmp_path: Path) -> None:
     rule = DocumentDuplicates()
     files, against = (facts_of(c, document_facts, tmp_path / f"facts-{c.path.name}", 2, rule) for c in (ours, other))
     (scratch := tmp_path / "scratch").mkdir()
-    found = join_documents(files, rule, scratch, against)
+    found = together(join_documents(files, rule, scratch, against))
     assert removed(found) == [(d, -1) for d in (2, 4, 5, 6, 7, 8, 9)]
     assert found.matched[2:4] == [f"{other.path}: document 2"] * 2
     assert found.matched[5] == f"{other.path}: document 1"
     (scratch := tmp_path / "again").mkdir()
-    one = join_documents(files, DocumentDuplicates(action="drop-all"), scratch, against)
+    one = together(join_documents(files, DocumentDuplicates(action="drop-all"), scratch, against))
     assert 8 in one.document  # once in each corpus
 
 
@@ -175,7 +185,10 @@ IMAGES = [
 
 
 @pytest.mark.parametrize(("shards", "size", "memory"), [(1, 99, 1 << 30), (4, 1, 1 << 30), (2, 1, 100)])
-def test_images_that_stand_before(shards: int, size: int, memory: int, tmp_path: Path) -> None:
+def test_images_that_stand_before(
+    shards: int, size: int, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joins, "_BLOCK", 3 if memory == 100 else 1 << 14)
     corpus = make_corpus(tmp_path / "corpus", IMAGES, shards)
     near = [(1, 0), (2, 2), (2, 3), (3, 0), (3, 2)]
     exact = [(2, 2), (2, 3), (3, 2)]
@@ -189,7 +202,7 @@ def test_images_that_stand_before(shards: int, size: int, memory: int, tmp_path:
     ):
         files = facts_of(corpus, image_facts, tmp_path / f"facts-{k}", size, rule)
         (scratch := tmp_path / f"scratch-{k}").mkdir()
-        found = join_images(files, rule, scratch, memory=memory)
+        found = together(join_images(files, rule, scratch, memory=memory))
         assert removed(found) == expected
         assert (found.value <= 40).all()
         if rule == ImageDuplicates():
@@ -203,7 +216,7 @@ def test_images_of_another_corpus(tmp_path: Path) -> None:
     rule = ImageDuplicates()
     files, against = (facts_of(c, image_facts, tmp_path / f"facts-{c.path.name}", 1, rule) for c in (ours, other))
     (scratch := tmp_path / "scratch").mkdir()
-    found = join_images(files, rule, scratch, against)
+    found = together(join_images(files, rule, scratch, against))
     assert removed(found) == [(1, 0), (2, 0), (2, 2), (2, 3), (3, 0), (3, 2)]
     assert found.matched[1] == f"{other.path}: document 1, piece 0"
 
@@ -216,4 +229,4 @@ def test_an_empty_corpus_has_none(tmp_path: Path) -> None:
     ):
         files = facts_of(corpus, make, tmp_path / f"facts-{name}", 1, rule)
         (scratch := tmp_path / f"scratch-{name}").mkdir()
-        assert len(join(files, rule, scratch)) == 0
+        assert list(join(files, rule, scratch)) == []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from curate.duplicates.test_joins import together
 from data.corpora import jpeg, write_corpus
 from safetensors.numpy import save_file
 
@@ -44,11 +45,11 @@ def test_features_within_an_angle_are_duplicates(size: int, tmp_path: Path) -> N
     expected = {"keep-one": ([2, 4, 7], [0, 0, 1]), "drop-all": ([0, 1, 2, 4, 7], [2, 7, 0, 0, 1])}
     for action, (documents, matched) in expected.items():
         (scratch := tmp_path / action).mkdir()
-        found = join_features(files, FeatureDuplicates(rule.min_cosine, action), scratch)  # type: ignore[arg-type]
+        found = together(join_features(files, FeatureDuplicates(rule.min_cosine, action), scratch))  # type: ignore[arg-type]
         assert found.document.tolist() == documents
         assert found.matched == [f"{corpus.path}: document {d}, piece 0" for d in matched]
     (scratch := tmp_path / "against").mkdir()
-    found = join_features(files, rule, scratch, against)
+    found = together(join_features(files, rule, scratch, against))
     assert found.document.tolist() == [2, 3, 4, 7]
     assert found.matched[1] == f"{tmp_path / 'other'}: document 1, piece 0"
     cosines = np.cos(np.deg2rad([8, 4, 16, 1]))  # the second to last is connected by the image between
