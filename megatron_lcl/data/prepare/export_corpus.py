@@ -83,8 +83,7 @@ def _write_lines(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
         for local in range(shard.num_documents):
             start, stop = shard.document_offsets[local : local + 2].tolist()
             items = [_item(corpus, shard, k) for k in range(start, stop)]
-            name = {"id": shard.names[local]} if shard.names and shard.names[local] else {}
-            line = {**name, "kind": corpus.kinds[number], "items": items}
+            line = {**_name(shard, local), "kind": corpus.kinds[number], "items": items}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     sync(folder / f"{number:05d}.jsonl")
     return shard.num_documents, shard.num_images, 0
@@ -122,8 +121,8 @@ def _write_samples(corpus: Corpus, number: int, folder: Path) -> tuple[int, int,
                     text = corpus.tokenizer.decode(value)
                 lists["texts"].append(text)
                 lists["images"].append(image)
-            name = {"id": shard.names[local]} if shard.names and shard.names[local] else {}
-            _add(archive, f"{key}.json", json.dumps({**name, **lists}, ensure_ascii=False).encode())
+            record = {**_name(shard, local), **lists}
+            _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
     sync(folder / f"{number:05d}.tar")
     return shard.num_documents, images, 0
 
@@ -153,6 +152,11 @@ def _write_pairs(corpus: Corpus, number: int, folder: Path) -> tuple[int, int, i
             documents += 1
     sync(folder / f"{number:05d}.tar")
     return documents, documents, shard.num_documents - documents
+
+
+def _name(shard: Shard, local: int) -> dict[str, str]:
+    """What a document is called, as a line's `id`; empty where it has no name."""
+    return {"id": shard.names[local]} if shard.names and shard.names[local] else {}
 
 
 def _image_name(shard: Shard, j: int) -> str:
