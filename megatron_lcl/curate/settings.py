@@ -19,6 +19,7 @@ from megatron_lcl import fields
 from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
 from megatron_lcl.curate.models.settings import ModelRules
+from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.store import FORMATS
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
@@ -221,20 +222,17 @@ def as_recipe(settings: Settings) -> dict[str, Any]:
     own = fields.flat(dataclasses.asdict(settings))
     recipe = {name: value for name, value in own.items() if value != default[name]}
     for name, path in _files(settings):
-        recipe[name] = xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
+        recipe[name] = hash_file(Path(path))
     if settings.perplexity.model is not None:
         recipe["perplexity.model"] = _hash_folder(settings.perplexity.model)
     return recipe
 
 
 def _hash_folder(folder: str) -> str:
-    """Of the names and bytes of its files, without those of folders in it."""
+    """Of the names and hashes of its files, without those of folders in it."""
     digest = xxhash.xxh3_128()
     for file in sorted(path for path in Path(folder).iterdir() if path.is_file()):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
+        digest.update(f"{file.name}\0{hash_file(file)}\0".encode())
     return digest.hexdigest()
 
 
