@@ -124,7 +124,7 @@ def test_all_rows_see_the_same_images_of_the_same_documents(
 ) -> None:
     monkeypatch.setattr(pack_index, "MIN_CHUNK", 512)  # or much more is packed than is looked at
     rows = {row.name: row for part in PARTS.values() for row in part.rows}
-    assert len(rows) == 5 + 3 + 4 + 6
+    assert len(rows) == 5 + 3 + 3 + 6
     wanted = 3000
     steps, members = {}, {}
     monkeypatch.setitem(parts.SMALL, "image_size", 8)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_lcl import config as configs
+from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.model.lcl import pack_padded
@@ -203,18 +204,20 @@ def held(rank: int, tree: dict[str, Any]) -> tuple[int, int, int, int]:
     image = [special.soi, *[special.placeholder] * config.model.vision.num_patches, special.eoi]
     head = [special.sot, 5, *image, 6, *image]
     row = torch.tensor([*head, *[7] * (length - len(head) - 1), special.eot])
+
+    def batches() -> list[PackedBatch]:
+        pixels = [torch.zeros(packs * 8, 3, 32, 32, dtype=torch.uint8) for _ in range(4 // packs // mesh.data.size)]
+        rows = torch.full((packs * 4,), length)
+        return [pack_padded(row.repeat(packs * 4, 1), rows, images, config.model) for images in pixels]
+
     try:
         with _Storages() as storages:
-            batches = []
-            for _ in range(4 // packs // mesh.data.size):
-                pixels = torch.zeros(packs * 8, 3, 32, 32, dtype=torch.uint8)
-                rows = torch.full((packs * 4,), length)
-                batches.append(pack_padded(row.repeat(packs * 4, 1), rows, pixels, config.model))
             stepper = build_stepper(build_engine(build_module(config, mesh), config, mesh), config, mesh)
-            stepper.run(batches, 1e-3)
+            stepper.run(batches(), 1e-3)
+            next_batches = batches()  # as in training: what attention makes of a batch goes with it
             between = storages.begin_step()
             with storages.watching_losses():
-                stepper.run(batches, 1e-3)
+                stepper.run(next_batches, 1e-3)
             return between, storages.peak, storages.network, storages.losses
     finally:
         dist.destroy_process_group()

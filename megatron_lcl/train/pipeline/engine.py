@@ -67,6 +67,7 @@ class ContrastivePipelineEngine(PipelineEngine):
         outputs = self.pipe_buffers["outputs"]
         if not torch.is_grad_enabled():
             self.pipe_buffers["outputs"] = [None] * len(outputs)
+            self._begin([])
         return outputs[: len(batches)] if self.is_last_stage() else []
 
     def all_backward(self, loss_of: LossOf) -> None:
@@ -74,6 +75,7 @@ class ContrastivePipelineEngine(PipelineEngine):
         assert len(self._batches) == self.micro_batches, f"{len(self._batches)} micro-batches, not {self.micro_batches}"
         self._loss_of = loss_of
         self._exec_schedule(AllBackward(self.micro_batches, self.num_stages, self.stage_id))
+        self._end()
 
     def one_forward_one_backward(self, batches: Sequence[PackedBatch], loss_of: LossOf) -> None:
         """Forwards, backwards and the optimizer step in DeepSpeed's order."""
@@ -81,11 +83,17 @@ class ContrastivePipelineEngine(PipelineEngine):
         self._begin(batches)
         self._loss_of = loss_of
         self._exec_schedule(schedule.TrainSchedule(self.micro_batches, self.num_stages, self.stage_id))
+        self._end()
 
     def _begin(self, batches: Sequence[PackedBatch]) -> None:
         self._batches = batches
         self._num_forwards = 0
         self._num_backwards = 0
+
+    def _end(self) -> None:
+        """Nothing of a step is kept while the next one's images come."""
+        self._begin([])
+        del self._loss_of
 
     def _exec_nothing(self, buffer_id: int) -> None:
         """Micro-batches are here already."""
