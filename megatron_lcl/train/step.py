@@ -28,7 +28,7 @@ from megatron_lcl.train.telemetry.features import FeatureSample
 from megatron_lcl.train.telemetry.norms import PartNorms
 
 
-def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
+def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: torch.Tensor | float) -> torch.Tensor:
     """The surrogate as it is where the step's loss is finite and not above `limit`, else NaN, with NaN as gradients.
 
     Before every optimizer step DeepSpeed takes the norm of the gradient over all processes, and a step for which it is
@@ -49,7 +49,11 @@ class StepLoss:
     """What a step minimizes, micro-batch by micro-batch, where the head's outputs are."""
 
     def __init__(
-        self, objective: Objective, step: StepInputs, limit: float, sample: FeatureSample | None = None
+        self,
+        objective: Objective,
+        step: StepInputs,
+        limit: torch.Tensor | float,
+        sample: FeatureSample | None = None,
     ) -> None:
         """sample: takes features of some pairs as they come by."""
         self.objective = objective
@@ -110,7 +114,7 @@ class Stepper:
         return self.start(batches, lr, limit).read()
 
     def start(
-        self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf, measure: bool = False
+        self, batches: Sequence[PackedBatch], lr: float, limit: torch.Tensor | float = math.inf, measure: bool = False
     ) -> PendingResult:
         """One step on this replica's micro-batches, which lie on the engine's device; nothing of it is read here.
 
