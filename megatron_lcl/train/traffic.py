@@ -234,7 +234,11 @@ def _layer(
         inputs = [has("k.weight"), has("v.weight"), given["norm_k"], given["norm_v"]]
         of_patches = given["v"] or has("out.weight")
         of_latents = of_patches or given["q"] or given["k"]
-        backward = [*[images] * sum(inputs), tokens * (of_patches or has("embedding")), latents * of_latents]
+        backward: list[float] = [
+            *[images] * sum(inputs),
+            tokens * (of_patches or has("embedding")),
+            latents * of_latents,
+        ]
         return [images, images, tokens, latents], backward
     if layer <= vision.layers + 1 + language.layers:
         rows = images if layer <= vision.layers else tokens
