@@ -7,7 +7,7 @@ other module, and a parameter that is frozen has no gradient: nothing is sent fo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_lcl.config import Model
 
@@ -50,10 +50,10 @@ def layer_gradients(
         if name not in frozen:
             leaves[int(index)].add(leaf)
     found: dict[int, LayerGradients] = {}
-    for index in sorted(leaves):
-        layer = LayerGradients(frozenset(leaves[index]), received, {})
-        layer = LayerGradients(layer.trained, received, _given(index, model, received, layer.has))
-        found[index], received = layer, layer.given[""]
+    for layer, own in sorted(leaves.items()):
+        trained = LayerGradients(frozenset(own), received, {})
+        found[layer] = replace(trained, given=_given(layer, model, received, trained.has))
+        received = found[layer].given[""]
     return found
 
 
