@@ -1,9 +1,11 @@
 """`plan`'s step time beside real steps, on the CPU that it runs on.
 
-Each setting trains in a process of its own, of one thread: after every step one round of the calibration (plan/
-calibrate.py) runs in the same process, so that what else the machine does meets both alike. Seconds are CPU time of the
-process, which a busy machine changes less than the clock on the wall. Measured is the median of five steps, predicted
-the step with the medians of the five rounds. Exits with 1 where they differ by more than 25 %.
+Each setting trains in processes of its own, of one thread each: after every step one round of the calibration (plan/
+calibrate.py) runs in the same processes, so that what else the machine does meets both alike. Measured is the median of
+five steps, predicted the step with the medians of the five rounds. Seconds of one process are CPU time, which a busy
+machine changes less than the clock on the wall; it exits with 1 where they differ by more than 25 %. Processes that
+wait for each other spend no CPU time meanwhile: seconds of two are the clock's, of the process that took longest, and
+mean something where each has a core for itself.
 
     python benchmarks/plan_step_time.py [SETTING …]
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -43,6 +46,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "384 wide, bfloat16": {"model": MODEL, "train": {"dtype": "bfloat16"}},
     "B/32, a third as deep, vocabulary 49,411": {"model": B32},
     "128 wide, 12 blocks each": {"model": NARROW},
+    "128 wide, tensor 2": {"model": NARROW, "parallel": {"tensor": 2}, "processes": 2},
+    "128 wide, pipeline 2": {"model": NARROW, "parallel": {"pipeline": 2}, "processes": 2},
+    "128 wide, data 2": {"model": NARROW, "processes": 2},
 }
 PACKS, IMAGES = 2, 2
 """packs of a step; images of a pack, which is one sequence as long as the context"""
@@ -58,47 +64,85 @@ def main() -> int:
         print(json.dumps(measure(options.measure)))
         return 0
     worst = 0.0
-    print(f"{'CPU seconds of a step':<44}{'predicted':>10}{'measured':>10}{'predicted / measured':>22}")
+    print(f"{'seconds of a step':<44}{'predicted':>10}{'measured':>10}{'predicted / measured':>22}  by")
     for name in options.settings or SETTINGS:
-        command = [sys.executable, __file__, "--measure", name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        predicted, measured = json.loads(done.stdout.splitlines()[-1])
-        worst = max(worst, abs(predicted / measured - 1))
-        print(f"{name:<44}{predicted:>10.3f}{measured:>10.3f}{predicted / measured:>22.2f}", flush=True)
+        predicted, measured = run(name)
+        alone = SETTINGS[name].get("processes", 1) == 1
+        worst = max(worst, abs(predicted / measured - 1) if alone else 0.0)
+        numbers = f"{predicted:>10.3f}{measured:>10.3f}{predicted / measured:>22.2f}"
+        print(f"{name:<44}{numbers}  {'CPU' if alone else 'clock'}", flush=True)
     return int(worst > CLAIM)
 
 
+def run(name: str) -> tuple[float, float]:
+    """Predicted and measured seconds of a step of a setting, in new processes."""
+    number = SETTINGS[name].get("processes", 1)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(number)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--measure", name],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(number)
+    ]
+    said = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"{name}: a process has failed")
+    predicted, measured = json.loads(said[0].splitlines()[-1])
+    return predicted, measured
+
+
 def measure(name: str) -> tuple[float, float]:
-    """Predicted and measured seconds of a step."""
+    """Predicted and measured seconds of a step; every process of the setting calls it."""
     import torch
 
     from megatron_lcl import config as configs
-    from megatron_lcl.plan.calibrate import Calibration, rates_of
+    from megatron_lcl.plan.calibrate import Calibration, network, rates_of_all
     from megatron_lcl.plan.predict import predict
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
-    setting = SETTINGS[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # the ranks of a replica have the same batches
+    setting = dict(SETTINGS[name])
+    number = setting.pop("processes", 1)
     model, train = setting["model"], {"global_batch": PACKS, "dtype": "float32", **setting.get("train", {})}
     data = {"tokens_per_pack": model["language"]["context_length"], "images_per_pack": IMAGES}
     config = configs.from_dict({**setting, "data": data, "train": train})
+    clock = time.process_time if number == 1 else time.perf_counter
     mesh = init_processes(config)
-    engine = build_engine(build_module(config, mesh), config, mesh)
+    calibration, seconds = Calibration(config, IMAGES, clock), []
+
+    def prediction() -> Any:
+        """Of the rounds so far."""
+        found = calibration.found()
+        between = network() if number > 1 else (found["memory"], 0.0)
+        rates = rates_of_all(mesh.world.gather_objects((found, *between)))
+        return predict(config, number, number, rates, IMAGES)
+
+    calibration.round()
+    engine = build_engine(build_module(config, mesh, prediction().partition), config, mesh)
     stepper = build_stepper(engine, config, mesh)
-    batches = [full_pack(config) for _ in range(PACKS)]
-    calibration, seconds = Calibration(config, IMAGES, time.process_time), []
+    batches = [full_pack(config) for _ in range(PACKS // mesh.data.size)]
     stepper.run(batches, 1e-4)  # the optimizer's states come with the first step
     for _ in range(STEPS):
-        started = time.process_time()
+        mesh.world.barrier()
+        started = clock()
         stepper.run(batches, 1e-4)
-        seconds.append(time.process_time() - started)
+        seconds.append(clock() - started)
+        mesh.world.barrier()
         calibration.round()
+    predicted = prediction()
+    measured = max(mesh.world.gather_objects(statistics.median(seconds)))
     torch.distributed.destroy_process_group()
-    found = calibration.found()
-    rates = rates_of(found, found["memory"], 0.0)
-    predicted = predict(config, 1, 1, rates, IMAGES)
-    parts = {part: round(getattr(predicted, part), 3) for part in ("compute", "again", "optimizer", "loss")}
-    print(parts, {part: round(rate / 1e9, 1) for part, rate in found.items()}, file=sys.stderr)
-    return predicted.seconds, statistics.median(seconds)
+    if mesh.is_first:
+        names = ("compute", "again", "bubble", "network", "optimizer", "loss")
+        print({part: round(getattr(predicted, part), 3) for part in names}, file=sys.stderr)
+        print({part: round(rate / 1e9, 1) for part, rate in calibration.found().items()}, file=sys.stderr)
+    return predicted.seconds, measured
 
 
 def full_pack(config: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def calibrate(config: Config, processes: int, images: int) -> Rates:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, forkserver()) as pool:
         where = f"file://{Path(folder) / 'meet'}"
         tasks = [pool.submit(_of_process, config, images, threads, where, rank, processes) for rank in range(processes)]
-        return _rates([task.result() for task in tasks])
+        return rates_of_all([task.result() for task in tasks])
 
 
 class Calibration:
@@ -94,14 +94,18 @@ def _of_process(
         for _ in range(ROUNDS):
             calibration.round()
         found = calibration.found()
-        if processes == 1:
-            return found, found["memory"], 0.0
-        large, small = torch.zeros(_MESSAGE), torch.zeros(64)
-        seconds = {name: _all_reduce(x) for name, x in (("large", large), ("small", small))}
-        sent = 2 * 4 * _MESSAGE * (processes - 1) / processes
-        return found, sent / max(1e-9, seconds["large"] - seconds["small"]), seconds["small"]
+        intra, collective = network() if processes > 1 else (found["memory"], 0.0)
+        return found, intra, collective
     finally:
         dist.destroy_process_group()
+
+
+def network() -> tuple[float, float]:
+    """Bytes/s of each process, and seconds of a collective beside its bytes, among all processes; all call it."""
+    processes = dist.get_world_size()
+    large, small = (_all_reduce(torch.zeros(numbers)) for numbers in (_MESSAGE, 64))
+    sent = 2 * 4 * _MESSAGE * (processes - 1) / processes
+    return sent / max(1e-9, large - small), small
 
 
 def _all_reduce(tensor: torch.Tensor) -> float:
@@ -114,7 +118,8 @@ def _all_reduce(tensor: torch.Tensor) -> float:
     return statistics.median(seconds)
 
 
-def _rates(found: list[tuple[dict[str, float], float, float]]) -> Rates:
+def rates_of_all(found: Sequence[tuple[dict[str, float], float, float]]) -> Rates:
+    """From what each process has found (`Calibration.found`, `network`): the medians."""
     rates, intra, collective = zip(*found, strict=True)
     median = {name: statistics.median(of[name] for of in rates) for name in rates[0]}
     return rates_of(median, statistics.median(intra), statistics.median(collective))

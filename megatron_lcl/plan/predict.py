@@ -87,7 +87,7 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     """A step of a run on so many processes, all of whose steps are as the config says (of a run with phases: one of
     their configs). UserError where the layout does not divide.
 
-    images: image slots of a pack. A frozen part is counted as if it were trained.
+    images: image slots of a pack. What layers compute is counted as if nothing were frozen.
     """
     data, objective = check_layout(config, processes), objectives.create(config)
     micro_batches, train, num_stages = num_micro_batches(config, data), config.train, config.parallel.pipeline
@@ -251,13 +251,13 @@ def _optimizer_seconds(config: Config, held: int, data: int, micro_batches: int,
 
 
 def _matrices(config: Config) -> list[tuple[int, int]]:
-    """Shapes of what Muon steps, of the whole model: the matrices of blocks and pool."""
+    """Shapes of what Muon steps, of the whole model: the matrices of blocks and pool that are trained."""
     last = config.model.vision.layers + config.model.language.layers + 2
-    shapes = parameter_shapes(config.model)
+    shapes, frozen = parameter_shapes(config.model), frozen_parameters(config)
     return [
         (min(shape), max(shape))
         for name, shape in shapes.items()
-        if len(shape) == 2 and 0 < int(name.split(".")[0]) < last and "positions" not in name
+        if len(shape) == 2 and 0 < int(name.split(".")[0]) < last and "positions" not in name and name not in frozen
     ]
 
 

@@ -100,7 +100,6 @@ Every layout trains the same tiny model on the same steps, and is compared with 
   parameters         the same of all parameters after the last step
                      (after it images and texts by themselves are encoded as an evaluation does, and compared too)
   kB sent, formula   what a process sends in a step as counted, and by the formulas of docs/parallelism.md
-                     (which count what is frozen as if it were trained: it may be less)
   s                  seconds; then the verdict
 """
 HEADER = (
@@ -156,17 +155,16 @@ def compare(case: Case, ours: Trajectory, truth: Trajectory) -> Verdict:
         faults.append(f"averages are {', '.join(ours.averages)}, not {', '.join(truth.averages)}")
     for name in ours.averages.keys() & truth.averages.keys():
         faults += _distance(ours.averages[name], truth.averages[name], bounds.parameters, f"average {name}")[1]
-    faults += [*of_gradients, *of_parameters, *of_features, *_byte_faults(ours, bounds.sent, case.freeze)]
+    faults += [*of_gradients, *of_parameters, *of_features, *_byte_faults(ours, bounds.sent)]
     return Verdict(case, loss, norm, gradient, parameters, sent, formula, tuple(faults))
 
 
-def _byte_faults(ours: Trajectory, bound: float, less: bool) -> Iterator[str]:
-    """Where a process sent other bytes than the formulas say; less: or more than these, which count what is frozen as
-    if it were trained."""
+def _byte_faults(ours: Trajectory, bound: float) -> Iterator[str]:
+    """Where a process sent other bytes than the formulas say."""
     for rank, (sent, formula) in enumerate(zip(ours.sent, ours.expected, strict=True)):
         for ranks in sorted(sent.keys() | formula.keys()):
             counted, expected = sent.get(ranks, 0.0), formula.get(ranks, 0.0)
-            if counted - expected > 1 + bound * expected or (expected - counted > 1 + bound * expected and not less):
+            if abs(counted - expected) > 1 + bound * expected:
                 yield f"bytes: process {rank} sent {counted:.0f}, not {expected:.0f}, among {list(ranks)}"
 
 

@@ -36,7 +36,7 @@ from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check, without_pairs
-from megatron_lcl.train.fits import check_memory
+from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import Memory, available, largest_estimate, local_processes, run_slots
@@ -198,6 +198,8 @@ def _memory(config: Config, nodes: int, processes: int, elsewhere: bool) -> Iter
     elif choice is not None:
         config = configs.replace(config, contrast__strategy=choice.strategy)
         yield f"contrast    {choice}"
+    if not (elsewhere or progress or (choice and choice.is_simulated)):
+        check_step(config, everywhere, has, slots)
     yield f"memory      a process holds at least {largest_estimate(config, everywhere, slots).describe()}"
 
 

@@ -1,7 +1,8 @@
 """Whether a run fits into the memory there is, and if not, the nearest that does.
 
-A run is refused for its lower bound alone (`memory.estimate`), which takes no time. What is named in its place has been
-simulated (`simulate`), which takes half a minute, but only then.
+A run is refused for its lower bound (`memory.estimate`), which takes no time, whenever it is started. Before its first
+step it is refused for a simulated step (`simulate`) as well, where the bound leaves it in doubt: that takes half a
+minute. What is named in its place has been simulated, too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from megatron_lcl.train.memory import (
 ROOM = 0.9
 """the share of the memory that a simulated step may take: such have been within 10 % of what was measured, and have
 nothing of the allocator's fragments, the device's context and the network library"""
+
+DOUBT = 4
+"""times its lower bound a step surely needs no more, for each stage of a pipeline: at most 3.5 has been measured"""
 
 SAVINGS: tuple[tuple[str, Any], ...] = (
     ("contrast.strategy", "recompute"),
@@ -83,6 +87,25 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
             + remedy(config, processes, has, images_per_pack)
         )
     return needs
+
+
+def check_step(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> bool:
+    """UserError where a step of a run whose bound passes needs more than a process has, with the nearest that fits.
+
+    Where the bound is far below that, nothing is simulated. On a GPU all tensors of a step are counted, and they are
+    what is compared; what a process on a CPU has is predicted within a tenth, so that much more is let pass. Returns
+    whether it was simulated.
+    """
+    bound = largest_estimate(config, processes, images_per_pack).total
+    if DOUBT * config.parallel.pipeline * bound <= has.size:
+        return False
+    needs = predicted(config, processes, images_per_pack, has.on_gpu)
+    if needs > (has.size if has.on_gpu else has.size / ROOM):
+        raise UserError(
+            f"a step needs about {in_gb(needs)} GB a process, as simulated, and {has.where}; "
+            + remedy(config, processes, has, images_per_pack)
+        )
+    return True
 
 
 def remedy(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> str:

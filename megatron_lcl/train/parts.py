@@ -69,7 +69,7 @@ class Rates:
 def rates_of(name: str, config: Config) -> Rates:
     """Of a parameter `{index}.name`: those of its part, and by depth.
 
-    Layer-wise decay d (Clark et al. 2020, arXiv 2003.10555, section 3.1; BEiT, arXiv 2106.08254): of L blocks the
+    Layer-wise decay d (Clark et al. 2020, arXiv 2003.10555; BEiT, arXiv 2106.08254): of L blocks the
     n-th, counted from 1, has d^(L + 1 - n), the embedding below them d^(L + 1), what stands above them 1.
     """
     part, inside, *more = called(name, config.model).split(".")

@@ -99,6 +99,8 @@ class PendingResult:
         flag = skipped.reshape(1) if isinstance(skipped, torch.Tensor) else own.new_full((1,), skipped)
         self.numbers = torch.cat([own, flag.to(own.device)])
         """[names + 1] as the last stage of a pipeline knows them, and whether the step was skipped"""
+        self.loss = self.numbers[0]
+        """scalar, as the last stage of a pipeline knows it"""
         self.norms, self.features = norms, features
         self.result: StepResult | None = None
 

@@ -23,7 +23,7 @@ from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_i
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
 from megatron_lcl.train.fastest import kept_kernels
-from megatron_lcl.train.fits import check_memory
+from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.forks import stop_forkserver
 from megatron_lcl.train.memory import Memory, available, local_processes, slots_of
 from megatron_lcl.train.resilience.lock import lock_run_folder
@@ -117,9 +117,12 @@ def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, h
     slots = slots_of(ledger, config)
     check_memory(config, processes, has, slots)
     choice = choose_strategy(config, processes, has, slots, saved if folder else None)
-    if choice and choice.needs:
-        stop_forkserver()  # of the simulation
     config, progress = with_choice(config, replace(saved, ledger=ledger.to_json()), choice)
+    simulated = bool(choice and choice.needs)
+    if not (folder or (choice and choice.is_simulated)):
+        simulated |= check_step(config, processes, has, slots)
+    if simulated:
+        stop_forkserver()
     replace_text(run / CONFIG, to_yaml(config))
     return ResumePoint(
         folder,

@@ -43,7 +43,7 @@ from megatron_lcl.train.optimizer import learning_rate
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
-from megatron_lcl.train.resilience.bad_steps import BadSteps
+from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
 from megatron_lcl.train.resilience.faults import exit_if_lost
 from megatron_lcl.train.resilience.replicas import find_difference
 from megatron_lcl.train.resilience.signals import Signals, Stopped
@@ -145,6 +145,7 @@ class Training:
         self.audit = Audit(run, mesh.is_first)
         self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
         self.bad = BadSteps(config.guard, point.progress.guard)
+        self.spikes = SpikeLimit(config.guard, engine.device)
         self.averages = Averages(config, engine, mesh)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
@@ -248,8 +249,9 @@ class Training:
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
         scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
         shared = broadcast_batches(own and own.copies, micro_batches, micro_batch, mesh, self.engine.device)
-        pending = self.stepper.start(shared, lr, self.bad.limit(), self.telemetry.is_logged(step + 1))
+        pending = self.stepper.start(shared, lr, self.spikes.limit(), self.telemetry.is_logged(step + 1))
         self.averages.update(step + 1, pending.skipped)
+        self.spikes.add(pending.loss, pending.skipped)
         weight = self.stepper.objective.weights["contrastive_weight"] if self.logs_weight else None
         self.unread.append(Unread(step, self.progress.packs, global_batch, lr, scale, weight, pending))
         self.progress = replace(self.progress, step=step + 1, packs=self.progress.packs + global_batch)
@@ -295,12 +297,7 @@ class Training:
         logged step; those after too many bad ones are then made in vain, and nothing of them stays."""
         config, step = self.config, self.progress.step
         every = (config.checkpoint.every, config.guard.every, config.train.evaluate_every if self.heldout else 0)
-        return (
-            self.telemetry.is_logged(step)
-            or self.bad.watches_losses
-            or step == self.phase.stop
-            or any(n and step % n == 0 for n in every)
-        )
+        return self.telemetry.is_logged(step) or step == self.phase.stop or any(n and step % n == 0 for n in every)
 
     def _record(self, results: Sequence[tuple[Unread, StepResult | None]]) -> None:
         """Count the steps, and log them; up to the one after which the run must go back, if there is one."""
@@ -443,6 +440,7 @@ class Training:
         self.phase = phase
         if self.progress.step == phase.first:
             self.bad.new_phase()
+        self.spikes.begin(self.bad.losses)
         self.stepper.objective = objectives.create(phase.config)
         set_batch(self.engine, phase.config.train.global_batch, phase.config.train.micro_batch)
         if self.mesh.loads_data:

@@ -28,7 +28,7 @@ from megatron_lcl.train.telemetry.features import FeatureSample
 from megatron_lcl.train.telemetry.norms import PartNorms
 
 
-def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: float) -> torch.Tensor:
+def nan_if_rejected(surrogate_loss: torch.Tensor, loss: torch.Tensor, limit: torch.Tensor | float) -> torch.Tensor:
     """The surrogate as it is where the step's loss is finite and not above `limit`, else NaN, with NaN as gradients.
 
     Before every optimizer step DeepSpeed takes the norm of the gradient over all processes, and a step for which it is
@@ -49,7 +49,11 @@ class StepLoss:
     """What a step minimizes, micro-batch by micro-batch, where the head's outputs are."""
 
     def __init__(
-        self, objective: Objective, step: StepInputs, limit: float, sample: FeatureSample | None = None
+        self,
+        objective: Objective,
+        step: StepInputs,
+        limit: torch.Tensor | float,
+        sample: FeatureSample | None = None,
     ) -> None:
         """sample: takes features of some pairs as they come by."""
         self.objective = objective
@@ -110,7 +114,7 @@ class Stepper:
         return self.start(batches, lr, limit).read()
 
     def start(
-        self, batches: Sequence[PackedBatch], lr: float, limit: float = math.inf, measure: bool = False
+        self, batches: Sequence[PackedBatch], lr: float, limit: torch.Tensor | float = math.inf, measure: bool = False
     ) -> PendingResult:
         """One step on this replica's micro-batches, which lie on the engine's device; nothing of it is read here.
 
@@ -124,13 +128,14 @@ class Stepper:
             group["lr"] = lr
         counts = GlobalCounts.of(batches, mesh, torch.device("cpu"))
         outputs: list[Outputs] = []
+        head, loss = self._head(), None
         if objective.all_features_first:
             clock.enter("forward")
             retain = objective.keeps_graphs
-            with torch.set_grad_enabled(retain):
+            summed = head.one_vocabulary_gradient() if retain and head is not None else contextlib.nullcontext()
+            with torch.set_grad_enabled(retain), summed:
                 outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
         clock.enter("loss")
-        head, loss = self._head(), None
         if head is not None:
             inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
             loss = StepLoss(objective, inputs, limit, FeatureSample(counts.pairs, mesh.data) if measure else None)

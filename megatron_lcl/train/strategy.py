@@ -33,6 +33,11 @@ class Choice:
     needs: float = 0.0
     """the same, simulated; 0: that was not needed"""
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether a step of it has been simulated, and fits."""
+        return self.strategy == "retain" and self.needs > 0
+
     def __str__(self) -> str:
         """Nothing of the machine's, which may have a little more or less than the next one."""
         if not self.bound:

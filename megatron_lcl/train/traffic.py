@@ -1,6 +1,7 @@
 """Bytes that a process sends in a step: the formulas of docs/parallelism.md, for one layout and one batch.
 
-Without activation checkpointing, and with gradients reduced in float32. Shape legend as in model.layers. `a`: bytes of
+Without activation checkpointing, and with gradients reduced in float32. For what is frozen no gradient is sent, nor are
+rows for one (train/gradients.py). Shape legend as in model.layers. `a`: bytes of
 a number in an activation or a parameter; r = (p - 1)/p. The selftest compares them with what is sent
 (`selftest.count_traffic`), `plan` needs neither an engine nor other processes.
 
@@ -13,18 +14,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, Language, Vision
+from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.objectives.base import COUNTS, Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import Header
+from megatron_lcl.train.gradients import LayerGradients, layer_gradients
 from megatron_lcl.train.optimizers.muon import MatrixExchange
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import hidden_shape
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
@@ -71,16 +74,17 @@ def of_layout(
     pairs: of each data-parallel replica. shapes: of the parameters that the process holds, ZeRO-3's whole, by name.
     exchanges: Muon's.
     """
-    objective = objectives.create(config)
+    objective, frozen = objectives.create(config), frozen_parameters(config)
+    gradients = layer_gradients(shapes, frozen, config.model, received=mesh.pipeline.rank > 0)
     if config.zero.stage == 3:
         sizes, untrained = {name: shape.numel() for name, shape in shapes.items()}, "generation" not in objective.trains
-        still = [n for name, n in sizes.items() if untrained and ".vocabulary" in name]
-        idle = [n for name, n in sizes.items() if untrained and ".vocabulary_norm" in name]
-        of_model = zero3([*sizes.values()], still, idle, len(batches), objective.num_forwards, config, mesh)
+        still = {name for name in sizes if name in frozen or (untrained and ".vocabulary" in name)}
+        idle = {name for name in sizes if not _entered(name, gradients) or (untrained and ".vocabulary_norm" in name)}
+        of_model = zero3(sizes, still, idle, len(batches), objective.num_forwards, config, mesh)
     else:
-        layers = sorted({int(name.split(".")[0]) for name in shapes})
-        groups = [sum(s.numel() for s in shapes.values() if (len(s) >= 2) == decays) for decays in (True, False)]
-        of_model = stepping(batches, layers, groups, objective.num_forwards, config, mesh)
+        trained = [shape for name, shape in shapes.items() if name not in frozen]
+        groups = [sum(s.numel() for s in trained if (len(s) >= 2) == decays) for decays in (True, False)]
+        of_model = stepping(batches, gradients, shapes, groups, objective.num_forwards, config, mesh)
     of_model[mesh.data.ranks] += ring(len(COUNTS) * LONG * mesh.data.size, mesh.data.size)
     has_head = mesh.pipeline.rank == mesh.pipeline.size - 1
     return {
@@ -89,6 +93,11 @@ def of_layout(
         "terms": of_terms(objective, pairs, mesh) if has_head else defaultdict(float),
         "muon": of_matrices(exchanges, config, mesh),
     }
+
+
+def _entered(name: str, gradients: Mapping[int, LayerGradients]) -> bool:
+    index, _, leaf = name.partition(".")
+    return gradients[int(index)].entered(leaf)
 
 
 def num_bytes(config: Config) -> int:
@@ -111,7 +120,8 @@ def reading(batches: Sequence[PackedBatch], config: Config, mesh: Mesh) -> Sent:
 
 def stepping(
     batches: Sequence[PackedBatch],
-    layers: Sequence[int],
+    gradients: Mapping[int, LayerGradients],
+    shapes: Mapping[str, torch.Size],
     group_sizes: Sequence[int],
     forwards: int,
     config: Config,
@@ -119,18 +129,21 @@ def stepping(
 ) -> Sent:
     """The model's and the optimizer's part of a step with ZeRO-1 or 2.
 
-    layers: indices of those that this process holds. group_sizes: numbers in each parameter group of this process.
-    forwards: of a micro-batch; the first of two is for the features only.
+    gradients: of the layers that this process holds. shapes: of all its parameters. group_sizes: numbers that are
+    trained in each parameter group of this process. forwards: of a micro-batch; the first of two is for the features
+    only.
     """
     sent: Sent = defaultdict(float)
     tensor, pipeline, a = mesh.tensor, mesh.pipeline, num_bytes(config)
     last = pipeline.rank == pipeline.size - 1
-    me = pipeline.ranks[pipeline.rank]
+    me, layers = pipeline.ranks[pipeline.rank], sorted(gradients)
     for batch in batches:
-        for layer in layers:
-            forward, backward = _layer(layer, batch, config, tensor.size, a)
+        for layer, of_layer in gradients.items():
+            forward, backward = _layer(layer, batch, config, tensor.size, a, of_layer)
             if forwards == 2:
-                forward += _layer(layer, without_targets(batch), config, tensor.size, a)[0]
+                forward += _layer(layer, without_targets(batch), config, tensor.size, a, of_layer)[0]
+            shared = sum(shapes[f"{layer}.{name}"].numel() for name in of_layer.trained if not _is_split(name))
+            backward += [shared * a] * 2  # an all-reduce
             sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward, *backward])
         if not last:
             sent[me, pipeline.ranks[pipeline.rank + 1]] += forwards * _hidden(layers[-1] + 1, batch, config, mesh, a)
@@ -145,9 +158,9 @@ def stepping(
 
 
 def zero3(
-    sizes: Sequence[int],
-    still: Sequence[int],
-    idle: Sequence[int],
+    sizes: Mapping[str, int],
+    still: Collection[str],
+    idle: Collection[str],
     batches: int,
     forwards: int,
     config: Config,
@@ -155,24 +168,22 @@ def zero3(
 ) -> Sent:
     """ZeRO-3's parameters and gradients (Rajbhandari et al. 2020), without a pipeline or tensor ranks.
 
-    sizes: numbers in each parameter; still: in those that the objective gives no gradients, of which none are reduced;
-    idle: in those whose module backward does not enter, and which are not gathered for it. A micro-batch gathers
-    parameters for each forward and for backward, and reduces its gradients; parameters up to DeepSpeed's persistence
-    threshold stay, and are gathered once, after the step. Of a model up to its reuse distance parameters stay between a
-    micro-batch's only forward and its backward.
+    sizes: numbers in each parameter, by name; still: those without gradients, of which none are reduced; idle: those
+    whose module backward does not enter, and which are not gathered for it. A micro-batch gathers parameters for each
+    forward and for backward, and reduces its gradients; parameters up to DeepSpeed's persistence threshold stay, and
+    are gathered once, after the step. Of a model up to its reuse distance parameters stay between a micro-batch's only
+    forward and its backward.
     """
     sent: Sent = defaultdict(float)
     settings = config.deepspeed.get("zero_optimization", {})
     threshold = settings.get("stage3_param_persistence_threshold", 100_000)
-    stay = forwards == 1 and sum(sizes) <= settings.get("stage3_max_reuse_distance", 1_000_000_000)
+    stay = forwards == 1 and sum(sizes.values()) <= settings.get("stage3_max_reuse_distance", 1_000_000_000)
     size = mesh.data.size
-    for number in sizes:
-        gathers = batches * (1 if stay else forwards + 1) if number > threshold else 1
-        gathered = gathers * num_bytes(config) + batches * FLOAT
-        sent[mesh.data.ranks] += gathered * _round_up(number, size) * (size - 1) / size
-    for numbers, each in ((still, FLOAT), (idle, num_bytes(config))):
-        for number in numbers:
-            sent[mesh.data.ranks] -= batches * each * _round_up(number, size) * (size - 1) / size
+    for name, number in sizes.items():
+        for_backward = 0 if stay or name in idle else 1
+        gathers = batches * (forwards + for_backward) if number > threshold else 1
+        each = gathers * num_bytes(config) + (0 if name in still else batches * FLOAT)
+        sent[mesh.data.ranks] += each * _round_up(number, size) * (size - 1) / size
     return sent
 
 
@@ -199,10 +210,14 @@ def _hidden(layer: int, batch: PackedBatch, config: Config, mesh: Mesh, a: int) 
     return math.prod(hidden_shape(layer, batch, config.model, mesh.tensor)) * a
 
 
-def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) -> tuple[list[float], list[float]]:
-    """Bytes in all of each all-gather and reduce-scatter of a layer, in forward and in backward."""
+def _layer(
+    layer: int, batch: PackedBatch, config: Config, tensor: int, a: int, gradients: LayerGradients
+) -> tuple[list[float], list[float]]:
+    """Bytes in all of each all-gather and reduce-scatter of a layer, in forward and in backward, but for what unsplit
+    parameters owe to the other tensor ranks."""
     vision, language = config.model.vision, config.model.language
     v, d, length = vision.width, language.width, vision.num_prefix + batch.num_patches
+    has, given = gradients.has, gradients.given
 
     def padded(rows: int) -> int:
         return -(-rows // tensor) * tensor
@@ -213,29 +228,50 @@ def _layer(layer: int, batch: PackedBatch, config: Config, tensor: int, a: int) 
         padded(len(batch.image_soi)) * d * a,
     )
     if layer == 0:
-        norm = 2 * v * vision.embedding_norm
-        return [], [*_twice(3 * vision.patch_size**2 * v + v + vision.num_rows * v + norm, a)]
-    if layer <= vision.layers:
-        return [images] * 4, [*[images] * 6, *_twice(_shared_of_block(vision), a)]
+        return [], []
     if layer == vision.layers + 1:
-        shared = 9 * v + language.context_length * d
-        return [images, images, tokens, latents], [*[images] * 4, tokens, latents, *_twice(shared, a)]
+        # as in a block: rows for what multiplies them, and sums of their gradients
+        inputs = [has("k.weight"), has("v.weight"), given["norm_k"], given["norm_v"]]
+        of_patches = given["v"] or has("out.weight")
+        of_latents = of_patches or given["q"] or given["k"]
+        backward: list[float] = [
+            *[images] * sum(inputs),
+            tokens * (of_patches or has("embedding")),
+            latents * of_latents,
+        ]
+        return [images, images, tokens, latents], backward
     if layer <= vision.layers + 1 + language.layers:
-        return [tokens] * 4, [*[tokens] * 6, *_twice(_shared_of_block(language), a)]
+        rows = images if layer <= vision.layers else tokens
+        return [rows] * 4, [rows] * _in_backward_of_block(gradients)
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor
-    return [tokens, statistics, float_latents, float_latents], [tokens, *_twice(4 * d + d * d, a)]
+    return [tokens, statistics, float_latents, float_latents], [tokens] * gradients.received
 
 
-def _shared_of_block(encoder: Vision | Language) -> int:
-    """Numbers in the parameters of a block that are not split: norms, biases of what is split by rows, LayerScale."""
-    scales = 2 * encoder.width * (encoder.layer_scale is not None)
-    return 6 * encoder.width + scales + 4 * (encoder.width // encoder.heads) * encoder.qk_norm
+def _in_backward_of_block(gradients: LayerGradients) -> int:
+    """How often a block's rows are gathered or summed over tensor ranks in backward, 6 where nothing is frozen.
+
+    A column-split layer gathers its rows for its weight's gradient, and sums theirs; a row-split one gathers the
+    gradient of what it gave, for its weight and for its rows.
+    """
+    has, given = gradients.has, gradients.given
+    heads = any(given[f"attention.{name}"] for name in ("q", "k", "v", "norm_q", "norm_k"))
+    attention = has("attention.q.weight", "attention.k.weight", "attention.v.weight"), given["norm1"]
+    feed_forward = has("mlp.up.weight"), given["norm2"], given["mlp.up"] or has("mlp.down.weight")
+    return sum((*attention, heads or has("attention.out.weight"), *feed_forward))
 
 
-def _twice(numbers: int, a: int) -> Iterable[int]:
-    """An all-reduce: what unsplit parameters owe to the other tensor ranks."""
-    return [numbers * a] * 2
+_SPLIT = (
+    *(f"attention.{name}.{kind}" for name in "qkv" for kind in ("weight", "bias")),
+    *(f"{name}.{kind}" for name in "qkv" for kind in ("weight", "bias")),
+    *("attention.out.weight", "mlp.up.weight", "mlp.up.bias", "mlp.down.weight", "out.weight", "embedding.weight"),
+    "vocabulary",
+)
+
+
+def _is_split(name: str) -> bool:
+    """Whether a layer's parameter is split over tensor ranks, or one number of the head, complete on each."""
+    return name in (*_SPLIT, "log_scale", "logit_bias")
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -8,17 +8,18 @@ import pytest
 import torch.distributed as dist
 from processes import run_processes
 
+from megatron_lcl import config as configs
 from megatron_lcl.plan.network import Sending, by_axis, mesh_of, sending_of, shapes_of_stage
 from megatron_lcl.selftest.cases import STEPS, Case, make_batches
 from megatron_lcl.selftest.count_traffic import Traffic
+from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_uniform
 
 MICRO_BATCHES = 4
 
 
 def config_of(case: Case):  # type: ignore[no-untyped-def]
-    from megatron_lcl import config as configs
-
     return configs.replace(case.config(), train__global_batch=MICRO_BATCHES * case.data)
 
 
@@ -48,8 +49,9 @@ def count(rank: int, case: Case) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("case", "tolerance"),
     [
-        (Case(tensor=2, pipeline=2, strategy="recompute"), 1e-9),
-        (Case(data=2, zero=3, strategy="recompute"), 4e-3),  # what torch's ZeRO-3 gathers with padding: selftest/run.py
+        (Case(tensor=2, pipeline=2, strategy="recompute", freeze=True), 1e-9),
+        # what torch's ZeRO-3 gathers with padding: selftest/run.py
+        (Case(data=2, zero=3, strategy="recompute", freeze=True), 4e-3),
     ],
 )
 def test_what_a_plan_says_is_what_is_sent(case: Case, tolerance: float) -> None:
@@ -67,6 +69,30 @@ def test_what_a_plan_says_is_what_is_sent(case: Case, tolerance: float) -> None:
         assert found.pipeline == pytest.approx(sent.pipeline, rel=tolerance)
         assert found.data + found.contrast + found.tensor == pytest.approx(sent.data + sent.tensor, rel=tolerance)
         assert more.tensor <= found.tensor / MICRO_BATCHES + 1e-6
+
+
+def test_for_what_is_frozen_nothing_is_sent_or_kept() -> None:
+    """Gradients and new weights of what is trained alone, and its optimizer's state; ZeRO-3 gathers a frozen tower for
+    forwards only, as backward does not enter it."""
+    for zero in (1, 2, 3):
+        case = Case(data=2, zero=zero, strategy="recompute")
+        plain = config_of(case)
+        config, pack = configs.replace(plain, train__freeze=("vision.*",)), make_batches(case.config(), 0)[0]
+        mesh, shapes = mesh_of(config, 2, 0), shapes_of_stage(config.model, 1, 0, 99)
+        frozen = frozen_parameters(config)
+        all_numbers = sum(shape.numel() for shape in shapes.values())
+        trained = all_numbers - sum(shapes[name].numel() for name in frozen)
+        (found, _), (before, _) = (sending_of(c, mesh, shapes, pack, MICRO_BATCHES) for c in (config, plain))
+        if zero < 3:
+            sums = MICRO_BATCHES if zero == 2 else 1
+            assert found.data == pytest.approx(4 * trained * sums + 4 * trained / 2, rel=1e-4)
+        else:
+            less = before.data - found.data
+            assert less == pytest.approx(4 * MICRO_BATCHES * 2 * (all_numbers - trained) / 2, rel=1e-4)
+        least, of_all = estimate(config, 2), estimate(plain, 2)
+        assert least.optimizer == pytest.approx(12 * trained / 2)
+        assert least.gradients / of_all.gradients == pytest.approx(trained / all_numbers)
+        assert least.parameters == of_all.parameters
 
 
 def test_a_step_of_many_micro_batches_follows_from_few() -> None:

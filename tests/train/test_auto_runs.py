@@ -12,20 +12,23 @@ from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
+from megatron_lcl.config import Config
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.train import checks, dryrun, fits, resume_point, strategy
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.memory import Memory
+from megatron_lcl.train.memory import Memory, Slots
 
 LITTLE, ENOUGH = 5e6, 12e6
 """bytes: of the model below, `recompute` fits into the first, `retain` into the second, on two processes"""
 
 
 def with_memory(rank: int, size: float) -> None:
-    """In a process of a run: its machine has so much, the first rank's more. A simulated step takes twice its bound."""
+    """In a process of a run: its machine has so much, the first rank's more. A simulated step takes half as much again
+    as its bound."""
     for module in (checks, resume_point):
         module.available = lambda local: Memory(size * (1000 if rank == 0 else 1), "this machine has little")  # type: ignore[attr-defined]
-    strategy.predicted = lambda config, processes, slots, on_gpu: 1.5 * fits._bound(config, processes, slots)  # type: ignore[assignment]
+    predicted = lambda config, processes, slots, on_gpu: 1.5 * fits._bound(config, processes, slots)  # noqa: E731
+    strategy.predicted = fits.predicted = predicted  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -77,7 +80,12 @@ def test_a_dry_run_says_what_and_why(
     has = Memory(ENOUGH, "this machine has little")
     for module in (checks, dryrun):
         monkeypatch.setattr(module, "available", lambda local: has)
-    predicted = lambda config, processes, slots, on_gpu: 1.5 * fits._bound(config, processes, slots)  # noqa: E731
+    needed: list[float] = []
+
+    def predicted(config: Config, processes: int, slots: Slots, on_gpu: bool) -> float:
+        needed.append(1.5 * fits._bound(config, processes, slots))
+        return needed[-1]
+
     for module in (fits, strategy):
         monkeypatch.setattr(module, "predicted", predicted)
 
@@ -98,6 +106,9 @@ def test_a_dry_run_says_what_and_why(
     assert "graphs of a micro-batch" in memory
     (refused,) = dry_run("--contrast.strategy", "retain")
     assert re.search(r"little; add --contrast\.strategy recompute \(then about 0\.\d+ GB\)$", refused.strip()), refused
+    has = Memory(0.8 * needed[-1], "this machine has little")  # of `recompute` the bound passes
+    (refused,) = dry_run("--contrast.strategy", "recompute")
+    assert re.search(r"a step needs about 0\.\d+ GB a process, as simulated, and this machine", refused), refused
     has = Memory(1.0, "this machine has little")
     (refused,) = dry_run()
     assert "nothing that was tried fits" in refused

@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from megatron_lcl.config import Guard
 from megatron_lcl.errors import RunError
+from megatron_lcl.model.transfer import from_host
 
 
 class BadSteps:
@@ -30,27 +34,28 @@ class BadSteps:
         """steps done and packs consumed before the first of them"""
         self.rewinds: int = state.get("rewinds", 0)
         """since the last step that was saved and counted"""
-        self._losses = deque[float](state.get("losses", ()), maxlen=config.spike_window)
+        self.losses = deque[float](state.get("losses", ()), maxlen=config.spike_window)
+        """of the last steps that counted, where they are watched"""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; plain values."""
         counts = {"consecutive": self.consecutive, "began": list(self.began), "rewinds": self.rewinds}
-        return {**counts, "losses": list(self._losses)}
+        return {**counts, "losses": list(self.losses)}
 
     def new_phase(self) -> None:
         """A phase of the run begins: its losses, of other batches or otherwise weighted, are no spikes of the last."""
-        self._losses.clear()
+        self.losses.clear()
 
     def limit(self) -> float:
         """The largest loss that is no spike."""
         sigmas = self.config.spike_sigmas
-        if sigmas is None or len(self._losses) < max(2, self.config.spike_window // 2):
+        if sigmas is None or len(self.losses) < max(2, self.config.spike_window // 2):
             return math.inf
-        return statistics.fmean(self._losses) + sigmas * statistics.stdev(self._losses)
+        return statistics.fmean(self.losses) + sigmas * statistics.stdev(self.losses)
 
     @property
     def watches_losses(self) -> bool:
-        """Whether it must know every step's loss; else only those of steps that were not applied."""
+        """Whether it must know every step's loss at last; else only those of steps that were not applied."""
         return self.config.spike_sigmas is not None
 
     def record(self, at: tuple[int, int], loss: float | None, applied: bool, loss_scale: float) -> str | None:
@@ -64,7 +69,7 @@ class BadSteps:
             self.consecutive = 0
             if self.watches_losses:
                 assert loss is not None
-                self._losses.append(loss)
+                self.losses.append(loss)
             return None
         assert loss is not None
         limit = self.limit()
@@ -92,3 +97,44 @@ class BadSteps:
             )
         self.__init__(self.config, state)  # type: ignore[misc]
         self.rewinds = rewinds
+
+
+class SpikeLimit:
+    """`BadSteps.limit` on the device, for steps whose losses nobody has read yet: no host waits for them.
+
+    It follows from the losses of the last steps that counted, oldest first, and from nothing else: a run that goes on
+    from a checkpoint has the same bits. Without `spike_sigmas` it is infinite. The process needs what `add` is given
+    to be right only where the step's loss is taken: in a pipeline on the last stage.
+    """
+
+    def __init__(self, config: Guard, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.begin(())
+
+    def begin(self, losses: Iterable[float]) -> None:
+        """Forget what was added; losses: of the last steps that counted, at most a window of them."""
+        own, size = list(losses), self.config.spike_window
+        self._losses = from_host([0.0] * (size - len(own)) + own, self.device, torch.float64)
+        self._count = from_host([len(own)], self.device, torch.float64)[0]
+
+    def limit(self) -> torch.Tensor | float:
+        """The largest loss that is no spike, a float32 scalar."""
+        sigmas, size = self.config.spike_sigmas, self.config.spike_window
+        if sigmas is None:
+            return math.inf
+        real = torch.arange(size, 0, -1, device=self.device) <= self._count
+        mean = self._losses.sum() / self._count.clamp(min=1)  # what is not there is 0
+        squares = torch.where(real, (self._losses - mean).square(), 0.0)
+        limit = mean + sigmas * (squares.sum() / (self._count - 1).clamp(min=1)).sqrt()
+        return torch.where(self._count >= max(2, size // 2), limit, math.inf).float()
+
+    def add(self, loss: torch.Tensor, skipped: torch.Tensor | bool) -> None:
+        """A step was made. loss: scalar; skipped: whether it changed nothing, 1 or 0 where only the device knows."""
+        if self.config.spike_sigmas is None or skipped is True:
+            return
+        losses = torch.cat([self._losses[1:], loss.detach().double().reshape(1)])
+        count = (self._count + 1).clamp(max=self.config.spike_window)
+        if isinstance(skipped, torch.Tensor):
+            good = skipped.reshape(()) == 0
+            losses, count = torch.where(good, losses, self._losses), torch.where(good, count, self._count)
+        self._losses, self._count = losses, count

@@ -19,7 +19,8 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.errors import RunError
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience.audit import read_audit
-from megatron_lcl.train.resilience.bad_steps import BadSteps
+from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
+from megatron_lcl.train.step import nan_if_rejected
 
 # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,37 @@ def test_a_phase_measures_spikes_by_its_own_losses() -> None:
     assert guard.record((4, 16), 5.0, True, 1.0) is None
 
 
+@pytest.mark.parametrize("window", [4, 9])
+def test_what_the_device_takes_for_a_spike_the_host_does(window: int) -> None:
+    """A recorded series with spikes and losses that are not finite, resumed in the middle, by bits."""
+    config, device = Guard(spike_sigmas=3.0, spike_window=window), torch.device("cpu")
+    draw = torch.Generator().manual_seed(0)
+    series = (4 + torch.linspace(5, 0, 120) + 0.2 * torch.randn(120, generator=draw)).tolist()
+    for step, loss in {0: math.nan, 2: 1e4, 30: math.nan, 31: math.inf, 50: 40.0, 51: 41.0, 60: -math.inf}.items():
+        series[step] = loss
+    host, on_device, resumed = BadSteps(config), SpikeLimit(config, device), SpikeLimit(config, device)
+    decisions: list[tuple[bool, bool]] = []
+    for step, number in enumerate(series):
+        loss = torch.tensor(number)
+        if step == 70:
+            resumed.begin(BadSteps(config, json.loads(json.dumps(host.state()))).losses)
+        limits = host.limit(), on_device.limit()
+        assert float(limits[1]) == pytest.approx(limits[0], rel=1e-6)
+        applied, same = (bool(nan_if_rejected(torch.ones(()), loss, limit) == 1) for limit in limits)
+        decisions.append((applied, same))
+        host.record((step, 0), float(loss), applied, 1)
+        skipped = torch.tensor(0.0 if applied else 1.0) if step % 2 else not applied  # of a device, or known
+        for one in (on_device, resumed) if step >= 70 else (on_device,):
+            one.add(loss, skipped)
+        if step >= 70:
+            assert torch.equal(torch.as_tensor(resumed.limit()), torch.as_tensor(on_device.limit()))
+    assert all(applied == same for applied, same in decisions)
+    skipped_steps = [step for step, (applied, _) in enumerate(decisions) if not applied]
+    assert {0, 30, 31, 50, 51, 60} <= {*skipped_steps}
+    assert 2 not in skipped_steps, "half a window is not there"
+    assert SpikeLimit(Guard(), device).limit() == math.inf
+
+
 def test_consecutive_bad_steps_are_counted() -> None:
     guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
     assert guard.record((0, 0), math.nan, False, 1) == "loss is nan"
@@ -251,16 +283,16 @@ def test_bad_steps_are_left_out_together_and_audited(
 def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """Steps 7 and 8 are bad: back to step 4, again to step 6, and on with the packs after theirs.
 
-    late: the host learns it at step 12, the next one that is logged; what was made since then is forgotten.
+    late, spike: the host learns it at step 12, the next one that is logged; what was made since then is forgotten.
     """
     run = tmp_path / "run"
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     if kind == "spike":
         words += ["--guard.spike_sigmas", "6", "--guard.spike_window", "8"]
-    if kind == "late":
+    if kind != "nan":
         words += ["--train.log_every", "12", "--checkpoint.every", "6"]
     train(run, *words, plant=poison, planted=([26, 31], "spike" if kind == "spike" else "nan"))
-    assert losses(run) == (without[-1:] if kind == "late" else without)
+    assert losses(run) == (without if kind == "nan" else without[-1:])
     events = [(line["event"], line["step"]) for line in read_audit(run)]
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
     assert read_audit(run)[-1]["skip"] == {"from_pack": 24, "skip": 8}

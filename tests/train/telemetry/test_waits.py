@@ -98,20 +98,22 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
     from megatron_lcl.train.averages import Averages
     from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.resilience.bad_steps import SpikeLimit
 
     result = []
     of_host = GlobalCounts.of
     for layout in layouts:
-        asks, ema = layout.pop("asks", False), layout.pop("ema", ())
+        asks, ema, sigmas = layout.pop("asks", False), layout.pop("ema", ()), layout.pop("spike_sigmas", None)
         case = Case(**layout)
         config = configs.replace(case.config(), train__attention="dense")  # the one for CPU reads where sequences begin
-        config = configs.replace(config, average__ema=ema)
+        config = configs.replace(config, average__ema=ema, guard__spike_sigmas=sigmas, guard__spike_window=4)
         mesh = init_processes(config)
         with contextlib.ExitStack() as stack:
             if asks:
                 stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
             engine = build_engine(build_module(config, mesh), config, mesh)
         stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
+        spikes = SpikeLimit(config.guard, engine.device)
         stepper.clock.start()
         steps = []
         for step in range(3):
@@ -120,8 +122,9 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
             batches = broadcast_batches(packs if mesh.loads_data else None, num, 1, mesh, engine.device)
             counts = of_host(batches, mesh, torch.device("cpu"))
             with patch.object(GlobalCounts, "of", lambda *_, counts=counts: counts), reads() as found:
-                pending = stepper.start(batches, 1e-3, float("inf"), step == 2)
+                pending = stepper.start(batches, 1e-3, spikes.limit(), step == 2)
                 averages.update(step + 1, pending.skipped)
+                spikes.add(pending.loss, pending.skipped)
                 if step == 2:
                     assert not found["ours"], f"before it is read: {found}"
                     pending.read()
@@ -139,7 +142,7 @@ def test_only_a_logged_step_is_read_and_once() -> None:
         {"data": 2},
         {"data": 2, "dtype": "bfloat16"},
         {"data": 2, "zero": 2, "optimizer": "muon"},
-        {"data": 2, "optimizer": "stable_adamw", "ema": (0.9,)},
+        {"data": 2, "optimizer": "stable_adamw", "ema": (0.9,), "spike_sigmas": 6.0},
         {"data": 2, "zero": 2, "dtype": "bfloat16", "options": True},
         {"data": 2, "zero": 3, "strategy": "recompute"},
         {"tensor": 2},

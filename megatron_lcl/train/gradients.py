@@ -1,0 +1,95 @@
+"""Which parts of the model backward enters, where some are frozen (`train.freeze`).
+
+What a module gives needs a gradient where what it is given does, or where it has something to train. Backward enters no
+other module, and a parameter that is frozen has no gradient: nothing is sent for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from megatron_lcl.config import Model
+
+Has = Callable[..., bool]
+"""whether one of the named modules or parameters of a layer has something to train"""
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Of one layer of a process."""
+
+    trained: frozenset[str]
+    """parameters by their name in the layer"""
+    received: bool
+    """whether the rows that it is given need a gradient"""
+    given: Mapping[str, bool]
+    """by module, of those that have parameters: whether what it gives needs one; the layer itself is the empty name"""
+
+    def has(self, *names: str) -> bool:
+        """Whether one of these modules or parameters has something to train."""
+        return any(own == name or own.startswith(f"{name}.") for own in self.trained for name in names)
+
+    def entered(self, parameter: str) -> bool:
+        """Whether backward enters the module that has the parameter."""
+        return self.given[parameter.rpartition(".")[0]]
+
+
+def layer_gradients(
+    names: Iterable[str], frozen: Collection[str], model: Model, received: bool
+) -> dict[int, LayerGradients]:
+    """Of each layer of a process, by index.
+
+    names: `{index}.name` of its parameters. received: whether rows come from another process, which waits for their
+    gradient: those of the first stage are images.
+    """
+    leaves: dict[int, set[str]] = {}
+    for name in names:
+        index, _, leaf = name.partition(".")
+        leaves.setdefault(int(index), set())
+        if name not in frozen:
+            leaves[int(index)].add(leaf)
+    found: dict[int, LayerGradients] = {}
+    for layer, own in sorted(leaves.items()):
+        trained = LayerGradients(frozenset(own), received, {})
+        found[layer] = replace(trained, given=_given(layer, model, received, trained.has))
+        received = found[layer].given[""]
+    return found
+
+
+def _given(index: int, model: Model, received: bool, has: Has) -> dict[str, bool]:
+    pool, last = model.vision.layers + 1, model.vision.layers + model.language.layers + 2
+    if index == 0:
+        rows = has("projection", "class_embedding", "positions", "registers")
+        return {"projection": has("projection"), "norm": rows or has("norm"), "": rows or has("norm")}
+    if index == pool:
+        return _given_by_pool(received, has)
+    if index == last:
+        norm, words = received or has("norm"), received or has("vocabulary_norm")
+        whole = norm or words or has("projection", "vocabulary", "log_scale", "logit_bias")
+        return {"norm": norm, "projection": norm or has("projection"), "vocabulary_norm": words, "": whole}
+    return _given_by_block(received, has)
+
+
+def _given_by_block(received: bool, has: Has) -> dict[str, bool]:
+    given = {"norm1": received or has("norm1")}
+    for name in ("q", "k", "v"):
+        given[f"attention.{name}"] = given["norm1"] or has(f"attention.{name}")
+    for name in ("q", "k"):
+        given[f"attention.norm_{name}"] = given[f"attention.{name}"] or has(f"attention.norm_{name}")
+    given["attention.out"] = any(given.values()) or has("attention.out")
+    between = received or given["attention.out"] or has("scale1")
+    given["norm2"] = between or has("norm2")
+    given["mlp.up"] = given["norm2"] or has("mlp.up")
+    given["mlp.down"] = given["mlp.up"] or has("mlp.down")
+    return {**given, "": between or given["mlp.down"] or has("scale2")}
+
+
+def _given_by_pool(received: bool, has: Has) -> dict[str, bool]:
+    given = {"norm": received or has("norm"), "norm_q": has("query", "norm_q")}
+    for name in ("k", "v"):
+        given[f"norm_{name}"] = given["norm"] or has(f"norm_{name}")
+    for name in ("q", "k", "v"):
+        given[name] = given[f"norm_{name}"] or has(name)
+    given["out"] = any(given[name] for name in ("q", "k", "v")) or has("out")
+    return {**given, "embedding": has("embedding"), "": given["out"] or has("embedding", "positions")}
