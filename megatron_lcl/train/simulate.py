@@ -126,7 +126,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
 
     keep_freed_memory()
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # DeepSpeed's alignment check
-    with _processes(processes, rank), _without_data(), FakeTensorMode(), _Storages() as storages:
+    with _processes(processes, rank), without_others(), _without_data(), FakeTensorMode(), _Storages() as storages:
         mesh = build_mesh(config)
         batches = [full_batch(config, images) for _ in range(num_micro_batches(config, mesh.data.size))]
         of_batches = storages.now
@@ -373,11 +373,30 @@ def _processes(processes: int, rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_data() -> Iterator[None]:
-    """What the program learns from other processes, from what it knows of itself; parameters are changed in place."""
+def without_others() -> Iterator[None]:
+    """What the program learns from other processes, from what it knows of itself."""
     import deepspeed.runtime.zero.partition_parameters as partition
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
+
+    def counts(batches: Sequence[PackedBatch], mesh: Any, _device: torch.device) -> GlobalCounts:
+        own = {name: sum(getattr(batch, name) for batch in batches) for name in COUNTS}
+        everywhere = {name: value * mesh.data.size for name, value in own.items()}
+        return GlobalCounts(everywhere, [own["num_pairs"]] * mesh.data.size)
+
+    with contextlib.ExitStack() as stack:
+        for module in (partition, coordinator, stage3):
+            stack.enter_context(mock.patch.object(module, "assert_ints_same_as_other_ranks", mock.Mock()))
+        stack.enter_context(mock.patch.object(GlobalCounts, "of", counts))
+        stack.enter_context(mock.patch.object(Axis, "gather_objects", lambda axis, value: [value] * axis.size))
+        same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
+        stack.enter_context(mock.patch.object(contrastive, "exchange", same))
+        yield
+
+
+@contextlib.contextmanager
+def _without_data() -> Iterator[None]:
+    """What depends on data, of its shapes; parameters are changed in place."""
 
     def apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
         for child in module.children():
@@ -387,26 +406,15 @@ def _without_data() -> Iterator[None]:
                 parameter.data = function(parameter.data)
         return module
 
-    def counts(batches: Sequence[PackedBatch], mesh: Any, _device: torch.device) -> GlobalCounts:
-        own = {name: sum(getattr(batch, name) for batch in batches) for name in COUNTS}
-        everywhere = {name: value * mesh.data.size for name, value in own.items()}
-        return GlobalCounts(everywhere, [own["num_pairs"]] * mesh.data.size)
-
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
         # one sequence keeps what many keep; where they begin and end is data
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)])
 
     with contextlib.ExitStack() as stack:
-        for module in (partition, coordinator, stage3):
-            stack.enter_context(mock.patch.object(module, "assert_ints_same_as_other_ranks", mock.Mock()))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=False))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", torch.no_grad()(apply)))
-        stack.enter_context(mock.patch.object(GlobalCounts, "of", counts))
         stack.enter_context(mock.patch.object(attention, "_function", return_value=attend))
-        stack.enter_context(mock.patch.object(Axis, "gather_objects", lambda axis, value: [value] * axis.size))
-        same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
-        stack.enter_context(mock.patch.object(contrastive, "exchange", same))
         yield
 
 
