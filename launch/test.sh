@@ -20,8 +20,12 @@ wait
 cd "$root"
 "$venv/bin/mypy" & types=$!
 # while mypy works, what each of many processes would do again
-{ "$venv/bin/python" -m compileall -q megatron_lcl tests && PYTHONPATH=tests "$venv/bin/python" tests/compile_numba.py; } &
-compiled=$!
+unset PYTHONDONTWRITEBYTECODE
+compile() {
+  "$venv/bin/python" -m compileall -q megatron_lcl tests && PYTHONPATH=tests "$venv/bin/python" tests/compile_numba.py &&
+    { "$venv/bin/python" tests/compile_asserts.py >/dev/null || "$venv/bin/python" tests/compile_asserts.py; }
+}
+compile & compiled=$!
 "$venv/bin/ruff" format --check --quiet .
 "$venv/bin/ruff" check --quiet .
 "$venv/bin/shellcheck" launch/*.sh

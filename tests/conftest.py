@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def pytest_xdist_auto_num_workers() -> int:
     """Of `pytest -n auto`: twice as many as there are cores, because many tests wait, if memory allows."""
     by_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_PER_WORKER
     return max(1, min(2 * len(os.sched_getaffinity(0)), by_memory, MAX_WORKERS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported while tests are collected stays: Python's garbage collector does not look at it again and again,
+    which takes a fifth longer, nor later, whenever a test, or what it tests, collects garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # or some libraries report leaks at the end
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -104,6 +105,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
     averaged: dict[str, int] = {}
     out, other = Trajectory(), "regression" if case.objective == "emu" else "contrastive"
+    traffic = Traffic()
     for step in range(STEPS):
         here = phase_at(config, step).config_at(step)
         size = here.train.micro_batch
@@ -112,9 +114,9 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
         stepper.objective = objectives.create(here)
         packs = make_batches(config, step)[mesh.data.rank :: mesh.data.size]
         own = [joined(packs[n * size : (n + 1) * size]) for n in range(num)] if mesh.loads_data else None
-        with Traffic() as traffic:
+        # the last step's bytes are counted, without those of a look at it
+        with traffic if step == STEPS - 1 else contextlib.nullcontext():
             batches = broadcast_batches(own, num, size, mesh, engine.device)
-            # the last step's bytes are counted, without those of a look at it
             pending = stepper.start(batches, case.lr(step), measure=step < STEPS - 1)
             averages.update(step + 1, pending.skipped)
             result, averaged = pending.read(), averages.count(step + 1, averaged)

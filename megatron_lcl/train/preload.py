@@ -1,6 +1,7 @@
 """Imported once by the server of `forks.py`: whatever a run imports sooner or later."""
 
 import atexit
+import contextlib
 import gc
 import importlib
 import os
@@ -8,9 +9,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+gc.disable()  # what is imported stays; looked at for garbage again and again it takes a fifth longer
 for name in (
     "megatron_lcl.train.run",
-    "deepspeed.runtime.pipe.engine",
+    "megatron_lcl.train.pipeline.engine",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._inductor.compile_fx",
@@ -18,9 +20,12 @@ for name in (
     "scipy.linalg",
 ):
     importlib.import_module(name)
+with contextlib.suppress(ImportError):  # not in all versions; DeepSpeed's engine imports it, whoever uses it
+    importlib.import_module("deepspeed.module_inject.auto_ep_layer")
 
 importlib.import_module("numba").njit(lambda: 0)()  # numba sets itself up with the first function that it runs
 importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - found out when they are first asked for
 gc.collect()
+gc.enable()
 gc.freeze()  # the garbage collector of a forked process has only that process's own objects to look at
 atexit.register(gc.unfreeze)  # or some libraries report leaks when the server ends

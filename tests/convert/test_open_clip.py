@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,15 @@ from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.convert.certificate import check_images
 from megatron_lcl.convert.export import export_model, import_checkpoint
 
-open_clip = pytest.importorskip("open_clip")
 B32 = Model(Vision(224, 32, 768, 12, 12, 3072), Language(128, 1000, 768, 1, 12, 3072), 12)
 B16 = Model(Vision(224, 16, 768, 2, 12, 3072), Language(128, 1000, 768, 1, 12, 3072), 12)
 GIANT = Model(Vision(224, 14, 1408, 2, 16, 6144), Language(128, 1000, 512, 1, 8, 2048), 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def open_clip() -> Any:
+    """Imported here, and not by every process of the tests."""
+    return pytest.importorskip("open_clip")
 
 
 def test_there_and_back(model: LCL, tmp_path: Path) -> None:
@@ -28,7 +34,7 @@ def test_there_and_back(model: LCL, tmp_path: Path) -> None:
     assert all(torch.equal(p, theirs[name]) for name, p in model.layers.named_parameters())
 
 
-def test_create_model(model: LCL, tmp_path: Path) -> None:
+def test_create_model(open_clip: Any, model: LCL, tmp_path: Path) -> None:
     export_model(model, "open_clip", tmp_path / "out")
     loaded, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     images = check_images(64)

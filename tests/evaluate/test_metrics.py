@@ -20,7 +20,6 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import ThreadpoolController
-from torchmetrics.retrieval import RetrievalHitRate
 
 from megatron_lcl.evaluate import probes
 from megatron_lcl.evaluate.encoders.encoder import Encoder
@@ -239,6 +238,8 @@ def test_retrieval_against_a_brute_force_count(seed: int, n: int, per_image: int
 
 
 def test_retrieval_against_torchmetrics() -> None:
+    from torchmetrics.retrieval import RetrievalHitRate  # seconds, which not every process of the tests needs
+
     generator = torch.Generator().manual_seed(0)
     n = 60
     owner = np.repeat(np.arange(n), 3)

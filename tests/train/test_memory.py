@@ -11,10 +11,11 @@ import pytest
 STEPS = """
 import resource, sys
 import torch
-from megatron_lcl.train.engine import keep_freed_memory
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
+    from megatron_lcl.train.engine import keep_freed_memory
+
     keep_freed_memory()
 
 def step():

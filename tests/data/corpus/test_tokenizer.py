@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,19 @@ from hypothesis import strategies as st
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 
-open_clip = pytest.importorskip("open_clip.tokenizer")
-REFERENCE = open_clip.SimpleTokenizer(additional_special_tokens=["<img_placehold>", "<start_of_img>", "<end_of_img>"])
 CLIP = tokenizers.load("clip")
+
+
+@pytest.fixture(scope="module")
+def open_clip() -> Any:
+    """Its module of tokenizers: imported here, and not by every process of the tests."""
+    return pytest.importorskip("open_clip.tokenizer")
+
+
+@pytest.fixture(scope="module")
+def reference(open_clip: Any) -> Any:
+    """The reference's tokenizer."""
+    return open_clip.SimpleTokenizer(additional_special_tokens=["<img_placehold>", "<start_of_img>", "<end_of_img>"])
 
 
 def names_a_special_token(text: str) -> bool:
@@ -37,41 +48,41 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
-def test_special_ids_as_in_the_reference() -> None:
+def test_special_ids_as_in_the_reference(reference: Any) -> None:
     ours = [CLIP.sot, CLIP.eot, CLIP.placeholder, CLIP.soi, CLIP.eoi]
-    assert ours == [REFERENCE.encoder[t] for t in tokenizers.SPECIAL_TOKENS] == [49406, 49407, 49408, 49409, 49410]
-    assert CLIP.vocab_size == REFERENCE.vocab_size == 49411
+    assert ours == [reference.encoder[t] for t in tokenizers.SPECIAL_TOKENS] == [49406, 49407, 49408, 49409, 49410]
+    assert CLIP.vocab_size == reference.vocab_size == 49411
 
 
-def test_real_texts(shared: Path) -> None:
+def test_real_texts(reference: Any, shared: Path) -> None:
     lines = (shared / "samples/mmc4/docs_no_face_shard_151_v3.jsonl").read_text("utf-8").splitlines()
     texts = [text for line in lines for text in json.loads(line)["text_list"]]
     assert len(texts) > 1000
-    assert CLIP.encode_batch(texts) == [REFERENCE.encode(text) for text in texts]
+    assert CLIP.encode_batch(texts) == [reference.encode(text) for text in texts]
 
 
 @settings(max_examples=600, deadline=None)
 @given(st.text(max_size=40))
-def test_any_text_as_in_the_reference(text: str) -> None:
+def test_any_text_as_in_the_reference(reference: Any, text: str) -> None:
     assume(not names_a_special_token(text))
-    assert CLIP.encode(text) == REFERENCE.encode(text)
+    assert CLIP.encode(text) == reference.encode(text)
 
 
 @settings(max_examples=600, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(codec="latin-1"), max_size=3)), max_size=8))
-def test_awkward_text_as_in_the_reference(parts: list[str]) -> None:
+def test_awkward_text_as_in_the_reference(open_clip: Any, reference: Any, parts: list[str]) -> None:
     text = "".join(parts)
     assume(not names_a_special_token(text))
     assert tokenizers.clip_clean(text) == open_clip._clean_lower(text)
-    assert CLIP.encode(text) == REFERENCE.encode(text)
+    assert CLIP.encode(text) == reference.encode(text)
 
 
-def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_word_cache_is_bounded(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers, "_MAX_WORDS", 50)
     clip = pickle.loads(pickle.dumps(CLIP))
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdef", k=rng.randint(1, 90))) for _ in range(300)]
-    assert clip.encode_batch(texts) == [REFERENCE.encode(text) for text in texts]
+    assert clip.encode_batch(texts) == [reference.encode(text) for text in texts]
     assert len(clip._words) <= 50
 
 
