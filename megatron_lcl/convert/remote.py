@@ -38,7 +38,12 @@ def pinned(url: str) -> str:
     store = Store(url)
     if any(store.head(_RECORDS)):
         return url
-    names = [] if url.startswith("http") else [name for name, _ in store.list()]
+    if url.startswith("http"):
+        raise UserError(
+            f"{url} holds no complete checkpoint: none of {', '.join(_RECORDS)} is there; a web server lists nothing, "
+            "so name a run's checkpoint itself, as …/step-00001000"
+        )
+    names = [name for name, _ in store.list()]
     steps = {int(found[1]): name for name in names if (found := _STEP.fullmatch(name))}
     if not steps:
         raise UserError(

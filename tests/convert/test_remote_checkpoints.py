@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert.conftest import TINY, random_model
+from s3_fixtures import readable_by_all
+from s3_server import Proxy
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
@@ -165,6 +167,13 @@ def test_refusals_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{place} holds no complete checkpoint" in line
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_web_server_lists_nothing(s3: Proxy, run: str) -> None:
+    url = readable_by_all(s3, run)
+    assert same(load_model(f"{url}/step-00000001"), random_model(seed=1))
+    with pytest.raises(UserError, match="name a run's checkpoint itself"):
+        load_model(url)
 
 
 @pytest.mark.parametrize("key", ["train__init_from", "checkpoint__resume"])
