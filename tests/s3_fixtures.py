@@ -47,3 +47,14 @@ def upload(folder: Path, place: str) -> str:
     for file in sorted(folder.iterdir()):
         Store(place).put(file.name, file)
     return place
+
+
+def readable_by_all(s3: Proxy, place: str) -> str:
+    """Let everybody read the objects there, without credentials; the http:// URL of their folder."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=s3.url, region_name="us-east-1")
+    bucket, _, prefix = place.removeprefix("s3://").partition("/")
+    for found in client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]:
+        client.put_object_acl(Bucket=bucket, Key=found["Key"], ACL="public-read")
+    return f"{s3.url}/{bucket}/{prefix}"

@@ -57,7 +57,12 @@ def find_average(path: Path, name: str) -> Path:
 
     UserError where there is none of that name.
     """
-    checkpoint = find_checkpoint(path)
+    if url := url_of(path):
+        from megatron_lcl.convert.remote import local_copy
+
+        checkpoint = local_copy(url, average=name)
+    else:
+        checkpoint = find_checkpoint(path)
     if (checkpoint / AVERAGES / name / WEIGHTS).is_file():
         return checkpoint / AVERAGES / name
     others = sorted(folder.name for folder in (checkpoint / AVERAGES).glob("*"))

@@ -1,9 +1,11 @@
-"""Checkpoints of runs, imports and exports in object storage: copied to the disk, whole and as they say of themselves.
+"""Weights in object storage, of runs' checkpoints, imports and exports: copied to the disk, as they say of themselves.
 
-    <user's cache>/checkpoint-<hash of the URL and of the record>/step-00001000/…
+    <user's cache>/checkpoint-<hash of the URL, of the record, of an average's name>/step-00001000/…
 
-The record is the file that is put last and names all others with their hashes: a checkpoint's manifest, an export's
-certificate, an import's record. What another process deletes of the cache, or replaces in the storage, is fetched anew.
+Of a run's checkpoint only the weights that are wanted are copied, with the config and the progress: the optimizer's
+state is larger. The record is the file that is put last and names all others with their hashes: a checkpoint's
+manifest, an export's certificate, an import's record. What another process deletes of the cache, or replaces in the
+storage, is fetched anew.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.remote import locked, make_room, user_cache
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError, free_space, in_bytes
-from megatron_lcl.run_folder import CHECKPOINTS
+from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
 
 LIMIT = 100e9
 """bytes that all copies take, but for those that somebody has used within a day"""
@@ -38,7 +40,12 @@ def pinned(url: str) -> str:
     store = Store(url)
     if any(store.head(_RECORDS)):
         return url
-    names = [] if url.startswith("http") else [name for name, _ in store.list()]
+    if url.startswith("http"):
+        raise UserError(
+            f"{url} holds no complete checkpoint: none of {', '.join(_RECORDS)} is there; a web server lists nothing, "
+            "so name a run's checkpoint itself, as …/step-00001000"
+        )
+    names = [name for name, _ in store.list()]
     steps = {int(found[1]): name for name in names if (found := _STEP.fullmatch(name))}
     if not steps:
         raise UserError(
@@ -48,32 +55,35 @@ def pinned(url: str) -> str:
     return f"{url}/{steps[max(steps)].rpartition('/')[0]}"
 
 
-def local_copy(url: str) -> Path:
-    """A folder with what lies at a URL, or in the newest checkpoint of the run there: complete, and of the bytes that
-    its record names. UserError where it is not, or cannot be had."""
+def local_copy(url: str, average: str | None = None) -> Path:
+    """A folder with what is needed for the weights at a URL, or in the newest checkpoint of the run there: complete,
+    and of the bytes that its record names. UserError where it is not, or cannot be had.
+
+    average: of a checkpoint the weights of this average, as far as it has one, in place of its own."""
     url = pinned(url)
     store, name = Store(url), PurePosixPath(url).name
     at = next(k for k, about in enumerate(store.head(_RECORDS)) if about)
     record = store.get(_RECORDS[at])
-    holder = user_cache() / f"{PREFIX}{xxhash.xxh3_128_hexdigest(url.encode() + record)}"
+    of = url.encode() + record + (average or "").encode()
+    holder = user_cache() / f"{PREFIX}{xxhash.xxh3_128_hexdigest(of)}"
     holder.mkdir(parents=True, exist_ok=True)
     with locked(holder.with_name(f"{holder.name}.lock")):
         if not (holder / name).exists():
-            _fetch(store, _RECORDS[at], record, holder, name)
+            _fetch(store, _RECORDS[at], record, holder, name, average)
         with contextlib.suppress(OSError):  # another user's
             os.utime(holder)
     return holder / name
 
 
-def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: str) -> None:
-    """What the record names into a folder of that name, all or nothing."""
+def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: str, average: str | None) -> None:
+    """What is needed of what the record names into a folder of that name, all or nothing."""
     for left in holder.iterdir():  # by one that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=holder, prefix=".copy-") as temporary:
         folder = Path(temporary) / name
         folder.mkdir()
         (folder / record_name).write_bytes(record)
-        hashes = _listed(folder, store.url)
+        hashes = _needed(folder, store.url, average)
         sizes = dict(zip(hashes, store.head(list(hashes)), strict=True))
         if missing := [file for file, about in sizes.items() if about is None]:
             raise UserError(f"{store.url}/{missing[0]} is missing; copy the folder there again")
@@ -93,15 +103,21 @@ def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: st
         folder.rename(holder / name)
 
 
-def _listed(folder: Path, url: str) -> dict[str, str]:
-    """The files that a folder's record names, with their hashes."""
+def _needed(folder: Path, url: str, average: str | None) -> dict[str, str]:
+    """The files with their hashes: all that the record of an import or export names; of a checkpoint those of the
+    weights."""
     for kind in (IMPORT, *EXPORTS):
         if found := read_record(folder, kind):
             hashes = {name: str(digest) for name, digest in found[1]["files"].items()}
             break
     else:
+        weights = f"{AVERAGES}/{average}/{WEIGHTS}" if average else WEIGHTS
         try:
-            hashes = {name: str(file["xxh3"]) for name, file in read_manifest(folder).items()}
+            hashes = {
+                name: str(file["xxh3"])
+                for name, file in read_manifest(folder).items()
+                if name == weights or PurePosixPath(name).name in (CONFIG, PROGRESS)
+            }
         except UserError as error:
             raise UserError(f"{url}/{MANIFEST} {error}; copy the checkpoint there again") from None
         except OSError:  # a certificate or a record that is none

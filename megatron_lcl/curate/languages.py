@@ -4,13 +4,13 @@ user has."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_lcl.curate.perplexity import perplexity_score
-from megatron_lcl.curate.settings import Language, Lists, Settings, is_file
+from megatron_lcl.curate.perplexity import perplexity_scores
+from megatron_lcl.curate.settings import PERPLEXITY, Language, Lists, Settings, is_file
 from megatron_lcl.errors import UserError
 
 _LINGUA = "lingua-language-detector"
@@ -37,8 +37,8 @@ class Context:
         return language_score(self._settings.language)
 
     @cached_property
-    def perplexity(self) -> Callable[[str], float]:
-        return perplexity_score(self._settings.perplexity)
+    def perplexities(self) -> Callable[[Sequence[str]], list[float]]:
+        return perplexity_scores(self._settings.perplexity)
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,6 +132,6 @@ def libraries(rules: Set[str], language: Language, lists: Lists) -> dict[str, st
         used["stop-words"] = version("stop-words")
     if "min_language" in rules and language.model is None:
         used[_LINGUA] = version(_LINGUA)
-    if rules & {"min_perplexity", "max_perplexity"}:
+    if rules & {*PERPLEXITY}:
         used["transformers"] = version("transformers")
     return used

@@ -89,7 +89,7 @@ class Context(Protocol):
     def language(self) -> Callable[[str], float]: ...
 
     @property
-    def perplexity(self) -> Callable[[str], float]: ...
+    def perplexities(self) -> Callable[[Sequence[str]], list[float]]: ...
 
 
 class Measured:
@@ -110,6 +110,11 @@ class Measured:
     def words(self) -> list[str]:
         return words_of(self.text)
 
+    @cached_property
+    def perplexity(self) -> float:
+        """Set from outside where many are judged at once."""
+        return self.context.perplexities([self.text])[0]
+
 
 MEASURES: dict[str, Callable[[Measured], float]] = {
     "words": lambda m: len(m.words),
@@ -120,7 +125,7 @@ MEASURES: dict[str, Callable[[Measured], float]] = {
     "stop_words": lambda m: listed_ratio(m.words, m.context.stop_words),
     "flagged_words": lambda m: listed_ratio(m.words, m.context.flagged_words),
     "language": lambda m: m.context.language(m.text),
-    "perplexity": lambda m: m.context.perplexity(m.text),
+    "perplexity": lambda m: m.perplexity,
     "images": lambda m: m.images,
     "texts": lambda m: m.texts,
 }

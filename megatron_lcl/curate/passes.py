@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
+from megatron_lcl.curate.first_rule import Removal, first_rules
 from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join, Places
-from megatron_lcl.curate.languages import Context, context_of
-from megatron_lcl.curate.measures import MEASURES, Measured, has_any
+from megatron_lcl.curate.languages import context_of
+from megatron_lcl.curate.measures import Measured
 from megatron_lcl.curate.models.rules import Matched
 from megatron_lcl.curate.settings import Rule, Settings, rules_of
 from megatron_lcl.data.corpus.drops import Drops
@@ -56,16 +57,6 @@ _JUDGED_FILE = "items.parquet"
 SAMPLES = 6
 """of each rule; those whose hash is smallest, so that they are the same whoever removes what"""
 _SAMPLE_CHARACTERS, _SAMPLE_PARTS, _THUMBNAIL = 1200, 8, 240
-
-
-class Removal(NamedTuple):
-    """Why something is removed."""
-
-    rule: str
-    value: float
-    """what the rule measured"""
-    matched: str = ""
-    """the name of what it is like, if it is removed for that"""
 
 
 class Row(NamedTuple):
@@ -146,38 +137,33 @@ def judge(work: Work, task: Range) -> int:
 
 
 def _judge(work: Work, task: Range, folder: Path) -> None:
-    context = context_of(work.settings)
-    images, texts = rules_of(work.settings, "image"), rules_of(work.settings, "text")
     rows: list[tuple[int, int, str, float]] = []
     gone: dict[int, set[int]] = {}
-    for document in documents(work.corpus, task):
-        for item, is_text in enumerate(document.is_text):
-            if is_text:
-                removal = _first_of_text(texts, Measured(functools.partial(document.text, item), context))
-            else:
-                removal = _first_of_image(images, document, item)
-            if removal:
-                gone.setdefault(document.number, set()).add(item)
-                rows.append((document.number, item, removal.rule, removal.value))
+
+    def remove(document: int, item: int, removal: Removal | None) -> None:
+        if removal:
+            gone.setdefault(document, set()).add(item)
+            rows.append((document, item, removal.rule, removal.value))
+
+    context, images = context_of(work.settings), rules_of(work.settings, "image")
+
+    def texts() -> Iterator[tuple[tuple[int, int], Measured]]:
+        for document in documents(work.corpus, task):
+            for item, is_text in enumerate(document.is_text):
+                if is_text:
+                    yield (document.number, item), Measured(functools.partial(document.text, item), context)
+                else:
+                    remove(document.number, item, _first_of_image(images, document, item))
+
+    for (number, item), removal in first_rules(rules_of(work.settings, "text"), texts()):
+        remove(number, item, removal)
+    rows.sort()
     for number, join in enumerate(work.joins):
         file = folder / work.facts(task.number, number).name
         if not file.exists():
             join.facts(work.corpus, task, gone, file, work.prepared(number))
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in _JUDGED]
     pq.write_table(pa.table(columns, schema=_JUDGED), folder / _JUDGED_FILE, compression="zstd")
-
-
-def _first_of_text(rules: Sequence[Rule], text: Measured) -> Removal | None:
-    """The first rule that removes a text or a document, if one does."""
-    for rule in rules:
-        if rule.field == "unsafe_names":
-            value, breaks = 1.0, has_any(text.name, rule.threshold)
-        else:
-            value = MEASURES[rule.field[4:]](text)  # without min_ or max_
-            breaks = rule.breaks(value)
-        if breaks:
-            return Removal(rule.name, value)
-    return None
 
 
 def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Removal | None:
@@ -247,23 +233,13 @@ def part_of(work: Work, task: Range) -> Part:
 
 
 def _copy_range(work: Work, task: Range, folder: Path) -> None:
-    removals, matches = _removals(work, task), _matches(work, task)
-    rules, context = rules_of(work.settings, "document"), context_of(work.settings)
-    thresholds = thresholds_of(work.settings, work.joins)
+    rules, thresholds = rules_of(work.settings, "document"), thresholds_of(work.settings, work.joins)
     counted, drops = Counted(), Drops()
     rows: list[Row] = []
     writer = ShardWriter(folder, 0) if work.writes else None
     try:
-        for document in documents(work.corpus, task):
-            gone = removals.pop(document.number, {})
-            whole = gone.pop(WHOLE, None)
-            document.without(list(gone))
-            if matches is not None:
-                document.matches = matches.get(document.number, {})
-            gone |= _unmatched(document)
-            document.without(list(gone))
-            if whole is None:
-                whole = _first_of_document(rules, document, context)
+        for (document, gone, whole), of_document in first_rules(rules, _left(work, task)):
+            whole = whole or of_document
             for item, removal in sorted(gone.items()):
                 is_text = document.is_text[item]
                 counted.add(removal.rule, texts=is_text, images=not is_text)
@@ -280,7 +256,8 @@ def _copy_range(work: Work, task: Range, folder: Path) -> None:
         if writer and writer.num_documents:
             similarities = writer.has_similarities
             files, counts = writer.finish()
-            kind = work.corpus.kinds[task.shard] if matches is None else "matched"
+            matched = any(isinstance(join, Matched) for join in work.joins)
+            kind = "matched" if matched else work.corpus.kinds[task.shard]
             record = {"kind": kind, "number": 0, "has_similarities": similarities}
             shards = [{**record, "files": files, "counts": counts}]
         elif writer:
@@ -295,6 +272,32 @@ def _copy_range(work: Work, task: Range, folder: Path) -> None:
     write_file(folder / COUNTED_FILE, json.dumps(vars(counted)).encode())
     part = Part(task.number, 0, True, task.last - task.first, shards, drops.to_dict())
     write_file(folder / RECORD, json.dumps(vars(part)).encode())
+
+
+def _left(
+    work: Work, task: Range
+) -> Iterator[tuple[tuple[Source, dict[int, Removal], Removal | None], Measured | None]]:
+    """The documents of a range without what was removed so far, with the removals of items and of the whole, and what
+    the rules of documents are to measure."""
+    removals, matches, context = _removals(work, task), _matches(work, task), context_of(work.settings)
+    for document in documents(work.corpus, task):
+        gone = removals.pop(document.number, {})
+        whole = gone.pop(WHOLE, None)
+        document.without(list(gone))
+        if matches is not None:
+            document.matches = matches.get(document.number, {})
+        gone |= _unmatched(document)
+        document.without(list(gone))
+        if whole is None and not document.kept:
+            whole = Removal(EMPTY, 0.0)
+        texts = document.kept_texts
+        read = functools.partial(_text_of, document, texts)
+        measured = Measured(read, context, len(document.kept) - len(texts), len(texts), document.name)
+        yield (document, gone, whole), None if whole else measured
+
+
+def _text_of(document: Source, texts: Sequence[int]) -> str:
+    return "\n\n".join(map(document.text, texts))
 
 
 def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
@@ -331,17 +334,6 @@ def _unmatched(document: Source) -> dict[int, Removal]:
             if matched >= 0 and texts[matched] not in kept:
                 found[item] = Removal(UNMATCHED, float(matched))
     return found
-
-
-def _first_of_document(rules: Sequence[Rule], document: Source, context: Context) -> Removal | None:
-    if not document.kept:
-        return Removal(EMPTY, 0.0)
-    if not rules:
-        return None
-    texts = document.kept_texts
-    images = len(document.kept) - len(texts)
-    measured = Measured(lambda: "\n\n".join(map(document.text, texts)), context, images, len(texts), document.name)
-    return _first_of_text(rules, measured)
 
 
 def _copy_document(writer: ShardWriter, document: Source) -> None:

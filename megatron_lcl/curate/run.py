@@ -257,7 +257,7 @@ def _check(settings: Settings, *, keep: bool) -> None:
             case "min_language":
                 context.language("a")
             case "min_perplexity" | "max_perplexity":
-                context.perplexity("a")
+                context.perplexities(["a"])
     if not keep:
         context_of.cache_clear()
 

@@ -25,6 +25,8 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
+PERPLEXITY = ("min_perplexity", "max_perplexity")
+"""fields of texts and documents for which a language model is needed"""
 _AtLeast1 = Annotated[float, Field(ge=1)]
 
 

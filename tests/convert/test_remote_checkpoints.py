@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert.conftest import TINY, random_model
+from s3_fixtures import readable_by_all
+from s3_server import Proxy
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
@@ -40,9 +42,18 @@ def checkpoint(folder: Path, model: LCL) -> Path:
     for each in (folder, folder / AVERAGES / "ema_0.9"):
         each.mkdir(parents=True)
         save_checkpoint(model, Config(model=model.config), each)
-    (folder / "state.pt").write_bytes(b"state")
+    (folder / "state").mkdir()
+    (folder / "state" / "optimizer.pt").write_bytes(b"state")
+    (folder / "progress.json").write_bytes(b"{}")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     (folder / "manifest.json").write_text(manifest_text({name: fingerprint(folder / name) for name in names}))
+    return folder
+
+
+def imported(folder: Path, model: LCL) -> Path:
+    folder.mkdir()
+    save_checkpoint(model, Config(model=model.config), folder)
+    write_record(folder, "import", {})
     return folder
 
 
@@ -71,13 +82,8 @@ def same(one: LCL, other: LCL) -> bool:
 def test_a_url_means_what_a_path_does(run: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(load_model(run), random_model(seed=2))
     assert same(load_model(f"{run}/step-00000001"), random_model(seed=1))
-    average = find_average(Path(run), "ema_0.9")
-    assert average.parts[-3:] == ("step-00000002", AVERAGES, "ema_0.9")
     assert len(list(cache.glob("checkpoint-*/step-*"))) == 2
-    imported = checkpoint(tmp_path / "imported", random_model(seed=4))
-    (imported / "manifest.json").unlink()
-    write_record(imported, "import", {})
-    put(imported, f"{run}/more")
+    put(imported(tmp_path / "imported", random_model(seed=4)), f"{run}/more")
     assert same(load_model(f"{run}/more"), random_model(seed=4))
 
     def fetch(*_: object) -> None:
@@ -88,6 +94,27 @@ def test_a_url_means_what_a_path_does(run: str, tmp_path: Path, cache: Path, mon
         assert same(load_model(run), random_model(seed=2))
     put(checkpoint(tmp_path / "other", random_model(seed=5)), f"{run}/step-00000001")  # another one at this place
     assert same(load_model(f"{run}/step-00000001"), random_model(seed=5))
+
+
+def test_of_a_checkpoint_only_the_weights_that_are_wanted_are_fetched(s3: Proxy, run: str) -> None:
+    step = f"{run.removeprefix('s3:/')}/step-00000002"
+
+    def asked() -> set[str]:
+        paths = {request.path for request in s3.requests if request.path.startswith(f"{step}/")}
+        s3.reset()
+        return {path.removeprefix(f"{step}/") for path in paths}
+
+    about = {*remote._RECORDS, "config.yaml", "progress.json", f"{AVERAGES}/ema_0.9/config.yaml"}
+    s3.reset()
+    assert same(load_model(run), random_model(seed=2))
+    assert asked() == {*about, "model.safetensors"}
+    average = find_average(Path(run), "ema_0.9")
+    assert asked() == {*about, f"{AVERAGES}/ema_0.9/model.safetensors"}
+    assert average.parts[-3:] == ("step-00000002", AVERAGES, "ema_0.9")
+    assert same(load_model(average), random_model(seed=2))
+    with pytest.raises(UserError, match=r"has no average ema_0\.5; there are ema_0\.9"):
+        find_average(Path(run), "ema_0.5")
+    assert asked() == about
 
 
 def test_a_run_begins_with_the_weights(run: str) -> None:
@@ -101,11 +128,11 @@ def test_a_run_begins_with_the_weights(run: str) -> None:
 
 
 def missing(place: str) -> None:
-    Store(place).delete(["step-00000002/state.pt"])
+    Store(place).delete(["step-00000002/model.safetensors"])
 
 
 def damaged(place: str) -> None:
-    Store(place).put("step-00000002/state.pt", b"stale")
+    Store(place).put("step-00000002/model.safetensors", b"stale")
 
 
 def other_manifest(place: str) -> None:
@@ -113,7 +140,7 @@ def other_manifest(place: str) -> None:
 
 
 def outside(place: str) -> None:
-    files = {"../state.pt": {"bytes": 1, "xxh3": "0"}}
+    files = {"../config.yaml": {"bytes": 1, "xxh3": "0"}}
     Store(place).put("step-00000002/manifest.json", manifest_text(files).encode())
 
 
@@ -124,10 +151,10 @@ def nothing(place: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (missing, "step-00000002/state.pt is missing"),
-        (damaged, "step-00000002/state.pt is not the file that manifest.json names"),
+        (missing, "step-00000002/model.safetensors is missing"),
+        (damaged, "step-00000002/model.safetensors is not the file that manifest.json names"),
         (other_manifest, "step-00000002/manifest.json changed since it was written"),
-        (outside, r"names a file outside of its folder \(../state.pt\)"),
+        (outside, r"names a file outside of its folder \(../config.yaml\)"),
         (nothing, "holds no complete checkpoint"),
     ],
 )
@@ -167,14 +194,18 @@ def test_refusals_are_one_line(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_web_server_lists_nothing(s3: Proxy, run: str) -> None:
+    url = readable_by_all(s3, run)
+    assert same(load_model(f"{url}/step-00000001"), random_model(seed=1))
+    with pytest.raises(UserError, match="name a run's checkpoint itself"):
+        load_model(url)
+
+
 @pytest.mark.parametrize("key", ["train__init_from", "checkpoint__resume"])
 def test_a_run_that_would_begin_with_nothing_does_not_start(place: str, key: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{place} holds no complete checkpoint"):
         check_beginning(configs.replace(Config(model=TINY), **{key: place}))
-    imported = checkpoint(tmp_path / "imported", random_model())
-    (imported / "manifest.json").unlink()
-    write_record(imported, "import", {})
-    put(imported, place)
+    put(imported(tmp_path / "imported", random_model()), place)
     with pytest.raises(
         UserError, match=f"is no checkpoint of a run; begin with its weights by --train.init_from {place}"
     ):

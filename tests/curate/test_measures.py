@@ -106,7 +106,8 @@ def test_shares_of_lists_and_names() -> None:
 
 
 def test_every_rule_has_its_measure() -> None:
-    context = SimpleNamespace(stop_words={"the"}, flagged_words={"b"}, language=lambda text: 0.5, perplexity=len)
+    models = {"language": lambda text: 0.5, "perplexities": lambda texts: list(map(len, texts))}
+    context = SimpleNamespace(stop_words={"the"}, flagged_words={"b"}, **models)
     measured = Measured(lambda: "The b c", context, images=3, texts=2)
     found = {name: measure(measured) for name, measure in MEASURES.items()}
     assert found == {

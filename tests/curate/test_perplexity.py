@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +14,12 @@ import torch
 from curate.corpora_of_rules import picture, write
 
 from megatron_lcl.cli import main
-from megatron_lcl.curate.perplexity import perplexity_score
+from megatron_lcl.curate import first_rule, perplexity
+from megatron_lcl.curate.first_rule import Removal, first_rules
+from megatron_lcl.curate.measures import Measured
+from megatron_lcl.curate.perplexity import perplexity_scores
 from megatron_lcl.curate.run import curate
-from megatron_lcl.curate.settings import Perplexity, as_recipe, read_settings
+from megatron_lcl.curate.settings import Perplexity, Rule, as_recipe, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.errors import UserError
 
@@ -53,18 +58,70 @@ def expected(folder: Path, text: str, most: int) -> float:
     return product ** (-1 / n)
 
 
+def one_by_one(folder: Path, **options: int) -> Callable[[str], float]:
+    scores = perplexity_scores(Perplexity(str(folder), **options))
+    return lambda text: scores([text])[0]
+
+
 @pytest.mark.parametrize("beginning", [True, False])
 def test_it_is_the_inverse_of_the_mean_probability(beginning: bool, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", beginning)
-    score = perplexity_score(Perplexity(str(folder)))
+    score = one_by_one(folder)
     for text in (*TEXTS, "an unknown\n\nword \ud800"):
         assert score(text) == pytest.approx(expected(folder, text, 24), rel=1e-4)
-    few = perplexity_score(Perplexity(str(folder), tokens=3))
+    few = one_by_one(folder, tokens=3)
     assert few(TEXTS[0]) == pytest.approx(expected(folder, TEXTS[0], 3), rel=1e-4) != score(TEXTS[0])
     long = " ".join(TEXTS * 4)  # longer than the model's positions
     assert score(long) == pytest.approx(expected(folder, long, 24 - beginning), rel=1e-4)
     assert math.isnan(score(""))
     assert math.isnan(score("mill")) != beginning
+
+
+def test_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path / "model")
+    words = " ".join(TEXTS).split()
+    texts = ["", *(" ".join(random.Random(k).choices(words, k=k % 23)) for k in range(40)), "mill"]
+    sizes: list[tuple[int, int]] = []
+
+    def seen(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(tuple(given[0].shape))
+
+    known = len(dict.fromkeys(words)) + 2
+    monkeypatch.setattr(perplexity, "LOGITS", 100 * known)
+    alone = one_by_one(folder)
+    expected = [alone(text) for text in texts]
+    scores = perplexity_scores(Perplexity(str(folder)))
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: seen(module, given) if isinstance(module, torch.nn.Embedding) else None
+    ):
+        found = scores(texts)
+    assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert len({round(value, 3) for value in found}) > 30
+    batches = [size for size in sizes if size[0] > 1]
+    assert 3 < len(batches) < 20
+    assert max(rows * longest for rows, longest in batches) <= 100
+
+
+def test_texts_wait_for_the_model_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a rule before it removes are not scored; no more wait than may."""
+    monkeypatch.setattr(first_rule, "LOOK_AHEAD", 5)
+    scored: list[list[str]] = []
+
+    def perplexities(texts: Sequence[str]) -> list[float]:
+        scored.append([*texts])
+        return [float(len(text)) for text in texts]
+
+    context = SimpleNamespace(perplexities=perplexities)
+    rules = [Rule("text", name, 4) for name in ("min_characters", "min_perplexity", "max_perplexity")]
+    texts = ["a", "bbbb", None, "ccccc", "ddd", "eeee", "ffffff"]
+    given = [(k, None if text is None else Measured(lambda text=text: text, context)) for k, text in enumerate(texts)]
+    found = list(first_rules(rules, given))
+    short, long = ("text.min_characters", 1.0), "text.max_perplexity"
+    assert found == [
+        (0, Removal(*short)), (1, None), (2, None), (3, Removal(long, 5.0)), (4, Removal(short[0], 3.0)), (5, None),
+        (6, Removal(long, 6.0)),
+    ]  # fmt: skip
+    assert scored == [["bbbb", "ccccc"], ["eeee", "ffffff"]]
 
 
 def test_texts_and_documents_out_of_bounds_are_removed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_lcl import LCL
-from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.config import Config, Language, Model, Vision, from_dict
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate import workers
 from megatron_lcl.evaluate.captioning import Decoding, caption
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
@@ -105,6 +108,18 @@ def test_the_tokenizer_must_fit(model: LCL) -> None:
     assert other.vocab_size != model.config.language.vocab_size
     with pytest.raises(ValueError, match="tokenizer has"):
         OurEncoder("x", model, other)
+
+
+def test_the_tokenizer_is_that_of_the_runs_corpus(model: LCL, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"items": [{"text": "a red square"}]}')
+    own = checkpoint / "words.model"
+    preprocess("jsonl", tmp_path / "in.jsonl", tmp_path / "corpus", tokenizer=own)
+    corpora = {"data": {"corpora": str(tmp_path / "corpus")}}
+    (tmp_path / "run").mkdir()
+    save_checkpoint(model, replace(from_dict(corpora), model=model.config), tmp_path / "run")
+    assert load_encoder(tmp_path / "run", own).fingerprint == load_encoder(tmp_path / "run").fingerprint
+    with pytest.raises(UserError, match="clip is another tokenizer than that of"):
+        load_encoder(tmp_path / "run", "clip")
 
 
 def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colors: Path) -> None:

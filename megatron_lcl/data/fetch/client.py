@@ -8,6 +8,7 @@ robots.txt as RFC 9309 says (Koster et al. 2022): longest match, 4xx allows all,
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import hashlib
 import resource
@@ -19,6 +20,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
+from urllib.parse import unquote_to_bytes
 
 from megatron_lcl.data.corpus.probe import TOO_MANY_PIXELS, BadImage, downscale, probe
 from megatron_lcl.data.fetch.addresses import PrivateAddress, is_public, public_socket
@@ -89,7 +91,7 @@ class Client:
         self._agent = settings.user_agent.partition("/")[0].strip()
         self._proxy, login = proxy_parts(settings.proxy) if settings.proxy else ("", "")
         """without credentials"""
-        self._proxy_url = f"http://{login}@{self._proxy}" if login else settings.proxy
+        self._login = _basic(login) if login else ""
         self._robots: dict[str, asyncio.Task[Protego | None]] = {}
         self._crawl_delays: dict[str, float] = {}
 
@@ -166,7 +168,12 @@ class Client:
                 return await self._content(response)
 
     def _get(self, target: URL) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        return self._session.get(target, allow_redirects=False, proxy=self._proxy_url)
+        if not self._proxy:
+            return self._session.get(target, allow_redirects=False)
+        # not in the proxy's URL nor as `proxy_auth`, which stand in aiohttp's text of a connection, and so in warnings
+        login = {"Proxy-Authorization": self._login} if self._login else {}
+        to_proxy = "headers" if target.scheme == "http" else "proxy_headers"  # else they would go on to the host
+        return self._session.get(target, allow_redirects=False, proxy=f"http://{self._proxy}", **{to_proxy: login})
 
     def _check_status(self, response: aiohttp.ClientResponse) -> None:
         status = response.status
@@ -332,6 +339,11 @@ async def _beginning(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if len(content) >= limit:
             break
     return bytes(content[:limit])
+
+
+def _basic(login: str) -> str:
+    """The header of user:password as they stand in a URL (RFC 7617)."""
+    return "Basic " + base64.b64encode(unquote_to_bytes(login if ":" in login else f"{login}:")).decode()
 
 
 def _says(proxy: str, what: str) -> str:

@@ -15,6 +15,8 @@ from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
 from megatron_lcl.model.layers import normalize
 from megatron_lcl.model.lcl import LCL
 
+_FLAG = "--tokenizer (curate: --models.tokenizer)"
+
 
 class OurEncoder(Encoder):
     """An LCL model: pooled is the image latent z, texts are read at `<soi>`."""
@@ -32,13 +34,15 @@ class OurEncoder(Encoder):
         self.tokenizer = tokenizer
         size = model.config.language.vocab_size
         if tokenizer is not None and model.whole and tokenizer.vocab_size != size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}; give its own --tokenizer")
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}; give its own, by {_FLAG}")
 
     def need_tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer; UserError where none was found."""
         self.module.need_language()
         if self.tokenizer is None:
-            raise UserError(f"the tokenizer of {self.name} is not known; give --tokenizer clip or the corpus's file")
+            raise UserError(
+                f"the tokenizer of {self.name} is not known; give clip, or the file of the corpus, by {_FLAG}"
+            )
         return self.tokenizer
 
     def prepare(self, data: bytes) -> torch.Tensor:

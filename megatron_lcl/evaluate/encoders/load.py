@@ -15,6 +15,7 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.storage.store import url_of
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.hf import HfEncoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
@@ -75,11 +76,19 @@ _CLIP_VOCABULARY = 49411
 
 
 def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.Tokenizer | None:
+    """The one that is given, else the run's. UserError where a corpus of the run is here and has another than that."""
+    corpora = () if config is None else config.data.corpora
     if given is not None:
-        return tokenizers.load(given)
+        tokenizer = tokenizers.load(given)
+        for corpus in corpora:
+            if (Path(corpus.path) / CORPUS_MANIFEST).is_file():
+                if open_corpus(corpus.path).tokenizer.fingerprint == tokenizer.fingerprint:
+                    break
+                raise UserError(f"{given} is another tokenizer than that of {corpus.path}, the run's corpus; omit it")
+        return tokenizer
     if config is None:
         return None
-    for corpus in config.data.corpora:
+    for corpus in corpora:
         if url_of(corpus.path) or (Path(corpus.path) / CORPUS_MANIFEST).is_file():
             return open_corpus(corpus.path, config.data.cache).tokenizer
     return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None

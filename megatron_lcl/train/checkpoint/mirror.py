@@ -33,10 +33,13 @@ class Mirror:
 
     def complete(self) -> list[str]:
         """Names of the checkpoints of which there is a whole copy, oldest first."""
+        if self.only is not None:  # a web server lists nothing
+            whole = step_of(Path(self.only)) >= 0 and self.store.exists(f"{self.only}/{MANIFEST}")
+            return [self.only] if whole else []
         found = (Path(name) for name, _ in self.store.list())
         names = (path.parent.name for path in found if path.name == MANIFEST and len(path.parts) == 2)
-        wanted = (name for name in names if step_of(Path(name)) >= 0 and self.only in (None, name))
-        return sorted(wanted, key=lambda name: step_of(Path(name)))
+        steps = (name for name in names if step_of(Path(name)) >= 0)
+        return sorted(steps, key=lambda name: step_of(Path(name)))
 
     def upload(self, folder: Path, keep: Checkpoint) -> None:
         """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted."""

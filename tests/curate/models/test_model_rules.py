@@ -153,10 +153,15 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
 ) -> None:
     pytest.importorskip("timm")
     np.savez(tmp_path / "head.npz", weight=np.ones(3))
-    before = sorted(tmp_path.iterdir())
     without_texts = {"encoder": "timm:test_vit?pretrained=no", "match": "true"}
     of_another = {"encoder": encoder[0], "tokenizer": encoder[1], "head": str(tmp_path / "head.npz"), "min_score": "0"}
-    for given, said in ((without_texts, "has no text encoder"), (of_another, "has 3 weights, the encoder 48 features")):
+    before = sorted(tmp_path.iterdir())
+    tokenizer = {"encoder": encoder[0], "tokenizer": "clip", "match": "true"}
+    for given, said in (
+        (without_texts, "has no text encoder"),
+        (of_another, "has 3 weights, the encoder 48 features"),
+        (tokenizer, "the tokenizer has 49411 ids, the model "),
+    ):
         words = [f"--models.{name}={value}" for name, value in given.items()]
         assert main(["curate", str(source), "--output", str(tmp_path / "out"), *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -1,21 +1,34 @@
-"""Protects: a job array of a real Slurm writes the same bytes; a job that is killed is run again alone."""
+"""Job arrays of a real Slurm for preprocess, curate and fetch: a job that is killed is run again alone, and the bytes
+are the same."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
 from pathlib import Path
 
 import pytest
+from curate.corpora_of_rules import files, write
 from data import writers
-from data.engines.running import marked
+from data.engines.running import marked, processes_marked
+from data.fetch.faulty_server import requests_of, serving
+from data.fetch.test_fetch import QUICK, check_store, mixed
 from data.helpers import TOKENIZER, contents
 from data.writers import picture
 from local_slurm import Slurm
 
+from megatron_lcl.curate.run import curate, curate_in_jobs
+from megatron_lcl.curate.settings import read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.engines import slurm as engine_on_slurm
+from megatron_lcl.data.fetch.run import fetch_in_jobs
 from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -23,21 +36,38 @@ from megatron_lcl.data.prepare.verify import verify
 pytest.importorskip("submitit")
 
 
-# In job 1, before any Python starts: the first time round the job is killed, as if its node were lost.
-LOST_ONCE = """\
+SETUP = """\
 echo "${{SLURM_ARRAY_TASK_ID-alone}}" >> {folder}/ran
 if [ "$SLURM_ARRAY_TASK_COUNT" = 3 ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then
-  scancel --signal=KILL --full "$SLURM_ARRAY_JOB_ID"_1; sleep 60
+  {first}
 fi"""
+"""before the Python of a job; first: what job 1 does the first time round"""
+KILLED = 'scancel --signal=KILL --full "$SLURM_ARRAY_JOB_ID"_1; sleep 60'
+"""as if its node were lost"""
+
+
+@pytest.fixture
+def client(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process's commands are the test's Slurm's."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    monkeypatch.setattr(engine_on_slurm, "_QUERY", 2.0)  # no network file system here
+
+
+def three_jobs(folder: Path, first: str = KILLED) -> Engine:
+    setup = SETUP.format(folder=folder, first=first)
+    return Engine("slurm", 3, {"timeout_min": 5, "mem_gb": 1, "slurm_setup": [setup]})
+
+
+def begun(folder: Path) -> list[str]:
+    """The jobs, each as often as it was begun."""
+    return sorted((folder / "ran").read_text().split())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_job_array_writes_the_same_bytes_though_a_job_is_lost(
-    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, slurm.environment[name])
+@pytest.mark.usefixtures("client")
+def test_preprocess_writes_the_same_bytes(tmp_path: Path) -> None:
     for part in range(4):
         documents = [Document((Text(f"{part} {k}"), Image(picture(k % 9)))) for k in range(40)]
         writers.write_jsonl(documents, tmp_path / "in")
@@ -45,13 +75,62 @@ def test_job_array_writes_the_same_bytes_though_a_job_is_lost(
     TOKENIZER.save(tmp_path / "t.model")
     options = {"tokenizer": tmp_path / "t.model", "task_bytes": 1}
     preprocess("jsonl", tmp_path / "in", tmp_path / "expected", **options)
-    parameters = {"timeout_min": 5, "mem_gb": 1, "slurm_setup": [LOST_ONCE.format(folder=tmp_path)]}
-    engine = Engine("slurm", 3, parameters)
+    engine = three_jobs(tmp_path)
     summary = preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "out", engine, **options)
     assert summary.counts["documents"] == 160
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not verify(tmp_path / "out")
-    assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "alone"]  # job 1 once more
+    assert begun(tmp_path) == ["0", "1", "2", "alone"]  # job 1 once more
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("client")
+def test_curate_writes_the_same_bytes(tmp_path: Path) -> None:
+    documents = [Document((Text(f"number {k % 7} of all"), Text("one"), Image(picture(k % 5)))) for k in range(24)]
+    source = write(tmp_path, documents, shard_documents=10)
+    rules = {"text.min_words": "2", "image.max_places": "3", "duplicates.documents.action": "keep-one"}
+    settings = read_settings(overrides=rules)
+    one = curate(source, tmp_path / "expected", settings, task_bytes=200)
+    engine = three_jobs(tmp_path)
+    found = curate_in_jobs(source, tmp_path / "out", engine, settings, task_bytes=200)
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
+    assert (found.before, found.rules) == (one.before, one.rules)
+    assert not verify(tmp_path / "out")
+    assert begun(tmp_path) == ["0", "1", "2", "alone"]  # job 1 once more
+
+
+def kill_when_busy(mark: str, store: Path) -> None:
+    """A job's processes, once a part of job 1 is half done."""
+    deadline = time.monotonic() + 120
+    while not list(store.glob("0000[14].log")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in processes_marked(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("client")
+def test_fetch_accounts_for_every_url_once(tmp_path: Path) -> None:
+    """Job 1 is killed with a part half done, which the next one goes on with."""
+    settings = dataclasses.replace(QUICK, shard_urls=15, delay=0.25, concurrency=4)
+    mark = uuid.uuid4().hex
+    killer = threading.Thread(target=kill_when_busy, args=(mark, tmp_path / "store"))
+    with serving(tmp_path, addresses=8) as server:
+        urls = mixed(server, 149, start=1)
+        (tmp_path / "urls.txt").write_text("\n".join(urls) + "\n")
+        killer.start()
+        engine = three_jobs(tmp_path, f"export TEST_MARK={mark}")
+        found = fetch_in_jobs(tmp_path / "urls.txt", tmp_path / "store", engine, settings)
+        asked = requests_of(*server)
+    killer.join()
+    check_store(tmp_path / "store", urls)
+    assert sum(found[status] for status in ("kept", "dead", "refused")) == 149
+    fetched = [url for url in urls if "/ok/" in url]
+    twice = sum(asked["/" + url.split("/", 3)[3]] for url in fetched) - len(fetched)
+    assert 0 <= twice <= settings.concurrency  # only what was under way
+    assert begun(tmp_path) == ["0", "1", "2", "alone"]  # job 1 once more
 
 
 WAITS = """

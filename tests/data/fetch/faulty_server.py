@@ -164,6 +164,10 @@ class _Connection(asyncio.Protocol):
     def down(self, _: str) -> None:
         self.answer(b"down", "503 Service Unavailable")
 
+    def expired(self, _: str) -> None:
+        """As of a proxy that takes its login no more."""
+        self.answer(b"", "407 Proxy Authentication Required")
+
     def optout(self, number: str) -> None:
         self.answer(image(number), "200 OK", "X-Robots-Tag: noimageai")
 

@@ -252,7 +252,7 @@ def test_killed_in_mid_upload(s3: Proxy, place: str, tmp_path: Path, cache: Path
     assert left(cache) == []
 
 
-@pytest.mark.parametrize("what", ["address", "keys", "bucket", "refused"])
+@pytest.mark.parametrize("what", ["address", "keys", "bucket", "refused", "clock"])
 def test_errors_are_one_line_before_anything_is_done(
     s3: Proxy, place: str, tmp_path: Path, cache: Path, what: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -270,22 +270,32 @@ def test_errors_are_one_line_before_anything_is_done(
             said = "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         case "bucket":
             place = "s3://nowhere/c"
-        case "refused":
-            planted = b"<Error><Code>AccessDenied</Code><Message>AKIA0PLANTED0KEY</Message></Error>"
+        case "refused" | "clock":
+            code = b"AccessDenied" if what == "refused" else b"RequestTimeTooSkewed"
+            planted = b"<Error><Code>%b</Code><Message>AKIA0PLANTED0KEY</Message></Error>" % code
             s3.answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%b" % (len(planted), planted)
-            said = "refused (AccessDenied)"
-    words = [["--input", str(given), "--output", place]]
-    if what in ("bucket", "refused"):
-        words.append(["--input", f"{place}/in", "--output", str(tmp_path / "out")])
-    for places in words:
-        assert main(["preprocess", "--format", "jsonl", *places]) == 2
+            said = "refused (AccessDenied)" if what == "refused" else "refused the time of this machine"
+    commands = [["preprocess", "--format", "jsonl", "--input", str(given), "--output", place]]
+    if what in ("bucket", "refused", "clock"):
+        (listed := tmp_path / "urls.txt").write_text("http://127.0.0.1:9/1.jpg\n")
+        commands += [
+            ["preprocess", "--format", "jsonl", "--input", f"{place}/in", "--output", str(tmp_path / "out")],
+            ["curate", str(given), "--text.min_words", "1", "--output", place],
+            ["curate", f"{place}/in", "--text.min_words", "1", "--output", str(tmp_path / "out")],
+            ["fetch", str(listed), "--output", place],
+            ["fetch", f"{place}/in", "--output", str(tmp_path / "out")],
+        ]
+    before = {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents)}
+    for words in commands:
+        assert main(words) == 2
         out, error = capsys.readouterr()
-        assert said in error
-        assert error.count("\n") == 1
+        lines = [line for line in error.splitlines() if "looking for the files" not in line]  # said where it takes long
+        (line,) = lines
+        assert said in line
         assert "PLANTED" not in out + error
         assert "secret/of" not in out + error
     assert left(cache) == []
-    assert not (tmp_path / "out").exists()
+    assert {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents)} == before
 
 
 def test_places_that_are_refused(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

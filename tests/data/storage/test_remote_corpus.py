@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 from corpora import jpeg, random_documents, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_fixtures import upload
+from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
 
 from megatron_lcl.config import Corpus, Data
@@ -170,11 +169,7 @@ def test_killed_again_and_again(s3: Proxy, place: str, local: Path, tmp_path: Pa
 
 def test_http_without_s3(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
     upload(local, place)
-    client = boto3.client("s3", endpoint_url=s3.url, region_name="us-east-1")
-    for file in local.iterdir():
-        key = f"{place.removeprefix('s3://bucket/')}/{file.name}"
-        client.put_object_acl(Bucket="bucket", Key=key, ACL="public-read")
-    url = place.replace("s3:/", s3.url)
+    url = readable_by_all(s3, place)
     assert contents(loader(url, tmp_path / "a", steps=2)) == contents(loader(local, tmp_path / "a", steps=2))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fleet import Fleet, losses, train
+from s3_fixtures import readable_by_all
 from s3_server import Proxy
 
 from megatron_lcl import config as configs
@@ -55,6 +56,11 @@ def test_a_run_goes_on_from_the_copy(
         if file.is_file():
             own = second / CHECKPOINTS / "step-00000012" / file.relative_to(restored)
             assert file.read_bytes() == own.read_bytes()
+    for scheme, folder in (("s3", place), ("http", readable_by_all(s3, place))):
+        run, resume = tmp_path / scheme, f"{folder}/step-00000008"
+        said = train(run, "--config", config_file, "--checkpoint.resume", resume, **fleet_options())
+        assert "going on from" in said
+        assert losses(run) == [line for line in undisturbed if line[0] > 8], "to the last bit"
 
 
 @pytest.mark.slow
@@ -116,7 +122,7 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000014").exists()
 
 
-def test_a_url_to_go_on_from(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run folder that was copied whole, or one checkpoint; what does not fit the run is not left to it."""
     for step in (4, 8):
         folder = saved(tmp_path / "steps", step)
@@ -126,7 +132,9 @@ def test_a_url_to_go_on_from(place: str, tmp_path: Path, monkeypatch: pytest.Mon
     def config(run: str, resume: str) -> Config:
         return configs.from_dict({"train": {"output": str(tmp_path / run)}, "checkpoint": {"resume": resume}})
 
-    for run, resume, step in (("newest", place, 8), ("one", f"{place}/{CHECKPOINTS}/step-00000004", 4)):
+    one = f"{CHECKPOINTS}/step-00000004"
+    web = f"{readable_by_all(s3, place)}/{one}"
+    for run, resume, step in (("newest", place, 8), ("one", f"{place}/{one}", 4), ("web", web, 4)):
         restored = resume_point._restored(tmp_path / run, config(run, resume))
         assert restored == tmp_path / run / CHECKPOINTS / f"step-{step:08d}"
         assert verify(restored) == []
