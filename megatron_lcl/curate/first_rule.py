@@ -54,8 +54,8 @@ def _decided(
     left = [measured for _, measured, removal in waiting if measured and not removal]
     if left:
         values = left[0].context.perplexities([measured.text for measured in left])
-        for measured, value in zip(left, values, strict=True):
-            measured.perplexity = value
+        for text, value in zip(left, values, strict=True):
+            text.perplexity = value
     for key, measured, removal in waiting:
         yield key, _first(slow, measured) if measured and not removal else removal
 

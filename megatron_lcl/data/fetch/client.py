@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
+import functools
 import hashlib
 import resource
 import socket
@@ -172,8 +173,9 @@ class Client:
             return self._session.get(target, allow_redirects=False)
         # not in the proxy's URL nor as `proxy_auth`, which stand in aiohttp's text of a connection, and so in warnings
         login = {"Proxy-Authorization": self._login} if self._login else {}
-        to_proxy = "headers" if target.scheme == "http" else "proxy_headers"  # else they would go on to the host
-        return self._session.get(target, allow_redirects=False, proxy=f"http://{self._proxy}", **{to_proxy: login})
+        ask = functools.partial(self._session.get, target, allow_redirects=False, proxy=f"http://{self._proxy}")
+        # of https a host gets what is among `headers`, and the proxy does not
+        return ask(headers=login) if target.scheme == "http" else ask(proxy_headers=login)
 
     def _check_status(self, response: aiohttp.ClientResponse) -> None:
         status = response.status
