@@ -5,9 +5,6 @@ Shape legend: R rows that have a target, D width, V vocabulary entries of this r
 The gradient is computed together with the loss while a chunk's logits are there, as in liger-kernel (arXiv 2410.10989,
 section 3.2): three matrix products, like the plain formula, and neither logits nor the weight are kept for backward. So
 a weight that DeepSpeed's ZeRO-3 gathers for its module's forward is needed for that long only.
-
-A step that has all its forwards before the first backward would keep a gradient of the weight for each of them: in such
-a step they are summed as they are computed (`WeightGradient`).
 """
 
 from __future__ import annotations
@@ -29,34 +26,6 @@ CHUNK_LOGITS = 2**25
 """numbers in one chunk of logits: 128 MiB of float32, some 640 rows of CLIP's vocabulary"""
 
 
-class WeightGradient:
-    """The weight's gradient of several losses, all computed before the first backward, as one sum, V x D.
-
-    The first backward gives the weight the whole sum times its factor, every later one zeros. So the factor by which
-    the losses are multiplied must be the same for all of them, as in a mean over a global batch. A later loss whose
-    factor is another one, or NaN, gives the weight NaN: no step is taken with a wrong sum.
-    """
-
-    def __init__(self) -> None:
-        self._sum: torch.Tensor | None = None
-        self._factor: torch.Tensor | None = None
-
-    def buffer(self, weight: torch.Tensor) -> torch.Tensor:
-        """Where a loss adds its part, in the type in which gradients are summed."""
-        assert self._factor is None, "a loss is computed after the first backward"
-        if self._sum is None:
-            self._sum = torch.zeros(weight.shape, dtype=_arithmetic(weight.dtype), device=weight.device)
-        return self._sum
-
-    def of_backward(self, shape: torch.Size, factor: torch.Tensor) -> torch.Tensor:
-        """What a loss's backward gives the weight; the sum itself is handed over, the zeros take no memory."""
-        if self._factor is None:
-            assert self._sum is not None
-            whole, self._sum, self._factor = self._sum, None, factor.clone()
-            return whole.mul_(factor)
-        return torch.where(factor == self._factor, 0.0, torch.nan).expand(shape)
-
-
 def generation_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -65,7 +34,6 @@ def generation_loss(
     vocab_size: int | None = None,
     agreed: bool = False,
     kernels: ModuleType | None = None,
-    weight_gradient: WeightGradient | None = None,
 ) -> torch.Tensor:
     """Sum over rows of -log p(target), in nats: a float32 scalar, the same on every rank of the group.
 
@@ -79,8 +47,6 @@ def generation_loss(
     agreed: the caller has seen to it that R, D, the dtype, V and vocab_size are the same on every rank, as a trainer
         has that hands one batch to all of them. Then nothing is exchanged but what the loss needs, and no host waits.
     kernels: the module for the softmax, `softmax_torch` or `softmax_triton`; None: chosen by device.
-    weight_gradient: of several losses with this weight, all computed before the first backward; each is differentiated
-        once. None: each keeps its own.
 
     hidden and weight are of one dtype (under autocast they are converted to its dtype): float32, bfloat16 or float16
     (logits, their exponentials and sums over rows in float32), or float64 (then so is the result).
@@ -111,9 +77,7 @@ def generation_loss(
     first = axis.rank * len(weight)
     num_real = min(max(vocab_size - first, 0), len(weight))
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _GenerationFunction.apply(
-        hidden, weight, targets, axis, first, num_real, with_gradient, kernels, weight_gradient
-    )
+    return _GenerationFunction.apply(hidden, weight, targets, axis, first, num_real, with_gradient, kernels)
 
 
 def _compare(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, error: str | None, axis: Axis) -> None:
@@ -173,19 +137,15 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 class _GenerationFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, targets_R, axis, first, num_real, with_gradient, kernels, shared):
+    def forward(ctx, hidden_RD, weight_VD, targets_R, axis, first, num_real, with_gradient, kernels):
         of_hidden, of_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         with torch.autocast(hidden_RD.device.type, enabled=False), _products_of(hidden_RD):
             # Kept beside, not among, the saved tensors: a checkpointed segment that ends here and is recomputed has
             # nothing to fetch from this function and stops short of it.
-            ctx.shared = shared if of_weight else None
-            total = ctx.shared and ctx.shared.buffer(weight_VD)
             loss, *ctx.gradients = _chunked(
-                hidden_RD, weight_VD, targets_R - first, axis, num_real, of_hidden, of_weight, kernels, total
+                hidden_RD, weight_VD, targets_R - first, axis, num_real, of_hidden, of_weight, kernels
             )
-        if ctx.shared is not None:
-            ctx.gradients[1] = None
-        ctx.dtype, ctx.shape = hidden_RD.dtype, weight_VD.shape
+        ctx.dtype = hidden_RD.dtype
         return loss
 
     @staticmethod
@@ -193,18 +153,14 @@ class _GenerationFunction(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.gradients is None:
             raise RuntimeError("a second backward through generation_loss needs retain_graph=True in the first")
-        gradients, keeps = ctx.gradients, torch._C._autograd._get_current_graph_task_keep_graph()
-        if keeps and ctx.shared is not None:
-            raise RuntimeError("a generation_loss that shares its weight's gradient is differentiated once")
-        if keeps:
+        gradients = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():
             scaled = [None if g is None else g * grad for g in gradients]
         else:
             ctx.gradients = None  # handed over, not copied: as large as the weight
             scaled = [None if g is None else g.mul_(grad) for g in gradients]
-        if ctx.shared is not None:
-            scaled[1] = ctx.shared.of_backward(ctx.shape, grad)
         # rounded last: sums over all rows may be too large for float16 until `grad`, a mean's, makes them smaller
-        return *(None if g is None else g.to(ctx.dtype) for g in scaled), *[None] * 7
+        return *(None if g is None else g.to(ctx.dtype) for g in scaled), *[None] * 6
 
 
 def _chunked(
@@ -216,17 +172,12 @@ def _chunked(
     hidden_wanted: bool,
     weight_wanted: bool,
     kernels: ModuleType | None,
-    weight_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Loss and the wanted gradients, float32 or float64; targets_R count from this rank's first vocabulary entry.
-
-    weight_grad: what the weight's is added to; None: zeros.
-    """
+    """Loss and the wanted gradients, float32 or float64; targets_R count from this rank's first vocabulary entry."""
     dtype, device = _arithmetic(hidden_RD.dtype), hidden_RD.device
     loss = torch.zeros((), dtype=dtype, device=device)
     hidden_grad = torch.zeros(hidden_RD.shape, dtype=dtype, device=device) if hidden_wanted else None
-    if weight_wanted and weight_grad is None:
-        weight_grad = torch.zeros(weight_VD.shape, dtype=dtype, device=device)
+    weight_grad = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if weight_wanted else None
     if device.type == "cpu":  # has no matrix product of half-precision numbers with a float32 result
         hidden_RD, weight_VD = hidden_RD.to(dtype), weight_VD.to(dtype)
 

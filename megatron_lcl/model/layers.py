@@ -13,10 +13,9 @@ rows of this tensor rank's shard of any of these.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from torch import nn
 from megatron_lcl.attention import Adaptive, PackedAttention, full_attention
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.losses.generation import WeightGradient, generation_loss
+from megatron_lcl.losses.generation import generation_loss
 from megatron_lcl.model.block import Block, Norm, Recompute
 from megatron_lcl.model.drop_path import LANGUAGE, DropPath, numbers_of, rate_of
 from megatron_lcl.model.positions import positions_for
@@ -90,8 +89,7 @@ class Outputs(NamedTuple):
     """What the head gives: the same on every tensor rank, which all do the same with it."""
 
     generation: torch.Tensor
-    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar; it counts for the step's loss with one
-    factor in all micro-batches (`Head.one_vocabulary_gradient`)"""
+    """sum of the negative log-likelihoods (nats) of all targets, float32 scalar"""
     latents: torch.Tensor
     """[N, D] float32 image latents z, of every slot, as the pool gives them"""
     contexts: torch.Tensor
@@ -326,7 +324,6 @@ class Head(nn.Module):
         self.vocabulary = nn.Parameter(torch.empty(shard_size(self.vocab_size, axis), language.width))
         mark_split(self.vocabulary, 0, self.vocab_size)
         self.shared = SharedParameters(self, axis)
-        self._of_vocabulary: WeightGradient | None = None
         # outputs: their gradients are complete
         self.log_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.logit_bias = None if initial_bias is None else nn.Parameter(torch.empty(1, dtype=torch.float32))
@@ -335,16 +332,6 @@ class Head(nn.Module):
     def numbers(self) -> dict[str, nn.Parameter]:
         """The parameters that are one number, by name: see `initial_values`."""
         return {name: getattr(self, name) for name in self.initial_values}
-
-    @contextlib.contextmanager
-    def one_vocabulary_gradient(self) -> Iterator[None]:
-        """The forwards in here, all of which are there before the first backward, keep one gradient of the vocabulary
-        together and not each its own. `Outputs.generation` of all must count with the same factor."""
-        self._of_vocabulary = WeightGradient()
-        try:
-            yield
-        finally:
-            self._of_vocabulary = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Head:
         """Casts and moves of the module (`.bfloat16()`, `.to(device)`): what is one number moves, but stays float32."""
@@ -367,15 +354,7 @@ class Head(nn.Module):
         hidden = self.vocabulary_norm(rows_RD[x.target_positions])
         targets = x.targets[x.target_positions]
         # the tensor ranks have one batch, and equal shards of one vocabulary
-        nll = generation_loss(
-            hidden,
-            self.vocabulary,
-            targets,
-            self.axis.group,
-            self.vocab_size,
-            agreed=True,
-            weight_gradient=self._of_vocabulary,
-        )
+        nll = generation_loss(hidden, self.vocabulary, targets, self.axis.group, self.vocab_size, agreed=True)
         contexts_SD = self._contexts(rows_RD[local_shard(x.image_soi.clamp(min=0), self.axis)])
         latents_SD = x.hidden[size:].float()
         latents_ND, contexts_ND = (gather_replicated(y, self.axis, num_images) for y in (latents_SD, contexts_SD))

@@ -48,16 +48,12 @@ class Estimate:
     """what one micro-batch's forward keeps for its backward"""
     num_graphs: int
     """how many of them are kept at once"""
-    vocabulary: float
-    """the gradient of the vocabulary of all micro-batches, summed in their forwards and there until the first backward:
-    see losses/generation.py"""
     gradients: float
 
     @property
     def total(self) -> float:
         """The most at one time: all graphs, or, when the first backward is through, one less and the gradients."""
-        before = self.num_graphs * self.graph + self.vocabulary
-        graphs = max(before, (self.num_graphs - 1) * self.graph + self.gradients)
+        graphs = max(self.num_graphs * self.graph, (self.num_graphs - 1) * self.graph + self.gradients)
         return self.parameters + self.optimizer + self.batches + graphs
 
     def describe(self) -> str:
@@ -67,7 +63,7 @@ class Estimate:
             "parameters": self.parameters,
             "optimizer": self.optimizer,
             "gradients": self.gradients,
-            f"graphs of {kept}": self.num_graphs * self.graph + self.vocabulary,
+            f"graphs of {kept}": self.num_graphs * self.graph,
             "batches": self.batches,
         }
         return f"{in_gb(self.total)} GB (" + ", ".join(f"{name} {in_gb(size)}" for name, size in parts.items()) + ")"
@@ -87,7 +83,6 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     trained = num_parameters(model, frozen) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
-    predicts_words = objectives.create(config).sequences.targets and not frozen  # else less is kept, or nothing
     zero = config.deepspeed.get("zero_optimization", {})
     on_device = not torch.cuda.is_available()  # what is offloaded lies in the same memory
     keeps_parameters, keeps_optimizer = (on_device or not zero.get(f"offload_{x}") for x in ("param", "optimizer"))
@@ -97,7 +92,6 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
         batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,  # all patches
         graph=_graph(config, images, number) / split * (not frozen),  # of a part that is frozen less is kept
         num_graphs=micro_batches if objectives.create(config).keeps_graphs else 1,
-        vocabulary=predicts_words * 4 * model.language.vocab_size * model.language.width / split,
         gradients=number * trained / (data if stage > 1 else 1) * keeps_optimizer,
     )
 
@@ -137,7 +131,10 @@ def _graph(config: Config, images: int, number: int) -> float:
     tokens = config.train.micro_batch * config.data.tokens_per_pack
     patches = images * vision.num_kept * 3 * vision.patch_size**2 + rows * vision.width
     pool = rows * (4 * vision.width + 2 * language.width)
-    return number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
+    kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
+    if objectives.create(config).sequences.targets:  # the gradient of the vocabulary: see losses/generation.py
+        kept += 4 * language.vocab_size * language.width
+    return kept
 
 
 def _blocks(encoder: Vision | Language, config: Config) -> float:

@@ -128,14 +128,13 @@ class Stepper:
             group["lr"] = lr
         counts = GlobalCounts.of(batches, mesh, torch.device("cpu"))
         outputs: list[Outputs] = []
-        head, loss = self._head(), None
         if objective.all_features_first:
             clock.enter("forward")
             retain = objective.keeps_graphs
-            summed = head.one_vocabulary_gradient() if retain and head is not None else contextlib.nullcontext()
-            with torch.set_grad_enabled(retain), summed:
+            with torch.set_grad_enabled(retain):
                 outputs = self._first_forwards(batches if retain else [without_targets(batch) for batch in batches])
         clock.enter("loss")
+        head, loss = self._head(), None
         if head is not None:
             inputs = StepInputs(batches, outputs, counts=counts, mesh=mesh, **read_numbers(head))
             loss = StepLoss(objective, inputs, limit, FeatureSample(counts.pairs, mesh.data) if measure else None)

@@ -18,7 +18,7 @@ from processes import run_processes
 from torch.utils.checkpoint import checkpoint
 
 from megatron_lcl.losses import generation, softmax_torch
-from megatron_lcl.losses.generation import WeightGradient, generation_loss
+from megatron_lcl.losses.generation import generation_loss
 
 WIDTH = 9
 
@@ -249,40 +249,6 @@ def test_backward_twice():
     assert_close(second, [4 * gradient for gradient in first], 1e-14)
     with pytest.raises(RuntimeError, match="retain_graph"):
         loss.backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_losses_before_the_first_backward_keep_one_gradient_of_the_weight(dtype, small_chunks):
-    """The middle one has no rows."""
-    parts = [problem(rows, 25, rows, dtype) for rows in (13, 0, 40)]
-    weight = parts[0][1].clone().requires_grad_()
-    expected = [with_gradients(generation_loss, hidden, weight, targets, 0.3) for hidden, _, targets in parts]
-    shared, hiddens = WeightGradient(), [hidden.requires_grad_() for hidden, *_ in parts]
-    losses = [
-        generation_loss(hidden, weight, targets, weight_gradient=shared)
-        for hidden, (*_, targets) in zip(hiddens, parts, strict=True)
-    ]
-    assert shared.buffer(weight).shape == weight.shape
-    for loss in losses:
-        (0.3 * loss).backward()
-    bound = 1e-12 if dtype == torch.float64 else 1e-2  # each of the parts is rounded, the sum once
-    assert_close([weight.grad], [sum(gradient.double() for _, _, gradient in expected)], bound)
-    assert_close([hidden.grad for hidden in hiddens], [gradient for _, gradient, _ in expected], bound)
-
-
-@pytest.mark.parametrize("factor", [0.4, math.nan])
-def test_a_shared_gradient_with_another_factor_is_nan(factor):
-    """A step whose last micro-batch is refused has NaN everywhere; a sum with two factors is never taken for right."""
-    hidden, weight, targets = leaves()
-    shared = WeightGradient()
-    first, second = (generation_loss(hidden, weight, targets, weight_gradient=shared) for _ in range(2))
-    (0.3 * first).backward()
-    assert weight.grad.isfinite().all()
-    (factor * second).backward()
-    assert weight.grad.isnan().all()
-    third = generation_loss(hidden, weight, targets, weight_gradient=WeightGradient())
-    with pytest.raises(RuntimeError, match="once"):
-        third.backward(retain_graph=True)
 
 
 # Over several processes. Functions of the form f(group, ...) run in the pool's processes.

@@ -183,18 +183,15 @@ TREE: dict[str, Any] = {
 
 def test_a_model_on_one_process() -> None:
     """Weights, AdamW's float32 state, images and their integers: all of it follows from the config."""
-    changes = {"train__global_batch": 5, "model__language__vocab_size": 20_003}
-    config, vocabulary = configs.replace(configs.from_dict(TREE), **changes), 4 * 20_003 * 64
+    config = configs.replace(configs.from_dict(TREE), train__global_batch=5)
     usage, numbers = simulate(config, 1, 8), num_parameters(config.model)
     assert usage.parameters == 4 * numbers
     assert 4 * 3 * numbers <= usage.optimizer < 4 * 3 * numbers + 1000, "master weights and two moments"
     images = 5 * 8 * 3 * 32 * 32
     assert images < usage.batches < images + 5 * 4 * 10_000
-    blocks = 5 * 4 * 256 * 2 * (8 * 64 + 2 * 128)
-    assert usage.graphs > blocks + vocabulary, "of every block of every row, as memory.py counts"
-    assert usage.graphs < 2 * blocks + 2 * vocabulary, "one gradient of the vocabulary for all micro-batches"
+    assert usage.graphs > 5 * 4 * 256 * 2 * (8 * 64 + 2 * 128), "of every block of every row, as memory.py counts"
     assert usage.peak >= usage.parameters + usage.optimizer + usage.batches + usage.graphs
-    assert vocabulary < usage.losses < usage.peak - usage.parameters - usage.optimizer
+    assert 4 * 403 * 64 < usage.losses < usage.peak - usage.parameters - usage.optimizer
 
 
 def held(rank: int, tree: dict[str, Any]) -> tuple[int, int, int, int]:
