@@ -362,7 +362,7 @@ def _below(frame: FrameType) -> str | None:
     file = Path(frame.f_code.co_filename)
     if file == Path(__file__):
         return None
-    if file.is_relative_to(ROOT):
+    if any(file.is_relative_to(ROOT / folder) for folder in ("megatron_lcl", "tests")):  # not .venv
         return str(file.relative_to(ROOT))
     _, found, inside = str(file).rpartition("/site-packages/deepspeed/")
     return f"deepspeed/{inside}" if found and not inside.startswith(("accelerator/", "comm/")) else None

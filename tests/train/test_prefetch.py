@@ -168,7 +168,7 @@ def test_a_run_reads_ahead_before_it_waits_for_what_a_step_gave(ahead: bool, mon
     training.phase.change = None
     training.profile.ends_after.return_value = False
     training.stepper.start.return_value = SimpleNamespace(
-        counts=SimpleNamespace(counts={"num_bad_images": 0}), skipped=False
+        counts=SimpleNamespace(counts={"num_bad_images": 0}), loss=torch.tensor(1.0), skipped=False
     )
     training.batches.reads_ahead = ahead
     for name, mocked in {
