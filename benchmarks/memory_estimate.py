@@ -13,11 +13,11 @@ import argparse
 import importlib
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from setting_processes import measured_by_all
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -85,19 +85,7 @@ def run(name: str) -> tuple[float, float, float]:
     from megatron_lcl.train.simulate import simulate
 
     number = SETTINGS[name].get("processes", 1)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(number)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--measure", name],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(number)
-    ]
-    peaks = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+    peaks = measured_by_all(__file__, name, number)
     rank, config = peaks.index(max(peaks)), config_of(SETTINGS[name])
     simulated = simulate(config, number, IMAGES, rank)
     has_gpu = importlib.import_module("torch").cuda.is_available()

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
+
+from setting_processes import measured_by_all
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -76,23 +76,7 @@ def main() -> int:
 
 def run(name: str) -> tuple[float, float]:
     """Predicted and measured seconds of a step of a setting, in new processes."""
-    number = SETTINGS[name].get("processes", 1)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(number)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--measure", name],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(number)
-    ]
-    said = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit(f"{name}: a process has failed")
-    predicted, measured = json.loads(said[0].splitlines()[-1])
+    predicted, measured = measured_by_all(__file__, name, SETTINGS[name].get("processes", 1))[0]
     return predicted, measured
 
 
