@@ -25,6 +25,12 @@ README, REPORT, ONE_GPU = (
 )
 
 
+def without_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs are meant for other machines, with memory for them; with what is here their steps would be simulated."""
+    for module in (checks, dryrun):
+        monkeypatch.setattr(module, "available", lambda local: Memory(1e15, "this machine has much"))
+
+
 def test_the_reports_commands_are_the_readmes() -> None:
     ours, theirs = ([c.split("<")[0] for c in COMMAND.findall(text)] for text in (REPORT, README))
     assert len(ours) == 4
@@ -58,6 +64,7 @@ def test_commands_for_one_gpu(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "pets").mkdir()
     monkeypatch.chdir(tmp_path)
+    without_simulation(monkeypatch)
     commands = [shlex.split(line.strip()) for line in re.findall(r"^ {4}(megatron-lcl .*)$", ONE_GPU, re.M)]
     assert [command[1] for command in commands] == [
         *("preprocess", "verify", "train", "train", "evaluate", "report"), *["evaluate"] * 4, "export"
@@ -100,8 +107,7 @@ def test_every_command_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
     write_jsonl([Document((Text(" ".join(WORDS[k:])), Image(picture(k)), Text(WORDS[k]))) for k in range(9)], tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    for module in (checks, dryrun):  # it is meant for other machines
-        monkeypatch.setattr(module, "available", lambda local: Memory(1e12, "this machine has much"))
+    without_simulation(monkeypatch)
     commands = [shlex.split(command)[1:] for command in COMMAND.findall(README) if "--help" not in command]
     assert [command[0] for command in commands] == ["preprocess", "verify", "inspect", "train", "evaluate", "export"]
     for command in commands:

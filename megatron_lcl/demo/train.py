@@ -55,15 +55,17 @@ def train_demo(name: str, output: Path, steps: int | None = None) -> int:
 def packaged_config(package: str, name: str, corpora: Mapping[str, Path], output: Path, steps: int | None) -> Config:
     """A config that lies in `package`, for a run in `output`; also written to `output`/config.yaml.
 
-    Its `data.corpora` are keys of `corpora`, the folders; the size of the vocabulary is theirs.
+    Its `data.corpora` are keys of `corpora`, the folders; the size of the vocabulary is theirs. With another number of
+    steps than the config's its cooldown takes the same share of them.
     """
     overrides = {"data.cache": str(output / CACHE), "train.output": str(output / RUN)}
-    if steps is not None:
-        overrides["train.steps"] = str(steps)
     vocab_size = open_corpus(next(iter(corpora.values()))).tokenizer.vocab_size
     overrides["model.language.vocab_size"] = str(vocab_size)
     with importlib.resources.as_file(importlib.resources.files(package) / name) as file:
         config = configs.load(file, overrides)
+    if steps is not None:
+        cooldown = round(config.schedule.cooldown * steps / config.train.steps)
+        config = configs.replace(config, train__steps=steps, schedule__cooldown=cooldown)
     blend = tuple(replace(corpus, path=str(corpora[corpus.path])) for corpus in config.data.corpora)
     config = replace(config, data=replace(config.data, corpora=blend))
     output.mkdir(parents=True, exist_ok=True)

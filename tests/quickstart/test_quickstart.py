@@ -122,8 +122,9 @@ def test_the_held_out_vendor_is_named(output: Path) -> None:
     tokenizer = open_corpus(output / "corpus").tokenizer
     assert len(tokenizer.encode("the pencil tool draws")) == 4
     assert len(tokenizer.encode(TOPIC)) < 15  # it has learned the emoji's words too
-    blend = yaml.safe_load((output / "config.yaml").read_text())["data"]["corpora"]
-    assert {Path(corpus["path"]).name for corpus in blend} >= {"corpus", "labels", "pairs"}
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert {Path(corpus["path"]).name for corpus in config["data"]["corpora"]} >= {"corpus", "labels", "pairs"}
+    assert config["schedule"]["cooldown"] == 1, "of 4 steps the share that it is of all"
 
 
 def test_without_npm_the_pages_alone_are_trained_on(
