@@ -118,6 +118,7 @@ class Measured:
 
 MEASURES: dict[str, Callable[[Measured], float]] = {
     "words": lambda m: len(m.words),
+    "plain_words": lambda m: len(m.text.split()),
     "characters": lambda m: len(m.text),
     "character_repetition": lambda m: character_repetition_ratio(m.text),
     "word_repetition": lambda m: word_repetition_ratio(m.words),

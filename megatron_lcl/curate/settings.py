@@ -55,6 +55,7 @@ class TextRules:
 
     min_words: Count | None = Field(default=None, description="words, split at white space, with a letter in them")
     max_words: Count | None = Field(default=None, description="words")
+    min_plain_words: Count | None = Field(default=None, description="all that white space separates, numbers too")
     min_characters: Count | None = Field(default=None, description="characters")
     max_character_repetition: Fraction | None = Field(
         default=None, description="share of the commonest runs of 10 characters among all"

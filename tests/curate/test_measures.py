@@ -111,7 +111,8 @@ def test_every_rule_has_its_measure() -> None:
     measured = Measured(lambda: "The b c", context, images=3, texts=2)
     found = {name: measure(measured) for name, measure in MEASURES.items()}
     assert found == {
-        "words": 3, "characters": 7, "character_repetition": 0, "word_repetition": 0, "special": pytest.approx(2 / 7),
+        "words": 3, "plain_words": 3, "characters": 7, "character_repetition": 0, "word_repetition": 0,
+        "special": pytest.approx(2 / 7),
         "stop_words": pytest.approx(1 / 3), "flagged_words": pytest.approx(1 / 3), "language": 0.5, "perplexity": 7,
         "images": 3, "texts": 2,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from data.helpers import TOKENIZER
 from megatron_lcl.curate import languages
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import preset_names, read_settings, rules_of
-from megatron_lcl.data.corpus.store import ShardWriter
+from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
 
 WORDS = list(
     dict.fromkeys(bytes(word).decode() for word in np.random.default_rng(0).integers(97, 123, (40_000, 6), "u1"))
@@ -184,7 +184,7 @@ def mint1t() -> Cases:
 
 def datacomp() -> Cases:
     return images(200, 3) | {
-        "text.min_words": (say("one two three"), say("one twothree")),
+        "text.min_plain_words": (say("one 2 -"), say("one twothree")),
         "text.min_characters": (say("a b cd"), say("a b c")),
         "text.min_language": (say("a text p=0.001"), say("a text p=0.0009")),
         "document.min_texts": (Page((prose(9),)), Page(())),
@@ -222,6 +222,24 @@ def said_probability(text: str) -> float:
     """In place of a model of languages."""
     found = re.search(r"p=(\S+)", text)
     return float(found[1]) if found else 1.0
+
+
+def test_pairs_are_filtered_as_datacomps_code_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """baselines/apply_filter.py of mlfoundations/datacomp again, of short captions, and images near both bounds."""
+    monkeypatch.setattr(languages, "language_score", lambda settings: said_probability)
+    random = np.random.default_rng(3)
+    captions = [" ".join(random.choice(["a", "12", "-", "ab"], size)) for size in random.integers(1, 6, 60)]
+    sides = random.choice([199, 200, 201, 599, 600, 601, 603], (60, 2)).tolist()
+    pages = [Page((c,), (Picture(*both),), str(k)) for k, (c, both) in enumerate(zip(captions, sides, strict=True))]
+    curate(write_pages(tmp_path / "in", pages), tmp_path / "out", read_settings("datacomp"))
+    expected = {
+        str(k)
+        for k, (caption, both) in enumerate(zip(captions, sides, strict=True))
+        if len(caption.split()) > 2 and len(caption) > 5 and min(both) >= 200 and max(both) / min(both) <= 3.0
+    }
+    corpus = open_corpus(tmp_path / "out")
+    assert {corpus.name(k) for k in range(len(corpus))} == expected
+    assert 5 < len(expected) < 55
 
 
 @pytest.mark.parametrize("preset", preset_names())
