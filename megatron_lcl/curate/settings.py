@@ -42,6 +42,9 @@ class ImageRules:
     max_places: Positive | None = Field(
         default=None, description="places of the corpus at which the same bytes stand; in more, all are removed"
     )
+    max_in_document: Positive | None = Field(
+        default=None, description="places of a document at which the same bytes stand; the first ones stay"
+    )
 
     def __post_init__(self) -> None:
         for name in self.formats:

@@ -39,8 +39,8 @@ class Picture(NamedTuple):
     height: int = 200
     format: str = "JPEG"
     similarity: float = 0.5
-    copy: bool = False
-    """has the same bytes as all copies of its document"""
+    copy: str = ""
+    """has the same bytes as all of this name"""
 
 
 class Page(NamedTuple):
@@ -129,7 +129,8 @@ def same_beginnings(k: int) -> tuple[str, ...]:
 
 # --- a document inside and one outside of each bound -------------------------------------------------------------
 
-Cases = dict[str, tuple[Page, Page]]
+Cases = dict[str, tuple[Page | list[Page], Page | list[Page]]]
+"""pages, or several that go together"""
 
 
 def images(min_side: int, max_aspect: int) -> Cases:
@@ -144,7 +145,8 @@ def images(min_side: int, max_aspect: int) -> Cases:
 def many_images() -> Cases:
     return {
         "image.max_side": (show(Picture(20000, 10000)), show(Picture(20001, 10001))),
-        "image.max_places": (show(*[Picture(copy=True)] * 10), show(*[Picture(copy=True)] * 11)),
+        "image.max_places": ([show(Picture(copy="in ten"))] * 10, [show(Picture(copy="in eleven"))] * 11),
+        "image.max_in_document": (show(Picture(copy="once")), show(*[Picture(copy="twice")] * 2)),
         "document.max_images": (show(*[Picture()] * 29), show(*[Picture()] * 30)),
     }
 
@@ -205,13 +207,13 @@ def write_pages(folder: Path, pages: list[Page]) -> Path:
     """A corpus of them, whose images have the sizes that are said and no pixels."""
     folder.mkdir()
     writer, numbers = ShardWriter(folder, 0), itertools.count()
-    for number, page in enumerate(pages):
+    for page in pages:
         for text in page.texts:
             ids = TOKENIZER.encode(text)
             assert TOKENIZER.decode(ids) == text
             writer.add_text(ids)
         for width, height, format, similarity, copy in page.pictures:
-            data = f"of page {number}" if copy else f"the only {next(numbers)}"
+            data = copy or f"the only {next(numbers)}"
             writer.add_image(data.encode(), width, height, format, similarity)
         writer.end_document(page.name)
     files, counts = writer.finish()
@@ -253,9 +255,15 @@ def test_just_inside_and_just_outside(preset: str, tmp_path: Path, monkeypatch: 
     settings, cases = read_settings(preset, overrides=given), CASES[preset]()
     on = {rule.name for section in ("image", "text", "document") for rule in rules_of(settings, section)}
     assert on == cases.keys(), "a bound without its case"
-    corpus = write_pages(tmp_path / "in", [page for both in cases.values() for page in both])
+    pages: list[Page] = []
+    expected: dict[int, set[str]] = {}
+    for name, both in cases.items():
+        inside, outside = (each if isinstance(each, list) else [each] for each in both)
+        expected |= {len(pages) + len(inside) + k: {name} for k in range(len(outside))}
+        pages += [*inside, *outside]
+    corpus = write_pages(tmp_path / "in", pages)
     curate(corpus, tmp_path / "out", settings)
     reasons: dict[int, set[str]] = {}
     for document, _, rule in removed(tmp_path / "out"):
         reasons.setdefault(document, set()).add(rule)
-    assert reasons == {2 * number + 1: {rule} for number, rule in enumerate(cases)}
+    assert reasons == expected
