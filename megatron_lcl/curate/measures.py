@@ -2,7 +2,7 @@
 
 The ratios are those of OBELICS (arXiv 2306.16527, appendix A.2; huggingface/OBELICS, web_document_filtering.py), which
 has them from ROOTS (arXiv 2303.03915). Special characters are all but letters and the marks on them, by their Unicode
-category; OBELICS lists them one by one, and both agree on ASCII.
+category; OBELICS lists them one by one, and both agree on what is printed of ASCII.
 """
 
 from __future__ import annotations
