@@ -297,7 +297,8 @@ def _left(
             whole = Removal(EMPTY, 0.0)
         texts = document.kept_texts
         read = functools.partial(_text_of, document, texts)
-        measured = Measured(read, context, len(document.kept) - len(texts), len(texts), document.name)
+        images = len(document.kept) - len(texts)
+        measured = Measured(read, context, images, len(texts), document.name, is_document=True)
         yield (document, gone, whole), None if whole else measured
 
 

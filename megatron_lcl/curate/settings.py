@@ -69,6 +69,9 @@ class TextRules:
     max_special: Fraction | None = Field(default=None, description="share of characters that are no letters")
     min_stop_words: Fraction | None = Field(default=None, description="share of words that are stop words")
     max_flagged_words: Fraction | None = Field(default=None, description="share of words of lists.flagged_words")
+    min_punctuation: Fraction | None = Field(
+        default=None, description="share of , ; : ? ! . among them and words; texts with fewer than 12 of both stay"
+    )
     min_language: Fraction | None = Field(
         default=None, description="probability of the likeliest language, 0 where it is none of language.wanted"
     )

@@ -51,10 +51,11 @@ class Page(NamedTuple):
     name: str = "http://host/page"
 
 
-def prose(num: int, stops: int | None = None) -> str:
-    """So many words that no other text has, some of them (half) stop words."""
-    stops = num // 2 if stops is None else stops
-    return " ".join([*itertools.islice(_stops, stops), *itertools.islice(_others, num - stops)])
+def prose(num: int, stops: int | None = None, marks: int | None = None) -> str:
+    """So many words that no other text has, some of them (half) stop words, some (one in 20) with a full stop."""
+    stops, marks = num // 2 if stops is None else stops, num // 20 + 1 if marks is None else marks
+    words = [*itertools.islice(_stops, stops), *itertools.islice(_others, num - stops)]
+    return " ".join(word + "." * (k < marks) for k, word in enumerate(words))
 
 
 def show(*pictures: Picture) -> Page:
@@ -78,7 +79,7 @@ def repeated_characters(text: str) -> float:
 
 def repeated_words(text: str) -> float:
     """OBELICS: of runs of 5, the share of those that stand more than once."""
-    words = text.split()
+    words = text.replace(".", "").split()
     runs = Counter(tuple(words[k : k + 5]) for k in range(len(words) - 4))
     return sum(n for n in runs.values() if n > 1) / runs.total()
 
@@ -106,23 +107,23 @@ def run_thrice(k: int) -> tuple[str, ...]:
 
 
 def words_twice(k: int) -> tuple[str, ...]:
-    return (" ".join(["a b c d e", *FILLERS[:k], "a b c d e"]),)
+    return (" ".join(["a b c d e", *FILLERS[:k], "a b c d e."]),)
 
 
 def digits(k: int) -> tuple[str, ...]:
-    return (f"{' '.join(STOPS[-12:])} 314159265358979323846264338327 {LETTERS[:k]}",)
+    return (f"{' '.join(STOPS[-12:])} 314159265358979323846264338327 {LETTERS[:k]}.",)
 
 
 def same_texts(k: int) -> tuple[str, ...]:
     """Two alike of four words, in which no run stands twice, and one that grows."""
     return (
-        *[" ".join([*FILLERS[-2:], *STOPS[-2:]])] * 2,
-        " ".join(map(" ".join, zip(STOPS[-40 : k - 40], FILLERS, strict=False))),
+        *[" ".join([*FILLERS[-2:], *STOPS[-2:]]) + "."] * 2,
+        " ".join(map(" ".join, zip(STOPS[-40 : k - 40], FILLERS, strict=False))) + ".",
     )
 
 
 def same_beginnings(k: int) -> tuple[str, ...]:
-    return f"a b c d e {LETTERS[:12]} {LETTERS[12:24]}", " ".join(
+    return f"a b c d e {LETTERS[:12]} {LETTERS[12:24]}.", " ".join(
         ["a b c d e", LETTERS[24:36], LETTERS[36:48]][: 1 + k]
     )
 
@@ -158,6 +159,14 @@ def obelics() -> Cases:
     cases["text.max_words"] = (say(prose(1000)), say(prose(1001)))
     cases["text.min_stop_words"] = (say(prose(100, 30)), say(prose(100, 29)))
     cases["text.max_flagged_words"] = (say(f"{prose(99)} {FLAGGED}"), say(f"{prose(98)} {FLAGGED}"))
+    cases["text.min_punctuation"] = (
+        [say(prose(11, marks=0)), Page((prose(120, marks=120), prose(999, marks=1)))],
+        [say(prose(12, marks=0)), Page((prose(120, marks=120), prose(1000, marks=1)))],
+    )
+    cases["document.min_punctuation"] = (
+        Page((prose(97, marks=3),)),
+        [Page((prose(98, marks=3),)), Page((prose(10, marks=0),))],
+    )
     for name, texts in {
         "text.max_character_repetition": crossing(run_thrice, repeated_characters, 0.1),
         "text.max_word_repetition": crossing(words_twice, repeated_words, 0.1),
