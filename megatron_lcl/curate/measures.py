@@ -2,12 +2,13 @@
 
 The ratios are those of OBELICS (arXiv 2306.16527, appendix A.2; huggingface/OBELICS, web_document_filtering.py), which
 has them from ROOTS (arXiv 2303.03915). Special characters are all but letters and the marks on them, by their Unicode
-category; OBELICS lists them one by one, and both agree on ASCII.
+category; OBELICS lists them one by one, and both agree on what is printed of ASCII.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -19,6 +20,10 @@ import regex
 
 CHARACTERS_IN_RUN, WORDS_IN_RUN = 10, 5
 """character_repetition_length and word_repetition_length of OBELICS"""
+LEAST_FOR_PUNCTUATION = 12
+"""min_number_words_to_check_punctuation_ratio_node_level of OBELICS"""
+_MARKS = ",;:?!."
+_WORDS_AND_MARKS = re.compile(rf"[\w']+|[{_MARKS}]")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 """of hashes: odd, and as good as random"""
 _SPECIAL_ASCII = bytes(set(range(128)) - set(string.ascii_letters.encode()))
@@ -76,6 +81,15 @@ def listed_ratio(words: Sequence[str], listed: Collection[str]) -> float:
     return sum(map(listed.__contains__, words)) / len(words) if words else 0.0
 
 
+def punctuation_ratio(text: str, least: int = 0) -> float:
+    """Of the words (letters, digits, _ and ') and the marks , ; : ? ! . of a text the share of the marks; 1 where there
+    are fewer than `least` of both, so that it says nothing, and 0 where there are none."""
+    found = _WORDS_AND_MARKS.findall(text)
+    if 0 < len(found) < least:
+        return 1.0
+    return sum(map(_MARKS.__contains__, found)) / len(found) if found else 0.0
+
+
 class Context(Protocol):
     """What measures of texts need besides the text."""
 
@@ -96,11 +110,17 @@ class Measured:
     """A text that is measured, or a document: all its texts as one, how many texts and images, and its name."""
 
     def __init__(
-        self, read: Callable[[], str], context: Context, images: int = 0, texts: int = 1, name: str = ""
+        self,
+        read: Callable[[], str],
+        context: Context,
+        images: int = 0,
+        texts: int = 1,
+        name: str = "",
+        is_document: bool = False,
     ) -> None:
         """read: gives the text; it is called at most once, when a rule first asks for it."""
         self._read, self.context = read, context
-        self.images, self.texts, self.name = images, texts, name
+        self.images, self.texts, self.name, self.is_document = images, texts, name, is_document
 
     @cached_property
     def text(self) -> str:
@@ -118,12 +138,14 @@ class Measured:
 
 MEASURES: dict[str, Callable[[Measured], float]] = {
     "words": lambda m: len(m.words),
+    "plain_words": lambda m: len(m.text.split()),
     "characters": lambda m: len(m.text),
     "character_repetition": lambda m: character_repetition_ratio(m.text),
     "word_repetition": lambda m: word_repetition_ratio(m.words),
     "special": lambda m: special_ratio(m.text),
     "stop_words": lambda m: listed_ratio(m.words, m.context.stop_words),
     "flagged_words": lambda m: listed_ratio(m.words, m.context.flagged_words),
+    "punctuation": lambda m: punctuation_ratio(m.text, 0 if m.is_document else LEAST_FOR_PUNCTUATION),
     "language": lambda m: m.context.language(m.text),
     "perplexity": lambda m: m.perplexity,
     "images": lambda m: m.images,

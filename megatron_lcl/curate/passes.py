@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import heapq
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Remov
             case "min_similarity":
                 value = float(shard.similarity[document.placement(item)])
             case _:
-                continue  # of the whole corpus
+                continue  # of the whole corpus, or of what all others leave of a document
         if rule.breaks(value):
             return Removal(rule.name, value)
     return None
@@ -280,6 +281,7 @@ def _left(
     """The documents of a range without what was removed so far, with the removals of items and of the whole, and what
     the rules of documents are to measure."""
     removals, matches, context = _removals(work, task), _matches(work, task), context_of(work.settings)
+    again = [rule for rule in rules_of(work.settings, "image") if rule.field == "max_in_document"]
     for document in documents(work.corpus, task):
         gone = removals.pop(document.number, {})
         whole = gone.pop(WHOLE, None)
@@ -288,11 +290,15 @@ def _left(
             document.matches = matches.get(document.number, {})
         gone |= _unmatched(document)
         document.without(list(gone))
+        for rule in again:
+            gone |= _repeated(document, rule)
+            document.without(list(gone))
         if whole is None and not document.kept:
             whole = Removal(EMPTY, 0.0)
         texts = document.kept_texts
         read = functools.partial(_text_of, document, texts)
-        measured = Measured(read, context, len(document.kept) - len(texts), len(texts), document.name)
+        images = len(document.kept) - len(texts)
+        measured = Measured(read, context, images, len(texts), document.name, is_document=True)
         yield (document, gone, whole), None if whole else measured
 
 
@@ -333,6 +339,21 @@ def _unmatched(document: Source) -> dict[int, Removal]:
             _, matched = document.match(item)
             if matched >= 0 and texts[matched] not in kept:
                 found[item] = Removal(UNMATCHED, float(matched))
+    return found
+
+
+def _repeated(document: Source, rule: Rule) -> dict[int, Removal]:
+    """Images whose bytes stand in the document too often before; the value is which of these places it is, from 1.
+
+    After all other rules of images, as OBELICS does it (build_obelics/13_final_processing.py, by their URLs).
+    """
+    places: Counter[bytes] = Counter()
+    found = {}
+    for item in document.kept_images:
+        digest = document.shard.image_xxh3[document.image(item)].tobytes()
+        places[digest] += 1
+        if rule.breaks(places[digest]):
+            found[item] = Removal(rule.name, float(places[digest]))
     return found
 
 

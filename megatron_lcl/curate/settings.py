@@ -42,6 +42,9 @@ class ImageRules:
     max_places: Positive | None = Field(
         default=None, description="places of the corpus at which the same bytes stand; in more, all are removed"
     )
+    max_in_document: Positive | None = Field(
+        default=None, description="places of a document at which the same bytes stand; the first ones stay"
+    )
 
     def __post_init__(self) -> None:
         for name in self.formats:
@@ -55,6 +58,7 @@ class TextRules:
 
     min_words: Count | None = Field(default=None, description="words, split at white space, with a letter in them")
     max_words: Count | None = Field(default=None, description="words")
+    min_plain_words: Count | None = Field(default=None, description="all that white space separates, numbers too")
     min_characters: Count | None = Field(default=None, description="characters")
     max_character_repetition: Fraction | None = Field(
         default=None, description="share of the commonest runs of 10 characters among all"
@@ -65,6 +69,9 @@ class TextRules:
     max_special: Fraction | None = Field(default=None, description="share of characters that are no letters")
     min_stop_words: Fraction | None = Field(default=None, description="share of words that are stop words")
     max_flagged_words: Fraction | None = Field(default=None, description="share of words of lists.flagged_words")
+    min_punctuation: Fraction | None = Field(
+        default=None, description="share of , ; : ? ! . among them and words; texts with fewer than 12 of both stay"
+    )
     min_language: Fraction | None = Field(
         default=None, description="probability of the likeliest language, 0 where it is none of language.wanted"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,26 @@ def test_an_image_in_more_than_so_many_places(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert counts(found)["image.min_side"] == (0, 2, 0)
     assert read(tmp_path / "out") == left(source, tmp_path / "out")
+
+
+def test_repeated_images_go_after_those_in_too_many_places(tmp_path: Path) -> None:
+    """Again, as build_obelics/06_02, 06_03 and 13 of huggingface/OBELICS have it: all places are counted, those of one
+    document, too; images that stand too often go from all; of what is left the first of each document stays."""
+    numbers = [[0, 0, 1, 0], [1, 1, 2], [2, 3, 2], [0], [3]]
+    documents = [Document((words(5, k), *(Image(picture(n)) for n in held))) for k, held in enumerate(numbers)]
+    gone, found = one_rule(tmp_path, documents, image__max_places="3", image__max_in_document="1")
+    places = Counter(n for held in numbers for n in held)
+    expected: list[tuple[int, int, str]] = []
+    for document, held in enumerate(numbers):
+        seen: set[int] = set()
+        for item, n in enumerate(held, start=1):
+            if places[n] > 3:
+                expected.append((document, item, "image.max_places"))
+            elif n in seen:
+                expected.append((document, item, "image.max_in_document"))
+            seen.add(n)
+    assert gone == expected
+    assert counts(found)["image.max_in_document"] == (0, 2, 0)
 
 
 def test_places_are_counted_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +201,8 @@ def test_without_a_rule_nothing_changes(
     st.fixed_dictionaries(
         {},
         optional={
-            "image.max_places": st.integers(1, 4), "text.min_words": st.integers(0, 12),
+            "image.max_places": st.integers(1, 4), "image.max_in_document": st.integers(1, 2),
+            "text.min_words": st.integers(0, 12),
             "text.max_special": st.sampled_from([0.2, 0.4]), "image.min_similarity": st.sampled_from([0.2, 0.3]),
             "document.max_images": st.integers(0, 3), "document.min_texts": st.integers(0, 3),
             "document.max_words": st.integers(5, 60),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from megatron_lcl.curate.measures import (
     character_repetition_ratio,
     has_any,
     listed_ratio,
+    punctuation_ratio,
     special_ratio,
     word_repetition_ratio,
     words_of,
@@ -98,6 +100,16 @@ def test_repeated_words(words: list[str], n: int) -> None:
     assert word_repetition_ratio(words, n) == pytest.approx(expected)
 
 
+@given(TEXTS | st.text(st.sampled_from("a_' .,!-"), max_size=40), st.sampled_from([0, 3, 12]))
+def test_punctuation(text: str, least: int) -> None:
+    """OBELICS' regular expression, character by character: a run of letters, digits, _ and ' is one, and each mark."""
+    kinds = ["mark" if c in ",;:?!." else "word" if c.isalnum() or c in "_'" else "" for c in text]
+    marks = kinds.count("mark")
+    both = marks + sum(kind == "word" for kind, _ in itertools.groupby(kinds))
+    expected = 0 if not both else 1 if both < least else marks / both
+    assert punctuation_ratio(text, least) == pytest.approx(expected)
+
+
 def test_shares_of_lists_and_names() -> None:
     assert listed_ratio(["the", "cat", "the"], {"the"}) == pytest.approx(2 / 3)
     assert listed_ratio([], {"the"}) == 0
@@ -111,9 +123,10 @@ def test_every_rule_has_its_measure() -> None:
     measured = Measured(lambda: "The b c", context, images=3, texts=2)
     found = {name: measure(measured) for name, measure in MEASURES.items()}
     assert found == {
-        "words": 3, "characters": 7, "character_repetition": 0, "word_repetition": 0, "special": pytest.approx(2 / 7),
-        "stop_words": pytest.approx(1 / 3), "flagged_words": pytest.approx(1 / 3), "language": 0.5, "perplexity": 7,
-        "images": 3, "texts": 2,
+        "words": 3, "plain_words": 3, "characters": 7, "character_repetition": 0, "word_repetition": 0,
+        "special": pytest.approx(2 / 7),
+        "stop_words": pytest.approx(1 / 3), "flagged_words": pytest.approx(1 / 3), "punctuation": 1,
+        "language": 0.5, "perplexity": 7, "images": 3, "texts": 2,
     }  # fmt: skip
     for section in ("text", "document"):
         for name in fields.fields_of(type(getattr(Settings(), section))):

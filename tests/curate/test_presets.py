@@ -20,7 +20,7 @@ from data.helpers import TOKENIZER
 from megatron_lcl.curate import languages
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import preset_names, read_settings, rules_of
-from megatron_lcl.data.corpus.store import ShardWriter
+from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
 
 WORDS = list(
     dict.fromkeys(bytes(word).decode() for word in np.random.default_rng(0).integers(97, 123, (40_000, 6), "u1"))
@@ -39,8 +39,8 @@ class Picture(NamedTuple):
     height: int = 200
     format: str = "JPEG"
     similarity: float = 0.5
-    copy: bool = False
-    """has the same bytes as all copies of its document"""
+    copy: str = ""
+    """has the same bytes as all of this name"""
 
 
 class Page(NamedTuple):
@@ -51,10 +51,11 @@ class Page(NamedTuple):
     name: str = "http://host/page"
 
 
-def prose(num: int, stops: int | None = None) -> str:
-    """So many words that no other text has, some of them (half) stop words."""
-    stops = num // 2 if stops is None else stops
-    return " ".join([*itertools.islice(_stops, stops), *itertools.islice(_others, num - stops)])
+def prose(num: int, stops: int | None = None, marks: int | None = None) -> str:
+    """So many words that no other text has, some of them (half) stop words, some (one in 20) with a full stop."""
+    stops, marks = num // 2 if stops is None else stops, num // 20 + 1 if marks is None else marks
+    words = [*itertools.islice(_stops, stops), *itertools.islice(_others, num - stops)]
+    return " ".join(word + "." * (k < marks) for k, word in enumerate(words))
 
 
 def show(*pictures: Picture) -> Page:
@@ -78,7 +79,7 @@ def repeated_characters(text: str) -> float:
 
 def repeated_words(text: str) -> float:
     """OBELICS: of runs of 5, the share of those that stand more than once."""
-    words = text.split()
+    words = text.replace(".", "").split()
     runs = Counter(tuple(words[k : k + 5]) for k in range(len(words) - 4))
     return sum(n for n in runs.values() if n > 1) / runs.total()
 
@@ -106,30 +107,31 @@ def run_thrice(k: int) -> tuple[str, ...]:
 
 
 def words_twice(k: int) -> tuple[str, ...]:
-    return (" ".join(["a b c d e", *FILLERS[:k], "a b c d e"]),)
+    return (" ".join(["a b c d e", *FILLERS[:k], "a b c d e."]),)
 
 
 def digits(k: int) -> tuple[str, ...]:
-    return (f"{' '.join(STOPS[-12:])} 314159265358979323846264338327 {LETTERS[:k]}",)
+    return (f"{' '.join(STOPS[-12:])} 314159265358979323846264338327 {LETTERS[:k]}.",)
 
 
 def same_texts(k: int) -> tuple[str, ...]:
     """Two alike of four words, in which no run stands twice, and one that grows."""
     return (
-        *[" ".join([*FILLERS[-2:], *STOPS[-2:]])] * 2,
-        " ".join(map(" ".join, zip(STOPS[-40 : k - 40], FILLERS, strict=False))),
+        *[" ".join([*FILLERS[-2:], *STOPS[-2:]]) + "."] * 2,
+        " ".join(map(" ".join, zip(STOPS[-40 : k - 40], FILLERS, strict=False))) + ".",
     )
 
 
 def same_beginnings(k: int) -> tuple[str, ...]:
-    return f"a b c d e {LETTERS[:12]} {LETTERS[12:24]}", " ".join(
+    return f"a b c d e {LETTERS[:12]} {LETTERS[12:24]}.", " ".join(
         ["a b c d e", LETTERS[24:36], LETTERS[36:48]][: 1 + k]
     )
 
 
 # --- a document inside and one outside of each bound -------------------------------------------------------------
 
-Cases = dict[str, tuple[Page, Page]]
+Cases = dict[str, tuple[Page | list[Page], Page | list[Page]]]
+"""pages, or several that go together"""
 
 
 def images(min_side: int, max_aspect: int) -> Cases:
@@ -144,7 +146,8 @@ def images(min_side: int, max_aspect: int) -> Cases:
 def many_images() -> Cases:
     return {
         "image.max_side": (show(Picture(20000, 10000)), show(Picture(20001, 10001))),
-        "image.max_places": (show(*[Picture(copy=True)] * 10), show(*[Picture(copy=True)] * 11)),
+        "image.max_places": ([show(Picture(copy="in ten"))] * 10, [show(Picture(copy="in eleven"))] * 11),
+        "image.max_in_document": (show(Picture(copy="once")), show(*[Picture(copy="twice")] * 2)),
         "document.max_images": (show(*[Picture()] * 29), show(*[Picture()] * 30)),
     }
 
@@ -156,6 +159,14 @@ def obelics() -> Cases:
     cases["text.max_words"] = (say(prose(1000)), say(prose(1001)))
     cases["text.min_stop_words"] = (say(prose(100, 30)), say(prose(100, 29)))
     cases["text.max_flagged_words"] = (say(f"{prose(99)} {FLAGGED}"), say(f"{prose(98)} {FLAGGED}"))
+    cases["text.min_punctuation"] = (
+        [say(prose(11, marks=0)), Page((prose(120, marks=120), prose(999, marks=1)))],
+        [say(prose(12, marks=0)), Page((prose(120, marks=120), prose(1000, marks=1)))],
+    )
+    cases["document.min_punctuation"] = (
+        Page((prose(97, marks=3),)),
+        [Page((prose(98, marks=3),)), Page((prose(10, marks=0),))],
+    )
     for name, texts in {
         "text.max_character_repetition": crossing(run_thrice, repeated_characters, 0.1),
         "text.max_word_repetition": crossing(words_twice, repeated_words, 0.1),
@@ -184,7 +195,7 @@ def mint1t() -> Cases:
 
 def datacomp() -> Cases:
     return images(200, 3) | {
-        "text.min_words": (say("one two three"), say("one twothree")),
+        "text.min_plain_words": (say("one 2 -"), say("one twothree")),
         "text.min_characters": (say("a b cd"), say("a b c")),
         "text.min_language": (say("a text p=0.001"), say("a text p=0.0009")),
         "document.min_texts": (Page((prose(9),)), Page(())),
@@ -205,13 +216,13 @@ def write_pages(folder: Path, pages: list[Page]) -> Path:
     """A corpus of them, whose images have the sizes that are said and no pixels."""
     folder.mkdir()
     writer, numbers = ShardWriter(folder, 0), itertools.count()
-    for number, page in enumerate(pages):
+    for page in pages:
         for text in page.texts:
             ids = TOKENIZER.encode(text)
             assert TOKENIZER.decode(ids) == text
             writer.add_text(ids)
         for width, height, format, similarity, copy in page.pictures:
-            data = f"of page {number}" if copy else f"the only {next(numbers)}"
+            data = copy or f"the only {next(numbers)}"
             writer.add_image(data.encode(), width, height, format, similarity)
         writer.end_document(page.name)
     files, counts = writer.finish()
@@ -222,6 +233,24 @@ def said_probability(text: str) -> float:
     """In place of a model of languages."""
     found = re.search(r"p=(\S+)", text)
     return float(found[1]) if found else 1.0
+
+
+def test_pairs_are_filtered_as_datacomps_code_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """baselines/apply_filter.py of mlfoundations/datacomp again, of short captions, and images near both bounds."""
+    monkeypatch.setattr(languages, "language_score", lambda settings: said_probability)
+    random = np.random.default_rng(3)
+    captions = [" ".join(random.choice(["a", "12", "-", "ab"], size)) for size in random.integers(1, 6, 60)]
+    sides = random.choice([199, 200, 201, 599, 600, 601, 603], (60, 2)).tolist()
+    pages = [Page((c,), (Picture(*both),), str(k)) for k, (c, both) in enumerate(zip(captions, sides, strict=True))]
+    curate(write_pages(tmp_path / "in", pages), tmp_path / "out", read_settings("datacomp"))
+    expected = {
+        str(k)
+        for k, (caption, both) in enumerate(zip(captions, sides, strict=True))
+        if len(caption.split()) > 2 and len(caption) > 5 and min(both) >= 200 and max(both) / min(both) <= 3.0
+    }
+    corpus = open_corpus(tmp_path / "out")
+    assert {corpus.name(k) for k in range(len(corpus))} == expected
+    assert 5 < len(expected) < 55
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -235,9 +264,15 @@ def test_just_inside_and_just_outside(preset: str, tmp_path: Path, monkeypatch: 
     settings, cases = read_settings(preset, overrides=given), CASES[preset]()
     on = {rule.name for section in ("image", "text", "document") for rule in rules_of(settings, section)}
     assert on == cases.keys(), "a bound without its case"
-    corpus = write_pages(tmp_path / "in", [page for both in cases.values() for page in both])
+    pages: list[Page] = []
+    expected: dict[int, set[str]] = {}
+    for name, both in cases.items():
+        inside, outside = (each if isinstance(each, list) else [each] for each in both)
+        expected |= {len(pages) + len(inside) + k: {name} for k in range(len(outside))}
+        pages += [*inside, *outside]
+    corpus = write_pages(tmp_path / "in", pages)
     curate(corpus, tmp_path / "out", settings)
     reasons: dict[int, set[str]] = {}
     for document, _, rule in removed(tmp_path / "out"):
         reasons.setdefault(document, set()).add(rule)
-    assert reasons == {2 * number + 1: {rule} for number, rule in enumerate(cases)}
+    assert reasons == expected

@@ -26,13 +26,17 @@ _BATCH = 32
 
 
 def assign(similarity: np.ndarray) -> np.ndarray:
-    """Of each image the text that it is matched to, int64 [images], -1 where it is left over.
+    """Of each image the text that it is matched to, int64 [images], -1 where there are no texts.
 
+    The pairs with the largest sum of similarities, a text for each image; where there are more images than texts, those
+    that are left over get the text that they are most similar to. As scripts/compute_assignments.py of allenai/mmc4.
     similarity: [images, texts], finite.
     """
     from scipy.optimize import linear_sum_assignment
 
-    matched = np.full(len(similarity), -1)
+    if not similarity.size:
+        return np.full(len(similarity), -1)
+    matched = similarity.argmax(1)
     images, texts = linear_sum_assignment(similarity, maximize=True)
     matched[images] = texts
     return matched

@@ -88,7 +88,8 @@ class SameFeatures(_Asking):
 
 
 class Matched(_Asking):
-    """Images to which no text of their document is matched, or one that is too unlike; the others' matches are new."""
+    """Images to which no text is matched (their document has none, or they do not decode), or one that is too unlike;
+    the others' matches are new."""
 
     rule = facts_of = "image.matching"
 

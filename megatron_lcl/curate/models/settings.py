@@ -53,7 +53,7 @@ class ModelRules:
     encoder: str | None = Field(default=None, description="any that `evaluate --encoder` takes, or an LCL checkpoint")
     tokenizer: str | None = Field(default=None, description="of an LCL checkpoint, whose texts are encoded")
     match: bool = Field(
-        default=False, description="match each image to one text of its document; images that are left over go"
+        default=False, description="match each image to one text of its document; images of documents without texts go"
     )
     min_similarity: float | None = Field(
         default=None, description="of match: images whose cosine similarity to their text is lower go, too"
