@@ -50,7 +50,7 @@ class FeatureDuplicates:
 class ModelRules:
     """Rules that ask an encoder; each is on where its field is set."""
 
-    encoder: str | None = Field(default=None, description="any that `evaluate --encoder` takes, or an LCL checkpoint")
+    encoder: str | None = Field(default=None, description="any model that `evaluate` takes, see there")
     tokenizer: str | None = Field(default=None, description="of an LCL checkpoint, whose texts are encoded")
     match: bool = Field(
         default=False, description="match each image to one text of its document; images of documents without texts go"

@@ -92,7 +92,8 @@ class Grouping:
         if digest not in self._image_of:
             if len(self._image_of) >= MAX_IMAGES:
                 raise UserError(
-                    f"over {MAX_IMAGES} images are too many to hold out by near-duplicates; use another source"
+                    f"over {MAX_IMAGES:,} different images are too many for --held-out, which compares all with all; "
+                    "leave it out, and preprocess some of the files into a corpus of their own (docs/data.md)"
                 )
             self._image_of[digest] = len(self._image_of)
             self._features.append(None)
