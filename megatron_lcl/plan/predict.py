@@ -26,7 +26,7 @@ from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.network import Sending, bandwidth, batch_of, mesh_of, sending_of, shapes_of_stage
-from megatron_lcl.plan.work import LayerWork, sizes_of, work_of_layers
+from megatron_lcl.plan.work import LayerWork, sizes_of, stops_short, work_of_layers
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_balanced, stage_sums
@@ -212,7 +212,9 @@ def _wait(config: Config, mesh: Mesh, more: Sending, entered: list[bool], node_s
     if mesh.tensor.size == 1:
         return seconds
     passes = objectives.create(config).num_forwards
-    repeated = {"none": 0, "attention": 2, "full": 4}[config.train.activation_checkpointing]
+    short = all(stops_short(config, encoder) for encoder in (config.model.vision, config.model.language))
+    # what a product that is not made again would give is not summed over ranks again
+    repeated = {"none": 0, "attention": 1, "full": 3 if short else 4}[config.train.activation_checkpointing]
     forward, back = 4 * passes * len(entered), sum(entered)
     again = 1 + repeated * back / config.train.activation_checkpointing_every / (forward + 6 * back)
     started = rates.collective * (forward + 2 * back)

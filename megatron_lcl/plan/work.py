@@ -149,16 +149,30 @@ def _block(
     attends, feeds = gradients.given["attention.out"], gradients.given["mlp.down"]  # whether backward enters
     widths = BLOCK_BACKWARD[0] / 2 * (attends + feeds) + COPIES[1] * attends + sum(biases[:-1])
     started = BLOCK_KERNELS[1] * (attends + feeds) // 2 + sum(weights) + sum(biases)
-    whole = work(forward, BLOCK_FORWARD[0] + COPIES[0], BLOCK_FORWARD[1], BLOCK_KERNELS[0])
+    forward_widths = BLOCK_FORWARD[0] + COPIES[0]
+    whole = full = work(forward, forward_widths, BLOCK_FORWARD[1], BLOCK_KERNELS[0])
     again = None
     if index % config.train.activation_checkpointing_every == 0:
-        half = 8 * encoder.width / (8 * encoder.width + 4 * encoder.mlp_width)
+        products = 4 * encoder.width + 2 * encoder.mlp_width
+        if stops_short(config, encoder):  # before mlp.down, and the sum that follows on it
+            share = 1 - encoder.mlp_width / products
+            full = work(forward, forward_widths - 3, BLOCK_FORWARD[1], BLOCK_KERNELS[0] - 2, share)
+        half = work(forward, 4, 0, BLOCK_KERNELS[0] // 2, 3 * encoder.width / products)  # before attention.out
         again = {
             "none": None,
-            "full": whole if gradients.given[""] else None,
-            "attention": work(forward, 4, 0, BLOCK_KERNELS[0] // 2, half) if attends else None,
+            "full": full if gradients.given[""] else None,
+            "attention": half if attends else None,
         }[config.train.activation_checkpointing]
     return LayerWork(whole, work(backward, widths, BLOCK_BACKWARD[1] * feeds + biases[-1], started), whole, again)
+
+
+def stops_short(config: Config, encoder: Vision | Language) -> bool:
+    """Whether activation checkpointing of whole blocks makes all but a block's last product again.
+
+    torch stops where it has all that backward reads (set_checkpoint_early_stop). Only LayerScale and drop path read
+    what the last product gives; a compiled graph runs to its end.
+    """
+    return not (config.train.compile or encoder.layer_scale is not None or encoder.drop_path)
 
 
 def _head(
