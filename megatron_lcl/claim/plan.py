@@ -24,6 +24,7 @@ from megatron_lcl.data.loading.sequence import Sequences
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.flops import Sizes, of_step
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.sweep import Member
 
 FULL = 0.96
@@ -205,6 +206,7 @@ def _count(config: Config, sequences: Sequences, images: float) -> tuple[np.ndar
         seen += len(origins)
         counts.append((len(origins), sum(image.pair for image in origins)))
     sizes = Sizes.of(loader.reader[(number,)] for number in range(config.train.global_batch))
-    cost = of_step(config.model, sizes, sizes.pairs, contrast=objectives.create(config).all_features_first)
+    contrast, frozen = objectives.create(config).all_features_first, frozen_parameters(config)
+    cost = of_step(config.model, sizes, sizes.pairs, contrast=contrast, frozen=frozen)
     loader.reader.index.close()
     return np.array(counts, np.int64), cost.total

@@ -2,9 +2,11 @@
 
 Counted are matrix products and the two products of attention, 2 operations a multiply-add, as torch's FlopCounterMode
 counts them; norms, activations and softmax are not, nor is what is computed a second time to save memory. A backward is
-two products for each of the forward: one for the input, one for the weight; the patch embedding has no gradient for its
-input. Attention is counted over all pairs of rows of a sequence, also where a causal mask hides half of them. The
-interpolation of position embeddings (once a micro-batch, for images of another size than the model's) is not counted.
+a product for each factor of the forward's that needs a gradient: the input, the weight; images need none, nor what is
+frozen and what lies below all that is trained (model/gradients.py). Backward of attention is all of it, as its kernels
+do, where queries, keys or values need a gradient. Attention is counted over all pairs of rows of a sequence, also where
+a causal mask hides half of them. The interpolation of position embeddings (once a micro-batch, for images of another
+size than the model's) is not counted.
 
 Shape legend as in `model.layers`: N image slots, K patches of an image that are read, L = K and the rows before them, V
 and D widths, R token slots.
@@ -12,11 +14,15 @@ and D widths, R token slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.model.gradients import LayerGradients, model_gradients
+
+Times = Callable[..., int]
+"""how often a product of a layer's forward is made, by its factors: modules, of what they give, and parameters"""
 
 
 @dataclass(frozen=True)
@@ -74,75 +80,112 @@ class Flops:
         return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Flops)))
 
 
+@dataclass(frozen=True)
+class LayerFlops:
+    """Operations of one pass through a layer."""
+
+    products: float
+    """with the layer's matrices, but for the vocabulary's"""
+    attention: float = 0
+    """both products, over all pairs of rows of a sequence"""
+    vocabulary: float = 0
+    """of `sizes.targets` rows"""
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.vocabulary
+
+
+def forward_of_layers(model: Model, sizes: Sizes) -> list[LayerFlops]:
+    """Of each layer of the model's list, in a forward."""
+    return _of_layers(model, sizes, lambda index: lambda *factors: 1)
+
+
+def backward_of_layers(model: Model, sizes: Sizes, gradients: Mapping[int, LayerGradients]) -> list[LayerFlops]:
+    """The same in a backward. gradients: by the layer's index."""
+    return _of_layers(model, sizes, lambda index: gradients[index].num_needed)
+
+
 def forward(model: Model, sizes: Sizes) -> Flops:
     """Of a forward: of the vocabulary the logits of `sizes.targets` rows; no similarities."""
-    vision, d = model.vision, model.language.width
-    images, patches, v = sizes.images, sizes.patches, vision.width
-    prefix, rows = vision.num_prefix, vision.num_prefix * images + patches
-    squares = prefix**2 * images + 2 * prefix * patches + sizes.patch_squares  # of (prefix + K) of each image
-    return Flops(
-        vision=_embedding(model, sizes) + _blocks(vision, rows, squares),
-        # keys and values of every row; one query attends to the patches; the output of each latent and each patch
-        pool=2 * (2 * rows * v * d + v * d) + 4 * patches * d + 2 * (images + patches) * d * d,
-        language=_blocks(model.language, sizes.rows, sizes.squares),
-        head=2 * images * d * d + _logits(model, sizes),
-        loss=0,
-    )
-
-
-def forward_of_layers(model: Model, sizes: Sizes) -> list[float]:
-    """The same of each layer of the model's list."""
-    whole, vision, language = forward(model, sizes), model.vision.layers, model.language.layers
-    embedding = _embedding(model, sizes)
-    return [
-        embedding,
-        *[(whole.vision - embedding) / vision] * vision,
-        whole.pool,
-        *[whole.language / language] * language,
-        whole.head,
-    ]
+    return _by_part(model, forward_of_layers(model, sizes))
 
 
 def of_step(
-    model: Model, sizes: Sizes, all_pairs: int | None = None, forwards: int = 1, contrast: bool = True
+    model: Model,
+    sizes: Sizes,
+    all_pairs: int | None = None,
+    forwards: int = 1,
+    contrast: bool = True,
+    frozen: frozenset[str] = frozenset(),
 ) -> Flops:
     """Of a step: forwards and backward of all its batches.
 
     sizes: of the batches of one replica; all_pairs: pairs of the global batch (None: this replica's). forwards: 1, as
     the model must be run; 2 where the first is for the features alone (`contrast.strategy: recompute`), in which case
     the result is what the hardware does rather than what the model needs. contrast: whether the objective has one.
+    frozen: parameters `{index}.name` that are not trained.
     """
-    once = forward(model, sizes)
-    first = forward(model, replace(sizes, targets=0))
     others = sizes.pairs * ((sizes.pairs if all_pairs is None else all_pairs) - sizes.pairs)
     # a tile of own images and own texts serves both directions (losses/contrastive_tiles.py): its logits forward and
     # again backward, and two gradients; of other ranks' features each direction has its own tiles. The sigmoid loss,
-    # for which a model has a bias, makes no tile twice (losses/sigmoid_tiles.py)
+    # for which a model has a bias, makes no tile twice (losses/sigmoid_tiles.py). Both give all features a gradient
     of_own, of_others = (4, 6) if model.logit_bias is None else (3, 4)
     similarities = 2 * model.language.width * (of_own * sizes.pairs**2 + of_others * others)
-    step = Flops(
-        vision=3 * once.vision - _embedding(model, sizes),
-        pool=3 * once.pool,
-        language=3 * once.language,
-        head=3 * once.head,
-        loss=similarities if contrast else 0,
-    )
+    step = forward(model, sizes)
+    step += _by_part(model, backward_of_layers(model, sizes, model_gradients(model, frozen)))
+    step += Flops(0, 0, 0, 0, similarities if contrast else 0)
     for _ in range(forwards - 1):
-        step += first
+        step += forward(model, replace(sizes, targets=0))
     return step
 
 
-def _embedding(model: Model, sizes: Sizes) -> float:
-    """The patch embedding."""
-    return 2 * sizes.patches * 3 * model.vision.patch_size**2 * model.vision.width
+def _by_part(model: Model, layers: Sequence[LayerFlops]) -> Flops:
+    totals, pool = [layer.total for layer in layers], 1 + model.vision.layers
+    return Flops(sum(totals[:pool]), totals[pool], sum(totals[pool + 1 : -1]), totals[-1], 0)
 
 
-def _logits(model: Model, sizes: Sizes) -> float:
-    """The product with the vocabulary."""
-    return 2 * sizes.targets * model.language.width * model.language.vocab_size
+def _of_layers(model: Model, sizes: Sizes, times: Callable[[int], Times]) -> list[LayerFlops]:
+    """times: of a layer, by its index."""
+    vision, language, pool = model.vision, model.language, 1 + model.vision.layers
+    prefix, last = vision.num_prefix, pool + 1 + language.layers
+    rows = prefix * sizes.images + sizes.patches
+    squares = prefix**2 * sizes.images + 2 * prefix * sizes.patches + sizes.patch_squares  # (prefix + K)^2 of an image
+    patch = 2 * 3 * vision.patch_size**2 * vision.width
+    return [
+        LayerFlops(patch * sizes.patches * times(0)("projection.weight")),
+        *(_block(vision, rows, squares, times(index)) for index in range(1, pool)),
+        _pool(model, sizes, rows, times(pool)),
+        *(_block(language, sizes.rows, sizes.squares, times(index)) for index in range(pool + 1, last)),
+        _head(language, sizes, times(last)),
+    ]
 
 
-def _blocks(encoder: Vision | Language, rows: int, squares: int) -> float:
-    """All blocks of an encoder: q, k, v and output; the feed-forward network; scores and weighted sums of values."""
-    width = encoder.width
-    return encoder.layers * (rows * (8 * width**2 + 4 * width * encoder.mlp_width) + 4 * squares * width)
+def _block(encoder: Vision | Language, rows: int, squares: int, times: Times) -> LayerFlops:
+    """q, k, v and output; the feed-forward network; scores and weighted sums of values."""
+    square, wide = 2 * rows * encoder.width**2, 2 * rows * encoder.width * encoder.mlp_width
+    attention = [times("norm1", f"attention.{name}.weight") for name in "qkv"]
+    attention.append(times("attention", "attention.out.weight"))
+    feed_forward = times("norm2", "mlp.up.weight") + times("mlp.up", "mlp.down.weight")
+    return LayerFlops(
+        square * sum(attention) + wide * feed_forward, 4 * squares * encoder.width * times("attention", "attention")
+    )
+
+
+def _pool(model: Model, sizes: Sizes, rows: int, times: Times) -> LayerFlops:
+    """Keys and values of every row; one query attends to the patches; the output of each latent and each patch."""
+    v, d = model.vision.width, model.language.width
+    read = times("norm_k", "k.weight") + times("norm_v", "v.weight")
+    given = sizes.images * times("attention", "out.weight") + sizes.patches * times("v", "out.weight")
+    return LayerFlops(
+        2 * v * d * (rows * read + times("norm_q", "q.weight")) + 2 * d * d * given,
+        4 * sizes.patches * d * times("attention", "attention"),
+    )
+
+
+def _head(language: Language, sizes: Sizes, times: Times) -> LayerFlops:
+    """The context features, and the logits."""
+    return LayerFlops(
+        2 * sizes.images * language.width**2 * times("norm", "projection.weight"),
+        vocabulary=2 * sizes.targets * language.width * language.vocab_size * times("vocabulary_norm", "vocabulary"),
+    )

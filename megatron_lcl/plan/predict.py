@@ -21,11 +21,12 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.model.flops import Flops, Sizes, of_step
+from megatron_lcl.model.gradients import LayerGradients, model_gradients
 from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.network import Sending, bandwidth, batch_of, mesh_of, sending_of, shapes_of_stage
-from megatron_lcl.plan.work import LayerWork, sizes_of, work_of_layers
+from megatron_lcl.plan.work import LayerWork, sizes_of, stops_short, work_of_layers
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_balanced, stage_sums
@@ -87,15 +88,25 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     """A step of a run on so many processes, all of whose steps are as the config says (of a run with phases: one of
     their configs). UserError where the layout does not divide.
 
-    images: image slots of a pack. What layers compute is counted as if nothing were frozen.
+    images: image slots of a pack. Where parts are frozen, a backward has what is left of it (model/gradients.py); in a
+    pipeline every stage but the first computes the gradient of the rows that it receives, and layers are divided among
+    stages as if nothing were frozen, as a run divides them.
     """
     data, objective = check_layout(config, processes), objectives.create(config)
     micro_batches, train, num_stages = num_micro_batches(config, data), config.train, config.parallel.pipeline
     sizes = sizes_of(config, images, train.micro_batch)
-    layers = work_of_layers(config, sizes)
-    times = [_LayerSeconds.of(layer, rates, objective.num_forwards == 2) for layer in layers]
+    frozen, twice = frozen_parameters(config), objective.num_forwards == 2
+
+    def times_with(gradients: Mapping[int, LayerGradients]) -> list[_LayerSeconds]:
+        return [_LayerSeconds.of(layer, rates, twice) for layer in work_of_layers(config, sizes, gradients)]
+
+    gradients = model_gradients(config.model)
+    times = times_with(gradients)
     partition = _partition(config, [t.total for t in times])
-    bounds = [*partition, len(layers)]
+    if frozen:
+        gradients = model_gradients(config.model, frozen, partition)
+        times = times_with(gradients)
+    bounds = [*partition, len(times)]
     batch = batch_of(config, images, sizes)
     meshes = [mesh_of(config, processes, stage) for stage in range(num_stages)]
     sendings = [
@@ -103,7 +114,7 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     ]
     sendings = [(_with_muon(s, config, mesh.data.size), more) for (s, more), mesh in zip(sendings, meshes, strict=True)]
     waits = [
-        _wait(config, mesh, more, bounds[s + 1] - bounds[s], node_size, rates)
+        _wait(config, mesh, more, [gradients[i].given[""] for i in range(bounds[s], bounds[s + 1])], node_size, rates)
         for s, (mesh, (_, more)) in enumerate(zip(meshes, sendings, strict=True))
     ]
     plain, forward, backward, again = (
@@ -121,7 +132,8 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     held = sum(shape.numel() for shape in _held(config, bounds, slowest).values())
     optimizer = _optimizer_seconds(config, held, data, micro_batches, rates)
     replica = _times(sizes, micro_batches)
-    flops = of_step(config.model, replica, data * replica.pairs, contrast=objective.all_features_first)
+    contrast = objective.all_features_first
+    flops = of_step(config.model, replica, data * replica.pairs, contrast=contrast, frozen=frozen)
     whole = Flops(*(data * getattr(flops, name) for name in Flops.__dataclass_fields__))
     loss = flops.loss / config.parallel.tensor / rates.matmul["language"]
     compute = micro_batches * computed[slowest]
@@ -189,19 +201,23 @@ def _shown(sent: float, ranks: tuple[int, ...], node_size: int, rates: Rates) ->
     return sent / bandwidth(ranks, node_size, rates) if sent else 0.0
 
 
-def _wait(config: Config, mesh: Mesh, more: Sending, layers: int, node_size: int, rates: Rates) -> float:
-    """Seconds of a micro-batch for which a stage of so many layers waits for tensor ranks and for its neighbors.
+def _wait(config: Config, mesh: Mesh, more: Sending, entered: list[bool], node_size: int, rates: Rates) -> float:
+    """Seconds of a micro-batch for which a stage waits for tensor ranks and for its neighbors.
 
-    more: what it sends for a micro-batch, without activation checkpointing.
+    more: what it sends for a micro-batch, without activation checkpointing. entered: by layer of the stage, whether
+    backward enters it.
     """
     across = len({rank // node_size for rank in mesh.pipeline.ranks}) > 1  # a process speaks by its own adapter then
     seconds = more.pipeline / (rates.inter if across else rates.intra)
     if mesh.tensor.size == 1:
         return seconds
     passes = objectives.create(config).num_forwards
-    repeated = {"none": 0, "attention": 2, "full": 4}[config.train.activation_checkpointing]
-    again = 1 + repeated / config.train.activation_checkpointing_every / (4 * passes + 6)
-    started = rates.collective * layers * (4 * passes + 2)
+    short = all(stops_short(config, encoder) for encoder in (config.model.vision, config.model.language))
+    # what a product that is not made again would give is not summed over ranks again
+    repeated = {"none": 0, "attention": 1, "full": 3 if short else 4}[config.train.activation_checkpointing]
+    forward, back = 4 * passes * len(entered), sum(entered)
+    again = 1 + repeated * back / config.train.activation_checkpointing_every / (forward + 6 * back)
+    started = rates.collective * (forward + 2 * back)
     return seconds + started + _shown(more.tensor, mesh.tensor.ranks, node_size, rates) * TENSOR_SHOWS * again
 
 
@@ -241,7 +257,7 @@ def _trained_share(model: Model, frozen: frozenset[str]) -> float:
 
 def _optimizer_seconds(config: Config, held: int, data: int, micro_batches: int, rates: Rates) -> float:
     """held: numbers of the process's layers. Each micro-batch adds its gradients to sums in float32."""
-    share = _trained_share(config.model, frozenset(frozen_parameters(config)))
+    share = _trained_share(config.model, frozen_parameters(config))
     own, gradient = held * share / data, DTYPES[resolve_dtype(config)].itemsize
     summed = held * share / (data if config.zero.stage == 3 else 1) * (GRADIENT_PASSES * gradient + SUM_BYTES)
     seconds = (own * ADAM_BYTES + micro_batches * summed) / rates.memory

@@ -7,11 +7,13 @@ counted again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
-from megatron_lcl.model.flops import Sizes, forward_of_layers
+from megatron_lcl.model.flops import LayerFlops, Sizes, backward_of_layers, forward_of_layers
+from megatron_lcl.model.gradients import LayerGradients
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
@@ -21,13 +23,14 @@ BLOCK_FORWARD = (10, 2)
 """numbers of a row that a block's forward reads or writes beside its products, in widths and in widths of the feed-
 forward network: two norms and two sums (4 + 6); GELU"""
 BLOCK_BACKWARD = (12, 3)
-"""in backward: norms read two and write one, sums of gradients likewise (6 + 6); GELU"""
-BIASES = (5, 1)
-"""read once more for the gradients of biases: of q, k, v and of both outputs; of what goes into GELU"""
-BLOCK_KERNELS = (22, 45)
-"""operations that a block's forward and backward start"""
-LOGIT_PASSES = 4
-"""passes over a chunk's logits, float32: two for the sum of exponentials, two for the gradient"""
+"""in backward: norms read two and write one, sums of gradients likewise (6 + 6: half for attention, half for the feed-
+forward network); GELU. The gradient of a bias reads that of what its layer gave once more"""
+LINEAR = ("attention.q", "attention.k", "attention.v", "attention.out", "mlp.down", "mlp.up")
+"""what multiplies rows in a block; the last gives rows of the feed-forward network's width"""
+BLOCK_KERNELS = (22, 33)
+"""operations that a block's forward and backward start; with one more for each weight and bias that has a gradient"""
+LOGIT_PASSES = (2, 2)
+"""passes over a chunk's logits, float32: for the sum of exponentials; for the gradient"""
 
 
 @dataclass(frozen=True)
@@ -89,68 +92,102 @@ def sizes_of(config: Config, images: int, packs: int) -> Sizes:
     )
 
 
-def work_of_layers(config: Config, sizes: Sizes) -> list[LayerWork]:
-    """Of each layer for a micro-batch of these sizes, on one of the tensor ranks that share it."""
+def work_of_layers(config: Config, sizes: Sizes, gradients: Mapping[int, LayerGradients]) -> list[LayerWork]:
+    """Of each layer for a micro-batch of these sizes, on one of the tensor ranks that share it.
+
+    gradients: of each layer, by its index. What backward does not enter has no work there.
+    """
     model, tensor = config.model, config.parallel.tensor
     number = DTYPES[resolve_dtype(config)].itemsize
-    vision, language, train = model.vision, model.language, config.train
+    vision, language, pool = model.vision, model.language, 1 + model.vision.layers
     rows = vision.num_prefix * sizes.images + sizes.patches
-    squares = vision.num_prefix**2 * sizes.images + 2 * vision.num_prefix * sizes.patches + sizes.patch_squares
-    counted = [flops / tensor for flops in forward_of_layers(model, sizes)]
+    forward, backward = (
+        [LayerFlops(*(of / tensor for of in astuple(layer))) for layer in layers]
+        for layers in (forward_of_layers(model, sizes), backward_of_layers(model, sizes, gradients))
+    )
     pixels = 3 * vision.image_size**2 * sizes.images
-    embedded = Work("vision", counted[0], moved=(9 * pixels + number * (2 * pixels + 8 * rows * vision.width)) / tensor)
-    pool_moved = number * (6 * rows * vision.width + 6 * sizes.rows * language.width) / tensor
-    pooled = Work("language", counted[1 + vision.layers], moved=pool_moved, kernels=40)
+    of_images, of_tokens = number * rows * vision.width / tensor, number * sizes.rows * language.width / tensor
+    embedded = Work("vision", forward[0].total, moved=(9 + 2 * number) * pixels / tensor + 8 * of_images)
+    pooled = Work("language", forward[pool].total, moved=6 * of_images + 6 * of_tokens, kernels=40)
+    given = gradients[pool].given
+    back = 12 * of_images * (given["norm_k"] or given["norm_v"]) + 12 * of_tokens * given[""]
 
-    def blocks(encoder: Vision | Language, part: str, of: float, rows: int, pairs: float) -> list[LayerWork]:
-        attention = 4 * pairs * encoder.width / tensor
-        products = of - 4 * (squares if part == "vision" else sizes.squares) * encoder.width / tensor
-        forward, backward = _block(encoder, part, products, attention, rows * number / tensor)
-        half = 8 * encoder.width / (8 * encoder.width + 4 * encoder.mlp_width)
-        half_moved = 4 * encoder.width * rows * number / tensor
-        again = {
-            "none": None,
-            "full": forward,
-            "attention": Work(part, products * half, attention, half_moved, BLOCK_KERNELS[0] // 2),
-        }[train.activation_checkpointing]
-        every = train.activation_checkpointing_every
-        return [LayerWork(forward, backward, forward, again if i % every == 0 else None) for i in range(encoder.layers)]
+    def blocks(encoder: Vision | Language, first: int, rows: int) -> list[LayerWork]:
+        return [
+            _block(config, encoder, i, forward[first + i], backward[first + i], rows, gradients[first + i])
+            for i in range(encoder.layers)
+        ]
 
+    moved = 8 * of_images * gradients[0].given[""]
     return [
-        LayerWork(embedded, Work("vision", counted[0], moved=8 * number * rows * vision.width / tensor), embedded),
-        *blocks(vision, "vision", counted[1], rows, squares),
-        LayerWork(pooled, Work("language", 2 * pooled.matmul, moved=2 * pool_moved, kernels=80), pooled),
-        *blocks(language, "language", counted[2 + vision.layers], sizes.rows, sizes.squares / 2),
-        _head(config, sizes, counted[-1]),
+        LayerWork(embedded, Work("vision", backward[0].total, moved=moved), embedded),
+        *blocks(vision, 1, rows),
+        LayerWork(pooled, Work("language", backward[pool].total, moved=back, kernels=80 * given[""]), pooled),
+        *blocks(language, pool + 1, sizes.rows),
+        _head(config, sizes, forward[-1], backward[-1], gradients[len(forward) - 1]),
     ]
 
 
 def _block(
-    encoder: Vision | Language, part: str, products: float, attention: float, row_bytes: float
-) -> tuple[Work, Work]:
-    def moved(*counts: tuple[int, int]) -> float:
-        return row_bytes * sum(widths * encoder.width + wide * encoder.mlp_width for widths, wide in counts)
+    config: Config,
+    encoder: Vision | Language,
+    index: int,
+    forward: LayerFlops,
+    backward: LayerFlops,
+    rows: int,
+    gradients: LayerGradients,
+) -> LayerWork:
+    """index: of the block in its encoder."""
+    part, seen = ("vision", 1.0) if isinstance(encoder, Vision) else ("language", 0.5)  # a mask hides half of the pairs
+    row_bytes = rows * DTYPES[resolve_dtype(config)].itemsize / config.parallel.tensor
 
-    started, back = BLOCK_KERNELS
-    return (
-        Work(part, products, attention, moved(BLOCK_FORWARD, (COPIES[0], 0)), started),
-        Work(part, 2 * products, 2 * attention, moved(BLOCK_BACKWARD, BIASES, (COPIES[1], 0)), back),
-    )
+    def work(flops: LayerFlops, widths: float, wide: float, kernels: int, share: float = 1.0) -> Work:
+        moved = row_bytes * (widths * encoder.width + wide * encoder.mlp_width)
+        return Work(part, flops.products * share, flops.attention * seen, moved, kernels)
+
+    weights, biases = ([f"{name}.{kind}" in gradients.trained for name in LINEAR] for kind in ("weight", "bias"))
+    attends, feeds = gradients.given["attention.out"], gradients.given["mlp.down"]  # whether backward enters
+    widths = BLOCK_BACKWARD[0] / 2 * (attends + feeds) + COPIES[1] * attends + sum(biases[:-1])
+    started = BLOCK_KERNELS[1] * (attends + feeds) // 2 + sum(weights) + sum(biases)
+    forward_widths = BLOCK_FORWARD[0] + COPIES[0]
+    whole = full = work(forward, forward_widths, BLOCK_FORWARD[1], BLOCK_KERNELS[0])
+    again = None
+    if index % config.train.activation_checkpointing_every == 0:
+        products = 4 * encoder.width + 2 * encoder.mlp_width
+        if stops_short(config, encoder):  # before mlp.down, and the sum that follows on it
+            share = 1 - encoder.mlp_width / products
+            full = work(forward, forward_widths - 3, BLOCK_FORWARD[1], BLOCK_KERNELS[0] - 2, share)
+        half = work(forward, 4, 0, BLOCK_KERNELS[0] // 2, 3 * encoder.width / products)  # before attention.out
+        again = {
+            "none": None,
+            "full": full if gradients.given[""] else None,
+            "attention": half if attends else None,
+        }[config.train.activation_checkpointing]
+    return LayerWork(whole, work(backward, widths, BLOCK_BACKWARD[1] * feeds + biases[-1], started), whole, again)
 
 
-def _head(config: Config, sizes: Sizes, counted: float) -> LayerWork:
+def stops_short(config: Config, encoder: Vision | Language) -> bool:
+    """Whether activation checkpointing of whole blocks makes all but a block's last product again.
+
+    torch stops where it has all that backward reads (set_checkpoint_early_stop). Only LayerScale and drop path read
+    what the last product gives; a compiled graph runs to its end.
+    """
+    return not (config.train.compile or encoder.layer_scale is not None or encoder.drop_path)
+
+
+def _head(
+    config: Config, sizes: Sizes, forward: LayerFlops, backward: LayerFlops, gradients: LayerGradients
+) -> LayerWork:
     """The vocabulary's products and its gradients, all in the forward (losses/generation.py), and the projection."""
     language, tensor = config.model.language, config.parallel.tensor
-    number = DTYPES[resolve_dtype(config)].itemsize
-    norms = number * 6 * sizes.rows * language.width
-    logits = 4 * LOGIT_PASSES * sizes.targets * language.vocab_size / tensor
-    weights = 4 * 2 * language.vocab_size * language.width / tensor
+    norms = DTYPES[resolve_dtype(config)].itemsize * 6 * sizes.rows * language.width
+    passes = LOGIT_PASSES[0] + LOGIT_PASSES[1] * (backward.vocabulary > 0)
+    logits = 4 * passes * sizes.targets * language.vocab_size / tensor
+    weights = 4 * 2 * language.vocab_size * language.width / tensor * ("vocabulary" in gradients.trained)
     chunks = 1 + sizes.targets * language.vocab_size // 2**25
-    projection = 2 * sizes.images * language.width**2 / tensor
+    products = forward.vocabulary + backward.vocabulary + forward.products
     return LayerWork(
-        Work(
-            "vocabulary", 3 * (counted - projection) + projection, moved=norms + logits + weights, kernels=15 * chunks
-        ),
-        Work("language", 2 * projection, moved=2 * norms + 2 * weights, kernels=30),
-        Work("language", projection, moved=norms, kernels=15),
+        Work("vocabulary", products, moved=norms + logits + weights, kernels=15 * chunks),
+        Work("language", backward.products, moved=2 * norms + 2 * weights, kernels=30),
+        Work("language", forward.products, moved=norms, kernels=15),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,11 +90,15 @@ def rates_of(name: str, config: Config) -> Rates:
 
 def frozen_parameters(config: Config) -> frozenset[str]:
     """The parameters `{index}.name` that `train.freeze` names. UserError where a pattern names none."""
-    if not config.train.freeze:
-        return frozenset()
-    names = parameter_names(config.model)
+    return _matched(config.model, config.train.freeze) if config.train.freeze else frozenset()
+
+
+@functools.lru_cache(maxsize=64)
+def _matched(model: Model, patterns: tuple[str, ...]) -> frozenset[str]:
+    """Computed once: a run asks at every step."""
+    names = parameter_names(model)
     frozen: set[str] = set()
-    for pattern in config.train.freeze:
+    for pattern in patterns:
         matched = {name for name, own in names.items() if fnmatch.fnmatchcase(own, pattern)}
         if not matched:
             raise UserError(f"train.freeze: no parameter is called {pattern}; {_nearest(pattern, names.values())}")

@@ -1,7 +1,7 @@
 """Bytes that a process sends in a step: the formulas of docs/parallelism.md, for one layout and one batch.
 
 Without activation checkpointing, and with gradients reduced in float32. For what is frozen no gradient is sent, nor are
-rows for one (train/gradients.py). Shape legend as in model.layers. `a`: bytes of
+rows for one (model/gradients.py). Shape legend as in model.layers. `a`: bytes of
 a number in an activation or a parameter; r = (p - 1)/p. The selftest compares them with what is sent
 (`selftest.count_traffic`), `plan` needs neither an engine nor other processes.
 
@@ -22,10 +22,10 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
+from megatron_lcl.model.gradients import LayerGradients, layer_gradients
 from megatron_lcl.objectives.base import COUNTS, Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import Header
-from megatron_lcl.train.gradients import LayerGradients, layer_gradients
 from megatron_lcl.train.optimizers.muon import MatrixExchange
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline.partition import hidden_shape
@@ -233,7 +233,7 @@ def _layer(
         # as in a block: rows for what multiplies them, and sums of their gradients
         inputs = [has("k.weight"), has("v.weight"), given["norm_k"], given["norm_v"]]
         of_patches = given["v"] or has("out.weight")
-        of_latents = of_patches or given["q"] or given["k"]
+        of_latents = of_patches or given["attention"]
         backward: list[float] = [
             *[images] * sum(inputs),
             tokens * (of_patches or has("embedding")),
@@ -255,10 +255,9 @@ def _in_backward_of_block(gradients: LayerGradients) -> int:
     gradient of what it gave, for its weight and for its rows.
     """
     has, given = gradients.has, gradients.given
-    heads = any(given[f"attention.{name}"] for name in ("q", "k", "v", "norm_q", "norm_k"))
     attention = has("attention.q.weight", "attention.k.weight", "attention.v.weight"), given["norm1"]
     feed_forward = has("mlp.up.weight"), given["norm2"], given["mlp.up"] or has("mlp.down.weight")
-    return sum((*attention, heads or has("attention.out.weight"), *feed_forward))
+    return sum((*attention, given["attention"] or has("attention.out.weight"), *feed_forward))
 
 
 _SPLIT = (

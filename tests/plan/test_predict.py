@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_lcl.plan.predict import (
     seconds_of_run,
 )
 from megatron_lcl.plan.work import sizes_of
+from megatron_lcl.train.parts import freeze, frozen_parameters
 
 IMAGES, CONTEXT = 2, 80
 FAST = 1e30
@@ -69,21 +71,78 @@ def full_batch(config: Config) -> Any:
     return pack_padded(row, torch.tensor([CONTEXT]), pixels, config.model)
 
 
-def test_operations_of_a_step_are_what_torch_counts() -> None:
-    """The plan knows no documents: its packs are full, and it counts the few tokens that have no target."""
-    config = config_of(train__global_batch=1)
-    batch, sizes = full_batch(config), sizes_of(config, IMAGES, 1)
-    assert replace(sizes, targets=batch.num_targets) == Sizes.of([batch])
-    layers = nn.Sequential(*build_layers(config.model, 1.0))
+FROZEN = {
+    "nothing": (),
+    "the vision tower": ("vision.*",),
+    "the lowest language blocks": ("language.blocks.[01].*",),
+    "feed-forward networks of vision": ("vision.blocks.*.mlp.*",),
+    "vision below its first feed-forward network": ("vision.patches.*", "vision.blocks.*.[na]*"),
+    "all but the last block and the vocabulary": ("vision.*", "pool.*", "language.[ep]*", "*.[01].*", "head.[np]*"),
+}
+
+
+def counted_step(config: Config, batch: Any, partition: Sequence[int] = ()) -> float:
+    """Operations of a real forward and backward, as torch counts them. partition: layers whose rows come from another
+    process."""
+    layers = build_layers(config.model, 1.0, recompute=config.train.activation_checkpointing)
     initialize(dict(enumerate(layers)), config.model, 0)
+    freeze(dict(nn.Sequential(*layers).named_parameters()), frozen_parameters(config))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop.__wrapped__})
     with counter, sdpa_kernel(SDPBackend.MATH):
-        out = layers(Activations.of(batch))
+        out: Any = Activations.of(batch)
+        for index, layer in enumerate(layers):
+            if index in partition:
+                out.hidden.requires_grad_()
+            out = layer(out)
         loss = contrastive_loss(out.image_features, out.text_features, out.log_scale).loss
         (out.generation + loss).backward()
-    planned = predict(config, 1, 1, rates_of(), IMAGES).flops
-    assert planned.loss > 0
-    assert planned.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+    return counter.get_total_flops()
+
+
+def as_counted() -> Rates:
+    """A device on which seconds of layers are operations as torch counts them, those that a mask hides included."""
+    return replace(rates_of(matmul=1.0, attention=1.0), attention={"vision": 1.0, "language": 0.5})
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_operations_of_a_step_are_what_torch_counts(frozen: str) -> None:
+    """The plan knows no documents: its packs are full, and it counts the few tokens that have no target."""
+    config = config_of(train__global_batch=1, train__freeze=FROZEN[frozen])
+    batch, sizes = full_batch(config), sizes_of(config, IMAGES, 1)
+    assert replace(sizes, targets=batch.num_targets) == Sizes.of([batch])
+    counted = counted_step(config, batch)
+    assert of_step(config.model, Sizes.of([batch]), frozen=frozen_parameters(config)).total == counted
+    found = predict(config, 1, 1, as_counted(), IMAGES)
+    assert found.flops.loss > 0
+    assert found.flops.total == pytest.approx(counted, rel=0.01)
+    assert found.compute + found.flops.loss == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen", "scale"),
+    [
+        ("full", "nothing", None),
+        ("full", "all but the last block and the vocabulary", None),
+        ("full", "the vision tower", 0.1),
+        ("attention", "all but the last block and the vocabulary", None),
+    ],
+)
+def test_only_what_a_backward_reads_is_computed_again(kind: str, frozen: str, scale: float | None) -> None:
+    changes = {"train__freeze": FROZEN[frozen], "model__language__layer_scale": scale}
+    config = config_of(train__global_batch=1, train__activation_checkpointing=kind, **changes)
+    found = predict(config, 1, 1, as_counted(), IMAGES)
+    assert found.again > 0
+    assert found.compute + found.flops.loss == pytest.approx(counted_step(config, full_batch(config)), rel=0.01)
+
+
+def test_a_stage_computes_the_gradient_of_what_it_receives() -> None:
+    frozen = FROZEN["all but the last block and the vocabulary"]
+    config = config_of(train__global_batch=1, parallel__pipeline=2, train__freeze=frozen)
+    found = predict(config, 2, 2, as_counted(), IMAGES)
+    assert found.partition == predict(configs.replace(config, train__freeze=()), 2, 2, as_counted(), IMAGES).partition
+    counted = counted_step(config, full_batch(config), found.partition[1:])
+    assert sum(found.stages) + found.flops.loss == pytest.approx(counted, rel=0.01)
+    assert found.flops.total < 0.99 * counted, "the model needs no such gradient"
 
 
 @pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}, {"parallel__tensor": 4, "train__micro_batch": 2}])
@@ -141,7 +200,7 @@ def test_the_network_and_the_optimizer_take_their_bytes() -> None:
     again = predict(
         config_of(parallel__tensor=2, train__activation_checkpointing="full"), 2, 2, rates_of(intra=1e6), IMAGES
     )
-    assert again.network - found.network == pytest.approx(TENSOR_SHOWS * sent.tensor * 4 / 10 / 1e6)
+    assert again.network - found.network == pytest.approx(TENSOR_SHOWS * sent.tensor * 3 / 10 / 1e6)
     data = predict(config_of(), 4, 2, rates_of(intra=1e6, inter=2e5), IMAGES)
     assert data.network == pytest.approx((data.sending.data + data.sending.contrast) / 4e5), "two adapters a node"
     alone = predict(config_of(), 1, 1, rates_of(memory=1e6), IMAGES)

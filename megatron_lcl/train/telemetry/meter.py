@@ -20,6 +20,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model import flops
 from megatron_lcl.objectives.base import GlobalCounts, Objective
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.resilience.faults import node
 from megatron_lcl.train.result import Measured, StepResult
@@ -66,7 +67,8 @@ class StepMeter:
         (own, config, objective), self._own = self._own, None
         if own is not None:
             pairs, contrast = counts.counts["num_pairs"], objective.all_features_first
-            self._flops += flops.of_step(config.model, flops.Sizes.of(own), pairs, contrast=contrast)
+            sizes, frozen = flops.Sizes.of(own), frozen_parameters(config)
+            self._flops += flops.of_step(config.model, sizes, pairs, contrast=contrast, frozen=frozen)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

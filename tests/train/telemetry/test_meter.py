@@ -15,7 +15,7 @@ from megatron_lcl import objectives
 from megatron_lcl.model import flops
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
-from megatron_lcl.train.parts import PARTS
+from megatron_lcl.train.parts import PARTS, frozen_parameters
 from megatron_lcl.train.result import Measured
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
 from megatron_lcl.train.telemetry.clock import PHASES, Clock
@@ -23,6 +23,7 @@ from megatron_lcl.train.telemetry.meter import StepMeter
 from megatron_lcl.train.telemetry.stragglers import Place
 
 MESH, CPU = Mesh(ALONE, ALONE), torch.device("cpu")
+FROZEN = ("vision.*",)
 NORMS = dict.fromkeys(PARTS, 0.5)
 
 
@@ -30,9 +31,11 @@ def measured(latents: torch.Tensor, contexts: torch.Tensor) -> Measured:
     return Measured(NORMS, NORMS, latents, contexts)
 
 
-def one_line(meter: StepMeter, step: int, features: Measured | None = None, **replaced: Any) -> dict[str, Any]:
+def one_line(
+    meter: StepMeter, step: int, features: Measured | None = None, freeze: tuple[str, ...] = (), **replaced: Any
+) -> dict[str, Any]:
     """A step of half a second on one batch, which is logged."""
-    config = config_of()
+    config = config_of(freeze=freeze)
     own = batch(config)
     counts = GlobalCounts.of([own], MESH, CPU)
     meter.read([own], config, objectives.create(config))
@@ -72,6 +75,9 @@ def test_operations_are_those_of_the_batches_and_mfu_their_part_of_the_peak(tmp_
         assert line["flops_per_second"] == pytest.approx(expected / 0.5)
         assert line["mfu"] == pytest.approx(expected / 0.5 / 1e9)
         assert line["token_slots_padded"] == len(own.tokens) - RESULT.num_tokens
+        less = flops.of_step(config.model, flops.Sizes.of([own]), frozen=frozen_parameters(config_of(freeze=FROZEN)))
+        assert less.total < 0.9 * expected
+        assert one_line(meter, 2, freeze=FROZEN)["flops_per_second"] == pytest.approx(less.total / 0.5)
         assert "mfu" not in one_line(StepMeter(config_of(), MESH, Clock(CPU), telemetry), 1), "of a CPU"
 
 

@@ -1,15 +1,18 @@
 """Which parts of the model backward enters, where some are frozen (`train.freeze`).
 
 What a module gives needs a gradient where what it is given does, or where it has something to train. Backward enters no
-other module, and a parameter that is frozen has no gradient: nothing is sent for either.
+other module, and a parameter that is frozen has no gradient: nothing is sent or computed for either.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_lcl.config import Model
+from megatron_lcl.model.layers import parameter_shapes
 
 Has = Callable[..., bool]
 """whether one of the named modules or parameters of a layer has something to train"""
@@ -24,7 +27,8 @@ class LayerGradients:
     received: bool
     """whether the rows that it is given need a gradient"""
     given: Mapping[str, bool]
-    """by module, of those that have parameters: whether what it gives needs one; the layer itself is the empty name"""
+    """by module, of those that have parameters: whether what it gives needs one; the layer itself is the empty name,
+    `attention` the queries, keys and values together"""
 
     def has(self, *names: str) -> bool:
         """Whether one of these modules or parameters has something to train."""
@@ -33,6 +37,11 @@ class LayerGradients:
     def entered(self, parameter: str) -> bool:
         """Whether backward enters the module that has the parameter."""
         return self.given[parameter.rpartition(".")[0]]
+
+    def num_needed(self, *factors: str) -> int:
+        """How many of these need a gradient: modules, by what they give, and parameters. For a product of them backward
+        makes so many."""
+        return sum(factor in self.trained or self.given.get(factor, False) for factor in factors)
 
 
 def layer_gradients(
@@ -57,6 +66,22 @@ def layer_gradients(
     return found
 
 
+@functools.lru_cache(maxsize=64)
+def model_gradients(
+    model: Model, frozen: frozenset[str] = frozenset(), partition: tuple[int, ...] = (0,)
+) -> Mapping[int, LayerGradients]:
+    """Of each layer of a model; computed once.
+
+    frozen: parameters `{index}.name`. partition: the first layer of each stage of a pipeline, whose rows come from
+    another process unless it is layer 0.
+    """
+    found: dict[int, LayerGradients] = {}
+    for first, after in itertools.pairwise([*partition, model.vision.layers + model.language.layers + 3]):
+        own = [name for name in parameter_shapes(model) if first <= int(name.partition(".")[0]) < after]
+        found |= layer_gradients(own, frozen, model, received=first > 0)
+    return found
+
+
 def _given(index: int, model: Model, received: bool, has: Has) -> dict[str, bool]:
     pool, last = model.vision.layers + 1, model.vision.layers + model.language.layers + 2
     if index == 0:
@@ -77,7 +102,8 @@ def _given_by_block(received: bool, has: Has) -> dict[str, bool]:
         given[f"attention.{name}"] = given["norm1"] or has(f"attention.{name}")
     for name in ("q", "k"):
         given[f"attention.norm_{name}"] = given[f"attention.{name}"] or has(f"attention.norm_{name}")
-    given["attention.out"] = any(given.values()) or has("attention.out")
+    given["attention"] = any(given.values())
+    given["attention.out"] = given["attention"] or has("attention.out")
     between = received or given["attention.out"] or has("scale1")
     given["norm2"] = between or has("norm2")
     given["mlp.up"] = given["norm2"] or has("mlp.up")
@@ -91,5 +117,6 @@ def _given_by_pool(received: bool, has: Has) -> dict[str, bool]:
         given[f"norm_{name}"] = given["norm"] or has(f"norm_{name}")
     for name in ("q", "k", "v"):
         given[name] = given[f"norm_{name}"] or has(name)
-    given["out"] = any(given[name] for name in ("q", "k", "v")) or has("out")
+    given["attention"] = any(given[name] for name in ("q", "k", "v"))
+    given["out"] = given["attention"] or has("out")
     return {**given, "embedding": has("embedding"), "": given["out"] or has("embedding", "positions")}
