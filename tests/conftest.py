@@ -12,11 +12,15 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
 pytest_plugins = ["local_slurm", "s3_fixtures"]
 
+# an example takes longer than usual where another test needs the machine
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are slower
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

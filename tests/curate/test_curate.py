@@ -182,7 +182,7 @@ def test_names_languages_and_lists(tmp_path: Path) -> None:
 
 
 @hypothesis.given(st.integers(0, 2**16), st.booleans(), st.integers(1, 3), st.sampled_from([1, 500, 1 << 20]))
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=10)
 def test_without_a_rule_nothing_changes(
     tmp_path_factory: pytest.TempPathFactory, seed: int, matched: bool, shards: int, task_bytes: int
 ) -> None:
@@ -209,7 +209,7 @@ def test_without_a_rule_nothing_changes(
         },
     ),
 )  # fmt: skip
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 def test_removed_and_kept_are_the_source(
     tmp_path_factory: pytest.TempPathFactory, seed: int, matched: bool, given: dict[str, Any]
 ) -> None:

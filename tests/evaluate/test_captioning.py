@@ -73,7 +73,7 @@ def test_limits() -> None:
     assert all(0 <= i < 20 for ids in drawn for i in ids)  # no special token
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.floats(0.05, 1))
 def test_nucleus_against_transformers(seed: int, top_p: float) -> None:
     warper = pytest.importorskip("transformers").TopPLogitsWarper(top_p)

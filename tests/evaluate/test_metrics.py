@@ -225,7 +225,7 @@ def brute_force_ranks(images: torch.Tensor, texts: torch.Tensor, own: np.ndarray
     return both[0], both[1]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 4))
 def test_retrieval_against_a_brute_force_count(seed: int, n: int, per_image: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -258,7 +258,7 @@ def split(pool, image, text, log_scale, counts, incoming=1.0, tell_counts=True):
     )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 13]), min_size=1, max_size=4),
     scale=st.sampled_from([0.01, 1.0, 14.3, 50.0, 100.0]),

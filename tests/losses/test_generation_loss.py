@@ -266,7 +266,7 @@ def raising(results):
     return results
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.integers(1, 4),
     R=st.sampled_from([0, 1, 3, 4, 9, 17]),

@@ -189,7 +189,7 @@ def test_a_pair_is_two_sequences_of_one_pack(corpus: Corpus) -> None:
     assert page.count("<figure") == 2 * seen, "the image stands at both"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 70), min_size=1, max_size=30), st.integers(1, 9), st.integers(9, 80), st.integers(17, 90)
 )

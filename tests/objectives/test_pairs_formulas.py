@@ -166,7 +166,7 @@ def test_genlip_s_sequences_are_captions_alone(corpus: Corpus) -> None:
     assert objectives.create(config).trains == ("generation",)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=9), st.integers(1, 9), st.integers(9, 80))
 def test_the_packer_knows_a_lone_caption_s_size(lengths: list[int], patches: int, context: int) -> None:
     """Any lengths of text, patches and context: text cut to fit, counted exactly."""

@@ -196,7 +196,7 @@ def test_what_follows_from_a_batch_s_lengths_is_made_once(monkeypatch: pytest.Mo
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(0, 100))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_short_sequences_of_like_length_are_one_call(lengths: list[int], seed: int) -> None:
     """Each row once, and results and gradients those of the sequences one by one."""
     ends = [0, *np.cumsum(lengths).tolist()]

@@ -74,7 +74,7 @@ def complaint(config: configs.Config, processes: int) -> str:
     return ""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     heads=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 8, 12])] * 3),
     tensor=st.integers(1, 9),

@@ -27,7 +27,7 @@ from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 400))
 def test_groups_are_those_of_equal_keys_in_any_memory(values: list[int], memory: int) -> None:
     spread = np.array(values, np.uint64) * np.uint64(1 << 60)  # wraps: a few values of the whole range
@@ -45,7 +45,7 @@ def test_groups_are_those_of_equal_keys_in_any_memory(values: list[int], memory:
     assert groups == [rows for rows in expected if len(rows) > 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(0, 5))
 def test_clusters_are_the_components_of_all_alike_pairs(seed: int, num: int, limit: int) -> None:
     described = np.random.default_rng(seed).integers(0, 3, (num, 6), np.uint32)

@@ -30,7 +30,7 @@ def estimate(one: np.ndarray, other: np.ndarray, permutations: int = PERMUTATION
     return float((signature(one, permutations) == signature(other, permutations)).mean())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60), st.integers(0, 1000))
 def test_the_estimate_is_the_jaccard_similarity(shared: int, one: int, other: int, seed: int) -> None:
     if not min(shared + one, shared + other):

@@ -17,7 +17,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 10_000))
 def test_no_other_assignment_has_a_larger_sum(images: int, texts: int, seed: int) -> None:
     """And what is left over goes to its likest text: scripts/compute_assignments.py of allenai/mmc4, by trying all."""

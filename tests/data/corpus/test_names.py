@@ -43,7 +43,7 @@ def written(path: Path, names: list[str]) -> Names:
 alike = st.text(st.sampled_from("ab/é@\n\0\x0a\ud800"), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(alike, max_size=12))
 def test_names_come_back(tmp_path_factory: pytest.TempPathFactory, given_names: list[str]) -> None:
     names = written(tmp_path_factory.mktemp("names") / "names", given_names)

@@ -87,7 +87,7 @@ def test_megatron_core_reads_it(corpus: Path) -> None:
 pieces = st.one_of(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), st.binary(min_size=1, max_size=9))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(pieces, min_size=1, max_size=4), max_size=5))
 def test_byte_for_byte_as_megatron_core_writes(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int] | bytes]]

@@ -61,14 +61,14 @@ def test_real_texts(reference: Any, shared: Path) -> None:
     assert CLIP.encode_batch(texts) == [reference.encode(text) for text in texts]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.text(max_size=40))
 def test_any_text_as_in_the_reference(reference: Any, text: str) -> None:
     assume(not names_a_special_token(text))
     assert CLIP.encode(text) == reference.encode(text)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(codec="latin-1"), max_size=3)), max_size=8))
 def test_awkward_text_as_in_the_reference(open_clip: Any, reference: Any, parts: list[str]) -> None:
     text = "".join(parts)
@@ -100,7 +100,7 @@ def test_special_strings_are_text(special: str) -> None:
 SENTENCEPIECE = tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog. " * 20], 400)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 def test_sentencepiece_loses_nothing(text: str) -> None:
     assert SENTENCEPIECE.decode(SENTENCEPIECE.encode(text)) == text

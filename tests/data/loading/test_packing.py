@@ -16,7 +16,7 @@ from megatron_lcl.data.loading.packing import best_fit, blend, choose_images_per
 sizes_of = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 5)), min_size=1, max_size=80)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sizes_of, st.integers(1, 9))
 def test_each_sequence_once_and_no_limit_broken(sizes: list[tuple[int, int]], most: int) -> None:
     tokens, images = (np.array(x, np.int32) for x in zip(*sizes, strict=True))
@@ -33,7 +33,7 @@ def test_each_sequence_once_and_no_limit_broken(sizes: list[tuple[int, int]], mo
     assert np.diff(in_order).max() <= most
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.integers(1, 300)), min_size=1, max_size=6), st.integers(0, 2**31 - 1))
 def test_blend_is_exact_to_one_document_at_every_prefix(corpora: list[tuple[float, int]], seed: int) -> None:
     rng = np.random.default_rng(seed)

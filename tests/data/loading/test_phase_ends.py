@@ -113,7 +113,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return write_corpus(tmp_path_factory.mktemp("ends") / "c", documents, 2, source), documents
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(phases=st.lists(phase, min_size=1, max_size=4))
 def test_an_epoch_has_every_token_and_image_once_wherever_phases_end(
     written: tuple[Corpus, list[list[Piece]]], phases: list[dict[str, Any]]

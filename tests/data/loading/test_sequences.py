@@ -56,7 +56,7 @@ rules_of = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(documents(), rules_of, st.integers(0, 2**63))
 def test_every_token_and_selected_image_stands_in_exactly_one_place(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
     lengths, modes, similarity, matched = document
@@ -89,7 +89,7 @@ def test_every_token_and_selected_image_stands_in_exactly_one_place(document, ru
     assert told.tolist() == sizes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(documents(), rules_of, st.integers(0, 2**63), st.data())
 def test_ranges_of_positions_make_up_the_document_however_each_is_cut(document, rules, seed, data) -> None:  # type: ignore[no-untyped-def]
     """So what one phase leaves of a document another one, with longer or shorter sequences, can go on with."""
@@ -126,7 +126,7 @@ def found_images(rows: np.ndarray) -> np.ndarray:
     return rows[rows[:, 3] == IMAGE_ROW]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(documents(), rules_of, st.integers(0, 2**63))
 def test_a_text_is_cut_only_if_it_is_too_long(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
     lengths, modes, similarity, matched = document
@@ -136,7 +136,7 @@ def test_a_text_is_cut_only_if_it_is_too_long(document, rules, seed) -> None:  #
         assert count == 1 or lengths[piece] > rules.max_tokens - 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(documents(), rules_of, st.integers(0, 2**63))
 def test_no_cut_takes_the_text_away_that_stands_before_an_image(document, rules, seed) -> None:  # type: ignore[no-untyped-def]
     lengths, modes, similarity, matched = document

@@ -25,7 +25,7 @@ some_documents = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some_documents)
 def test_arbitrary_documents_come_back(tmp_path_factory: pytest.TempPathFactory, documents: list[Document]) -> None:
     check_all_formats(documents, tmp_path_factory.mktemp("formats"))
@@ -43,7 +43,7 @@ def test_special_token_strings_are_text(tmp_path: Path) -> None:
 awkward_text = st.text(st.sampled_from('ab \t\u00a0é\ud800\0"\\'), max_size=4)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(awkward_text, max_size=3), min_size=1, max_size=6), st.booleans())
 def test_lines_of_nothing_but_texts_as_other_lines(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[str]], escaped: bool

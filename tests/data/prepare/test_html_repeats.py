@@ -103,7 +103,7 @@ def test_empty_links_say_nothing_of_their_line() -> None:
     assert [without_repeated(page, texts.repeated(0.25)) for page in pages] == [(page, []) for page in pages]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(blocks(), min_size=MIN_PAGES, max_size=25), st.floats(0.05, 1))
 def test_only_a_run_at_an_edge_can_go(pages: list[list[Block]], share: float) -> None:
     texts = EdgeTexts()

@@ -53,7 +53,7 @@ items = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(items, min_size=1, max_size=5), min_size=1, max_size=6), st.integers(1, 9))
 def test_documents_that_run_on_over_row_groups(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[Text | Image]], group: int

@@ -232,7 +232,7 @@ def test_a_fork_while_blocks_are_asked_for(place: str, s3: Proxy, tmp_path: Path
     assert blocks.read(0, 3 * BLOCK) == content[: 3 * BLOCK]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.integers(1, 40 * BLOCK),
     wanted=st.lists(st.tuples(st.integers(0, 40 * BLOCK), st.integers(0, 5 * BLOCK)), max_size=6),

@@ -68,7 +68,7 @@ def test_contents(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_flipped_bit_of_any_file_is_found(
     data: st.DataObject, runs: Path, tmp_path_factory: pytest.TempPathFactory

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fleet import Fleet, alive, descendants, last_step, losses, train
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lcl.data.loading.loader import LoaderKilled
@@ -354,7 +354,6 @@ def test_who_is_waited_for() -> None:
 
 
 @given(st.integers(2, 9), st.integers(0, 8), st.integers(1, 99))
-@settings(deadline=None)
 def test_whoever_stops_first_is_named(size: int, faulty: int, count: int) -> None:
     """The others each stop at the next collective of a ring of groups that ends at the faulty one."""
     order = [(faulty + i) % size for i in range(size)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fleet import lines, train
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -88,7 +88,6 @@ def test_along_the_tensor_axis_a_difference_stays_and_is_found(config_file: str,
 
 
 @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]))
-@settings(deadline=None)
 def test_every_flipped_bit_changes_the_fingerprint(data: st.DataObject, dtype: torch.dtype) -> None:
     width = torch.empty(0, dtype=dtype).element_size()
     count = data.draw(st.integers(1, 40))
