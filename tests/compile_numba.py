@@ -8,11 +8,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
+from data.loading.test_sequences import NATURAL
 from small_corpus import make_corpus
 
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.sequence import END, INTERLEAVED, PAIRS, arrange, arranged_sizes, select
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
@@ -25,3 +27,10 @@ if __name__ == "__main__":
         for sequences in (INTERLEAVED, PAIRS):
             next(iter(PackedLoader(blend, 4, 16, 128, sequences=sequences)))
         next(iter(PackedLoader(alone, 4, 16, 128, train=False)))
+    # as tests call them by themselves, with other types than the loader
+    lengths, modes, zero = np.array([1, 9], np.int32), np.array([1, 0], np.int8), np.zeros(1, np.int64)
+    nan, none, key = np.full(1, np.nan, np.float32), np.full(1, -1, np.int32), np.uint64(0)
+    arrange(lengths, modes, nan, none, key, NATURAL)
+    select(nan, none, key, NATURAL)
+    document = lengths, modes, np.array([0, 2]), nan, none, zero, zero, np.array([key])
+    arranged_sizes(*document, np.array([[0, END]]), NATURAL)  # type: ignore[call-arg]

@@ -226,9 +226,15 @@ def test_an_unexpected_error_leaves_finished_parts(
 
 
 def test_interrupted_after_every_step_of_finishing(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run gets one file further than the one before, and is stopped before the next."""
+    """Each run gets one file further than the one before, and is stopped before the next. Of two of the input's files:
+    there are as many runs as files of the corpus, and each looks at all of them."""
+    two = tmp_path / "two"
+    shutil.copytree(source, two, ignore=shutil.ignore_patterns("part-[234].jsonl"))
+    preprocess("jsonl", two, tmp_path / "expected", tokenizer=TOKENIZER, **SMALL)
+    expected = contents(tmp_path / "expected")
+    assert len(expected) > 2 * 3 * 6, "six files of each shard"
     output, original, reached = tmp_path / "out", os.replace, 0
 
     def replace(a: Any, b: Any) -> None:
@@ -243,15 +249,15 @@ def test_interrupted_after_every_step_of_finishing(
     for step in range(1, len(expected)):
         reached = 0
         with pytest.raises(KeyboardInterrupt):
-            preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
+            preprocess("jsonl", two, output, tokenizer=TOKENIZER, **SMALL)
         assert len([p for p in output.iterdir() if p.suffix != ".tmp" and p.name != WORK]) == step
     reached = 0
     with monkeypatch.context() as patched:
         patched.setattr(preprocess_module, "clear_up", interrupt)  # the manifest is there, the parts' records as well
         with pytest.raises(KeyboardInterrupt):
-            preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL)
+            preprocess("jsonl", two, output, tokenizer=TOKENIZER, **SMALL)
     assert (output / WORK).exists()
-    assert preprocess("jsonl", source, output, tokenizer=TOKENIZER, **SMALL).reused
+    assert preprocess("jsonl", two, output, tokenizer=TOKENIZER, **SMALL).reused
     assert contents(output) == expected
 
 
