@@ -33,16 +33,23 @@ def test_kernels_on_a_device_give_the_same():
     run_kernels()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile(capability, tmp_path):
-    """For A100, H100 and B200: each variant fits, and matrices are multiplied on tensor cores."""
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    """Of each compute capability the benchmark's lines, a kernel each."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), "80", "90", "100"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    kernels = [line.split() for line in result.stdout.splitlines()[2:]]
+    parts = result.stdout.split("compute capability ")[1:]
+    return {part.split(",")[0]: [line.split() for line in part.splitlines()[2:]] for part in parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
+def test_kernels_compile(capability, resources):
+    """For A100, H100 and B200: each variant fits, and matrices are multiplied on tensor cores."""
+    kernels = resources[capability]
     assert len(kernels) == 3 * 2 * 2 + 4
     for kernel in kernels:
         name, (registers, _, _, spilled, tensor_cores, _) = " ".join(kernel[:-6]), kernel[-6:]
