@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 
 make_venv() {
-  local extras=$1 python=${PYTHON:-python3} files installed never
+  local extras=$1 python=${PYTHON:-python3} files installed
   command -v "$python" >/dev/null || { echo "$python not found; install Python 3.11 or newer, or set PYTHON" >&2; exit 2; }
   "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' ||
     { echo "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON" >&2; exit 2; }
@@ -29,17 +29,8 @@ PY
   if ! grep -qsx "$files $extras" "$venv/installed"; then
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || new_venv # it was interrupted before pip was in it
     echo "installing into $venv … (log: $venv/install.log)" >&2
-    {
-      "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade pip setuptools wheel &&
-        "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --editable "${root}[$extras]"
-    } >"$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 2; }
-    # on all cores; pip would take one. Not what is hardly ever imported (a quarter of all): packages' own tests, most of
-    # transformers' models, ray's libraries, the services that moto stands in for; some packages hold files that are not
-    # Python of this version
-    never='transformers/models|/tests?/|torch/testing/_internal/(common_|generated|opinfo)|sympy/physics/'
-    never+='|site-packages/(fontTools|megatron|mypyc?|pip|torchgen)/|pygments/lexers/'
-    never+='|ray/(data|llm|rllib|serve|train|tune)/|moto/(?!core|s3|moto_|utilities)[a-z0-9]+/'
-    "$venv/bin/python" -m compileall -q -j 0 -x "$never" "$venv/lib" >>"$venv/install.log" 2>&1 || true
+    "$venv/bin/python" "$root/launch/install.py" --editable "${root}[$extras]" >"$venv/install.log" 2>&1 ||
+      { tail -n 20 "$venv/install.log" >&2; exit 2; }
     installed=$(grep -s "^$files " "$venv/installed" || true)
     printf '%s\n' ${installed:+"$installed"} "$files $extras" >"$venv/installed"
   fi

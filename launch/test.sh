@@ -13,19 +13,19 @@ get() {  # the command that tells whether it is there, the packages that have it
   log=$({ install "${@:2}" || { apt-get update && install "${@:2}"; }; } 2>&1) ||
     printf '%s\n' "$(tail -n 5 <<<"$log")" "${*:2} could not be installed; tests that need it skip" >&2
 }
-{ get slurmctld slurm-wlm munge; get chromium chromium; } & # while pip works
+{ get slurmctld slurm-wlm munge; get chromium chromium; } & # while packages are installed
 trap wait EXIT
 make_venv dev
 wait
 cd "$root"
 "$venv/bin/mypy" & types=$!
-# while mypy works, what each of many processes would do again
+# while mypy works, what each of many processes would do again: Python's bytecode, and the asserts as pytest rewrites them,
+# of all that tests import; numba's functions
 unset PYTHONDONTWRITEBYTECODE
 compile() {
   "$venv/bin/python" -m compileall -q megatron_lcl tests
   PYTHONPATH=tests "$venv/bin/python" tests/compile_numba.py
-  # it uses pytest's private parts, and saves time only
-  "$venv/bin/python" tests/compile_asserts.py >/dev/null 2>&1 || echo "tests/compile_asserts.py failed: run it alone" >&2
+  "$venv/bin/python" -m pytest --collect-only -q -n 0 >/dev/null || true # the tests will say why
 }
 compile & compiled=$!
 "$venv/bin/ruff" format --check --quiet .

@@ -10,6 +10,8 @@ this package except `python -m megatron_lcl` and the scripts of `tools/`. Begin 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import signal
 import sys
 import threading
@@ -23,6 +25,8 @@ from megatron_lcl.train.resilience.start import answer_signals
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        atexit.register(_end_quickly)
     with _interruptible(ends=arguments is None) as interrupts:
         try:
             with answer_signals(training=given[:1] == ["train"]):
@@ -34,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not interrupts:
                 raise
             return 128 + signal.SIGINT
+
+
+def _end_quickly() -> None:
+    """Python does not look for garbage when it ends: where torch is imported that takes half a second and more."""
+    if "triton" not in sys.modules:  # its bindings would report leaks
+        gc.freeze()
 
 
 @contextmanager

@@ -184,3 +184,24 @@ def test_cuda_as_torch_says_it() -> None:
     torch = pytest.importorskip("torch")
     assert version._torch_cuda() == torch.version.cuda
     assert version._num_devices() == torch.cuda.device_count()
+
+
+AT_THE_END = """
+import atexit, gc, sys
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))  # what is registered first is called last
+{before}
+from megatron_lcl.cli import main
+main({arguments})
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "arguments", "frozen"),
+    [("", "", True), ("sys.modules['triton'] = None", "", False), ("", "['--version']", False)],
+    ids=["a command", "with triton", "called by a program"],
+)
+def test_no_garbage_is_looked_for_at_the_end(before: str, arguments: str, frozen: bool) -> None:
+    """But of triton, whose bindings would report leaks, and where a program that goes on has called the command."""
+    words = [sys.executable, "-c", AT_THE_END.format(before=before, arguments=arguments), "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == f"frozen {frozen}"
