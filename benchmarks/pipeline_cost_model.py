@@ -118,7 +118,7 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     mesh, packs = init_processes(config), [make_pack(name, config, m) for m in range(MICRO_BATCHES)]
     specs = specs_of(config, mesh.tensor)
     samples = LayerSamples(specs, packs[0], config, mesh.tensor, torch.device("cpu"), torch.float32)
-    costs = measure_costs(samples, config, mesh)
+    costs, _ = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
     num_stages = mesh.pipeline.size
     partition = partition_uniform(len(specs), num_stages) if even else partition_balanced(costs, sizes, num_stages)

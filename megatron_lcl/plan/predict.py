@@ -90,7 +90,7 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
 
     images: image slots of a pack. Where parts are frozen, a backward has what is left of it (model/gradients.py); in a
     pipeline every stage but the first computes the gradient of the rows that it receives, and layers are divided among
-    stages as if nothing were frozen, as a run divides them.
+    stages by that, as a run divides them.
     """
     data, objective = check_layout(config, processes), objectives.create(config)
     micro_batches, train, num_stages = num_micro_batches(config, data), config.train, config.parallel.pipeline
@@ -100,12 +100,12 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     def times_with(gradients: Mapping[int, LayerGradients]) -> list[_LayerSeconds]:
         return [_LayerSeconds.of(layer, rates, twice) for layer in work_of_layers(config, sizes, gradients)]
 
-    gradients = model_gradients(config.model)
-    times = times_with(gradients)
-    partition = _partition(config, [t.total for t in times])
-    if frozen:
-        gradients = model_gradients(config.model, frozen, partition)
-        times = times_with(gradients)
+    in_first = times_with(model_gradients(config.model, frozen))
+    # each layer as if it received its rows from another stage
+    others = times_with(model_gradients(config.model, frozen, tuple(range(len(in_first))))) if frozen else in_first
+    partition = _partition(config, [t.total for t in others], [t.total for t in in_first])
+    gradients = model_gradients(config.model, frozen, partition)
+    times = times_with(gradients) if frozen else in_first
     bounds = [*partition, len(times)]
     batch = batch_of(config, images, sizes)
     meshes = [mesh_of(config, processes, stage) for stage in range(num_stages)]
@@ -183,18 +183,19 @@ def _held(config: Config, bounds: list[int], stage: int) -> Mapping[str, torch.S
     return shapes_of_stage(config.model, config.parallel.tensor, bounds[stage], bounds[stage + 1])
 
 
-def _partition(config: Config, costs: list[float]) -> tuple[int, ...]:
+def _partition(config: Config, costs: list[float], in_first: list[float]) -> tuple[int, ...]:
     """As the run would divide its layers, by counted costs; what is sent is the same at most boundaries."""
     if config.parallel.pipeline == 1:
         return (0,)
     unit = sum(costs) / 2000
-    return _balanced(tuple(round(cost / unit) for cost in costs), config.parallel.pipeline)
+    parts = (tuple(round(cost / unit) for cost in each) for each in (costs, in_first))
+    return _balanced(config.parallel.pipeline, *parts)
 
 
 @functools.lru_cache(maxsize=1024)
-def _balanced(costs: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
+def _balanced(num_stages: int, costs: tuple[int, ...], in_first: tuple[int, ...]) -> tuple[int, ...]:
     """costs: in parts of a whole, so that layouts whose layers are in the same proportions share an answer."""
-    return partition_balanced(costs, [0.0] * len(costs), num_stages)
+    return partition_balanced(costs, [0.0] * len(costs), num_stages, in_first)
 
 
 def _shown(sent: float, ranks: tuple[int, ...], node_size: int, rates: Rates) -> float:

@@ -135,14 +135,24 @@ def test_only_what_a_backward_reads_is_computed_again(kind: str, frozen: str, sc
     assert found.compute + found.flops.loss == pytest.approx(counted_step(config, full_batch(config)), rel=0.01)
 
 
-def test_a_stage_computes_the_gradient_of_what_it_receives() -> None:
+def test_a_stage_computes_the_gradient_of_what_it_receives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And layers are divided by that: more of them into the first stage, which computes none."""
     frozen = FROZEN["all but the last block and the vocabulary"]
     config = config_of(train__global_batch=1, parallel__pipeline=2, train__freeze=frozen)
-    found = predict(config, 2, 2, as_counted(), IMAGES)
-    assert found.partition == predict(configs.replace(config, train__freeze=()), 2, 2, as_counted(), IMAGES).partition
-    counted = counted_step(config, full_batch(config), found.partition[1:])
-    assert sum(found.stages) + found.flops.loss == pytest.approx(counted, rel=0.01)
-    assert found.flops.total < 0.99 * counted, "the model needs no such gradient"
+    found, batch = predict(config, 2, 2, as_counted(), IMAGES), full_batch(config)
+    slowest, more = {}, 0
+    for second in range(1, config.model.vision.layers + config.model.language.layers + 3):
+        with monkeypatch.context() as patch:
+            patch.setattr("megatron_lcl.plan.predict._partition", lambda *_, second=second: (0, second))
+            divided = predict(config, 2, 2, as_counted(), IMAGES)
+        counted = counted_step(config, batch, (second,))
+        assert sum(divided.stages) + divided.flops.loss == pytest.approx(counted, rel=0.01)
+        more += divided.flops.total < 0.99 * counted  # the model needs no such gradient
+        slowest[second] = max(divided.stages)
+    assert more > 2
+    assert max(found.stages) == min(slowest.values()) == slowest[found.partition[1]]
+    thawed = predict(configs.replace(config, train__freeze=()), 2, 2, as_counted(), IMAGES)
+    assert found.partition > thawed.partition
 
 
 @pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}, {"parallel__tensor": 4, "train__micro_batch": 2}])

@@ -15,6 +15,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,8 @@ _NODE = re.compile(r"^node (\w+):", re.MULTILINE)
 _HOST_PORT = re.compile(r"([^/:]+):([0-9]{1,5})")
 _PATIENCE = 10.0
 """seconds in which a cluster must answer"""
+_DEATH = 60.0
+"""seconds in which Ray notices that a node has died; by its defaults about 20"""
 _LOCAL = "local"
 logger = logging.getLogger(__name__)
 
@@ -126,6 +129,15 @@ def _reach(address: str) -> None:
         socket.create_connection((place[1], int(place[2])), _PATIENCE).close()
 
 
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether the daemon of a node that Ray takes to be alive can be reached."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _POLL).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _environment(**variables: str) -> Iterator[None]:
     """Variables of this process, unless they are set already; at the end all are as before."""
@@ -153,6 +165,7 @@ class _Ray:
         self._failed: set[int] = set()
 
     def submit(self, jobs: Sequence[int]) -> None:
+        self._wait_for_deaths(jobs)
         for index in jobs:
             options = {**self._common, "name": f"job {index}", "scheduling_strategy": self._nodes(index)}
             job = self._function.options(**options).remote(self._task, index, self._environment)
@@ -173,9 +186,23 @@ class _Ray:
         """Which nodes are preferred: all alike, or those where the job has not failed."""
         from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
-        log = self._task.log(index)
-        before = _NODE.findall(log.read_text(errors="replace")) if index in self._failed and log.exists() else []
+        before = self._tried(index)
         return NodeLabelSchedulingStrategy({}, soft={"ray.io/node-id": NotIn(*set(before))}) if before else "SPREAD"
+
+    def _tried(self, index: int) -> list[str]:
+        """The nodes on which a job has failed."""
+        log = self._task.log(index)
+        return _NODE.findall(log.read_text(errors="replace")) if index in self._failed and log.exists() else []
+
+    def _wait_for_deaths(self, jobs: Sequence[int]) -> None:
+        """Until Ray knows of the nodes that have died under these jobs: what it still sends to one of them can wait
+        there for ever (ray-project/ray#63405)."""
+        dying, deadline = {tried[-1] for index in jobs if (tried := self._tried(index))}, time.monotonic() + _DEATH
+        while dying and time.monotonic() < deadline:
+            alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
+            dying = {node for node in dying & alive.keys() if not _answers(alive[node])}
+            if dying:
+                time.sleep(_POLL / 4)
 
     def _outcome(self, reference: Any) -> str:
         """What went wrong in a job that is over; "" for a good one."""

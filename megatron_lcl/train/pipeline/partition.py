@@ -3,7 +3,9 @@
 The cost model: a stage takes as long as its layers take one after another, and a layer as long as the others of its
 kind, which a short measurement on the run's own device, of its own shapes, finds out at the start: one of the patches,
 of a vision block, of pool and embedding, of a language block, of the head with the vocabulary's cross-entropy (each
-again where activation checkpointing treats it differently). What `recompute` and checkpointing compute twice is in it.
+again where activation checkpointing treats it differently). What `recompute` and checkpointing compute twice is in it,
+and what is frozen: in the first stage there is no backward below the lowest part that is trained; every other stage
+computes the gradient of the rows that it receives.
 benchmarks/pipeline_cost_model.py shows how far off it is.
 """
 
@@ -25,10 +27,12 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.gradients import model_gradients
 from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Activations, Outputs
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
+from megatron_lcl.train.parts import frozen_parameters
 
 WARM_UPS, REPEATS = 2, 10
 
@@ -48,41 +52,49 @@ class LayerTime:
         return self.forward + self.backward + (self.plain if recompute else 0.0)
 
 
-def partition_balanced(costs: Sequence[float], sizes: Sequence[float], num_stages: int) -> tuple[int, ...]:
+def partition_balanced(
+    costs: Sequence[float], sizes: Sequence[float], num_stages: int, in_first: Sequence[float] | None = None
+) -> tuple[int, ...]:
     """The first layer of each stage, none empty. UserError for more stages than layers.
 
-    costs: what each layer takes. Minimal is the cost of the slowest stage; among such partitions the sum of `sizes`
-    over the boundaries, sizes[i] being what is sent to layer i; among such the first boundary comes as early as
-    possible, then the second, and so on. O(stages · layers²): two dynamic programs, the second within the bound that
-    the first one found.
+    costs: what each layer takes; in_first: what it takes in the first stage, if that is something else. Minimal is the
+    cost of the slowest stage; among such partitions the sum of `sizes` over the boundaries, sizes[i] being what is sent
+    to layer i; among such the first boundary comes as early as possible, then the second, and so on. O(stages ·
+    layers²): two dynamic programs, the second within the bound that the first one found.
     """
     if not 1 <= num_stages <= len(costs):
         raise UserError(
             f"{len(costs)} layers do not divide into {num_stages} stages; set parallel.pipeline to {len(costs)}"
         )
-    slowest = _best(costs, num_stages, lambda first, cost: cost, max)[0]
 
-    def sent(first: int, cost: float) -> float:
-        return math.inf if cost > slowest else sizes[first] if first else 0.0
+    def cost(first: int, after: int) -> float:
+        return math.fsum((costs if first or in_first is None else in_first)[first:after])
 
-    return _best(costs, num_stages, sent, lambda a, b: a + b)[1]
+    slowest = _best(len(costs), num_stages, cost, max)[0]
+
+    def sent(first: int, after: int) -> float:
+        return math.inf if cost(first, after) > slowest else sizes[first] if first else 0.0
+
+    return _best(len(costs), num_stages, sent, lambda a, b: a + b)[1]
 
 
 def _best(
-    costs: Sequence[float],
+    end: int,
     num_stages: int,
-    value: Callable[[int, float], float],
+    value: Callable[[int, int], float],
     combine: Callable[[float, float], float],
 ) -> tuple[float, tuple[int, ...]]:
-    """The smallest combined value of the stages, and the lexicographically first partition that has it."""
-    end = len(costs)
+    """The smallest combined value of the stages, and the lexicographically first partition that has it.
+
+    value: of the stage of the layers from the first number to before the second.
+    """
     nothing: tuple[float, tuple[int, ...]] = (math.inf, ())
     table = [nothing] * end + [(0.0, nothing[1])]  # of the last p stages, by their first layer
     for _ in range(num_stages):
         table = [
             min(
                 (
-                    (combine(value(first, math.fsum(costs[first:after])), table[after][0]), (first, *table[after][1]))
+                    (combine(value(first, after), table[after][0]), (first, *table[after][1]))
                     for after in range(first + 1, end + 1)
                 ),
                 default=nothing,
@@ -121,15 +133,18 @@ def choose_partition(
 
     specs: as `layer_specs` gives them for `mesh.tensor`. batch: a micro-batch of the run, on every process the same.
     """
-    costs = measure_costs(LayerSamples(specs, batch, config, mesh.tensor, device, dtype), config, mesh)
+    samples = LayerSamples(specs, batch, config, mesh.tensor, device, dtype)
     shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
-    return partition_balanced(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size)
+    costs, in_first = measure_costs(samples, config, mesh)
+    return partition_balanced(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size, in_first)
 
 
-def measure_costs(samples: LayerSamples, config: Config, mesh: Mesh) -> list[float]:
-    """Seconds that each layer takes for a micro-batch in a step, the same on every process; all call it together."""
+def measure_costs(samples: LayerSamples, config: Config, mesh: Mesh) -> tuple[list[float], list[float]]:
+    """Seconds that each layer takes for a micro-batch in a step, and in the first stage; the same on every process, and
+    all call it together."""
     measured = [samples.measure() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
-    return agree_on_costs(samples.times(measured), config, mesh)
+    times = (samples.times(measured), samples.times(measured, in_first=True))
+    return agree_on_costs(times[0], config, mesh), agree_on_costs(times[1], config, mesh)
 
 
 def agree_on_costs(times: Sequence[LayerTime], config: Config, mesh: Mesh) -> list[float]:
@@ -144,7 +159,8 @@ def agree_on_costs(times: Sequence[LayerTime], config: Config, mesh: Mesh) -> li
 
 
 Kind = tuple[Any, ...]
-"""what layers that take equally long have in common: what makes them, and with what arguments"""
+"""what layers that take equally long have in common: what makes them, with what arguments, what is frozen of them, and
+whether they compute the gradient of the rows that they receive"""
 
 
 class LayerSamples:
@@ -160,14 +176,25 @@ class LayerSamples:
         dtype: torch.dtype,
     ) -> None:
         """batch: a micro-batch of the run, with its images."""
-        batch = batch.to(device)
-        self._kinds: list[Kind] = [(make.func, make.args) for make in specs]
+        batch, frozen = batch.to(device), frozen_parameters(config)
+        of_first = model_gradients(config.model, frozen)
+        self._kinds: dict[bool, list[Kind]] = {True: [], False: []}
+        """of every layer, by whether it is in the first stage"""
         self._samples: dict[Kind, tuple[nn.Module, Activations]] = {}
-        for index, (make, kind) in enumerate(zip(specs, self._kinds, strict=True)):
-            if kind not in self._samples:
-                layer = make()
-                initialize({index: layer}, config.model, config.train.seed, axis)
-                self._samples[kind] = layer.to(device, dtype), _input_of(index, batch, config, axis, dtype)
+        for index, make in enumerate(specs):
+            prefix = f"{index}."
+            leaves = frozenset(name.removeprefix(prefix) for name in frozen if name.startswith(prefix))
+            for in_first, kinds in self._kinds.items():
+                received = of_first[index].received if in_first else index > 0
+                kind = make.func, make.args, leaves, received
+                kinds.append(kind)
+                if kind not in self._samples:
+                    layer = make()
+                    initialize({index: layer}, config.model, config.train.seed, axis)
+                    for leaf, parameter in layer.named_parameters():
+                        parameter.requires_grad_(leaf not in leaves)
+                    rows = _input_of(index, batch, config, axis, dtype, received)
+                    self._samples[kind] = layer.to(device, dtype), rows
 
     def measure(self) -> dict[Kind, tuple[float, float, float]]:
         """Seconds of one forward, one backward and one plain forward of each kind.
@@ -176,37 +203,43 @@ class LayerSamples:
         """
         return {kind: _measure(*sample) for kind, sample in self._samples.items()}
 
-    def times(self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]]) -> list[LayerTime]:
-        """Each layer's time: the medians of what its kind took in these measurements."""
+    def times(
+        self, measured: Sequence[Mapping[Kind, tuple[float, float, float]]], in_first: bool = False
+    ) -> list[LayerTime]:
+        """Each layer's time: the medians of what its kind took in these measurements. in_first: in the first stage."""
         medians = {
             kind: LayerTime(*map(statistics.median, zip(*(of[kind] for of in measured), strict=True)))
             for kind in self._samples
         }
-        return [medians[kind] for kind in self._kinds]
+        return [medians[kind] for kind in self._kinds[in_first]]
 
 
-def _input_of(index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype) -> Activations:
+def _input_of(
+    index: int, batch: PackedBatch, config: Config, axis: Axis, dtype: torch.dtype, received: bool
+) -> Activations:
     x = Activations.of(batch)
     if index == 0:
         return x
     shape = hidden_shape(index, batch, config.model, axis)
-    return x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_())
+    return x._replace(hidden=torch.randn(shape, device=x.tokens.device).to(dtype).requires_grad_(received))
 
 
 def _measure(layer: nn.Module, x: Activations) -> tuple[float, float, float]:
     """One measurement, in the order of LayerTime."""
     out, forward = _timed(partial(layer, x), x.tokens.device)
-    _, backward = _timed(_backward_of(out), x.tokens.device)
+    run_backward = _backward_of(out)
+    backward = _timed(run_backward, x.tokens.device)[1] if run_backward else 0.0
     with torch.no_grad():
         _, plain = _timed(partial(layer, x._replace(target_positions=x.target_positions[:0])), x.tokens.device)
     return forward, backward, plain
 
 
-def _backward_of(out: Any) -> Callable[[], None]:
+def _backward_of(out: Any) -> Callable[[], None] | None:
+    """None where all of it is frozen, and all before it."""
     if isinstance(out, Outputs):
         loss = out.generation + out.image_features.sum() + out.text_features.sum() + out.log_scale.sum()
-        return loss.backward
-    return partial(out.hidden.backward, torch.ones_like(out.hidden))
+        return loss.backward if loss.requires_grad else None
+    return partial(out.hidden.backward, torch.ones_like(out.hidden)) if out.hidden.requires_grad else None
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -7,7 +7,9 @@ import xxhash
 from data.writers import picture
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.prepare import holdout
 from megatron_lcl.data.prepare.holdout import Describer, Grouping
+from megatron_lcl.errors import UserError
 
 
 def grouping(images: list[int]) -> Grouping:
@@ -45,3 +47,11 @@ def test_an_image_on_several_pages_has_near_duplicates_too() -> None:
     for page in pages:
         found.add(describer.describe(page))
     assert found.groups() == [["a", "b", "c", "d"], ["e"]]
+
+
+def test_more_images_than_can_be_compared_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different ones: those that occur again are compared once."""
+    monkeypatch.setattr(holdout, "MAX_IMAGES", 3)
+    assert len(grouping([0, 1, 2, 1, 0]).groups()) == 3
+    with pytest.raises(UserError, match=r"over 3 different images are too many for --held-out.*\(docs/data\.md\)"):
+        grouping([0, 1, 2, 1, 3])

@@ -18,9 +18,15 @@ from megatron_lcl.train.pipeline import partition
 from megatron_lcl.train.pipeline.partition import LayerSamples, partition_balanced, partition_uniform, stage_sums
 
 
-def by_trying_all(costs: list[int], sizes: list[int], num_stages: int) -> tuple[int, ...]:
+def by_trying_all(
+    costs: list[int], sizes: list[int], num_stages: int, in_first: list[int] | None = None
+) -> tuple[int, ...]:
     every = ((0, *rest) for rest in itertools.combinations(range(1, len(costs)), num_stages - 1))
-    return min(every, key=lambda first: (max(stage_sums(costs, first)), sum(sizes[i] for i in first[1:]), first))
+
+    def slowest(first: tuple[int, ...]) -> float:
+        return max(stage_sums(in_first or costs, first)[:1] + stage_sums(costs, first)[1:])
+
+    return min(every, key=lambda first: (slowest(first), sum(sizes[i] for i in first[1:]), first))
 
 
 @given(
@@ -32,6 +38,18 @@ def test_no_partition_is_better(layers: list[tuple[int, int]], num_stages: int) 
     num_stages = min(num_stages, len(layers))
     costs, sizes = (list(column) for column in zip(*layers, strict=True))
     assert partition_balanced(costs, sizes, num_stages) == by_trying_all(costs, sizes, num_stages)
+
+
+@given(
+    layers=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=9),
+    num_stages=st.integers(1, 9),
+)
+def test_no_partition_is_better_where_the_first_stage_has_other_costs(
+    layers: list[tuple[int, int, int]], num_stages: int
+) -> None:
+    num_stages = min(num_stages, len(layers))
+    costs, in_first, sizes = (list(column) for column in zip(*layers, strict=True))
+    assert partition_balanced(costs, sizes, num_stages, in_first) == by_trying_all(costs, sizes, num_stages, in_first)
 
 
 @given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), num_stages=st.integers(1, 4))
@@ -66,3 +84,22 @@ def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
     assert len(set(times)) == 7
     assert times[0].of_step(recompute=False) == times[0].forward + times[0].backward
     assert times[0].of_step(recompute=True) == times[0].forward + times[0].backward + times[0].plain
+
+
+def test_what_is_frozen_takes_no_backward_in_the_first_stage() -> None:
+    """Below the lowest part that is trained. Another stage computes the gradient of the rows that it receives."""
+    frozen = ("vision.*",)
+    config = configs.replace(Case((0,), (((1, 2),),)).config, model__vision__layers=3, train__freeze=frozen)
+    batch, every = micro_batch((1, 2), config, torch.Generator().manual_seed(0)), specs_of(config, Axis())
+    samples = LayerSamples(every, batch, config, Axis(), torch.device("cpu"), torch.float32)
+    measured = [samples.measure()]
+    first, others = samples.times(measured, in_first=True), samples.times(measured)
+    pool = 1 + config.model.vision.layers
+    assert [time.backward == 0 for time in first] == [index < pool for index in range(len(every))]
+    assert [time.backward == 0 for time in others] == [index == 0 for index in range(len(every))]
+    assert first[pool] != others[pool]  # of the rows that it receives it computes no gradient
+    assert first[pool + 1 :] == others[pool + 1 :]
+    thawed = configs.replace(config, train__freeze=())
+    samples = LayerSamples(every, batch, thawed, Axis(), torch.device("cpu"), torch.float32)
+    measured = [samples.measure()]
+    assert samples.times(measured, in_first=True) == samples.times(measured)
