@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "retain, pipeline 2": {**TWO, "parallel": {"pipeline": 2}},
     "recompute, pipeline 2": {**TWO, **RECOMPUTE, "parallel": {"pipeline": 2}},
     "retain, one layer": {"model": SHALLOW},
+    "retain, vision frozen": {"model": WIDE, "train": {"freeze": ["vision.*"]}},
 }
 PACKS, IMAGES, ROWS = 4, 8, 4
 """packs of a step; images of a pack, and its sequences, each as long as the context"""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_lcl.config import Model
-from megatron_lcl.model.layers import parameter_shapes
+from megatron_lcl.model.layers import num_layers, parameter_shapes
 
 Has = Callable[..., bool]
 """whether one of the named modules or parameters of a layer has something to train"""
@@ -76,7 +76,7 @@ def model_gradients(
     another process unless it is layer 0.
     """
     found: dict[int, LayerGradients] = {}
-    for first, after in itertools.pairwise([*partition, model.vision.layers + model.language.layers + 3]):
+    for first, after in itertools.pairwise([*partition, num_layers(model)]):
         own = [name for name in parameter_shapes(model) if first <= int(name.partition(".")[0]) < after]
         found |= layer_gradients(own, frozen, model, received=first > 0)
     return found

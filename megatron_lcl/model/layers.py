@@ -450,6 +450,11 @@ def parameter_shapes(model: Model) -> Mapping[str, torch.Size]:
     )
 
 
+def num_layers(model: Model) -> int:
+    """Patches, vision blocks, pool, language blocks, head."""
+    return model.vision.layers + model.language.layers + 3
+
+
 def num_parameters(model: Model, without: Collection[str] = ()) -> int:
     """Numbers that a model learns; without those of parameters `{index}.name`."""
     return sum(shape.numel() for name, shape in parameter_shapes(model).items() if name not in without)

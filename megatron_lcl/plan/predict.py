@@ -28,7 +28,7 @@ from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.network import Sending, bandwidth, batch_of, mesh_of, sending_of, shapes_of_stage
 from megatron_lcl.plan.work import LayerWork, sizes_of, stops_short, work_of_layers
 from megatron_lcl.train.layout import check_layout, num_micro_batches
-from megatron_lcl.train.parts import frozen_parameters
+from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 from megatron_lcl.train.pipeline.partition import partition_balanced, stage_sums
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
@@ -189,13 +189,15 @@ def _partition(config: Config, costs: list[float], in_first: list[float]) -> tup
         return (0,)
     unit = sum(costs) / 2000
     parts = (tuple(round(cost / unit) for cost in each) for each in (costs, in_first))
-    return _balanced(config.parallel.pipeline, *parts)
+    return _balanced(config.parallel.pipeline, *parts, tuple(trained_kinds(config)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _balanced(num_stages: int, costs: tuple[int, ...], in_first: tuple[int, ...]) -> tuple[int, ...]:
+def _balanced(
+    num_stages: int, costs: tuple[int, ...], in_first: tuple[int, ...], trained: tuple[frozenset[bool], ...]
+) -> tuple[int, ...]:
     """costs: in parts of a whole, so that layouts whose layers are in the same proportions share an answer."""
-    return partition_balanced(costs, [0.0] * len(costs), num_stages, in_first)
+    return partition_balanced(costs, [0.0] * len(costs), num_stages, in_first, trained)
 
 
 def _shown(sent: float, ranks: tuple[int, ...], node_size: int, rates: Rates) -> float:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.model.layers import num_layers
 from megatron_lcl.parallel.mesh import Mesh
 
 
@@ -26,7 +27,7 @@ def check_layout(config: Config, processes: int) -> int:
                 f"parallel.tensor = {tensor} does not divide {name} = {value}; the nearest that divides all that it "
                 f"splits is {nearest}"
             )
-    layers = config.model.vision.layers + config.model.language.layers + 3
+    layers = num_layers(config.model)
     if pipeline > layers:
         up_to = range(1, layers + 1)
         nearest = _nearest(pipeline, up_to, lambda p: check_layout(_with(config, pipeline=p), processes))

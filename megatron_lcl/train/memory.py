@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
-from megatron_lcl.model.layers import num_parameters
+from megatron_lcl.model.layers import num_layers, num_parameters
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint.folder import Progress, last_progress
 from megatron_lcl.train.launch import is_launched
@@ -90,7 +90,7 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
         optimizer=(12 + 4 * len(average_names(config))) * trained / data * keeps_optimizer,
         batches=micro_batches * images * 3 * model.vision.image_size**2 / config.parallel.pipeline,  # all patches
-        graph=_graph(config, images, number) / split * (not frozen),  # of a part that is frozen less is kept
+        graph=_graph(config, images, number, frozen) / split,
         num_graphs=micro_batches if objectives.create(config).keeps_graphs else 1,
         gradients=number * trained / (data if stage > 1 else 1) * keeps_optimizer,
     )
@@ -124,26 +124,34 @@ def run_slots(config: Config) -> tuple[list[int], Progress | None]:
     return slots_of(ledger, config), progress
 
 
-def _graph(config: Config, images: int, number: int) -> float:
-    """Bytes that the forward of a micro-batch keeps; number: bytes of one in an activation."""
+def _graph(config: Config, images: int, number: int, frozen: Collection[str]) -> float:
+    """Bytes that the forward of a micro-batch keeps; number: bytes of one in an activation.
+
+    Only of layers all of whose parameters are trained: what others keep depends on which they are.
+    """
     vision, language = config.model.vision, config.model.language
+    without = {int(name.partition(".")[0]) for name in frozen}
+    trained = [index not in without for index in range(num_layers(config.model))]
+    first, pool = trained[0], trained[vision.layers + 1]
     rows = images * (vision.num_prefix + vision.num_kept)
     tokens = config.train.micro_batch * config.data.tokens_per_pack
+    of_rows = _blocks(vision, config, trained[1:])
+    of_tokens = _blocks(language, config, trained[vision.layers + 2 :])
     patches = images * vision.num_kept * 3 * vision.patch_size**2 + rows * vision.width
-    pool = rows * (4 * vision.width + 2 * language.width)
-    kept = number * (patches + rows * _blocks(vision, config) + pool + tokens * _blocks(language, config))
-    if objectives.create(config).sequences.targets:  # the gradient of the vocabulary: see losses/generation.py
-        kept += 4 * language.vocab_size * language.width
+    pooled = rows * (4 * vision.width + 2 * language.width)
+    kept = number * (first * patches + rows * of_rows + pool * pooled + tokens * of_tokens)
+    if objectives.create(config).sequences.targets and trained[-1]:
+        kept += 4 * language.vocab_size * language.width  # the gradient of the vocabulary: see losses/generation.py
     return kept
 
 
-def _blocks(encoder: Vision | Language, config: Config) -> float:
-    """Numbers that all blocks of an encoder keep of a row."""
+def _blocks(encoder: Vision | Language, config: Config, trained: Sequence[bool]) -> float:
+    """Numbers that the trained blocks of an encoder keep of a row; trained: by block, and more behind."""
     train, wide = config.train, 2 * encoder.mlp_width
     whole = 8 * encoder.width + wide
     lessened = {"none": whole, "attention": 3 * encoder.width + wide, "full": encoder.width}
-    num_lessened = math.ceil(encoder.layers / train.activation_checkpointing_every)
-    return num_lessened * lessened[train.activation_checkpointing] + (encoder.layers - num_lessened) * whole
+    every, less = train.activation_checkpointing_every, lessened[train.activation_checkpointing]
+    return sum(whole if index % every else less for index in range(encoder.layers) if trained[index])
 
 
 # --- the memory there is -----------------------------------------------------------------------------------------

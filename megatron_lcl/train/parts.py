@@ -21,7 +21,7 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.model.layers import parameter_shapes
+from megatron_lcl.model.layers import num_layers, parameter_shapes
 
 PARTS = ("vision", "pool", "language", "head")
 """of the model, in the order of its layers"""
@@ -149,6 +149,16 @@ def check_frozen_have_weights(config: Config, drawn: Iterable[str] | None) -> No
             )
 
 
+def trained_kinds(config: Config) -> list[frozenset[bool]]:
+    """Of each layer, whether it has matrices (True) and vectors (False) to train: the groups of parameters that
+    `optimizer.parameter_groups` makes."""
+    frozen, kinds = frozen_parameters(config), [set[bool]() for _ in range(num_layers(config.model))]
+    for name, shape in parameter_shapes(config.model).items():
+        if name not in frozen:
+            kinds[int(name.partition(".")[0])].add(len(shape) >= 2)
+    return list(map(frozenset, kinds))
+
+
 def check_stages(num_groups: Sequence[int], config: Config) -> None:
     """RunError where a stage of the pipeline has nothing to train of one kind; every process calls it.
 
@@ -158,8 +168,8 @@ def check_stages(num_groups: Sequence[int], config: Config) -> None:
         fewest = num_groups.index(min(num_groups))
         raise RunError(
             f"train.freeze = {_listed(config.train.freeze)} leaves stage {fewest} of the pipeline no matrix or no "
-            "vector to train, and DeepSpeed needs both in every stage or neither; use parallel.tensor or ZeRO in place "
-            "of parallel.pipeline, or freeze less"
+            "vector to train, and DeepSpeed needs both in every stage or neither; use fewer stages, parallel.tensor or "
+            "ZeRO, or freeze less"
         )
 
 

@@ -186,6 +186,23 @@ def test_what_each_setting_saves() -> None:
     assert stages == sorted(stages, reverse=True)
 
 
+def test_what_is_trained_keeps_its_graph() -> None:
+    """Of layers that are trained as a whole; the bound of one that is frozen in part is that of one that is frozen."""
+    config = configs.from_dict(BIG)
+
+    def graph(*patterns: str) -> float:
+        return estimate(configs.replace(config, train__freeze=patterns), 8).graph
+
+    whole, without_vision, without_language = graph(), graph("vision.*"), graph("language.blocks.*", "head.*")
+    assert 0 < without_vision < whole
+    assert 0 < without_language < whole
+    pool = graph("vision.*", "language.blocks.*", "head.*")
+    assert without_vision + without_language == pytest.approx(whole + pool)
+    blocks = [graph(f"vision.blocks.{index}.mlp.*") for index in range(config.model.vision.layers)]
+    assert len(set(blocks)) == 1
+    assert config.model.vision.layers * (whole - blocks[0]) < whole - without_vision  # which has the patches too
+
+
 def test_the_least_limit_counts(tmp_path: Path) -> None:
     """Of the machine and of the control groups around this process, of both versions."""
     (tmp_path / "meminfo").write_text("MemTotal:  1000 kB\nMemFree: 1 kB\nSwapTotal: 24 kB\n")

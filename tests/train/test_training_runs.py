@@ -103,6 +103,22 @@ def test_a_run_leaves_metrics_and_checkpoints(finished: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_frozen_tower_stays_in_a_pipeline(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    """Every stage has something to train, though layers that take as long would leave the first one nothing."""
+    frozen = ["vision.*", "pool.*", "language.embedding.*", "language.positions"]
+    given = ["--train.freeze", json.dumps(frozen), "--train.init_from", str(finished), "--train.steps", "2"]
+    train(config_file, tmp_path / "run", "--parallel.pipeline", "2", *given)
+    progress = checkpoint.last_progress(tmp_path / "run")
+    assert progress is not None
+    assert progress.layout.partition > (0, 3)  # the patches, one block, the pool
+    before, after = (load_model(run).layers.state_dict() for run in (finished, tmp_path / "run"))
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert {int(name.partition(".")[0]) for name in same} >= {0, 1, 2}
+    assert not any(name.startswith(("0.", "1.", "2.")) for name in before.keys() - same)
+    assert any(name.startswith("3.") for name in before.keys() - same)
+
+
+@pytest.mark.slow
 def test_a_run_imports_nothing_of_torch_compile(finished: Path) -> None:
     imported = re.findall(r"^import time:.*\| +([\w.]+)$", finished.with_name("said.txt").read_text(), re.MULTILINE)
     assert imported.count("deepspeed.runtime.zero.muon.original_muon") == imported.count("torch.optim.adamw") - 1 == 2

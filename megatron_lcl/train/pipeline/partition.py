@@ -32,7 +32,7 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Activations, Outputs
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.train.parts import frozen_parameters
+from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 
 WARM_UPS, REPEATS = 2, 10
 
@@ -53,7 +53,11 @@ class LayerTime:
 
 
 def partition_balanced(
-    costs: Sequence[float], sizes: Sequence[float], num_stages: int, in_first: Sequence[float] | None = None
+    costs: Sequence[float],
+    sizes: Sequence[float],
+    num_stages: int,
+    in_first: Sequence[float] | None = None,
+    trained: Sequence[frozenset[bool]] = (),
 ) -> tuple[int, ...]:
     """The first layer of each stage, none empty. UserError for more stages than layers.
 
@@ -61,16 +65,30 @@ def partition_balanced(
     cost of the slowest stage; among such partitions the sum of `sizes` over the boundaries, sizes[i] being what is sent
     to layer i; among such the first boundary comes as early as possible, then the second, and so on. O(stages ·
     layers²): two dynamic programs, the second within the bound that the first one found.
+
+    trained: what each layer has to train (`parts.trained_kinds`). Every stage gets something of all kinds that there
+    are, which DeepSpeed needs, if there is such a partition.
     """
     if not 1 <= num_stages <= len(costs):
         raise UserError(
             f"{len(costs)} layers do not divide into {num_stages} stages; set parallel.pipeline to {len(costs)}"
         )
 
+    kinds, end = frozenset[bool]().union(*trained), len(costs)
+    # where a stage ends at the earliest, by its first layer
+    ends = [
+        next((n for n in range(first, end + 1) if kinds == frozenset[bool]().union(*trained[first:n])), end + 1)
+        for first in range(end)
+    ]
+
     def cost(first: int, after: int) -> float:
+        if after < ends[first]:
+            return math.inf
         return math.fsum((costs if first or in_first is None else in_first)[first:after])
 
     slowest = _best(len(costs), num_stages, cost, max)[0]
+    if slowest == math.inf:
+        return partition_balanced(costs, sizes, num_stages, in_first)
 
     def sent(first: int, after: int) -> float:
         return math.inf if cost(first, after) > slowest else sizes[first] if first else 0.0
@@ -136,7 +154,8 @@ def choose_partition(
     samples = LayerSamples(specs, batch, config, mesh.tensor, device, dtype)
     shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
     costs, in_first = measure_costs(samples, config, mesh)
-    return partition_balanced(costs, [float(math.prod(shape)) for shape in shapes], mesh.pipeline.size, in_first)
+    sizes = [float(math.prod(shape)) for shape in shapes]
+    return partition_balanced(costs, sizes, mesh.pipeline.size, in_first, trained_kinds(config))
 
 
 def measure_costs(samples: LayerSamples, config: Config, mesh: Mesh) -> tuple[list[float], list[float]]:

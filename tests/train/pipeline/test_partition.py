@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +13,26 @@ from hypothesis import strategies as st
 from pipeline_layouts import Case, micro_batch
 
 from megatron_lcl import config as configs
+from megatron_lcl.model.layers import num_layers, parameter_shapes
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.engine import specs_of
+from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 from megatron_lcl.train.pipeline import partition
 from megatron_lcl.train.pipeline.partition import LayerSamples, partition_balanced, partition_uniform, stage_sums
 
 
 def by_trying_all(
-    costs: list[int], sizes: list[int], num_stages: int, in_first: list[int] | None = None
+    costs: list[int],
+    sizes: list[int],
+    num_stages: int,
+    in_first: list[int] | None = None,
+    trained: list[frozenset[bool]] | None = None,
 ) -> tuple[int, ...]:
-    every = ((0, *rest) for rest in itertools.combinations(range(1, len(costs)), num_stages - 1))
+    every = [(0, *rest) for rest in itertools.combinations(range(1, len(costs)), num_stages - 1)]
+    if trained:
+        kinds = set().union(*trained)
+        stages = [[set().union(*trained[a:b]) for a, b in itertools.pairwise([*f, len(costs)])] for f in every]
+        every = [first for first, of in zip(every, stages, strict=True) if all(k == kinds for k in of)] or every
 
     def slowest(first: tuple[int, ...]) -> float:
         return max(stage_sums(in_first or costs, first)[:1] + stage_sums(costs, first)[1:])
@@ -40,16 +51,37 @@ def test_no_partition_is_better(layers: list[tuple[int, int]], num_stages: int) 
     assert partition_balanced(costs, sizes, num_stages) == by_trying_all(costs, sizes, num_stages)
 
 
+COST, SIZE = st.integers(0, 6), st.integers(0, 3)
+
+
 @given(
-    layers=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=9),
+    layers=st.lists(st.tuples(COST, SIZE, COST, st.frozensets(st.booleans())), min_size=1, max_size=9),
     num_stages=st.integers(1, 9),
 )
-def test_no_partition_is_better_where_the_first_stage_has_other_costs(
-    layers: list[tuple[int, int, int]], num_stages: int
-) -> None:
+def test_no_partition_is_better_where_something_is_frozen(layers: list[Any], num_stages: int) -> None:
+    """Other costs in the first stage; in each stage something to train of all kinds, if there is such a partition."""
     num_stages = min(num_stages, len(layers))
-    costs, in_first, sizes = (list(column) for column in zip(*layers, strict=True))
-    assert partition_balanced(costs, sizes, num_stages, in_first) == by_trying_all(costs, sizes, num_stages, in_first)
+    costs, sizes, in_first, trained = (list(column) for column in zip(*layers, strict=True))
+    found = partition_balanced(costs, sizes, num_stages, in_first, trained)
+    assert found == by_trying_all(costs, sizes, num_stages, in_first, trained)
+
+
+def test_a_frozen_tower_is_in_a_stage_with_something_to_train() -> None:
+    config = configs.replace(Case((0,), (((1, 2),),)).config, model__vision__layers=9, train__freeze=("vision.*",))
+    costs = [1.0] * num_layers(config.model)
+    for num_stages in (2, 3):
+        assert partition_balanced(costs, costs, num_stages)[1] < 11
+        bounds = [*partition_balanced(costs, costs, num_stages, None, trained_kinds(config)), len(costs)]
+        assert bounds[1] >= 11  # patches and nine blocks, and the pool
+        named = dict(parameter_shapes(config.model))
+        frozen = frozen_parameters(config)
+        for first, after in itertools.pairwise(bounds):
+            own = [
+                shape
+                for name, shape in named.items()
+                if first <= int(name.split(".")[0]) < after and name not in frozen
+            ]
+            assert {len(shape) >= 2 for shape in own} == {True, False}
 
 
 @given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), num_stages=st.integers(1, 4))
