@@ -63,6 +63,8 @@ def paragraphs(rng: random.Random, words: list[str]) -> Iterator[str]:
     for _ in range(PARAGRAPHS):
         count = rng.randint(*WORDS_A_PARAGRAPH)
         said = [rng.choice(STOP) if rng.random() < 0.45 else rng.choice(words) for _ in range(count)]
+        for last in range(8, count, 8):  # a comma or a full stop every eight words
+            said[last] += rng.choice(",.")
         if rng.random() < 0.1:
             said = [said[0], "***", "12345", "$$$"] * (count // 4)
         yield " ".join(said) + "."
