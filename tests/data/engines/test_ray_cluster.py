@@ -35,7 +35,7 @@ from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 WATCHED = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
@@ -133,7 +133,7 @@ def kill_when_busy(ray: Ray, node: str, logs: Path, process: subprocess.Popen[st
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Exit code, output, and lines on stderr but for the bars."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     lines = [line for line in re.split("[\r\n]", err) if line.strip() and "job/s]" not in line and "s/job]" not in line]
     return process.returncode, out, lines
 
@@ -209,7 +209,7 @@ print(curate_in_jobs(f"{folder}/corpus", f"{folder}/out", engine, settings, task
 
 
 def test_a_curation_whose_node_is_killed_changes_no_byte(ray_cluster: Ray, command: Any, tmp_path: Path) -> None:
-    source = written(tmp_path / "in", 2, 100)
+    source = written(tmp_path / "in", 2, 40)
     preprocess("jsonl", source, tmp_path / "corpus", tokenizer=TOKENIZER)
     rules = read_settings(overrides={"image.max_places": "300", "duplicates.images.action": "keep-one"})
     curate(tmp_path / "corpus", tmp_path / "expected", rules, task_bytes=100_000)
