@@ -83,7 +83,7 @@ def model_gradients(
 
 
 def _given(index: int, model: Model, received: bool, has: Has) -> dict[str, bool]:
-    pool, last = model.vision.layers + 1, model.vision.layers + model.language.layers + 2
+    pool, last = model.vision.layers + 1, num_layers(model) - 1
     if index == 0:
         rows = has("projection", "class_embedding", "positions", "registers")
         return {"projection": has("projection"), "norm": rows or has("norm"), "": rows or has("norm")}

@@ -22,7 +22,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.model.flops import Flops, Sizes, of_step
 from megatron_lcl.model.gradients import LayerGradients, model_gradients
-from megatron_lcl.model.layers import num_parameters, parameter_shapes
+from megatron_lcl.model.layers import num_layers, num_parameters, parameter_shapes
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.network import Sending, bandwidth, batch_of, mesh_of, sending_of, shapes_of_stage
@@ -100,12 +100,17 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     def times_with(gradients: Mapping[int, LayerGradients]) -> list[_LayerSeconds]:
         return [_LayerSeconds.of(layer, rates, twice) for layer in work_of_layers(config, sizes, gradients)]
 
-    in_first = times_with(model_gradients(config.model, frozen))
-    # each layer as if it received its rows from another stage
-    others = times_with(model_gradients(config.model, frozen, tuple(range(len(in_first))))) if frozen else in_first
-    partition = _partition(config, [t.total for t in others], [t.total for t in in_first])
-    gradients = model_gradients(config.model, frozen, partition)
-    times = times_with(gradients) if frozen else in_first
+    partition: tuple[int, ...] = (0,)
+    gradients = model_gradients(config.model, frozen)
+    times = times_with(gradients)
+    if num_stages > 1:
+        others = times
+        if frozen:  # each layer as if it received its rows from another stage
+            others = times_with(model_gradients(config.model, frozen, tuple(range(len(times)))))
+        partition = _partition(config, [t.total for t in others], [t.total for t in times])
+        if frozen:
+            gradients = model_gradients(config.model, frozen, partition)
+            times = times_with(gradients)
     bounds = [*partition, len(times)]
     batch = batch_of(config, images, sizes)
     meshes = [mesh_of(config, processes, stage) for stage in range(num_stages)]
@@ -185,11 +190,9 @@ def _held(config: Config, bounds: list[int], stage: int) -> Mapping[str, torch.S
 
 def _partition(config: Config, costs: list[float], in_first: list[float]) -> tuple[int, ...]:
     """As the run would divide its layers, by counted costs; what is sent is the same at most boundaries."""
-    if config.parallel.pipeline == 1:
-        return (0,)
     unit = sum(costs) / 2000
     parts = (tuple(round(cost / unit) for cost in each) for each in (costs, in_first))
-    return _balanced(config.parallel.pipeline, *parts, tuple(trained_kinds(config)))
+    return _balanced(config.parallel.pipeline, *parts, trained_kinds(config.model, frozen_parameters(config)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -271,7 +274,7 @@ def _optimizer_seconds(config: Config, held: int, data: int, micro_batches: int,
 
 def _matrices(config: Config) -> list[tuple[int, int]]:
     """Shapes of what Muon steps, of the whole model: the matrices of blocks and pool that are trained."""
-    last = config.model.vision.layers + config.model.language.layers + 2
+    last = num_layers(config.model) - 1
     shapes, frozen = parameter_shapes(config.model), frozen_parameters(config)
     return [
         (min(shape), max(shape))

@@ -149,14 +149,15 @@ def check_frozen_have_weights(config: Config, drawn: Iterable[str] | None) -> No
             )
 
 
-def trained_kinds(config: Config) -> list[frozenset[bool]]:
+@functools.lru_cache(maxsize=64)
+def trained_kinds(model: Model, frozen: frozenset[str]) -> tuple[frozenset[bool], ...]:
     """Of each layer, whether it has matrices (True) and vectors (False) to train: the groups of parameters that
-    `optimizer.parameter_groups` makes."""
-    frozen, kinds = frozen_parameters(config), [set[bool]() for _ in range(num_layers(config.model))]
-    for name, shape in parameter_shapes(config.model).items():
+    `optimizer.parameter_groups` makes. Computed once: a plan asks for every layout."""
+    kinds = [set[bool]() for _ in range(num_layers(model))]
+    for name, shape in parameter_shapes(model).items():
         if name not in frozen:
             kinds[int(name.partition(".")[0])].add(len(shape) >= 2)
-    return list(map(frozenset, kinds))
+    return tuple(map(frozenset, kinds))
 
 
 def check_stages(num_groups: Sequence[int], config: Config) -> None:

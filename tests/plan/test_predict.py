@@ -141,7 +141,7 @@ def test_a_stage_computes_the_gradient_of_what_it_receives(monkeypatch: pytest.M
     frozen = FROZEN["all but the last block and the vocabulary"]
     config = config_of(train__global_batch=1, parallel__pipeline=2, train__freeze=frozen)
     found, batch = predict(config, 2, 2, as_counted(), IMAGES), full_batch(config)
-    slowest, more, kinds = {}, 0, trained_kinds(config)
+    slowest, more, kinds = {}, 0, trained_kinds(config.model, frozen_parameters(config))
     for second in range(1, config.model.vision.layers + config.model.language.layers + 3):
         with monkeypatch.context() as patch:
             patch.setattr("megatron_lcl.plan.predict._partition", lambda *_, second=second: (0, second))

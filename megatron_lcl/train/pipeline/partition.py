@@ -32,7 +32,7 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Activations, Outputs
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.train.parts import frozen_parameters, trained_kinds
+from megatron_lcl.train.parts import freeze, frozen_parameters, trained_kinds
 
 WARM_UPS, REPEATS = 2, 10
 
@@ -155,7 +155,8 @@ def choose_partition(
     shapes = [hidden_shape(index, batch, config.model, mesh.tensor) for index in range(len(specs))]
     costs, in_first = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(shape)) for shape in shapes]
-    return partition_balanced(costs, sizes, mesh.pipeline.size, in_first, trained_kinds(config))
+    trained = trained_kinds(config.model, frozen_parameters(config))
+    return partition_balanced(costs, sizes, mesh.pipeline.size, in_first, trained)
 
 
 def measure_costs(samples: LayerSamples, config: Config, mesh: Mesh) -> tuple[list[float], list[float]]:
@@ -210,8 +211,7 @@ class LayerSamples:
                 if kind not in self._samples:
                     layer = make()
                     initialize({index: layer}, config.model, config.train.seed, axis)
-                    for leaf, parameter in layer.named_parameters():
-                        parameter.requires_grad_(leaf not in leaves)
+                    freeze(dict(layer.named_parameters()), leaves)
                     rows = _input_of(index, batch, config, axis, dtype, received)
                     self._samples[kind] = layer.to(device, dtype), rows
 

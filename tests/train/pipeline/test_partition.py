@@ -71,7 +71,8 @@ def test_a_frozen_tower_is_in_a_stage_with_something_to_train() -> None:
     costs = [1.0] * num_layers(config.model)
     for num_stages in (2, 3):
         assert partition_balanced(costs, costs, num_stages)[1] < 11
-        bounds = [*partition_balanced(costs, costs, num_stages, None, trained_kinds(config)), len(costs)]
+        trained = trained_kinds(config.model, frozen_parameters(config))
+        bounds = [*partition_balanced(costs, costs, num_stages, None, trained), len(costs)]
         assert bounds[1] >= 11  # patches and nine blocks, and the pool
         named = dict(parameter_shapes(config.model))
         frozen = frozen_parameters(config)
