@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.losses.generation import CHUNK_LOGITS
 from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.work import BLOCK_BACKWARD, BLOCK_FORWARD, sizes_of
 from megatron_lcl.train.engine import keep_freed_memory
@@ -27,8 +28,8 @@ from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 
 ROUNDS = 5
-_ROWS, _IMAGES, _FLOATS, _MESSAGE = 2048, 8, 6 << 20, 1 << 22
-"""at most: rows of a product, images of an attention; numbers of a copy, and of a message"""
+_ROWS, _IMAGES, _FLOATS, _MESSAGE = 2048, 8, 6 << 20, 1 << 21
+"""at most: rows of a product, images of an attention; numbers of a copy; and of one process's part of a message"""
 
 Measurement = tuple[float, Callable[[], object]]
 """operations or bytes, and what does them"""
@@ -101,19 +102,22 @@ def _of_process(
 
 
 def network() -> tuple[float, float]:
-    """Bytes/s of each process, and seconds of a collective beside its bytes, among all processes; all call it."""
-    processes = dist.get_world_size()
-    large, small = (_all_reduce(torch.zeros(numbers)) for numbers in (_MESSAGE, 64))
-    sent = 2 * 4 * _MESSAGE * (processes - 1) / processes
-    return sent / max(1e-9, large - small), small
+    """Bytes/s of each process, and seconds of a collective beside its bytes, among all processes; all call it.
+
+    By what tensor ranks and replicas do: a reduce-scatter, and the gather of what it gives.
+    """
+    axis = Axis.of_group(dist.group.WORLD)
+    large, small = (_there_and_back(torch.zeros(axis.size, numbers), axis) for numbers in (_MESSAGE, 64))
+    sent = 2 * 4 * _MESSAGE * (axis.size - 1)
+    return sent / max(1e-9, large - small), small / 2
 
 
-def _all_reduce(tensor: torch.Tensor) -> float:
+def _there_and_back(rows: torch.Tensor, axis: Axis) -> float:
     seconds = []
     for _ in range(ROUNDS):
         dist.barrier()
         started = time.perf_counter()
-        dist.all_reduce(tensor)
+        axis.all_gather(axis.reduce_scatter(rows))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 

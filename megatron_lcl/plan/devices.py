@@ -76,7 +76,8 @@ class Rates:
     kernel: float
     """seconds of the host to start an operation"""
     waits: bool
-    """the host computes itself: starting operations adds to their time; else they are started ahead"""
+    """the host computes itself: starting operations adds to their time, else they are started ahead; and nothing hides
+    the network, whose bytes its cores move"""
     peak: float
     """FLOP/s that MFU is a share of"""
     assumed: tuple[str, ...] = ()

@@ -223,8 +223,9 @@ def _wait(config: Config, mesh: Mesh, more: Sending, entered: list[bool], node_s
     repeated = {"none": 0, "attention": 1, "full": 3 if short else 4}[config.train.activation_checkpointing]
     forward, back = 4 * passes * len(entered), sum(entered)
     again = 1 + repeated * back / config.train.activation_checkpointing_every / (forward + 6 * back)
-    started = rates.collective * (forward + 2 * back)
-    return seconds + started + _shown(more.tensor, mesh.tensor.ranks, node_size, rates) * TENSOR_SHOWS * again
+    started = rates.collective * (forward + (6 if rates.waits else 2) * back)
+    shows = 1.0 if rates.waits else TENSOR_SHOWS
+    return seconds + started + _shown(more.tensor, mesh.tensor.ranks, node_size, rates) * shows * again
 
 
 def _once_a_step(
@@ -234,7 +235,8 @@ def _once_a_step(
 
     hiding: of the computation beside which replicas exchange gradients, and with ZeRO-3 parameters.
     """
-    hidden, between = HIDDEN * hiding, _shown(sending.data, mesh.data.ranks, node_size, rates)
+    between = _shown(sending.data, mesh.data.ranks, node_size, rates)
+    hidden = 0.0 if rates.waits else HIDDEN * hiding
     if config.zero.stage < 3:  # parameters are gathered when the optimizer has stepped
         hidden = min(hidden, between * (1 - _gathered(config, micro_batches)))
     read = _shown(sending.reading, mesh.model_parallel.ranks, node_size, rates)

@@ -18,9 +18,10 @@ from megatron_lcl.config import Config
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.flops import Sizes, of_step
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, build_layers, num_parameters
+from megatron_lcl.model.layers import Activations, build_layers, num_layers, num_parameters
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.objectives import create
 from megatron_lcl.plan.describe import days_and_hours
 from megatron_lcl.plan.devices import DEVICES, Rates, assumed_rates
 from megatron_lcl.plan.network import bandwidth
@@ -59,7 +60,7 @@ def rates_of(**changes: Any) -> Rates:
     parts = ("vision", "language", "vocabulary")
     matmul, attention = (dict.fromkeys(parts, changes.pop(name, FAST)) for name in ("matmul", "attention"))
     others = {"elements": FAST, "memory": FAST, "intra": FAST, "inter": FAST, "collective": 0.0, "kernel": 0.0}
-    return Rates(matmul, attention, **{**others, "waits": True, "peak": 1e9, **changes})
+    return Rates(matmul, attention, **{**others, "waits": False, "peak": 1e9, **changes})
 
 
 def full_batch(config: Config) -> Any:
@@ -233,6 +234,19 @@ def test_what_travels_beside_a_long_computation_is_not_waited_for(changes: dict[
     found = predict(config_of(**changes), 2, 2, rates_of(matmul=1e3, intra=1e9), IMAGES)
     waited = found.network - found.sending.contrast / 1e9
     assert waited * 1e9 == pytest.approx(shown * found.sending.data, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero__stage": 2}, {"zero__stage": 3, "contrast__strategy": "recompute"}])
+def test_a_host_that_computes_itself_waits_for_all_that_travels(changes: dict[str, Any]) -> None:
+    """Its cores move the bytes, and begin each of six collectives in a layer's backward."""
+    found = predict(config_of(**changes), 2, 2, rates_of(matmul=1e3, intra=1e9, waits=True), IMAGES)
+    assert found.network * 1e9 == pytest.approx(found.sending.data + found.sending.contrast)
+    found = predict(config_of(parallel__tensor=2), 2, 2, rates_of(matmul=1e3, intra=1e9, waits=True), IMAGES)
+    assert found.network * 1e9 == pytest.approx(found.sending.tensor + found.sending.contrast + found.sending.reading)
+    begun = predict(config_of(parallel__tensor=2), 2, 2, rates_of(collective=1.0, waits=True), IMAGES).network
+    layers = num_layers(config_of().model)
+    passes = create(config_of()).num_forwards
+    assert begun == pytest.approx(found.micro_batches * (4 * passes + 6) * layers, rel=1e-6)
 
 
 def test_a_short_computation_hides_little() -> None:
