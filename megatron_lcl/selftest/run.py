@@ -230,9 +230,7 @@ def selftest(
     store = _open_store(launched, timeout)
     if launched or torch.cuda.is_available():  # every device, or machine, has kernels of its own
         cases = [KernelCase(world) if isinstance(case, KernelCase) else case for case in cases]
-    fitting = [case for case in cases if case.processes <= world and not _lacks(case)]
-    if all(case.processes < world for case in fitting):
-        fitting.append(Case(data=world))
+    fitting = those_that_fit([case for case in cases if not _lacks(case)], world)
     skipped, began = sum(case.processes > world or bool(_lacks(case)) for case in cases), time.monotonic()
     where = "NCCL" if torch.cuda.is_available() else "gloo"
     if 0 in ranks:
@@ -271,6 +269,13 @@ def selftest(
         say(verdict_of(verdicts, time.monotonic() - began, f"{device} ({world} processes, {where})", skipped))
     _of_everyone(dist.PrefixStore("end", store), [], ranks[0], starters, 0.0)  # the store lives on the first process
     return verdicts
+
+
+def those_that_fit(cases: Sequence[Case | KernelCase], world: int) -> list[Case | KernelCase]:
+    """Those for which there are processes; of layouts, where none has as many, one more that has."""
+    layouts = [case.processes for case in cases if isinstance(case, Case)]
+    more = [Case(data=world)] if layouts and world not in layouts else []
+    return [*(case for case in cases if case.processes <= world), *more]
 
 
 def _lacks(case: Case | KernelCase) -> str:

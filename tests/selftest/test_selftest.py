@@ -20,7 +20,7 @@ from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase
-from megatron_lcl.selftest.run import Verdict, selftest
+from megatron_lcl.selftest.run import Verdict, selftest, those_that_fit
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -58,6 +58,16 @@ def test_eight_processes_send_what_the_formulas_say() -> None:
         assert isinstance(verdict, Verdict)
         assert not verdict.faults, verdict
         assert verdict.sent > 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_a_layout_uses_every_device(world: int) -> None:
+    """Also beside the kernels, which every process compares."""
+    given = [KernelCase(world), *CASES]
+    more = [] if any(case.processes == world for case in CASES) else [Case(data=world)]
+    assert those_that_fit(given, world) == [*(case for case in given if case.processes <= world), *more]
+    assert bool(more) == (world in (3, 8))
+    assert those_that_fit(given[:1], world) == given[:1]
 
 
 def test_the_short_one_leaves_nothing_out() -> None:
