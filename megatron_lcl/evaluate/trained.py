@@ -4,31 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, EvaluationTask
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.convert.find import known_config
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 
-_NEEDS: dict[str, EvaluationTask] = {
+Part = EvaluationTask | Literal["captions"]
+"""what of a model an evaluation needs; captions: trained by the generation of any text, or of images' captions alone"""
+
+_NEEDS: dict[str, Part] = {
     "zero-shot": "retrieval",
     "retrieval": "retrieval",
-    "captioning": "generation",
+    "captioning": "captions",
 }
 """of the tasks; the others read the image encoder, which every objective trains"""
 _POOLED = ("knn", "linear-probe")
-_PARTS: dict[EvaluationTask, str] = {
+_PARTS: dict[Part, str] = {
     "retrieval": "image latents and texts' features in one space",
     "generation": "the generation of text",
+    "captions": "the generation of text",
 }
 
 
-def why_untrained(config: Config, part: EvaluationTask) -> str:
+def why_untrained(config: Config, part: Part) -> str:
     """`objective.name = … does not train`, with the weight that is why."""
-    weights = {"retrieval": ("contrastive_weight", "regression_weight"), "generation": ("generation_weight",)}[part]
+    weights = ("contrastive_weight", "regression_weight") if part == "retrieval" else ("generation_weight",)
     zero = [weight for weight in weights if getattr(config.objective, weight) == 0]
-    trainable = part in objectives.objective_class(config.objective.name).tasks
+    objective = objectives.objective_class(config.objective.name)
+    trainable = part in objective.tasks or (part == "captions" and _has_captions(objective))
     why = f" with objective.{zero[0]} = 0" if zero and trainable else ""
     return f"objective.name = {config.objective.name}{why} does not train"
 
@@ -59,7 +66,7 @@ def check_trained(model: str, tasks: Sequence[str]) -> None:
 def untrained_pool(model: str, tasks: Sequence[str]) -> str | None:
     """What is to be said of tasks that read the pooled feature of a run which contrasted nothing; None: nothing.
 
-    The generation reads the patches through the pool's value and output projections; query and keys stay as they were.
+    The generation reads the patches through the pool's value and output projections; query and keys have no gradient.
     """
     spec, read = parse_spec(model), [task for task in tasks if task in _POOLED]
     config = None if spec.kind or not read else known_config(Path(spec.name))
@@ -71,12 +78,19 @@ def untrained_pool(model: str, tasks: Sequence[str]) -> str | None:
     )
 
 
-def _trained(config: Config) -> set[EvaluationTask]:
+def _has_captions(objective: type[objectives.Objective]) -> bool:
+    return "generation" in objective.tasks or objective.sequences.captions
+
+
+def _trained(config: Config) -> set[Part]:
     """What a run has trained, and the run whose weights it began with; everything, where that is not known."""
     everything = set(_PARTS)
     if config.objective.name not in objectives.names():  # of a package that is not installed here
         return everything
-    trained = set(objectives.trained_by(config))
+    trained: set[Part] = {*objectives.trained_by(config)}
+    made = [objectives.create(phase.config) for phase in phases_of(config)]
+    if any(_has_captions(type(one)) and one.weights.get("generation_weight", 1.0) for one in made):
+        trained.add("captions")
     if config.train.init_from is None or trained == everything:
         return trained
     before = known_config(Path(config.train.init_from)) if Path(config.train.init_from).exists() else None

@@ -28,6 +28,9 @@ OBJECTIVES = {
     "generation": Objective(name="generation"),
     "no-generation": Objective(generation_weight=0.0),
     "no-contrast": Objective(contrastive_weight=0.0),
+    "coca": Objective(name="coca"),
+    "no-captions": Objective(name="coca", generation_weight=0.0),
+    "genlip": Objective(name="genlip"),
     "elsewhere": Objective(name="of_a_package_that_is_not_here"),
 }
 
@@ -53,6 +56,9 @@ def test_only_what_was_trained_is_measured(runs: Path) -> None:
         "generation": (*captions, *images),
         "no-generation": (*contrast, *images),
         "no-contrast": (*captions, *images),
+        "coca": (*contrast, *captions, *images),
+        "no-captions": (*contrast, *images),
+        "genlip": (*captions, *images),
         "elsewhere": (*contrast, *captions, *images),  # not known
     }
     for name, tasks in allowed.items():
@@ -93,7 +99,7 @@ def test_a_pool_that_was_not_trained_is_told(runs: Path) -> None:
     """Generation reads values and outputs of the pool; its query, which pooled features depend on, has no gradient."""
     for name in OBJECTIVES:
         said = untrained_pool(str(runs / name), ["linear-probe", "attentive-probe"])
-        assert (said is not None) == (name in ("generation", "no-contrast")), name
+        assert (said is not None) == (name in ("generation", "no-contrast", "genlip")), name
         assert said is None or said.startswith(f"linear-probe: the attention pool of {runs / name} is untrained (obj")
     assert untrained_pool(str(runs / "generation"), ["attentive-probe", "captioning"]) is None
     assert untrained_pool(f"random:{runs / 'generation'}", ["knn"]) is None
