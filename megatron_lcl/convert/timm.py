@@ -64,7 +64,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 images = transform(Image.open("image.jpg").convert("RGB"))[None]
 with torch.no_grad():
     mean = model(images)  # [1, width]
-    patches = model.forward_features(images)[:, 1:]  # [1, patches, width]
+    patches = model.forward_features(images)[:, model.num_prefix_tokens :]  # [1, patches, width]
     z = attention_pool(patches, *read_pool("{POOL}"))  # [1, latent width]
 """,
 )

@@ -35,7 +35,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 DINO = {"embedding_norm": False, "registers": 3}
 
 
-@pytest.mark.parametrize(("format", "options"), [*((format, {}) for format in LIBRARY), ("hf", DINO)])
+@pytest.mark.parametrize(("format", "options"), [*((format, {}) for format in LIBRARY), ("hf", DINO), ("timm", DINO)])
 def test_example_computes_our_features(
     make_model: Callable[..., LCL],
     tmp_path: Path,
