@@ -40,7 +40,7 @@ MAX_REDIRECTS = 5
 MAX_ROBOTS = 500 << 10
 """bytes of a robots.txt that are read (RFC 9309, 2.5)"""
 MAX_WAIT = 600.0
-"""seconds; whoever asks by Retry-After to wait longer is not asked again"""
+"""seconds; a host that asks by Retry-After to wait longer is not asked again"""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
 _ROBOTS_KEPT = 20_000
@@ -63,8 +63,8 @@ class ProxyError(UserError):
 class _Given(Exception):
     """A URL's end without an image."""
 
-    def __init__(self, status: Status, reason: str, reached: bool | None = True) -> None:
-        self.status, self.reason, self.reached = status, reason, reached
+    def __init__(self, status: Status, reason: str, reached: bool | None = True, leave: bool = False) -> None:
+        self.status, self.reason, self.reached, self.leave = status, reason, reached, leave
 
 
 class Retry(Exception):
@@ -82,6 +82,8 @@ class Outcome:
     data: bytes = b""
     reached: bool | None = True
     """whether the host was reached; None where that was not tried or is not known"""
+    leave: bool = False
+    """the host wants no more requests for a long time"""
 
 
 class Client:
@@ -125,7 +127,7 @@ class Client:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._decoder, _checked, url, data, self._settings)
         except _Given as given:
-            return Outcome(Row(url, given.status, given.reason), reached=given.reached)
+            return Outcome(Row(url, given.status, given.reason), reached=given.reached, leave=given.leave)
         except TimeoutError:
             raise Retry(f"not done after {self._settings.timeout:g} s", reached=None) from None
 
@@ -184,7 +186,7 @@ class Client:
         if status in _TEMPORARY:
             wait = _retry_after(response.headers.get("Retry-After", ""))
             if wait > MAX_WAIT:
-                raise _Given("dead", f"status {status}, asks for a long wait")
+                raise _Given("dead", f"status {status}, asks for a long wait", leave=True)
             raise Retry(f"status {status}", wait)
         if status != 200:
             raise _Given("dead", f"status {status}")

@@ -34,7 +34,7 @@ class Job(Generic[Part]):
 class Host(Generic[Part]):
     """A host's URLs, and what of it is under way."""
 
-    __slots__ = ("active", "delay", "failures", "limit", "listed", "name", "next_start", "pending", "queue")
+    __slots__ = ("active", "delay", "failures", "left", "limit", "listed", "name", "next_start", "pending", "queue")
 
     def __init__(self, name: str, delay: float) -> None:
         self.name, self.delay = name, delay
@@ -50,6 +50,8 @@ class Host(Generic[Part]):
         """whether it is among those that are ready, or asleep until they are"""
         self.failures = 0
         """URLs in a row for which it was not reached"""
+        self.left = ""
+        """why it is not asked for anything any more"""
 
 
 class Schedule(Generic[Part]):

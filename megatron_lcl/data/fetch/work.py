@@ -105,6 +105,9 @@ class Worker:
             if host.failures >= GIVE_UP:
                 self._unreached(job, "host does not answer")
                 return None
+            if host.left:
+                self._account(job.part, Row(job.url, "dead", host.left))
+                return None
             outcome = await self._client.fetch(job.url)
         except Retry as retry:
             if retry.wait:
@@ -125,6 +128,10 @@ class Worker:
         if outcome.reached:
             host.failures = 0
             self._release()
+        if outcome.leave:
+            host.left = outcome.row.reason
+            for other in self._schedule.give_up(host):
+                self._account(other.part, Row(other.url, "dead", host.left))
         self._account(job.part, outcome.row, outcome.data)
         return None
 

@@ -126,6 +126,9 @@ class _Connection(asyncio.Protocol):
         else:
             self.answer(image(f"{time.monotonic() - type(self).asked:.3f}"))
 
+    def later(self, _: str) -> None:
+        self.answer(b"", "429 Too Many Requests", "Retry-After: 3600")
+
     def reset(self, _: str) -> None:
         opened = self.transport.get_extra_info("socket")
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

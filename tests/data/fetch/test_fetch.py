@@ -187,6 +187,17 @@ def test_retry_after_is_kept(server: Server, tmp_path: Path) -> None:
     assert waited >= 1
 
 
+def test_host_that_asks_for_a_long_wait_is_left_alone(server: Server, tmp_path: Path) -> None:
+    """Its first request says so; no other of its URLs is asked for, and those of other hosts are fetched."""
+    (address, other, *_), port = server
+    urls = [f"http://{address}:{port}/later/{k}" for k in range(20)]
+    found = run([*urls, f"http://{other}:{port}/ok/0.25"], tmp_path)
+    assert found.pop("/ok/0.25") == ("kept", "")
+    assert found == {f"/later/{k}": ("dead", "status 429, asks for a long wait") for k in range(20)}
+    asked = {path: count for path, count in requests_of(server[0], port).items() if path.startswith("/later/")}
+    assert sum(asked.values()) == 1, asked
+
+
 def test_images_are_scaled_down(server: Server, tmp_path: Path) -> None:
     (address, *_), port = server
     run([f"http://{address}:{port}/ok/1"], tmp_path, "--max-image-side", "4")
