@@ -135,6 +135,7 @@ def test_images_by_url(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", ["URL", "TEXT"], [[url, text] for url, text in zip(URLS, TEXTS, strict=True)])
     found, drops = documents_of(create("table", tmp_path / "a.csv", store_by_url(tmp_path / "store"), {}))
     assert plain(found) == expected()
+    assert [document.metadata["id"] for document in found] == URLS  # LAION's column is in upper case
     assert not drops.bad_counts
     images = store_of_img2dataset(tmp_path / "images")
     rows = [plain_row for k, plain_row in enumerate(expected()) if k != 2]

@@ -43,7 +43,7 @@ class TableImporter(LinesImporter):
     """A table or a folder of them: CSV and TSV by 8 MiB, a compressed file as a whole, parquet by row groups."""
 
     kind = "pairs"
-    rules = 2
+    rules = 3
     reads = (
         ".csv, .tsv (also .gz, .zst), .parquet with a column of texts and one of the images' paths, URLs or "
         "img2dataset keys; images in --images, a folder or tars, else beside the input"
@@ -156,7 +156,9 @@ class TableImporter(LinesImporter):
                 if fault := missing_columns(names, [self.text, self.image]):
                     drops.bad("document", fault, name)
                     return
-                columns = list(dict.fromkeys([self.text, self.image, *(c for c in ("url", "id") if c in names)]))
+                columns = list(
+                    dict.fromkeys([self.text, self.image, *(c for c in names if c.lower() in ("url", "id"))])
+                )
                 for row, values in read_rows(source, [group], first, columns, 1024):
                     yield self._document(dict(zip(columns, values, strict=True)), file, f"{name}:{row}", drops)
                     row += 1
@@ -172,7 +174,11 @@ class TableImporter(LinesImporter):
         except BadImage as error:
             drops.bad("image", str(error), f"{name}: {str(image)[:200]}")
         items.append(text_item(values[self.text], name, drops))
-        return Document(tuple(items), name=name, metadata={**its_id(values), "lost_images": 2 - len(items)})
+        return Document(
+            tuple(items),
+            name=name,
+            metadata={**its_id({key.lower(): value for key, value in values.items()}), "lost_images": 2 - len(items)},
+        )
 
     def _read(self, value: Any, file: Path) -> bytes:
         if value is None or value == "":
