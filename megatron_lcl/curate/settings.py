@@ -70,7 +70,7 @@ class TextRules:
     min_stop_words: Fraction | None = Field(default=None, description="share of words that are stop words")
     max_flagged_words: Fraction | None = Field(default=None, description="share of words of lists.flagged_words")
     min_punctuation: Fraction | None = Field(
-        default=None, description="share of , ; : ? ! . among them and words; texts with fewer than 12 of both stay"
+        default=None, description="share of , ; : ? ! . among them and words; texts with 1 to 11 of both stay"
     )
     min_language: Fraction | None = Field(
         default=None, description="probability of the likeliest language, 0 where it is none of language.wanted"

@@ -1,8 +1,8 @@
 """Each image of a document matched to one of its texts, so that documents in reading order become matched ones.
 
 As MMC4 does it (Zhu et al., "Multimodal C4", 2023, section 3): cosine similarities of an encoder's features of all
-images and all texts of the document, and the bipartite assignment with the largest sum. No two images have one text;
-where there are more images than texts, those that the assignment leaves over have none.
+images and all texts of the document, and the bipartite assignment with the largest sum. No two images have one text,
+but where there are more images than texts: those that the assignment leaves over get the text they are most similar to.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -87,6 +88,32 @@ def test_evaluation_images_are_removed_and_named(source: Path, tmp_path: Path) -
     assert removals(tmp_path / "out") == [(3, 1, "image.evaluation", str(tmp_path / "set" / "2.jpg"))]
     (found,) = [r for r in curate(source, None, settings).rules if r.rule == "image.evaluation"]
     assert (found.images, found.documents) == (1, 0)
+
+
+def test_what_else_is_looked_at_decides_whether_it_is_the_same(source: Path, tmp_path: Path) -> None:
+    """An evaluation set that has grown, or another corpus in its place, is not what a corpus was curated with."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "1.jpg").write_bytes(encoded(picture(7)))
+    for name, seed in (("other", 8), ("third", 9)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [Document((Text(sentence(seed)), Image(encoded(picture(seed)))))])
+    against = shutil.copytree(tmp_path / "other" / "corpus", tmp_path / "against")
+    settings = rules(
+        evaluation__sets=f"[{tmp_path / 'set'}]",
+        duplicates__against=f"[{against}]",
+        duplicates__documents__action="keep-one",
+    )
+    assert not curate(source, tmp_path / "out", settings).reused
+    assert curate(source, tmp_path / "out", settings).reused
+    (tmp_path / "set" / "2.jpg").write_bytes(encoded(picture(2)))
+    with pytest.raises(UserError, match="out"):
+        curate(source, tmp_path / "out", settings)
+    (tmp_path / "set" / "2.jpg").unlink()
+    assert curate(source, tmp_path / "out", settings).reused
+    shutil.rmtree(against)
+    shutil.copytree(tmp_path / "third" / "corpus", against)
+    with pytest.raises(UserError, match="out"):
+        curate(source, tmp_path / "out", settings)
 
 
 def test_another_corpus_or_set_that_is_not_there(source: Path, tmp_path: Path) -> None:
