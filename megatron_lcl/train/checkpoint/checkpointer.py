@@ -34,7 +34,7 @@ import torch.distributed as dist
 from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.layers import shard
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.run_folder import AVERAGES, CONFIG, PROGRESS, WEIGHTS
@@ -169,7 +169,7 @@ class Checkpointer:
         except SaveError as error:
             self._fault = error
         except BaseException as error:  # noqa: BLE001 whatever it is, there is no checkpoint
-            self._fault = SaveError(f"the checkpoint was not written: {explain(error)}")
+            self._fault = SaveError(f"the checkpoint was not written: {explain(error, final)}")
 
     def _write(self, files: list[tuple[Path, Any]], temporary: Path, final: Path, progress: Progress) -> Saved:
         started, first = time.perf_counter(), self.mesh.is_first
@@ -226,7 +226,7 @@ class Checkpointer:
         try:
             outcome = action(), None
         except Exception as error:  # noqa: BLE001 whatever it is, the other processes must know of it
-            outcome = None, explain(error)
+            outcome = None, explain(error, self.run)
         try:
             outcomes = self._peers.gather_objects(outcome)
         except RuntimeError as error:
@@ -427,9 +427,9 @@ def code_versions() -> dict[str, str]:
     return versions
 
 
-def explain(error: BaseException) -> str:
-    """An error in one line."""
+def explain(error: BaseException, place: Path | None = None) -> str:
+    """An error in one line. place: what was written to, where the error may not know it."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return describe_os_error(error, place)
     first = (str(error).strip().splitlines() or [""])[0]
     return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"

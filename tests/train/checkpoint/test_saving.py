@@ -72,7 +72,7 @@ def test_a_process_that_cannot_write(background: bool, tmp_path: Path) -> None:
     assert first["said"] == second["said"], "all processes raise the same, together"
     (step, message), left = first["said"]
     assert step == 2
-    assert message.startswith("process 1 could not write the checkpoint: File too large")
+    assert message.startswith(f"process 1 could not write the checkpoint: {tmp_path / 'run'}: File too large")
     assert left == ["step-00000001"], "nothing of the save that failed, nor of the one that was killed"
     saved = checkpoint.list_checkpoints(tmp_path / "run")
     assert [f.name for f in saved] == ["step-00000001", "step-00000003"]
