@@ -34,7 +34,10 @@ from megatron_lcl.run_folder import CONFIG
 
 TEMPLATE = "runs.html"
 SEEDS = ("train.seed", "data.seed")
-_NO_MATTER = re.compile(r"train\.(output|progress|seed)|data\.(workers|cache|cache_gb|seed)|(checkpoint|guard)\..*")
+_NO_MATTER = re.compile(
+    r"train\.(output|progress|log_every|seed)|data\.(workers|look_ahead|cache|cache_gb|storage_cache_gb|seed)"
+    r"|checkpoint\..*|guard\.(?!spike_).*"
+)
 FINAL = {
     "loss": "loss",
     "generation": "generation",
