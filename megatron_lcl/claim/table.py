@@ -164,8 +164,8 @@ def _said(seeds: Sequence[int]) -> str:
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     return (
         f"Seeds {', '.join(map(str, seeds))}. Mean ± half of the 95 % interval over n = {n} seeds, by Student's t "
-        f"distribution (t = {t:.2f}). ○: chance is in the interval, or above it; △: so is the mean of the untrained "
-        "encoder. Chance of a probe is the share of the most frequent class."
+        f"distribution (t = {t:.2f}). ○: the interval does not lie above chance; △: it does not lie above the mean "
+        "of the untrained encoder. Chance of a probe is the share of the most frequent class."
     )
 
 

@@ -91,7 +91,7 @@ class Data:
         description="of corpora in object storage: micro-batches whose images each loader process reads ahead",
     )
     max_bad_images: Positive = Field(
-        default=100, description="stop the run after so many consecutive images that do not decode"
+        default=100, description="stop the run after more consecutive images than this that do not decode"
     )
     max_bad_fraction: Fraction = Field(
         default=0.05,

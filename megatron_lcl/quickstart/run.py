@@ -49,9 +49,9 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None,
     def say(number: int, title: str) -> None:
         print(f"\n[{number}/6] {title}  ({time.monotonic() - started:.0f} s so far)", flush=True)
 
-    say(1, f"real documents: {html or 'the GIMP manual'}, and emoji by eight vendors")
+    say(1, f"real documents: {html or 'the GIMP manual'}")
     pages = _Pages(output, html, given)
-    say(2, "preprocess: documents → corpora")
+    say(2, "emoji by eight vendors, and preprocess: documents → corpora")
     blend = _add_emoji(pages, given)
     if not blend:
         pages.write()

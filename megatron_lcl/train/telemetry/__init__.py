@@ -1,10 +1,10 @@
 """What a run measures of itself, and where that is written. docs/metrics.md names every metric.
 
 Taken in the step: clock.py (phases), norms.py (by part), features.py (a sample of latents and contexts). Made of it:
-health.py (collapse), rates.py (throughput, FLOP/s, MFU; devices.py), stragglers.py (the slowest process). log.py puts
-it together: console, and the sinks (sinks.py): metrics.jsonl (lines.py), TensorBoard, trackers. meter.py stands between
-a run's loop and all of it; profile.py is `train --profile`. Of `train` the package may import `result` and `parts`,
-`optimizers` and `resilience`, never the step or the run.
+health.py (collapse), stragglers.py (the slowest process); devices.py has the peaks for MFU. log.py puts it together:
+console, and the sinks (sinks.py): metrics.jsonl (lines.py), TensorBoard, trackers. meter.py stands between a run's loop
+and all of it, and counts throughput and FLOP/s; profile.py is `train --profile`. Of `train` the package may import
+`result` and `parts`, `optimizers` and `resilience`, never the step or the run.
 """
 
 from megatron_lcl.train.telemetry.lines import METRICS, read_metrics
