@@ -1,18 +1,20 @@
-"""The join of documents' MinHash signatures by equal bands: ours, DuckDB's and Polars's; and the signatures themselves
-beside datasketch's and rensa's.
+"""The join of documents' MinHash signatures by equal bands: ours, DuckDB's, Polars's and Ray Data's; and the signatures
+themselves beside datasketch's and rensa's.
 
 Signatures are made up: a fifth of the rows are near-duplicates of an earlier one, of a similarity drawn from 0.5 to 1.
 Each way of grouping starts from the same band keys in mapped files, one band after another, runs in a process of its
-own (for its peak of memory), and gives its groups to the same comparison and union-find, so that all must find the same
-clusters. DuckDB and Polars may use all cores. Time is of grouping and joining, without the start of the process; ratios
-are to ours.
+own (for its peak of memory, to which the peaks of what it starts are added), and gives its groups to the same
+comparison and union-find, so that all must find the same clusters. DuckDB, Polars and Ray Data, which sorts by key, may
+use all cores. Time is of grouping and joining, without the start of the process and of Ray; ratios are to ours.
 
-    python benchmarks/duplicates.py [--rows 100000 1000000] [--rounds 3]
+    pip install duckdb polars pandas "ray[data]" datasketch rensa
+    python benchmarks/duplicates.py [--rows 100000 1000000] [--rounds 3] [--ways numpy DuckDB Polars "Ray Data"]
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from megatron_lcl.curate.duplicates.clusters import equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands, shingle_hashes, signature, word_hashes
@@ -37,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--documents", type=int, default=300, help="for the speed of signatures")
     arguments = parser.parse_args()
     bands, per_band = choose_bands(THRESHOLD, PERMUTATIONS)
@@ -46,15 +50,15 @@ def main() -> int:
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), rows, bands, per_band)
-            seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
-            peaks, clusters = dict.fromkeys(ENGINES, 0.0), {}
+            seconds: dict[str, list[float]] = {name: [] for name in arguments.ways}
+            peaks, clusters = dict.fromkeys(arguments.ways, 0.0), {}
             for _ in range(arguments.rounds):
-                for name in ENGINES:  # by turns
+                for name in arguments.ways:  # by turns
                     with get_context("spawn").Pool(1) as pool:
                         spent, peak, clusters[name] = pool.apply(join, (name, Path(folder), bands))
                     seconds[name].append(spent)
                     peaks[name] = max(peaks[name], peak)
-            ours = seconds["numpy"]
+            ours = seconds[arguments.ways[0]]
             for name, times in seconds.items():
                 ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
                 middle = statistics.median(times)
@@ -100,9 +104,14 @@ def join(name: str, folder: Path, bands: int) -> tuple[float, float, tuple[int, 
     seconds = time.perf_counter() - start
     roots = np.array([find(parent, row) for row in range(len(parent))])
     several = int((np.bincount(roots) > 1).sum())
-    status = Path("/proc/self/status").read_text()  # getrusage would tell the peak of the process that started this one
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1e6
+    peak = sum(_peak(process.pid) for process in (psutil.Process(), *psutil.Process().children(recursive=True)))
     return seconds, peak, (several, hash(roots.tobytes()))
+
+
+def _peak(pid: int) -> float:
+    """GB; getrusage would tell the peak of the process that started this one."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6 if "VmHWM:" in status else 0.0
 
 
 def by_numpy(file: Path, folder: Path) -> Groups:
@@ -131,11 +140,39 @@ def by_polars(file: Path, folder: Path) -> Groups:
     yield _of_lists(grouped.collect(engine="streaming")["row"].to_arrow())
 
 
+def by_ray(file: Path, folder: Path) -> Groups:
+    import pyarrow as pa
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", include_dashboard=False, configure_logging=False, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+    keys = np.load(file, mmap_mode="r")
+    table = pa.table({"key": pa.array(keys), "row": pa.array(np.arange(len(keys)))})
+    parts = [table.slice(start, 1 << 17) for start in range(0, len(table), 1 << 17)]
+    blocks = ray.get(ray.data.from_arrow(parts).sort(["key", "row"]).to_arrow_refs())
+    found = pa.concat_tables(blocks)
+    ordered, rows = found["key"].to_numpy(), found["row"].to_numpy()
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    several = np.diff(np.r_[first, len(rows)]) > 1
+    last = np.r_[first[1:], len(rows)]
+    yield (
+        np.concatenate([rows[a:b] for a, b in zip(first[several], last[several], strict=True)] or [rows[:0]]),
+        np.r_[0, np.cumsum((last - first)[several])],
+    )
+
+
 def _of_lists(lists: object) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(), np.asarray(lists.offsets, np.int64)  # type: ignore[attr-defined]
 
 
-ENGINES: dict[str, Callable[[Path, Path], Groups]] = {"numpy": by_numpy, "DuckDB": by_duckdb, "Polars": by_polars}
+ENGINES: dict[str, Callable[[Path, Path], Groups]] = {
+    "numpy": by_numpy,
+    "DuckDB": by_duckdb,
+    "Polars": by_polars,
+    "Ray Data": by_ray,
+}
 
 
 def signatures(num: int, rounds: int) -> None:

@@ -14,8 +14,9 @@ as JPEG. Each way trains in a process of its own, with all cores, on packs of th
 
 The step is the median of the repeats, the peak that of this machine's matrix products (2048³), measured between steps:
 the share of it is what compares runs on machines, or at times, that are not alike. Operations are counted as torch's
-FlopCounterMode does, what is computed a second time left out. g14 and l14 are cut to --depth blocks an encoder where
-memory asks for it, which the first line says.
+FlopCounterMode does, what is computed a second time left out. Last, one more step under torch's profiler: the shares of
+matrix products and of attention, and in `bound` the share of the peak that would be left if all else took no time. All
+have AdamW. g14 and l14 are cut to --depth blocks an encoder where memory asks for it, which the first line says.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ ROWS = 8
 REFERENCE_SECONDS, REFERENCE_PEAK = 65.9, 210e9
 """of a step of the method's reference itself, ViT-B/32 and eight such documents, float32, on two cores whose matrix
 products reached 205 to 216 GFLOP/s"""
+KERNELS = {
+    "products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"),
+    "attention": (
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+}  # fmt: skip
+"""torch's operations, by what they are called in the table"""
 TEXT = 77
 """tokens of a text of open_clip"""
 IMAGES = 64
@@ -81,7 +89,7 @@ def main() -> int:
 def report(arguments: argparse.Namespace, folder: Path) -> None:
     depth = f", {arguments.depth} blocks an encoder" if arguments.depth else ""
     print(f"{CONFIGS[arguments.model]}{depth}; {os.cpu_count()} cores; seconds of a step are medians")
-    columns = ("docs/s", "images/s", "tokens/s", "step s", "TFLOP", "peak GF/s", "of peak", "MiB")
+    columns = ("docs/s", "images/s", "tokens/s", "step s", "TFLOP", "peak GF/s", "of peak", "bound", "MiB")
     print(f"{'':28}" + "".join(f"{name:>11}" for name in columns) + "   share of the step by part", flush=True)
     for way in arguments.ways or WAYS:
         if "coca" in way and arguments.model not in COCA:
@@ -103,10 +111,11 @@ def row(way: str, found: dict[str, Any]) -> str:
     peak = statistics.median(found["peaks"])
     numbers = (
         found["documents"] / step if found["documents"] else float("nan"), found["images"] / step,
-        found["tokens"] / step, step, found["flops"] / 1e12, peak / 1e9, found["flops"] / step / peak, found["memory"],
+        found["tokens"] / step, step, found["flops"] / 1e12, peak / 1e9, found["flops"] / step / peak,
+        found["flops"] / step / peak / sum(found["kernels"].values()), found["memory"],
     )  # fmt: skip
-    texts = (f"{n:11.{d}f}" for n, d in zip(numbers, (2, 1, 0, 2, 2, 0, 2, 0), strict=True))
-    parts = {name: statistics.median(times) / step for name, times in found["parts"].items()}
+    texts = (f"{n:11.{d}f}" for n, d in zip(numbers, (2, 1, 0, 2, 2, 0, 2, 2, 0), strict=True))
+    parts = {name: statistics.median(times) / step for name, times in found["parts"].items()} | found["kernels"]
     return f"{way:28}" + "".join(texts) + "   " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items())
 
 
@@ -198,7 +207,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     peaks.append(peak(dtype))
     mean = {key: statistics.fmean(count[key] for count in counts) for key in counts[0]}
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"seconds": seconds, "peaks": peaks, "parts": parts.all, "memory": memory, **mean, **facts}
+    kernels = shares_of_kernels(step)
+    return {
+        "seconds": seconds,
+        "peaks": peaks,
+        "parts": parts.all,
+        "memory": memory,
+        "kernels": kernels,
+        **mean,
+        **facts,
+    }
+
+
+def shares_of_kernels(step: Callable[[], object]) -> dict[str, float]:
+    """Of one more step's time, that in matrix products and in attention."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        start = time.perf_counter()
+        step()
+        took = time.perf_counter() - start
+    by_name = {event.key: event for event in profiled.key_averages()}
+    found = {}
+    for kind, names in KERNELS.items():
+        events = (by_name.get(f"aten::{name}") for name in names)
+        found[kind] = sum(event.self_cpu_time_total for event in events if event) / 1e6 / took
+    return found
 
 
 def resident(field: str) -> int:
@@ -231,6 +265,7 @@ def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compile
         "objective.name": objective,
         "contrast.strategy": "retain",
         "train.dtype": dtype,
+        "optimizer.name": "adamw",  # as in what it is measured beside
         "train.compile": compiled,
         "train.micro_batch": 1,
         "train.global_batch": arguments.packs,
