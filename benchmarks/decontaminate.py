@@ -2,9 +2,10 @@
 
 Two folders of pictures that have none in common: evaluation images, and others. All evaluation images are indexed; some
 are changed in each of the ways below and looked for; all others are looked for. A picture with a side of more than
-three tiles is cut into tiles, each of which counts as a picture, so that a few hundred large photographs do for
-thousands. Pictures that are nearly blank (a standard deviation below 8 of 256 levels) are left out. Named: taken for
-the very image that was planted, and not for one that looks like it. The search is the product's.
+three tiles is cut into tiles, each of which counts as a picture, so that a few thousand large photographs do for
+10,000: files are read in random order, and of each at most four tiles are taken, until there are enough. Pictures that
+are nearly blank (a standard deviation below 8 of 256 levels) are left out. Named: taken for the very image that was
+planted, and not for one that looks like it. The search is the product's.
 
     python benchmarks/decontaminate.py --evaluation DIR --others DIR [--images 10000] [--planted 500] [--exclude TEXT]
 
@@ -20,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -36,7 +38,7 @@ from megatron_lcl.data.loading.images import decode_rgb
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 AREA = 0.1
 """of a crop, a bar, a logo"""
-BLANK, MIN_SIDE, PART = 8.0, 96, 250
+BLANK, MIN_SIDE, PART, TILES, AT_ONCE = 8.0, 96, 250, 4, 256
 SETTINGS = Decontamination()
 
 
@@ -71,27 +73,35 @@ def main() -> int:
 
 
 def collect(source: Path, target: Path, arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
-    """A sample of the pictures below a folder, as JPEG files of quality 95."""
+    """A sample of the pictures below a folder, as JPEG files of quality 95, numbered as they were drawn."""
     files = [
         file
         for file in sorted(source.rglob("*"))
         if file.suffix.lower() in SUFFIXES and not any(text in str(file) for text in arguments.exclude)
     ]
-    found = [data for part in pool.map(partial(pictures, arguments.tile), files, chunksize=8) for data in part]
-    kept = np.random.default_rng(0).permutation(len(found))[: arguments.images]
-    for number in sorted(kept.tolist()):
-        (target / f"{number:06d}.jpg").write_bytes(found[number])
+    files = [files[number] for number in np.random.default_rng(0).permutation(len(files))]
+    kept = 0
+    for start in range(0, len(files), AT_ONCE):
+        for part in pool.map(partial(pictures, arguments.tile), files[start : start + AT_ONCE], chunksize=8):
+            for data in part[: arguments.images - kept]:
+                (target / f"{kept:06d}.jpg").write_bytes(data)
+                kept += 1
+        if kept == arguments.images:
+            return
+    print(f"{source} has {kept} pictures only")
 
 
 def pictures(tile: int, file: Path) -> list[bytes]:
+    """Of a file; of its tiles at most `TILES`, which the hash of its name draws."""
     try:
         image = decode_rgb(file.read_bytes())
     except BadImage:
         return []
     if min(image.size) < MIN_SIDE:
         return []
-    parts = cut(image, tile)
-    return [encoded(part, 95) for part in parts if np.asarray(part.convert("L").resize((64, 64))).std() >= BLANK]
+    parts = [part for part in cut(image, tile) if np.asarray(part.convert("L").resize((64, 64))).std() >= BLANK]
+    drawn = np.random.default_rng(zlib.crc32(file.name.encode())).permutation(len(parts))[:TILES]
+    return [encoded(parts[number], 95) for number in sorted(drawn.tolist())]
 
 
 def cut(image: Image.Image, tile: int) -> Iterator[Image.Image]:

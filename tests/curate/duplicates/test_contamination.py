@@ -188,6 +188,16 @@ def test_a_dark_surface_with_an_edge_is_not_a_bright_one() -> None:
     assert agreement(dark, bright, first_guess(WHOLE, SIDE)) == 0
 
 
+def test_a_line_along_a_side_is_not_every_other_line_there() -> None:
+    """All detail of a frame's side, and of the top of a plot with a dot, lies in few blocks, most of which agree."""
+    frame, plot = (np.full((SIDE, SIDE), 255, np.uint8) for _ in range(2))
+    frame[1:3, 4:], plot[1:3] = 90, 60
+    plot[40:44, 30:34] = 120
+    for pictures in ((plot, frame), (plot.T.copy(), frame.T.copy())):
+        assert agreement(*pictures, first_guess(WHOLE, SIDE)) == 0
+        assert agreement(pictures[1], pictures[1], first_guess(WHOLE, SIDE)) == 1
+
+
 def test_a_whole_picture_is_compared_as_such_though_a_part_of_it_has_the_nearest_hash() -> None:
     """Stripes cannot be aligned along themselves."""
     stripes = np.zeros((SIDE, SIDE), np.uint8)
