@@ -1,7 +1,8 @@
-"""`curate` by the rules of OBELICS: documents and megabytes a second of CPU, by their number; beside datatrove.
+"""`curate` by the rules of OBELICS: documents and megabytes a second of CPU, by their number; beside datatrove and NeMo
+Curator.
 
     python benchmarks/curate.py [--documents 1000 10000] [--text-documents 1000 10000] [--datatrove PYTHON]
-                                [--repeats 3]
+                                [--nemo-curator PYTHON] [--repeats 3]
 
 A document has six paragraphs of about 55 words, every tenth of which some rule removes; with images each has three
 JPEGs of 224 pixels, one in twenty of them in more than ten places. Megabytes are those of token ids and images. CPU
@@ -11,8 +12,9 @@ grow with it.
 
 datatrove reads JSON lines of the same texts, applies its rules of the same kind (repetition of characters, words and
 n-grams, number of words, special characters, stop words: Gopher's) to whole documents, and writes JSON lines; it is
-given no images, and does not split documents into paragraphs. PYTHON: of an environment that has `datatrove[io]` and
-`spacy`, which splits its words.
+given no images, and does not split documents into paragraphs. NeMo Curator has the same rules of Gopher's on the same
+files; its stage is called in one process, 1,000 documents at a time, without Ray. PYTHON: of an environment that has
+`datatrove[io]` and `spacy`, which splits its words, or `nemo-curator[text_cpu]`.
 """
 
 from __future__ import annotations
@@ -56,6 +58,34 @@ if __name__ == "__main__" and len(sys.argv) > 1:
         JsonlReader(sys.argv[1]), GopherRepetitionFilter(), GopherQualityFilter(),
         JsonlWriter(sys.argv[2], compression=None),
     ], logging_dir=sys.argv[2] + "-logs").run()
+"""
+NEMO = """
+import sys
+from pathlib import Path
+import pandas as pd
+from nemo_curator.stages.text.filters import ScoreFilter
+from nemo_curator.stages.text.filters.heuristic import repetition, string
+from nemo_curator.tasks import DocumentBatch
+if len(sys.argv) > 1:
+    rules = [repetition.RepeatedLinesFilter(), repetition.RepeatedParagraphsFilter()]
+    rules += [repetition.RepeatedLinesByCharFilter(), repetition.RepeatedParagraphsByCharFilter()]
+    rules += [repetition.RepeatingTopNGramsFilter(n=n, max_repeating_ngram_ratio=r)
+        for n, r in ((2, 0.2), (3, 0.18), (4, 0.16))]
+    rules += [repetition.RepeatingDuplicateNGramsFilter(n=n, max_repeating_duplicate_ngram_ratio=r)
+        for n, r in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.1))]
+    rules += [string.WordCountFilter(), string.MeanWordLengthFilter(), string.SymbolsToWordsFilter()]
+    rules += [string.BulletsFilter(), string.EllipsisFilter(), string.WordsWithoutAlphabetsFilter()]
+    rules += [string.CommonEnglishWordsFilter()]
+    stage, kept = ScoreFilter(rules), 0
+    stage.setup(None)
+    Path(sys.argv[2]).mkdir()
+    for file in sorted(Path(sys.argv[1]).iterdir()):
+        for number, part in enumerate(pd.read_json(file, lines=True, chunksize=1000)):
+            left = stage.process(DocumentBatch(dataset_name="texts", data=part))
+            if left is not None:
+                kept += len(left.data)
+                left.data.to_json(f"{sys.argv[2]}/{number}.jsonl", lines=True, orient="records", force_ascii=False)
+    print(kept, file=sys.stderr)
 """
 
 
@@ -151,6 +181,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="*", default=[1000, 10_000], help="with images")
     parser.add_argument("--text-documents", type=int, nargs="*", default=[1000, 10_000], help="of text only")
     parser.add_argument("--datatrove", metavar="PYTHON")
+    parser.add_argument("--nemo-curator", metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print("documents                        documents a second of CPU, MB, peak of memory")
@@ -163,11 +194,13 @@ def main() -> None:
                 ours = rates(
                     name, [sys.executable, "-c", OURS], root, str(root / "corpus"), num, megabytes, options.repeats
                 )
-                if options.datatrove and not images:
-                    (root / "peer.py").write_text(PEER)
-                    command = [options.datatrove, str(root / "peer.py")]
-                    peer = rates("datatrove", command, root, str(root / "json"), num, megabytes, options.repeats)
-                    print(f"{'':>11}ours / datatrove: {ours / peer:.2f}", flush=True)
+                peers = (("datatrove", options.datatrove, PEER), ("NeMo Curator", options.nemo_curator, NEMO))
+                for peer, python, program in peers:
+                    if python and not images:
+                        (root / "peer.py").write_text(program)
+                        command = [python, str(root / "peer.py")]
+                        theirs = rates(peer, command, root, str(root / "json"), num, megabytes, options.repeats)
+                        print(f"{'':>11}ours / {peer}: {ours / theirs:.2f}", flush=True)
 
 
 if __name__ == "__main__":

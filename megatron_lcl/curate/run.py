@@ -65,7 +65,7 @@ SAMPLES_FILE = "removed-samples.jsonl"
 """of the corpus: a few removals of each rule, with what was removed"""
 CURATED = "curated"
 """key of the manifest: what the corpus had before, what each rule removed"""
-_ROWS = 1 << 17
+_ROWS = 1 << 15
 R = TypeVar("R")
 
 
