@@ -13,6 +13,8 @@ from megatron_lcl.data.corpus.store import TEXT, Corpus, Shard
 
 MAX_PIECES = 1 << 20
 """a range has no more texts and images"""
+_BLOCK = 1 << 14
+"""documents whose sizes are added up at once"""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,7 @@ def ranges(corpus: Corpus, task_bytes: int) -> list[Range]:
     found: list[Range] = []
     for number in range(corpus.num_shards):
         shard = corpus.shard(number)
-        offsets = shard.document_offsets
-        sizes = 4 * np.where(shard.modes == TEXT, shard.lengths, 1).astype(np.int64)
-        is_image = shard.modes != TEXT
-        if is_image.any():
-            images = shard.pieces(0, shard.num_pieces)[np.cumsum(shard.lengths, dtype=np.int64)[is_image] - 1]
-            sizes[is_image] += shard.image_sizes[images]
-        ends = np.concatenate([[0], np.cumsum(sizes)])[offsets]
+        offsets, ends = shard.document_offsets, bytes_before(shard)
         first = 0
         while first < shard.num_documents:
             last = min(
@@ -52,6 +48,23 @@ def ranges(corpus: Corpus, task_bytes: int) -> list[Range]:
             last = max(last, first + 1)
             found.append(Range(len(found), number, first, last))
             first = last
+    return found
+
+
+def bytes_before(shard: Shard) -> np.ndarray:
+    """int64 [documents + 1]: bytes of tokens and images of all documents before each, and of all."""
+    offsets, num = shard.document_offsets, shard.num_documents
+    found = np.zeros(num + 1, np.int64)
+    for first in range(0, num, _BLOCK):
+        last = min(first + _BLOCK, num)
+        start, stop = offsets[[first, last]].tolist()
+        is_image, lengths = shard.modes[start:stop] != TEXT, shard.lengths[start:stop]
+        sizes = 4 * np.where(is_image, 1, lengths).astype(np.int64)
+        if is_image.any():
+            images = shard.pieces(start, stop)[np.cumsum(lengths, dtype=np.int64)[is_image] - 1]
+            sizes[is_image] += shard.image_sizes[images]
+        sums = np.concatenate([[0], np.cumsum(sizes)])
+        found[first + 1 : last + 1] = found[first] + sums[offsets[first + 1 : last + 1] - start]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import files, left, picture, read, write
 
-from megatron_lcl.curate.documents import Range, documents, ranges
+from megatron_lcl.curate.documents import Range, bytes_before, documents, ranges
 from megatron_lcl.curate.joins import REMOVED, Gone
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import read_settings
@@ -110,8 +111,19 @@ def test_a_rule_of_another_package(source: Path, tmp_path: Path) -> None:
         curate(source, tmp_path / "1", rules, joins=[SameTexts()], task_bytes=100)
 
 
-def test_ranges_are_cut_by_size_and_hold_every_document_once(source: Path) -> None:
+@pytest.mark.parametrize("block", [1, 2, 1 << 14])
+def test_ranges_are_cut_by_size_and_hold_every_document_once(
+    source: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_lcl.curate.documents._BLOCK", block)
     corpus = open_corpus(source)
+    for shard in corpus.shards:
+        sizes = []
+        for document in documents(corpus, Range(0, shard.number, 0, shard.num_documents)):
+            texts, images = document.kept_texts, document.kept_images
+            pixels = sum(len(bytes(shard.image(document.image(item)))) for item in images)
+            sizes.append(sum(4 * len(document.ids(item)) for item in texts) + 4 * len(images) + pixels)
+        assert bytes_before(shard).tolist() == [0, *itertools.accumulate(sizes)]
     for task_bytes in (1, 200, 1 << 20):
         found = ranges(corpus, task_bytes)
         assert [document.number for task in found for document in documents(corpus, task)] == list(range(5))
