@@ -223,8 +223,9 @@ def _wait(config: Config, mesh: Mesh, more: Sending, entered: list[bool], node_s
     repeated = {"none": 0, "attention": 1, "full": 3 if short else 4}[config.train.activation_checkpointing]
     forward, back = 4 * passes * len(entered), sum(entered)
     again = 1 + repeated * back / config.train.activation_checkpointing_every / (forward + 6 * back)
-    started = rates.collective * (forward + (6 if rates.waits else 2) * back)
-    shows = 1.0 if rates.waits else TENSOR_SHOWS
+    # a host that computes itself hides none of backward's six, of which two show elsewhere
+    shown, shows = (6, 1.0) if rates.waits else (2, TENSOR_SHOWS)
+    started = rates.collective * (forward + shown * back)
     return seconds + started + _shown(more.tensor, mesh.tensor.ranks, node_size, rates) * shows * again
 
 
