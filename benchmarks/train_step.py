@@ -267,6 +267,7 @@ def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compile
         "train.dtype": dtype,
         "optimizer.name": "adamw",  # as in what it is measured beside
         "train.compile": compiled,
+        "parallel.tensor": 1,
         "train.micro_batch": 1,
         "train.global_batch": arguments.packs,
         "checkpoint.every": 1000,
