@@ -8,7 +8,7 @@ comparison and union-find, so that all must find the same clusters. DuckDB, Pola
 use all cores. Time is of grouping and joining, without the start of the process and of Ray; ratios are to ours.
 
     pip install duckdb polars pandas "ray[data]" datasketch rensa
-    python benchmarks/duplicates.py [--rows 100000 1000000] [--rounds 3] [--ways numpy DuckDB Polars "Ray Data"]
+    python benchmarks/duplicates.py [--rows 100000 1000000] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--documents", type=int, default=300, help="for the speed of signatures")
     arguments = parser.parse_args()
     bands, per_band = choose_bands(THRESHOLD, PERMUTATIONS)
@@ -50,15 +49,15 @@ def main() -> int:
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), rows, bands, per_band)
-            seconds: dict[str, list[float]] = {name: [] for name in arguments.ways}
-            peaks, clusters = dict.fromkeys(arguments.ways, 0.0), {}
+            seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+            peaks, clusters = dict.fromkeys(ENGINES, 0.0), {}
             for _ in range(arguments.rounds):
-                for name in arguments.ways:  # by turns
+                for name in ENGINES:  # by turns
                     with get_context("spawn").Pool(1) as pool:
                         spent, peak, clusters[name] = pool.apply(join, (name, Path(folder), bands))
                     seconds[name].append(spent)
                     peaks[name] = max(peaks[name], peak)
-            ours = seconds[arguments.ways[0]]
+            ours = seconds["numpy"]
             for name, times in seconds.items():
                 ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
                 middle = statistics.median(times)
@@ -154,13 +153,10 @@ def by_ray(file: Path, folder: Path) -> Groups:
     blocks = ray.get(ray.data.from_arrow(parts).sort(["key", "row"]).to_arrow_refs())
     found = pa.concat_tables(blocks)
     ordered, rows = found["key"].to_numpy(), found["row"].to_numpy()
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    several = np.diff(np.r_[first, len(rows)]) > 1
-    last = np.r_[first[1:], len(rows)]
-    yield (
-        np.concatenate([rows[a:b] for a, b in zip(first[several], last[several], strict=True)] or [rows[:0]]),
-        np.r_[0, np.cumsum((last - first)[several])],
-    )
+    same = ordered[1:] == ordered[:-1]
+    grouped = np.r_[same, False] | np.r_[False, same]
+    ordered, rows = ordered[grouped], rows[grouped]
+    yield rows, np.flatnonzero(np.r_[len(rows) > 0, ordered[1:] != ordered[:-1], True])
 
 
 def _of_lists(lists: object) -> tuple[np.ndarray, np.ndarray]:

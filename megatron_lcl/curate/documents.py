@@ -58,14 +58,21 @@ def bytes_before(shard: Shard) -> np.ndarray:
     for first in range(0, num, _BLOCK):
         last = min(first + _BLOCK, num)
         start, stop = offsets[[first, last]].tolist()
-        is_image, lengths = shard.modes[start:stop] != TEXT, shard.lengths[start:stop]
-        sizes = 4 * np.where(is_image, 1, lengths).astype(np.int64)
-        if is_image.any():
-            images = shard.pieces(start, stop)[np.cumsum(lengths, dtype=np.int64)[is_image] - 1]
-            sizes[is_image] += shard.image_sizes[images]
+        is_image, images = _images_of(shard, start, stop)
+        sizes = 4 * np.where(is_image, 1, shard.lengths[start:stop]).astype(np.int64)
+        sizes[is_image] += shard.image_sizes[images]
         sums = np.concatenate([[0], np.cumsum(sizes)])
         found[first + 1 : last + 1] = found[first] + sums[offsets[first + 1 : last + 1] - start]
     return found
+
+
+def _images_of(shard: Shard, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the pieces start … stop-1 which are images, bool, and these images' indices in the shard."""
+    is_image = shard.modes[start:stop] != TEXT
+    if not is_image.any():
+        return is_image, np.empty(0, np.int64)
+    ends = np.cumsum(shard.lengths[start:stop], dtype=np.int64)
+    return is_image, shard.pieces(start, stop)[ends[is_image] - 1]
 
 
 class Source:
@@ -146,9 +153,7 @@ def read_ahead(corpus: Corpus, task: Range, images: bool) -> Iterator[None]:
     start, stop = shard.document_offsets[[task.first, task.last]].tolist()
     texts.ahead([shard.tokens.span(start, stop)], task.number)
     if images:
-        is_image = shard.modes[start:stop] != TEXT
-        ends = np.cumsum(shard.lengths[start:stop], dtype=np.int64)
-        shown = np.unique(shard.pieces(start, stop)[ends[is_image] - 1]).tolist()
+        shown = np.unique(_images_of(shard, start, stop)[1]).tolist()
         pictures.ahead([shard.images.span(j, j + 1) for j in shown], task.number)
     try:
         yield

@@ -44,7 +44,6 @@ from megatron_lcl.data.corpus.indexed import FileInfo, write_file
 from megatron_lcl.data.corpus.store import KIND, MANIFEST, Corpus, open_corpus, read_manifest
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.finish import assemble
-from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.preprocess_task import Part
 from megatron_lcl.data.prepare.scratch import clear_dead, is_used, put_in_place, scratch_folder, waiting_for_others
@@ -165,8 +164,6 @@ def curate(
         "libraries": _libraries(settings),
         "layout": [task_bytes],
     }
-    if others := (*settings.duplicates.against, *settings.evaluation.sets):
-        recipe["others"] = {path: _version(path) for path in others}
     if is_finished_corpus(output, recipe):
         clear_up(output)
         return read_curated(output, reused=True)
@@ -263,14 +260,6 @@ def _check(settings: Settings, *, keep: bool) -> None:
                 context.perplexities(["a"])
     if not keep:
         context_of.cache_clear()
-
-
-def _version(path: str) -> str:
-    """What decides which images and documents a corpus or an evaluation set holds."""
-    if url_of(path) or (Path(path) / MANIFEST).is_file():
-        return open_corpus(path).fingerprint
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else [Path(path)]
-    return files_signature(files, Path(path))
 
 
 def _libraries(settings: Settings) -> dict[str, str]:

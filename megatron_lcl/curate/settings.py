@@ -20,7 +20,9 @@ from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
 from megatron_lcl.curate.models.settings import ModelRules
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.store import FORMATS
+from megatron_lcl.data.corpus.store import FORMATS, MANIFEST, open_corpus
+from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 
@@ -226,7 +228,8 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 
 def as_recipe(settings: Settings) -> dict[str, Any]:
     """What of the settings decides the result, by dotted name: those that are not the defaults; of files and of a
-    model's folder their hash."""
+    model's folder their hash; of other corpora and evaluation sets, which are named in the result, also what they hold.
+    """
     default = fields.flat(dataclasses.asdict(Settings()))
     own = fields.flat(dataclasses.asdict(settings))
     recipe = {name: value for name, value in own.items() if value != default[name]}
@@ -234,7 +237,18 @@ def as_recipe(settings: Settings) -> dict[str, Any]:
         recipe[name] = hash_file(Path(path))
     if settings.perplexity.model is not None:
         recipe["perplexity.model"] = _hash_folder(settings.perplexity.model)
+    for name in ("duplicates.against", "evaluation.sets"):
+        if name in recipe:
+            recipe[name] = {path: _version(path) for path in recipe[name]}
     return recipe
+
+
+def _version(path: str) -> str:
+    """Of a corpus its fingerprint, of other files a hash of their names, sizes and times."""
+    if url_of(path) or (Path(path) / MANIFEST).is_file():
+        return open_corpus(path).fingerprint
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else [Path(path)]
+    return files_signature(files, Path(path))
 
 
 def _hash_folder(folder: str) -> str:

@@ -35,7 +35,7 @@ def why_untrained(config: Config, part: Part) -> str:
     weights = ("contrastive_weight", "regression_weight") if part == "retrieval" else ("generation_weight",)
     zero = [weight for weight in weights if getattr(config.objective, weight) == 0]
     objective = objectives.objective_class(config.objective.name)
-    trainable = part in objective.tasks or (part == "captions" and _has_captions(objective))
+    trainable = part in objective.tasks or (part == "captions" and "generation_weight" in objective.published)
     why = f" with objective.{zero[0]} = 0" if zero and trainable else ""
     return f"objective.name = {config.objective.name}{why} does not train"
 
@@ -78,18 +78,14 @@ def untrained_pool(model: str, tasks: Sequence[str]) -> str | None:
     )
 
 
-def _has_captions(objective: type[objectives.Objective]) -> bool:
-    return "generation" in objective.tasks or objective.sequences.captions
-
-
 def _trained(config: Config) -> set[Part]:
     """What a run has trained, and the run whose weights it began with; everything, where that is not known."""
     everything = set(_PARTS)
     if config.objective.name not in objectives.names():  # of a package that is not installed here
         return everything
     trained: set[Part] = {*objectives.trained_by(config)}
-    made = [objectives.create(phase.config) for phase in phases_of(config)]
-    if any(_has_captions(type(one)) and one.weights.get("generation_weight", 1.0) for one in made):
+    # also of an objective that generates captions alone, and so is not measured on the text of documents
+    if any("generation" in objectives.create(phase.config).trains for phase in phases_of(config)):
         trained.add("captions")
     if config.train.init_from is None or trained == everything:
         return trained
