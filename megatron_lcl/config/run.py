@@ -173,6 +173,11 @@ class Train:
         description="compile what blocks compute beside attention with torch.compile: norms, GELU and sums with the "
         "matrix products; the first step takes longer. Without tensor parallelism and ZeRO-3",
     )
+    float8: bool = Field(
+        default=False,
+        description="multiply in float8 in the linear layers of blocks, with a scale for each row (torchao); with "
+        "train.compile and bfloat16, on GPUs of compute capability 8.9 or higher, emulated on a CPU",
+    )
     measure_kernels: bool = Field(
         default=False,
         description="when a run begins, measure which attention (where train.attention is auto) and whether compiled "

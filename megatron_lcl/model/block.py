@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_lcl.config import Language, Vision
 from megatron_lcl.model.drop_path import DropPath
+from megatron_lcl.model.float8 import use_float8
 from megatron_lcl.parallel.layers import ColumnLinear, RowLinear, SharedParameters, gathered_linear
 from megatron_lcl.parallel.mesh import Axis
 
@@ -101,7 +102,10 @@ class Block(nn.Module):
         return self._feed_forward(hidden_SD, attended, num_rows, factors)
 
     def _attention(self, hidden_SD: torch.Tensor, num_rows: int, attend: Attend) -> torch.Tensor:
-        return self.attention.out(attend(*self._heads(hidden_SD, num_rows)).flatten(-2))
+        return self._projection(attend(*self._heads(hidden_SD, num_rows)).flatten(-2))
+
+    def _projection(self, attended: torch.Tensor) -> torch.Tensor:
+        return self.attention.out(attended)
 
     def _heads(self, hidden_SD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.attention(self.norm1(hidden_SD), num_rows)
@@ -112,14 +116,19 @@ class Block(nn.Module):
         hidden_SD = hidden_SD + _scaled(attended_SD, self.scale1, factors[:1])
         return hidden_SD + _scaled(self.mlp(self.norm2(hidden_SD), num_rows), self.scale2, factors[1:])
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, float8: bool = False) -> None:
         """From now on what stands before attention and what follows on it are each one graph of torch.compile.
 
         Attention itself is a kernel already. A graph is compiled when it is first needed, once for all blocks of the
         same shapes. On one tensor rank alone: collectives overlap with products as they are written.
+
+        float8: linear layers multiply in it (`use_float8`); rounding is fused with what is before.
         """
         assert self.axis.size == 1
         torch.compiler.config.recompile_limit = _GRAPHS
+        if float8:
+            use_float8(self)
+            self._projection = torch.compile(self._projection, fullgraph=True)  # type: ignore[method-assign]
         self._heads = torch.compile(self._heads, fullgraph=True)  # type: ignore[method-assign]
         self._feed_forward = torch.compile(self._feed_forward, fullgraph=True)  # type: ignore[method-assign]
 

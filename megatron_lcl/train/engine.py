@@ -113,14 +113,16 @@ def specs_of(config: Config, axis: Axis) -> list[functools.partial[Any]]:
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     attention = choose_run_attention(config).attend
     specs = layer_specs(config.model, initial_log_scale, layer_norm(config), axis, *recompute, attention, train.seed)
-    return [functools.partial(_compiled, make.func, *make.args) for make in specs] if train.compile else specs
+    if not train.compile:
+        return specs
+    return [functools.partial(_compiled, train.float8, make.func, *make.args) for make in specs]
 
 
-def _compiled(make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+def _compiled(float8: bool, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
     """A layer, its parts compiled if it is a block."""
     layer = make(*arguments)
     if isinstance(layer, Block):
-        layer.compile_parts()
+        layer.compile_parts(float8)
     return layer
 
 

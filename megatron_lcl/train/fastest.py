@@ -161,6 +161,7 @@ def _file_of(
         "torch": torch.__version__,
         "candidates": [str(option) for option in options],
         "dtype": resolve_dtype(config),
+        "float8": config.train.float8,
         "tokens, images, patches": [len(batch.tokens), len(batch.image_start), batch.num_patches],
         "activation_checkpointing": [
             config.train.activation_checkpointing,

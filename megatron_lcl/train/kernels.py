@@ -14,8 +14,10 @@ from megatron_lcl.attention import Attention, load_fault
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses.kernels import triton_fault
+from megatron_lcl.model.float8 import MULTIPLE, float8_fault
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.engine import choose_run_attention
+from megatron_lcl.train.precision import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,13 @@ class Kernels:
     attention: str
     losses: str
     passed_over: tuple[str, ...]
+    float8: str = ""
+    """of blocks; empty: none"""
 
     def lines(self) -> list[str]:
         """The kernels in one line, then one for each that is skipped."""
-        return [f"attention {self.attention}, losses {self.losses}", *self.passed_over]
+        blocks = f", blocks {self.float8}" if self.float8 else ""
+        return [f"attention {self.attention}, losses {self.losses}{blocks}", *self.passed_over]
 
     def facts(self) -> dict[str, Any]:
         """The same for metrics.jsonl."""
@@ -39,20 +44,24 @@ def choose_kernels(config: Config) -> Kernels:
     """What a process of the run uses on this machine. UserError where `train.attention` cannot be used."""
     attention: Attention = choose_run_attention(config)
     losses, passed_over = "torch", attention.passed_over
-    if torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    float8 = "" if not config.train.float8 else "in float8" if has_cuda else "in float8, emulated"
+    if has_cuda:
         fault = triton_fault()
         losses = "torch" if fault else "triton"
         passed_over += (fault,) if fault else ()
-    return Kernels(attention.name, losses, passed_over)
+    return Kernels(attention.name, losses, passed_over, float8)
 
 
 def check_kernels(config: Config, elsewhere: bool) -> None:
-    """UserError where `train.attention` or `train.compile` cannot be used.
+    """UserError where `train.attention`, `train.compile` or `train.float8` cannot be used.
 
     elsewhere: the run's devices are not this machine's.
     """
     if config.train.compile and (fault := compile_fault(config, elsewhere)):
         raise UserError(f"train.compile is set, but {fault}; or leave train.compile unset")
+    if config.train.float8 and (fault := _float8_fault(config, elsewhere)):
+        raise UserError(f"train.float8 is set, but {fault}; or leave train.float8 unset")
     if config.train.attention == "auto":
         return
     if not elsewhere:
@@ -72,6 +81,22 @@ def compile_fault(config: Config, elsewhere: bool = False) -> str | None:
     if not (elsewhere or torch.cuda.is_available()) and not has_compiler():
         return "there is no C++ compiler for this CPU; install g++, or name one in CXX"
     return None
+
+
+def _float8_fault(config: Config, elsewhere: bool) -> str | None:
+    if not config.train.compile:
+        return "train.compile is not: rounding would take longer than float8 saves; set both"
+    if not (elsewhere and config.train.dtype == "auto") and (dtype := resolve_dtype(config)) != "bfloat16":
+        return f"the run is in {dtype}; set train.dtype to bfloat16"
+    sizes = {
+        f"model.{name}.{field}": getattr(getattr(config.model, name), field)
+        for name in ("vision", "language")
+        for field in ("width", "mlp_width")
+    }
+    for name, size in sizes.items():
+        if size % MULTIPLE:
+            return f"{name} is {size}; float8 needs multiples of {MULTIPLE}"
+    return float8_fault(elsewhere)
 
 
 def has_compiler() -> bool:

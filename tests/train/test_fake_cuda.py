@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO-1, two tensor ranks, averages": {"tensor": 2, "data": 2, "averages": True},
     "ZeRO-2, options": {"data": 4, "zero": 2, "options": True},
+    "ZeRO-1, float8": {"data": 4, "float8": True},
     "ZeRO-3, recompute": {"data": 4, "zero": 3, "strategy": "recompute"},
 }
 LOGGED = 1
@@ -93,10 +94,14 @@ class Run:
         from megatron_lcl.train.averages import Averages
         from megatron_lcl.train.engine import build_engine, build_mesh, build_module, build_stepper
 
-        config = Case(dtype="bfloat16", **layout).config()
+        float8 = layout.get("float8", False)
+        config = Case(dtype="bfloat16", **{name: value for name, value in layout.items() if name != "float8"}).config()
         config = configs.replace(config, model__vision__layers=1, model__language__layers=1)
+        if float8:
+            config = configs.replace(config, model__vision__width=48, train__compile=True, train__float8=True)
         self.mode, self.config = mode, config
-        with Watch():  # what is built may wait
+        as_written = mock.patch.object(torch, "compile", lambda function, **_: function)
+        with as_written, Watch():  # what is built may wait
             self.mesh = build_mesh(config)
             self.engine = build_engine(build_module(config, self.mesh), config, self.mesh)
             self.stepper = build_stepper(self.engine, config, self.mesh)
@@ -184,7 +189,7 @@ def test_deepspeed_waits_where_the_documentation_says(made: Any) -> None:
     backward, of_scale = "independent_gradient_partition_epilogue", "_get_fp32_opt_state_partition"
     gathers = of_layout[-1].pop("_fetch_sub_module_impl")  # one at most for each module that has parameters
     assert gathers > 0
-    assert of_layout == [{}, {backward: 1}, {backward: 1, of_scale: 4, "get_grad_norm_direct": 2}]
+    assert of_layout == [{}, {backward: 1}, {}, {backward: 1, of_scale: 4, "get_grad_norm_direct": 2}]
 
 
 @pytest.mark.parametrize("function", PLANTED)

@@ -1,0 +1,74 @@
+"""Linear layers that multiply in float8: torchao's, with a scale for each row.
+
+The three products of a layer (its output, the gradients of its input and of its weight) are of numbers rounded to e4m3,
+four bits of exponent and three of mantissa (Micikevicius et al. 2022, arXiv 2209.05433). Each row of the left factor
+and each column of the right one has a scale, a power of two, that brings its largest number below the largest of e4m3.
+What is trained, gradients and activations included, stays bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MULTIPLE = 16
+"""the sizes of factors on a GPU (torch.nn.functional.scaled_mm)"""
+CAPABILITY = (8, 9)
+"""compute capability of the GPUs that multiply in float8: Ada, Hopper and later"""
+
+
+def float8_fault(elsewhere: bool = False) -> str | None:
+    """Why layers cannot multiply in float8 here; None if they can. elsewhere: the devices are not this machine's."""
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao, whose layers these are, is not installed; `pip install torchao`"
+    if elsewhere or not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= CAPABILITY:
+        return None
+    return "this GPU has compute capability {}.{}; float8 needs {}.{}".format(*capability, *CAPABILITY)
+
+
+def use_float8(module: nn.Module) -> None:
+    """From now on all linear layers in the module multiply in float8; parameters stay the same, and their names.
+
+    Their inputs are [rows, features], any number of rows. Where there is no GPU float8 is emulated: float32 products of
+    the same rounded numbers.
+    """
+    with _no_warnings_of("torchao", "torch.utils._pytree"):  # of libraries for other devices
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    rowwise = Float8LinearConfig.from_recipe_name("rowwise")
+    config = dataclasses.replace(rowwise, emulate=not torch.cuda.is_available())
+    convert_to_float8_training(module, config=config)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = _with_rows(layer.forward)  # type: ignore[method-assign,assignment]
+
+
+@contextlib.contextmanager
+def _no_warnings_of(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def _with_rows(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same with a multiple of 16 rows, and never without any, which the sums of the weight's gradient need.
+
+    Rows of zeros follow, at least 16: a graph of torch.compile then has no branch on their number.
+    """
+
+    def padded(rows: torch.Tensor) -> torch.Tensor:
+        more = MULTIPLE + -len(rows) % MULTIPLE
+        return forward(F.pad(rows, (0, 0, 0, more)))[: len(rows)]
+
+    return padded
