@@ -7,16 +7,22 @@ as JPEG. Each way trains in a process of its own, with all cores, on packs of th
 
     lcl           ours: loader, forward, both losses, backward and optimizer, through the engine; float32 and bfloat16
     lcl compiled  the same with `train.compile`; the first step, in which graphs are made, is not timed
+    lcl float8    the same with `train.float8`, on a GPU
     like the reference  our modules used as the method's reference uses its own: one document a row, padded to the
                   context length, attention under a dense mask, all logits at once, torch's AdamW as it is by default
     clip, coca    ours, on pairs of the same documents
-    open_clip     its CLIP and CoCa of the same size, their losses and torch's AdamW, on as many images, no loader
+    open_clip     its CLIP and CoCa of the same size, their losses and torch's AdamW, on as many images, no loader;
+                  bfloat16 is torch.autocast's, its `--precision amp_bf16`
 
 The step is the median of the repeats, the peak that of this machine's matrix products (2048³), measured between steps:
 the share of it is what compares runs on machines, or at times, that are not alike. Operations are counted as torch's
 FlopCounterMode does, what is computed a second time left out. Last, one more step under torch's profiler: the shares of
 matrix products and of attention, and in `bound` the share of the peak that would be left if all else took no time. All
 have AdamW. g14 and l14 are cut to --depth blocks an encoder where memory asks for it, which the first line says.
+
+Where there is a CUDA device it is what trains: peak is that of products of 8192³, MiB what torch has allocated on it,
+the parts are those of one more step, whose parts the device is waited for after, and there is no profiled step. Not run
+on one yet.
 """
 
 from __future__ import annotations
@@ -46,6 +52,10 @@ WAYS = (
     "lcl float32", "lcl compiled float32", "lcl bfloat16", "lcl compiled bfloat16", "like the reference float32",
     "clip float32", "open_clip clip float32", "coca float32", "open_clip coca float32",
 )  # fmt: skip
+ON_GPU = (
+    "lcl bfloat16", "lcl compiled bfloat16", "lcl float8", "clip bfloat16", "open_clip clip bfloat16", "coca bfloat16",
+    "open_clip coca bfloat16",
+)  # fmt: skip
 ROWS = 8
 """documents of a step of the reference"""
 REFERENCE_SECONDS, REFERENCE_PEAK = 65.9, 210e9
@@ -67,7 +77,9 @@ IMAGES = 64
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=Path, help="a shard docs_*.jsonl of MMC4")
-    parser.add_argument("ways", nargs="*", metavar="WAY", help="default: all: " + "; ".join(WAYS))
+    parser.add_argument(
+        "ways", nargs="*", metavar="WAY", help=f"default: {'; '.join(WAYS)}; on a GPU {'; '.join(ON_GPU)}"
+    )
     parser.add_argument("--model", choices=CONFIGS, default="b32")
     parser.add_argument("--depth", type=int, help="blocks of each encoder (default: as published)")
     parser.add_argument("--documents", type=int, default=400, help="of the shard (%(default)s)")
@@ -78,8 +90,8 @@ def main() -> int:
     if arguments.work:
         print(json.dumps(measure(arguments)))
         return 0
-    if unknown := [way for way in arguments.ways if way not in WAYS]:
-        parser.error(f"{unknown[0]!r} is none of: {'; '.join(WAYS)}")
+    if unknown := [way for way in arguments.ways if way not in (*WAYS, *ON_GPU)]:
+        parser.error(f"{unknown[0]!r} is none of: {'; '.join(dict.fromkeys((*WAYS, *ON_GPU)))}")
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
         make_corpus(arguments.annotations, Path(folder), arguments.documents)
         report(arguments, Path(folder))
@@ -87,17 +99,22 @@ def main() -> int:
 
 
 def report(arguments: argparse.Namespace, folder: Path) -> None:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
     depth = f", {arguments.depth} blocks an encoder" if arguments.depth else ""
-    print(f"{CONFIGS[arguments.model]}{depth}; {os.cpu_count()} cores; seconds of a step are medians")
+    where = torch.cuda.get_device_name() if has_gpu else f"{os.cpu_count()} cores"
+    print(f"{CONFIGS[arguments.model]}{depth}; {where}; seconds of a step are medians")
     columns = ("docs/s", "images/s", "tokens/s", "step s", "TFLOP", "peak GF/s", "of peak", "bound", "MiB")
     print(f"{'':28}" + "".join(f"{name:>11}" for name in columns) + "   share of the step by part", flush=True)
-    for way in arguments.ways or WAYS:
+    for way in arguments.ways or (ON_GPU if has_gpu else WAYS):
         if "coca" in way and arguments.model not in COCA:
             continue
         command = [sys.executable, __file__, str(arguments.annotations), way, "--work", str(folder)]
         command += ["--model", arguments.model, "--packs", str(arguments.packs), "--repeats", str(arguments.repeats)]
         command += ["--depth", str(arguments.depth)] if arguments.depth else []
-        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+        environment = {} if has_gpu else {"DS_ACCELERATOR": "cpu"}
+        environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(row(way, found), flush=True)
@@ -112,7 +129,7 @@ def row(way: str, found: dict[str, Any]) -> str:
     numbers = (
         found["documents"] / step if found["documents"] else float("nan"), found["images"] / step,
         found["tokens"] / step, step, found["flops"] / 1e12, peak / 1e9, found["flops"] / step / peak,
-        found["flops"] / step / peak / sum(found["kernels"].values()), found["memory"],
+        found["flops"] / step / peak / (sum(found["kernels"].values()) or float("nan")), found["memory"],
     )  # fmt: skip
     texts = (f"{n:11.{d}f}" for n, d in zip(numbers, (2, 1, 0, 2, 2, 0, 2, 2, 0), strict=True))
     parts = {name: statistics.median(times) / step for name, times in found["parts"].items()} | found["kernels"]
@@ -156,6 +173,7 @@ class Parts:
     """Seconds of the parts of a step."""
 
     def __init__(self) -> None:
+        self.wait: Callable[[], None] = lambda: None
         self.of_step: dict[str, float] = {}
         self.all: dict[str, list[float]] = {}
 
@@ -163,6 +181,7 @@ class Parts:
     def part(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        self.wait()
         self.of_step[name] = self.of_step.get(name, 0.0) + time.perf_counter() - start
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,6 +205,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     (way,) = arguments.ways
     name, _, dtype = way.rpartition(" ")
+    device = place()
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     parts = Parts()
     torch.manual_seed(0)
     if name.startswith("open_clip"):
@@ -199,15 +220,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     parts.all.clear()
     seconds, peaks, counts = [], [], []
     for _ in range(arguments.repeats):
-        peaks.append(peak(dtype))
+        peaks.append(peak(dtype, device, synchronize))
         start = time.perf_counter()
         counts.append(step())
+        synchronize()
         seconds.append(time.perf_counter() - start)
         parts.end_step()
-    peaks.append(peak(dtype))
+    peaks.append(peak(dtype, device, synchronize))
     mean = {key: statistics.fmean(count[key] for count in counts) for key in counts[0]}
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    kernels = shares_of_kernels(step)
+    kernels: dict[str, float] = {}
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**20
+        parts.all.clear()
+        parts.wait = synchronize
+        step()
+        parts.end_step()
+    else:
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        kernels = shares_of_kernels(step)
     return {
         "seconds": seconds,
         "peaks": peaks,
@@ -241,17 +271,28 @@ def resident(field: str) -> int:
     return int(lines[field].split()[0])
 
 
-def peak(dtype: str) -> float:
-    """Operations a second of this machine's matrix products, now."""
+def place() -> Any:
+    """The device that trains."""
     import torch
 
-    a, b = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in range(2))
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak(dtype: str, device: Any, synchronize: Callable[[], None]) -> float:
+    """Operations a second of this machine's matrix products, now; of float8's layers, too, those of bfloat16."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 2048
+    kind = torch.bfloat16 if dtype == "float8" else getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     best = float("inf")
     for _ in range(5):
+        synchronize()
         start = time.perf_counter()
         a @ b
+        synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compiled: bool = False) -> Any:
@@ -264,9 +305,10 @@ def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compile
         "data.workers": 1,
         "objective.name": objective,
         "contrast.strategy": "retain",
-        "train.dtype": dtype,
+        "train.dtype": "bfloat16" if dtype == "float8" else dtype,
+        "train.float8": dtype == "float8",
         "optimizer.name": "adamw",  # as in what it is measured beside
-        "train.compile": compiled,
+        "train.compile": compiled or dtype == "float8",
         "parallel.tensor": 1,
         "train.micro_batch": 1,
         "train.global_batch": arguments.packs,
@@ -296,7 +338,9 @@ def loader_for(config: Any) -> Any:
 def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts) -> tuple[Any, dict[str, Any]]:
     """A step as `train` makes it."""
     from megatron_lcl.model.flops import Sizes, of_step
+    from megatron_lcl.train.broadcast_batches import broadcast_batches
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.prefetch import Prefetcher
 
     objective, _, compiled = name.partition(" ")
     config = config_of(arguments, objective, dtype, bool(compiled))
@@ -306,15 +350,18 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
     engine = build_engine(build_module(config, mesh), config, mesh)
     stepper = build_stepper(engine, config, mesh)
     loader = loader_for(config)
-    batches = iter(loader)
+    number = config.train.global_batch
+    prefetcher = Prefetcher(iter(loader), number, engine.device)
     stepper._first_forwards = parts.timed("forward", stepper._first_forwards)  # of lcl, clip and coca: all of them
     engine.backward = parts.timed("backward", engine.backward)
     engine.step = parts.timed("optimizer", engine.step)
 
     def step() -> dict[str, float]:
         with parts.part("data"):
-            packs = [next(batches) for _ in range(config.train.global_batch)]
-        stepper.run(packs, 1e-4)
+            packs, copies = prefetcher.take()
+        pending = stepper.start(broadcast_batches(copies, number, 1, mesh, engine.device), 1e-4)
+        prefetcher.begin()
+        pending.read()
         sizes = Sizes.of(packs)
         documents = sum(len(loader.reader.provenance(n)) for pack in packs for n in pack.packs)
         return {
@@ -443,8 +490,7 @@ def open_clip_step(arguments: argparse.Namespace, name: str, dtype: str, parts: 
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    assert dtype == "float32"
-    objective = name.split()[-1]
+    objective, device = name.split()[-1], place()
     packs = iter(loader_for(config_of(arguments, objective, dtype)))
     size = sum(next(packs).num_images for _ in range(arguments.packs))
     coca = objective == "coca"
@@ -454,15 +500,17 @@ def open_clip_step(arguments: argparse.Namespace, name: str, dtype: str, parts: 
         cut = {"vision_cfg": {"layers": arguments.depth}, "text_cfg": {"layers": arguments.depth}}
         known = open_clip.get_model_config(named)
         cut = {part: {**known[part], **value} for part, value in cut.items()}
-    model = open_clip.create_model(named, pretrained=None, **cut)
+    model = open_clip.create_model(named, pretrained=None, device=device, **cut)
     model.train()
     loss_of = open_clip.loss.CoCaLoss(2.0, 1.0) if coca else open_clip.loss.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    images, texts = torch.randn(size, 3, 224, 224), torch.randint(1, 49406, (size, TEXT - coca))  # CoCa adds one
+    images = torch.randn(size, 3, 224, 224, device=device)
+    texts = torch.randint(1, 49406, (size, TEXT - coca), device=device)  # CoCa adds one
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def step() -> dict[str, float]:
         optimizer.zero_grad()
-        with parts.part("forward"):
+        with parts.part("forward"), autocast:
             found = loss_of(**model(images, texts), output_dict=True) if coca else loss_of(*model(images, texts))
             loss = sum(found.values()) if isinstance(found, dict) else found
         with parts.part("backward"):
