@@ -122,7 +122,7 @@ def test_a_block_is_one_graph_for_any_number_of_rows() -> None:
 
 
 def losses_of(_rank: int, float8: bool) -> list[float]:
-    """Of each of 24 steps, over and over two global batches."""
+    """Of each of 16 steps, over and over two global batches."""
     import torch.distributed as dist
 
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
@@ -134,7 +134,7 @@ def losses_of(_rank: int, float8: bool) -> list[float]:
     with mock.patch.object(torch, "compile", lambda function, **_: function):  # the same numbers, in a fraction of time
         engine = build_engine(build_module(config, mesh), config, mesh)
     stepper = build_stepper(engine, config, mesh)
-    losses = [stepper.run(make_batches(config, step % 2), 3e-3).loss for step in range(24)]
+    losses = [stepper.run(make_batches(config, step % 2), 3e-3).loss for step in range(16)]
     dist.destroy_process_group()
     return losses
 
@@ -143,9 +143,9 @@ def losses_of(_rank: int, float8: bool) -> list[float]:
 def test_training_converges_as_in_bfloat16() -> None:
     of_float8, of_bfloat16 = (run_processes(losses_of, 1, float8)[0] for float8 in (True, False))
     assert of_float8 != of_bfloat16
-    assert of_bfloat16[-1] < 0.7 * of_bfloat16[0]
-    for first in range(0, 24, 8):
-        ours, theirs = (sum(losses[first : first + 8]) for losses in (of_float8, of_bfloat16))
+    assert of_bfloat16[-1] < 0.8 * of_bfloat16[0]
+    for first in range(0, 16, 4):
+        ours, theirs = (sum(losses[first : first + 4]) for losses in (of_float8, of_bfloat16))
         assert ours == pytest.approx(theirs, rel=0.03), first
 
 
