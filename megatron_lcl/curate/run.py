@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_lcl.curate.documents import Range, ranges
 from megatron_lcl.curate.duplicates.rules import Duplicates, EvaluationSets
+from megatron_lcl.curate.duplicates.settings import EVALUATION_RULES
 from megatron_lcl.curate.joins import REMOVED as JOINED
 from megatron_lcl.curate.joins import Join, Places
 from megatron_lcl.curate.languages import context_of, libraries
@@ -158,12 +159,14 @@ def curate(
     inside, outside = output.resolve(), source.path.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
         raise UserError(f"{output} is, lies in, or holds the corpus that is curated; give another folder")
-    recipe = {
+    recipe: dict[str, Any] = {
         "curated": source.fingerprint,
         "thresholds": {**as_recipe(settings), **{join.rule: join.threshold for join in joins}},
         "libraries": _libraries(settings),
         "layout": [task_bytes],
     }
+    if settings.evaluation.sets:
+        recipe["rules"] = EVALUATION_RULES
     if is_finished_corpus(output, recipe):
         clear_up(output)
         return read_curated(output, reused=True)

@@ -33,9 +33,9 @@ _BLUR = 3
 _LEVELS, _SHARE = 5.0, 0.6
 """Blank blocks are the same where they differ by at most so many levels (root mean square), others where they do by at
 most so much of their standard deviation"""
-_MIN_BLOCKS = 6
+_MIN_BLOCKS, _STRICT_SHARE = 6, 0.4
 """of 64, which are not blank; pictures with fewer, or with all of them in one row or column, as of a surface with an
-edge, are the same where no block differs by more than _LEVELS"""
+edge, are the same only where every block differs by at most so much of its standard deviation, or by _LEVELS"""
 _IDENTITY = np.eye(2, 3, dtype=np.float32)
 _CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
 
@@ -89,7 +89,7 @@ def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
     square = detailed.reshape(SIDE // _BLOCK, -1)
     is_edge = min(square.any(0).sum(), square.any(1).sum()) < 2
     if detailed.sum() < _MIN_BLOCKS or is_edge:
-        return float((error <= _LEVELS).all())
+        return float((error <= np.maximum(_STRICT_SHARE * spread, _LEVELS)).all())
     same = error <= np.where(detailed, _SHARE * spread, _LEVELS)
     return float(min(same.mean(), same[detailed].mean()))
 

@@ -32,7 +32,7 @@ from megatron_lcl.errors import UserError
 if TYPE_CHECKING:
     from megatron_lcl.evaluate.sources import Blob
 
-MAX_CANDIDATES = 32
+MAX_CANDIDATES = 64
 """that are laid over an image, the nearest ones; more have only pictures like many others"""
 _INDEX = ("hash", "detailed", "thumbnail", "digest", "name")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})

@@ -40,7 +40,7 @@ def is_finished_corpus(folder: Path, recipe: Mapping[str, Any]) -> bool:
             logger.warning(
                 "%s was made by another version's rules for %s and stays as it is; give a new folder for today's",
                 folder,
-                recipe["format"],
+                recipe.get("format", "curate"),
             )
         elif different:
             raise UserError(

@@ -198,6 +198,16 @@ def test_a_line_along_a_side_is_not_every_other_line_there() -> None:
         assert agreement(pictures[1], pictures[1], first_guess(WHOLE, SIDE)) == 1
 
 
+def test_a_surface_with_an_edge_is_found_when_it_was_resized(tmp_path: Path) -> None:
+    """By more than the levels that blank blocks may differ: the edge is blurred."""
+    levels = np.full((321, 321), 200, np.uint8)
+    levels[:, 187:] = 20
+    surface = Image.fromarray(levels).convert("RGB")
+    half = surface.resize((160, 160), Image.Resampling.BICUBIC)
+    finder = Finder(make_index(tmp_path, [surface]), SETTINGS)
+    assert finder.find(encoded(half, 90)) == (0, 1.0)
+
+
 def test_a_whole_picture_is_compared_as_such_though_a_part_of_it_has_the_nearest_hash() -> None:
     """Stripes cannot be aligned along themselves."""
     stripes = np.zeros((SIDE, SIDE), np.uint8)

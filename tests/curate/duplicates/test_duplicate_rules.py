@@ -11,6 +11,7 @@ from curate.corpora_of_rules import files, write
 from curate.duplicates.test_contamination import encoded, flipped, picture
 from curate.duplicates.test_joins import sentence
 
+from megatron_lcl.curate import run
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
@@ -88,6 +89,19 @@ def test_evaluation_images_are_removed_and_named(source: Path, tmp_path: Path) -
     assert removals(tmp_path / "out") == [(3, 1, "image.evaluation", str(tmp_path / "set" / "2.jpg"))]
     (found,) = [r for r in curate(source, None, settings).rules if r.rule == "image.evaluation"]
     assert (found.images, found.documents) == (1, 0)
+
+
+def test_a_corpus_of_earlier_rules_is_recognized_and_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "2.jpg").write_bytes(encoded(picture(2)))
+    settings = rules(evaluation__sets=f"[{tmp_path / 'set'}]")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "EVALUATION_RULES", 1)
+        curate(source, tmp_path / "out", settings)
+    assert curate(source, tmp_path / "out", settings).reused
+    assert "another version's rules for curate and stays as it is" in caplog.text
 
 
 def test_what_else_is_looked_at_decides_whether_it_is_the_same(source: Path, tmp_path: Path) -> None:
