@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -46,29 +47,27 @@ def use_float8(module: nn.Module) -> None:
     config = dataclasses.replace(rowwise, emulate=not torch.cuda.is_available())
     convert_to_float8_training(module, config=config)
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            layer.forward = _with_rows(layer.forward)  # type: ignore[method-assign,assignment]
+        if isinstance(layer, nn.Linear):  # of a method a copy of the module has its own
+            layer.forward = MethodType(_with_more_rows, layer)  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def _no_warnings_of(*names: str) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _with_rows(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same with a multiple of 16 rows, and never without any, which the sums of the weight's gradient need.
-
-    Rows of zeros follow, at least 16: a graph of torch.compile then has no branch on their number.
-    """
-
-    def padded(rows: torch.Tensor) -> torch.Tensor:
-        more = MULTIPLE + -len(rows) % MULTIPLE
-        return forward(F.pad(rows, (0, 0, 0, more)))[: len(rows)]
-
-    return padded
+def _with_more_rows(self: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    """The layer on rows and rows of zeros: a multiple of 16, and never none, of which the weight's gradient needs a
+    largest number."""
+    assert rows.dim() == 2, f"rows of shape {tuple(rows.shape)}"
+    more = -len(rows) % MULTIPLE if len(rows) else MULTIPLE
+    padded: torch.Tensor = type(self).forward(self, F.pad(rows, (0, 0, 0, more)))
+    return padded[: len(rows)]

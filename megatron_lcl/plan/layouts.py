@@ -1,7 +1,8 @@
 """All layouts of a run on so many processes: which are refused, which cannot fit, and the rest by predicted step time.
 
-A layout is legal where `train.layout.check_layout` says so. Of the legal ones the bound of train/memory.py discards
-what certainly does not fit. The steps of those that would be fastest are simulated (`memory.usage_of`), until one fits.
+A layout is legal where `train.layout.check_layout` says so, and blocks can be compiled if they are to be. Of the legal
+ones the bound of train/memory.py discards what certainly does not fit. The steps of those that would be fastest are
+simulated (`memory.usage_of`), until one fits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.memory import Simulate, usage_of
 from megatron_lcl.plan.predict import Prediction, predict
+from megatron_lcl.train.kernels import compile_fault
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
 from megatron_lcl.train.simulate import Usage, simulate
@@ -129,6 +131,8 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
             phases = [phase.config for phase in phases_of(tried)]
             for phase in phases:
                 check_layout(phase, target.processes)
+            if tried.train.compile and (fault := compile_fault(tried, elsewhere=True)):
+                raise UserError(f"train.compile is set, but {fault}")
         except UserError as error:
             refused.append(Layout(tried, refused=str(error)))
             continue

@@ -84,6 +84,8 @@ def compile_fault(config: Config, elsewhere: bool = False) -> str | None:
 
 
 def _float8_fault(config: Config, elsewhere: bool) -> str | None:
+    if fault := compile_fault(config, elsewhere):
+        return fault
     if not config.train.compile:
         return "train.compile is not: rounding would take longer than float8 saves; set both"
     if not (elsewhere and config.train.dtype == "auto") and (dtype := resolve_dtype(config)) != "bfloat16":

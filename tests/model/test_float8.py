@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from typing import Any
@@ -68,6 +69,16 @@ def test_products_are_those_of_rounded_numbers(num_rows: int) -> None:
         assert distance(ours, theirs) < 6e-3  # of bfloat16
     for ours, plain in zip(found, exact, strict=False):
         assert 8e-3 < distance(ours, plain) < 6e-2, "e4m3 has three bits of mantissa"  # type: ignore[arg-type]
+
+
+def test_a_copy_has_its_own_weights() -> None:
+    model = nn.Sequential(nn.Linear(32, 16).bfloat16())
+    use_float8(model)
+    twin = copy.deepcopy(model)
+    nn.init.zeros_(twin[0].weight)
+    rows = torch.ones(16, 32, dtype=torch.bfloat16)
+    assert torch.equal(twin(rows), twin[0].bias.expand(16, -1))
+    assert not torch.equal(model(rows), twin(rows))
 
 
 def test_no_rows_at_all() -> None:
@@ -153,6 +164,7 @@ def test_training_converges_as_in_bfloat16() -> None:
     ("changes", "said"),
     [
         ({"train__compile": False}, "train.compile is not"),
+        ({"train__compile": False, "parallel__tensor": 2}, "parallel.tensor is 2"),
         ({"train__dtype": "float16"}, "the run is in float16; set train.dtype to bfloat16"),
         ({"model__vision__mlp_width": 72}, "model.vision.mlp_width is 72; float8 needs multiples of 16"),
     ],

@@ -22,6 +22,7 @@ from megatron_lcl.plan.calibrate import rates_of as measured_rates
 from megatron_lcl.plan.describe import lines, numbers_of
 from megatron_lcl.plan.layouts import Bound, Layout, Target, confirm, key_of, survey
 from megatron_lcl.plan.memory import usage_of
+from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate
 from megatron_lcl.train.simulate import Usage, simulate
@@ -61,6 +62,17 @@ def test_every_layout_is_ranked_too_large_or_refused() -> None:
             check_layout(layout.config, 4)
         assert str(caught.value) == layout.refused
     assert any("zero.stage = 3 with contrast.strategy = retain" in layout.refused for layout in refused)
+
+
+def test_blocks_that_are_to_be_compiled_are_in_no_layout_that_cannot() -> None:
+    """Or `--write` would write a config that `train` refuses."""
+    config = configs.replace(config_of(), train__compile=True)
+    passed, _, refused = survey(config, target_of())
+    for layout in passed:
+        check_kernels(layout.config, elsewhere=True)
+        assert (layout.config.parallel.tensor, layout.config.zero.stage < 3) == (1, True)
+    assert any("train.compile is set, but zero.stage is 3" in layout.refused for layout in refused)
+    assert any("train.compile is set, but parallel.tensor is 2" in layout.refused for layout in refused)
 
 
 def test_the_bound_discards_what_cannot_fit() -> None:
