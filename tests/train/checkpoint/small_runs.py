@@ -24,7 +24,7 @@ from megatron_lcl.model.special import SpecialTokens
 GLOBAL_BATCH = 6  # divides among one, two and three processes
 LR = (1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 1e-3)  # of the steps
 PARTITION = (0, 4)  # of a pipeline of two stages
-FIRST = 3  # steps before the checkpoint; as many after
+FIRST, LAST = 3, 5  # steps before the checkpoint, and of a job in all
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,14 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
             checkpoints.save(Progress(FIRST, FIRST * GLOBAL_BATCH, {}))
         else:
             said = checkpoints.load(step_folder(folder / job.source, FIRST))
-        rows = steps(FIRST, 2 * FIRST)
+        rows = steps(FIRST, LAST)
         groups = [(group["weight_decay"], group["lr"]) for group in engine.optimizer.optimizer.param_groups]
         write.set()
         checkpoints.wait()
         again = []
         if job.again:
             checkpoints.load(step_folder(run if job.source is None else folder / job.source, FIRST))
-            again = steps(FIRST, 2 * FIRST)
+            again = steps(FIRST, LAST)
     return {"rows": rows, "again": again, "said": said, "groups": groups, "saved": checkpoints.finished()}
 
 

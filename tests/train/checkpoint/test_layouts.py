@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from small_runs import FIRST, LR, Job, build_config, run_jobs
+from small_runs import FIRST, LAST, LR, Job, build_config, run_jobs
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl import config as configs
@@ -35,7 +35,7 @@ SOURCES = {
     # several pieces of each parameter group
     "apex, zero3": Job("apex, zero3", 3, optimizer="apex_fused_adam", sub_group_size=2000, again=True),
 }
-GROUPS = [(0.3, LR[2 * FIRST - 1]), (0.0, LR[2 * FIRST - 1])]
+GROUPS = [(0.3, LR[LAST - 1]), (0.0, LR[LAST - 1])]
 """weight decay and learning rate of every parameter group in the last step"""
 Result = dict[str, dict[str, Any]]
 
