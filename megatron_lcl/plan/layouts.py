@@ -19,7 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.memory import Simulate, usage_of
 from megatron_lcl.plan.predict import Prediction, predict
-from megatron_lcl.train.kernels import compile_fault
+from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
 from megatron_lcl.train.simulate import Usage, simulate
@@ -131,8 +131,7 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
             phases = [phase.config for phase in phases_of(tried)]
             for phase in phases:
                 check_layout(phase, target.processes)
-            if tried.train.compile and (fault := compile_fault(tried, elsewhere=True)):
-                raise UserError(f"train.compile is set, but {fault}")
+            check_compile(tried, elsewhere=True)
         except UserError as error:
             refused.append(Layout(tried, refused=str(error)))
             continue

@@ -45,7 +45,7 @@ def choose_kernels(config: Config) -> Kernels:
     attention: Attention = choose_run_attention(config)
     losses, passed_over = "torch", attention.passed_over
     has_cuda = torch.cuda.is_available()
-    float8 = "" if not config.train.float8 else "in float8" if has_cuda else "in float8, emulated"
+    float8 = ("in float8" if has_cuda else "in float8, emulated") if config.train.float8 else ""
     if has_cuda:
         fault = triton_fault()
         losses = "torch" if fault else "triton"
@@ -58,8 +58,7 @@ def check_kernels(config: Config, elsewhere: bool) -> None:
 
     elsewhere: the run's devices are not this machine's.
     """
-    if config.train.compile and (fault := compile_fault(config, elsewhere)):
-        raise UserError(f"train.compile is set, but {fault}; or leave train.compile unset")
+    check_compile(config, elsewhere)
     if config.train.float8 and (fault := _float8_fault(config, elsewhere)):
         raise UserError(f"train.float8 is set, but {fault}; or leave train.float8 unset")
     if config.train.attention == "auto":
@@ -68,6 +67,12 @@ def check_kernels(config: Config, elsewhere: bool) -> None:
         choose_run_attention(config)
     elif fault := load_fault(config.train.attention):
         raise UserError(f"train.attention = {config.train.attention}, but {fault}; set train.attention to auto")
+
+
+def check_compile(config: Config, elsewhere: bool) -> None:
+    """UserError where blocks are to be compiled and cannot be. elsewhere: as of `check_kernels`."""
+    if config.train.compile and (fault := compile_fault(config, elsewhere)):
+        raise UserError(f"train.compile is set, but {fault}; or leave train.compile unset")
 
 
 def compile_fault(config: Config, elsewhere: bool = False) -> str | None:
@@ -84,10 +89,9 @@ def compile_fault(config: Config, elsewhere: bool = False) -> str | None:
 
 
 def _float8_fault(config: Config, elsewhere: bool) -> str | None:
-    if fault := compile_fault(config, elsewhere):
-        return fault
     if not config.train.compile:
-        return "train.compile is not: rounding would take longer than float8 saves; set both"
+        fault = compile_fault(config, elsewhere)
+        return fault or "train.compile is not: rounding would take longer than float8 saves; set both"
     if not (elsewhere and config.train.dtype == "auto") and (dtype := resolve_dtype(config)) != "bfloat16":
         return f"the run is in {dtype}; set train.dtype to bfloat16"
     sizes = {

@@ -14,7 +14,7 @@ from processes import run_processes
 from torch import nn
 
 from megatron_lcl import config as configs
-from megatron_lcl.config import Language
+from megatron_lcl.config import Config, Language
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.block import Block
 from megatron_lcl.model.float8 import use_float8
@@ -93,6 +93,17 @@ def test_no_rows_at_all() -> None:
     assert model[0].weight.grad.abs().max() == 0
 
 
+def uncompiled() -> Any:
+    """While inside, what is to be compiled stays as it is written."""
+    return mock.patch.object(torch, "compile", lambda function, **_: function)
+
+
+def config_of(float8: bool) -> Config:
+    """The selftest's, with widths that float8 can have."""
+    config = configs.replace(Case(dtype="bfloat16").config(), model__vision__width=48)
+    return configs.replace(config, train__compile=float8, train__float8=float8)
+
+
 def block() -> Block:
     torch.manual_seed(0)
     language = Language(width=32, heads=2, mlp_width=48, layers=1, vocab_size=99, context_length=32)
@@ -119,7 +130,7 @@ def test_a_block_is_one_graph_for_any_number_of_rows() -> None:
     torch._dynamo.reset()
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager", dynamic=True)):
         compiled.compile_parts(float8=True)
-    with mock.patch.object(torch, "compile", lambda function, **_: function):
+    with uncompiled():
         eager.compile_parts(float8=True)
     graphs = []
     for num_rows in (40, 23, 17, 64):
@@ -138,11 +149,9 @@ def losses_of(_rank: int, float8: bool) -> list[float]:
 
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
-    case = Case(dtype="bfloat16")
-    config = configs.replace(case.config(), model__vision__width=48)
-    config = configs.replace(config, train__compile=float8, train__float8=float8)
+    config = config_of(float8)
     mesh = init_processes(config)
-    with mock.patch.object(torch, "compile", lambda function, **_: function):  # the same numbers, in a fraction of time
+    with uncompiled():  # the same numbers, in a fraction of time
         engine = build_engine(build_module(config, mesh), config, mesh)
     stepper = build_stepper(engine, config, mesh)
     losses = [stepper.run(make_batches(config, step % 2), 3e-3).loss for step in range(16)]
@@ -170,16 +179,14 @@ def test_training_converges_as_in_bfloat16() -> None:
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], said: str) -> None:
-    config = configs.replace(Case(dtype="bfloat16").config(), model__vision__width=48)
-    config = configs.replace(config, train__compile=True, train__float8=True)
+    config = config_of(float8=True)
     check_kernels(config, elsewhere=True)
     with pytest.raises(UserError, match=rf"^train.float8 is set, but {said}.*leave train.float8 unset$"):
         check_kernels(configs.replace(config, **changes), elsewhere=True)
 
 
 def test_where_it_runs_is_checked_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configs.replace(Case(dtype="bfloat16").config(), model__vision__width=48)
-    config = configs.replace(config, train__compile=True, train__float8=True)
+    config = config_of(float8=True)
     assert choose_kernels(config).lines()[0].endswith("losses torch, blocks in float8, emulated")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda _: None)
