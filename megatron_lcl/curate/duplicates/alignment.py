@@ -1,19 +1,24 @@
 """Do two pictures show the same, one of them perhaps flipped, cropped a little, or partly covered?
 
-Both are gray and stretched to a square. The first is laid over the second by an affine map that maximizes their
-correlation (Evangelidis & Psarakis, "Parametric image alignment using enhanced correlation coefficient maximization",
-2008; OpenCV's), starting from where the candidate's hash was taken. Then their blocks are compared one by one, so that
-a text bar or a logo costs the blocks that it covers and no more. Gray levels are compared as they are: without their
-means, a dark surface with an edge would be the same as a bright one.
+Both are stretched to a square. The first is laid over the second by an affine map that maximizes the correlation of
+their gray levels (Evangelidis & Psarakis, "Parametric image alignment using enhanced correlation coefficient
+maximization", 2008; OpenCV's), starting from where the candidate's hash was taken. Then their blocks are compared one
+by one, so that a text bar or a logo costs the blocks that it covers and no more. Gray levels are compared as they are:
+without their means, a dark surface with an edge would be the same as a bright one. So are colors, unless the first
+picture has none: it may have been made gray.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 SIDE = 64
 """pixels a side of the pictures"""
+COLOR_SIDE = 16
+"""cells a side, of whose colors the means are known"""
 _BLOCK = 8
 _CELL = 4
 """pixels a side of the cells that are compared before the alignment"""
@@ -36,34 +41,59 @@ most so much of their standard deviation"""
 _MIN_BLOCKS, _STRICT_SHARE = 6, 0.4
 """of 64, which are not blank; pictures with fewer, or with all of them in one row or column, as of a surface with an
 edge, are the same only where every block differs by at most so much of its standard deviation, or by _LEVELS"""
+_COLOR = 16.0
+"""levels, by which the mean colors of blocks that are the same differ at most"""
+_GRAY = 6
+"""levels, within which all colors of a gray picture are"""
 _IDENTITY = np.eye(2, 3, dtype=np.float32)
 _CORNERS = np.array([[0, SIDE - 1, 0, SIDE - 1], [0, 0, SIDE - 1, SIDE - 1], [1, 1, 1, 1]], np.float32)
 
 
-def agreement(picture: np.ndarray, other: np.ndarray, start: np.ndarray) -> float:
+class Picture(NamedTuple):
+    """A picture, stretched to a square."""
+
+    gray: np.ndarray
+    """uint8 [SIDE, SIDE]"""
+    color: np.ndarray
+    """Cb and Cr of JFIF (ITU-T T.871), without color 128: uint8 [COLOR_SIDE, COLOR_SIDE, 2]"""
+
+    def flipped(self) -> Picture:
+        return Picture(np.ascontiguousarray(self.gray[:, ::-1]), self.color[:, ::-1])
+
+
+def agreement(picture: Picture, other: Picture, start: np.ndarray) -> float:
     """The share, 0 … 1, of the blocks of `other` that `picture` shows; the lower one of all blocks and of those that
     are not blank.
 
-    Both uint8 [SIDE, SIDE]. start: float32 [2, 3], the first guess of the map from places in `picture`, (column, row,
-    1), to places in `other`. Also compared as they are: of a picture that is much the same everywhere, the hash of a
-    part may be the nearest one though the picture is not cropped.
+    start: float32 [2, 3], the first guess of the map from pixels in `picture`, (column, row, 1), to pixels in `other`.
+    Also compared as they are: of a picture that is much the same everywhere, the hash of a part may be the nearest one
+    though the picture is not cropped.
     """
-    ours, theirs = picture.astype(np.float32), other.astype(np.float32)
+    ours, theirs = _channels(picture), _channels(other)
     shown = _warped(theirs, start)
     share = _same_blocks(ours, theirs)
-    if _explained(ours, shown) < _MIN_EXPLAINED:
+    if _explained(ours[..., 0], shown[..., 0]) < _MIN_EXPLAINED:
         return share
     if (start != _IDENTITY).any():
         share = max(share, _same_blocks(ours, shown))
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _ITERATIONS, _PRECISION)
     try:
-        everywhere = np.full_like(picture, 255)
-        _, found = cv2.findTransformECC(picture, other, start.copy(), cv2.MOTION_AFFINE, criteria, everywhere, _FILTER)
+        everywhere = np.full_like(picture.gray, 255)
+        _, found = cv2.findTransformECC(
+            picture.gray, other.gray, start.copy(), cv2.MOTION_AFFINE, criteria, everywhere, _FILTER
+        )
     except cv2.error:  # it does not converge, as for most pictures that are not the same
         return share
     if np.abs((found - start) @ _CORNERS).max() > _MAX_SHIFT:
         return share
     return max(share, _same_blocks(ours, _warped(theirs, found)))
+
+
+def _channels(picture: Picture) -> np.ndarray:
+    """float32 [SIDE, SIDE, 3]"""
+    cell = SIDE // COLOR_SIDE
+    color = picture.color.repeat(cell, 0).repeat(cell, 1)
+    return np.concatenate([picture.gray[..., None], color], 2).astype(np.float32)
 
 
 def _warped(picture: np.ndarray, warp: np.ndarray) -> np.ndarray:
@@ -81,16 +111,21 @@ def _explained(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
-    ours, theirs = (cv2.GaussianBlur(picture, (_BLUR, _BLUR), 0) for picture in (ours, theirs))
-    ours, theirs = _blocks(ours, _BLOCK), _blocks(theirs, _BLOCK)
+    colors = [np.stack([_blocks(picture[..., k], _BLOCK).mean(1) for k in (1, 2)], 1) for picture in (ours, theirs)]
+    is_gray = np.abs(colors[0] - 128).max() <= _GRAY
+    same_color = np.hypot(*(colors[0] - colors[1]).T) <= (np.inf if is_gray else _COLOR)
+    ours, theirs = (
+        _blocks(cv2.GaussianBlur(np.ascontiguousarray(picture[..., 0]), (_BLUR, _BLUR), 0), _BLOCK)
+        for picture in (ours, theirs)
+    )
     spread = theirs.std(1)
     error = np.sqrt(((ours - theirs) ** 2).mean(1))
     detailed = spread >= _DETAIL
     square = detailed.reshape(SIDE // _BLOCK, -1)
     is_edge = min(square.any(0).sum(), square.any(1).sum()) < 2
     if detailed.sum() < _MIN_BLOCKS or is_edge:
-        return float((error <= np.maximum(_STRICT_SHARE * spread, _LEVELS)).all())
-    same = error <= np.where(detailed, _SHARE * spread, _LEVELS)
+        return float((same_color & (error <= np.maximum(_STRICT_SHARE * spread, _LEVELS))).all())
+    same = same_color & (error <= np.where(detailed, _SHARE * spread, _LEVELS))
     return float(min(same.mean(), same[detailed].mean()))
 
 

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
+from PIL import Image as Pillow
 
 from megatron_lcl.curate.documents import address
-from megatron_lcl.curate.duplicates.alignment import SIDE, agreement
-from megatron_lcl.curate.duplicates.facts import NOTHING, THUMBNAIL, Facts, places, thumbnail
+from megatron_lcl.curate.duplicates.alignment import COLOR_SIDE, SIDE, Picture, agreement
+from megatron_lcl.curate.duplicates.facts import NOTHING, THUMBNAIL, Facts, gray_square, places
 from megatron_lcl.curate.duplicates.join import Removals, gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
 from megatron_lcl.curate.joins import Gone
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import MANIFEST, Corpus
+from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_CANDIDATES = 64
 """that are laid over an image, the nearest ones; more have only pictures like many others"""
-_INDEX = ("hash", "detailed", "thumbnail", "digest", "name")
+_INDEX = ("hash", "detailed", "thumbnail", "color", "digest", "name")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -79,36 +81,39 @@ def evaluation_facts(
 ) -> Facts:
     """Of the N images first … last-1 of an `EvaluationImages`:
 
-    hash uint64 [N, V] and detailed bool [N, V] of its views; thumbnail uint8 [N, SIDE, SIDE], gray; digest uint64 [N],
-    XXH3 of its bytes; name. An image that does not decode has no detail, and is only found by its bytes.
+    hash uint64 [N, V] and detailed bool [N, V] of its views; thumbnail uint8 [N, SIDE, SIDE] and color uint8
+    [N, COLOR_SIDE, COLOR_SIDE, 2], its `Picture`; digest uint64 [N], XXH3 of its bytes; name. An image that does not
+    decode has no detail, and is only found by its bytes.
     """
     images = EvaluationImages(source, split)
     num, views = last - first, len(COMPARED)
     hashes, detailed = np.zeros((num, views), np.uint64), np.zeros((num, views), bool)
     thumbnails, digests = np.zeros((num, SIDE, SIDE), np.uint8), np.zeros(num, np.uint64)
+    colors = np.zeros((num, COLOR_SIDE, COLOR_SIDE, 2), np.uint8)
     names = []
     for k in range(num):
         name, data = images.read(first + k)
         names.append(name)
         digests[k] = xxhash.xxh3_64_intdigest(data)
         try:
-            pixels = thumbnail(data)
+            pixels, picture = _pictures(data)
         except BadImage:
             continue
         seen = [view_hashes(p, KEPT, settings.min_detail) for p in (pixels, np.ascontiguousarray(pixels[:, ::-1]))]
         hashes[k], detailed[k] = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
-        thumbnails[k] = _small(pixels)
+        thumbnails[k], colors[k] = picture
     return {
         "hash": hashes,
         "detailed": detailed,
         "thumbnail": thumbnails,
+        "color": colors,
         "digest": digests,
         "name": np.array(names, np.str_),
     }
 
 
 def write_index(files: Sequence[Path], folder: Path) -> None:
-    """The index of all evaluation images in an empty folder, from the files of `evaluation_facts`: 4.4 kB an image."""
+    """The index of all evaluation images in an empty folder, from the files of `evaluation_facts`: 4.9 kB an image."""
     if not files:
         raise UserError("no evaluation images to compare with; name their folders")
     gather(files, _INDEX, folder)
@@ -140,12 +145,12 @@ class Finder:
         at = int(np.searchsorted(self._index["digest"], digest, sorter=self._order))
         if at < len(self._order) and self._index["digest"][self._order[at]] == digest:
             return int(self._order[at]), 1.0
-        pixels = thumbnail(data)
+        pixels, picture = _pictures(data)
         best: tuple[int, float] | None = None
-        small = _small(pixels)
         for number, view in self.candidates(pixels):
-            picture = np.ascontiguousarray(small[:, ::-1]) if COMPARED[view].flipped else small
-            share = agreement(picture, self._index["thumbnail"][number], first_guess(COMPARED[view].shown, SIDE))
+            other = Picture(self._index["thumbnail"][number], self._index["color"][number])
+            laid = picture.flipped() if COMPARED[view].flipped else picture
+            share = agreement(laid, other, first_guess(COMPARED[view].shown, SIDE))
             if share >= self._settings.min_agreement and (best is None or share > best[1]):
                 best = number, share
         return best
@@ -211,7 +216,11 @@ def join_evaluation(files: Sequence[Path], index: Path) -> Removals:
     return Removals(document, item, value, [str(names[number]) for number in evaluation])
 
 
-def _small(pixels: np.ndarray) -> np.ndarray:
-    """[THUMBNAIL, THUMBNAIL] → [SIDE, SIDE], uint8, means of pixels."""
-    step = THUMBNAIL // SIDE
-    return (pixels.reshape(SIDE, step, SIDE, step).mean((1, 3)) + 0.5).astype(np.uint8)
+def _pictures(data: bytes) -> tuple[np.ndarray, Picture]:
+    """Of an encoded image: gray levels, uint8 [THUMBNAIL, THUMBNAIL], and what is laid over others. BadImage if it does
+    not decode."""
+    image = decode_rgb(data, 2 * THUMBNAIL)
+    pixels, step = gray_square(image), THUMBNAIL // SIDE
+    gray = (pixels.reshape(SIDE, step, SIDE, step).mean((1, 3)) + 0.5).astype(np.uint8)
+    cells = image.resize((COLOR_SIDE, COLOR_SIDE), Pillow.Resampling.BOX)
+    return pixels, Picture(gray, np.asarray(cells.convert("YCbCr"))[..., 1:])

@@ -118,8 +118,12 @@ def places(
 def thumbnail(data: bytes) -> np.ndarray:
     """An encoded image as gray levels, uint8 [THUMBNAIL, THUMBNAIL], stretched to a square. BadImage if it does not
     decode."""
-    image = decode_rgb(data, 2 * THUMBNAIL).convert("L")
-    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Pillow.Resampling.BOX))
+    return gray_square(decode_rgb(data, 2 * THUMBNAIL))
+
+
+def gray_square(image: Pillow.Image) -> np.ndarray:
+    """Gray levels, uint8 [THUMBNAIL, THUMBNAIL]."""
+    return np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Pillow.Resampling.BOX))
 
 
 def _hashes(pixels: np.ndarray) -> np.ndarray:

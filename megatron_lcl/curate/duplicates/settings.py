@@ -64,7 +64,7 @@ class DuplicateRules:
     )
 
 
-EVALUATION_RULES = 2
+EVALUATION_RULES = 3
 """version of what decides that an image is an evaluation image, the defaults below included"""
 
 
@@ -84,7 +84,7 @@ class Decontamination:
         default=6, le=64, description="of 64 bits, in which those of an outer third of the pictures differ at most"
     )
     min_agreement: Similarity = Field(
-        default=0.65, description="share of an evaluation image's blocks that an image has to show to be taken for it"
+        default=0.62, description="share of an evaluation image's blocks that an image has to show to be taken for it"
     )
     min_detail: Annotated[float, Field(ge=0)] = Field(
         default=4.0,

@@ -12,7 +12,7 @@ import pytest
 from data.corpora import write_corpus
 from PIL import Image, ImageDraw
 
-from megatron_lcl.curate.duplicates.alignment import SIDE, agreement
+from megatron_lcl.curate.duplicates.alignment import COLOR_SIDE, SIDE, Picture, agreement
 from megatron_lcl.curate.duplicates.evaluation import (
     EvaluationImages,
     Finder,
@@ -39,6 +39,11 @@ def picture(seed: int, side: int = 160) -> Image.Image:
     pixels = pixels.mean(0) + 0.3 * pixels
     pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def gray(pixels: np.ndarray) -> Picture:
+    """[SIDE, SIDE] → a picture without color."""
+    return Picture(pixels, np.full((COLOR_SIDE, COLOR_SIDE, 2), 128, np.uint8))
 
 
 def encoded(image: Image.Image, quality: int = 90, format: str = "JPEG") -> bytes:
@@ -155,12 +160,12 @@ def test_the_measurement_sees_what_is_not_looked_for(tmp_path: Path, monkeypatch
 
 def test_the_first_guess_is_the_part_that_is_shown() -> None:
     big = np.asarray(picture(0, 256).convert("L"))
-    small = np.asarray(Image.fromarray(big).resize((SIDE, SIDE), Image.Resampling.BOX))
+    small = gray(np.asarray(Image.fromarray(big).resize((SIDE, SIDE), Image.Resampling.BOX)))
     for view in COMPARED:
         left, top, right, bottom = (round(256 * edge) for edge in view.shown)
         part = Image.fromarray(big[top:bottom, left:right]).resize((SIDE, SIDE), Image.Resampling.BOX)
-        assert agreement(np.asarray(part), small, first_guess(view.shown, SIDE)) > 0.95
-    assert agreement(small[:, ::-1].copy(), small, first_guess(WHOLE, SIDE)) < 0.3
+        assert agreement(gray(np.asarray(part)), small, first_guess(view.shown, SIDE)) > 0.95
+    assert agreement(small.flipped(), small, first_guess(WHOLE, SIDE)) < 0.3
 
 
 def test_noise_does_not_decide_the_hash_of_a_regular_pattern(tmp_path: Path) -> None:
@@ -184,8 +189,8 @@ def test_noise_does_not_decide_the_hash_of_a_regular_pattern(tmp_path: Path) -> 
 def test_a_dark_surface_with_an_edge_is_not_a_bright_one() -> None:
     dark, bright = (np.full((SIDE, SIDE), level, np.uint8) for level in (40, 90))
     dark[:, 56:], bright[:, 56:] = 10, 60
-    assert agreement(dark, dark, first_guess(WHOLE, SIDE)) == 1
-    assert agreement(dark, bright, first_guess(WHOLE, SIDE)) == 0
+    assert agreement(gray(dark), gray(dark), first_guess(WHOLE, SIDE)) == 1
+    assert agreement(gray(dark), gray(bright), first_guess(WHOLE, SIDE)) == 0
 
 
 def test_a_line_along_a_side_is_not_every_other_line_there() -> None:
@@ -193,9 +198,9 @@ def test_a_line_along_a_side_is_not_every_other_line_there() -> None:
     frame, plot = (np.full((SIDE, SIDE), 255, np.uint8) for _ in range(2))
     frame[1:3, 4:], plot[1:3] = 90, 60
     plot[40:44, 30:34] = 120
-    for pictures in ((plot, frame), (plot.T.copy(), frame.T.copy())):
-        assert agreement(*pictures, first_guess(WHOLE, SIDE)) == 0
-        assert agreement(pictures[1], pictures[1], first_guess(WHOLE, SIDE)) == 1
+    for one, other in ((plot, frame), (plot.T.copy(), frame.T.copy())):
+        assert agreement(gray(one), gray(other), first_guess(WHOLE, SIDE)) == 0
+        assert agreement(gray(other), gray(other), first_guess(WHOLE, SIDE)) == 1
 
 
 def test_a_surface_with_an_edge_is_found_when_it_was_resized(tmp_path: Path) -> None:
@@ -212,7 +217,24 @@ def test_a_whole_picture_is_compared_as_such_though_a_part_of_it_has_the_nearest
     """Stripes cannot be aligned along themselves."""
     stripes = np.zeros((SIDE, SIDE), np.uint8)
     stripes[:20], stripes[40:] = 80, 200
-    assert agreement(stripes, stripes, first_guess((0, 0.075, 1, 1), SIDE)) == 1
+    assert agreement(gray(stripes), gray(stripes), first_guess((0, 0.075, 1, 1), SIDE)) == 1
+
+
+@pytest.mark.parametrize("change", ["half", "crop", "flip and crop"])
+def test_colors_tell_what_gray_levels_do_not(change: str, tmp_path: Path) -> None:
+    """A drawing in other colors is another one; a picture that was made gray is the same."""
+    ring = np.hypot(*np.meshgrid(np.arange(-79.5, 80), np.arange(-79.5, 80)))
+    ring = (ring > 55) & (ring < 70) | (ring < 20)
+    blue, gray_one, red = (0, 0, 255), (29, 29, 29), (97, 0, 0)  # all of the same gray level
+    drawings = [
+        Image.fromarray(np.where(ring[..., None], np.array(color), 255).astype(np.uint8))
+        for color in (blue, gray_one, red)
+    ]
+    assert len({drawing.convert("L").tobytes() for drawing in drawings}) == 1
+    for number, names in ((0, {0, 1}), (1, {1}), (2, {1, 2})):
+        finder = Finder(make_index(tmp_path / str(number), [drawings[number]]), SETTINGS)
+        found = {k for k, drawing in enumerate(drawings) if finder.find(CHANGES[change][0](drawing, 3))}
+        assert found == names
 
 
 def test_blank_pictures_are_found_by_their_bytes_only(tmp_path: Path) -> None:
@@ -228,7 +250,7 @@ def test_a_corpus_with_evaluation_images(tmp_path: Path) -> None:
     images = [picture(k) for k in range(4)]
     one = make_index(tmp_path / "one", images)
     two = make_index(tmp_path / "two", images, size=1)  # however it is cut
-    for name in ("hash", "detailed", "thumbnail", "digest"):
+    for name in ("hash", "detailed", "thumbnail", "color", "digest"):
         assert (one / f"{name}.npy").read_bytes() == (two / f"{name}.npy").read_bytes()
     other = encoded(picture(50))
     documents = [
