@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import io
 import os
 import sys
@@ -96,6 +97,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+@functools.cache
 def _parser(called: str) -> argparse.ArgumentParser:
     """Of all commands; of the one that is called also the arguments which must be imported first."""
     assert __doc__ is not None

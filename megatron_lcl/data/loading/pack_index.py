@@ -48,7 +48,9 @@ __all__ = ["Ledger", "Pack", "PackIndex", "SequentialIndex", "open_ledger"]
 CHUNK = 1 << 20
 """documents of one window at most: what is packed together"""
 MIN_CHUNK = 1 << 16
-"""documents of one chunk at least, if epochs are shorter"""
+"""documents of one chunk at least, if epochs are shorter, and as many packs lie before it"""
+FIRST_CHUNK = 512
+"""packs of the first chunk at least, or so many documents: a short run reads no more of a small corpus"""
 ENTRY = np.dtype([("document", np.int64), ("corpus", np.int32), ("epoch", np.int32), ("part", np.int32)])
 """one sequence: the part'th of a document in an epoch; corpus counts the chunk's corpora"""
 RANGED = np.dtype([*ENTRY.descr, ("begin", np.int32), ("until", np.int32)])
@@ -285,9 +287,8 @@ class PackIndex:
         blocks: list[np.ndarray] = []
         counts = [np.zeros(1, np.int64)]
         documents, totals = 0, {"tokens": 0, "images": 0}
-        while documents < MIN_CHUNK and not (
-            blocks and inputs["until"] is not None and state["pack"] >= inputs["until"]
-        ):
+        stop = min(state["pack"] + max(state["pack"], FIRST_CHUNK), inputs["until"] or math.inf)
+        while not blocks or (documents < MIN_CHUNK and state["pack"] < stop):
             window = self._window(inputs["blend"], state, totals)
             documents += window[2]
             blocks.append(window[0])

@@ -8,13 +8,11 @@ had happened; and the bytes do not depend on who writes them.
 
 from __future__ import annotations
 
-import gc
 import io
 import itertools
 import json
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,20 +104,6 @@ def is_finished(parts: list[Part]) -> bool:
     return bool(parts) and parts[-1].last
 
 
-@contextmanager
-def _young_collections() -> Iterator[None]:
-    """Python's garbage collector traverses only objects created from here on, not all modules each time."""
-    mine = not gc.get_freeze_count()
-    if mine:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if mine:
-            gc.unfreeze()
-
-
-@_young_collections()
 def run_task(settings: TaskSettings, numbered: tuple[int, list[Unit]]) -> Drops:
     """Write what is missing of a task's parts; returns the drops of all its parts. numbered: its number and units.
 

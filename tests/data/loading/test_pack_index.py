@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -182,6 +183,27 @@ def test_chunks_go_on_where_the_last_one_ended(make_corpus: MakeCorpus, monkeypa
         block = seen[epoch * 300 : (epoch + 1) * 300]
         assert sorted(d for *_, d in block) == list(range(300))
         assert {e for _, e, _ in block} == {epoch}
+
+
+def test_chunks_of_a_small_corpus_double(
+    make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to so many documents. What the packs hold does not depend on it."""
+    corpus, packs = make_corpus("c", random_documents(30, 10)), range(0, 900, 7)
+    found = {}
+    for first, documents in ((10**6, 10**4), (40, 900)):
+        monkeypatch.setattr(pack_index, "FIRST_CHUNK", first)
+        monkeypatch.setattr(pack_index, "MIN_CHUNK", documents)
+        index = index_of(data_of((corpus.path, 1), cache=str(tmp_path / f"{first}")))
+        found[first] = documents_of(index, packs)
+    assert found[40] == found[10**6]
+    assert all(a.stop == b.first for a, b in itertools.pairwise(index.chunks))
+    lengths = [chunk.stop - chunk.first for chunk in index.chunks]
+    assert 40 <= lengths[0] < 60
+    doubled = [length >= chunk.first > 0 for chunk, length in zip(index.chunks, lengths, strict=True)]
+    assert doubled[1:4] == [True] * 3
+    assert not any(doubled[5:])
+    assert max(lengths) - min(lengths[5:]) < 10  # packs of an epoch
 
 
 def _build_slowly(folder: str, log: str) -> None:
