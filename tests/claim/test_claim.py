@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 from processes import run_processes
-from scipy import stats
-from sklearn.datasets import load_digits
 
 from megatron_lcl import config as configs
 from megatron_lcl import objectives
@@ -191,9 +189,10 @@ def test_a_part_from_end_to_end(
     """Two rows, two seeds, two rates; the second call repeats nothing and fills in what is missing."""
     monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)
     monkeypatch.setattr(measure, "SETTINGS", QUICK)
-    digits = load_digits()
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
     few = {"images": digits.images[:200], "target": digits.target[:200]}
-    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: SimpleNamespace(**few))
+    monkeypatch.setattr(datasets, "load_digits", lambda: SimpleNamespace(**few))
     monkeypatch.setattr(claim_data, "_DIGITS_TRAIN", 150)
     part = Part(
         "objectives", "Two objectives", tuple(r for r in PARTS["objectives"].rows if r.name in ("lcl", "generation"))
@@ -243,6 +242,7 @@ def test_a_part_from_end_to_end(
     assert generation["images in the contrast"] == [0, 0]
     assert untrained == {"name": "untrained", "about": ""}
 
+    stats = pytest.importorskip("scipy.stats")
     # what was measured: mean and interval, again, from the runs' files
     folders = {name: f"runs/{run}," for name, run in runs.items()} | {"untrained": "untrained/"}
     measured = {

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,14 @@ from megatron_lcl.convert.export import export, export_model, save_checkpoint
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.model.layers import IMAGE_STD, normalize
 
-transformers = pytest.importorskip("transformers")
 GIANT = Model(Vision(224, 14, 1408, 2, 16, 6144), Language(128, 1000, 512, 1, 8, 2048), 8)
 B32 = Model(Vision(224, 32, 768, 12, 12, 3072), Language(128, 1000, 512, 1, 8, 2048), 8)
 B16 = Model(Vision(224, 16, 768, 2, 12, 3072), Language(128, 1000, 512, 1, 8, 2048), 8)
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    return pytest.importorskip("transformers")
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def exported(model: LCL, tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-def test_preprocessing(exported: Path) -> None:
+def test_preprocessing(transformers: Any, exported: Path) -> None:
     blobs = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     image = Image.fromarray(blobs).resize((150, 100), Image.Resampling.BICUBIC)  # detail that tells filters apart
     processor = transformers.AutoImageProcessor.from_pretrained(exported)
@@ -44,14 +49,14 @@ def test_preprocessing(exported: Path) -> None:
     assert (theirs - ours).abs().max() < 2.5 / 255 / min(IMAGE_STD)  # two resizers round differently
 
 
-def test_constants(exported: Path, model: LCL) -> None:
+def test_constants(transformers: Any, exported: Path, model: LCL) -> None:
     """What the check images are too lively to show."""
     config = transformers.AutoConfig.from_pretrained(exported)
     assert isinstance(model.pool.norm, torch.nn.LayerNorm)
     assert config.layer_norm_eps == model.pool.norm.eps
 
 
-def test_pipeline(exported: Path, tmp_path: Path, photograph: Callable[[Path], Path]) -> None:
+def test_pipeline(transformers: Any, exported: Path, tmp_path: Path, photograph: Callable[[Path], Path]) -> None:
     pipe = transformers.pipeline("image-feature-extraction", model=str(exported))
     (features,) = pipe(str(photograph(tmp_path / "image.jpg")))
     assert np.shape(features) == (1 + 16, 64)
@@ -87,7 +92,7 @@ def test_certificate_and_card(model: LCL, tmp_path: Path) -> None:
     assert "| retrieval | documents | recall@10 | 0.25 |" in text
 
 
-def test_bfloat16(make_model: Callable[..., LCL], tmp_path: Path) -> None:
+def test_bfloat16(transformers: Any, make_model: Callable[..., LCL], tmp_path: Path) -> None:
     model = make_model()
     facts = export_model(model, "hf", tmp_path / "hf", dtype="bfloat16")
     assert facts["latents"]["relative_difference"] < 1e-5 < facts["latents"]["relative_change_by_rounding"] < 0.05

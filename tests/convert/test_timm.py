@@ -16,10 +16,12 @@ from megatron_lcl.convert.certificate import check_images
 from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.timm import _classifier, _tensors, architecture
 
-timm = pytest.importorskip("timm")
 TEXT = Language(128, 1000, 512, 1, 8, 2048)
 
-CLIP_TOWERS = [name for name in timm.list_models("vit_*_clip_*") if "quickgelu" not in name]  # LCL's is the exact GELU
+
+@pytest.fixture(scope="module")
+def timm() -> Any:
+    return pytest.importorskip("timm")
 
 
 def vision_of(theirs: Any) -> Vision:
@@ -29,19 +31,18 @@ def vision_of(theirs: Any) -> Vision:
     return Vision(size, patch, theirs.embed_dim, len(theirs.blocks), block.attn.num_heads, mlp_width)
 
 
-def test_timm_has_clip_towers() -> None:
-    assert {"vit_base_patch32_clip_224", "vit_giant_patch14_clip_224"} < set(CLIP_TOWERS)
-
-
-@pytest.mark.parametrize("name", CLIP_TOWERS)
-def test_every_clip_tower_of_timm_has_our_tensors(name: str) -> None:
-    with torch.device("meta"):
-        theirs = timm.create_model(name)
-        vision = vision_of(theirs)
-        ours = _tensors(LCL(Model(vision, TEXT, 8), seed=None))
-    assert architecture(vision) == (name, {})
-    shapes = {n: t.shape if isinstance(t, torch.Tensor) else torch.cat(t).shape for n, t in ours.items()}
-    assert {**shapes, **_classifier(name, vision.width)} == {n: t.shape for n, t in theirs.state_dict().items()}
+def test_every_clip_tower_of_timm_has_our_tensors(timm: Any) -> None:
+    towers = [name for name in timm.list_models("vit_*_clip_*") if "quickgelu" not in name]  # LCL's is the exact GELU
+    assert {"vit_base_patch32_clip_224", "vit_giant_patch14_clip_224"} < set(towers)
+    for name in towers:
+        with torch.device("meta"):
+            theirs = timm.create_model(name)
+            vision = vision_of(theirs)
+            ours = _tensors(LCL(Model(vision, TEXT, 8), seed=None))
+        assert architecture(vision) == (name, {})
+        shapes = {n: t.shape if isinstance(t, torch.Tensor) else torch.cat(t).shape for n, t in ours.items()}
+        expected = {n: t.shape for n, t in theirs.state_dict().items()}
+        assert {**shapes, **_classifier(name, vision.width)} == expected, name
 
 
 def test_towers_that_timm_has_no_name_for() -> None:
@@ -54,7 +55,7 @@ def test_towers_that_timm_has_no_name_for() -> None:
     )
 
 
-def test_tiny_by_local_dir(model: LCL, tmp_path: Path) -> None:
+def test_tiny_by_local_dir(timm: Any, model: LCL, tmp_path: Path) -> None:
     facts = export_model(model, "timm", tmp_path / "timm")
     assert facts["patches"]["relative_difference"] < 1e-5
     loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
@@ -70,7 +71,7 @@ def test_tiny_by_local_dir(model: LCL, tmp_path: Path) -> None:
     assert (tuple(config["input_size"]), config["interpolation"], config["crop_pct"]) == ((3, 64, 64), "bicubic", 1.0)
 
 
-def test_bfloat16(model: LCL, tmp_path: Path) -> None:
+def test_bfloat16(timm: Any, model: LCL, tmp_path: Path) -> None:
     facts = export_model(model, "timm", tmp_path / "timm", dtype="bfloat16")
     assert facts["patches"]["relative_difference"] < 1e-5 < facts["patches"]["relative_change_by_rounding"] < 0.05
     assert {tensor.dtype for tensor in load_file(tmp_path / "timm" / "model.safetensors").values()} == {torch.bfloat16}
@@ -88,7 +89,7 @@ def test_bfloat16(model: LCL, tmp_path: Path) -> None:
     ],
 )
 def test_real_sizes_by_checkpoint_path(
-    make_model: Callable[..., LCL], tmp_path: Path, name: str, changes: dict[str, int]
+    timm: Any, make_model: Callable[..., LCL], tmp_path: Path, name: str, changes: dict[str, int]
 ) -> None:
     with torch.device("meta"):
         vision = vision_of(timm.create_model(name, **changes))

@@ -17,7 +17,6 @@ from torch import nn
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features
 
-sklearn_datasets = pytest.importorskip("sklearn.datasets")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -47,7 +46,7 @@ class PixelEncoder(Encoder):
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """1,797 real handwritten digits, [N, 8, 8] in 0 … 1, and their classes."""
-    data: Any = sklearn_datasets.load_digits()
+    data: Any = pytest.importorskip("sklearn.datasets").load_digits()
     return data.images / 16, data.target
 
 

@@ -13,12 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import ThreadpoolController
 
 from megatron_lcl.evaluate import probes
@@ -54,13 +49,16 @@ def split(digits: Digits) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 
 def test_zero_shot(encoder: Encoder, split: tuple[np.ndarray, ...]) -> None:
+    peer = pytest.importorskip("sklearn.metrics")
     _, _, x, y = split
     result = zero_shot(encoder, image_set(y), x)
     centers = encoder.encode_texts(WORDS).numpy()
     scores = x / np.linalg.norm(x, axis=1, keepdims=True) @ centers.T
     assert result.metrics["accuracy"].value == pytest.approx((scores.argmax(1) == y).mean())
-    assert result.metrics["accuracy, top 5"].value == pytest.approx(top_k_accuracy_score(y, scores, k=5))
-    assert result.metrics["mean per-class recall"].value == pytest.approx(balanced_accuracy_score(y, scores.argmax(1)))
+    assert result.metrics["accuracy, top 5"].value == pytest.approx(peer.top_k_accuracy_score(y, scores, k=5))
+    assert result.metrics["mean per-class recall"].value == pytest.approx(
+        peer.balanced_accuracy_score(y, scores.argmax(1))
+    )
     assert result.metrics["accuracy"].chance == 0.1
     assert result.metrics["accuracy"].value > 0.7
 
@@ -68,7 +66,7 @@ def test_zero_shot(encoder: Encoder, split: tuple[np.ndarray, ...]) -> None:
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_knn(split: tuple[np.ndarray, ...], k: int) -> None:
     train, train_labels, test, labels = split
-    peer = KNeighborsClassifier(
+    peer = pytest.importorskip("sklearn.neighbors").KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     )
     peer.fit(train, train_labels)
@@ -85,8 +83,9 @@ def test_linear_classifier(split: tuple[np.ndarray, ...], strength: float) -> No
     train, train_labels, test, _ = split
     train, test = train.astype(np.float64), test.astype(np.float64)
     ours = fit_linear(train, train_labels, 10, strength)
-    scaler = StandardScaler().fit(train)
-    peer = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(scaler.transform(train), train_labels)
+    scaler = pytest.importorskip("sklearn.preprocessing").StandardScaler().fit(train)
+    linear = pytest.importorskip("sklearn.linear_model")
+    peer = linear.LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(scaler.transform(train), train_labels)
     assert np.abs(ours.weight - peer.coef_).max() < 1e-3 * np.abs(peer.coef_).max()
     theirs = peer.predict_proba(scaler.transform(test))
     logits = torch.from_numpy(ours.logits(test))
@@ -294,6 +293,7 @@ def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text() -> None:
 def test_bootstrap_against_scipy() -> None:
     scores = np.random.default_rng(1).random(300) ** 2
     ours = bootstrap(scores)
+    stats = pytest.importorskip("scipy.stats")
     theirs = stats.bootstrap((scores,), np.mean, method="percentile", rng=0, n_resamples=5000).confidence_interval
     assert ours.value == pytest.approx(scores.mean())
     assert ours.low == pytest.approx(theirs.low, abs=0.004)

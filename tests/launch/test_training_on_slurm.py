@@ -114,7 +114,7 @@ def test_what_is_wrong_is_one_line_before_anything_starts(slurm: Slurm, tiny: li
 
 @pytest.mark.slow
 def test_each_task_of_an_array_trains_its_run_of_a_sweep(slurm: Slurm, tiny: list[str], tmp_path: Path) -> None:
-    sweep = ["--train.steps", "2", "--train.output", "runs", "--sweep", "train.seed=0,1"]
+    sweep = ["--train.steps", "2", "--train.output", "runs", "--sweep", "train.seed=0,1", "--processes", "1"]
     array = sbatch(slurm, tmp_path, *tiny, *sweep, options=("--nodes=1", "--array=0-1"))
     slurm.wait(lambda: slurm.idle_nodes() == 3 and not slurm.run("squeue", "--noheader"), "the array has ended", 300)
     said = "".join(log.read_text() for log in tmp_path.glob("lcl_vitg-*.log"))

@@ -22,7 +22,7 @@ from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train.kernels import check_kernels, choose_kernels
 
-pytest.importorskip("torchao")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 LARGEST = 448.0
 """number of e4m3"""
 

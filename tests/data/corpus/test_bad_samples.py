@@ -64,7 +64,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "truncated png": (picture(5, 90, 70)[:-4000], "truncated or damaged"),
     "truncated webp": (encoded(BASE, "WEBP", lossless=True)[:-4000], "."),
     "cut header": (encoded(BASE, "JPEG")[:50], "."),
-    "bomb": (encoded(Pillow.new("1", (20_000, 20_000)), "PNG"), "too many pixels"),
+    "bomb": (encoded(Pillow.new("1", (9_500, 9_500)), "PNG"), "too many pixels"),
 }
 
 

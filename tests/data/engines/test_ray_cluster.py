@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import signal
@@ -34,8 +35,8 @@ from megatron_lcl.data.prepare.preprocess import WORK, preprocess
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
 
-pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+no_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), no_ray]
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 WATCHED = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
@@ -238,9 +239,10 @@ def test_a_job_that_always_fails_is_one_line_and_the_others_work_stays(
     assert main(["preprocess", "--format", "jsonl", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"),
                  "--tokenizer", str(tmp_path / "t.model"), "--executor", "ray", "--jobs", "2"]) == 2  # fmt: skip
     *_, said = capfd.readouterr().err.splitlines()
-    # the one that is done last sees that too much is bad
-    match = re.fullmatch(r"megatron-lcl preprocess: jobs \[(.)\] of 2 failed, each 3 times, the first with: .*", said)
-    assert match
+    # the one that is done last sees that too much is bad, or both do where they are done at the same time
+    failed = r"megatron-lcl preprocess: jobs \[(\d)(?:, \d)?\] of 2 failed, each 3 times, the first with: .*"
+    match = re.fullmatch(failed, said)
+    assert match, said
     assert f"logs in {tmp_path / 'out.ray'}" in said
     assert "part-000000" in {path.name[:11] for path in (tmp_path / "out" / WORK).glob("part-*")}
     assert len(nodes_of(tmp_path / "out.ray")[f"job-{match[1]}"]) == 3

@@ -13,16 +13,13 @@ import pytest
 
 from megatron_lcl.data.engines import ray as engine
 
-ray = pytest.importorskip("ray")
-
 
 class StandIn:
     """A Ray of two nodes, `dead` (nobody listens at its port) and `alive`; it notices when it is asked for the
     `notices`-th time."""
 
-    exceptions = ray.exceptions
-
     def __init__(self, port: int, notices: int) -> None:
+        self.exceptions = pytest.importorskip("ray").exceptions
         self._port, self._notices = port, notices
         self.asked, self.submitted = 0, list[tuple[int, int]]()
         """how often it was asked for its nodes; (job, how often until then)"""
