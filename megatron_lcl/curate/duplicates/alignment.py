@@ -61,21 +61,19 @@ class Picture(NamedTuple):
         return Picture(np.ascontiguousarray(self.gray[:, ::-1]), self.color[:, ::-1])
 
 
-def agreement(picture: Picture, other: Picture, start: np.ndarray) -> float:
+def agreement(picture: Picture, other: Picture, start: np.ndarray, least: float = 0.0) -> float:
     """The share, 0 … 1, of the blocks of `other` that `picture` shows; the lower one of all blocks and of those that
-    are not blank.
+    are not blank. 0 where it is less than `least`, for which colors need not always be compared.
 
     start: float32 [2, 3], the first guess of the map from pixels in `picture`, (column, row, 1), to pixels in `other`.
     Also compared as they are: of a picture that is much the same everywhere, the hash of a part may be the nearest one
     though the picture is not cropped.
     """
-    ours, theirs = _channels(picture), _channels(other)
-    shown = _warped(theirs, start)
-    share = _same_blocks(ours, theirs)
-    if _explained(ours[..., 0], shown[..., 0]) < _MIN_EXPLAINED:
+    share = _share(picture, other, _IDENTITY, least)
+    if _explained(picture.gray, _warped(other.gray, start)) < _MIN_EXPLAINED:
         return share
     if (start != _IDENTITY).any():
-        share = max(share, _same_blocks(ours, shown))
+        share = max(share, _share(picture, other, start, least))
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _ITERATIONS, _PRECISION)
     try:
         everywhere = np.full_like(picture.gray, 255)
@@ -86,37 +84,28 @@ def agreement(picture: Picture, other: Picture, start: np.ndarray) -> float:
         return share
     if np.abs((found - start) @ _CORNERS).max() > _MAX_SHIFT:
         return share
-    return max(share, _same_blocks(ours, _warped(theirs, found)))
-
-
-def _channels(picture: Picture) -> np.ndarray:
-    """float32 [SIDE, SIDE, 3]"""
-    cell = SIDE // COLOR_SIDE
-    color = picture.color.repeat(cell, 0).repeat(cell, 1)
-    return np.concatenate([picture.gray[..., None], color], 2).astype(np.float32)
+    return max(share, _share(picture, other, found, least))
 
 
 def _warped(picture: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    """uint8 [SIDE, SIDE, …] → float32, laid under the picture that `warp` maps to it."""
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(picture, warp, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(picture.astype(np.float32), warp, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _explained(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The share of the variance of the cells that is the same in both, but for those that differ most."""
-    ours, theirs = _blocks(ours, _CELL).mean(1), _blocks(theirs, _CELL).mean(1)
+    ours, theirs = _blocks(ours, _CELL).mean(1, dtype=np.float32), _blocks(theirs, _CELL).mean(1)
     error = ours - theirs
     error = np.abs(error - np.median(error))
     kept = np.argsort(error, kind="stable")[: round(_KEPT * len(error))]
     return float(1 - (error[kept] ** 2).mean() / max(float(theirs.var()), 1e-6))
 
 
-def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
-    colors = [np.stack([_blocks(picture[..., k], _BLOCK).mean(1) for k in (1, 2)], 1) for picture in (ours, theirs)]
-    is_gray = np.abs(colors[0] - 128).max() <= _GRAY
-    same_color = np.hypot(*(colors[0] - colors[1]).T) <= (np.inf if is_gray else _COLOR)
+def _share(picture: Picture, other: Picture, warp: np.ndarray, least: float) -> float:
     ours, theirs = (
-        _blocks(cv2.GaussianBlur(np.ascontiguousarray(picture[..., 0]), (_BLUR, _BLUR), 0), _BLOCK)
-        for picture in (ours, theirs)
+        _blocks(cv2.GaussianBlur(gray, (_BLUR, _BLUR), 0), _BLOCK)
+        for gray in (picture.gray.astype(np.float32), _warped(other.gray, warp))
     )
     spread = theirs.std(1)
     error = np.sqrt(((ours - theirs) ** 2).mean(1))
@@ -124,9 +113,31 @@ def _same_blocks(ours: np.ndarray, theirs: np.ndarray) -> float:
     square = detailed.reshape(SIDE // _BLOCK, -1)
     is_edge = min(square.any(0).sum(), square.any(1).sum()) < 2
     if detailed.sum() < _MIN_BLOCKS or is_edge:
-        return float((same_color & (error <= np.maximum(_STRICT_SHARE * spread, _LEVELS))).all())
-    same = same_color & (error <= np.where(detailed, _SHARE * spread, _LEVELS))
-    return float(min(same.mean(), same[detailed].mean()))
+        same, counted = error <= np.maximum(_STRICT_SHARE * spread, _LEVELS), None
+    else:
+        same, counted = error <= np.where(detailed, _SHARE * spread, _LEVELS), detailed
+    share = _share_of(same, counted)
+    if share == 0 or share < least:
+        return 0.0
+    share = _share_of(same & _same_colors(picture.color, other.color, warp), counted)
+    return share if share >= least else 0.0
+
+
+def _share_of(same: np.ndarray, detailed: np.ndarray | None) -> float:
+    """Of the blocks; without `detailed`, 1 only where all are the same."""
+    return float(same.all() if detailed is None else min(same.mean(), same[detailed].mean()))
+
+
+def _same_colors(ours: np.ndarray, theirs: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    """Of every block whether it has the same color in both, bool [blocks]."""
+    cell = SIDE // COLOR_SIDE
+    first, second = (color.repeat(cell, 0).repeat(cell, 1) for color in (ours, theirs))
+    one, other = (
+        np.stack([_blocks(color[..., k], _BLOCK).mean(1) for k in (0, 1)]) for color in (first, _warped(second, warp))
+    )
+    if np.abs(one - 128).max() <= _GRAY:
+        return np.ones(one.shape[1], bool)
+    return np.hypot(*(one - other)) <= _COLOR
 
 
 def _blocks(picture: np.ndarray, size: int) -> np.ndarray:

@@ -150,8 +150,8 @@ class Finder:
         for number, view in self.candidates(pixels):
             other = Picture(self._index["thumbnail"][number], self._index["color"][number])
             laid = picture.flipped() if COMPARED[view].flipped else picture
-            share = agreement(laid, other, first_guess(COMPARED[view].shown, SIDE))
-            if share >= self._settings.min_agreement and (best is None or share > best[1]):
+            share = agreement(laid, other, first_guess(COMPARED[view].shown, SIDE), self._settings.min_agreement)
+            if share and (best is None or share > best[1]):
                 best = number, share
         return best
 
