@@ -99,7 +99,10 @@ class _Version(argparse.Action):
 
 @functools.cache
 def _parser(called: str) -> argparse.ArgumentParser:
-    """Of all commands; of the one that is called also the arguments which must be imported first."""
+    """Of all commands; of the one that is called also the arguments which must be imported first.
+
+    Kept, since it takes 8 ms, which counts where one process calls `main` often.
+    """
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="megatron-lcl",

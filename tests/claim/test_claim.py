@@ -28,7 +28,6 @@ from megatron_lcl.claim.table import Trained, markdown, table
 from megatron_lcl.cli import main
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.loading import pack_index
 from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.demo.licenses import License
@@ -120,7 +119,6 @@ def images_of(config: configs.Config) -> dict[str, int]:
 def test_all_rows_see_the_same_images_of_the_same_documents(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack_index, "MIN_CHUNK", 512)  # or much more is packed than is looked at
     rows = {row.name: row for part in PARTS.values() for row in part.rows}
     assert len(rows) == 5 + 3 + 3 + 6
     wanted = 3000
@@ -187,7 +185,6 @@ def test_a_part_from_end_to_end(
     sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two rows, two seeds, two rates; the second call repeats nothing and fills in what is missing."""
-    monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)
     monkeypatch.setattr(measure, "SETTINGS", QUICK)
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
@@ -369,7 +366,6 @@ def test_a_dry_run_says_what_would_be_run(
     sets: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").symlink_to(data)
-    monkeypatch.setattr(pack_index, "MIN_CHUNK", 64)
     how = [f"--{key}={value}" for key, value in TINY.items()]
     command = ["claim", "--output", str(tmp_path), "--sets", str(sets), "--part", "data", "--dry-run", *how]
     assert main([*command, "--images", "1600"]) == 0

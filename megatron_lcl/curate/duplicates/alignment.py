@@ -135,9 +135,8 @@ def _same_colors(ours: np.ndarray, theirs: np.ndarray, warp: np.ndarray) -> np.n
     one, other = (
         np.stack([_blocks(color[..., k], _BLOCK).mean(1) for k in (0, 1)]) for color in (first, _warped(second, warp))
     )
-    if np.abs(one - 128).max() <= _GRAY:
-        return np.ones(one.shape[1], bool)
-    return np.hypot(*(one - other)) <= _COLOR
+    is_gray = np.abs(one - 128).max() <= _GRAY
+    return (np.hypot(*(one - other)) <= _COLOR) | is_gray
 
 
 def _blocks(picture: np.ndarray, size: int) -> np.ndarray:
