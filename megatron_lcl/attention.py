@@ -169,7 +169,10 @@ def _function(name: AttentionName, deterministic: bool) -> PackedAttention:
         return PerBatch(flex_mask, _flex)
     if name == "per_sequence":
         return PerBatch(_Calls.of, _by_sequence)
-    return {"torch_varlen": _torch_varlen, "dense": _block_diagonal}[name]
+    if name == "dense":
+        return PerBatch(_Mask, _dense)
+    assert name == "torch_varlen", name
+    return _torch_varlen
 
 
 class Adaptive:
@@ -346,7 +349,7 @@ class _Order:
     """whether a place is the row's own"""
 
     @classmethod
-    def of(cls, groups: Sequence[Group], rows: int) -> _Order:
+    def of(cls, groups: Sequence[Group], rows: int, device: torch.device) -> _Order:
         row, own = [], []
         for group in groups:
             start, length = np.array(group.sequences).T
@@ -356,7 +359,7 @@ class _Order:
         row_P, own_P = np.concatenate(row), np.concatenate(own)
         place_R = np.empty(rows, np.int64)
         place_R[row_P[own_P]] = np.flatnonzero(own_P)
-        return cls(*map(torch.from_numpy, (row_P, place_R, own_P)))
+        return cls(*(torch.from_numpy(x).to(device) for x in (row_P, place_R, own_P)))
 
 
 @dataclass(frozen=True)
@@ -372,7 +375,8 @@ class _Calls:
         bounds = cu_seqlens.tolist()
         assert bounds[-1] == rows, f"sequences end at row {bounds[-1]} of {rows}"
         groups = group_by_length([(start, end - start) for start, end in itertools.pairwise(bounds) if end > start])
-        return cls(groups, None if all(group.number == 1 for group in groups) else _Order.of(groups, rows))
+        in_order = all(group.number == 1 for group in groups)
+        return cls(groups, None if in_order else _Order.of(groups, rows, cu_seqlens.device))
 
 
 class _Gather(torch.autograd.Function):
@@ -390,11 +394,26 @@ class _Gather(torch.autograd.Function):
         return grad if ctx.is_own is None else grad.mul_(ctx.is_own[:, None, None]), None, None, None
 
 
-def _block_diagonal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
-    row = torch.arange(len(q), device=q.device)
-    sequence = torch.searchsorted(cu_seqlens.to(row.dtype), row, right=True)
-    mask = (sequence[:, None] == sequence) & (row[:, None] >= row)
+class _Mask:
+    """What a row attends to, [R, R]: 0 and -inf, in the dtype that asks for it.
+
+    Of a mask of bools torch makes such a one in every layer, and keeps each for backward.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, rows: int) -> None:
+        self._row = torch.arange(rows, device=cu_seqlens.device)
+        self._sequence = torch.searchsorted(cu_seqlens.to(self._row.dtype), self._row, right=True)
+        self._of_dtype: dict[torch.dtype, torch.Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._of_dtype:
+            row, sequence = self._row, self._sequence
+            hidden = (sequence[:, None] != sequence) | (row[:, None] < row)
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=row.device)
+            self._of_dtype[dtype] = zeros.masked_fill_(hidden, -torch.inf)
+        return self._of_dtype[dtype]
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: _Mask) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.of(q.dtype))[0].transpose(0, 1)

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import pickle
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -55,6 +56,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shared", default=None, help="folder with reference/ and samples/ (default: ../shared beside the checkout)"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m gpu` sees a machine's GPUs: other tests are of processes on CPUs, of more than it may have GPUs."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,6 +21,8 @@ from megatron_lcl.losses.contrastive_tiles import RowStatistics
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+OF_A_STEP = ["n", "N", "offset"]
+"""change from step to step: kernels that were made for 1, or for a multiple of 16, would be compiled during a run"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _similarities(
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_A_STEP)
 def _forward_kernel(
     image_n, text_n, image_N, text_N, scale_ptr, positive_ptr, lse_ptr, hardest_ptr,
     n, N, D, offset, image_stride, text_stride, image_all_stride, text_all_stride,
@@ -93,7 +95,7 @@ def _forward_kernel(
         tl.store(positive_ptr + rows, positive, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_A_STEP)
 def _backward_kernel(
     image_n, text_n, image_N, text_N, scale_ptr, image_lse, text_lse, grad_ptr,
     n, N, D, offset, image_stride, text_stride, image_all_stride, text_all_stride,

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_lcl.losses import softmax_torch
 from megatron_lcl.losses.group import exchange
@@ -23,7 +24,18 @@ from megatron_lcl.parallel.mesh import Axis
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_LOGITS = 2**25
-"""numbers in one chunk of logits: 128 MiB of float32, some 640 rows of CLIP's vocabulary"""
+"""logits of a chunk, at least: 128 MiB of float32, some 640 rows of CLIP's vocabulary"""
+ALIGNED = 64
+"""on a GPU a chunk has a multiple of so many columns: 128 bytes of half-precision numbers"""
+
+
+def rows_of_chunk(vocabulary: int, width: int) -> int:
+    """Rows whose logits exist at once: those of CHUNK_LOGITS, or as many as the model is wide, if that is more.
+
+    Then their logits take as much memory as the head's gradient in float32, which is held anyway. On a GPU each chunk
+    reads and writes that gradient, which with few rows would take longer than the product.
+    """
+    return max(1, CHUNK_LOGITS // vocabulary, width)
 
 
 def generation_loss(
@@ -177,19 +189,22 @@ def _chunked(
     dtype, device = _arithmetic(hidden_RD.dtype), hidden_RD.device
     loss = torch.zeros((), dtype=dtype, device=device)
     hidden_grad = torch.zeros(hidden_RD.shape, dtype=dtype, device=device) if hidden_wanted else None
-    weight_grad = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if weight_wanted else None
     if device.type == "cpu":  # has no matrix product of half-precision numbers with a float32 result
         hidden_RD, weight_VD = hidden_RD.to(dtype), weight_VD.to(dtype)
 
-    step = max(1, CHUNK_LOGITS // len(weight_VD))  # before the cut, which differs between ranks
-    weight_VD = weight_VD[: max(1, num_real)]
+    num_rows = len(weight_VD)
+    step = rows_of_chunk(*weight_VD.shape)  # before the cut, which differs between ranks
+    weight_VD = _columns(weight_VD[: max(1, num_real)])
     V = len(weight_VD)
+    weight_grad = (
+        torch.zeros(max(V, num_rows), hidden_RD.shape[1], dtype=dtype, device=device) if weight_wanted else None
+    )
     memory = torch.empty(min(step, len(hidden_RD)), V, dtype=dtype, device=device)  # fresh memory costs page faults
     softmax = kernels or _softmax(memory)
     for rows in (slice(start, start + step) for start in range(0, len(hidden_RD), step)):
         hidden_cD, targets_c = hidden_RD[rows], targets_R[rows].long()
         logits_cV = _matmul(hidden_cD, weight_VD.t(), memory[: len(hidden_cD)])
-        logits_cV[:, num_real:] = -torch.inf  # the one entry of a rank that has nothing but padding
+        logits_cV[:, num_real:] = -torch.inf  # padding, also the one entry of a rank that has nothing else
         max_c, sum_c, target_c = softmax.statistics(logits_cV, targets_c)
         all_max_c, all_sum_c, target_c = _over_vocabulary(max_c, sum_c, target_c, axis)
         # never max + log(sum) in one number: beside a large maximum a sum near 1 would be rounded away
@@ -201,7 +216,20 @@ def _chunked(
             _matmul(error_cV, weight_VD, hidden_grad[rows])
         if weight_grad is not None:
             _add_matmul(weight_grad[:V], error_cV.t(), hidden_cD)
-    return loss, hidden_grad, weight_grad
+    return loss, hidden_grad, None if weight_grad is None else weight_grad[:num_rows]
+
+
+def _columns(weight_VD: torch.Tensor) -> torch.Tensor:
+    """The rows of the weight, each a column of logits; on a GPU to a multiple of ALIGNED of them.
+
+    CLIP's vocabulary with three tokens is odd, and so would be the distance of rows of logits: matrix products of half
+    precision then take kernels that read two bytes at a time.
+    """
+    return F.pad(weight_VD, (0, 0, 0, -len(weight_VD) % ALIGNED)) if _is_aligned(weight_VD.device) else weight_VD
+
+
+def _is_aligned(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _softmax(logits: torch.Tensor) -> ModuleType:

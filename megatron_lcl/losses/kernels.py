@@ -6,6 +6,8 @@ import functools
 import importlib
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 
 @functools.cache
@@ -15,7 +17,15 @@ def triton_fault() -> str | None:
         return fault
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler, and there is no gcc or clang on the PATH; install one, or name it in CC"
+    if not (_headers() / "Python.h").exists():  # its launchers are compiled with them
+        return f"triton needs Python's headers, and there is no Python.h in {_headers()}; install python3-dev"
     return None
+
+
+def _headers() -> Path:
+    """Where Triton looks for them (triton/runtime/build.py)."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
 
 
 def import_fault() -> str | None:

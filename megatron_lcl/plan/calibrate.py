@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_lcl.config import Config, Language, Vision
-from megatron_lcl.losses.generation import CHUNK_LOGITS
+from megatron_lcl.losses.generation import rows_of_chunk
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.plan.devices import Rates
@@ -137,7 +137,7 @@ def _measurements(config: Config, images: int) -> Iterator[tuple[str, float, Cal
     encoders: dict[str, Vision | Language] = {"vision": vision, "language": language}
     for part, encoder in encoders.items():
         yield f"matmul {part}", *_linear(min(rows[part], _ROWS), encoder.width, encoder.mlp_width, dtype)
-    chunk = min(max(1, CHUNK_LOGITS // language.vocab_size), max(1, sizes.targets))
+    chunk = min(rows_of_chunk(language.vocab_size, language.width), max(1, sizes.targets))
     yield "matmul vocabulary", *_logits(chunk, language.width, language.vocab_size)
     longest = min(language.context_length, config.data.tokens_per_pack)
     count = min(_IMAGES, sizes.images)

@@ -60,6 +60,8 @@ BOUNDS = {
     "float32": Bounds(losses=1e-5, gradient=1e-5, parameters=1e-5, one=1e-4, floor=1e-7, sent=0.0),
     "bfloat16": Bounds(losses=5e-2, gradient=5e-2, parameters=4e-3, one=0.15, floor=2e-4, sent=5e-3),
 }
+COMPILING = 5
+"""times the limit of a case takes that of the kernels on CUDA: some forty are compiled one after another"""
 GRACE = 30.0
 """seconds beyond a case's time that the others' word on it is waited for"""
 
@@ -217,8 +219,8 @@ def selftest(
     """Run the cases that the processes at hand suffice for; the verdicts, on the first process.
 
     Without a launcher it starts the processes itself: four on a machine without CUDA, else one a device. Where no case
-    has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case. prepare:
-    see `run_case`.
+    has as many processes as there are, one more case does, with so many replicas. timeout: seconds for a case; on
+    CUDA COMPILING times as many for that of the kernels. prepare: see `run_case`.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
@@ -246,8 +248,9 @@ def selftest(
         started, prefix = time.monotonic(), f"case {number}"
         of_case = dist.PrefixStore(prefix, store)
         mine = [rank for rank in ranks if rank < case.processes]
-        result, own_faults = _start(case, mine, of_case, (store.host, store.port, prefix), timeout, prepare)
-        faults, silent = _of_everyone(of_case, own_faults, ranks[0], starters, timeout)
+        limit = timeout * (COMPILING if isinstance(case, KernelCase) and torch.cuda.is_available() else 1)
+        result, own_faults = _start(case, mine, of_case, (store.host, store.port, prefix), limit, prepare)
+        faults, silent = _of_everyone(of_case, own_faults, ranks[0], starters, limit)
         if 0 in ranks:
             verdict: Verdict | KernelVerdict
             if isinstance(case, KernelCase):

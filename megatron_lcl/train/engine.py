@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_lcl.attention import Attention, choose_attention
@@ -67,6 +68,17 @@ def init_processes(config: Config) -> Mesh:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return build_mesh(config)
+
+
+def leave_processes(others_wait: bool) -> None:
+    """Out of all process groups. others_wait: this process has failed, and others may still be in a collective.
+
+    NCCL would wait for what they have not sent, here and then, and nobody would read why this process has failed.
+    """
+    if others_wait and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:

@@ -3,15 +3,16 @@
 Candidates are the variable-length attentions that can be used (where `train.attention` is auto), and blocks as they are
 and compiled (where `train.compile` does not ask for compiled ones). As for a pipeline's partition, layers of each kind
 work on the run's own first micro-batch, the candidates in turns, all processes at the same time. What was measured is
-kept beside the pack indices, for the same devices, software and shapes. Kernels differ in rounding, so what was chosen
-stands in the config of the run's checkpoints, and a run that goes on keeps it.
+kept beside the pack indices, for the same devices, software and shapes. A candidate that fails on a process, because it
+cannot be compiled for its device, say, is left out on all, and the reason is printed. Kernels differ in rounding, so
+what was chosen stands in the config of the run's checkpoints, and a run that goes on keeps it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,15 @@ class Fastest:
     chosen: Candidate
     seconds: Mapping[str, float]
     """of all layers, forward and backward, for a micro-batch, by candidate; empty where there is one only"""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """why others failed"""
 
     def __str__(self) -> str:
         if not self.seconds:
             return f"{self.chosen} (nothing else can be used)"
-        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items())
-        return f"{self.chosen} (a micro-batch through all layers: {measured})"
+        measured = [f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items()]
+        failed = [f"{name} failed with {fault}" for name, fault in self.faults.items()]
+        return f"{self.chosen} (a micro-batch through all layers: {', '.join([*measured, *failed])})"
 
 
 def choose_fastest(config: Config, batch: PackedBatch, mesh: Mesh, device: torch.device) -> Fastest:
@@ -75,13 +79,13 @@ def choose_fastest(config: Config, batch: PackedBatch, mesh: Mesh, device: torch
     if len(options) == 1:
         return Fastest(options[0], {})
     file, about = _file_of(config, batch, mesh, device, options)
-    seconds = mesh.world.broadcast_object(_read(file, options) if mesh.is_first else None)
+    seconds, faults = mesh.world.broadcast_object(_read(file, options) if mesh.is_first else None), {}
     if seconds is None:
-        seconds = _measured(options, config, batch, mesh, device)
-        if mesh.is_first:
+        seconds, faults = _measured(options, config, batch, mesh, device)
+        if mesh.is_first and not faults:  # what has failed may go another time
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps({**about, "seconds": seconds}, indent=1))
-    return Fastest(fastest(options, seconds), seconds)
+    return Fastest(fastest([option for option in options if str(option) in seconds], seconds), seconds, faults)
 
 
 def fastest(options: Sequence[Candidate], seconds: Mapping[str, float]) -> Candidate:
@@ -135,19 +139,42 @@ def kept_kernels(config: Config, folder: Path | None) -> Config | None:
 
 def _measured(
     options: Sequence[Candidate], config: Config, batch: PackedBatch, mesh: Mesh, device: torch.device
-) -> dict[str, float]:
-    """Seconds by candidate."""
-    samples = []
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds by candidate; of those that fail, why. RunError where that is the first, which a run has otherwise."""
+    samples: dict[str, LayerSamples] = {}
+    faults: dict[str, str] = {}
     for option in options:
-        own = option.applied(config)
-        place = (mesh.tensor, device, DTYPES[resolve_dtype(config)])
-        samples.append(LayerSamples(specs_of(own, mesh.tensor), batch, own, *place))
-    turns = [[sample.measure() for sample in samples] for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
+        sample, fault = _first_measurement(option, config, batch, mesh, device)
+        found = next(filter(None, mesh.world.gather_objects(fault)), None)
+        if found is None:
+            assert sample is not None
+            samples[str(option)] = sample
+        elif option == options[0]:
+            raise RunError(f"{option} failed with {found}; set train.attention to another")
+        else:
+            faults[str(option)] = found
+    warm_ups = WARM_UPS - 1
+    turns = [{name: sample.measure() for name, sample in samples.items()} for _ in range(warm_ups + REPEATS)][warm_ups:]
     in_first = mesh.pipeline.size == 1  # a stage of several is as good as another for a comparison
-    return {
-        str(option): sum(agree_on_costs(sample.times([turn[k] for turn in turns], in_first), config, mesh))
-        for k, (option, sample) in enumerate(zip(options, samples, strict=True))
+    seconds = {
+        name: sum(agree_on_costs(sample.times([turn[name] for turn in turns], in_first), config, mesh))
+        for name, sample in samples.items()
     }
+    return seconds, faults
+
+
+def _first_measurement(
+    option: Candidate, config: Config, batch: PackedBatch, mesh: Mesh, device: torch.device
+) -> tuple[LayerSamples | None, str | None]:
+    """What a candidate's layers are measured on, after they have run, and been compiled, once; or why they fail."""
+    own = option.applied(config)
+    try:
+        specs, dtype = specs_of(own, mesh.tensor), DTYPES[resolve_dtype(config)]
+        sample = LayerSamples(specs, batch, own, mesh.tensor, device, dtype)
+        sample.measure()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or somebody's kernel raises
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return sample, None
 
 
 def _file_of(

@@ -83,9 +83,11 @@ def compile_fault(config: Config, elsewhere: bool = False) -> str | None:
         return "zero.stage is 3, which gathers each layer's weights in between"
     if config.train.apex_layer_norm:
         return "train.apex_layer_norm is set, which is not compiled"
-    if not (elsewhere or torch.cuda.is_available()) and not has_compiler():
-        return "there is no C++ compiler for this CPU; install g++, or name one in CXX"
-    return None
+    if elsewhere:
+        return None
+    if torch.cuda.is_available():
+        return triton_fault()
+    return None if has_compiler() else "there is no C++ compiler for this CPU; install g++, or name one in CXX"
 
 
 def _float8_fault(config: Config, elsewhere: bool) -> str | None:

@@ -7,7 +7,7 @@ import importlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["DS_ACCELERATOR"] = "cpu"  # CUDA does not survive a fork
 
 gc.disable()  # what is imported stays; looked at for garbage again and again it takes a fifth longer
 for name in (

@@ -33,6 +33,7 @@ from megatron_lcl.train.engine import (
     build_module,
     build_stepper,
     init_processes,
+    leave_processes,
     set_batch,
 )
 from megatron_lcl.train.first_batch import build_loader, measure_kernels, pipeline_partition
@@ -94,9 +95,12 @@ def _train(config: Config, signals: Signals) -> Path:
             ):
                 if kernels:
                     telemetry.say(f"kernels measured: {kernels}")
-                return Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog).run()
-    finally:
-        dist.destroy_process_group()
+                last = Training(config, mesh, engine, point, telemetry, checkpoints, signals, watchdog).run()
+    except BaseException as error:
+        leave_processes(others_wait=not isinstance(error, RunError | Stopped))
+        raise
+    leave_processes(others_wait=False)
+    return last
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ TINY = """
 --model.vision.heads 2 --model.vision.mlp_width 64 --model.language.width 32 --model.language.layers 1
 --model.language.heads 2 --model.language.mlp_width 64 --model.language.context_length 64 --model.pool_heads 2
 --data.tokens_per_pack 96 --data.images_per_pack 4 --data.workers 1 --optimizer.lr 1e-2 --optimizer.warmup 1
---parallel.tensor 1 --train.global_batch 8 --train.log_every 1
+--parallel.tensor 1 --train.global_batch 8 --train.measure_kernels false --train.log_every 1
 """.split()  # noqa: SIM905
 
 

@@ -48,7 +48,7 @@ def assert_close(actual, expected, tolerance: float) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(generation, "CHUNK_LOGITS", 100)
+    monkeypatch.setattr(generation, "rows_of_chunk", lambda *_: 4)
 
 
 @pytest.mark.parametrize("R", [0, 1, 4, 13, 40])
@@ -61,7 +61,7 @@ def test_equals_the_plain_formula(R, index_dtype, small_chunks):
 
 @pytest.mark.parametrize("spread", [0.1, 3.0])
 def test_equals_the_plain_formula_in_float32(spread, monkeypatch):
-    monkeypatch.setattr(generation, "CHUNK_LOGITS", 50_000)
+    monkeypatch.setattr(generation, "rows_of_chunk", lambda *_: 71)
     hidden, weight, targets = problem(300, 700, dtype=torch.float32, width=64, spread=spread)
     actual = with_gradients(generation_loss, hidden, weight, targets)
     expected = with_gradients(plain, hidden.double(), weight.double(), targets)
@@ -254,8 +254,9 @@ def test_backward_twice():
 # Over several processes. Functions of the form f(group, ...) run in the pool's processes.
 
 
-def own_part(group, hidden, weight, targets, vocab_size, incoming):
-    generation.CHUNK_LOGITS = 4 * len(weight)
+def own_part(group, hidden, weight, targets, vocab_size, incoming, aligned):
+    generation.rows_of_chunk = lambda *_: 4
+    generation._is_aligned = lambda _: aligned
     return with_gradients(generation_loss, hidden, weight, targets, incoming, group=group, vocab_size=vocab_size)
 
 
@@ -274,14 +275,16 @@ def raising(results):
     padding=st.integers(0, 12),
     spread=st.sampled_from([0.1, 1.0, 10.0]),
     double=st.booleans(),
+    aligned=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_split_of_the_vocabulary_equals_one_process(pool, size, R, share, padding, spread, double, seed):
+def test_any_split_of_the_vocabulary_equals_one_process(pool, size, R, share, padding, spread, double, aligned, seed):
+    """aligned: with columns that are padding, as on a GPU."""
     dtype, tolerance = (torch.float64, 1e-10) if double else (torch.float32, 1e-5)
     vocab_size = max(1, size * share - padding)  # up to all of the last ranks' rows
     hidden, weight, targets = problem(R, size * share, seed, dtype, spread=spread)
     targets = targets % vocab_size
-    arguments = [(hidden, part, targets, vocab_size, 0.5) for part in weight.split(share)]
+    arguments = [(hidden, part, targets, vocab_size, 0.5, aligned) for part in weight.split(share)]
     results = raising(pool.run(own_part, arguments))
     assert all(torch.equal(loss, results[0][0]) for loss, _, _ in results), "ranks differ"
     hidden_grad = sum(result[1] for result in results)  # shares
@@ -292,7 +295,7 @@ def test_any_split_of_the_vocabulary_equals_one_process(pool, size, R, share, pa
 
 
 def attempt(group, hidden, weight, targets, vocab_size):
-    generation.CHUNK_LOGITS = 4 * 5
+    generation.rows_of_chunk = lambda *_: 4
     try:
         generation_loss(hidden, weight, targets, group, vocab_size)
     except ValueError as error:
@@ -371,7 +374,7 @@ def under_zero_3(rank: int) -> list[float]:
 
     quiet_deepspeed()  # else it compiles, for most of a minute
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    generation.CHUNK_LOGITS = 100
+    generation.rows_of_chunk = lambda *_: 4
     hidden, weight, targets = problem(24, 25, dtype=torch.float32)
     model = Model(weight)
     engine, *_ = deepspeed.initialize(

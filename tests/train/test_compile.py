@@ -70,6 +70,14 @@ def test_what_is_not_compiled_is_refused(changes: dict[str, Any], said: str) -> 
         check_kernels(config, elsewhere=True)
 
 
+def test_on_a_gpu_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "triton_fault", lambda: "triton is not installed")
+    monkeypatch.setattr(kernels, "has_compiler", lambda: True)
+    assert kernels.compile_fault(Case().config()) == "triton is not installed"
+    assert kernels.compile_fault(Case().config(), elsewhere=True) is None
+
+
 def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_compiler", lambda: False)
     config = configs.replace(Case().config(), train__compile=True)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from processes import run_processes
 
 from megatron_lcl import config as configs
+from megatron_lcl.errors import RunError
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.train import fastest, kernels
 from megatron_lcl.train.engine import init_processes
@@ -46,8 +47,9 @@ class Planted:
         return [Time(cost) for cost in measured]
 
 
-def choose(rank: int, cache: str, compilers: Sequence[bool]) -> tuple[str, list[str]]:
-    """What a process of two chooses, and what it has measured. compilers: whether each has one."""
+def choose(rank: int, cache: str, compilers: Sequence[bool], fails: str = "") -> tuple[str, list[str]]:
+    """What a process of two chooses, and what it has measured. compilers: whether each has one; fails: which of the
+    candidates, on the second process."""
     asked = []
     kernels.has_compiler = lambda: compilers[rank]
 
@@ -56,12 +58,19 @@ def choose(rank: int, cache: str, compilers: Sequence[bool]) -> tuple[str, list[
             super().__init__(specs, *more)
             asked.append("compiled" if self.cost < 1 else "plain")
 
+        def measure(self) -> float:
+            if rank == 1 and asked[-1] == fails:
+                raise RuntimeError("no kernel image\nis available")
+            return super().measure()
+
     fastest.LayerSamples = Asked  # type: ignore[misc,assignment]
     config = configs.replace(Case(data=2).config(), data__cache=cache, train__measure_kernels=True)
     mesh = init_processes(config)
     try:
         found = choose_fastest(config, make_batches(config, 0)[0], mesh, torch.device("cpu"))
         return str(found), asked
+    except RunError as error:
+        return str(error), asked
     finally:
         dist.destroy_process_group()
 
@@ -86,3 +95,17 @@ def test_what_one_process_lacks_no_process_uses(tmp_path: Path) -> None:
     found = run_processes(choose, 2, str(tmp_path), (True, False))
     assert found == [("per_sequence (nothing else can be used)", [])] * 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_on_one_process_no_process_uses(tmp_path: Path) -> None:
+    """And a run goes on without it; it is tried again by the next one."""
+    found = run_processes(choose, 2, str(tmp_path), (True, True), "compiled")
+    said = ", per_sequence, compiled blocks failed with RuntimeError: no kernel image is available)"
+    for text, asked in found:
+        assert text.startswith("per_sequence (a micro-batch through all layers: per_sequence ")
+        assert text.endswith(said)
+        assert asked == ["plain", "compiled"]
+    assert list(tmp_path.iterdir()) == []
+    for text, asked in run_processes(choose, 2, str(tmp_path), (True, True), "plain"):
+        assert text.startswith("per_sequence failed with RuntimeError: no kernel image is available; set ")
+        assert asked == ["plain"]

@@ -279,6 +279,9 @@ def test_losses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.delenv("CC")
             patch.setenv("PATH", "/nowhere")
             assert "no gcc or clang" in (fault() or "")
+            patch.setenv("CC", "cc")
+            patch.setattr(kernels, "_headers", lambda: Path("/nowhere"))
+            assert fault() == "triton needs Python's headers, and there is no Python.h in /nowhere; install python3-dev"
             assert contrastive._backend(on_cuda) is contrastive_tiles
     finally:
         kernels.triton_fault.cache_clear()
@@ -307,3 +310,28 @@ def test_processes_with_other_kernels_are_named() -> None:
         "kernels on process 2: attention dense, losses triton",
         "flash_attn is too new",
     ]
+
+
+def test_what_is_made_of_a_batch_is_on_its_device() -> None:
+    """The rows of short sequences that share a call: on CUDA `index_select` takes no index in host memory."""
+    order = attention._Order.of(group_by_length([(0, 5), (5, 9), (14, 200)]), 214, torch.device("meta"))
+    assert {index.device.type for index in (order.row_P, order.place_R, order.is_row_P)} == {"meta"}
+
+
+def test_layers_share_one_dense_mask() -> None:
+    """torch makes a float mask of one of bools in every layer, and keeps it for backward: R² numbers a layer."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rows, attend = 256, choose_attention(CPU, torch.float32, "dense").attend
+    cu_seqlens = torch.tensor([0, 100, rows, rows], dtype=torch.int32)
+    x = torch.randn(rows, 1, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = x
+        for _ in range(3):
+            out = attend(out, out, out, cu_seqlens, rows)
+    assert [size for size in kept.values() if size >= rows**2] == [4 * rows**2]

@@ -318,19 +318,21 @@ def test_a_disk_that_fills_up_while_saving(config_file: Path, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_one_cuda_device(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL and bfloat16, as `auto` decides, and the losses of float32 on the CPU to what bfloat16 can hold."""
+    """NCCL, with the losses of a CPU: in float32 to rounding; in bfloat16, which `auto` takes, by selftest's bound."""
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         launch(config_file, tmp_path / "cpu", "--processes", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    launch(config_file, tmp_path / "gpu", "--processes", "1")
-    layouts = [checkpoint.read_progress(checkpoint.list_checkpoints(tmp_path / n)[-1]).layout for n in ("cpu", "gpu")]
-    assert [layout.dtype for layout in layouts] == ["float32", "bfloat16"]
-    ours, theirs = (torch.tensor(losses(tmp_path / n), dtype=torch.float64) for n in ("gpu", "cpu"))
+    launch(config_file, tmp_path / "float32", "--processes", "1", "--train.dtype", "float32")
+    launch(config_file, tmp_path / "auto", "--processes", "1")
+    runs = [tmp_path / name for name in ("cpu", "float32", "auto")]
+    layouts = [checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]).layout for run in runs]
+    assert [layout.dtype for layout in layouts] == ["float32", "float32", "bfloat16"]
+    theirs, ours, rounded = (torch.tensor(losses(run), dtype=torch.float64) for run in runs)
     assert len(ours) == 4
-    # bfloat16 rounds to 1 in 256; Adam's first steps are as large for a small gradient as for a large one
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=0)
-    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    # Adam's first steps are as large for a small gradient as for a large one: later ones differ by more
+    torch.testing.assert_close(rounded[0], theirs[0], rtol=5e-2, atol=0)
 
 
 @pytest.mark.gpu

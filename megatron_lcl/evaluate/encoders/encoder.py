@@ -6,9 +6,10 @@ import contextlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xxhash
@@ -23,13 +24,22 @@ DECODING = "decode_rgb"
 """of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
 
 
-class Features(NamedTuple):
-    """What an encoder makes of N images, float32."""
+@dataclass(frozen=True)
+class Features:
+    """What an encoder makes of N images. Each kind is copied to the CPU, in float32, when it is asked for."""
 
-    pooled: torch.Tensor
-    """[N, D] one feature an image, not scaled"""
-    patches: torch.Tensor
-    """[N, P, V] its patch tokens, after the final norm where there is one; P = 0 for an encoder that has none"""
+    pooled_on_device: torch.Tensor
+    patches_on_device: torch.Tensor
+
+    @property
+    def pooled(self) -> torch.Tensor:
+        """[N, D] one feature an image, not scaled."""
+        return self.pooled_on_device.float().cpu()
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """[N, P, V] its patch tokens, after the final norm where there is one; P = 0 for an encoder that has none."""
+        return self.patches_on_device.float().cpu()
 
 
 class Encoder(ABC):
@@ -52,9 +62,8 @@ class Encoder(ABC):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> Features:
-        """[N, 3, H, W] → Features, on the CPU."""
-        pooled, patches = self._encode(images.to(self.device))
-        return Features(pooled.float().cpu(), patches.float().cpu())
+        """[N, 3, H, W] → Features."""
+        return self._encode(images.to(self.device))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts → [N, D] unit norm, on the CPU, in the space of the pooled image features."""

@@ -28,6 +28,8 @@ FAULTS = "MEGATRON_LCL_FAULTS"
 """variable with the folder in which processes say which nodes have failed"""
 _WRITE_SECONDS = 5.0
 """the storage may be what hangs"""
+_OF_THE_PROGRAM = ("device-side assert", "invalid argument", "invalid configuration", "no kernel image")
+"""of CUDA's errors: on another machine they would be the same"""
 _STORAGE = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ETIMEDOUT}
 
 
@@ -64,7 +66,9 @@ def is_local(error: BaseException | None) -> bool:
     if isinstance(error, OSError):  # one of a loader process has its number in the text alone
         numbers = {error.errno, *map(int, re.findall(r"\[Errno (\d+)\]", str(error)))}
         return bool(numbers & _STORAGE)
-    return isinstance(error, torch.AcceleratorError | LoaderKilled)
+    if isinstance(error, torch.AcceleratorError):
+        return not any(words in str(error) for words in _OF_THE_PROGRAM)
+    return isinstance(error, LoaderKilled)
 
 
 def code_of(error: BaseException | None) -> int:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lcl.parallel.layers import is_split
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.mesh import Mesh, local_device
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
@@ -33,7 +33,8 @@ def find_difference(module: nn.Module, mesh: Mesh) -> str | None:
     compared = []
     for axis, split in ((mesh.data_tensor if exact else mesh.data, False), (mesh.data, True)):
         own = [(name, parameter) for name, parameter in named if is_split(parameter) == split]
-        compared.append((axis, [name for name, _ in own], axis.all_gather(fingerprint([p for _, p in own]))))
+        prints = fingerprint([p for _, p in own]).to(local_device())  # also of a stage that has none
+        compared.append((axis, [name for name, _ in own], axis.all_gather(prints)))
     differs = torch.stack([(rows != rows[0]).any() for _, _, rows in compared]).any()
     if not int(mesh.world.all_reduce(differs.to(torch.int32), dist.ReduceOp.MAX)):
         return None

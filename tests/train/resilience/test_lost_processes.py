@@ -288,6 +288,8 @@ def test_whose_fault_an_error_is() -> None:
     ours += [LoaderKilled("loader process 7 was killed"), OSError("Caught OSError in DataLoader … [Errno 116] Stale")]
     assert {code_of(error) for error in ours} == {LOST}
     assert all(is_local(error) for error in ours)
+    for said in ("device-side assert triggered", "no kernel image is available for execution on the device"):
+        assert code_of(torch.AcceleratorError(f"CUDA error: {said}")) == 1
     assert code_of(dist.DistBackendError("NCCL error: remote process exited or there was a network error")) == LOST
     assert code_of(UserError("data.corpora is empty")) == 2
     assert [code_of(error) for error in (ValueError("shapes"), IndexError(), OSError(errno.ENOSPC, "full"))] == [1] * 3

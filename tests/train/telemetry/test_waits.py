@@ -7,6 +7,8 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
@@ -162,18 +164,16 @@ def test_only_a_logged_step_is_read_and_once() -> None:
                 assert deepspeed == [0, 0, 0], (layout, steps)
 
 
-@pytest.mark.gpu
-def test_on_cuda_a_step_does_not_synchronize(tmp_path: Any) -> None:
-    """Under torch's own watch, which names the line that waits, ours or DeepSpeed's."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def waits_on_cuda() -> tuple[list[str], list[str], float]:
+    """What torch says of two steps, the second one logged; of reading it; and the seconds of all phases."""
     from megatron_lcl.selftest.cases import Case, make_batches
     from megatron_lcl.train.broadcast_batches import broadcast_batches
-    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
+    from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes, leave_processes
 
     config = Case(dtype="bfloat16").config()
     mesh = init_processes(config)
     engine = build_engine(build_module(config, mesh), config, mesh)
+    assert engine.device.type == "cuda"
     stepper = build_stepper(engine, config, mesh)
     stepper.clock.start()
     packs = make_batches(config, 0)
@@ -181,17 +181,32 @@ def test_on_cuda_a_step_does_not_synchronize(tmp_path: Any) -> None:
         batches = broadcast_batches(packs, len(packs), 1, mesh, engine.device)
         pending = stepper.start(batches, 1e-3, float("inf"), logged)
     torch.cuda.set_sync_debug_mode("warn")
-    try:
+    with warnings.catch_warnings(record=True) as in_steps:
+        warnings.simplefilter("always")
         for logged in (False, True):
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                pending = stepper.start(batches, 1e-3, float("inf"), logged)
-            waits = [f"{w.filename}:{w.lineno}" for w in found if "synchronizing" in str(w.message)]
-            assert waits == [], waits
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            pending.read()
-        assert len(found) == 1, [str(w.message) for w in found]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert sum(stepper.clock.take().values()) > 0
+            pending = stepper.start(batches, 1e-3, float("inf"), logged)
+    with warnings.catch_warnings(record=True) as in_reading:
+        warnings.simplefilter("always")
+        pending.read()
+    torch.cuda.set_sync_debug_mode("default")
+    seconds = sum(stepper.clock.take().values())
+    leave_processes(others_wait=False)
+    return waits_of(in_steps), waits_of(in_reading), seconds
+
+
+def waits_of(found: list[warnings.WarningMessage]) -> list[str]:
+    """Where the host has waited, as torch warns of it."""
+    return [f"{w.filename}:{w.lineno}: {w.message}" for w in found if "synchronizing" in str(w.message)]
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_step_does_not_synchronize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch's own watch, which names the line that waits, ours or DeepSpeed's; in a process that has its GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        in_steps, in_reading, seconds = pool.submit(waits_on_cuda).result(timeout=300)
+    assert in_steps == []
+    assert len(in_reading) == 1, in_reading
+    assert seconds > 0
