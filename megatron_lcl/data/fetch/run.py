@@ -71,8 +71,9 @@ def fetch(
             plan_lock.close()  # each part has a lock of its own
         with tqdm(total=sum(plan.parts[part] for part in mine), unit="url", disable=not progress) as bar:
             for tries_left in reversed(range(_RETRIES + 1)):
-                bar.n = sum(num_done(output, part) for part in mine)
-                todo = [part for part in mine if num_done(output, part) < plan.parts[part]]
+                done = {part: num_done(output, part) for part in mine}
+                bar.n = sum(done.values())
+                todo = [part for part in mine if done[part] < plan.parts[part]]
                 try:
                     _do(output, plan, todo, settings, workers, bar)
                     break
@@ -80,6 +81,8 @@ def fetch(
                     if not tries_left:
                         raise
                     logger.warning("a worker process died, perhaps out of memory; its parts are gone on with")
+        left = [part for part in todo if num_done(output, part) != plan.parts[part]]
+        assert not left, f"parts {left} are not at their end"  # as a whole store is what is uploaded
         return {**summary(output), "dropped": plan.dropped}
 
 

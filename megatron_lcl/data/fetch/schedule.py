@@ -1,7 +1,8 @@
 """Whose turn it is: many hosts at once, few requests at one, and a delay between them. One event loop, no threads.
 
 Parts of the plan are opened one after another, as soon as the requests that the open ones allow at this moment are
-fewer than there may be: a host that is slow or large holds up nothing but itself.
+fewer than there may be: a host that is slow or large holds up nothing but itself. URLs may be held after their turn,
+for what others show: where nothing else is left to do, one more part is opened, however many there are.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Schedule(Generic[Part]):
 
     open_part: adds the next part's jobs (`add`) and says whether there was one.
     attempt: fetches a job's URL; None if that is its end, else the seconds after which to try again.
+    all_held: called before a part is opened beyond the limits. It may wait, or raise where no part is to be opened.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Schedule(Generic[Part]):
         settings: Settings,
         open_part: Callable[[], bool],
         attempt: Callable[[Job[Part]], Awaitable[float | None]],
+        all_held: Callable[[], Awaitable[None]],
         max_open_parts: int = MAX_OPEN_PARTS,
     ) -> None:
-        self._settings, self._open_part, self._attempt = settings, open_part, attempt
+        self._settings, self._open_part, self._attempt, self._all_held = settings, open_part, attempt, all_held
         self._max_open_parts = max_open_parts
         self._hosts: dict[str, Host[Part]] = {}
         self._ready: deque[Host[Part]] = deque()
@@ -81,7 +84,9 @@ class Schedule(Generic[Part]):
         self._pending = 0
         """URLs whose end is not known"""
         self.open_parts = 0
-        """parts that have jobs; counted down by whoever sees their end"""
+        """parts with URLs whose turn is to come; counted down by whoever sees that there are none"""
+        self.held = 0
+        """URLs that have had their turn and are not given back; counted by whoever holds them"""
 
     def add(self, job: Job[Part], host: str) -> None:
         """Another job, of a host that no other process asks."""
@@ -106,7 +111,7 @@ class Schedule(Generic[Part]):
         return jobs
 
     async def run(self) -> None:
-        """Until all is done. Raises what an attempt raised; then the others are cancelled."""
+        """Until no part is left, and no turn. Raises what an attempt raised; then the others are cancelled."""
         loop = asyncio.get_running_loop()
         parts_left = True
         try:
@@ -115,12 +120,17 @@ class Schedule(Generic[Part]):
                 free = len(self._tasks) < self._settings.concurrency
                 if free and self._start_next(loop.time()):
                     continue
-                room = self.open_parts < self._max_open_parts and self._pending < MAX_OPEN_URLS
+                room = self.open_parts < self._max_open_parts and self._pending + self.held < MAX_OPEN_URLS
                 if free and parts_left and room:
                     parts_left = self._open_part()
                     continue
                 if not self._tasks and not self._asleep:
-                    break
+                    assert not self._pending
+                    if not parts_left:
+                        break
+                    await self._all_held()
+                    parts_left = self._open_part()
+                    continue
                 self._changed.clear()
                 pause = max(0.0, self._asleep[0][0] - loop.time()) if self._asleep else None
                 with contextlib.suppress(TimeoutError):

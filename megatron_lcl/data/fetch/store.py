@@ -95,6 +95,9 @@ class PartStore:
         self.resumed = len(self._rows)
         """URLs that the incomplete shard accounts for"""
         self.done.update(url_key(row.url) for row in self._rows)
+        kept = [row.url for row in self._rows if row.status == "kept"] or (_kept(tables[0]) if tables else [])
+        self.kept = kept[0] if kept else None
+        """a URL of which the image was had"""
 
     def add(self, row: Row, data: bytes = b"") -> None:
         """Account for a URL, with the image if it is kept."""
@@ -204,6 +207,11 @@ def read_rows(folder: Path) -> Iterator[dict[str, object]]:
     for table in tables(folder):
         for batch in pq.ParquetFile(table).iter_batches(4096, columns=SCHEMA.names):
             yield from batch.to_pylist()
+
+
+def _kept(table: Path) -> list[str]:
+    found = pq.read_table(table, columns=["url"], filters=[("status", "=", "kept")], use_threads=False)
+    return found["url"].to_pylist()
 
 
 def _append(file: FileIO, path: Path, data: bytes) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import time
 from collections.abc import Callable, MutableSequence
 from pathlib import Path
 
 from megatron_lcl.data.fetch.client import Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
-from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, Job, Schedule, pause_before
+from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.store import PartStore, Row
 from megatron_lcl.data.prepare.importers.urls import url_key
@@ -21,7 +21,9 @@ COUNTED = ("kept", "dead", "refused", "bytes", "before")
 GIVE_UP = 10
 """URLs of a host in a row for which it is not reached, after which its others are not tried"""
 OUTAGE_HOSTS, OUTAGE_SECONDS = 50, 60.0
-"""so many hosts in a row not reached, and none for so long: the network is to blame, not the hosts"""
+"""so many hosts in a row not reached, and none for so long: the network may be to blame, not the hosts"""
+_WITNESSES = 3
+"""hosts that gave an image, which are asked for it again to see whether the network is there"""
 
 
 class OpenPart:
@@ -33,8 +35,11 @@ class OpenPart:
         self._opened.enter_context(waiting_for_others(plan.lock(number)))
         self._store = PartStore(output, number, settings.shard_urls, settings.store)
         self.urls = [url for url in plan.urls(number) if url_key(url) not in self._store.done]
-        self.left = len(self.urls)
-        self.resumed = self._store.resumed
+        self.left, self.held = len(self.urls), 0
+        """URLs that are not accounted for, and those of them that are held"""
+        self.had_its_turn = False
+        """no URL is left but held ones"""
+        self.resumed, self.kept = self._store.resumed, self._store.kept
 
     def add(self, row: Row, data: bytes) -> None:
         """Account for one of the URLs."""
@@ -68,19 +73,26 @@ class Worker:
     ) -> None:
         self._output, self._plan, self._settings = output, plan, settings
         self._next_part, self._counts, self._told = next_part, counts, told
-        self._schedule = Schedule[OpenPart](settings, self._open_next, self._attempt, max_open_parts)
+        self._schedule = Schedule[OpenPart](settings, self._open_next, self._attempt, self._all_held, max_open_parts)
         self._open: set[OpenPart] = set()
         self._held: list[tuple[OpenPart, Row]] = []
         """URLs whose host was not reached since any was: written once any is again, or at the end"""
         self._held_hosts: set[str] = set()
-        self._reached_at = time.monotonic()
+        self._reached_at = 0.0
+        """event loop's time when a host was reached last, or the beginning"""
+        self._witnesses: dict[str, str] = {}
+        """an image's URL of each of the last hosts that gave one, also in earlier runs"""
+        self._asking = False
 
     async def run(self) -> None:
         """Until no part is left. UserError where nothing is reached any more, or a proxy refuses."""
+        self._reached_at = asyncio.get_running_loop().time()
         try:
             async with Client(self._settings) as self._client:
                 await self._schedule.run()
+                await self._check_network(at_once=True)
             self._release()
+            assert not self._open
         finally:
             for part in self._open:
                 part.abandon()
@@ -92,10 +104,12 @@ class Worker:
         self._open.add(part)
         self._schedule.open_parts += 1
         self._counts[COUNTED.index("before")] += part.resumed
+        if part.kept:
+            self._witness(host_of(part.kept), part.kept)
         for url in part.urls:
             self._schedule.add(Job(url, part), host_of(url))
         part.urls.clear()
-        self._close_if_done(part)
+        self._settle(part)
         return True
 
     async def _attempt(self, job: Job[OpenPart]) -> float | None:
@@ -104,6 +118,7 @@ class Worker:
         try:
             if host.failures >= GIVE_UP:
                 self._unreached(job, "host does not answer")
+                await self._check_network()
                 return None
             if host.left:
                 self._account(job.part, Row(job.url, "dead", host.left))
@@ -124,9 +139,12 @@ class Worker:
             if host.failures >= GIVE_UP:
                 for other in self._schedule.give_up(host):
                     self._unreached(other, "host does not answer")
+            await self._check_network()
             return None
         if outcome.reached:
             host.failures = 0
+            if outcome.row.status == "kept":
+                self._witness(host.name, job.url)
             self._release()
         if outcome.leave:
             host.left = outcome.row.reason
@@ -139,8 +157,49 @@ class Worker:
         """The host may be dead, or the network away."""
         self._held.append((job.part, Row(job.url, "dead", reason)))
         self._held_hosts.add(job.host.name)
-        silent = time.monotonic() - self._reached_at
-        if len(self._held_hosts) >= OUTAGE_HOSTS and silent >= OUTAGE_SECONDS:
+        self._schedule.held += 1
+        job.part.held += 1
+        self._settle(job.part)
+
+    def _witness(self, host: str, url: str) -> None:
+        self._witnesses.pop(host, None)
+        self._witnesses[host] = url
+        if len(self._witnesses) > _WITNESSES:
+            del self._witnesses[next(iter(self._witnesses))]
+
+    async def _all_held(self) -> None:
+        """All that was tried is held. Another part may have a host that answers, so one is opened.
+
+        Not where so many URLs are held of so many hosts: without a network, all of the plan would be in memory before
+        the time has passed after which that is said. Fewer hosts are in few parts, as no two parts share one.
+        """
+        if len(self._held) >= MAX_OPEN_URLS and len(self._held_hosts) >= OUTAGE_HOSTS:
+            if not self._witnesses:
+                await asyncio.sleep(self._reached_at + OUTAGE_SECONDS - asyncio.get_running_loop().time())
+            await self._check_network(at_once=True)
+
+    async def _check_network(self, at_once: bool = False) -> None:
+        """Where so many hosts were not reached for so long: UserError, unless one that gave an image answers again.
+
+        At the end of a list only dead hosts may be left, whose timeouts take longer than that; were they not told from
+        a network that is away, the command would never come to its end. at_once: however short the time is, where there
+        are hosts to ask.
+        """
+        asked_at = asyncio.get_running_loop().time()
+        silent = asked_at - self._reached_at
+        doubtful = silent >= OUTAGE_SECONDS or (at_once and bool(self._witnesses))
+        if self._asking or len(self._held_hosts) < OUTAGE_HOSTS or not doubtful:
+            return
+        self._asking = True
+        try:
+            for url in list(self._witnesses.values()):
+                with contextlib.suppress(Retry):
+                    if (await self._client.fetch(url)).reached:
+                        self._release()
+                        return
+        finally:
+            self._asking = False
+        if self._reached_at <= asked_at:
             raise UserError(
                 f"no host was reached for {silent:.0f} s, of {len(self._held_hosts)}: is there a network, or is a "
                 "--proxy needed? The same command goes on"
@@ -148,10 +207,11 @@ class Worker:
 
     def _release(self) -> None:
         """The network is there: hosts that were not reached are dead."""
-        self._reached_at = time.monotonic()
+        self._reached_at = asyncio.get_running_loop().time()
         self._held_hosts.clear()
-        held, self._held = self._held, []
+        held, self._held, self._schedule.held = self._held, [], 0
         for part, row in held:
+            part.held -= 1
             self._account(part, row)
 
     def _account(self, part: OpenPart, row: Row, data: bytes = b"") -> None:
@@ -159,10 +219,13 @@ class Worker:
         self._counts[COUNTED.index(row.status)] += 1
         self._counts[COUNTED.index("bytes")] += row.size
         self._told()
-        self._close_if_done(part)
+        self._settle(part)
 
-    def _close_if_done(self, part: OpenPart) -> None:
+    def _settle(self, part: OpenPart) -> None:
+        """Close a part that is at its end; one with only held URLs left leaves its place to another."""
+        if part.left == part.held and not part.had_its_turn:
+            part.had_its_turn = True
+            self._schedule.open_parts -= 1
         if not part.left:
             self._open.remove(part)
-            self._schedule.open_parts -= 1
             part.finish()

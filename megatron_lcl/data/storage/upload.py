@@ -70,7 +70,8 @@ def uploaded(
     above.mkdir(parents=True, exist_ok=True)
     if complete:
         assert last is not None
-        _bring(store, folder, [name for name in found if name.endswith(_RECORDS) and name != UPLOADING], last)
+        records = {name: size for name, size in found.items() if name.endswith(_RECORDS) and name != UPLOADING}
+        _bring(store, folder, records, last)
     elif begun is None:
         store.put(UPLOADING, _marker(None))  # says now, not after hours of work, if this may not be written
     try:
@@ -78,7 +79,8 @@ def uploaded(
     except BaseException as error:
         if brought:  # what is wrong with the folder is so with the place
             error.args = tuple(a.replace(str(folder), url) if isinstance(a, str) else a for a in error.args)
-            shutil.rmtree(folder, ignore_errors=True)
+            if _sizes(folder).keys() <= found.keys():  # else there is work in it to go on with
+                shutil.rmtree(folder, ignore_errors=True)
         elif not complete and not (begun or {}).get("fingerprint"):
             with contextlib.suppress(UserError):
                 store.delete([UPLOADING])
@@ -90,6 +92,8 @@ def uploaded(
         if folder.is_dir() and (last is None or (folder / last).exists()):
             _put_all(store, folder, last)
             if not keep:
+                if last is not None:  # first, so that what is left of a folder is not taken for one to go on with
+                    (folder / last).unlink()
                 shutil.rmtree(folder)
     if not keep:
         (above / f"{folder.name}.lock").unlink(missing_ok=True)
@@ -101,10 +105,26 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _bring(store: Store, folder: Path, names: list[str], last: str) -> None:
-    """The records of a finished output into a folder that lacks them, so that the command recognizes it."""
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files that belong to an output."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _bring(store: Store, folder: Path, records: dict[str, int], last: str) -> None:
+    """The records of a finished output into a folder that lacks them, so that the command recognizes it.
+
+    records: bytes of each. UserError where the folder has others: what is made in it may not be put among these.
+    """
     if (folder / last).exists():
+        sizes = _sizes(folder)
+        if other := [name for name, size in records.items() if sizes.get(name) != size]:
+            raise UserError(
+                f"{store.url} holds another such output than was begun in {folder} (its {other[0]} differs); remove "
+                "that folder to go on with what is there, or give another place"
+            )
         return
+    names = [*records]
     for name in (*names, last):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     store.fetch([name for name in names if name != last], folder)
@@ -114,14 +134,14 @@ def _bring(store: Store, folder: Path, names: list[str], last: str) -> None:
 
 
 def _put_all(store: Store, folder: Path, last: str | None) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    found = dict(store.list())
-    if last in found:
+    sizes, found = _sizes(folder), dict(store.list())
+    complete = last in found
+    if complete:
         assert last is not None
         if store.get(last) != (folder / last).read_bytes():
             raise UserError(f"{store.url} holds another such output (its {last} differs); give another place")
-    else:
+    # one that an earlier release put before it was at its end lacks files
+    if not complete or any(found.get(name) != size for name, size in sizes.items()):
         own, begun = _fingerprint(folder, sizes), _begun(store, found)
         there = begun["fingerprint"] if begun else None
         if there not in (None, own):
@@ -130,7 +150,8 @@ def _put_all(store: Store, folder: Path, last: str | None) -> None:
                 "that began it, delete the objects there, or give another place"
             )
         store.put(UPLOADING, _marker(own))
-        missing = [name for name, size in sizes.items() if there is None or found.get(name) != size]
+        anew = there is None and not complete
+        missing = [name for name, size in sizes.items() if anew or found.get(name) != size]
         put_files(store, folder, missing, last)
     store.delete([UPLOADING])
 

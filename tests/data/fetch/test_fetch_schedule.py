@@ -29,6 +29,10 @@ class Clock(asyncio.SelectorEventLoop):
         return self._wait(0 if timeout is not None else None)
 
 
+async def nothing() -> None:
+    pass
+
+
 def run(
     settings: Settings, parts: list[dict[str, int]], seconds: float = 0.01
 ) -> tuple[list[tuple[str, float]], Counter]:
@@ -66,7 +70,7 @@ def run(
             schedule.open_parts -= 1
         return None
 
-    schedule = Schedule[int](settings, open_part, attempt)
+    schedule = Schedule[int](settings, open_part, attempt, nothing)
     with asyncio.Runner(loop_factory=Clock) as runner:
         runner.run(schedule.run())
     assert not any(ended.values())
@@ -113,7 +117,7 @@ def test_an_error_ends_all() -> None:
         await asyncio.sleep(60)
         return None
 
-    schedule = Schedule[int](Settings(delay=0), lambda: False, attempt)
+    schedule = Schedule[int](Settings(delay=0), lambda: False, attempt, nothing)
 
     async def all() -> None:
         for k in range(5):
@@ -126,3 +130,38 @@ def test_an_error_ends_all() -> None:
         assert not schedule._tasks
     else:
         raise AssertionError
+
+
+def test_parts_that_wait_for_others() -> None:
+    """Each part's last URL is held until the last part's is had: they are opened one by one, however many are open."""
+    order: list[str] = []
+    parts = iter(range(5))
+
+    def open_part() -> bool:
+        if (part := next(parts, None)) is None:
+            return False
+        order.append(f"part {part}")
+        schedule.open_parts += 1
+        schedule.add(Job(f"{part}", part), f"{part}")
+        return True
+
+    async def attempt(job: Job[int]) -> float | None:
+        await asyncio.sleep(1)
+        if not job.tries:
+            return 5.0  # asleep is not at an end
+        order.append(job.url)
+        schedule.held += 1
+        if job.part == 4:
+            schedule.open_parts = schedule.held = 0
+        return None
+
+    async def all_held() -> None:
+        assert schedule.held == schedule.open_parts
+        order.append("held")
+
+    schedule = Schedule[int](Settings(delay=0.0), open_part, attempt, all_held, max_open_parts=2)
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(schedule.run())
+    first, *others = "part 0", "part 1", "0", "1", "held", "part 2", "2", "held", "part 3", "3", "held", "part 4", "4"
+    assert order == [first, *others]
+    assert not schedule.open_parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_a_plan_has_each_url_once_and_each_host_in_one_part(tmp_path: Path) -> N
     assert sorted(url for part in parts for url in part) == sorted(set(urls))
     hosts = [{host_of(url) for url in part} for part in parts]
     assert sum(map(len, hosts)) == len(set.union(*hosts)) == 40
+
+
+def test_a_plan_is_on_the_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, their folder, the rename, and the folder that has it then: no failure of power leaves half of one."""
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def renamed(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(f"to {new.name}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    urls = [f"http://host{k}.example/{k}" for k in range(9)]
+    make_plan(tmp_path, iter([urls]), {}, "input", Settings(shard_urls=3))
+    files = sorted(path.name for path in (tmp_path / "plan").iterdir())
+    assert len(files) > 2
+    assert sorted(done[:-3]) == files
+    assert done[-3:] == ["plan", "to plan", tmp_path.name]
 
 
 def test_host_of() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import PIL.Image
 import pyarrow.parquet as pq
@@ -188,7 +189,7 @@ def test_interrupted_anywhere(place: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_what_is_there_is_not_written_over(place: str, tmp_path: Path) -> None:
+def test_what_is_there_is_not_written_over(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(content: str, last: str | None = None, resumes: bool = False) -> None:
         with uploaded(place, tmp_path / "work", last, resumes=resumes) as folder:
             if content == "fails":
@@ -218,6 +219,31 @@ def test_what_is_there_is_not_written_over(place: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its a differs"):
         run("two", "a", resumes=True)
     assert objects(place) == {"a": b"one"}
+    store.put("b.json", b"{}")
+    left = tmp_path / "work" / quote("s3://bucket", safe="") / place.rpartition("/")[2]
+    left.mkdir(parents=True, exist_ok=True)
+    (left / "a").write_text("one")
+    (left / "b.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"than was begun in .* \(its b.json differs\); remove that folder"):
+        run("one", "a", resumes=True)
+    (left / "b.json").write_text("{}")
+    (left / "c").write_text("more")
+    run("one", "a", resumes=True)  # of the same output, and the place lacks some of it
+    there = {"a": b"one", "b.json": b"{}", "c": b"more"}
+    assert objects(place) == there
+
+    def killed(folder: Path) -> None:
+        next(folder.glob("b*")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # while the folder is removed
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("one", "a", resumes=True)
+    assert left.exists()
+    run("one", "a", resumes=True)
+    assert not left.exists()
+    assert objects(place) == there
     with (
         pytest.raises(UserError, match="outputs are written to a disk or to object storage"),
         uploaded("https://host/folder", tmp_path / "work", None, resumes=False),

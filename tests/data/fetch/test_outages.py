@@ -1,0 +1,185 @@
+"""Hosts that are not reached, in several parts: all parts are done, or the command says that there is no network."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+from data.fetch.faulty_server import serving
+from data.fetch.test_fetch import FLAGS
+from data.fetch.test_fetch_schedule import Clock
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("protego")
+
+from megatron_lcl.cli import main
+from megatron_lcl.data.fetch import run, schedule, work
+from megatron_lcl.data.fetch.client import Outcome, Retry
+from megatron_lcl.data.fetch.plan import Plan, make_plan, open_plan
+from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
+from megatron_lcl.data.fetch.settings import Settings
+from megatron_lcl.data.fetch.store import PartStore, Row, read_rows
+from megatron_lcl.errors import UserError
+
+SETTINGS = Settings(shard_urls=1, retries=2, delay=0.0)
+
+
+def image_of(url: str) -> tuple[Row, bytes]:
+    return Row(url, "kept", "", hashlib.sha256(b"image").hexdigest(), 5, 1, 1, "PNG"), b"image"
+
+
+class Web:
+    """Stands in for the client. Hosts named "dead…" are not reached, after ten seconds; others answer, after one."""
+
+    down = False
+    """whether no host is reached, at once"""
+
+    def __init__(self, settings: Settings) -> None:
+        self.asked = Counter[str]()
+
+    async def __aenter__(self) -> Web:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        pass
+
+    async def fetch(self, url: str) -> Outcome:
+        self.asked[url] += 1
+        if self.down:
+            raise Retry("name not resolved", reached=False)
+        if "//dead" in url:
+            await asyncio.sleep(10)
+            raise Retry("no connection", reached=False)
+        await asyncio.sleep(1)
+        return Outcome(*image_of(url))
+
+    def crawl_delay(self, url: str) -> float:
+        return 0.0
+
+
+def planned(folder: Path, urls: list[str], settings: Settings = SETTINGS) -> Plan:
+    make_plan(folder, iter([urls]), {}, "", settings)
+    plan = open_plan(folder, "", settings)
+    assert plan is not None
+    return plan
+
+
+def work_on(folder: Path, plan: Plan, max_open_parts: int, settings: Settings = SETTINGS) -> float:
+    """The seconds that a process takes for a plan."""
+    parts, counts = iter(range(len(plan.parts))), [0] * len(work.COUNTED)
+    worker = work.Worker(folder, plan, settings, lambda: next(parts, None), counts, max_open_parts=max_open_parts)
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=Clock) as runner:
+        patch.setattr(work, "Client", Web)
+        runner.run(worker.run())
+        return runner.get_loop().time()
+
+
+def reasons(folder: Path) -> Counter[str]:
+    return Counter(str(row["reason"] or row["status"]) for row in read_rows(folder))
+
+
+@pytest.mark.parametrize(("max_open_parts", "max_open_urls"), [(1, 200_000), (16, 200_000), (16, 3)])
+@pytest.mark.parametrize("hosts", ["{}.example", "dead{}.example"])
+def test_every_part_is_opened(
+    tmp_path: Path, max_open_parts: int, max_open_urls: int, hosts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts whose last URLs are held do not end the others, nor do parts of dead hosts alone."""
+    for module in (work, schedule):
+        monkeypatch.setattr(module, "MAX_OPEN_URLS", max_open_urls)
+    urls = [f"http://dead{k}.example/a" for k in range(20)] + [f"http://{hosts.format(k)}/b" for k in range(20)]
+    plan = planned(tmp_path, urls)
+    assert len(plan.parts) > max_open_parts + 1
+    seconds = work_on(tmp_path, plan, max_open_parts)
+    if max_open_urls > len(urls) and max_open_parts > 1:  # the timeouts are waited for at once
+        assert seconds < 3 * (3 * 10 + 6)
+    live = 20 if "dead" not in hosts else 0
+    assert reasons(tmp_path) == {"no connection": 40 - live} | ({"kept": live} if live else {})
+
+
+def test_no_network_and_more_urls_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more parts are opened, and after a minute nothing is dead; then the network is there."""
+    for module in (work, schedule):
+        monkeypatch.setattr(module, "MAX_OPEN_URLS", 100)
+    monkeypatch.setattr(Web, "down", True)
+    settings = dataclasses.replace(SETTINGS, shard_urls=20)
+    plan = planned(tmp_path, [f"http://{host}.example/{k}" for host in range(200) for k in range(2)], settings)
+    opened: list[int] = []
+    of_one = Plan.urls
+    monkeypatch.setattr(Plan, "urls", lambda plan, part: opened.append(part) or of_one(plan, part))
+    with pytest.raises(UserError, match="no host was reached for"):
+        work_on(tmp_path, plan, 16, settings)
+    assert 100 <= sum(plan.parts[part] for part in opened) < 200
+    assert not [*tmp_path.glob("*.parquet")]
+    assert not any(log.read_bytes() for log in tmp_path.glob("*.log"))
+    monkeypatch.setattr(Web, "down", False)
+    work_on(tmp_path, plan, 16, settings)
+    assert reasons(tmp_path) == {"kept": 400}
+
+
+@pytest.mark.parametrize("shard_urls", [100, 10_000])
+def test_dead_hosts_are_left_at_the_end(tmp_path: Path, shard_urls: int) -> None:
+    """Their timeouts take longer than a minute; a host that gave an image does so again, in a later run too."""
+    settings = dataclasses.replace(SETTINGS, shard_urls=shard_urls)
+    urls = [f"http://dead{host}.example/{k}" for host in range(60) for k in range(12)]
+    plan = planned(tmp_path, [*urls, "http://live.example/a"], settings)
+    if len(plan.parts) == 1:  # the live host's image is in the store already, and that was all
+        part = PartStore(tmp_path, 0, shard_urls)
+        part.add(*image_of("http://live.example/a"))
+        part.close()
+    taken = work_on(tmp_path, plan, 16, settings)
+    assert taken > work.OUTAGE_SECONDS
+    assert sum(reasons(tmp_path).values()) == len(urls) + 1
+    assert reasons(tmp_path)["kept"] == 1
+
+
+def test_network_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the list and within a minute: no host answers, those neither that gave images, so none is dead."""
+    settings = dataclasses.replace(SETTINGS, shard_urls=20)
+    plan = planned(tmp_path, [f"http://{host}.example/{k}" for host in range(80) for k in range(3)], settings)
+    ask = Web.fetch
+
+    async def fetch(self: Web, url: str) -> Outcome:
+        if self.asked.total() == 100:
+            monkeypatch.setattr(Web, "down", True)
+        return await ask(self, url)
+
+    monkeypatch.setattr(Web, "fetch", fetch)
+    with pytest.raises(UserError, match="is there a network"):
+        work_on(tmp_path, plan, 16, settings)
+    assert set(reasons(tmp_path)) <= {"kept"}
+    monkeypatch.undo()
+    work_on(tmp_path, plan, 16, settings)
+    assert reasons(tmp_path) == {"kept": 240}
+
+
+def test_parts_that_are_not_at_their_end_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "urls.txt").write_text("http://127.0.0.1:9/a")
+    monkeypatch.setattr(run, "_do", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"parts \[0\] are not at their end"):
+        run.fetch(tmp_path / "urls.txt", tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("shard_urls", "workers"), [("1", 1), pytest.param("10", 3, marks=pytest.mark.slow)], ids=["one", "three"]
+)
+def test_the_command_does_all_parts(
+    tmp_path: Path, shard_urls: str, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In more parts than may be open; with processes, of which each may have one, the dead hosts are known last."""
+    listed, store = tmp_path / "urls.txt", tmp_path / "store"
+    dead = [f"http://127.0.1.{k}:9/gone/{k}" for k in range(1, 41)]
+    with serving(tmp_path, addresses=8) as (addresses, port):
+        live = [f"http://{address}:{port}/ok/{k}" for k, address in enumerate(addresses)]
+        listed.write_text("\n".join([*dead, *live]))
+        words = ["fetch", str(listed), "--output", str(store), *FLAGS, "--shard-urls", shard_urls]
+        assert main([*words, "--backoff", "1", "--workers", str(workers)]) == 0
+    parts = len(list(store.glob("plan/*.parquet")))
+    assert parts > MAX_OPEN_PARTS if workers == 1 else parts // workers == 1
+    assert "48 URLs: 8 kept" in capsys.readouterr().out
+    assert Counter(row["url"] for row in read_rows(store)) == Counter([*dead, *live])
+    assert reasons(store) == {"kept": 8, "no connection": 40}
