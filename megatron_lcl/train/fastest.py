@@ -79,7 +79,8 @@ def choose_fastest(config: Config, batch: PackedBatch, mesh: Mesh, device: torch
     if len(options) == 1:
         return Fastest(options[0], {})
     file, about = _file_of(config, batch, mesh, device, options)
-    seconds, faults = mesh.world.broadcast_object(_read(file, options) if mesh.is_first else None), {}
+    faults: dict[str, str] = {}
+    seconds = mesh.world.broadcast_object(_read(file, options) if mesh.is_first else None)
     if seconds is None:
         seconds, faults = _measured(options, config, batch, mesh, device)
         if mesh.is_first and not faults:  # what has failed may go another time

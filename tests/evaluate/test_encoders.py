@@ -274,7 +274,8 @@ def test_other_hugging_face_models(kind: str, tmp_path: Path, colors: Path) -> N
     hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
     encoder = load_encoder(f"hf:{tmp_path}")
     images = torch.stack([encoder.prepare(b.read()) for b in open_images(colors).images[:3]])
-    pooled, patches = encoder.encode(images)
+    found = encoder.encode(images)
+    pooled, patches = found.pooled, found.patches
     with torch.no_grad():
         if kind == "clip":
             out = theirs.vision_model(images)
@@ -331,7 +332,8 @@ def test_a_pooler_without_weights_is_left_out(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    pooled, patches = load_encoder(f"hf:{tmp_path}").encode(image)
+    found = load_encoder(f"hf:{tmp_path}").encode(image)
+    pooled, patches = found.pooled, found.patches
     with torch.no_grad():
         hidden = theirs.vit(image).last_hidden_state
     assert torch.allclose(pooled, hidden[:, 0], atol=1e-5)
