@@ -86,6 +86,18 @@ def test_without_a_hostfile_its_script_says_how(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_its_own_processes_know_how_many_share_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$LOCAL_RANK of $LOCAL_WORLD_SIZE, $RANK of $WORLD_SIZE"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as in the only task of a step
+    assert launch.start_local([], 3) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3" for rank in range(3)]
+
+
 def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.sched_getaffinity(0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
