@@ -52,6 +52,7 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
     lines = {line[:12].strip(): line[12:] for line in out.splitlines()}
     assert lines["processes"] == "8: 4 on each of 2 nodes"
     assert lines["each node"].startswith("torchrun --nnodes=2 --nproc-per-node=4 ")
+    assert f" {dryrun.TORCHRUN} -m megatron_lcl train " in lines["each node"]
     assert lines["each node"].endswith(f"--train.output '{run}'")
     assert "data 4 x pipeline 1 x tensor 2, ZeRO stage 1" in lines["layout"]
     assert "8 packs of 96 tokens: 768 tokens a step; a replica runs 1 micro-batch of 2" in lines["batch"]
