@@ -8,4 +8,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 hostfile=$1
 shift
 find_python
-exec "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_local_rank --module megatron_lcl train "$@"
+# DeepSpeed's own passes on few variables, and to the machines' shells it quotes only arguments with a space in them
+runner='
+import shlex
+from deepspeed.launcher import multinode_runner, runner
+runner.EXPORT_ENVS.append("OMP_NUM_THREADS")
+multinode_runner.PDSHRunner.parse_user_args = lambda self: [shlex.quote(word) for word in self.args.user_args]
+runner.main()'
+exec "$python" -c "$runner" --hostfile "$hostfile" --no_local_rank --module megatron_lcl train "$@"

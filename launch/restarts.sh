@@ -2,6 +2,10 @@
 # Sourced by slurm.sh: what a job needs to start again, without the nodes that have failed.
 # Uses $logs (the job's folder), $nodes (how many the job has) and $max_restarts.
 
+# A task of an array by this name: the last one's SLURM_JOB_ID is the array's number too, which names all of its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # Where a run would go on, from a dry run's text.
 goes_on() { sed -n 's/^run  *//p' "$@" 2>/dev/null | head -n 1; }
 
@@ -43,10 +47,10 @@ s/^srun: error: \([^ :]*\): tasks\{0,1\} [^:]*: \(Killed\|Aborted\|Segmentation\
 # where not enough others are up: a job that cannot start would wait for ever.
 leave_out() {
   local already up
-  already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^.*ExcNodeList=\([^ (]*\).*/\1/p')
+  already=$(scontrol show job "$job" | sed -n 's/^.*ExcNodeList=\([^ (]*\).*/\1/p')
   out=$({ [ -z "$already" ] || scontrol show hostnames "$already"; echo "$1"; } | sort -u)
   up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
-    awk '$2 ~ /^(idle|alloc|mix|comp|resv|reserved|plan)/ {print $1}' | sort -u)
+    awk '$2 !~ /\*/ && $2 ~ /^(idle|alloc|mix|comp|resv|reserved|plan)/ {print $1}' | sort -u)
   [ "$(comm -23 <(echo "$up") <(echo "$out") | wc -l)" -lt "${nodes:?}" ] || return 0
   echo "--- there are not enough nodes to do without $(paste -sd ' ' <<<"$1")" >&2
   out=
@@ -68,11 +72,11 @@ requeue() {
   local without=${2:-}
   trap '' TERM # which Slurm sends at once
   # a job that was cancelled, or that Slurm itself puts back into the queue, is not running any more
-  [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ] || return 0
+  [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] || return 0
   echo "--- $(date -Is): $1; back into the queue${without:+, without $(paste -sd ' ' <<<"$without")}"
-  scontrol requeue "$SLURM_JOB_ID" || return 0
+  scontrol requeue "$job" || return 0
   # Slurm takes this only once the job waits; the script has the cluster's KillWait left for it
-  [ -z "$without" ] || until scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$(paste -sd , <<<"$without")"; do
+  [ -z "$without" ] || until scontrol update "JobId=$job" "ExcNodeList=$(paste -sd , <<<"$without")"; do
     sleep 1
   done
 }

@@ -2,16 +2,14 @@
 # Sourced by the sbatch scripts beside it, with $here (this folder), the name of a config, and the job's arguments,
 # which go to `megatron-lcl train`. Checks every node, starts one process a GPU, and puts the job back into the queue
 # when the run asks for that. docs/launching.md says what can be set from outside.
+if [ -n "${SETUP:-}" ]; then # the site's modules and variables; first, so that it can set all that is read below
+  # shellcheck source=/dev/null
+  source "$SETUP" || { echo "SETUP=$SETUP failed" >&2 && exit 2; }
+fi
 set -eu
 source "${here:?}/common.sh"
 config=$root/configs/$1.yaml
 shift
-if [ -n "${SETUP:-}" ]; then # the site's modules and variables
-  set +eu
-  # shellcheck source=/dev/null
-  source "$SETUP" || { echo "SETUP=$SETUP failed" >&2 && exit 2; }
-  set -eu
-fi
 # further options of every srun, and words before Python in every task; quoted as in a shell
 srun_args=() prefix=()
 eval "srun_args=(${SRUN_ARGS:-})"

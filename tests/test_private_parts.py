@@ -161,7 +161,7 @@ PARTS = [
     Part("torch", "_C", "module of it"),
     Part("torch.distributed.distributed_c10d", "_get_default_store", "the watchdog's store", ()),
     Part("torch.distributed.distributed_c10d", "_abort_process_group", "a process that has failed", ("group",)),
-    Part("torch.distributed.distributed_c10d", "_world", "the process groups by name, for the watchdog's report"),
+    Part("torch.distributed.distributed_c10d", "_world", "all process groups, and their names"),
     Part("torch.distributed", "ProcessGroup._get_sequence_number_for_group", "collectives so far, for the report"),
     Part("torch.nn", "Module._parameters", "stand-ins of shared parameters", in_source='"_parameters"'),
     Part("torch.nn", "Module._apply", "extended: the log scale stays float32", ("self", "fn", "recurse")),

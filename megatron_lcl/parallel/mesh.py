@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,16 @@ def connect_on_demand() -> None:
     (pytorch/gloo issues 327 and 419). Collectives talk to a logarithmic number of processes.
     """
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+
+
+def set_timeouts(seconds: float) -> None:
+    """How long collectives begun from now on wait for other processes, in all groups that this process has by now.
+
+    Libraries make groups too, such as DeepSpeed, which takes no timeout for its own.
+    """
+    groups: Any = dist.distributed_c10d._world.pg_names
+    for group in list(groups):
+        group.set_timeout(timedelta(seconds=seconds))
 
 
 def local_device() -> torch.device:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from markupsafe import Markup
 
 from megatron_lcl import config as configs
 from megatron_lcl import fields
+from megatron_lcl.config.results import NO_MATTER
 from megatron_lcl.convert.find import run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
@@ -34,10 +34,6 @@ from megatron_lcl.run_folder import CONFIG
 
 TEMPLATE = "runs.html"
 SEEDS = ("train.seed", "data.seed")
-_NO_MATTER = re.compile(
-    r"train\.(output|progress|log_every|seed)|data\.(workers|look_ahead|cache|cache_gb|storage_cache_gb|seed)"
-    r"|checkpoint\..*|guard\.(?!spike_).*"
-)
 FINAL = {
     "loss": "loss",
     "generation": "generation",
@@ -225,10 +221,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
     """The runs by their settings, seeds and what changes no result left out; in the order of what differs."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        kept = {key: value for key, value in run.settings.items() if not _NO_MATTER.fullmatch(key)}
+        kept = {key: value for key, value in run.settings.items() if _is_compared(key)}
         by_settings.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(run)
     groups = list(by_settings.values())
-    keys = dict.fromkeys(key for run in runs for key in run.settings if not _NO_MATTER.fullmatch(key))
+    keys = dict.fromkeys(key for run in runs for key in run.settings if _is_compared(key))
     differing = [key for key in keys if len({text_of(of_one[0].settings.get(key)) for of_one in groups}) > 1]
     groups.sort(key=lambda of_one: [_order(of_one[0].settings.get(key)) for key in differing])
     return [
@@ -239,6 +235,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
         )
         for number, of_one in enumerate(groups)
     ]
+
+
+def _is_compared(key: str) -> bool:
+    return key not in SEEDS and not NO_MATTER.fullmatch(key)
 
 
 def _order(value: Any) -> tuple[bool, float, str]:

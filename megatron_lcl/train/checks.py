@@ -39,10 +39,11 @@ TRAINED_ONLY = tuple(f"model.vision.{x}" for x in ("patch_dropout", "patch_dropo
 """settings of the model that say how it is trained, and may change in a run"""
 
 
-def check(config: Config, processes: int, nodes: int = 1, elsewhere: bool = False) -> dict[str, Any]:
+def check(config: Config, processes: int, nodes: int | None = None, elsewhere: bool = False) -> dict[str, Any]:
     """Everything that can be known to be wrong before anything starts; DeepSpeed's config, derived and checked.
 
-    elsewhere: the run's devices are not this machine's, as where a dry run is made on a login node.
+    nodes: in a dry run, on which this process may have no part in the run. elsewhere: the run's devices are not this
+    machine's, as where a dry run is made on a login node.
     """
     objectives.create(config)
     if not config.data.corpora:

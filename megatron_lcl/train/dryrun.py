@@ -44,6 +44,8 @@ from megatron_lcl.train.strategy import choose_strategy
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
 """variable in which a launch script says what it would run"""
+TORCHRUN = "--shutdown-timeout=600 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""what torchrun needs for a run that saves when it is told to end, as in launch/torchrun.sh"""
 LAST_LINE = "checks      passed: "
 """the text's last line begins so; launch scripts look for it"""
 
@@ -147,7 +149,8 @@ def _launch(arguments: Sequence[str], nodes: int, processes: int) -> Iterator[st
     if "SLURM_JOB_ID" in os.environ:
         command = f"srun --ntasks-per-node={processes} {program} {line}"
     elif nodes > 1:
-        command = f"torchrun --nnodes={nodes} --nproc-per-node={processes} --node-rank=K --master-addr=NODE_0 {line}"
+        where_and_which = f"--nnodes={nodes} --nproc-per-node={processes} --node-rank=K --master-addr=NODE_0"
+        command = f"torchrun {where_and_which} {TORCHRUN} {line}"
     else:
         command = f"{program} {line} --processes {processes}"
     yield f"each node   {command}"

@@ -1,8 +1,8 @@
 """Processes on this machine: how many, and starting them.
 
-A launcher (torchrun, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for
-the tasks of Slurm's srun `adopt_slurm` derives them. Without a launcher `start_local` starts the processes itself and
-gives them the same variables.
+A launcher (torchrun, DeepSpeed's) gives every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and
+most give LOCAL_WORLD_SIZE, which says how many share the machine; for the tasks of Slurm's srun `adopt_slurm` derives
+them. Without a launcher `start_local` starts the processes itself and gives them the same variables.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(tasks)
     environment["LOCAL_RANK"] = "0" if bound else environment["SLURM_LOCALID"]
+    if (counts := environment.get("SLURM_STEP_TASKS_PER_NODE")) and "SLURM_NODEID" in environment:
+        environment["LOCAL_WORLD_SIZE"] = str(_per_node(counts)[int(environment["SLURM_NODEID"])])
     environment.setdefault("MASTER_ADDR", hosts(environment["SLURM_STEP_NODELIST"])[0])
     environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
 
@@ -63,6 +65,12 @@ def hosts(nodes: str) -> list[str]:
     if not names:
         raise UserError(f"SLURM_STEP_NODELIST = {nodes!r} names no node")
     return [host for name in names for host in _expand(name)]
+
+
+def _per_node(counts: str) -> list[int]:
+    """Numbers as Slurm writes them for the nodes of a step: "2(x3),1" → 2, 2, 2, 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def _expand(name: str) -> list[str]:
@@ -102,7 +110,8 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     threads = max(1, num_cores() // processes)
     watched, say = os.pipe()
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, WATCHED: str(say)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "megatron_lcl", *arguments],

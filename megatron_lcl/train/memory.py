@@ -207,11 +207,15 @@ def _limits(own: Path, root: Path) -> Iterator[float]:
                 continue
 
 
-def local_processes(processes: int, nodes: int = 1) -> int:
-    """How many of a run's processes are certainly on this machine."""
-    if is_launched():
-        return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, processes // nodes)
+def local_processes(processes: int, nodes: int | None = None) -> int:
+    """How many of a run's processes are certainly on this machine.
+
+    nodes: of a run that is only looked at, which may happen in a process of another launch, such as the check of an
+    sbatch script; None: in a process of the run, or where one machine is to have it.
+    """
+    if nodes is None and is_launched():  # DeepSpeed's launcher has a name of its own
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, processes // (nodes or 1))
 
 
 def in_gb(size: float) -> str:

@@ -20,7 +20,7 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.summary import summarize
 from megatron_lcl.errors import RunError
-from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.parallel.mesh import Mesh, set_timeouts
 from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -48,7 +48,7 @@ from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
 from megatron_lcl.train.resilience.faults import exit_if_lost
 from megatron_lcl.train.resilience.replicas import find_difference
 from megatron_lcl.train.resilience.signals import Signals, Stopped
-from megatron_lcl.train.resilience.watchdog import Watchdog
+from megatron_lcl.train.resilience.watchdog import Watchdog, timeout_of
 from megatron_lcl.train.result import PendingResult, StepResult, read_results
 from megatron_lcl.train.resume_point import ResumePoint, resolve_resume_point
 from megatron_lcl.train.telemetry import Telemetry
@@ -75,8 +75,9 @@ def train(config: Config, signals: Signals | None = None) -> Path:
 
 
 def _train(config: Config, signals: Signals) -> Path:
-    mesh = init_processes(config)
+    mesh = init_processes(config)  # within DeepSpeed's ten minutes: nobody watches yet
     try:
+        set_timeouts(timeout_of(config.guard))
         with (
             Watchdog(mesh.world, config.guard.timeout, config.guard.long_timeout) as watchdog,
             contextlib.ExitStack() as until_end,
@@ -88,6 +89,7 @@ def _train(config: Config, signals: Signals) -> Path:
             config = point.config
             module = build_module(config, mesh, pipeline_partition(config, mesh, point), point.weights)
             engine = build_engine(module, config, mesh, point.deepspeed)
+            set_timeouts(timeout_of(config.guard))  # also in the groups of DeepSpeed
             run = Path(config.train.output)
             with (
                 Telemetry(run, config, mesh.is_first, point.progress.step) as telemetry,

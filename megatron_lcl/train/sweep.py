@@ -19,6 +19,7 @@ from typing import Any
 from megatron_lcl import config as configs
 from megatron_lcl import fields
 from megatron_lcl.config import Config
+from megatron_lcl.config.results import NO_MATTER
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.folder import last_progress
@@ -29,8 +30,6 @@ MAX_NAME = 150
 STOPPED = (75, 130)
 """exit codes of a run that was told to end"""
 _OUTPUT = "train.output"
-_NO_MATTER = re.compile(r"train\.(output|progress)|data\.(workers|cache|cache_gb)|checkpoint\..*|guard\..*")
-"""fields that a finished run's result does not depend on"""
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,14 @@ def of_array(sweep: Sequence[Member], environment: Mapping[str, str]) -> Member 
 
 
 def is_finished(member: Member) -> bool:
-    """Whether the run has made all its steps. UserError where it has, but with other settings than it would have."""
+    """Whether the run has made all its steps. UserError where it has, but with settings that give another result."""
     run = Path(member.config.train.output)
     progress = last_progress(run)
     if progress is None or progress.step < member.config.train.steps:
         return False
     made, wanted = (fields.flat(configs.to_dict(config)) for config in (configs.load(run / CONFIG), member.config))
     for key, value in wanted.items():
-        if made.get(key) != value and not _NO_MATTER.fullmatch(key):
+        if made.get(key) != value and not NO_MATTER.fullmatch(key):
             raise UserError(
                 f"{run} is finished, with {key} = {made.get(key)} where this sweep has {value}; give the sweep another "
                 f"{_OUTPUT}, or delete that folder"

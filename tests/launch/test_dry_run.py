@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare.preprocess import preprocess
-from megatron_lcl.train import dryrun
+from megatron_lcl.train import checks, dryrun, memory
 from megatron_lcl.train.launch import adopt_slurm, hosts
 
 TASK = {
@@ -27,6 +27,8 @@ TASK = {
     "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_NODEID": "1",
 }
 
 
@@ -50,6 +52,7 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
     lines = {line[:12].strip(): line[12:] for line in out.splitlines()}
     assert lines["processes"] == "8: 4 on each of 2 nodes"
     assert lines["each node"].startswith("torchrun --nnodes=2 --nproc-per-node=4 ")
+    assert f" {dryrun.TORCHRUN} -m megatron_lcl train " in lines["each node"]
     assert lines["each node"].endswith(f"--train.output '{run}'")
     assert "data 4 x pipeline 1 x tensor 2, ZeRO stage 1" in lines["layout"]
     assert "8 packs of 96 tokens: 768 tokens a step; a replica runs 1 micro-batch of 2" in lines["batch"]
@@ -109,6 +112,19 @@ def test_what_is_wrong_is_one_line(
         assert "8 processes on a node where torch sees 4 GPUs" in fault("--processes", "8")
 
 
+def test_the_memory_is_that_of_a_node_of_the_run(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the check's own step in an sbatch script, which has one task on each node."""
+    shares: list[int] = []
+    for module in (checks, dryrun):
+        monkeypatch.setattr(module, "available", lambda local: shares.append(local) or memory.available(local))
+    for name, value in {"SLURM_JOB_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny)
+    assert (code, err, shares) == (0, "", [4, 4])
+
+
 def _not_dry(capsys: pytest.CaptureFixture[str], tiny: list[str]) -> str:
     assert main(["train", "--nodes", "2", *tiny]) == 2
     return capsys.readouterr().err
@@ -117,9 +133,13 @@ def _not_dry(capsys: pytest.CaptureFixture[str], tiny: list[str]) -> str:
 def test_a_task_of_srun_knows_its_rank() -> None:
     task = dict(TASK)
     adopt_slurm(task)
-    assert {name: task[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
-        "RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": "gpu07",
+    assert {name: task[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
+        "RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu07",
     }  # fmt: skip
+    for node, count in enumerate(("3", "2", "2", "11")):
+        uneven = TASK | {"SLURM_STEP_TASKS_PER_NODE": "3,2(x2),11", "SLURM_NODEID": str(node)}
+        adopt_slurm(uneven)
+        assert uneven["LOCAL_WORLD_SIZE"] == count
     assert 10_000 <= int(task["MASTER_PORT"]) < 30_000
 
 

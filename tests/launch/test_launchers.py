@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_lcl.parallel.cores import num_cores
-from megatron_lcl.train import launch
+from megatron_lcl.train import dryrun, launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -56,6 +56,13 @@ def test_torchrun_passes_signals_on_and_waits_for_the_save(tiny: list[str], tmp_
     assert checkpoint.verify(folder) == []
 
 
+def test_torchrun_is_told_the_same_wherever_it_is_named() -> None:
+    """By the script, the page, and a dry run for several machines."""
+    page = LAUNCH.parent / "docs" / "launching.md"
+    for text in (page.read_text(), (LAUNCH / "torchrun.sh").read_text()):
+        assert all(f" {option} " in text for option in dryrun.TORCHRUN.split())
+
+
 @pytest.mark.slow
 def test_deepspeed_starts_the_machines_of_a_hostfile(tiny: list[str], tmp_path: Path) -> None:
     for name, text in (("pdsh", PDSH), ("ssh", SSH)):
@@ -78,12 +85,86 @@ def test_deepspeed_starts_the_machines_of_a_hostfile(tiny: list[str], tmp_path: 
     assert "'two': [0]" in result.stdout + result.stderr  # the launcher's view: both hosts, a process each
 
 
+@pytest.mark.slow
+def test_the_machines_of_a_hostfile_get_arguments_and_threads_as_they_are_here(tmp_path: Path) -> None:
+    """Whatever their shells would make of braces, quotes and variables."""
+    of_machine = """#!/usr/bin/env bash
+    command="${*:6}"
+    OMP_NUM_THREADS= bash -c "${command%% cd *} printf '<%s>' \\"\\$OMP_NUM_THREADS\\" ${command##* megatron_lcl }"
+    """
+    for name, text in (("pdsh", of_machine), ("ssh", SSH)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    words = [
+        "--data.corpora",
+        "[{path:a,weight:1}]",
+        "a  b",
+        '[{path: "$HOME", weight: 1}]',
+        "it's;",
+        "`pwd`",
+        "x\\y",
+        "",
+    ]
+    result = subprocess.run(
+        ["bash", str(LAUNCH / "hostfile.sh"), str(tmp_path / "hosts"), *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="3"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "".join(f"<{word}>" for word in ["3", "train", *words])
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends_with", "starts"),
+    [
+        ([0], 0, 1),
+        ([71, 137, 0], 0, 3),
+        ([71, 71, 71, 71, 0], 71, 4),
+        ([71, 2, 0], 2, 2),
+        ([130, 0], 130, 1),
+        ([75, 0], 75, 1),
+    ],
+)
+def test_the_loop_of_the_page_starts_again_after_a_loss(
+    codes: list[int], ends_with: int, starts: int, tmp_path: Path
+) -> None:
+    """What stands below it in a script is only done after a run that has finished."""
+    page = (LAUNCH.parent / "docs" / "launching.md").read_text()
+    section = page.partition("\n## Starting again without Slurm\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("    ")]
+    train = tmp_path / "megatron-lcl"
+    train.write_text('#!/bin/sh\necho start\nread code <codes\nsed -i 1d codes\nexit "$code"\n')
+    train.chmod(0o755)
+    script = "\n".join([*lines, "echo finished"])
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for shell in (["sh", "-c"], ["bash", "-euc"]):
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        result = subprocess.run([*shell, script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert result.stdout.split() == ["start"] * starts + ["finished"] * (ends_with == 0), result.stderr
+        assert result.returncode == ends_with
+
+
 def test_without_a_hostfile_its_script_says_how(tmp_path: Path) -> None:
     command = ["bash", str(LAUNCH / "hostfile.sh"), str(tmp_path / "absent")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert result.returncode == 2
     assert result.stderr.startswith("usage: bash ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_its_own_processes_know_how_many_share_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$LOCAL_RANK of $LOCAL_WORLD_SIZE, $RANK of $WORLD_SIZE"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as in the only task of a step
+    assert launch.start_local([], 3) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3" for rank in range(3)]
 
 
 def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

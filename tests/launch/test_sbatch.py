@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +50,20 @@ if [ "${CRASHES:-}" = "$SLURM_PROCID" ]; then echo "OSError: no such thing" && e
 while :; do sleep 0.1; done
 """
 
-
+# of an array's three tasks: the first ends at once, the last after it and starts again, the second once it has
+ONE_TASK_AGAIN = """
+echo "member $SLURM_ARRAY_TASK_ID, start ${SLURM_RESTART_COUNT:-0}"
+cd "$SLURM_SUBMIT_DIR"
+tries=0
+patiently() { until "$@" || [ $((tries += 1)) = 300 ]; do sleep 0.2; done; }
+two_are_left() { [ "$(squeue --noheader --array --jobs="$SLURM_ARRAY_JOB_ID" | wc -l)" = 2 ]; }
+case $SLURM_ARRAY_TASK_ID,${SLURM_RESTART_COUNT:-0} in
+  1,0) patiently test -e again ;;
+  2,0) patiently two_are_left && exit 75 ;;
+  2,1) touch again ;;
+esac
+exit 0
+"""
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' srun "$@" >"$SLURM_SUBMIT_DIR/srun-$SLURM_JOB_ID"
 { printf '%q ' "$@" && echo; } >>"$SLURM_SUBMIT_DIR/sruns-$SLURM_JOB_ID"
@@ -312,6 +327,32 @@ def test_containers_are_given_to_srun_or_before_python(slurm: Slurm, checkout: P
     assert planned(log(folder, job)) == ["srun", *steps[2]], "and the check has printed it"
 
 
+def test_the_file_of_the_site_may_choose_the_environment(checkout: Path, tmp_path: Path) -> None:
+    its_own = tmp_path / "an environment" / "bin" / "python"
+    its_own.parent.mkdir(parents=True)
+    its_own.write_text("#!/bin/sh\necho chosen\n")
+    its_own.chmod(0o755)
+    (tmp_path / "set-up").write_text(f"export VENV='{its_own.parents[1]}'\n")
+    script = ["bash", str(checkout / "launch" / "lcl_vitg.sh"), "--dry-run"]
+    environment = {**os.environ, "SETUP": str(tmp_path / "set-up")}
+    result = subprocess.run(script, capture_output=True, text=True, timeout=60, env=environment)
+    assert (result.returncode, result.stdout) == (0, "chosen\n"), result.stderr
+
+
+def test_a_node_that_does_not_respond_is_none_to_start_on(tmp_path: Path) -> None:
+    """sinfo marks it so: `idle*`."""
+    text = """
+    sinfo() { printf '%s\\n' 'n1 mixed' 'n2 idle' 'n3 idle*' 'n4 allocated' 'n5 down'; }
+    scontrol() { [ "$2" = job ] || printf '%s\\n' n1; }
+    source "$1" && nodes=$2 && leave_out n1 && echo "$out"
+    """
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_PARTITION": "any"}
+    for nodes, left_out in (("2", "n1\n"), ("3", "")):
+        command = ["bash", "-uc", text, "bash", str(ROOT / "launch" / "restarts.sh"), nodes]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert result.stdout == left_out, result.stderr
+
+
 def test_the_scripts_differ_in_name_and_size_only() -> None:
     texts = set()
     for name in SCRIPTS:
@@ -326,13 +367,23 @@ def test_the_scripts_differ_in_name_and_size_only() -> None:
 
 @pytest.mark.slow
 def test_each_task_of_a_job_array_knows_its_own(slurm: Slurm, checkout: Path, folder: Path) -> None:
-    """As `train --sweep` needs it, and every task finds the scripts, whatever scontrol says of the others."""
-    one_node = ["--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=1", "--array=0-1"]
-    submit(slurm, checkout, folder, *one_node, DOES='echo "member $SLURM_ARRAY_TASK_ID" && exit 0')
+    """As `train --sweep` needs it, and every task finds the scripts, whatever scontrol says of the others.
+
+    The last one, whose number is that of the array, goes back into the queue alone, while one has ended and one runs.
+    """
+    one_node = ["--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=1", "--array=0-2"]
+    array = submit(slurm, checkout, folder, *one_node, DOES=ONE_TASK_AGAIN)
 
     def members() -> list[str]:
         lines = [line for path in folder.glob("lcl_vitg-*/rank-0000.log") for line in path.read_text().splitlines()]
         return sorted(line for line in lines if line.startswith("member"))
 
-    slurm.wait(lambda: len(members()) == 2, "both tasks have run")
-    assert members() == ["member 0", "member 1"]
+    tasks = [f"{array}_{number}" for number in range(3)]
+    slurm.wait(lambda: all(slurm.state(t) in ("COMPLETED", "FAILED") for t in tasks), "all tasks have ended")
+    assert [(slurm.state(task), slurm.field(task, "Restarts")) for task in tasks] == [
+        ("COMPLETED", "0"),
+        ("COMPLETED", "0"),
+        ("COMPLETED", "1"),
+    ]
+    assert members() == ["member 0, start 0", "member 1, start 0", "member 2, start 0", "member 2, start 1"]
+    assert slurm.field(tasks[2], "JobId") == array

@@ -38,6 +38,7 @@ def test_what_changes_no_result_makes_no_other_curve(tree: dict[str, Any]) -> No
     [
         ({"optimizer": {"lr": 0.5}}, "optimizer.lr"),
         ({"guard": {"spike_sigmas": 6.0}}, "guard.spike_sigmas"),
+        ({"guard": {"spike_window": 64}}, "guard.spike_window"),
         ({"train": {"global_batch": 1024}}, "train.global_batch"),
     ],
 )

@@ -225,6 +225,17 @@ def test_the_least_limit_counts(tmp_path: Path) -> None:
         assert memory.available(2).size == memory.available(1).size / 2 > 0
 
 
+@pytest.mark.parametrize("said", [{}, {"LOCAL_WORLD_SIZE": "3"}, {"LOCAL_SIZE": "2"}])
+def test_processes_of_a_machine_as_its_launcher_says(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (memory.local_processes(4), memory.local_processes(4, 2)) == (4, 2), "no launcher"
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", **said}.items():
+        monkeypatch.setenv(name, value)
+    assert memory.local_processes(4) == int(next(iter(said.values()), 1))
+    assert memory.local_processes(4, 2) == 2, "of a run that is only looked at"
+
+
 @pytest.mark.slow
 def test_the_bound_is_below_what_is_measured_and_a_simulated_step_is_what_is_measured(
     monkeypatch: pytest.MonkeyPatch,

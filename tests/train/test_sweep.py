@@ -19,6 +19,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train import sweep
+from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.sweep import Member
 
 TINY = """
@@ -167,6 +168,29 @@ def test_every_run_is_as_if_alone_and_a_finished_one_stays(made: Path, capsys: p
     assert "seed=0 is finished, with optimizer.lr = 0.0005 where this sweep has 0.5" in capsys.readouterr().err
     assert main([*command, "--train.global_batch", "5", "--processes", "2"]) == 2, "nothing of it has begun"
     assert capsys.readouterr().err.startswith("megatron-lcl train: seed=0: ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"train.log_every": "3", "data.look_ahead": "5", "data.storage_cache_gb": "1", "checkpoint.every": "7"}, None),
+        ({"guard.timeout": "99", "guard.every": "7", "data.workers": "0", "train.progress": "false"}, None),
+        ({"guard.spike_sigmas": "6"}, r"guard\.spike_sigmas = None where this sweep has 6\.0"),
+        ({"guard.spike_window": "64"}, r"guard\.spike_window = 128 where this sweep has 64"),
+        ({"data.seed": "1"}, r"data\.seed = 0 where this sweep has 1"),
+    ],
+)
+def test_a_finished_run_is_the_same_with_what_changes_no_result(
+    changed: dict[str, str], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "seed=0", [1.0], train__seed=0)
+    monkeypatch.setattr(sweep, "last_progress", lambda _: Progress(1000, 0, {}))
+    (member,) = sweep.members(None, {"train.output": str(tmp_path), **changed}, ["train.seed=0"])
+    if said is None:
+        assert sweep.is_finished(member)
+        return
+    with pytest.raises(UserError, match=said):
+        sweep.is_finished(member)
 
 
 def write_run(folder: Path, losses: Sequence[float], step: int = 1, **settings: Any) -> Path:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_lcl.config import Guard
 from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train.launch import say_watched
@@ -74,6 +75,15 @@ class Fault(NamedTuple):
     """where, as far as that can be told"""
     code: int = LOST
     """exit code of those who see it"""
+
+
+def timeout_of(guard: Guard) -> float:
+    """Seconds after which a collective may fail by itself: when a watchdog has long ended what hangs.
+
+    DEEPSPEED_TIMEOUT (minutes) is the user's: under the watchdog's, torch is the first to end it, and keeps a record.
+    """
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT")
+    return 60.0 * float(minutes) if minutes else guard.timeout + guard.long_timeout
 
 
 class Watchdog:
