@@ -43,6 +43,8 @@ def test_every_field_and_command_is_in_it(site: Path) -> None:
     fields, commands = ((site / f"{name}.html").read_text() for name in ("config", "commands"))
     for name, *_ in configs.describe():
         assert f">{name.rpartition('.')[2]}</span>" in fields, name
+    assert ">corpora[].weight</span>" in fields
+    assert fields.count('id="data"') == 1, "a table for each section"
     for command in ("preprocess", "train", "evaluate", "export", "selftest"):
         assert f"usage: megatron-lcl {command} " in commands
 

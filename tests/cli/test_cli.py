@@ -42,6 +42,7 @@ def test_help_documents_every_config_field(capsys: pytest.CaptureFixture[str]) -
     for name, _, _, help in configs.describe():
         assert f"--{name} " in text
         assert help in text
+    assert " data.corpora[].weight  (float, 1)\n" in text
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
