@@ -13,11 +13,12 @@ from megatron_lcl.cli.command import add_commands
 def config() -> str:
     """A table for each section of the config."""
     lines = []
-    for section, fields in itertools.groupby(configs.describe(), lambda field: field[0].rpartition(".")[0]):
+    described = configs.describe(items=True)  # with `data.corpora[].path` in the section of `data.corpora`
+    for section, fields in itertools.groupby(described, lambda field: field[0].partition("[")[0].rpartition(".")[0]):
         lines += ["", f"## `{section}`" if section else "## At the top", ""]
         lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
         for name, kind, default, about in fields:
-            cells = (f"`{name.rpartition('.')[2]}`", f"`{kind}`", f"`{default}`" if default else "", about)
+            cells = (f"`{name.removeprefix(f'{section}.')}`", f"`{kind}`", f"`{default}`" if default else "", about)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

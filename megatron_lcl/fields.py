@@ -26,15 +26,21 @@ from megatron_lcl.errors import UserError
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Every field below `cls` as (dotted name, type, default, help), in order."""
+def describe(cls: type, prefix: str = "", items: bool = False) -> Iterator[tuple[str, str, str, str]]:
+    """Every field below `cls` as (dotted name, type, default, help), in order.
+
+    items: behind a list of sections also the fields of each, as `data.corpora[].path`.
+    """
     for name, info in fields_of(cls).items():
         section = section_of(info)
         if section is not None:
-            yield from describe(section, f"{prefix}{name}.")
-        else:
-            default = info.get_default(call_default_factory=True) if not info.is_required() else "(required)"
-            yield f"{prefix}{name}", _type_name(info.annotation), plain_text(default), info.description or ""
+            yield from describe(section, f"{prefix}{name}.", items)
+            continue
+        default = info.get_default(call_default_factory=True) if not info.is_required() else "(required)"
+        yield f"{prefix}{name}", _type_name(info.annotation), plain_text(default), info.description or ""
+        item = (get_args(info.annotation) or (None,))[0]
+        if items and dataclasses.is_dataclass(item) and isinstance(item, type):
+            yield from describe(item, f"{prefix}{name}[].")
 
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:

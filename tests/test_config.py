@@ -161,6 +161,21 @@ def test_every_field_is_documented() -> None:
     assert len({name for name, *_ in fields}) == len(fields)
 
 
+def test_fields_of_what_a_list_holds_are_documented_behind_it() -> None:
+    told = list(configs.describe(items=True))
+    assert [field for field in told if "[]" not in field[0]] == list(configs.describe())
+    names = [name for name, *_ in told]
+    first = names.index("data.corpora") + 1
+    assert [field[:3] for field in told[first : first + 2]] == [
+        ("data.corpora[].path", "str", "(required)"),
+        ("data.corpora[].weight", "float", "1"),
+    ]
+    assert "s3://" in told[first][3]
+    assert "share of the blend's tokens" in told[first + 1][3]
+    assert names[names.index("schedule.phases") + 1] == "schedule.phases[].steps"
+    assert all(help for *_, help in told)
+
+
 def test_shipped_configs_load() -> None:
     files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
     assert files

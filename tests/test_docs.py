@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_every_field_and_command_is_in_it(site: Path) -> None:
     fields, commands = ((site / f"{name}.html").read_text() for name in ("config", "commands"))
     for name, *_ in configs.describe():
         assert f">{name.rpartition('.')[2]}</span>" in fields, name
+    assert ">corpora[].weight</span>" in fields
+    assert fields.count('id="data"') == 1, "a table for each section"
     for command in ("preprocess", "train", "evaluate", "export", "selftest"):
         assert f"usage: megatron-lcl {command} " in commands
 
@@ -60,6 +63,33 @@ def test_commands_of_a_data_set_are_ours(
         (line,) = "".join(capsys.readouterr()).splitlines()
         data = words[words.index("--input") + 1] if "--input" in words else words[0]
         assert re.search(rf"(^| ){data} (does not exist|is not a corpus)", line), line
+
+
+def test_corpora_are_made_with_the_tokenizer_of_the_configs() -> None:
+    """Else one is trained, whose corpus no shipped config takes. Lines with … are about something else."""
+    commands = [
+        (page.name, line)
+        for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]
+        for line in re.findall(r"megatron-lcl preprocess (--format .* --output .*)", page.read_text("utf-8"))
+        if "…" not in line
+    ]
+    assert len(commands) > 15
+    for page, line in commands:
+        assert "--tokenizer clip " in line, (page, line)
+        if re.match(r"--format (mmc4|obelics|omnicorpus|table) ", line):
+            assert "--images " in line, (page, line)
+    for file in DOCS.parent.glob("configs/*.yaml"):
+        assert configs.load(file).model.language.vocab_size == 49411
+
+
+def test_open_clip_is_as_new_as_an_export_wants() -> None:
+    (wanted,) = re.findall(r"open-clip-torch ≥ ([\d.]+)", (DOCS / "conversion.md").read_text("utf-8"))
+    extras = tomllib.loads((DOCS.parent / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    floors = {extra: [r for r in needs if r.startswith("open-clip-torch")] for extra, needs in extras.items()}
+    assert {extra: needs for extra, needs in floors.items() if needs} == {
+        "clip": [f"open-clip-torch>={wanted}"],
+        "dev": [f"open-clip-torch>={wanted}"],
+    }
 
 
 @pytest.mark.parametrize("link", ["[x](page.md#nowhere)", "[x](nowhere.md)"])

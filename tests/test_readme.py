@@ -95,9 +95,45 @@ def test_files_and_extras_exist() -> None:
         named = re.findall(r"pip install -e \"\.\[(.*?)\]", text)
         assert named
         assert {extra for wanted in named for extra in wanted.split(",")} <= extras.keys()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert "docs/index.md" in links, "the site's first page names all others"
-    assert all((ROOT / link.partition("#")[0]).exists() for link in links)
+    assert "](docs/index.md)" in README, "the site's first page names all others"
+    assert dead_links(README) == []
+
+
+def dead_links(text: str) -> list[str]:
+    """The links of the README that lead to no file, or to no heading of it."""
+    dead = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        page = ROOT / (path or "README.md")
+        if "://" not in link and not (page.exists() and (not anchor or anchor in anchors(page.read_text("utf-8")))):
+            dead.append(link)
+    return dead
+
+
+def anchors(page: str) -> set[str]:
+    """Those that GitHub gives the headings of a page: lower case, without punctuation, a hyphen for each space; the
+    second of one name has -1 behind it."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} +(.+?)[ #]*$", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), re.M):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        found.add(next(name for n in range(99) if (name := f"{slug}-{n}" if n else slug) not in found))
+    return found
+
+
+def test_a_link_to_no_heading_is_found() -> None:
+    page = "# A page\n## Several runs: `--sweep`\n### [A link](x.md), twice\n### A link twice #\n"
+    page += "```\n# code\n```\n    # code\n"
+    assert anchors(page) == {"a-page", "several-runs---sweep", "a-link-twice", "a-link-twice-1"}
+    dead = (
+        "docs/launching.md#sweep",
+        "docs/launch.md#several-runs---sweep",
+        "#nowhere",
+        "docs/none.md",
+        "docs/none.md#x",
+    )
+    there = "docs/launching.md#several-runs---sweep", "docs/launching.md", "#step-by-step", "https://host/x#y"
+    assert dead_links("".join(f"[x]({link}) " for link in (*dead, *there))) == list(dead)
 
 
 @pytest.mark.slow

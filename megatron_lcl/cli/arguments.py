@@ -140,7 +140,8 @@ def pairs(items: Sequence[str]) -> dict[str, str]:
 def overrides_of(rest: Sequence[str], switches: Collection[str] | None = None) -> dict[str, str]:
     """`--a.b value`, `--a.b=value`, and `--a.b` alone for a field that is true or false.
 
-    switches: those fields; None: those of a run's config.
+    Of several values the last one counts, so that what a script is given overrides what it says itself. switches: the
+    fields that are true or false; None: those of a run's config.
     """
     if switches is None:
         from megatron_lcl import config as configs
@@ -153,10 +154,11 @@ def overrides_of(rest: Sequence[str], switches: Collection[str] | None = None) -
         if not item.startswith("--"):
             raise UserError(f"unexpected argument {item!r}; overrides are --section.key value")
         key, equals, value = item[2:].partition("=")
+        key = key.replace("-", "_")
         if not equals:
             alone = not items or items[0].startswith("--")
-            if alone and key.replace("-", "_") not in switches:
-                raise UserError(f"--{key} has no value")
+            if alone and key not in switches:
+                raise UserError(f"{item} has no value")
             value = "true" if alone else items.popleft()
         overrides[key] = value
     return overrides

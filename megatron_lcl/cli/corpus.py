@@ -57,12 +57,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="clip|FILE|CORPUS",
         help="a SentencePiece .model, a tokenizer.json, or a corpus's (default: train one)",
     )
-    sub.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here (%(default)s)")
+    sub.add_argument("--vocab-size", type=int, metavar="N", help="of a tokenizer trained here (4096)")
     sub.add_argument("--held-out", metavar="DIR|URL", help="hold whole documents out, into a corpus of their own")
-    sub.add_argument("--held-out-fraction", type=float, default=0.13, help="share of documents (%(default)s)")
-    sub.add_argument(
-        "--held-out-seed", type=int, default=0, metavar="N", help="which documents these are (%(default)s)"
-    )
+    sub.add_argument("--held-out-fraction", type=float, metavar="X", help="share of documents (0.13)")
+    sub.add_argument("--held-out-seed", type=int, metavar="N", help="which documents these are (0)")
     sub.add_argument(
         "--max-bad-fraction", type=float, default=0.2, help="stop when more than this is bad (%(default)s)"
     )
@@ -193,18 +191,31 @@ def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.prepare.preprocess import preprocess
     from megatron_lcl.data.storage.store import url_of
 
+    if options.tokenizer is not None and options.vocab_size is not None:
+        raise UserError(
+            f"--vocab-size {options.vocab_size} is of a tokenizer that is trained, and --tokenizer {options.tokenizer} "
+            "has its own size; give one of the two"
+        )
+    if options.held_out is None:
+        for name, value in (("fraction", options.held_out_fraction), ("seed", options.held_out_seed)):
+            if value is not None:
+                raise UserError(f"--held-out-{name} {value} goes with --held-out DIR, the folder of those documents")
+    defaults = {
+        "vocab_size": options.vocab_size,
+        "held_out_fraction": options.held_out_fraction,
+        "seed": options.held_out_seed,
+        "shard_bytes": options.shard_bytes,
+        "shard_documents": options.shard_documents,
+    }
     arguments = {
         "images": options.images,
         "tokenizer": options.tokenizer,
-        "vocab_size": options.vocab_size,
-        "held_out_fraction": options.held_out_fraction,
         "max_bad_fraction": options.max_bad_fraction,
         "max_image_side": options.max_image_side,
-        "seed": options.held_out_seed,
         "limit": options.limit,
         "options": read_options(options.format, pairs(options.option)),
         "workers": options.workers,
-        **{name: n for name in ("shard_bytes", "shard_documents") if (n := getattr(options, name)) is not None},
+        **{name: value for name, value in defaults.items() if value is not None},
     }
     engine, job = jobs_of(options)
     input = url_of(options.input)

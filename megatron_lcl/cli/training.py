@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.cli.arguments import add_input, inputs, overrides_of
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from megatron_lcl.train.sweep import Member
@@ -128,9 +128,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.config.phases import common_batch
     from megatron_lcl.train import launch
 
-    rest = [*rest, "--checkpoint.resume", options.resume] if options.resume else rest
-    rest = [*rest, "--train.profile", options.profile] if options.profile else rest
-    rest = [*rest, "--train.profile_ranks", f"[{options.profile_ranks}]"] if options.profile_ranks else rest
+    rest = _with_short_flags(options, rest)
     launch.adopt_slurm(os.environ)
     if options.sweep:
         from megatron_lcl.train import sweep
@@ -154,6 +152,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if options.nodes != 1:
         raise UserError(_NODES)
+    if options.processes and launch.is_launched():
+        raise RunError(
+            f"--processes {options.processes}: a launcher has started {os.environ['WORLD_SIZE']} of them; leave it out"
+        )
     from megatron_lcl.train.resilience.signals import Signals, Stopped
 
     if not launch.is_launched():
@@ -172,6 +174,22 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
                 print(f"megatron-lcl train: {stop}", file=sys.stderr)
             return stop.code
     return 0
+
+
+def _with_short_flags(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """The overrides with those that `train` has short flags for. UserError where one is given otherwise as a field."""
+    given, ranks = overrides_of(rest), options.profile_ranks
+    for flag, field, value in (
+        ("--resume", "checkpoint.resume", options.resume),
+        ("--profile", "train.profile", options.profile),
+        ("--profile-ranks", "train.profile_ranks", f"[{ranks}]" if ranks else None),
+    ):
+        if not value:
+            continue
+        if given.get(field, value) != value:
+            raise UserError(f"{flag} is the same as --{field}, which is {given[field]} beside it; give one of the two")
+        rest = [*rest, f"--{field}", value]
+    return rest
 
 
 def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member]) -> int:
@@ -250,6 +268,10 @@ def _arguments(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.train.checkpoint import inventory
 
+    for name in ("quick",) if options.what == "prune" else ("keep_last", "keep_every", "dry_run"):
+        if getattr(options, name) not in (None, False):
+            goes = "list and verify" if name == "quick" else "prune"
+            raise UserError(f"--{name.replace('_', '-')} goes with {goes}, not with {options.what}; leave it out")
     folder = Path(options.folder)
     if options.what == "list":
         print(inventory.table(folder, options.quick))
@@ -312,7 +334,8 @@ def _add_fields(sub: argparse.ArgumentParser) -> None:
     """The fields of the config, for `--help`."""
     from megatron_lcl import config as configs
 
-    lines = ["config fields (type, default):"]
-    for name, kind, default, help in configs.describe():
-        lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
+    lines = ["config fields (type, default); of several values of one field the last counts:"]
+    for name, kind, default, help in configs.describe(items=True):
+        indent, flag = ("      ", "") if "[]" in name else ("  ", "--")  # what stands in a list is no flag
+        lines += [f"{indent}{flag}{name}  ({kind}, {default})", f"{indent}    {help}"]
     sub.epilog = "\n".join(lines)

@@ -173,6 +173,6 @@ def replace(config: Config, **dotted: Any) -> Config:
 # --- describing --------------------------------------------------------------------------------------------------
 
 
-def describe() -> Iterator[tuple[str, str, str, str]]:
-    """Every field as (dotted name, type, default, help), in order."""
-    return fields.describe(Config)
+def describe(items: bool = False) -> Iterator[tuple[str, str, str, str]]:
+    """Every field as (dotted name, type, default, help), in order; items: as `fields.describe` has them."""
+    return fields.describe(Config, items=items)

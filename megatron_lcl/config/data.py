@@ -20,7 +20,8 @@ class Corpus:
         "(docs/object-storage.md)"
     )
     weight: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="relative weight in the blend, counted in tokens"
+        default=1.0,
+        description="share of the blend's tokens, relative to the weights of the other corpora",
     )
 
 
@@ -72,7 +73,11 @@ class Data:
         description="random resized crop: smallest and largest width over height (reference: 3/4, 4/3)",
     )
     seed: int = Field(default=0, description="seed of shuffling, image selection, image placement and augmentation")
-    workers: Count = Field(default=2, description="data loader processes per rank; 0: load in the training process")
+    workers: Count = Field(
+        default=2,
+        description="data loader processes of a replica (tensor-parallel ranks and pipeline stages share them); 0: "
+        "load in the training process",
+    )
     cache: str | None = Field(
         default=None, description="folder for pack indices; null: megatron_lcl in the user's cache folder"
     )

@@ -127,8 +127,14 @@ def images_of(config: Config, given: int | None) -> tuple[int, bool]:
     """Image slots of a pack, and whether they are assumed: a run chooses them from its corpora."""
     if given is not None and given < 1:
         raise UserError(f"--images-per-pack {given}: give a number above 0")
-    if given or config.data.images_per_pack:
-        return given or config.data.images_per_pack or 1, False
+    own = config.data.images_per_pack
+    if given and own not in (None, given):
+        raise UserError(
+            f"--images-per-pack {given} is for a config that leaves them to the corpora, and data.images_per_pack = "
+            f"{own}; give --data.images_per_pack {given} in its place"
+        )
+    if images := given or own:
+        return images, False
     placeholders = config.model.vision.num_placeholders + 2
     text = max(1, min(TEXT_PER_IMAGE, config.model.language.context_length - placeholders))
     return max(1, config.data.tokens_per_pack // (placeholders + text)), True

@@ -40,6 +40,7 @@ from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import Memory, available, largest_estimate, local_processes, run_slots
+from megatron_lcl.train.optimizer import unfinished_warmup
 from megatron_lcl.train.strategy import choose_strategy
 
 LAUNCH = "MEGATRON_LCL_LAUNCH"
@@ -67,6 +68,8 @@ def dry_run(config: Config, arguments: Sequence[str], nodes: int, processes: int
         checks.append("master address")
     lines = [*_launch(arguments, nodes, processes), *_layout(config, nodes * processes), *_model(config)]
     lines += [*_kernels(config, elsewhere), *_memory(config, nodes, processes, elsewhere)]
+    if warmup := unfinished_warmup(config):
+        lines.append(f"warning     {warmup}")
     lines += [*_data(config), *_packs(config), *_run(config), _software(), *_network()]
     return "\n".join([*lines, LAST_LINE + ", ".join(checks)])
 

@@ -90,6 +90,11 @@ def _rule(name: str, tensor: Tensor, config: Config) -> Rule:
 def check_optimizer(config: Config) -> None:
     """UserError for what the optimizer cannot do with the rest of the config."""
     optimizer, zero = config.optimizer, config.deepspeed.get("zero_optimization", {})
+    if optimizer.min_lr > optimizer.lr:  # not in the section itself: checkpoints of earlier versions may have it
+        raise UserError(
+            f"optimizer.min_lr = {optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}, from which the "
+            "learning rate decays to it; lower optimizer.min_lr"
+        )
     parts = optimizer.parts != type(optimizer.parts)()
     if optimizer.name == "apex_fused_adam" and parts:
         raise UserError("optimizer.parts has no effect on apex_fused_adam; set optimizer.name to adamw")
@@ -164,6 +169,20 @@ def learning_rate(step: int, config: Optimizer, total_steps: int, schedule: Sche
         return value
     left = LEFT[schedule.cooldown_shape](min(1.0, (step - begin) / schedule.cooldown))
     return config.min_lr + (value - config.min_lr) * left
+
+
+def unfinished_warmup(config: Config) -> str | None:
+    """One line where the steps end, or a cooldown begins, before the warmup is over; None where they do not."""
+    steps, warmup, schedule = config.train.steps, config.optimizer.warmup, config.schedule
+    cooldown, decays = schedule.cooldown, schedule.learning_rate != "constant" and not schedule.cooldown
+    rising = steps - cooldown + (cooldown > 0)  # a cooldown's first step has what it falls from
+    if rising > warmup or (rising == warmup and not decays):
+        return None
+    end = f"schedule.cooldown = {cooldown} begins in step {rising}" if cooldown else f"the end, train.steps = {steps}"
+    return (
+        f"optimizer.warmup = {warmup} is not over before {end}: the learning rate reaches {rising / warmup:.2g} of "
+        f"optimizer.lr{' and does not decay' if decays else ''}; but for a trial, lower optimizer.warmup"
+    )
 
 
 def _before_cooldown(step: int, config: Optimizer, end: int, shape: str) -> float:

@@ -40,7 +40,7 @@ from megatron_lcl.train.first_batch import build_loader, measure_kernels, pipeli
 from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
-from megatron_lcl.train.optimizer import learning_rate
+from megatron_lcl.train.optimizer import learning_rate, unfinished_warmup
 from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
@@ -178,6 +178,8 @@ class Training:
             telemetry.write({"step": point.progress.step, "strategy": point.choice.strategy, "retain_bytes": needs})
         for path in point.without_pairs:
             telemetry.say(f"{path} gives the contrast no pair")
+        if point.progress.step < self.config.train.steps and (warmup := unfinished_warmup(self.config)):
+            telemetry.say(f"warning: {warmup}")
         self._go_to(point.folder, point.progress)
         if point.folder:
             self.saver.step = point.progress.step

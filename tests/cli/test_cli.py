@@ -42,6 +42,7 @@ def test_help_documents_every_config_field(capsys: pytest.CaptureFixture[str]) -
     for name, _, _, help in configs.describe():
         assert f"--{name} " in text
         assert help in text
+    assert " data.corpora[].weight  (float, 1)\n" in text
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -109,6 +110,71 @@ def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
         assert (tree["train"]["steps"], tree["checkpoint"]["resume"]) == (3, "runs/a")
     assert main(["train", "--data.allow-change", "--print-config"]) == 0
     assert main(["train", "--train.steps", "--data.allow-change", "--print-config"]) == 2
+
+
+def test_the_last_of_several_values_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Scripts have arguments of their own, and behind them those that they are given."""
+    words = [
+        "--train.steps",
+        "5",
+        "--data.cache-gb",
+        "1",
+        "--data.cache_gb",
+        "2",
+        "--train.steps=7",
+        "--data.cache-gb=3",
+    ]
+    assert main(["train", *words, "--print-config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["train"]["steps"], tree["data"]["cache_gb"]) == (7, 3)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "of several values of one field the last counts" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field", "other"),
+    [
+        ("--resume", "runs/a", "--checkpoint.resume", "runs/b"),
+        ("--profile", "3:4", "--train.profile", "5:6"),
+        ("--profile-ranks", "0,1", "--train.profile-ranks", "[0]"),
+    ],
+)
+def test_a_short_flag_beside_its_field(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, field: str, other: str
+) -> None:
+    same = f"[{value}]" if flag == "--profile-ranks" else value
+    assert main(["train", flag, value, field, same, "--print-config"]) == 0
+    capsys.readouterr()
+    code, error = run(capsys, "train", flag, value, field, other, "--print-config")
+    assert code == 2
+    assert f"{flag} is the same as {field.replace('-ranks', '_ranks')}, which is {other} beside it; give one" in error
+
+
+@pytest.mark.parametrize(
+    ("what", "flags", "goes"),
+    [
+        ("prune", ["--quick"], "list and verify"),
+        *(("list", flags, "prune") for flags in (["--keep-last", "1"], ["--keep-every", "2"], ["--dry-run"])),
+        ("verify", ["--dry-run"], "prune"),
+    ],
+)
+def test_a_flag_of_another_action_is_not_ignored(
+    capsys: pytest.CaptureFixture[str], what: str, flags: list[str], goes: str
+) -> None:
+    code, error = run(capsys, "checkpoint", what, "runs/a", *flags)
+    assert code == 2
+    assert error == f"megatron-lcl checkpoint: {flags[0]} goes with {goes}, not with {what}; leave it out\n"
+
+
+def test_processes_are_not_for_what_a_launcher_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, said in (("0", "--processes 2: a launcher has started 4 of them; leave it out"), ("3", "")):
+        monkeypatch.setenv("RANK", rank)
+        code, error = run(capsys, "train", "--data.corpora", "a", "--processes", "2")
+        assert (code, error) == (2, f"megatron-lcl train: {said}\n" if said else "")
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_lcl import config as configs
+from megatron_lcl.cli import command as command_module
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.train.layout import check_layout
 
@@ -19,6 +21,14 @@ MODELS, DATA = ("b32", "b16", "l14", "g"), ("pairs", "interleaved", "blend")
 
 def load(model: str, data: str) -> Config:
     return configs.load(ROOT / "configs" / f"lcl_vit{model}_{data}.yaml")
+
+
+def test_commands_in_comments_are_whole() -> None:
+    lines = [line for file in ROOT.glob("configs/**/*.yaml") for line in file.read_text("utf-8").splitlines()]
+    commands = [shlex.split(said) for line in lines if (said := line.partition(": megatron-lcl ")[2])]
+    assert commands
+    for command in commands:
+        command_module._parser(command[0]).parse_args(command)  # ends where something is missing or not known
 
 
 def test_the_papers_models_and_contexts() -> None:

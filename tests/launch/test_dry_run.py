@@ -61,9 +61,19 @@ def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], ti
     assert re.match(said, lines["packs"])
     assert lines["run"] == f"{run}: starts at step 0"
     assert f"torch {torch.__version__}" in lines["software"]
+    assert "warning" not in lines
     assert list(lines)[-1] == "checks"
     assert lines["checks"].startswith("passed: ")
     assert not run.exists()
+
+
+def test_a_warmup_that_lasts_longer_than_the_run_is_said(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path
+) -> None:
+    more = ["--optimizer.warmup", "2000", "--train.steps", "20", "--train.output", str(tmp_path / "run")]
+    code, out, _ = dry_run(capsys, "--processes", "1", *tiny, *more)
+    assert code == 0, "a trial of a config"
+    assert "\nwarning     optimizer.warmup = 2000 is not over before the end, train.steps = 20: " in out
 
 
 def test_on_one_machine_the_command_is_the_one_that_was_given(
@@ -96,6 +106,7 @@ def test_what_is_wrong_is_one_line(
     assert "set data.cache to another folder" in fault("--data.cache", "/dev/null/cache")
     assert "/nowhere is not a corpus" in fault("--data.corpora", "/nowhere")
     assert "--nodes goes with --dry-run" in _not_dry(capsys, tiny)
+    assert "optimizer.min_lr = 0.1 is above optimizer.lr = 0.01" in fault("--optimizer.min_lr", "0.1")
     with monkeypatch.context() as patch:
         patch.setenv("MASTER_ADDR", "a.name.that.is.invalid")
         assert "MASTER_ADDR = a.name.that.is.invalid does not resolve" in fault("--processes", "2")

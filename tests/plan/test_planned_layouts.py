@@ -180,6 +180,8 @@ def test_images_that_nobody_gives_are_assumed() -> None:
     assert run.images_of(configs.replace(config, data__images_per_pack=7), None) == (7, False)
     with pytest.raises(UserError, match="--images-per-pack 0"):
         run.images_of(config, 0)
+    with pytest.raises(UserError, match=r"data\.images_per_pack = 7; give --data\.images_per_pack 23 in its place"):
+        run.images_of(configs.replace(config, data__images_per_pack=7), 23)  # which all else would plan with 7
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from megatron_lcl import config as configs
 from megatron_lcl.config import Optimizer, Schedule
-from megatron_lcl.train.optimizer import learning_rate
+from megatron_lcl.errors import UserError
+from megatron_lcl.train.optimizer import check_optimizer, learning_rate, unfinished_warmup
 
 STEPS = 40
 
@@ -71,3 +73,38 @@ def test_one_more_cooldown_from_any_step_of_a_cosine() -> None:
 def test_a_cooldown_that_begins_in_the_warmup_falls_from_there() -> None:
     ours = rates(Schedule(learning_rate="constant", cooldown=4, cooldown_shape="linear"), steps=6, warmup=4)
     assert ours == pytest.approx([0.125, 0.25, 0.375, 0.375 * 0.75, 0.375 * 0.5, 0.375 * 0.25])
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("cooldown", [0, 1, 5, 12])
+def test_a_warmup_that_is_not_over_is_said(shape: str, cooldown: int) -> None:
+    """Where no step has the peak, or only the last one of a schedule that would fall from there."""
+    for warmup in range(16):
+        config = configs.from_dict(
+            {
+                "train": {"steps": 12},
+                "optimizer": {"lr": 0.5, "warmup": warmup},
+                "schedule": {"learning_rate": shape, "cooldown": cooldown},
+            }
+        )
+        made = rates(config.schedule, 12, warmup=warmup)
+        no_decay = shape != "constant" and not cooldown and warmup == 12
+        said = unfinished_warmup(config)
+        assert (said is None) == (max(made) == 0.5 and not no_decay), (warmup, made)
+        assert said is None or f"reaches {max(made) / 0.5:.2g} of optimizer.lr" in said
+
+
+def test_what_is_said_of_a_warmup() -> None:
+    said = "optimizer.warmup = 2000 is not over before the end, train.steps = 1000: the learning rate reaches 0.5 of "
+    said += "optimizer.lr and does not decay; but for a trial, lower optimizer.warmup"
+    assert unfinished_warmup(configs.Config()) == said
+    config = configs.load(None, {"schedule.cooldown": "101", "schedule.learning_rate": "constant"})
+    assert "before schedule.cooldown = 101 begins in step 900: the learning rate reaches 0.45 of optimizer.lr; " in str(
+        unfinished_warmup(config)
+    )
+
+
+def test_a_decay_that_would_rise_is_refused() -> None:
+    check_optimizer(configs.load(None, {"optimizer.lr": "1e-4", "optimizer.min_lr": "1e-4"}))
+    with pytest.raises(UserError, match=r"optimizer\.min_lr = 0\.001 is above optimizer\.lr = 0\.0005, .*; lower"):
+        check_optimizer(configs.load(None, {"optimizer.min_lr": "1e-3"}))

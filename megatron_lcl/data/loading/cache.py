@@ -31,6 +31,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.remote import user_cache
 from megatron_lcl.errors import UserError, free_space, naming
 
@@ -98,7 +99,12 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable[[Path], _T]) -> _T:
-    """What `opened` makes of a folder that is there or is built; again, where it is deleted in between or not whole."""
+    """What `opened` makes of a folder that is there or is built; again, where it is deleted in between or not whole.
+
+    Releases that did not sync what they built may have left files that are empty or end too early, after a power
+    failure; `opened` raises ValueError or EOFError for them. UserError where such a folder cannot be deleted.
+    """
+    deleted = True
     for left in (2, 1, 0):
         built = build_once(folder, build)
         try:
@@ -106,7 +112,12 @@ def build_and_open(folder: Path, build: Callable[[Path], None], opened: Callable
         except OSError as error:
             if error.errno not in GONE or not left:
                 raise
-            _delete(built)
+        except (ValueError, EOFError) as error:
+            if not left and not deleted:  # another user's
+                raise UserError(f"{built} is damaged ({error}); delete it, it will be built again") from None
+            if not left:
+                raise
+        deleted = _delete(built)
     raise AssertionError
 
 
@@ -127,6 +138,8 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         with _kept_fresh(temporary):
             build(temporary)
+            for path in (*temporary.iterdir(), temporary):  # else a renamed folder may have empty files after a crash
+                sync(path)
         temporary.chmod(0o755)
         try:
             temporary.rename(folder)
@@ -199,7 +212,8 @@ class Rows:
     """Rows of a `.npy` file of one dimension, read when they are asked for.
 
     Not mapped: where another machine deletes a mapped file on NFS, the process that looks at it is killed (SIGBUS). A
-    read fails there with ESTALE; elsewhere a file that is open outlives its deletion.
+    read fails there with ESTALE; elsewhere a file that is open outlives its deletion. ValueError where the file is
+    damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -207,8 +221,10 @@ class Rows:
         with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
             version = np.lib.format.read_magic(file)
             assert version == (1, 0)
-            _, _, self._dtype = np.lib.format.read_array_header_1_0(file)
+            (num,), _, self._dtype = np.lib.format.read_array_header_1_0(file)
             self._start = file.tell()
+        if os.fstat(self._descriptor).st_size < self._start + num * self._dtype.itemsize:
+            raise ValueError(f"{path.name} ends too early")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start … stop-1, read-only."""

@@ -22,10 +22,11 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import pack_index as pack_index
-from megatron_lcl.data.loading.cache import build_once, trim
+from megatron_lcl.data.loading.cache import build_and_open, build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
 from megatron_lcl.data.loading.sequence import INTERLEAVED
 from megatron_lcl.data.pages.replay import replay_html
+from megatron_lcl.errors import UserError
 
 P, CONTEXT, PACKS = 4, 128, 260
 
@@ -305,6 +306,59 @@ def test_a_chunk_that_another_machine_deleted_is_built_again(data: Data, monkeyp
     assert index.chunks[-1].folder.is_dir()
     (index.chunks[0].folder / "entries.npy").unlink()
     assert PackIndex(data, index.ledger)[0].entries.tolist() == truth[0], "a folder that is not whole is built again"
+
+
+# --- what a power failure leaves ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [0.0, 0.9], ids=["empty", "cut off"])
+@pytest.mark.parametrize(
+    "name", ["chunk.json", "entries.npy", "offsets.npy", "source.json", "tokens.npy", "images.npy", "placements.npy"]
+)
+def test_a_damaged_file_is_built_again(data: Data, name: str, left: float) -> None:
+    ledger = open_ledger(data, P, CONTEXT)
+    truth = entries_of(PackIndex(data, ledger), range(20))
+    file = sorted(Path(str(data.cache)).glob(f"*-*/{name}"))[0]
+    whole = file.read_bytes()
+    for folder in file.parent.parent.glob(f"*/{name}"):  # of every chunk, among which is the first
+        folder.write_bytes(folder.read_bytes()[: int(left * folder.stat().st_size)])
+    for _ in range(2):
+        assert entries_of(PackIndex(data, ledger), range(20)) == truth
+        assert file.read_bytes() == whole
+
+
+def test_what_is_built_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    rename = Path.rename
+
+    def noted(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(Path, "rename", noted)
+    build_once(tmp_path / "packs-x", lambda path: [(path / name).write_text("{}") for name in ("a", "b")] and None)
+    *files, folder, last = (path.rpartition("/")[2] for path in done)
+    assert sorted(files) == ["a", "b"]
+    assert (folder.endswith(".tmp"), last) == (True, "rename")
+
+
+def test_damage_that_cannot_be_deleted_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is another user's, say."""
+    (tmp_path / "packs-x").mkdir()
+    monkeypatch.setattr(cache_module, "_delete", lambda _: False)
+    with pytest.raises(UserError, match=r"packs-x is damaged \(it ends\); delete it, it will be built again"):
+        build_and_open(tmp_path / "packs-x", Path.touch, _raise_value_error)
+
+
+def test_a_fault_of_the_program_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it ends") as caught:
+        build_and_open(tmp_path / "packs-x", lambda path: None, _raise_value_error)
+    assert not isinstance(caught.value, UserError)
+
+
+def _raise_value_error(folder: Path) -> None:
+    raise ValueError("it ends")
 
 
 # --- replay ------------------------------------------------------------------------------------------------------

@@ -115,17 +115,21 @@ def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> Non
         preprocess_module, "preprocess", lambda *places, **options: given.update(options, at=places) or DONE
     )
     main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--images", "c", "--tokenizer", "d",
-          "--vocab-size", "500", "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
+          "--held-out", "e", "--held-out-fraction", "0.1", "--max-bad-fraction", "0.3",
           "--max-image-side", "512", "--held-out-seed", "7", "--limit", "9", "--shard-bytes", "1000",
           "--shard-documents", "20", "--option", "image_name={md5}", "--option", "rule={row}_{file}",
           "--workers", "3", "--job", "1/4"])  # fmt: skip
     assert given == {
-        "at": ("obelics", "a", Path("b")), "images": "c", "tokenizer": "d", "vocab_size": 500, "held_out": Path("e"),
+        "at": ("obelics", "a", Path("b")), "images": "c", "tokenizer": "d", "held_out": Path("e"),
         "held_out_fraction": 0.1, "max_bad_fraction": 0.3, "max_image_side": 512,
         "seed": 7, "limit": 9, "shard_bytes": 1000, "shard_documents": 20,
         "options": {"image_name": "{md5}", "rule": "{row}_{file}"},
         "workers": 3, "job": (1, 4), "progress": True,
     }  # fmt: skip
+    given.clear()
+    main(["preprocess", "--format", "obelics", "--input", "a", "--output", "b", "--vocab-size", "500"])
+    assert (given["tokenizer"], given["vocab_size"]) == (None, 500)
+    assert given.keys().isdisjoint({"held_out", "held_out_fraction", "seed"}), "the library has the defaults"
 
 
 def test_the_option_decides_what_a_text_means(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +238,14 @@ def test_a_stored_zip_that_is_cut_and_one_of_two_members(tmp_path: Path) -> None
         ("jsonl", ["--workers", "0"], "--workers 0: give at least 1"),
         ("jsonl", ["--max-bad-fraction", "nan"], "--max-bad-fraction nan: give"),
         ("jsonl", ["--max-bad-fraction", "-1"], "--max-bad-fraction -1.0: give"),
-        ("jsonl", ["--held-out-fraction", "2"], "--held-out-fraction 2.0: give"),
+        ("jsonl", ["--held-out", "h", "--held-out-fraction", "2"], "--held-out-fraction 2.0: give"),
+        ("jsonl", ["--held-out-fraction", "0.2"], "--held-out-fraction 0.2 goes with --held-out DIR"),
+        ("jsonl", ["--held-out-seed", "0"], "--held-out-seed 0 goes with --held-out DIR"),
+        (
+            "jsonl",
+            ["--vocab-size", "4096"],
+            "--vocab-size 4096 is of a tokenizer that is trained, and --tokenizer clip",
+        ),
         ("jsonl", ["--max-image-side", "1"], "--max-image-side 1: give"),
         ("jsonl", ["--jobs", "3"], "are for --executor slurm"),
         ("jsonl", ["--slurm", "a=b"], "are for --executor slurm"),

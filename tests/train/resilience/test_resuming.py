@@ -126,3 +126,12 @@ def test_a_clip_run_of_an_earlier_version_goes_on_as_it_was(config_file: str, tm
             assert line["loss"] == line["contrastive"] == pytest.approx(before["contrastive"], rel=1e-4)
             assert line["grad_norm"] == pytest.approx(10 * before["grad_norm"], rel=1e-3)
             assert line["log_scale"] == pytest.approx(before["log_scale"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_warmup_that_does_not_end_is_said_while_there_are_steps(config_file: str, tmp_path: Path) -> None:
+    run, words = tmp_path / "run", ["--config", config_file, "--optimizer.warmup", "4", "--train.steps"]
+    said = train(run, *words, "2", size=1)
+    assert "warning: optimizer.warmup = 4 is not over before the end, train.steps = 2: " in said
+    assert "optimizer.warmup" not in train(run, *words, "2", size=1), "it has ended"
+    assert "is not over" not in train(run, *words, "6", size=1)
