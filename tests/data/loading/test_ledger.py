@@ -185,6 +185,8 @@ def test_packs_skipped_across_the_end_of_a_phase(make_corpus: MakeCorpus, tmp_pa
     options: dict[str, Any] = {"global_batch": 2, "micro_batch": 2}
     loader = loader_of(reading, config.data, INTERLEAVED, ledger=ledger, first_pack=16, steps=2, **options)
     assert [batch.packs for batch in loader] == [(16, 17), (22, 23)]
+    given = Counter(origin.document for pack in (16, 17, 22, 23) for origin in loader.provenance(pack))
+    assert given == Counter(document for _, document, _ in documents_of(config, ledger, range(16, 20)))
     saved = Ledger.from_json(json.loads(json.dumps(loader.ledger_after(18).to_json())))
     assert saved == ledger
     fresh = config_of(corpus.path, **{"data.cache": tmp_path / "two"})
