@@ -15,7 +15,7 @@ from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.changes import Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
@@ -84,6 +84,7 @@ def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitS
 def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:
     run = Path(config.train.output)
     check_output(run, config)  # again: another run may have begun there before it was locked
+    checkpoint.put_back(run / CHECKPOINTS)
     restored = _restored(run, config)
     try:
         return _from(run, config, settings, processes, has)

@@ -393,31 +393,27 @@ class Training:
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
         with self.watchdog.long_phase(at, "rewinding"):
             self.saver.finish_pending()
-
-            def decide() -> tuple[Path | None, dict[Path, list[str]]]:
-                own = checkpoint.list_checkpoints(run)
-                for folder in own:
-                    if checkpoint.step_of(folder) > step:  # saved between bad steps, when a signal came
-                        checkpoint.delete(folder)
-                before = [f for f in own if checkpoint.step_of(f) <= step] or [f for f in [self.point.folder] if f]
-                return checkpoint.newest(before)
-
-            folder, faults = self.mesh.world.broadcast_object(decide() if self.mesh.is_first else (None, {}))
+            found = checkpoint.go_back(run, step, self.point.folder) if self.mesh.is_first else (None, {})
+            folder, faults = self.mesh.world.broadcast_object(found)
             self._log_rejected(faults)
             if folder is None:
                 raise RunError(
                     f"steps {step + 1} to {at} were bad, and there is no checkpoint before them to go back to; "
                     "audit.jsonl says why. Lower optimizer.lr, or look at the packs with `replay`"
                 )
-            ledger = self.ledger.skip(packs, self.progress.packs - packs)
             before = checkpoint.read_progress(folder)
+            packs = max(packs, before.packs)  # saved between bad steps, it is behind the packs of some
+            ledger = self.ledger.skip(packs, self.progress.packs - packs)
             self.bad.rewind(before.guard, at)
-            self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=ledger.entries[-1])
+            skipped = list(ledger.entries[len(self.ledger.entries) :])
+            self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=skipped)
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()))
             self.telemetry.rewind(before.step)
-        self.saver.step = before.step
-        self.saver.folder = folder
+            self.saver.step = before.step
+            self.saver.folder = folder
+            # whatever ends the run before its next checkpoint, it knows which packs it skips, and of the rewind
+            self.saver.save(replace(self.progress, guard=self.bad.state()))
 
     def _log_rejected(self, faults: dict[Path, list[str]]) -> None:
         for folder, wrong in faults.items():

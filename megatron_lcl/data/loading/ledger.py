@@ -8,6 +8,7 @@ midst of one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -96,7 +97,9 @@ class Ledger:
     """What the packs of a run depend on: the settings that it began with, and entries, which are only ever appended.
 
     An entry is {"from_pack": n, "blend": [{"path", "fingerprint", "weight"}, …]}: new shares from the first window of
-    documents that begins at pack n or later; or {"from_pack": n, "skip": count}: packs n … n+count-1 are not used; or
+    documents that begins at pack n or later; or {"from_pack": n, "skip": count, "plan": {the settings PLANNED, and
+    "rests"}}: packs n … n+count-1 are not used, and were planned like that, also where a rewind has gone back into an
+    earlier phase; entries of earlier versions have no plan, and theirs is that of the packs around them; or
     {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": true}: from step s (counted from 0) on, behind n
     packs, all steps read that; the first ones the rests of documents that were cut, unless `rests` is missing, as it is
     where an earlier version planned the phase. Phases that are still to come may be replaced.
@@ -125,10 +128,20 @@ class Ledger:
         return pack
 
     def skip(self, consumed: int, count: int) -> Ledger:
-        """A ledger in which the `count` packs that would follow after `consumed` packs are not used."""
-        start = self.locate(consumed)
+        """A ledger in which the `count` packs that would follow after `consumed` packs are not used.
+
+        It has a new entry for each segment that they are of.
+        """
+        first = self.locate(consumed)
         stop = self.locate(consumed + count - 1) + 1
-        return replace(self, entries=(*self.entries, {"from_pack": start, "skip": stop - start}))
+        segments, entries = self.segments(), list(self.entries)
+        ends = [*(segment.first_pack for segment in segments[1:]), stop]
+        for segment, end in zip(segments, ends, strict=True):
+            start, end = max(first, segment.first_pack), min(stop, end)
+            if start < end:
+                plan = {**{name: segment.settings[name] for name in PLANNED}, "rests": segment.rests}
+                entries.append({"from_pack": start, "skip": end - start, "plan": plan})
+        return replace(self, entries=tuple(entries))
 
     def _skipped(self) -> list[list[int]]:
         merged: list[list[int]] = []
@@ -148,15 +161,41 @@ class Ledger:
         return sorted((e for e in self.entries if "phase" in e), key=_consumed)
 
     def segments(self) -> list[Segment]:
-        """Stretches of packs that are planned alike, in order: one at least."""
+        """Stretches of packs that are planned alike, in order: one at least.
+
+        Packs that a rewind has skipped stay as they were planned, and so do the documents in them. Where it has gone
+        back into the phase before theirs, that phase goes on behind them in a segment of its own.
+        """
         found = [Segment(0, 0, 0, self.settings)]
-        for entry in self.phases():
-            settings = {**self.settings, **{name: entry["phase"][name] for name in PLANNED}}
+        planned = [(e["from_pack"], e["from_pack"] + e["skip"]) for e in self.entries if "plan" in e]
+        # a phase begins behind the last pack of the one before, whatever is skipped from there on
+        begins = {self.locate(entry["consumed"] - 1) + 1 for entry in self.phases()}
+        for first in sorted(begins.union(*planned)):
+            plan, rests = self._plan_of(first)
+            settings = {**self.settings, **{name: plan[name] for name in PLANNED}}
             if settings != found[-1].settings:
-                # behind the last pack of the one before, whatever is skipped from there on
-                first = self.locate(entry["consumed"] - 1) + 1
-                found.append(Segment(len(found), entry["consumed"], first, settings, entry.get("rests", False)))
+                found.append(Segment(len(found), self._used_before(first), first, settings, rests))
         return found
+
+    def _plan_of(self, pack: int) -> tuple[Mapping[str, Any], bool]:
+        """The settings PLANNED with which a pack is planned, among others, and whether rests of documents are read."""
+        for entry in self.entries:
+            if "plan" in entry and entry["from_pack"] <= pack < entry["from_pack"] + entry["skip"]:
+                return entry["plan"], entry["plan"]["rests"]
+        used = self._used_before(pack)
+        begun = [entry for entry in self.phases() if entry["consumed"] <= used]
+        return (begun[-1]["phase"], begun[-1].get("rests", False)) if begun else (self.settings, True)
+
+    def _used_before(self, pack: int) -> int:
+        """How many packs of lower numbers are used."""
+        return pack - sum(min(stop, pack) - start for start, stop in self._skipped() if start < pack)
+
+    def goes_on(self, segment: Segment) -> Segment | None:
+        """The segment in which the phase goes on that a segment is of, behind packs of later phases that a rewind has
+        skipped; None where it does not."""
+        later = self.segments()[segment.number + 1 :]
+        behind_skipped = (s for s in later if s.consumed == later[0].consumed)
+        return next((s for s in behind_skipped if s.settings == segment.settings), None)
 
     def segment_after(self, consumed: int) -> Segment:
         """The segment of the pack that comes after `consumed` packs were used."""
@@ -254,9 +293,9 @@ def open_run_ledger(
         consumed += (phase.stop - first) * reading.global_batch
     others = (entry for entry in ledger.entries if "phase" not in entry)
     ledger = replace(ledger, entries=(*others, *entries))
-    last_begun = max(map(_consumed, past), default=0)
-    begun = {segment.first_pack for segment in ledger.segments() if segment.consumed <= last_begun}
-    return replace(ledger, states=tuple(s for s in ledger.states if s.get("segment", 0) in begun))
+    pairs = zip(ledger.segments(), (previous or ledger).segments(), strict=False)
+    unchanged = {mine.first_pack for mine, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)}
+    return replace(ledger, states=tuple(s for s in ledger.states if s.get("segment", 0) in unchanged))
 
 
 def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:

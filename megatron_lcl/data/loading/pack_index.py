@@ -118,7 +118,8 @@ class _Drawn(NamedTuple):
 class PackIndex:
     """Packs of one segment of a training run by number, without end. Builds or waits for the chunks it is asked for.
 
-    segment: None: the first. `data.tokens_per_pack` is of no account: the segment says it.
+    segment: None: the first. `data.tokens_per_pack` is of no account: the segment says it. Where a rewind has skipped
+    packs of the next phase, those behind them are the ones with which this segment's phase goes on.
     """
 
     def __init__(self, data: Data, ledger: Ledger, segment: Segment | None = None) -> None:
@@ -129,6 +130,9 @@ class PackIndex:
         self._cache = cache.cache_folder(data)
         known = [state for state in ledger.states if state.get("segment", 0) == self.segment.first_pack]
         self._states = sorted(known if self.segment.number else [_BEGIN, *known], key=_pack_of)
+        self._goes_on = ledger.goes_on(self.segment)
+        self._next: PackIndex | None = None
+        """of that segment, once it is needed"""
         self._left: list[Left] = []
         """what the segment before has left, once it is known"""
         self._found: dict[Path, Chunk] = {}
@@ -144,6 +148,8 @@ class PackIndex:
         return sorted(self._found.values(), key=lambda chunk: (chunk.first, chunk.stop))
 
     def __getitem__(self, number: int) -> Pack:
+        if (later := self._behind(number)) is not None:
+            return later[number]
         chunk = self._chunk_of(number)
         entries = self._entries(chunk, number - chunk.first)
         sources = [self.source(f) for f in chunk.corpora]
@@ -157,6 +163,8 @@ class PackIndex:
 
     def prepare(self, number: int) -> None:
         """Have the chunk of pack `number` built."""
+        if (later := self._behind(number)) is not None:
+            return later.prepare(number)
         self._built(self._chunk_of(number).begin, lambda _: None)
 
     def close(self) -> None:
@@ -167,9 +175,21 @@ class PackIndex:
         if self._builder is not None:
             self._builder.join()
         self._opened.clear()
+        if self._next is not None:
+            self._next.close()
+
+    def _behind(self, number: int) -> PackIndex | None:
+        """The index that has pack `number`, or knows which has; None: this one."""
+        if self._goes_on is None or number < self._goes_on.first_pack:
+            return None
+        self._next = self._next or PackIndex(self._data, self.ledger, self._goes_on)
+        return self._next
 
     def ledger_at(self, number: int) -> Ledger:
         """The ledger with all states up to that from which pack `number` is found, as far as records say them."""
+        if (later := self._behind(number)) is not None:
+            later.ledger = self.ledger_at(later.segment.first_pack - 1)
+            return later.ledger_at(number)
         state = self._state_before(number)
         while (chunk := self._recorded(state)) is not None and chunk.stop <= number:
             state = chunk.end

@@ -13,7 +13,6 @@ import functools
 import io
 import json
 import logging
-import os
 import random
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_lcl.config import Config, to_yaml
+from megatron_lcl.config import Checkpoint, Config, to_yaml
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
 from megatron_lcl.errors import RunError, UserError, describe_os_error
@@ -184,15 +183,19 @@ class Checkpointer:
             raise
         num_bytes = sum(file["bytes"] for file in whole.values())
         saved = Saved(final, progress.step, num_bytes, 0.0, time.perf_counter() - started, not_deleted[0])
-        return replace(saved, not_copied=self._copy(final)) if first else saved
+        return replace(saved, not_copied=self._copy(final, self._kept(progress))) if first else saved
 
-    def _copy(self, folder: Path) -> str:
+    def _kept(self, progress: Progress) -> Checkpoint | None:
+        """Which checkpoints are kept after a save; None: all. Between bad steps the run may have to go back to one."""
+        return None if progress.guard.get("consecutive") else self.config.checkpoint
+
+    def _copy(self, folder: Path, keep: Checkpoint | None) -> str:
         """Copy a complete checkpoint to `checkpoint.mirror`; why it could not be, if so: it is complete anyway."""
         settings = self.config.checkpoint
         if settings.mirror is None:
             return ""
         try:
-            Mirror(settings.mirror).upload(folder, settings)
+            Mirror(settings.mirror).upload(folder, keep)
         except (UserError, OSError) as error:
             return explain(error) if isinstance(error, OSError) else str(error)
         return ""
@@ -214,11 +217,9 @@ class Checkpointer:
         averages = [f"{folder}/{name}" for folder in folders for name in (WEIGHTS, CONFIG, ".")]
         for name in (*averages, *[AVERAGES] * bool(averages), WEIGHTS, CONFIG, PROGRESS, MANIFEST, STATE, RNG, "."):
             sync(temporary / name)
-        if final.exists():  # the same step saved again after a resume
-            checkpoint.set_aside(final)
-        os.rename(temporary, final)
+        checkpoint.give_name(temporary, final)  # the same step is saved again after a rewind, or a resume
         sync(final.parent)
-        return checkpoint.tidy(self.run, self.config.checkpoint)
+        return checkpoint.tidy(self.run, self._kept(progress))
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
         """Every process's result; SaveError on all where one fails, so that none waits for it."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 STATE = "state"
 RNG = "rng"
+REPLACED = ".replaced"
+"""how the name ends of a checkpoint that is about to be replaced by another of the same step"""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,23 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     return folder, rejected
 
 
+def go_back(run: Path, step: int, begun_with: Path | None) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The checkpoint to which a run goes back whose steps after `step` were bad, as `newest`; later ones are deleted.
+
+    Where none from before them is whole, one that was saved between them will do: they have changed nothing. Where
+    there is none at all, nothing is deleted. begun_with: the checkpoint with which this process began, which may be
+    another run's.
+    """
+    own = list_checkpoints(run)
+    before, between = ([f for f in own if (step_of(f) <= step) is wanted] for wanted in (True, False))
+    others = [f for f in [begun_with] if f is not None and f not in own and f.is_dir()]
+    folder, faults = newest([*between, *others, *before])
+    for later in between if folder is not None else ():
+        if folder not in between or step_of(later) > step_of(folder):
+            delete(later)
+    return folder, faults
+
+
 def resumable(resume: str) -> list[Path]:
     """The checkpoints that `checkpoint.resume` names, oldest first: a run's, or one. UserError where it names none."""
     named = Path(resume)
@@ -210,15 +229,40 @@ def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
     return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
 
 
-def tidy(run: Path, keep: Checkpoint) -> list[str]:
-    """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why."""
+def tidy(run: Path, keep: Checkpoint | None) -> list[str]:
+    """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why.
+
+    keep: None: all are kept, and only what was interrupted is removed.
+    """
     faults: list[str] = []
-    for folder in superseded(list_checkpoints(run), keep):
+    for folder in superseded(list_checkpoints(run), keep) if keep else ():
         try:
             set_aside(folder)
         except OSError as error:
             faults.append(f"{folder}: {error.strerror}")
     return faults + clear_leftovers(run / CHECKPOINTS)
+
+
+def give_name(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its final name. One of the same step that is there goes, and not before."""
+    replaced = final.with_name(f".{final.name}{REPLACED}")
+    if final.exists():
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except OSError:
+        put_back(final.parent)
+        raise
+    if replaced.exists():
+        set_aside(replaced)
+
+
+def put_back(folder: Path) -> None:
+    """Give a checkpoint its name again that was to be replaced by another of its step, where that was interrupted."""
+    for replaced in folder.glob(f".step-*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
+        if not final.exists():
+            replaced.rename(final)
 
 
 def set_aside(folder: Path) -> Path:

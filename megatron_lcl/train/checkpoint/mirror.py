@@ -41,12 +41,16 @@ class Mirror:
         steps = (name for name in names if step_of(Path(name)) >= 0)
         return sorted(steps, key=lambda name: step_of(Path(name)))
 
-    def upload(self, folder: Path, keep: Checkpoint) -> None:
-        """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted."""
-        self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a resume
+    def upload(self, folder: Path, keep: Checkpoint | None) -> None:
+        """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted.
+
+        keep: None: all are. Copies of later steps go in any case: the run has gone back from them, by a rewind or to an
+        earlier checkpoint, and would be resumed from what it has left.
+        """
+        self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a rewind or a resume
         put_files(self.store, folder, read_manifest(folder), MANIFEST, f"{folder.name}/")
-        complete = self.complete()
-        kept = {*complete} - {old.name for old in superseded([Path(name) for name in complete], keep)}
+        complete = [Path(name) for name in self.complete() if step_of(Path(name)) <= step_of(folder)]
+        kept = {copy.name for copy in complete} - {old.name for old in (superseded(complete, keep) if keep else ())}
         stale = [name for name, _ in self.store.list() if self._is_of_a_step(name) and Path(name).parts[0] not in kept]
         self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
 

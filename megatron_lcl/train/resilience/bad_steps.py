@@ -87,7 +87,10 @@ class BadSteps:
         return self.consecutive >= self.config.max_bad_steps
 
     def rewind(self, state: dict[str, Any] | None, step: int) -> None:
-        """Take up the state of the checkpoint that the run goes back to. RunError after too many times."""
+        """Take up the state of the checkpoint that the run goes back to. RunError after too many times.
+
+        What was bad before it counts no more: those packs are skipped, as those of the bad steps after it are.
+        """
         rewinds = self.rewinds + 1
         if rewinds > self.config.max_rewinds:
             raise RunError(
@@ -96,7 +99,7 @@ class BadSteps:
                 "`replay`"
             )
         self.__init__(self.config, state)  # type: ignore[misc]
-        self.rewinds = rewinds
+        self.consecutive, self.rewinds = 0, rewinds
 
 
 class SpikeLimit:

@@ -168,6 +168,54 @@ def test_skipped_packs_between_phases(make_corpus: MakeCorpus) -> None:
     assert skipped.isdisjoint(used[: len(documents_of(config, plain, range(40)))])
 
 
+def test_packs_skipped_across_the_end_of_a_phase(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    """The last packs of one phase and the first of the next: both phases go on behind them, as one loader reads it."""
+    corpus = make_corpus("c", random_documents(150, 5, **SHORT))
+    config = config_of(corpus.path, **{"data.cache": tmp_path / "one"})
+    plain = open_run_ledger(config)
+    ledger = plain.skip(18, 4)
+    assert [(s.first_pack, s.consumed) for s in ledger.segments()] == [(0, 0), (20, 18), (22, 18), (24, 20), (44, 40)]
+    plans = [entry["plan"]["tokens_per_pack"] for entry in ledger.entries if "skip" in entry]
+    assert plans == [128, 256]
+    bad, read = documents_of(config, plain, range(18, 22)), documents_of(config, ledger, range(60))
+    assert max(Counter(bad + read).values()) == 1
+    assert {document for epoch, document, _ in bad + read if epoch == 0} == set(range(150))
+    # of the phase gone back to, from before the packs that were skipped to behind them; and a run that goes on there
+    reading, _ = ledger.reading_at(4, config)
+    options: dict[str, Any] = {"global_batch": 2, "micro_batch": 2}
+    loader = loader_of(reading, config.data, INTERLEAVED, ledger=ledger, first_pack=16, steps=2, **options)
+    assert [batch.packs for batch in loader] == [(16, 17), (22, 23)]
+    given = Counter(origin.document for pack in (16, 17, 22, 23) for origin in loader.provenance(pack))
+    assert given == Counter(document for _, document, _ in documents_of(config, ledger, range(16, 20)))
+    saved = Ledger.from_json(json.loads(json.dumps(loader.ledger_after(18).to_json())))
+    assert saved == ledger
+    fresh = config_of(corpus.path, **{"data.cache": tmp_path / "two"})
+    went_on = open_run_ledger(fresh, INTERLEAVED, saved, 5, 18)
+    assert went_on.segments() == ledger.segments()
+    assert documents_of(fresh, went_on, range(60)) == read
+    # what was skipped stays as it was planned, also where the phase that was gone back from is another now
+    other = config_of(corpus.path, phases=[*EARLY[:2], {"steps": 5, "tokens_per_pack": 192}])
+    replaced = open_run_ledger(other, INTERLEAVED, ledger, 4, 16)
+    planned = [(s.first_pack, s.settings["tokens_per_pack"]) for s in replaced.segments()]
+    assert planned == [(0, 128), (20, 256), (22, 128), (24, 192), (44, 256)]
+    seen = documents_of(other, replaced, range(60))
+    assert max(Counter(bad + seen).values()) == 1
+
+
+def test_what_earlier_versions_skipped_is_read_as_they_did(make_corpus: MakeCorpus) -> None:
+    """Without a plan: by number, whatever the phase."""
+    corpus = make_corpus("c", random_documents(150, 5, **SHORT))
+    plain = open_run_ledger(config_of(corpus.path))
+    for skip, first_packs in (((18, 4), [0, 24, 44]), ((20, 3), [0, 20, 43]), ((10, 4), [0, 24, 44])):
+        entry = dict(zip(("from_pack", "skip"), skip, strict=True))
+        ledger = Ledger.from_json({**plain.to_json(), "entries": [*plain.entries, entry]})
+        assert [s.first_pack for s in ledger.segments()] == first_packs
+        assert ledger.segment_after(19).first_pack == 0
+        once_more = ledger.skip(38, 4)
+        assert [s.first_pack for s in once_more.segments()][:2] == first_packs[:2]
+        assert once_more.segments()[2].consumed == 38
+
+
 def test_without_phases_a_ledger_is_as_it_was(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", random_documents(40, 6, **SHORT))
     config = config_of(corpus.path, phases=[])

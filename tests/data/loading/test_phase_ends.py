@@ -1,4 +1,7 @@
-"""Where a phase ends in the midst of documents the next one goes on: of an epoch everything is read exactly once."""
+"""Where a phase ends in the midst of documents the next one goes on: of an epoch everything is read exactly once.
+
+Also after a rewind: what its bad packs held is skipped, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import pack_index
-from megatron_lcl.data.loading.ledger import open_run_ledger
+from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS, Sequences
 
@@ -49,17 +52,17 @@ def config_of(path: Path, phases: list[dict[str, Any]], **fields: Any) -> Config
 
 
 def sequences_of(
-    config: Config, sequences: Sequences, packs: int | None = None
+    config: Config, sequences: Sequences, packs: range = range(10**6), ledger: Ledger | None = None
 ) -> list[tuple[int, list[int], list[int]]]:
-    """Of each sequence of the first epoch, or of the first packs, in the order in which a run reads them: its document,
-    its tokens of text, and its images, as they are stored."""
-    ledger, found = open_run_ledger(config, sequences), []
+    """Of each sequence of the first epoch, or of some of the packs that are used, in the order in which a run reads
+    them: its document, its tokens of text, and its images, as they are stored."""
+    ledger, found = ledger or open_run_ledger(config, sequences), []
     sot = open_corpus(config.data.corpora[0].path).tokenizer.sot
     for phase in phases_of(config):
         reading, consumed = ledger.reading_at(phase.first, phase.config)
         last = consumed + (phase.stop - phase.first) * reading.global_batch
         reader = loader_of(reading, config.data, sequences, ledger=ledger, first_pack=consumed).reader
-        for number in range(consumed, last if packs is None else min(last, packs)):
+        for number in map(ledger.locate, range(max(consumed, packs.start), min(last, packs.stop))):
             tokens, origins = reader[(number,)].tokens.numpy(), reader.provenance(number)
             if origins and min(origin.epoch for origin in origins):
                 return found
@@ -119,9 +122,15 @@ def test_an_epoch_has_every_token_and_image_once_wherever_phases_end(
     written: tuple[Corpus, list[list[Piece]]], phases: list[dict[str, Any]]
 ) -> None:
     corpus, documents = written
-    every = {"data.max_images_per_segment": 9, "data.max_images": 9}
+    each_once(sequences_of(config_of(corpus.path, phases, **EVERY_IMAGE), INTERLEAVED), documents)
+
+
+EVERY_IMAGE = {"data.max_images_per_segment": 9, "data.max_images": 9}
+
+
+def each_once(sequences: list[tuple[int, list[int], list[int]]], documents: list[list[Piece]]) -> None:
     texts, images = defaultdict(Counter), defaultdict(list)
-    for document, text, seen in sequences_of(config_of(corpus.path, phases, **every), INTERLEAVED):
+    for document, text, seen in sequences:
         texts[document].update(text)
         images[document] += seen
     tokens, counts = content(documents)
@@ -130,11 +139,29 @@ def test_an_epoch_has_every_token_and_image_once_wherever_phases_end(
         assert len(images[document]) == len(set(images[document])) == count
 
 
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    phases=st.lists(phase, min_size=1, max_size=4),
+    bad=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=3),
+)
+def test_a_rewind_skips_what_its_bad_packs_held_wherever_phases_end(
+    written: tuple[Corpus, list[list[Piece]]], phases: list[dict[str, Any]], bad: list[tuple[int, int]]
+) -> None:
+    """Bad packs of several phases, where the run goes back into the first of them; and again, to packs behind those."""
+    corpus, documents = written
+    config = config_of(corpus.path, phases, **EVERY_IMAGE)
+    ledger, skipped = open_run_ledger(config), []
+    for first, count in sorted(bad):
+        skipped += sequences_of(config, INTERLEAVED, range(first, first + count), ledger)
+        ledger = open_run_ledger(config, INTERLEAVED, ledger.skip(first, count), 0, 0)
+    each_once(skipped + sequences_of(config, INTERLEAVED, ledger=ledger), documents)
+
+
 def test_the_next_phase_goes_on_where_the_document_was_cut(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", [[list(range(100))]])
     short = {"steps": 1, "context_length": 34, "tokens_per_pack": 34, "global_batch": 1}
     longer = {"steps": 1, "context_length": 50, "tokens_per_pack": 50, "global_batch": 1}
-    found = [text for _, text, _ in sequences_of(config_of(corpus.path, [short, longer]), INTERLEAVED, packs=3)]
+    found = [text for _, text, _ in sequences_of(config_of(corpus.path, [short, longer]), INTERLEAVED, range(3))]
     assert found == [list(range(32)), list(range(32, 80)), list(range(80, 100))]
 
 

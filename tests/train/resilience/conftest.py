@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_packs import without_packs
 from fleet import losses, train
 from small_corpus import make_corpus
 
@@ -49,3 +50,14 @@ def undisturbed(config_file: str, once: Callable[..., Any]) -> list[tuple]:
         return losses(folder / "undisturbed")
 
     return once("undisturbed", make)
+
+
+@pytest.fixture(scope="session")
+def without(config_file: str, once: Callable[..., Any]) -> list[tuple]:
+    """What the steps give if packs 24 to 31, those of the seventh and eighth step, were not there."""
+
+    def make(folder: Path) -> list[tuple]:
+        train(folder / "without", "--config", config_file, plant=without_packs, planted=(24, 8))
+        return losses(folder / "without")
+
+    return once("without", make)

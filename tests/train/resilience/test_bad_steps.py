@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_packs import poison, saved_steps, without_packs
 from fleet import lines, losses, train
 from processes import run_processes
 
@@ -214,48 +215,13 @@ def test_consecutive_bad_steps_are_counted() -> None:
     assert guard.record((4, 16), math.inf, False, 1) == "loss is inf"
     assert guard.too_many
     assert guard.began == (2, 8)
-    guard.rewind({}, 5)
-    assert not guard.too_many
+    guard.rewind({"consecutive": 1, "began": [2, 8]}, 5)
+    assert guard.consecutive == 0, "of a checkpoint that was saved between bad steps the run begins to count anew"
     with pytest.raises(RunError, match="after 1 rewinds to the same checkpoint"):
         guard.rewind({}, 5)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
-
-
-def saved_steps(run: Path) -> list[int]:
-    return [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run)]
-
-
-def poison(rank: int, packs: list[int], kind: str) -> None:
-    """A process that reads one of these packs gets a loss that is not finite, or a thousand times what it should be."""
-    from megatron_lcl.model.lcl import LayerList
-
-    plain = LayerList.forward
-
-    def forward(self, batch):  # type: ignore[no-untyped-def]
-        out = plain(self, batch)
-        if not set(batch.packs) & set(packs):
-            return out
-        return out._replace(generation=out.generation * (math.nan if kind == "nan" else 1000))
-
-    LayerList.forward = forward  # type: ignore[method-assign]
-
-
-def without_packs(rank: int, consumed: int, count: int) -> None:
-    """A run whose ledger skips packs from the beginning."""
-    from megatron_lcl.train import resume_point
-
-    plain = resume_point.open_run_ledger
-    resume_point.open_run_ledger = lambda *a, **k: plain(*a, **k).skip(consumed, count)
-
-
-@pytest.fixture(scope="module")
-def without(config_file: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    """What the steps give if packs 24 to 31, those of the seventh and eighth step, were not there."""
-    run = tmp_path_factory.mktemp("runs") / "without"
-    train(run, "--config", config_file, plant=without_packs, planted=(24, 8))
-    return losses(run)
 
 
 @pytest.mark.slow
@@ -295,15 +261,16 @@ def test_too_many_bad_steps_rewind(kind: str, config_file: str, without: list[tu
     assert losses(run) == (without if kind == "nan" else without[-1:])
     events = [(line["event"], line["step"]) for line in read_audit(run)]
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
-    assert read_audit(run)[-1]["skip"] == {"from_pack": 24, "skip": 8}
+    (skip,) = read_audit(run)[-1]["skip"]
+    assert (skip["from_pack"], skip["skip"]) == (24, 8)
     progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
     assert (progress.step, progress.packs) == (12, 48)
-    assert progress.ledger["entries"][-1] == {"from_pack": 24, "skip": 8}
+    assert progress.ledger["entries"][-1] == skip
 
 
 @pytest.mark.slow
 def test_a_rewind_from_one_phase_into_the_one_before(config_file: str, tmp_path: Path) -> None:
-    """Step 7 is the first phase's last and step 8 the next one's first: the phases end and begin eight packs later."""
+    """Step 7 is the first phase's last and step 8 the next one's first: both go on behind the packs of both."""
     words = ["--config", config_file, "--guard.max_bad_steps", "2"]
     words += ["--schedule.phases", "[{steps: 7, image_size: 8, tokens_per_pack: 48, context_length: 40}]"]
     train(tmp_path / "without", *words, plant=without_packs, planted=(24, 8))
@@ -312,7 +279,7 @@ def test_a_rewind_from_one_phase_into_the_one_before(config_file: str, tmp_path:
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
     assert losses(tmp_path / "run") == losses(tmp_path / "without")
     ledger = Ledger.from_json(checkpoint.read_progress(checkpoint.list_checkpoints(tmp_path / "run")[-1]).ledger)
-    assert [segment.first_pack for segment in ledger.segments()] == [0, 36]
+    assert [segment.first_pack for segment in ledger.segments()] == [0, 28, 32, 36]
 
 
 def poison_a_pipeline(rank: int, packs: list[int]) -> None:
@@ -349,43 +316,6 @@ def test_in_a_pipeline_all_stages_skip_and_rewind(config_file: str, tmp_path: Pa
     assert losses(tmp_path / "run") == losses(tmp_path / "without")
     events = [(line["event"], line["step"]) for line in read_audit(tmp_path / "run")]
     assert events == [("step skipped", 7), ("step skipped", 8), ("rewind", 8)]
-
-
-@pytest.mark.slow
-def test_a_series_of_bad_steps_goes_on_after_a_resume(
-    config_file: str, without: list[tuple[Any, ...]], tmp_path: Path
-) -> None:
-    """Stopped between two bad steps: saved between them, counted on, and that save is not what the run goes back to."""
-    run = tmp_path / "run"
-    words = ["--config", config_file, "--guard.max_bad_steps", "2"]
-    train(run, *words, code=75, plant=poison_and_stop, planted=([26, 31], str(tmp_path / "stopped")))
-    assert saved_steps(run) == [4, 7]
-    said = train(run, *words, plant=poison, planted=([26, 31], "nan"))
-    assert "steps 7 to 8 were bad: back to" in said
-    assert losses(run) == without
-    assert saved_steps(run) == [4, 8, 12]
-    events = [(line["event"], line["step"]) for line in read_audit(run)]
-    assert events == [("step skipped", 7), ("stopped", 7), ("step skipped", 8), ("rewind", 8)]
-
-
-def poison_and_stop(rank: int, packs: list[int], mark: str) -> None:
-    """As `poison`; the seventh step brings a signal."""
-    import os
-    import signal
-
-    from megatron_lcl.train.step import Stepper
-
-    poison(rank, packs, "nan")
-    plain, calls = Stepper.start, []
-
-    def run(self, *arguments):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        result = plain(self, *arguments)
-        if len(calls) == 7 and rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    Stepper.start = run  # type: ignore[method-assign]
 
 
 def damage(rank: int, packs: list[int], run: str) -> None:
