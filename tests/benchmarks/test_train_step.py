@@ -51,6 +51,7 @@ def arguments(ways: Any, tmp_path_factory: pytest.TempPathFactory) -> argparse.N
     return argparse.Namespace(work=work, model="b32", depth=1, packs=1, repeats=1)
 
 
+@pytest.mark.slow  # imports open_clip
 @pytest.mark.parametrize("objective", ["clip", "coca"])
 def test_open_clip_trains_on_the_pairs_of_our_own_steps(
     ways: Any, arguments: argparse.Namespace, tmp_path: Path, objective: str
