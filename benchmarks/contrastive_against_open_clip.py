@@ -26,6 +26,7 @@ from open_clip.loss import ClipLoss
 
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.losses.group import exchange
+from megatron_lcl.parallel.mesh import Axis
 
 WIDTH = 768
 PER_RANK = 4096
@@ -46,7 +47,8 @@ def compare(rank: int, size: int, pairs: int, cuda: bool, result: Any) -> None:
         "open_clip": lambda: peer(image, text, log_scale.exp()),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    gradients, losses = {}, {}
+    gradients: dict[str, torch.Tensor] = {}
+    losses: dict[str, torch.Tensor] = {}
     for number in range(pairs + 1):  # the first warms up
         for name, loss_of in ways.items():
             image.grad = text.grad = log_scale.grad = None
@@ -62,12 +64,13 @@ def compare(rank: int, size: int, pairs: int, cuda: bool, result: Any) -> None:
                 seconds[name].append(took.item())
             # open_clip's is this rank's mean; its gathered gradients are those of the sum of the ranks' means
             losses[name] = loss.detach().clone()
+            assert image.grad is not None
             gradients[name] = image.grad.clone()
-    headers = []
+    headers, axis = [], Axis.of_group(dist.group.WORLD)
     for _ in range(101):
         dist.barrier()
         start = time.perf_counter()
-        exchange((PER_RANK, WIDTH, 0, 0), None, device, dist.group.WORLD)
+        exchange((PER_RANK, WIDTH, 0, 0), None, device, axis)
         headers.append(time.perf_counter() - start)
     dist.all_reduce(losses["open_clip"])
     losses["open_clip"] /= size

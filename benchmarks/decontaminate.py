@@ -167,7 +167,7 @@ def with_bar(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     image = image.copy()
     width, height = image.size
     thick = max(1, round(height * AREA))
-    top = int(rng.choice([0, height - thick, rng.integers(0, height - thick + 1)]))
+    top = int(rng.choice([0, height - thick, int(rng.integers(0, height - thick + 1))]))
     color = tuple(int(v) for v in rng.integers(0, 256, 3))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, top, width, top + thick - 1), fill=color)

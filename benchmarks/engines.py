@@ -71,7 +71,7 @@ def main() -> None:
         for turn in range(given.rounds):
             for name in names:
                 output = folder / f"{name}-{turn}"
-                command = [sys.executable, folder / "program.py", name, str(given.jobs), folder, output]
+                command = [sys.executable, *map(str, (folder / "program.py", name, given.jobs, folder, output))]
                 start = time.perf_counter()
                 subprocess.run(command, env=environment, check=True)
                 seconds[name].append(time.perf_counter() - start)

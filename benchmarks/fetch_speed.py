@@ -49,7 +49,9 @@ if __name__ == "__main__":
 def photograph() -> bytes:
     """Smooth, as photographs are, with some grain."""
     random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((400, 300), Image.BICUBIC)
+    coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        (400, 300), Image.Resampling.BICUBIC
+    )
     grain = np.asarray(coarse, np.int16) + random.normal(0, 6, (300, 400, 3))
     file = io.BytesIO()
     Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)

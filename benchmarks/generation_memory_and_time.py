@@ -12,6 +12,7 @@ On CUDA, instead: float32 and bfloat16, beside these and liger-kernel's fused li
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,7 @@ def once(which: str) -> Measured:
     loss_of = peers()[which]
     for rows, vocabulary in ((64, 100), (ROWS, VOCABULARY)):  # the small one loads libraries
         arguments = problem(rows, vocabulary, torch.float32, "cpu")
-        measured = measure_cpu(lambda arguments=arguments: step(loss_of, *arguments))
+        measured = measure_cpu(functools.partial(step, loss_of, *arguments))
     return measured
 
 
@@ -74,7 +75,7 @@ def on_cuda() -> None:
         hidden, weight, targets = arguments
         exact = generation_loss(hidden.detach().double(), weight.detach().double(), targets).item() / ROWS
         for name, loss_of in ways.items():
-            m = measure_cuda(lambda loss_of=loss_of: step(loss_of, *arguments))  # noqa: B023
+            m = measure_cuda(functools.partial(step, loss_of, *arguments))
             values = f"{m.seconds * 1e3:>9.2f} ms{m.mebibytes:>9.0f} MiB" if m else f"{'does not fit':>24}"
             error = f"   loss off by {abs(m.loss - exact) / exact:.1e}" if m else ""
             print(f"{str(dtype)[6:]:<10}{name:<16}{values}{error}")

@@ -47,7 +47,7 @@ def errors(loss_of: Callable, *arguments: torch.Tensor) -> tuple[list[float], to
     """Relative errors of the loss and of the gradients of hidden and weight, and the loss's dtype."""
     hidden, weight, targets = arguments
     exact = [value.detach().double().requires_grad_() for value in (hidden, weight)]
-    expected = plain(*exact, targets)
+    expected = plain(exact[0], exact[1], targets)
     loss = loss_of(hidden, weight, targets)
     pairs = zip(
         [loss, *torch.autograd.grad(loss, (hidden, weight))],

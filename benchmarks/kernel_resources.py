@@ -10,6 +10,7 @@ Capability"). Exit code 1 where a kernel does not fit.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -137,4 +138,6 @@ def main(capabilities: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(argument) for argument in sys.argv[1:]] or list(SHARED)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capabilities", nargs="*", type=int, default=list(SHARED), help="default: all")
+    sys.exit(main(parser.parse_args().capabilities))

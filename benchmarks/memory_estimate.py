@@ -1,9 +1,11 @@
-"""A process's memory: lower bound (train/memory.py), simulated step (train/simulate.py), peak that is measured.
+"""A process's memory: lower bound, simulated step, what `megatron-lcl plan` gives, and the peak that is measured.
 
     python benchmarks/memory_estimate.py [SETTING …]
 
 Each setting trains two steps in processes of its own; the one that had most is shown, beside the simulation of that
-rank. On CPU the peak is the resident set's, less what the process had before it built the model; on a GPU torch's.
+rank (train/memory.py, train/simulate.py). What `plan` gives (plan/memory.py) is of the first process of that one's
+pipeline stage, and of an encoder of six blocks, without a pipeline and with nothing frozen, extrapolated from two and
+four. On CPU the peak is the resident set's, less what the process had before it built the model; on a GPU torch's.
 Exits with 1 if a bound is above its peak, or a simulation more than 10 % from it.
 """
 
@@ -21,7 +23,7 @@ from setting_processes import measured_by_all
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "vision": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 6, "heads": 4, "mlp_width": 768},
     "language": {"context_length": 256, "vocab_size": 2003, "width": 128, "layers": 6, "heads": 4, "mlp_width": 512},
     "pool_heads": 4,
@@ -61,12 +63,14 @@ def main() -> int:
         print(json.dumps(measure(options.measure)))
         return 0
     failed = 0
-    print(f"{'MB':<40}{'bound':>9}{'simulated':>11}{'measured':>10}{'bound':>8}{'simulated':>11}   (of measured)")
+    names = f"{'bound':>9}{'simulated':>11}{'plan':>9}"
+    print(f"{'MB':<40}{names}{'measured':>10}{names}   (of measured)")
     for name in options.settings or SETTINGS:
-        bound, simulated, measured = run(name)
+        bound, simulated, planned, measured = run(name)
         failed += bound > measured or abs(simulated - measured) > 0.1 * measured
-        megabytes = f"{name:<40}{bound / 1e6:>9.0f}{simulated / 1e6:>11.0f}{measured / 1e6:>10.0f}"
-        print(f"{megabytes}{bound / measured:>8.2f}{simulated / measured:>11.2f}", flush=True)
+        megabytes = f"{bound / 1e6:>9.0f}{simulated / 1e6:>11.0f}{planned / 1e6:>9.0f}{measured / 1e6:>10.0f}"
+        shares = f"{bound / measured:>9.2f}{simulated / measured:>11.2f}{planned / measured:>9.2f}"
+        print(f"{name:<40}{megabytes}{shares}", flush=True)
     return 1 if failed else 0
 
 
@@ -80,17 +84,25 @@ def config_of(setting: dict[str, Any]) -> Any:
     return configs.from_dict({"model": MODEL, "data": data, **given, "train": train})
 
 
-def run(name: str) -> tuple[float, float, float]:
-    """Bound, simulation and peak of a setting, bytes: of the process that has most, measured in new processes."""
+def run(name: str) -> tuple[float, float, float, float]:
+    """Bound, simulation, plan and peak of a setting, bytes: of the process that has most, measured in new processes."""
+    from megatron_lcl.plan.memory import usage_of
     from megatron_lcl.train.memory import estimate
-    from megatron_lcl.train.simulate import simulate
+    from megatron_lcl.train.simulate import Usage, simulate
 
     number = SETTINGS[name].get("processes", 1)
     peaks = measured_by_all(__file__, name, number)
     rank, config = peaks.index(max(peaks)), config_of(SETTINGS[name])
     simulated = simulate(config, number, IMAGES, rank)
+
+    def simulated_once(own: Any, *place: int) -> Usage:
+        return simulated if (own, *place) == (config, number, IMAGES, rank) else simulate(own, *place)
+
+    stage = rank * config.parallel.pipeline // number
+    planned = usage_of(config, number, IMAGES, stage, simulated_once)
     has_gpu = importlib.import_module("torch").cuda.is_available()
-    return estimate(config, number).total, simulated.peak if has_gpu else simulated.process, max(peaks)
+    found = [usage.peak if has_gpu else usage.process for usage in (simulated, planned)]
+    return estimate(config, number).total, found[0], found[1], max(peaks)
 
 
 def measure(name: str) -> float:

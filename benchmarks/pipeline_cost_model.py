@@ -77,7 +77,7 @@ def make_pack(name: str, config: Config, seed: int) -> PackedBatch:
     def text(length: int) -> list[int]:
         return torch.randint(1, special.sot, (length,), generator=draw).tolist()
 
-    documents = []
+    documents: list[list[int]] = []
     for image in range(slots):
         share = rows // slots if image < slots - 1 else rows - sum(map(len, documents))
         before = int(torch.randint(1, share - patches - 4, (1,), generator=draw))

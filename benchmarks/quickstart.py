@@ -115,8 +115,11 @@ def ridge(training: Path, held_out: Path) -> list[tuple[float, float]]:
 def seed_run(folder: Path, python: Path, config: Path, name: str, seed: int) -> Path:
     """The run of a config with another seed, evaluated on the pages and, where there are some, on the emoji."""
     run, pictures = folder / f"{name}-{seed}", folder / "emoji" / "evaluate" / "artist-distinct"
-    settings = {"config": config, "train.seed": seed, "data.seed": seed, "train.output": run}
-    commands = [("train", settings), ("evaluate", {"checkpoint": run, "corpus": folder / "heldout", "output": run})]
+    settings: dict[str, object] = {"config": config, "train.seed": seed, "data.seed": seed, "train.output": run}
+    commands: list[tuple[str, dict[str, object]]] = [
+        ("train", settings),
+        ("evaluate", {"checkpoint": run, "corpus": folder / "heldout", "output": run}),
+    ]
     if pictures.is_dir():
         commands.append(("evaluate", {"checkpoint": run, "data": pictures, "task": "zero-shot", "output": run}))
     for command, options in commands:

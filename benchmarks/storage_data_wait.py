@@ -35,7 +35,7 @@ def photograph(seed: int) -> bytes:
     """Smooth with grain, as photographs are."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((480, 360), Image.BICUBIC), np.int16)
+    smooth = np.asarray(Image.fromarray(coarse).resize((480, 360), Image.Resampling.BICUBIC), np.int16)
     file = io.BytesIO()
     grain = random.normal(0, 6, smooth.shape)
     Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)

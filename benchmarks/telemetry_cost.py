@@ -152,8 +152,8 @@ def main() -> None:
             f"{what:<9} ms a step: with {1e3 * medians['with']:.1f}, without {1e3 * medians['without']:.1f}; "
             f"medians differ by {medians['with'] / medians['without'] - 1:+.2%}, neighbors by {more:+.2%}"
         )
-    without = statistics.median(cpu["without"])
-    print(f"inside telemetry: {1e3 * share:.2f} ms of CPU a step, {share / without:.2%} of one without")
+    alone = statistics.median(cpu["without"])
+    print(f"inside telemetry: {1e3 * share:.2f} ms of CPU a step, {share / alone:.2%} of one without")
     print(
         f"health of 256 pairs of width 1024: {1e3 * statistics.median(looks):.0f} ms of the first process's CPU a line"
     )

@@ -8,27 +8,39 @@ as JPEG. Each way trains in a process of its own, with all cores, on packs of th
     lcl           ours: loader, forward, both losses, backward and optimizer, through the engine; float32 and bfloat16
     lcl compiled  the same with `train.compile`; the first step, in which graphs are made, is not timed
     lcl float8    the same with `train.float8`, on a GPU
-    like the reference  our modules used as the method's reference uses its own: one document a row, padded to the
-                  context length, attention under a dense mask, all logits at once, torch's AdamW as it is by default
-    clip, coca    ours, on pairs of the same documents
-    open_clip     its CLIP and CoCa of the same size, their losses and torch's AdamW, on as many images, no loader;
-                  bfloat16 is torch.autocast's, its `--precision amp_bf16`
+    lcl muon      the same with the optimizer of `configs/`; its products are in no count of operations
+    lcl preloaded the same on packs that were read before: a step that does not wait for data
+    like the reference  our modules used as the method's reference uses its own: one document a row, cut at the context
+                  length or padded to it, attention under a dense mask, all logits at once, torch's AdamW as it is by
+                  default
+    clip, coca    ours, on pairs of the same documents, texts cut where open_clip cuts them
+    open_clip     its CLIP and CoCa of the same size, their losses and torch's AdamW, on the same pairs as ours in each
+                  step, texts padded to its 77 tokens, no loader; bfloat16 is torch.autocast's, its `--precision
+                  amp_bf16`
+
+A document that is divided into several sequences counts once, in the step that has its first one. A shard of fewer than
+--documents documents is read again from its beginning, since the last pack of an epoch is not full: of 60 documents
+that is every fifth. Tokens are those of documents, special ones included, no padding.
 
 The step is the median of the repeats, the peak that of this machine's matrix products (2048³), measured between steps:
 the share of it is what compares runs on machines, or at times, that are not alike. Operations are counted as torch's
 FlopCounterMode does, what is computed a second time left out. Last, one more step under torch's profiler: the shares of
 matrix products and of attention, and in `bound` the share of the peak that would be left if all else took no time. All
-have AdamW. g14 and l14 are cut to --depth blocks an encoder where memory asks for it, which the first line says.
+have AdamW but `lcl muon`. g14 and l14 are cut to --depth blocks an encoder where memory asks for it, which the first
+line says.
 
 Where there is a CUDA device it is what trains: peak is that of products of 8192³, MiB what torch has allocated on it,
-the parts are those of one more step, whose parts the device is waited for after, and there is no profiled step. Not run
-on one yet.
+the parts are those of one more step, whose parts the device is waited for after, and there is no profiled step. But the
+part "data" is that of the timed steps: how long the process waits for the loader, at first while the device still
+computes. So the device waits for at most that; for how much, `lcl preloaded` beside `lcl` says. Half of the cores, at
+most 8, read. Not run on one yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import resource
@@ -41,15 +53,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_step_ways import COCA, CONFIGS, ROWS, Parts, begin, place
+from train_step_ways import COCA, CONFIGS, ROWS, Parts, begin, num_workers, place
 
 WAYS = (
-    "lcl float32", "lcl compiled float32", "lcl bfloat16", "lcl compiled bfloat16", "like the reference float32",
+    "lcl float32", "lcl compiled float32", "lcl muon float32", "lcl bfloat16", "lcl compiled bfloat16",
+    "lcl muon bfloat16", "like the reference float32",
     "clip float32", "open_clip clip float32", "coca float32", "open_clip coca float32",
 )  # fmt: skip
 ON_GPU = (
-    "lcl bfloat16", "lcl compiled bfloat16", "lcl float8", "clip bfloat16", "open_clip clip bfloat16", "coca bfloat16",
-    "open_clip coca bfloat16",
+    "lcl bfloat16", "lcl preloaded bfloat16", "lcl muon bfloat16", "lcl compiled bfloat16", "lcl float8",
+    "clip bfloat16", "open_clip clip bfloat16", "coca bfloat16", "open_clip coca bfloat16",
 )  # fmt: skip
 REFERENCE_SECONDS, REFERENCE_PEAK = 65.9, 210e9
 """of a step of the method's reference itself, ViT-B/32 and eight such documents, float32, on two cores whose matrix
@@ -71,7 +84,7 @@ def main() -> int:
     )
     parser.add_argument("--model", choices=CONFIGS, default="b32")
     parser.add_argument("--depth", type=int, help="blocks of each encoder (default: as published)")
-    parser.add_argument("--documents", type=int, default=400, help="of the shard (%(default)s)")
+    parser.add_argument("--documents", type=int, default=400, help="of the corpus (%(default)s)")
     parser.add_argument("--packs", type=int, default=1, help="of a step (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -93,8 +106,10 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     has_gpu = torch.cuda.is_available()
     depth = f", {arguments.depth} blocks an encoder" if arguments.depth else ""
     where = torch.cuda.get_device_name() if has_gpu else f"{os.cpu_count()} cores"
-    print(f"{CONFIGS[arguments.model]}{depth}; {where}; seconds of a step are medians")
-    columns = ("docs/s", "images/s", "tokens/s", "step s", "TFLOP", "peak GF/s", "of peak", "bound", "MiB")
+    print(f"{CONFIGS[arguments.model]}{depth}; {where}, {num_workers(has_gpu)} that read; step s is a median")
+    columns = [
+        "docs/s", "images/s", "tokens/s", "images", "tokens", "step s", "TFLOP", "peak GF/s", "of peak", "bound", "MiB",
+    ]  # fmt: skip
     print(f"{'':28}" + "".join(f"{name:>11}" for name in columns) + "   share of the step by part", flush=True)
     for way in arguments.ways or (ON_GPU if has_gpu else WAYS):
         if fault := fault_of(way, has_gpu):
@@ -129,10 +144,11 @@ def row(way: str, found: dict[str, Any]) -> str:
     peak = statistics.median(found["peaks"])
     numbers = (
         found["documents"] / step if found["documents"] else float("nan"), found["images"] / step,
-        found["tokens"] / step, step, found["flops"] / 1e12, peak / 1e9, found["flops"] / step / peak,
+        found["tokens"] / step, found["images"], found["tokens"], step, found["flops"] / 1e12, peak / 1e9,
+        found["flops"] / step / peak,
         found["flops"] / step / peak / (sum(found["kernels"].values()) or float("nan")), found["memory"],
     )  # fmt: skip
-    texts = (f"{n:11.{d}f}" for n, d in zip(numbers, (2, 1, 0, 2, 2, 0, 2, 2, 0), strict=True))
+    texts = (f"{n:11.{d}f}" for n, d in zip(numbers, (2, 1, 0, 1, 0, 2, 2, 0, 2, 2, 0), strict=True))
     parts = {name: statistics.median(times) / step for name, times in found["parts"].items()} | found["kernels"]
     return f"{way:28}" + "".join(texts) + "   " + ", ".join(f"{name} {share:.1%}" for name, share in parts.items())
 
@@ -156,13 +172,14 @@ def make_corpus(annotations: Path, folder: Path, documents: int) -> None:
 
     draw, images = np.random.default_rng(0), folder / "images"
     images.mkdir()
-    lines = annotations.read_text(encoding="utf-8").splitlines()[:documents]
-    for line in lines:
+    shard = annotations.read_text(encoding="utf-8").splitlines()[:documents]
+    for line in shard:
         for image in json.loads(line)["image_info"]:
             small = draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)
             encoded = io.BytesIO()
             Image.fromarray(small).resize((640, 480)).save(encoded, "JPEG", quality=85)
             (images / image["image_name"]).write_bytes(encoded.getvalue())
+    lines = itertools.islice(itertools.cycle(shard), documents)
     (folder / "docs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     preprocess("mmc4", folder / "docs.jsonl", folder / "corpus", images=images, tokenizer="clip")
 
@@ -202,10 +219,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     kernels: dict[str, float] = {}
     if device.type == "cuda":
         memory = allocated / 2**20
+        waited = {name: times for name, times in parts.all.items() if name == "data"}  # without synchronizing
         parts.all.clear()
         parts.wait = synchronize
         step()
         parts.end_step()
+        parts.all |= waited
     else:
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         kernels = shares_of_kernels(step)

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ ROWS = 8
 """documents of a step of the reference"""
 TEXT = 77
 """tokens of a text of open_clip"""
+EOT = 49407
+"""the end of a text, in CLIP's vocabulary"""
 IMAGES = 64
 """image slots of a pack of pairs"""
 
@@ -69,20 +71,26 @@ def place() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compiled: bool = False) -> Any:
-    """The shipped config of the size, on the corpus; one process, one pack a micro-batch."""
+def num_workers(has_gpu: bool) -> int:
+    """Processes that read: a GPU waits for one that decodes; beside a CPU that trains, more would take its cores."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if has_gpu else 1
+
+
+def config_of(arguments: argparse.Namespace, objective: str, dtype: str, options: Collection[str] = ()) -> Any:
+    """The shipped config of the size, on the corpus; one process, one pack a micro-batch. options: words of a way."""
     from megatron_lcl import config as configs
 
+    file = ROOT / "configs" / f"{CONFIGS[arguments.model]}_interleaved.yaml"
     given: dict[str, Any] = {
         "data.corpora": str(arguments.work / "corpus"),
         "data.cache": str(arguments.work / "cache"),
-        "data.workers": 1,
+        "data.workers": num_workers(place().type == "cuda"),
         "objective.name": objective,
         "contrast.strategy": "retain",
         "train.dtype": "bfloat16" if dtype == "float8" else dtype,
         "train.float8": dtype == "float8",
-        "optimizer.name": "adamw",  # as in what it is measured beside
-        "train.compile": compiled or dtype == "float8",
+        "optimizer.name": "muon" if "muon" in options else "adamw",  # as in what it is measured beside
+        "train.compile": "compiled" in options or dtype == "float8",
         "parallel.tensor": 1,
         "train.micro_batch": 1,
         "train.global_batch": arguments.packs,
@@ -90,11 +98,12 @@ def config_of(arguments: argparse.Namespace, objective: str, dtype: str, compile
     }
     if arguments.depth:
         given |= {"model.vision.layers": arguments.depth, "model.language.layers": arguments.depth}
-    if objective != "lcl":  # texts as long as open_clip's at most; tokens for about as many pairs as there are images
-        slots = {"clip": 30, "coca": 112}[objective] * IMAGES
-        given |= {"model.language.context_length": 2 * TEXT, "data.tokens_per_pack": slots}
+    if objective != "lcl":
+        patches = configs.load(file, {}).model.vision.num_patches
+        # a text is cut where open_clip cuts it; as many tokens as pairs for all image slots have, 28 a text
+        length, slots = {"clip": (TEXT, 30), "coca": (TEXT - 1 + patches + 2, 63 + patches)}[objective]
+        given |= {"model.language.context_length": length, "data.tokens_per_pack": slots * IMAGES}
         given["data.images_per_pack"] = IMAGES
-    file = ROOT / "configs" / f"{CONFIGS[arguments.model]}_interleaved.yaml"
     return configs.load(file, {key: str(value) for key, value in given.items()})
 
 
@@ -116,8 +125,8 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
     from megatron_lcl.train.prefetch import Prefetcher
 
-    objective, _, compiled = name.partition(" ")
-    config = config_of(arguments, objective, dtype, bool(compiled))
+    objective, *options = name.split()
+    config = config_of(arguments, objective, dtype, options)
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= one
     mesh = init_processes(config)
@@ -125,7 +134,10 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
     stepper = build_stepper(engine, config, mesh)
     loader = loader_for(config)
     number = config.train.global_batch
-    prefetcher = Prefetcher(iter(loader), number, engine.device)
+    batches = iter(loader)
+    if "preloaded" in options:
+        batches = itertools.cycle(list(itertools.islice(batches, steps_of(arguments) * number)))
+    prefetcher = Prefetcher(batches, number, engine.device)
     stepper._first_forwards = parts.timed("forward", stepper._first_forwards)  # of lcl, clip and coca: all of them
     engine.backward = parts.timed("backward", engine.backward)
     engine.step = parts.timed("optimizer", engine.step)
@@ -134,12 +146,13 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
         with parts.part("data"):
             packs, copies = prefetcher.take()
         pending = stepper.start(broadcast_batches(copies, number, 1, mesh, engine.device), 1e-4)
-        prefetcher.begin()
+        with parts.part("data"):  # on a GPU the next step's is read here
+            prefetcher.begin()
         pending.read()
         sizes = Sizes.of(packs)
-        documents = sum(len(loader.reader.provenance(n)) for pack in packs for n in pack.packs)
+        origins = [origin for pack in packs for n in pack.packs for origin in loader.reader.provenance(n)]
         return {
-            "documents": documents if objective == "lcl" else 0,
+            "documents": num_documents(origins) if objective == "lcl" else 0,
             "images": sum(pack.num_images for pack in packs),
             "tokens": sum(pack.num_tokens for pack in packs),
             "flops": of_step(config.model, sizes, contrast=True).total,
@@ -148,13 +161,25 @@ def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts)
     return step, {}
 
 
+def steps_of(arguments: argparse.Namespace) -> int:
+    """Steps of a way: one that warms up, those that are timed, one more for the parts."""
+    return arguments.repeats + 2
+
+
+def num_documents(origins: Iterable[Any]) -> int:
+    """Documents of sequences: one of several sequences counts once, with its first."""
+    return sum(origin.part == 0 for origin in origins)
+
+
 def reference_step(arguments: argparse.Namespace, _name: str, dtype: str, parts: Parts) -> tuple[Any, dict[str, Any]]:
     """A step as the reference makes it, of the same parameters."""
     import torch
     import torch.nn.functional as F
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatron_lcl import config as configs
     from megatron_lcl.model import layers as modules
+    from megatron_lcl.model.flops import Sizes, of_step
     from megatron_lcl.model.initialize import initialize
     from megatron_lcl.model.lcl import LayerList
 
@@ -173,8 +198,14 @@ def reference_step(arguments: argparse.Namespace, _name: str, dtype: str, parts:
     initialize(dict(enumerate(stack)), config.model, 0)
     model = LayerList(*stack)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    rows = padded_rows(loader_for(config), length)
+    # documents are whole in its packs, or as long as these: not divided, but cut at the end of their row
+    whole = configs.replace(config, model__language__context_length=config.data.tokens_per_pack)
+    rows = padded_rows(loader_for(whole), length)
     mask = torch.zeros(0)
+
+    def of_images(batch: Any) -> float:
+        found = of_step(config.model, Sizes.of([batch]))
+        return found.vision + found.pool
 
     def step() -> dict[str, float]:
         nonlocal mask
@@ -195,34 +226,27 @@ def reference_step(arguments: argparse.Namespace, _name: str, dtype: str, parts:
         with parts.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        return {"documents": ROWS, "images": batch.num_images, "tokens": batch.num_tokens}
+        numbers = {"documents": ROWS, "images": batch.num_images, "tokens": batch.num_tokens}
+        return numbers | {"flops": of_rows + of_images(batch)}
 
+    of_rows = 0.0  # all but that of images is the same in every step
     with FlopCounterMode(display=False) as counter:
-        step()
-    return step, {"flops": float(counter.get_total_flops())}
+        of_rows = -step()["flops"]
+    of_rows += counter.get_total_flops()
+    return step, {}
 
 
 def padded_rows(loader: Any, length: int) -> Iterator[tuple[Any, Any]]:
-    """Batches of documents, each padded to the context length, and the mask of their attention, [ROWS, 1, S, S]."""
+    """Batches of documents, each cut at the context length or padded to it, and the mask of their attention,
+    [ROWS, 1, S, S]."""
     import torch
 
     from megatron_lcl.data.loading.batch import PackedBatch
 
     waiting: list[dict[str, Any]] = []
     for pack in loader:
-        bounds = pack.cu_seqlens.tolist()
-        for first, last in itertools.pairwise(bounds):
-            inside = (pack.image_start >= first) & (pack.image_start < last)
-            if first < pack.num_tokens and inside.any():
-                waiting.append(
-                    {
-                        "tokens": pack.tokens[first:last],
-                        "targets": pack.targets[first:last],
-                        "images": pack.images[inside],
-                        "start": pack.image_start[inside] - first,
-                        "soi": torch.where(pack.image_soi[inside] >= 0, pack.image_soi[inside] - first, -1),
-                    }
-                )
+        origins = itertools.chain.from_iterable(map(loader.reader.provenance, pack.packs))
+        waiting += [document_of(pack, own.start, own.stop, length) for own in origins if own.part == 0]
         while len(waiting) >= ROWS:
             now, waiting = waiting[:ROWS], waiting[ROWS:]
             tokens, targets = torch.zeros(ROWS * length, dtype=torch.int32), torch.full((ROWS * length,), -1).int()
@@ -258,16 +282,57 @@ def padded_rows(loader: Any, length: int) -> Iterator[tuple[Any, Any]]:
             yield batch, torch.zeros(ROWS, 1, length, length).masked_fill_(~allowed, float("-inf"))
 
 
+def document_of(pack: Any, start: int, stop: int, length: int) -> dict[str, Any]:
+    """The document in rows start … stop-1 of a pack, cut at the context length, or before an image that crosses it."""
+    import torch
+
+    inside = (pack.image_start >= start) & (pack.image_start < stop)
+    first = pack.image_start[inside] - start
+    stays = first + pack.num_patches < length  # its `<eoi>` too
+    last = min([stop - start, length, *(int(row) - 1 for row in first[~stays])])
+    targets = pack.targets[start : start + last].clone()
+    targets[-1] = -1
+    soi = pack.image_soi[inside][stays]
+    return {
+        "tokens": pack.tokens[start : start + last],
+        "targets": targets,
+        "images": pack.images[inside][stays],
+        "start": first[stays],
+        "soi": torch.where(soi >= 0, soi - start, -1),
+    }
+
+
+def pairs_of(packs: list[Any], length: int) -> tuple[Any, Any, int]:
+    """Of packs of pairs the images, uint8 [N, 3, H, W], the texts as open_clip has them, [N, length], `<sot> text
+    <eot>` and zeros, and how many tokens these are. Its vocabulary, and the ids of both marks, are ours."""
+    import torch
+
+    images, texts = [], []
+    for pack in packs:
+        begins = pack.cu_seqlens
+        for slot in (pack.image_soi >= 0).nonzero()[:, 0]:
+            soi = pack.image_soi[slot]
+            first = begins[torch.searchsorted(begins, soi, right=True) - 1]
+            text = pack.tokens[first:soi]
+            texts.append(torch.cat([text, text.new_tensor([EOT])]))
+            images.append(pack.images[slot])
+    padded = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(padded, texts, strict=True):
+        row[: len(text)] = text
+    return torch.stack(images), padded, sum(map(len, texts))
+
+
 def open_clip_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts) -> tuple[Any, dict[str, Any]]:
-    """A step of open_clip's model of this size on as many images as ours reads in a pack of pairs."""
+    """A step of open_clip's model of this size on the pairs that ours reads in the same step."""
     import open_clip
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD
+
     objective, device = name.split()[-1], place()
-    packs = iter(loader_for(config_of(arguments, objective, dtype)))
-    size = sum(next(packs).num_images for _ in range(arguments.packs))
     coca = objective == "coca"
+    batches = open_clip_batches(arguments, objective, dtype, device)
     named = (COCA if coca else OPEN_CLIP)[arguments.model]
     cut: dict[str, Any] = {}
     if arguments.depth:
@@ -278,22 +343,42 @@ def open_clip_step(arguments: argparse.Namespace, name: str, dtype: str, parts: 
     model.train()
     loss_of = open_clip.loss.CoCaLoss(2.0, 1.0) if coca else open_clip.loss.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    images = torch.randn(size, 3, 224, 224, device=device)
-    texts = torch.randint(1, 49406, (size, TEXT - coca), device=device)  # CoCa adds one
+    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGE_MEAN, IMAGE_STD))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    following, of_image = itertools.cycle(batches), 0.0
 
-    def step() -> dict[str, float]:
+    def train(pixels: Any, texts: Any) -> None:
         optimizer.zero_grad()
         with parts.part("forward"), autocast:
+            images = (pixels.float() / 255 - mean) / std  # as in ours, a part of the step
             found = loss_of(**model(images, texts), output_dict=True) if coca else loss_of(*model(images, texts))
-            loss = sum(found.values()) if isinstance(found, dict) else found
+            loss: Any = sum(found.values()) if isinstance(found, dict) else found
         with parts.part("backward"):
             loss.backward()
         with parts.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        return {"documents": 0, "images": size, "tokens": size * TEXT}
+
+    def step() -> dict[str, float]:
+        pixels, texts, tokens = next(following)
+        train(pixels, texts)
+        size = len(pixels)
+        return {"documents": 0, "images": size, "tokens": tokens, "flops": size * of_image}
 
     with FlopCounterMode(display=False) as counter:
-        step()
-    return step, {"flops": float(counter.get_total_flops())}
+        train(*batches[0][:2])
+    of_image = counter.get_total_flops() / len(batches[0][0])  # but for the similarities the same for each
+    return step, {}
+
+
+def open_clip_batches(
+    arguments: argparse.Namespace, objective: str, dtype: str, device: Any
+) -> list[tuple[Any, Any, int]]:
+    """The pairs of each step, on the device before the first: its own loader is not measured."""
+    packs = iter(loader_for(config_of(arguments, objective, dtype)))
+    batches = []
+    for _ in range(steps_of(arguments)):
+        # CoCa adds a token of its own
+        pixels, texts, tokens = pairs_of(list(itertools.islice(packs, arguments.packs)), TEXT - (objective == "coca"))
+        batches.append((pixels.to(device), texts.to(device), tokens))
+    return batches
