@@ -136,7 +136,7 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
                 in_percent=True,
             ),
             Spec("seconds a step, by process", *_of_ranks("step")),
-            Spec("seconds a step of work of its own, by process", *_of_ranks("work")),
+            Spec("seconds of own work a step, by process", *_of_ranks("work")),
             Spec("slowest process (rank)", ("slowest_rank",)),
             Spec("seconds a step that it is behind", ("slowest_lag_seconds",)),
             Spec("seconds that steps waited for checkpoints", ("checkpoint_wait_seconds",)),

@@ -57,14 +57,14 @@ def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
     table = section(page, "slowest")
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
     assert rows == [
-        ["node-b", "120", "63 %", "0.005", "2 (90), 3 (30)", "forward (90), data (30)"],
-        ["node-a", "70", "37 %", "0.002", "1 (70)", "data (70)"],
+        ["node-b", '120 <span class="quiet">63 %</span>', "0.005", "2 (90), 3 (30)", "forward (90), data (30)"],
+        ["node-a", '70 <span class="quiet">37 %</span>', "0.002", "1 (70)", "data (70)"],
     ]
     assert "Of 190 lines" in table
     assert 'href="#slowest"' in page
     for title, last in (
         ("seconds a step, by process", "0.12"),
-        ("seconds a step of work of its own, by process", "0.12"),
+        ("seconds of own work a step, by process", "0.12"),
     ):
         (figure,) = re.findall(rf'<figure class="plot"><figcaption><b>{title}</b>(.*?)</figure>', page, re.DOTALL)
         assert re.findall(r'class="line \w+" data-label="(\w+)"', figure) == ["slowest", "median", "fastest"]
