@@ -7,6 +7,10 @@ machine changes less than the clock on the wall. Processes that wait for each ot
 of two are the clock's, of the process that took longest, and mean something where each has a core for itself. The exit
 code is 1 where predicted and measured differ by more than 25 %.
 
+`before` is what the command itself would have printed: a prediction from one calibration of five rounds, in processes
+of their own, before the first step; beside it are the steps by the clock, as it measures. Each process has a core for
+itself in both. Where other work comes and goes between the two, it is in one of them alone.
+
     python benchmarks/plan_step_time.py [SETTING …]
 """
 
@@ -67,41 +71,60 @@ def main() -> int:
         print(json.dumps(measure(options.measure)))
         return 0
     worst = 0.0
-    print(f"{'seconds of a step':<44}{'predicted':>10}{'measured':>10}{'predicted / measured':>22}  by")
+    heads = f"{'predicted':>10}{'measured':>10}{'predicted / measured':>22}  {'by':<7}"
+    print(f"{'seconds of a step':<44}{heads}{'before':>8}{'by the clock':>14}{'before / by the clock':>23}")
     for name in options.settings or SETTINGS:
-        predicted, measured = run(name)
+        before, (predicted, measured, by_clock) = run(name)
         alone = SETTINGS[name].get("processes", 1) == 1
         worst = max(worst, abs(predicted / measured - 1))
         numbers = f"{predicted:>10.3f}{measured:>10.3f}{predicted / measured:>22.2f}"
-        print(f"{name:<44}{numbers}  {'CPU' if alone else 'clock'}", flush=True)
+        numbers += f"  {'CPU' if alone else 'clock':<7}{before:>8.3f}{by_clock:>14.3f}{before / by_clock:>23.2f}"
+        print(f"{name:<44}{numbers}", flush=True)
     return int(worst > CLAIM)
 
 
-def run(name: str) -> tuple[float, float]:
-    """Predicted and measured seconds of a step of a setting, in new processes."""
-    predicted, measured = measured_by_all(__file__, name, SETTINGS[name].get("processes", 1))[0]
-    return predicted, measured
+def run(name: str) -> tuple[float, list[float]]:
+    """Seconds of a step of a setting as predicted beforehand, and those that `measure` gives, in new processes."""
+    from megatron_lcl.plan.calibrate import calibrate
+    from megatron_lcl.plan.predict import predict
+    from megatron_lcl.train.forks import stop_forkserver
+
+    config, number = config_of(name)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:number])  # by which calibrate() shares out threads
+    try:
+        before = predict(config, number, number, calibrate(config, number, IMAGES), IMAGES).seconds
+        return before, measured_by_all(__file__, name, number)[0]
+    finally:
+        stop_forkserver()  # it would keep these cores
+        os.sched_setaffinity(0, cores)
 
 
-def measure(name: str) -> tuple[float, float]:
-    """Predicted and measured seconds of a step; every process of the setting calls it."""
+def config_of(name: str) -> tuple[Any, int]:
+    """A setting's config and processes."""
+    from megatron_lcl import config as configs
+
+    setting = dict(SETTINGS[name])
+    number = setting.pop("processes", 1)
+    model, train = setting["model"], {"global_batch": PACKS, "dtype": "float32", **setting.get("train", {})}
+    data = {"tokens_per_pack": model["language"]["context_length"], "images_per_pack": IMAGES}
+    return configs.from_dict({**setting, "data": data, "train": train}), number
+
+
+def measure(name: str) -> tuple[float, float, float]:
+    """Seconds of a step: predicted, measured, and by the clock; every process of the setting calls it."""
     import torch
 
-    from megatron_lcl import config as configs
     from megatron_lcl.plan.calibrate import Calibration, network, rates_of_all
     from megatron_lcl.plan.predict import predict
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
 
     torch.set_num_threads(1)
     torch.manual_seed(0)  # the ranks of a replica have the same batches
-    setting = dict(SETTINGS[name])
-    number = setting.pop("processes", 1)
-    model, train = setting["model"], {"global_batch": PACKS, "dtype": "float32", **setting.get("train", {})}
-    data = {"tokens_per_pack": model["language"]["context_length"], "images_per_pack": IMAGES}
-    config = configs.from_dict({**setting, "data": data, "train": train})
+    config, number = config_of(name)
     clock = time.process_time if number == 1 else time.perf_counter
     mesh = init_processes(config)
-    calibration, seconds = Calibration(config, IMAGES, clock), []
+    calibration, seconds, by_clock = Calibration(config, IMAGES, clock), [], []
 
     def prediction() -> Any:
         """Of the rounds so far."""
@@ -117,19 +140,20 @@ def measure(name: str) -> tuple[float, float]:
     stepper.run(batches, 1e-4)  # the optimizer's states come with the first step
     for _ in range(STEPS):
         mesh.world.barrier()
-        started = clock()
+        started = clock(), time.perf_counter()
         stepper.run(batches, 1e-4)
-        seconds.append(clock() - started)
+        seconds.append(clock() - started[0])
+        by_clock.append(time.perf_counter() - started[1])
         mesh.world.barrier()
         calibration.round()
     predicted = prediction()
-    measured = max(mesh.world.gather_objects(statistics.median(seconds)))
+    measured, of_clock = (max(mesh.world.gather_objects(statistics.median(each))) for each in (seconds, by_clock))
     torch.distributed.destroy_process_group()
     if mesh.is_first:
         names = ("compute", "again", "bubble", "network", "optimizer", "loss")
         print({part: round(getattr(predicted, part), 3) for part in names}, file=sys.stderr)
         print({part: round(rate / 1e9, 1) for part, rate in calibration.found().items()}, file=sys.stderr)
-    return predicted.seconds, measured
+    return predicted.seconds, measured, of_clock
 
 
 def full_pack(config: Any) -> Any:

@@ -20,7 +20,8 @@ from megatron_lcl.plan.run import NODE, USABLE
 
 GPUS = (8, 64, 512, 4096)
 SPARE = 0.8
-"""share of the room that the bound may fill: a simulated step needs more than its bound (28 GB, not 24, on 512 GPUs)"""
+"""share of the room that the bound may fill: a simulated step needs more than its bound (25.1 GB, not 23.9, on 512
+GPUs with 23 images a pack), and how much more in other layouts is not known"""
 CONFIG = Path(__file__).parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
 IMAGES = 16
 """of a pack, so that pairs are a power of two; the interleaved documents have about 23 in as many tokens"""

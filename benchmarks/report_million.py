@@ -2,51 +2,136 @@
 
     python benchmarks/report_million.py [--lines 100000 1000000] [--loads 3]
 
-A run folder gets a metrics.jsonl of so many lines, one a step, of 22 numbers with all their digits (drawn at random;
-they repeat after 4,096 lines), and the page is written as `megatron-lcl report` does. Seconds to make are processor
-time. Loads are medians: by the page's own clock from the navigation to the end of its load event, and in processor time
-of all of the browser's processes, which other work on the machine disturbs less.
+A run folder gets a metrics.jsonl of so many lines, one a step, of every number that docs/metrics.md names, with all
+their digits, and the times of eight processes (drawn at random; they repeat after 4,096 lines), and whatever else a run
+and its evaluations leave: a corpus, of which the page shows the first 16 packs of 8,192 tokens with their pictures, the
+gallery of a zero-shot evaluation with a map of 700 pictures, retrieval examples with theirs, phases, incidents, who was
+slowest. The page is written as `megatron-lcl report` does. Seconds to make are processor time. Loads are medians: by
+the page's own clock from the navigation to the end of its load event, and in processor time of all of the browser's
+processes, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
+import json
 import os
+import re
 import resource
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
+import PIL.Image
+from data.writers import write_jsonl
 from report.browser import Browser
-from report.conftest import line
 
 from megatron_lcl import config as configs
+from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.loading.images import thumbnail
+from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.evaluate.gallery import GALLERY, NUM_EXAMPLES, NUM_MARKS, Gallery, Mark, Named
+from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT, Example, HeldOut, Pair
+from megatron_lcl.evaluate.results import Metric, Result
 from megatron_lcl.report.page import write_report
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.telemetry import METRICS
 
 REPEATS = 4096
-NUMBERS = 22
+RANKS = 8
+"""processes whose times a line has"""
+DOCUMENTS, WORDS, PICTURES = 320, 100, 3
+"""of the corpus; words and pictures of a document"""
+ROOT = Path(__file__).parents[1]
 LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd"
 
 
 def make_run(run: Path, steps: int) -> Path:
     """A run folder with a line for each step; returns it."""
     run.mkdir()
-    settings = {"train.output": str(run), "train.steps": str(steps), "data.corpora": "/nowhere"}
-    (run / CONFIG).write_text(configs.to_yaml(configs.load(None, settings)))
-    names = [name for name in line(1) if name != "step"][:NUMBERS]
-    values = np.random.default_rng(0).lognormal(size=(REPEATS, NUMBERS)).tolist()
-    rests = [", ".join(f'"{n}": {v!r}' for n, v in zip(names, row, strict=True)) + "}\n" for row in values]
-    with (run / METRICS).open("w") as file:
-        file.writelines(f'{{"step": {s}, {rest}' for s, rest in zip(range(1, steps + 1), itertools.cycle(rests)))
+    rng = np.random.default_rng(0)
+    corpus = make_pictures(run, rng)
+    settings = {"train.output": str(run), "train.steps": str(steps), "data.corpora": str(corpus)}
+    settings |= {"model.language.vocab_size": str(open_corpus(corpus).tokenizer.vocab_size), "data.workers": "0"}
+    file = ROOT / "configs" / "lcl_vitb32_interleaved.yaml"
+    (run / CONFIG).write_text(configs.to_yaml(configs.load(file, settings)))
+    names = names_of_line()
+    values = rng.lognormal(size=(REPEATS, len(names))).tolist()
+    of_ranks = [[f"{x:.4g}" for x in row] for row in rng.lognormal(size=(REPEATS, RANKS)).tolist()]
+    rests = [
+        ", ".join(f'"{n}": {v!r}' for n, v in zip(names, row, strict=True))
+        + "".join(f', "rank_{kind}_seconds": [{", ".join(ranks)}]' for kind in ("step", "work"))
+        for row, ranks in zip(values, of_ranks, strict=True)
+    ]
+    straggler = {"last": 70, "of": 100, "lag_seconds": 0.002, "phase": "data"}
+    report = [{"node": f"node-{n // 8}", "rank": n, **straggler} for n in range(RANKS)]
+    with (run / METRICS).open("w") as lines:
+        lines.writelines(f'{{"step": {s}, {rest}}}\n' for s, rest in zip(range(1, steps + 1), itertools.cycle(rests)))
+        for step in range(steps // 10, steps, steps // 10):
+            lines.write(json.dumps({"step": step, "phase": 1 + 10 * step // steps, "image_size": 224}) + "\n")
+            lines.write(json.dumps({"step": step, "skipped": "the loss is nan"}) + "\n")
+        lines.write(json.dumps({"step": steps, "stragglers": report}) + "\n")
     return run
+
+
+def names_of_line() -> list[str]:
+    """The numbers of a step's line, as docs/metrics.md has them."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = text.partition("## Every logged step\n")[2].partition("\n## ")[0].splitlines()
+    found = [name for row in rows if row.startswith("| `") for name in re.findall("`([^`]+)`", row.split("|")[1])]
+    return [name for name in found if name not in {"step", "slowest_phase"} and not name.startswith("rank_")]
+
+
+def make_pictures(run: Path, rng: np.random.Generator) -> Path:
+    """The run's corpus, and what evaluations have written of pictures; returns the corpus."""
+    words = ["".join(rng.choice([*"abcdefghijklmnop"], 6)) for _ in range(500)]
+
+    def text() -> str:
+        return " ".join(rng.choice(words, WORDS // PICTURES))
+
+    documents = [
+        Document(tuple(x for _ in range(PICTURES) for x in (Text(text()), Image(picture(rng)))))
+        for _ in range(DOCUMENTS)
+    ]
+    write_jsonl(documents, run / "pages")
+    corpus = run / "corpus"
+    preprocess("jsonl", run / "pages", corpus, vocab_size=400)
+
+    pairs = [Pair(d, 0, d, text()[:400]) for d in range(8)]
+    examples = [Example(pair, 1 + d, tuple(pairs[:4])) for d, pair in enumerate(pairs)]
+    shares = dict.fromkeys(("image_to_context_recall_at_1", "image_to_context_recall_at_10"), 0.5)
+    measured = HeldOut(str(corpus), 8, 8, 0, **shares, chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0)
+    (run / RESULT).write_text(json.dumps(asdict(measured)))
+    (run / EXAMPLES).write_text(json.dumps([asdict(example) for example in examples]))
+
+    def named(rank: int) -> Named:
+        return Named(thumbnail(picture(rng), 96, "WEBP"), "a name", "another name", rank)
+
+    metrics = dict.fromkeys(("accuracy", "accuracy, top 5"), Metric(0.5, 0.4, 0.6, 0.01))
+    result = Result("zero-shot classification", "ours", "pictures", 1000, metrics, {"classes": 100})
+    marks = [Mark(thumbnail(picture(rng), 48, "WEBP"), "a", "b", n % 45, n // 45) for n in range(NUM_MARKS)]
+    shown = (tuple(named(rank) for _ in range(NUM_EXAMPLES)) for rank in (1, 4))
+    (run / GALLERY).write_text(json.dumps(asdict(Gallery(result, "", 500, *shown, 45, 26, tuple(marks)))))
+    return corpus
+
+
+def picture(rng: np.random.Generator, width: int = 320, height: int = 240) -> bytes:
+    """Smooth colors with some noise: about as many bytes as a photograph of that size."""
+    small = PIL.Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), PIL.Image.Resampling.BICUBIC), np.int16)
+    noisy = smooth + rng.integers(-12, 13, smooth.shape)
+    out = io.BytesIO()
+    PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+    return out.getvalue()
 
 
 def cpu_seconds() -> float:
@@ -91,7 +176,15 @@ def main() -> None:
                 browser.open(page.as_uri())
                 spent.append(cpu_seconds_of(browser.process.pid) - before)
                 loads.append(browser.evaluate(LOADED) / 1000)
-            assert browser.evaluate("document.querySelectorAll('svg.chart path.line').length") >= NUMBERS - 4
+            numbers_drawn = len(names_of_line()) - 1  # time is none
+            assert browser.evaluate("document.querySelectorAll('svg.chart path.line').length") >= numbers_drawn
+            for shown, least in (
+                ("svg.map image", NUM_MARKS),
+                (".pictures img", 2 * NUM_EXAMPLES),
+                (".example img", 8),
+            ):
+                assert browser.evaluate(f"document.querySelectorAll('{shown}').length") >= least, shown
+            assert browser.evaluate("document.querySelectorAll('#batch img').length") > 100
             assert browser.complaints() == []
             numbers = [f"{lines:,}", f"{size / 1e6:.0f}", f"{made:.1f}", f"{page.stat().st_size / 1e3:.0f}"]
             numbers += [f"{statistics.median(values):.2f}" for values in (loads, spent)]

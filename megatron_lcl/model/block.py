@@ -116,18 +116,19 @@ class Block(nn.Module):
         hidden_SD = hidden_SD + _scaled(attended_SD, self.scale1, factors[:1])
         return hidden_SD + _scaled(self.mlp(self.norm2(hidden_SD), num_rows), self.scale2, factors[1:])
 
-    def compile_parts(self, float8: bool = False) -> None:
+    def compile_parts(self, float8: bool = False, device: torch.device | None = None) -> None:
         """From now on what stands before attention and what follows on it are each one graph of torch.compile.
 
         Attention itself is a kernel already. A graph is compiled when it is first needed, once for all blocks of the
         same shapes. On one tensor rank alone: collectives overlap with products as they are written.
 
-        float8: linear layers multiply in it (`use_float8`); rounding is fused with what is before.
+        float8: linear layers multiply in it (`use_float8`, which gets `device`); rounding is fused with what is
+        before.
         """
         assert self.axis.size == 1
         torch.compiler.config.recompile_limit = _GRAPHS
         if float8:
-            use_float8(self)
+            use_float8(self, device)
             self._projection = torch.compile(self._projection, fullgraph=True)  # type: ignore[method-assign]
         self._heads = torch.compile(self._heads, fullgraph=True)  # type: ignore[method-assign]
         self._feed_forward = torch.compile(self._feed_forward, fullgraph=True)  # type: ignore[method-assign]

@@ -34,17 +34,18 @@ def float8_fault(elsewhere: bool = False) -> str | None:
     return "this GPU has compute capability {}.{}; float8 needs {}.{}".format(*capability, *CAPABILITY)
 
 
-def use_float8(module: nn.Module) -> None:
+def use_float8(module: nn.Module, device: torch.device | None = None) -> None:
     """From now on all linear layers in the module multiply in float8; parameters stay the same, and their names.
 
-    Their inputs are [rows, features], any number of rows. Where there is no GPU float8 is emulated: float32 products of
-    the same rounded numbers.
+    Their inputs are [rows, features], any number of rows. device: on which the module will compute; None: where its
+    parameters are. On a CPU float8 is emulated: float32 products of the same rounded numbers.
     """
+    device = device or next(module.parameters()).device
     with _no_warnings_of("torchao", "torch.utils._pytree"):  # of libraries for other devices
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     rowwise = Float8LinearConfig.from_recipe_name("rowwise")
-    config = dataclasses.replace(rowwise, emulate=not torch.cuda.is_available())
+    config = dataclasses.replace(rowwise, emulate=device.type != "cuda")
     convert_to_float8_training(module, config=config)
     for layer in module.modules():
         if isinstance(layer, nn.Linear):  # of a method a copy of the module has its own

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import in_bytes
 from megatron_lcl.model.layers import num_parameters, parameter_shapes
@@ -13,8 +15,10 @@ from megatron_lcl.plan.layouts import Layout, slots
 from megatron_lcl.plan.predict import Prediction, seconds_of_run
 from megatron_lcl.plan.run import USABLE, Plan
 from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.simulate import Usage
 
 SHOWN = 10
+STRATEGIES = "retain: activations of all micro-batches are saved until the loss; recompute: every forward runs twice"
 PREFETCH = 2
 """batches that a worker of torch's DataLoader has ready (its default)"""
 
@@ -25,6 +29,8 @@ def lines(plan: Plan, images: float | None = None, shown: int = SHOWN) -> Iterat
     yield from _asked(plan)
     yield ""
     yield f"best        {best.name}" + (", as the config has it" if best == plan.own else "")
+    if objectives.create(best.config).all_features_first:
+        yield f"            {STRATEGIES}"
     phases = plan.phases(best)
     longest = max(phases, key=lambda of: (of[0].stop - of[0].first) * of[1].seconds)
     if len(phases) > 1:
@@ -112,12 +118,12 @@ def _memory(plan: Plan, best: Layout) -> Iterator[str]:
         f"memory      {in_bytes(best.needs)} of {in_bytes(target.room)} a process, by a simulated step"
         f" (ZeRO-{config.zero.stage}, {'offloaded: ' + ', '.join(moved) if moved else 'nothing offloaded'})"
     )
-    yield "            by stage       weights  optimizer, sums    batches  kept graphs  temporary       peak"
-    for stage, usage in best.usages.items():
+    yield "            by stage       weights  optimizer, sums    batches  activations  temporary       peak"
+    for stages, usage in _by_stage(best.usages):
         parts = [usage.parameters, usage.optimizer, usage.batches, usage.graphs, usage.temporary, usage.peak]
         widths = (10, 17, 11, 13, 11, 11)
         numbers = "".join(f"{in_bytes(part):>{width}}" for part, width in zip(parts, widths, strict=True))
-        yield f"            stage {stage:<8}{numbers}"
+        yield f"            {stages:<14}{numbers}"
         network = f"{in_bytes(usage.network)} of what is sent and received"
         within = f"{in_bytes(usage.losses)} while a loss is computed, {network}"
         yield f"            {'':14}in these, each at its most: {within}"
@@ -126,6 +132,13 @@ def _memory(plan: Plan, best: Layout) -> Iterator[str]:
         on_node = in_bytes(min(target.node_size, target.processes) * best.offloaded)
         yield f"            on the host: {in_bytes(best.offloaded)} a process, {on_node} a node"
     yield f"            the loader: {_loader(plan, config)}"
+
+
+def _by_stage(usages: Sequence[Usage]) -> Iterator[tuple[str, Usage]]:
+    """Stages one after another that need the same in one row."""
+    for usage, alike in itertools.groupby(enumerate(usages), key=lambda pair: pair[1]):
+        stages = [stage for stage, _ in alike]
+        yield f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]}-{stages[-1]}", usage
 
 
 def _loader(plan: Plan, config: Config) -> str:

@@ -8,8 +8,8 @@ simulated (`memory.usage_of`), until one fits.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_lcl import objectives
@@ -17,7 +17,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import Rates
-from megatron_lcl.plan.memory import Simulate, usage_of
+from megatron_lcl.plan.memory import Simulate, usages_of
 from megatron_lcl.plan.predict import Prediction, predict
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
@@ -61,8 +61,8 @@ class Layout:
     """bytes in the host's memory: by the bound's formula, or as simulated, with buffers for what is moved"""
     prediction: Prediction | None = None
     """of the phase that needs most; None where it does not fit"""
-    usages: Mapping[int, Usage] = field(default_factory=dict)
-    """of the first process of a stage, by the stage, where it was simulated: of the first, the middle and the last"""
+    usages: Sequence[Usage] = ()
+    """of the first process of each stage, where it was simulated"""
 
     @property
     def seconds(self) -> float:
@@ -168,7 +168,7 @@ class Bound:
 
 def bound(config: Config, target: Target) -> Bound:
     """What is certain of a config's memory; what is offloaded to the host is not needed where that is other memory."""
-    least = estimate(config, target.processes, slots(config, target))
+    least = estimate(config, target.processes, slots(config, target), on_gpu=False)  # with what is offloaded
     offloaded = _offloaded(config, target, least)
     return Bound(least.total - offloaded, least.gradients, offloaded)
 
@@ -196,15 +196,11 @@ def confirm(
         layout = left[0]
         say(f"simulating a step: {layout.name}")
         config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target).needs)
-        last = config.parallel.pipeline - 1
-        usages = {
-            stage: usage_of(config, target.processes, slots(config, target), stage, simulated)
-            for stage in sorted({0, (last + 1) // 2, last})
-        }
+        usages = usages_of(config, target.processes, slots(config, target), simulated)
         # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
         certain = bound(config, target).offloaded
-        needs = max(u.peak if target.on_host else u.process for u in usages.values()) - certain
-        offloaded = max(_offloaded(config, target, u) for u in usages.values())
+        needs = max(u.peak if target.on_host else u.process for u in usages) - certain
+        offloaded = max(_offloaded(config, target, u) for u in usages)
         checked = replace(layout, needs=needs, offloaded=offloaded, usages=usages)
         if needs <= target.room:
             return [checked, *left[1:]], failed

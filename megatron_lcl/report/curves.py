@@ -41,6 +41,12 @@ def _both(name: str) -> tuple[tuple[str, str], tuple[str, str]]:
     return (f"latent_{name}", f"context_{name}"), ("latents", "contexts")
 
 
+def _of_ranks(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the times of all processes: metrics, and what they are called."""
+    names = {"max": "slowest", "median": "median", "min": "fastest"}
+    return tuple(f"rank_{kind}_seconds/{name}" for name in names), tuple(names.values())
+
+
 GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
     (
         "Training",
@@ -129,6 +135,8 @@ GROUPS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
                 ("mean of the processes", "most of a process"),
                 in_percent=True,
             ),
+            Spec("seconds a step, by process", *_of_ranks("step")),
+            Spec("seconds of own work a step, by process", *_of_ranks("work")),
             Spec("slowest process (rank)", ("slowest_rank",)),
             Spec("seconds a step that it is behind", ("slowest_lag_seconds",)),
             Spec("seconds that steps waited for checkpoints", ("checkpoint_wait_seconds",)),

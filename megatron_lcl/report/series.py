@@ -17,8 +17,10 @@ import msgspec
 import numpy as np
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.report.slowest import Slowest
 from megatron_lcl.train.resilience.audit import AUDIT
 from megatron_lcl.train.telemetry import METRICS
+from megatron_lcl.train.telemetry.stragglers import over_ranks
 
 MAX_BUCKETS = 400
 """stretches of a curve: more than a chart has pixels"""
@@ -138,6 +140,7 @@ class Metrics:
     events: list[Event] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     """of events, by kind"""
+    slowest: Slowest = field(default_factory=Slowest)
     num_bad_images: int = 0
     _at: tuple[int, int] = (0, 0)
     """lines and bytes that were read"""
@@ -216,6 +219,7 @@ class Metrics:
         if isinstance(health := line.get("health"), dict):
             self._event("health", step, time, str(health.get("says", "")))
         if isinstance(last := line.get("stragglers"), list):
+            self.slowest.add(last)
             self._event(
                 "stragglers", step, time, "; ".join(_straggler(one) for one in last[:5] if isinstance(one, dict))
             )
@@ -249,7 +253,8 @@ _NO_METRICS = frozenset({"step", "time", "phase"})
 
 
 def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A step's line as this version writes it: no mean over no pairs, and chance beside the accuracy."""
+    """A step's line as this version writes it: no mean over no pairs, and chance beside the accuracy; and with what is
+    drawn of the times of all processes."""
     pairs, changed = line.get("num_pairs"), dict(line)
     if pairs == 0:
         changed |= {name: None for name in OF_PAIRS if name in line}
@@ -259,7 +264,7 @@ def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:
         changed.setdefault("chance_accuracy", 1 / pairs)
     if line.get("num_targets") == 0 and "generation" in line:
         changed["generation"] = None
-    return changed
+    return changed | over_ranks(line)
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -206,7 +206,7 @@ def _memory(config: Config, nodes: int, processes: int, elsewhere: bool) -> Iter
         yield f"contrast    {choice}"
     if not (elsewhere or progress or (choice and choice.is_simulated)):
         check_step(config, everywhere, has, slots)
-    yield f"memory      a process holds at least {largest_estimate(config, everywhere, slots).describe()}"
+    yield f"memory      a process holds at least {largest_estimate(config, everywhere, slots, has.on_gpu).describe()}"
 
 
 def _data(config: Config) -> Iterator[str]:

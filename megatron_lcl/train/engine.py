@@ -134,7 +134,7 @@ def _compiled(float8: bool, make: Callable[..., nn.Module], *arguments: Any) -> 
     """A layer, its parts compiled if it is a block."""
     layer = make(*arguments)
     if isinstance(layer, Block):
-        layer.compile_parts(float8)
+        layer.compile_parts(float8, local_device())  # it is made on the CPU, and moved there
     return layer
 
 

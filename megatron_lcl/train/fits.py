@@ -59,7 +59,7 @@ def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_
     """
     from megatron_lcl.train.simulate import simulate  # the whole engine, for which most starts have no use here
 
-    largest, images = _largest(config, processes, images_per_pack)
+    largest, images = _largest(config, processes, images_per_pack, on_gpu)
     data, tensor = check_layout(config, processes), config.parallel.tensor
     ranks = range(0, processes, data * tensor)  # the first of each stage; the others hold the same
     with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:
@@ -67,11 +67,11 @@ def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_
         return max(usage.peak if on_gpu else usage.process for usage in found)
 
 
-def _largest(config: Config, processes: int, images_per_pack: Slots) -> tuple[Config, int]:
+def _largest(config: Config, processes: int, images_per_pack: Slots, on_gpu: bool) -> tuple[Config, int]:
     """The config of the phase whose lower bound is largest, and the image slots of its packs."""
     phases, slots = [phase.config for phase in phases_of(config)], slots_of_phases(config, images_per_pack)
     pairs = zip(phases, slots, strict=True)
-    largest, images = max(pairs, key=lambda pair: estimate(pair[0], processes, pair[1]).total)
+    largest, images = max(pairs, key=lambda pair: estimate(pair[0], processes, pair[1], on_gpu).total)
     return largest, images or largest.data.images_per_pack or 1
 
 
@@ -80,7 +80,7 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
 
     has: what a process has.
     """
-    needs = largest_estimate(config, processes, images_per_pack)
+    needs = largest_estimate(config, processes, images_per_pack, has.on_gpu)
     if needs.total > has.size:
         raise UserError(
             f"a step needs at least {needs.describe()} a process, and {has.where}; "
@@ -96,7 +96,7 @@ def check_step(config: Config, processes: int, has: Memory, images_per_pack: Slo
     what is compared; what a process on a CPU has is predicted within a tenth, so that much more is let pass. Returns
     whether it was simulated.
     """
-    bound = largest_estimate(config, processes, images_per_pack).total
+    bound = largest_estimate(config, processes, images_per_pack, has.on_gpu).total
     if DOUBT * config.parallel.pipeline * bound <= has.size:
         return False
     needs = predicted(config, processes, images_per_pack, has.on_gpu)
@@ -118,7 +118,7 @@ def remedy(config: Config, processes: int, has: Memory, images_per_pack: Slots =
     widest = ((config, n, f"take {n:,} processes in place of {processes:,}") for n in more)
     found = [_first(tried, has, slots, note) for tried in (fewest, widest)]
     if not any(found):
-        smallest, settings = min(_changed(config), key=lambda pair: _bound(pair[0], processes, slots))
+        smallest, settings = min(_changed(config), key=lambda pair: _bound(pair[0], processes, slots, has.on_gpu))
         both = ((smallest, n, f"add {_typed(settings)} and take {n:,} processes") for n in more)
         found = [_first(both, has, slots, note)]
     return ", or ".join(filter(None, found)) or (
@@ -140,7 +140,7 @@ def _known_slots(config: Config, images_per_pack: Slots) -> tuple[Slots, str]:
 
 def _first(candidates: Iterable[tuple[Config, int, str]], has: Memory, images_per_pack: Slots, note: str) -> str | None:
     """What is said of the first config and number of processes with which a simulated step fits; None: of none."""
-    within = (one for one in candidates if _bound(one[0], one[1], images_per_pack) <= ROOM * has.size)
+    within = (one for one in candidates if _bound(one[0], one[1], images_per_pack, has.on_gpu) <= ROOM * has.size)
     for config, processes, said in itertools.islice(within, _TRIES):
         needs = predicted(config, processes, images_per_pack, has.on_gpu)
         if needs <= ROOM * has.size:
@@ -162,10 +162,10 @@ def _get(config: Config, field: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _bound(config: Config, processes: int, images_per_pack: Slots) -> float:
+def _bound(config: Config, processes: int, images_per_pack: Slots, on_gpu: bool) -> float:
     """The lower bound; infinite where the layout does not go."""
     try:
-        return largest_estimate(config, processes, images_per_pack).total
+        return largest_estimate(config, processes, images_per_pack, on_gpu).total
     except UserError:
         return math.inf
 

@@ -69,11 +69,15 @@ class Estimate:
         return f"{in_gb(self.total)} GB (" + ", ".join(f"{name} {in_gb(size)}" for name, size in parts.items()) + ")"
 
 
-def estimate(config: Config, processes: int, images_per_pack: int | None = None) -> Estimate:
+def estimate(
+    config: Config, processes: int, images_per_pack: int | None = None, on_gpu: bool | None = None
+) -> Estimate:
     """The lower bound for a process of a run on so many, all of whose steps are as the config says (`largest_estimate`
     has phases). UserError where the layout does not divide.
 
-    images_per_pack: image slots, where the run has chosen them; None: `data.images_per_pack`, or one.
+    images_per_pack: image slots, where the run has chosen them; None: `data.images_per_pack`, or one. on_gpu: whether
+    the run's devices are GPUs, beside which what is offloaded lies in the host's memory and is not counted; None: as
+    on this machine.
     """
     data, split = check_layout(config, processes), config.parallel.tensor * config.parallel.pipeline
     model, train, stage = config.model, config.train, config.zero.stage
@@ -84,8 +88,8 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
     zero = config.deepspeed.get("zero_optimization", {})
-    on_device = not torch.cuda.is_available()  # what is offloaded lies in the same memory
-    keeps_parameters, keeps_optimizer = (on_device or not zero.get(f"offload_{x}") for x in ("param", "optimizer"))
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    keeps_parameters, keeps_optimizer = (not (on_gpu and zero.get(f"offload_{x}")) for x in ("param", "optimizer"))
     return Estimate(
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
         optimizer=(12 + 4 * len(average_names(config))) * trained / data * keeps_optimizer,
@@ -96,10 +100,13 @@ def estimate(config: Config, processes: int, images_per_pack: int | None = None)
     )
 
 
-def largest_estimate(config: Config, processes: int, images_per_pack: Slots = None) -> Estimate:
+def largest_estimate(
+    config: Config, processes: int, images_per_pack: Slots = None, on_gpu: bool | None = None
+) -> Estimate:
     """That of the phase of the run that needs most. The parameters are the run's in all of them."""
-    whole, phases, slots = estimate(config, processes), phases_of(config), slots_of_phases(config, images_per_pack)
-    of_phases = [estimate(phase.config, processes, images) for phase, images in zip(phases, slots, strict=True)]
+    pairs = zip(phases_of(config), slots_of_phases(config, images_per_pack), strict=True)
+    of_phases = [estimate(phase.config, processes, images, on_gpu) for phase, images in pairs]
+    whole = estimate(config, processes, on_gpu=on_gpu)
     same = {name: getattr(whole, name) for name in ("parameters", "optimizer", "gradients")}
     return max((replace(one, **same) for one in of_phases), key=lambda one: one.total)
 

@@ -230,7 +230,8 @@ class Training:
                 self._rewind()
             else:
                 self._after_step()
-        self.saver.finish_pending()
+        with self.meter.waiting():
+            self.saver.finish_pending()
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
@@ -343,7 +344,8 @@ class Training:
                 self.heldout.measure(step, average)
 
     def _save(self) -> None:
-        self._compare_replicas()
+        with self.meter.waiting():
+            self._compare_replicas()
         if not self.bad.consecutive:
             self.bad.rewinds = 0
         if self.loader:
@@ -381,10 +383,12 @@ class Training:
             self._rewind()
         step = self.progress.step
         with self.watchdog.long_phase(step, "saving before the end"):
-            self.saver.finish_pending()
+            with self.meter.waiting():
+                self.saver.finish_pending()
             if self.saver.step != step:
                 self._save()
-            self.saver.finish_pending()
+            with self.meter.waiting():
+                self.saver.finish_pending()
         self.audit.write("stopped", step, signal=signum, saved=self.saver.step)
         raise Stopped(signum, step, self.saver.step)
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_lcl import attention
+from megatron_lcl import attention, objectives
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
@@ -48,7 +48,8 @@ from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batche
 from megatron_lcl.train.precision import resolve_dtype
 
 _SIMULATED = 3
-"""micro-batches of a simulated step, at most: each one more keeps as much as the last"""
+"""micro-batches of a simulated step, where a process keeps the graphs of all or of one: each one more takes as much as
+the last"""
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,25 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     data = check_layout(config, processes)
     # as it would be here, but for kernels that only a GPU has: those that stand in for them keep the same
     config = configs.replace(config, train__dtype=resolve_dtype(config), train__attention="auto", train__compile=False)
-    wanted = num_micro_batches(config, data)
-    counts = [wanted] if wanted <= _SIMULATED else [_SIMULATED - 1, _SIMULATED]
+    wanted, enough = num_micro_batches(config, data), _SIMULATED
+    if not objectives.create(config).keeps_graphs:
+        # with one micro-batch more than a stage keeps at once it computes as in the midst of a long step
+        enough = max(enough, 2 + num_in_flight(config, rank // (data * config.parallel.tensor), wanted))
+    counts = [wanted] if wanted <= enough else [enough - 1, enough]
     with ProcessPoolExecutor(len(counts), forkserver(), max_tasks_per_child=1) as pool:
         tasks = [pool.submit(_simulate, _with(config, data, m), processes, images_per_pack, rank) for m in counts]
         found = [task.result() for task in tasks]
     if len(found) == 1:
         return found[0]
     fewer, more = found
-    return extrapolated(more, fewer, more, wanted - _SIMULATED)
+    return extrapolated(more, fewer, more, wanted - enough)
+
+
+def num_in_flight(config: Config, stage: int, micro_batches: int) -> int:
+    """Micro-batches whose graphs a stage keeps at once (train/pipeline/schedule.py)."""
+    if objectives.create(config).keeps_graphs:
+        return micro_batches
+    return min(config.parallel.pipeline - stage, micro_batches)
 
 
 def _with(config: Config, data: int, micro_batches: int) -> Config:

@@ -68,7 +68,7 @@ def choose_strategy(
         return Choice("retain", 0.0)
     if config.zero.stage == 3:
         return Choice("recompute", 0.0)
-    bound = largest_estimate(retain, processes, images_per_pack).total
+    bound = largest_estimate(retain, processes, images_per_pack, has.on_gpu).total
     ample = AMPLE * config.parallel.pipeline * bound  # one stage may hold most of it
     before = Choice(**previous.contrast) if previous and previous.contrast else None
     fits = before and (before.strategy == "recompute" or (before.needs or ample) <= has.size)

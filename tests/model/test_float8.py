@@ -20,6 +20,7 @@ from megatron_lcl.model.block import Block
 from megatron_lcl.model.float8 import use_float8
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.selftest.cases import Case, make_batches
+from megatron_lcl.train import engine
 from megatron_lcl.train.kernels import check_kernels, choose_kernels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -69,6 +70,27 @@ def test_products_are_those_of_rounded_numbers(num_rows: int) -> None:
         assert distance(ours, theirs) < 6e-3  # of bfloat16
     for ours, plain in zip(found, exact, strict=False):
         assert 8e-3 < distance(ours, plain) < 6e-2, "e4m3 has three bits of mantissa"  # type: ignore[arg-type]
+
+
+def test_it_is_emulated_by_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by whether the machine has a GPU: layers on its CPU have no other way, and those made there may move."""
+    for has_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has=has_gpu: has)
+        for device, emulated in ((None, True), (torch.device("cpu"), True), (torch.device("cuda", 0), False)):
+            model = nn.Sequential(nn.Linear(32, 16).bfloat16())
+            use_float8(model, device)
+            config = model[0].linear_mm_config
+            assert {kind.emulate for kind in (config.output, config.grad_input, config.grad_weight)} == {emulated}
+
+
+def test_layers_of_a_run_are_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made on the CPU, and moved to the device afterwards."""
+    asked = list[Any]()
+    monkeypatch.setattr(Block, "compile_parts", lambda _self, float8, device: asked.append((float8, device)))
+    specs = engine.specs_of(config_of(float8=True), ALONE)
+    monkeypatch.setattr(engine, "local_device", lambda: torch.device("cuda", 3))
+    layers = [make() for make in specs]
+    assert asked == [(True, torch.device("cuda", 3))] * sum(isinstance(layer, Block) for layer in layers)
 
 
 def test_a_copy_has_its_own_weights() -> None:

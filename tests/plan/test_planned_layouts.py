@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plan.test_predict import IMAGES, config_of, rates_of
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError, in_bytes
-from megatron_lcl.plan import layouts, memory, run
+from megatron_lcl.plan import describe, layouts, memory, run
 from megatron_lcl.plan.calibrate import Calibration, calibrate
 from megatron_lcl.plan.calibrate import rates_of as measured_rates
 from megatron_lcl.plan.describe import lines, numbers_of
@@ -97,6 +98,22 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == Bound(least.total, least.gradients, 0)
 
 
+def test_what_is_offloaded_is_told_alike_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the run's devices are, not what the planning machine has."""
+    moved = {"device": "cpu"}
+    config = config_of(
+        zero__stage=3, contrast__strategy="recompute",
+        deepspeed={"zero_optimization": {"offload_optimizer": moved, "offload_param": moved}},
+    )  # fmt: skip
+    found = []
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has=has_gpu: has)
+        target = target_of()
+        found.append([layouts.bound(config, dataclasses.replace(target, on_host=on_host)) for on_host in (True, False)])
+    assert found[0] == found[1]
+    assert found[0][0].offloaded > 0 == found[0][1].offloaded
+
+
 def test_the_first_whose_simulated_step_fits_is_the_best() -> None:
     target = target_of(room=1e9)
     passed, *_ = survey(config_of(), target)
@@ -127,9 +144,79 @@ def test_each_stage_is_simulated() -> None:
         return needs(1e6 * (1 + rank))
 
     (layout,), _ = confirm([Layout(config)], target, lambda _: None, simulated)
-    assert ranks == [0, 4, 6], "of two replicas: the first, the middle and the last stage's first process"
+    assert sorted(ranks) == [0, 2, 4, 6], "of two replicas: each stage's first process"
     assert layout.needs == 7e6
-    assert [*layout.usages] == [0, 2, 3]
+    assert [usage.peak for usage in layout.usages] == [1e6, 3e6, 5e6, 7e6]
+
+
+def long_vision(**changes: Any) -> Config:
+    """Four stages of four layers, of which the second and the third are vision blocks."""
+    layers = {"model__vision__layers": 11, "model__language__layers": 2}
+    return config_of(**layers, **{"parallel__pipeline": 4, "train__global_batch": 16, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "firsts"),
+    [
+        ({"contrast__strategy": "retain"}, [0, 1, 3]),
+        ({"contrast__strategy": "recompute"}, [0, 1, 2, 3]),
+        ({"contrast__strategy": "recompute", "train__global_batch": 6}, [0, 1, 2, 3]),
+        ({"contrast__strategy": "recompute", "train__global_batch": 4}, [0, 1, 3]),
+        ({"contrast__strategy": "retain", "train__freeze": ("vision.blocks.2.*",)}, [0, 1, 3]),
+        ({"contrast__strategy": "retain", "train__freeze": ("vision.blocks.3.*",)}, [0, 1, 2, 3]),
+        ({"contrast__strategy": "retain", "model__vision__drop_path": 0.1}, [0, 1, 3]),
+        (
+            {
+                "contrast__strategy": "retain",
+                "train__activation_checkpointing": "full",
+                "train__activation_checkpointing_every": 3,
+            },
+            [0, 1, 2, 3],
+        ),
+    ],
+)
+def test_stages_that_are_alike_are_simulated_once(changes: dict[str, Any], firsts: list[int]) -> None:
+    """Equal layers, and as many micro-batches in flight: with 8 micro-batches a step 4, 3, 2 and 1."""
+    config, ranks = long_vision(**changes), list[int]()
+
+    def simulated(config: Config, processes: int, images: int, rank: int) -> Usage:
+        ranks.append(rank)
+        return needs(1e6 * (1 + rank))
+
+    found = memory.usages_of(config, 8, IMAGES, simulated)
+    assert sorted(ranks) == [2 * stage for stage in firsts]
+    assert [usage.peak for usage in found] == [1e6 * (1 + 2 * max(f for f in firsts if f <= s)) for s in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stages_said_to_be_alike_need_the_same() -> None:
+    """Each simulated by itself."""
+    config = long_vision(contrast__strategy="retain", train__global_batch=4)
+    assert memory.usages_of(config, 4, IMAGES) == [simulate(config, 4, IMAGES, rank) for rank in range(4)]
+
+
+def test_every_stage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need the same in one row."""
+    peaks = {0: 1e6, 1: 2e6, 2: 2e6, 3: 5e6}
+    simulated = functools.partial(confirm, simulated=lambda *given: needs(peaks[given[3]]))
+    monkeypatch.setattr(run, "confirm", simulated)
+    monkeypatch.setattr(run, "survey", lambda config, target: (survey_of_own(config, target), [], []))
+    config = long_vision(contrast__strategy="retain", zero__stage=1)
+    text = [line.strip() for line in lines(run.plan(config, 4, images_per_pack=IMAGES))]
+    head = next(n for n, line in enumerate(text) if line.startswith("by stage"))
+    assert "activations  temporary       peak" in text[head]
+    rows = [re.split(r"\s{2,}", line) for line in text[head + 1 :] if line.startswith("stage")]
+    assert [(row[0], row[-1]) for row in rows] == [("stage 0", "1 MB"), ("stages 1-2", "2 MB"), ("stage 3", "5 MB")]
+    assert f"best        {run.plan(config, 4, images_per_pack=IMAGES).best.name}, as the config has it" in text
+    after = text[text.index(next(line for line in text if line.startswith("best"))) + 1]
+    assert after == describe.STRATEGIES
+
+
+def survey_of_own(config: Config, target: Target) -> list[Layout]:
+    """The config's own layout alone."""
+    (own,) = [one for one in survey(config, target)[0] if one.config == config]
+    return [own]
 
 
 def test_memory_is_linear_in_blocks_and_shared_by_replicas() -> None:

@@ -26,7 +26,8 @@ def line(step: int) -> dict[str, Any]:
         "grad_norm": 1.0 + step % 7, "grad_norm/vision": 0.5 + step % 7, "grad_norm/language": 0.4 + step % 5,
         "images_per_second": 1234.5, "tokens_per_second": 98765.4, "step_seconds": 0.1, "data_wait": 0.01 * (step % 3),
         "mfu": 0.4, "memory_peak_bytes": 3 * 2**30 + step, "latent_effective_rank": 30.0 + step % 4,
-        "time": 1.7e9 + step,
+        "slowest_rank": step % 2, "slowest_lag_seconds": 0.002, "rank_step_seconds": [0.1, 0.11, 0.1, 0.12],
+        "rank_work_seconds": [0.08, 0.08 + step / 5000, 0.09, 0.11], "time": 1.7e9 + step,
     }  # fmt: skip
 
 
@@ -38,6 +39,12 @@ def make_run(run: Path, **settings: str) -> Path:
     lines = [{"step": 0, "loss_kernels": "torch", "time": 1.7e9}, *map(line, range(1, STEPS + 1))]
     lines[100:100] = [{"step": 100, "phase": 2, "image_size": 64, "time": 1.7e9 + 100}]
     lines[140:140] = [{"step": 139, "loss_kernels": "torch", "time": 1.7e9 + 139}]
+    row = {"lag_seconds": 0.002, "phase": "data", "of": 100}
+    reports = [
+        [{"node": "node-a", "rank": 1, "last": 70, **row}, {"node": "node-b", "rank": 3, "last": 30, **row}],
+        [{"node": "node-b", "rank": 2, "last": 90, **row, "lag_seconds": 0.006, "phase": "forward"}],
+    ]
+    lines += [{"step": step, "stragglers": report} for step, report in zip((139, STEPS), reports, strict=True)]
     for step in range(20, STEPS + 1, 20):
         heldout = {"bits_per_token": 9.0 - step / 50, "image_to_context_recall_at_10": step / 300, "chance_at_10": 0.1}
         labeled = {"knn_accuracy": step / 250, "zero_shot_accuracy": step / 400, "chance": 0.1}

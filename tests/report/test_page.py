@@ -14,6 +14,7 @@ from megatron_lcl.plan.devices import DEVICES, assumed_rates
 from megatron_lcl.plan.predict import predict
 from megatron_lcl.report.page import MAX_EVENTS, write_report
 from megatron_lcl.report.series import MAX_BUCKETS
+from megatron_lcl.report.slowest import MAX_NODES
 
 
 def section(page: str, name: str) -> str:
@@ -30,7 +31,7 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert "3 GiB</b>peak memory" in section(page, "status")
     events = section(page, "events")
     kinds = re.findall(r'<span class="tag (\w+)">([^<]*)</span></td><td>([^<]*)', events)
-    assert [kind for kind, *_ in kinds] == ["skipped", "rewind", "phase", "resumed"]
+    assert [kind for kind, *_ in kinds] == ["skipped", "rewind", "phase", "stragglers", "resumed", "stragglers"]
     assert kinds[0][1:] == ("step skipped", "the loss is nan")
     assert kinds[1][2] == "back to step 50, without the packs of the steps between"
     assert "80.0 %</b>k-NN accuracy" in section(page, "labelled")
@@ -48,6 +49,36 @@ def test_the_page_says_what_the_run_folder_has(run: Path) -> None:
     assert 'class="mark phase"' in section(page, "curves")
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|@import|url\(""", page), "self-contained"
     assert "fetch(" not in page, "only a page that is served follows the run"
+
+
+def test_nodes_are_told_by_how_often_others_waited_for_them(run: Path) -> None:
+    """Over all parts of a run: of 190 lines, with the mean of how far behind."""
+    page = write_report(run).read_text()
+    table = section(page, "slowest")
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows == [
+        ["node-b", '120 <span class="quiet">63 %</span>', "0.005", "2 (90), 3 (30)", "forward (90), data (30)"],
+        ["node-a", '70 <span class="quiet">37 %</span>', "0.002", "1 (70)", "data (70)"],
+    ]
+    assert "Of 190 lines" in table
+    assert 'href="#slowest"' in page
+    for title, last in (
+        ("seconds a step, by process", "0.12"),
+        ("seconds of own work a step, by process", "0.12"),
+    ):
+        (figure,) = re.findall(rf'<figure class="plot"><figcaption><b>{title}</b>(.*?)</figure>', page, re.DOTALL)
+        assert re.findall(r'class="line \w+" data-label="(\w+)"', figure) == ["slowest", "median", "fastest"]
+        assert f'data-now="{last}"' in figure
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "stragglers" not in line]
+    many = [{"node": f"n{n}", "rank": n, "last": 100 - n, "lag_seconds": 0.1, "phase": "data"} for n in range(40)]
+    (run / "metrics.jsonl").write_text(
+        "\n".join([*lines, json.dumps({"step": 200, "stragglers": [*many, {"node": 3}]})]) + "\n"
+    )
+    table = section(write_report(run).read_text(), "slowest")
+    assert table.count("<tr>") == 1 + MAX_NODES
+    assert f"The first {MAX_NODES} of 40 nodes." in table
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert not section(write_report(run).read_text(), "slowest").strip()
 
 
 def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:

@@ -186,6 +186,19 @@ def test_what_each_setting_saves() -> None:
     assert stages == sorted(stages, reverse=True)
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_what_is_offloaded_counts_by_where_the_run_is(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the machine that asks, unless nobody says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    moved = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config = configs.from_dict({**BIG, "deepspeed": moved})
+    on_gpu, on_cpu = (estimate(config, 8, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert (on_gpu.optimizer, on_gpu.gradients) == (0, 0)
+    assert on_cpu == estimate(configs.from_dict(BIG), 8, on_gpu=False)
+    assert estimate(config, 8) == (on_gpu if has_gpu else on_cpu)
+    assert largest_estimate(config, 8, on_gpu=True) == on_gpu
+
+
 def test_what_is_trained_keeps_its_graph() -> None:
     """Of layers that are trained as a whole; the bound of one that is frozen in part is that of one that is frozen."""
     config = configs.from_dict(BIG)

@@ -6,6 +6,7 @@ import ctypes
 import platform
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train import heap
 from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, init_processes, keep_freed_memory
-from megatron_lcl.train.simulate import _Storages, simulate
+from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.simulate import _simulate, _Storages, num_in_flight, simulate
 
 BIG = KEPT // 4 * 2
 """numbers of a tensor of 64 MiB, float32, whose memory is given back"""
@@ -241,3 +243,18 @@ def test_tensors_hold_what_those_of_real_processes_hold(layout: dict[str, Any], 
     assert [between, usage.peak] == pytest.approx(real, rel=0.01)
     assert usage.network == pytest.approx(network, rel=of_network)
     assert usage.losses == pytest.approx(losses, rel=0.1), "the real rows have fewer targets"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stage_keeps_no_more_micro_batches_than_are_in_flight() -> None:
+    """The third of four keeps two at once, however many a step has."""
+    changes = {"parallel__pipeline": 4, "train__global_batch": 12, "contrast__strategy": "recompute"}
+    config = configs.replace(configs.from_dict(TREE), **changes)
+    assert [num_in_flight(config, stage, 12) for stage in range(4)] == [4, 3, 2, 1]
+    assert [num_in_flight(config, stage, 3) for stage in range(4)] == [3, 3, 2, 1]
+    retain = configs.replace(config, contrast__strategy="retain")
+    assert [num_in_flight(retain, stage, 12) for stage in range(4)] == [12] * 4
+    with ProcessPoolExecutor(1, forkserver(), max_tasks_per_child=1) as pool:
+        whole = pool.submit(_simulate, config, 4, 8, 2).result()
+    assert simulate(config, 4, 8, rank=2).peak == pytest.approx(whole.peak, rel=0.01)

@@ -128,7 +128,7 @@ def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenize
                 slot = slot_of[run[0]]
                 part["pair"] = pair_of.get(run[0])
                 part["bad"] = bad.get(slot)
-                part["src"] = None if slot in bad else _png(batch.images[slot].numpy(), side)
+                part["src"] = None if slot in bad else _shown(batch.images[slot].numpy(), side)
             yield part
 
     sequences = [
@@ -145,11 +145,12 @@ def _pack(batch: PackedBatch, origins: list[SequenceOrigin], tokenizer: Tokenize
     }
 
 
-def _png(pixels: np.ndarray, side: int | None) -> str:
-    """uint8 [3, H, W] as a data URL, lossless; at no more than `side` pixels a side, if it is given."""
-    out = io.BytesIO()
+def _shown(pixels: np.ndarray, side: int | None) -> str:
+    """uint8 [3, H, W] as a data URL, lossless; if `side` is given, at no more than so many pixels a side, and lossy:
+    hundreds of photographs would make a page of tens of megabytes."""
+    out, format = io.BytesIO(), "PNG" if side is None else "WEBP"
     image = PIL.Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if side is not None:
         image.thumbnail((side, side))
-    image.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    image.save(out, format, quality=80)
+    return f"data:image/{format.lower()};base64," + base64.b64encode(out.getvalue()).decode()

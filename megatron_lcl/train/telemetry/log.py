@@ -21,6 +21,7 @@ from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.train.result import StepResult
 from megatron_lcl.train.telemetry.lines import METRICS, keep_lines_before
 from megatron_lcl.train.telemetry.sinks import TRACKERS, Sink, TensorBoard
+from megatron_lcl.train.telemetry.stragglers import over_ranks
 
 WAITING = 1 << 20
 """bytes of lines that wait where the disk is full"""
@@ -254,7 +255,8 @@ class Telemetry:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """What of a line can be drawn."""
-    return {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
+    numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
+    return numbers | over_ranks(values)
 
 
 def _shown(numbers: Mapping[str, float | None], rates: Mapping[str, float]) -> Iterator[str]:

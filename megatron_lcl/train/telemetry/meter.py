@@ -122,7 +122,11 @@ class StepMeter:
         return hardware([place.node for place in self._stragglers.places])
 
     def finish(self) -> None:
-        """The last line is written: who was last how often, where there are several processes."""
+        """The last line is written: how long the saves since then were waited for, on this process alone, since others
+        may have failed; and who was last how often, where there are several processes."""
+        waited = round(self._waited, 3)  # nothing, where a run that was done is started again
+        if waited and self._mesh.is_first:
+            self._telemetry.write({"step": self._telemetry.last_step, "checkpoint_wait_seconds": waited})
         report = self._stragglers.report()
         if report and self._mesh.is_first:
             nodes = ", ".join(f"{name} {number}" for name, number in list(self._stragglers.by_node().items())[:5])

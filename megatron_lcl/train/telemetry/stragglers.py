@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_lcl.train.telemetry.clock import WORK, Phase
 
@@ -23,6 +23,10 @@ LISTED = 64
 """processes up to which a line has a number of each"""
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 """what it has of more"""
+OF_RANKS = ("rank_step_seconds", "rank_work_seconds")
+"""what a line has of each process"""
+DRAWN = ("min", "median", "max")
+"""what a chart has of that"""
 
 
 class Place(NamedTuple):
@@ -54,8 +58,23 @@ def of_each(times: Sequence[Mapping[str, float]], phases: Sequence[Phase]) -> li
     each = [float(f"{sum(row[phase] for phase in phases):.4g}") for row in times]
     if len(each) <= LISTED:
         return each
+    return quantiles(each)
+
+
+def quantiles(each: Sequence[float]) -> dict[str, float]:
+    """The nearest of the numbers."""
     ordered = sorted(each)
     return {name: ordered[round(part * (len(each) - 1))] for name, part in QUANTILES.items()}
+
+
+def over_ranks(line: Mapping[str, Any]) -> dict[str, float]:
+    """Of a line of metrics what is drawn of its numbers by process, as `rank_step_seconds/max`."""
+    found: dict[str, float] = {}
+    for name in OF_RANKS:
+        if each := line.get(name):
+            of = each if isinstance(each, dict) else quantiles(each)
+            found |= {f"{name}/{part}": of[part] for part in DRAWN}
+    return found
 
 
 def slowest(times: Sequence[Mapping[str, float]], places: Sequence[Place]) -> Slowest:

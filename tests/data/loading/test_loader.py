@@ -422,6 +422,7 @@ def test_replay_shows_the_step(make_corpus: MakeCorpus) -> None:
     assert whole.count("data:image/png;base64,") + whole.count('class="blank"') == num_images > 0
     assert "does not decode" in "".join(replay_html(config, INTERLEAVED, s) for s in range(2))
     first = render_first_packs(config, INTERLEAVED, 3)
+    assert first.count("data:image/webp;base64,") > 0 == first.count("data:image/png;"), "of hundreds, for a report"
     assert re.findall(r'class="pack"( open)?>\s*<summary>Pack (\d)<', first) == [(" open", "0"), ("", "1"), ("", "2")]
     skipped = render_first_packs(config, INTERLEAVED, 2, loader.ledger.skip(0, 2))
     assert re.findall(r"<summary>Pack (\d)<", skipped) == ["2", "3"]

@@ -84,6 +84,9 @@ def test_the_lines_hold_what_the_documentation_names(run: tuple[Path, str]) -> N
         assert 0 < line["data_wait"] <= line["data_wait_max"] < 1
     waits = [line["checkpoint_wait_seconds"] for line in lines]
     assert waits[0] < waits[1], "the checkpoint of step 6 was waited for before the line of step 8"
+    (last,) = [line for line in fleet.lines(run[0]) if "checkpoint_wait_seconds" in line and "loss" not in line]
+    assert last["step"] == 12
+    assert last["checkpoint_wait_seconds"] > 0, "the last save is behind the last line"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from megatron_lcl import objectives
 from megatron_lcl.model import flops
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
+from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.parts import PARTS, frozen_parameters
 from megatron_lcl.train.result import Measured
+from megatron_lcl.train.run import Training
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
 from megatron_lcl.train.telemetry.clock import PHASES, Clock
 from megatron_lcl.train.telemetry.meter import StepMeter
@@ -89,6 +92,36 @@ def test_what_waits_for_a_checkpoint_is_counted_until_it_is_written(tmp_path: Pa
                 time.sleep(0.02)
         assert 0.04 <= one_line(meter, 1)["checkpoint_wait_seconds"] < 1
         assert one_line(meter, 2)["checkpoint_wait_seconds"] == 0
+
+
+def test_the_last_save_is_waited_for_behind_the_last_line(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        one_line(meter, 1)
+        telemetry.last_step = 1
+        with meter.waiting():
+            time.sleep(0.02)
+        meter.finish()
+    (line,) = read_metrics(tmp_path)
+    assert (line["step"], 0.02 <= line["checkpoint_wait_seconds"] < 1) == (1, True)
+    with Telemetry(tmp_path, config_of(), True, 1) as telemetry:
+        meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        with meter.waiting():
+            pass
+        meter.finish()
+    assert read_metrics(tmp_path) == [line], "of a run that was done nothing is waited for"
+
+
+def test_comparing_replicas_before_a_save_is_waited_for(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, config_of(), True, 0) as telemetry:
+        training: Any = object.__new__(Training)
+        training.meter = StepMeter(config_of(), MESH, Clock(CPU), telemetry)
+        training.bad, training.saver, training.watchdog = mock.Mock(consecutive=1), mock.Mock(), mock.MagicMock()
+        training.progress, training.loader = Progress(1, 4, {}), None
+        training._compare_replicas = lambda: time.sleep(0.05)
+        training._save()
+        training.saver.save.assert_called_once()
+        assert 0.05 <= one_line(training.meter, 1)["checkpoint_wait_seconds"] < 1
 
 
 class Four(Axis):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from megatron_lcl.train.telemetry.clock import PHASES, STEP, WORK
 from megatron_lcl.train.telemetry.devices import PEAKS, peak_of
-from megatron_lcl.train.telemetry.stragglers import LISTED, QUANTILES, Place, Stragglers, of_each, slowest
+from megatron_lcl.train.telemetry.stragglers import (
+    DRAWN,
+    LISTED,
+    QUANTILES,
+    Place,
+    Stragglers,
+    of_each,
+    over_ranks,
+    slowest,
+)
 
 
 def times(**phases: float) -> dict[str, float]:
@@ -48,6 +57,15 @@ def test_each_process_has_its_time_and_many_have_quantiles() -> None:
     assert isinstance(found, dict)
     assert found == {"min": 0, "p10": 410, "median": 2048, "p90": 3686, "max": 4095}
     assert list(found) == list(QUANTILES)
+
+
+def test_what_is_drawn_of_all_processes() -> None:
+    """The same of a list as of quantiles."""
+    rows = [times(backward=float(rank)) for rank in range(LISTED + 1)]
+    few, many = ({"rank_step_seconds": of_each(some, STEP), "loss": 1.0} for some in (rows[:-1], rows))
+    assert over_ranks(few) == {f"rank_step_seconds/{n}": v for n, v in zip(DRAWN, (0, 32, 63), strict=True)}
+    assert over_ranks(many) == {f"rank_step_seconds/{n}": v for n, v in zip(DRAWN, (0, 32, 64), strict=True)}
+    assert over_ranks({"loss": 1.0, "rank_work_seconds": []}) == {}, "one process alone"
 
 
 def test_peaks_are_found_by_the_names_that_drivers_give() -> None:

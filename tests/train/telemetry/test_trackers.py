@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.objectives.base import COUNTS
 from megatron_lcl.train.result import StepResult
-from megatron_lcl.train.telemetry import Telemetry, read_metrics
+from megatron_lcl.train.telemetry import Telemetry, log, read_metrics
 from megatron_lcl.train.telemetry.sinks import IDS, PACKAGES, check_trackers
 
 RESULT = StepResult(1.0, 2.0, 1.5, 90, 4, 100, 90, 0, {"generation": 1.0, "contrastive": 1.0})
@@ -35,6 +37,37 @@ def steps(run: Path, config: Config, first: int, last: int) -> None:
         for step in range(first + 1, last + 1):
             telemetry.count(step, {name: getattr(RESULT, name) for name in COUNTS}, 0.1)
             telemetry.step(step, RESULT, 1e-3, {"grad_norm/vision": 0.5 * step})
+
+
+def test_trackers_and_tensorboard_get_the_times_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number cannot be a list: the least, the median and the largest."""
+    got: list[dict[str, float]] = []
+
+    class Sink:
+        def __init__(self, *_: Any) -> None: ...
+
+        def write(self, _step: int, numbers: Mapping[str, float]) -> None:
+            got.append(dict(numbers))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(log.TRACKERS, "mlflow", Sink)
+    monkeypatch.setattr(log, "TensorBoard", Sink)
+    with Telemetry(tmp_path, config_of("mlflow"), True, 0) as telemetry:
+        telemetry.count(1, {name: getattr(RESULT, name) for name in COUNTS}, 0.1)
+        more = {"rank_step_seconds": [0.4, 0.1, 0.2], "rank_work_seconds": [0.3, 0.1, 0.1], "slowest_lag_seconds": 0.2}
+        telemetry.step(1, RESULT, 1e-3, more)
+    assert len(got) == 2
+    for numbers in got:
+        of_ranks = {name: value for name, value in numbers.items() if name.startswith(("rank", "slowest"))}
+        assert of_ranks == {
+            "rank_step_seconds/min": 0.1, "rank_step_seconds/median": 0.2, "rank_step_seconds/max": 0.4,
+            "rank_work_seconds/min": 0.1, "rank_work_seconds/median": 0.1, "rank_work_seconds/max": 0.3,
+            "slowest_lag_seconds": 0.2,
+        }  # fmt: skip
+    (line,) = read_metrics(tmp_path)
+    assert line["rank_step_seconds"] == [0.4, 0.1, 0.2]
+    assert not any("/" in name for name in line if name.startswith("rank"))
 
 
 def test_mlflow_has_the_numbers_of_a_run_that_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
