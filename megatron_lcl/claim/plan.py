@@ -90,6 +90,8 @@ class Plan:
         if early:
             phases = [{"steps": stretch.steps(images), **stretch.changed} for stretch in early]
             overrides["schedule.phases"] = json.dumps(phases)
+        if mirror := configs.load(self.file, self.overrides).checkpoint.mirror:  # each run's own, as in a sweep
+            overrides["checkpoint.mirror"] = f"{mirror.rstrip('/')}/{name}"
         if self.row.cooldown:
             overrides["schedule.cooldown"] = str(round(steps * self.row.cooldown))
         return Member(name, overrides, configs.load(self.file, overrides))

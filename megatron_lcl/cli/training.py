@@ -136,6 +136,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         runs = sweep.members(options.config, overrides_of(rest), options.sweep)
         if (of_task := sweep.of_array(runs, os.environ)) is None:
             return _sweep(options, rest, runs)
+        if not (options.dry_run or options.print_config) and sweep.is_finished(of_task):
+            print(f"{of_task.name} was finished before")
+            return 0
         rest = [*rest, *of_task.arguments()]
     elif options.fail_fast:
         raise UserError("--fail-fast goes with --sweep")

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from megatron_lcl import config as configs
 from megatron_lcl import fields, objectives
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.convert.find import checkpoints_in, find_checkpoint
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
@@ -120,6 +121,7 @@ class RunPage:
             examples=examples,
             batch=self._batch,
             max_packs=MAX_PACKS,
+            first_batch=self.first_batch,
             corpora=self._corpora,
             profile=profile,
             checkpoint=find_checkpoint(run).name if last and checkpoints_in(run) else None,
@@ -135,6 +137,11 @@ class RunPage:
             self._planned = asked, asked.numbers() if asked else {}
         return self._planned[1]
 
+    @property
+    def first_batch(self) -> int:
+        """Packs of step 0."""
+        return phase_at(self.config, 0).config.train.global_batch
+
     @functools.cached_property
     def _batch(self) -> Markup | None:
         """The first packs; None where the corpora are not here."""
@@ -144,7 +151,7 @@ class RunPage:
                 open_corpus(corpus.path, self.config.data.cache)
         except (UserError, OSError):
             return None
-        packs = min(config.train.global_batch, MAX_PACKS)
+        packs = min(self.first_batch, MAX_PACKS)
         return Markup(render_first_packs(config, objectives.create(config).sequences, packs, last_ledger(self.run)))
 
     @functools.cached_property

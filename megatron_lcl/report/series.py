@@ -137,6 +137,7 @@ class Metrics:
     last_step: int = 0
     seconds: float = 0.0
     """between lines of the run's processes, without the time in between"""
+    _uncounted: float = 0.0
     events: list[Event] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     """of events, by kind"""
@@ -196,9 +197,15 @@ class Metrics:
             return
         self.last_step = max(self.last_step, step)
         if isinstance(time, int | float):
-            started = "loss_kernels" in line  # each start of the run writes a line with it
-            if self.last_time is not None and not started:
-                self.seconds += max(0.0, time - self.last_time)
+            # each start of the run writes some lines, and then one with its kernels; only that one tells a start from
+            # the next phase of a process, so what lies before the lines is counted when others have followed
+            if self.last_time is not None:
+                self._uncounted += max(0.0, time - self.last_time)
+            if "loss_kernels" in line:
+                self._uncounted = 0.0
+            elif not _AT_START & line.keys():
+                self.seconds += self._uncounted
+                self._uncounted = 0.0
             self.first_time, self.last_time = self.first_time or time, time
         if "loss" in line:
             self.last = dict(line)
@@ -250,6 +257,8 @@ def _straggler(one: Mapping[str, Any]) -> str:
 
 
 _NO_METRICS = frozenset({"step", "time", "phase"})
+_AT_START = frozenset({"retain_bytes", "phase", "contrast_share"})
+"""what lines have that a process writes before its first step, or before a phase"""
 
 
 def _as_now(line: Mapping[str, Any]) -> Mapping[str, Any]:

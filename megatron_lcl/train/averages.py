@@ -57,10 +57,19 @@ class Averages:
         self._numbers: dict[str, torch.Tensor] = {}
         """of how many steps the weights are in each, where the masters lie"""
 
-    def begin(self, averaged: Mapping[str, int]) -> None:
-        """Go on from a checkpoint, whose weights of so many steps are in each average (Progress.averaged)."""
-        self._averaged = averaged
+    def begin(self, averaged: Mapping[str, int], step: int) -> dict[str, int]:
+        """Go on from a checkpoint after step number `step`, whose weights of so many steps are in each average
+        (Progress.averaged); those averages with which the run goes on.
+
+        A mean of the last steps that has weights from before these, since the run was given more steps, begins anew.
+        """
+        self._averaged = {
+            name: number
+            for name, number in averaged.items()
+            if name in self._names and not (name.startswith("tail_") and number > max(0, step - self._before(name)))
+        }
         self._numbers = {}
+        return dict(self._averaged)
 
     @torch.no_grad()
     def update(self, step: int, skipped: torch.Tensor | bool) -> None:
@@ -81,11 +90,16 @@ class Averages:
 
     def count(self, step: int, averaged: Mapping[str, int]) -> dict[str, int]:
         """Of how many steps the weights are in each average with those after step number `step`, which was applied."""
-        counts = {name: number for name, number in averaged.items() if name in self._names}  # others are gone
-        return counts | {name: counts.get(name, 0) + 1 for name in self._names if self._has_begun(name, step)}
+        begun = {name: averaged.get(name, 0) + 1 for name in self._names if self._has_begun(name, step)}
+        return dict(averaged) | begun
 
     def _has_begun(self, name: str, step: int) -> bool:
-        return not name.startswith("tail_") or step > self._config.train.steps * (1 - self._names[name])
+        return not name.startswith("tail_") or step > self._before(name)
+
+    def _before(self, name: str) -> int:
+        """Steps before the last ones that a tail is the mean of."""
+        steps = self._config.train.steps
+        return steps - round(steps * self._names[name])
 
     def _next_weight(self, name: str, value: float, device: torch.device, skipped: torch.Tensor | bool) -> torch.Tensor:
         """Count the step, and the weight of what is taken in, float32."""

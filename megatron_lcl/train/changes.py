@@ -37,11 +37,12 @@ class Changes:
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """value before and now, by the dotted name"""
     warnings: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = NO_EFFECT
 
     def lines(self) -> Iterator[str]:
         """For the log: each setting that has an effect on a line of its own, the others on one."""
         names = [name for name in self.settings if name not in NOT_SAID]
-        without = [name for name in names if name.startswith(NO_EFFECT)]
+        without = [name for name in names if name.startswith(self.without_effect)]
         yield from (f"setting changed: {self.said(name)}" for name in names if name not in without)
         if without:
             yield f"changed without effect on what is trained: {', '.join(map(self.said, without))}"
@@ -57,7 +58,14 @@ def changes_since(folder: Path, config: Config) -> Changes:
     """What a run with `config` that goes on from a checkpoint does otherwise than the one that wrote it."""
     before = load(folder / CONFIG)
     changes = Changes(changed_settings(before, config))
-    return replace(changes, warnings=(*_jumps(changes, before, config, folder), *_weight(folder, before, config)))
+    drops = any(encoder.drop_path for encoder in (config.model.vision, config.model.language))
+    return replace(
+        changes,
+        warnings=(*_jumps(changes, before, config, folder), *_weight(folder, before, config)),
+        without_effect=tuple(
+            name for name in NO_EFFECT if not (drops and name == "train.seed")
+        ),  # it draws these paths
+    )
 
 
 def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

@@ -431,7 +431,7 @@ class Training:
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
-        self.averages.begin(progress.averaged)
+        self.progress = replace(progress, averaged=self.averages.begin(progress.averaged, progress.step))
         self._enter(phase_at(self.config, progress.step))
 
     def _next_phase(self) -> None:

@@ -22,14 +22,14 @@ from megatron_lcl.config import Config
 from megatron_lcl.config.results import NO_MATTER
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.checkpoint.folder import last_progress
+from megatron_lcl.train.checkpoint.folder import last_progress, list_checkpoints
 
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"
 MAX_NAME = 150
 """characters of a member's name; file systems take 255"""
 STOPPED = (75, 130)
 """exit codes of a run that was told to end"""
-_OUTPUT = "train.output"
+_OUTPUT, _MIRROR = "train.output", "checkpoint.mirror"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def members(file: str | Path | None, overrides: Mapping[str, str], sweeps: Seque
         if name in found:
             raise UserError(f"two runs of the sweep would be {name}; give each value once")
         of_member[_OUTPUT] = str(output / name)
+        if config.checkpoint.mirror is not None and _MIRROR not in keys:  # a run takes what it finds there for its own
+            of_member[_MIRROR] = f"{config.checkpoint.mirror.rstrip('/')}/{name}"
         found[name] = Member(name, of_member, configs.load(file, {**overrides, **of_member}))
     return list(found.values())
 
@@ -99,7 +101,9 @@ def is_finished(member: Member) -> bool:
     progress = last_progress(run)
     if progress is None or progress.step < member.config.train.steps:
         return False
-    made, wanted = (fields.flat(configs.to_dict(config)) for config in (configs.load(run / CONFIG), member.config))
+    # the newest checkpoint's own: that of the run folder is what it was last started with
+    last = [folder / CONFIG for folder in list_checkpoints(run)][-1:] or [run / CONFIG]
+    made, wanted = (fields.flat(configs.to_dict(config)) for config in (configs.load(last[0]), member.config))
     for key, value in wanted.items():
         if made.get(key) != value and not NO_MATTER.fullmatch(key):
             raise UserError(

@@ -89,6 +89,24 @@ def test_reading_on_gives_what_reading_at_once_gives(tmp_path: Path) -> None:
     assert (grown.last_step, grown.series["loss"].num_values) == (3, 3)
 
 
+def test_time_between_starts_does_not_count(tmp_path: Path) -> None:
+    """Lines in the order in which a process writes them; the last start is that of a finished run."""
+
+    def start(step: int, time: float) -> list[dict[str, Any]]:
+        return [
+            {"step": step, "strategy": "retain", "retain_bytes": 7, "time": time},
+            {"step": step, "phase": 1, "image_size": 16, "time": time + 1},
+            {"step": step, "images_per_pack": 4, "contrast_share": 0.5, "time": time + 2},
+        ]
+
+    kernels = {"attention": "dense", "loss_kernels": "torch"}
+    first = [*start(0, 0.0), {"step": 0, **kernels, "time": 5.0}, {"step": 1, "loss": 2.0, "time": 10.0}]
+    phase = [{"step": 1, "phase": 2, "image_size": 32, "time": 12.0}, {"step": 2, "loss": 2.0, "time": 15.0}]
+    second = [*start(2, 9000.0), {"step": 2, **kernels, "time": 9005.0}, {"step": 3, "loss": 2.0, "time": 9008.0}]
+    write(tmp_path, [*first, *phase, *second, *start(3, 99_000.0)])
+    assert Metrics.of(tmp_path).seconds == 10.0 + 3.0
+
+
 def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     write(
         tmp_path,

@@ -60,6 +60,16 @@ def test_each_setting_that_really_changed_is_a_line(tmp_path: Path) -> None:
     assert (list(shown.settings), list(shown.lines())) == (["train.output"], [])
 
 
+def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
+    given = {"model.vision.drop_path": "0.1", "train.steps": "100"}
+    folder = checkpoint(tmp_path, configs.load(None, given), 10)
+    now = configs.load(None, {**given, "train.seed": "9", "data.workers": "5"})
+    assert list(changes_since(folder, now).lines()) == [
+        "setting changed: train.seed 0 → 9",
+        "changed without effect on what is trained: data.workers 2 → 5",
+    ]
+
+
 def test_the_settings_that_are_treated_apart_exist() -> None:
     names = [name for name, *_ in configs.describe()]
     for prefix in (*changes.NO_EFFECT, *changes.NOT_SAID, *SCHEDULE):

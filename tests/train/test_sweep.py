@@ -92,6 +92,35 @@ def test_a_task_of_a_job_array_is_one_member() -> None:
         sweep.of_array(runs, {"RANK": "0"})
 
 
+def test_each_member_has_its_own_copies() -> None:
+    """From those of another a new member would go on, and be finished at once."""
+    runs = sweep.members(None, {"checkpoint.mirror": "s3://b/run/"}, ["train.seed=5,6"])
+    assert [run.config.checkpoint.mirror for run in runs] == ["s3://b/run/seed=5", "s3://b/run/seed=6"]
+    assert "--checkpoint.mirror=s3://b/run/seed=6" in runs[1].arguments()
+    runs = sweep.members(None, {}, ["checkpoint.mirror=s3://b/one,s3://b/two"])
+    assert [run.config.checkpoint.mirror for run in runs] == ["s3://b/one", "s3://b/two"]
+
+
+def test_an_array_task_of_a_finished_run_leaves_it_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one with other settings is an error, also when the run folder's config says these: it was started with them
+    since."""
+    run, made = tmp_path / "seed=6", configs.load(None, {"train.output": str(tmp_path / "seed=6"), "train.seed": "6"})
+    checkpoint = run / "checkpoints" / "step-00001000"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / CONFIG).write_text(configs.to_yaml(made))
+    (checkpoint / "manifest.json").write_text("{}")
+    monkeypatch.setattr(sweep, "last_progress", lambda _: Progress(1000, 0, {}))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    words = ["train", "--sweep", "train.seed=5,6", "--train.output", str(tmp_path)]
+    (run / CONFIG).write_text(configs.to_yaml(configs.replace(made, optimizer__lr=0.5)))
+    assert main(words) == 0
+    assert capsys.readouterr().out == "seed=6 was finished before\n"
+    assert main([*words, "--optimizer.lr", "0.5"]) == 2
+    assert "is finished, with optimizer.lr = " in capsys.readouterr().err
+
+
 def test_the_command_of_an_array_task_is_that_of_its_member(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
