@@ -97,9 +97,12 @@ def _join(sources: list[Path], output: Path) -> None:
 
     created = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
+    made: list[str] = []
     try:
         for corpus, old, new in links:
             link_file(corpus, old, output / new)
+            made.append(new)
+        made.append(LOG)
         files[LOG] = write_file(output / LOG, drops.log())
         sync(output)
         write_manifest(
@@ -116,9 +119,9 @@ def _join(sources: list[Path], output: Path) -> None:
             },
         )
     except BaseException:
-        for name in (*(new for *_, new in links), LOG):
+        for name in made:  # what another process has put there stays
             (output / name).unlink(missing_ok=True)
-        if created:
+        if created and not any(output.iterdir()):
             output.rmdir()
         raise
 
@@ -137,16 +140,33 @@ def _remove(source: Path) -> None:
 
 
 def link_file(corpus: Corpus, name: str, target: Path) -> None:
-    """Hard-link a corpus's file; copy it where the file system has no links, or is another, or from object storage."""
+    """Hard-link a corpus's file; copy it where the file system has no links, or is another, or from object storage.
+
+    UserError where it is missing, or the target is there.
+    """
     if corpus.remote:
         corpus.remote.download(name, target)
         return
     source = corpus.path / name
     try:
-        os.link(source, target)
+        try:
+            os.link(source, target)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError:  # another file system, or one without links
+            _copy(source, target)
     except FileNotFoundError:
         raise UserError(f"{source} is missing; `megatron-lcl verify` says what else is") from None
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
+    except FileExistsError:
+        raise UserError(f"{target} is there already: does another process write into this folder?") from None
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as file, open(target, "xb") as copy:
+        try:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        except BaseException:
+            target.unlink()
+            raise

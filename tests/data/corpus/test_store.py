@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from lxml import html
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.store import Shard, ShardWriter, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, Shard, ShardWriter, open_corpus
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.pages.inspect import show, stats, table, write_page
 from megatron_lcl.data.prepare import jobs
@@ -334,6 +335,30 @@ def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_merges_into_one_folder_the_first_stays_whole(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Both found it empty; the other was sooner to put its files there."""
+    output, original = tmp_path / "out", Corpus.check_sizes
+
+    def overtaken(self: Corpus) -> None:
+        monkeypatch.setattr(Corpus, "check_sizes", original)
+        merge([corpus], output)
+        original(self)
+
+    def no_links(a: object, b: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(Corpus, "check_sizes", overtaken)
+    with pytest.raises(ValueError, match=r"tokens-00000.bin is there already: does another process write"):
+        merge([corpus], output, move=True)
+    assert verify(output) == []
+    assert verify(corpus) == [], "nothing is removed of what was not merged"
 
 
 def test_stats(corpus: Path) -> None:
