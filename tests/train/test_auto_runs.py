@@ -27,7 +27,7 @@ def with_memory(rank: int, size: float) -> None:
     as its bound."""
     for module in (checks, resume_point):
         module.available = lambda local: Memory(size * (1000 if rank == 0 else 1), "this machine has little")  # type: ignore[attr-defined]
-    predicted = lambda config, processes, slots, on_gpu: 1.5 * fits._bound(config, processes, slots)  # noqa: E731
+    predicted = lambda config, processes, slots, on_gpu: 1.5 * fits._bound(config, processes, slots, on_gpu)  # noqa: E731
     strategy.predicted = fits.predicted = predicted  # type: ignore[assignment]
 
 
@@ -83,7 +83,7 @@ def test_a_dry_run_says_what_and_why(
     needed: list[float] = []
 
     def predicted(config: Config, processes: int, slots: Slots, on_gpu: bool) -> float:
-        needed.append(1.5 * fits._bound(config, processes, slots))
+        needed.append(1.5 * fits._bound(config, processes, slots, on_gpu))
         return needed[-1]
 
     for module in (fits, strategy):
