@@ -25,7 +25,7 @@ from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.flops import Sizes, of_step
 from megatron_lcl.train.parts import frozen_parameters
-from megatron_lcl.train.sweep import Member
+from megatron_lcl.train.sweep import Member, own_mirror
 
 FULL = 0.96
 """share of the images a step that `data.images_per_pack` stands for, which the mean step is to have"""
@@ -90,8 +90,7 @@ class Plan:
         if early:
             phases = [{"steps": stretch.steps(images), **stretch.changed} for stretch in early]
             overrides["schedule.phases"] = json.dumps(phases)
-        if mirror := configs.load(self.file, self.overrides).checkpoint.mirror:  # each run's own, as in a sweep
-            overrides["checkpoint.mirror"] = f"{mirror.rstrip('/')}/{name}"
+        overrides |= own_mirror(configs.load(self.file, self.overrides), name)
         if self.row.cooldown:
             overrides["schedule.cooldown"] = str(round(steps * self.row.cooldown))
         return Member(name, overrides, configs.load(self.file, overrides))

@@ -33,7 +33,7 @@ def rows_of_chunk(vocabulary: int, width: int) -> int:
     """Rows whose logits exist at once: those of CHUNK_LOGITS, or as many as the model is wide, if that is more.
 
     Then their logits take as much memory as the head's gradient in float32, which is held anyway. On a GPU each chunk
-    reads and writes that gradient, which with few rows would take longer than the product.
+    reads and writes that gradient, which with few rows would take more than half as long as the products.
     """
     return max(1, CHUNK_LOGITS // vocabulary, width)
 

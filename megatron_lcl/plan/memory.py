@@ -22,7 +22,7 @@ from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.parallel.mesh import ALONE
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.parts import frozen_parameters
+from megatron_lcl.train.parts import frozen_parameters, of_layer
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.simulate import Usage, extrapolated, num_in_flight, simulate
 
@@ -53,11 +53,9 @@ def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     layers: list[Hashable] = []
     for index, make in enumerate(layer_specs(config.model, 0.0, nn.LayerNorm, ALONE, *recompute)):
-        prefix = f"{index}."
-        leaves = frozenset(name.removeprefix(prefix) for name in frozen if name.startswith(prefix))
         # how often a block is left out takes no memory, whether it ever is does
         arguments = tuple(isinstance(x, DropPath) or x for x in make.args)
-        layers.append((make.func, arguments, leaves))
+        layers.append((make.func, arguments, of_layer(frozen, index)))
     micro_batches = num_micro_batches(config, check_layout(config, processes))
     bounds = [*partition_uniform(len(layers), num_stages), len(layers)]
     return [

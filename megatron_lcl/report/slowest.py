@@ -31,7 +31,6 @@ class Slowest:
 
     lines: int = 0
     """in which somebody was last"""
-    num_nodes: int = 0
     _last: Counter[tuple[str, int]] = field(default_factory=Counter)
     """by node and rank"""
     _lags: Counter[str] = field(default_factory=Counter)
@@ -52,7 +51,11 @@ class Slowest:
         self._last[node, rank] += last
         self._lags[node] += last * lag  # type: ignore[assignment]
         self._phases.setdefault(node, Counter())[str(row["phase"])] += last
-        self.num_nodes = len(self._phases)
+
+    @property
+    def num_nodes(self) -> int:
+        """Whose processes were last at all."""
+        return len(self._phases)
 
     def rows(self) -> Iterator[Node]:
         """Nodes, the one first whose processes were last most often."""

@@ -93,6 +93,12 @@ def frozen_parameters(config: Config) -> frozenset[str]:
     return _matched(config.model, config.train.freeze) if config.train.freeze else frozenset()
 
 
+def of_layer(names: Iterable[str], index: int) -> frozenset[str]:
+    """Of parameters `{index}.name` the names of those of a layer."""
+    prefix = f"{index}."
+    return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
 @functools.lru_cache(maxsize=64)
 def _matched(model: Model, patterns: tuple[str, ...]) -> frozenset[str]:
     """Computed once: a run asks at every step."""

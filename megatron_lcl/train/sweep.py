@@ -69,10 +69,19 @@ def members(file: str | Path | None, overrides: Mapping[str, str], sweeps: Seque
         if name in found:
             raise UserError(f"two runs of the sweep would be {name}; give each value once")
         of_member[_OUTPUT] = str(output / name)
-        if config.checkpoint.mirror is not None and _MIRROR not in keys:  # a run takes what it finds there for its own
-            of_member[_MIRROR] = f"{config.checkpoint.mirror.rstrip('/')}/{name}"
+        if _MIRROR not in keys:
+            of_member |= own_mirror(config, name)
         found[name] = Member(name, of_member, configs.load(file, {**overrides, **of_member}))
     return list(found.values())
+
+
+def own_mirror(config: Config, name: str) -> dict[str, str]:
+    """The override that gives one of several runs its own URL below `checkpoint.mirror`; empty where there is none.
+
+    A run takes the copies that it finds at its URL for its own, and goes on from them.
+    """
+    mirror = config.checkpoint.mirror
+    return {} if mirror is None else {_MIRROR: f"{mirror.rstrip('/')}/{name}"}
 
 
 def of_array(sweep: Sequence[Member], environment: Mapping[str, str]) -> Member | None:

@@ -125,8 +125,10 @@ def test_all_rows_see_the_same_images_of_the_same_documents(
     steps, members = {}, {}
     monkeypatch.setitem(parts.SMALL, "image_size", 8)
     for name, row in rows.items():
-        found = plan(row, default_config(), TINY, data / "corpora", tmp_path / "cache", wanted)
+        given = {**TINY, "checkpoint.mirror": "s3://b/claim"}
+        found = plan(row, default_config(), given, data / "corpora", tmp_path / "cache", wanted)
         run = found.member(tmp_path, name, wanted, 1e-3, 0).config
+        assert run.checkpoint.mirror == f"s3://b/claim/{name}", "its own copies, as in a sweep"
         assert run.train.global_batch == 2
         assert bool(found.counts(wanted)[:, 1].sum()) == (name != "generation"), name
         steps[name], members[name] = run.train.steps, run

@@ -32,7 +32,7 @@ from megatron_lcl.model.initialize import initialize
 from megatron_lcl.model.layers import Activations, Outputs
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
-from megatron_lcl.train.parts import freeze, frozen_parameters, trained_kinds
+from megatron_lcl.train.parts import freeze, frozen_parameters, of_layer, trained_kinds
 
 WARM_UPS, REPEATS = 2, 10
 
@@ -202,8 +202,7 @@ class LayerSamples:
         """of every layer, by whether it is in the first stage"""
         self._samples: dict[Kind, tuple[nn.Module, Activations]] = {}
         for index, make in enumerate(specs):
-            prefix = f"{index}."
-            leaves = frozenset(name.removeprefix(prefix) for name in frozen if name.startswith(prefix))
+            leaves = of_layer(frozen, index)
             for in_first, kinds in self._kinds.items():
                 received = of_first[index].received if in_first else index > 0
                 kind = make.func, make.args, leaves, received
