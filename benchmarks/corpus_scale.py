@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, write_manifest
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.names import Names, NamesWriter
-from megatron_lcl.data.corpus.store import FORMAT_VERSION, ShardWriter, open_corpus, write_manifest
+from megatron_lcl.data.corpus.store import ShardWriter, open_corpus
 from megatron_lcl.data.corpus.tokenizer import load, train_sentencepiece
 from megatron_lcl.data.prepare.preprocess import preprocess
 

@@ -109,8 +109,9 @@ def jpeg(seed: int, side: int = 224) -> bytes:
 
 def write(folder: Path, num: int, images: bool) -> float:
     """A corpus, and for datatrove its texts as JSON lines; returns the corpus's megabytes."""
+    from megatron_lcl.data.corpus.corpus_manifest import total, write_manifest
     from megatron_lcl.data.corpus.drops import Drops
-    from megatron_lcl.data.corpus.store import ShardWriter, total, write_manifest
+    from megatron_lcl.data.corpus.store import ShardWriter
     from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 
     rng = random.Random(0)

@@ -28,8 +28,9 @@ SHARD = 100_000
 
 def write_corpus(folder: Path, annotations: Path, num_documents: int, image: bytes = b"-") -> None:
     """A corpus of resampled documents: sizes are real, all token ids are 0, all images the same."""
+    from megatron_lcl.data.corpus.corpus_manifest import total, write_manifest
     from megatron_lcl.data.corpus.drops import Drops
-    from megatron_lcl.data.corpus.store import ShardWriter, total, write_manifest
+    from megatron_lcl.data.corpus.store import ShardWriter
     from megatron_lcl.data.corpus.tokenizer import load
 
     tokenizer = load("clip")

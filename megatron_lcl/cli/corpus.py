@@ -185,7 +185,7 @@ def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _preprocess(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.corpus.store import MANIFEST
+    from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.data.prepare.importers import read_options
     from megatron_lcl.data.prepare.jobs import preprocess_in_jobs
     from megatron_lcl.data.prepare.preprocess import preprocess
@@ -270,7 +270,7 @@ def _inspect(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.corpus.store import MANIFEST
+    from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.data.prepare.merge import merge
     from megatron_lcl.data.storage.store import url_of
 
@@ -282,7 +282,7 @@ def _merge(options: argparse.Namespace, _rest: list[str]) -> None:
 
 
 def _retokenize(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.corpus.store import MANIFEST
+    from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.data.prepare.retokenize import retokenize
 
     with output_folder(options, MANIFEST) as folder:

@@ -37,7 +37,7 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     from megatron_lcl.curate.page import write_page
     from megatron_lcl.curate.run import curate, curate_in_jobs
     from megatron_lcl.curate.settings import read_settings
-    from megatron_lcl.data.corpus.store import MANIFEST
+    from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 
     corpus = single_input(options)
     if options.dry_run == bool(options.output):

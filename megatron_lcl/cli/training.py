@@ -289,7 +289,7 @@ def _checkpoint(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _rest: list[str]) -> None:
-    from megatron_lcl.data.corpus.store import MANIFEST
+    from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.report import page, runs
 
     paths, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None

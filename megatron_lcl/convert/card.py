@@ -18,7 +18,7 @@ import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
 from megatron_lcl.convert.find import average_of, find_checkpoint, read_config, step_of
-from megatron_lcl.data.corpus.store import read_manifest
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 

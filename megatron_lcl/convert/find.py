@@ -24,7 +24,7 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS
 
-_CORPUS_MANIFEST = "corpus.json"  # data.corpus.store.MANIFEST, which is slow to import
+_CORPUS_MANIFEST = "corpus.json"  # data.corpus.corpus_manifest.MANIFEST, which is slow to import
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
 """every parameter in the reference's format and the sizes, in an export to open_clip"""
 

@@ -39,10 +39,11 @@ from megatron_lcl.curate.passes import (
     thresholds_of,
 )
 from megatron_lcl.curate.settings import Settings, as_recipe, rules_of
+from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, read_manifest
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
-from megatron_lcl.data.corpus.store import KIND, MANIFEST, Corpus, open_corpus, read_manifest
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES

@@ -19,8 +19,9 @@ from megatron_lcl import fields
 from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
 from megatron_lcl.curate.models.settings import ModelRules
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.store import FORMATS, MANIFEST, open_corpus
+from megatron_lcl.data.corpus.store import FORMATS, open_corpus
 from megatron_lcl.data.prepare.importers import files_signature
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.document import Image
-from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some

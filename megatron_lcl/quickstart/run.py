@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_lcl.convert.certificate import summary
 from megatron_lcl.convert.export import export
 from megatron_lcl.convert.find import find_checkpoint
-from megatron_lcl.data.corpus.store import MANIFEST, open_corpus
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.preprocess import preprocess

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from megatron_lcl.curate import run
 from megatron_lcl.curate.run import Curated, curate, read_curated
 from megatron_lcl.curate.settings import Settings, read_settings
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.store import open_corpus, read_manifest, write_manifest
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.pages.inspect import stats, table
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.unfinished import WORK

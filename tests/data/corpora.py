@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from megatron_lcl.data.corpus.corpus_manifest import total, write_manifest
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.indexed import FileInfo
-from megatron_lcl.data.corpus.store import Corpus, ShardWriter, open_corpus, total, write_manifest
+from megatron_lcl.data.corpus.store import Corpus, ShardWriter, open_corpus
 from megatron_lcl.data.corpus.tokenizer import ClipTokenizer, Tokenizer
 
 Piece = Sequence[int] | tuple[bytes, float | None, int | None]

@@ -26,8 +26,9 @@ from megatron_lcl.curate.duplicates.join import Removals, gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
 from megatron_lcl.curate.joins import Gone
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.store import MANIFEST, Corpus
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 

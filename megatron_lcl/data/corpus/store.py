@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property
@@ -27,10 +26,19 @@ import pyarrow as pa
 import xxhash
 
 from megatron_lcl.data.corpus import kinds
+from megatron_lcl.data.corpus.corpus_manifest import (
+    ARROW,
+    IMAGES,
+    MANIFEST,
+    NAMES,
+    TOKENS,
+    check_shape,
+    has_names,
+    read_manifest,
+    shard_files,
+)
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
-from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, map_file, read_indexed, write_file
-from megatron_lcl.data.corpus.manifest_shape import check_shape
 from megatron_lcl.data.corpus.names import Names, NamesWriter
 from megatron_lcl.data.corpus.remote import Remote, open_remote
 from megatron_lcl.data.storage.store import url_of
@@ -39,33 +47,13 @@ from megatron_lcl.errors import UserError
 if TYPE_CHECKING:
     from megatron_lcl.data.corpus.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
-MANIFEST = "corpus.json"
 TEXT, IMAGE = 0, 1
-COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
-_TOKENS, _IMAGES, _NAMES = "tokens-{:05d}", "images-{:05d}", "names-{:05d}.bin"
-"""names of a shard's files, the first two without their suffix, by its number"""
-_ARROW = ".arrow"
-KIND = "kind"
-"""key of a shard's kind of documents, beside its counts"""
 _STATS = 16
 """files whose sizes are read at once: each may be a round trip to a file server"""
 FORMATS = ("?", "JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "MPO")
 
 _IMAGE_TYPE = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("format", pa.int8()), ("xxh3", pa.binary(16))])
 _PLACEMENT_TYPE = pa.struct([("similarity", pa.float32()), ("matched_text", pa.int32())])
-
-
-def shard_files(number: int, names: bool = True) -> list[str]:
-    """File names of shard `number`; names: with that of the documents' names, which an earlier release's has not."""
-    tokens, images = _TOKENS.format(number), _IMAGES.format(number)
-    files = [f"{tokens}.bin", f"{tokens}.idx", f"{images}.bin", f"{images}.idx", f"{images}{_ARROW}"]
-    return [*files, _NAMES.format(number)] if names else files
-
-
-def has_names(manifest: Mapping[str, Any], number: int) -> bool:
-    """Whether shard `number` says where its documents came from."""
-    return _NAMES.format(number) in manifest["files"]
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -76,10 +64,10 @@ class ShardWriter:
 
     def __init__(self, folder: Path, number: int) -> None:
         self.number = number
-        self._tokens = IndexedWriter(folder / _TOKENS.format(number), np.int32)
-        self._images = IndexedWriter(folder / _IMAGES.format(number), np.uint8)
-        self._arrow_path = folder / (_IMAGES.format(number) + _ARROW)
-        self._names = NamesWriter(folder / _NAMES.format(number))
+        self._tokens = IndexedWriter(folder / TOKENS.format(number), np.int32)
+        self._images = IndexedWriter(folder / IMAGES.format(number), np.uint8)
+        self._arrow_path = folder / (IMAGES.format(number) + ARROW)
+        self._names = NamesWriter(folder / NAMES.format(number))
         self._index_of: dict[bytes, int] = {}
         self._widths = array("i")
         self._heights = array("i")
@@ -211,12 +199,6 @@ def _arrow(values: array, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, fsync it and the folder; with it the corpus exists."""
-    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-    sync(folder)
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -234,11 +216,11 @@ class Shard:
 
     def __init__(self, folder: Path, number: int, remote: Remote | None = None) -> None:
         self.number, self._remote = number, remote
-        self._names_path = folder / _NAMES.format(number)
-        tokens, images = _TOKENS.format(number), _IMAGES.format(number)
+        self._names_path = folder / NAMES.format(number)
+        tokens, images = TOKENS.format(number), IMAGES.format(number)
         self.tokens = read_indexed(folder / tokens, remote.blocks(f"{tokens}.bin") if remote else None)
         self.images = read_indexed(folder / images, remote.blocks(f"{images}.bin") if remote else None)
-        arrow_path = folder / (_IMAGES.format(number) + _ARROW)
+        arrow_path = folder / (IMAGES.format(number) + ARROW)
         try:
             images, placements = _arrow_columns(arrow_path)
         except FileNotFoundError:
@@ -337,8 +319,8 @@ class Corpus(Sequence[Document]):
         self._cache = cache
         self.manifest = read_manifest(self.path)
         try:
-            check_shape(self.manifest, COUNTS, KIND)
-        except (KeyError, TypeError):
+            check_shape(self.manifest)
+        except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
             ) from None
@@ -357,7 +339,7 @@ class Corpus(Sequence[Document]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """XXH3-128 of the manifest, which holds the hash of every file.
+        """As `read_manifest` says it.
 
         Where an earlier release's `merge` lost the kinds, of these as well: its batches are not what they were then.
         """
@@ -468,24 +450,6 @@ class Corpus(Sequence[Document]):
                 yield Text(self.tokenizer.decode(piece))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with its own hash added as "fingerprint". UserError where `folder` is not a corpus."""
-    path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-        manifest = json.loads(raw)
-        version = manifest["format_version"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
-    return {**manifest, "fingerprint": xxhash.xxh3_128_hexdigest(raw)}
-
-
 def open_corpus(path: str | Path, cache: str | Path | None = None) -> Corpus:
     """Open the corpus in folder `path` by its manifest; shards are mapped on first use. UserError if there is none.
 
@@ -493,9 +457,3 @@ def open_corpus(path: str | Path, cache: str | Path | None = None) -> Corpus:
     `data.cache` (None: megatron_lcl in the user's cache folder).
     """
     return Corpus(path, cache)
-
-
-def total(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Sums of what is counted of shards (COUNTS); one that lacks a count has none of it."""
-    shards = list(shards)
-    return {name: sum(shard.get(name, 0) for shard in shards) for name in COUNTS}

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.corpus_manifest import KIND
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
-from megatron_lcl.data.corpus.store import KIND, Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.loading.hashes import mix
 from megatron_lcl.data.loading.sequence import (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_lcl.data.corpus.corpus_manifest import total
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.store import total
 from megatron_lcl.errors import UserError
 
 _ENOUGH = 1000

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
-from megatron_lcl.data.corpus.store import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.budget import Budget, nothing_left
 from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings

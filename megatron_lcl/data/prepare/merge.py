@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
-from megatron_lcl.data.corpus.files import sync
-from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.corpus.store import (
+from megatron_lcl.data.corpus.corpus_manifest import (
     FORMAT_VERSION,
     KIND,
     MANIFEST,
-    Corpus,
     has_names,
-    open_corpus,
     read_manifest,
     shard_files,
     total,
     write_manifest,
 )
+from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 

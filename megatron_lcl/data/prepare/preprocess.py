@@ -23,10 +23,10 @@ import xxhash
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus import tokenizer as tokenizers
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, has_names, read_manifest
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.files import replace_bytes
-from megatron_lcl.data.corpus.store import MANIFEST, has_names, read_manifest
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left

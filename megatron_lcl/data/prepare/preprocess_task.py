@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_lcl.data.corpus.corpus_manifest import total
 from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.probe import BadImage, Probe, downscale, probe
-from megatron_lcl.data.corpus.store import ShardWriter, total
+from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.holdout import group_name
 from megatron_lcl.data.prepare.importers import Importer, Unit

@@ -11,22 +11,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_lcl.data.corpus.corpus_manifest import COUNTS, MANIFEST, contents_of, has_names, shard_files, total
 from megatron_lcl.data.corpus.files import hash_file
 from megatron_lcl.data.corpus.indexed import read_indexed
 from megatron_lcl.data.corpus.probe import BadImage, probe
-from megatron_lcl.data.corpus.store import (
-    COUNTS,
-    FORMATS,
-    IMAGE,
-    MANIFEST,
-    TEXT,
-    Corpus,
-    Shard,
-    has_names,
-    open_corpus,
-    shard_files,
-    total,
-)
+from megatron_lcl.data.corpus.store import FORMATS, IMAGE, TEXT, Corpus, Shard, open_corpus
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.errors import UserError
@@ -72,6 +61,8 @@ def _faults(path: Path, quick: bool) -> Iterator[str]:
             yield f"{named['file']}: not the tokenizer that the manifest names"
     except UserError as error:
         yield str(error)
+    if not listed - set(files) and corpus.manifest.get("contents") not in (None, contents_of(corpus.manifest)):
+        yield f"{MANIFEST}: its `contents` are not those of the files that it names"
     for number in range(corpus.num_shards):
         names = [name for name in shard_files(number) if name in files]
         with _on_disk(corpus, names) as folder:

@@ -12,7 +12,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.convert.find import known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError

@@ -9,8 +9,9 @@ import pytest
 from data import writers
 from data.writers import picture
 
+from megatron_lcl.data.corpus.corpus_manifest import shard_files
 from megatron_lcl.data.corpus.document import Document, Image, Text
-from megatron_lcl.data.corpus.store import open_corpus, shard_files
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.pages.inspect import stats
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from lxml import html
 
 from megatron_lcl.cli import main
+from megatron_lcl.data.corpus.corpus_manifest import write_manifest
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import Corpus, Shard, ShardWriter, open_corpus
@@ -147,7 +148,31 @@ def forge(folder: Path) -> None:
     for name in manifest["files"]:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"size": len(raw), "xxh3": xxhash.xxh3_128_hexdigest(raw)}
-    (folder / "corpus.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
+
+
+def test_documents_prepared_again_have_the_same_fingerprint(corpus: Path, tmp_path: Path) -> None:
+    """At another time and place, and after a merge; not other documents, nor the same in another order."""
+    first, recipe = open_corpus(corpus).fingerprint, open_corpus(corpus).manifest["recipe"]
+    seen = set()
+    for name, documents in {"same": DOCUMENTS, "fewer": DOCUMENTS[1:], "order": DOCUMENTS[::-1]}.items():
+        writers.write_jsonl(documents, tmp_path / f"{name}-in")
+        os.utime(tmp_path / f"{name}-in" / "documents.jsonl", (1, 1))
+        preprocess("jsonl", tmp_path / f"{name}-in", tmp_path / name, tokenizer=TOKENIZER)
+        again = open_corpus(tmp_path / name)
+        assert again.manifest["recipe"] != recipe
+        assert (again.fingerprint == first) == (name == "same")
+        seen.add(again.fingerprint)
+    assert len(seen) == 3
+    merge([tmp_path / "same"], tmp_path / "merged")
+    assert open_corpus(tmp_path / "merged").fingerprint == first
+
+
+def test_contents_that_are_not_those_of_the_files(corpus: Path) -> None:
+    manifest = json.loads((corpus / "corpus.json").read_text())
+    for wrong, fault in {"0" * 32: "`contents` are not those", "no number": "is damaged"}.items():
+        (corpus / "corpus.json").write_text(json.dumps({**manifest, "contents": wrong}))
+        assert fault in " ".join(verify(corpus, quick=True))
 
 
 def test_a_good_corpus_verifies(corpus: Path) -> None:

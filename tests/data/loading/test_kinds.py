@@ -52,8 +52,9 @@ def written(folder: Path, documents: Sequence[Document], format: str = "jsonl", 
 
 
 def as_before(corpus: Path) -> None:
-    """The manifest as it was before shards said their kind."""
+    """The manifest as it was before shards said their kind, and it the hash of its contents."""
     manifest = json.loads((corpus / "corpus.json").read_text())
+    del manifest["contents"]
     for shard in manifest["shards"]:
         del shard["kind"]
     (corpus / "corpus.json").write_text(json.dumps(manifest))

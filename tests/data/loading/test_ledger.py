@@ -115,8 +115,11 @@ def test_each_phase_reads_as_it_says(make_corpus: MakeCorpus) -> None:
 
 def test_a_run_of_an_earlier_version_goes_on_without_the_rests_of_documents(make_corpus: MakeCorpus) -> None:
     """Documents of one to four parts; of those that a phase has begun the next one reads no more, and of each something
-    is read in every epoch, as that version planned it."""
+    is read in every epoch, as that version planned it; of a corpus of then, whose manifest had no `contents`."""
     corpus = make_corpus("c", random_documents(150, 3, mean_text=40))
+    manifest = json.loads((corpus.path / "corpus.json").read_text())
+    del manifest["contents"]
+    (corpus.path / "corpus.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     config = config_of(corpus.path, steps=60)
     ledger = open_run_ledger(config)
     entries = [{name: value for name, value in e.items() if name != "rests"} for e in ledger.entries]

@@ -11,6 +11,7 @@ from data import writers
 from data.helpers import TOKENIZER
 from data.writers import picture
 
+from megatron_lcl.data.corpus.corpus_manifest import write_manifest
 from megatron_lcl.data.corpus.document import Document, Text
 from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -33,7 +34,7 @@ def written(tmp_path: Path, write: Callable[[ShardWriter], None], **count: int) 
     counts = {name: n + count.get(name, 0) for name, n in counts.items()}
     manifest = json.loads((tmp_path / "corpus/corpus.json").read_text())
     manifest.update(files={**manifest["files"], **files}, shards=[counts], counts=counts)
-    (tmp_path / "corpus/corpus.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "corpus", manifest)
     return tmp_path / "corpus"
 
 

@@ -26,7 +26,8 @@ from megatron_lcl.cli import main
 from megatron_lcl.curate.passes import REMOVED_FILE
 from megatron_lcl.curate.run import SAMPLES_FILE
 from megatron_lcl.data.corpus import tokenizer as tokenizers
-from megatron_lcl.data.corpus.store import open_corpus, read_manifest
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify

@@ -1,0 +1,102 @@
+"""`corpus.json`: what a corpus consists of, and the names of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_lcl.data.corpus.document import KINDS
+from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "corpus.json"
+COUNTS = ("documents", "pieces", "tokens", "placements", "images", "image_bytes")
+KIND = "kind"
+"""key of a shard's kind of documents, beside its counts"""
+TOKENS, IMAGES, NAMES = "tokens-{:05d}", "images-{:05d}", "names-{:05d}.bin"
+"""names of a shard's files, the first two without their suffix, by its number"""
+ARROW = ".arrow"
+
+
+def shard_files(number: int, names: bool = True) -> list[str]:
+    """File names of shard `number`; names: with that of the documents' names, which an earlier release's has not."""
+    tokens, images = TOKENS.format(number), IMAGES.format(number)
+    files = [f"{tokens}.bin", f"{tokens}.idx", f"{images}.bin", f"{images}.idx", f"{images}{ARROW}"]
+    return [*files, NAMES.format(number)] if names else files
+
+
+def has_names(manifest: Mapping[str, Any], number: int) -> bool:
+    """Whether shard `number` says where its documents came from."""
+    return NAMES.format(number) in manifest["files"]
+
+
+def total(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Sums of what is counted of shards (COUNTS); one that lacks a count has none of it."""
+    shards = list(shards)
+    return {name: sum(shard.get(name, 0) for shard in shards) for name in COUNTS}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest with its "contents", fsync it and the folder; with it the corpus exists."""
+    whole = {**manifest, "contents": contents_of(manifest)}
+    write_file(folder / MANIFEST, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with the corpus's "fingerprint" added. UserError where `folder` is not a corpus.
+
+    The fingerprint is "contents", so that the same documents are shuffled alike wherever and whenever they were
+    prepared. In corpora of earlier releases, which do not have it, it is the hash of the manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+        version = manifest["format_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} is not a corpus: it has no {MANIFEST}; write one with `megatron-lcl preprocess`"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; remove the folder and run `megatron-lcl preprocess` again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
+    return {**manifest, "fingerprint": manifest.get("contents") or xxhash.xxh3_128_hexdigest(raw)}
+
+
+def contents_of(manifest: Mapping[str, Any]) -> str:
+    """XXH3-128 of what a run sees of a corpus: tokenizer, and each shard's kind, tokens, images and placements."""
+    files = manifest["files"]
+    shards = [
+        [shard.get(KIND), *(files[name]["xxh3"] for name in shard_files(number, names=False))]
+        for number, shard in enumerate(manifest["shards"])
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps([manifest["tokenizer"]["fingerprint"], *shards]).encode())
+
+
+def check_shape(manifest: Mapping[str, Any]) -> None:
+    """KeyError, TypeError or ValueError where what readers take for granted is not there, or not of its type."""
+
+    def are(kind: type, *values: object) -> None:
+        if not all(type(value) is kind for value in values):
+            raise TypeError
+
+    are(dict, manifest["source"], manifest["tokenizer"], manifest["counts"], manifest["files"], manifest["drops"])
+    are(dict, *(manifest["drops"][key] for key in ("bad", "left_out", "noted", "names")))
+    are(list, manifest["shards"])
+    are(dict, *manifest["shards"], *manifest["files"].values())
+    tokenizer = manifest["tokenizer"]
+    are(str, tokenizer["file"], tokenizer["fingerprint"], *(info["xxh3"] for info in manifest["files"].values()))
+    bytes.fromhex(manifest["fingerprint"])
+    are(int, tokenizer["vocab_size"], *(info["size"] for info in manifest["files"].values()))
+    for counts in (manifest["counts"], *manifest["shards"]):
+        are(int, *(counts[name] for name in COUNTS))
+    if any(shard.get(KIND, KINDS[0]) not in KINDS for shard in manifest["shards"]):
+        raise TypeError
