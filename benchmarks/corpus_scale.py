@@ -149,7 +149,7 @@ def names(folder: Path, _: argparse.Namespace) -> None:
         start = time.perf_counter()
         writer = NamesWriter(folder / "names-00000.bin")
         writer.extend(made)
-        size = writer.finish()["size"]
+        size = int(writer.finish()["size"])
         written = time.perf_counter()
         found = Names(folder / "names-00000.bin", num)
         assert found[num - 1] == made[-1]

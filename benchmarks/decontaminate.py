@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -115,7 +116,8 @@ def cut(image: Image.Image, tile: int) -> Iterator[Image.Image]:
 
 def save_facts(folder: Path, target: Path, part: tuple[int, int]) -> Path:
     file = target / f"{part[0]:06d}.npz"
-    np.savez(file, **evaluation_facts(folder, *part, settings=SETTINGS))
+    facts: dict[str, Any] = evaluation_facts(folder, *part, settings=SETTINGS)
+    np.savez(file, **facts)
     return file
 
 

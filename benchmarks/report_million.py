@@ -108,8 +108,11 @@ def make_pictures(run: Path, rng: np.random.Generator) -> Path:
 
     pairs = [Pair(d, 0, d, text()[:400]) for d in range(8)]
     examples = [Example(pair, 1 + d, tuple(pairs[:4])) for d, pair in enumerate(pairs)]
-    shares = dict.fromkeys(("image_to_context_recall_at_1", "image_to_context_recall_at_10"), 0.5)
-    measured = HeldOut(str(corpus), 8, 8, 0, **shares, chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0)
+    measured = HeldOut(
+        str(corpus), 8, 8, 0,
+        image_to_context_recall_at_1=0.5, image_to_context_recall_at_10=0.5,
+        chance_at_1=0.1, chance_at_10=1.0, median_rank=1.0,
+    )  # fmt: skip
     (run / RESULT).write_text(json.dumps(asdict(measured)))
     (run / EXAMPLES).write_text(json.dumps([asdict(example) for example in examples]))
 
@@ -119,8 +122,8 @@ def make_pictures(run: Path, rng: np.random.Generator) -> Path:
     metrics = dict.fromkeys(("accuracy", "accuracy, top 5"), Metric(0.5, 0.4, 0.6, 0.01))
     result = Result("zero-shot classification", "ours", "pictures", 1000, metrics, {"classes": 100})
     marks = [Mark(thumbnail(picture(rng), 48, "WEBP"), "a", "b", n % 45, n // 45) for n in range(NUM_MARKS)]
-    shown = (tuple(named(rank) for _ in range(NUM_EXAMPLES)) for rank in (1, 4))
-    (run / GALLERY).write_text(json.dumps(asdict(Gallery(result, "", 500, *shown, 45, 26, tuple(marks)))))
+    right, wrong = (tuple(named(rank) for _ in range(NUM_EXAMPLES)) for rank in (1, 4))
+    (run / GALLERY).write_text(json.dumps(asdict(Gallery(result, "", 500, right, wrong, 45, 26, tuple(marks)))))
     return corpus
 
 

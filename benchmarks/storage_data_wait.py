@@ -74,7 +74,9 @@ def main() -> None:
             store.put(file.name, file)
         proxy.keeps = True
         for file in local.glob("*.bin"):
-            proxy.keep(f"/bench/corpus/{file.name}", file.read_bytes(), store.head([file.name])[0][1])
+            [about] = store.head([file.name])
+            assert about is not None, file.name
+            proxy.keep(f"/bench/corpus/{file.name}", file.read_bytes(), about[1])
         print(f"{len(documents):,} documents, {size / 1e6:.0f} MB, steps of {arguments.step_seconds} s")
         modes = [("disk", str(local), "c0", 100.0), ("s3, empty cache", store.url, "c1", 100.0)]
         modes += [("s3, no room", store.url, "c2", 0.0), ("s3, kept", store.url, "c1", 100.0)]
