@@ -16,7 +16,7 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, loading
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, hash_tokenizer, loading
 from megatron_lcl.evaluate.encoders.hub import hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 from megatron_lcl.model.reference_format import some
@@ -107,6 +107,10 @@ class HfEncoder(Encoder):
         ).to(self.device)
         inputs = {"input_ids": tokens["input_ids"]} if padded else dict(tokens)
         return F.normalize(_tensor(module.get_text_features(**inputs)).float(), dim=-1).cpu()
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return hash_tokenizer(self._tokenizer)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
