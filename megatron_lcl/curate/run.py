@@ -150,8 +150,8 @@ def curate(
     source = open_corpus(corpus)
     joins = (*_joins_of(settings), *joins)
     _check(settings, keep=workers == 1)
+    encoder = models.check(settings.models, keep=workers == 1)
     if output is None:
-        models.check(settings.models, keep=workers == 1)
         with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
             work = Work(source, settings, joins, Path(folder), writes=False)
             _, counted = _decide(work, task_bytes, workers, None, progress)
@@ -162,7 +162,7 @@ def curate(
         raise UserError(f"{output} is, lies in, or holds the corpus that is curated; give another folder")
     recipe: dict[str, Any] = {
         "curated": source.fingerprint,
-        "thresholds": {**as_recipe(settings), **{join.rule: join.threshold for join in joins}},
+        "thresholds": {**as_recipe(settings), **encoder, **{join.rule: join.threshold for join in joins}},
         "libraries": _libraries(settings),
         "layout": [task_bytes],
     }
@@ -172,7 +172,6 @@ def curate(
         clear_up(output)
         return read_curated(output, reused=True)
     source.check_sizes()
-    models.check(settings.models, keep=workers == 1)
     work = Work(source, settings, joins, output / WORK)
     created = [path for path in (output, *output.parents) if not path.exists()]
     try:

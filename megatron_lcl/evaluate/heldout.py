@@ -170,11 +170,11 @@ class HeldOutEvaluation:
                 own.add(batch, out)
             bar.update(self.at_once)
         bar.close()
-        documents = mesh.model_parallel.broadcast_object([origin.document for origin in origins])
+        contents = mesh.model_parallel.broadcast_object([(origin.document, origin.content) for origin in origins])
 
         found: tuple[HeldOut, list[tuple[int, int, list[int]]]] | None = None
         if own.features is not None:  # the last pipeline stage
-            found = self._measure(own, documents, num_examples, intervals)
+            found = self._measure(own, contents, num_examples, intervals)
         found = mesh.world.broadcast_object(found, source=mesh.world.size - mesh.data_tensor.size)
         assert found is not None, "the first process of the last stage has it"
         result, picked = replace(found[0], step=step), found[1]
@@ -188,11 +188,12 @@ class HeldOutEvaluation:
         return result, self._examples(origins, picked)
 
     def _measure(
-        self, own: _ReplicaOutputs, documents: list[int], num_examples: int, intervals: bool
+        self, own: _ReplicaOutputs, contents: list[tuple[int, int]], num_examples: int, intervals: bool
     ) -> tuple[HeldOut, list[tuple[int, int, list[int]]]]:
         """The numbers; and of some pairs their index, the rank of their true context, and the nearest ones' indices.
 
-        Called on the last pipeline stage; everything is gathered over its replicas.
+        contents: of this replica's pairs the document and what tells its image from others. Called on the last pipeline
+        stage; everything is gathered over its replicas.
         """
         data = self.mesh.data
         num_images = sum(data.gather_objects(own.num_images))
@@ -210,13 +211,15 @@ class HeldOutEvaluation:
         if not num_pairs:
             return result, []
         images, texts = data.gather_ragged(image, sizes), data.gather_ragged(text, sizes)
-        own_documents = torch.tensor(documents, dtype=torch.int64, device=device)
-        all_documents = data.gather_ragged(own_documents, sizes)
-        forward, image_loss = rank_own(image, texts, offset, own.scale, bias=own.bias)
-        backward, text_loss = rank_own(text, images, offset, own.scale, bias=own.bias)
-        among, _ = rank_own(text, images, offset, own.scale, (own_documents, all_documents))
-        rivals = all_documents.bincount()[own_documents]
-        rows = torch.stack([*(x.double() for x in (forward, backward, among, rivals)), image_loss + text_loss], 1)
+        both = data.gather_ragged(torch.tensor(contents, dtype=torch.int64, device=device).view(-1, 2), sizes)
+        (documents, inside), (shown, right), (_, right_inside) = map(_numbered, (both[:, 0], both[:, 1], both))
+        mine = slice(offset, offset + len(image))
+        same, groups = (shown[mine], shown), (documents[mine], documents)
+        forward, image_loss = rank_own(image, texts, offset, own.scale, bias=own.bias, same=same)
+        backward, text_loss = rank_own(text, images, offset, own.scale, bias=own.bias, same=same)
+        among, _ = rank_own(text, images, offset, own.scale, groups, same=same)
+        counts = (number[mine] for number in (right, right_inside, inside))
+        rows = torch.stack([*(x.double() for x in (forward, backward, among, *counts)), image_loss + text_loss], 1)
         rows_N = data.gather_ragged(rows, sizes).cpu()
         order = rows_N[:, 0].argsort(stable=True)
         quantiles = torch.linspace(0, num_pairs - 1, min(num_examples, num_pairs)).round().long()
@@ -238,6 +241,12 @@ class HeldOutEvaluation:
         return [Example(pairs[i], rank, tuple(pairs[j] for j in near)) for i, rank, near in picked]
 
 
+def _numbered(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of [N, …] a number that equal rows share, and how many these are: [N] each."""
+    _, numbers, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    return numbers, counts[numbers]
+
+
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
     """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one."""
     trained = objectives.trained_by(config)
@@ -254,6 +263,8 @@ class _Origin:
     document: int
     shard: int
     image: int
+    content: int
+    """beginning of the hash of the image's bytes"""
     tokens: np.ndarray
 
 
@@ -285,7 +296,8 @@ class _Packs:
         index = self.loader.reader.index
         assert isinstance(index, SequentialIndex)
         self.num_documents = index.num_documents
-        self._tokenizer = open_corpus(corpus).tokenizer
+        self._corpus = open_corpus(corpus)
+        self._tokenizer = self._corpus.tokenizer
 
     def origins(self, batch: PackedBatch) -> Iterator[_Origin]:
         """Of the batch's pairs, in the order of their slots."""
@@ -298,7 +310,9 @@ class _Packs:
                     before = tokens[b * pack_tokens + origin.start : b * pack_tokens + image.soi]
                     read = (before < self._tokenizer.sot) | (before == self._tokenizer.soi)
                     text = before[read][-CONTEXT_CHARACTERS:]
-                    yield _Origin(int(origin.document), int(image.shard), int(image.image), text.copy())
+                    digest = self._corpus.shard(image.shard).image_xxh3[image.image].tobytes()
+                    content = int.from_bytes(digest[:8], "little", signed=True)
+                    yield _Origin(int(origin.document), int(image.shard), int(image.image), content, text.copy())
 
     def pair(self, origin: _Origin) -> Pair:
         """With its context as text."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_lcl.convert.card import HELDOUT as RESULT
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.evaluate.results import Metric, Result, bootstrap
+from megatron_lcl.evaluate.results import Metric, Result, bootstrap, chance_of_hit
 
 EXAMPLES, PICTURE = "heldout_examples.json", "heldout.png"
 CONTEXT_CHARACTERS = 400
@@ -85,10 +85,10 @@ class HeldOut:
 
 
 def with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
-    """`result` with what `rows` give [N, 5]: ranks of the context, of the image, of the image in its document; the
-    document's pairs; loss."""
-    forward, backward, among, rivals, loss = rows.T
-    n, rivalled = len(rows), rivals > 1
+    """`result` with what `rows` give [N, 7]: ranks of the context, of the image, of the image in its document; pairs of
+    its image; those in its document, and all pairs of the document; loss."""
+    forward, backward, among, right, right_inside, inside, loss = rows.T
+    n, rivalled = len(rows), right_inside < inside
     hits = {
         "image_to_context_recall_at_1": forward <= 1,
         "image_to_context_recall_at_10": forward <= 10,
@@ -101,11 +101,11 @@ def with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
     return replace(
         result,
         pairs=n,
-        chance_at_1=min(1.0, 1 / n),
-        chance_at_10=min(1.0, 10 / n),
+        chance_at_1=chance_of_hit(right, n, 1),
+        chance_at_10=chance_of_hit(right, n, 10),
         median_rank=float(np.median(forward)),
         pairs_with_rivals=int(rivalled.sum()),
-        chance_in_document=float((1 / rivals[rivalled]).mean()) if rivalled.any() else None,
+        chance_in_document=float((right_inside / inside)[rivalled].mean()) if rivalled.any() else None,
         contrastive_loss=float(loss.mean()) / 2,
         intervals={name: (metric.low, metric.high) for name, metric in bounds.items()},
         **{name: float(hit.mean()) for name, hit in hits.items()},  # type: ignore[arg-type]

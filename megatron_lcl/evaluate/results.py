@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +47,16 @@ class Result:
     """of the encoder: its weights, configuration and preprocessing"""
     num_bad: int = 0
     """images that did not decode and are not among the items"""
+
+
+def chance_of_hit(right: np.ndarray, total: int, k: int) -> float:
+    """Share of queries that a random order of `total` answers gives one of the right ones among the first k.
+
+    right [Q]: how many are right. 1 − C(total − right, k) / C(total, k), the mean over queries.
+    """
+    numbers, counts = np.unique(right, return_counts=True)
+    missed = [math.comb(total - int(n), min(k, total)) / math.comb(total, min(k, total)) for n in numbers]
+    return 1 - float(np.average(missed, weights=counts))
 
 
 def bootstrap(

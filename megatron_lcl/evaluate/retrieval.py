@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders.encoder import Encoder
-from megatron_lcl.evaluate.results import Metric, Result, bootstrap
-from megatron_lcl.evaluate.sources import ImageSet
+from megatron_lcl.evaluate.results import Metric, Result, bootstrap, chance_of_hit
+from megatron_lcl.evaluate.sources import DIGEST, ImageSet
 
 _ROWS = 1024
 """of a similarity matrix at a time"""
@@ -30,33 +28,28 @@ def retrieval(
 ) -> Result:
     """Recall@1/5/10, image → text (is one of the image's captions among the first k) and text → image.
 
-    Captions that are the same are one text, which belongs to all their images.
+    Images with the same bytes are one image, to which all their captions belong. Captions that are the same are one
+    text, which belongs to all their images.
     """
-    captions = data.need_captions()
+    captions, digests = data.need_captions(), data.digests
+    image_of: dict[bytes, int] = {}
+    """number of each image, by its digest"""
+    images = [image_of.setdefault(digests[i * DIGEST : (i + 1) * DIGEST], len(image_of)) for i in range(len(data))]
+    _, firsts = np.unique(images, return_index=True)
     number = {text: j for j, text in enumerate(dict.fromkeys(text for several in captions for text in several))}
-    pairs = np.array([(i, j) for i, several in enumerate(captions) for j in sorted({number[t] for t in several})])
+    pairs = np.array(sorted({(i, number[t]) for i, several in zip(images, captions, strict=True) for t in several}))
     texts = list(number)
     bar = tqdm(range(0, len(texts), batch), unit_scale=batch, unit="texts", desc="captions", disable=not progress)
     text_features = torch.cat([encoder.encode_texts(texts[i : i + batch]) for i in bar])
-    image_ranks, text_ranks = retrieval_ranks(torch.from_numpy(np.array(features)), text_features, pairs)
+    image_ranks, text_ranks = retrieval_ranks(torch.from_numpy(np.array(features[firsts])), text_features, pairs)
     metrics: dict[str, Metric] = {}
     own_texts, own_images = np.bincount(pairs[:, 0]), np.bincount(pairs[:, 1])
     for k in (1, 5, 10):
-        image_chance, text_chance = chance_of_hit(own_texts, len(texts), k), chance_of_hit(own_images, len(captions), k)
+        image_chance, text_chance = chance_of_hit(own_texts, len(texts), k), chance_of_hit(own_images, len(firsts), k)
         metrics[f"image → text recall@{k}"] = bootstrap(image_ranks < k, seed, image_chance)
         metrics[f"text → image recall@{k}"] = bootstrap(text_ranks < k, seed, text_chance)
-    settings = {"texts": len(texts), "seed": seed}
-    return Result("retrieval", encoder.name, data.name, len(captions), metrics, settings)
-
-
-def chance_of_hit(right: np.ndarray, total: int, k: int) -> float:
-    """Share of queries that a random order of `total` answers gives one of the right ones among the first k.
-
-    right [Q]: how many are right. 1 − C(total − right, k) / C(total, k), the mean over queries.
-    """
-    numbers, counts = np.unique(right, return_counts=True)
-    missed = [math.comb(total - int(n), min(k, total)) / math.comb(total, min(k, total)) for n in numbers]
-    return 1 - float(np.average(missed, weights=counts))
+    settings = {"texts": len(texts), "image copies": len(captions) - len(firsts), "seed": seed}
+    return Result("retrieval", encoder.name, data.name, len(firsts), metrics, settings)
 
 
 def retrieval_ranks(images: torch.Tensor, texts: torch.Tensor, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,23 +87,31 @@ def rank_own(
     scale: float = 1.0,
     groups: tuple[torch.Tensor, torch.Tensor] | None = None,
     bias: float | None = None,
+    same: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """1-based rank [n] of each query's own candidate, index offset + i; and the cross-entropy [n] of finding it.
+    """1-based rank [n] of each query's best right candidate among the wrong ones; and the cross-entropy [n] of finding
+    its own candidate, index offset + i.
 
-    A tie counts against it (`not_below`), and so does NaN: a model that says nothing must not look good, and images
-    that occur twice have one rank, whatever batches they were encoded in. The cross-entropy is that of a softmax of
+    same: numbers of queries [n] and candidates [N]; candidates with the query's number are right. None: its own is.
+    A tie counts against it (`not_below`), and so does NaN: a model that says nothing must not look good, whatever
+    batches were encoded together. The cross-entropy is that of a softmax of
     `scale` times the inner products, nats, or, with a bias, the sum of the sigmoid losses of all candidates
     (`losses.sigmoid`). groups: of queries [n] and candidates [N]; only candidates of the query's group count for the
     rank.
     """
     ranks, losses = [], []
+    numbers = torch.arange(len(candidates_ND), device=candidates_ND.device)
+    mine, theirs = same or (numbers[offset : offset + len(queries_nD)], numbers)
     for low in range(0, len(queries_nD), _ROWS):
         similarity = queries_nD[low : low + _ROWS] @ candidates_ND.t()
         own = similarity.gather(1, torch.arange(len(similarity), device=similarity.device)[:, None] + low + offset)
-        better = not_below(similarity, own)
+        right = mine[low : low + _ROWS, None] == theirs
+        wrong = ~right
         if groups is not None:
-            better &= groups[0][low : low + _ROWS, None] == groups[1]
-        ranks.append(better.sum(1))
+            inside = groups[0][low : low + _ROWS, None] == groups[1]
+            right, wrong = right & inside, wrong & inside
+        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        ranks.append(1 + (not_below(similarity, best) & wrong).sum(1))
         if bias is None:
             losses.append(((scale * similarity).logsumexp(1) - scale * own[:, 0]).double())
         else:

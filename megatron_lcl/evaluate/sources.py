@@ -6,13 +6,14 @@ Images stay where they are; an image is a `Blob` that says where its bytes stand
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,11 +21,14 @@ import xxhash
 
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.document import Image
+from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_NO_PICTURE = frozenset({".txt", ".json", ".csv", ".tsv", ".xml", ".md", ".db", ".ini", ".cls"})
+"""files that may lie beside pictures; others that are left out are told"""
+logger = logging.getLogger(__name__)
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _DEFAULT_TEMPLATE = "a photo of a {c}."
 
@@ -199,20 +203,56 @@ def _folder(folder: Path) -> ImageSet:
     if not classes:
         raise UserError(f"{folder} has no class folders, no .tar files and no {CORPUS_MANIFEST}")
     blobs: list[Blob] = []
-    labels = []
+    labels: list[int] = []
+    others: list[Path] = []
     for label, sub in enumerate(classes):
-        files = sorted(p for p in sub.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not files:
-            raise UserError(f"the class folder {sub} has no images")
-        blobs += [FileBlob(file) for file in files]
-        labels += [label] * len(files)
+        files = sorted(p for p in sub.rglob("*") if p.is_file())
+        pictures = [p for p in files if p.suffix.lower() in image_suffixes()]
+        if not pictures:
+            raise UserError(f"the class folder {sub} has no images{_instead(files)}")
+        blobs += [FileBlob(file) for file in pictures]
+        labels += [label] * len(pictures)
+        others += [file for file in files if file.suffix.lower() not in image_suffixes()]
+    _tell(folder, others)
     return ImageSet(str(folder), tuple(blobs), np.array(labels), tuple(p.name for p in classes))
+
+
+def all_pictures(path: Path, split: str | None = None) -> Sequence[Blob]:
+    """The images that `open_images` reads; but of a folder without .tar files all pictures in and below it; where it
+    has splits, below the split's folder. Pictures that lie in the folder itself are always read.
+
+    UserError where there is no such set.
+    """
+    if not path.is_dir() or (path / CORPUS_MANIFEST).is_file():
+        return open_images(path, split).images
+    folder = _split_folder(path, split)
+    tars = any(folder.glob("*.tar"))
+    files = sorted(p for p in {*path.iterdir(), *(() if tars else folder.rglob("*"))} if p.is_file())
+    pictures = [FileBlob(p) for p in files if p.suffix.lower() in image_suffixes()]
+    if tars:
+        return (*open_images(path, split).images, *pictures)
+    _tell(path, [p for p in files if p.suffix.lower() not in image_suffixes()])
+    return pictures
+
+
+def _tell(where: Path, names: Iterable[PurePath]) -> None:
+    """Warn of files that are left out."""
+    if said := _instead(names):
+        logger.warning("%s: not all files are read%s", where, said)
+
+
+def _instead(names: Iterable[PurePath]) -> str:
+    """` (3 .heic, such as a.heic)`: those that might be pictures, though by their names none that Pillow opens here."""
+    left_out = [p for p in names if not p.name.startswith(".") and p.suffix.lower() not in _NO_PICTURE]
+    kinds = Counter(p.suffix.lower() or "without suffix" for p in left_out)
+    return f" ({some([f'{n:,} {kind}' for kind, n in kinds.items()])}, such as {left_out[0].name})" if left_out else ""
 
 
 def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
     blobs: list[Blob] = []
     labels: list[int] = []
     captions: list[tuple[str, ...]] = []
+    others: list[PurePath] = []
     for path in tars:
         samples: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
         try:
@@ -226,8 +266,9 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{path} is not a readable .tar: {error}") from None
         for key, parts in samples.items():
-            image = next((suffix for suffix in parts if suffix in _SUFFIXES), None)
+            image = next((suffix for suffix in parts if suffix in image_suffixes()), None)
             if image is None:
+                others += [PurePath(key + suffix) for suffix in parts]
                 continue
             blobs.append(FileBlob(path, *parts[image], member=key.lstrip("./") + image))
             if ".cls" in parts:
@@ -236,7 +277,8 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
                 lines = FileBlob(path, *parts[".txt"]).read().decode(errors="replace").split("\n")
                 captions.append(tuple(line.strip() for line in lines if line.strip()))
     if not blobs:
-        raise UserError(f"the .tar files of {tars[0].parent} have no images")
+        raise UserError(f"the .tar files of {tars[0].parent} have no images{_instead(others)}")
+    _tell(tars[0].parent, others)
     for kind, values in (("labels", labels), ("captions", captions)):
         if values and len(values) != len(blobs):
             raise UserError(f"{tars[0].parent} has {len(blobs)} images but {len(values)} {kind}")

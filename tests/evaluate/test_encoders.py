@@ -310,6 +310,7 @@ def test_texts_of_hugging_face_models(kind: str, tmp_path: Path, monkeypatch: py
     theirs.eval().save_pretrained(tmp_path)
     hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
     encoder = load_encoder(f"hf:{tmp_path}")
+    tokenizer = encoder.tokenizer_fingerprint
     texts = {"a red square": [1, 3, 4, 6, 2], "circle": [1, 7, 2], "a " * 20: [1, *[3] * 7, 2]}
     ours = torch.cat([encoder.encode_texts([text]) for text in texts])  # alone, so that no longer one pads it
     for found, ids in zip(ours, texts.values(), strict=True):
@@ -318,6 +319,10 @@ def test_texts_of_hugging_face_models(kind: str, tmp_path: Path, monkeypatch: py
             out = theirs.get_text_features(input_ids=row)
         expected = out if isinstance(out, torch.Tensor) else out.pooler_output
         assert torch.allclose(found, torch.nn.functional.normalize(expected[0], dim=-1), atol=1e-5)
+    assert load_encoder(f"hf:{tmp_path}").tokenizer_fingerprint == encoder.tokenizer_fingerprint == tokenizer
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("green", "brown"))
+    assert load_encoder(f"hf:{tmp_path}").tokenizer_fingerprint != tokenizer
     loads = []
     monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a))
     assert torch.allclose(encoder.encode_texts(list(texts)), ours, atol=1e-5)

@@ -27,8 +27,8 @@ from megatron_lcl.evaluate.probes import (
     fit_linear,
     linear_probe,
 )
-from megatron_lcl.evaluate.results import bootstrap
-from megatron_lcl.evaluate.retrieval import chance_of_hit, retrieval, retrieval_ranks
+from megatron_lcl.evaluate.results import bootstrap, chance_of_hit
+from megatron_lcl.evaluate.retrieval import retrieval, retrieval_ranks
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings
 from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 from megatron_lcl.evaluate.zero_shot import zero_shot
@@ -271,7 +271,14 @@ def test_chance_of_retrieval_against_a_count_of_all_orders() -> None:
         assert chance_of_hit(right, total, k) == pytest.approx(np.mean(hits))
 
 
-def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text() -> None:
+def blobs(folder: Path, contents: str) -> tuple[FileBlob, ...]:
+    """A file of each letter."""
+    for i, letter in enumerate(contents):
+        (folder / f"{i}.png").write_text(letter)
+    return tuple(FileBlob(folder / f"{i}.png") for i in range(len(contents)))
+
+
+def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text(tmp_path: Path) -> None:
     words = {"a": 0, "b": 1, "c": 2, "d": 3}
 
     class Perfect:
@@ -282,12 +289,37 @@ def test_retrieval_tells_chance_and_takes_equal_captions_as_one_text() -> None:
 
     captions = (("a", "b"), ("a",), ("c", "d"), ("d",))
     features = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], np.float32)
-    data = ImageSet("x", (FileBlob(Path("x")),) * 4, captions=captions)
+    data = ImageSet("x", blobs(tmp_path, "abcd"), captions=captions)
     metrics = retrieval(Perfect(), data, features).metrics  # type: ignore[arg-type]
     assert all(metric.value == 1 for metric in metrics.values())
     assert metrics["image → text recall@1"].chance == pytest.approx((2 + 1 + 2 + 1) / 4 / 4)  # own of 4 texts
     assert metrics["text → image recall@1"].chance == pytest.approx((2 + 1 + 1 + 2) / 4 / 4)  # own of 4 images
     assert metrics["image → text recall@5"].chance == 1
+
+
+def test_copies_of_an_image_are_one_image_with_all_their_captions(tmp_path: Path) -> None:
+    """As a corpus of COCO's has them, a document a caption: the numbers of the data set with an image once."""
+    texts = ("a", "b", "c", "d", "e")
+    vectors = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+
+    class Encoder:
+        name = "some"
+
+        def encode_texts(self, asked: Sequence[str]) -> torch.Tensor:
+            return vectors[[texts.index(text) for text in asked]]
+
+    features = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    once = ImageSet("x", blobs(tmp_path, "xyz"), captions=(("a", "b"), ("c",), ("d", "e")))
+    copied = ImageSet("x", blobs(tmp_path, "xyzxz"), captions=(("a",), ("c",), ("d",), ("b",), ("e",)))
+    expected = retrieval(Encoder(), once, features)  # type: ignore[arg-type]
+    found = retrieval(Encoder(), copied, features[[0, 1, 2, 0, 2]])  # type: ignore[arg-type]
+    assert (found.num_items, found.metrics) == (3, expected.metrics)
+    assert (found.settings["image copies"], expected.settings["image copies"]) == (2, 0)
+    perfect = ImageSet("x", blobs(tmp_path, "xyzxz"), captions=(("a",), ("c",), ("d",), ("a",), ("e",)))
+    of_them = vectors[[0, 2, 3]].numpy()
+    vectors[4] = vectors[3]
+    found = retrieval(Encoder(), perfect, of_them[[0, 1, 2, 0, 2]])  # type: ignore[arg-type]
+    assert {metric.value for metric in found.metrics.values()} == {1.0}
 
 
 def test_bootstrap_against_scipy() -> None:

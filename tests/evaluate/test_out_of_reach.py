@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ pytest.importorskip("huggingface_hub")
 from convert.conftest import random_model
 
 from megatron_lcl.convert.export import export_model
+from megatron_lcl.convert.pool import POOL
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, out_of_reach
 
@@ -153,14 +155,18 @@ def test_names_of_every_library(tmp_path: Path) -> None:
     model, served = random_model(), tmp_path / "served" / "site"
     export_model(model, "hf", served / "hf")
     export_model(model, "timm", served / "timm")
+    shutil.copytree(served / "hf", served / "plain", ignore=shutil.ignore_patterns("lcl"))
+    pooled, plain = (load_encoder(f"hf:{served / name}").fingerprint for name in ("hf", "plain"))
+    assert pooled != plain
     ours = load_encoder(f"timm:local-dir:{served / 'timm'}").fingerprint
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(hub(tmp_path / "served", pause=1.5))  # longer than the limit, at every file
         load = Loader(address, tmp_path / "cache")
         try:
             of_hf, seconds = load("hf:site/hf")
-            assert len(of_hf) == 32
+            assert of_hf == pooled, "our attention pool lies on the hub, too"
             assert seconds > 3  # two files at least
+            assert load("hf:site/plain")[0] == plain
             assert load("timm:hf-hub:site/timm")[0] == ours
             for spec, words in (
                 ("hf:mute/x", "give the folder of a model: hf:DIR"),
@@ -175,6 +181,13 @@ def test_names_of_every_library(tmp_path: Path) -> None:
             stack.close()
             # nobody there: what was fetched before is enough, and a known name says what else there is
             assert load("hf:site/hf")[0] == of_hf
+            assert load("hf:site/plain")[0] == plain
+            # as of a cache that transformers filled, of which nobody knows whether there was a pool
+            cached = tmp_path / "cache" / "hub" / "models--site--hf" / "snapshots" / ("0" * 40)
+            (cached / POOL).unlink()
+            said, _ = load("hf:site/hf")
+            assert "not all in the cache" in said
+            assert "give the folder of a model: hf:DIR" in said
             assert load("timm:hf-hub:site/timm")[0] == ours
             for spec, words in (
                 ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224?pretrained=no"),

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL import features as pillow
 
+from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
@@ -101,6 +103,31 @@ def test_webdataset_captions_and_karpathy(folder: Path, tmp_path: Path, encoder)
         open_images(tmp_path / "dataset_coco.json", "validation", tmp_path)
     with pytest.raises(ValueError, match="not there"):
         open_images(tmp_path / "dataset_coco.json", images=tmp_path / "wds")
+
+
+def test_images_are_what_pillow_opens_and_others_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG")
+    kinds = ("jpg", "JFIF", "jpe", "jp2", "pgm")
+    assert (".avif" in image_suffixes()) == pillow.check("avif")
+    (tmp_path / "cat").mkdir()
+    for kind in (*kinds, "heic", "txt"):
+        (tmp_path / "cat" / f"a.{kind}").write_bytes(out.getvalue())
+    (tmp_path / "cat" / ".DS_Store").write_bytes(b"")
+    assert {Path(blob.name).suffix[1:] for blob in open_images(tmp_path).images} == set(kinds)
+    assert caplog.messages == [f"{tmp_path}: not all files are read (1 .heic, such as a.heic)"]
+    caplog.clear()
+    members = {f"{i}.{kind}": out.getvalue() for i, kind in enumerate((*kinds, "heic"))}
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", members | {f"{i}.cls": b"0" for i in range(6)})
+    assert len(open_images(tmp_path / "tars")) == 5
+    assert caplog.messages == [f"{tmp_path / 'tars'}: not all files are read (1 .heic, such as 5.heic)"]
+    for kind in kinds:
+        (tmp_path / "cat" / f"a.{kind}").unlink()
+    (tmp_path / "tars" / "0.tar").unlink()
+    (tmp_path / "tars").rmdir()
+    with pytest.raises(ValueError, match=r"cat has no images \(1 .heic, such as a.heic\)"):
+        open_images(tmp_path)
 
 
 def test_features_are_cached_by_content(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]

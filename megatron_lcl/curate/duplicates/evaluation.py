@@ -38,13 +38,12 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 64
 """that are laid over an image, the nearest ones; more have only pictures like many others"""
 _INDEX = ("hash", "detailed", "thumbnail", "color", "digest", "name")
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 class EvaluationImages:
-    """Images of a corpus, a WebDataset, class folders, captions' JSON (all that `evaluate` reads), or of one folder.
+    """Images of a corpus, a WebDataset, captions' JSON (as `evaluate` reads them), or all in and below a folder.
 
-    UserError where there are none.
+    UserError where there is no such set.
     """
 
     def __init__(self, source: str | Path, split: str | None = None) -> None:
@@ -54,15 +53,9 @@ class EvaluationImages:
             counts = [shard["images"] for shard in self._corpus.manifest["shards"]]
             self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             return
-        self._blobs: Sequence[Blob]
-        if path.is_dir() and (files := sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)):
-            from megatron_lcl.evaluate.sources import FileBlob  # imports torch
+        from megatron_lcl.evaluate.sources import all_pictures  # imports torch
 
-            self._blobs = [FileBlob(file) for file in files]
-        else:
-            from megatron_lcl.evaluate.sources import open_images
-
-            self._blobs = open_images(path, split).images
+        self._blobs: Sequence[Blob] = all_pictures(path, split)
 
     def __len__(self) -> int:
         return len(self._blobs) if self._corpus is None else int(self._starts[-1])
@@ -77,6 +70,12 @@ class EvaluationImages:
         return name, bytes(self._corpus.shard(shard).image(local))
 
 
+@functools.lru_cache(1)
+def open_set(source: str | Path, split: str | None = None) -> EvaluationImages:
+    """An evaluation set, listed once for all of its tasks in a process."""
+    return EvaluationImages(source, split)
+
+
 def evaluation_facts(
     source: str | Path, first: int, last: int, settings: Decontamination, split: str | None = None
 ) -> Facts:
@@ -86,7 +85,7 @@ def evaluation_facts(
     [N, COLOR_SIDE, COLOR_SIDE, 2], its `Picture`; digest uint64 [N], XXH3 of its bytes; name. An image that does not
     decode has no detail, and is only found by its bytes.
     """
-    images = EvaluationImages(source, split)
+    images = open_set(source, split)
     num, views = last - first, len(COMPARED)
     hashes, detailed = np.zeros((num, views), np.uint64), np.zeros((num, views), bool)
     thumbnails, digests = np.zeros((num, SIDE, SIDE), np.uint8), np.zeros(num, np.uint64)

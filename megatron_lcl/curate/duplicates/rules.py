@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from megatron_lcl.curate.documents import Range, address, ranges
 from megatron_lcl.curate.duplicates.evaluation import (
-    EvaluationImages,
     contamination_facts,
     evaluation_facts,
     join_evaluation,
+    open_set,
     write_index,
 )
 from megatron_lcl.curate.duplicates.facts import Facts, document_facts, image_facts
@@ -70,7 +70,8 @@ class EvaluationSets:
 
     def __init__(self, settings: Decontamination) -> None:
         self.settings = settings
-        self.sizes = {path: len(EvaluationImages(path)) for path in settings.sets}
+        open_set.cache_clear()  # files may have come since this process listed them
+        self.sizes = {path: len(open_set(path)) for path in settings.sets}
         for path, size in self.sizes.items():
             if not size:
                 raise UserError(f"--evaluation.sets: {path} has no images")

@@ -139,17 +139,23 @@ def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores 
         yield Matched(*encoder, rules.min_similarity)
 
 
-def check(rules: ModelRules, *, keep: bool) -> None:
-    """UserError where the encoder does not load, has no texts for `match`, or other features than a head.
+def check(rules: ModelRules, *, keep: bool) -> dict[str, str]:
+    """What the encoder's name stands for today, by the settings' dotted names, for the recipe: its weights change while
+    it is trained, and a folder's when it is exported again.
 
+    UserError where the encoder does not load, has no texts for `match`, or other features than a head.
     keep: this process needs the encoder soon.
     """
     if rules.encoder is None or not rules.asks:
-        return
+        return {}
+    load.cache_clear()  # the weights may have changed since this process read them
     model, width = load(rules.encoder, rules.tokenizer)
+    found = {"models.encoder": model.fingerprint}
     if not keep:
         load.cache_clear()
     if rules.match:
         model.encode_texts(["a text"])
+        found["models.tokenizer"] = model.tokenizer_fingerprint
     for head in rules.heads.values():
         check_width(head.head, read_head(head.head)[0], width)
+    return found

@@ -83,6 +83,11 @@ class Encoder(ABC):
         return digest.hexdigest()
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of what makes ids of texts, as far as neither the weights nor the library's version say it."""
+        return ""
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All weights."""
         return self.module.state_dict()
@@ -91,6 +96,18 @@ class Encoder(ABC):
     def settings(self) -> Any:
         """What the modules do not show: preprocessing, a config that they look into, the library's version. As JSON."""
         return ""
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """XXH3 of what decides the ids of transformers' tokenizer, however it was called before."""
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        content = json.loads(fast.to_str())
+        for set_by_calls in ("padding", "truncation"):
+            content.pop(set_by_calls, None)
+    else:
+        content = tokenizer.get_vocab()
+    about = [type(tokenizer).__name__, tokenizer.model_max_length, content]
+    return xxhash.xxh3_128_hexdigest(json.dumps(about, sort_keys=True).encode())
 
 
 def _constants(module: nn.Module) -> list[tuple[str, str]]:

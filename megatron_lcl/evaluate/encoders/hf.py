@@ -16,13 +16,15 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, loading
-from megatron_lcl.evaluate.encoders.hub import hub_file
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, hash_tokenizer, loading
+from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 from megatron_lcl.model.reference_format import some
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """a repository of the hub, rather than a path"""
+_EXPORTED = ("clip_vision_model", "dinov2", "dinov2_with_registers")
+"""types of models that `export` writes (`convert.hf`)"""
 
 
 class HfEncoder(Encoder):
@@ -33,7 +35,7 @@ class HfEncoder(Encoder):
         from transformers import AutoImageProcessor, AutoModel
 
         folder = self._folder = spec.name
-        self._remote = None
+        self._remote, pool = None, Path(folder) / POOL
         if not Path(folder).is_dir():
             if not _HUB_NAME.fullmatch(folder):
                 raise UserError(f"{spec.text}: there is no folder {folder}")
@@ -47,6 +49,10 @@ class HfEncoder(Encoder):
                 trust_remote_code=False,
             )
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+            found = pool if pool.is_file() else None
+            if self._remote is not None and _may_be_export(module, self._processor):
+                found = optional_file(folder, POOL)
+            self._pool = None if found is None else read_pool(found)
         missing = sorted(report["missing_keys"])
         # a classifier's checkpoint has no pooler, which some architectures put behind the class token
         self._has_pooler = not any("pooler." in name for name in missing)
@@ -55,8 +61,6 @@ class HfEncoder(Encoder):
         if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
             raise UserError(f"{spec.text} has {some(wrong)} of another shape than its config says")
         super().__init__(spec.text, module, device)
-        pool = Path(folder) / POOL
-        self._pool = read_pool(pool) if pool.is_file() else None
 
     def prepare(self, data: bytes) -> torch.Tensor:
         return self._processor(decode_rgb(data), return_tensors="pt")["pixel_values"][0]
@@ -109,6 +113,10 @@ class HfEncoder(Encoder):
         return F.normalize(_tensor(module.get_text_features(**inputs)).float(), dim=-1).cpu()
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        return hash_tokenizer(self._tokenizer)
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         pool = {} if self._pool is None else self._pool[0]
         return {**super().tensors, **{f"attention_pool.{name}": tensor for name, tensor in pool.items()}}
@@ -125,6 +133,12 @@ class HfEncoder(Encoder):
             self._pool and self._pool[1],
             self._has_pooler,
         ]
+
+
+def _may_be_export(module: Any, processor: Any) -> bool:
+    """Whether `export --format hf` writes such a model. Others, DINOv2's own among them, are not asked for a pool: from
+    a cache that another program filled they load without the hub."""
+    return module.config.model_type in _EXPORTED and type(processor).__name__.startswith("CLIPImageProcessor")
 
 
 def _tensor(out: Any) -> torch.Tensor:

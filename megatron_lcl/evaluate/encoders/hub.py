@@ -42,6 +42,23 @@ def hub_file(repository: str, file: str, instead: str) -> Remote:
     return Remote(hf_hub_url(name, file, revision=revision or None), instead)
 
 
+def optional_file(repository: str, file: str) -> Path | None:
+    """A file of a repository of the hub, fetched or from the cache; None: the repository has none, as the hub says now
+    or, where it is not asked (`by_cache_alone`), has said before. LocalEntryNotFoundError where it never was asked.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(repository, file) is _CACHED_NO_EXIST:
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+
+
 def out_of_reach(remote: Remote) -> str | None:
     """Why the file's host cannot be used: it does not answer in time, or says that it cannot; None: it can."""
     from huggingface_hub import constants

@@ -62,5 +62,9 @@ class OurEncoder(Encoder):
         return self.module.encode_text(padded.to(self.device)).cpu()
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.need_tokenizer().fingerprint
+
+    @property
     def settings(self) -> Any:
         return str(self.module.config)

@@ -16,7 +16,7 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.open_clip import TOWER_CONFIG
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, loading
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, hash_tokenizer, loading
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 
@@ -84,6 +84,11 @@ class OpenClipEncoder(Encoder):
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         module: Any = self.module
         return F.normalize(module.encode_text(self._tokenizer(list(texts)).to(self.device)).float(), dim=-1).cpu()
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        held = getattr(self._tokenizer, "tokenizer", None)  # transformers'; OpenCLIP's own come with it
+        return "" if held is None else hash_tokenizer(held)
 
     @property
     def settings(self) -> Any:

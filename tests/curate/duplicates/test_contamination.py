@@ -272,6 +272,16 @@ def test_a_corpus_with_evaluation_images(tmp_path: Path) -> None:
         assert [Path(name).name for name in removals.matched] == ["0002.jpg", "0000.jpg", "0002.jpg"]
 
 
+def test_a_set_is_listed_once_for_all_of_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lcl.evaluate import sources
+
+    listed = []
+    original = sources.all_pictures
+    monkeypatch.setattr(sources, "all_pictures", lambda *given: listed.append(given) or original(*given))
+    make_index(tmp_path, [picture(k, 64) for k in range(3)], size=1)
+    assert len(listed) == 1
+
+
 def test_evaluation_images_lie_in_any_layout(tmp_path: Path) -> None:
     data = [encoded(picture(k, 64)) for k in range(3)]
     plain, classes, tars = (tmp_path / name for name in ("plain", "classes", "tars"))
@@ -293,6 +303,15 @@ def test_evaluation_images_lie_in_any_layout(tmp_path: Path) -> None:
         images = EvaluationImages(source)
         assert [images.read(k)[1] for k in range(len(images))] == data
         assert str(source) in images.read(2)[0]
+    for source in (classes, tars):  # a picture beside them is one more, not the only one
+        (source / "cover.png").write_bytes(encoded(picture(9, 64), format="PNG"))
+        images = EvaluationImages(source)
+        names = [Path(images.read(k)[0]).name for k in range(len(images))]
+        assert len(names) == 4
+        assert "cover.png" in names
+    (plain / "notes").mkdir()
+    (plain / "notes" / "read.me").write_text("no picture")
+    assert len(EvaluationImages(plain)) == 3
     with pytest.raises(UserError, match="there is no"):
         EvaluationImages(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no evaluation images"):

@@ -10,13 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from curate.corpora_of_rules import picture, removed, write
 
+from megatron_lcl import LCL
 from megatron_lcl.cli import main
+from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate, curate_in_jobs
 from megatron_lcl.curate.settings import Settings, as_recipe, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.errors import UserError
@@ -115,6 +119,48 @@ def test_all_rules_of_features_encode_each_image_once(
         == as_recipe(rules(encoder, **given))
         != as_recipe(rules(encoder, **given | {"models.nsfw.head": file[0]}))
     )
+
+
+def test_work_goes_on_with_the_same_weights_and_tokenizer_only(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder's name is that of a run, which is trained further while curate is stopped."""
+    words = [f"a photo of a {i}" for i in range(10)] * 3
+    tokenizers = [train_sentencepiece([w.replace("f", letter) for w in words], 400) for letter in "fg"]
+    size = tokenizers[0].vocab_size
+    assert size == tokenizers[1].vocab_size
+    config = Model(Vision(16, 4, 64, 1, 4, 128), Language(64, size, 48, 1, 4, 96), 4)
+    run, words_file, out = tmp_path / "run", tmp_path / "words.model", tmp_path / "out"
+    run.mkdir()
+
+    def train(seed: int) -> None:
+        save_checkpoint(LCL(config, seed=seed), Config(model=config), run)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError
+
+    train(1)
+    tokenizers[0].save(words_file)
+    given = rules((str(run), str(words_file)), match="true")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_lcl.curate.run._finish", fails)
+        with pytest.raises(RuntimeError):
+            curate(source, out, given)
+    refused = "unfinished corpus of other input, options or version"
+    train(2)
+    with pytest.raises(UserError, match=refused):
+        curate(source, out, given)
+    train(1)
+    tokenizers[1].save(words_file)
+    with pytest.raises(UserError, match=refused):
+        curate(source, out, given)
+    tokenizers[0].save(words_file)
+    run = run.rename(tmp_path / "elsewhere")
+    curate(source, out, rules((str(run), str(words_file)), match="true"))
+    assert curate(source, out, rules((str(run), str(words_file)), match="true")).reused
+    train(2)
+    with pytest.raises(UserError, match="its thresholds differ"):
+        curate(source, out, rules((str(run), str(words_file)), match="true"))
 
 
 @pytest.mark.parametrize("action", ["keep-one", "drop-all"])
