@@ -6,7 +6,6 @@ Images stay where they are; an image is a `Blob` that says where its bytes stand
 from __future__ import annotations
 
 import json
-import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import xxhash
 from megatron_lcl.data.corpus.document import Image
 from megatron_lcl.data.corpus.store import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
 
@@ -216,15 +216,13 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
     for path in tars:
         samples: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
+            with path.open("rb") as tar:
+                for _, member in tar_files(tar):
                     folder, _, file = member.name.rpartition("/")
                     stem, _, suffix = file.partition(".")
-                    key = f"{folder}/{stem}"
-                    if member.isfile():
-                        samples[key][f".{suffix.lower()}"] = member.offset_data, member.size
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{path} is not a readable .tar: {error}") from None
+                    samples[f"{folder}/{stem}"][f".{suffix.lower()}"] = member.offset_data, member.size
+        except DAMAGE as error:
+            raise UserError(f"{path} is not a readable .tar: {error}; write or download it again") from None
         for key, parts in samples.items():
             image = next((suffix for suffix in parts if suffix in _SUFFIXES), None)
             if image is None:

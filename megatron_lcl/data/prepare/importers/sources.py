@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.storage.paths import ObjectPath
@@ -170,14 +170,10 @@ def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
             damaged.append(f"{path.name} is damaged, or not as `fetch` wrote it")
         return
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
-                if member.size < 0:
-                    raise tarfile.ReadError("negative size")
-                if member.isfile():
-                    yield member.name.removeprefix("./"), member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError):
+        with path.open("rb") as file:
+            for _, member in tar_files(file):
+                yield member.name.removeprefix("./"), member.offset_data, member.size
+    except DAMAGE:
         damaged.append(f"{path.name} is damaged or cut")
 
 
