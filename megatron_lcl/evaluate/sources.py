@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.document import Image
 from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
 
@@ -256,15 +256,13 @@ def _webdataset(root: Path, tars: list[Path]) -> ImageSet:
     for path in tars:
         samples: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
+            with path.open("rb") as tar:
+                for _, member in tar_files(tar):
                     folder, _, file = member.name.rpartition("/")
                     stem, _, suffix = file.partition(".")
-                    key = f"{folder}/{stem}"
-                    if member.isfile():
-                        samples[key][f".{suffix.lower()}"] = member.offset_data, member.size
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{path} is not a readable .tar: {error}") from None
+                    samples[f"{folder}/{stem}"][f".{suffix.lower()}"] = member.offset_data, member.size
+        except DAMAGE as error:
+            raise UserError(f"{path} is not a readable .tar: {error}; write or download it again") from None
         for key, parts in samples.items():
             image = next((suffix for suffix in parts if suffix in image_suffixes()), None)
             if image is None:

@@ -287,7 +287,7 @@ def test_other_images_make_another_corpus(tmp_path: Path) -> None:
     assert summary.reused
     with tarfile.open(tmp_path / "elsewhere/images/0.tar", "w") as tar:
         writers._add(tar, "x.png", picture(1))
-    with pytest.raises(ValueError, match="its images differ"):
+    with pytest.raises(ValueError, match="its images, rules differ"):
         preprocess("mmc4", tmp_path / "in", tmp_path / "two", images=tmp_path / "elsewhere/images", tokenizer=TOKENIZER)
 
 

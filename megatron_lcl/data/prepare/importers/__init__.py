@@ -4,9 +4,9 @@ Another package adds a format with an entry point in the group `megatron_lcl.imp
 whose object is an `Importer` class.
 
 What the formats share: `files.py` (the input's files, each once), `lines.py` (JSON lines), `row_groups.py` (parquet),
-`tars.py` (WebDataset tars), `sources.py` (images in folders and archives), `image_tables.py` (archives in parquet),
-`urls.py` (images by their URL), `url_keys.py` (img2dataset's tables). Imports data.corpus and, for inputs that are
-objects, data.storage. Begin with `Importer` below, then `jsonl.py`, the simplest one.
+`tars.py` (tars, WebDataset's samples), `sources.py` (images in folders and archives), `image_tables.py` (archives in
+parquet), `urls.py` (images by their URL), `url_keys.py` (img2dataset's tables). Imports data.corpus and, for inputs
+that are objects, data.storage. Begin with `Importer` below, then `jsonl.py`, the simplest one.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Importer(ABC):
     """that of documents which do not say theirs; None: matched if any of these has similarities, else natural"""
     reads_objects: ClassVar[bool] = False
     """its input and images may lie in object storage: it looks at them and opens them by methods of `Path` alone"""
-    rules: ClassVar[int] = 1
-    """counted up when the same input and options give other documents than before"""
+    rules: int = 1
+    """counted up, of a class or for some inputs, when the same input and options give other documents than before"""
 
     @abstractmethod
     def __init__(self, input: Path, images: Path | None = None, **options: Any) -> None:

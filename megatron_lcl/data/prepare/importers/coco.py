@@ -69,6 +69,7 @@ class CocoImporter(FilesImporter):
     def __init__(self, input: Path, images: Path | None = None) -> None:
         super().__init__(input)
         self.images = ImageSource(images or self.root)
+        self.rules += bool(self.images.archives)
         self._read: tuple[Path, _Captions | str] | None = None
         if len(self.files) == 1 and isinstance(fault := self._captions(self.files[0]), str):
             raise UserError(f"{self.files[0]} holds no COCO captions: {fault}")

@@ -77,6 +77,7 @@ class HfImporter(FilesImporter):
         self.found = _of_split(_listed(self.found), split)
         self.image, self.text = image_column, text_column
         self.images = ImageSource(images)
+        self.rules += bool(self.images.archives)
         schema = next((schema for file in self.files if (schema := _schema(file)) is not None), None)
         if schema is not None:
             self._choose_columns(schema)

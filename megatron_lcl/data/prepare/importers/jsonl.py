@@ -55,6 +55,7 @@ class JsonlImporter(LinesImporter):
         super().__init__(input)
         self.kind = kind or None  # type: ignore[assignment]
         self.images = ImageSource(images or self.root)
+        self.rules += bool(self.images.archives)
 
     def signature(self) -> str:
         return files_signature([*self.files, *self.images.archives], self.root)

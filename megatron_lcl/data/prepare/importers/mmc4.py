@@ -41,6 +41,7 @@ class Mmc4Importer(LinesImporter):
         in_order = sorted(self.found.read, key=lambda p: (_shard_number(p), p))
         self.found = replace(self.found, names=[self.found.name(file) for file in in_order])
         self.images = ImageSource(images)
+        self.rules += bool(self.images.archives)
         numbers = [_shard_number(file) for file in self.files]
         self._missing_before = {
             file: max(0, number - before - 1)

@@ -56,6 +56,7 @@ class ObelicsImporter(ParquetImporter):
             raise UserError(f"--option image_name={image_name}: it may use {known}") from None
         self.image_name = image_name
         self.images = ImageSource(images)
+        self.rules += bool(self.images.archives)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)

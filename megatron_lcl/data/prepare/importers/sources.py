@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,11 +17,14 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.storage.paths import ObjectPath
 
 MAX_FILE = 256 << 20
+MAX_PATH = 4096
+"""characters; Linux's bound"""
 _DAMAGED = "damaged.json"
 _RUN = 1 << 21
 """names sorted together: 48 MiB"""
@@ -37,13 +39,14 @@ class ImageSource:
     """Images by name below `root`: a folder, which may itself hold archives, or one archive; None: there are none.
 
     Archives (tar files, and a store's parquet files) are listed once, and their members kept as sorted arrays of 24
-    bytes for each image's name, and 24 for its name without folders: in files that all processes map, after `prepare`,
-    else in memory.
+    bytes for each image's name, and 24 for what is left of it without its first folder, its first two, and so on: in
+    files that all processes map, after `prepare`, else in memory.
     """
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self.archives = [] if root is None else _archives(root)
+        """where there are some, an importer's `rules` are one more: earlier releases took members of other folders"""
         self._packed = (
             [] if root is None or root.is_file() else sorted(set(root.glob("*.tar.*")) | set(root.glob("*.tgz")))
         )
@@ -70,7 +73,9 @@ class ImageSource:
     def read(self, names: str | Iterable[str], near: Collection[str] = ()) -> bytes:
         """The first of the names that there is. BadImage says why there is none.
 
-        A name that is a URL means the image that `megatron-lcl fetch` has stored of it.
+        A name that is a URL means the image that `megatron-lcl fetch` has stored of it. In archives, a member that has
+        none of the names is taken if its name ends with one of them, or is the end of one (`1.png`, of `cats/1.png`),
+        the longest end first.
         near: names, without extension, of archives to look into before the others, as names may repeat in them.
         """
         if self._root is None:
@@ -84,13 +89,20 @@ class ImageSource:
             if (data := _read_file(self._root / name)) is not None:
                 return data
         if self.archives:
-            found = [self._find(key) for key in dict.fromkeys((*candidates, *map(_anywhere, candidates)))]
-            own = [[member for member in members if self.archives[member[0]].stem in near] for members in found]
-            if members := next(filter(None, (*own, *found)), None):
-                contents = {self._read_member(*member) for member in members}
-                if len(contents) > 1:  # nothing says which is meant
-                    raise BadImage("several images of this name in the tars")
-                return contents.pop()
+            exact: list[str] = []
+            partial: list[str] = []
+            for whole, *shorter in filter(None, map(_ends, candidates)):
+                if whole not in partial:  # else it is an earlier name without its folders
+                    exact.append(whole)
+                    partial += [_ending(whole), *shorter]
+            for keys in (exact, partial):
+                found = [self._find(key) for key in dict.fromkeys(keys)]
+                own = [[member for member in members if self.archives[member[0]].stem in near] for members in found]
+                if members := next(filter(None, (*own, *found)), None):
+                    data = self._read_member(*members[0])
+                    if any(self._read_member(*member) != data for member in members[1:]):  # nothing says which is meant
+                        raise BadImage("several images of this name in the tars")
+                    return data
             if self._damaged:
                 raise BadImage(f"file missing, and {self._damaged[0]}")
         unread = [
@@ -130,9 +142,15 @@ def _archives(root: Path) -> list[Path]:
     return [root] if root.is_file() else sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
 
 
-def _anywhere(name: str) -> str:
-    """The key under which a member is found whatever its folder; no name has a NUL."""
-    return "\0" + PurePosixPath(name).name
+def _ends(name: str) -> list[str]:
+    """A path, and what is left of it without its first folder, its first two, and so on; [] of none that can be."""
+    parts = [part for part in name.split("/") if part not in ("", ".")] if len(name) <= MAX_PATH else []
+    return ["/".join(parts[k:]) for k in range(len(parts))]
+
+
+def _ending(end: str) -> str:
+    """The key of members that have folders before this; no name has a NUL."""
+    return "\0" + end
 
 
 def _digest(key: str) -> int:
@@ -140,7 +158,7 @@ def _digest(key: str) -> int:
 
 
 def _sorted_runs(archives: list[Path], damaged: list[str]) -> Iterator[np.ndarray]:
-    """All members of the archives, under their name and under that without folders: uint64 [3, n], up to _RUN each.
+    """All members of the archives, under their name and under each end of it: uint64 [3, n], up to _RUN each.
 
     What is wrong with archives that cannot be read to their end is added to `damaged`.
 
@@ -150,12 +168,12 @@ def _sorted_runs(archives: list[Path], damaged: list[str]) -> Iterator[np.ndarra
     for number, path in enumerate(archives):
         for name, start, size in _members(path, damaged):
             place = number << 32 | min(size, 0xFFFF_FFFF)
-            run[:, length] = _digest(name), start, place
-            run[:, length + 1] = _digest(_anywhere(name)), start, place
-            length += 2
-            if length == _RUN:
-                yield run[:, np.argsort(run[0], kind="stable")]
-                length = 0
+            for k, end in enumerate(_ends(name)):
+                run[:, length] = _digest(_ending(end) if k else end), start, place
+                length += 1
+                if length == _RUN:
+                    yield run[:, np.argsort(run[0], kind="stable")]
+                    length = 0
     yield run[:, np.argsort(run[0, :length], kind="stable")]
 
 
@@ -170,14 +188,10 @@ def _members(path: Path, damaged: list[str]) -> Iterator[tuple[str, int, int]]:
             damaged.append(f"{path.name} is damaged, or not as `fetch` wrote it")
         return
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
-                if member.size < 0:
-                    raise tarfile.ReadError("negative size")
-                if member.isfile():
-                    yield member.name.removeprefix("./"), member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError):
+        with path.open("rb") as file:
+            for _, member in tar_files(file):
+                yield member.name, member.offset_data, member.size
+    except DAMAGE:
         damaged.append(f"{path.name} is damaged or cut")
 
 

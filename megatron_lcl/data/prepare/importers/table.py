@@ -69,6 +69,7 @@ class TableImporter(LinesImporter):
         self.given = [name.strip() for name in columns.split(",")] if columns else []
         self.text, self.image, self.join = text_column, image_column, join
         self.images, self.keys = ImageSource(images or self.root), UrlKeys(images or self.root)
+        self.rules += bool(self.images.archives)
         names = next((names for file in self.files if (names := self._header(file)) is not None), None)
         if names is not None:
             self._choose_columns(names)

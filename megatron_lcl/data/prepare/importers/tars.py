@@ -1,17 +1,23 @@
-"""Samples of a WebDataset tar, through the `webdataset` library; what a damaged tar still holds is read."""
+"""The files in tars, and the samples of WebDataset's; what a damaged tar still holds is read."""
 
 from __future__ import annotations
 
+import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, Literal
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.errors import UserError
+
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+_ABOUT_THE_SET = re.compile(r"__[^/]*__($|/)")
+"""names of a WebDataset's files that are no part of a sample"""
 
 
 class TarImporter(FilesImporter):
@@ -25,29 +31,71 @@ class TarImporter(FilesImporter):
         if images is not None:
             raise UserError(f"format {self.format} has its images in the tars; leave out --images")
         super().__init__(input)
+        # earlier releases read only the first part of a file that was compressed in several
+        self.rules += any(file.suffix.lower() in (".gz", ".tgz") for file in self.files)
 
     def units_of_files(self) -> list[Unit]:
         """Payload: the path."""
         return [Unit(self.found.name(file), file.stat().st_size, file) for file in self.files]
 
 
+def tar_files(file: IO[bytes], mode: Literal["r:", "r:*"] = "r:") -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """(archive, member) of each regular file in a tar, in order; mode "r:*" also reads a compressed one.
+
+    Raises one of DAMAGE, after the members before it, unless the tar ends with a block of zeros and nothing but zeros
+    follows. `tarfile` alone takes a damaged header for the end, and so a cut between members, zeros where a member
+    was, and the first end in a tar that others are appended to.
+    """
+    with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header) as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # else all are kept, 1 kB each
+            if not 0 <= member.size < 1 << 60:
+                raise tarfile.ReadError(f"{member.size} bytes as the size of a member")
+            if member.isfile():
+                yield archive, member
+        assert archive.fileobj is not None
+        while block := archive.fileobj.read(1 << 20):
+            if block.count(0) < len(block):
+                raise tarfile.ReadError(f"more than zeros behind its end at byte {archive.offset}")
+
+
+class _Header(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:  # type: ignore[override]
+        """As tarfile's own, but for a header that cannot be read, which it would take for the end."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
+
+
 def tar_samples(unit: Unit, drops: Drops) -> Iterator[dict[str, Any]]:
     """{"__key__": key, suffix: bytes, …} of each sample."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
     def count(error: Exception) -> bool:
         """Called by the library for whatever goes wrong; True to go on with the next file."""
-        if isinstance(error, tarfile.TarError | EOFError | OSError | zlib.error):
-            drops.bad("document", "damaged or truncated tar, the samples after it are lost", unit.name)
-            return False
-        if isinstance(error, ValueError):
-            drops.bad("document", "file name twice in a tar", unit.name)
-            return True
-        raise error
+        if not isinstance(error, ValueError):
+            raise error
+        drops.bad("document", "file name twice in a tar", unit.name)
+        return True
 
     try:
         with unit.payload.open("rb") as stream:
-            files = tar_file_expander([{"url": unit.name, "stream": stream}], handler=count)
-            yield from group_by_keys(files, handler=count)
+            yield from group_by_keys(_contents(stream, unit.name, drops), handler=count)
     except OSError as error:
         drops.bad("document", f"file cannot be read ({error.strerror})", unit.name)
+
+
+def _contents(stream: IO[bytes], name: str, drops: Drops) -> Iterator[dict[str, Any]]:
+    """The files of a tar as `group_by_keys` takes them."""
+    try:
+        for archive, member in tar_files(stream, "r:*"):
+            if not _ABOUT_THE_SET.match(member.name):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield {"fname": member.name, "data": content.read(), "__url__": name}
+    except DAMAGE:
+        drops.bad("document", "damaged or truncated tar, the samples after it are lost", name)

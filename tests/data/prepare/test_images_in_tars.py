@@ -1,0 +1,151 @@
+"""Protects which member of which tar stands for a name: never one that another folder is named for."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data import writers
+from data.helpers import TOKENIZER, documents_of
+from data.writers import picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.sources import ImageSource
+from megatron_lcl.data.prepare.preprocess import preprocess
+
+SEVERAL = "several images of this name in the tars"
+
+
+def source_of(folder: Path, tars: Mapping[str, Mapping[str, bytes]]) -> ImageSource:
+    folder.mkdir(exist_ok=True)
+    for tar, members in tars.items():
+        with tarfile.open(folder / f"{tar}.tar", "w") as archive:
+            for name, data in members.items():
+                writers._add(archive, name, data)
+    return ImageSource(folder)
+
+
+def read(source: ImageSource, name: str | list[str], near: tuple[str, ...] = ()) -> bytes | str:
+    """The image, or why there is none."""
+    try:
+        return source.read(name, near)
+    except BadImage as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("asked", "members", "found"),
+    [
+        ("cats/1.png", ["dogs/1.png"], None),
+        ("cats/1.png", ["images/cats/1.png"], "images/cats/1.png"),
+        ("cats/1.png", ["1.png"], "1.png"),
+        ("cats/1.png", ["cats/1.png", "images/cats/1.png", "1.png"], "cats/1.png"),
+        ("cats/1.png", ["dogs/1.png", "1.png", "images/cats/1.png"], "images/cats/1.png"),
+        ("cats/1.png", ["dogs/1.png", "1.png"], "1.png"),
+        ("cats/1.png", ["train/cats/1.png", "val/cats/1.png"], SEVERAL),
+        ("cats/1.png", ["mycats/1.png", "cats/11.png"], None),
+        ("1.png", ["cats/1.png"], "cats/1.png"),
+        ("1.png", ["cats/1.png", "dogs/1.png"], SEVERAL),
+        ("a/b/c/1.png", ["c/1.png", "1.png", "b/1.png"], "c/1.png"),
+        ("a/b/1.png", ["x/b/1.png"], None),
+        ("./cats//1.png", ["./cats/1.png"], "./cats/1.png"),
+        (".", ["1.png"], None),
+        ("a/" * 100_000 + "1.png", ["a/" * 100_000 + "2.png"], None),
+    ],
+)
+def test_folders_that_a_name_has(asked: str, members: list[str], found: str | None, tmp_path: Path) -> None:
+    source = source_of(tmp_path, {"0": {name: name.encode() for name in members}})
+    told = read(source, asked)
+    assert told == (found or "file missing") or told == (found or "").encode()
+
+
+def test_the_whole_name_goes_before_a_part_in_the_tar_beside(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path, {"0": {"1.png": b"part"}, "1": {"cats/1.png": b"whole"}, "2": {"cats/1.png": b"other"}}
+    )
+    assert read(source, "cats/1.png", ("1",)) == b"whole"
+    assert read(source, "cats/1.png", ("2",)) == b"other"
+    assert read(source, "cats/1.png", ("0",)) == SEVERAL
+    assert read(source, "birds/1.png", ("0",)) == b"part"
+
+
+def test_of_images_alike_one_is_taken(tmp_path: Path) -> None:
+    source = source_of(tmp_path, {"0": {"a/1.png": b"same"}, "1": {"b/1.png": b"same"}})
+    assert read(source, "1.png") == b"same"
+
+
+parts = st.sampled_from(["a", "b", "c"])
+paths = st.lists(parts, min_size=1, max_size=4).map("/".join)
+
+
+def test_against_the_rule_written_out(tmp_path: Path) -> None:
+    """Of the members one of whose name and the name asked for ends the other, those that share most."""
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(st.sets(paths, max_size=8), min_size=1, max_size=3), st.lists(paths, min_size=5, max_size=5))
+    def check(tars: list[set[str]], names: list[str]) -> None:
+        for old in tmp_path.glob("*.tar"):
+            old.unlink()
+        source = source_of(
+            tmp_path,
+            {str(k): {name: f"{k}:{name}".encode() for name in sorted(members)} for k, members in enumerate(tars)},
+        )
+        for asked in names:
+            for near in ((), ("0",)):
+                ranked: dict[tuple[int, bool], list[bytes]] = {}
+                for k, members in enumerate(tars):
+                    for name in members:
+                        content, far = f"{k}:{name}".encode(), str(k) not in near
+                        mine, theirs = f"/{name}", f"/{asked}"
+                        shared = min(mine.count("/"), theirs.count("/"))
+                        if mine == theirs:
+                            ranked.setdefault((0, far), []).append(content)
+                        elif mine.endswith(theirs) or theirs.endswith(mine):
+                            ranked.setdefault((2 if far else 1, -shared), []).append(content)  # type: ignore[arg-type]
+                best = ranked[min(ranked)] if ranked else []
+                expected = {0: "file missing", 1: best and best[0]}.get(len(best), SEVERAL)
+                assert read(source, asked, near) == expected, (tars, asked, near)
+
+    check()
+
+
+def test_a_document_gets_no_image_of_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    source_of(tmp_path / "images", {"0": {"dogs/1.png": picture(0), "cats/2.png": picture(2)}})
+    lines = [{"items": [{"text": "a cat"}, {"image": f"cats/{k}.png"}]} for k in (1, 2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    summary = preprocess("jsonl", tmp_path / "a.jsonl", tmp_path / "out", images=tmp_path / "images",
+                         tokenizer=TOKENIZER, max_bad_fraction=1)  # fmt: skip
+    assert [[i.data for i in d.images] for d in open_corpus(summary.path)] == [[], [picture(2)]]
+    assert summary.drops.bad_counts == {"image: file missing": 1}
+
+
+def test_paths_of_hf(tmp_path: Path) -> None:
+    """Which the format looks for without their folders, too."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"image": {"bytes": None, "path": f"cats/{k}.png"}, "text": str(k)} for k in range(3)]
+    features = '{"info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}'
+    schema = pa.schema([("image", image), ("text", pa.string())], {"huggingface": features})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    source_of(tmp_path / "images", {"0": {"dogs/0.png": picture(0), "1.png": picture(1)}})
+    (tmp_path / "images/2.png").write_bytes(picture(2))
+    documents, drops = documents_of(create("hf", tmp_path / "a.parquet", tmp_path / "images", {}))
+    assert [[i.data for i in d.images] for d in documents] == [[], [picture(1)], [picture(2)]]
+    assert drops.bad_counts == {"image: file missing": 1}
+
+
+def test_corpora_with_images_in_tars_have_rules_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"items": [{"text": "a"}]}\n')
+    (tmp_path / "folder").mkdir()
+    source_of(tmp_path / "tars", {"0": {"1.png": picture(0)}})
+    rules = [create("jsonl", tmp_path / "a.jsonl", tmp_path / name, {}).rules for name in ("folder", "tars")]
+    assert rules == [1, 2]

@@ -1,0 +1,140 @@
+"""Protects: a tar that does not end as a tar ends is never taken for a whole one, by whoever reads it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+from data import writers
+from data.helpers import documents_of
+from data.writers import picture
+
+from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.sources import ImageSource
+from megatron_lcl.evaluate.sources import open_images
+
+NUM_SAMPLES = 10
+LOST = "document: damaged or truncated tar, the samples after it are lost"
+
+
+def samples_tar(format: int = tarfile.GNU_FORMAT, name: str = "{}") -> tuple[bytes, list[int]]:
+    """A tar of samples of an image and a text, and where the header of each image begins, and the end of the last."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=format) as archive:
+        starts = []
+        for k in range(NUM_SAMPLES):
+            starts.append(archive.offset)
+            writers._add(archive, f"{name.format(k)}.png", picture(k))
+            writers._add(archive, f"{name.format(k)}.txt", b"text %d" % k)
+        starts.append(archive.offset)
+    return content.getvalue(), starts
+
+
+WHOLE, STARTS = samples_tar()
+AT = STARTS[4]
+DAMAGED = {
+    "a bit in a header": WHOLE[:AT] + bytes([WHOLE[AT] ^ 4]) + WHOLE[AT + 1 :],
+    "cut between members": WHOLE[:AT],
+    "cut within a header": WHOLE[: AT + 200],
+    "zeros in the middle": WHOLE[:AT] + bytes(8192) + WHOLE[AT + 8192 :],
+    "two in one": WHOLE[:AT] + bytes(1024) + WHOLE,
+}
+SOUND = {
+    "as tarfile writes it": WHOLE,
+    "one block of zeros": WHOLE[: STARTS[-1] + 512],
+    "many blocks of zeros": WHOLE + bytes(3 << 20),
+    "PAX headers": samples_tar(tarfile.PAX_FORMAT, "ü" * 80 + "{}")[0],
+    "long names": samples_tar(tarfile.GNU_FORMAT, "n" * 120 + "{}")[0],
+}
+
+
+def texts_of(file: Path) -> tuple[list[str], dict[str, int]]:
+    documents, drops = documents_of(create("webdataset", file, None, {}))
+    return [text.text for document in documents for text in document.texts], drops.bad_counts
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_samples_of_a_damaged_tar(content: bytes, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"0{suffix}"
+    file.write_bytes(gzip.compress(content) if suffix == ".tar.gz" else content)
+    assert texts_of(file) == ([f"text {k}" for k in range(4)], {LOST: 1})
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_images_in_a_damaged_tar(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    source = ImageSource(tmp_path)
+    assert [source.read(f"{k}.png") for k in range(4)] == [picture(k) for k in range(4)]
+    with pytest.raises(BadImage, match=r"file missing, and 0\.tar is damaged or cut"):
+        source.read("7.png")
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_an_evaluation_refuses_a_damaged_tar(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^.*/0\.tar is not a readable \.tar: .*; write or download it again$"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("content", SOUND.values(), ids=SOUND)
+def test_a_sound_tar(content: bytes, tmp_path: Path) -> None:
+    """Read by all, to its end; of a compressed one also where gzip was written in several parts, as bgzip does."""
+    expected = [f"text {k}" for k in range(NUM_SAMPLES)], {}
+    (tmp_path / "0.tar").write_bytes(content)
+    assert texts_of(tmp_path / "0.tar") == expected
+    assert len(open_images(tmp_path)) == NUM_SAMPLES
+    with pytest.raises(BadImage, match=r"^file missing$"):
+        ImageSource(tmp_path).read("gone.png")
+    assert create("webdataset", tmp_path / "0.tar", None, {}).rules == 1
+    (tmp_path / "0.tar").unlink()
+    for parts in ([content], [content[:AT], content[AT:]]):
+        (tmp_path / "0.tar.gz").write_bytes(b"".join(map(gzip.compress, parts)))
+        assert texts_of(tmp_path / "0.tar.gz") == expected
+        assert create("webdataset", tmp_path / "0.tar.gz", None, {}).rules == 2  # such corpora may change
+
+
+def test_every_cut_and_every_damaged_header_is_seen(tmp_path: Path) -> None:
+    """A tar that is whole up to the end of a sample gives so many samples; whatever is wrong behind is counted."""
+    rng = random.Random(0)
+    broken = {cut: WHOLE[:cut] for start in STARTS for cut in (start, start + 511, start + rng.randrange(512))}
+    for at in range(512):
+        if not 148 <= at < 156:  # the checksum itself, some of whose bytes do not matter
+            raw = bytearray(WHOLE)
+            raw[AT + at] ^= 1 << rng.randrange(8)
+            broken[AT, at] = bytes(raw)
+    file = tmp_path / "0.tar"
+    for where, content in broken.items():
+        file.write_bytes(content)
+        whole = [start for start in STARTS[1:] if start <= (where if isinstance(where, int) else AT)]
+        assert texts_of(file) == ([f"text {k}" for k in range(len(whole))], {LOST: 1}), where
+
+
+@pytest.mark.parametrize("size", [-512, -(1 << 40), 1 << 90])
+def test_sizes_that_no_file_has(size: int, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for k in range(3):
+            writers._add(archive, f"{k}.txt", b"text %d" % k)
+            if k == 0:
+                header = tarfile.TarInfo("0.png")
+                header.size = size
+                archive.addfile(header)
+    assert texts_of(tmp_path / "0.tar") == (["text 0"], {"image: no image in the sample": 1, LOST: 1})
+    with pytest.raises(ValueError, match=r"not a readable \.tar"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_compressed_tar_that_is_cut_or_damaged(part: float, tmp_path: Path) -> None:
+    raw = gzip.compress(WHOLE)
+    at = int(len(raw) * part)
+    for content in (raw[:at], raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1 :]):
+        (tmp_path / "0.tar.gz").write_bytes(content)
+        texts, bad = texts_of(tmp_path / "0.tar.gz")
+        assert bad[LOST] == 1
+        assert len(texts) <= NUM_SAMPLES
