@@ -54,7 +54,7 @@ def write_book(file: Path, number: int = 0, **others: str) -> None:
         first = f'<h1>One {number}</h1><p>Before&#160;it.</p><img alt="" src="../images/{number}.png"/><p>After.</p>'
         second = '<p>Two</p><img src="../images/%32.png"/><img src="../../../x.png"/><img src="gone.png"/><p>End</p>'
         book.writestr("OEBPS/text/one .xhtml", xhtml(first))
-        book.writestr("OEBPS/text/two.xhtml", xhtml(second.replace("Two", f"Two {number}")))
+        book.writestr("OEBPS/text/two.xhtml", xhtml(second.replace("Two", f'Two {number}<img src="//["/>')))
         for k, data in enumerate(IMAGES):
             book.writestr(f"OEBPS/images/{k}.png", data)
         for name, text in others.items():
@@ -75,7 +75,9 @@ def test_books(tmp_path: Path) -> None:
     assert plain(found) == [*shown(0), *shown(1)]
     assert [d.metadata["group"] for d in found] == ["shelf 0.epub"] * 2 + ["shelf 1.epub"] * 2
     assert found[2].source == "shelf 1.epub/OEBPS/text/one .xhtml urn:isbn:1"
-    assert drops.bad_counts == {"image: outside the folder": 2, "image: file missing": 2}
+    assert drops.bad_counts == {
+        "image: outside the folder": 2, "image: file missing": 2, "image: source is no URL": 2,
+    }  # fmt: skip
     summary = preprocess(
         "epub", tmp_path / "in/shelf 0.epub", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1
     )

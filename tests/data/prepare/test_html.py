@@ -118,6 +118,31 @@ def test_image_sources(tmp_path: Path) -> None:
     assert drops.left_out_counts == {"image: vector graphics": 1}
 
 
+NO_URLS = ("http://[host]/x", "http://[::1", "//[", "//]", "http://\u2100/x.svg")
+"""none of which `urlsplit` splits; a port that is no number it leaves as it is"""
+
+
+def test_sources_that_are_no_urls(tmp_path: Path) -> None:
+    page = "text<img src=large.png>" + "".join(f"<img src='{source}'>" for source in (*NO_URLS, "http://a:x/y"))
+    documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE})
+    assert documents == [["text", "[large.png]"]]
+    assert drops.bad_counts == {"image: source is no URL": len(NO_URLS), "image: on another host": 1}
+    assert drops.names["image: source is no URL"] == [f"a.html: {source}" for source in NO_URLS]
+
+
+@pytest.mark.parametrize("url", [*NO_URLS, "//a:x/y"])
+def test_links_that_are_no_urls(tmp_path: Path, url: str) -> None:
+    """They are not counted among the links of a list, and lead to no other page."""
+    head = f"<meta http-equiv=refresh content='0; url={url}'>" if url in NO_URLS else ""
+    lists = [[url] * 8, [*(f"p{k}.html" for k in range(8)), url]]
+    items = ["<ul>" + "".join(f"<li><a href='{link}'>Name</a>" for link in links) + "</ul>" for links in lists]
+    documents, drops = read(
+        tmp_path, {"a.html": f"{head}text<img src=large.png>{''.join(items)}"}, {"large.png": LARGE}
+    )
+    assert documents == [["text", "[large.png]", "\n".join(["Name"] * 8)]]
+    assert drops.left_out_counts == {"text: navigation": 1}
+
+
 def test_sizes_repeats_and_decoration(tmp_path: Path) -> None:
     pages = {
         f"{k:02d}.html": f"<p>page {k}</p><img src=logo.png><img src=wide.png><img src=own{k}.png><img src=own{k}.png>"

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
 import lxml.etree
 
@@ -33,7 +33,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueErr
 class EpubImporter(HtmlImporter):
     """A folder of books, or one; in the order of their names."""
 
-    rules = 1
+    rules = 2
     reads = "folder of EPUB books (.epub) without copy protection; pages and images are in the books"
     suffixes = (".epub",)
     _opened: tuple[str, zipfile.ZipFile] | None = None
@@ -77,12 +77,11 @@ class EpubImporter(HtmlImporter):
         book, _ = _split_name(name)
         return {"group": book, "id": self._ids[book]}
 
-    def locate(self, page: str, source: str) -> Path | None:
+    def locate(self, page: str, url: SplitResult) -> Path | None:
         book, member = _split_name(page)
-        parts = urlsplit(source)
-        if parts.scheme or parts.netloc:
+        if url.scheme or url.netloc:
             return None
-        found = posixpath.normpath(posixpath.join(posixpath.dirname(member), unquote(parts.path)))
+        found = posixpath.normpath(posixpath.join(posixpath.dirname(member), unquote(url.path)))
         return None if found.startswith(("/", "..")) else Path(f"{book}/{found}")
 
     def image_bytes(self, file: Path) -> bytes:

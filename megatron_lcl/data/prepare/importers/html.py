@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import SplitResult, unquote, unquote_to_bytes
 
 import lxml.etree
 import xxhash
@@ -28,7 +28,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
 from megatron_lcl.data.prepare.importers import Each, Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
-from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page
+from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page, split_url
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 from megatron_lcl.data.storage.paths import ObjectPath
@@ -59,7 +59,7 @@ class HtmlImporter(FilesImporter):
     """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
-    rules = 2
+    rules = 3
     reads_objects = True
     reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"
     suffixes: ClassVar[tuple[str, ...]] = (".html", ".htm", ".xhtml")
@@ -116,12 +116,11 @@ class HtmlImporter(FilesImporter):
         """Metadata of a page's documents: "group", and, where the page says it, "id"."""
         return {"group": name}
 
-    def locate(self, page: str, source: str) -> Path | None:
-        """The file an image source means; None outside the folder or for another host's."""
-        parts = urlsplit(source)
-        if parts.scheme not in ("", "file") or parts.netloc:
+    def locate(self, page: str, url: SplitResult) -> Path | None:
+        """The file that the URL of an image means; None outside the folder or for another host's."""
+        if url.scheme not in ("", "file") or url.netloc:
             return None
-        path = unquote(parts.path)
+        path = unquote(url.path)
         if isinstance(self.image_root, ObjectPath):
             name = posixpath.normpath(
                 posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/"))
@@ -266,7 +265,8 @@ class HtmlImporter(FilesImporter):
         assert self._repeats is not None
         page = self.pages[number]
         label = f"{page}: {source[:100]}"
-        if urlsplit(source).path.lower().endswith((".svg", ".svgz")) or source.startswith("data:image/svg"):
+        url = split_url(source)
+        if (url and url.path.lower().endswith((".svg", ".svgz"))) or source.startswith("data:image/svg"):
             drops.left_out("image", "vector graphics", label)
             return None
         try:
@@ -293,10 +293,10 @@ class HtmlImporter(FilesImporter):
     def _read(self, page: str, source: str) -> bytes:
         if source.startswith("data:"):
             return _data_url(source)
-        file = self.locate(page, source)
-        if file is None:
-            remote = urlsplit(source).netloc
-            raise BadImage("on another host" if remote else "outside the folder")
+        if (url := split_url(source)) is None:
+            raise BadImage("source is no URL")
+        if (file := self.locate(page, url)) is None:
+            raise BadImage("on another host" if url.netloc else "outside the folder")
         try:
             return self.image_bytes(file)
         except (OSError, ValueError):
