@@ -101,3 +101,24 @@ def test_what_is_bad(tmp_path: Path) -> None:
     assert drops.names["document: encrypted page"] == ["a.epub/OEBPS/text/two.xhtml"]
     with pytest.raises(UserError, match="has its images in the books"):
         create("epub", tmp_path / "in", tmp_path, {})
+
+
+def test_pages_that_are_lost(tmp_path: Path) -> None:
+    """Bad, each of them: one that the archive does not hold, and two, alike in that, whose bytes are damaged."""
+    write_book(tmp_path / "in/b.epub", 1)
+    with zipfile.ZipFile(tmp_path / "in/b.epub") as whole, zipfile.ZipFile(tmp_path / "in/a.epub", "w") as book:
+        for name in whole.namelist():
+            if name != "OEBPS/text/two.xhtml":
+                book.writestr(name, whole.read(name))
+    raw = bytearray((tmp_path / "in/b.epub").read_bytes())
+    for member in (b"OEBPS/text/one .xhtml", b"OEBPS/text/two.xhtml"):
+        at = raw.index(member) + len(member)
+        raw[at : at + 20] = b"\xff" * 20
+    (tmp_path / "in/b.epub").write_bytes(raw)
+    found, drops = documents_of(create("epub", tmp_path / "in", None, {}))
+    assert plain(found) == [shown(1)[0]]
+    missing, unread = "document: page that the book lists and does not hold", "document: page that cannot be read"
+    assert drops.bad_counts == {missing: 1, unread: 2}
+    assert drops.names[missing] == ["a.epub/OEBPS/text/two.xhtml"]
+    assert drops.names[unread] == ["b.epub/OEBPS/text/one .xhtml", "b.epub/OEBPS/text/two.xhtml"]
+    assert drops.left_out_counts == {}

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data.helpers import TOKENIZER
 from data.writers import picture
 
 from megatron_lcl import plugins
 from megatron_lcl.data.corpus.document import Document, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.importers import Importer, Unit, create
+from megatron_lcl.data.prepare.importers.html import HtmlImporter
+from megatron_lcl.data.prepare.preprocess import preprocess
 
 LARGE, OTHER, ICON, WIDE = picture(0, 80, 70), picture(1, 90, 80), picture(2, 16, 16), picture(3, 900, 70)
 
@@ -183,6 +187,28 @@ def test_what_is_a_redirect(tmp_path: Path, head: str, redirects: bool) -> None:
     documents, drops = read(tmp_path, {"s/a.html": page}, {"s/large.png": LARGE})
     assert (documents == []) == redirects
     assert drops.left_out_counts == ({"document: redirect": 1} if redirects else {})
+
+
+def test_pages_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are bad, each of them; none is an empty page, which repeats none of them."""
+    for name in "abcd":
+        (tmp_path / f"{name}.html").write_text("" if name == "c" else f"page {name}<img src=large.png>")
+    (tmp_path / "large.png").write_bytes(LARGE)
+    whole = HtmlImporter.page_html
+
+    def page_html(importer: HtmlImporter, name: str) -> bytes:
+        if name in ("a.html", "b.html"):
+            raise PermissionError(name)
+        return whole(importer, name)
+
+    monkeypatch.setattr(HtmlImporter, "page_html", page_html)
+    with pytest.raises(Unusable, match=r"2 of 3 documents are bad, 67%: mostly document: page that cannot be read, 2"):
+        preprocess("html", tmp_path, tmp_path.parent / "out", tokenizer=TOKENIZER)
+    documents, drops = read(tmp_path, {})
+    assert documents == [["page d", "[large.png]"]]
+    assert drops.bad_counts == {"document: page that cannot be read": 2}
+    assert drops.names["document: page that cannot be read"] == ["a.html", "b.html"]
+    assert drops.left_out_counts == {"document: empty page": 1}
 
 
 def test_redirects_duplicates_and_pages_without_images(tmp_path: Path) -> None:

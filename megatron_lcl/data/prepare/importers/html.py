@@ -112,6 +112,13 @@ class HtmlImporter(FilesImporter):
         """OSError or ValueError where it cannot be read."""
         return self.found.path(name).read_bytes()
 
+    def parse(self, name: str) -> Page:
+        """One with a `fault` where it cannot be read."""
+        try:
+            return parse_page(self.page_html(name), name)
+        except (OSError, lxml.etree.LxmlError, ValueError):
+            return Page(fault="page that cannot be read")
+
     def about(self, name: str) -> dict[str, str]:
         """Metadata of a page's documents: "group", and, where the page says it, "id"."""
         return {"group": name}
@@ -179,7 +186,7 @@ class HtmlImporter(FilesImporter):
         """What is on each page."""
         looks = []
         for name in (self.pages[page] for page in pages):
-            page = self._parse(name)
+            page = self.parse(name)
             sizes: dict[bytes, int] = {}
             for kind, source in page.events:
                 if kind == "image":
@@ -188,9 +195,10 @@ class HtmlImporter(FilesImporter):
                         digest = xxhash.xxh3_128_digest(data)
                         sizes[digest] = 0 if self._unwanted(digest, data) else len(data)
             shows = page.events and not page.redirect
+            content = name if page.fault else page.events  # no page repeats one that could not be read
             looks.append(
                 _Look(
-                    xxhash.xxh3_128_digest(repr(page.events).encode()),
+                    xxhash.xxh3_128_digest(repr(content).encode()),
                     edge_keys(list(assemble(page.events))) if shows else None,
                     list(sizes),
                     sum(sizes.values()),
@@ -223,7 +231,10 @@ class HtmlImporter(FilesImporter):
     def documents_of_page(self, number: int, drops: Drops) -> Iterator[Document]:
         assert self._repeats is not None, "units() comes first"
         name = self.pages[number]
-        page = self._parse(name)
+        page = self.parse(name)
+        if page.fault:
+            drops.bad("document", page.fault, name)
+            return
         for reason, text in page.left_out:
             drops.left_out("text", reason, name, sample=text)
         if page.redirect:
@@ -301,12 +312,6 @@ class HtmlImporter(FilesImporter):
             return self.image_bytes(file)
         except (OSError, ValueError):
             raise BadImage("file missing") from None
-
-    def _parse(self, name: str) -> Page:
-        try:
-            return parse_page(self.page_html(name), name)
-        except (OSError, lxml.etree.LxmlError, ValueError):
-            return Page()
 
 
 def _split(items: list[Block], max_words: int) -> Iterator[list[Block]]:

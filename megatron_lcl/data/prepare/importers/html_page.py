@@ -97,6 +97,8 @@ class Page:
     """(why, the beginning of the text) of each element of navigation, hidden element that has a text, and text outside
     of the main part"""
     redirect: bool = False
+    fault: str = ""
+    """why a page that is bad, and holds nothing, could not be read"""
 
 
 def split_url(url: str) -> SplitResult | None:
