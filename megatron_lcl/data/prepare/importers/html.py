@@ -128,17 +128,8 @@ class HtmlImporter(FilesImporter):
         if url.scheme not in ("", "file") or url.netloc:
             return None
         path = unquote(url.path)
-        if isinstance(self.image_root, ObjectPath):
-            name = posixpath.normpath(
-                posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/"))
-            )
-            return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
-        base = self.image_root if path.startswith("/") else (self.image_root / page).parent
-        try:
-            file = (base / path.lstrip("/")).resolve()
-        except (OSError, ValueError, RuntimeError):
-            return None
-        return file if file.is_relative_to(self.image_root) else None
+        name = posixpath.normpath(posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/")))
+        return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
 
     def image_bytes(self, file: Path) -> bytes:
         """Of what `locate` found; OSError or ValueError where it is not there."""
