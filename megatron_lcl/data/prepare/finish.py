@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, KIND, MANIFEST, shard_files, total, write_manifest
+from megatron_lcl.data.corpus.corpus_manifest import (
+    FORMAT_VERSION,
+    KIND,
+    MANIFEST,
+    read_manifest,
+    shard_files,
+    total,
+    write_manifest,
+)
 from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
@@ -61,7 +69,13 @@ def finish(
     drops.rename(settings.importer.place)
     counts = total(part.counts for part in parts)
     budget = Budget(max_bad_fraction)
-    budget.add(drops, [counts])
+    if settings.training is None:
+        budget.add(drops, [part.seen for part in parts])
+    else:  # what the other half has counted is known by now
+        manifest = read_manifest(settings.training)
+        bad = Drops.from_dict(manifest["drops"])
+        bad.add(drops)
+        budget.add(bad, [manifest["counts"], counts])
     budget.check(at_least=1)
     filled = [(part, shard) for part in parts for shard in part.shards]
     if not filled:

@@ -137,8 +137,9 @@ def preprocess(
 
     Run again with the same input it resumes where it was killed, and a finished corpus is recognized. Raises
     UserError where the folder holds something else or the disk is full, and, leaving nothing but the list of what was
-    bad (`drops.jsonl`), where the input is unusable or more than `max_bad_fraction` of it is bad. After any other
-    failure finished parts stay.
+    bad (`drops.jsonl`), where the input is unusable or more than `max_bad_fraction` of it is bad, held-out documents
+    included (if that shows only when these are written, the training corpus stays). After any other failure finished
+    parts stay.
     """
     output = Path(output)
     if held_out is not None and Path(held_out).resolve() == output.resolve():
@@ -212,7 +213,7 @@ def preprocess(
                     shard_bytes,
                     shard_documents,
                     groups,
-                    keep_groups=side["side"] == "held out",
+                    output if side["side"] == "held out" else None,
                 )
                 _write_corpus(folder, side, settings, tasks, max_bad_fraction, dict(source or {}), workers, job, bars)
             summaries.append(_summary(folder))
@@ -372,7 +373,7 @@ def _write_corpus(
             budget = Budget(max_bad_fraction, settings.importer.place)
             with closing(in_order(run_task, settings, [(k, tasks[k]) for k in mine], workers)) as done:
                 for number, drops in zip(mine, bars.over(done, folder.name, "task", [1] * len(mine)), strict=True):
-                    budget.add(drops, [part.counts for part in parts_of(work, number)])
+                    budget.add(drops, [part.seen for part in parts_of(work, number)])
             with waiting_for_others(work / "lock"):
                 parts = [parts_of(work, k) for k in range(len(tasks))]
                 if all(map(is_finished, parts)) and not (folder / MANIFEST).exists():

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,15 @@ class TaskSettings:
     shard_documents: int
     groups: frozenset[str] = frozenset()
     """names of held-out groups"""
-    keep_groups: bool = False
-    """write the documents of `groups`, or (False) all others"""
+    training: Path | None = None
+    """where the documents of `groups` are written, the corpus of all others; None: write these others"""
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.training is not None
 
     def wants(self, document: Document) -> bool:
-        return (group_name(document) in self.groups) == self.keep_groups
+        return (group_name(document) in self.groups) == self.is_held_out
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Part:
     """of each kind of documents: `kind` (None: not said), `number` in this part, `has_similarities`, `files`, `counts`;
     none where no document was left to write"""
     drops: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+    """what the documents hold that were read on the way and are of the other half of the corpus: `documents`, `pieces`,
+    `placements`"""
 
     @property
     def name(self) -> str:
@@ -87,6 +95,11 @@ class Part:
     @property
     def counts(self) -> dict[str, int]:
         return total(shard["counts"] for shard in self.shards)
+
+    @property
+    def seen(self) -> dict[str, int]:
+        """The same, and of the `others`: of held-out documents and all others together, as if none were held out."""
+        return total([self.counts, self.others])
 
 
 def parts_of(folder: Path, task: int) -> list[Part]:
@@ -124,18 +137,27 @@ def run_task(settings: TaskSettings, numbered: tuple[int, list[Unit]]) -> Drops:
 
 def _write_parts(settings: TaskSettings, task: int, units: list[Unit], parts: list[Part], scratch: Path) -> None:
     """Write the parts that follow on `parts`, and append them."""
-    drops = Drops()
+    drops, others = Drops(), Counter[str]()
     # what the importer drops is counted once, with the training side
-    reading = Drops() if settings.keep_groups else drops
+    reading = Drops() if settings.is_held_out else drops
     every = (document for unit in units for document in settings.importer.documents(unit, reading))
-    documents = filter(settings.wants, every) if settings.groups else every
+    documents = _wanted(settings, every, others) if settings.groups else every
     num_read = sum(1 for _ in itertools.islice(documents, parts[-1].documents_read)) if parts else 0
-    drops.clear()  # those up to here are in the records of the finished parts
     encode = settings.tokenizer.joined_encoder()
     while not is_finished(parts):
-        parts.append(_write_part(settings, encode, task, len(parts), documents, num_read, drops, scratch))
+        drops.clear()  # those up to here are in the records of the finished parts
+        others.clear()
+        parts.append(_write_part(settings, encode, task, len(parts), documents, num_read, drops, others, scratch))
         num_read = parts[-1].documents_read
-        drops.clear()
+
+
+def _wanted(settings: TaskSettings, documents: Iterator[Document], others: Counter[str]) -> Iterator[Document]:
+    """The wanted documents; the others are counted."""
+    for document in documents:
+        if settings.wants(document):
+            yield document
+        else:
+            others.update(documents=1, pieces=len(document.items), placements=len(document.images))
 
 
 def _write_part(
@@ -146,6 +168,7 @@ def _write_part(
     documents: Iterator[Document],
     num_read: int,
     drops: Drops,
+    others: Counter[str],
     scratch: Path,
 ) -> Part:
     name = Part(task, number, False, 0).name
@@ -184,7 +207,7 @@ def _write_part(
         raise
     digests = [digest for shard in shards.values() for digest in shard.digests]
     write_file(folder / DIGESTS, np.array(digests, np.uint64).tobytes())
-    part = Part(task, number, last, num_read, records, drops.to_dict())
+    part = Part(task, number, last, num_read, records, drops.to_dict(), dict(others))
     write_file(folder / RECORD, json.dumps(vars(part)).encode())
     sync(folder)
     put_in_place(folder, settings.folder / name)

@@ -54,7 +54,7 @@ def write_book(file: Path, number: int = 0, **others: str) -> None:
         first = f'<h1>One {number}</h1><p>Before&#160;it.</p><img alt="" src="../images/{number}.png"/><p>After.</p>'
         second = '<p>Two</p><img src="../images/%32.png"/><img src="../../../x.png"/><img src="gone.png"/><p>End</p>'
         book.writestr("OEBPS/text/one .xhtml", xhtml(first))
-        book.writestr("OEBPS/text/two.xhtml", xhtml(second.replace("Two", f"Two {number}")))
+        book.writestr("OEBPS/text/two.xhtml", xhtml(second.replace("Two", f'Two {number}<img src="//["/>')))
         for k, data in enumerate(IMAGES):
             book.writestr(f"OEBPS/images/{k}.png", data)
         for name, text in others.items():
@@ -75,7 +75,9 @@ def test_books(tmp_path: Path) -> None:
     assert plain(found) == [*shown(0), *shown(1)]
     assert [d.metadata["group"] for d in found] == ["shelf 0.epub"] * 2 + ["shelf 1.epub"] * 2
     assert found[2].source == "shelf 1.epub/OEBPS/text/one .xhtml urn:isbn:1"
-    assert drops.bad_counts == {"image: outside the folder": 2, "image: file missing": 2}
+    assert drops.bad_counts == {
+        "image: outside the folder": 2, "image: file missing": 2, "image: source is no URL": 2,
+    }  # fmt: skip
     summary = preprocess(
         "epub", tmp_path / "in/shelf 0.epub", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1
     )
@@ -99,3 +101,24 @@ def test_what_is_bad(tmp_path: Path) -> None:
     assert drops.names["document: encrypted page"] == ["a.epub/OEBPS/text/two.xhtml"]
     with pytest.raises(UserError, match="has its images in the books"):
         create("epub", tmp_path / "in", tmp_path, {})
+
+
+def test_pages_that_are_lost(tmp_path: Path) -> None:
+    """Bad, each of them: one that the archive does not hold, and two, alike in that, whose bytes are damaged."""
+    write_book(tmp_path / "in/b.epub", 1)
+    with zipfile.ZipFile(tmp_path / "in/b.epub") as whole, zipfile.ZipFile(tmp_path / "in/a.epub", "w") as book:
+        for name in whole.namelist():
+            if name != "OEBPS/text/two.xhtml":
+                book.writestr(name, whole.read(name))
+    raw = bytearray((tmp_path / "in/b.epub").read_bytes())
+    for member in (b"OEBPS/text/one .xhtml", b"OEBPS/text/two.xhtml"):
+        at = raw.index(member) + len(member)
+        raw[at : at + 20] = b"\xff" * 20
+    (tmp_path / "in/b.epub").write_bytes(raw)
+    found, drops = documents_of(create("epub", tmp_path / "in", None, {}))
+    assert plain(found) == [shown(1)[0]]
+    missing, unread = "document: page that the book lists and does not hold", "document: page that cannot be read"
+    assert drops.bad_counts == {missing: 1, unread: 2}
+    assert drops.names[missing] == ["a.epub/OEBPS/text/two.xhtml"]
+    assert drops.names[unread] == ["b.epub/OEBPS/text/one .xhtml", "b.epub/OEBPS/text/two.xhtml"]
+    assert drops.left_out_counts == {}

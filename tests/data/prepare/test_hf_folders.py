@@ -92,6 +92,60 @@ def test_splits(tmp_path: Path) -> None:
         assert len(read(folder, split="all")) == 9
 
 
+README = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - {split: test, path: [d/b.parquet, "e/**/test*"]}
+  - {split: train, path: "d/*"}
+- {config_name: all, data_files: "**/*.parquet"}
+---
+test-*: none
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "split"),
+    [
+        ({"train.parquet": "train", "test.parquet": "test"}, "train"),
+        ({"my_train_file.parquet": "train", "b/Test 01.parquet": "Test"}, "train"),
+        ({"training1.parquet": "training", "dev.parquet": "dev", "eval-2.parquet": "eval"}, "training"),
+        ({"train/part-00000-of-00002.parquet": "train", "test/part-00000-of-00002.parquet": "test"}, "test"),
+        ({"x/train/a.parquet": "train", "x/fine-val/deep/a.parquet": "val"}, "val"),
+        ({"data/train_sft-00000-of-00001.parquet": "train_sft", "data/train_gen-00000-of-00001.parquet": "train_gen"},
+         "train_gen"),
+        ({"test-en-00000-of-00001.parquet": "test", "train-en-00000-of-00001.parquet": "train"}, "train"),
+        ({"new/train-00000-of-00001.parquet": "train", "new/odd-00000-of-00001.parquet": "odd"}, "train"),
+        ({"d/train.parquet": "train", "d/b.parquet": "test", "e/f/test.parquet": "test", "README.md": README}, "train"),
+        ({"d/test.parquet": "train", "contest.parquet": "train", "README.md": README}, ""),
+        ({"train.parquet": "train", "test.parquet": "test", "README.md": "---\nconfigs: [1, data_files]\n---"}, "test"),
+        ({"contest.parquet": "", "latest/a.parquet": "", "b.parquet": "", "README.md": "---\n: [\n---\n"}, ""),
+    ],
+)  # fmt: skip
+def test_which_split_a_file_belongs_to(tmp_path: Path, files: dict[str, str], split: str) -> None:
+    """As `datasets` tells it: by the card, by the file's name, by its folders'; a word within another is none."""
+    splits = {name: its for name, its in files.items() if name != "README.md"}
+    for k, name in enumerate(splits):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        pq.write_table(PAIRS.slice(k, 1), tmp_path / name)
+    if len(splits) < len(files):
+        (tmp_path / "README.md").write_text(files["README.md"])
+    if len(names := sorted(set(splits.values()))) > 1:
+        with pytest.raises(UserError, match=f"{' and '.join(map(repr, names))}: name one with --option split="):
+            create("hf", tmp_path, None, {})
+    expected = [row for row, its in zip(EXPECTED, splits.values(), strict=False) if not split or its == split]
+    assert sorted(read(tmp_path, split=split), key=lambda row: str(row[1])) == expected
+
+
+def test_splits_saved_one_by_one(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        save_to_disk(PAIRS, tmp_path / name)
+    with pytest.raises(UserError, match="several splits, 'test' and 'train'"):
+        create("hf", tmp_path, None, {})
+    assert read(tmp_path, split="test") == EXPECTED
+
+
 def test_lists_of_images_and_of_texts(tmp_path: Path) -> None:
     several = {"feature": PICTURE, "_type": "List"}
     columns = {"images": (pa.list_(IMAGE), several), "texts": (pa.list_(pa.string()), [VALUE])}

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data.helpers import TOKENIZER
 from data.writers import picture
 
 from megatron_lcl import plugins
 from megatron_lcl.data.corpus.document import Document, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare import importers
+from megatron_lcl.data.prepare.budget import Unusable
 from megatron_lcl.data.prepare.importers import Importer, Unit, create
+from megatron_lcl.data.prepare.importers.html import HtmlImporter
+from megatron_lcl.data.prepare.preprocess import preprocess
 
 LARGE, OTHER, ICON, WIDE = picture(0, 80, 70), picture(1, 90, 80), picture(2, 16, 16), picture(3, 900, 70)
 
@@ -118,6 +122,31 @@ def test_image_sources(tmp_path: Path) -> None:
     assert drops.left_out_counts == {"image: vector graphics": 1}
 
 
+NO_URLS = ("http://[host]/x", "http://[::1", "//[", "//]", "http://\u2100/x.svg")
+"""none of which `urlsplit` splits; a port that is no number it leaves as it is"""
+
+
+def test_sources_that_are_no_urls(tmp_path: Path) -> None:
+    page = "text<img src=large.png>" + "".join(f"<img src='{source}'>" for source in (*NO_URLS, "http://a:x/y"))
+    documents, drops = read(tmp_path, {"a.html": page}, {"large.png": LARGE})
+    assert documents == [["text", "[large.png]"]]
+    assert drops.bad_counts == {"image: source is no URL": len(NO_URLS), "image: on another host": 1}
+    assert drops.names["image: source is no URL"] == [f"a.html: {source}" for source in NO_URLS]
+
+
+@pytest.mark.parametrize("url", [*NO_URLS, "//a:x/y"])
+def test_links_that_are_no_urls(tmp_path: Path, url: str) -> None:
+    """They are not counted among the links of a list, and lead to no other page."""
+    head = f"<meta http-equiv=refresh content='0; url={url}'>" if url in NO_URLS else ""
+    lists = [[url] * 8, [*(f"p{k}.html" for k in range(8)), url]]
+    items = ["<ul>" + "".join(f"<li><a href='{link}'>Name</a>" for link in links) + "</ul>" for links in lists]
+    documents, drops = read(
+        tmp_path, {"a.html": f"{head}text<img src=large.png>{''.join(items)}"}, {"large.png": LARGE}
+    )
+    assert documents == [["text", "[large.png]", "\n".join(["Name"] * 8)]]
+    assert drops.left_out_counts == {"text: navigation": 1}
+
+
 def test_sizes_repeats_and_decoration(tmp_path: Path) -> None:
     pages = {
         f"{k:02d}.html": f"<p>page {k}</p><img src=logo.png><img src=wide.png><img src=own{k}.png><img src=own{k}.png>"
@@ -158,6 +187,28 @@ def test_what_is_a_redirect(tmp_path: Path, head: str, redirects: bool) -> None:
     documents, drops = read(tmp_path, {"s/a.html": page}, {"s/large.png": LARGE})
     assert (documents == []) == redirects
     assert drops.left_out_counts == ({"document: redirect": 1} if redirects else {})
+
+
+def test_pages_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are bad, each of them; none is an empty page, which repeats none of them."""
+    for name in "abcd":
+        (tmp_path / f"{name}.html").write_text("" if name == "c" else f"page {name}<img src=large.png>")
+    (tmp_path / "large.png").write_bytes(LARGE)
+    whole = HtmlImporter.page_html
+
+    def page_html(importer: HtmlImporter, name: str) -> bytes:
+        if name in ("a.html", "b.html"):
+            raise PermissionError(name)
+        return whole(importer, name)
+
+    monkeypatch.setattr(HtmlImporter, "page_html", page_html)
+    with pytest.raises(Unusable, match=r"2 of 3 documents are bad, 67%: mostly document: page that cannot be read, 2"):
+        preprocess("html", tmp_path, tmp_path.parent / "out", tokenizer=TOKENIZER)
+    documents, drops = read(tmp_path, {})
+    assert documents == [["page d", "[large.png]"]]
+    assert drops.bad_counts == {"document: page that cannot be read": 2}
+    assert drops.names["document: page that cannot be read"] == ["a.html", "b.html"]
+    assert drops.left_out_counts == {"document: empty page": 1}
 
 
 def test_redirects_duplicates_and_pages_without_images(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -86,6 +87,32 @@ def test_the_seed_draws_what_is_held_out(tmp_path: Path) -> None:
         preprocess("jsonl", tmp_path / "in", folders[0], held_out=folders[1], tokenizer=TOKENIZER, seed=seed)
         drawn.append([document.texts[0].text for document in open_corpus(folders[1])])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("kind", ["document", "image", "damaged image"])
+def test_what_may_be_bad_is_the_same_with_held_out_documents(tmp_path: Path, kind: str) -> None:
+    """A fifth: of lines; of images that are missing, which the importer counts; or damaged, which each half counts."""
+    (tmp_path / "in").mkdir()
+    lines = []
+    for k in range(20):
+        if kind != "image" or k % 5:
+            (tmp_path / f"in/{k}.png").write_bytes(picture(k)[: 60 if kind == "damaged image" and k % 5 == 0 else None])
+        lines.append(json.dumps({"items": [{"text": f"text {k}"}, {"image": f"{k}.png"}]}))
+        if kind == "document" and k % 4 == 0:
+            lines.append("bad line")
+    for part in range(4):
+        (tmp_path / f"in/{part}.jsonl").write_text("\n".join(lines[part::4]))
+    bad, seen = (5, 25) if kind == "document" else (4, 20)
+    for options in (
+        {},
+        {"held_out": tmp_path / "held", "held_out_fraction": 0.4, "task_bytes": 1, "shard_documents": 3},
+    ):
+        arguments: dict[str, Any] = {"tokenizer": TOKENIZER, **options}
+        with pytest.raises(Unusable, match=f"^{bad} of {seen} {kind.split()[-1]}s are bad, 20%"):
+            preprocess("jsonl", tmp_path / "in", tmp_path / "out", max_bad_fraction=0.199, **arguments)
+        shutil.rmtree(tmp_path / "out")  # the half that was finished before the other was judged, or the list
+        preprocess("jsonl", tmp_path / "in", tmp_path / "out", max_bad_fraction=0.2, **arguments)
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_too_much_that_is_bad_ends_the_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

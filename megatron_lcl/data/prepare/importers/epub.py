@@ -9,17 +9,16 @@ from __future__ import annotations
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
 import lxml.etree
 
-from megatron_lcl.data.corpus.document import Document
-from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers.files import Names
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
+from megatron_lcl.data.prepare.importers.html_page import Page
 from megatron_lcl.data.prepare.importers.sources import MAX_FILE
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
@@ -33,7 +32,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueErr
 class EpubImporter(HtmlImporter):
     """A folder of books, or one; in the order of their names."""
 
-    rules = 1
+    rules = 2
     reads = "folder of EPUB books (.epub) without copy protection; pages and images are in the books"
     suffixes = (".epub",)
     _opened: tuple[str, zipfile.ZipFile] | None = None
@@ -42,7 +41,7 @@ class EpubImporter(HtmlImporter):
         return {**vars(self), "_opened": None}
 
     def list_pages(self) -> Sequence[str]:
-        """`BOOK.epub/MEMBER`; a book that cannot be read is a page of its own name, which `documents` counts."""
+        """`BOOK.epub/MEMBER`; a book that cannot be read is a page of its own name."""
         if self.image_root != self.root.resolve():
             raise UserError("format epub has its images in the books; leave out --images")
         self._faults: dict[str, str] = {}
@@ -53,7 +52,7 @@ class EpubImporter(HtmlImporter):
             try:
                 if not book.lower().endswith(_ENDS[:-1]):
                     raise ValueError
-                members, self._ids[book], encrypted = _spine(self._archive(book))
+                members, self._ids[book], faults = _spine(self._archive(book))
             except (*_DAMAGE, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError):
                 self._faults[book] = "damaged book, or no EPUB"
                 pages.append(book)
@@ -61,38 +60,32 @@ class EpubImporter(HtmlImporter):
             for member in members:
                 page = f"{book}/{member}"
                 pages.append(page)
-                if member in encrypted:
-                    self._faults[page] = "encrypted page"
+                if member in faults:
+                    self._faults[page] = faults[member]
         return pages
 
     def page_size(self, name: str) -> int:
         return 0 if name in self._faults else self._info(name).file_size
 
     def page_html(self, name: str) -> bytes:
-        if name in self._faults:
-            raise ValueError
         return self._member(name)
+
+    def parse(self, name: str) -> Page:
+        return Page(fault=self._faults[name]) if name in self._faults else super().parse(name)
 
     def about(self, name: str) -> dict[str, str]:
         book, _ = _split_name(name)
         return {"group": book, "id": self._ids[book]}
 
-    def locate(self, page: str, source: str) -> Path | None:
+    def locate(self, page: str, url: SplitResult) -> Path | None:
         book, member = _split_name(page)
-        parts = urlsplit(source)
-        if parts.scheme or parts.netloc:
+        if url.scheme or url.netloc:
             return None
-        found = posixpath.normpath(posixpath.join(posixpath.dirname(member), unquote(parts.path)))
+        found = posixpath.normpath(posixpath.join(posixpath.dirname(member), unquote(url.path)))
         return None if found.startswith(("/", "..")) else Path(f"{book}/{found}")
 
     def image_bytes(self, file: Path) -> bytes:
         return self._member(file.as_posix())
-
-    def documents_of_page(self, number: int, drops: Drops) -> Iterator[Document]:
-        if (name := self.pages[number]) in self._faults:
-            drops.bad("document", self._faults[name], name)
-        else:
-            yield from super().documents_of_page(number, drops)
 
     def _member(self, name: str) -> bytes:
         info = self._info(name)
@@ -127,8 +120,8 @@ def _split_name(name: str) -> tuple[str, str]:
     return name[: at - 1], name[at:]
 
 
-def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, set[str]]:
-    """The pages in reading order, the book's identifier or title, and which members are encrypted.
+def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, dict[str, str]]:
+    """The pages in reading order, the book's identifier or title, and the members that are not there or encrypted.
 
     One of several exceptions where the book does not say it.
     """
@@ -142,16 +135,15 @@ def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, set[str]]:
         if item is None or reference.get("linear") == "no" or item.get("media-type") not in _PAGES:
             continue
         member = posixpath.normpath(posixpath.join(posixpath.dirname(path), unquote(item.get("href"))))
-        if "nav" not in (item.get("properties") or "").split() and member in names:
+        if "nav" not in (item.get("properties") or "").split():
             pages.append(member)
     said = [*package.iter("{*}identifier"), *package.iter("{*}title")]
     identifier = next((text for element in said if (text := (element.text or "").strip())), "")
-    encrypted = set()
+    faults = {page: "page that the book lists and does not hold" for page in pages if page not in names}
     if _ENCRYPTION in names:
-        encrypted = {
-            unquote(element.get("URI") or "") for element in _xml(book, _ENCRYPTION).iter("{*}CipherReference")
-        }
-    return pages, identifier, encrypted
+        for element in _xml(book, _ENCRYPTION).iter("{*}CipherReference"):
+            faults[unquote(element.get("URI") or "")] = "encrypted page"
+    return pages, identifier, faults
 
 
 def _xml(book: zipfile.ZipFile, member: str) -> Any:

@@ -89,7 +89,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     """`input` itself, or all files below it that have one of the suffixes. reads: what they are, for the error.
 
     Of a file and compressed copies of it in the same folder (`a.jsonl`, `a.jsonl.gz`) one is read, the uncompressed one
-    if it is there. UserError where there is nothing to read.
+    if it is there. UserError where there is nothing to read, or where a folder cannot be read.
     """
     if input.is_file():
         return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
@@ -115,7 +115,10 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
 
 
 def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder below the input, names of its files), of objects by their names."""
+    """(folder below the input, names of its files), of objects by their names.
+
+    Links to folders are followed, and each folder comes once, by its own name if it has one in the input.
+    """
     if isinstance(input, ObjectPath):
         found: dict[str, list[str]] = {}
         for name in objects:
@@ -123,9 +126,26 @@ def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[st
             found.setdefault(folder, []).append(file)
         yield from found.items()
         return
-    for path, _, files in os.walk(input):
-        below = os.path.relpath(path, input)
-        yield "" if below == "." else below, files
+    known: set[str] = set()
+    starts = [os.fspath(input)]
+    while starts:
+        links: list[str] = []
+        for start in sorted(starts):
+            for path, folders, files in os.walk(start, onerror=_refuse):
+                if (real := os.path.realpath(path)) in known:
+                    folders.clear()
+                    continue
+                known.add(real)
+                links += filter(os.path.islink, (os.path.join(path, folder) for folder in folders))
+                below = os.path.relpath(path, input)
+                yield "" if below == "." else below, files
+        starts = links
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"cannot read the folder {error.filename}: {error.strerror}; make it readable, or move it out of the input"
+    ) from None
 
 
 def _base(name: str) -> str:

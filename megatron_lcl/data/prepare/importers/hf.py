@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +21,8 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.files import Files, FilesImporter
+from megatron_lcl.data.prepare.importers.files import FilesImporter
+from megatron_lcl.data.prepare.importers.hf_files import of_data_set, of_split
 from megatron_lcl.data.prepare.importers.row_groups import (
     DAMAGE,
     column_values,
@@ -41,14 +40,10 @@ from megatron_lcl.errors import UserError
 
 _TEXTS = ("text", "texts", "caption", "captions", "sentences", "alt_text", "description", "title", "prompt")
 """names of columns of texts, the likeliest first"""
-_SPLIT = re.compile(r"(?:.*-)?([^-]+)-\d{5}-of-\d{5}")
-_STATE, _DICT = "state.json", "dataset_dict.json"
 _BATCH = 16
 """rows read at once: each may hold many large images"""
 _MAPPED_BYTES = 32 << 20
 """of an Arrow file that are kept mapped once they were read"""
-_NOT_LISTED = f"not of the data set: {_STATE} does not list it"
-_OTHER_SPLIT = "of another split"
 
 
 class HfImporter(FilesImporter):
@@ -74,7 +69,7 @@ class HfImporter(FilesImporter):
         ] = "",
     ) -> None:
         super().__init__(input)
-        self.found = _of_split(_listed(self.found), split)
+        self.found = of_split(of_data_set(self.found), split)
         self.image, self.text = image_column, text_column
         self.images = ImageSource(images)
         self.rules += bool(self.images.archives)
@@ -212,66 +207,6 @@ class HfImporter(FilesImporter):
 
 def _text(value: Any, name: str, drops: Drops) -> Text:
     return text_item(decoded(value, name, drops) if isinstance(value, bytes) else value, name, drops)
-
-
-# --- which files -------------------------------------------------------------------------------------------------
-
-
-def _listed(found: Files) -> Files:
-    """Without the files beside a saved data set that do not belong to it, such as the cache of `map`."""
-    read, skipped = [], list(found.skipped)
-    states: dict[Path, set[str] | None] = {}
-    for file in found.read:
-        if file.parent not in states:
-            states[file.parent] = _data_files(file.parent)
-        names = states[file.parent]
-        if names is None or file.name in names:
-            read.append(found.name(file))
-        else:
-            skipped.append((file, _NOT_LISTED))
-    return replace(found, names=read, skipped=sorted(skipped))
-
-
-def _data_files(folder: Path) -> set[str] | None:
-    """Names of a saved data set's files; None where the folder is none."""
-    path = folder / _STATE
-    if not path.exists():
-        return None
-    try:
-        state = json.loads(path.read_bytes())
-        names = {entry["filename"] for entry in state["_data_files"]}
-        indices = state.get("_indices_data_files") or state.get("_indices_files")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged, or not of a saved data set") from None
-    if indices:
-        raise UserError(f"{folder} has an index of its rows, as old releases of `datasets` wrote; save it anew")
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise UserError(f"{folder / missing[0]} is missing; {path.name} lists it")
-    return names
-
-
-def _of_split(found: Files, split: str) -> Files:
-    splits = {name: _split_of(file) for name, file in zip(found.names, found.paths(), strict=True)}
-    names = sorted(set(splits.values()))
-    if split in ("", "all"):
-        if split == "" and len(names) > 1:
-            some = " and ".join(repr(name) if name else "none" for name in names)
-            raise UserError(f"{found.root} has several splits, {some}: name one with --option split=NAME, or split=all")
-        return found
-    if split not in names:
-        raise UserError(f"--option split={split}: {found.root} has {', '.join(filter(None, names)) or 'no splits'}")
-    others = [(found.root / name, _OTHER_SPLIT) for name, its in splits.items() if its != split]
-    return replace(
-        found, names=[n for n, its in splits.items() if its == split], skipped=sorted([*found.skipped, *others])
-    )
-
-
-def _split_of(file: Path) -> str:
-    """As the folder of a saved data set, or a file's name, says it; "" where neither does."""
-    if (file.parent.parent / _DICT).exists():
-        return file.parent.name
-    matched = None if (file.parent / _STATE).exists() else _SPLIT.match(file.stem)
-    return matched[1] if matched else ""
 
 
 # --- which columns -----------------------------------------------------------------------------------------------

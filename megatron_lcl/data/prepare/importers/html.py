@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import SplitResult, unquote, unquote_to_bytes
 
 import lxml.etree
 import xxhash
@@ -28,7 +28,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, open_image, probe
 from megatron_lcl.data.prepare.importers import Each, Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
-from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page
+from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, assemble, parse_page, split_url
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 from megatron_lcl.data.storage.paths import ObjectPath
@@ -59,7 +59,7 @@ class HtmlImporter(FilesImporter):
     """A folder of HTML pages, or one; in the order of their names."""
 
     kind = "natural"
-    rules = 2
+    rules = 3
     reads_objects = True
     reads = "folder of HTML pages (.html, .htm, .xhtml); images beside the pages (or in --images), or in data: URLs"
     suffixes: ClassVar[tuple[str, ...]] = (".html", ".htm", ".xhtml")
@@ -112,27 +112,24 @@ class HtmlImporter(FilesImporter):
         """OSError or ValueError where it cannot be read."""
         return self.found.path(name).read_bytes()
 
+    def parse(self, name: str) -> Page:
+        """One with a `fault` where it cannot be read."""
+        try:
+            return parse_page(self.page_html(name), name)
+        except (OSError, lxml.etree.LxmlError, ValueError):
+            return Page(fault="page that cannot be read")
+
     def about(self, name: str) -> dict[str, str]:
         """Metadata of a page's documents: "group", and, where the page says it, "id"."""
         return {"group": name}
 
-    def locate(self, page: str, source: str) -> Path | None:
-        """The file an image source means; None outside the folder or for another host's."""
-        parts = urlsplit(source)
-        if parts.scheme not in ("", "file") or parts.netloc:
+    def locate(self, page: str, url: SplitResult) -> Path | None:
+        """The file that the URL of an image means; None outside the folder or for another host's."""
+        if url.scheme not in ("", "file") or url.netloc:
             return None
-        path = unquote(parts.path)
-        if isinstance(self.image_root, ObjectPath):
-            name = posixpath.normpath(
-                posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/"))
-            )
-            return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
-        base = self.image_root if path.startswith("/") else (self.image_root / page).parent
-        try:
-            file = (base / path.lstrip("/")).resolve()
-        except (OSError, ValueError, RuntimeError):
-            return None
-        return file if file.is_relative_to(self.image_root) else None
+        path = unquote(url.path)
+        name = posixpath.normpath(posixpath.join("" if path[:1] == "/" else posixpath.dirname(page), path.lstrip("/")))
+        return None if name.split("/")[0] == ".." or "\0" in name else self.image_root / name
 
     def image_bytes(self, file: Path) -> bytes:
         """Of what `locate` found; OSError or ValueError where it is not there."""
@@ -180,7 +177,7 @@ class HtmlImporter(FilesImporter):
         """What is on each page."""
         looks = []
         for name in (self.pages[page] for page in pages):
-            page = self._parse(name)
+            page = self.parse(name)
             sizes: dict[bytes, int] = {}
             for kind, source in page.events:
                 if kind == "image":
@@ -189,9 +186,10 @@ class HtmlImporter(FilesImporter):
                         digest = xxhash.xxh3_128_digest(data)
                         sizes[digest] = 0 if self._unwanted(digest, data) else len(data)
             shows = page.events and not page.redirect
+            content = name if page.fault else page.events  # no page repeats one that could not be read
             looks.append(
                 _Look(
-                    xxhash.xxh3_128_digest(repr(page.events).encode()),
+                    xxhash.xxh3_128_digest(repr(content).encode()),
                     edge_keys(list(assemble(page.events))) if shows else None,
                     list(sizes),
                     sum(sizes.values()),
@@ -224,7 +222,10 @@ class HtmlImporter(FilesImporter):
     def documents_of_page(self, number: int, drops: Drops) -> Iterator[Document]:
         assert self._repeats is not None, "units() comes first"
         name = self.pages[number]
-        page = self._parse(name)
+        page = self.parse(name)
+        if page.fault:
+            drops.bad("document", page.fault, name)
+            return
         for reason, text in page.left_out:
             drops.left_out("text", reason, name, sample=text)
         if page.redirect:
@@ -266,7 +267,8 @@ class HtmlImporter(FilesImporter):
         assert self._repeats is not None
         page = self.pages[number]
         label = f"{page}: {source[:100]}"
-        if urlsplit(source).path.lower().endswith((".svg", ".svgz")) or source.startswith("data:image/svg"):
+        url = split_url(source)
+        if (url and url.path.lower().endswith((".svg", ".svgz"))) or source.startswith("data:image/svg"):
             drops.left_out("image", "vector graphics", label)
             return None
         try:
@@ -293,20 +295,14 @@ class HtmlImporter(FilesImporter):
     def _read(self, page: str, source: str) -> bytes:
         if source.startswith("data:"):
             return _data_url(source)
-        file = self.locate(page, source)
-        if file is None:
-            remote = urlsplit(source).netloc
-            raise BadImage("on another host" if remote else "outside the folder")
+        if (url := split_url(source)) is None:
+            raise BadImage("source is no URL")
+        if (file := self.locate(page, url)) is None:
+            raise BadImage("on another host" if url.netloc else "outside the folder")
         try:
             return self.image_bytes(file)
         except (OSError, ValueError):
             raise BadImage("file missing") from None
-
-    def _parse(self, name: str) -> Page:
-        try:
-            return parse_page(self.page_html(name), name)
-        except (OSError, lxml.etree.LxmlError, ValueError):
-            return Page()
 
 
 def _split(items: list[Block], max_words: int) -> Iterator[list[Block]]:

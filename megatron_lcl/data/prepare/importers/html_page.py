@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import lxml.etree
 
@@ -97,6 +97,16 @@ class Page:
     """(why, the beginning of the text) of each element of navigation, hidden element that has a text, and text outside
     of the main part"""
     redirect: bool = False
+    fault: str = ""
+    """why a page that is bad, and holds nothing, could not be read"""
+
+
+def split_url(url: str) -> SplitResult | None:
+    """The parts of a URL; None for what is none, such as `http://[host]/`."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return None
 
 
 def parse_page(raw: bytes, name: str) -> Page:
@@ -132,7 +142,8 @@ def _is_redirect(tree: Any, name: str) -> bool:
         unused = next(meta.iterancestors("noscript", "template"), None) is not None
         if (meta.get("http-equiv") or "").lower() == "refresh" and not unused:
             found = _REFRESH.match(meta.get("content") or "")
-            target = urlsplit(found[1].strip() if found else "")
+            if (target := split_url(found[1].strip() if found else "")) is None:
+                continue
             path = posixpath.normpath(posixpath.join("/", posixpath.dirname(name), unquote(target.path)))
             if target.netloc or (target.path and path != f"/{name}"):
                 return True
@@ -356,11 +367,12 @@ def _is_authors_box(node: Any) -> bool:
 
 def _is_list_of_links(node: Any) -> bool:
     """A table of contents under any name: six links or more, to the same site, hold nearly all of its text."""
-    links = [a for a in node.iter("a") if a.get("href")]
+    found = [(a, split_url(a.get("href"))) for a in node.iter("a") if a.get("href")]
+    links = [(a, url) for a, url in found if url is not None]
     if len(links) < 6:
         return False
-    in_links = sum(len("".join("".join(a.itertext()).split())) for a in links)
-    local = sum(not urlsplit(a.get("href")).netloc for a in links)
+    in_links = sum(len("".join("".join(a.itertext()).split())) for a, _ in links)
+    local = sum(not url.netloc for _, url in links)
     return local > 0.8 * len(links) and in_links > 0.8 * len("".join("".join(node.itertext()).split()))
 
 

@@ -1,0 +1,82 @@
+"""Protects: all folders of an input are read, linked ones too, each once; one that cannot be read is an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.helpers import documents_of, plain
+from data.writers import picture
+
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.files import find_files
+from megatron_lcl.errors import UserError
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'{{"items": [{{"text": "{name}"}}]}}\n')
+
+
+def names(folder: Path) -> list[str]:
+    return list(find_files(folder, (".jsonl",), "lines").names)
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    write(tmp_path, "in/a.jsonl", "in/sub/b.jsonl", "disk/c.jsonl", "disk/deep/d.jsonl", "other/e.jsonl", "file.jsonl")
+    (tmp_path / "in/z").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/more").symlink_to(Path("../other"))
+    (tmp_path / "in/f.jsonl").symlink_to(tmp_path / "file.jsonl")
+    assert names(tmp_path / "in") == [
+        "a.jsonl", "f.jsonl", "sub/b.jsonl", "z/c.jsonl", "z/deep/d.jsonl", "z/more/e.jsonl",
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert names(tmp_path / "link") == names(tmp_path / "in")
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    write(tmp_path, "all/in/a.jsonl", "all/in/sub/b.jsonl", "all/c.jsonl")
+    for name, target in (("up", ".."), ("self", "self"), ("over", "../..")):
+        (tmp_path / "all/in/sub" / name).symlink_to(target)
+    assert names(tmp_path / "all/in") == ["a.jsonl", "sub/b.jsonl", "sub/over/c.jsonl"]
+
+
+@pytest.mark.parametrize("link", ["a", "z"])
+def test_a_folder_is_read_once_by_its_own_name(tmp_path: Path, link: str) -> None:
+    """Whatever stands first on the disk; of two links to one the first."""
+    write(tmp_path, "in/m/b.jsonl", "disk/c.jsonl")
+    (tmp_path / "in" / link).symlink_to("m")
+    for name in ("q", "p"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "disk")
+    assert names(tmp_path / "in") == ["m/b.jsonl", "p/c.jsonl"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.jsonl", "closed/b.jsonl")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"cannot read the folder .*closed: Permission denied"):
+        names(tmp_path)
+
+
+def test_images_beside_pages_of_a_linked_folder(tmp_path: Path) -> None:
+    """They belong to the input as the page does; what leads out of it by its name does not."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/part").symlink_to(tmp_path / "disk")
+    for name in ("disk/a.png", "in/b.png", "c.png"):
+        (tmp_path / name).write_bytes(picture(len(name), 80, 70))
+    (tmp_path / "disk/p.html").write_text("text<img src=a.png><img src=../b.png><img src=../../c.png>")
+    found, drops = documents_of(create("html", tmp_path / "in", None, {}))
+    pictures = [((tmp_path / name).read_bytes(), None, None) for name in ("disk/a.png", "in/b.png")]
+    assert plain(found) == [["text", *pictures]]
+    assert drops.bad_counts == {"image: outside the folder": 1}
