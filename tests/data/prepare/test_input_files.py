@@ -80,3 +80,14 @@ def test_images_beside_pages_of_a_linked_folder(tmp_path: Path) -> None:
     pictures = [((tmp_path / name).read_bytes(), None, None) for name in ("disk/a.png", "in/b.png")]
     assert plain(found) == [["text", *pictures]]
     assert drops.bad_counts == {"image: outside the folder": 1}
+
+
+def test_links_to_nothing_are_bad_documents(tmp_path: Path) -> None:
+    write(tmp_path, "in/a.jsonl")
+    for name in ("b.jsonl", "c.txt"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "not there")
+    documents, drops = documents_of(create("jsonl", tmp_path / "in", None, {}))
+    assert (len(documents), drops.bad_counts) == (1, {"document: file that is a link to a file that is not there": 1})
+    (tmp_path / "in/a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"b\.jsonl is a link to a file that is not there"):
+        names(tmp_path / "in")

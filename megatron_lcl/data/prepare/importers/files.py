@@ -21,6 +21,7 @@ COMPRESSED = (".zst", ".gz", ".zip", ".bz2", ".xz", ".lz4", ".br")
 """what compresses one file; of several copies the first is read"""
 TWICE = "a copy of a file beside it, compressed in another way or not"
 NOT_READ = "compressed in a way that this format does not read: unpack it"
+GONE = "a link to a file that is not there"
 
 
 class Skipped(NamedTuple):
@@ -103,12 +104,15 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
         for _, group in itertools.groupby(sorted(files, key=_base), key=_base):
             named = [name for name in group if _is_named(name, suffixes, plain)]
             copies = [name for name in named if objects or Path(input, folder, name).is_file()]
+            skipped += [
+                (input / folder / name, GONE) for name in named if not objects and _is_gone(input, folder, name)
+            ]
             readable = sorted((name for name in copies if name.lower().endswith(tuple(suffixes))), key=_preference)
             read += [f"{folder}/{name}".lstrip("/") for name in readable[:1]]
             why = TWICE if readable else NOT_READ
             skipped += [(input / folder / name, why) for name in copies if name not in readable[:1]]
     if not read:
-        packed = f"; {min(skipped)[0].name} is {NOT_READ}" if skipped else ""
+        packed = f"; {min(skipped)[0].name} is {min(skipped)[1]}" if skipped else ""
         raise UserError(f"no {', '.join(suffixes)} files in {input}{packed}. The format reads: {reads}")
     read.sort(key=lambda name: name.replace("/", "\0"))  # as paths are ordered: a folder before what only begins alike
     return Files(input, Names(read), sorted(skipped), {name: objects[name] for name in read if objects})
@@ -140,6 +144,11 @@ def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[st
                 below = os.path.relpath(path, input)
                 yield "" if below == "." else below, files
         starts = links
+
+
+def _is_gone(*path: str | Path) -> bool:
+    """As the files of a disk that is not mounted, or those of git-annex that were not fetched."""
+    return os.path.islink(file := os.path.join(*path)) and not os.path.exists(file)
 
 
 def _refuse(error: OSError) -> None:
@@ -195,7 +204,8 @@ class FilesImporter(Importer):
 
     def documents(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         if isinstance(unit.payload, Skipped):
-            drops.left_out("document", f"file that is {unit.payload.reason}", unit.name)
+            count = drops.bad if unit.payload.reason == GONE else drops.left_out
+            count("document", f"file that is {unit.payload.reason}", unit.name)
         else:
             yield from self.documents_of_file(unit, drops)
 
