@@ -38,7 +38,10 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     if found is None:
         return None
     url = f"{found[1]}://{found[2]}".rstrip("/")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"a URL that begins with {found[1]}:// is none: {error}") from None  # it may hold a password
     if not parts.netloc:
         raise UserError(f"{url} names no bucket; write {found[1]}://BUCKET/FOLDER")
     if "@" in parts.netloc or parts.query or parts.fragment:

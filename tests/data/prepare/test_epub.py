@@ -89,6 +89,9 @@ def test_what_is_bad(tmp_path: Path) -> None:
     (tmp_path / "in/b.epub").write_bytes((tmp_path / "in/a.epub").read_bytes()[:2000])
     with zipfile.ZipFile(tmp_path / "in/c.epub", "w") as book:
         book.writestr("other", "")
+    with zipfile.ZipFile(tmp_path / "in/d.epub", "w") as book:
+        book.writestr("META-INF/container.xml", CONTAINER)
+        book.writestr("OEBPS/content.opf", "<package><manifest/><spine/></package>")
     raw = bytearray((tmp_path / "in/a.epub").read_bytes())
     at = raw.index(b"OEBPS/images/0.png") + 40
     raw[at : at + 50] = b"\0" * 50
@@ -96,7 +99,7 @@ def test_what_is_bad(tmp_path: Path) -> None:
     found, drops = documents_of(create("epub", tmp_path / "in", None, {"text_pages": True}))
     assert plain(found) == [["One 0\nBefore it.\nAfter."]]
     assert drops.bad_counts == {
-        "document: damaged book, or no EPUB": 2, "document: encrypted page": 1, "image: file missing": 1,
+        "document: damaged book, or no EPUB": 3, "document: encrypted page": 1, "image: file missing": 1,
     }  # fmt: skip
     assert drops.names["document: encrypted page"] == ["a.epub/OEBPS/text/two.xhtml"]
     with pytest.raises(UserError, match="has its images in the books"):

@@ -147,3 +147,6 @@ def test_urls(tmp_path: Path) -> None:
         assert "planted" not in str(raised.value)
     with pytest.raises(UserError, match="no bucket"):
         url_of("s3://")
+    with pytest.raises(UserError, match="begins with s3:// is none: Invalid IPv6 URL") as raised:
+        url_of("s3://user:planted@[bucket/a")
+    assert "planted" not in str(raised.value)

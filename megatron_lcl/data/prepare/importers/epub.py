@@ -53,6 +53,8 @@ class EpubImporter(HtmlImporter):
                 if not book.lower().endswith(_ENDS[:-1]):
                     raise ValueError
                 members, self._ids[book], faults = _spine(self._archive(book))
+                if not members:
+                    raise ValueError
             except (*_DAMAGE, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError):
                 self._faults[book] = "damaged book, or no EPUB"
                 pages.append(book)
