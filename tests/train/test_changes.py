@@ -72,7 +72,7 @@ def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
 
 def test_the_settings_that_are_treated_apart_exist() -> None:
     names = [name for name, *_ in configs.describe()]
-    for prefix in (*changes.NO_EFFECT, *changes.NOT_SAID, *SCHEDULE):
+    for prefix in (*changes.NO_EFFECT, *SCHEDULE):
         assert [name for name in names if name.startswith(prefix)], prefix
 
 
