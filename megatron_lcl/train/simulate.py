@@ -1,9 +1,9 @@
 """A step of a run without its memory or its machines: the real engine on tensors that have a shape and no data.
 
 torch's FakeTensorMode computes shapes only, its "fake" process group sends nothing, and every storage that is made is
-counted until it is freed. So DeepSpeed's buffers, kept graphs, gradients and temporaries are those of the program
-itself, for any rank of any layout, on a laptop. What is not seen is what torch's tensors do not hold: fragments of the
-allocator, kernels' own scratch memory, the network library.
+counted until it is freed. So DeepSpeed's buffers, the graphs of micro-batches, gradients and temporaries are those
+of the program itself, for any rank of any layout, on a laptop. What is not seen is what torch's tensors do not hold:
+fragments of the allocator, kernels' own scratch memory, the network library.
 
 DeepSpeed keeps the groups of a process for good, so each step is simulated in a process of its own. No GPU is needed.
 """
