@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     command = ""
     try:
-        if arguments[0] in _WITH_SETTINGS:
+        if arguments[0] == "curate":  # of these the one that also takes inputs
             arguments = settings_joined(arguments)
         options, rest = parser.parse_known_args(arguments)
         command = f" {options.command}"
