@@ -14,7 +14,8 @@ from small_corpus import make_corpus
 
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.sequence import END, INTERLEAVED, PAIRS, arrange, arranged_sizes, select
+from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes, select
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

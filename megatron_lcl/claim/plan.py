@@ -20,7 +20,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.packing import max_sequences
-from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.flops import Sizes, of_step

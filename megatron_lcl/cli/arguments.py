@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -135,6 +136,17 @@ def pairs(items: Sequence[str]) -> dict[str, str]:
         if "=" not in item:
             raise UserError(f"{item!r} is not KEY=VALUE")
     return {key: value for key, _, value in (item.partition("=") for item in items)}
+
+
+def settings_joined(arguments: Sequence[str]) -> list[str]:
+    """`--a.b value` as `--a.b=value`: argparse, which does not know these flags, would take the value for an input."""
+    joined: list[str] = []
+    for item in arguments:
+        if joined and re.fullmatch(r"--[\w-]+(\.[\w-]+)+", joined[-1]) and not item.startswith("--"):
+            joined[-1] += f"={item}"
+        else:
+            joined.append(item)
+    return joined
 
 
 def overrides_of(rest: Sequence[str], switches: Collection[str] | None = None) -> dict[str, str]:

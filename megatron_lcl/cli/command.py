@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
-from megatron_lcl.cli.arguments import Imported
+from megatron_lcl.cli.arguments import Imported, settings_joined
 from megatron_lcl.errors import RunError, UserError, check_on_disk, describe_os_error
 
 _MENDABLE = {
@@ -26,6 +26,8 @@ _MENDABLE = {
 """what the system says of files and folders; other OSErrors are faults of the program"""
 _PLACES = ("input", "images", "output", "held_out", "tokenizer", "work")
 """arguments that are no place in object storage, but where a command says so (`at_urls`)"""
+_WITH_SETTINGS = ("train", "claim", "plan", "curate")
+"""commands that take --section.key VALUE"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -38,9 +40,11 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     command = ""
     try:
+        if arguments[0] == "curate":  # of these the one that also takes inputs
+            arguments = settings_joined(arguments)
         options, rest = parser.parse_known_args(arguments)
         command = f" {options.command}"
-        if rest and options.command not in ("train", "claim", "plan", "curate"):
+        if rest and options.command not in _WITH_SETTINGS:
             parser.error(f"unknown argument {rest[0]!r} of `{command[1:]}`; see `megatron-lcl{command} --help`")
         for name in _PLACES:
             if name not in getattr(options, "at_urls", ()):

@@ -131,12 +131,12 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     rest = _with_short_flags(options, rest)
     launch.adopt_slurm(os.environ)
     if options.sweep:
-        from megatron_lcl.train import sweep
+        from megatron_lcl.train import finished, sweep
 
         runs = sweep.members(options.config, overrides_of(rest), options.sweep)
         if (of_task := sweep.of_array(runs, os.environ)) is None:
             return _sweep(options, rest, runs)
-        if not (options.dry_run or options.print_config) and sweep.is_finished(of_task):
+        if not (options.dry_run or options.print_config) and finished.is_finished(of_task.config):
             print(f"{of_task.name} was finished before")
             return 0
         rest = [*rest, *of_task.arguments()]

@@ -29,8 +29,8 @@ from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.pack_index import SequentialIndex
-from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 from megatron_lcl.evaluate.encoders.untrained import untrained_model

@@ -17,7 +17,7 @@ import torch
 
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Axis, Mesh

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megatron_lcl.config import EvaluationTask
-from megatron_lcl.data.loading.sequence import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences
+from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences
 from megatron_lcl.objectives import contrast, generation, regression
 from megatron_lcl.objectives.base import Objective, StepInputs, Term
 from megatron_lcl.objectives.contrast import Contrast, SigmoidContrast, contrast_gathers

@@ -7,24 +7,14 @@ share between them is known (train/memory.py). A small model on a few is simulat
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
-
-from torch import nn
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.model.drop_path import DropPath
-from megatron_lcl.model.layers import layer_specs
-from megatron_lcl.parallel.cores import num_cores
-from megatron_lcl.parallel.mesh import ALONE
-from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate
-from megatron_lcl.train.parts import frozen_parameters, of_layer
-from megatron_lcl.train.pipeline.partition import partition_uniform
-from megatron_lcl.train.simulate import Usage, extrapolated, num_in_flight, simulate
+from megatron_lcl.train.simulate import Usage, extrapolated, simulate, usages_by_stage
 
 REPLICAS = 64
 """at most, of a simulated step"""
@@ -36,32 +26,8 @@ Simulate = Callable[[Config, int, int, int], Usage]
 
 
 def usages_of(config: Config, processes: int, images: int, simulated: Simulate = simulate) -> list[Usage]:
-    """Bytes of the first process of each stage, all with equally many layers: which they will have is measured when the
-    run starts. Of stages that are alike one is simulated."""
-    kinds = kinds_of_stages(config, processes)
-    firsts = {kind: kinds.index(kind) for kind in kinds}
-    with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:  # each simulation takes two processes
-        found = pool.map(lambda stage: usage_of(config, processes, images, stage, simulated), firsts.values())
-        usages = dict(zip(firsts, found, strict=True))
-    return [usages[kind] for kind in kinds]
-
-
-def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
-    """What the memory of each stage depends on: its layers, with what is frozen of them, and how many micro-batches'
-    graphs it keeps at once. The layers also say what it receives from the stage before and sends to the next."""
-    train, frozen, num_stages = config.train, frozen_parameters(config), config.parallel.pipeline
-    recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
-    layers: list[Hashable] = []
-    for index, make in enumerate(layer_specs(config.model, 0.0, nn.LayerNorm, ALONE, *recompute)):
-        # how often a block is left out takes no memory, whether it ever is does
-        arguments = tuple(isinstance(x, DropPath) or x for x in make.args)
-        layers.append((make.func, arguments, of_layer(frozen, index)))
-    micro_batches = num_micro_batches(config, check_layout(config, processes))
-    bounds = [*partition_uniform(len(layers), num_stages), len(layers)]
-    return [
-        (tuple(layers[first:end]), num_in_flight(config, stage, micro_batches))
-        for stage, (first, end) in enumerate(itertools.pairwise(bounds))
-    ]
+    """Bytes of the first process of each stage, as `simulate.usages_by_stage`."""
+    return usages_by_stage(config, processes, lambda stage: usage_of(config, processes, images, stage, simulated))
 
 
 def usage_of(config: Config, processes: int, images: int, stage: int = 0, simulated: Simulate = simulate) -> Usage:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from megatron_lcl import config as configs
 from megatron_lcl import fields
-from megatron_lcl.config.results import NO_MATTER
+from megatron_lcl.config.results import NO_RESULT
 from megatron_lcl.convert.find import run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
@@ -238,7 +238,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _is_compared(key: str) -> bool:
-    return key not in SEEDS and not NO_MATTER.fullmatch(key)
+    return key not in SEEDS and not key.startswith(NO_RESULT)
 
 
 def _order(value: Any) -> tuple[bool, float, str]:

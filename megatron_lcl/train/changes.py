@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, to_dict
+from megatron_lcl.config.results import NO_RESULT, START
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
 from megatron_lcl.train.checkpoint.folder import read_progress
@@ -18,12 +19,8 @@ from megatron_lcl.train.optimizer import SCHEDULE, scheduled
 
 JUMP = 1.1
 """a factor by which a scheduled value may differ from that of the old schedule without a warning"""
-NOT_SAID = ("train.output", "train.progress", "checkpoint.resume", "data.allow_change")
-"""they say where and how the run is started, not what it does"""
 NO_EFFECT = (
-    *("checkpoint.", "evaluate.", "average.", "train.evaluate_every", "train.log_every"),
-    *("data.workers", "data.cache", "data.cache_gb", "data.max_bad_images", "data.max_bad_fraction"),
-    *("guard.timeout", "guard.long_timeout", "guard.every", "guard.max_rewinds"),
+    *(*NO_RESULT, "evaluate.", "average.", "train.evaluate_every"),
     *("train.seed", "train.init_from", "contrast.initial_log_scale"),  # with what a run begins
 )
 """settings, or sections, that change nothing of what is trained from a checkpoint on"""
@@ -41,7 +38,7 @@ class Changes:
 
     def lines(self) -> Iterator[str]:
         """For the log: each setting that has an effect on a line of its own, the others on one."""
-        names = [name for name in self.settings if name not in NOT_SAID]
+        names = [name for name in self.settings if name not in START]
         without = [name for name in names if name.startswith(self.without_effect)]
         yield from (f"setting changed: {self.said(name)}" for name in names if name not in without)
         if without:
@@ -51,7 +48,7 @@ class Changes:
     def said(self, name: str) -> str:
         """A setting with both values."""
         before, now = self.settings[name]
-        return f"{name} {_text(before)} → {_text(now)}"
+        return f"{name} {text_of(before)} → {text_of(now)}"
 
 
 def changes_since(folder: Path, config: Config) -> Changes:
@@ -98,7 +95,8 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _flat(item, f"{name}.{key}" if name else str(key))
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A setting's value, for a message."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -118,7 +116,7 @@ def _jumps(changes: Changes, before: Config, now: Config, folder: Path) -> Itera
             continue
         remedy = f"a longer run begins smoothly as a new one with --train.init_from {folder}, with a warmup of its own"
         if step < before.train.steps:
-            back = " ".join(f"--{name} {_text(changes.settings[name][0])}" for name in cause)
+            back = " ".join(f"--{name} {text_of(changes.settings[name][0])}" for name in cause)
             remedy = f"{back} goes on as before; {remedy}"
         yield (
             f"the {name} jumps from {last[name]:.2g} in step {step}, the last one, to {value:.2g} in step {step + 1}, "

@@ -36,6 +36,7 @@ from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checks import check, without_pairs
+from megatron_lcl.train.finished import has_all_steps
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.kernels import choose_kernels
 from megatron_lcl.train.layout import check_layout, num_micro_batches
@@ -251,6 +252,7 @@ def _run(config: Config) -> Iterator[str]:
         return
     yield f"run         {run}: goes on from {folder.name if saved else folder}, if it verifies"
     if not verify(folder, only=(CONFIG, PROGRESS)):
+        has_all_steps(folder, config)  # with these settings
         yield from (f"            {line}" for line in changes_since(folder, config).lines())
 
 

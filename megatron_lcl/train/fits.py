@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
-from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import (
     Estimate,
@@ -53,18 +51,15 @@ _TRIES = 3
 
 
 def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_gpu: bool = False) -> float:
-    """Bytes that the process which has most holds in a step of the run's largest phase, simulated.
-
-    Of a pipeline every stage is looked at, all with equally many layers: which they will have is measured at the start.
-    """
-    from megatron_lcl.train.simulate import simulate  # the whole engine, for which most starts have no use here
+    """Bytes that the process which has most holds in a step of the run's largest phase, simulated."""
+    from megatron_lcl.train import simulate as simulation  # the whole of it, for which most starts have no use here
 
     largest, images = _largest(config, processes, images_per_pack, on_gpu)
-    data, tensor = check_layout(config, processes), config.parallel.tensor
-    ranks = range(0, processes, data * tensor)  # the first of each stage; the others hold the same
-    with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:
-        found = pool.map(lambda rank: simulate(largest, processes, images, rank), ranks)
-        return max(usage.peak if on_gpu else usage.process for usage in found)
+    each = check_layout(config, processes) * config.parallel.tensor  # processes of a stage, which hold the same
+    found = simulation.usages_by_stage(
+        largest, processes, lambda stage: simulation.simulate(largest, processes, images, stage * each)
+    )
+    return max(usage.peak if on_gpu else usage.process for usage in found)
 
 
 def _largest(config: Config, processes: int, images_per_pack: Slots, on_gpu: bool) -> tuple[Config, int]:

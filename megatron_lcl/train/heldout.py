@@ -110,11 +110,11 @@ class HeldOutMeter:
         if config.evaluate.labeled is not None:
             self.labeled = LabeledEvaluation(config, mesh, forward, rows, at_once)
 
-    def measure(self, step: int, average: str | None = None) -> None:
+    def measure(self, step: int, average: str | None = None) -> bool:
         """After step number `step`: to metrics.jsonl and TensorBoard, and for the report into the run folder.
 
         average: the one that the model has in place of its weights (`averages.Averages.evaluated`).
-        A signal interrupts it: the time left of the job is for saving.
+        False: a signal has interrupted it, for the time left of the job is for saving.
         """
         try:
             if self.evaluation is not None:
@@ -123,8 +123,10 @@ class HeldOutMeter:
                 self._measure_labeled(self.labeled, step, average)
         except _Interrupted:
             self.telemetry.say(f"the evaluation after step {step} is broken off")
+            return False
         except UserError as error:  # on every process
             raise RunError(str(error)) from None
+        return True
 
     def _measure_heldout(self, evaluation: HeldOutEvaluation, step: int, average: str | None) -> None:
         started = time.perf_counter()
@@ -138,8 +140,8 @@ class HeldOutMeter:
         self.telemetry.say(f"held out{of}, after step {step}: {measured}")
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
-        self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
         write_heldout(Path(self.config.train.output), replace(result, average=average), examples)
+        self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
 
     def _measure_labeled(self, evaluation: LabeledEvaluation, step: int, average: str | None) -> None:
         started = time.perf_counter()
@@ -152,5 +154,5 @@ class HeldOutMeter:
         of = f" of {average}" if average else ""
         self.telemetry.say(f"labelled images{of}, after step {step}: {measured}")
         numbers = {**result.values, "seconds": time.perf_counter() - started}
-        self.telemetry.write({"step": step, **{f"labeled/{name}": value for name, value in numbers.items()}})
         write_labeled(Path(self.config.train.output), replace(result, average=average))
+        self.telemetry.write({"step": step, **{f"labeled/{name}": value for name, value in numbers.items()}})

@@ -46,8 +46,8 @@ def check_layout(config: Config, processes: int) -> int:
         )
     if config.zero.stage == 3 and objectives.create(config).keeps_graphs:
         raise UserError(
-            "zero.stage = 3 with contrast.strategy = retain: kept graphs give wrong gradients under ZeRO-3; "
-            "set contrast.strategy to recompute, or to auto"
+            "zero.stage = 3 with contrast.strategy = retain: the graphs of several micro-batches at once give wrong "
+            "gradients under ZeRO-3; set contrast.strategy to recompute, or to auto"
         )
     if processes % (tensor * pipeline):
         replica = tensor * pipeline

@@ -95,6 +95,7 @@ def check_optimizer(config: Config) -> None:
             f"optimizer.min_lr = {optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}, from which the "
             "learning rate decays to it; lower optimizer.min_lr"
         )
+    _check_schedule(config)
     parts = optimizer.parts != type(optimizer.parts)()
     if optimizer.name == "apex_fused_adam" and parts:
         raise UserError("optimizer.parts has no effect on apex_fused_adam; set optimizer.name to adamw")
@@ -112,6 +113,24 @@ def check_optimizer(config: Config) -> None:
                 f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "
                 "partitions than is known here; remove it"
             )
+
+
+def _check_schedule(config: Config) -> None:
+    """UserError where the learning rate would be 0 for whole steps, or fall in one step after the warmup."""
+    steps, warmup, min_lr = config.train.steps, config.optimizer.warmup, config.optimizer.min_lr
+    cooldown, end = config.schedule.cooldown, config.schedule.decay_steps
+    if end is None or config.schedule.learning_rate == "constant":
+        return
+    if end <= warmup:
+        raise UserError(
+            f"schedule.decay_steps = {end} is not above optimizer.warmup = {warmup}, after which the decay begins; "
+            "raise schedule.decay_steps, or lower optimizer.warmup"
+        )
+    if min_lr == 0 and end < steps - cooldown + (cooldown > 0):  # a cooldown begins with what is there
+        raise UserError(
+            f"schedule.decay_steps = {end} with optimizer.min_lr = 0: the learning rate is 0 from step {end + 1} on, "
+            f"of train.steps = {steps}; raise schedule.decay_steps, or optimizer.min_lr"
+        )
 
 
 def _of_earlier_versions(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

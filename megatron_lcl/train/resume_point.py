@@ -23,6 +23,7 @@ from megatron_lcl.train.checkpoint.initial_weights import InitialWeights, find_i
 from megatron_lcl.train.checkpoint.mirror import Mirror, resumed
 from megatron_lcl.train.checks import check, check_corpora, check_model, check_output, check_space, without_pairs
 from megatron_lcl.train.fastest import kept_kernels
+from megatron_lcl.train.finished import has_all_steps, has_last_evaluation
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.forks import stop_forkserver
 from megatron_lcl.train.memory import Memory, available, local_processes, slots_of
@@ -54,6 +55,8 @@ class ResumePoint:
     """that, with its numbers; None where the config names a strategy"""
     measure_kernels: bool = False
     """whether kernels are still to be measured"""
+    is_evaluated: bool = False
+    """whether the evaluation after the last step has been made"""
 
 
 def resolve_resume_point(config: Config, mesh: Mesh, until_end: contextlib.ExitStack) -> ResumePoint:
@@ -108,10 +111,11 @@ def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, h
     folder, rejected = checkpoint.choose(run, resume)
     kept = kept_kernels(config, folder)
     config = kept or config
-    saved, previous = Progress(0, 0, {}), None
+    saved, previous, finished = Progress(0, 0, {}), None, False
     if folder:
         check_model(folder / CONFIG, config)
         saved = checkpoint.read_progress(folder)
+        finished = has_all_steps(folder, config)
         previous = Ledger.from_json(saved.ledger)
         check_corpora(previous, config)
     ledger = open_run_ledger(config, objectives.create(config).sequences, previous, saved.step, saved.packs)
@@ -124,7 +128,8 @@ def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, h
         simulated |= check_step(config, processes, has, slots)
     if simulated:
         stop_forkserver()
-    replace_text(run / CONFIG, to_yaml(config))
+    if not (finished and (run / CONFIG).exists()):  # which says what was trained
+        replace_text(run / CONFIG, to_yaml(config))
     return ResumePoint(
         folder,
         progress,
@@ -135,5 +140,6 @@ def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, h
         without_pairs(config),
         changes_since(folder, config) if folder else Changes(),
         choice,
-        measure_kernels=config.train.measure_kernels and kept is None,
+        measure_kernels=config.train.measure_kernels and kept is None and not finished,
+        is_evaluated=finished and has_last_evaluation(config),
     )

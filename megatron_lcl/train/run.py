@@ -230,8 +230,9 @@ class Training:
                 self._rewind()
             else:
                 self._after_step()
-        with self.meter.waiting():
-            self.saver.finish_pending()
+        if self.heldout and not self.point.is_evaluated and not self._evaluate(self.heldout):
+            self._stop_if_requested()  # the evaluation is still to be made
+        self._finish_saving()
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
@@ -338,10 +339,18 @@ class Training:
             self._save()
         elif compare and step % compare == 0:
             self._compare_replicas()
-        if self.heldout and (last or step % self.config.train.evaluate_every == 0):
-            averaged = self.progress.averaged
-            with self.watchdog.long_phase(step, "evaluating"), self.averages.evaluated(averaged) as average:
-                self.heldout.measure(step, average)
+        if self.heldout and not last and step % self.config.train.evaluate_every == 0:
+            self._evaluate(self.heldout)
+
+    def _evaluate(self, heldout: HeldOutMeter) -> bool:
+        """Whether all was measured: a signal interrupts it."""
+        step, averaged = self.progress.step, self.progress.averaged
+        with self.watchdog.long_phase(step, "evaluating"), self.averages.evaluated(averaged) as average:
+            return heldout.measure(step, average)
+
+    def _finish_saving(self) -> None:
+        with self.meter.waiting():
+            self.saver.finish_pending()
 
     def _save(self) -> None:
         with self.meter.waiting():
@@ -370,8 +379,7 @@ class Training:
         flags = torch.tensor([self.signals.received, self.checkpoints.writing])  # on the host: no device is waited for
         signum, writing = self.mesh.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         if not writing:
-            with self.meter.waiting():
-                self.saver.finish_pending()
+            self._finish_saving()
         return signum
 
     def _stop_if_requested(self) -> None:
@@ -383,12 +391,10 @@ class Training:
             self._rewind()
         step = self.progress.step
         with self.watchdog.long_phase(step, "saving before the end"):
-            with self.meter.waiting():
-                self.saver.finish_pending()
+            self._finish_saving()
             if self.saver.step != step:
                 self._save()
-            with self.meter.waiting():
-                self.saver.finish_pending()
+            self._finish_saving()
         self.audit.write("stopped", step, signal=signum, saved=self.saver.step)
         raise Stopped(signum, step, self.saver.step)
 

@@ -1,9 +1,9 @@
 """A step of a run without its memory or its machines: the real engine on tensors that have a shape and no data.
 
 torch's FakeTensorMode computes shapes only, its "fake" process group sends nothing, and every storage that is made is
-counted until it is freed. So DeepSpeed's buffers, kept graphs, gradients and temporaries are those of the program
-itself, for any rank of any layout, on a laptop. What is not seen is what torch's tensors do not hold: fragments of the
-allocator, kernels' own scratch memory, the network library.
+counted until it is freed. So DeepSpeed's buffers, the graphs of micro-batches, gradients and temporaries are those
+of the program itself, for any rank of any layout, on a laptop. What is not seen is what torch's tensors do not hold:
+fragments of the allocator, kernels' own scratch memory, the network library.
 
 DeepSpeed keeps the groups of a process for good, so each step is simulated in a process of its own. No GPU is needed.
 """
@@ -11,11 +11,12 @@ DeepSpeed keeps the groups of a process for good, so each step is simulated in a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 from unittest import mock
@@ -32,8 +33,11 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.losses import contrastive, generation, sigmoid
+from megatron_lcl.model.drop_path import DropPath
+from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
-from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.parallel.mesh import ALONE, Axis
 from megatron_lcl.train.engine import (
     KEPT,
     build_engine,
@@ -45,6 +49,8 @@ from megatron_lcl.train.engine import (
 from megatron_lcl.train.forks import forkserver
 from megatron_lcl.train.heap import Heap, Place
 from megatron_lcl.train.layout import build_mesh, check_layout, num_micro_batches
+from megatron_lcl.train.parts import frozen_parameters, of_layer
+from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import resolve_dtype
 
 _SIMULATED = 3
@@ -119,6 +125,36 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
         return found[0]
     fewer, more = found
     return extrapolated(more, fewer, more, wanted - enough)
+
+
+def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage]) -> list[Usage]:
+    """What `of_stage` gives of each stage of the pipeline, asked once of stages that are alike.
+
+    All have equally many layers: which they will have is measured when the run starts.
+    """
+    kinds = kinds_of_stages(config, processes)
+    firsts = {kind: kinds.index(kind) for kind in kinds}
+    with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:  # each simulation takes two processes
+        usages = dict(zip(firsts, pool.map(of_stage, firsts.values()), strict=True))
+    return [usages[kind] for kind in kinds]
+
+
+def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
+    """What the memory of each stage depends on: its layers, with what is frozen of them, and how many micro-batches'
+    graphs it keeps at once. The layers also say what it receives from the stage before and sends to the next."""
+    train, frozen, num_stages = config.train, frozen_parameters(config), config.parallel.pipeline
+    recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
+    layers: list[Hashable] = []
+    for index, make in enumerate(layer_specs(config.model, 0.0, nn.LayerNorm, ALONE, *recompute)):
+        # how often a block is left out takes no memory, whether it ever is does
+        arguments = tuple(isinstance(x, DropPath) or x for x in make.args)
+        layers.append((make.func, arguments, of_layer(frozen, index)))
+    micro_batches = num_micro_batches(config, check_layout(config, processes))
+    bounds = [*partition_uniform(len(layers), num_stages), len(layers)]
+    return [
+        (tuple(layers[first:end]), num_in_flight(config, stage, micro_batches))
+        for stage, (first, end) in enumerate(itertools.pairwise(bounds))
+    ]
 
 
 def num_in_flight(config: Config, stage: int, micro_batches: int) -> int:

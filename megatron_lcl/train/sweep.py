@@ -19,10 +19,8 @@ from typing import Any
 from megatron_lcl import config as configs
 from megatron_lcl import fields
 from megatron_lcl.config import Config
-from megatron_lcl.config.results import NO_MATTER
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.checkpoint.folder import last_progress, list_checkpoints
+from megatron_lcl.train.finished import is_finished
 
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"
 MAX_NAME = 150
@@ -104,24 +102,6 @@ def of_array(sweep: Sequence[Member], environment: Mapping[str, str]) -> Member 
     return sweep[int(text)]
 
 
-def is_finished(member: Member) -> bool:
-    """Whether the run has made all its steps. UserError where it has, but with settings that give another result."""
-    run = Path(member.config.train.output)
-    progress = last_progress(run)
-    if progress is None or progress.step < member.config.train.steps:
-        return False
-    # the newest checkpoint's own: that of the run folder is what it was last started with
-    last = [folder / CONFIG for folder in list_checkpoints(run)][-1:] or [run / CONFIG]
-    made, wanted = (fields.flat(configs.to_dict(config)) for config in (configs.load(last[0]), member.config))
-    for key, value in wanted.items():
-        if made.get(key) != value and not NO_MATTER.fullmatch(key):
-            raise UserError(
-                f"{run} is finished, with {key} = {made.get(key)} where this sweep has {value}; give the sweep another "
-                f"{_OUTPUT}, or delete that folder"
-            )
-    return True
-
-
 def run_members(
     sweep: Sequence[Member], start: Callable[[Member], int], fail_fast: bool, say: Callable[[str], Any] | None = None
 ) -> int:
@@ -131,7 +111,7 @@ def run_members(
     was told to end (75, 130) ends it always. What became of every member is said at the end.
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    finished = {member.name for member in sweep if is_finished(member)}
+    finished = {member.name for member in sweep if is_finished(member.config)}
     became: dict[str, str] = {}
     code = 0
     for number, member in enumerate(sweep, 1):

@@ -291,7 +291,9 @@ def test_a_part_from_end_to_end(
     assert {file for file, at in before.items() if file.stat().st_mtime_ns == at} == set(before) - {lost}
     with pytest.raises(UserError, match=r"is a run of \d+ steps, and this would be one of \d+; give a new --output"):
         run(images=320)
-    with pytest.raises(UserError, match=r"is finished, with optimizer\.weight_decay = 0\.2 where this sweep has 0\.1"):
+    with pytest.raises(
+        UserError, match=r"is finished, with optimizer\.weight_decay = 0\.2 where this command has 0\.1"
+    ):
         run(given=TINY | {"optimizer.weight_decay": "0.1"})
     monkeypatch.setattr(claim_data, "_RULES", 0)
     with pytest.raises(UserError, match="was made of other sets"):

@@ -101,6 +101,20 @@ def test_refusals_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rules_stand_anywhere(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The value of one that is not given by = is no corpus, wherever it stands."""
+    for words in (
+        ["--text.min_words", "5", str(source), "--dry-run"],
+        ["--dry-run", "--text.min-words=5", str(source)],
+        ["--dry-run", str(source), "--text.min_words", "5"],
+        ["--document.min_images", "-1", str(source), "--text.min_words", "5", "--dry-run"],
+    ):
+        code = main(["curate", *words])
+        said = capsys.readouterr()
+        assert (code, "takes one CORPUS" in said.err) == ((2, False) if "-1" in words else (0, False)), said.err
+        assert ("--document.min_images = -1" in said.err) == ("-1" in words)
+
+
 @pytest.mark.parametrize(("package", "rule"), [("lingua", "min_language"), ("stop_words", "min_stop_words")])
 def test_a_package_that_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

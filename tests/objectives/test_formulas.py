@@ -31,15 +31,8 @@ from megatron_lcl import objectives
 from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading.packing import best_fit, max_sequences
-from megatron_lcl.data.loading.sequence import (
-    CAPTIONED_PAIRS,
-    END,
-    INTERLEAVED,
-    arrange,
-    arranged_sizes,
-    measure,
-    rules_for,
-)
+from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, INTERLEAVED, rules_for
+from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes, measure
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.model.lcl import LCL
 

@@ -16,7 +16,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
 
 OF_ANOTHER_PACKAGE = '''
-from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.objectives.base import Objective
 from megatron_lcl.objectives.built_in import LatentCompression
 from megatron_lcl.objectives.contrast import Contrast

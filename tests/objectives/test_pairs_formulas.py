@@ -30,7 +30,8 @@ from megatron_lcl import objectives
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.sequence import CAPTIONS, END, arrange, arranged_sizes, rules_for
+from megatron_lcl.data.loading.rules import CAPTIONS, rules_for
+from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.model.lcl import LCL

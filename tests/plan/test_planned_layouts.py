@@ -23,6 +23,8 @@ from megatron_lcl.plan.calibrate import rates_of as measured_rates
 from megatron_lcl.plan.describe import lines, numbers_of
 from megatron_lcl.plan.layouts import Bound, Layout, Target, confirm, key_of, survey
 from megatron_lcl.plan.memory import usage_of
+from megatron_lcl.train import simulate as simulation
+from megatron_lcl.train.fits import predicted
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import estimate
@@ -175,7 +177,9 @@ def long_vision(**changes: Any) -> Config:
         ),
     ],
 )
-def test_stages_that_are_alike_are_simulated_once(changes: dict[str, Any], firsts: list[int]) -> None:
+def test_stages_that_are_alike_are_simulated_once(
+    changes: dict[str, Any], firsts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Equal layers, and as many micro-batches in flight: with 8 micro-batches a step 4, 3, 2 and 1."""
     config, ranks = long_vision(**changes), list[int]()
 
@@ -185,6 +189,10 @@ def test_stages_that_are_alike_are_simulated_once(changes: dict[str, Any], first
 
     found = memory.usages_of(config, 8, IMAGES, simulated)
     assert sorted(ranks) == [2 * stage for stage in firsts]
+    ranks.clear()
+    monkeypatch.setattr(simulation, "simulate", simulated)
+    assert predicted(config, 8, IMAGES, on_gpu=True) == max(usage.peak for usage in found)
+    assert sorted(ranks) == [2 * stage for stage in firsts], "nor when a run starts"
     assert [usage.peak for usage in found] == [1e6 * (1 + 2 * max(f for f in firsts if f <= s)) for s in range(4)]
 
 
@@ -193,7 +201,7 @@ def test_stages_that_are_alike_are_simulated_once(changes: dict[str, Any], first
 def test_stages_said_to_be_alike_need_the_same() -> None:
     """Each simulated by itself."""
     config = long_vision(contrast__strategy="retain", train__global_batch=4)
-    kinds = memory.kinds_of_stages(config, 4)
+    kinds = simulation.kinds_of_stages(config, 4)
     assert kinds[1] == kinds[2]
     assert simulate(config, 4, IMAGES, 1) == simulate(config, 4, IMAGES, 2)
 

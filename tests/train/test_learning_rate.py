@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,31 @@ def test_what_is_said_of_a_warmup() -> None:
     assert "before schedule.cooldown = 101 begins in step 900: the learning rate reaches 0.45 of optimizer.lr; " in str(
         unfinished_warmup(config)
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"decay_steps": 5}, r"schedule\.decay_steps = 5 is not above optimizer\.warmup = 5, .*; raise"),
+        ({"decay_steps": 39}, r"decay_steps = 39 with optimizer\.min_lr = 0: the learning rate is 0 from step 40 on"),
+        ({"decay_steps": 34, "cooldown": 6}, r"decay_steps = 34 with .* is 0 from step 35 on, of train\.steps = 40"),
+        ({"decay_steps": 5, "learning_rate": "constant"}, None),
+        ({"decay_steps": 40}, None),
+        ({"decay_steps": 35, "cooldown": 6}, None),
+        ({"cooldown": 40}, None),
+    ],
+)
+def test_what_gives_no_learning_rate_is_refused(settings: dict[str, Any], said: str | None) -> None:
+    for shape in ("linear", "cosine"):
+        schedule = {"learning_rate": shape, **settings}
+        tree = {"train": {"steps": STEPS}, "optimizer": {"warmup": 5, "lr": 0.5}, "schedule": schedule}
+        config = configs.from_dict(tree)
+        if said is None:
+            check_optimizer(config)
+            assert all(rate > 0 for rate in rates(config.schedule, warmup=5))
+            continue
+        with pytest.raises(UserError, match=said):
+            check_optimizer(config)
 
 
 def test_a_decay_that_would_rise_is_refused() -> None:

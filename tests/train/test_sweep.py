@@ -14,12 +14,15 @@ from small_corpus import make_corpus
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.cli.arguments import overrides_of
+from megatron_lcl.config import Config
+from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train import sweep
-from megatron_lcl.train.checkpoint.folder import Progress
+from megatron_lcl.train.checkpoint.folder import Progress, progress_text, step_folder
+from megatron_lcl.train.finished import is_finished
 from megatron_lcl.train.sweep import Member
 
 TINY = """
@@ -101,17 +104,26 @@ def test_each_member_has_its_own_copies() -> None:
     assert [run.config.checkpoint.mirror for run in runs] == ["s3://b/one", "s3://b/two"]
 
 
+def write_finished(config: Config) -> None:
+    """What is read of a run that has made its steps."""
+    run = Path(config.train.output)
+    folder = step_folder(run, config.train.steps)
+    folder.mkdir(parents=True)
+    for place in (run, folder):
+        (place / CONFIG).write_text(configs.to_yaml(config))
+    (folder / "progress.json").write_text(progress_text(Progress(config.train.steps, 0, {})))
+    (folder / "manifest.json").write_text(
+        manifest_text({n: fingerprint(folder / n) for n in (CONFIG, "progress.json")})
+    )
+
+
 def test_an_array_task_of_a_finished_run_leaves_it_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And one with other settings is an error, also when the run folder's config says these: it was started with them
     since."""
     run, made = tmp_path / "seed=6", configs.load(None, {"train.output": str(tmp_path / "seed=6"), "train.seed": "6"})
-    checkpoint = run / "checkpoints" / "step-00001000"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / CONFIG).write_text(configs.to_yaml(made))
-    (checkpoint / "manifest.json").write_text("{}")
-    monkeypatch.setattr(sweep, "last_progress", lambda _: Progress(1000, 0, {}))
+    write_finished(made)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     words = ["train", "--sweep", "train.seed=5,6", "--train.output", str(tmp_path)]
     (run / CONFIG).write_text(configs.to_yaml(configs.replace(made, optimizer__lr=0.5)))
@@ -194,7 +206,7 @@ def test_every_run_is_as_if_alone_and_a_finished_one_stays(made: Path, capsys: p
     assert main(command) == 0
     assert capsys.readouterr().err.count("was finished before") == 2
     assert main([*command, "--optimizer.lr", "0.5"]) == 2
-    assert "seed=0 is finished, with optimizer.lr = 0.0005 where this sweep has 0.5" in capsys.readouterr().err
+    assert "seed=0 is finished, with optimizer.lr = 0.0005 where this command has 0.5" in capsys.readouterr().err
     assert main([*command, "--train.global_batch", "5", "--processes", "2"]) == 2, "nothing of it has begun"
     assert capsys.readouterr().err.startswith("megatron-lcl train: seed=0: ")
 
@@ -204,22 +216,38 @@ def test_every_run_is_as_if_alone_and_a_finished_one_stays(made: Path, capsys: p
     [
         ({"train.log_every": "3", "data.look_ahead": "5", "data.storage_cache_gb": "1", "checkpoint.every": "7"}, None),
         ({"guard.timeout": "99", "guard.every": "7", "data.workers": "0", "train.progress": "false"}, None),
-        ({"guard.spike_sigmas": "6"}, r"guard\.spike_sigmas = None where this sweep has 6\.0"),
-        ({"guard.spike_window": "64"}, r"guard\.spike_window = 128 where this sweep has 64"),
-        ({"data.seed": "1"}, r"data\.seed = 0 where this sweep has 1"),
+        ({"train.trackers": "wandb", "train.profile": "1:2", "train.profile_ranks": "[1]"}, None),
+        ({"train.peak_flops": "1e12", "data.max_bad_images": "7", "data.max_bad_fraction": "0.5"}, None),
+        ({"contrast.strategy": "auto"}, None),  # which came to the same
+        ({"guard.spike_sigmas": "6"}, r"guard\.spike_sigmas = null where this command has 6\.0"),
+        ({"guard.spike_window": "64"}, r"guard\.spike_window = 128 where this command has 64"),
+        ({"guard.max_bad_steps": "3"}, r"guard\.max_bad_steps = 10 where this command has 3"),
+        ({"data.seed": "1"}, r"data\.seed = 0 where this command has 1"),
     ],
 )
 def test_a_finished_run_is_the_same_with_what_changes_no_result(
-    changed: dict[str, str], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, str], said: str | None, tmp_path: Path
 ) -> None:
-    write_run(tmp_path / "seed=0", [1.0], train__seed=0)
-    monkeypatch.setattr(sweep, "last_progress", lambda _: Progress(1000, 0, {}))
+    write_finished(configs.load(None, {"train.output": str(tmp_path / "seed=0")}))
     (member,) = sweep.members(None, {"train.output": str(tmp_path), **changed}, ["train.seed=0"])
     if said is None:
-        assert sweep.is_finished(member)
+        assert is_finished(member.config)
         return
     with pytest.raises(UserError, match=said):
-        sweep.is_finished(member)
+        is_finished(member.config)
+
+
+def test_a_run_without_its_last_evaluation_is_not_finished(tmp_path: Path) -> None:
+    wanted = {"train.evaluate_every": "400", "evaluate.corpus": "heldout", "evaluate.labeled": "pictures"}
+    config = configs.load(None, {"train.output": str(tmp_path / "run"), **wanted})
+    write_finished(config)
+    lines = [{"step": 800, "heldout/a": 1.0, "labeled/b": 1.0}, {"step": 1000, "loss": 1.0}]
+    for line in ({"step": 1000, "heldout/a": 1.0}, {"step": 1000, "labeled/b": 1.0}):
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
+        assert not is_finished(config)
+        lines.append(line)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert is_finished(config)
 
 
 def write_run(folder: Path, losses: Sequence[float], step: int = 1, **settings: Any) -> Path:

@@ -15,6 +15,7 @@ So a URL is in one table or in the log, or still to be fetched, at every moment.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tarfile
@@ -207,6 +208,19 @@ def read_rows(folder: Path) -> Iterator[dict[str, object]]:
     for table in tables(folder):
         for batch in pq.ParquetFile(table).iter_batches(4096, columns=SCHEMA.names):
             yield from batch.to_pylist()
+
+
+def any_kept(folder: Path) -> str | None:
+    """A URL of which the image is in a store, also in an incomplete shard; None where there is none."""
+    for table in tables(folder):
+        if kept := _kept(table):
+            return kept[0]
+    for log in folder.glob("*.log"):
+        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # complete by now; a line being written
+            for line in log.read_bytes().splitlines():
+                if (row := msgspec.json.decode(line, type=_Logged).row).status == "kept":
+                    return row.url
+    return None
 
 
 def _kept(table: Path) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_lcl.data.fetch.client import Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
-from megatron_lcl.data.fetch.store import PartStore, Row
+from megatron_lcl.data.fetch.store import PartStore, Row, any_kept
 from megatron_lcl.data.prepare.importers.urls import url_key
 from megatron_lcl.data.prepare.scratch import waiting_for_others
 from megatron_lcl.errors import UserError
@@ -22,6 +22,8 @@ GIVE_UP = 10
 """URLs of a host in a row for which it is not reached, after which its others are not tried"""
 OUTAGE_HOSTS, OUTAGE_SECONDS = 50, 60.0
 """so many hosts in a row not reached, and none for so long: the network may be to blame, not the hosts"""
+NEVER_REACHED_HOSTS = 2
+"""likewise so many at the end, where none was reached at all"""
 _WITNESSES = 3
 """hosts that gave an image, which are asked for it again to see whether the network is there"""
 
@@ -83,6 +85,7 @@ class Worker:
         self._witnesses: dict[str, str] = {}
         """an image's URL of each of the last hosts that gave one, also in earlier runs"""
         self._asking = False
+        self._reached_any = False
 
     async def run(self) -> None:
         """Until no part is left. UserError where nothing is reached any more, or a proxy refuses."""
@@ -142,6 +145,7 @@ class Worker:
             await self._check_network()
             return None
         if outcome.reached:
+            self._reached_any = True
             host.failures = 0
             if outcome.row.status == "kept":
                 self._witness(host.name, job.url)
@@ -183,13 +187,16 @@ class Worker:
 
         At the end of a list only dead hosts may be left, whose timeouts take longer than that; were they not told from
         a network that is away, the command would never come to its end. at_once: however short the time is, where there
-        are hosts to ask.
+        are hosts to ask, and however few hosts there are, where this process has reached none.
         """
         asked_at = asyncio.get_running_loop().time()
         silent = asked_at - self._reached_at
-        doubtful = silent >= OUTAGE_SECONDS or (at_once and bool(self._witnesses))
-        if self._asking or len(self._held_hosts) < OUTAGE_HOSTS or not doubtful:
+        never = at_once and not self._reached_any
+        doubtful = never or silent >= OUTAGE_SECONDS or (at_once and bool(self._witnesses))
+        if self._asking or len(self._held_hosts) < (NEVER_REACHED_HOSTS if never else OUTAGE_HOSTS) or not doubtful:
             return
+        if never and not self._witnesses and (kept := any_kept(self._output)):  # by another process
+            self._witness(host_of(kept), kept)
         self._asking = True
         try:
             for url in list(self._witnesses.values()):
@@ -202,7 +209,7 @@ class Worker:
         if self._reached_at <= asked_at:
             raise UserError(
                 f"no host was reached for {silent:.0f} s, of {len(self._held_hosts)}: is there a network, or is a "
-                "--proxy needed? The same command goes on"
+                "--proxy needed? None of their URLs is marked as dead, and the same command goes on"
             )
 
     def _release(self) -> None:

@@ -1,7 +1,8 @@
 """Out of a corpus, to batches: documents → sequences → packs → PackedBatch.
 
-sequence.py places and cuts a document (compiled); source.py is a corpus with the size of each document; packing.py
-fills packs and pack_index.py says which document goes into which, with the ledger of a run; cache.py keeps both on
-disk; images.py decodes; reader.py assembles batches (batch.py), loader.py has them made. What is read is a plain
-record, `sequence.Sequences`. Begin with reader.PackReader. May import config and data.corpus, never torch.distributed.
+rules.py says what is read, as a plain record, `Sequences`; sequence.py places and cuts a document (compiled); source.py
+is a corpus with the size of each document; packing.py fills packs and pack_index.py says which document goes into
+which, with the ledger of a run (sequential_index.py does of an evaluation); cache.py keeps both on disk; images.py
+decodes; reader.py assembles batches (batch.py), loader.py has them made. Begin with reader.PackReader. May import
+config and data.corpus, never torch.distributed.
 """

@@ -9,7 +9,8 @@ import numpy as np
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.document import Kind
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.loading.sequence import Rules, Sequences, measure
+from megatron_lcl.data.loading.rules import Rules, Sequences
+from megatron_lcl.data.loading.sequence import measure
 from megatron_lcl.data.loading.source import pieces_of, rules_of_kinds
 from megatron_lcl.errors import UserError
 

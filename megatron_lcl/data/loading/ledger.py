@@ -19,7 +19,7 @@ from megatron_lcl.config import Config, Data
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import packing
-from megatron_lcl.data.loading.sequence import INTERLEAVED, Sequences
+from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
 from megatron_lcl.data.loading.source import VERSION, open_source
 from megatron_lcl.errors import UserError
 

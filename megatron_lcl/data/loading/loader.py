@@ -17,12 +17,10 @@ from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, Reading, open_ledger
-from megatron_lcl.data.loading.pack_index import PackIndex, SequentialIndex
+from megatron_lcl.data.loading.pack_index import PackIndex
 from megatron_lcl.data.loading.reader import PackReader, SequenceOrigin
-from megatron_lcl.data.loading.sequence import (
-    INTERLEAVED,
-    Sequences,
-)
+from megatron_lcl.data.loading.rules import INTERLEAVED, Sequences
+from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError
 

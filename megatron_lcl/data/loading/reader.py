@@ -16,15 +16,10 @@ from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.data.loading.hashes import shuffled, uniform
 from megatron_lcl.data.loading.images import decode_eval, decode_train
-from megatron_lcl.data.loading.pack_index import Pack, PackIndex, SequentialIndex, range_of
-from megatron_lcl.data.loading.sequence import (
-    IMAGE_ROW,
-    PIECE,
-    SEQUENCE,
-    START,
-    STOP,
-    Sequences,
-)
+from megatron_lcl.data.loading.pack_index import Pack, PackIndex, range_of
+from megatron_lcl.data.loading.rules import Sequences
+from megatron_lcl.data.loading.sequence import IMAGE_ROW, PIECE, SEQUENCE, START, STOP
+from megatron_lcl.data.loading.sequential_index import SequentialIndex
 from megatron_lcl.data.loading.source import Source, key
 
 

@@ -22,20 +22,17 @@ from megatron_lcl.data.corpus.files import new_array
 from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.loading.hashes import mix
+from megatron_lcl.data.loading.rules import INTERLEAVED, Rules, Sequences, rules_for
 from megatron_lcl.data.loading.sequence import (
     END,
     IMAGE_ROW,
-    INTERLEAVED,
     SEQUENCE,
     START,
     STOP,
-    Rules,
-    Sequences,
     arrange,
     arranged_sizes,
     has_ends,
     measure,
-    rules_for,
 )
 from megatron_lcl.errors import UserError
 

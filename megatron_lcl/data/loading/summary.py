@@ -10,7 +10,7 @@ from megatron_lcl.config.phases import phase_at
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex
-from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.data.loading.rules import Sequences
 
 PACKS = 64
 """packs that are looked at; those of a corpus are alike, being drawn at random"""

@@ -20,7 +20,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import PackedLoader, loader_of
 from megatron_lcl.data.loading.reader import SequenceOrigin
-from megatron_lcl.data.loading.sequence import Sequences
+from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.errors import UserError
 
 _SHOWN = 144

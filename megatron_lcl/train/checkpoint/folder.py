@@ -125,10 +125,16 @@ def list_checkpoints(run: Path) -> list[Path]:
     return checkpoints_in(run) if (run / CHECKPOINTS).is_dir() else []
 
 
+def last_checkpoint(run: Path) -> Path | None:
+    """A run's newest checkpoint whose `progress.json` and `config.yaml` are whole; None where there is none."""
+    found = reversed(list_checkpoints(run))
+    return next((folder for folder in found if not verify(folder, only=(PROGRESS, CONFIG))), None)
+
+
 def last_progress(run: Path) -> Progress | None:
     """Where a run stands by its newest checkpoint whose `progress.json` is whole; None where there is none."""
-    saved = [folder for folder in list_checkpoints(run) if not verify(folder, only=(PROGRESS,))]
-    return read_progress(saved[-1]) if saved else None
+    folder = last_checkpoint(run)
+    return None if folder is None else read_progress(folder)
 
 
 def last_ledger(run: Path) -> Ledger | None:

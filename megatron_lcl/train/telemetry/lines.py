@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ def keep_lines_before(path: Path, step: int) -> None:
             continue
     if kept != lines:
         replace_text(path, "".join(kept))
+
+
+def measured_after(run: Path, step: int) -> set[str]:
+    """The names of the numbers after a step, the last one that metrics.jsonl tells of; none where it does not."""
+    path, names = run / METRICS, set[str]()
+    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError):  # cut off in writing
+            found = json.loads(line)
+            if found["step"] < step:
+                break
+            names |= found.keys()
+    return names
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

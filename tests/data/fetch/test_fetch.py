@@ -227,21 +227,24 @@ def test_host_that_does_not_answer(server: Server, tmp_path: Path) -> None:
     assert 10 <= reasons["no connection"] <= 10 + 32
 
 
+@pytest.mark.parametrize(("hosts", "seconds"), [(60, 0.0), (60, 60.0), (2, 60.0)])
 def test_nothing_is_reached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hosts: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a network no URL is called dead."""
-    monkeypatch.setattr("megatron_lcl.data.fetch.work.OUTAGE_SECONDS", 0.0)
+    """Without a network no URL is called dead; in the first run neither, nor of a short list."""
+    monkeypatch.setattr("megatron_lcl.data.fetch.work.OUTAGE_SECONDS", seconds)
     listed = tmp_path / "urls.txt"
-    listed.write_text("\n".join(f"http://127.0.1.{k}:9/a" for k in range(60)))
+    listed.write_text("\n".join(f"http://127.0.1.{k}:9/a" for k in range(hosts)))
     words = ["fetch", str(listed), "--output", str(tmp_path / "store"), *FLAGS, "--retries", "0"]
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-lcl fetch:")]
     assert "is there a network" in line
     assert not list(read_rows(tmp_path / "store"))
-    monkeypatch.undo()
-    assert main(words) == 0
-    assert Counter(row["reason"] for row in read_rows(tmp_path / "store")) == {"no connection": 60}
+    assert not any(log.read_bytes() for log in (tmp_path / "store").glob("*.log"))
+
+
+def test_a_single_dead_host_tells_nothing_of_the_network(tmp_path: Path) -> None:
+    assert run(["http://127.0.0.9:9/a"], tmp_path) == {"/a": ("dead", "no connection")}
 
 
 def test_full_disk(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,13 +92,28 @@ def test_every_part_is_opened(
     for module in (work, schedule):
         monkeypatch.setattr(module, "MAX_OPEN_URLS", max_open_urls)
     urls = [f"http://dead{k}.example/a" for k in range(20)] + [f"http://{hosts.format(k)}/b" for k in range(20)]
+    urls.append("http://live.example/a")  # else the network would be to blame
     plan = planned(tmp_path, urls)
     assert len(plan.parts) > max_open_parts + 1
     seconds = work_on(tmp_path, plan, max_open_parts)
     if max_open_urls > len(urls) and max_open_parts > 1:  # the timeouts are waited for at once
         assert seconds < 3 * (3 * 10 + 6)
     live = 20 if "dead" not in hosts else 0
-    assert reasons(tmp_path) == {"no connection": 40 - live} | ({"kept": live} if live else {})
+    assert reasons(tmp_path) == {"no connection": 40 - live, "kept": live + 1}
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_process_with_dead_hosts_alone_asks_a_host_of_another(tmp_path: Path, is_complete: bool) -> None:
+    """By the other's image in the store: were there none, the network might be to blame."""
+    plan = planned(tmp_path, [f"http://dead{k}.example/a" for k in range(3)])
+    with pytest.raises(UserError, match=r"no host was reached for \d+ s, of 3: is there a network"):
+        work_on(tmp_path, plan, 16)
+    other = PartStore(tmp_path, len(plan.parts), 1)
+    other.add(*image_of("http://live.example/a"))
+    other.finish() if is_complete else other.close()
+    work_on(tmp_path, plan, 16)
+    found = reasons(tmp_path)
+    assert found["no connection"] == 3
 
 
 def test_no_network_and_more_urls_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_and_open, build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
-from megatron_lcl.data.loading.sequence import INTERLEAVED
+from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
 

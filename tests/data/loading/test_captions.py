@@ -18,17 +18,8 @@ from megatron_lcl.data.corpus.document import Image, Text
 from megatron_lcl.data.corpus.store import Corpus as Store
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.sequence import (
-    CAPTIONED_PAIRS,
-    CAPTIONS,
-    END,
-    INTERLEAVED,
-    PAIRS,
-    Sequences,
-    arrange,
-    arranged_sizes,
-    rules_for,
-)
+from megatron_lcl.data.loading.rules import CAPTIONED_PAIRS, CAPTIONS, INTERLEAVED, PAIRS, Sequences, rules_for
+from megatron_lcl.data.loading.sequence import END, arrange, arranged_sizes
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify

@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.contrast import corpora_without_pairs
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.sequence import INTERLEAVED
+from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify

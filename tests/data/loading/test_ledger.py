@@ -23,7 +23,7 @@ from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledge
 from megatron_lcl.data.loading.loader import loader_of
 from megatron_lcl.data.loading.pack_index import PackIndex, range_of
 from megatron_lcl.data.loading.reader import draw_patches
-from megatron_lcl.data.loading.sequence import INTERLEAVED
+from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
 

@@ -23,7 +23,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import reader
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
-from megatron_lcl.data.loading.sequence import INTERLEAVED
+from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import render_first_packs, replay_html
 from megatron_lcl.errors import UserError
 from megatron_lcl.objectives import objective_class

@@ -23,7 +23,7 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import pack_index
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
-from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS, Sequences
+from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS, Sequences
 
 STEPS = 200
 """more than an epoch takes"""

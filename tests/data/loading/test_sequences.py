@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.loading.hashes import shuffled
-from megatron_lcl.data.loading.sequence import (
-    END,
-    IMAGE_ROW,
-    Rules,
-    arrange,
-    arranged_sizes,
-    has_ends,
-    rules_for,
-    select,
-)
+from megatron_lcl.data.loading.rules import Rules, rules_for
+from megatron_lcl.data.loading.sequence import END, IMAGE_ROW, arrange, arranged_sizes, has_ends, select
 
 NATURAL = Rules(4, 32, 2, False, 0.24, 1, 6, 1, 0.5, False, False, False)
 

@@ -12,7 +12,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.loading.pack_index import open_ledger
-from megatron_lcl.data.loading.sequence import INTERLEAVED, PAIRS
+from megatron_lcl.data.loading.rules import INTERLEAVED, PAIRS
 from megatron_lcl.data.loading.summary import PACKS, Summary, summarize_config
 from megatron_lcl.objectives import objective_class
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, alive, descendants, last_step, losses, train
+from fleet import Fleet, alive, descendants, last_step, lines, losses, train
 
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -151,6 +151,27 @@ def test_a_signal_during_an_evaluation(config_file: str, undisturbed: list[tuple
     assert saved_steps(run) == [4]
     assert last_step(run) == 4
     goes_on(run, config_file, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_last_evaluation(config_file: str, tmp_path: Path) -> None:
+    """The same command makes it up, once; with other settings it is refused, and the config says what was trained."""
+    run, marks = tmp_path / "run", tmp_path / "evaluating"
+    corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
+    words = ["--config", config_file, "--train.steps", "2", "--train.evaluate_every", "4", "--evaluate.corpus", corpus]
+    with Fleet(run, *words, plant=slow_evaluation, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        os.kill(fleet.pid(1), signal.SIGUSR1)
+        assert fleet.wait(20) == [REQUEUE, REQUEUE], fleet.said()
+        assert "the evaluation after step 2 is broken off" in fleet.said()
+    assert saved_steps(run) == [2]
+    config = (run / "config.yaml").read_bytes()
+    said = train(run, "--config", *words[1:], "--optimizer.lr", "0.5", "--data.seed", "3", code=2)
+    assert "is finished, with data.seed = 0 where this command has 3, optimizer.lr = 0.01 where" in said
+    assert "held out, after step 2: " in train(run, *words, "--train.log_every", "7")
+    assert "held out, after" not in train(run, *words)
+    assert [line["step"] for line in lines(run) if "heldout/seconds" in line] == [2]
+    assert (run / "config.yaml").read_bytes() == config
 
 
 @pytest.mark.slow
