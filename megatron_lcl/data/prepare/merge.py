@@ -23,6 +23,7 @@ from megatron_lcl.data.corpus.drops import LOG, NAMES_KEPT, Drops
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.storage.paths import path_of
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 
@@ -34,9 +35,11 @@ def merge(corpora: Sequence[str | Path], output: str | Path, move: bool = False)
     `move` they are removed once the new manifest is written. Done before with the same corpora, it is recognized, and
     an interrupted removal goes on. Every shard keeps its kind of documents. Raises UserError where the tokenizers
     differ, a corpus is given twice, has lost a file or part of one, or is in object storage and to be moved, or the
-    folder holds something else.
+    folder is one of the corpora or holds something else.
     """
     sources, output = [Path(c) for c in corpora], Path(output)
+    if path_of(output).resolve() in (path_of(source).resolve() for source in sources):
+        raise UserError(f"{output} is the output, and given as a corpus to merge as well; leave it out of the corpora")
     if move and (remote := [url for source in sources if (url := url_of(source))]):
         raise UserError(f"--move removes corpora of a disk, and {remote[0]} is none; leave it out")
     if not _is_done(sources, output, move):

@@ -127,7 +127,9 @@ def test_merge_retokenize_and_export_a_corpus(s3: Proxy, place: str, tmp_path: P
     assert main(["merge", *urls, "--output", str(tmp_path / "fetched")]) == 0
     assert files(tmp_path / "fetched") == files(tmp_path / "merged")
     assert main(["merge", *urls, "--output", str(tmp_path / "fetched")]) == 0  # recognized
-    assert main(["merge", *urls, "--output", f"{place}/merged"]) == 2
+    for given in (urls, [f"{place}/merged"]):
+        assert main(["merge", *given, "--output", f"{place}/merged"]) == 2
+    assert objects(f"{place}/merged") == files(tmp_path / "merged")
     assert main(["merge", *map(str, made), "--move", "--output", f"{place}/moved"]) == 2
     assert main(["merge", *urls, "--move", "--output", str(tmp_path / "moved")]) == 2
     assert main(["export-corpus", str(made[0]), "--output", str(tmp_path / "lines")]) == 0
