@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data import writers
 from data.helpers import TOKENIZER, documents_of, plain
 from data.writers import picture
 
@@ -17,6 +19,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import coco, create
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
 
 
 def write(tmp_path: Path, num_images: int = 9) -> Path:
@@ -58,6 +61,33 @@ def test_the_captions_that_pycocotools_finds(tmp_path: Path, monkeypatch: pytest
     assert plain(list(corpus)) == expected
     assert (corpus.kinds, corpus.name(2)) == (("pairs",), "captions.json:2#0 102")
     assert summary.counts["images"] == 9
+
+
+def test_tars_beside_the_file_are_of_the_input(tmp_path: Path) -> None:
+    """One that is replaced makes another corpus, and what was found in the old one is not used for it."""
+    images = [{"id": k, "file_name": f"{k}.png"} for k in range(4)]
+    annotations = [{"image_id": k, "caption": str(k)} for k in range(4)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+    def write_tar(order: list[int]) -> None:
+        with tarfile.open(tmp_path / "in/0.tar", "w") as tar:
+            for k in order:
+                writers._add(tar, f"{k}.png", picture(k))
+
+    write_tar([0, 1, 2, 3])
+    first = create("coco", tmp_path / "in", None, {}).signature()
+    given = create("coco", tmp_path / "in/a.json", tmp_path / "in", {}).signature()
+    jobs = {"tokenizer": TOKENIZER, "task_bytes": 1}
+    preprocess("coco", tmp_path / "in", tmp_path / "out", job=(1, 2), **jobs)  # type: ignore[arg-type]
+    write_tar([3, 2, 1, 0])
+    assert create("coco", tmp_path / "in", None, {}).signature() != first
+    # with --images the recipe has the tars by that, and earlier corpora are recognized
+    assert create("coco", tmp_path / "in/a.json", tmp_path / "in", {}).signature() == given
+    with pytest.raises(UserError, match="unfinished corpus of other input"):
+        preprocess("coco", tmp_path / "in", tmp_path / "out", job=(0, 2), **jobs)  # type: ignore[arg-type]
+    documents = documents_of(create("coco", tmp_path / "in", None, {}))[0]
+    assert plain(documents) == [[(picture(k), None, None), str(k)] for k in range(4)]
 
 
 def test_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,8 @@ class CocoImporter(FilesImporter):
         super().__init__(input)
         self.images = ImageSource(images or self.root)
         self.rules += bool(self.images.archives)
+        if images is None:  # else earlier corpora would not be recognized; preprocess notes the archives of --images
+            self.beside = self.images.archives
         self._read: tuple[Path, _Captions | str] | None = None
         if len(self.files) == 1 and isinstance(fault := self._captions(self.files[0]), str):
             raise UserError(f"{self.files[0]} holds no COCO captions: {fault}")

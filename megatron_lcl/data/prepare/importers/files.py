@@ -184,6 +184,8 @@ class FilesImporter(Importer):
     """Reads the files of a folder that have one of `suffixes`, or one file."""
 
     suffixes: ClassVar[tuple[str, ...]]
+    beside: Sequence[Path] = ()
+    """other files of the input, as archives of images are: documents depend on these, too"""
 
     def __init__(self, input: Path) -> None:
         self.found = find_files(input, self.suffixes, self.reads)
@@ -197,7 +199,7 @@ class FilesImporter(Importer):
         return self.found.read
 
     def signature(self) -> str:
-        return files_signature(self.found.paths(), self.root)
+        return files_signature(itertools.chain(self.found.paths(), self.beside), self.root)
 
     def units(self) -> list[Unit]:
         return [*self.units_of_files(), *self.found.skipped_units()]

@@ -17,7 +17,7 @@ import msgspec
 from megatron_lcl.data.corpus.document import KINDS, Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import Unit, files_signature
+from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, typed_lines
 from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.errors import UserError
@@ -56,9 +56,7 @@ class JsonlImporter(LinesImporter):
         self.kind = kind or None  # type: ignore[assignment]
         self.images = ImageSource(images or self.root)
         self.rules += bool(self.images.archives)
-
-    def signature(self) -> str:
-        return files_signature([*self.files, *self.images.archives], self.root)
+        self.beside = self.images.archives
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)

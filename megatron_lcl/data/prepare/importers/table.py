@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import Unit, files_signature, lines
+from megatron_lcl.data.prepare.importers import Unit, lines
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, is_compressed, line_units, text_lines
 from megatron_lcl.data.prepare.importers.row_groups import (
     DAMAGE,
@@ -70,12 +70,10 @@ class TableImporter(LinesImporter):
         self.text, self.image, self.join = text_column, image_column, join
         self.images, self.keys = ImageSource(images or self.root), UrlKeys(images or self.root)
         self.rules += bool(self.images.archives)
+        self.beside = [*self.images.archives, *self.keys.tables]
         names = next((names for file in self.files if (names := self._header(file)) is not None), None)
         if names is not None:
             self._choose_columns(names)
-
-    def signature(self) -> str:
-        return files_signature([*self.files, *self.images.archives, *self.keys.tables], self.root)
 
     def prepare(self, folder: Path) -> None:
         self.images.prepare(folder)
