@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.helpers import documents_of, plain
+from data.helpers import TOKENIZER, documents_of, plain
 from data.writers import picture
 
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.importers.files import find_files
+from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
 
 
@@ -91,3 +92,26 @@ def test_links_to_nothing_are_bad_documents(tmp_path: Path) -> None:
     (tmp_path / "in/a.jsonl").unlink()
     with pytest.raises(UserError, match=r"b\.jsonl is a link to a file that is not there"):
         names(tmp_path / "in")
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """A name without a suffix was a folder's, mostly: a disk that is not mounted."""
+    write(tmp_path, "in/a.jsonl")
+    (tmp_path / "in/part2").symlink_to(tmp_path / "disk2/part2")
+    message = r"in/part2 is a link to .*disk2/part2, which is not there: mount its disk, .* or remove the link"
+    for format in ("jsonl", "html"):
+        with pytest.raises(UserError, match=message):
+            create(format, tmp_path / "in", None, {})
+    (tmp_path / "in/part2").rename(tmp_path / "in/.part2")  # hidden, as programs leave links in place of locks
+    assert names(tmp_path / "in") == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_tar_of_images_that_is_not_there_is_an_error(tmp_path: Path, given: bool) -> None:
+    write(tmp_path, "in/a.jsonl")
+    (tmp_path / "images").mkdir()
+    (tmp_path / ("images" if given else "in") / "0.tar").symlink_to(tmp_path / "disk/0.tar")
+    with pytest.raises(UserError, match=r"/0\.tar is a link to .*disk/0\.tar, which is not there: mount its disk"):
+        preprocess("jsonl", tmp_path / "in", tmp_path / "out", images=tmp_path / "images" if given else None,
+                   tokenizer=TOKENIZER)  # fmt: skip
+    assert not (tmp_path / "out").exists()

@@ -120,14 +120,24 @@ class Importer(ABC):
 
 
 def files_signature(files: Iterable[Path], root: Path) -> str:
-    """A hash of names below `root`, sizes and modification times, of objects ETags."""
+    """A hash of names below `root`, sizes, times of change or, of objects, ETags. UserError where one is not there."""
     digest = xxhash.xxh3_128()
     for file in files:
-        stat = file.stat()
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            raise not_there(file) from None
         name = file.relative_to(root) if file.is_relative_to(root) else file.name
         version = file.about[1] if isinstance(file, ObjectPath) and file.about else stat.st_mtime_ns
         digest.update(f"{name}\0{stat.st_size}\0{version}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def not_there(path: Path) -> UserError:
+    """What is said of a file or folder that was listed and cannot be found."""
+    link = not isinstance(path, ObjectPath) and path.is_symlink()
+    where = f"{path} is a link to {path.readlink()}, which" if link else str(path)
+    return UserError(f"{where} is not there: mount its disk, fetch it, or remove the link")
 
 
 def formats() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from abc import abstractmethod
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature
+from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature, not_there
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
@@ -90,7 +91,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     """`input` itself, or all files below it that have one of the suffixes. reads: what they are, for the error.
 
     Of a file and compressed copies of it in the same folder (`a.jsonl`, `a.jsonl.gz`) one is read, the uncompressed one
-    if it is there. UserError where there is nothing to read, or where a folder cannot be read.
+    if it is there. UserError where there is nothing to read, or where a folder cannot be read or is not there.
     """
     if input.is_file():
         return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
@@ -101,6 +102,9 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     if isinstance(input, ObjectPath):
         objects = {path.relative_to(input).as_posix(): path for path in input.rglob("*")}
     for folder, files in _folders(input, objects):
+        for name in files if not objects else ():
+            if "." not in name:
+                _refuse_lost_folder(input / folder / name)
         for _, group in itertools.groupby(sorted(files, key=_base), key=_base):
             named = [name for name in group if _is_named(name, suffixes, plain)]
             copies = [name for name in named if objects or Path(input, folder, name).is_file()]
@@ -149,6 +153,15 @@ def _folders(input: Path, objects: Iterable[str]) -> Iterator[tuple[str, list[st
 def _is_gone(*path: str | Path) -> bool:
     """As the files of a disk that is not mounted, or those of git-annex that were not fetched."""
     return os.path.islink(file := os.path.join(*path)) and not os.path.exists(file)
+
+
+def _refuse_lost_folder(path: Path) -> None:
+    """A link to nothing was one to a folder, mostly, where its name has no suffix; one in a circle never had files."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise not_there(path) from None
 
 
 def _refuse(error: OSError) -> None:
