@@ -84,6 +84,17 @@ def test_books(tmp_path: Path) -> None:
     assert plain(list(open_corpus(summary.path))) == shown(0)
 
 
+@pytest.mark.parametrize("name", ["İnce.epub", "shelf.epub/B.EPUB", "a.epub/b.epub/c.epub"])
+def test_names_that_a_book_may_have(tmp_path: Path, name: str) -> None:
+    """A letter that is two in lower case; a folder that is named like a book."""
+    (tmp_path / "in" / name).parent.mkdir(parents=True)
+    write_book(tmp_path / "in" / name)
+    write_book(tmp_path / "in/z.epub", 1)
+    found, _ = documents_of(create("epub", tmp_path / "in", None, {}))
+    assert sorted(map(str, plain(found))) == sorted(map(str, [*shown(0), *shown(1)]))
+    assert {d.metadata["group"] for d in found} == {name, "z.epub"}
+
+
 def test_what_is_bad(tmp_path: Path) -> None:
     write_book(tmp_path / "in/a.epub", 0, META_INF__encryption_xml=ENCRYPTION)
     (tmp_path / "in/b.epub").write_bytes((tmp_path / "in/a.epub").read_bytes()[:2000])

@@ -7,6 +7,7 @@ out together. Source: EPUB 3.3 (W3C), which EPUB 2 agrees with in what is read h
 from __future__ import annotations
 
 import posixpath
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from megatron_lcl.errors import UserError
 
 _PAGES = ("application/xhtml+xml", "text/html")
 _CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
-_ENDS = ".epub/"
 _DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError, RuntimeError, NotImplementedError)
 
 
@@ -46,11 +46,12 @@ class EpubImporter(HtmlImporter):
             raise UserError("format epub has its images in the books; leave out --images")
         self._faults: dict[str, str] = {}
         self._ids: dict[str, str] = {}
+        """of the books that can be read, by their names"""
         pages = Names()
         for file in self.found.paths():
             book = self.found.name(file)
             try:
-                if not book.lower().endswith(_ENDS[:-1]):
+                if not book.lower().endswith(self.suffixes):
                     raise ValueError
                 members, self._ids[book], faults = _spine(self._archive(book))
                 if not members:
@@ -76,11 +77,11 @@ class EpubImporter(HtmlImporter):
         return Page(fault=self._faults[name]) if name in self._faults else super().parse(name)
 
     def about(self, name: str) -> dict[str, str]:
-        book, _ = _split_name(name)
+        book, _ = self._split(name)
         return {"group": book, "id": self._ids[book]}
 
     def locate(self, page: str, url: SplitResult) -> Path | None:
-        book, member = _split_name(page)
+        book, member = self._split(page)
         if url.scheme or url.netloc:
             return None
         found = posixpath.normpath(posixpath.join(posixpath.dirname(member), unquote(url.path)))
@@ -94,16 +95,21 @@ class EpubImporter(HtmlImporter):
         if info.file_size > MAX_FILE:
             raise ValueError
         try:
-            return self._archive(_split_name(name)[0]).read(info)
+            return self._archive(self._split(name)[0]).read(info)
         except _DAMAGE as error:
             raise ValueError from error
 
     def _info(self, name: str) -> zipfile.ZipInfo:
-        book, member = _split_name(name)
+        book, member = self._split(name)
         try:
             return self._archive(book).getinfo(member)
         except _DAMAGE as error:
             raise ValueError from error
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """(book, member). A book is a file, so none lies below another."""
+        book = next(book for end in re.finditer("/", name) if (book := name[: end.start()]) in self._ids)
+        return book, name[len(book) + 1 :]
 
     def _archive(self, book: str) -> zipfile.ZipFile:
         """The book, opened; the last one stays so."""
@@ -114,12 +120,6 @@ class EpubImporter(HtmlImporter):
             file = self.found.path(book)
             self._opened = book, zipfile.ZipFile(file.open("rb") if isinstance(file, ObjectPath) else file)
         return self._opened[1]
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """(book, member)."""
-    at = name.lower().index(_ENDS) + len(_ENDS)
-    return name[: at - 1], name[at:]
 
 
 def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, dict[str, str]]:
