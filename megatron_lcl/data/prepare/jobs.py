@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.storage.store import url_of
@@ -34,5 +36,7 @@ def preprocess_in_jobs(
             arguments[name] = Path(value).resolve()
             if name != "held_out":
                 reads.append(arguments[name])
+    folders = [output, *(Path(held) for held in [arguments.get("held_out")] if held is not None)]
+    finished = all((folder / MANIFEST).exists() for folder in folders)
     run_jobs(preprocess, arguments, engine, output=output, reads=reads, cpus=workers, progress=progress)
-    return preprocess(**arguments)  # finished: only reads the summary
+    return replace(preprocess(**arguments), reused=finished)  # only reads the summary

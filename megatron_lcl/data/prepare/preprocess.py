@@ -72,7 +72,7 @@ class Summary:
     vocab_size: int
     """0 while other jobs are not done"""
     reused: bool = False
-    """the folder already held the finished corpus"""
+    """the folder already held the finished corpus, and that of the held-out documents was there, too"""
     held_out: Summary | None = None
 
     def at(self, place: str, held_out: str | None) -> Summary:
@@ -95,6 +95,11 @@ class Summary:
             lines.append(f"  {row['what']}  {row['count']:,}  {row['reason']}{example}")
         if self.held_out is not None:
             lines.append(f"held out: {self.held_out}")
+        if self.reused:
+            lines.append(
+                "finished before, and not read again. Images in folders are not compared: if some were added or "
+                "changed, give new folders, or remove these"
+            )
         return "\n".join(lines)
 
 
@@ -190,8 +195,8 @@ def preprocess(
                     "remove both, or give new folders"
                 )
     if all(finished):
-        training, *rest = (_summary(folder, reused=True) for folder, _ in sides)
-        return _with(training, rest)
+        training, *rest = (_summary(folder) for folder, _ in sides)
+        return replace(_with(training, rest), reused=True)
 
     try:
         importer.scan(bars.scan(importer, workers))
@@ -391,12 +396,10 @@ def _write_corpus(
             clear_up(folder)
 
 
-def _summary(folder: Path, reused: bool = False) -> Summary:
+def _summary(folder: Path) -> Summary:
     if not (folder / MANIFEST).exists():  # other jobs are not done yet
         return Summary(
             folder, dict.fromkeys(("documents", "tokens", "placements", "images", "image_bytes"), 0), Drops(), 0
         )
     manifest = read_manifest(folder)
-    return Summary(
-        folder, manifest["counts"], Drops.from_dict(manifest["drops"]), manifest["tokenizer"]["vocab_size"], reused
-    )
+    return Summary(folder, manifest["counts"], Drops.from_dict(manifest["drops"]), manifest["tokenizer"]["vocab_size"])

@@ -25,7 +25,8 @@ from megatron_lcl.data.corpus import indexed
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.prepare import importers, preprocess_task
+from megatron_lcl.data.engines import Engine
+from megatron_lcl.data.prepare import importers, jobs, preprocess_task
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
@@ -270,6 +271,30 @@ def test_run_twice_is_recognized(source: Path, tmp_path: Path) -> None:
     again = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER)
     assert (first.reused, again.reused) == (False, True)
     assert first.counts == again.counts
+
+
+@pytest.mark.parametrize("in_jobs", [False, True])
+def test_a_finished_corpus_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_jobs: bool) -> None:
+    """Once, with what to do where images in folders were changed, as none are compared."""
+    monkeypatch.setattr(jobs, "run_jobs", lambda function, arguments, *_, **__: function(**arguments))
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps({"items": [{"text": f"text {k}"}, {"image": f"{k}.png"}]}) for k in range(10)]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
+    for k in range(9):
+        (tmp_path / f"in/{k}.png").write_bytes(picture(k))
+    both = {"held_out": tmp_path / "held", "held_out_fraction": 0.3, "tokenizer": "clip"}
+    told = (
+        "finished before, and not read again. Images in folders are not compared: if some were added or changed, give"
+    )
+    for number in range(2):
+        if in_jobs:
+            engine = Engine("local", 1)
+            found = jobs.preprocess_in_jobs("jsonl", tmp_path / "in", tmp_path / "out", engine, **both)
+        else:
+            found = preprocess("jsonl", tmp_path / "in", tmp_path / "out", **both)  # type: ignore[arg-type]
+        assert str(found).count(told) == number
+        assert str(found.at("s3://a/out", "s3://a/held")).count(told) == number
+        (tmp_path / "in/9.png").write_bytes(picture(9))
 
 
 def test_other_images_make_another_corpus(tmp_path: Path) -> None:
