@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -116,6 +117,14 @@ def test_images_in_compressed_tars_are_named(tmp_path: Path) -> None:
     (tmp_path / "1.tar").unlink()
     with pytest.raises(BadImage, match=r"file missing, and 1\.tar\.gz is compressed, which is not read: unpack it"):
         ImageSource(tmp_path).read("1.png")
-    (tmp_path / "0.tar").unlink()  # without any tar
+    for name in ("shard.0.tar", "shard.0.tar.gz", "shard.1.tgz", "shard.1.tar"):
+        shutil.copy(tmp_path / "0.tar", tmp_path / name)
+    with pytest.raises(BadImage, match=r"and 1\.tar\.gz is compressed"):
+        ImageSource(tmp_path).read("1.png")
+    (tmp_path / "1.tar.gz").unlink()
+    with pytest.raises(BadImage, match=r"^file missing$"):
+        ImageSource(tmp_path).read("1.png")
+    for tar in tmp_path.glob("*.tar"):  # without any tar
+        tar.unlink()
     with pytest.raises(BadImage, match=r"0\.tar\.gz is compressed"):
         ImageSource(tmp_path).read("1.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tarfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import preprocess
 
@@ -76,6 +78,52 @@ def test_the_whole_name_goes_before_a_part_in_the_tar_beside(tmp_path: Path) -> 
     assert read(source, "cats/1.png", ("2",)) == b"other"
     assert read(source, "cats/1.png", ("0",)) == SEVERAL
     assert read(source, "birds/1.png", ("0",)) == b"part"
+
+
+def test_the_longest_end_of_all_names_goes_first(tmp_path: Path) -> None:
+    source = source_of(tmp_path, {"0": {f"mmc4/{n}/1.png": n.encode() for n in ("shard_151", "shard_152", "x")}})
+    assert read(source, ["1.png", "151/1.png", "shard_151/1.png"]) == b"shard_151"
+    assert read(source, ["1.png", "y/1.png"]) == SEVERAL
+
+
+def test_images_of_a_shard_of_mmc4_in_one_tar_of_all(tmp_path: Path) -> None:
+    page = {"text_list": ["t"], "image_info": [{"image_name": "1.png", "matched_text_index": 0, "matched_sim": 0.3}]}
+    (tmp_path / "in").mkdir()
+    for shard in (151, 152):
+        (tmp_path / f"in/docs_no_face_shard_{shard}_v3.jsonl").write_text(json.dumps(page))
+    source_of(tmp_path / "images", {"all": {f"mmc4/shard_{k}/1.png": picture(k) for k in (151, 152)}})
+    documents, drops = documents_of(create("mmc4", tmp_path / "in", tmp_path / "images", {}))
+    assert [[i.data for i in d.images] for d in documents] == [[picture(151)], [picture(152)]]
+    assert not drops.bad_counts
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "JSONL.gz", "csv", "parquet"])
+def test_the_tar_that_is_named_like_a_file(tmp_path: Path, suffix: str) -> None:
+    """The whole name but for the suffixes of the format, however many dots it has."""
+    for k in range(3):
+        file = tmp_path / f"in/shard.{k:05d}.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        if suffix == "parquet":
+            pq.write_table(pa.table({"images": [["http://x/1", None]], "texts": [[None, "t"]]}), file)
+        elif suffix == "csv":
+            file.write_text("key,text\n1,t\n")
+        else:
+            line = json.dumps({"items": [{"image": "1.png"}, {"text": "t"}]}).encode()
+            file.write_bytes(line if suffix == "jsonl" else gzip.compress(line))
+    source_of(tmp_path / "images", {f"shard.{k:05d}": {"1.png": picture(k)} for k in range(3)})
+    format = {"csv": "table", "parquet": "obelics"}.get(suffix, "jsonl")
+    options = {"image_name": "1"} if suffix == "parquet" else {}
+    documents, drops = documents_of(create(format, tmp_path / "in", tmp_path / "images", options))
+    assert [[i.data for i in d.images] for d in documents] == [[picture(k)] for k in range(3)]
+    assert not drops.bad_counts
+
+
+@pytest.mark.parametrize(("name", "stem"), [("a.b.jsonl.zst", "a.b"), ("a.b.txt", "a.b"), ("a", "a")])
+def test_a_single_file_may_have_any_suffix(tmp_path: Path, name: str, stem: str) -> None:
+    (tmp_path / name).write_text("{}")
+    importer = create("jsonl", tmp_path / name, None, {})
+    assert isinstance(importer, FilesImporter)
+    assert importer.stem(tmp_path / name) == stem
 
 
 def test_of_images_alike_one_is_taken(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     """
     if input.is_file():
         return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
-    plain = {_uncompressed(suffix) for suffix in suffixes}
+    plain = {uncompressed(suffix) for suffix in suffixes}
     read: list[str] = []
     skipped: list[tuple[Path, str]] = []
     objects: dict[str, Path] = {}
@@ -172,15 +172,15 @@ def _refuse(error: OSError) -> None:
 
 def _base(name: str) -> str:
     """The same for copies of one file."""
-    return _uncompressed(name).removesuffix(".jsonl")
+    return uncompressed(name).removesuffix(".jsonl")
 
 
 def _is_named(name: str, suffixes: Sequence[str], plain: set[str]) -> bool:
-    base = _uncompressed(name)
+    base = uncompressed(name)
     return name.lower().endswith(tuple(suffixes)) or base.lower().endswith(tuple(plain - {""}))
 
 
-def _uncompressed(name: str) -> str:
+def uncompressed(name: str) -> str:
     """The name without what says how it is compressed."""
     lower = name.lower()
     if lower.endswith(".tgz"):
@@ -210,6 +210,11 @@ class FilesImporter(Importer):
     @property
     def files(self) -> list[Path]:
         return self.found.read
+
+    def stem(self, file: Path) -> str:
+        """A file's name without the format's suffix: an archive of its images may have it."""
+        suffixes = (suffix for suffix in self.suffixes if file.name.lower().endswith(suffix))
+        return file.name[: len(file.name) - len(max(suffixes, key=len, default=file.suffix))]
 
     def signature(self) -> str:
         return files_signature(itertools.chain(self.found.paths(), self.beside), self.root)

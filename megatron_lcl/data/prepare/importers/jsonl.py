@@ -62,7 +62,7 @@ class JsonlImporter(LinesImporter):
         self.images.prepare(folder)
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
-        near = (unit.payload[0].name.split(".")[0],)
+        near = (self.stem(unit.payload[0]),)
         for name, line in typed_lines(unit, drops, _TextsOnly):
             if isinstance(line, _TextsOnly):
                 named = its_id({"url": line.url, "id": line.id}) if line.url or line.id else {}

@@ -74,7 +74,7 @@ class Mmc4Importer(LinesImporter):
         similarities = _matrix(matrix, len(infos), len(texts))
         if matrix is not None and similarities is None:
             drops.note("document", "similarity_matrix of the wrong size", name)
-        folders = _folders(path)
+        folders = _folders(self.stem(path), _shard_number(path))
         images_of: dict[int, list[Image]] = {}
         for number, info in enumerate(infos):
             if not isinstance(info, dict) or not isinstance(info.get("image_name"), str):
@@ -125,7 +125,6 @@ def _shard_number(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _folders(shard: Path) -> list[str]:
+def _folders(stem: str, number: int) -> list[str]:
     """Folders, or tars, in which a shard's images may lie."""
-    number = _shard_number(shard)
-    return [shard.name.split(".")[0], f"shard_{number}", str(number), f"{number:05d}"]
+    return [stem, f"shard_{number}", str(number), f"{number:05d}"]

@@ -17,6 +17,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.importers.files import uncompressed
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
@@ -75,7 +76,7 @@ class ImageSource:
 
         A name that is a URL means the image that `megatron-lcl fetch` has stored of it. In archives, a member that has
         none of the names is taken if its name ends with one of them, or is the end of one (`1.png`, of `cats/1.png`),
-        the longest end first.
+        the longest end of them all first.
         near: names, without extension, of archives to look into before the others, as names may repeat in them.
         """
         if self._root is None:
@@ -95,6 +96,7 @@ class ImageSource:
                 if whole not in partial:  # else it is an earlier name without its folders
                     exact.append(whole)
                     partial += [_ending(whole), *shorter]
+            partial.sort(key=lambda end: -end.count("/"))
             for keys in (exact, partial):
                 found = [self._find(key) for key in dict.fromkeys(keys)]
                 own = [[member for member in members if self.archives[member[0]].stem in near] for members in found]
@@ -105,9 +107,7 @@ class ImageSource:
                     return data
             if self._damaged:
                 raise BadImage(f"file missing, and {self._damaged[0]}")
-        unread = [
-            tar.name for tar in self._packed if tar.with_name(tar.name.partition(".")[0] + ".tar") not in self.archives
-        ]
+        unread = [tar.name for tar in self._packed if tar.with_name(uncompressed(tar.name)) not in self.archives]
         if unread:
             raise BadImage(f"file missing, and {unread[0]} is compressed, which is not read: unpack it")
         raise BadImage("file missing")

@@ -186,7 +186,7 @@ class TableImporter(LinesImporter):
         if self.join == "path":
             return self.images.read(name)
         if self.join == "key":
-            return self.images.read(key_names(name), near=(name[:5], file.name.partition(".")[0]))
+            return self.images.read(key_names(name), near=(name[:5], self.stem(file)))
         return self.images.read([name, *self.keys.names(name)])
 
 
