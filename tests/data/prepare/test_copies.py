@@ -21,6 +21,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import preprocess
+from megatron_lcl.errors import UserError
 
 DOCUMENTS = [Document((Image(picture(k, 80, 70), "", 0.5, 0), Text(f"text {k}"))) for k in range(3)]
 PAIRS = [Document((Image(picture(k)), Text(f"text {k}"))) for k in range(4)]
@@ -128,3 +129,25 @@ def test_images_in_compressed_tars_are_named(tmp_path: Path) -> None:
         tar.unlink()
     with pytest.raises(BadImage, match=r"0\.tar\.gz is compressed"):
         ImageSource(tmp_path).read("1.png")
+
+
+def test_images_in_zips_are_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl.zip", "train2017.zip"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BadImage, match=r"file missing, and train2017\.zip is compressed, which is not read: unpack it"):
+        ImageSource(tmp_path).read("1.png")
+    (tmp_path / "train2017").mkdir()  # where it was unpacked
+    with pytest.raises(BadImage, match=r"^file missing$"):
+        ImageSource(tmp_path).read("1.png")
+
+
+@pytest.mark.parametrize("name", ["train2017.zip", "images.tar.gz", "images.tgz", "captions.json", "images"])
+def test_images_are_a_folder_or_a_tar(tmp_path: Path, name: str) -> None:
+    """Else all images of the input would be missing, and the tar called damaged."""
+    writers.write_jsonl(DOCUMENTS, tmp_path / "in")
+    (tmp_path / name).write_bytes(b"PK")
+    message = (
+        rf"--images .*/{name}: give a folder of images, .tar files or \*\.images\.parquet, or one such file; unpack"
+    )
+    with pytest.raises(UserError, match=message):
+        preprocess("jsonl", tmp_path / "in", tmp_path / "out", images=tmp_path / name, tokenizer=TOKENIZER)

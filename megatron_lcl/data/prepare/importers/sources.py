@@ -22,6 +22,7 @@ from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.storage.paths import ObjectPath
+from megatron_lcl.errors import UserError
 
 MAX_FILE = 256 << 20
 MAX_PATH = 4096
@@ -41,16 +42,14 @@ class ImageSource:
 
     Archives (tar files, and a store's parquet files) are listed once, and their members kept as sorted arrays of 24
     bytes for each image's name, and 24 for what is left of it without its first folder, its first two, and so on: in
-    files that all processes map, after `prepare`, else in memory.
+    files that all processes map, after `prepare`, else in memory. UserError where `root` is any other file.
     """
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self.archives = [] if root is None else _archives(root)
         """where there are some, an importer's `rules` are one more: earlier releases took members of other folders"""
-        self._packed = (
-            [] if root is None or root.is_file() else sorted(set(root.glob("*.tar.*")) | set(root.glob("*.tgz")))
-        )
+        self._packed = "" if root is None or root.is_file() else _packed(root)
         self._folder: Path | None = None
         self._runs: list[np.ndarray] | None = None
         self._damaged: list[str] = []
@@ -107,9 +106,8 @@ class ImageSource:
                     return data
             if self._damaged:
                 raise BadImage(f"file missing, and {self._damaged[0]}")
-        unread = [tar.name for tar in self._packed if tar.with_name(uncompressed(tar.name)) not in self.archives]
-        if unread:
-            raise BadImage(f"file missing, and {unread[0]} is compressed, which is not read: unpack it")
+        if self._packed:
+            raise BadImage(f"file missing, and {self._packed} is compressed, which is not read: unpack it")
         raise BadImage("file missing")
 
     def _find(self, key: str) -> list[tuple[int, int, int]]:
@@ -139,7 +137,20 @@ class ImageSource:
 
 
 def _archives(root: Path) -> list[Path]:
-    return [root] if root.is_file() else sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
+    if not root.is_file():
+        return sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
+    if not root.name.lower().endswith((".tar", TABLE_SUFFIX)):
+        raise UserError(
+            f"--images {root}: give a folder of images, .tar files or *{TABLE_SUFFIX}, or one such file; unpack others"
+        )
+    return [root]
+
+
+def _packed(root: Path) -> str:
+    """Name of an archive in the folder that is not read, as it is compressed; "" where there is none."""
+    found = sorted(path for pattern in ("*.tar.*", "*.tgz", "*.zip") for path in root.glob(pattern))
+    lost = (path.name for path in found if not path.with_name(uncompressed(path.name)).exists())
+    return next((name for name in lost if not name.lower().endswith(".jsonl.zip")), "")
 
 
 def _ends(name: str) -> list[str]:
