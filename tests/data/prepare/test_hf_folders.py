@@ -191,6 +191,26 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
         create("hf", tmp_path, None, {})
 
 
+@pytest.mark.parametrize("given", ["images", "link", "."])
+def test_paths_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """As the library stores the files of a folder: below --images their folders count, elsewhere the name alone."""
+    (tmp_path / "images/cats").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("images")
+    for name, k in (("cats/1.png", 1), ("2.png", 2), ("3.png", 3)):
+        (tmp_path / "images" / name).write_bytes(picture(k))
+    folder = tmp_path / ("link" if given == "link" else "images")
+    paths = [f"{folder}/cats/1.png", "/other/2.png", f"{folder}/../3.png", "/other/cats/1.png"]
+    rows = [({"bytes": None, "path": path}, path) for path in paths]
+    data = table({"image": (IMAGE, PICTURE), "text": (pa.string(), VALUE)}, rows)
+    pq.write_table(data, tmp_path / "a.parquet")
+    monkeypatch.chdir(tmp_path / "images" if given == "." else tmp_path)
+    importer = create("hf", tmp_path / "a.parquet", folder if given == "link" else given, {})
+    found, drops = documents_of(importer)
+    assert [[i.data for i in d.images] for d in found] == [[picture(1)], [picture(2)], [], []]
+    assert drops.bad_counts == {"image: name leads outside the folder": 1, "image: file missing": 1}
+    assert [create("hf", tmp_path / "a.parquet", images, {}).rules for images in (None, ".")] == [1, 2]
+
+
 def test_what_is_bad(tmp_path: Path) -> None:
     rows = [({"bytes": None, "path": "dir/3.png"}, "found"), ({"bytes": None, "path": "4.png"}, "lost"), (None, "none"),
             (image(0), None)]  # fmt: skip

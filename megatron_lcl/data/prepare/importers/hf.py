@@ -72,7 +72,8 @@ class HfImporter(FilesImporter):
         self.found = of_split(of_data_set(self.found), split)
         self.image, self.text = image_column, text_column
         self.images = ImageSource(images)
-        self.rules += bool(self.images.archives)
+        self.rules += images is not None  # earlier releases looked for no path from the root, and otherwise in tars
+        self._image_roots = [] if images is None else [images, images.resolve()]
         schema = next((schema for file in self.files if (schema := _schema(file)) is not None), None)
         if schema is not None:
             self._choose_columns(schema)
@@ -199,10 +200,16 @@ class HfImporter(FilesImporter):
         try:
             if not isinstance(path, str):
                 raise BadImage("neither bytes nor path")
-            return Image(self.images.read([path, Path(path).name]), name=path)
+            return Image(self.images.read(self._names(path)), name=path)
         except BadImage as error:
             drops.bad("image", str(error), f"{name}: {str(path)[:200]}")
             return None
+
+    def _names(self, path: str) -> list[str]:
+        """What an image may be called below --images; some paths are from the root, perhaps another machine's."""
+        found = Path(path)
+        below = [str(found.relative_to(root)) for root in self._image_roots if found.is_relative_to(root)]
+        return [*(below if found.is_absolute() else [path]), found.name]
 
 
 def _text(value: Any, name: str, drops: Drops) -> Text:
