@@ -99,7 +99,8 @@ configs:
   data_files:
   - {split: test, path: [d/b.parquet, "e/**/test*"]}
   - {split: train, path: "d/*"}
-- {config_name: all, data_files: "**/*.parquet"}
+- {config_name: same, data_files: "d/[ct]*"}
+- {config_name: none, data_files: "none/*"}
 ---
 test-*: none
 """
@@ -118,7 +119,7 @@ test-*: none
         ({"test-en-00000-of-00001.parquet": "test", "train-en-00000-of-00001.parquet": "train"}, "train"),
         ({"new/train-00000-of-00001.parquet": "train", "new/odd-00000-of-00001.parquet": "odd"}, "train"),
         ({"d/train.parquet": "train", "d/b.parquet": "test", "e/f/test.parquet": "test", "README.md": README}, "train"),
-        ({"d/test.parquet": "train", "contest.parquet": "train", "README.md": README}, ""),
+        ({"d/test.parquet": "train", "d/contest.parquet": "train", "README.md": README}, ""),
         ({"train.parquet": "train", "test.parquet": "test", "README.md": "---\nconfigs: [1, data_files]\n---"}, "test"),
         ({"contest.parquet": "", "latest/a.parquet": "", "b.parquet": "", "README.md": "---\n: [\n---\n"}, ""),
     ],
@@ -136,6 +137,28 @@ def test_which_split_a_file_belongs_to(tmp_path: Path, files: dict[str, str], sp
             create("hf", tmp_path, None, {})
     expected = [row for row, its in zip(EXPECTED, splits.values(), strict=False) if not split or its == split]
     assert sorted(read(tmp_path, split=split), key=lambda row: str(row[1])) == expected
+
+
+def test_configs_that_have_a_split_each(tmp_path: Path) -> None:
+    """No data set is two of them: the small one, as they are published, may hold rows of the other."""
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: full\n"
+        "  data_files: [{split: train, path: data/train-*}, {split: test, path: x/*}]\n"
+        "- config_name: mini\n  data_files: [{split: train, path: [mini/train-*, data/train-1*]}]\n---\n"
+    )
+    for k, name in enumerate(("data/train-0", "data/train-1", "mini/train-0", "x/test", "more/train")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(PAIRS.slice(k, 1), tmp_path / f"{name}.parquet")
+    several = "several splits, 'full/test' and 'full/train' and 'mini/train' and 'train': name one with --option split="
+    with pytest.raises(UserError, match=several):
+        create("hf", tmp_path, None, {})
+    for split, rows in (("full/train", [0, 1]), ("mini/train", [1, 2]), ("full/test", [3]), ("train", [4])):
+        assert read(tmp_path, split=split) == [EXPECTED[k] for k in rows]
+    assert len(read(tmp_path, split="all")) == 5
+    with pytest.raises(UserError, match=r"split=test: .* has full/test, full/train, mini/train, train"):
+        create("hf", tmp_path, None, {"split": "test"})
+    importer = create("hf", tmp_path, None, {"split": "mini/train"})
+    assert documents_of(importer)[1].left_out_counts == {"document: file that is of another split": 3}
 
 
 def test_splits_saved_one_by_one(tmp_path: Path) -> None:

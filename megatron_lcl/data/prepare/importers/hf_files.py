@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ def _data_files(folder: Path) -> set[str] | None:
 
 def of_split(found: Files, split: str) -> Files:
     """Of the files those of a split, or `all`. UserError where none is named and there are several."""
-    said = _said_by_card(found.root)
-    splits = {name: _split_of(found.path(name), name, said) for name in found.names}
-    names = sorted(set(splits.values()))
+    said = _said_by_card(found.root, found.names)
+    splits = {name: said.get(name) or {_split_of(found.path(name), name)} for name in found.names}
+    names = sorted(set().union(*splits.values()))
     if split in ("", "all"):
         if split == "" and len(names) > 1:
             some = " and ".join(repr(name) if name else "none" for name in names)
@@ -70,20 +71,17 @@ def of_split(found: Files, split: str) -> Files:
         return found
     if split not in names:
         raise UserError(f"--option split={split}: {found.root} has {', '.join(filter(None, names)) or 'no splits'}")
-    others = [(found.root / name, _OTHER_SPLIT) for name, its in splits.items() if its != split]
+    others = [(found.root / name, _OTHER_SPLIT) for name, its in splits.items() if split not in its]
     return replace(
-        found, names=[n for n, its in splits.items() if its == split], skipped=sorted([*found.skipped, *others])
+        found, names=[n for n, its in splits.items() if split in its], skipped=sorted([*found.skipped, *others])
     )
 
 
-def _split_of(file: Path, name: str, said: list[tuple[str, str]]) -> str:
-    """As the card, the folder of a saved data set, or the names of the file and its folders say it; "" where none does.
+def _split_of(file: Path, name: str) -> str:
+    """As the folder of a saved data set, or the names of the file and its folders say it; "" where none does.
 
     name: of the file below the folder that is the input.
     """
-    for pattern, split in said:
-        if fnmatch.fnmatchcase(name, pattern):
-            return split
     if (file.parent.parent / _DICT).exists():
         return file.parent.name
     shard = None if (file.parent / _STATE).exists() else _SHARD.match(file.stem)
@@ -95,18 +93,39 @@ def _split_of(file: Path, name: str, said: list[tuple[str, str]]) -> str:
     return shard[1] if shard else ""
 
 
-def _said_by_card(folder: Path) -> list[tuple[str, str]]:
-    """(pattern of names, split) of each entry of `configs` in a data set's card; none where it says nothing of them."""
+def _said_by_card(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
+    """The splits of each file of which `configs` in a data set's card says some, in each config the first that fits.
+
+    They are named CONFIG/SPLIT where configs have different files under one split: no data set is two of them.
+    """
+    files: dict[tuple[str, str], list[str]] = {}
+    for config, patterns in _configs_of_card(folder).items():
+        for name in names:
+            if split := next((split for pattern, split in patterns if fnmatch.fnmatchcase(name, pattern)), None):
+                files.setdefault((config, split), []).append(name)
+    contents = {(split, tuple(its)) for (_, split), its in files.items()}
+    differ = len(contents) > len({split for split, _ in contents})
+    said: dict[str, set[str]] = {}
+    for (config, split), its in files.items():
+        for name in its:
+            said.setdefault(name, set()).add(f"{config}/{split}" if differ else split)
+    return said
+
+
+def _configs_of_card(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """(pattern of names, split) of each entry of each of `configs`; none where the card says nothing of them."""
     try:
         front = _FRONT_MATTER.match((folder / _CARD).read_text("utf-8", "replace"))
         configs: list[dict[str, Any]] = yaml.safe_load(front[1])["configs"] if front else []
-        found = []
-        for entry in (entry for config in configs for entry in _several(config["data_files"])):
-            split, paths = ("train", entry) if isinstance(entry, str) else (str(entry["split"]), entry["path"])
-            found += [(path.replace("**/", "*"), split) for path in _several(paths)]
+        found: dict[str, list[tuple[str, str]]] = {}
+        for config in configs:
+            patterns = found.setdefault(str(config.get("config_name", "default")), [])
+            for entry in _several(config["data_files"]):
+                split, paths = ("train", entry) if isinstance(entry, str) else (str(entry["split"]), entry["path"])
+                patterns += [(path.replace("**/", "*"), split) for path in _several(paths)]
         return found
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return []
+        return {}
 
 
 def _several(value: Any) -> list[Any]:
