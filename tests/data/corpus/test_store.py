@@ -359,16 +359,14 @@ def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
         merge([tmp_path / "nowhere"], tmp_path / "out")
 
 
-@pytest.mark.parametrize("move", [False, True])
-def test_merge_never_reads_its_output(corpus: Path, tmp_path: Path, move: bool) -> None:
+def test_merge_never_reads_its_output(corpus: Path, tmp_path: Path) -> None:
     """As `merge corpora/* --output corpora/both` does when it runs again: of one corpus both have one fingerprint."""
     merge([corpus], tmp_path / "both")
-    (tmp_path / "link").symlink_to(tmp_path / "both")
-    for name in ("both", "link", "../" + tmp_path.name + "/both"):
-        with pytest.raises(ValueError, match=r"/both is the output, and given as a corpus"):
-            merge([tmp_path / name], tmp_path / "both", move=move)
-        with pytest.raises(ValueError, match=r"is the output"):
-            merge([corpus, tmp_path / name], tmp_path / "both", move=move)
+    (tmp_path / "link").symlink_to("both")
+    for sources in ([tmp_path / "both"], [tmp_path / "link"], [corpus, tmp_path / "in/../both"]):
+        for move in (False, True):
+            with pytest.raises(ValueError, match=r"/both is the output, and given as a corpus"):
+                merge(sources, tmp_path / "both", move=move)
     assert verify(tmp_path / "both") == verify(corpus) == []
 
 

@@ -251,12 +251,12 @@ def test_a_stored_zip_that_is_cut_and_one_of_two_members(tmp_path: Path) -> None
     raw = (tmp_path / "in/cut.jsonl.zip").read_bytes()
     (tmp_path / "in/cut.jsonl.zip").write_bytes(raw[: raw.index(line.encode()) + 50 * len(line)])
     with zipfile.ZipFile(tmp_path / "in/two.jsonl.zip", "w") as archive:
-        archive.writestr("x", line * 3)
-        archive.writestr("y", line * 4)
+        for name, content in (("x", line * 3), ("y", line * 2 + line.rstrip()), ("empty", ""), ("z", line.rstrip())):
+            archive.writestr(name, content)  # of which none runs on into the next
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER)
     assert summary.counts["documents"] == 57
     assert summary.drops.bad_counts == {"document: truncated file, the lines after it are lost": 1}
-    assert summary.drops.noted_counts["document: zip holds 2 files, not one"] == 1
+    assert summary.drops.noted_counts["document: zip holds 4 files, not one"] == 1
 
 
 @pytest.mark.parametrize(

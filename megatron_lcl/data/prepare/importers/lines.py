@@ -187,7 +187,10 @@ def _inflate(name: str, chunks: Iterable[bytes], new: Callable[[], Any], drops: 
 
 
 def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
-    """The one member of a zip file, whatever its name; without a directory (truncated), what its first member holds."""
+    """The one member of a zip file, whatever its name; without a directory (truncated), what its first member holds.
+
+    Of several members each begins a line.
+    """
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError):
@@ -196,10 +199,15 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     members = [member for member in archive.infolist() if not member.is_dir()]
     if len(members) != 1:
         drops.note("document", f"zip holds {len(members)} files, not one", name)
+    last = b"\n"
     for member in members:
+        if last != b"\n":
+            yield (last := b"\n")
         try:
             with archive.open(member) as stream:
-                yield from iter(lambda: stream.read(_CHUNK), b"")
+                while chunk := stream.read(_CHUNK):
+                    yield chunk
+                    last = chunk[-1:]
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OSError):
             drops.bad("document", "damaged file, the lines after it are lost", name)
 
