@@ -141,7 +141,8 @@ def _archives(root: Path) -> list[Path]:
         return sorted([*root.glob("*.tar"), *root.glob(f"*{TABLE_SUFFIX}")])
     if not root.name.lower().endswith((".tar", TABLE_SUFFIX)):
         raise UserError(
-            f"--images {root}: give a folder of images, .tar files or *{TABLE_SUFFIX}, or one such file; unpack others"
+            f"--images {root}: give a folder of images, .tar files or *{TABLE_SUFFIX}, or one such file; "
+            "unpack a zip or a compressed tar"
         )
     return [root]
 
