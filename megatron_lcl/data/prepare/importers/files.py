@@ -87,11 +87,12 @@ class Files:
         return [Unit(self.name(file), 0, Skipped(why)) for file, why in self.skipped]
 
 
-def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
+def find_files(input: Path, suffixes: Sequence[str], reads: str, strict: bool = True) -> Files:
     """`input` itself, or all files below it that have one of the suffixes. reads: what they are, for the error.
 
     Of a file and compressed copies of it in the same folder (`a.jsonl`, `a.jsonl.gz`) one is read, the uncompressed one
-    if it is there. UserError where there is nothing to read, or where a folder cannot be read or is not there.
+    if it is there. UserError where there is nothing to read, or where a folder cannot be read or, if `strict`, is not
+    there; else such a folder is among what is skipped.
     """
     if input.is_file():
         return Files(input.parent, [input.name], [], {input.name: input} if isinstance(input, ObjectPath) else {})
@@ -102,9 +103,11 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str) -> Files:
     if isinstance(input, ObjectPath):
         objects = {path.relative_to(input).as_posix(): path for path in input.rglob("*")}
     for folder, files in _folders(input, objects):
-        for name in files if not objects else ():
-            if "." not in name:
-                _refuse_lost_folder(input / folder / name)
+        links = (input / folder / name for name in files if "." not in name and not objects)
+        lost = [path for path in links if _is_lost_folder(path)]
+        if lost and strict:
+            raise not_there(lost[0])
+        skipped += [(path, GONE) for path in lost]
         for _, group in itertools.groupby(sorted(files, key=_base), key=_base):
             named = [name for name in group if _is_named(name, suffixes, plain)]
             copies = [name for name in named if objects or Path(input, folder, name).is_file()]
@@ -155,13 +158,13 @@ def _is_gone(*path: str | Path) -> bool:
     return os.path.islink(file := os.path.join(*path)) and not os.path.exists(file)
 
 
-def _refuse_lost_folder(path: Path) -> None:
-    """A link to nothing was one to a folder, mostly, where its name has no suffix; one in a circle never had files."""
+def _is_lost_folder(path: Path) -> bool:
+    """A link to nothing was one to a folder, mostly, if its name has no suffix; one in a circle never had files."""
     try:
         path.stat()
     except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise not_there(path) from None
+        return error.errno != errno.ELOOP
+    return False
 
 
 def _refuse(error: OSError) -> None:
@@ -199,9 +202,11 @@ class FilesImporter(Importer):
     suffixes: ClassVar[tuple[str, ...]]
     beside: Sequence[Path] = ()
     """other files of the input, as archives of images are: documents depend on these, too"""
+    strict: ClassVar[bool] = True
+    """a link to a folder that is not there is an error, else a bad document"""
 
     def __init__(self, input: Path) -> None:
-        self.found = find_files(input, self.suffixes, self.reads)
+        self.found = find_files(input, self.suffixes, self.reads, self.strict)
 
     @property
     def root(self) -> Path:
