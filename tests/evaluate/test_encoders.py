@@ -26,6 +26,7 @@ from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.sources import FileBlob, open_images
 from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.forks import forkserver
 
 
@@ -153,6 +154,29 @@ def test_several_processes_give_the_same(
     with pytest.raises(ValueError, match=r"config\.yaml: "):
         image_features(encoder, broken, cache=tmp_path / "3", batch_size=4, processes=2, progress=False)
     assert list((tmp_path / "3").iterdir()) == []
+
+
+def test_the_checkpoint_of_a_run_is_looked_for_once(model: LCL, tmp_path: Path) -> None:
+    """The run saves its next one after the main process has loaded: what is cached is of the one that names it."""
+    run = tmp_path / "run"
+
+    def save(step: int, model: LCL) -> Path:
+        folder = run / CHECKPOINTS / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_checkpoint(model, Config(model=model.config), folder)
+        (folder / "manifest.json").write_text("{}")
+        return folder
+
+    first = save(1, model)
+    encoder = EncoderSource(str(run), devices=("cpu", "cpu:0"))(0)
+    save(2, LCL(model.config, seed=2))
+    assert (encoder.name, encoder.source) == (str(run), EncoderSource(str(first), devices=("cpu", "cpu:0")))
+    assert encoder.source is not None
+    again = encoder.source(1)
+    assert again.device == torch.device("cpu:0")
+    assert again.source == encoder.source
+    assert again.fingerprint == encoder.fingerprint == load_encoder(first).fingerprint
+    assert load_encoder(run).fingerprint != encoder.fingerprint
 
 
 def load_refused(spec: str, *words: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron_lcl.config import Config
-from megatron_lcl.convert.find import known_config
+from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
@@ -32,16 +32,20 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
     or the path of an LCL checkpoint, whose tokenizer is that of its run's corpus, or CLIP's if its vocabulary has
     CLIP's size, unless `tokenizer` names another. Untrained: `timm:NAME?pretrained=no`, `open_clip:NAME@none`,
     `random:CONFIG` (see `untrained_model`), each with `?seed=N`. Raises UserError where it does not load.
+
+    Of a run, the newest checkpoint is looked for once: `source` of the encoder names that one.
     """
-    parsed, path = parse_spec(str(spec)), Path(spec)
+    parsed, same = parse_spec(str(spec)), str(spec)
     if parsed.kind in _LIBRARIES:
         encoder: Encoder = _LIBRARIES[parsed.kind](parsed, device)
     elif parsed.seed is not None:
         model, config = untrained_model(parsed.name, parsed.seed)
         encoder = OurEncoder(parsed.text, model, _tokenizer(config, tokenizer), device)
     else:
-        encoder = OurEncoder(parsed.text, load_model(spec), _tokenizer(known_config(path), tokenizer), device)
-    encoder.source = EncoderSource(str(spec), None if tokenizer is None else str(tokenizer), (str(device),))
+        found = find_checkpoint(Path(spec))
+        same = str(found)
+        encoder = OurEncoder(parsed.text, load_model(found), _tokenizer(known_config(found), tokenizer), device)
+    encoder.source = EncoderSource(same, None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
 
 
@@ -68,7 +72,8 @@ class EncoderSource:
 
     def __call__(self, number: int) -> Encoder:
         encoder = load_encoder(self.spec, self.tokenizer, self.devices[number % len(self.devices)])
-        encoder.source = self
+        assert isinstance(encoder.source, EncoderSource)
+        encoder.source = replace(encoder.source, devices=self.devices)  # of the checkpoint that was found
         return encoder
 
 
