@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision, from_dict
-from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.convert.export import export_model, import_checkpoint, save_checkpoint
+from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
@@ -121,6 +122,20 @@ def test_the_tokenizer_is_that_of_the_runs_corpus(model: LCL, checkpoint: Path, 
     assert load_encoder(tmp_path / "run", own).fingerprint == load_encoder(tmp_path / "run").fingerprint
     with pytest.raises(UserError, match="clip is another tokenizer than that of"):
         load_encoder(tmp_path / "run", "clip")
+
+
+def test_the_tokenizer_of_weights_without_a_run_is_clips_by_its_size(model: LCL, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    clip = tokenizers.load("clip")
+    language = replace(model.config.language, vocab_size=clip.vocab_size)
+    for size in (clip.vocab_size, 400):
+        sized = LCL(replace(model.config, language=replace(language, vocab_size=size)))
+        export_model(sized, "open_clip", tmp_path / f"{size}")
+        import_checkpoint("open_clip", tmp_path / f"{size}", tmp_path / f"imported {size}")
+    for name in (f"imported {clip.vocab_size}", f"{clip.vocab_size}"):
+        assert load_encoder(tmp_path / name).tokenizer_fingerprint == clip.fingerprint
+        with pytest.raises(UserError, match=r"the tokenizer of .* is not known"):
+            load_encoder(tmp_path / name.replace(str(clip.vocab_size), "400")).encode_texts(["red"])
 
 
 def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colors: Path) -> None:

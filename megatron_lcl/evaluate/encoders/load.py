@@ -23,6 +23,7 @@ from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
 from megatron_lcl.evaluate.encoders.spec import Spec, parse_spec
 from megatron_lcl.evaluate.encoders.timm import TimmEncoder
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
+from megatron_lcl.model.lcl import LCL
 
 
 def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
@@ -40,11 +41,11 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
         encoder: Encoder = _LIBRARIES[parsed.kind](parsed, device)
     elif parsed.seed is not None:
         model, config = untrained_model(parsed.name, parsed.seed)
-        encoder = OurEncoder(parsed.text, model, _tokenizer(config, tokenizer), device)
+        encoder = OurEncoder(parsed.text, model, _tokenizer(config, model, tokenizer), device)
     else:
         found = find_checkpoint(Path(spec))
-        same = str(found)
-        encoder = OurEncoder(parsed.text, load_model(found), _tokenizer(known_config(found), tokenizer), device)
+        model, same = load_model(found), str(found)
+        encoder = OurEncoder(parsed.text, model, _tokenizer(known_config(found), model, tokenizer), device)
     encoder.source = EncoderSource(same, None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
 
@@ -80,9 +81,12 @@ class EncoderSource:
 _CLIP_VOCABULARY = 49411
 
 
-def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.Tokenizer | None:
-    """The one that is given, else the run's. UserError where a corpus of the run is here and has another than that."""
-    corpora = () if config is None else config.data.corpora
+def _tokenizer(config: Config | None, model: LCL, given: str | Path | None) -> tokenizers.Tokenizer | None:
+    """The one that is given, else the run's, else CLIP's where the model's vocabulary has its size.
+
+    config: of the run, if it is known. UserError where a corpus of the run is here and has another than is given.
+    """
+    corpora, cache = ((), None) if config is None else (config.data.corpora, config.data.cache)
     if given is not None:
         tokenizer = tokenizers.load(given)
         for corpus in corpora:
@@ -91,9 +95,7 @@ def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.To
                     break
                 raise UserError(f"{given} is another tokenizer than that of {corpus.path}, the run's corpus; omit it")
         return tokenizer
-    if config is None:
-        return None
     for corpus in corpora:
         if url_of(corpus.path) or (Path(corpus.path) / CORPUS_MANIFEST).is_file():
-            return open_corpus(corpus.path, config.data.cache).tokenizer
-    return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None
+            return open_corpus(corpus.path, cache).tokenizer
+    return tokenizers.load("clip") if model.config.language.vocab_size == _CLIP_VOCABULARY else None
