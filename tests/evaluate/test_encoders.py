@@ -384,16 +384,8 @@ def test_a_pooler_without_weights_is_left_out(tmp_path: Path) -> None:
     assert torch.allclose(patches, hidden[:, 1:], atol=1e-5)
 
 
-def test_an_encoder_without_patch_tokens(tmp_path: Path, colors: Path) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
-    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(0)
-    weights = open_clip.CLIP(**json.loads(json.dumps(config))).state_dict()
-    save_file(weights, tmp_path / "open_clip_model.safetensors")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    encoder = load_encoder(f"open_clip:local-dir:{tmp_path}")
+def test_an_encoder_without_patch_tokens(resnet: str, tmp_path: Path, colors: Path) -> None:
+    encoder = load_encoder(resnet)
     images = open_images(colors).images[:2]
     assert image_features(encoder, images, cache=tmp_path / "c", progress=False).shape == (2, 16)
     with pytest.raises(ValueError, match="no patch tokens"):
