@@ -13,8 +13,7 @@ from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
-from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.storage.store import url_of
+from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.hf import HfEncoder
@@ -96,6 +95,6 @@ def _tokenizer(config: Config | None, model: LCL, given: str | Path | None) -> t
                 raise UserError(f"{given} is another tokenizer than that of {corpus.path}, the run's corpus; omit it")
         return tokenizer
     for corpus in corpora:
-        if url_of(corpus.path) or (Path(corpus.path) / CORPUS_MANIFEST).is_file():
+        if is_corpus(corpus.path):
             return open_corpus(corpus.path, cache).tokenizer
     return tokenizers.load("clip") if model.config.language.vocab_size == _CLIP_VOCABULARY else None
