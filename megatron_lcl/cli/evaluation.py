@@ -176,16 +176,19 @@ def _export(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.convert.card import card_of
     from megatron_lcl.convert.certificate import summary
     from megatron_lcl.convert.export import export
+    from megatron_lcl.convert.find import find_checkpoint
     from megatron_lcl.convert.folder import CERTIFICATE
 
-    checkpoint, metrics = _averaged(single_input(options), options.average), []
+    # once: the run may save another while this works
+    checkpoint = find_checkpoint(Path(_averaged(single_input(options), options.average)))
+    metrics = []
     if options.results:
         from megatron_lcl.evaluate.encoders.load import load_encoder
         from megatron_lcl.evaluate.results import read_measured
 
         fingerprint = load_encoder(checkpoint).fingerprint
         metrics = [measured for file in options.results for measured in read_measured(file, fingerprint)]
-    card = card_of(Path(checkpoint)).replaced(options.name, options.license, options.datasets, metrics)
+    card = card_of(checkpoint).replaced(options.name, options.license, options.datasets, metrics)
     with output_folder(options, CERTIFICATE) as folder:
         facts = export(checkpoint, options.format, folder, options.dtype, options.image_size, card)
     print(f"{options.output}: {summary(facts)}")

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from megatron_lcl.config import Config, Model, to_dict
-from megatron_lcl.convert.find import average_of, find_checkpoint, read_config, step_of
+from megatron_lcl.convert.find import average_of, find_checkpoint, known_config, step_of
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.errors import UserError
-from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
+from megatron_lcl.run_folder import CHECKPOINTS
 
 HELDOUT = "heldout.json"
 """file of a run folder: what the latest held-out evaluation measured"""
@@ -102,9 +102,9 @@ class Card:
 def card_of(path: Path) -> Card:
     """What is known of a checkpoint (whatever `load_model` takes): its run's config, corpora and held-out results."""
     checkpoint = find_checkpoint(path)
-    if not (checkpoint / CONFIG).is_file():  # a file in the reference's format, or an export
+    run = known_config(checkpoint)
+    if run is None:
         return Card()
-    run = read_config(checkpoint)
     corpora = [Path(corpus.path) for corpus in run.data.corpora]
     return Card(
         datasets=tuple(_describe(path) for path in corpora),

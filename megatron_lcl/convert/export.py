@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,8 @@ from megatron_lcl.config import Config, to_yaml
 from megatron_lcl.convert import hf, open_clip, timm
 from megatron_lcl.convert.card import Card, card_of
 from megatron_lcl.convert.certificate import check_images, compare, our_features
-from megatron_lcl.convert.folder import IMPORT, new_folder, write_record
+from megatron_lcl.convert.find import find_checkpoint, known_config
+from megatron_lcl.convert.folder import HAS_RUN, IMPORT, new_folder, write_record
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.convert.resolution import at_image_size
@@ -42,8 +44,12 @@ def export(
     checkpoint. The folder appears whole or not at all; UserError over the bound of 1e-5 (relative), or where `output`
     holds something else.
     """
-    path = Path(checkpoint)
-    return _export(lambda: (load_model(path), card or card_of(path)), format, Path(output), dtype, image_size)
+
+    def load() -> tuple[LCL, Card]:
+        found = find_checkpoint(Path(checkpoint))  # once: the run may save another before the card is made
+        return load_model(found), card or card_of(found)
+
+    return _export(load, format, Path(output), dtype, image_size)
 
 
 def export_model(
@@ -89,16 +95,18 @@ def import_checkpoint(
 ) -> LCL:
     """A checkpoint in the reference's format as a folder of ours, which `load_model` reads, and `train.init_from`.
 
-    `input`: whatever `load_model` takes; of a run, its newest weights alone. `model_config`: see `load_model`. Raises
-    UserError as it does, and where `output` holds something else.
+    `input`: whatever `load_model` takes; of a run, its newest weights alone, and its config. `model_config`: see
+    `load_model`. Raises UserError as it does, and where `output` holds something else.
     """
     if format != "open_clip":
         raise UserError(f"unknown import format {format!r}; there is open_clip")
     with new_folder(Path(output), IMPORT) as folder:
-        model = load_model(input, model_config)
+        found = find_checkpoint(Path(input))
+        model, run = load_model(found, model_config), known_config(found)
         model.need_language()
-        save_checkpoint(model, Config(model=model.config), folder)
-        write_record(folder, IMPORT, {"source": Path(input).name})
+        config = Config(model=model.config) if run is None else replace(run, model=model.config)
+        save_checkpoint(model, config, folder)
+        write_record(folder, IMPORT, {"source": Path(input).name, HAS_RUN: run is not None})
     return model
 
 

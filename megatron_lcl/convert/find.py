@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from megatron_lcl.config import Config, from_dict
-from megatron_lcl.convert.folder import EXPORTS, read_record
+from megatron_lcl.convert.folder import EXPORTS, HAS_RUN, IMPORT, read_record
 from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
@@ -121,9 +121,13 @@ def read_config(checkpoint: Path) -> Config:
 
 
 def known_config(path: Path) -> Config | None:
-    """The config of the run that trained what `path` names; None for what holds none: a file, an export."""
+    """The config of the run that trained what `path` names; None for what holds none: a file, an export, and an import
+    of these."""
     found = find_checkpoint(path)
-    return read_config(found) if (found / CONFIG).is_file() else None
+    if not (found / CONFIG).is_file():
+        return None
+    record = read_record(found, IMPORT)
+    return read_config(found) if record is None or record[1].get(HAS_RUN) else None
 
 
 def one_line(error: BaseException) -> str:

@@ -17,6 +17,9 @@ from megatron_lcl.errors import UserError
 CERTIFICATE = "certificate.json"
 IMPORT = "import"
 """kind of folder that `import` writes"""
+HAS_RUN = "run"
+"""fact of an import's record: whether its config is that of the run that trained the weights; else only the sizes of
+the model were known, as to earlier versions, which have not written it"""
 EXPORTS = ("hf", "timm", "open_clip")
 """kinds of folders that `export` writes"""
 _RECORDS = {IMPORT: ("import.json", MANIFEST)}
@@ -30,6 +33,8 @@ def new_folder(output: Path, kind: str) -> Iterator[Path]:
     An existing `output` must be empty, or an earlier export of the same kind that nothing was changed in since (as
     its record lists it); such an export is replaced. Raises UserError before any work otherwise.
     """
+    if output.resolve() == Path.cwd():  # the shell would stay in the folder that is replaced, and see it empty
+        raise UserError(f"{output} is the current folder, which a new one would replace; name a folder in it")
     refuse_foreign(output, kind)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

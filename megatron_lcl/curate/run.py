@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,9 +144,9 @@ def curate(
     Raises UserError, leaving nothing, where `output` holds something else, a list, model or package is missing, a
     model does not fit its rules, or every document would go.
     """
-    settings = settings or Settings()
     if workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
+    settings = _resolved(settings)
     source = open_corpus(corpus)
     joins = (*_joins_of(settings), *joins)
     _check(settings, keep=workers == 1)
@@ -212,10 +212,11 @@ def curate_in_jobs(
     before any job begins where a list, model or package is to blame.
     """
     url, output = url_of(corpus), Path(output).resolve()
+    settings = _resolved(settings)
     if not (output / MANIFEST).exists():
-        _joins_of(settings or Settings())
-        _check(settings or Settings(), keep=False)
-        models.check((settings or Settings()).models, keep=False)
+        _joins_of(settings)
+        _check(settings, keep=False)
+        models.check(settings.models, keep=False)
     corpus = url or Path(corpus).resolve()
     arguments = {**options, "corpus": corpus, "output": output, "settings": settings, "workers": workers}
     run_jobs(
@@ -236,6 +237,11 @@ def read_curated(folder: str | Path, reused: bool = False) -> Curated:
         lines = []  # a page can do without
     said = manifest[CURATED]
     return Curated(folder, said["before"], [Removed(**r) for r in said["rules"]], list(map(json.loads, lines)), reused)
+
+
+def _resolved(settings: Settings | None) -> Settings:
+    settings = settings or Settings()
+    return replace(settings, models=models.resolved(settings.models))
 
 
 def _joins_of(settings: Settings) -> tuple[Join, ...]:

@@ -19,11 +19,9 @@ from megatron_lcl import fields
 from megatron_lcl.config.types import STRICT, Count, Fraction, Positive
 from megatron_lcl.curate.duplicates.settings import Decontamination, DuplicateRules
 from megatron_lcl.curate.models.settings import ModelRules
-from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 from megatron_lcl.data.corpus.files import hash_file
-from megatron_lcl.data.corpus.store import FORMATS, open_corpus
+from megatron_lcl.data.corpus.store import FORMATS, is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers import files_signature
-from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 
@@ -247,7 +245,7 @@ def as_recipe(settings: Settings) -> dict[str, Any]:
 
 def _version(path: str) -> str:
     """Of a corpus its fingerprint, of other files a hash of their names, sizes and times."""
-    if url_of(path) or (Path(path) / MANIFEST).is_file():
+    if is_corpus(path):
         return open_corpus(path).fingerprint
     files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else [Path(path)]
     return files_signature(files, Path(path))

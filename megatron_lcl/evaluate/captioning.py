@@ -49,14 +49,8 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
     images: [N, 3, H, W], normalized float or uint8. Only text tokens and `<eot>` can come. Images are encoded
     once, and keys and values of the rows before are kept, so a token costs one row of each sequence.
     """
-    special, config = model.special, model.config
-    start = [special.sot, special.soi, *[special.placeholder] * config.vision.num_patches, special.eoi, *prompt]
-    room = min(decoding.max_tokens, config.language.context_length - len(start))
-    if room < 1:
-        raise UserError(
-            f"a caption's start has {len(start)} tokens, which leaves none of the model's context of "
-            f"{config.language.context_length}"
-        )
+    special, start = model.special, _start(model, prompt)
+    room = min(decoding.max_tokens, model.config.language.context_length - len(start))
     device = model.pool.query.device
     generator = torch.Generator().manual_seed(decoding.seed)
     rows = _start_rows(model, start, normalize(images) if images.dtype == torch.uint8 else images)
@@ -77,6 +71,19 @@ def generate(model: LCL, images: torch.Tensor, decoding: Decoding, prompt: Seque
         if step + 1 < room:
             rows = (model.pool.embedding(chosen) + model.pool.positions[len(start) + step])[:, None]
     return [ids[: ids.index(special.eot)] if special.eot in ids else ids for ids in written.tolist()]
+
+
+def _start(model: LCL, prompt: Sequence[int]) -> list[int]:
+    """Token ids before a caption. UserError where they leave no room for one."""
+    special, config = model.special, model.config
+    start = [special.sot, special.soi, *[special.placeholder] * config.vision.num_patches, special.eoi, *prompt]
+    if len(start) >= config.language.context_length:
+        raise UserError(
+            f"a caption's start has {len(start)} tokens, which leaves none of the model's context of "
+            f"{config.language.context_length}"
+            + (f"; give a prompt of fewer than its {len(prompt)} tokens" if prompt else "")
+        )
+    return start
 
 
 def _start_rows(model: LCL, start: Sequence[int], images: torch.Tensor) -> torch.Tensor:
@@ -120,6 +127,17 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
+def check_captioning(encoder: OurEncoder, prompt: str = "") -> None:
+    """UserError where a library, the tokenizer, or room for captions in the model's context is missing."""
+    _require_scorers()
+    _start(encoder.module, _ids(encoder, prompt))
+
+
+def _ids(encoder: OurEncoder, prompt: str) -> list[int]:
+    tokenizer = encoder.need_tokenizer()
+    return tokenizer.encode(prompt) if prompt else []
+
+
 def caption(
     encoder: OurEncoder,
     images: Sequence[Blob],
@@ -130,8 +148,7 @@ def caption(
     progress: bool = True,
 ) -> list[str]:
     """One caption an image; the number of processes does not change them. UserError naming an image that is broken."""
-    ids = encoder.need_tokenizer().encode(prompt) if prompt else []
-    write = partial(_write, decoding or Decoding(), tuple(ids))
+    write = partial(_write, decoding or Decoding(), tuple(_ids(encoder, prompt)))
     batches = map_batches(encoder, images, write, batch_size, processes, "captions", progress)
     return [text for texts in batches for text in texts]
 
@@ -171,13 +188,17 @@ def captioning(
     return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
 
 
+def _require_scorers() -> None:
+    for library in ("pycocoevalcap", "sacrebleu"):
+        require(library, "captioning")
+
+
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> dict[str, Metric]:
     """BLEU-4 (corpus level, with an interval by resampling images) and CIDEr (mean over images), by pycocoevalcap.
 
     Both compare the words of `tokenize`.
     """
-    for library in ("pycocoevalcap", "sacrebleu"):
-        require(library, "captioning")
+    _require_scorers()
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 

@@ -67,6 +67,13 @@ class Shapes:
         return num_images * math.prod(self.of_image[kind]) * np.dtype(_TYPES[kind]).itemsize
 
 
+def need_patches(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (P, V) of an encoder's patch tokens; UserError where it has none."""
+    if shape[0] == 0:
+        raise UserError(f"{name} gives no patch tokens, which an attentive probe pools; leave out it or that task")
+    return shape
+
+
 class FeatureStore:
     """The features of an evaluation's data sets, in one folder."""
 
@@ -82,7 +89,7 @@ class FeatureStore:
         """Patch tokens for a probe, from the cache or computed whenever they are asked for."""
         if not streamed:
             return CachedPatches(self.features(encoder, data, "patches"))
-        width = _need_patches(encoder, Shapes.of(encoder).of_image["patches"])[-1]
+        width = need_patches(encoder.name, Shapes.of(encoder).of_image["patches"])[-1]
         return StreamedPatches(encoder, data.images, width, self.batch_size)
 
     def check_room(self, encoders: Sequence[Shapes], wanted: Sequence[tuple[ImageSet, Kind]]) -> None:
@@ -140,19 +147,13 @@ def _file(folder: Path, fingerprint: str, kind: Kind, digests: bytes) -> Path:
     return folder / f"{key.hexdigest()}-{kind}.npy"
 
 
-def _need_patches(encoder: Encoder, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if shape[0] == 0:
-        raise UserError(f"{encoder.name} gives no patch tokens, which an attentive probe pools")
-    return shape
-
-
 def _cached(
     file: Path, encoder: Encoder, images: Sequence[Blob], kind: Kind, batch_size: int, processes: int, progress: bool
 ) -> np.ndarray:
     if not file.is_file():
         shape = getattr(encoder.encode(load(encoder, images[0])[None]), kind).shape[1:]
         if kind == "patches":
-            _need_patches(encoder, shape)
+            need_patches(encoder.name, shape)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=file.parent)
         os.close(handle)

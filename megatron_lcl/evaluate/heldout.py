@@ -45,7 +45,7 @@ from megatron_lcl.evaluate.heldout_results import (
     with_recalls,
     write_heldout,
 )
-from megatron_lcl.evaluate.results import write_picture
+from megatron_lcl.evaluate.results import make_output, write_picture
 from megatron_lcl.evaluate.retrieval import rank_own
 from megatron_lcl.evaluate.rules import heldout_data, heldout_rules
 from megatron_lcl.evaluate.trained import why_untrained
@@ -80,6 +80,8 @@ def evaluate_checkpoint(checkpoint: str | Path, corpus: Path, output: Path | Non
             f"the tokenizer of {corpus} has {tokenizer.vocab_size} ids, the model {config.model.language.vocab_size}; "
             "preprocess the held-out documents with the model's tokenizer"
         )
+    if output is not None:
+        make_output(output)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     result, examples = evaluate_heldout(model, config, corpus, step=step)
     if output is not None:

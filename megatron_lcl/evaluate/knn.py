@@ -72,6 +72,7 @@ def with_training(
     class_names: str | Path | None = None,
 ) -> tuple[ImageSet, ImageSet]:
     """The training images of a data set beside the test ones, with the same classes. UserError where there are none."""
+    test.need_labels()  # which says it of what has no splits, such as a corpus
     if not (Path(data) / train_split).is_dir():
         raise UserError(
             f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,6 +98,15 @@ def write_json(results: Sequence[Result], path: str | Path) -> None:
     """All results, as a list of objects."""
     text = json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False)
     replace_text(Path(path), text + "\n")
+
+
+def make_output(folder: Path) -> None:
+    """The folder of results. UserError, to be had before the work, where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write results into {folder}: {error.strerror}; give another --output") from None
 
 
 def read_measured(path: str | Path, fingerprint: str) -> list[Measured]:

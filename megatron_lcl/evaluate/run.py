@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.captioning import Decoding, captioning
+from megatron_lcl.evaluate.captioning import Decoding, captioning, check_captioning
 from megatron_lcl.evaluate.checking import BadBlob, find_bad, without_bad
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
 from megatron_lcl.evaluate.encoders.load import EncoderSource
-from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_cache
+from megatron_lcl.evaluate.features import FeatureStore, Kind, Shapes, default_cache, need_patches
 from megatron_lcl.evaluate.gallery import Gallery, make_gallery, write_gallery
 from megatron_lcl.evaluate.knn import check_neighbors, knn, with_training
 from megatron_lcl.evaluate.probes import attentive_probe, linear_probe
-from megatron_lcl.evaluate.results import RESULTS, Result, table, write_json, write_picture
+from megatron_lcl.evaluate.results import RESULTS, Result, make_output, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
 from megatron_lcl.evaluate.settings import Settings
 from megatron_lcl.evaluate.sources import ImageSet, open_images
@@ -59,8 +59,8 @@ def evaluate(
 
     k-NN and probes learn on `train_split`, all tasks are measured on `split` (None: as `open_images` says). `output`: a
     folder for results.json, results.txt, results.png, captions.jsonl, and gallery.json, with which a report shows the
-    pictures of the first model's zero-shot classification; nothing is written before all is measured. `about`: what the
-    pictures are, in a sentence, for the report.
+    pictures of the first model's zero-shot classification; it is made before the first image is read, and filled when
+    all is measured. `about`: what the pictures are, in a sentence, for the report.
     Features are computed by `processes` processes, the i-th on the i-th of `devices`, and cached in the folder `cache`
     (None: `default_cache`). Raises UserError, in one line and before anything is computed, for data or models that do
     not fit the tasks, and where the features would not fit the disk.
@@ -75,8 +75,6 @@ def evaluate(
         raise UserError(f"batch size {batch_size} and {processes} processes; give numbers from 1")
     for device in devices:
         _check_device(device)
-    if output is not None and Path(output).exists() and not Path(output).is_dir():
-        raise UserError(f"{output} is not a folder")
     settings = settings or Settings()
     if settings.zero_shot.prompts and templates is not None:
         raise UserError(f"the prompts {list(settings.zero_shot.prompts)} and the file {templates}; give one of the two")
@@ -99,11 +97,19 @@ def evaluate(
         encoder = EncoderSource(spec, tokenizer, devices)(0)
         if {"zero-shot", "retrieval"} & set(tasks):
             encoder.encode_texts(["a text"])  # says at once if it cannot
+        if "captioning" in tasks:
+            assert isinstance(encoder, OurEncoder), "check_trained has refused others"
+            check_captioning(encoder, settings.captioning.prompt)
         return encoder
 
-    # what cannot be loaded, or has no room, is to be known before the first one's hours
+    # what cannot be loaded, fits no task, or has no room, is to be known before the first one's hours
     encoder = load(models[0])
     shapes = [Shapes.of(encoder), *(Shapes.of(load(spec)) for spec in models[1:])]
+    if "attentive-probe" in tasks:
+        for each in shapes:
+            need_patches(each.name, each.of_image["patches"])
+    if output is not None:
+        make_output(Path(output))
     store = FeatureStore(default_cache() if cache is None else Path(cache), batch_size, processes, progress)
     bad = (
         find_bad(test.images, store.folder, progress, test.name),
@@ -123,7 +129,7 @@ def evaluate(
         encoder = load(spec) if number else encoder
         for task in tasks:
             if task == "captioning":
-                assert isinstance(encoder, OurEncoder), "check_trained has refused others"
+                assert isinstance(encoder, OurEncoder)
                 own = settings.captioning
                 decoding = Decoding(own.max_tokens, own.top_p, own.temperature, seed)
                 result, captions = captioning(encoder, test, decoding, own.prompt, batch_size, processes, progress)
@@ -198,7 +204,6 @@ def _write(
     bad: list[BadBlob],
     gallery: Gallery | None,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     if bad:
         replace_text(folder / "bad_images.txt", "".join(f"{b.name}: {b.reason}\n" for b in bad))
     write_json(results, folder / RESULTS)

@@ -21,7 +21,7 @@ import xxhash
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
 from megatron_lcl.data.corpus.document import Image
 from megatron_lcl.data.corpus.probe import image_suffixes
-from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
@@ -144,19 +144,21 @@ def open_images(
     * a COCO-Karpathy JSON file (`images` is the folder of its images), whose `split` is one of the file's own;
     * a JSON file in the format of COCO's captions, as NoCaps's is: `images` with `file_name` and, in NoCaps, `domain`,
       and `annotations` with their captions;
-    * a corpus of ours: each image with its matched text, or the nearest one.
+    * a corpus of ours, also one in object storage by its URL: each image with its matched text, or the nearest one.
 
     `split`: None takes `test` where there is one, else all of a folder that has no splits. `class_names` and
     `templates` (a text file with one a line, or a list) replace those found. Raises UserError, in one line, for a
     layout that is none of these, a split that is not there, an empty class, or class names that do not match.
     """
-    path = Path(path)
-    if path.is_file():
-        found = _captions_json(path, split, Path(images) if images else path.parent)
-    elif (path / CORPUS_MANIFEST).is_file():
+    corpus, path = open_corpus(path) if is_corpus(path) else None, Path(path)
+    if corpus is not None:
         if split is not None:
-            raise UserError(f"{path} is a corpus, which has no splits; give another corpus in place of {split!r}")
-        found = _corpus(path)
+            raise UserError(
+                f"{corpus.where} is a corpus, which has no splits; give another corpus in place of {split!r}"
+            )
+        found = _corpus(corpus)
+    elif path.is_file():
+        found = _captions_json(path, split, Path(images) if images else path.parent)
     elif path.is_dir():
         folder = _split_folder(path, split)
         tars = sorted(folder.glob("*.tar"))
@@ -223,7 +225,7 @@ def all_pictures(path: Path, split: str | None = None) -> Sequence[Blob]:
 
     UserError where there is no such set.
     """
-    if not path.is_dir() or (path / CORPUS_MANIFEST).is_file():
+    if not path.is_dir() or is_corpus(path):
         return open_images(path, split).images
     folder = _split_folder(path, split)
     tars = any(folder.glob("*.tar"))
@@ -361,8 +363,7 @@ def _files(path: Path, files: list[Path]) -> tuple[FileBlob, ...]:
     return tuple(FileBlob(file) for file in files)
 
 
-def _corpus(path: Path) -> ImageSet:
-    corpus = open_corpus(path)
+def _corpus(corpus: Corpus) -> ImageSet:
     blobs: list[Blob] = []
     captions: list[tuple[str, ...]] = []
     for d in range(len(corpus)):
@@ -379,8 +380,8 @@ def _corpus(path: Path) -> ImageSet:
                 blobs.append(CorpusBlob(corpus, d, position))
                 captions.append((getattr(document.items[matched], "text"),))  # noqa: B009
     if not blobs:
-        raise UserError(f"the corpus {path} has no image with a text")
-    return ImageSet(str(path), tuple(blobs), captions=tuple(captions))
+        raise UserError(f"the corpus {corpus.where} has no image with a text")
+    return ImageSet(corpus.where, tuple(blobs), captions=tuple(captions))
 
 
 def _lines(source: str | Path | Sequence[str] | None) -> list[str]:

@@ -14,11 +14,20 @@ import pytest
 import torch
 import yaml
 
-from megatron_lcl import LCL
-from megatron_lcl.config import Language, Model, Vision
+from megatron_lcl import LCL, load_model
+from megatron_lcl.cli import main
+from megatron_lcl.config import Config, Corpus, Data, Language, Model, Vision, from_dict
+from megatron_lcl.convert import export as exporting
 from megatron_lcl.convert import hf
-from megatron_lcl.convert.card import Card, Measured, write_card
-from megatron_lcl.convert.export import export_model
+from megatron_lcl.convert.card import Card, Measured, card_of, is_hub_id, write_card
+from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.convert.find import known_config, read_config
+from megatron_lcl.convert.folder import IMPORT, write_record
+from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate.encoders.load import load_encoder
+from megatron_lcl.evaluate.results import Metric, Result, write_json
+from megatron_lcl.evaluate.trained import check_trained
+from megatron_lcl.model.reference_format import open_clip_config
 
 hub = pytest.importorskip("huggingface_hub")
 ModelCard, ModelCardData, EvalResult = hub.ModelCard, hub.ModelCardData, hub.EvalResult
@@ -67,10 +76,6 @@ def test_example_computes_our_features(
 
 
 def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -> None:
-    from megatron_lcl.config import Config, Corpus, Data
-    from megatron_lcl.convert.card import card_of
-    from megatron_lcl.convert.export import save_checkpoint
-
     corpus, checkpoint = tmp_path / "manual", tmp_path / "run" / "checkpoints" / "step-00000010"
     for folder in (corpus, checkpoint):
         folder.mkdir(parents=True)
@@ -153,12 +158,6 @@ def test_results_of_an_evaluation_reach_the_card(
     model: LCL, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("timm")
-    from megatron_lcl.cli import main
-    from megatron_lcl.config import Config
-    from megatron_lcl.convert.export import save_checkpoint
-    from megatron_lcl.evaluate.encoders.load import load_encoder
-    from megatron_lcl.evaluate.results import Metric, Result, write_json
-
     checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
     for folder, shift in ((checkpoint, 0), (other, 1)):
         folder.mkdir()
@@ -196,10 +195,6 @@ def test_results_of_an_evaluation_reach_the_card(
 
 def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
-    from megatron_lcl.cli import main
-    from megatron_lcl.config import Config
-    from megatron_lcl.convert.export import save_checkpoint
-
     checkpoint, output = tmp_path / "checkpoint", tmp_path / "out"
     checkpoint.mkdir()
     save_checkpoint(model, Config(model=model.config), checkpoint)
@@ -219,6 +214,62 @@ def test_command_line_fills_the_card(model: LCL, tmp_path: Path, capsys: pytest.
     assert "# LCL of manuals\n" in body
     assert "## Data\n\n* the GIMP manual\n* a blog\n" in body
     assert "## Licence\n\ncc-by-4.0\n" in body
+
+
+def test_an_imports_card_quotes_the_run_or_none(model: LCL, tmp_path: Path) -> None:
+    """And so does what asks what was trained: of an import without a run only the config's model is known."""
+    trained = {"objective": {"name": "clip"}, "optimizer": {"lr": 0.123}, "data": {"corpora": [{"path": "/x/pairs"}]}}
+    (tmp_path / "run").mkdir()
+    run = replace(from_dict(trained), model=model.config)
+    save_checkpoint(model, run, tmp_path / "run")
+    torch.save(model.state_dict_open_clip(), tmp_path / "m.pt")
+    (tmp_path / "m.json").write_text(json.dumps(open_clip_config(model.config)))
+    for name, source in (("of run", "run"), ("again", "of run"), ("of file", "m.pt"), ("file again", "of file")):
+        assert main(["import", str(tmp_path / source), "--output", str(tmp_path / name)]) == 0
+        assert read_config(tmp_path / name).model == model.config
+    for name in ("of run", "again"):
+        assert card_of(tmp_path / name) == card_of(tmp_path / "run")
+        assert known_config(tmp_path / name) == run
+        with pytest.raises(UserError, match="clip does not train"):
+            check_trained(str(tmp_path / name), ["captioning"])
+    (tmp_path / "old").mkdir()
+    save_checkpoint(model, Config(model=model.config), tmp_path / "old")
+    write_record(tmp_path / "old", IMPORT, {"source": "m.pt"})  # as earlier versions wrote it
+    for name in ("of file", "file again", "old"):
+        assert card_of(tmp_path / name) == Card()
+        assert known_config(tmp_path / name) is None
+        check_trained(str(tmp_path / name), ["captioning", "zero-shot"])
+
+
+def test_an_export_and_its_card_are_of_one_checkpoint(
+    model: LCL, make_model: Callable[..., LCL], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run saves its next one while the export works."""
+    pytest.importorskip("timm")
+
+    def save(step: int, model: LCL) -> Path:
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_checkpoint(model, Config(model=model.config), folder)
+        (folder / "manifest.json").write_text("{}")
+        return folder
+
+    first, work = save(1, model), exporting.require
+    heldout = {"step": 1, "corpus": "c", "pairs": 7, "image_to_context_recall_at_10": 0.5, "chance_at_10": 0.25}
+    (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout))
+
+    def then_saved(*given: Any) -> dict[str, str]:
+        save(2, make_model(seed=2))
+        return work(*given)
+
+    monkeypatch.setattr(exporting, "require", then_saved)
+    command = ["export", str(tmp_path / "run"), "--format", "timm", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "image to context recall@10 | 0.5" in (tmp_path / "out" / "README.md").read_text()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        theirs, ours, other = (load_model(p).encode_image(images) for p in (tmp_path / "out", first, tmp_path / "run"))
+    assert relative(theirs, ours) < 1e-5 < relative(theirs, other)
 
 
 NAMES = (
@@ -241,8 +292,6 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_may_be_called_a_data_set_is_what_the_hub_takes(name: str) -> None:
-    from megatron_lcl.convert.card import is_hub_id
-
     try:
         hub.utils.validate_repo_id(name)
         legal = "/" in name  # a name alone is a data set of before there were namespaces, or a folder

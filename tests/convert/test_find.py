@@ -144,3 +144,7 @@ def test_a_run_begins_with_an_export(model: LCL, tmp_path: Path) -> None:
     assert set(weights.names) == held
     assert not weights.unused
     assert "3.embedding.weight" in weights.missing
+    for width, heads in ((60, 4), (50, 5)):  # the pool's heads divide the one, not the other
+        other = {"model__language__width": width, "model__language__heads": heads, "model__pool_heads": heads}
+        with pytest.raises(UserError, match=f"does not fit .* model.language.width is 48 there and {width} here"):
+            find_initial_weights(configs.replace(config, **other))

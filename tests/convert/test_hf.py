@@ -16,6 +16,7 @@ from PIL import Image
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
+from megatron_lcl.convert import hf
 from megatron_lcl.convert.card import Card, Measured
 from megatron_lcl.convert.export import export, export_model, save_checkpoint
 from megatron_lcl.data.loading.images import decode_eval
@@ -122,6 +123,18 @@ def test_existing_folders(model: LCL, exported: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     export_model(model, "hf", tmp_path / "empty")
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "hf"]
+
+
+def test_the_current_folder_is_refused_before_any_work(
+    model: LCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced, it would look empty to the shell that stands in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf, "write", None)
+    for output in (".", str(tmp_path)):
+        with pytest.raises(ValueError, match="is the current folder"):
+            export_model(model, "hf", output)
+    assert os.listdir(tmp_path) == []
 
 
 def test_bad_arguments(model: LCL, tmp_path: Path) -> None:

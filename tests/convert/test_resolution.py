@@ -12,6 +12,7 @@ from PIL import Image
 from megatron_lcl import LCL
 from megatron_lcl.convert.export import export_model
 from megatron_lcl.convert.resolution import at_image_size
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 
 
@@ -40,6 +41,7 @@ def test_export_at_another_size(model: LCL, tmp_path: Path, format: str) -> None
     ours = at_image_size(model, 96)
     patches = ours.pool.patch_features(ours.vision_tokens(image))
     assert torch.allclose(theirs.encode(image).patches, patches, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="patch_size"):
-        export_model(model, format, tmp_path / "other", image_size=100)
+    for size, remedy in ((100, "96 or 112"), (17, "16 or 32"), (8, "16, say"), (0, "16, say"), (-64, "16, say")):
+        with pytest.raises(UserError, match=f"{size} px .* = 16.; give {remedy}$"):
+            export_model(model, format, tmp_path / "other", image_size=size)
     assert not (tmp_path / "other").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from megatron_lcl.data.corpus.probe import BadImage
@@ -67,3 +69,18 @@ def folder(digits: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempP
         sub.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 255).round().astype(np.uint8)).save(sub / f"{i:04d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small CLIP of OpenCLIP's whose image encoder has no patch tokens."""
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("resnet")
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    torch.manual_seed(0)
+    weights = open_clip.CLIP(**json.loads(json.dumps(config))).state_dict()
+    save_file(weights, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return f"open_clip:local-dir:{folder}"

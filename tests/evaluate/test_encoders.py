@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision, from_dict
-from megatron_lcl.convert.export import export_model, save_checkpoint
+from megatron_lcl.convert.export import export_model, import_checkpoint, save_checkpoint
+from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.errors import UserError
@@ -26,6 +28,8 @@ from megatron_lcl.evaluate.encoders.load import EncoderSource, load_encoder
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.sources import FileBlob, open_images
 from megatron_lcl.evaluate.zero_shot import zero_shot
+from megatron_lcl.model.reference_format import open_clip_config
+from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.forks import forkserver
 
 
@@ -122,6 +126,20 @@ def test_the_tokenizer_is_that_of_the_runs_corpus(model: LCL, checkpoint: Path, 
         load_encoder(tmp_path / "run", "clip")
 
 
+def test_the_tokenizer_of_weights_without_a_run_is_clips_by_its_size(
+    model: LCL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr(tokenizers, "load", cache(tokenizers.load))  # which takes seconds
+    clip = tokenizers.load("clip")
+    sized = LCL(replace(model.config, language=replace(model.config.language, vocab_size=clip.vocab_size)), seed=None)
+    torch.save(sized.state_dict_open_clip(), tmp_path / "m.pt")
+    (tmp_path / "m.json").write_text(json.dumps(open_clip_config(sized.config)))
+    import_checkpoint("open_clip", tmp_path / "m.pt", tmp_path / "imported")
+    for name in ("m.pt", "imported"):
+        assert load_encoder(tmp_path / name).tokenizer_fingerprint == clip.fingerprint
+
+
 def test_nucleus_sampling_draws_anew_for_every_batch(checkpoint: Path, colors: Path) -> None:
     encoder = load_encoder(checkpoint, checkpoint / "words.model")
     assert isinstance(encoder, OurEncoder)
@@ -153,6 +171,29 @@ def test_several_processes_give_the_same(
     with pytest.raises(ValueError, match=r"config\.yaml: "):
         image_features(encoder, broken, cache=tmp_path / "3", batch_size=4, processes=2, progress=False)
     assert list((tmp_path / "3").iterdir()) == []
+
+
+def test_the_checkpoint_of_a_run_is_looked_for_once(model: LCL, tmp_path: Path) -> None:
+    """The run saves its next one after the main process has loaded: what is cached is of the one that names it."""
+    run = tmp_path / "run"
+
+    def save(step: int, model: LCL) -> Path:
+        folder = run / CHECKPOINTS / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_checkpoint(model, Config(model=model.config), folder)
+        (folder / "manifest.json").write_text("{}")
+        return folder
+
+    first = save(1, model)
+    encoder = EncoderSource(str(run), devices=("cpu", "cpu:0"))(0)
+    save(2, LCL(model.config, seed=2))
+    assert (encoder.name, encoder.source) == (str(run), EncoderSource(str(first), devices=("cpu", "cpu:0")))
+    assert encoder.source is not None
+    again = encoder.source(1)
+    assert again.device == torch.device("cpu:0")
+    assert again.source == encoder.source
+    assert again.fingerprint == encoder.fingerprint == load_encoder(first).fingerprint
+    assert load_encoder(run).fingerprint != encoder.fingerprint
 
 
 def load_refused(spec: str, *words: str) -> None:
@@ -345,16 +386,8 @@ def test_a_pooler_without_weights_is_left_out(tmp_path: Path) -> None:
     assert torch.allclose(patches, hidden[:, 1:], atol=1e-5)
 
 
-def test_an_encoder_without_patch_tokens(tmp_path: Path, colors: Path) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
-    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(0)
-    weights = open_clip.CLIP(**json.loads(json.dumps(config))).state_dict()
-    save_file(weights, tmp_path / "open_clip_model.safetensors")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    encoder = load_encoder(f"open_clip:local-dir:{tmp_path}")
+def test_an_encoder_without_patch_tokens(resnet: str, tmp_path: Path, colors: Path) -> None:
+    encoder = load_encoder(resnet)
     images = open_images(colors).images[:2]
     assert image_features(encoder, images, cache=tmp_path / "c", progress=False).shape == (2, 16)
     with pytest.raises(ValueError, match="no patch tokens"):

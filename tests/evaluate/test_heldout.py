@@ -26,6 +26,7 @@ from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate import heldout
 from megatron_lcl.evaluate.heldout import (
     HeldOutEvaluation,
     check_tasks,
@@ -319,6 +320,16 @@ def test_documents_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path
     save_checkpoint(model, Config(model=model.config), tmp_path)
     with pytest.raises(UserError, match="has 517 ids, the model 520"):
         evaluate_checkpoint(tmp_path, folder / "corpus")
+
+
+def test_an_output_that_cannot_be_is_known_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(own_model(), Config(model=TINY), tmp_path)
+    monkeypatch.setattr(heldout, "evaluate_heldout", None)
+    for output in (tmp_path / "config.yaml", tmp_path / "config.yaml" / "out"):
+        with pytest.raises(UserError, match=f"cannot write results into {output}"):
+            evaluate_checkpoint(tmp_path, folder / "corpus", output)
 
 
 def test_an_untrained_model_as_a_baseline(folder: Path, tmp_path: Path) -> None:

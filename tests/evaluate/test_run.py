@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import shutil
 import struct
+import sys
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -95,6 +98,41 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
     refused("k = 1000", "knn", settings=Settings(knn=KnnSettings(k=1000)))
     refused("--tokenizer", "zero-shot")
     refused("no split 'tset'", "knn", split="tset")
+
+
+def test_what_ends_an_evaluation_is_known_before_any_image_is_encoded(
+    folder: Path, checkpoint: Path, resnet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whatever model and task: those before have no features in the cache."""
+    images = sorted((folder / "test").rglob("*.png"))[:4]
+    entries = [{"filename": str(p), "split": "test", "sentences": [{"raw": p.parent.name}]} for p in images]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    (tmp_path / "file").write_text("x")
+    words, cache = str(checkpoint / "words.model"), tmp_path / "cache"
+
+    def refused(said: str, tasks: tuple[str, ...], data: Path, *models: str, **options: Any) -> None:
+        given = {"output": tmp_path / "out", "progress": False, "cache": cache, "tokenizer": words, **options}
+        with pytest.raises(UserError, match=said) as error:
+            evaluate([str(checkpoint), *models], tasks, data, **given)
+        assert "\n" not in str(error.value)
+        assert not list(cache.rglob("*.npy"))
+
+    of_texts = ("retrieval", "captioning"), tmp_path / "coco.json"
+    of_probes = ("knn", "attentive-probe"), folder
+    refused("resnet.* gives no patch tokens", *of_probes, resnet)
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        refused(f"cannot write results into {output}: ", *of_probes, output=output)
+    long = Settings(captioning=CaptioningSettings(prompt="zero one two three " * 20))
+    refused("give a prompt of fewer than its", *of_texts, settings=long)
+    language = dataclasses.replace(load_model(checkpoint).config.language, context_length=19)
+    short = LCL(dataclasses.replace(load_model(checkpoint).config, language=language))
+    (tmp_path / "short").mkdir()
+    save_checkpoint(short, Config(model=short.config), tmp_path / "short")
+    refused("a caption's start has 19 tokens", *of_texts, str(tmp_path / "short"))
+    for library in ("pycocoevalcap", "sacrebleu"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, library, None)
+            refused(f"captioning needs {library}", *of_texts)
 
 
 def test_seed_reaches_the_attentive_probe_and_results_name_the_weights(
@@ -212,7 +250,7 @@ def test_all_bad_images_are_found_before_any_is_encoded(
         file, _, reason = bad[name]
         assert f"{file} ({reason})" in said
     assert not list((tmp_path / "cache").rglob("*.npy"))
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "out") == []
 
     assert main([*command, "--task", "knn", "--task", "linear-probe", "--skip-bad-images"]) == 0
     table = capsys.readouterr().out

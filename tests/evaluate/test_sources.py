@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data.corpora import write_corpus
 from PIL import Image
 from PIL import features as pillow
+from s3_fixtures import upload
 
+from megatron_lcl.cli import main
+from megatron_lcl.curate.duplicates.evaluation import EvaluationImages
 from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
-from megatron_lcl.evaluate.sources import ImageSet, open_images
+from megatron_lcl.evaluate.sources import ImageSet, all_pictures, open_images
 from megatron_lcl.evaluate.zero_shot import zero_shot
 
 
@@ -230,3 +235,28 @@ def test_corpus(folder: Path, tmp_path: Path) -> None:
     assert len(data) == 4
     assert texts.count("after the first 1") == 2  # one next to its text, one matched to it
     assert pixels(data, 0).shape == (8, 8)
+
+
+def test_a_corpus_in_object_storage(
+    place: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its images and texts are those of the disk; other data is not read from there, and its URL is named as given."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = sorted((folder / "test").rglob("*.png"))[:4]
+    pieces = [[[k + 1, k + 2], (file.read_bytes(), None, None)] for k, file in enumerate(images)]
+    disk = write_corpus(tmp_path / "corpus", pieces, 2)
+    upload(disk.path, place)
+    data, same = open_images(place), open_images(disk.path)
+    assert (data.name, data.captions, data.digests) == (place, same.captions, same.digests)
+    assert [blob.read() for blob in pickle.loads(pickle.dumps(data.images))] == [p.read_bytes() for p in images]
+    assert [blob.name for blob in all_pictures(Path(place))] == [blob.name for blob in data.images]
+    assert [EvaluationImages(place).read(k)[1] for k in range(4)] == [p.read_bytes() for p in images]
+    knn = ["evaluate", "open_clip:x", "--task", "knn", "--data"]
+    for command, said in (
+        ([*knn, place], f"{place} has no labels"),
+        ([*knn, f"{place}/folder"], f"{place}/folder is not a corpus"),
+        ([*knn, place, "--split", "test"], f"{place} is a corpus, which has no splits"),
+        ([*knn, str(folder), "--images", place], "--images is s3://…: use a path of a file system here"),
+    ):
+        assert main(command) == 2
+        assert said in capsys.readouterr().err

@@ -26,9 +26,8 @@ from megatron_lcl.curate.duplicates.join import Removals, gather
 from megatron_lcl.curate.duplicates.settings import Decontamination
 from megatron_lcl.curate.duplicates.views import ASKED, COMPARED, KEPT, first_guess, nearest, view_hashes
 from megatron_lcl.curate.joins import Gone
-from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 
@@ -47,15 +46,14 @@ class EvaluationImages:
     """
 
     def __init__(self, source: str | Path, split: str | None = None) -> None:
-        path = Path(source)
-        self._corpus = Corpus(path) if (path / MANIFEST).is_file() else None
+        self._corpus = open_corpus(source) if is_corpus(source) else None
         if self._corpus is not None:
             counts = [shard["images"] for shard in self._corpus.manifest["shards"]]
             self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             return
         from megatron_lcl.evaluate.sources import all_pictures  # imports torch
 
-        self._blobs: Sequence[Blob] = all_pictures(path, split)
+        self._blobs: Sequence[Blob] = all_pictures(Path(source), split)
 
     def __len__(self) -> int:
         return len(self._blobs) if self._corpus is None else int(self._starts[-1])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from megatron_lcl.convert.find import find_checkpoint
+from megatron_lcl.convert.remote import pinned
 from megatron_lcl.curate.documents import Range, address, ranges
 from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.duplicates.join import Removals
@@ -21,6 +24,8 @@ from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore, Mo
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.data.storage.store import url_of
+from megatron_lcl.evaluate.encoders.spec import parse_spec
 
 
 class _Asking:
@@ -137,6 +142,15 @@ def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores 
         yield SameFeatures(*encoder, FeatureDuplicates(rules.min_cosine, rules.duplicates), against)
     if rules.match:
         yield Matched(*encoder, rules.min_similarity)
+
+
+def resolved(rules: ModelRules) -> ModelRules:
+    """With the newest checkpoint named in place of its run: all processes ask the same weights, and those that `check`
+    tells, while the run saves others. UserError where there is none."""
+    if rules.encoder is None or not rules.asks or parse_spec(rules.encoder).kind:
+        return rules
+    url = url_of(rules.encoder)
+    return replace(rules, encoder=pinned(url) if url else str(find_checkpoint(Path(rules.encoder))))
 
 
 def check(rules: ModelRules, *, keep: bool) -> dict[str, str]:

@@ -457,3 +457,8 @@ def open_corpus(path: str | Path, cache: str | Path | None = None) -> Corpus:
     `data.cache` (None: megatron_lcl in the user's cache folder).
     """
     return Corpus(path, cache)
+
+
+def is_corpus(path: str | Path) -> bool:
+    """Whether a folder holds a finished corpus. A URL is taken for one's: `open_corpus` says what is wrong there."""
+    return url_of(path) is not None or (Path(path) / MANIFEST).is_file()

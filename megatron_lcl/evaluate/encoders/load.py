@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron_lcl.config import Config
-from megatron_lcl.convert.find import known_config
+from megatron_lcl.convert.find import find_checkpoint, known_config
 from megatron_lcl.convert.load import load_model
 from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
-from megatron_lcl.data.corpus.store import open_corpus
-from megatron_lcl.data.storage.store import url_of
+from megatron_lcl.data.corpus.store import is_corpus, open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.hf import HfEncoder
@@ -23,6 +22,7 @@ from megatron_lcl.evaluate.encoders.open_clip import OpenClipEncoder
 from megatron_lcl.evaluate.encoders.spec import Spec, parse_spec
 from megatron_lcl.evaluate.encoders.timm import TimmEncoder
 from megatron_lcl.evaluate.encoders.untrained import untrained_model
+from megatron_lcl.model.lcl import LCL
 
 
 def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
@@ -32,16 +32,20 @@ def load_encoder(spec: str | Path, tokenizer: str | Path | None = None, device: 
     or the path of an LCL checkpoint, whose tokenizer is that of its run's corpus, or CLIP's if its vocabulary has
     CLIP's size, unless `tokenizer` names another. Untrained: `timm:NAME?pretrained=no`, `open_clip:NAME@none`,
     `random:CONFIG` (see `untrained_model`), each with `?seed=N`. Raises UserError where it does not load.
+
+    Of a run, the newest checkpoint is looked for once: `source` of the encoder names that one.
     """
-    parsed, path = parse_spec(str(spec)), Path(spec)
+    parsed, same = parse_spec(str(spec)), str(spec)
     if parsed.kind in _LIBRARIES:
         encoder: Encoder = _LIBRARIES[parsed.kind](parsed, device)
     elif parsed.seed is not None:
         model, config = untrained_model(parsed.name, parsed.seed)
-        encoder = OurEncoder(parsed.text, model, _tokenizer(config, tokenizer), device)
+        encoder = OurEncoder(parsed.text, model, _tokenizer(config, model, tokenizer), device)
     else:
-        encoder = OurEncoder(parsed.text, load_model(spec), _tokenizer(known_config(path), tokenizer), device)
-    encoder.source = EncoderSource(str(spec), None if tokenizer is None else str(tokenizer), (str(device),))
+        found = find_checkpoint(Path(spec))
+        model, same = load_model(found), str(found)
+        encoder = OurEncoder(parsed.text, model, _tokenizer(known_config(found), model, tokenizer), device)
+    encoder.source = EncoderSource(same, None if tokenizer is None else str(tokenizer), (str(device),))
     return encoder
 
 
@@ -68,16 +72,20 @@ class EncoderSource:
 
     def __call__(self, number: int) -> Encoder:
         encoder = load_encoder(self.spec, self.tokenizer, self.devices[number % len(self.devices)])
-        encoder.source = self
+        assert isinstance(encoder.source, EncoderSource)
+        encoder.source = replace(encoder.source, devices=self.devices)  # of the checkpoint that was found
         return encoder
 
 
 _CLIP_VOCABULARY = 49411
 
 
-def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.Tokenizer | None:
-    """The one that is given, else the run's. UserError where a corpus of the run is here and has another than that."""
-    corpora = () if config is None else config.data.corpora
+def _tokenizer(config: Config | None, model: LCL, given: str | Path | None) -> tokenizers.Tokenizer | None:
+    """The one that is given, else the run's, else CLIP's where the model's vocabulary has its size.
+
+    config: of the run, if it is known. UserError where a corpus of the run is here and has another than is given.
+    """
+    corpora, cache = ((), None) if config is None else (config.data.corpora, config.data.cache)
     if given is not None:
         tokenizer = tokenizers.load(given)
         for corpus in corpora:
@@ -86,9 +94,7 @@ def _tokenizer(config: Config | None, given: str | Path | None) -> tokenizers.To
                     break
                 raise UserError(f"{given} is another tokenizer than that of {corpus.path}, the run's corpus; omit it")
         return tokenizer
-    if config is None:
-        return None
     for corpus in corpora:
-        if url_of(corpus.path) or (Path(corpus.path) / CORPUS_MANIFEST).is_file():
-            return open_corpus(corpus.path, config.data.cache).tokenizer
-    return tokenizers.load("clip") if config.model.language.vocab_size == _CLIP_VOCABULARY else None
+        if is_corpus(corpus.path):
+            return open_corpus(corpus.path, cache).tokenizer
+    return tokenizers.load("clip") if model.config.language.vocab_size == _CLIP_VOCABULARY else None

@@ -166,8 +166,14 @@ def _read(path: Path, ours: Model | None) -> tuple[Model, dict[str, torch.Tensor
         encoder = load_model(path)
         unread = {f"{len(encoder.layers) - 1}.{name}" for name in ("embedding.weight", "positions")}
         held = {name: p.detach() for name, p in encoder.layers.named_parameters() if name not in unread}
-        theirs = encoder.config if ours is None else replace(encoder.config, language=ours.language)
-        return theirs, held, []
+        if ours is None:
+            return encoder.config, held, []
+        if (there := encoder.config.language.width) != (here := ours.language.width):  # the pool's, which is held
+            raise UserError(
+                f"train.init_from = {path} does not fit the model: model.language.width is {there} there and {here} "
+                "here"
+            )
+        return replace(encoder.config, language=ours.language), held, []
     if path.is_dir():
         model, state = read_config(path).model, read_safetensors(path / WEIGHTS)
         expected = parameter_shapes(model)

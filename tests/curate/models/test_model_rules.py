@@ -14,12 +14,14 @@ from megatron_lcl import LCL
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import save_checkpoint
+from megatron_lcl.curate.models import rules as models
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.run import curate, curate_in_jobs
 from megatron_lcl.curate.settings import Settings, as_recipe, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.tokenizer import load as open_tokenizer
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.prepare.verify import verify
@@ -161,6 +163,35 @@ def test_work_goes_on_with_the_same_weights_and_tokenizer_only(
     train(2)
     with pytest.raises(UserError, match="its thresholds differ"):
         curate(source, out, rules((str(run), str(words_file)), match="true"))
+
+
+def test_the_weights_are_those_of_the_start(
+    source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run saves its next checkpoint before a process loads the encoder."""
+    config = Model(Vision(16, 4, 64, 1, 4, 128), Language(64, open_tokenizer(encoder[1]).vocab_size, 48, 1, 4, 96), 4)
+    run = tmp_path / "run"
+
+    def save(step: int) -> Path:
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_checkpoint(LCL(config, seed=step), Config(model=config), folder)
+        (folder / "manifest.json").write_text("{}")
+        return folder
+
+    first, check = save(1), models.check
+
+    def then_saved(*given: Any, **options: Any) -> dict[str, str]:
+        found = check(*given, **options)
+        models.load.cache_clear()  # as of a process that has not loaded it
+        save(2)
+        return found
+
+    monkeypatch.setattr(models, "check", then_saved)
+    curate(source, tmp_path / "out", rules((str(run), encoder[1]), match="true"))
+    facts = matching_facts(source, 0, 0, 3, str(first), encoder[1])
+    corpus = open_corpus(tmp_path / "out")
+    assert [image.similarity for d in corpus for image in d.images] == facts["similarity"].tolist()
 
 
 @pytest.mark.parametrize("action", ["keep-one", "drop-all"])
