@@ -11,3 +11,8 @@ NO_RESULT = (
     *("guard.timeout", "guard.long_timeout", "guard.every", "guard.max_rewinds"),
 )
 """beginnings of the dotted names of those that change no result, these among them; docs/report.md lists them"""
+ROUNDING = (
+    *("parallel.", "zero.", "contrast.strategy", "train.deterministic", "train.activation_checkpointing"),
+    *("train.measure_kernels", "train.attention", "train.compile"),
+)
+"""likewise of those that change results by rounding alone, as does every `micro_batch`; docs/faults.md lists them"""

@@ -16,7 +16,7 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.source import rules_of_kinds
 from megatron_lcl.errors import UserError, free_space, in_bytes, nearest_folder
 from megatron_lcl.model.layers import num_parameters
-from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.run_folder import CHECKPOINTS, CONFIG
 from megatron_lcl.train.apex import check_apex
 from megatron_lcl.train.averages import average_names, check_averages
 from megatron_lcl.train.changes import Changes, changed_settings
@@ -147,10 +147,19 @@ def check_output(run: Path, config: Config) -> None:
     if read_record(run, IMPORT):
         raise UserError(f"train.output = {run} is an import; name another folder, and this one as train.init_from")
     if not saved.exists():
-        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        if run.exists() and not all(_is_of_no_run(path) for path in run.iterdir()):
             raise UserError(f"train.output = {run} holds other files and no {CONFIG}; name a new or an empty folder")
         return
     check_model(saved, config)
+
+
+def _is_of_no_run(path: Path) -> bool:
+    """Whether a file of a run folder without a config.yaml is hidden, or what a fetched checkpoint left, which comes
+    before that (`Mirror.restore`)."""
+    fetched = path.name == CHECKPOINTS and path.is_dir()
+    return path.name.startswith(".") or (
+        fetched and all(x.name.startswith(("step-", ".step-")) for x in path.iterdir())
+    )
 
 
 def check_space(config: Config) -> None:

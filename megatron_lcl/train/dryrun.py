@@ -252,7 +252,7 @@ def _run(config: Config) -> Iterator[str]:
         return
     yield f"run         {run}: goes on from {folder.name if saved else folder}, if it verifies"
     if not verify(folder, only=(CONFIG, PROGRESS)):
-        has_all_steps(folder, config)  # with these settings
+        has_all_steps(folder, config, is_own=bool(saved))  # with these settings
         yield from (f"            {line}" for line in changes_since(folder, config).lines())
 
 

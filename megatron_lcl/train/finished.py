@@ -2,52 +2,82 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.config.results import NO_RESULT
+from megatron_lcl.config.results import NO_RESULT, ROUNDING
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.changes import changed_settings, text_of
-from megatron_lcl.train.checkpoint.folder import last_checkpoint, read_progress
+from megatron_lcl.train.checkpoint.folder import Progress, last_checkpoint, read_progress
+from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.telemetry.lines import measured_after
+
+_CORPUS = re.compile(r"data\.corpora\.\d+\.path")
+_MOVABLE = ("evaluate.corpus", "evaluate.labeled", "train.init_from")
+"""paths of which nothing is recorded but their text"""
 
 
 def is_finished(config: Config) -> bool:
     """Whether nothing is left to do in the run folder. UserError as `has_all_steps` raises it."""
     folder = last_checkpoint(Path(config.train.output))
-    return folder is not None and has_all_steps(folder, config) and has_last_evaluation(config)
-
-
-def has_all_steps(folder: Path, config: Config) -> bool:
-    """Whether all steps are done in a checkpoint. UserError where they were made with settings that give another
-    result, for nothing is ever trained with those of `config`."""
-    if read_progress(folder).step < config.train.steps:
+    if folder is None or not has_all_steps(folder, config) or not has_last_evaluation(config):
         return False
-    made = configs.load(folder / CONFIG)
-    changed = [
-        f"{name} = {text_of(before)} where this command has {text_of(now)}"
-        for name, (before, now) in changed_settings(made, _as_chosen(config, made)).items()
-        if not name.startswith(NO_RESULT)
-    ]
-    if changed:
+    return config.checkpoint.mirror is None or Mirror(config.checkpoint.mirror).has(folder)
+
+
+def has_all_steps(folder: Path, config: Config, is_own: bool = True) -> bool:
+    """Whether all steps are done in a checkpoint. UserError where they were made with settings that give another
+    result, for nothing is ever trained with those of `config`; and where the run would have no checkpoint of its own.
+
+    is_own: it is the run's, not what `checkpoint.resume` names.
+    """
+    progress = read_progress(folder)
+    if progress.step < config.train.steps:
+        return False
+    if not is_own:
         raise UserError(
-            f"{config.train.output} is finished, with {', '.join(changed)}; name another train.output, or delete that "
-            "folder"
+            f"checkpoint.resume = {config.checkpoint.resume} is at step {progress.step}, and has all steps of "
+            f"train.steps = {config.train.steps}; raise that"
         )
-    return True
+    made = configs.load(folder / CONFIG)
+    changed = dict(_changed(made, config, progress))
+    if not changed:
+        return True
+    remedy = "give the settings of that run again, or another train.output"
+    remedy += " and checkpoint.mirror" * (config.checkpoint.mirror is not None)
+    if all(name.startswith(("evaluate.", "train.evaluate_every")) for name in changed):
+        remedy = f"evaluate it by `megatron-lcl evaluate {folder} …`, or {remedy}"
+    raise UserError(
+        f"{folder} has made {progress.step} of {made.train.steps} steps with {', '.join(changed.values())}; {remedy}"
+    )
 
 
-def _as_chosen(config: Config, made: Config) -> Config:
-    """With what a run chose that was left to it, as its checkpoints have it."""
-    chosen: dict[str, Any] = {}
-    if config.contrast.strategy == "auto":
-        chosen["contrast__strategy"] = made.contrast.strategy
-    if config.train.measure_kernels and made.train.measure_kernels:
-        chosen |= {"train__attention": made.train.attention, "train__compile": made.train.compile}
-    return configs.replace(config, **chosen)
+def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[str, str]]:
+    """The settings that differ from those of a checkpoint and give another result, and how they do."""
+    for name, (before, value) in changed_settings(made, now).items():
+        if name.startswith((*NO_RESULT, *ROUNDING)) or name.endswith(".micro_batch") or _CORPUS.fullmatch(name):
+            continue
+        if not (name in _MOVABLE and _may_have_moved(before, value)):
+            yield name, f"{name} = {text_of(before)} where this command has {text_of(value)}"
+    blends = [entry["blend"] for entry in progress.ledger.get("entries", ()) if "blend" in entry]
+    for number, (corpus, read) in enumerate(zip(now.data.corpora, blends[-1] if blends else (), strict=False)):
+        if open_corpus(corpus.path, now.data.cache).fingerprint != read["fingerprint"]:
+            what = f"the documents of {read['path']} where this command has those now in {corpus.path}"
+            yield f"data.corpora.{number}.path", what
+
+
+def _may_have_moved(before: Any, now: Any) -> bool:
+    """Whether two paths are of the same file, or nothing is at the first one any more, as on another machine."""
+    if before is None or now is None:
+        return False
+    return not os.path.exists(before) or (os.path.exists(now) and os.path.samefile(before, now))
 
 
 def has_last_evaluation(config: Config) -> bool:

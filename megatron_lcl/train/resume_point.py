@@ -88,25 +88,23 @@ def _resolve(config: Config, settings: dict[str, Any], processes: int, has: Memo
     run = Path(config.train.output)
     check_output(run, config)  # again: another run may have begun there before it was locked
     checkpoint.put_back(run / CHECKPOINTS)
-    restored = _restored(run, config)
+    source = Mirror(config.checkpoint.mirror) if config.checkpoint.mirror is not None else None
+    restored = source.restore(run) if source else None
+    is_own = bool(checkpoint.list_checkpoints(run))  # what the run goes on from, if anything
+    if not is_own and (source := resumed(config.checkpoint.resume)):
+        restored = source.restore(run)
     try:
-        return _from(run, config, settings, processes, has)
-    except UserError:
-        if restored is not None:  # it does not fit this run, which is not to find it as its own
-            shutil.rmtree(restored)
-        raise
+        return _from(run, config, settings, processes, has, is_own)
+    except UserError as error:
+        if not (source and restored):
+            raise
+        shutil.rmtree(restored)  # it does not fit this run, which is not to find it as its own
+        raise UserError(str(error).replace(str(restored), f"{source.store.url}/{restored.name}")) from None
 
 
-def _restored(run: Path, config: Config) -> Path | None:
-    """The checkpoint that a run without any fetches from object storage; None where there is none, or no need."""
-    if config.checkpoint.mirror is not None and (restored := Mirror(config.checkpoint.mirror).restore(run)):
-        return restored
-    if checkpoint.list_checkpoints(run) or (named := resumed(config.checkpoint.resume)) is None:
-        return None
-    return named.restore(run)
-
-
-def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, has: Memory) -> ResumePoint:
+def _from(
+    run: Path, config: Config, settings: dict[str, Any], processes: int, has: Memory, is_own: bool
+) -> ResumePoint:
     resume = "auto" if url_of(config.checkpoint.resume) else config.checkpoint.resume  # which lies in the run by now
     folder, rejected = checkpoint.choose(run, resume)
     kept = kept_kernels(config, folder)
@@ -115,7 +113,7 @@ def _from(run: Path, config: Config, settings: dict[str, Any], processes: int, h
     if folder:
         check_model(folder / CONFIG, config)
         saved = checkpoint.read_progress(folder)
-        finished = has_all_steps(folder, config)
+        finished = has_all_steps(folder, config, is_own)
         previous = Ledger.from_json(saved.ledger)
         check_corpora(previous, config)
     ledger = open_run_ledger(config, objectives.create(config).sequences, previous, saved.step, saved.packs)

@@ -182,8 +182,8 @@ class Training:
             telemetry.say(f"warning: {warmup}")
         self._go_to(point.folder, point.progress)
         if point.folder:
-            self.saver.step = point.progress.step
-            self.saver.folder = point.folder
+            with self.watchdog.long_phase(point.progress.step, "copying the last checkpoint"):
+                self.saver.go_on_from(point.folder, point.progress)
             telemetry.say(f"going on from {point.folder}")
             for line in point.changes.lines():
                 telemetry.say(line)

@@ -292,7 +292,7 @@ def test_a_part_from_end_to_end(
     with pytest.raises(UserError, match=r"is a run of \d+ steps, and this would be one of \d+; give a new --output"):
         run(images=320)
     with pytest.raises(
-        UserError, match=r"is finished, with optimizer\.weight_decay = 0\.2 where this command has 0\.1"
+        UserError, match=r"has made \d+ of \d+ steps with optimizer\.weight_decay = 0\.2 where this command has 0\.1"
     ):
         run(given=TINY | {"optimizer.weight_decay": "0.1"})
     monkeypatch.setattr(claim_data, "_RULES", 0)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
+from megatron_lcl.config.results import ROUNDING
 from megatron_lcl.train import changes
 from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.optimizer import SCHEDULE, scheduled
@@ -74,7 +75,7 @@ def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
 
 def test_the_settings_that_are_treated_apart_exist() -> None:
     names = [name for name, *_ in configs.describe()]
-    for prefix in (*changes.NO_EFFECT, *SCHEDULE):
+    for prefix in (*changes.NO_EFFECT, *ROUNDING, *SCHEDULE):
         assert [name for name in names if name.startswith(prefix)], prefix
 
 

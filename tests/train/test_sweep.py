@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_lcl.report.runs import Run, find_runs, group, write_runs_report
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train import sweep
 from megatron_lcl.train.checkpoint.folder import Progress, progress_text, step_folder
+from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.finished import is_finished
 from megatron_lcl.train.sweep import Member
 
@@ -104,14 +106,14 @@ def test_each_member_has_its_own_copies() -> None:
     assert [run.config.checkpoint.mirror for run in runs] == ["s3://b/one", "s3://b/two"]
 
 
-def write_finished(config: Config) -> None:
-    """What is read of a run that has made its steps."""
-    run = Path(config.train.output)
-    folder = step_folder(run, config.train.steps)
-    folder.mkdir(parents=True)
+def write_finished(config: Config, step: int | None = None) -> None:
+    """What is read of a run that has made its steps, or so many of them."""
+    run, step = Path(config.train.output), step or config.train.steps
+    folder = step_folder(run, step)
+    folder.mkdir(parents=True, exist_ok=True)
     for place in (run, folder):
         (place / CONFIG).write_text(configs.to_yaml(config))
-    (folder / "progress.json").write_text(progress_text(Progress(config.train.steps, 0, {})))
+    (folder / "progress.json").write_text(progress_text(Progress(step, 0, {})))
     (folder / "manifest.json").write_text(
         manifest_text({n: fingerprint(folder / n) for n in (CONFIG, "progress.json")})
     )
@@ -130,7 +132,7 @@ def test_an_array_task_of_a_finished_run_leaves_it_as_it_is(
     assert main(words) == 0
     assert capsys.readouterr().out == "seed=6 was finished before\n"
     assert main([*words, "--optimizer.lr", "0.5"]) == 2
-    assert "is finished, with optimizer.lr = " in capsys.readouterr().err
+    assert "has made 1000 of 1000 steps with optimizer.lr = " in capsys.readouterr().err
 
 
 def test_the_command_of_an_array_task_is_that_of_its_member(
@@ -206,9 +208,20 @@ def test_every_run_is_as_if_alone_and_a_finished_one_stays(made: Path, capsys: p
     assert main(command) == 0
     assert capsys.readouterr().err.count("was finished before") == 2
     assert main([*command, "--optimizer.lr", "0.5"]) == 2
-    assert "seed=0 is finished, with optimizer.lr = 0.0005 where this command has 0.5" in capsys.readouterr().err
+    last = made / "sweep" / "seed=0" / "checkpoints" / "step-00000002"
+    said = f"{last} has made 2 of 2 steps with optimizer.lr = 0.0005 where this command has 0.5; give the settings of"
+    assert said in capsys.readouterr().err
     assert main([*command, "--train.global_batch", "5", "--processes", "2"]) == 2, "nothing of it has begun"
     assert capsys.readouterr().err.startswith("megatron-lcl train: seed=0: ")
+    config = configs.load(made / "sweep" / "seed=0" / CONFIG)
+    corpus, moved = Path(config.data.corpora[0].path), made / "moved"
+    shutil.copytree(corpus, moved)
+    for place in (f"{corpus}/", os.path.relpath(corpus), str(moved)):
+        assert is_finished(configs.replace(config, data__corpora=[{"path": place}])), place
+    manifest = moved / "corpus.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "contents": "0" * 32}))
+    with pytest.raises(UserError, match=f"with the documents of {corpus} where this command has those now in {moved};"):
+        is_finished(configs.replace(config, data__corpora=[{"path": str(moved)}], data__allow_change=True))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +231,11 @@ def test_every_run_is_as_if_alone_and_a_finished_one_stays(made: Path, capsys: p
         ({"guard.timeout": "99", "guard.every": "7", "data.workers": "0", "train.progress": "false"}, None),
         ({"train.trackers": "wandb", "train.profile": "1:2", "train.profile_ranks": "[1]"}, None),
         ({"train.peak_flops": "1e12", "data.max_bad_images": "7", "data.max_bad_fraction": "0.5"}, None),
-        ({"contrast.strategy": "auto"}, None),  # which came to the same
+        ({"contrast.strategy": "auto", "train.attention": "dense", "train.activation_checkpointing": "full"}, None),
+        ({"train.micro_batch": "4", "parallel.tensor": "2", "parallel.pipeline": "2", "zero.stage": "2"}, None),
+        ({"contrast.initial_log_scale": "1"}, r"contrast\.initial_log_scale = "),
+        ({"train.steps": "999"}, r"of 1000 steps with train\.steps = 1000 where this command has 999"),
+        ({"train.init_from": "runs/other"}, r"train\.init_from = null where this command has runs/other"),
         ({"guard.spike_sigmas": "6"}, r"guard\.spike_sigmas = null where this command has 6\.0"),
         ({"guard.spike_window": "64"}, r"guard\.spike_window = 128 where this command has 64"),
         ({"guard.max_bad_steps": "3"}, r"guard\.max_bad_steps = 10 where this command has 3"),
@@ -233,8 +250,45 @@ def test_a_finished_run_is_the_same_with_what_changes_no_result(
     if said is None:
         assert is_finished(member.config)
         return
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=rf"seed=0/checkpoints/step-00001000 has made 1000 .*{said}"):
         is_finished(member.config)
+
+
+def test_an_unfinished_run_is_not_given_fewer_steps(tmp_path: Path) -> None:
+    """That would be another schedule."""
+    config = configs.load(None, {"train.output": str(tmp_path), "checkpoint.mirror": "s3://b/run"})
+    write_finished(configs.replace(config, train__steps=800), step=400)
+    with pytest.raises(UserError, match=r"has made 400 of 800 steps with train.steps = 800 where .*checkpoint.mirror$"):
+        is_finished(configs.replace(config, train__steps=300))
+
+
+def test_where_a_finished_run_had_its_data_does_not_matter(tmp_path: Path) -> None:
+    """The same folder by another name, or one that is not there any more, as on another machine; but another one."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    names = ("evaluate.corpus", "evaluate.labeled", "train.init_from")
+    output = {"train.output": str(tmp_path / "run")}
+    write_finished(configs.load(None, {**output, **{name: str(tmp_path / "data") for name in names}}))
+    given = {name: os.path.relpath(tmp_path / "data") for name in names}
+    assert is_finished(configs.load(None, {**output, **given}))
+    for name in names:
+        with pytest.raises(UserError, match=name) as refused:
+            is_finished(configs.load(None, {**output, **given, name: str(tmp_path / "other")}))
+        assert ("; evaluate it by `megatron-lcl evaluate " in str(refused.value)) is name.startswith("evaluate.")
+    with pytest.raises(UserError, match="; evaluate it by `megatron-lcl evaluate "):
+        is_finished(configs.load(None, {**output, **given, "train.evaluate_every": "100"}))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert is_finished(configs.load(None, {**output, **{name: str(tmp_path / "moved") for name in names}}))
+
+
+def test_a_run_without_its_last_copy_is_not_finished(place: str, tmp_path: Path) -> None:
+    config = configs.load(None, {"train.output": str(tmp_path), "checkpoint.mirror": place})
+    write_finished(config)
+    assert not is_finished(config)
+    Mirror(place).upload(step_folder(tmp_path, 1000), None)
+    assert is_finished(config)
+    write_finished(configs.replace(config, train__log_every=3))  # saved again, as after a rewind
+    assert not is_finished(config)
 
 
 def test_a_run_without_its_last_evaluation_is_not_finished(tmp_path: Path) -> None:

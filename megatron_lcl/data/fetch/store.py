@@ -210,17 +210,15 @@ def read_rows(folder: Path) -> Iterator[dict[str, object]]:
             yield from batch.to_pylist()
 
 
-def any_kept(folder: Path) -> str | None:
-    """A URL of which the image is in a store, also in an incomplete shard; None where there is none."""
+def kept_urls(folder: Path) -> Iterator[str]:
+    """The URLs of which the image is in a store, also in incomplete shards."""
     for table in tables(folder):
-        if kept := _kept(table):
-            return kept[0]
+        yield from _kept(table)
     for log in folder.glob("*.log"):
         with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # complete by now; a line being written
             for line in log.read_bytes().splitlines():
                 if (row := msgspec.json.decode(line, type=_Logged).row).status == "kept":
-                    return row.url
-    return None
+                    yield row.url
 
 
 def _kept(table: Path) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_lcl.data.fetch.client import Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
-from megatron_lcl.data.fetch.store import PartStore, Row, any_kept
+from megatron_lcl.data.fetch.store import PartStore, Row, kept_urls
 from megatron_lcl.data.prepare.importers.urls import url_key
 from megatron_lcl.data.prepare.scratch import waiting_for_others
 from megatron_lcl.errors import UserError
@@ -195,15 +195,21 @@ class Worker:
         doubtful = never or silent >= OUTAGE_SECONDS or (at_once and bool(self._witnesses))
         if self._asking or len(self._held_hosts) < (NEVER_REACHED_HOSTS if never else OUTAGE_HOSTS) or not doubtful:
             return
-        if never and not self._witnesses and (kept := any_kept(self._output)):  # by another process
-            self._witness(host_of(kept), kept)
+        if never and not self._witnesses:
+            for kept in kept_urls(self._output):  # by another process
+                self._witness(host_of(kept), kept)
+                if len(self._witnesses) == _WITNESSES:
+                    break
         self._asking = True
         try:
             for url in list(self._witnesses.values()):
-                with contextlib.suppress(Retry):
-                    if (await self._client.fetch(url)).reached:
-                        self._release()
-                        return
+                try:
+                    reached = (await self._client.fetch(url)).reached
+                except Retry as retry:  # a server that is busy, or breaks off, is reached as well
+                    reached = retry.reached
+                if reached:
+                    self._release()
+                    return
         finally:
             self._asking = False
         if self._reached_at <= asked_at:

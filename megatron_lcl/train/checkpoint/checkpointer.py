@@ -98,6 +98,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._fault: SaveError | None = None
         self._finished: deque[Saved] = deque()
+        self._reached = 0
+        """the last step that was loaded or saved"""
 
     # --- saving --------------------------------------------------------------------------------------------------
 
@@ -111,6 +113,7 @@ class Checkpointer:
         """
         started = time.perf_counter() if since is None else since
         self.wait()
+        self._reached = max(self._reached, progress.step)
         progress = replace(progress, layout=self.layout, code=code_versions() if self.mesh.is_first else {})
         final = checkpoint.step_folder(self.run, progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
@@ -195,10 +198,20 @@ class Checkpointer:
         if settings.mirror is None:
             return ""
         try:
-            Mirror(settings.mirror).upload(folder, keep)
+            Mirror(settings.mirror).upload(folder, keep, self._reached)
         except (UserError, OSError) as error:
             return explain(error) if isinstance(error, OSError) else str(error)
         return ""
+
+    def make_up_copy(self, folder: Path, progress: Progress) -> str:
+        """Copy a checkpoint of this run of which there is no copy in `checkpoint.mirror`, while all processes wait for
+        the first one; why it could not be, if so."""
+
+        def copy() -> str:
+            own = self.mesh.is_first and folder in checkpoint.list_checkpoints(self.run)
+            return self._copy(folder, self._kept(progress)) if own else ""
+
+        return "" if self.config.checkpoint.mirror is None else self._on_all(copy)[0]
 
     def _finish(self, temporary: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> list[str]:
         """What the first process does once the files of all processes are there; the result of `tidy`."""
@@ -252,6 +265,7 @@ class Checkpointer:
         self.close()
         self._refuse_foreign(folder)
         before = checkpoint.read_progress(folder)
+        self._reached = max(self._reached, before.step)
         said = []
         if self.mesh.is_first and before.code != code_versions():
             said.append(f"{folder} was written by " + ", ".join(f"{k} {v}" for k, v in before.code.items()))

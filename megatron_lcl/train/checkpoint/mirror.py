@@ -41,26 +41,42 @@ class Mirror:
         steps = (name for name in names if step_of(Path(name)) >= 0)
         return sorted(steps, key=lambda name: step_of(Path(name)))
 
-    def upload(self, folder: Path, keep: Checkpoint | None) -> None:
+    def has(self, folder: Path) -> bool:
+        """Whether there is a whole copy of this very checkpoint, not of another of the same step."""
+        name = f"{folder.name}/{MANIFEST}"
+        return self.store.exists(name) and self.store.get(name) == (folder / MANIFEST).read_bytes()
+
+    def upload(self, folder: Path, keep: Checkpoint | None, reached: int = 0) -> None:
         """Copy a checkpoint that is complete, and delete copies that are kept no longer or were interrupted.
 
-        keep: None: all are. Copies of later steps go in any case: the run has gone back from them, by a rewind or to an
-        earlier checkpoint, and would be resumed from what it has left.
+        keep: None: all are. reached: the last step that this process has begun with or saved. Copies of steps from
+        there down to the checkpoint's go in any case: the run has gone back from them, and would be resumed from what
+        it has left. Later copies are not this process's, and stay.
         """
-        self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a rewind or a resume
-        put_files(self.store, folder, read_manifest(folder), MANIFEST, f"{folder.name}/")
-        complete = [Path(name) for name in self.complete() if step_of(Path(name)) <= step_of(folder)]
+        if not self.has(folder):
+            self.store.delete([f"{folder.name}/{MANIFEST}"])  # of the same step, saved again after a rewind or a resume
+            put_files(self.store, folder, read_manifest(folder), MANIFEST, f"{folder.name}/")
+        own, copies = step_of(folder), range(max(step_of(folder), reached) + 1)
+        complete = [Path(name) for name in self.complete() if step_of(Path(name)) <= own]
         kept = {copy.name for copy in complete} - {old.name for old in (superseded(complete, keep) if keep else ())}
-        stale = [name for name, _ in self.store.list() if self._is_of_a_step(name) and Path(name).parts[0] not in kept]
+        parts = [(name, Path(Path(name).parts[0])) for name, _ in self.store.list()]
+        stale = [name for name, copy in parts if step_of(copy) in copies and copy.name not in kept]
         self.store.delete(sorted(stale, key=lambda name: Path(name).name != MANIFEST))
 
-    def _is_of_a_step(self, name: str) -> bool:
-        return step_of(Path(Path(name).parts[0])) >= 0
-
     def restore(self, run: Path) -> Path | None:
-        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need."""
-        complete = self.complete()
-        if list_checkpoints(run) or not complete:
+        """Fetch the newest copy into a run folder that has no checkpoint; None where there is none, or no need.
+
+        UserError where that copy is later than all that the folder has: the run went on elsewhere, or was ended in a
+        rewind before that was copied, and which of the two is meant is not known.
+        """
+        complete, own = self.complete(), list_checkpoints(run)
+        if own and complete and step_of(Path(complete[-1])) > step_of(own[-1]):
+            raise UserError(
+                f"the copy {self.store.url}/{complete[-1]} is later than {own[-1]}, the last checkpoint in this "
+                f"folder: to go on from the copy, remove {run / CHECKPOINTS}; to go on from the folder, delete the "
+                "later copies"
+            )
+        if own or not complete:
             return None
         final = run / CHECKPOINTS / complete[-1]
         temporary = final.with_name(f".{final.name}.tmp")

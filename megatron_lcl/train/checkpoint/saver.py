@@ -31,6 +31,11 @@ class Saver:
         """why the last of them did"""
         self._writing: tuple[int, Path] | None = None
 
+    def go_on_from(self, folder: Path, progress: Progress) -> None:
+        """The run goes on from a checkpoint. Where copying it had failed, or was interrupted, it is copied now."""
+        self.step, self.folder = progress.step, folder
+        self._say_if_not_copied(progress.step, self.checkpoints.make_up_copy(folder, progress))
+
     def save(self, progress: Progress) -> None:
         """Save, in the background if the config says so; RunError after `max_failures` in a row that failed."""
         since = time.perf_counter()
@@ -58,12 +63,15 @@ class Saver:
         for saved in self.checkpoints.finished():
             numbers = {"checkpoint_bytes": saved.num_bytes, "checkpoint_stall_seconds": saved.stall_seconds}
             self.telemetry.write({"step": saved.step, **numbers, "checkpoint_write_seconds": saved.write_seconds})
-            if saved.not_copied:
-                self.audit.write("not copied", saved.step, reason=saved.not_copied)
-                self.telemetry.say(f"no copy of the checkpoint of step {saved.step}: {saved.not_copied}")
+            self._say_if_not_copied(saved.step, saved.not_copied)
             if saved.not_deleted:
                 self.audit.write("not deleted", saved.step, files=saved.not_deleted)
                 self.telemetry.say(f"could not delete {'; '.join(saved.not_deleted[:3])}")
+
+    def _say_if_not_copied(self, step: int, reason: str) -> None:
+        if reason:
+            self.audit.write("not copied", step, reason=reason)
+            self.telemetry.say(f"no copy of the checkpoint of step {step}: {reason}")
 
     def _failed(self, step: int, error: SaveError) -> None:
         self.failures += 1

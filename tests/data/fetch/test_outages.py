@@ -34,7 +34,8 @@ def image_of(url: str) -> tuple[Row, bytes]:
 
 
 class Web:
-    """Stands in for the client. Hosts named "dead…" are not reached, after ten seconds; others answer, after one."""
+    """Stands in for the client. Hosts named "dead…" are not reached, after ten seconds; others answer, after one, those
+    named "busy…" that they have no time."""
 
     down = False
     """whether no host is reached, at once"""
@@ -56,6 +57,8 @@ class Web:
             await asyncio.sleep(10)
             raise Retry("no connection", reached=False)
         await asyncio.sleep(1)
+        if "//busy" in url:
+            raise Retry("status 503")
         return Outcome(*image_of(url))
 
     def crawl_delay(self, url: str) -> float:
@@ -103,13 +106,18 @@ def test_every_part_is_opened(
 
 
 @pytest.mark.parametrize("is_complete", [True, False])
-def test_a_process_with_dead_hosts_alone_asks_a_host_of_another(tmp_path: Path, is_complete: bool) -> None:
-    """By the other's image in the store: were there none, the network might be to blame."""
+@pytest.mark.parametrize("hosts", [["live"], ["busy"], ["dead8", "dead9", "live"]])
+def test_a_process_with_dead_hosts_alone_asks_hosts_of_another(
+    tmp_path: Path, hosts: list[str], is_complete: bool
+) -> None:
+    """By the other's images in the store: were there none, the network might be to blame."""
     plan = planned(tmp_path, [f"http://dead{k}.example/a" for k in range(3)])
     with pytest.raises(UserError, match=r"no host was reached for \d+ s, of 3: is there a network"):
         work_on(tmp_path, plan, 16)
-    other = PartStore(tmp_path, len(plan.parts), 1)
-    other.add(*image_of("http://live.example/a"))
+    other = PartStore(tmp_path, len(plan.parts), 8)
+    for host in hosts:
+        for page in "ab":
+            other.add(*image_of(f"http://{host}.example/{page}"))
     other.finish() if is_complete else other.close()
     work_on(tmp_path, plan, 16)
     found = reasons(tmp_path)

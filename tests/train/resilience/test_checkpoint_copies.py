@@ -19,6 +19,7 @@ from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train import resume_point
+from megatron_lcl.train.checkpoint.folder import list_checkpoints
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.memory import Memory
 
@@ -50,12 +51,27 @@ def test_a_run_goes_on_from_the_copy(
     assert mirror.complete() == ["step-00000008", "step-00000012"]
     assert {name.split("/")[0] for name, _ in Store(place).list()} == {*mirror.complete()}
     assert mirror.restore(tmp_path / "third") is not None
-    restored = tmp_path / "third" / CHECKPOINTS / "step-00000012"
+    restored, own = (tmp_path / run / CHECKPOINTS / "step-00000012" for run in ("third", "second"))
     assert verify(restored) == []
     for file in restored.rglob("*"):
         if file.is_file():
-            own = second / CHECKPOINTS / "step-00000012" / file.relative_to(restored)
-            assert file.read_bytes() == own.read_bytes()
+            assert file.read_bytes() == (own / file.relative_to(restored)).read_bytes()
+    said = train(third := tmp_path / "third", *words, "--optimizer.lr", "0.5", code=2, size=1, **fleet_options())
+    assert f"{restored} has made 12 of 12 steps with optimizer.lr = 0.01 where this command has 0.5" in said
+    assert "or another train.output and checkpoint.mirror" in said
+    shutil.rmtree(third)
+    said = train(third, *words, "--optimizer.lr", "0.5", code=2, size=1, **fleet_options())
+    assert f"{place}/step-00000012 has made 12 of 12 steps" in said
+    Store(place).delete([f"step-00000012/{MANIFEST}"])
+    for _ in range(2):
+        assert "going on from" in train(second, *words, **fleet_options())
+        assert mirror.complete() == ["step-00000008", "step-00000012"], "the copy is made up"
+    shutil.rmtree(own)
+    said = train(second, *words, code=2, size=1, **fleet_options())
+    assert f"the copy {place}/step-00000012 is later than {own.with_name('step-00000008')}" in said
+    shutil.rmtree(own.parent)
+    train(second, *words, **fleet_options())
+    assert verify(own) == []
     for scheme, folder in (("s3", place), ("http", readable_by_all(s3, place))):
         run, resume = tmp_path / scheme, f"{folder}/step-00000008"
         said = train(run, "--config", config_file, "--checkpoint.resume", resume, **fleet_options())
@@ -112,11 +128,15 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Store, "put", put)
     Store(place).put("step-00000011/model.safetensors", b"of a copy that was interrupted")
     Store(place).put("other", b"no checkpoint")
-    for step in (12, 13, 14, 13):  # the run has gone back from step 14
-        mirror.upload(saved(tmp_path / f"{step}-{len(list(tmp_path.iterdir()))}", step), keep)
+    for number, step in enumerate((12, 13, 14, 13)):
+        mirror.upload(saved(tmp_path / f"{step}-{number}", step), keep, reached=step)
+    assert mirror.complete() == ["step-00000010", "step-00000013", "step-00000014"], "the last one may be another's"
+    mirror.upload(saved(tmp_path / "back", 13), keep, reached=14)  # the run has gone back from step 14
     assert mirror.complete() == ["step-00000010", "step-00000013"]
     assert {name.split("/")[0] for name, _ in Store(place).list()} == {"other", *mirror.complete()}
     Store(place).put("step-00000013/model.safetensors", b"damaged")
+    with pytest.raises(UserError, match=r"step-00000013 is later than .*step-00000010, .* remove .*checkpoints; to go"):
+        mirror.restore(saved(tmp_path / "behind" / CHECKPOINTS, 10).parents[1])
     with pytest.raises(RunError, match=r"step-00000013 is damaged \(model.safetensors: 7 bytes"):
         mirror.restore(tmp_path / "run")
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000013").exists()
@@ -134,17 +154,31 @@ def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch:
 
     one = f"{CHECKPOINTS}/step-00000004"
     web = f"{readable_by_all(s3, place)}/{one}"
+    monkeypatch.setattr(resume_point, "_from", lambda run, *arguments: (list_checkpoints(run), arguments[-1]))
     for run, resume, step in (("newest", place, 8), ("one", f"{place}/{one}", 4), ("web", web, 4)):
-        restored = resume_point._restored(tmp_path / run, config(run, resume))
-        assert restored == tmp_path / run / CHECKPOINTS / f"step-{step:08d}"
+        restored = tmp_path / run / CHECKPOINTS / f"step-{step:08d}"
+        assert resume_point._resolve(config(run, resume), {}, 1, Memory(0, "")) == ([restored], False)
         assert verify(restored) == []
-        assert resume_point._restored(tmp_path / run, config(run, place)) is None, "it has one of its own"
+        again = resume_point._resolve(config(run, place), {}, 1, Memory(0, ""))
+        assert again == ([restored], True), "it has one of its own, though the command was killed before a config"
 
-    def refused(*_: Any) -> None:
-        assert len(list((tmp_path / "other").rglob("model.safetensors"))) == 1
-        raise UserError("another model")
+    def refused(run: Path, *_: Any) -> None:
+        assert len(list(run.rglob("model.safetensors"))) == 1
+        raise UserError(f"{list_checkpoints(run)[0]} is of another model")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(resume_point, "_from", refused)
-    with pytest.raises(UserError, match="another model"):
+    fetch = Store.fetch
+    monkeypatch.setattr(Store, "fetch", killed)
+    with pytest.raises(KeyboardInterrupt):
         resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
-    assert list((tmp_path / "other" / CHECKPOINTS).iterdir()) == []
+    monkeypatch.setattr(Store, "fetch", fetch)
+    for _ in range(2):  # what a fetch leaves that was interrupted, or refused, is no other's
+        with pytest.raises(UserError, match=f"{place}/{CHECKPOINTS}/step-00000008 is of another model"):
+            resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))
+        assert list((tmp_path / "other" / CHECKPOINTS).iterdir()) == []
+    (tmp_path / "other" / CHECKPOINTS / "model.ckpt").touch()
+    with pytest.raises(UserError, match="holds other files and no config"):
+        resume_point._resolve(config("other", place), {}, 1, Memory(0, ""))

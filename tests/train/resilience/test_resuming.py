@@ -35,6 +35,8 @@ def test_from_a_named_checkpoint_into_a_new_folder(
     assert losses(tmp_path / "second") == undisturbed[4:]
     said = train(tmp_path / "third", "--config", config_file, "--resume", str(tmp_path / "nothing"), code=2)
     assert "nothing" in said
+    said = train(tmp_path / "third", "--config", config_file, "--resume", str(first), code=2)
+    assert f"checkpoint.resume = {first} is at step 12, and has all steps of train.steps = 12; raise that" in said
     fields = {"language.layers": 1, "language.mlp_width": 32, "vision.layers": 1, "vision.mlp_width": 32}
     other = [word for name, value in fields.items() for word in (f"--model.{name}", str(2 * value))]
     said = train(tmp_path / "third", "--config", config_file, *other, "--resume", str(named), code=2)

@@ -138,7 +138,7 @@ def test_a_copy_of_what_was_gone_back_from_is_not_restored(place: str, tmp_path:
     mirror.upload(save(tmp_path / "run", 103), None)  # between bad steps
     assert mirror.complete() == ["step-00000090", "step-00000103"]
     checkpoint.delete(checkpoint.step_folder(tmp_path / "run", 103))
-    mirror.upload(save(tmp_path / "run", 100), keep)
+    mirror.upload(save(tmp_path / "run", 100), keep, reached=103)
     assert mirror.complete() == ["step-00000100"]
     assert mirror.restore(tmp_path / "other") == checkpoint.step_folder(tmp_path / "other", 100)
 

@@ -167,7 +167,7 @@ def test_a_signal_during_the_last_evaluation(config_file: str, tmp_path: Path) -
     assert saved_steps(run) == [2]
     config = (run / "config.yaml").read_bytes()
     said = train(run, "--config", *words[1:], "--optimizer.lr", "0.5", "--data.seed", "3", code=2)
-    assert "is finished, with data.seed = 0 where this command has 3, optimizer.lr = 0.01 where" in said
+    assert "has made 2 of 2 steps with data.seed = 0 where this command has 3, optimizer.lr = 0.01 where" in said
     assert "held out, after step 2: " in train(run, *words, "--train.log_every", "7")
     assert "held out, after" not in train(run, *words)
     assert [line["step"] for line in lines(run) if "heldout/seconds" in line] == [2]
