@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.slowest import Slowest
+from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.resilience.audit import AUDIT
-from megatron_lcl.train.telemetry import METRICS
 from megatron_lcl.train.telemetry.stragglers import over_ranks
 
 MAX_BUCKETS = 400

@@ -310,6 +310,6 @@ def test_the_report_of_several_runs_by_the_command(tmp_path: Path, capsys: pytes
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
     assert main(["report", str(a), str(tmp_path / "empty")]) == 2
-    assert "empty is neither a run folder, which has a config.yaml, nor a folder of such" in capsys.readouterr().err
+    assert "empty is neither a run folder, which train.output names, nor a folder of such" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "RUN is missing" in capsys.readouterr().err
