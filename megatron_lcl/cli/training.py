@@ -292,7 +292,8 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.report import page, runs
 
-    paths, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
+    given, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
+    paths = [path for path in given if not path.is_file()] or given  # of `runs/*` also the page about them is one
     if options.watch:
         from megatron_lcl.report.serve import serve
 
