@@ -142,8 +142,8 @@ def _check(images: int, seeds: Sequence[int], rates: Sequence[float]) -> None:
     if images < 1:
         raise UserError(f"--images {images}: give a number from 1")
     for what, values in (("--seeds", seeds), ("--rates", rates)):
-        if not values or len(set(values)) < len(values) or min(values) < 0:
-            raise UserError(f"{what} {','.join(map(str, values))}: give each value once, from 0 on")
+        if not values or len(set(values)) < len(values) or not all(0 <= value < math.inf for value in values):
+            raise UserError(f"{what} {','.join(map(str, values))}: give each value once, finite and from 0 on")
 
 
 def _checked(member: Member, processes: int) -> None:

@@ -352,6 +352,7 @@ def test_steps_to_the_same_loss() -> None:
         (["--part", "wieght"], "there are objectives, data, weight, recipe"),
         (["--seeds", "0,x"], "--seeds 0,x: give numbers"),
         (["--seeds", "1,1"], "--seeds 1,1: give each value once"),
+        (["--rates", "nan", "--dry-run"], "--rates nan: give each value once, finite and from 0 on"),
         (["--images", "0"], "--images 0: give a number from 1"),
         (["--data.images_per_pack", "null"], "data.images_per_pack is open"),
         (["--data.images_per_pak", "3"], "no config key"),

@@ -71,6 +71,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
         (["export", "--checkpoint", str(empty), "--format", "hf", "--output", output], str(empty)),
         (["report", "--run", str(empty)], "neither a run folder"),
         (["quickstart", "--html", str(empty), "--output", output], "HTML"),
+        (["quickstart", "--steps", "0", "--html", str(empty), "--output", output], "--steps 0: give at least 1"),
         (["evaluate", "--nonsense"], "--corpus --data"),
     ):
         code, error = run(capsys, *arguments)

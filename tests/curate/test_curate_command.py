@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,10 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*words, "--dry-run"]) == 0
     looked = capsys.readouterr().out
     assert not output.exists()
+    assert main([*words[:-1], str(output / "page.html"), "--output", str(output)]) == 0, "in the folder that it makes"
+    assert (output / "page.html").exists()
+    shutil.rmtree(output)
+    capsys.readouterr()
     assert main([*words, "--output", str(output), "--workers", "2"]) == 0
     said = capsys.readouterr().out
     assert said == looked
@@ -86,6 +91,8 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--output", "{source}"], "give another folder"),
         (["--output", "{out}", "--text.max_words", "0", "--document.min_texts", "1"], "text.max_words = 0 removed"),
         (["--output", "{out}", "--dry-run"], "--dry-run"),
+        (["--dry-run", "--sample", "{out}/no/x.html"], "--sample {out}/no/x.html: give a file in a folder that is"),
+        (["--output", "{out}", "--sample", "{source}"], "--sample {source}: give a file in a folder that is"),
         ([], "give --output DIR, or --dry-run"),
         (["--output", "{out}", "--other", "word", "word"], "unexpected argument 'word'"),
     ],
@@ -95,9 +102,11 @@ def test_refusals_are_one_line(
 ) -> None:
     out = tmp_path / "out"
     assert main(["curate", str(source), *(word.format(out=out, source=source) for word in words)]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "task" not in line]  # bars
+    printed, complaints = capsys.readouterr()
+    lines = [line for line in complaints.splitlines() if line and "task" not in line]  # bars
     assert len(lines) == 1
-    assert said in lines[0]
+    assert said.format(out=out, source=source) in lines[0]
+    assert printed == "", "before the work"
     assert list(tmp_path.iterdir()) == []
 
 
