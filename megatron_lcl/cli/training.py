@@ -232,19 +232,22 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
 
 def _claim(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.claim import parts
+    from megatron_lcl.claim.plan import check_given
     from megatron_lcl.claim.run import claim
 
+    given = overrides_of(rest)
     chosen = list(dict.fromkeys(options.part or ["objectives"]))
     for name in chosen:
         if name not in parts.PARTS:
             raise UserError(f"--part {name}: there are {', '.join(parts.PARTS)}")
+        check_given(parts.PARTS[name], given)
     for name in chosen:
         code = claim(
             parts.PARTS[name],
             Path(options.output),
             Path(options.sets) if options.sets else None,
             Path(options.config) if options.config else None,
-            overrides_of(rest),
+            given,
             parts.IMAGES if options.images is None else options.images,
             _numbers("--seeds", options.seeds, int) or parts.SEEDS,
             _numbers("--rates", options.rates, float) or parts.RATES,

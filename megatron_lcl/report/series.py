@@ -291,7 +291,9 @@ def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
         except msgspec.DecodeError:  # NaN and Infinity, which Python writes
             line = json.loads(raw)
     except ValueError as error:
-        raise UserError(f"{path}, line {number} is damaged ({error}); delete this line, and the others are read") from None
+        raise UserError(
+            f"{path}, line {number} is damaged ({error}); delete this line, and the others are read"
+        ) from None
     return line if isinstance(line, dict) else {}
 
 
