@@ -70,7 +70,7 @@ def _add_rules(sub: argparse.ArgumentParser) -> None:
     """The rules, for `--help`."""
     from megatron_lcl.curate.settings import describe
 
-    lines = ["rules (type, default; null: none):"]
+    lines = ["rules (type, default); null turns off what is null, [] or false by default:"]
     for name, kind, default, help in describe():
         lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
     sub.epilog = "\n".join(lines)
