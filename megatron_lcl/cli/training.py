@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -322,6 +323,8 @@ def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.selftest.run import selftest
     from megatron_lcl.train import launch
 
+    if not 0 < options.timeout < math.inf:
+        raise UserError(f"--timeout {options.timeout:g}: give seconds above 0")
     launch.adopt_slurm(os.environ)
     if options.all_reduce:
         if not launch.is_launched():
