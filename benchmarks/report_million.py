@@ -43,8 +43,7 @@ from megatron_lcl.evaluate.gallery import GALLERY, NUM_EXAMPLES, NUM_MARKS, Gall
 from megatron_lcl.evaluate.heldout_results import EXAMPLES, RESULT, Example, HeldOut, Pair
 from megatron_lcl.evaluate.results import Metric, Result
 from megatron_lcl.report.page import write_report
-from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.telemetry import METRICS
+from megatron_lcl.run_folder import CONFIG, METRICS
 
 REPEATS = 4096
 RANKS = 8

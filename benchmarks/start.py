@@ -28,8 +28,7 @@ from PIL import Image
 
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo.train import packaged_config
-from megatron_lcl.run_folder import CONFIG
-from megatron_lcl.train.telemetry.lines import METRICS
+from megatron_lcl.run_folder import CONFIG, METRICS
 
 COMMAND = [sys.executable, "-m", "megatron_lcl"]
 IMPORT = re.compile(r"import time: +(\d+) \| +\d+ \| +([\w.]+)")

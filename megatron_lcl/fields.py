@@ -78,7 +78,8 @@ def parse(annotation: Any, text: str) -> Any:
     """
     if annotation is None or any(part is Any or Any in get_args(part) for part in _alternatives(annotation)):
         return read_yaml(text)
-    if any(map(_is_plain_list, _alternatives(annotation))) and not text.lstrip().startswith(("[", "- ")):
+    is_part = text != "null" and not text.lstrip().startswith(("[", "- "))
+    if is_part and any(map(_is_plain_list, _alternatives(annotation))):
         return convert(annotation, [text])  # the only part, which if it is text may have any character
     if any(_holds_others(part) for part in _alternatives(annotation)):
         return convert(annotation, yaml.load(text, yaml.BaseLoader))  # every scalar as it is written
@@ -98,7 +99,7 @@ def convert(annotation: Any, value: Any) -> Any:
         }
     if not isinstance(value, str):
         return value
-    if value == "null" and (types.NoneType in kinds or any(map(dataclasses.is_dataclass, kinds))):  # a section's: empty
+    if value == "null" and (types.NoneType in kinds or not kinds & {str, Any}):
         return None
     if bool in kinds and value.lower() in _WORDS:
         return _WORDS[value.lower()]
@@ -195,6 +196,26 @@ def put(cls: type, tree: dict[str, Any], key: str, text: str) -> None:
         node[name] = parse(annotation_of(cls, key), text)
     except yaml.YAMLError:
         node[name] = text
+
+
+def without_null(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree without what is null where that says the same as nothing: sections, and fields that are off (none,
+    false or an empty list) by default."""
+    kept: dict[str, Any] = {}
+    for key, value in tree.items():
+        info = fields_of(cls).get(key)
+        section = section_of(info) if info else None
+        if value is not None:
+            kept[key] = without_null(section, value) if section and isinstance(value, Mapping) else value
+        elif not (
+            section or (info and not info.is_required() and _is_off(info.get_default(call_default_factory=True)))
+        ):
+            kept[key] = value
+    return kept
+
+
+def _is_off(default: Any) -> bool:
+    return default is None or default is False or default == ()
 
 
 def _config_key(key: str) -> str:

@@ -1,6 +1,7 @@
 """Names in a run folder that more than one package reads or writes. Imports nothing, so that listing one stays fast.
 
 RUN/
+    .lock                       there since before the config; see train/resilience/lock.py
     config.yaml                 the run's config
     metrics.jsonl               see train/telemetry/lines.py
     plan.json                   of `plan --json`, where somebody puts it there; `report` shows it instead of its own
@@ -10,8 +11,10 @@ RUN/
 """
 
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 PLAN = "plan.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 WEIGHTS = "model.safetensors"
 """all parameters of a checkpoint, or of an import"""
 PROGRESS = "progress.json"

@@ -140,6 +140,7 @@ def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
         None, {"train.steps": "5", "model.vision.layers": "2"}
     )
     assert configs.load(None, {"train": "null"}) == configs.Config()
+    assert configs.load(None, {"train.trackers": "null"}) == configs.Config(), "as an empty list"
 
 
 def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ class Row:
     beside: str | None = None
     """row that it is compared with; the part's first, if none is named"""
 
+    @property
+    def sets(self) -> set[str]:
+        """Dotted fields that are the row's own, whatever the config says."""
+        return {*self.overrides, *["schedule.cooldown"] * bool(self.cooldown)}
+
 
 @dataclass(frozen=True)
 class Part:

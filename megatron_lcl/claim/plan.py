@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_lcl import config as configs
-from megatron_lcl import objectives
-from megatron_lcl.claim.parts import WARMUP, Row
+from megatron_lcl import fields, objectives
+from megatron_lcl.claim.parts import WARMUP, Part, Row
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.corpus.store import open_corpus
@@ -30,6 +30,21 @@ from megatron_lcl.train.sweep import Member, own_mirror
 FULL = 0.96
 """share of the images a step that `data.images_per_pack` stands for, which the mean step is to have"""
 _ATTEMPTS = 3
+OWN = {
+    "train.steps": "give --images",
+    "train.seed": "give --seeds",
+    "data.seed": "give --seeds",
+    "optimizer.lr": "give --rates",
+    "optimizer.warmup": f"leave it out, it is {WARMUP:g} of the steps",
+    "schedule.phases": "choose rows that have phases with --part",
+    "train.output": "give --output",
+    "data.cache": "leave it out, it lies in --output",
+    "data.corpora": "choose rows with --part, or other sets with --sets",
+    "data.tokens_per_pack": "give --data.images_per_pack, from which it follows",
+    "model.language.vocab_size": "leave it out, it is that of the corpora",
+    "train.log_every": "leave it out, the table needs every step",
+}
+"""fields that `claim` sets in all runs, and what to do instead of giving them"""
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,7 @@ class Plan:
     def member(self, folder: Path, name: str, images: float, lr: float, seed: int) -> Member:
         """The run `folder`/`name`."""
         steps, early = self.steps(images), self.stretches[:-1]
-        overrides = {
-            **self.overrides,
+        own = {
             "optimizer.lr": repr(lr),
             "optimizer.warmup": str(round(steps * WARMUP)),
             "train.steps": str(steps),
@@ -89,11 +103,30 @@ class Plan:
         }
         if early:
             phases = [{"steps": stretch.steps(images), **stretch.changed} for stretch in early]
-            overrides["schedule.phases"] = json.dumps(phases)
-        overrides |= own_mirror(configs.load(self.file, self.overrides), name)
+            own["schedule.phases"] = json.dumps(phases)
+        overrides = _with(self.overrides, own) | own_mirror(configs.load(self.file, self.overrides), name)
         if self.row.cooldown:
             overrides["schedule.cooldown"] = str(round(steps * self.row.cooldown))
         return Member(name, overrides, configs.load(self.file, overrides))
+
+
+def check_given(part: Part, given: Mapping[str, str]) -> None:
+    """UserError where a dotted field is given that `claim` or a row of the part sets itself."""
+    tree: dict[str, Any] = {}
+    for key, text in given.items():
+        fields.put(Config, tree, key.replace("-", "_"), text)
+    for key in fields.flat(tree):
+        if key in OWN:
+            raise UserError(f"--{key}: `claim` sets it itself; {OWN[key]}")
+        for row in part.rows:
+            if key in row.sets:
+                raise UserError(f"--{key}: row {row.name} of part {part.name} has its own; leave it out")
+
+
+def _with(overrides: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The overrides with fields that `claim` sets, all of which `check_given` refuses."""
+    assert own.keys() <= OWN.keys(), own
+    return {**overrides, **own}
 
 
 def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: Path, images: int) -> Plan:
@@ -107,9 +140,12 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
     UserError where the config leaves the number of image slots open or has phases of its own, or a corpus has no
     images.
     """
-    overrides = {**given, **row.overrides, "data.cache": str(cache)}
-    overrides["data.corpora"] = json.dumps([{"path": str(corpora / name)} for name in row.shares])
-    overrides["model.language.vocab_size"] = str(open_corpus(corpora / next(iter(row.shares))).tokenizer.vocab_size)
+    own = {
+        "data.cache": str(cache),
+        "data.corpora": json.dumps([{"path": str(corpora / name)} for name in row.shares]),
+        "model.language.vocab_size": str(open_corpus(corpora / next(iter(row.shares))).tokenizer.vocab_size),
+    }
+    overrides = _with({**given, **row.overrides}, own)
     config = configs.load(file, overrides)
     if config.data.images_per_pack is None:
         raise UserError(f"{file}: data.images_per_pack is open; `claim` needs a number, the same in all runs")
@@ -119,13 +155,12 @@ def plan(row: Row, file: Path, given: Mapping[str, str], corpora: Path, cache: P
             "and model.vision.unmasked_steps"
         )
     needs, weights = _needs(row, config, corpora)
-    overrides["data.corpora"] = json.dumps(
-        [{"path": str(corpora / name), "weight": round(weight, 4)} for name, weight in weights.items()]
-    )
+    blend = [{"path": str(corpora / name), "weight": round(weight, 4)} for name, weight in weights.items()]
+    overrides = _with(overrides, {"data.corpora": json.dumps(blend)})
     last = 1 - sum(share for share, _ in row.early)
     ends = configs.load(file, overrides)
     config, counts, flops = _packs(ends, needs, last * images)
-    overrides |= _slots(config, "data.")
+    overrides |= _slots(config, "data.")  # of which `images_per_pack` says what is wanted
     early = []
     for share, changed in row.early:
         phases = [{"steps": 1, **changed}]

@@ -3,24 +3,27 @@
 OUTPUT/data/                     corpora and labeled pictures (`data.py`)
 OUTPUT/runs/ROW,lr=R,seed=N/     the runs: of the first seed with each learning rate that is tried, of the others with
                                  the one that was chosen; each with its numbers (`measure.VALIDATION`, `RESULT`)
-OUTPUT/untrained/seed=N/         the numbers of an encoder that was not trained
+OUTPUT/untrained/MODEL/seed=N/   the numbers of an encoder that was not trained; MODEL: a hash of its sizes
 OUTPUT/PART.md, .json            the table               OUTPUT/PART.html   the curves
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 import megatron_lcl
 from megatron_lcl import config as configs
 from megatron_lcl.claim.data import CORPORA, SETS, prepare
 from megatron_lcl.claim.measure import measured, validated
 from megatron_lcl.claim.parts import IMAGES, RATES, SEEDS, Part, Row
-from megatron_lcl.claim.plan import Plan, plan
+from megatron_lcl.claim.plan import Plan, check_given, plan
 from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
 from megatron_lcl.config.phases import common_batch
 from megatron_lcl.convert.find import find_average
@@ -68,8 +71,10 @@ def claim(
     exit code (default: processes of this machine).
     """
     _check(images, seeds, rates)
+    check_given(part, given or {})
     began = time.monotonic()
     file, sets = file or default_config(), sets or output / "sets"
+    configs.load(file, given)  # what is wrong with it is said before the data is made
     for name in SETS:
         if not (sets / name / SOURCES).is_file():
             demo(name, sets / name)
@@ -142,8 +147,8 @@ def _check(images: int, seeds: Sequence[int], rates: Sequence[float]) -> None:
     if images < 1:
         raise UserError(f"--images {images}: give a number from 1")
     for what, values in (("--seeds", seeds), ("--rates", rates)):
-        if not values or len(set(values)) < len(values) or min(values) < 0:
-            raise UserError(f"{what} {','.join(map(str, values))}: give each value once, from 0 on")
+        if not values or len(set(values)) < len(values) or not all(0 <= value < math.inf for value in values):
+            raise UserError(f"{what} {','.join(map(str, values))}: give each value once, finite and from 0 on")
 
 
 def _checked(member: Member, processes: int) -> None:
@@ -230,9 +235,10 @@ def steps_to(losses: Sequence[float], goal: Sequence[float]) -> int | None:
 
 
 def _untrained(output: Path, config: configs.Config, data: Path, seeds: Sequence[int]) -> Iterator[list[Any]]:
-    """The numbers of the same model as it is before training, of each seed."""
-    file = output / UNTRAINED / "config.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, configs.to_yaml(config))
+    """The numbers of the same model as it is before training, of each seed; in a folder named by what it is."""
+    model = json.dumps(configs.to_dict(config)["model"], sort_keys=True)
+    folder = output / UNTRAINED / xxhash.xxh3_64_hexdigest(model.encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(file := folder / CONFIG, configs.to_yaml(config))
     for seed in seeds:
-        yield measured(output / UNTRAINED / f"seed={seed}", f"random:{file}?seed={seed}", config, data)
+        yield measured(folder / f"seed={seed}", f"random:{file}?seed={seed}", config, data)

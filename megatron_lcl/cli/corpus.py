@@ -176,11 +176,13 @@ def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
     if options.steps is not None and not options.train:
         raise UserError("--steps goes with --train")
     given, html = (None if path is None else Path(path) for path in (options.given, options.html))
-    demo(options.name, Path(options.output), given, html)
     if not options.train:
+        demo(options.name, Path(options.output), given, html)
         return 0
-    from megatron_lcl.demo.train import train_demo
+    from megatron_lcl.demo.train import check_steps, train_demo
 
+    check_steps(options.steps)
+    demo(options.name, Path(options.output), given, html)
     return train_demo(options.name, Path(options.output), options.steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_lcl.cli.arguments import (
     add_input,
@@ -42,6 +43,11 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     corpus = single_input(options)
     if options.dry_run == bool(options.output):
         raise UserError("give --output DIR, or --dry-run for a look at what would be removed")
+    if options.sample:
+        page = Path(options.sample)
+        made = options.output and page.absolute().parent == Path(options.output).absolute()
+        if page.is_dir() or not (made or page.absolute().parent.is_dir()):
+            raise UserError(f"--sample {page}: give a file in a folder that is there")
     settings = read_settings(options.preset, options.config, overrides_of(rest, switches=()))
     engine, job = jobs_of(options)
     common = {"settings": settings, "workers": options.workers, "progress": True}
@@ -64,7 +70,7 @@ def _add_rules(sub: argparse.ArgumentParser) -> None:
     """The rules, for `--help`."""
     from megatron_lcl.curate.settings import describe
 
-    lines = ["rules (type, default; null: none):"]
+    lines = ["rules (type, default); null turns off what is null, [] or false by default:"]
     for name, kind, default, help in describe():
         lines += [f"  --{name}  ({kind}, {default})", f"      {help}"]
     sub.epilog = "\n".join(lines)

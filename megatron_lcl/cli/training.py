@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -232,19 +233,22 @@ def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member])
 
 def _claim(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl.claim import parts
+    from megatron_lcl.claim.plan import check_given
     from megatron_lcl.claim.run import claim
 
+    given = overrides_of(rest)
     chosen = list(dict.fromkeys(options.part or ["objectives"]))
     for name in chosen:
         if name not in parts.PARTS:
             raise UserError(f"--part {name}: there are {', '.join(parts.PARTS)}")
+        check_given(parts.PARTS[name], given)
     for name in chosen:
         code = claim(
             parts.PARTS[name],
             Path(options.output),
             Path(options.sets) if options.sets else None,
             Path(options.config) if options.config else None,
-            overrides_of(rest),
+            given,
             parts.IMAGES if options.images is None else options.images,
             _numbers("--seeds", options.seeds, int) or parts.SEEDS,
             _numbers("--rates", options.rates, float) or parts.RATES,
@@ -292,7 +296,8 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> None:
     from megatron_lcl.data.corpus.corpus_manifest import MANIFEST
     from megatron_lcl.report import page, runs
 
-    paths, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
+    given, output = list(map(Path, inputs(options))), Path(options.output) if options.output else None
+    paths = [path for path in given if not path.is_file()] or given  # of `runs/*` also the page about them is one
     if options.watch:
         from megatron_lcl.report.serve import serve
 
@@ -318,6 +323,8 @@ def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
     from megatron_lcl.selftest.run import selftest
     from megatron_lcl.train import launch
 
+    if not 0 < options.timeout < math.inf:
+        raise UserError(f"--timeout {options.timeout:g}: give seconds above 0")
     launch.adopt_slurm(os.environ)
     if options.all_reduce:
         if not launch.is_launched():

@@ -123,21 +123,12 @@ def load(file: str | Path | None = None, overrides: Mapping[str, str] | None = N
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The config from nested dicts; the inverse of `to_dict`. An absent or empty (null) section has its defaults."""
-    tree = _without_empty(Config, tree)
+    """The config from nested dicts; the inverse of `to_dict`. What is null: `fields.without_null`."""
+    tree = fields.without_null(Config, tree)
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("corpora"), str):
         tree["data"] = {**data, "corpora": [{"path": data["corpora"]}]}
     return fields.build(Config, tree)
-
-
-def _without_empty(cls: type, tree: Mapping[str, Any]) -> dict[str, Any]:
-    sections = {name: section for name, info in fields.fields_of(cls).items() if (section := fields.section_of(info))}
-    return {
-        key: _without_empty(sections[key], value) if key in sections and isinstance(value, Mapping) else value
-        for key, value in tree.items()
-        if not (key in sections and value is None)
-    }
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from megatron_lcl.data.corpus.manifest import MANIFEST
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
-from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, WEIGHTS
+from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, LOCK, METRICS, WEIGHTS
 
 _CORPUS_MANIFEST = "corpus.json"  # data.corpus.corpus_manifest.MANIFEST, which is slow to import
 WHOLE, WHOLE_CONFIG = "lcl.safetensors", "lcl.json"
@@ -91,13 +91,22 @@ def checkpoints_in(path: Path) -> list[Path]:
     return sorted(folder for folder in steps.glob("step-*") if _is_step(folder))
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder has a run's config and anything else that a run writes: a config alone is for runs elsewhere."""
+    begun = any((path / name).exists() for name in (METRICS, CHECKPOINTS, LOCK))
+    return begun and (path / CONFIG).is_file() and not _is_checkpoint(path)
+
+
 def run_of(path: Path) -> Path:
     """The run folder that `path` is, or lies in. UserError where it is none."""
     for folder in (path, path.absolute().parent, path.absolute().parent.parent):
         inside = folder is path or folder / CHECKPOINTS in (path.absolute(), path.absolute().parent)
-        if inside and (folder / CONFIG).is_file() and not _is_checkpoint(folder):
+        if inside and is_run(folder):
             return folder
-    raise UserError(f"{path} is not a run folder: it has no {CONFIG}, and is no checkpoint of a run")
+    raise UserError(
+        f"{path} is not a run folder, which has a {CONFIG} beside {METRICS} or {CHECKPOINTS}/, and is no checkpoint of "
+        "a run"
+    )
 
 
 def step_of(checkpoint: Path) -> int | None:

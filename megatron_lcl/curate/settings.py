@@ -206,7 +206,7 @@ def read_settings(
             raise UserError(f"{file} holds a {type(tree).__name__}; rules are sections such as `image:` and `text:`")
     for key, text in (overrides or {}).items():
         fields.put(Settings, tree, key.replace("-", "_"), text)
-    settings = fields.build(Settings, {key: value for key, value in tree.items() if value is not None}, _called)
+    settings = fields.build(Settings, fields.without_null(Settings, tree), _called)
     for name, path in _files(settings):
         if not Path(path).is_file():
             raise UserError(f"--{name} {path}: there is no such file")

@@ -20,6 +20,7 @@ from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.demo.write import CORPORA, EVALUATE, HELD_OUT, SOURCES, TRAINING
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
 from megatron_lcl.evaluate.results import Result
 from megatron_lcl.evaluate.run import evaluate
@@ -32,6 +33,12 @@ RUN, CACHE = "run", "cache"
 """folders of the output"""
 WITH_NEAR_DUPLICATES = "with-near-duplicates"
 """folder of the run with the evaluation of all pictures of the held-out artist"""
+
+
+def check_steps(steps: int | None) -> None:
+    """UserError where so many are none; before the data is made, which takes longest."""
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps {steps}: give at least 1")
 
 
 def train_demo(name: str, output: Path, steps: int | None = None) -> int:

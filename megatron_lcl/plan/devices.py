@@ -89,7 +89,7 @@ def check_name(name: str) -> str:
     if name.lower() in NAMES:
         return name.lower()
     near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.3)
-    nearest = f"; did you mean {near[0]}?" if near else ""
+    nearest = f"; did you mean {near[0]}?" if near else "."
     raise UserError(f"--gpu {name} is not known{nearest} Known are {', '.join(NAMES)}")
 
 

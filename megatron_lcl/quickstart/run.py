@@ -24,7 +24,7 @@ from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.demo import emoji
 from megatron_lcl.demo.manual import VOCAB_SIZE, fetch_manual
 from megatron_lcl.demo.packages import fetch
-from megatron_lcl.demo.train import CACHE, RUN, name_pictures, packaged_config, train_on_this_machine
+from megatron_lcl.demo.train import CACHE, RUN, check_steps, name_pictures, packaged_config, train_on_this_machine
 from megatron_lcl.demo.write import CORPORA, DOCUMENTS, TRAINING, is_written, training_texts, write
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout import evaluate_checkpoint
@@ -45,6 +45,7 @@ def quickstart(output: Path, html: Path | None = None, steps: int | None = None,
     be had, or drawn, the pages alone are trained on, which is said. Returns the exit code: 0, or that of the training,
     which has said what it is.
     """
+    check_steps(steps)
     started = time.monotonic()
 
     def say(number: int, title: str) -> None:

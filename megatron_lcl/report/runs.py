@@ -21,7 +21,7 @@ from markupsafe import Markup
 from megatron_lcl import config as configs
 from megatron_lcl import fields
 from megatron_lcl.config.results import NO_RESULT
-from megatron_lcl.convert.find import run_of
+from megatron_lcl.convert.find import is_run, run_of
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.heldout_results import RESULT
@@ -161,9 +161,9 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         try:
             inside = [run_of(path)]
         except UserError:
-            inside = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+            inside = sorted(filter(is_run, path.glob("*")))
         if not inside:
-            raise UserError(f"{path} is neither a run folder, which has a {CONFIG}, nor a folder of such")
+            raise UserError(f"{path} is neither a run folder, which train.output names, nor a folder of such")
         found |= dict.fromkeys(inside)
     return list(found)
 

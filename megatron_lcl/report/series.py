@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.report.slowest import Slowest
+from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.resilience.audit import AUDIT
-from megatron_lcl.train.telemetry import METRICS
 from megatron_lcl.train.telemetry.stragglers import over_ranks
 
 MAX_BUCKETS = 400
@@ -291,7 +291,9 @@ def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
         except msgspec.DecodeError:  # NaN and Infinity, which Python writes
             line = json.loads(raw)
     except ValueError as error:
-        raise UserError(f"{path}, line {number} is damaged: {error}") from None
+        raise UserError(
+            f"{path}, line {number} is damaged ({error}); delete this line, and the others are read"
+        ) from None
     return line if isinstance(line, dict) else {}
 
 

@@ -22,8 +22,8 @@ from megatron_lcl.claim import measure, parts
 from megatron_lcl.claim.data import CORPORA, in_validation, prepare
 from megatron_lcl.claim.measure import RESULT, VALIDATION, Measure
 from megatron_lcl.claim.parts import PARTS, Part
-from megatron_lcl.claim.plan import plan
-from megatron_lcl.claim.run import claim, default_config, steps_to
+from megatron_lcl.claim.plan import OWN, plan
+from megatron_lcl.claim.run import _untrained, claim, default_config, steps_to
 from megatron_lcl.claim.table import Trained, markdown, table
 from megatron_lcl.cli import main
 from megatron_lcl.config.phases import phases_of
@@ -127,7 +127,9 @@ def test_all_rows_see_the_same_images_of_the_same_documents(
     for name, row in rows.items():
         given = {**TINY, "checkpoint.mirror": "s3://b/claim"}
         found = plan(row, default_config(), given, data / "corpora", tmp_path / "cache", wanted)
-        run = found.member(tmp_path, name, wanted, 1e-3, 0).config
+        member = found.member(tmp_path, name, wanted, 1e-3, 0)
+        assert member.overrides.keys() <= given.keys() | OWN.keys() | row.sets, "all others can be given"
+        run = member.config
         assert run.checkpoint.mirror == f"s3://b/claim/{name}", "its own copies, as in a sweep"
         assert run.train.global_batch == 2
         assert bool(found.counts(wanted)[:, 1].sum()) == (name != "generation"), name
@@ -243,7 +245,8 @@ def test_a_part_from_end_to_end(
 
     stats = pytest.importorskip("scipy.stats")
     # what was measured: mean and interval, again, from the runs' files
-    folders = {name: f"runs/{run}," for name, run in runs.items()} | {"untrained": "untrained/"}
+    (of_model,) = (tmp_path / "out" / "untrained").iterdir()
+    folders = {name: f"runs/{run}," for name, run in runs.items()} | {"untrained": f"untrained/{of_model.name}/"}
     measured = {
         name: [numbers_of(tmp_path / "out" / f"{start}seed={seed}") for seed in (0, 1)]
         for name, start in folders.items()
@@ -300,6 +303,20 @@ def test_a_part_from_end_to_end(
         run()
 
 
+def test_another_untrained_model_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def width_of(_folder: Path, _model: str, config: configs.Config, _data: Path) -> list[Measure]:
+        measured_of.append(config.model.vision.width)
+        return [Measure("d", "k-NN", "accuracy", config.model.vision.width)]
+
+    measured_of: list[int] = []
+    monkeypatch.setattr(measure, "_measure", width_of)
+    for width in ("192", "384", "192"):
+        config = configs.load(default_config(), {"model.vision.width": width, "train.steps": width})
+        ((found,),) = _untrained(tmp_path, config, tmp_path, [0])
+        assert found.value == int(width)
+    assert measured_of == [192, 384], "each once"
+
+
 def measures(**values: float) -> list[Measure]:
     return [Measure("d", "linear probe", name, value, 0.5, 10) for name, value in values.items()]
 
@@ -352,7 +369,13 @@ def test_steps_to_the_same_loss() -> None:
         (["--part", "wieght"], "there are objectives, data, weight, recipe"),
         (["--seeds", "0,x"], "--seeds 0,x: give numbers"),
         (["--seeds", "1,1"], "--seeds 1,1: give each value once"),
+        (["--rates", "nan", "--dry-run"], "--rates nan: give each value once, finite and from 0 on"),
         (["--images", "0"], "--images 0: give a number from 1"),
+        *(([f"--{key}", "1"], f"--{key}: `claim` sets it itself; {instead}") for key, instead in OWN.items()),
+        (["--optimizer", "{lr: 1e-3}"], "--optimizer.lr: `claim` sets it itself; give --rates"),
+        (["--objective.name", "clip"], "--objective.name: row lcl of part objectives has its own; leave it out"),
+        (["--part", "data", "--part", "recipe", "--schedule.cooldown", "3"], "row wsd-ema of part recipe has its own"),
+        (["--part", "data", "--part", "recipe", "--optimizer.name", "muon"], "row muon of part recipe has its own"),
         (["--data.images_per_pack", "null"], "data.images_per_pack is open"),
         (["--data.images_per_pak", "3"], "no config key"),
     ],

@@ -60,6 +60,8 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
     other.mkdir()
     (other / "letter.txt").write_text("mine")
     output = str(tmp_path / "out")
+    (tmp_path / "c.yaml").write_text("data: {corpora: nothing}")
+    plan = ["plan", "--config", str(tmp_path / "c.yaml"), "--gpus", "8"]
     for arguments, message in (
         (["train", "--train.stepz", "3"], "nearest is `train.steps`"),
         (["train"], "data.corpora is empty"),
@@ -71,6 +73,11 @@ def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], tm
         (["export", "--checkpoint", str(empty), "--format", "hf", "--output", output], str(empty)),
         (["report", "--run", str(empty)], "neither a run folder"),
         (["quickstart", "--html", str(empty), "--output", output], "HTML"),
+        (["quickstart", "--steps", "0", "--html", str(empty), "--output", output], "--steps 0: give at least 1"),
+        ([*plan, "--gpu", "h10"], "--gpu h10 is not known; did you mean h100? Known are"),
+        ([*plan, "--gpu", "§"], "--gpu § is not known. Known are"),
+        (["selftest", "--timeout", "-1"], "--timeout -1: give seconds above 0"),
+        (["selftest", "--all-reduce", "--timeout", "nan"], "--timeout nan: give seconds above 0"),
         (["evaluate", "--nonsense"], "--corpus --data"),
     ):
         code, error = run(capsys, *arguments)

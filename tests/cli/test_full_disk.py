@@ -33,7 +33,8 @@ from megatron_lcl.errors import describe_os_error
 from megatron_lcl.evaluate.heldout_results import Example, HeldOut, Pair, write_heldout
 from megatron_lcl.evaluate.results import Metric, Result, write_json, write_picture
 from megatron_lcl.model.reference_format import open_clip_config
-from megatron_lcl.train.resilience.lock import LOCK, lock_run_folder
+from megatron_lcl.run_folder import LOCK
+from megatron_lcl.train.resilience.lock import lock_run_folder
 
 FREE = 4 << 10
 SIZES = "image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64"
@@ -47,6 +48,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl([Document((Text(t), Image(picture(i, 80, 60)), Text(t))) for i, t in enumerate(texts)], folder / "in")
     vocab_size = preprocess("jsonl", folder / "in", folder / "corpus", vocab_size=400).vocab_size
     (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").touch()
     file = folder / "run" / "config.yaml"
     file.write_text(
         f"model: {{vision: {{{SIZES}}}, language: {{vocab_size: {vocab_size}}}}}\n"
@@ -148,6 +150,7 @@ def test_results(name: str, disk: Path) -> None:
 
 def test_a_damaged_result_is_named(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text((documents / "run" / "config.yaml").read_text())
+    (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "heldout.json").write_text('{"corpus": "her')
     assert main(["report", "--run", str(tmp_path)]) == 2
     assert f"{tmp_path / 'heldout.json'} is damaged" in capsys.readouterr().err

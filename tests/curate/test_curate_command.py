@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from megatron_lcl.cli import main
 from megatron_lcl.curate.languages import context_of
 from megatron_lcl.curate.page import write_page
 from megatron_lcl.curate.run import curate, read_curated
-from megatron_lcl.curate.settings import as_recipe, preset_names, read_settings
+from megatron_lcl.curate.settings import Settings, as_recipe, preset_names, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 HOSTILE = "<script>document.title = 'taken'</script> & \"quotes\""
 
@@ -48,6 +50,10 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*words, "--dry-run"]) == 0
     looked = capsys.readouterr().out
     assert not output.exists()
+    assert main([*words[:-1], str(output / "page.html"), "--output", str(output)]) == 0, "in the folder that it makes"
+    assert (output / "page.html").exists()
+    shutil.rmtree(output)
+    capsys.readouterr()
     assert main([*words, "--output", str(output), "--workers", "2"]) == 0
     said = capsys.readouterr().out
     assert said == looked
@@ -86,6 +92,8 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--output", "{source}"], "give another folder"),
         (["--output", "{out}", "--text.max_words", "0", "--document.min_texts", "1"], "text.max_words = 0 removed"),
         (["--output", "{out}", "--dry-run"], "--dry-run"),
+        (["--dry-run", "--sample", "{out}/no/x.html"], "--sample {out}/no/x.html: give a file in a folder that is"),
+        (["--output", "{out}", "--sample", "{source}"], "--sample {source}: give a file in a folder that is"),
         ([], "give --output DIR, or --dry-run"),
         (["--output", "{out}", "--other", "word", "word"], "unexpected argument 'word'"),
     ],
@@ -95,9 +103,11 @@ def test_refusals_are_one_line(
 ) -> None:
     out = tmp_path / "out"
     assert main(["curate", str(source), *(word.format(out=out, source=source) for word in words)]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "task" not in line]  # bars
+    printed, complaints = capsys.readouterr()
+    lines = [line for line in complaints.splitlines() if line and "task" not in line]  # bars
     assert len(lines) == 1
-    assert said in lines[0]
+    assert said.format(out=out, source=source) in lines[0]
+    assert printed == "", "before the work"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,6 +154,30 @@ def test_presets(preset: str, tmp_path: Path) -> None:
     numbers = [line for line in text.splitlines() if re.search(r"^  \w+: ", line)]
     assert len(numbers) == len(as_recipe(read_settings(preset)))
     assert as_recipe(read_settings("obelics", overrides={"text.min_words": "null"}))["image.min_side"] == 150
+
+
+def test_null_is_no_rule(tmp_path: Path) -> None:
+    """On the command line and in a file, whatever a rule is when it is off."""
+    lists = ("image.formats", "document.unsafe_names", "duplicates.against", "evaluation.sets", "language.among")
+    off = (*lists, "models.match", "text.min_words", "duplicates.documents.action", "duplicates.documents", "text")
+    file = tmp_path / "rules.yaml"
+    for name in off:
+        assert read_settings(overrides={name: "null"}) == Settings(), name
+        section, _, field = name.rpartition(".")
+        tree = {field: None}
+        for part in reversed(section.split(".") if section else []):
+            tree = {part: tree}
+        file.write_text(json.dumps(tree))
+        assert read_settings(file=file) == Settings(), name
+    assert read_settings("mint1t", overrides={"document.unsafe_names": "null"}).document.unsafe_names == ()
+    assert read_settings(overrides={"document.unsafe_names": "[null]"}).document.unsafe_names == ("null",)
+    assert read_settings(overrides={"duplicates.documents.threshold": "null"}).duplicates.documents.threshold is None
+    for name in ("language.wanted", "language.characters", "lists.min_words", "lists.stop_word"):
+        with pytest.raises(UserError, match=name):
+            read_settings(overrides={name: "null"})
+    file.write_text("language: {characters: null}")
+    with pytest.raises(UserError, match=r"language\.characters"):
+        read_settings(file=file)
 
 
 def test_a_file_of_rules(source: Path, tmp_path: Path) -> None:

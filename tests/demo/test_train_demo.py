@@ -30,6 +30,7 @@ def test_train_goes_with_what_has_a_held_out_artist(tmp_path: Path, capsys: pyte
     for words, said in (
         (["manual", "--train"], "`megatron-lcl quickstart` trains on the manual"),
         (["emoji", "--steps", "3"], "--steps goes with --train"),
+        (["emoji", "--train", "--steps", "0"], "--steps 0: give at least 1"),
     ):
         assert main(["demo", *words, "--output", str(tmp_path / "out")]) == 2
         (line,) = capsys.readouterr().err.splitlines()

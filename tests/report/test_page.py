@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_lcl import config as configs
+from megatron_lcl.cli import main
+from megatron_lcl.convert.find import run_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
 from megatron_lcl.plan.predict import predict
 from megatron_lcl.report.page import MAX_EVENTS, write_report
+from megatron_lcl.report.runs import find_runs
 from megatron_lcl.report.series import MAX_BUCKETS
 from megatron_lcl.report.slowest import MAX_NODES
 
@@ -124,6 +128,20 @@ def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
     (run / "config.yaml").unlink()
     with pytest.raises(UserError, match="is not a run folder"):
         write_report(run)
+
+
+def test_a_config_beside_a_run_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `quickstart` and `demo --train` leave it, with the finished page."""
+    shutil.copy(run / "config.yaml", tmp_path)
+    (tmp_path / "report.html").write_text("finished")
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert (tmp_path / "report.html").read_text() == "finished"
+    with pytest.raises(UserError, match=r"is not a run folder, which has a config\.yaml beside metrics\.jsonl or"):
+        run_of(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    (run / ".lock").touch()  # all that a run has beside its config while it makes its model
+    assert find_runs([tmp_path]) == find_runs([run]) == [run]
 
 
 def test_what_others_wrote_is_text(run: Path) -> None:

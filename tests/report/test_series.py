@@ -150,7 +150,7 @@ def test_what_is_no_number_of_a_step(tmp_path: Path) -> None:
     assert {"on", "words", "skipped", "phase", "step", "time"}.isdisjoint(metrics.series)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("{damaged}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 11 is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 11 is damaged \(.*\); delete this line"):
         Metrics.of(tmp_path)
 
 

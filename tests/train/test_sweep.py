@@ -356,14 +356,20 @@ def test_lines_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 def test_the_report_of_several_runs_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = (write_run(tmp_path / name, [2.0, 1.0], train__seed=n) for n, name in enumerate("ab"))
+    settings = {"data__corpora": "/nowhere"}
+    a, b = (write_run(tmp_path / name, [2.0, 1.0], train__seed=n, **settings) for n, name in enumerate("ab"))
     assert main(["report", str(a), str(b)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
     assert main(["report", str(a), str(b), "--output", str(tmp_path / "x.html")]) == 0
     assert (tmp_path / "x.html").read_text() == (tmp_path / "report.html").read_text()
-    (tmp_path / "empty").mkdir()
     capsys.readouterr()
+    for found in ([str(a)], [str(a), str(b)]):
+        assert main(["report", *found, str(tmp_path / "report.html"), str(tmp_path / "x.html")]) == 0, "`report runs/*`"
+        assert capsys.readouterr().out == f"{(a if len(found) == 1 else tmp_path) / 'report.html'}\n"
+    assert main(["report", str(a / "metrics.jsonl")]) == 2
+    assert "metrics.jsonl is neither a run folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
     assert main(["report", str(a), str(tmp_path / "empty")]) == 2
-    assert "empty is neither a run folder, which has a config.yaml, nor a folder of such" in capsys.readouterr().err
+    assert "empty is neither a run folder, which train.output names, nor a folder of such" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "RUN is missing" in capsys.readouterr().err

@@ -30,7 +30,7 @@ NOTHING: Gone = MappingProxyType({})
 def document_facts(
     corpus: str | Path, shard: int, first: int, last: int, settings: DocumentDuplicates, gone: Gone = NOTHING
 ) -> Facts:
-    """Of the N documents first … last-1 of a shard (numbers in the shard), without the items that are gone:
+    """Of the N documents first … last-1 of a shard (numbers in the shard) that have items beside those that are gone:
 
     document int64 [N], its number in the corpus; digest uint32 [N, 4], XXH3-128 of its texts and its images' bytes in
     their order; signature uint32 [N, permutations] and shingles int32 [N], how many it has (see `minhash`; neither
@@ -38,12 +38,14 @@ def document_facts(
     """
     opened = Corpus(corpus)
     part, start = opened.shard(shard), int(opened.document_starts[shard])
-    digests = np.empty((last - first, 4), np.uint32)
-    signatures = np.empty((last - first, settings.permutations if settings.threshold is not None else 0), np.uint32)
-    counts = np.zeros(last - first, np.int32)
-    for k in range(last - first):
+    sizes = np.diff(part.document_offsets[first : last + 1])
+    left = [n for n, size in enumerate(sizes.tolist(), first) if size > len(gone.get(start + n, ()))]
+    digests = np.empty((len(left), 4), np.uint32)
+    signatures = np.empty((len(left), settings.permutations if settings.threshold is not None else 0), np.uint32)
+    counts = np.zeros(len(left), np.int32)
+    for k, document in enumerate(left):
         digest, texts = xxhash.xxh3_128(), []
-        for piece in _pieces(part, first + k, gone.get(start + first + k, ())):
+        for piece in _pieces(part, document, gone.get(start + document, ())):
             if isinstance(piece, int):
                 digest.update(b"\1" + part.image_xxh3[piece].tobytes())
             else:
@@ -56,7 +58,7 @@ def document_facts(
             counts[k], signatures[k] = len(shingles), signature(shingles, settings.permutations)
     return {
         "corpus": np.array(str(corpus)),
-        "document": start + np.arange(first, last, dtype=np.int64),
+        "document": start + np.array(left, np.int64),
         "digest": digests,
         "signature": signatures,
         "shingles": counts,

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl.config import Config, load
-from megatron_lcl.run_folder import CONFIG, PROGRESS
-from megatron_lcl.train.telemetry import METRICS
+from megatron_lcl.run_folder import CONFIG, METRICS, PROGRESS
 
 TERMS = {"clip": ("contrastive", "contrastive_weight"), "generation": ("generation", "generation_weight")}
 """the one loss of an objective, and the setting that was its weight"""

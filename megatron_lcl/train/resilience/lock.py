@@ -19,8 +19,8 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from megatron_lcl.errors import UserError, naming
+from megatron_lcl.run_folder import LOCK
 
-LOCK = ".lock"
 PATIENCE_SECONDS = 30.0
 """a run that is started again at once may find the one before still ending"""
 HEARTBEAT_SECONDS = 5.0

@@ -7,7 +7,7 @@ and all of it, and counts throughput and FLOP/s; profile.py is `train --profile`
 `result` and `parts`, `optimizers` and `resilience`, never the step or the run.
 """
 
-from megatron_lcl.train.telemetry.lines import METRICS, read_metrics
+from megatron_lcl.train.telemetry.lines import read_metrics
 from megatron_lcl.train.telemetry.log import Telemetry
 
-__all__ = ["METRICS", "Telemetry", "read_metrics"]
+__all__ = ["Telemetry", "read_metrics"]

@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
-
-METRICS = "metrics.jsonl"
+from megatron_lcl.run_folder import METRICS
 
 
 def keep_lines_before(path: Path, step: int) -> None:

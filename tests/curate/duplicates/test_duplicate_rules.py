@@ -65,6 +65,17 @@ def test_duplicates_are_removed_and_named(source: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "1") == []
 
 
+@pytest.mark.parametrize("action", ["keep-one", "drop-all"])
+def test_documents_of_which_nothing_is_left_are_no_duplicates(action: str, tmp_path: Path) -> None:
+    texts = ["no", sentence(0), "nor", "or", sentence(0)]
+    source = write(tmp_path, [Document((Text(text),)) for text in texts] + [Document((Text(sentence(1)),))])
+    settings = rules(text__min_characters="4", duplicates__documents__action=action)
+    curate(source, tmp_path / "out", settings, task_bytes=100)
+    found = {document: rule for document, item, rule, _ in removals(tmp_path / "out") if item == -1}
+    assert found.pop(1, None) == ("document.duplicates" if action == "drop-all" else None)
+    assert found == {0: "document.empty", 2: "document.empty", 3: "document.empty", 4: "document.duplicates"}
+
+
 def test_what_another_corpus_has_is_removed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = write(tmp_path / "other", [Document((Text(sentence(2)), Image(encoded(picture(1)))))])

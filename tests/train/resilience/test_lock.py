@@ -16,10 +16,11 @@ import pytest
 from fleet import Fleet, last_step, losses, train
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.run_folder import LOCK
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience import lock
 from megatron_lcl.train.resilience.audit import read_audit
-from megatron_lcl.train.resilience.lock import LOCK, lock_run_folder
+from megatron_lcl.train.resilience.lock import lock_run_folder
 
 LONG = ["--train.steps", "2000", "--checkpoint.every", "2"]
 

@@ -44,7 +44,8 @@ def full_disk_for_all(rank: int) -> None:
 
     That is past the log, where it says so, however many lines of progress a slow machine has written there.
     """
-    from megatron_lcl.train.telemetry import METRICS, Telemetry
+    from megatron_lcl.run_folder import METRICS
+    from megatron_lcl.train.telemetry import Telemetry
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     plain = Telemetry.step

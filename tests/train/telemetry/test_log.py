@@ -12,8 +12,9 @@ import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.objectives.base import COUNTS
+from megatron_lcl.run_folder import METRICS
 from megatron_lcl.train.result import StepResult
-from megatron_lcl.train.telemetry import METRICS, Telemetry, read_metrics
+from megatron_lcl.train.telemetry import Telemetry, read_metrics
 
 METRICS_OF_A_STEP = {"generation": 1.0, "contrastive": 1.0, "image_accuracy": 0.5, "text_accuracy": 0.3}
 RESULT = StepResult(1.0, 2.0, 1.0, 90, 4, 100, 90, 0, METRICS_OF_A_STEP)
