@@ -1,8 +1,9 @@
 """A corpus in object storage: its small files on the local disk, its tokens and images by ranges.
 
-    <cache>/corpora-<fingerprint>/   the manifest, the tokenizer, `.idx`, `.arrow` and names, each as its hash in the
-                                     manifest says; `.bin` and `.bin.have` as `data.storage.blocks` keeps them
-    <cache>/corpora-<fingerprint>.lock   held by the process that copies small files
+    <cache>/corpora-<HASH>/          the manifest, whose bytes' hash it is, the tokenizer, `.idx`, `.arrow` and names,
+                                     each as its hash in the manifest says; `.bin` and `.bin.have` as
+                                     `data.storage.blocks` keeps them
+    <cache>/corpora-<HASH>.lock      held by the process that copies small files
 
 A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest, as far
 as there are locks; folders that nobody has read from for a day go, longest unused first, where a new corpus needs room.
