@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare import preprocess as preprocess_module
 from megatron_lcl.data.prepare import preprocess_task as pipeline
 from megatron_lcl.data.prepare.budget import Unusable
-from megatron_lcl.data.prepare.importers import Unit
+from megatron_lcl.data.prepare.importers import Unit, create, read_options
 from megatron_lcl.data.prepare.importers.jsonl import JsonlImporter
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.errors import UserError
@@ -323,3 +323,39 @@ def test_one_job_says_that_others_are_missing(tmp_path: Path) -> None:
     first = preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, job=(1, 2))
     assert str(first) == f"{tmp_path}/out: this job is done, others are not yet"
     assert "2 documents" in str(preprocess(*arguments, tokenizer=TOKENIZER, task_bytes=1, job=(0, 2)))
+
+
+class Picky(JsonlImporter):
+    """Options of the types that another package's importer may have."""
+
+    def __init__(
+        self,
+        input: Path,
+        images: Path | None = None,
+        *,
+        where: Path | None = None,
+        rate: float | None = None,
+        mode: Literal["x", "y"] = "x",
+        names: tuple[str, ...] = (),
+        plain=None,  # type: ignore[no-untyped-def]  # as in a package without types
+    ) -> None:
+        super().__init__(input, images)
+        self.given = (where, rate, mode, names, plain)
+
+
+def test_options_have_the_type_that_their_importer_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lcl.data.prepare.importers.importer_class", lambda _: Picky)
+    writers.write_jsonl([Document((Text("a"),))], tmp_path)
+
+    def given(**texts: str) -> object:
+        importer = create("picky", tmp_path, None, read_options("picky", texts))
+        assert isinstance(importer, Picky)
+        return importer.given
+
+    assert given() == (None, None, "x", (), None)
+    some = given(where="a/b", rate="0.5", mode="y", names="[a, b]", plain="word")
+    assert some == (Path("a/b"), 0.5, "y", ("a", "b"), "word")
+    assert given(names="b") == (None, None, "x", ("b",), None)
+    for name, text in {"rate": "x", "mode": "z"}.items():
+        with pytest.raises(UserError, match=rf"--option {name}={text}: give a value such as .* \(input should be"):
+            given(**{name: text})

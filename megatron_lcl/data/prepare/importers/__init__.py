@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import xxhash
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_lcl.data.corpus.document import Document, Kind
 from megatron_lcl.data.corpus.drops import Drops
@@ -169,6 +170,16 @@ class Option:
     def default_text(self) -> str:
         return plain_text(self.default) if self.default != "" else "empty"
 
+    def validated(self, value: Any) -> Any:
+        """The value as the option's type has it. UserError where that takes no such value."""
+        lenient = ConfigDict(arbitrary_types_allowed=True)
+        try:
+            return TypeAdapter(self.type, config=lenient).validate_python(value)
+        except ValidationError as error:
+            such = f"give a value such as {self.default_text}"
+            said = " or ".join(fault["msg"].lower() for fault in error.errors())
+            raise UserError(f"--option {self.name}={value}: {such} ({said})") from None
+
 
 def options_of(importer: type[Importer]) -> list[Option]:
     """What an importer takes besides `input` and `images`, in order."""
@@ -183,7 +194,8 @@ def options_of(importer: type[Importer]) -> list[Option]:
         if name not in ("input", "images") and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
     for name, default in {**dict.fromkeys(importer.options, ""), **parameters}.items():
-        hint, help = hints.get(name, type(default)), importer.options.get(name, "")
+        untold = default is None or default is inspect.Parameter.empty
+        hint, help = hints.get(name, Any if untold else type(default)), importer.options.get(name, "")
         if typing.get_origin(hint) is typing.Annotated:
             hint, *said = typing.get_args(hint)
             help = next((word for word in said if isinstance(word, str)), help)
@@ -210,21 +222,18 @@ def create(format: str, input: str | Path, images: str | Path | None, options: M
     """An importer of `format` for `input`. UserError for an unknown format or option, or input that is not there."""
     cls = importer_class(format)
     known = {option.name: option for option in options_of(cls)}
-    for name, value in options.items():
+    for name in options:
         if name not in known:
             names = ", ".join(known) or "none"
             raise UserError(
                 f"format {format} has no option {name!r}; it has: {names} "
                 f"(`megatron-lcl preprocess --format {format} --help` says what they do)"
             )
-        kind = known[name].type
-        accepted = (int, float) if kind is float else (kind,)
-        if kind in (str, int, float, bool) and type(value) not in accepted:
-            raise UserError(f"--option {name}={value}: give a value such as {known[name].default_text}")
+    given = {name: known[name].validated(value) for name, value in options.items()}
     places = [path_of(place) for place in (input, images) if place is not None]
     for place in places:
         if isinstance(place, ObjectPath) and not cls.reads_objects:
             raise UserError(f"format {format} reads files on a disk; copy {place} there first (`aws s3 sync`, rclone)")
         if not place.exists():
             raise UserError(f"{place} does not exist")
-    return cls(places[0], places[1] if images is not None else None, **options)
+    return cls(places[0], places[1] if images is not None else None, **given)
