@@ -193,7 +193,10 @@ def _split_folder(path: Path, split: str | None) -> Path:
     folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if split is None and "test" not in folders:
         if folders and set(folders) <= _SPLITS:  # not classes
-            raise UserError(f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split)")
+            raise UserError(
+                f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split), or give "
+                f"its folder, such as {path / folders[0]}"
+            )
         return path
     if (split or "test") not in folders:
         raise UserError(f"{path} has no split {split!r}; there are the folders {some(folders) or '(none)'}")
