@@ -22,6 +22,7 @@ from megatron_lcl.evaluate.encoders.untrained import untrained_model
 from megatron_lcl.evaluate.heldout import evaluate_heldout
 from megatron_lcl.evaluate.heldout_results import as_result
 from megatron_lcl.evaluate.results import Result
+from megatron_lcl.evaluate.rules import VERSION
 from megatron_lcl.evaluate.run import evaluate
 from megatron_lcl.evaluate.settings import AttentiveSettings, LinearSettings, Settings
 from megatron_lcl.evaluate.sources import open_images
@@ -48,6 +49,8 @@ class Measure:
     chance: float | None = None
     """what guessing gives; where classes are not alike in number: always the most frequent one"""
     items: int = 0
+    rules: int | None = None
+    """version of the rules of held-out evaluation; None: it was measured otherwise, or by an earlier release"""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -58,11 +61,13 @@ class Measure:
 def measured(folder: Path, model: str, config: Config, data: Path) -> list[Measure]:
     """All that a row is compared by, of the run's folder, or measured now and written there.
 
+    Measured again where the rules of held-out evaluation were others: a table is of one version of them.
+
     model: as `evaluate` takes it; config: of its run; data: the folder that `data.prepare` made. What needs a text
     side is left out where the objective trains none.
     """
     file = folder / RESULT
-    if not file.is_file():
+    if not file.is_file() or any(m.data == HELD_OUT and m.rules != VERSION for m in read(file)):
         folder.mkdir(parents=True, exist_ok=True)
         found = list(_measure(folder, model, config, data))
         replace_text(file, json.dumps([asdict(measure) for measure in found], indent=1, ensure_ascii=False) + "\n")
@@ -97,7 +102,7 @@ def _measure(folder: Path, model: str, config: Config, data: Path) -> Iterator[M
     if "retrieval" in trains:
         for name in NAMES:
             yield from _labeled(folder, model, _TEXT, data, name)
-    yield from _held_out(model, config, data)
+    yield from (replace(measure, rules=VERSION) for measure in _held_out(model, config, data))
 
 
 def _labeled(

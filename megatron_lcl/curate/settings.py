@@ -244,11 +244,17 @@ def as_recipe(settings: Settings) -> dict[str, Any]:
 
 
 def _version(path: str) -> str:
-    """Of a corpus its fingerprint, of other files a hash of their names, sizes and times."""
+    """Of a corpus its fingerprint, of other files, and of the images that a JSON file names, a hash of their names,
+    sizes and times."""
     if is_corpus(path):
         return open_corpus(path).fingerprint
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if Path(path).is_dir() else [Path(path)]
-    return files_signature(files, Path(path))
+    root = Path(path)
+    if root.is_dir():
+        return files_signature(sorted(file for file in root.rglob("*") if file.is_file()), root)
+    from megatron_lcl.evaluate.sources import FileBlob, all_pictures  # imports torch
+
+    images = (blob.path for blob in all_pictures(root) if isinstance(blob, FileBlob))
+    return files_signature([root, *images], root.parent)
 
 
 def _hash_folder(folder: str) -> str:

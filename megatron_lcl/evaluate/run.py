@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,7 +104,8 @@ def evaluate(
 
     # what cannot be loaded, fits no task, or has no room, is to be known before the first one's hours
     encoder = load(models[0])
-    shapes = [Shapes.of(encoder), *(Shapes.of(load(spec)) for spec in models[1:])]
+    known = [_known(encoder), *(_known(load(spec)) for spec in models[1:])]
+    shapes = [of_model for of_model, _ in known]
     if "attentive-probe" in tasks:
         for each in shapes:
             need_patches(each.name, each.of_image["patches"])
@@ -125,8 +126,10 @@ def evaluate(
     results: list[Result] = []
     written: list[tuple[str, list[str]]] = []
     gallery: Gallery | None = None
-    for number, spec in enumerate(models):
-        encoder = load(spec) if number else encoder
+    for number, (spec, (_, source)) in enumerate(zip(models, known, strict=True)):
+        if number:  # the same checkpoint, also of a run that has saved another one meanwhile
+            encoder = source(0)
+            encoder.name = spec
         for task in tasks:
             if task == "captioning":
                 assert isinstance(encoder, OurEncoder)
@@ -151,6 +154,12 @@ def evaluate(
     if output is not None:
         _write(Path(output), results, test, written, [*bad[0], *bad[1]], gallery)
     return results
+
+
+def _known(encoder: Encoder) -> tuple[Shapes, Callable[[int], Encoder]]:
+    """What stays of an encoder that is loaded again later."""
+    assert encoder.source is not None, "load_encoder sets it"
+    return Shapes.of(encoder), encoder.source
 
 
 def _check_device(name: str) -> None:

@@ -19,9 +19,8 @@ import numpy as np
 import xxhash
 
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST as CORPUS_MANIFEST
-from megatron_lcl.data.corpus.document import Image
 from megatron_lcl.data.corpus.probe import image_suffixes
-from megatron_lcl.data.corpus.store import Corpus, is_corpus, open_corpus
+from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, is_corpus, open_corpus
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.reference_format import some
@@ -193,7 +192,10 @@ def _split_folder(path: Path, split: str | None) -> Path:
     folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if split is None and "test" not in folders:
         if folders and set(folders) <= _SPLITS:  # not classes
-            raise UserError(f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split)")
+            raise UserError(
+                f"{path} has no split 'test', but {', '.join(folders)}; say which to measure on (--split), or give "
+                f"its folder, such as {path / folders[0]}"
+            )
         return path
     if (split or "test") not in folders:
         raise UserError(f"{path} has no split {split!r}; there are the folders {some(folders) or '(none)'}")
@@ -364,21 +366,20 @@ def _files(path: Path, files: list[Path]) -> tuple[FileBlob, ...]:
 
 
 def _corpus(corpus: Corpus) -> ImageSet:
+    """Of its texts and of where images stand; the images themselves are not read."""
     blobs: list[Blob] = []
     captions: list[tuple[str, ...]] = []
     for d in range(len(corpus)):
-        document = corpus[d]
-        texts = [i for i, item in enumerate(document.items) if not isinstance(item, Image)]
-        position = -1
-        for i, item in enumerate(document.items):
-            if not isinstance(item, Image):
-                continue
-            position += 1
-            if texts:
-                nearest = min(texts, key=lambda t: (abs(t - i), t < i))
-                matched = texts[item.matched_text] if item.matched_text is not None else nearest
-                blobs.append(CorpusBlob(corpus, d, position))
-                captions.append((getattr(document.items[matched], "text"),))  # noqa: B009
+        number, local = corpus.locate(d)
+        shard = corpus.shard(number)
+        start, stop = map(int, shard.document_offsets[local : local + 2])
+        texts = [k for k in range(start, stop) if shard.modes[k] == TEXT]
+        pictures = [k for k in range(start, stop) if shard.modes[k] == IMAGE]
+        for position, k in enumerate(pictures if texts else ()):
+            matched = int(shard.matched_text[shard.placement_of[k]])
+            text = texts[matched] if matched >= 0 else min(texts, key=lambda t: (abs(t - k), t < k))
+            blobs.append(CorpusBlob(corpus, d, position))
+            captions.append((corpus.tokenizer.decode(shard.tokens.sequence(text)),))
     if not blobs:
         raise UserError(f"the corpus {corpus.where} has no image with a text")
     return ImageSet(corpus.where, tuple(blobs), captions=tuple(captions))

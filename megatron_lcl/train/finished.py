@@ -74,8 +74,9 @@ def _changed(made: Config, now: Config, progress: Progress) -> Iterator[tuple[st
 
 
 def _may_have_moved(before: Any, now: Any) -> bool:
-    """Whether two paths are of the same file, or nothing is at the first one any more, as on another machine."""
-    if before is None or now is None:
+    """Whether two paths of a file system are of the same file, or nothing is at the first one any more, as on another
+    machine."""
+    if before is None or now is None or ":" in before + now:  # of URLs and models of libraries
         return False
     return not os.path.exists(before) or (os.path.exists(now) and os.path.samefile(before, now))
 

@@ -19,7 +19,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import objectives
 from megatron_lcl.claim import data as claim_data
 from megatron_lcl.claim import measure, parts
-from megatron_lcl.claim.data import CORPORA, in_validation, prepare
+from megatron_lcl.claim.data import CORPORA, HELD_OUT, in_validation, prepare
 from megatron_lcl.claim.measure import RESULT, VALIDATION, Measure
 from megatron_lcl.claim.parts import PARTS, Part
 from megatron_lcl.claim.plan import OWN, plan
@@ -315,6 +315,29 @@ def test_another_untrained_model_is_measured_anew(tmp_path: Path, monkeypatch: p
         ((found,),) = _untrained(tmp_path, config, tmp_path, [0])
         assert found.value == int(width)
     assert measured_of == [192, 384], "each once"
+
+
+def test_what_other_rules_measured_of_held_out_documents_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table has numbers of one version; what knows no held-out documents stays."""
+    config, rounds = configs.load(default_config()), iter(range(9))
+    monkeypatch.setattr(measure, "_labeled", lambda *_: [])
+    monkeypatch.setattr(measure, "_held_out", lambda *_: [Measure(HELD_OUT, "generation", "bits", next(rounds))])
+
+    def bits() -> float:
+        (found,) = measure.measured(tmp_path, "run", config, tmp_path)
+        return found.value
+
+    assert [bits(), bits()] == [0, 0]
+    monkeypatch.setattr(measure, "VERSION", measure.VERSION + 1)
+    assert [bits(), bits()] == [1, 1]
+    (of_earlier,) = json.loads((tmp_path / RESULT).read_text())
+    of_earlier.pop("rules", None)
+    (tmp_path / RESULT).write_text(json.dumps([of_earlier]))
+    assert bits() == 2, "an earlier release kept no version"
+    (tmp_path / RESULT).write_text(json.dumps([{**of_earlier, "data": "digits"}]))
+    assert bits() == 1
 
 
 def measures(**values: float) -> list[Measure]:

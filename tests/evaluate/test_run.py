@@ -22,6 +22,7 @@ from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import export_model, save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
+from megatron_lcl.evaluate import run
 from megatron_lcl.evaluate.checking import find_bad, without_bad
 from megatron_lcl.evaluate.encoders.load import load_encoder
 from megatron_lcl.evaluate.run import evaluate
@@ -147,6 +148,33 @@ def test_seed_reaches_the_attentive_probe_and_results_name_the_weights(
     assert other.settings["seeds"] == (5, 6)
     assert other.settings["accuracy by seed"] != first.settings["accuracy by seed"]
     assert first.fingerprint == load_encoder(checkpoint).fingerprint
+
+
+def test_a_run_that_saves_meanwhile_is_evaluated_as_it_was_found(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models after the first are loaded twice: when all are checked, and when their turn comes."""
+
+    def save(step: int) -> Path:
+        path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        shutil.copytree(checkpoint, path)
+        model = load_model(checkpoint)
+        model.pool.query.data += step
+        save_checkpoint(model, Config(model=model.config), path)
+        (path / "manifest.json").write_text("{}")
+        return path
+
+    def saves_meanwhile(*given: Any) -> Any:
+        if not (tmp_path / "run/checkpoints/step-00000002").exists():
+            save(2)
+        return find_bad(*given)
+
+    first = load_encoder(save(1)).fingerprint
+    monkeypatch.setattr(run, "find_bad", saves_meanwhile)
+    models = [str(checkpoint), str(tmp_path / "run")]
+    results = evaluate(models, ["knn"], folder, settings=Settings(knn=KnnSettings(k=5)), cache=tmp_path, progress=False)
+    assert [result.encoder for result in results] == models
+    assert results[1].fingerprint == first != load_encoder(tmp_path / "run").fingerprint
 
 
 def test_classes_that_are_numbers_may_lack_the_last_one_in_a_split(

@@ -19,6 +19,7 @@ from s3_fixtures import upload
 from megatron_lcl.cli import main
 from megatron_lcl.curate.duplicates.evaluation import EvaluationImages
 from megatron_lcl.data.corpus.probe import image_suffixes
+from megatron_lcl.data.corpus.store import Shard
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
@@ -216,7 +217,7 @@ def test_results_as_table_json_and_picture(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "r.png").size[0] > 400
 
 
-def test_corpus(folder: Path, tmp_path: Path) -> None:
+def test_corpus(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_lcl.data.prepare.preprocess import preprocess
 
     lines = []
@@ -227,7 +228,9 @@ def test_corpus(folder: Path, tmp_path: Path) -> None:
         lines.append(json.dumps({"items": [*items, matched] if label == 1 else items}))
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     preprocess(format="jsonl", input=tmp_path / "docs.jsonl", images=folder, output=tmp_path / "corpus", vocab_size=400)
-    data = open_images(tmp_path / "corpus")
+    with monkeypatch.context() as unread:  # that is for when it is known that nothing else is wrong
+        unread.setattr(Shard, "image", lambda *_: pytest.fail("an image was read"))
+        data = open_images(tmp_path / "corpus")
     with pytest.raises(ValueError, match="no splits"):
         open_images(tmp_path / "corpus", "test")
     texts = [captions[0] for captions in data.need_captions()]

@@ -279,6 +279,26 @@ def test_where_a_finished_run_had_its_data_does_not_matter(tmp_path: Path) -> No
         is_finished(configs.load(None, {**output, **given, "train.evaluate_every": "100"}))
     (tmp_path / "data").rename(tmp_path / "moved")
     assert is_finished(configs.load(None, {**output, **{name: str(tmp_path / "moved") for name in names}}))
+    for name in names:  # nothing that is no path has moved away
+        with pytest.raises(UserError, match=name):
+            is_finished(configs.load(None, {**output, **given, name: "s3://bucket/data"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [
+        ("evaluate.corpus", "s3://bucket/a", "s3://bucket/b"),
+        ("evaluate.corpus", "s3://bucket/a", "here"),
+        ("train.init_from", "timm:vit_b", "timm:vit_l"),
+        ("train.init_from", "vision=timm:vit_b", "nowhere/run"),
+    ],
+)
+def test_what_is_no_path_has_not_moved(name: str, before: str, now: str, tmp_path: Path) -> None:
+    run = {"train.output": str(tmp_path / "run")}
+    write_finished(configs.load(None, {**run, name: before}))
+    assert is_finished(configs.load(None, {**run, name: before}))
+    with pytest.raises(UserError, match=f"{name} = .*{before}.* where this command has .*{now}"):
+        is_finished(configs.load(None, {**run, name: now}))
 
 
 def test_a_run_without_its_last_copy_is_not_finished(place: str, tmp_path: Path) -> None:

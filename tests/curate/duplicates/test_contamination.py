@@ -282,6 +282,16 @@ def test_a_set_is_listed_once_for_all_of_its_tasks(tmp_path: Path, monkeypatch: 
     assert len(listed) == 1
 
 
+def test_a_set_whose_only_folders_are_other_splits(tmp_path: Path) -> None:
+    """No option of `curate` names a split: its folder does."""
+    for split in ("train", "val"):
+        (tmp_path / split / "class").mkdir(parents=True)
+        (tmp_path / split / "class" / "a.jpg").write_bytes(encoded(picture(0, 64)))
+    with pytest.raises(UserError, match=f"has no split 'test'.* or give its folder, such as {tmp_path / 'train'}$"):
+        EvaluationImages(tmp_path)
+    assert len(EvaluationImages(tmp_path / "train")) == 1
+
+
 def test_evaluation_images_lie_in_any_layout(tmp_path: Path) -> None:
     data = [encoded(picture(k, 64)) for k in range(3)]
     plain, classes, tars = (tmp_path / name for name in ("plain", "classes", "tars"))

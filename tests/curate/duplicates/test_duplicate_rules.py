@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -137,6 +138,20 @@ def test_what_else_is_looked_at_decides_whether_it_is_the_same(source: Path, tmp
     assert curate(source, tmp_path / "out", settings).reused
     shutil.rmtree(against)
     shutil.copytree(tmp_path / "third" / "corpus", against)
+    with pytest.raises(UserError, match="out"):
+        curate(source, tmp_path / "out", settings)
+
+
+def test_images_that_a_json_file_names_are_looked_at_too(source: Path, tmp_path: Path) -> None:
+    """A corpus was curated with the images, not with their names."""
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "1.jpg").write_bytes(encoded(picture(7)))
+    content = {"images": [{"id": 1, "file_name": "val/1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    settings = rules(evaluation__sets=f"[{tmp_path / 'captions.json'}]")
+    assert not curate(source, tmp_path / "out", settings).reused
+    assert curate(source, tmp_path / "out", settings).reused
+    (tmp_path / "val" / "1.jpg").write_bytes(encoded(picture(2)))
     with pytest.raises(UserError, match="out"):
         curate(source, tmp_path / "out", settings)
 

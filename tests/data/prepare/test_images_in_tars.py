@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.importers import create
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import ImageSource
+from megatron_lcl.data.prepare.importers.urls import names_of_url
 from megatron_lcl.data.prepare.preprocess import preprocess
 
 SEVERAL = "several images of this name in the tars"
@@ -97,22 +98,64 @@ def test_images_of_a_shard_of_mmc4_in_one_tar_of_all(tmp_path: Path) -> None:
     assert not drops.bad_counts
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "JSONL.gz", "csv", "parquet"])
-def test_the_tar_that_is_named_like_a_file(tmp_path: Path, suffix: str) -> None:
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+URL = "http://x/1.png"
+
+
+def lines_file(file: Path) -> None:
+    line = json.dumps({"items": [{"image": "1.png"}, {"text": "t"}]}).encode()
+    file.write_bytes(gzip.compress(line) if file.suffix == ".gz" else line)
+
+
+def coco_file(file: Path) -> None:
+    content = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "t"}]}
+    file.write_text(json.dumps(content))
+
+
+def hf_file(file: Path) -> None:
+    rows = pa.table({"image": pa.array([{"bytes": None, "path": "1.png"}], IMAGE), "text": ["t"]})
+    if file.suffix == ".parquet":
+        pq.write_table(rows, file)
+        return
+    with pa.ipc.new_stream(file, rows.schema) as stream:
+        stream.write_table(rows)
+
+
+def hf_lists(file: Path) -> None:
+    pq.write_table(
+        pa.table({"image": pa.array([[{"bytes": None, "path": "1.png"}]], pa.list_(IMAGE)), "text": ["t"]}), file
+    )
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix", "write", "options"),
+    [
+        ("jsonl", "jsonl", lines_file, {}),
+        ("jsonl", "JSONL.gz", lines_file, {}),
+        ("table", "csv", lambda file: file.write_text("key,text\n1,t\n"), {}),
+        ("table", "tsv", lambda file: file.write_text("path\ttext\n1.png\tt\n"), {}),
+        ("table", "csv", lambda file: file.write_text(f"url,text\n{URL},t\n"), {}),
+        ("coco", "json", coco_file, {}),
+        ("hf", "parquet", hf_file, {"image_column": "image"}),
+        ("hf", "arrow", hf_file, {"image_column": "image"}),
+        ("hf", "parquet", hf_lists, {"image_column": "image"}),
+        (
+            "obelics",
+            "parquet",
+            lambda file: pq.write_table(pa.table({"images": [[URL, None]], "texts": [[None, "t"]]}), file),
+            {"image_name": "1"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_tar_that_is_named_like_a_file(
+    tmp_path: Path, format: str, suffix: str, write: Callable[[Path], object], options: dict[str, str]
+) -> None:
     """The whole name but for the suffixes of the format, however many dots it has."""
+    (tmp_path / "in").mkdir()
     for k in range(3):
-        file = tmp_path / f"in/shard.{k:05d}.{suffix}"
-        file.parent.mkdir(exist_ok=True)
-        if suffix == "parquet":
-            pq.write_table(pa.table({"images": [["http://x/1", None]], "texts": [[None, "t"]]}), file)
-        elif suffix == "csv":
-            file.write_text("key,text\n1,t\n")
-        else:
-            line = json.dumps({"items": [{"image": "1.png"}, {"text": "t"}]}).encode()
-            file.write_bytes(line if suffix == "jsonl" else gzip.compress(line))
-    source_of(tmp_path / "images", {f"shard.{k:05d}": {"1.png": picture(k)} for k in range(3)})
-    format = {"csv": "table", "parquet": "obelics"}.get(suffix, "jsonl")
-    options = {"image_name": "1"} if suffix == "parquet" else {}
+        write(tmp_path / f"in/shard.{k:05d}.{suffix}")
+    members = ("1.png", *names_of_url(URL))
+    source_of(tmp_path / "images", {f"shard.{k:05d}": dict.fromkeys(members, picture(k)) for k in range(3)})
     documents, drops = documents_of(create(format, tmp_path / "in", tmp_path / "images", options))
     assert [[i.data for i in d.images] for d in documents] == [[picture(k)] for k in range(3)]
     assert not drops.bad_counts

@@ -104,6 +104,11 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in/p.html").write_text("text")  # whose folders are often linked for their scripts alone
     _, drops = documents_of(create("html", tmp_path / "in", None, {}))
     assert drops.bad_counts == {"document: file that is a link to a file that is not there": 1}
+    for name in ("v1.0", "2024.01.05"):
+        (tmp_path / "in/part2").rename(tmp_path / "in" / name)
+        with pytest.raises(UserError, match=f"in/{name} is a link to .*disk2/part2, which is not there"):
+            names(tmp_path / "in")
+        (tmp_path / "in" / name).rename(tmp_path / "in/part2")
     (tmp_path / "in/part2").rename(tmp_path / "in/.part2")  # hidden, as programs leave links in place of locks
     assert names(tmp_path / "in") == ["a.jsonl"]
 

@@ -102,15 +102,17 @@ class CocoImporter(FilesImporter):
         if start == 0 and (unlisted := captions.unlisted):
             drops.bad("text", "caption of an image that is not listed", f"{name}: {unlisted[0]}", len(unlisted))
         for number, image in enumerate(captions.images[start:stop], start):
-            yield from self._pairs(image, captions.of[image.id], f"{name}:{number}", drops)
+            yield from self._pairs(image, captions.of[image.id], (self.stem(file),), f"{name}:{number}", drops)
 
-    def _pairs(self, image: _Image, texts: list[str | None], name: str, drops: Drops) -> Iterator[Document]:
+    def _pairs(
+        self, image: _Image, texts: list[str | None], near: tuple[str], name: str, drops: Drops
+    ) -> Iterator[Document]:
         try:
             url = image.coco_url or ""
             names = ([image.file_name] if image.file_name else []) + ([url] if is_url(url) else [])
             if not names:
                 raise BadImage("no name")
-            found = [Image(self.images.read(names), name=image.file_name or url)]
+            found = [Image(self.images.read(names, near), name=image.file_name or url)]
         except BadImage as error:
             drops.bad("image", str(error), f"{name}: {image.file_name[:200]}")
             found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ COMPRESSED = (".zst", ".gz", ".zip", ".bz2", ".xz", ".lz4", ".br")
 TWICE = "a copy of a file beside it, compressed in another way or not"
 NOT_READ = "compressed in a way that this format does not read: unpack it"
 GONE = "a link to a file that is not there"
+_SUFFIX = re.compile(r"\.[^.]*[^\W\d_]")
+"""a dot with a letter behind it; `v1.0` has none, and is a folder's name, mostly"""
 
 
 class Skipped(NamedTuple):
@@ -103,7 +106,7 @@ def find_files(input: Path, suffixes: Sequence[str], reads: str, strict: bool = 
     if isinstance(input, ObjectPath):
         objects = {path.relative_to(input).as_posix(): path for path in input.rglob("*")}
     for folder, files in _folders(input, objects):
-        links = (input / folder / name for name in files if "." not in name and not objects)
+        links = (input / folder / name for name in files if not objects and not _SUFFIX.search(name))
         lost = [path for path in links if _is_lost_folder(path)]
         if lost and strict:
             raise not_there(lost[0])
@@ -159,7 +162,7 @@ def _is_gone(*path: str | Path) -> bool:
 
 
 def _is_lost_folder(path: Path) -> bool:
-    """A link to nothing was one to a folder, mostly, if its name has no suffix; one in a circle never had files."""
+    """Whether a link that has no suffix, mostly one to a folder, leads to nothing; one in a circle never had files."""
     try:
         path.stat()
     except OSError as error:

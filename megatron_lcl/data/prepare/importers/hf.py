@@ -114,17 +114,17 @@ class HfImporter(FilesImporter):
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         file, group, first, stop = unit.payload
-        name, row = self.found.name(file), first
+        name, row, near = self.found.name(file), first, (self.stem(file),)
         try:
             if file.suffix != ".parquet":
                 for row, named in self._arrow_rows(file, name, drops):
-                    yield from self._documents(named, f"{name}:{row}", drops)
+                    yield from self._documents(named, near, f"{name}:{row}", drops)
                 return
             with open_parquet(file, group) as source:
                 if (columns := self._columns(source.schema_arrow.names, name, drops)) is None:
                     return
                 for row, values in read_rows(source, [group], first, columns, _BATCH):
-                    yield from self._documents(dict(zip(columns, values, strict=True)), f"{name}:{row}", drops)
+                    yield from self._documents(dict(zip(columns, values, strict=True)), near, f"{name}:{row}", drops)
                     row += 1
         except DAMAGE:
             if file.suffix == ".parquet":
@@ -163,7 +163,7 @@ class HfImporter(FilesImporter):
                         give_back()
                         num_bytes = 0
 
-    def _documents(self, row: dict[str, Any], name: str, drops: Drops) -> Iterator[Document]:
+    def _documents(self, row: dict[str, Any], near: tuple[str], name: str, drops: Drops) -> Iterator[Document]:
         """One, or of one image with several texts one each."""
         images, texts = row[self.image], row[self.text]
         about = its_id(row)
@@ -171,7 +171,7 @@ class HfImporter(FilesImporter):
             several = texts if isinstance(texts, list) and texts else [texts]
             for number, text in enumerate(several):
                 label = f"{name}#{number}" if len(several) > 1 else name
-                items = [item for item in (self._image(images, label, drops), _text(text, label, drops)) if item]
+                items = [item for item in (self._image(images, near, label, drops), _text(text, label, drops)) if item]
                 lost = int(not isinstance(items[0], Image))
                 together = {"group": name} if len(several) > 1 else {}
                 yield Document(tuple(items), name=label, metadata={**about, **together, "lost_images": lost})
@@ -187,12 +187,12 @@ class HfImporter(FilesImporter):
         for image, text in positions:
             if image is not None and text is not None:
                 drops.bad("text", "both image and text at one position", name, sample=str(text))
-            item = _text(text, name, drops) if image is None else self._image(image, name, drops)
+            item = _text(text, name, drops) if image is None else self._image(image, near, name, drops)
             read += [item] if item else []
         lost = sum(image is not None for image, _ in positions) - sum(isinstance(item, Image) for item in read)
         yield Document(tuple(read), name=name, metadata={**about, "lost_images": lost})
 
-    def _image(self, value: Any, name: str, drops: Drops) -> Image | None:
+    def _image(self, value: Any, near: tuple[str], name: str, drops: Drops) -> Image | None:
         """None, and counted, where there are no bytes."""
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
@@ -200,7 +200,7 @@ class HfImporter(FilesImporter):
         try:
             if not isinstance(path, str):
                 raise BadImage("neither bytes nor path")
-            return Image(self.images.read(self._names(path)), name=path)
+            return Image(self.images.read(self._names(path), near), name=path)
         except BadImage as error:
             drops.bad("image", str(error), f"{name}: {str(path)[:200]}")
             return None

@@ -182,12 +182,12 @@ class TableImporter(LinesImporter):
     def _read(self, value: Any, file: Path) -> bytes:
         if value is None or value == "":
             raise BadImage("no name")
-        name = str(value)
+        name, near = str(value), (self.stem(file),)
         if self.join == "path":
-            return self.images.read(name)
+            return self.images.read(name, near)
         if self.join == "key":
-            return self.images.read(key_names(name), near=(name[:5], self.stem(file)))
-        return self.images.read([name, *self.keys.names(name)])
+            return self.images.read(key_names(name), (name[:5], *near))
+        return self.images.read([name, *self.keys.names(name)], near)
 
 
 def _is_csv(file: Path) -> bool:
