@@ -15,4 +15,4 @@ from deepspeed.launcher import multinode_runner, runner
 runner.EXPORT_ENVS.append("OMP_NUM_THREADS")
 multinode_runner.PDSHRunner.parse_user_args = lambda self: [shlex.quote(word) for word in self.args.user_args]
 runner.main()'
-exec "$python" -c "$runner" --hostfile "$hostfile" --no_local_rank --module megatron_lcl train "$@"
+exec "$python" -c "$runner" --hostfile "$hostfile" --force_multi --no_local_rank --module megatron_lcl train "$@"

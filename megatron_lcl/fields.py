@@ -82,7 +82,7 @@ def parse(annotation: Any, text: str) -> Any:
     if is_part and any(map(_is_plain_list, _alternatives(annotation))):
         return convert(annotation, [text])  # the only part, which if it is text may have any character
     if any(_holds_others(part) for part in _alternatives(annotation)):
-        return convert(annotation, yaml.load(text, yaml.BaseLoader))  # every scalar as it is written
+        return convert(annotation, yaml.load(text, _TextLoader))  # every scalar as it is written
     return convert(annotation, text)
 
 
@@ -112,11 +112,34 @@ def convert(annotation: Any, value: Any) -> Any:
 
 
 def read_yaml(text: str) -> Any:
-    """What YAML makes of a text. Raises yaml.YAMLError."""
+    """What YAML makes of a text. Raises yaml.YAMLError, also for a key that stands twice in a mapping."""
     return yaml.load(text, _Loader)
 
 
-class _Loader(yaml.SafeLoader):
+class _UniqueKeys(yaml.composer.Composer):
+    """Raises ConstructorError for a key that stands twice, of which PyYAML takes the last.
+
+    Before merges (`<<`), which put a mapping's own keys behind those it takes from others.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":  # of two merges none is lost
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key `{key.value}` stands twice in a mapping", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+class _TextLoader(_UniqueKeys, yaml.BaseLoader):
+    """Every scalar is text."""
+
+
+class _Loader(_UniqueKeys, yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, and 1e-3 is a number, as in YAML 1.2."""
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_lcl import config as configs
+from megatron_lcl.errors import UserError
+from megatron_lcl.fields import annotation_of, parse, read_yaml
 from megatron_lcl.train.optimizer import learning_rate
 
 
@@ -153,6 +157,48 @@ def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:
     file.write_text("train: {steps: [\n")
     with pytest.raises(ValueError, match="is not YAML"):
         configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("train:\n  steps: 5\nmodel:\ntrain:\n  seed: 1\n", "train", 4),
+        ("train:\n  steps: 5\n  'steps': 6\n", "steps", 3),
+        ("deepspeed: {a: 1, a: 1}\n", "a", 1),
+    ],
+)
+def test_a_key_stands_once(tmp_path: Path, text: str, key: str, line: int) -> None:
+    """Else the first one's values would be lost without a word."""
+    with pytest.raises(yaml.constructor.ConstructorError) as found:
+        read_yaml(text)
+    assert found.value.problem_mark is not None
+    assert found.value.problem_mark.line + 1 == line
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        configs.load(file)
+    said = str(caught.value)
+    assert re.match(rf"{re.escape(str(file))} is not YAML: .*`{key}` stands twice.*, line {line}, column \d+", said)
+    assert "\n" not in said
+
+
+def test_a_key_stands_once_in_an_override() -> None:
+    with pytest.raises(UserError, match="deepspeed"):
+        configs.load(None, {"deepspeed": "{a: 1, a: 2}"})
+    with pytest.raises(yaml.constructor.ConstructorError, match="`weight` stands twice"):
+        parse(annotation_of(configs.Config, "data.corpora"), "[{path: a, weight: 1, weight: 2}]")
+
+
+def test_a_merged_key_may_stand_again() -> None:
+    """Also where the mapping that holds it is merged elsewhere before it is itself made."""
+    text = """
+        one: &one {steps: 1, seed: 2}
+        outer: {inner: &inner {<<: *one, seed: 3}}
+        last: {<<: *inner, steps: 4}
+        both: {<<: *one, <<: {train: 5}}
+    """
+    one, inner, last = {"steps": 1, "seed": 2}, {"steps": 1, "seed": 3}, {"steps": 4, "seed": 3}
+    assert read_yaml(text) == {"one": one, "outer": {"inner": inner}, "last": last, "both": one | {"train": 5}}
 
 
 def test_every_field_is_documented() -> None:

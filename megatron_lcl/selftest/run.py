@@ -171,7 +171,8 @@ def _byte_faults(ours: Trajectory, bound: float) -> Iterator[str]:
 
 
 def _relative(a: float, b: float) -> float:
-    return abs(a - b) / abs(b) if b else abs(a)  # 0: what the objective has not
+    distance = abs(a - b) / abs(b) if b else abs(a)  # 0: what the objective has not
+    return distance if math.isfinite(distance) else math.inf  # max drops nan
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:

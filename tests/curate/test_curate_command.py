@@ -184,6 +184,9 @@ def test_a_file_of_rules(source: Path, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text("image:\n  min_side: 50\ntext:\n")
     found = curate(source, None, read_settings(file=tmp_path / "rules.yaml"))
     assert next((r.rule, r.threshold) for r in found.rules) == ("image.min_side", "50")
+    (tmp_path / "rules.yaml").write_text("image:\n  min_side: 50\ntext:\nimage:\n  formats: [PNG]\n")
+    with pytest.raises(UserError, match=r"rules\.yaml is not YAML: .*`image` stands twice.*, line 4, column 1"):
+        read_settings(file=tmp_path / "rules.yaml")
 
 
 @pytest.mark.slow

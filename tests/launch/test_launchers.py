@@ -86,16 +86,20 @@ def test_deepspeed_starts_the_machines_of_a_hostfile(tiny: list[str], tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_machines_of_a_hostfile_get_arguments_and_threads_as_they_are_here(tmp_path: Path) -> None:
-    """Whatever their shells would make of braces, quotes and variables."""
+@pytest.mark.parametrize("machines", [["one"], ["one", "two"]])
+def test_the_machines_of_a_hostfile_get_arguments_and_threads_as_they_are_here(
+    machines: list[str], tmp_path: Path
+) -> None:
+    """Whatever their shells would make of braces, quotes and variables; also one machine, which need not be this."""
     of_machine = """#!/usr/bin/env bash
+    echo "$5"
     command="${*:6}"
     OMP_NUM_THREADS= bash -c "${command%% cd *} printf '<%s>' \\"\\$OMP_NUM_THREADS\\" ${command##* megatron_lcl }"
     """
     for name, text in (("pdsh", of_machine), ("ssh", SSH)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (tmp_path / "hosts").write_text("".join(f"{machine} slots=1\n" for machine in machines))
     words = [
         "--data.corpora",
         "[{path:a,weight:1}]",
@@ -114,7 +118,8 @@ def test_the_machines_of_a_hostfile_get_arguments_and_threads_as_they_are_here(t
         env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="3"),
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "".join(f"<{word}>" for word in ["3", "train", *words])
+    words = ["3", "train", *words]
+    assert result.stdout.splitlines()[-2:] == [",".join(machines), "".join(f"<{word}>" for word in words)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase
-from megatron_lcl.selftest.run import Verdict, selftest, those_that_fit
+from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -95,6 +96,23 @@ def test_a_scale_that_is_not_clamped_would_be_seen(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(reference, "MAX_LOG_SCALE", 10.0)
         free = reference.reference(case).losses
         assert all(b[2] > a[2] * (1 + 5e-5) for a, b in zip(clamped, free, strict=True))
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_equal(column: int, odd: float) -> None:
+    """Wherever it stands, and also where one process gives it too."""
+
+    def trajectory(loss: float, norm: float) -> reference.Trajectory:
+        one = {"weight": torch.ones(2)}
+        return reference.Trajectory([[1.0, loss]], [1.0, norm], gradients=one, parameters=one, features=one)
+
+    truth, ours = trajectory(1.0, 1.0), [trajectory(odd, 1.0), trajectory(1.0, odd)][column]
+    assert compare(DATA, truth, truth).faults == ()
+    for other in (truth, ours):
+        verdict = compare(DATA, ours, other)
+        assert verdict.faults == (("losses", "gradient norms")[column],)
+        assert (verdict.loss, verdict.grad_norm)[column] == math.inf
 
 
 def lose_a_sum(rank: int) -> None:
