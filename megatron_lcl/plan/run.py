@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,8 +167,8 @@ def _nothing_fits(
 ) -> str:
     room = in_bytes(target.room)
     if not unknown and not too_large:
-        reason, _ = Counter(layout.refused for layout in refused).most_common(1)[0]
-        return f"no layout is legal on {target.processes} processes: {reason}"
+        own = max(refused, key=lambda layout: _likeness(layout.config, config))  # the first of equals
+        return f"no layout is legal on {target.processes} processes: {own.refused}"
     if unknown:
         least = min(unknown, key=lambda layout: layout.needs)
         return (
@@ -182,6 +181,11 @@ def _nothing_fits(
     if nearest := _nearest_that_fits(config, target):
         return f"{text}; the nearest number of GPUs for which a bound passes is {nearest}"
     return f"{text}; make packs smaller (data.tokens_per_pack), or take devices with more memory"
+
+
+def _likeness(a: Config, b: Config) -> tuple[bool, bool, bool]:
+    """Which parts of the layouts are equal, the weightiest first."""
+    return a.parallel == b.parallel, a.zero == b.zero, a.train.micro_batch == b.train.micro_batch
 
 
 def _nearest_that_fits(config: Config, target: Target) -> int | None:

@@ -300,6 +300,20 @@ def test_errors_are_one_line(arguments: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("strategy", ["retain", "auto"])
+def test_where_no_layout_is_legal_the_reason_is_that_of_the_layout_asked_for(strategy: str) -> None:
+    """Or of the one most like it: what refuses most of those that are tried may be no fault of the config."""
+    config = config_of(train__micro_batch=2, parallel__tensor=2, contrast__strategy=strategy)
+    with pytest.raises(UserError) as asked:
+        check_layout(config, 24)
+    with pytest.raises(UserError) as caught:
+        run.plan(config, 24, images_per_pack=IMAGES)
+    assert str(caught.value) == f"no layout is legal on 24 processes: {asked.value}"
+    config = configs.replace(config, train__micro_batch=3)
+    with pytest.raises(UserError, match="no layout is legal on 24 processes: "):
+        run.plan(config, 24, images_per_pack=IMAGES)
+
+
 def test_where_nothing_fits_the_nearest_that_does_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(train__global_batch=64)
     least = min(layout.needs for layout in survey(config, target_of(1))[0])
