@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data import writers
+from data.corpus.conftest import DOCUMENTS
 from data.helpers import TOKENIZER, plain
 from data.writers import picture
 from hypothesis import given, settings
@@ -23,29 +23,14 @@ from lxml import html
 
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.corpus_manifest import write_manifest
-from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
-from megatron_lcl.data.corpus.store import Corpus, Shard, ShardWriter, open_corpus
+from megatron_lcl.data.corpus.store import Shard, ShardWriter, open_corpus
 from megatron_lcl.data.engines import Engine
 from megatron_lcl.data.pages.inspect import show, stats, table, write_page
 from megatron_lcl.data.prepare import jobs
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import Summary, preprocess
 from megatron_lcl.data.prepare.verify import verify
-
-DOCUMENTS = [
-    Document((Text("one"), Image(picture(0)), Text("two"))),
-    Document((Image(picture(1)), Image(picture(0)))),
-    Document((Text("only text, a little longer than the others"),)),
-    Document((Text("a"), Image(picture(2), "", 0.25, 1), Text("b"), Image(picture(1), "", 0.5, 0))),
-]
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    writers.write_jsonl(DOCUMENTS, tmp_path / "in")
-    preprocess("jsonl", tmp_path / "in", tmp_path / "corpus", tokenizer=TOKENIZER)
-    return tmp_path / "corpus"
 
 
 def test_documents_come_back(corpus: Path) -> None:
@@ -295,106 +280,7 @@ def test_opening_what_is_no_corpus(tmp_path: Path, corpus: Path) -> None:
         open_corpus(corpus)
 
 
-# --- merge -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("move", [False, True])
-def test_merge(corpus: Path, tmp_path: Path, move: bool) -> None:
-    writers.write_jsonl(DOCUMENTS[:2], tmp_path / "in2")
-    preprocess("jsonl", tmp_path / "in2", tmp_path / "second", tokenizer=TOKENIZER)
-    manifest = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
-    assert manifest["counts"]["documents"] == 6
-    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
-    assert verify(tmp_path / "both") == []
-    assert corpus.exists() != move
-    linked = {p.name: p.stat().st_nlink for p in (tmp_path / "both").iterdir()}
-    ours = {"corpus.json", "drops.jsonl"}  # written anew; moved or linked, nothing else is copied
-    assert {name for name, links in linked.items() if links == 1} == (set(linked) if move else ours)
-    again = merge([corpus, tmp_path / "second"], tmp_path / "both", move=move)
-    assert again["fingerprint"] == manifest["fingerprint"]
-
-
-def test_a_move_that_is_interrupted_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writers.write_jsonl(DOCUMENTS[:2], tmp_path / "in2")
-    second = tmp_path / "second"
-    preprocess("jsonl", tmp_path / "in2", second, tokenizer=TOKENIZER)
-    (second / "diary.txt").write_text("dear")
-    original, removed = Path.unlink, 0
-
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        nonlocal removed
-        if removed == 1:
-            raise KeyboardInterrupt
-        removed += path.exists() and path.parent in (corpus, second)
-        original(path, missing_ok=missing_ok)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", unlink)
-        for step in range(18):  # each run removes one file more: eight of each corpus, and its manifest
-            removed = 0
-            with pytest.raises(KeyboardInterrupt) if step < 17 else nullcontext():
-                merge([corpus, second], tmp_path / "both", move=True)
-            assert verify(tmp_path / "both", quick=True) == []
-    assert not corpus.exists()
-    assert [p.name for p in second.iterdir()] == ["diary.txt"]
-    assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
-
-
-def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:
-    preprocess("jsonl", tmp_path / "in", tmp_path / "clip", tokenizer="clip")
-    with pytest.raises(ValueError, match="different tokenizers"):
-        merge([corpus, tmp_path / "clip"], tmp_path / "out")
-    with pytest.raises(ValueError, match="given twice"):
-        merge([corpus, corpus], tmp_path / "out")
-    with pytest.raises(ValueError, match="not empty"):
-        merge([corpus], tmp_path)
-    with pytest.raises(ValueError, match="is not a corpus"):
-        merge([corpus, tmp_path / "nowhere"], tmp_path / "out")
-    (tmp_path / "clip" / "images-00000.arrow").unlink()
-    with pytest.raises(ValueError, match="missing"):
-        merge([tmp_path / "clip"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    merge([corpus], tmp_path / "out")
-    with pytest.raises(ValueError, match="not empty"):  # and not that it was done before, as of one that was moved
-        merge([tmp_path / "nowhere"], tmp_path / "out")
-
-
-def test_merge_never_reads_its_output(corpus: Path, tmp_path: Path) -> None:
-    """As `merge corpora/* --output corpora/both` does when it runs again: of one corpus both have one fingerprint."""
-    merge([corpus], tmp_path / "both")
-    (tmp_path / "link").symlink_to("both")
-    for sources in ([tmp_path / "both"], [tmp_path / "link"], [corpus, tmp_path / "in/../both"]):
-        for move in (False, True):
-            with pytest.raises(ValueError, match=r"/both is the output, and given as a corpus"):
-                merge(sources, tmp_path / "both", move=move)
-    assert verify(tmp_path / "both") == verify(corpus) == []
-
-
 # --- inspect -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_of_two_merges_into_one_folder_the_first_stays_whole(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
-    """Both found it empty; the other was sooner to put its files there."""
-    output, original = tmp_path / "out", Corpus.check_sizes
-
-    def overtaken(self: Corpus) -> None:
-        monkeypatch.setattr(Corpus, "check_sizes", original)
-        merge([corpus], output)
-        original(self)
-
-    def no_links(a: object, b: object) -> None:
-        raise PermissionError
-
-    if not links:
-        monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(Corpus, "check_sizes", overtaken)
-    with pytest.raises(ValueError, match=r"tokens-00000.bin is there already: does another process write"):
-        merge([corpus], output, move=True)
-    assert verify(output) == []
-    assert verify(corpus) == [], "nothing is removed of what was not merged"
 
 
 def test_stats(corpus: Path) -> None:

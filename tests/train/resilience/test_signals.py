@@ -137,18 +137,23 @@ def slow_evaluation(rank: int, marks: str) -> None:
     Stepper.forward = forward  # type: ignore[method-assign]
 
 
+def break_off_evaluation(run: Path, marks: Path, words: list[str], step: int) -> None:
+    """By a signal to one process of a run; what was due at that step is saved before."""
+    with Fleet(run, *words, plant=slow_evaluation, planted=(str(marks),)) as fleet:
+        fleet.wait_for(marks.exists)
+        os.kill(fleet.pid(1), signal.SIGUSR1)
+        assert fleet.wait(20) == [REQUEUE, REQUEUE], fleet.said()
+        assert f"the evaluation after step {step} is broken off" in fleet.said()
+    assert saved_steps(run) == [step]
+
+
 @pytest.mark.slow
 def test_a_signal_during_an_evaluation(config_file: str, undisturbed: list[tuple], tmp_path: Path) -> None:
     """What was due is saved before the evaluation; that is broken off."""
     run, marks = tmp_path / "run", tmp_path / "evaluating"
     corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
     words = ["--config", config_file, "--train.evaluate_every", "4", "--evaluate.corpus", corpus]
-    with Fleet(run, *words, plant=slow_evaluation, planted=(str(marks),)) as fleet:
-        fleet.wait_for(marks.exists)
-        os.kill(fleet.pid(1), signal.SIGUSR1)
-        assert fleet.wait(20) == [REQUEUE, REQUEUE], fleet.said()
-        assert "the evaluation after step 4 is broken off" in fleet.said()
-    assert saved_steps(run) == [4]
+    break_off_evaluation(run, marks, words, step=4)
     assert last_step(run) == 4
     goes_on(run, config_file, undisturbed)
 
@@ -159,12 +164,7 @@ def test_a_signal_during_the_last_evaluation(config_file: str, tmp_path: Path) -
     run, marks = tmp_path / "run", tmp_path / "evaluating"
     corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
     words = ["--config", config_file, "--train.steps", "2", "--train.evaluate_every", "4", "--evaluate.corpus", corpus]
-    with Fleet(run, *words, plant=slow_evaluation, planted=(str(marks),)) as fleet:
-        fleet.wait_for(marks.exists)
-        os.kill(fleet.pid(1), signal.SIGUSR1)
-        assert fleet.wait(20) == [REQUEUE, REQUEUE], fleet.said()
-        assert "the evaluation after step 2 is broken off" in fleet.said()
-    assert saved_steps(run) == [2]
+    break_off_evaluation(run, marks, words, step=2)
     config = (run / "config.yaml").read_bytes()
     said = train(run, "--config", *words[1:], "--optimizer.lr", "0.5", "--data.seed", "3", code=2)
     assert "has made 2 of 2 steps with data.seed = 0 where this command has 3, optimizer.lr = 0.01 where" in said
