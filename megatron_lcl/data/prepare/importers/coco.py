@@ -18,7 +18,7 @@ from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.row_groups import some_columns
-from megatron_lcl.data.prepare.importers.sources import ImageSource, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
@@ -55,7 +55,7 @@ class _Captions:
             self.of.get(annotation.image_id, []).append(annotation.caption)
 
 
-class CocoImporter(FilesImporter):
+class CocoImporter(ImagesByName, FilesImporter):
     """A file, or a folder of them; 200 images are a unit."""
 
     kind = "pairs"
@@ -68,8 +68,7 @@ class CocoImporter(FilesImporter):
 
     def __init__(self, input: Path, images: Path | None = None) -> None:
         super().__init__(input)
-        self.images = ImageSource(images or self.root)
-        self.rules += bool(self.images.archives)
+        self.look_in(images or self.root)
         if images is None:  # else earlier corpora would not be recognized; preprocess notes the archives of --images
             self.beside = self.images.archives
         self._read: tuple[Path, _Captions | str] | None = None
@@ -78,9 +77,6 @@ class CocoImporter(FilesImporter):
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_read": None}  # a worker reads a file once, in less time than it takes to send it
-
-    def prepare(self, folder: Path) -> None:
-        self.images.prepare(folder)
 
     def units_of_files(self) -> list[Unit]:
         """Payload: (path, its first image, its last + 1)."""

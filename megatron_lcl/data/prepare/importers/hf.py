@@ -34,7 +34,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     row_group_units,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, ImageSource, decoded, its_id, text_item
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
@@ -46,7 +46,7 @@ _MAPPED_BYTES = 32 << 20
 """of an Arrow file that are kept mapped once they were read"""
 
 
-class HfImporter(FilesImporter):
+class HfImporter(ImagesByName, FilesImporter):
     """A folder, or a file of it; parquet by row groups, an Arrow stream as a whole."""
 
     reads = (
@@ -77,9 +77,6 @@ class HfImporter(FilesImporter):
         schema = next((schema for file in self.files if (schema := _schema(file)) is not None), None)
         if schema is not None:
             self._choose_columns(schema)
-
-    def prepare(self, folder: Path) -> None:
-        self.images.prepare(folder)
 
     def _choose_columns(self, schema: pa.Schema) -> None:
         has = f"it has {some_columns(schema.names)}"

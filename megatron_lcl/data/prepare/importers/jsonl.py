@@ -19,7 +19,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.lines import LinesImporter, typed_lines
-from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.errors import UserError
 
 
@@ -32,7 +32,7 @@ class _TextsOnly(msgspec.Struct):
     id: Any = None
 
 
-class JsonlImporter(LinesImporter):
+class JsonlImporter(ImagesByName, LinesImporter):
     """JSON lines, a document each: see the file's head."""
 
     reads = (
@@ -54,12 +54,8 @@ class JsonlImporter(LinesImporter):
             raise UserError(f"--option kind={kind}: give {', '.join(KINDS)}")
         super().__init__(input)
         self.kind = kind or None  # type: ignore[assignment]
-        self.images = ImageSource(images or self.root)
-        self.rules += bool(self.images.archives)
+        self.look_in(images or self.root)
         self.beside = self.images.archives
-
-    def prepare(self, folder: Path) -> None:
-        self.images.prepare(folder)
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         near = (self.stem(unit.payload[0]),)

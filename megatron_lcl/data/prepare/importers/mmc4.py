@@ -20,13 +20,13 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.lines import SUFFIXES, LinesImporter, json_lines
-from megatron_lcl.data.prepare.importers.sources import ImageSource, index_or_none, its_id, number_or_none, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, index_or_none, its_id, number_or_none, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
 
 _SHARD = re.compile(r"shard_(\d+)")
 
 
-class Mmc4Importer(LinesImporter):
+class Mmc4Importer(ImagesByName, LinesImporter):
     """One shard, or a folder of them. An image stands before the sentence it is matched to."""
 
     kind = "matched"
@@ -40,16 +40,12 @@ class Mmc4Importer(LinesImporter):
         super().__init__(input)
         in_order = sorted(self.found.read, key=lambda p: (_shard_number(p), p))
         self.found = replace(self.found, names=[self.found.name(file) for file in in_order])
-        self.images = ImageSource(images)
-        self.rules += bool(self.images.archives)
+        self.look_in(images)
         numbers = [_shard_number(file) for file in self.files]
         self._missing_before = {
             file: max(0, number - before - 1)
             for file, number, before in zip(self.files[1:], numbers[1:], numbers[:-1], strict=True)
         }
-
-    def prepare(self, folder: Path) -> None:
-        self.images.prepare(folder)
 
     def documents_of_file(self, unit: Unit, drops: Drops) -> Iterator[Document]:
         path, start, _ = unit.payload

@@ -17,7 +17,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.row_groups import ParquetImporter, Rows, read_rows
-from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.urls import is_url
 from megatron_lcl.errors import UserError
 
@@ -27,7 +27,7 @@ _ABOUT = "general_metadata"
 """column that says where a row's page is: {"url": …}"""
 
 
-class ObelicsImporter(ParquetImporter):
+class ObelicsImporter(ImagesByName, ParquetImporter):
     """A parquet file or a folder of them; a row group is a unit."""
 
     kind = "natural"
@@ -55,11 +55,7 @@ class ObelicsImporter(ParquetImporter):
             known = ", ".join("{" + field + "}" for field in _EXAMPLE)
             raise UserError(f"--option image_name={image_name}: it may use {known}") from None
         self.image_name = image_name
-        self.images = ImageSource(images)
-        self.rules += bool(self.images.archives)
-
-    def prepare(self, folder: Path) -> None:
-        self.images.prepare(folder)
+        self.look_in(images)
 
     def documents_of_rows(self, source: pq.ParquetFile, unit: Unit, drops: Drops) -> Rows:
         file, group, first, _ = unit.payload

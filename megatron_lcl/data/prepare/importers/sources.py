@@ -16,7 +16,7 @@ from megatron_lcl.data.corpus.document import Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
-from megatron_lcl.data.prepare.importers import files_signature
+from megatron_lcl.data.prepare.importers import Importer, files_signature
 from megatron_lcl.data.prepare.importers.files import uncompressed
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
@@ -48,7 +48,6 @@ class ImageSource:
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self.archives = [] if root is None else _archives(root)
-        """where there are some, an importer's `rules` are one more: earlier releases took members of other folders"""
         self._packed = "" if root is None or root.is_file() else _packed(root)
         self._folder: Path | None = None
         self._runs: list[np.ndarray] | None = None
@@ -134,6 +133,20 @@ class ImageSource:
         with self.archives[number].open("rb", 0) as file:
             file.seek(start)
             return file.read(size)
+
+
+class ImagesByName(Importer):
+    """An importer that looks for images by their names."""
+
+    images: ImageSource
+
+    def look_in(self, root: Path | None) -> None:
+        """For all images. In archives earlier releases took members of other folders, so there `rules` are one more."""
+        self.images = ImageSource(root)
+        self.rules += bool(self.images.archives)
+
+    def prepare(self, folder: Path) -> None:
+        self.images.prepare(folder)
 
 
 def _archives(root: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from megatron_lcl.data.prepare.importers.row_groups import (
     row_group_units,
     some_columns,
 )
-from megatron_lcl.data.prepare.importers.sources import ImageSource, decoded, its_id, text_item
+from megatron_lcl.data.prepare.importers.sources import ImagesByName, decoded, its_id, text_item
 from megatron_lcl.data.prepare.importers.url_keys import UrlKeys, key_names
 from megatron_lcl.errors import UserError
 
@@ -39,7 +39,7 @@ _JOINS = {
 """how an image is found, and the columns that say so by their name, whatever its case"""
 
 
-class TableImporter(LinesImporter):
+class TableImporter(ImagesByName, LinesImporter):
     """A table or a folder of them: CSV and TSV by 8 MiB, a compressed file as a whole, parquet by row groups."""
 
     kind = "pairs"
@@ -68,15 +68,15 @@ class TableImporter(LinesImporter):
         super().__init__(input)
         self.given = [name.strip() for name in columns.split(",")] if columns else []
         self.text, self.image, self.join = text_column, image_column, join
-        self.images, self.keys = ImageSource(images or self.root), UrlKeys(images or self.root)
-        self.rules += bool(self.images.archives)
+        self.look_in(images or self.root)
+        self.keys = UrlKeys(images or self.root)
         self.beside = [*self.images.archives, *self.keys.tables]
         names = next((names for file in self.files if (names := self._header(file)) is not None), None)
         if names is not None:
             self._choose_columns(names)
 
     def prepare(self, folder: Path) -> None:
-        self.images.prepare(folder)
+        super().prepare(folder)
         if self.join == "url":
             self.keys.prepare(folder)
 
