@@ -81,7 +81,9 @@ def parse(annotation: Any, text: str) -> Any:
     is_part = text != "null" and not text.lstrip().startswith(("[", "- "))
     if is_part and any(map(_is_plain_list, _alternatives(annotation))):
         return convert(annotation, [text])  # the only part, which if it is text may have any character
-    if any(_holds_others(part) for part in _alternatives(annotation)):
+    holders = [part for part in _alternatives(annotation) if _holds_others(part)]
+    is_text = is_part and not text.lstrip().startswith("{") and all(map(_is_list, holders))  # a path, as a rule
+    if holders and not is_text:
         return convert(annotation, yaml.load(text, _TextLoader))  # every scalar as it is written
     return convert(annotation, text)
 
@@ -158,7 +160,11 @@ def _alternatives(annotation: Any) -> set[Any]:
 
 
 def _holds_others(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) or get_origin(kind) in (tuple, list, dict, Iterable)
+    return dataclasses.is_dataclass(kind) or _is_list(kind) or get_origin(kind) is dict
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) in (tuple, list, Iterable)
 
 
 def _is_plain_list(kind: Any) -> bool:
@@ -170,7 +176,7 @@ def _is_plain_list(kind: Any) -> bool:
 def _part(kinds: set[Any], number: int) -> Any:
     """The type of a list's part."""
     for kind in kinds:
-        if get_origin(kind) in (tuple, list, Iterable):
+        if _is_list(kind):
             arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
             return arguments[min(number, len(arguments) - 1)]
     return str

@@ -25,8 +25,20 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert changed.data.corpora == (configs.Corpus("a", 2.0),)
 
 
+def test_another_objective_in_a_whole_config_has_its_own_start(tmp_path: Path) -> None:
+    """As someone edits what `--print-config` prints."""
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(configs.to_yaml(configs.Config()))
+    config = configs.load(whole, {"objective.name": "siglip"})
+    assert (config.initial_log_scale, config.model.logit_bias) == (math.log(10), -10.0)  # arXiv 2303.15343, section 3
+    assert configs.load(whole).initial_log_scale == math.log(1 / 0.07)
+    assert configs.load(whole, {"contrast.initial_log_scale": "0"}).initial_log_scale == 0.0
+
+
 def test_one_path_is_a_corpus() -> None:
     assert configs.load(None, {"data.corpora": "some/dir"}).data.corpora == (configs.Corpus("some/dir"),)
+    for name in ("a #b", "a: b", "no", "*a"):
+        assert configs.load(None, {"data.corpora": name}).data.corpora == (configs.Corpus(name),)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     if options.write and Path(options.write).exists():
         raise UserError(f"{options.write} exists; name another file for --write")
     config = configs.load(options.config, overrides_of(rest))
+    for file in filter(None, (options.json, options.write)):  # before the minutes that a plan may take
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     say = lambda line: print(f"({line})", file=sys.stderr, flush=True)  # noqa: E731
     found = run.plan(config, options.gpus, options.gpu, options.nodes, options.images_per_pack, say)
     for line in describe.lines(found, options.images):

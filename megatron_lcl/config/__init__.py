@@ -53,6 +53,7 @@ __all__ = [
     "from_dict",
     "load",
     "replace",
+    "resolved",
     "to_dict",
     "to_yaml",
 ]
@@ -81,19 +82,16 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        """Where the contrast's published initial values follow from the objective, they are filled in."""
-        sigmoid = self.objective.name == "siglip"
-        if self.contrast.initial_log_scale is None:
-            published = math.log(10 if sigmoid else 1 / 0.07)
-            object.__setattr__(self, "contrast", dataclasses.replace(self.contrast, initial_log_scale=published))
-        if sigmoid and self.model.logit_bias is None:
+        """`siglip` gives the model its parameter, with the published initial value."""
+        if self.objective.name == "siglip" and self.model.logit_bias is None:
             object.__setattr__(self, "model", dataclasses.replace(self.model, logit_bias=-10.0))
 
     @property
     def initial_log_scale(self) -> float:
-        """That of the contrast."""
-        assert self.contrast.initial_log_scale is not None
-        return self.contrast.initial_log_scale
+        """That of the contrast; where it is null, as published for the objective."""
+        if self.contrast.initial_log_scale is not None:
+            return self.contrast.initial_log_scale
+        return math.log(10 if self.objective.name == "siglip" else 1 / 0.07)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -142,6 +140,12 @@ def to_dict(config: Config) -> dict[str, Any]:
         return value
 
     return plain(config)
+
+
+def resolved(config: Config) -> Config:
+    """The same run with the number where null stands for one, for comparisons: configs that earlier versions wrote have
+    the number."""
+    return replace(config, contrast__initial_log_scale=config.initial_log_scale)
 
 
 def to_yaml(config: Config) -> str:

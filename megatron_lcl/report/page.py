@@ -256,7 +256,7 @@ def _clock(seconds: float) -> str:
 
 def changed_settings(config: Config) -> Iterator[tuple[str, str, str]]:
     """(name, value, default) of the settings that are not the defaults."""
-    own, default = (fields.flat(configs.to_dict(c)) for c in (config, Config()))
+    own, default = (fields.flat(configs.to_dict(configs.resolved(c))) for c in (config, Config()))
     for name, value in own.items():
         if value != default.get(name):
             yield name, text_of(value), text_of(default.get(name))

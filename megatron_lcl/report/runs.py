@@ -64,7 +64,7 @@ class Run:
     @classmethod
     def of(cls, folder: Path) -> Run:
         """UserError where it is no run folder, or its files are damaged."""
-        settings = fields.flat(configs.to_dict(configs.load(folder / CONFIG)))
+        settings = fields.flat(configs.to_dict(configs.resolved(configs.load(folder / CONFIG))))
         return cls(folder, settings, Metrics.of(folder))
 
     @property

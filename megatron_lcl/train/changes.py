@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, load, to_dict
+from megatron_lcl.config import Config, load, resolved, to_dict
 from megatron_lcl.config.results import NO_RESULT, START
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
@@ -74,7 +74,7 @@ def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """By dotted name; of the objective's weights those that it reads, as they count."""
-    flat = dict(_flat(to_dict(config), ""))
+    flat = dict(_flat(to_dict(resolved(config)), ""))
     if config.objective.name not in objectives.names():  # of a package that is not installed here
         return flat
     kept = {name: value for name, value in flat.items() if not re.fullmatch(r"objective\.\w+_weight", name)}

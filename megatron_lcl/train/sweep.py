@@ -150,7 +150,7 @@ def _values(sweep: str) -> tuple[str, list[str]]:
             parts[-1] += character
     if not equals or not all(parts):
         raise UserError(f"--sweep {sweep}: give a field and its values, as in --sweep optimizer.lr=1e-3,2e-3")
-    return key, parts
+    return key, [re.sub(r"""^(["'])((?:(?!\1).)+)\1$""", r"\2", part) for part in parts]  # a value in quotes
 
 
 def _name(values: Mapping[str, Any]) -> str:

@@ -348,13 +348,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_says_what_was_found_and_writes_the_best(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, best = tmp_path / "run.yaml", tmp_path / "best.yaml"
+    file, best, numbers = (tmp_path / name for name in ("run.yaml", "configs/best.yaml", "of/plan.json"))
     file.write_text(configs.to_yaml(config_of(train__micro_batch=2)))
     arguments = ["plan", "--config", str(file), "--gpus", "4", "--images-per-pack", "2", "--images", "864000"]
-    numbers = ["--json", str(tmp_path / "plan.json")]
-    assert main([*arguments, *numbers, "--write", str(best), "--train.steps", "77"]) == 0
+    assert main([*arguments, "--json", str(numbers), "--write", str(best), "--train.steps", "77"]) == 0
     text = capsys.readouterr().out
-    planned = json.loads((tmp_path / "plan.json").read_text())
+    planned = json.loads(numbers.read_text())
     assert planned["layout"] in text
     assert planned["images_per_second"] * planned["step_seconds"] == pytest.approx(8 * 2), "8 packs of 2 images"
     assert (planned["processes"], planned["is_measured"]) == (4, False)

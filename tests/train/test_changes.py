@@ -63,6 +63,19 @@ def test_each_setting_that_really_changed_is_a_line(tmp_path: Path) -> None:
     assert (list(shown.settings), list(shown.lines())) == (["train.output"], [])
 
 
+def test_a_config_of_an_earlier_version_has_the_number_that_null_stands_for(tmp_path: Path) -> None:
+    now = configs.load(None, {"train.steps": "100"})
+    tree = configs.to_dict(now)
+    tree["contrast"]["initial_log_scale"] = math.log(1 / 0.07)
+    assert not changes_since(checkpoint(tmp_path, configs.from_dict(tree), 10), now).settings
+    siglip = configs.replace(now, objective__name="siglip")
+    assert {**changes.changed_settings(now, siglip)} == {
+        "objective.name": ("lcl", "siglip"),
+        "contrast.initial_log_scale": (math.log(1 / 0.07), math.log(10)),
+        "model.logit_bias": (None, -10.0),
+    }
+
+
 def test_the_seed_matters_where_paths_are_dropped(tmp_path: Path) -> None:
     given = {"model.vision.drop_path": "0.1", "train.steps": "100"}
     folder = checkpoint(tmp_path, configs.load(None, given), 10)

@@ -43,7 +43,7 @@ class Engine:
 
     def __init__(self, case: Case) -> None:
         config = case.config()
-        layers = build_layers(config.model, config.contrast.initial_log_scale)
+        layers = build_layers(config.model, config.initial_log_scale)
         initialize(dict(enumerate(layers)), config.model, config.train.seed)
         self.module = LayerList(*layers)
         base = torch.optim.SGD(self.module.parameters(), lr=0.0)

@@ -61,6 +61,7 @@ def test_members_are_the_product_and_say_their_values() -> None:
     assert names("data.seed=1", "train.seed=1,2") == ["data.seed=1,train.seed=1", "data.seed=1,train.seed=2"]
     assert names("optimizer.betas=[0.9,0.95],[0.9,0.98]") == ["betas=[0.9,0.95]", "betas=[0.9,0.98]"]
     assert names("train.init_from=null,runs/a b") == ["init_from=null", "init_from=runs_a_b"]
+    assert names("""train.init_from="a,b",'c'""") == ["init_from=a,b", "init_from=c"]
     long = names("train.init_from=" + "a" * 300 + "," + "a" * 299 + "b")
     assert len(set(long)) == 2
     assert max(map(len, long)) <= sweep.MAX_NAME

@@ -122,6 +122,15 @@ def test_image_sources(tmp_path: Path) -> None:
     assert drops.left_out_counts == {"image: vector graphics": 1}
 
 
+def test_images_in_an_archive_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "a.html").write_text("<p>text<img src=a.png>")
+    archive = tmp_path / "images.tar"
+    archive.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"--images .*images\.tar is a file; unpack it"):
+        HtmlImporter(tmp_path / "site", archive)
+
+
 NO_URLS = ("http://[host]/x", "http://[::1", "//[", "//]", "http://\u2100/x.svg")
 """none of which `urlsplit` splits; a port that is no number it leaves as it is"""
 

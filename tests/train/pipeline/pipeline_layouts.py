@@ -125,7 +125,7 @@ def global_batch(case: Case, step: int) -> list[list[PackedBatch]]:
 
 
 def layers_of(config: Config) -> LayerList:
-    layers = build_layers(config.model, config.contrast.initial_log_scale)
+    layers = build_layers(config.model, config.initial_log_scale)
     initialize(dict(enumerate(layers)), config.model, config.train.seed)
     return LayerList(*layers)
 

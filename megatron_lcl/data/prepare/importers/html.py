@@ -32,6 +32,7 @@ from megatron_lcl.data.prepare.importers.html_page import Block, Event, Page, as
 from megatron_lcl.data.prepare.importers.html_repeats import EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.importers.html_scan import Repeats, counting
 from megatron_lcl.data.storage.paths import ObjectPath
+from megatron_lcl.errors import UserError
 
 _PAGES_PER_UNIT = 64
 _PAGES_PER_LOOK = 16
@@ -82,6 +83,8 @@ class HtmlImporter(FilesImporter):
         text_pages: Annotated[bool, "keep pages without any image"] = False,
     ) -> None:
         super().__init__(input)
+        if images is not None and images.is_file():
+            raise UserError(f"--images {images} is a file; unpack it, and name the folder that its images are in then")
         self.image_root = (images or self.root).resolve()
         self._images: dict[str, Path] | None = None
         """where they are objects that can be listed: by name below the folder"""
