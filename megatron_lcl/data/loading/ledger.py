@@ -88,8 +88,10 @@ class Segment:
     first_pack: int
     """number of its first pack"""
     settings: dict[str, Any]
-    rests: bool = True
-    """it begins with what is left of documents that were read in part; earlier versions left that out"""
+    rests: int = 2
+    """it begins with what the segment before has left: 2: of all corpora, each of which has its share of the tokens
+    throughout; 1, as an earlier version planned it: of one corpus after the other; 0, as the first one did: so, without
+    the rests of documents that were read in part"""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class Ledger:
     documents that begins at pack n or later; or {"from_pack": n, "skip": count, "plan": {the settings PLANNED, and
     "rests"}}: packs n … n+count-1 are not used, and were planned like that, also where a rewind has gone back into an
     earlier phase; entries of earlier versions have no plan, and theirs is that of the packs around them; or
-    {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": true}: from step s (counted from 0) on, behind n
-    packs, all steps read that; the first ones the rests of documents that were cut, unless `rests` is missing, as it is
-    where an earlier version planned the phase. Phases that are still to come may be replaced.
+    {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": 2}: from step s (counted from 0) on, behind n packs,
+    all steps read that; the first ones what is left, as `Segment.rests` says: earlier versions wrote true, which is 1,
+    or nothing, which is 0. Phases that are still to come may be replaced.
     """
 
     settings: dict[str, Any]
@@ -177,14 +179,14 @@ class Ledger:
                 found.append(Segment(len(found), self._used_before(first), first, settings, rests))
         return found
 
-    def _plan_of(self, pack: int) -> tuple[Mapping[str, Any], bool]:
-        """The settings PLANNED with which a pack is planned, among others, and whether rests of documents are read."""
+    def _plan_of(self, pack: int) -> tuple[Mapping[str, Any], int]:
+        """The settings PLANNED with which a pack is planned, among others, and `Segment.rests`."""
         for entry in self.entries:
             if "plan" in entry and entry["from_pack"] <= pack < entry["from_pack"] + entry["skip"]:
-                return entry["plan"], entry["plan"]["rests"]
+                return entry["plan"], int(entry["plan"]["rests"])
         used = self._used_before(pack)
         begun = [entry for entry in self.phases() if entry["consumed"] <= used]
-        return (begun[-1]["phase"], begun[-1].get("rests", False)) if begun else (self.settings, True)
+        return (begun[-1]["phase"], int(begun[-1].get("rests", 0))) if begun else (self.settings, 1)
 
     def _used_before(self, pack: int) -> int:
         """How many packs of lower numbers are used."""
@@ -301,7 +303,7 @@ def open_run_ledger(
 def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
     plain = asdict(reading)
     kept = None if reading.kept_patches is None else list(reading.kept_patches)
-    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": True}
+    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": Segment.rests}
 
 
 def _blend_of(data: Data) -> list[dict[str, Any]]:
