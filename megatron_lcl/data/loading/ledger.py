@@ -199,6 +199,10 @@ class Ledger:
         behind_skipped = (s for s in later if s.consumed == later[0].consumed)
         return next((s for s in behind_skipped if s.settings == segment.settings), None)
 
+    def reads_alike(self) -> bool:
+        """Whether all packs are planned alike and no patch is left out: steps differ in how many they read, at most."""
+        return len(self.segments()) == 1 and not any(entry["phase"]["kept_patches"] for entry in self.phases())
+
     def segment_after(self, consumed: int) -> Segment:
         """The segment of the pack that comes after `consumed` packs were used."""
         return [segment for segment in self.segments() if segment.consumed <= consumed][-1]
@@ -258,18 +262,20 @@ def open_run_ledger(
     phases = phases_of(config)
     early, vision = phases[0].config, phases[0].config.model.vision
     context = early.model.language.context_length
-    if len(phases) == 1 and not vision.patch_dropout and not (previous and previous.phases()):
-        arguments = (early.data, vision.num_placeholders, context)
-        return open_ledger(*arguments, sequences=sequences, previous=previous, consumed=consumed)
+    alike = len(phases) == 1 and not vision.patch_dropout and (previous is None or previous.reads_alike())
     past: list[dict[str, Any]] = []
     if previous is None:
         ledger = open_ledger(early.data, vision.num_placeholders, context, sequences=sequences)
+        if alike:
+            return ledger
     else:
         settings = _settings_of(early.data, vision.num_placeholders, context, sequences)
-        _check_unchanged(settings, previous.settings, but=PLANNED)
+        _check_unchanged(settings, previous.settings, but=() if alike else PLANNED)
         ledger = _with_blend(previous, _blend_of(config.data), consumed)
+        if alike and not previous.phases() and consumed == step * early.train.global_batch:
+            return ledger
         past = [entry for entry in previous.phases() if entry["consumed"] < consumed]
-        if not past and consumed:  # it had one phase, without patch dropout
+        if not past and consumed:  # it had one phase, without patch dropout; of another batch, if nothing else is new
             planned = {name: previous.settings[name] for name in PLANNED}
             model = config.model.vision
             reading = Reading(**planned, image_size=model.image_size, kept_patches=None, global_batch=consumed // step)

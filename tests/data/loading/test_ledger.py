@@ -317,6 +317,27 @@ def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: Make
         open_run_ledger(config_of(corpus.path, phases=[], **{"data.tokens_per_pack": 128}), INTERLEAVED, plain, 5, 20)
 
 
+def test_a_run_resumed_with_another_batch_knows_what_its_steps_read(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(100, 13, **SHORT))
+    narrow, wide = (config_of(corpus.path, phases=[], **{"train.global_batch": batch}) for batch in (2, 4))
+    before = open_run_ledger(narrow)
+    assert open_run_ledger(narrow, INTERLEAVED, before, 5, 10) == before
+    ledger = open_run_ledger(wide, INTERLEAVED, before, 5, 10)
+    assert [ledger.reading_at(step, wide)[1] for step in (0, 3, 5, 7)] == [0, 6, 10, 18]
+    assert [ledger.reading_at(step, wide)[0].global_batch for step in (3, 7)] == [2, 4]
+    assert replay_html(wide, INTERLEAVED, 3, ledger=ledger) == replay_html(narrow, INTERLEAVED, 3, ledger=before)
+    assert [pack.tolist() for pack in packs_of(wide, ledger, range(40))] == [
+        pack.tolist() for pack in packs_of(narrow, before, range(40))
+    ]
+    assert open_run_ledger(wide, INTERLEAVED, ledger, 7, 18) == ledger
+    assert open_run_ledger(wide, INTERLEAVED, ledger, 5, 10) == ledger
+    for known, step, consumed in ((before, 5, 10), (ledger, 7, 18)):
+        for name, value in (("tokens_per_pack", 128), ("images_per_pack", 7)):
+            changed = config_of(corpus.path, phases=[], **{f"data.{name}": value})
+            with pytest.raises(UserError, match=f"{name} is {value}, but this run began with"):
+                open_run_ledger(changed, INTERLEAVED, known, step, consumed)
+
+
 # --- patch dropout -----------------------------------------------------------------------------------------------
 
 
