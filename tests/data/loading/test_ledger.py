@@ -405,6 +405,16 @@ def test_fewer_placeholders_make_room_for_documents(make_corpus: MakeCorpus) -> 
     assert images["kept"] > 1.5 * images["none"]
 
 
+def test_replay_shows_documents_of_a_corpus_that_the_blend_has_lost(make_corpus: MakeCorpus) -> None:
+    a, b = (make_corpus(name, random_documents(60, seed, **SHORT)) for name, seed in (("a", 14), ("b", 15)))
+    both = config_of(blend_of((a.path, 1), (b.path, 1)), phases=[])
+    one = config_of(a.path, phases=[])
+    ledger = open_run_ledger(one, INTERLEAVED, open_run_ledger(both), 5, 20)
+    page = replay_html(one, INTERLEAVED, 0, ledger=ledger)
+    assert page == replay_html(both, INTERLEAVED, 0)
+    assert all(f" of {corpus.path}, epoch 0" in page for corpus in (a, b))
+
+
 def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", random_documents(150, 10, **SHORT))
     config = config_of(corpus.path)
