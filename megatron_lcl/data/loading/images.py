@@ -179,7 +179,7 @@ def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP
 
 
 def decode_rgb(data: bytes, min_side: int | None = None) -> PIL.Image.Image:
-    """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white.
+    """First frame as RGB: turned as EXIF says, 16 bits and floats scaled to 8 bits, transparent parts on white.
 
     What every encoder is given, ours and other libraries'. min_side: a JPEG's decoder may scale it down as long as both
     sides stay that long. BadImage if the image does not decode.
