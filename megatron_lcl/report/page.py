@@ -144,15 +144,13 @@ class RunPage:
 
     @functools.cached_property
     def _batch(self) -> Markup | None:
-        """The first packs; None where the corpora are not here."""
-        config = self.config
+        """The first packs; None where the corpora that they were of are not here."""
+        packs, sequences = min(self.first_batch, MAX_PACKS), objectives.create(self.config).sequences
+        ledger = last_ledger(self.run)
         try:
-            for corpus in config.data.corpora:
-                open_corpus(corpus.path, self.config.data.cache)
+            return Markup(render_first_packs(self.config, sequences, packs, ledger))
         except (UserError, OSError):
             return None
-        packs = min(self.first_batch, MAX_PACKS)
-        return Markup(render_first_packs(config, objectives.create(config).sequences, packs, last_ledger(self.run)))
 
     @functools.cached_property
     def _corpora(self) -> list[dict[str, Any]]:

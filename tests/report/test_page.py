@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from data.corpora import random_documents, write_corpus
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.convert.find import run_of
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text
+from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
 from megatron_lcl.plan.predict import predict
@@ -19,6 +22,8 @@ from megatron_lcl.report.page import MAX_EVENTS, write_report
 from megatron_lcl.report.runs import find_runs
 from megatron_lcl.report.series import MAX_BUCKETS
 from megatron_lcl.report.slowest import MAX_NODES
+from megatron_lcl.run_folder import PROGRESS, WEIGHTS
+from megatron_lcl.train.checkpoint.folder import Progress, progress_text, step_folder
 
 
 def section(page: str, name: str) -> str:
@@ -109,6 +114,24 @@ def test_what_was_planned_stands_beside_what_was_measured(run: Path) -> None:
         assert "</td><td>".join(row.split("|")) in found, row
     assert "tensor 2 on 4 processes (h100, by its data sheet)" in found
     assert "TFLOP a second" not in found, "the run has no such metric"
+
+
+def test_the_first_batch_is_left_out_where_its_corpora_are_not_as_they_were(run: Path, tmp_path: Path) -> None:
+    """A run may go on with other documents under the same path; its first packs were of those that are gone."""
+    corpus = write_corpus(tmp_path / "corpus", random_documents(30, 1))
+    config = configs.load(run / "config.yaml", {"data.corpora": str(corpus.path), "data.cache": str(tmp_path / "c")})
+    (run / "config.yaml").write_text(configs.to_yaml(config))
+    folder = step_folder(run, 200)
+    folder.mkdir(parents=True)
+    (folder / PROGRESS).write_text(progress_text(Progress(200, 200, open_run_ledger(config).to_json())))
+    (folder / MANIFEST).write_text(manifest_text({PROGRESS: fingerprint(folder / PROGRESS)}))
+    (folder / WEIGHTS).touch()
+    assert "Pack 0" in section(write_report(run).read_text(), "batch")
+    shutil.rmtree(corpus.path)
+    write_corpus(corpus.path, random_documents(20, 2))
+    page = write_report(run).read_text()
+    assert "(The corpora are not here.)" in section(page, "batch")
+    assert "20 documents" in section(page, "documents"), "those of today"
 
 
 def test_links_start_where_the_page_lies(run: Path, tmp_path: Path) -> None:

@@ -109,15 +109,18 @@ def upright(image: Pillow.Image) -> Pillow.Image:
 
 
 def eight_bits(image: Pillow.Image) -> Pillow.Image:
-    """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are."""
+    """Grey levels of 16 bits, whole numbers or floats as 8-bit grey; other pictures as they are.
+
+    Levels above 255 are of 16 bits, floats of at most 1 are shares of white.
+    """
     if not image.mode.startswith("I") and image.mode != "F":
         return image
-    deep = image.mode.startswith("I;16") or any(
-        np.fmax.reduce(levels, axis=None, initial=0) > 255 for _, levels in _strips(image)
-    )
+    deep = image.mode.startswith("I;16")
+    highest = 0 if deep else max(np.fmax.reduce(levels, axis=None, initial=0) for _, levels in _strips(image))
+    white = 65_535 if deep or highest > 255 else 1 if image.mode == "F" and highest <= 1 else 255
     gray = Pillow.new("L", image.size)
     for top, levels in _strips(image):
-        eight = np.clip(levels / (257 if deep else 1) + 0.5, 0, 255).astype(np.uint8)
+        eight = np.clip(levels * (255 / white) + 0.5, 0, 255).astype(np.uint8)
         gray.paste(Pillow.fromarray(eight), (0, top))
     return gray
 

@@ -23,6 +23,10 @@ from megatron_lcl.data.corpus.probe import DAMAGE, BadImage, eight_bits, open_im
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 
 
+_MAX_ASPECT = 64
+"""of a picture that is resized as a whole: as one of 1 x 60,000 pixels would become one of 224 x 13,440,000"""
+
+
 def decode_train(
     data: bytes | memoryview,
     size: int,
@@ -65,14 +69,33 @@ def decode_train(
 def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
     """Shorter side to `size`, centre crop: uint8 [3, size, size], equal to CLIP's Resize(bicubic) and CenterCrop.
 
-    BadImage if the image does not decode.
+    Of a picture over 64 times as long as it is wide only the centre is resized, and equal up to rounding. BadImage if
+    the image does not decode.
     """
     image = decode_rgb(bytes(data))
-    short = min(image.size)
+    short, long = sorted(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
-    image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    if long <= _MAX_ASPECT * short:
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    (left, right), (x0, x1) = _span(left, size, width, image.width)
+    (top, bottom), (y0, y1) = _span(top, size, height, image.height)
+    image = image.crop((left, top, right, bottom)).resize((size, size), PIL.Image.Resampling.BICUBIC, (x0, y0, x1, y1))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _span(first: int, num: int, resized: int, side: int) -> tuple[tuple[int, int], tuple[float, float]]:
+    """What pixels first … first + num - 1 are computed from where a side of `side` pixels is resized to `resized`.
+
+    Returns the first pixel and the one behind the last; and, counted from the former, where those pixels begin and end:
+    Pillow keeps that as float32, too coarse for a place in a long side.
+    """
+    scale = side / resized
+    begin, end = first * scale, (first + num) * scale
+    support = math.ceil(2 * max(1, scale)) + 1  # of the bicubic filter to each side
+    low, high = max(0, math.floor(begin) - support), min(side, math.ceil(end) + support)
+    return (low, high), (begin - low, end - low)
 
 
 def crop_box(
@@ -156,7 +179,7 @@ def thumbnail(data: bytes | memoryview, side: int, format: Literal["JPEG", "WEBP
 
 
 def decode_rgb(data: bytes, min_side: int | None = None) -> PIL.Image.Image:
-    """First frame as RGB: turned as EXIF says, 16 bits scaled to 8, transparent parts on white.
+    """First frame as RGB: turned as EXIF says, 16 bits and floats scaled to 8 bits, transparent parts on white.
 
     What every encoder is given, ours and other libraries'. min_side: a JPEG's decoder may scale it down as long as both
     sides stay that long. BadImage if the image does not decode.

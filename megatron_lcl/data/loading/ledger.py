@@ -88,8 +88,10 @@ class Segment:
     first_pack: int
     """number of its first pack"""
     settings: dict[str, Any]
-    rests: bool = True
-    """it begins with what is left of documents that were read in part; earlier versions left that out"""
+    rests: int = 2
+    """it begins with what the segment before has left: 2: of all corpora, each of which has its share of the tokens
+    throughout; 1, as an earlier version planned it: of one corpus after the other; 0, as the first one did: so, without
+    the rests of documents that were read in part"""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class Ledger:
     documents that begins at pack n or later; or {"from_pack": n, "skip": count, "plan": {the settings PLANNED, and
     "rests"}}: packs n … n+count-1 are not used, and were planned like that, also where a rewind has gone back into an
     earlier phase; entries of earlier versions have no plan, and theirs is that of the packs around them; or
-    {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": true}: from step s (counted from 0) on, behind n
-    packs, all steps read that; the first ones the rests of documents that were cut, unless `rests` is missing, as it is
-    where an earlier version planned the phase. Phases that are still to come may be replaced.
+    {"from_step": s, "consumed": n, "phase": a `Reading`, "rests": 2}: from step s (counted from 0) on, behind n packs,
+    all steps read that; the first ones what is left, as `Segment.rests` says: earlier versions wrote true, which is 1,
+    or nothing, which is 0. Phases that are still to come may be replaced.
     """
 
     settings: dict[str, Any]
@@ -177,14 +179,14 @@ class Ledger:
                 found.append(Segment(len(found), self._used_before(first), first, settings, rests))
         return found
 
-    def _plan_of(self, pack: int) -> tuple[Mapping[str, Any], bool]:
-        """The settings PLANNED with which a pack is planned, among others, and whether rests of documents are read."""
+    def _plan_of(self, pack: int) -> tuple[Mapping[str, Any], int]:
+        """The settings PLANNED with which a pack is planned, among others, and `Segment.rests`."""
         for entry in self.entries:
             if "plan" in entry and entry["from_pack"] <= pack < entry["from_pack"] + entry["skip"]:
-                return entry["plan"], entry["plan"]["rests"]
+                return entry["plan"], int(entry["plan"]["rests"])
         used = self._used_before(pack)
         begun = [entry for entry in self.phases() if entry["consumed"] <= used]
-        return (begun[-1]["phase"], begun[-1].get("rests", False)) if begun else (self.settings, True)
+        return (begun[-1]["phase"], int(begun[-1].get("rests", 0))) if begun else (self.settings, 1)
 
     def _used_before(self, pack: int) -> int:
         """How many packs of lower numbers are used."""
@@ -196,6 +198,10 @@ class Ledger:
         later = self.segments()[segment.number + 1 :]
         behind_skipped = (s for s in later if s.consumed == later[0].consumed)
         return next((s for s in behind_skipped if s.settings == segment.settings), None)
+
+    def reads_alike(self) -> bool:
+        """Whether all packs are planned alike and no patch is left out: steps differ in how many they read, at most."""
+        return len(self.segments()) == 1 and not any(entry["phase"]["kept_patches"] for entry in self.phases())
 
     def segment_after(self, consumed: int) -> Segment:
         """The segment of the pack that comes after `consumed` packs were used."""
@@ -256,18 +262,20 @@ def open_run_ledger(
     phases = phases_of(config)
     early, vision = phases[0].config, phases[0].config.model.vision
     context = early.model.language.context_length
-    if len(phases) == 1 and not vision.patch_dropout and not (previous and previous.phases()):
-        arguments = (early.data, vision.num_placeholders, context)
-        return open_ledger(*arguments, sequences=sequences, previous=previous, consumed=consumed)
+    alike = len(phases) == 1 and not vision.patch_dropout and (previous is None or previous.reads_alike())
     past: list[dict[str, Any]] = []
     if previous is None:
         ledger = open_ledger(early.data, vision.num_placeholders, context, sequences=sequences)
+        if alike:
+            return ledger
     else:
         settings = _settings_of(early.data, vision.num_placeholders, context, sequences)
-        _check_unchanged(settings, previous.settings, but=PLANNED)
+        _check_unchanged(settings, previous.settings, but=() if alike else PLANNED)
         ledger = _with_blend(previous, _blend_of(config.data), consumed)
+        if alike and not previous.phases() and consumed == step * early.train.global_batch:
+            return ledger
         past = [entry for entry in previous.phases() if entry["consumed"] < consumed]
-        if not past and consumed:  # it had one phase, without patch dropout
+        if not past and consumed:  # it had one phase, without patch dropout; of another batch, if nothing else is new
             planned = {name: previous.settings[name] for name in PLANNED}
             model = config.model.vision
             reading = Reading(**planned, image_size=model.image_size, kept_patches=None, global_batch=consumed // step)
@@ -301,7 +309,7 @@ def open_run_ledger(
 def _entry(step: int, consumed: int, reading: Reading) -> dict[str, Any]:
     plain = asdict(reading)
     kept = None if reading.kept_patches is None else list(reading.kept_patches)
-    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": True}
+    return {"from_step": step, "consumed": consumed, "phase": {**plain, "kept_patches": kept}, "rests": Segment.rests}
 
 
 def _blend_of(data: Data) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ by building one chunk, whatever of the cache was deleted.
 
 A run with phases has an index for each segment of packs that are planned alike (`ledger.Segment`). All but the first
 begin in a state of their own: {"pack": the segment's first, "segment": the same, "left": hash of what the segment
-before had drawn and not read: documents, and ranges of those that were read in part}. It is packed first, cut as the
-segment's settings say; the entries of such a chunk are RANGED.
+before had drawn and not read: documents, and ranges of those that were read in part; and of `Segment.rests`}. It is
+packed first, cut as the segment's settings say; the entries of such a chunk are RANGED.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Drawn(NamedTuple):
     ranges: np.ndarray
     """int64 [documents, 2]: the positions of each that are to be read"""
     turns: np.ndarray
-    """int64: where each stands among those of all corpora"""
+    """where each stands among those of all corpora: numbers that ascend"""
 
 
 class PackIndex:
@@ -341,12 +341,13 @@ class PackIndex:
             if found := self._unread(self.source(name), unread, begun, following.rests):
                 left.append((name, int(unread["epoch"][0]), found))
         begin = {"pack": number, "segment": number, "blend": -1, "positions": state["positions"], "served": {}}
-        return begin | ({"left": fingerprint({"left": left})} if left else {}), left
+        rests = {"rests": following.rests} if following.rests > 1 else {}  # chunks of earlier versions are found again
+        return begin | ({"left": fingerprint({"left": left, **rests})} if left else {}), left
 
-    def _unread(self, source: Source, unread: np.ndarray, read: np.ndarray, rests: bool) -> list[int | list[int]]:
+    def _unread(self, source: Source, unread: np.ndarray, read: np.ndarray, rests: int) -> list[int | list[int]]:
         """What is left of a corpus, in order, from the entries of its sequences: those not read, and those that are.
 
-        rests: also ranges of documents that are read in part.
+        rests: unless 0, also ranges of documents that are read in part.
         """
         items, places, counts = np.unique(_item_of(unread), return_index=True, return_counts=True)
         in_part = np.isin(items, _item_of(read))
@@ -397,14 +398,24 @@ class PackIndex:
         return entries[order], offsets, sum(len(of_corpus.documents) for of_corpus in drawn)
 
     def _take_left(self, blend: list[list[Any]]) -> list[_Drawn]:
-        """What the segment before has left, for each corpus of the blend; a corpus that is gone is left out."""
-        found, turn = [], 0
+        """What the segment before has left, for each corpus of the blend; a corpus that is gone is left out.
+
+        At every prefix each corpus is within about one item of its share of the tokens that are left; in segments of
+        earlier versions one corpus comes after the other.
+        """
+        found, before = [], 0
         for name, _ in blend:
             epoch, items = next(((e, items) for n, e, items in self._left if n == name), (0, []))
             rows = [[item, 0, END] if isinstance(item, int) else item for item in items]
             table = np.array(rows, np.int64).reshape(-1, 3)
-            found.append(_Drawn(epoch, table[:, 0], table[:, 1:], np.arange(turn, turn + len(items))))
-            turn += len(items)
+            documents, ranges = table[:, 0], table[:, 1:]
+            turns: np.ndarray = before + np.arange(len(items))
+            before += len(items)
+            if self.segment.rests > 1:  # the share of its corpus's tokens that an item's middle stands at
+                sizes = self.source(name).sizes(documents, epoch, ranges)
+                tokens = np.bincount(sizes[:, 0], sizes[:, 2], len(items))
+                turns = (np.cumsum(tokens) - tokens / 2) / max(1, tokens.sum())
+            found.append(_Drawn(epoch, documents, ranges, turns))
         return found
 
     def _draw(self, blend: list[list[Any]], state: dict[str, Any]) -> list[_Drawn]:

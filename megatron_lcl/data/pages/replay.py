@@ -14,7 +14,6 @@ import numpy as np
 import PIL.Image
 
 from megatron_lcl.config import Config
-from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
@@ -45,13 +44,16 @@ def replay_html(
         raise UserError(f"step {step}; steps count from 0")
     who = "all processes" if rank is None else f"process {rank} of {world_size}"
     mine, size = (0, 1) if rank is None else (rank, world_size)
-    packs = _render(config, _loader(config, sequences, step, None, mine, size, ledger))
+    packs = _render(_loader(config, sequences, step, None, mine, size, ledger))
     return _template("page.html").render(title=f"Step {step}, {who}", packs=packs)
 
 
 def render_first_packs(config: Config, sequences: Sequences, packs: int, ledger: Ledger | None = None) -> str:
-    """A run's first packs as an HTML fragment that brings its styles: all but the first folded, images as shown."""
-    return _render(config, _loader(config, sequences, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
+    """A run's first packs as an HTML fragment that brings its styles: all but the first folded, images as shown.
+
+    UserError where corpora that they are of are not here.
+    """
+    return _render(_loader(config, sequences, 0, packs, 0, 1, ledger), folded=True, side=_SHOWN)
 
 
 def _loader(
@@ -84,15 +86,17 @@ def _template(name: str) -> jinja2.Template:
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 
-def _render(config: Config, loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
-    corpora = {
-        corpus.where: corpus for corpus in (open_corpus(entry.path, config.data.cache) for entry in config.data.corpora)
-    }
-    tokenizer = next(iter(corpora.values())).tokenizer
-    packs = [_pack(batch, loader.provenance(batch.packs[0]), tokenizer, side) for batch in loader]
-    for sequence in (sequence for pack in packs for sequence in pack["sequences"]):
-        origin = sequence["origin"]
-        sequence["source"] = corpora[origin.corpus].name(origin.document)
+def _render(loader: PackedLoader, folded: bool = False, side: int | None = None) -> str:
+    packs = []
+    for batch in loader:
+        number = batch.packs[0]
+        # of the pack's own blend, of which the config may have other corpora by now; they have one tokenizer
+        corpora = {source.corpus.where: source.corpus for source in loader.reader.index[number].sources}
+        tokenizer = next(iter(corpora.values())).tokenizer
+        packs.append(_pack(batch, loader.provenance(number), tokenizer, side))
+        for sequence in packs[-1]["sequences"]:
+            origin = sequence["origin"]
+            sequence["source"] = corpora[origin.corpus].name(origin.document)
     return _template("packs.html").render(
         packs=packs,
         folded=folded,

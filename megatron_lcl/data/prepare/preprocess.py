@@ -178,8 +178,10 @@ def preprocess(
     }
     if limit is not None:  # else as without the option
         recipe["limit"] = limit
-    if importer.rules > 1:  # else as older versions wrote it
-        recipe["rules"] = importer.rules
+    # earlier releases scaled down TIFFs of float levels from 0 to 1 as black pictures
+    rules = importer.rules + (max_image_side is not None)
+    if rules > 1:  # else as older versions wrote it
+        recipe["rules"] = rules
     sides = [(output, {**recipe, "side": "training"})]
     if held_out is not None:
         sides.append((Path(held_out), {**recipe, "side": "held out"}))

@@ -16,7 +16,7 @@ from data.helpers import corpus_of, encoded, mutate
 from data.writers import picture
 from PIL import Image as Pillow
 
-from megatron_lcl.data.corpus.probe import BadImage, downscale, eight_bits, probe
+from megatron_lcl.data.corpus.probe import BadImage, downscale, eight_bits, open_image, probe
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval, decode_train, thumbnail
 from megatron_lcl.data.pages.inspect import stats, table
@@ -106,6 +106,19 @@ def test_gray_levels_beside_what_is_no_number(at: int) -> None:
         gray = np.asarray(eight_bits(Pillow.fromarray(levels.reshape(300, 4)))).ravel()
     assert set(np.delete(gray, at)) == {40}
     assert set(np.asarray(eight_bits(Pillow.fromarray(np.full((300, 4), 40.4, np.float32)))).ravel()) == {40}
+
+
+@pytest.mark.parametrize("highest", [1.0, 0.25])
+def test_float_levels_of_at_most_one_are_shares_of_white(highest: float) -> None:
+    shares = np.linspace(-0.1, highest, 6300, dtype=np.float32).reshape(70, 90)
+    data = encoded(Pillow.fromarray(shares), "TIFF")
+    expected = np.clip(255 * shares, 0, 255)
+    assert np.abs(np.asarray(eight_bits(open_image(data))) - expected).max() <= 0.501
+    for shown in (data, downscale(data, 89)):
+        assert np.abs(decode_eval(shown, 70)[0] - expected[:, 10:80]).mean() < 4
+    black = Pillow.fromarray(np.zeros((70, 90), np.float32))
+    assert eight_bits(black).getextrema() == (0, 0)
+    assert eight_bits(Pillow.fromarray(np.full((70, 90), 1, np.int32))).getextrema() == (1, 1), "whole numbers"
 
 
 def mutated_header(data: bytes, rng: random.Random) -> bytes:

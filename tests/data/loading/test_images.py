@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import PIL.ImageOps
 import pytest
 
 from megatron_lcl.data.corpus.probe import BadImage
+from megatron_lcl.data.loading import images
 from megatron_lcl.data.loading.hashes import uniform
 from megatron_lcl.data.loading.images import crop_box, decode_eval, decode_train
 
@@ -50,6 +52,35 @@ def test_evaluation_is_clip_s_preprocessing_bit_for_bit(size: tuple[int, int]) -
     )
     expected = np.asarray(pipeline(image)).transpose(2, 0, 1)
     np.testing.assert_array_equal(decode_eval(encode(image, "PNG"), 64), expected)
+
+
+@pytest.mark.parametrize("size", [(4, 250), (250, 4), (40, 3001), (5000, 77), (70, 9000)])
+def test_of_a_thin_picture_the_centre_is_resized_as_if_all_of_it_were(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    data = encode(PIL.Image.fromarray(pixels), "PNG")
+    monkeypatch.setattr(images, "_MAX_ASPECT", 1)
+    centre = decode_eval(data, 64)
+    monkeypatch.setattr(images, "_MAX_ASPECT", 1000)
+    difference = np.abs(centre.astype(int) - decode_eval(data, 64))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.001
+
+
+@pytest.mark.parametrize("length", [60_000, 60_001, 2_000_000])
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_picture_of_one_row_of_pixels(length: int, tall: bool) -> None:
+    """Levels that rise by 50 a pixel at its centre, as they then do in its one pixel that 224 x 224 are made of."""
+    row = np.clip(50 * (np.arange(length) - length // 2) + 128, 0, 255).astype(np.uint8)
+    data = encode(PIL.Image.fromarray(row[:, None] if tall else row[None]), "PNG")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = decode_eval(data, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000, "KiB"
+    # column x of the resized picture shows the place (x + ½) / 224 - ½, counted in pixels
+    column = (224 * length - 224) // 2 + np.arange(224)
+    expected = 50 * ((column + 0.5) / 224 - 0.5 - length // 2) + 128
+    assert np.abs((pixels.transpose(0, 2, 1) if tall else pixels) - expected).max() <= 0.51, "rounded"
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])

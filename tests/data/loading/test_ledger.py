@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from corpora import MakeCorpus, random_documents
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
-from megatron_lcl.data.loading import pack_index
+from megatron_lcl.data.loading import pack_index, packing
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.ledger import Ledger, open_ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
@@ -35,6 +36,8 @@ EARLY = [
 ]
 SHORT = {"mean_text": 10}
 """documents that need no cut, whatever the phase"""
+BEFORE_TURNS = "7068c13f2244242a253251fdd6cf88d47129512ca9d616c1cf422503615a5c73"
+"""of what the version read that gave what a phase had left of a blend corpus by corpus"""
 BEFORE_RESTS = "41a9cc58b555c02ccd150a2cbfd9b9979fcd7ae8355e4f254ae92b1c6d8e36b1"
 """of what the version read that left out the rest of documents which the end of a phase cut"""
 
@@ -45,7 +48,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_index, "MIN_CHUNK", 400)
 
 
-def config_of(path: Path, steps: int = STEPS, phases: Any = EARLY, **fields: Any) -> Config:
+def blend_of(*corpora: tuple[Path, float]) -> str:
+    """For `data.corpora`: folders and weights."""
+    return json.dumps([{"path": str(path), "weight": weight} for path, weight in corpora])
+
+
+def config_of(path: Path | str, steps: int = STEPS, phases: Any = EARLY, **fields: Any) -> Config:
     tree: dict[str, Any] = {
         "model.vision.image_size": 16,
         "model.vision.patch_size": 4,
@@ -73,20 +81,20 @@ def batches_of(config: Config, ledger: Ledger, steps: range, **options: Any) -> 
     return found
 
 
-def documents_of(config: Config, ledger: Ledger, consumed: range) -> list[tuple[int, int, tuple[int, int]]]:
-    """(epoch, document, (part, where what it is a part of begins)) of the sequences in the packs that are used."""
+def packs_of(config: Config, ledger: Ledger, consumed: range) -> list[np.ndarray]:
+    """The entries of the packs that are used."""
     found = []
     for segment in ledger.segments():
         index = PackIndex(config.data, ledger, segment)
-        mine = [c for c in consumed if ledger.segment_after(c) == segment]
-        packs = [index[ledger.locate(c)] for c in mine]
-        found += [
-            (int(e["epoch"]), int(e["document"]), (int(e["part"]), range_of(e)[0]))
-            for pack in packs
-            for e in pack.entries
-        ]
+        found += [index[ledger.locate(c)].entries for c in consumed if ledger.segment_after(c) == segment]
         index.close()
     return found
+
+
+def documents_of(config: Config, ledger: Ledger, consumed: range) -> list[tuple[int, int, tuple[int, int]]]:
+    """(epoch, document, (part, where what it is a part of begins)) of the sequences in the packs that are used."""
+    entries = (entry for pack in packs_of(config, ledger, consumed) for entry in pack)
+    return [(int(e["epoch"]), int(e["document"]), (int(e["part"]), range_of(e)[0])) for e in entries]
 
 
 def test_each_phase_reads_as_it_says(make_corpus: MakeCorpus) -> None:
@@ -138,6 +146,63 @@ def test_a_run_of_an_earlier_version_goes_on_without_the_rests_of_documents(make
     for boundary in (20, 40):
         before, after = (documents_of(config, ledger, r) for r in (range(boundary), range(boundary, 220)))
         assert {(e, d) for e, d, _ in before}.isdisjoint((e, d) for e, d, _ in after)
+
+
+def test_a_run_of_an_earlier_version_goes_on_corpus_by_corpus(make_corpus: MakeCorpus) -> None:
+    """Its entries have `rests: true`, those of what it skipped too. Today's chunks in its cache are no use to it."""
+    corpora = [make_corpus(name, random_documents(60, seed, mean_text=40)) for name, seed in (("a", 3), ("b", 4))]
+    config = config_of(blend_of(*((corpus.path, 1) for corpus in corpora)), steps=60)
+    today = open_run_ledger(config).skip(36, 8)
+
+    def as_then(entry: dict[str, Any]) -> dict[str, Any]:
+        if "plan" in entry:
+            return {**entry, "plan": {**entry["plan"], "rests": True}}
+        return {**entry, "rests": True} if "phase" in entry else entry
+
+    ledger = Ledger.from_json({**today.to_json(), "entries": [as_then(entry) for entry in today.entries]})
+    assert [segment.rests for segment in ledger.segments()][1:] == [1] * (len(ledger.segments()) - 1)
+    new = packs_of(config, today, range(80))
+    for went_on in (ledger, open_run_ledger(config, INTERLEAVED, ledger, 15, 56)):
+        packs = [pack.tolist() for pack in packs_of(config, went_on, range(80))]
+        assert hashlib.sha256(json.dumps(packs).encode()).hexdigest() == BEFORE_TURNS
+    assert packs != [pack.tolist() for pack in new]
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1)])
+def test_what_a_phase_leaves_of_a_blend_is_read_in_its_shares(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float]
+) -> None:
+    """The first phase ends in the first third of the window that its packs are planned from."""
+    a, b = (make_corpus(name, random_documents(400, seed, mean_text=10)) for name, seed in (("a", 11), ("b", 12)))
+    phase = {"steps": 25, "image_size": 8, "context_length": 64, "tokens_per_pack": 128}
+    config = config_of(blend_of((a.path, weights[0]), (b.path, weights[1])), steps=400, phases=[phase])
+
+    def left() -> tuple[float, np.ndarray, np.ndarray]:
+        """A's share of the tokens that are left; how far it is ahead behind each sequence; documents' tokens."""
+        ledger = open_run_ledger(config)
+        reading, consumed = ledger.reading_at(25, config)
+        reader = loader_of(reading, config.data, INTERLEAVED, ledger=ledger, first_pack=consumed).reader
+        packs = (reader.provenance(number) for number in itertools.count(consumed))
+        origins = itertools.chain.from_iterable(
+            itertools.takewhile(lambda pack: not any(origin.epoch for origin in pack), packs)
+        )
+        rows = [(o.corpus == str(a.path), o.stop - o.start, o.document) for o in origins]
+        of_a, tokens, documents = np.array(rows).T
+        share = float(tokens[of_a == 1].sum() / tokens.sum())
+        return share, np.cumsum(tokens * (of_a - share)), np.bincount(2 * documents + of_a, tokens)
+
+    share, ahead, _ = left()
+    assert share == pytest.approx(weights[0] / sum(weights), abs=0.03)
+    assert len(ahead) > 200
+    assert np.abs(ahead).max() < 2 * 256, "two packs"
+    monkeypatch.setattr(packing, "best_fit", as_they_come)
+    monkeypatch.setattr(pack_index, "VERSION", -1)  # and chunks of their own
+    _, ahead, documents = left()
+    assert np.abs(ahead).max() <= documents.max(), "one document, where packs take them in order"
+
+
+def as_they_come(tokens: np.ndarray, images: np.ndarray, *limits: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(tokens), dtype=np.int32), packing.next_fit(tokens, images, *limits)
 
 
 def test_a_saved_ledger_gives_the_same_packs_with_an_empty_cache(make_corpus: MakeCorpus, tmp_path: Path) -> None:
@@ -252,6 +317,27 @@ def test_phases_to_come_may_change_and_those_that_were_may_not(make_corpus: Make
         open_run_ledger(config_of(corpus.path, phases=[], **{"data.tokens_per_pack": 128}), INTERLEAVED, plain, 5, 20)
 
 
+def test_a_run_resumed_with_another_batch_knows_what_its_steps_read(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("c", random_documents(100, 13, **SHORT))
+    narrow, wide = (config_of(corpus.path, phases=[], **{"train.global_batch": batch}) for batch in (2, 4))
+    before = open_run_ledger(narrow)
+    assert open_run_ledger(narrow, INTERLEAVED, before, 5, 10) == before
+    ledger = open_run_ledger(wide, INTERLEAVED, before, 5, 10)
+    assert [ledger.reading_at(step, wide)[1] for step in (0, 3, 5, 7)] == [0, 6, 10, 18]
+    assert [ledger.reading_at(step, wide)[0].global_batch for step in (3, 7)] == [2, 4]
+    assert replay_html(wide, INTERLEAVED, 3, ledger=ledger) == replay_html(narrow, INTERLEAVED, 3, ledger=before)
+    assert [pack.tolist() for pack in packs_of(wide, ledger, range(40))] == [
+        pack.tolist() for pack in packs_of(narrow, before, range(40))
+    ]
+    assert open_run_ledger(wide, INTERLEAVED, ledger, 7, 18) == ledger
+    assert open_run_ledger(wide, INTERLEAVED, ledger, 5, 10) == ledger
+    for known, step, consumed in ((before, 5, 10), (ledger, 7, 18)):
+        for name, value in (("tokens_per_pack", 128), ("images_per_pack", 7)):
+            changed = config_of(corpus.path, phases=[], **{f"data.{name}": value})
+            with pytest.raises(UserError, match=f"{name} is {value}, but this run began with"):
+                open_run_ledger(changed, INTERLEAVED, known, step, consumed)
+
+
 # --- patch dropout -----------------------------------------------------------------------------------------------
 
 
@@ -317,6 +403,16 @@ def test_fewer_placeholders_make_room_for_documents(make_corpus: MakeCorpus) -> 
         assert (batch.tokens[at + run] == corpus.tokenizer.eoi).all()
     assert images["all"] == images["none"]
     assert images["kept"] > 1.5 * images["none"]
+
+
+def test_replay_shows_documents_of_a_corpus_that_the_blend_has_lost(make_corpus: MakeCorpus) -> None:
+    a, b = (make_corpus(name, random_documents(60, seed, **SHORT)) for name, seed in (("a", 14), ("b", 15)))
+    both = config_of(blend_of((a.path, 1), (b.path, 1)), phases=[])
+    one = config_of(a.path, phases=[])
+    ledger = open_run_ledger(one, INTERLEAVED, open_run_ledger(both), 5, 20)
+    page = replay_html(one, INTERLEAVED, 0, ledger=ledger)
+    assert page == replay_html(both, INTERLEAVED, 0)
+    assert all(f" of {corpus.path}, epoch 0" in page for corpus in (a, b))
 
 
 def test_replay_knows_the_phase_of_a_step(make_corpus: MakeCorpus) -> None:

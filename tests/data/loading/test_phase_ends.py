@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
-from megatron_lcl.data.corpus.store import Corpus, open_corpus
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading import pack_index
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
 from megatron_lcl.data.loading.loader import loader_of
@@ -35,12 +35,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_index, "MIN_CHUNK", 60)
 
 
-def config_of(path: Path, phases: list[dict[str, Any]], **fields: Any) -> Config:
+def config_of(corpora: Path | str, phases: list[dict[str, Any]], **fields: Any) -> Config:
     tree: dict[str, Any] = {
         "model.vision.image_size": 16,
         "model.vision.patch_size": 8,
         "model.language.context_length": 96,
-        "data.corpora": str(path),
+        "data.corpora": str(corpora),
         "data.tokens_per_pack": 128,
         "data.workers": 0,
         "data.min_images": 0,
@@ -55,20 +55,25 @@ def sequences_of(
     config: Config, sequences: Sequences, packs: range = range(10**6), ledger: Ledger | None = None
 ) -> list[tuple[int, list[int], list[int]]]:
     """Of each sequence of the first epoch, or of some of the packs that are used, in the order in which a run reads
-    them: its document, its tokens of text, and its images, as they are stored."""
+    them: its document, counted through all corpora, its tokens of text, and its images, as they are stored."""
     ledger, found = ledger or open_run_ledger(config, sequences), []
-    sot = open_corpus(config.data.corpora[0].path).tokenizer.sot
+    corpora = [open_corpus(corpus.path) for corpus in config.data.corpora]
+    firsts = dict(zip((corpus.where for corpus in corpora), np.cumsum([0, *map(len, corpora)]).tolist(), strict=False))
+    sot, over = corpora[0].tokenizer.sot, set[str]()
     for phase in phases_of(config):
         reading, consumed = ledger.reading_at(phase.first, phase.config)
         last = consumed + (phase.stop - phase.first) * reading.global_batch
         reader = loader_of(reading, config.data, sequences, ledger=ledger, first_pack=consumed).reader
         for number in map(ledger.locate, range(max(consumed, packs.start), min(last, packs.stop))):
             tokens, origins = reader[(number,)].tokens.numpy(), reader.provenance(number)
-            if origins and min(origin.epoch for origin in origins):
-                return found
             for origin in origins:
-                ids = tokens[origin.start : origin.stop]
-                found.append((origin.document, ids[ids < sot].tolist(), [image.image for image in origin.images]))
+                ids, document = tokens[origin.start : origin.stop], firsts[origin.corpus] + origin.document
+                if origin.epoch == 0:
+                    assert origin.corpus not in over
+                    found.append((document, ids[ids < sot].tolist(), [image.image for image in origin.images]))
+            over.update(origin.corpus for origin in origins if origin.epoch)
+            if len(over) == len(corpora):
+                return found
         reader.index.close()
     return found
 
@@ -109,20 +114,26 @@ phase = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["natural", "matched"])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, Any]:
-    documents = numbered(20, 5, request.param)
-    source = "mmc4" if request.param else "jsonl"
-    return write_corpus(tmp_path_factory.mktemp("ends") / "c", documents, 2, source), documents
+@pytest.fixture(scope="module", params=["natural", "matched", "blend"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """Corpora, for `data.corpora`, and their documents."""
+    kinds = {"blend": [(12, False, 1), (8, True, 2)]}.get(request.param, [(20, request.param == "matched", 1)])
+    folder, blend, all_documents = tmp_path_factory.mktemp("ends"), [], []
+    for number, matched, weight in kinds:
+        documents = numbered(number, 5, matched)
+        path = write_corpus(folder / f"{number}", documents, 2, "mmc4" if matched else "jsonl").path
+        blend.append({"path": str(path), "weight": weight})
+        all_documents += documents
+    return json.dumps(blend), all_documents
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(phases=st.lists(phase, min_size=1, max_size=4))
 def test_an_epoch_has_every_token_and_image_once_wherever_phases_end(
-    written: tuple[Corpus, list[list[Piece]]], phases: list[dict[str, Any]]
+    written: tuple[str, list[list[Piece]]], phases: list[dict[str, Any]]
 ) -> None:
-    corpus, documents = written
-    each_once(sequences_of(config_of(corpus.path, phases, **EVERY_IMAGE), INTERLEAVED), documents)
+    corpora, documents = written
+    each_once(sequences_of(config_of(corpora, phases, **EVERY_IMAGE), INTERLEAVED), documents)
 
 
 EVERY_IMAGE = {"data.max_images_per_segment": 9, "data.max_images": 9}
@@ -145,11 +156,11 @@ def each_once(sequences: list[tuple[int, list[int], list[int]]], documents: list
     bad=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=3),
 )
 def test_a_rewind_skips_what_its_bad_packs_held_wherever_phases_end(
-    written: tuple[Corpus, list[list[Piece]]], phases: list[dict[str, Any]], bad: list[tuple[int, int]]
+    written: tuple[str, list[list[Piece]]], phases: list[dict[str, Any]], bad: list[tuple[int, int]]
 ) -> None:
     """Bad packs of several phases, where the run goes back into the first of them; and again, to packs behind those."""
-    corpus, documents = written
-    config = config_of(corpus.path, phases, **EVERY_IMAGE)
+    corpora, documents = written
+    config = config_of(corpora, phases, **EVERY_IMAGE)
     ledger, skipped = open_run_ledger(config), []
     for first, count in sorted(bad):
         skipped += sequences_of(config, INTERLEAVED, range(first, first + count), ledger)

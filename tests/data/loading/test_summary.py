@@ -54,9 +54,9 @@ def test_images_that_a_small_pack_cuts_off_from_their_text_are_said(make_corpus:
 @pytest.mark.parametrize("consumed", [0, 30])
 def test_it_counts_what_the_batches_hold(make_corpus: MakeCorpus, consumed: int) -> None:
     corpus = make_corpus("c", random_documents(60, 3, mean_text=10))
-    config = config_of(corpus.path, **{"data.images_per_pack": "2"})
+    config = config_of(corpus.path, **{"data.images_per_pack": "2", "train.global_batch": "1"})
     ledger = open_ledger(config.data, 4, 64).skip(consumed + 10, 7)
-    summary = summarize_config(config, INTERLEAVED, ledger, consumed)
+    summary = summarize_config(config, INTERLEAVED, ledger, consumed, step=consumed)
     loader = PackedLoader(config.data, 4, 16, 64, global_batch=PACKS, steps=1, first_pack=consumed, ledger=ledger)
     batches = list(loader)
     assert summary.images == sum(batch.num_images for batch in batches)

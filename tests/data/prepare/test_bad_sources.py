@@ -183,7 +183,9 @@ def test_mint1t_with_another_number_of_frames(tmp_path: Path) -> None:
             writers._add(archive, name, tiffs[1] if name == "000000.tiff" else data)
     summary = preprocess("mint1t", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_bad_fraction=1)
     assert summary.drops.bad_counts == {"image: TIFF with another number of frames": 2}
-    assert [len(d.images) for d in open_corpus(tmp_path / "out")] == [0, 1]
+    corpus = open_corpus(tmp_path / "out")
+    assert [len(d.images) for d in corpus] == [0, 1]
+    assert corpus.manifest["recipe"]["rules"] == 2  # earlier releases made frames of float levels from 0 to 1 black
 
 
 @pytest.mark.parametrize("format", ["obelics", "omnicorpus"])

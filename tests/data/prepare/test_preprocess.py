@@ -419,7 +419,9 @@ def test_max_image_side(tmp_path: Path) -> None:
     documents = [Document((Image(picture(1, 200, 100)), Image(picture(2, 50, 40)), Text("x")))]
     writers.write_jsonl(documents, tmp_path / "in")
     preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, max_image_side=80)
-    shard = open_corpus(tmp_path / "out").shard(0)
+    corpus = open_corpus(tmp_path / "out")
+    assert corpus.manifest["recipe"]["rules"] == 2
+    shard = corpus.shard(0)
     assert shard.image_width.tolist() == [80, 50]
     assert shard.image_height.tolist() == [40, 40]
     assert bytes(shard.image(1)) == documents[0].images[1].data
