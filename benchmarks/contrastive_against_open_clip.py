@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import time
 from typing import Any
@@ -27,6 +26,7 @@ from open_clip.loss import ClipLoss
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.losses.group import exchange
 from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.train.launch import free_port
 
 WIDTH = 768
 PER_RANK = 4096
@@ -96,9 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = torch.cuda.device_count() >= 2
     size = torch.cuda.device_count() if cuda else 2
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(compare, (size, arguments.pairs, cuda, result), nprocs=size)
     ratio, error = result.get()

@@ -22,7 +22,6 @@ import argparse
 import math
 import multiprocessing as mp
 import os
-import socket
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
+from megatron_lcl.train.launch import free_port
 
 MICRO_BATCHES, WARM_UPS = 3, 2
 CLAIM = 0.10
@@ -156,9 +156,7 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
 
 def run(name: str, num_stages: int, even: bool, strategy: str, rounds: int) -> tuple[float, float]:
     """Prints a row for each stage; the worst error, and what the slowest stage took."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     context, config = mp.get_context("spawn"), config_of(name, num_stages, strategy=strategy, dtype="float32")
     results: Any = context.Queue()
     workers = [

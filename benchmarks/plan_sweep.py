@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_lcl import config as configs
 from megatron_lcl.plan.devices import DEVICES, assumed_rates
 from megatron_lcl.plan.layouts import Layout, Target, survey
-from megatron_lcl.plan.run import NODE, USABLE
+from megatron_lcl.plan.run import NODE, TEXT_PER_IMAGE, USABLE
 
 GPUS = (8, 64, 512, 4096)
 SPARE = 0.8
@@ -41,7 +41,7 @@ def main() -> int:
             packs = thousands * 1024 // IMAGES
             changes = {"train__global_batch": packs, "train__dtype": "bfloat16", "data__images_per_pack": IMAGES}
             config = configs.replace(configs.load(CONFIG), **changes)
-            target = Target(gpus, min(NODE, gpus), rates, SPARE * room, IMAGES, on_host=True)
+            target = Target(gpus, min(NODE, gpus), rates, SPARE * room, TEXT_PER_IMAGE, on_host=True)
             passed, too_large, _ = survey(config, target)
             row = f"| {thousands}k | {gpus:,} | "
             if passed:

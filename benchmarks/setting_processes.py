@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
 
+from megatron_lcl.train.launch import free_port
+
 
 def measured_by_all(program: str, name: str, processes: int) -> list[Any]:
     """What `program --measure NAME` prints in its last line, as JSON, in each of so many new processes, by rank."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     started = [
         subprocess.Popen(
             [sys.executable, program, "--measure", name],

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
-import random
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.launch import free_port
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180.0) -> list[Any]:
@@ -51,14 +49,6 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
                 worker.kill()
             worker.join()
     return [collected[rank] for rank in range(world_size)]
-
-
-def free_port() -> int:
-    """A port that no connection of another test gets meanwhile: the system hands out those from 32768 on."""
-    while True:
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
-            return int(s.getsockname()[1])
 
 
 def _work(

@@ -25,7 +25,6 @@ from megatron_lcl.claim.measure import measured, validated
 from megatron_lcl.claim.parts import IMAGES, RATES, SEEDS, Part, Row
 from megatron_lcl.claim.plan import Plan, check_given, plan
 from megatron_lcl.claim.table import UNTRAINED, Trained, table, write
-from megatron_lcl.config.phases import common_batch
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.demo.run import demo
@@ -85,7 +84,7 @@ def claim(
     for row in plans.values():
         print(_line(row, first, images), flush=True)
     config = first.config
-    processes = launch.default_processes(common_batch(config))
+    processes = launch.default_processes(config)
 
     def member(name: str, rate: float, seed: int) -> Member:
         return plans[name].member(output / RUNS, f"{name},lr={rate:g},seed={seed}", images, rate, seed)

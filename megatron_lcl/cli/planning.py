@@ -28,8 +28,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--images", type=float, metavar="N", help="that the run sees (default: as the config's steps do)")
     sub.add_argument(
         "--images-per-pack", type=int, metavar="N",
-        help="where data.images_per_pack leaves them to the corpora (default: as many as fit with 100 tokens of text "
-        "each)",
+        help="where data.images_per_pack leaves them to the corpora (default: as a run would choose with 100 tokens "
+        "of text an image)",
     )  # fmt: skip
     sub.add_argument("--write", metavar="FILE", help="the config in the best layout, whole, as YAML")
     sub.add_argument(

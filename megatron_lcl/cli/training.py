@@ -126,7 +126,6 @@ def _quickstart(options: argparse.Namespace, _rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_lcl import config as configs
-    from megatron_lcl.config.phases import common_batch
     from megatron_lcl.train import launch
 
     rest = _with_short_flags(options, rest)
@@ -148,7 +147,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         print(configs.to_yaml(config), end="")
         return 0
     arguments = _arguments(options, rest)
-    processes = options.processes or launch.default_processes(common_batch(config))
+    processes = options.processes or launch.default_processes(config, options.nodes)
     if options.dry_run:
         from megatron_lcl.train.dryrun import dry_run
 
@@ -199,10 +198,9 @@ def _with_short_flags(options: argparse.Namespace, rest: list[str]) -> list[str]
 def _sweep(options: argparse.Namespace, rest: list[str], runs: Sequence[Member]) -> int:
     """Print, check or run all members."""
     from megatron_lcl import config as configs
-    from megatron_lcl.config.phases import common_batch
     from megatron_lcl.train import launch, sweep
 
-    processes = {run.name: options.processes or launch.default_processes(common_batch(run.config)) for run in runs}
+    processes = {r.name: options.processes or launch.default_processes(r.config, options.nodes) for r in runs}
     if options.print_config:
         for run in runs:
             print(f"---  # {run.name}\n{configs.to_yaml(run.config)}", end="")
@@ -329,7 +327,7 @@ def _selftest(options: argparse.Namespace, _rest: list[str]) -> int:
     if options.all_reduce:
         if not launch.is_launched():
             arguments = ["selftest", "--all-reduce", "--timeout", str(options.timeout)]
-            return launch.start_local(arguments, launch.default_processes(0))
+            return launch.start_local(arguments, launch.processes_at_hand())
         from megatron_lcl.selftest.all_reduce import check_all_reduce
 
         if said := check_all_reduce(options.timeout):

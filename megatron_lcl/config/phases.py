@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from dataclasses import dataclass
 
 from megatron_lcl.config import Config
@@ -118,11 +117,6 @@ def phase_at(config: Config, step: int) -> Phase:
     """The phase of a step (counted from 0); behind the end the last one."""
     phases = phases_of(config)
     return next((phase for phase in phases if step < phase.stop), phases[-1])
-
-
-def common_batch(config: Config) -> int:
-    """The largest number that divides the global batch of every phase."""
-    return math.gcd(*(phase.config.train.global_batch for phase in phases_of(config)))
 
 
 def _config_of(config: Config, early: int | None, step: int, masked: bool) -> Config:

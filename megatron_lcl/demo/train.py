@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.config.phases import common_batch
 from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.corpus.store import open_corpus
@@ -82,7 +81,7 @@ def packaged_config(package: str, name: str, corpora: Mapping[str, Path], output
 
 def train_on_this_machine(config: Config, file: Path) -> int:
     """Train by the config, which lies in `file`, with as many processes as this machine has use for; the exit code."""
-    processes = default_processes(common_batch(config))
+    processes = default_processes(config)
     check(config, processes)
     return start_local(["train", "--config", str(file)], processes)
 

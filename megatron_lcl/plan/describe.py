@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import in_bytes
 from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.plan.devices import DEVICES
@@ -104,8 +105,11 @@ def _asked(plan: Plan) -> Iterator[str]:
         yield from (f"            {part}" for part in rates.assumed)
     how = " (assumed; --images-per-pack N says otherwise)" if plan.assumed_images else ""
     packs = f"{train.global_batch:,} packs of {data.tokens_per_pack:,} tokens"
-    images = slots(config, target)
+    images = slots(config, target.text_per_image)
     yield f"batch       {packs} and {images} image{'s' * (images > 1)}{how}"
+    of_phases = [slots(phase.config, target.text_per_image) for phase in phases_of(config)]
+    if len(set(of_phases)) > 1:
+        yield f"            by phase: {', '.join(map(str, of_phases))} images a pack"
     longest = min(model.language.context_length, data.tokens_per_pack)
     yield f"            packs are taken to be full, and sequences {longest:,} tokens long"
 
@@ -145,7 +149,7 @@ def _loader(plan: Plan, config: Config) -> str:
     """Host memory of the loader's batches on a node."""
     target, split = plan.target, config.parallel.tensor * config.parallel.pipeline
     replicas = max(1, target.node_size // split)
-    images = config.train.micro_batch * slots(config, target)
+    images = config.train.micro_batch * slots(config, target.text_per_image)
     batch = (
         images * 3 * config.model.vision.image_size**2 + 4 * 5 * config.train.micro_batch * config.data.tokens_per_pack
     )

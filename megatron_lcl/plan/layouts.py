@@ -15,10 +15,12 @@ from typing import Any
 from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading.packing import choose_images_per_pack
 from megatron_lcl.errors import UserError
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.memory import Simulate, usages_of
 from megatron_lcl.plan.predict import Prediction, predict
+from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
@@ -40,8 +42,8 @@ class Target:
     rates: Rates
     room: float
     """bytes that a process may take"""
-    images: int
-    """image slots of a pack"""
+    text_per_image: float
+    """tokens of a pack for each image, beside its placeholders: the corpora's, in all phases"""
     on_host: bool
     """what is offloaded lies in other memory than the rest: false on a CPU"""
 
@@ -141,7 +143,7 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
             continue
         slowest = max(
             (
-                predict(phase, target.processes, target.node_size, target.rates, slots(phase, target))
+                predict(phase, target.processes, target.node_size, target.rates, slots(phase, target.text_per_image))
                 for phase in phases
             ),
             key=lambda of: of.seconds,
@@ -152,9 +154,14 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
     return passed, too_large, refused
 
 
-def slots(config: Config, target: Target) -> int:
-    """Image slots of a pack in a phase."""
-    return config.data.images_per_pack or target.images
+def slots(config: Config, text_per_image: float) -> int:
+    """Image slots of a pack in a phase: as its config says, or as a run chooses them from such corpora.
+
+    text_per_image: tokens of a pack for each image, beside its placeholders.
+    """
+    return config.data.images_per_pack or choose_images_per_pack(
+        1 / (placeholders_of_image(config) + text_per_image), config.data.tokens_per_pack
+    )
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,9 @@ class Bound:
 
 def bound(config: Config, target: Target) -> Bound:
     """What is certain of a config's memory; what is offloaded to the host is not needed where that is other memory."""
-    least = estimate(config, target.processes, slots(config, target), on_gpu=False)  # with what is offloaded
+    least = estimate(
+        config, target.processes, slots(config, target.text_per_image), on_gpu=False
+    )  # with what is offloaded
     offloaded = _offloaded(config, target, least)
     return Bound(least.total - offloaded, least.gradients, offloaded)
 
@@ -196,7 +205,7 @@ def confirm(
         layout = left[0]
         say(f"simulating a step: {layout.name}")
         config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target).needs)
-        usages = usages_of(config, target.processes, slots(config, target), simulated)
+        usages = usages_of(config, target.processes, slots(config, target.text_per_image), simulated)
         # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
         certain = bound(config, target).offloaded
         needs = max(u.peak if target.on_host else u.process for u in usages) - certain

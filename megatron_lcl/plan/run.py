@@ -14,6 +14,7 @@ from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
 from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
 from megatron_lcl.plan.predict import Prediction, predict
+from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.memory import available
 
 USABLE = 0.92
@@ -21,8 +22,9 @@ USABLE = 0.92
 of the allocator take the rest (assumed)"""
 NODE = 8
 """GPUs of a node, where nobody says"""
-TEXT_PER_IMAGE = 100
-"""tokens beside an image's own, where nobody says: those of the interleaved documents that configs/ count with"""
+TEXT_PER_IMAGE = 100 + 2
+"""tokens beside an image's placeholders, where nobody says: text as in the interleaved documents that configs/ count
+with, and the image's two special tokens"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,13 @@ class Plan:
         return [
             (
                 phase,
-                predict(phase.config, target.processes, target.node_size, target.rates, slots(phase.config, target)),
+                predict(
+                    phase.config,
+                    target.processes,
+                    target.node_size,
+                    target.rates,
+                    slots(phase.config, target.text_per_image),
+                ),
             )
             for phase in phases_of(layout.config)
         ]
@@ -74,15 +82,15 @@ def plan(
     """
     device = check_name(gpu)
     node_size = _node_size(gpus, nodes, device)
-    images, assumed = images_of(config, images_per_pack)
+    text, assumed = text_per_image(config, images_per_pack)
     if device == "cpu":
         say("measuring this machine")
-        rates, room = calibrate(config, gpus, images), available(gpus).size
+        rates, room = calibrate(config, gpus, slots(config, text)), available(gpus).size
     else:
         if config.train.dtype == "auto":
             config = configs.replace(config, train__dtype="bfloat16")
         rates, room = assumed_rates(DEVICES[device], config.train.dtype), USABLE * DEVICES[device].memory
-    target = Target(gpus, node_size, rates, room, images, on_host=device != "cpu")
+    target = Target(gpus, node_size, rates, room, text, on_host=device != "cpu")
     passed, too_large, refused = survey(config, target)
     fitting, failed = confirm(passed, target, say)
     too_large = sorted([*failed, *too_large], key=lambda layout: layout.needs)
@@ -100,10 +108,12 @@ def own_layout(config: Config, device: str, processes: int, nodes: int, images: 
     """
     if config.train.dtype == "auto":
         config = configs.replace(config, train__dtype="bfloat16")
-    images = images or images_of(config, None)[0]
+    if images:
+        config = configs.replace(config, data__images_per_pack=images)
+    text, _ = text_per_image(config, None)
     rates = assumed_rates(DEVICES[device], config.train.dtype)
-    target = Target(processes, -(-processes // nodes), rates, USABLE * DEVICES[device].memory, images, on_host=True)
-    prediction = predict(config, processes, target.node_size, rates, slots(config, target))
+    target = Target(processes, -(-processes // nodes), rates, USABLE * DEVICES[device].memory, text, on_host=True)
+    prediction = predict(config, processes, target.node_size, rates, slots(config, text))
     return Layout(config, **vars(bound(config, target)), prediction=prediction)
 
 
@@ -122,8 +132,12 @@ def write(config: Config, file: Path) -> None:
         raise UserError(f"{file} exists; name another file for --write") from None
 
 
-def images_of(config: Config, given: int | None) -> tuple[int, bool]:
-    """Image slots of a pack, and whether they are assumed: a run chooses them from its corpora."""
+def text_per_image(config: Config, given: int | None) -> tuple[float, bool]:
+    """Tokens of a pack for each image beside its placeholders, and whether they are assumed, as a run has them from its
+    corpora. From them follow the image slots of phases whose images or packs have other sizes.
+
+    given: image slots of a pack as the config says it without `schedule.phases`.
+    """
     if given is not None and given < 1:
         raise UserError(f"--images-per-pack {given}: give a number above 0")
     own = config.data.images_per_pack
@@ -132,11 +146,16 @@ def images_of(config: Config, given: int | None) -> tuple[int, bool]:
             f"--images-per-pack {given} is for a config that leaves them to the corpora, and data.images_per_pack = "
             f"{own}; give --data.images_per_pack {given} in its place"
         )
-    if images := given or own:
-        return images, False
-    placeholders = config.model.vision.num_placeholders + 2
-    text = max(1, min(TEXT_PER_IMAGE, config.model.language.context_length - placeholders))
-    return max(1, config.data.tokens_per_pack // (placeholders + text)), True
+    placeholders, tokens = placeholders_of_image(config), config.data.tokens_per_pack
+    if given is None:
+        return max(1, min(TEXT_PER_IMAGE, config.model.language.context_length - placeholders)), own is None
+    text = max(1.0, tokens / given - placeholders)
+    if given > (most := slots(config, text)):
+        raise UserError(
+            f"--images-per-pack {given}: a pack of {tokens:,} tokens has room for {most} images of {placeholders} "
+            "placeholders; give at most that"
+        )
+    return text, False
 
 
 def _node_size(gpus: int, nodes: int | None, device: str) -> int:

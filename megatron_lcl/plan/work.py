@@ -77,9 +77,7 @@ def sizes_of(config: Config, images: int, packs: int) -> Sizes:
     longest = min(config.model.language.context_length, slots)
     whole, rest = divmod(slots, longest)
     sequences = objectives.create(config).sequences
-    placeholders = (
-        min(images * vision.num_placeholders, slots - 1) if sequences.interleaved or sequences.captions else 0
-    )
+    placeholders = min(images * placeholders_of_image(config), slots - 1)
     patches = packs * images * vision.num_kept
     return Sizes(
         images=packs * images,
@@ -90,6 +88,12 @@ def sizes_of(config: Config, images: int, packs: int) -> Sizes:
         patches=patches,
         patch_squares=patches * vision.num_kept,
     )
+
+
+def placeholders_of_image(config: Config) -> int:
+    """Token slots of a pack that an image's patches take; none where images stand apart from the tokens."""
+    sequences = objectives.create(config).sequences
+    return config.model.vision.num_placeholders if sequences.interleaved or sequences.captions else 0
 
 
 def work_of_layers(config: Config, sizes: Sizes, gradients: Mapping[int, LayerGradients]) -> list[LayerWork]:

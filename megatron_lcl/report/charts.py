@@ -140,11 +140,7 @@ class _Area:
             middle = self.x((line.first + line.final) / 2)
             y = self.y(line.mean)
             paths = _path(np.stack([middle, middle], 1), np.stack([y, y], 1))
-            there = np.isfinite(line.low)
-            if (line.high > line.low)[there].any():
-                top, bottom = self.y(line.high)[there], self.y(line.low)[there]
-                edge = [*zip(middle[there], top, strict=True), *reversed([*zip(middle[there], bottom, strict=True)])]
-                shape = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + "Z"
+            if shape := _band(middle, self.y(line.high), self.y(line.low)):
                 parts.append(f'<path class="band {color}" d="{shape}"/>')
         parts.append(f'<path class="line {color}" data-label="{label}"{dash} d="{paths}"/>')
         if np.isfinite(line.low).sum() <= DOTS and not line.quiet:
@@ -173,6 +169,17 @@ def _path(x_N2: np.ndarray, y_N2: np.ndarray) -> str:
             words.append(f"L{x1:.1f} {y1:.1f}")
         elif begins and (i + 1 == len(there) or not there[i + 1]):
             words.append("h0")
+    return "".join(words)
+
+
+def _band(x_N: np.ndarray, top_N: np.ndarray, bottom_N: np.ndarray) -> str:
+    """The area between two edges, one for each part between gaps; nothing of a part where they are the same."""
+    there = np.flatnonzero(np.isfinite(top_N))
+    words = []
+    for part in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1):
+        if (top_N != bottom_N)[part].any():
+            edge = [*zip(x_N[part], top_N[part], strict=True), *zip(x_N[part][::-1], bottom_N[part][::-1], strict=True)]
+            words.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + "Z")
     return "".join(words)
 
 

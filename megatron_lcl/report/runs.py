@@ -127,22 +127,33 @@ class Group:
         """Of its line, when the colors are used up."""
         return DASHES[self.number // NUM_COLORS % len(DASHES)]
 
-    def band(self, name: str) -> list[tuple[int, float, float, float]]:
-        """Step, mean, least and largest value of a metric, at the steps of which all runs that have it have one.
+    @property
+    def ends(self) -> str:
+        """How far its runs have come, where not all as far: `2 to step 30, 1 to step 9`."""
+        counts = Counter(run.steps for run in self.runs)
+        ends = sorted(counts.items(), reverse=True)
+        return ", ".join(f"{number} to step {step:,}" for step, number in ends) if len(ends) > 1 else ""
+
+    def band(self, name: str) -> list[tuple[int, float, float, float, int]]:
+        """Step, mean, least and largest value of a metric, and of how many runs, where each run that has come so far
+        and has the metric at all has a value.
 
         Of long runs: over stretches of steps, by the middle of each.
         """
-        found = [series for run in self.runs if (series := run.metrics.series.get(name)) and not series.is_zero]
-        width = max((series.width for series in found), default=1)
-        stretches = []
-        for points in (series.points(width) for series in found):
+        found = [(run.steps, s) for run in self.runs if (s := run.metrics.series.get(name)) and not s.is_zero]
+        width = max((series.width for _, series in found), default=1)
+        of_runs = []  # the last stretch that it has come to, and by stretch
+        for steps, series in found:
+            points = series.points(width)
             rows = zip(points.first, points.final, points.mean, points.low, points.high, strict=True)
-            stretches.append({first // width: row for row in rows if np.isfinite(row[2]) for first in row[:1]})
+            of_runs.append((steps // width, {row[0] // width: row for row in rows if np.isfinite(row[2])}))
         band = []
-        for stretch in sorted(set.intersection(*map(set, stretches)) if stretches else ()):
-            first, final, means, lows, highs = zip(*(of_one[stretch] for of_one in stretches), strict=True)
-            middle = int((min(first) + max(final)) / 2)
-            band.append((middle, float(fmean(means)), float(min(lows)), float(max(highs))))
+        for stretch in sorted({stretch for _, of_one in of_runs for stretch in of_one}):
+            there = [of_one for last, of_one in of_runs if last >= stretch]
+            if all(stretch in of_one for of_one in there):
+                first, final, means, lows, highs = zip(*(of_one[stretch] for of_one in there), strict=True)
+                middle = int((min(first) + max(final)) / 2)
+                band.append((middle, float(fmean(means)), float(min(lows)), float(max(highs)), len(there)))
         return band
 
     def cell(self, name: str) -> str:
@@ -288,6 +299,10 @@ def _lines(groups: Sequence[Group], name: str, factor: float) -> Iterator[Line]:
     for of_one in groups:
         band = of_one.band(name)
         if len(band) > 1:
-            step, mean, low, high = np.array(band, np.float64).T
+            step, mean, low, high, runs = np.array(band, np.float64).T
             mean, low, high = mean * factor, low * factor, high * factor
+            # a mean of fewer runs is no going on of that of more: there is a gap where one has ended
+            gaps = np.flatnonzero(np.diff(runs)) + 1
+            mean, low, high = (np.insert(of, gaps, np.nan) for of in (mean, low, high))
+            step = np.insert(step, gaps, step[gaps])
             yield Line(of_one.label, step, step, low, high, of_one.number, of_one.dash, mean=mean)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -18,20 +19,26 @@ import time
 from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # on Linux; elsewhere nothing
 
+from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
 from megatron_lcl.parallel.cores import num_cores
+from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
 
 GRACE_SECONDS = 30.0
 """how long the other processes may take to end by themselves once one has failed, beside what their watchdogs take"""
 WATCHED = "MEGATRON_LCL_WATCHED"
 """variable with the number of the pipe into which `start_local`'s processes say that they watch each other"""
+OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""the ports that Linux gives to connections, first and last"""
 
 
 def is_launched() -> bool:
@@ -93,10 +100,24 @@ def open_store(timeout: float) -> dist.TCPStore:
     return dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
 
 
-def default_processes(global_batch: int) -> int:
-    """One per CUDA device; on CPU two where there are two cores. Fewer where the global batch would not divide."""
-    wanted = torch.cuda.device_count() or min(2, num_cores())
-    return next(n for n in range(wanted, 0, -1) if global_batch % n == 0)
+def processes_at_hand() -> int:
+    """One per CUDA device; on CPU two where there are two cores."""
+    return torch.cuda.device_count() or min(2, num_cores())
+
+
+def default_processes(config: Config, nodes: int = 1) -> int:
+    """How many start on each of so many machines like this one: those at hand, or the most below that with which the
+    layout of every phase divides; where none does, the check of the run says why. UserError as `phases_of`."""
+    phases, numbers = [phase.config for phase in phases_of(config)], range(processes_at_hand(), 0, -1)
+
+    def divides(processes: int) -> bool:
+        try:
+            return all(check_layout(phase, nodes * processes) for phase in phases)
+        except UserError:
+            return False
+
+    by_batch = (n for n in numbers if not any(phase.train.global_batch % n for phase in phases))
+    return next(filter(divides, numbers), None) or next(by_batch)
 
 
 def start_local(arguments: Sequence[str], processes: int) -> int:
@@ -110,7 +131,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
     threads = max(1, num_cores() // processes)
     watched, say = os.pipe()
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, WATCHED: str(say)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     children = [
         subprocess.Popen(
@@ -198,7 +219,15 @@ def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, stopped: Seque
     return 128 - code if code < 0 else code
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """A port of 127.0.0.1 that is free, and that no connection is given before it is used, in seconds or minutes: none
+    of `OF_CONNECTIONS`, where these leave any."""
+    try:
+        first, last = map(int, OF_CONNECTIONS.read_text().split())
+    except OSError:  # not Linux
+        first, last = 32_768, 65_535
+    ports = [port for port in range(10_000, 65_536) if not first <= port <= last] or [0]  # 0: any
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", random.SystemRandom().choice(ports)))
+            return int(s.getsockname()[1])

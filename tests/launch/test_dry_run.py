@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.prepare.preprocess import preprocess
-from megatron_lcl.train import checks, dryrun, memory
+from megatron_lcl.train import checks, dryrun, launch, memory
 from megatron_lcl.train.launch import adopt_slurm, hosts
 
 TASK = {
@@ -91,6 +91,48 @@ def test_on_one_machine_the_command_is_the_one_that_was_given(
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "a b")
     _, out, _ = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny)
     assert "\nnetwork     NCCL_SOCKET_IFNAME=ib0,ib1 'TORCH_NCCL_BLOCKING_WAIT=a b'\n" in out
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "processes"),
+    [
+        (2, {}, 2),
+        (2, {"train.global_batch": "3"}, 1),
+        (2, {"train.global_batch": "3", "parallel.tensor": "2"}, 2),
+        (2, {"train.global_batch": "3", "parallel.pipeline": "2"}, 2),
+        (4, {"train.global_batch": "3", "parallel.tensor": "2"}, 2),
+        (2, {"train.micro_batch": "8"}, 1),
+        (2, {"schedule.phases": "[{steps: 1, global_batch: 3}]"}, 1),
+        (2, {"schedule.phases": "[{steps: 1, global_batch: 3}]", "parallel.tensor": "2"}, 2),
+    ],
+)
+def test_as_many_processes_start_as_the_layout_and_the_batches_divide_among(
+    cores: int,
+    settings: dict[str, str],
+    processes: int,
+    capsys: pytest.CaptureFixture[str],
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "processes_at_hand", lambda: cores)
+    code, out, err = dry_run(capsys, *tiny, *(word for k, v in settings.items() for word in (f"--{k}", v)))
+    assert (code, err) == (0, "")
+    assert f"processes   {processes}: {processes} on each of 1 node\n" in out
+
+
+def test_where_no_number_of_processes_goes_it_is_said_why(
+    capsys: pytest.CaptureFixture[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "processes_at_hand", lambda: 1)
+    code, _, err = dry_run(capsys, *tiny, "--parallel.tensor", "2")
+    assert code == 2
+    assert "1 processes do not divide into replicas of parallel.tensor = 2 " in err
+    assert "; the nearest number that does is 2" in err
+    for at_hand in (1, 2):  # of four processes on two machines none would divide a batch of 3
+        monkeypatch.setattr(launch, "processes_at_hand", lambda number=at_hand: number)
+        code, out, _ = dry_run(capsys, "--nodes", "2", *tiny, "--parallel.tensor", "2", "--train.global_batch", "3")
+        assert code == 0
+        assert "processes   2: 1 on each of 2 nodes" in out
 
 
 def test_what_is_wrong_is_one_line(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -164,12 +165,33 @@ def test_its_own_processes_know_how_many_share_the_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho "$LOCAL_RANK of $LOCAL_WORLD_SIZE, $RANK of $WORLD_SIZE"\n')
+    program.write_text('#!/bin/sh\necho "$LOCAL_RANK of $LOCAL_WORLD_SIZE, $RANK of $WORLD_SIZE at $MASTER_PORT"\n')
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(launch, "free_port", lambda: 4321)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as in the only task of a step
     assert launch.start_local([], 3) == 0
-    assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3" for rank in range(3)]
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"{rank} of 3, {rank} of 3 at 4321" for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("of_connections", "allowed"),
+    [
+        (None, range(10_000, 32_768)),
+        ("32768\t60999\n", (*range(10_000, 32_768), *range(61_000, 65_536))),
+        ("10000\t64999\n", range(65_000, 65_536)),
+        ("1024\t65535\n", range(1024, 65_536)),
+    ],
+)
+def test_where_processes_meet_no_connection_comes_before_them(
+    of_connections: str | None, allowed: Container[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They listen seconds after the port was chosen, and any connection may be given one of the system's meanwhile."""
+    file = tmp_path / "ip_local_port_range"
+    if of_connections is not None:
+        file.write_text(of_connections)
+    monkeypatch.setattr(launch, "OF_CONNECTIONS", file)
+    assert all(launch.free_port() in allowed for _ in range(20))
 
 
 def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +199,8 @@ def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     try:
         os.sched_setaffinity(0, {min(before)})  # as in a container or a job with one core
-        assert launch.default_processes(8) == num_cores() == 1
+        assert launch.processes_at_hand() == num_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
     assert num_cores() == len(before)
-    assert launch.default_processes(8) == min(2, len(before))
+    assert launch.processes_at_hand() == min(2, len(before))

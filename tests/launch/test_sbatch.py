@@ -17,6 +17,8 @@ from typing import NamedTuple
 import pytest
 from local_slurm import Slurm
 
+from megatron_lcl.train.launch import free_port
+
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = ("--train.output", "runs/an output")
 SCRIPTS = ("lcl_vitb32", "lcl_vitb16", "lcl_vitl14", "lcl_vitg")
@@ -216,7 +218,9 @@ def lost(slurm: Slurm, checkout: Path, tmp_path_factory: pytest.TempPathFactory)
         folder = tmp_path_factory.mktemp("lost") / "sub mit"
         folder.mkdir()
         options = ("--gpus-per-node=0", "--ntasks-per-node=1", *job.options)
-        jobs[name] = submit(slurm, checkout, folder, *options, DOES=job.does, **job.environment), folder
+        # their all-reduces meet at a port of their own: by the job's number it would be that of other tests' jobs
+        environment = {"DOES": job.does, "MASTER_PORT": str(free_port()), **job.environment}
+        jobs[name] = submit(slurm, checkout, folder, *options, **environment), folder
     return jobs
 
 

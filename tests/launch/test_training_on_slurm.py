@@ -16,6 +16,7 @@ from train.resilience import fleet
 
 from megatron_lcl import config as configs
 from megatron_lcl.run_folder import CONFIG
+from megatron_lcl.train.launch import free_port
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "lcl_vitg.sh"
 STEPS = 60
@@ -27,8 +28,10 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
     return [(line["step"], line["loss"], line["contrastive"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-def sbatch(slurm: Slurm, folder: Path, *arguments: str, options: Sequence[str] = ("--nodes=2",)) -> str:
-    environment = {**slurm.environment, "VENV": str(Path(sys.executable).parents[1]), "MASTER_ADDR": "127.0.0.1"}
+def sbatch(
+    slurm: Slurm, folder: Path, *arguments: str, options: Sequence[str] = ("--nodes=2",), **environment: str
+) -> str:
+    environment = {**slurm.environment, "VENV": str(Path(sys.executable).parents[1]), **environment}
     options = ["--parsable", "--partition=spare", "--gpus-per-node=0", "--ntasks-per-node=1", *options]
     return slurm.run("sbatch", *options, SCRIPT, *arguments, cwd=folder, env=environment)
 
@@ -62,7 +65,9 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
     folder, run = tmp_path / "sub mit", tmp_path / "sub mit" / "a run"
     folder.mkdir()
     arguments = [*tiny, "--train.steps", str(STEPS), "--checkpoint.every", "20"]
-    job = sbatch(slurm, folder, *arguments, "--train.output", "a run")
+    port = str(free_port())  # by its number, which starts at 1, it would be that of other tests' jobs on this machine
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    job = sbatch(slurm, folder, *arguments, "--train.output", "a run", **meet)
     metrics, log = run / "metrics.jsonl", folder / f"lcl_vitg-{job}.log"
     slurm.wait(lambda: metrics.exists() and len(losses(run)) > 5, "six steps", 300)
     slurm.run("scontrol", "requeue", job)
@@ -91,7 +96,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
         re.MULTILINE,
     )
     assert len(summed) == 3, "before each start"
-    assert log.read_text().count("processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:") == 3
+    assert log.read_text().count(f"processes   2: 1 on each of 2 nodes, meeting at 127.0.0.1:{port}\n") == 3
 
     undisturbed = tmp_path / "undisturbed"
     config = SCRIPT.parents[1] / "configs" / "lcl_vitg_interleaved.yaml"
@@ -102,7 +107,7 @@ def test_requeued_and_after_a_lost_node_it_ends_like_an_undisturbed_run(
 
 @pytest.mark.slow
 def test_what_is_wrong_is_one_line_before_anything_starts(slurm: Slurm, tiny: list[str], tmp_path: Path) -> None:
-    job = sbatch(slurm, tmp_path, *tiny, "--data.corpora", "/nowhere")
+    job = sbatch(slurm, tmp_path, *tiny, "--data.corpora", "/nowhere", MASTER_ADDR="127.0.0.1")
     slurm.wait(lambda: slurm.state(job) == "FAILED", "the job fails")
     lines = (tmp_path / f"lcl_vitg-{job}.log").read_text().splitlines()
     assert lines[1:] == [

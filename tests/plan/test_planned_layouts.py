@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from plan.test_predict import IMAGES, config_of, rates_of
+from plan.test_predict import CONTEXT, IMAGES, config_of, rates_of
 
 from megatron_lcl import config as configs
 from megatron_lcl.cli import main
+from megatron_lcl.cli.arguments import overrides_of
 from megatron_lcl.config import Config
+from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.loading.ledger import open_run_ledger
+from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError, in_bytes
+from megatron_lcl.objectives import create
 from megatron_lcl.plan import describe, layouts, memory, run
 from megatron_lcl.plan.calibrate import Calibration, calibrate
 from megatron_lcl.plan.calibrate import rates_of as measured_rates
@@ -27,7 +32,7 @@ from megatron_lcl.train import simulate as simulation
 from megatron_lcl.train.fits import predicted
 from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.layout import check_layout
-from megatron_lcl.train.memory import estimate
+from megatron_lcl.train.memory import estimate, slots_of
 from megatron_lcl.train.simulate import Usage, simulate
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +51,8 @@ def needs(peak: float, **more: float) -> Usage:
 
 
 def target_of(processes: int = 4, room: float = 1e12, **rates: Any) -> Target:
-    return Target(processes, processes, rates_of(matmul=1e9, attention=1e9, **rates), room, IMAGES, on_host=True)
+    text = CONTEXT / IMAGES - config_of().model.vision.num_placeholders
+    return Target(processes, processes, rates_of(matmul=1e9, attention=1e9, **rates), room, text, on_host=True)
 
 
 def test_every_layout_is_ranked_too_large_or_refused() -> None:
@@ -272,13 +278,36 @@ def test_a_short_simulation_says_what_a_whole_one_does(monkeypatch: pytest.Monke
 
 def test_images_that_nobody_gives_are_assumed() -> None:
     config = configs.load(ROOT / "configs" / "lcl_vitg_interleaved.yaml")
-    assert run.images_of(config, None) == (8192 // (256 + 2 + 100), True)
-    assert run.images_of(config, 23) == (23, False)
-    assert run.images_of(configs.replace(config, data__images_per_pack=7), None) == (7, False)
+
+    def images(config: Config, given: int | None) -> tuple[int, bool]:
+        text, assumed = run.text_per_image(config, given)
+        return layouts.slots(config, text), assumed
+
+    assert images(config, None) == (round(8192 / (256 + 2 + 100)), True)
+    for given in range(1, 32):
+        assert images(config, given) == (given, False)
+    assert images(configs.replace(config, data__images_per_pack=7), None) == (7, False)
     with pytest.raises(UserError, match="--images-per-pack 0"):
-        run.images_of(config, 0)
+        images(config, 0)
+    with pytest.raises(UserError, match="--images-per-pack 33: a pack of 8,192 tokens has room for 32 images of 256 "):
+        images(config, 33)
     with pytest.raises(UserError, match=r"data\.images_per_pack = 7; give --data\.images_per_pack 23 in its place"):
-        run.images_of(configs.replace(config, data__images_per_pack=7), 23)  # which all else would plan with 7
+        images(configs.replace(config, data__images_per_pack=7), 23)  # which all else would plan with 7
+
+
+@pytest.mark.parametrize("objective", ["lcl", "clip"])
+def test_each_phase_has_as_many_images_as_a_run_chooses_for_it(objective: str, tiny: list[str]) -> None:
+    """From documents with as much text."""
+    phases = "[{steps: 2, image_size: 8}, {steps: 2, image_size: 16, tokens_per_pack: 320}, {steps: 2, image_size: 16}]"
+    settings = {"data.images_per_pack": "null", "model.vision.image_size": "32", "objective.name": objective}
+    config = configs.load(None, {**overrides_of(tiny), **settings, "schedule.phases": phases})
+    placeholders = 16 if objective == "lcl" else 0
+    sequences = create(config).sequences
+    source = open_source(config.data.corpora[0].path, config.data, 16, 64, 1, sequences)
+    text = source.tokens.sum() / source.images.sum() - placeholders
+    chosen = slots_of(open_run_ledger(config, sequences), config)
+    assert [layouts.slots(phase.config, text) for phase in phases_of(config)] == chosen
+    assert len(set(chosen)) == (4 if objective == "lcl" else 2)
 
 
 @pytest.mark.parametrize(
@@ -418,12 +447,19 @@ def test_phases_are_added_up() -> None:
     early = {"steps": 3, "image_size": 16}
     found = run.plan(config_of(train__steps=10, schedule__phases=[early]), 2, images_per_pack=IMAGES)
     (_, first), (_, rest) = found.phases(found.best)
+    more = round(CONTEXT / (4 + (CONTEXT / IMAGES - 16)))  # with 4 patches in place of 16, and as much text an image
+    assert (first.images, rest.images) == (8 * more, 8 * IMAGES)
+    assert more > IMAGES
     assert first.seconds <= rest.seconds
     assert first.flops.vision < rest.flops.vision
     assert found.best.prediction == rest
     text = "\n".join(lines(found))
     assert "phase 2     of 2, in which it spends most: steps 4 to 10" in text
-    assert f"run         {10 * 8 * IMAGES} images" in text
+    assert f"and {IMAGES} images\n            by phase: {more}, {IMAGES} images a pack" in text
+    assert f"run         {8 * (3 * more + 7 * IMAGES)} images" in text
+    given = run.plan(config_of(train__steps=10, schedule__phases=[early], data__images_per_pack=IMAGES), 2)
+    assert [of.images for _, of in given.phases(given.best)] == [8 * IMAGES, 8 * IMAGES]
+    assert "by phase" not in "\n".join(lines(given))
 
 
 @pytest.mark.usefixtures("quick")

@@ -17,7 +17,7 @@ from megatron_lcl import config as configs
 from megatron_lcl import load_model, objectives
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Data
-from megatron_lcl.config.phases import common_batch, phase_at, phases_of
+from megatron_lcl.config.phases import phase_at, phases_of
 from megatron_lcl.convert.find import find_checkpoint, read_config
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import Ledger
@@ -247,7 +247,6 @@ def test_the_global_batch_doubles() -> None:
         (3, 7, 16),
         (7, 10, 32),
     ]
-    assert common_batch(config) == 4
     assert phase_at(config, 6).number == 2
     assert phase_at(config, 10).number == 3, "behind the end"
 

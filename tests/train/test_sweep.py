@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -348,7 +349,7 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
     one, other = group(runs)
     assert (one.label, other.label) == ("lr 0.1", "lr 0.2")
     assert [run.folder.name for run in one.runs] == ["a0", "a1"]
-    assert one.band("loss") == [(1, 6.0, 4.0, 8.0), (2, 2.5, 2.0, 3.0)]
+    assert one.band("loss") == [(1, 6.0, 4.0, 8.0, 2), (2, 2.5, 2.0, 3.0, 2), (3, 1.0, 1.0, 1.0, 1)]
     assert one.band("contrastive") == [], "always 0: not measured"
     assert (one.cell("loss"), other.cell("loss")) == ("1.5 (1 to 2)", "5")
     assert one.cell("heldout/image_to_context_recall_at_10") == "0.25"
@@ -368,6 +369,38 @@ def test_seeds_are_a_band_and_other_settings_another_line(tmp_path: Path) -> Non
         assert said in text, said
     assert text.count("<figure") == 3
     assert not any(loads in text for loads in ("src=", "<link", "@import", "url(http")), "self-contained"
+
+
+def test_a_run_that_has_just_begun_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    """Its end is a gap, or a mean of fewer would look like a step of the curve."""
+    for seed, count in enumerate((30, 30, 4)):
+        write_run(tmp_path / f"s/{seed}", [10.0 * seed + 100 / n for n in range(1, count + 1)], train__seed=seed)
+    (one,) = group([Run.of(path) for path in find_runs([tmp_path / "s"])])
+    band = one.band("loss")
+    assert [(step, runs) for step, *_, runs in band] == [(n, 3 if n <= 4 else 2) for n in range(1, 31)]
+    assert band[3] == (4, 35.0, 25.0, 45.0, 3)
+    assert band[4] == (5, 25.0, 20.0, 30.0, 2)
+    assert one.ends == "2 to step 30, 1 to step 4"
+    text = write_runs_report([tmp_path / "s"]).read_text()
+    assert "(3 runs: 2 to step 30, 1 to step 4)</span>" in text
+    assert "have not come as far as others" in text
+    (line,) = re.findall(r'<path class="line k0" data-label="all" d="([^"]*)"', text)
+    assert [part.count("L") + 1 for part in line.split("M")[1:]] == [4, 26], "steps of each part"
+    (area,) = re.findall(r'<path class="band k0" d="([^"]*)"', text)
+    assert [part.count("L") + 1 for part in area.split("M")[1:]] == [2 * 4, 2 * 26], "both edges of each part"
+
+
+def test_runs_that_are_logged_at_other_steps_are_compared_at_common_ones(tmp_path: Path) -> None:
+    write_run(tmp_path / "s/0", [9.0] * 12, train__seed=0)
+    write_run(tmp_path / "s/1", [5.0, 3.0], step=4, train__seed=1, train__log_every=4)
+    (one,) = group([Run.of(path) for path in find_runs([tmp_path / "s"])])
+    both = [(4, 7.0, 5.0, 9.0, 2), (8, 6.0, 3.0, 9.0, 2)]
+    assert one.band("loss") == [*both, *((step, 9.0, 9.0, 9.0, 1) for step in range(9, 13))]
+    write_run(tmp_path / "t/0", [9.0] * 12, train__seed=0)
+    write_run(tmp_path / "t/1", [9.0] * 12, train__seed=1)
+    (one,) = group([Run.of(path) for path in find_runs([tmp_path / "t"])])
+    assert one.ends == ""
+    assert "have not come as far" not in write_runs_report([tmp_path / "t"]).read_text()
 
 
 def test_lines_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:

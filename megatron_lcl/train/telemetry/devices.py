@@ -6,6 +6,7 @@ number only, half of it is meant. float32 is that of the ordinary units: torch d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,10 @@ class Peak:
 
 
 PEAKS = {
-    # the first whose words are all in the device's name counts
-    ("A100",): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021"),
+    # the first whose words are all in the device's name counts; a make that `plan` has no data of has a row of its own
+    ("A100", "40GB"): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 40GB"),
+    ("A100", "PCIe"): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 80GB PCIe"),
+    ("A100",): Peak(312e12, 19.5e12, "NVIDIA A100 Tensor Core GPU data sheet, 2021: A100 80GB SXM"),
     ("H100", "PCIe"): Peak(756e12, 51e12, "NVIDIA H100 Tensor Core GPU data sheet, 2023: H100 PCIe"),
     ("H100", "NVL"): Peak(835.5e12, 60e12, "NVIDIA H100 Tensor Core GPU data sheet, 2024: H100 NVL"),
     ("H100",): Peak(989.5e12, 67e12, "NVIDIA H100 Tensor Core GPU data sheet, 2024: H100 SXM"),
@@ -42,8 +45,12 @@ PEAKS = {
 
 
 def find_peak(device: str) -> Peak | None:
-    """The dense peaks of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known."""
-    return next((peak for words, peak in PEAKS.items() if all(word in device for word in words)), None)
+    """The dense peaks of a device by its name (`torch.cuda.get_device_name()`); None for one that is not known, and for
+    a part of one (MIG)."""
+    named = {word.lower() for word in re.findall(r"\w+", device)}
+    if "mig" in named:
+        return None
+    return next((peak for words, peak in PEAKS.items() if named.issuperset(word.lower() for word in words)), None)
 
 
 def peak_of(device: str, dtype: str) -> float | None:

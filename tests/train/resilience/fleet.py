@@ -15,9 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import free_port
-
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.launch import free_port
 
 START_SECONDS = 90.0
 

@@ -69,12 +69,15 @@ def test_what_is_drawn_of_all_processes() -> None:
 
 
 def test_peaks_are_found_by_the_names_that_drivers_give() -> None:
-    assert peak_of("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"):
+        assert peak_of(name, "bfloat16") == 312e12
     assert peak_of("NVIDIA H100 80GB HBM3", "bfloat16") == 989.5e12
     assert peak_of("NVIDIA H100 PCIe", "float16") == 756e12
     assert peak_of("NVIDIA H100 NVL", "float32") == 60e12
     assert peak_of("NVIDIA B200", "bfloat16") == 2250e12
     assert peak_of("AMD Instinct MI300X", "float32") == 163.4e12
-    assert peak_of("Some other card", "bfloat16") is None
+    for other in ("Some other card", "NVIDIA RTX A1000", "NVIDIA GB200", "NVIDIA GH200 480GB", "NVIDIA A100X"):
+        assert peak_of(other, "bfloat16") is None, other
+    assert peak_of("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16") is None, "a seventh of it"
     for words, peak in PEAKS.items():
         assert peak_of(" ".join(words), "bfloat16") == peak.half, "none hides another"
