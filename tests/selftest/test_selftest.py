@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_processes
 
 from megatron_lcl import attention
 from megatron_lcl.parallel.mesh import Axis, Pending
@@ -23,6 +25,7 @@ from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
 from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
+from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -267,6 +270,16 @@ def test_a_kernel_that_raises_is_wrong_and_the_others_are_compared(monkeypatch: 
     assert kernel.fault == "attention dense, float32: RuntimeError: no kernel image is available"
     assert re.fullmatch(r"attention dense, float32 +WRONG: RuntimeError: no kernel image is available", kernel.row())
     assert kernels["generation loss torch, float16"].row().endswith("equal")
+
+
+def group_after_a_case(rank: int) -> bool:
+    assert run_case(Case(), rank, dist.HashStore(), PATIENCE) is not None
+    return dist.is_initialized()
+
+
+def test_a_case_leaves_its_process_group() -> None:
+    """NCCL's is not left to the end of the process, where torch warns of it between the rows of the table."""
+    assert run_processes(group_after_a_case, 1) == [False]
 
 
 def die(rank: int) -> None:
