@@ -1,4 +1,4 @@
-"""`plan`'s step time beside real steps, on the CPU that it runs on.
+"""`plan`'s step time beside real steps, on the CPU that it runs on; GPUs beside it are not used.
 
 Each setting trains in processes of its own, of one thread each: after every step one round of the calibration (plan/
 calibrate.py) runs in the same processes, so that what else the machine does meets both alike. Measured is the median of
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of: {'; '.join(SETTINGS)}. Default: all")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: it is the CPU that is measured
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return 0

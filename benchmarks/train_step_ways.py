@@ -115,7 +115,14 @@ def loader_for(config: Any) -> Any:
     sequences = objectives.create(config).sequences
     ledger = open_run_ledger(config, sequences)
     reading, _ = ledger.reading_at(0, config)
-    return loader_of(reading, config.data, sequences, global_batch=config.train.global_batch, ledger=ledger)
+    return loader_of(
+        reading,
+        config.data,
+        sequences,
+        global_batch=config.train.global_batch,
+        ledger=ledger,
+        pin_memory=place().type == "cuda",
+    )
 
 
 def our_step(arguments: argparse.Namespace, name: str, dtype: str, parts: Parts) -> tuple[Any, dict[str, Any]]:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_lcl.errors import UserError
+from megatron_lcl.losses.kernels import triton_fault
 
 AttentionName = Literal["flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence"]
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -128,8 +129,8 @@ def _flex_fault(capability: tuple[int, int], head_width: int | None) -> str | No
         return f"flex needs compute capability 7.0 (Volta) or newer, and the GPU has {capability[0]}.{capability[1]}"
     if head_width is not None and head_width < 16:
         return f"flex needs heads of at least 16 features, and the model's have {head_width}"
-    if importlib.util.find_spec("triton") is None:
-        return "flex needs triton, which is not installed"
+    if fault := triton_fault():  # it is compiled when it is first called
+        return f"flex is compiled by Triton, and {fault}"
     return None
 
 

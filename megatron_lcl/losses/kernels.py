@@ -1,4 +1,4 @@
-"""Whether the Triton kernels of the losses can run here. Where they cannot, plain torch does the same arithmetic."""
+"""Whether Triton can compile here: the kernels of the losses, in whose place plain torch does the same, and others'."""
 
 from __future__ import annotations
 

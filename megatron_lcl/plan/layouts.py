@@ -205,7 +205,7 @@ def confirm(
         layout = left[0]
         say(f"simulating a step: {layout.name}")
         config = max((phase.config for phase in phases_of(layout.config)), key=lambda phase: bound(phase, target).needs)
-        usages = usages_of(config, target.processes, slots(config, target.text_per_image), simulated)
+        usages = usages_of(config, target.processes, slots(config, target.text_per_image), target.on_host, simulated)
         # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
         certain = bound(config, target).offloaded
         needs = max(u.peak if target.on_host else u.process for u in usages) - certain

@@ -25,9 +25,11 @@ half of them"""
 Simulate = Callable[[Config, int, int, int], Usage]
 
 
-def usages_of(config: Config, processes: int, images: int, simulated: Simulate = simulate) -> list[Usage]:
+def usages_of(config: Config, processes: int, images: int, on_gpu: bool, simulated: Simulate = simulate) -> list[Usage]:
     """Bytes of the first process of each stage, as `simulate.usages_by_stage`."""
-    return usages_by_stage(config, processes, lambda stage: usage_of(config, processes, images, stage, simulated))
+    return usages_by_stage(
+        config, processes, lambda stage: usage_of(config, processes, images, stage, simulated), on_gpu
+    )
 
 
 def usage_of(config: Config, processes: int, images: int, stage: int = 0, simulated: Simulate = simulate) -> Usage:

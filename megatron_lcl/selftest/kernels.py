@@ -36,27 +36,32 @@ LENGTHS = (1, 37, 0, 130, 5, 0, 300)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's largest relative differences, or why it is not here."""
+    """A kernel's largest relative differences, or why there are none."""
 
     name: str
     forward: float = math.nan
     gradient: float = math.nan
     bounds: tuple[float, float] = (math.inf, math.inf)
     absent: str = ""
+    error: str = ""
+    """what it has raised"""
 
     @property
     def fault(self) -> str:
         """Empty where it computes what the formula says, or is absent."""
         if self.absent or (self.forward <= self.bounds[0] and self.gradient <= self.bounds[1]):
             return ""
-        return f"{self.name}: off by {self.forward:.1e} and {self.gradient:.1e} (gradients)"
+        off = f"off by {self.forward:.1e} and {self.gradient:.1e} (gradients)"
+        return f"{self.name}: {self.error or off}"
 
     def row(self) -> str:
         """One line of the table."""
-        numbers = f"{self.forward:9.1e}  {self.gradient:9.1e}" if not self.absent else f"{'':20}"
-        return f"{self.name:<64}  {numbers}  " + (
-            f"not here: {self.absent}" if self.absent else "WRONG" if self.fault else "equal"
-        )
+        if self.absent or self.error:
+            return f"{self.name:<64}  {'':20}  " + (
+                f"not here: {self.absent}" if self.absent else f"WRONG: {self.error}"
+            )
+        numbers = f"{self.forward:9.1e}  {self.gradient:9.1e}"
+        return f"{self.name:<64}  {numbers}  {'WRONG' if self.fault else 'equal'}"
 
 
 LEGEND = "Every kernel against its formula: the largest relative difference of what it gives, and of its gradients.\n"
@@ -210,6 +215,17 @@ def _compare(
     bounds: tuple[float, float],
 ) -> Kernel:
     """A kernel and the formula in float64 on the same numbers, and their gradients for the same random weights."""
+    try:
+        off = _differences(inputs, kernel, formula)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or somebody's kernel raises; others follow
+        return Kernel(name, error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    return Kernel(name, off[0], max(off[1:]), bounds)
+
+
+def _differences(
+    inputs: Sequence[torch.Tensor], kernel: Callable[..., torch.Tensor], formula: Callable[..., torch.Tensor]
+) -> list[float]:
+    """Of the result, then of the gradient of each input."""
     ours = [x.detach().clone().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out, truth = kernel(*ours), formula(*exact)
@@ -217,8 +233,7 @@ def _compare(
     weights = weights if out.dim() else torch.ones_like(out)
     gradients = torch.autograd.grad(out, ours, weights)
     true_gradients = torch.autograd.grad(truth, exact, weights.double())
-    off = [_distance(a, b) for a, b in zip((out, *gradients), (truth, *true_gradients), strict=True)]
-    return Kernel(name, off[0], max(off[1:]), bounds)
+    return [_distance(a, b) for a, b in zip((out, *gradients), (truth, *true_gradients), strict=True)]
 
 
 def _distance(ours: torch.Tensor, truth: torch.Tensor) -> float:

@@ -30,14 +30,14 @@ class GroupError(RuntimeError):
 def run_case(
     case: Case, rank: int, store: dist.Store, timeout: float, prepare: Callable[[int], None] | None = None
 ) -> Trajectory | None:
-    """Join the case's process group, check every group of its mesh, train; the result on the first process.
+    """Join the case's process group, check every group of its mesh, train, leave it; the result on the first process.
 
     timeout: seconds to wait for another process. prepare: called with the rank before anything else; tests plant
     faults with it.
     """
     if prepare is not None:
         prepare(rank)
-    from megatron_lcl.train.engine import build_engine, build_module, init_processes
+    from megatron_lcl.train.engine import build_engine, build_module, init_processes, leave_processes
 
     config = case.config()
     torch.set_float32_matmul_precision("highest")  # no TF32: it would be far over the bounds
@@ -54,7 +54,9 @@ def run_case(
     for name in AXES:
         check_group(getattr(mesh, name), name, store, timeout)
     engine = build_engine(build_module(config, mesh), config, mesh)
-    return _train(case, engine, mesh)
+    result = _train(case, engine, mesh)
+    leave_processes(others_wait=False)  # or NCCL warns; where something was raised, others may still be in a collective
+    return result
 
 
 def meet(store: dist.Store, rank: int, processes: int, timeout: float) -> None:

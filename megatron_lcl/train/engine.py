@@ -97,15 +97,16 @@ def keep_freed_memory() -> None:
 def quiet_deepspeed() -> None:
     """No information lines, which would tear the progress bar; and nothing compiled when processes meet.
 
-    On CPU DeepSpeed would build a shared-memory all-reduce with the machine's C++ compiler: a minute at first use, and
-    an error where there is none. gloo does the same sums.
+    On CPU, which it may be asked to use beside a GPU too, DeepSpeed would build a shared-memory all-reduce with the
+    machine's C++ compiler: a minute at first use, and an error where there is none. gloo does the same sums.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
-    if not torch.cuda.is_available():
+    if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import_muon_of_deepspeed()
 

@@ -25,7 +25,6 @@ from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.cache import cache_folder, fingerprint
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.losses.kernels import triton_fault
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.engine import choose_run_attention, specs_of
@@ -111,8 +110,6 @@ def candidates(config: Config, mesh: Mesh) -> list[Candidate]:
 
 
 def _can_attend(config: Config, name: str) -> bool:
-    if name == "flex" and triton_fault():  # it is compiled when it is first called
-        return False
     try:
         choose_run_attention(configs.replace(config, train__attention=name))
     except UserError:

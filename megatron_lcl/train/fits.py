@@ -57,7 +57,7 @@ def predicted(config: Config, processes: int, images_per_pack: Slots = None, on_
     largest, images = _largest(config, processes, images_per_pack, on_gpu)
     each = check_layout(config, processes) * config.parallel.tensor  # processes of a stage, which hold the same
     found = simulation.usages_by_stage(
-        largest, processes, lambda stage: simulation.simulate(largest, processes, images, stage * each)
+        largest, processes, lambda stage: simulation.simulate(largest, processes, images, stage * each), on_gpu
     )
     return max(usage.peak if on_gpu else usage.process for usage in found)
 
@@ -87,9 +87,9 @@ def check_memory(config: Config, processes: int, has: Memory, images_per_pack: S
 def check_step(config: Config, processes: int, has: Memory, images_per_pack: Slots = None) -> bool:
     """UserError where a step of a run whose bound passes needs more than a process has, with the nearest that fits.
 
-    Where the bound is far below that, nothing is simulated. On a GPU all tensors of a step are counted, and they are
-    what is compared; what a process on a CPU has is predicted within a tenth, so that much more is let pass. Returns
-    whether it was simulated.
+    Where the bound is far below that, nothing is simulated. On a GPU all tensors of a step and the batches of the next
+    are counted, and they are what is compared; what a process on a CPU has is predicted within a tenth, so that much
+    more is let pass. Returns whether it was simulated.
     """
     bound = largest_estimate(config, processes, images_per_pack, has.on_gpu).total
     if DOUBT * config.parallel.pipeline * bound <= has.size:

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from unittest import mock
 
@@ -67,7 +67,7 @@ class Usage:
     optimizer: float
     """what else stays from step to step: master weights, moments, buffers for gradients"""
     batches: float
-    """images and integers of all micro-batches of a step"""
+    """images and integers of all micro-batches of a step, or of two (`usages_by_stage`)"""
     graphs: float
     """what the forwards of all micro-batches keep for backward, where a step has all forwards first; else 0"""
     peak: float
@@ -127,16 +127,20 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     return extrapolated(more, fewer, more, wanted - enough)
 
 
-def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage]) -> list[Usage]:
-    """What `of_stage` gives of each stage of the pipeline, asked once of stages that are alike.
+def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage], on_gpu: bool) -> list[Usage]:
+    """What `of_stage` gives of the first process of each stage of the pipeline, asked once of stages that are alike.
 
-    All have equally many layers: which they will have is measured when the run starts.
+    All have equally many layers: which they will have is measured when the run starts. on_gpu: the process that reads
+    the data, which is that of the first stage, has the next step's batches there as well (train/prefetch.py).
     """
     kinds = kinds_of_stages(config, processes)
     firsts = {kind: kinds.index(kind) for kind in kinds}
     with ThreadPoolExecutor(max(1, num_cores() // 2)) as pool:  # each simulation takes two processes
         usages = dict(zip(firsts, pool.map(of_stage, firsts.values()), strict=True))
-    return [usages[kind] for kind in kinds]
+    first, *others = (usages[kind] for kind in kinds)
+    if on_gpu:
+        first = replace(first, batches=2 * first.batches, peak=first.peak + first.batches)
+    return [first, *others]
 
 
 def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:

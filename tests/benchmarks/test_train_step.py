@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_lcl import config as configs
+from megatron_lcl.data.loading import loader as loading
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["maps", "two", "quiet", "windows", "where", "rain", "fell", "on", "paper", "boats", "and", "bright", "stones"]
@@ -69,6 +70,16 @@ def test_open_clip_trains_on_the_pairs_of_our_own_steps(
         assert {tuple(row.tolist()) for row in rows} <= known
         of_caption = pack.num_images * (pack.num_patches + 2) if objective == "coca" else 0
         assert pack.num_tokens == tokens * (1 + (objective == "coca")) + of_caption
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_beside_a_gpu_images_are_read_into_page_locked_memory(
+    ways: Any, arguments: argparse.Namespace, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run; copies from other memory are waited for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(loading, "loader_of", lambda *_, **options: options)
+    assert ways.loader_for(ways.config_of(arguments, "lcl", "float32"))["pin_memory"] is has_gpu
 
 
 def test_a_divided_document_counts_once_and_is_one_row_of_the_reference(

@@ -157,6 +157,26 @@ def test_each_stage_is_simulated() -> None:
     assert [usage.peak for usage in layout.usages] == [1e6, 3e6, 5e6, 7e6]
 
 
+def test_a_gpu_has_the_next_steps_batches_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the process that reads them, which is of the first stage: it may need more than the others by them."""
+    config, size = config_of(parallel__pipeline=2, train__global_batch=8), 5e6
+
+    def simulated(config: Config, processes: int, images: int, rank: int) -> Usage:
+        return needs(1e8 + size + (1e6 if rank else 0), batches=size)
+
+    monkeypatch.setattr(simulation, "simulate", simulated)
+    assert predicted(config, 4, IMAGES, on_gpu=True) == 1e8 + 2 * size
+    assert predicted(config, 4, IMAGES, on_gpu=False) == 1e8 + size + 1e6
+    for target, peaks in (
+        (target_of(), [1e8 + 2 * size, 1e8 + size + 1e6]),
+        (dataclasses.replace(target_of(), on_host=False), [1e8 + size, 1e8 + size + 1e6]),
+    ):
+        (layout,), _ = confirm([Layout(config)], target, lambda _: None, simulated)
+        assert layout.needs == max(peaks)
+        assert [usage.peak for usage in layout.usages] == peaks
+        assert [usage.batches for usage in layout.usages] == [size * (1 + target.on_host), size]
+
+
 def long_vision(**changes: Any) -> Config:
     """Four stages of four layers, of which the second and the third are vision blocks."""
     layers = {"model__vision__layers": 11, "model__language__layers": 2}
@@ -193,7 +213,7 @@ def test_stages_that_are_alike_are_simulated_once(
         ranks.append(rank)
         return needs(1e6 * (1 + rank))
 
-    found = memory.usages_of(config, 8, IMAGES, simulated)
+    found = memory.usages_of(config, 8, IMAGES, True, simulated)
     assert sorted(ranks) == [2 * stage for stage in firsts]
     ranks.clear()
     monkeypatch.setattr(simulation, "simulate", simulated)

@@ -16,12 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_processes
 
+from megatron_lcl import attention
 from megatron_lcl.parallel.mesh import Axis, Pending
 from megatron_lcl.selftest import reference
 from megatron_lcl.selftest.cases import CASES, MORE_CASES, Case
-from megatron_lcl.selftest.kernels import KernelCase
+from megatron_lcl.selftest.kernels import KernelCase, compare_kernels
 from megatron_lcl.selftest.run import Verdict, compare, selftest, those_that_fit
+from megatron_lcl.selftest.worker import run_case
 from megatron_lcl.train.precision import resolve_dtype
 
 ALL = (*CASES, *MORE_CASES)
@@ -252,6 +256,30 @@ def test_a_wrong_kernel_is_found() -> None:
     rows = lines[-2].splitlines()
     assert {row.split("  ")[0] for row in rows if row.endswith("WRONG")} == expected
     assert any(row.startswith("attention dense, float32") and row.endswith("equal") for row in rows)
+
+
+def test_a_kernel_that_raises_is_wrong_and_the_others_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(attention, "_dense", fail)
+    kernels = {kernel.name: kernel for kernel in compare_kernels(torch.device("cpu"))}
+    wrong = {name for name, kernel in kernels.items() if kernel.fault}
+    assert wrong == {"attention dense, float32", "attention dense, bfloat16"}
+    kernel = kernels["attention dense, float32"]
+    assert kernel.fault == "attention dense, float32: RuntimeError: no kernel image is available"
+    assert re.fullmatch(r"attention dense, float32 +WRONG: RuntimeError: no kernel image is available", kernel.row())
+    assert kernels["generation loss torch, float16"].row().endswith("equal")
+
+
+def group_after_a_case(rank: int) -> bool:
+    assert run_case(Case(), rank, dist.HashStore(), PATIENCE) is not None
+    return dist.is_initialized()
+
+
+def test_a_case_leaves_its_process_group() -> None:
+    """NCCL's is not left to the end of the process, where torch warns of it between the rows of the table."""
+    assert run_processes(group_after_a_case, 1) == [False]
 
 
 def die(rank: int) -> None:

@@ -133,10 +133,11 @@ def test_flash_attention_3_is_first_on_hopper(gives: str, tmp_path: Path, monkey
 
 
 def test_flex_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"flex, but flex needs triton, which is not installed; set train.attention to"):
+    """And where Triton can compile: on a GPU without a C compiler its first call would fail."""
+    monkeypatch.setattr(attention, "triton_fault", lambda: "triton needs a C compiler")
+    with pytest.raises(UserError, match=r"flex, but flex is compiled by Triton, and triton needs a C compiler; set "):
         choose_attention(CUDA, torch.float32, "flex", capability=TURING)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(attention, "triton_fault", lambda: None)
     assert choose_attention(CUDA, torch.float32, "flex", capability=TURING).name == "flex"
     assert choose_attention(CUDA, torch.float32, capability=TURING).name == "dense"
     for device, capability, width, said in (

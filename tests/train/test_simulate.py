@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import platform
 import resource
 from collections.abc import Iterator
@@ -23,9 +24,17 @@ from megatron_lcl.model.layers import num_parameters
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.train import heap
-from megatron_lcl.train.engine import KEPT, build_engine, build_module, build_stepper, init_processes, keep_freed_memory
+from megatron_lcl.train.engine import (
+    KEPT,
+    build_engine,
+    build_module,
+    build_stepper,
+    init_processes,
+    keep_freed_memory,
+    quiet_deepspeed,
+)
 from megatron_lcl.train.forks import forkserver
-from megatron_lcl.train.simulate import _simulate, _Storages, num_in_flight, simulate
+from megatron_lcl.train.simulate import _processes, _simulate, _Storages, num_in_flight, simulate
 
 BIG = KEPT // 4 * 2
 """numbers of a tensor of 64 MiB, float32, whose memory is given back"""
@@ -169,6 +178,33 @@ def test_losses_count_what_they_compute_with() -> None:
         least = 4 * (rows * vocabulary + rows * width + vocabulary * width)
         assert least <= storages.losses < 1.6 * least, "logits, and the gradients of both"
         assert storages.losses < beside.nbytes
+
+
+def shared_memory_op(_: int, accelerator: str) -> list[bool]:
+    """Whether DeepSpeed is free to compile it, asked when a simulated process on a GPU machine makes its process group;
+    or, on a GPU, at once."""
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm` has torch itself by this name
+    asked: list[bool] = []
+    ops = deepspeed.ops.__compatible_ops__
+    ops["deepspeed_shm_comm"] = True  # as where there is a C++ compiler
+    torch.cuda.is_available = lambda: True
+    backend.build_shm_op = lambda: asked.append(ops["deepspeed_shm_comm"])
+    if accelerator == "cuda":
+        set_accelerator(CUDA_Accelerator())
+        quiet_deepspeed()
+        return [ops["deepspeed_shm_comm"]]
+    with _processes(1, 0):
+        return asked
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_nothing_is_compiled_for_a_simulated_process(accelerator: str) -> None:
+    """For a GPU's DeepSpeed has no such operation, and what it has is left as it is."""
+    assert run_processes(shared_memory_op, 1, accelerator) == [[accelerator == "cuda"]]
 
 
 SMALL = {"width": 64, "layers": 2, "heads": 2, "mlp_width": 128}

@@ -55,7 +55,12 @@ class Snapshot(TorchCheckpointEngine):
 
 
 class HostBuffers:
-    """Copies in host memory that is kept from one save to the next: fresh pages cost as much as the copying."""
+    """Copies in host memory that is kept from one save to the next: fresh pages cost as much as the copying.
+
+    With CUDA it is page-locked, and torch takes the next power of two for each tensor. Blocks of such sizes that
+    tensors share could still be half as large again as what they hold: most of it are three flat partitions of
+    DeepSpeed's, equally large, and each must lie in one block.
+    """
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
