@@ -41,7 +41,7 @@ from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate, unfinished_warmup
-from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.precision import lowerable_scale
 from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
@@ -115,8 +115,8 @@ class Unread:
     """consumed before it"""
     global_batch: int
     lr: float
-    scale: float
-    """of float16's loss, before the step"""
+    scale: float | None
+    """of float16's loss before the step, if it can be lower"""
     contrastive_weight: float | None
     """of the step, where phases give it; for the log"""
     pending: PendingResult
@@ -257,7 +257,7 @@ class Training:
         self.meter.read(own and own.read, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
-        scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
+        scale = lowerable_scale(self.engine.optimizer)
         shared = broadcast_batches(own and own.copies, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.spikes.limit(), self.telemetry.is_logged(step + 1))
         self.averages.update(step + 1, pending.skipped)

@@ -104,7 +104,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     for step in (6, 7, 8):
         if step == saved:
             save(tmp_path, step, bad.state())
-        bad.record((step, 4 * step), math.nan, False, 1.0)
+        bad.record((step, 4 * step), math.nan, False, None)
     if saved == 4:
         save(tmp_path, saved)
     run, kept = Training.__new__(Training), []
