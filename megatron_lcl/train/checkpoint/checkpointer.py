@@ -259,8 +259,9 @@ class Checkpointer:
         """Parameters, optimizer and random-number generators of a checkpoint that verifies; what there is to say.
 
         At another layout the checkpoint is first converted (`reshard`), once, by the first process; the others wait.
-        Learning rates, weight decays, betas, epsilon and the clipping norm stay as this run's config has them. RunError
-        where the conversion cannot be written, or a file would build what is no part of a checkpoint (`unpickle`).
+        Learning rates, weight decays, betas, epsilon, the clipping norm and the rules of float16's loss scale stay as
+        this run's config has them. RunError where the conversion cannot be written, or a file would build what is no
+        part of a checkpoint (`unpickle`).
         """
         self.close()
         self._refuse_foreign(folder)
@@ -274,7 +275,7 @@ class Checkpointer:
             said.append(f"converted {folder} from {before.layout} to {self.layout}")
         optimizer, engine = self.engine.optimizer, self.engine
         ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
-        kept = ["clip_grad"] + ["loss_scaler", "dynamic_loss_scale"] * (before.layout.dtype != self.layout.dtype)
+        kept = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
         values = {name: getattr(optimizer, name) for name in kept if hasattr(optimizer, name)}
         engine._config.load_universal_checkpoint = not same
         try:
@@ -298,6 +299,8 @@ class Checkpointer:
         for parameter, state in optimizer.optimizer.state.items():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
+        if "loss_scaler" in values:
+            adopt_scale(values["loss_scaler"], optimizer.loss_scaler)
         for name, value in values.items():
             setattr(optimizer, name, value)
         weight = self._peers.broadcast_object(earlier_weight(folder, self.config) if self.mesh.is_first else None)
@@ -342,6 +345,18 @@ class Checkpointer:
         if isinstance(outcome, str):
             raise RunError(outcome)
         return outcome
+
+
+def adopt_scale(scaler: Any, saved: Any) -> None:
+    """Let DeepSpeed's loss scaler go on with the scale that a checkpoint's had found, if neither has a fixed one.
+
+    The run's own minimum and hysteresis bound what it takes over.
+    """
+    if scaler.dynamic and saved.dynamic:
+        counts = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        vars(scaler).update({name: getattr(saved, name) for name in counts})
+        scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
+        scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
 
 
 @contextlib.contextmanager
