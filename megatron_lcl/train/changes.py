@@ -35,6 +35,12 @@ class Changes:
     """value before and now, by the dotted name"""
     warnings: tuple[str, ...] = ()
     without_effect: tuple[str, ...] = NO_EFFECT
+    new_loss: bool = False
+    """whether the losses to come are not to be compared with those before"""
+
+    def before(self, name: str, now: Any) -> Any:
+        """What a setting was that is `now`."""
+        return self.settings.get(name, (now, now))[0]
 
     def lines(self) -> Iterator[str]:
         """For the log: each setting that has an effect on a line of its own, the others on one."""

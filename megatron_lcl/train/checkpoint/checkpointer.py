@@ -43,7 +43,7 @@ from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
-from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, is_average, save_hashed
+from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.optimizers.pieces import partitions_of
 from megatron_lcl.train.precision import resolve_dtype
@@ -218,8 +218,8 @@ class Checkpointer:
         state, config = State(temporary / STATE, self.config.model), to_yaml(self.config)
         files[WEIGHTS] = state.write_weights(temporary / WEIGHTS)
         texts = {CONFIG: config, PROGRESS: checkpoint.progress_text(progress)}
-        folders = [f"{AVERAGES}/{name}" for name in state.averages]
-        for name, folder in zip(state.averages, folders, strict=True):
+        folders = [f"{AVERAGES}/{name}" for name in progress.averaged]
+        for name, folder in zip(progress.averaged, folders, strict=True):
             (temporary / folder).mkdir(parents=True)
             files[f"{folder}/{WEIGHTS}"] = state.write_weights(temporary / folder / WEIGHTS, name)
             texts[f"{folder}/{CONFIG}"] = config
@@ -287,9 +287,6 @@ class Checkpointer:
             raise RunError(f"DeepSpeed could not read {folder}")
         if not same:
             self._load_what_deepspeed_leaves(folder / reshard.UNIVERSAL / "zero", before)
-        for state in optimizer.optimizer.state.values():  # averages that this run has no more
-            for key in [key for key in state if is_average(key) and key not in average_names(self.config)]:
-                del state[key]
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
             for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer

@@ -42,8 +42,8 @@ class BadSteps:
         counts = {"consecutive": self.consecutive, "began": list(self.began), "rewinds": self.rewinds}
         return {**counts, "losses": list(self.losses)}
 
-    def new_phase(self) -> None:
-        """A phase of the run begins: its losses, of other batches or otherwise weighted, are no spikes of the last."""
+    def new_window(self) -> None:
+        """The losses to come, of other batches or otherwise weighted, are not to be compared with those before."""
         self.losses.clear()
 
     def limit(self) -> float:

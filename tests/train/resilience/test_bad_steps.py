@@ -169,7 +169,7 @@ def test_a_phase_measures_spikes_by_its_own_losses() -> None:
     for loss in (1.0, 1.1, 1.0, 0.9):
         guard.record((0, 0), loss, True, None)
     assert guard.limit() < 2
-    guard.new_phase()
+    guard.new_window()
     assert guard.limit() == math.inf
     assert guard.record((4, 16), 5.0, True, None) is None
 
