@@ -113,6 +113,13 @@ PARTS = [
     Part("deepspeed.runtime.checkpoint_engine", "TorchCheckpointEngine.makedirs", "replaced", ("self", "path")),
     Part("deepspeed.runtime.checkpoint_engine", "TorchCheckpointEngine.preserves_storage_sharing", "replaced"),
     Part("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", "may be in a checkpoint's pickles"),
+    *(
+        Part("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", "goes on from a checkpoint's", in_source=source)
+        for source in (
+            *("self.cur_iter = 0", "self.last_overflow_iter = -1", "self.min_scale = min_scale"),
+            *("self.delayed_shift = delayed_shift", "self.cur_hysteresis = delayed_shift", "self.dynamic = True"),
+        )
+    ),
     Part("deepspeed.runtime.fp16.loss_scaler", "LossScaler", "may be in a checkpoint's pickles"),
     Part("deepspeed.runtime.zero.config", "ZeroStageEnum", "may be in a checkpoint's pickles"),
     Part("deepspeed.utils.tensor_fragment", "fragment_address", "may be in a checkpoint's pickles"),

@@ -16,6 +16,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.checkpoint.state import is_average
 from megatron_lcl.train.optimizers.pieces import partitions_of
 
 
@@ -57,18 +58,22 @@ class Averages:
         self._numbers: dict[str, torch.Tensor] = {}
         """of how many steps the weights are in each, where the masters lie"""
 
-    def begin(self, averaged: Mapping[str, int], step: int) -> dict[str, int]:
-        """Go on from a checkpoint after step number `step`, whose weights of so many steps are in each average
-        (Progress.averaged); those averages with which the run goes on.
+    def begin(self, averaged: Mapping[str, int], steps: int) -> dict[str, int]:
+        """Go on from a checkpoint that a run of `steps` steps wrote, with the weights of so many steps in each average
+        (Progress.averaged); those averages with which the run goes on. Of the others nothing is kept.
 
-        A mean of the last steps that has weights from before these, since the run was given more steps, begins anew.
+        A mean of the last steps begins anew where these begin later than those of that run, as they do when a run is
+        given more steps: it may have weights from before them.
         """
         self._averaged = {
             name: number
             for name, number in averaged.items()
-            if name in self._names and not (name.startswith("tail_") and number > max(0, step - self._before(name)))
+            if name in self._names and not (name.startswith("tail_") and self._before(name, steps) < self._before(name))
         }
         self._numbers = {}
+        for state in self._engine.optimizer.optimizer.state.values():
+            for name in [key for key in state if is_average(key) and key not in self._averaged]:
+                del state[name]
         return dict(self._averaged)
 
     @torch.no_grad()
@@ -96,9 +101,9 @@ class Averages:
     def _has_begun(self, name: str, step: int) -> bool:
         return not name.startswith("tail_") or step > self._before(name)
 
-    def _before(self, name: str) -> int:
-        """Steps before the last ones that a tail is the mean of."""
-        steps = self._config.train.steps
+    def _before(self, name: str, steps: int | None = None) -> int:
+        """Steps before the last ones that a tail is the mean of, in a run of so many steps; None: of this run's."""
+        steps = steps or self._config.train.steps
         return steps - round(steps * self._names[name])
 
     def _next_weight(self, name: str, value: float, device: torch.device, skipped: torch.Tensor | bool) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, resolved, to_dict
+from megatron_lcl.config.phases import phase_at
 from megatron_lcl.config.results import NO_RESULT, START
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
@@ -24,6 +25,8 @@ NO_EFFECT = (
     *("train.seed", "train.init_from", "contrast.initial_log_scale"),  # with what a run begins
 )
 """settings, or sections, that change nothing of what is trained from a checkpoint on"""
+LOSS = ("objective.", "data.", "model.", "train.global_batch")
+"""those that make the loss of the same model another one; but for NO_RESULT"""
 UNSET = "(not set)"
 
 
@@ -35,6 +38,12 @@ class Changes:
     """value before and now, by the dotted name"""
     warnings: tuple[str, ...] = ()
     without_effect: tuple[str, ...] = NO_EFFECT
+    new_loss: bool = False
+    """whether the losses to come are not to be compared with those before"""
+
+    def before(self, name: str, now: Any) -> Any:
+        """What a setting was that is `now`."""
+        return self.settings.get(name, (now, now))[0]
 
     def lines(self) -> Iterator[str]:
         """For the log: each setting that has an effect on a line of its own, the others on one."""
@@ -62,6 +71,7 @@ def changes_since(folder: Path, config: Config) -> Changes:
         without_effect=tuple(
             name for name in NO_EFFECT if not (drops and name == "train.seed")
         ),  # it draws these paths
+        new_loss=_has_new_loss(before, config, folder),
     )
 
 
@@ -98,6 +108,14 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def text_of(value: Any) -> str:
     """A setting's value, for a message."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _has_new_loss(before: Config, now: Config, folder: Path) -> bool:
+    """Whether the next step has another loss than it would have had, in whichever phases it is and would have been."""
+    step = read_progress(folder).step
+    of_step = (phase_at(config, step).config_at(step) for config in (before, now))
+    changed = [name for name in changed_settings(*of_step) if name.startswith(LOSS)]
+    return earlier_weight(folder, now) is not None or any(not name.startswith(NO_RESULT) for name in changed)
 
 
 def _jumps(changes: Changes, before: Config, now: Config, folder: Path) -> Iterator[str]:

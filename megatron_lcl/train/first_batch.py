@@ -25,9 +25,14 @@ from megatron_lcl.train.resume_point import ResumePoint
 
 
 def pipeline_partition(config: Config, mesh: Mesh, point: ResumePoint) -> tuple[int, ...]:
-    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs."""
-    layout = point.progress.layout
-    if layout.pipeline == mesh.pipeline.size:
+    """Where the stages of the pipeline begin: as in the checkpoint, otherwise by measurement on the first packs.
+
+    Measured again where other parameters are frozen: what a stage has to train is then another, and what it takes.
+    """
+    layout, pipeline = point.progress.layout, mesh.pipeline.size
+    if pipeline == 1:
+        return (0,)
+    if layout.pipeline == pipeline and {*layout.frozen} == {*config.train.freeze}:
         return layout.partition
     sample, place = sample_batch(config, mesh, point), (local_device(), DTYPES[resolve_dtype(config)])
     return choose_partition(specs_of(config, mesh.tensor), sample, config, mesh, *place)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_lcl.config import Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def lowerable_scale(optimizer: Any) -> float | None:
+    """The loss scale of one of DeepSpeed's optimizers, if a gradient that overflows can lower it; None: it is fixed, or
+    at its minimum, or there is none."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic or scaler.cur_scale <= scaler.min_scale:
+        return None
+    return float(scaler.cur_scale)
 
 
 def resolve_dtype(config: Config) -> str:

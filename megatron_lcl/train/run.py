@@ -23,6 +23,7 @@ from megatron_lcl.errors import RunError
 from megatron_lcl.parallel.mesh import Mesh, set_timeouts
 from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.broadcast_batches import broadcast_batches
+from megatron_lcl.train.changes import Changes, changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.checkpointer import Checkpointer
 from megatron_lcl.train.checkpoint.folder import Progress
@@ -41,7 +42,7 @@ from megatron_lcl.train.heldout import HeldOutMeter
 from megatron_lcl.train.kernels import choose_kernels, describe
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.optimizer import learning_rate, unfinished_warmup
-from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.precision import lowerable_scale
 from megatron_lcl.train.prefetch import Prefetcher
 from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
@@ -115,8 +116,8 @@ class Unread:
     """consumed before it"""
     global_batch: int
     lr: float
-    scale: float
-    """of float16's loss, before the step"""
+    scale: float | None
+    """of float16's loss before the step, if it can be lower"""
     contrastive_weight: float | None
     """of the step, where phases give it; for the log"""
     pending: PendingResult
@@ -180,7 +181,7 @@ class Training:
             telemetry.say(f"{path} gives the contrast no pair")
         if point.progress.step < self.config.train.steps and (warmup := unfinished_warmup(self.config)):
             telemetry.say(f"warning: {warmup}")
-        self._go_to(point.folder, point.progress)
+        self._go_to(point.folder, point.progress, point.changes)
         if point.folder:
             with self.watchdog.long_phase(point.progress.step, "copying the last checkpoint"):
                 self.saver.go_on_from(point.folder, point.progress)
@@ -257,7 +258,7 @@ class Training:
         self.meter.read(own and own.read, self.phase.config, self.stepper.objective)
         self.watchdog.heartbeat(step, "computing")
         lr = learning_rate(step, config.optimizer, config.train.steps, config.schedule)
-        scale = float(self.engine.optimizer.loss_scale) if resolve_dtype(config) == "float16" else 1.0
+        scale = lowerable_scale(self.engine.optimizer)
         shared = broadcast_batches(own and own.copies, micro_batches, micro_batch, mesh, self.engine.device)
         pending = self.stepper.start(shared, lr, self.spikes.limit(), self.telemetry.is_logged(step + 1))
         self.averages.update(step + 1, pending.skipped)
@@ -403,8 +404,11 @@ class Training:
         at, (step, packs), run = self.progress.step, self.bad.began, Path(self.config.train.output)
         with self.watchdog.long_phase(at, "rewinding"):
             self.saver.finish_pending()
-            found = checkpoint.go_back(run, step, self.point.folder) if self.mesh.is_first else (None, {})
-            folder, faults = self.mesh.world.broadcast_object(found)
+            found: tuple[Path | None, dict[Path, list[str]], Changes] = (None, {}, Changes())
+            if self.mesh.is_first:
+                folder, faults = checkpoint.go_back(run, step, self.point.folder)
+                found = folder, faults, changes_since(folder, self.config) if folder else Changes()
+            folder, faults, changes = self.mesh.world.broadcast_object(found)
             self._log_rejected(faults)
             if folder is None:
                 raise RunError(
@@ -418,7 +422,7 @@ class Training:
             skipped = list(ledger.entries[len(self.ledger.entries) :])
             self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=skipped)
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
-            self._go_to(folder, replace(before, ledger=ledger.to_json()))
+            self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)
             self.telemetry.rewind(before.step)
             self.saver.step = before.step
             self.saver.folder = folder
@@ -430,14 +434,20 @@ class Training:
             self.audit.write("checkpoint rejected", self.progress.step, folder=str(folder), faults=wrong)
             self.telemetry.say(f"rejected {folder}: {'; '.join(wrong[:3])}")
 
-    def _go_to(self, folder: Path | None, progress: Progress) -> None:
-        """Parameters, optimizer and generators of a checkpoint (None: as they are), and its position in the data."""
+    def _go_to(self, folder: Path | None, progress: Progress, changes: Changes) -> None:
+        """Parameters, optimizer and generators of a checkpoint (None: as they are), and its position in the data.
+
+        changes: since it was written.
+        """
         self.batches = None  # the loader processes end
         self.progress = progress
         self.ledger = Ledger.from_json(progress.ledger)
         for message in self.checkpoints.load(folder) if folder else ():
             self.telemetry.say(message)
-        self.progress = replace(progress, averaged=self.averages.begin(progress.averaged, progress.step))
+        steps = changes.before("train.steps", self.config.train.steps)
+        self.progress = replace(progress, averaged=self.averages.begin(progress.averaged, steps))
+        if changes.new_loss:
+            self.bad.new_window()
         self._enter(phase_at(self.config, progress.step))
 
     def _next_phase(self) -> None:
@@ -453,7 +463,7 @@ class Training:
         """The steps to come are as `phase` says."""
         self.phase = phase
         if self.progress.step == phase.first:
-            self.bad.new_phase()
+            self.bad.new_window()
         self.spikes.begin(self.bad.losses)
         self.stepper.objective = objectives.create(phase.config)
         set_batch(self.engine, phase.config.train.global_batch, phase.config.train.micro_batch)

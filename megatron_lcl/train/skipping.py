@@ -23,17 +23,12 @@ from megatron_lcl.train.precision import resolve_dtype
 def skips_on_device(config: Config) -> bool:
     """Whether the host need not know of a step whether it was skipped.
 
-    float16 needs it for the loss scale of the next step; an offloaded optimizer has its gradients on the host; apex's
-    optimizer takes no `found_inf`; and without a norm DeepSpeed asks nothing that could be put off.
+    float16 needs it for the loss scale of the next step; an offloaded optimizer has its gradients on the host; and
+    apex's optimizer takes no `found_inf`.
     """
     zero = config.deepspeed.get("zero_optimization", {})
     offloaded = any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in _OFFLOADED)
-    return (
-        resolve_dtype(config) != "float16"
-        and config.optimizer.name != "apex_fused_adam"
-        and not offloaded
-        and bool(zero.get("compute_grad_norm", True))
-    )
+    return resolve_dtype(config) != "float16" and config.optimizer.name != "apex_fused_adam" and not offloaded
 
 
 _OFFLOADED = ("optimizer", "param")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import WEIGHTS
 from megatron_lcl.train.averages import Averages
-from megatron_lcl.train.checkpoint.folder import list_checkpoints, verify
+from megatron_lcl.train.checkpoint.folder import list_checkpoints, read_progress, step_of, verify
 
 RECIPE = """
 average: {ema: [0.5], tail: [0.5]}
@@ -35,9 +36,8 @@ MUON = ("--optimizer.name", "muon", "--train.freeze", "language.positions")
     "layout", [("--parallel.tensor", "2"), ("--zero.stage", "3", "--contrast.strategy", "recompute")]
 )
 def test_what_is_measured_of_an_average(layout: tuple[str, ...], tmp_path: Path) -> None:
-    corpus, run, file = make_corpus(tmp_path, seed=0), tmp_path / "run", tmp_path / "config.yaml"
-    size = open_corpus(corpus).tokenizer.vocab_size
-    file.write_text(CONFIG.format(vocab_size=size, corpus=corpus, cache=tmp_path / "cache") + RECIPE)
+    corpus, run = make_corpus(tmp_path, seed=0), tmp_path / "run"
+    file = write_config(tmp_path, corpus)
     held_out = ("--evaluate.corpus", str(corpus), "--train.evaluate_every", "2")
     said = fleet.train(run, "--config", str(file), *MUON, *held_out, *layout)
     assert "held out of ema_0.5, after step 4: " in said
@@ -64,6 +64,32 @@ def test_what_is_measured_of_an_average(layout: tuple[str, ...], tmp_path: Path)
         load_model(average)
 
 
+def write_config(folder: Path, corpus: Path) -> Path:
+    """Of a run of four steps with averages, which saves after every second one."""
+    file, size = folder / "config.yaml", open_corpus(corpus).tokenizer.vocab_size
+    file.write_text(CONFIG.format(vocab_size=size, corpus=corpus, cache=folder / "cache") + RECIPE)
+    return file
+
+
+@pytest.mark.slow
+def test_no_checkpoint_has_a_tail_that_has_not_begun(tmp_path: Path) -> None:
+    """After 4 of 4 steps the run is given 12, of which the last 6 are meant: at step 6 there is none."""
+    run, words = tmp_path / "run", ["--config", str(write_config(tmp_path, make_corpus(tmp_path, seed=0)))]
+    words += ["--checkpoint.keep_last", "9"]
+    fleet.train(run, *words, size=1)
+    fleet.train(run, *words, "--train.steps", "12", size=1)
+    saved = {step_of(folder): folder for folder in list_checkpoints(run)}
+    counts = {step: read_progress(folder).averaged.get("tail_0.5") for step, folder in saved.items()}
+    assert counts == {2: None, 4: 2, 6: None, 8: 2, 10: 4, 12: 6}
+    for step, folder in saved.items():
+        assert find_average(folder, "ema_0.5").is_dir()
+        if counts[step]:
+            assert find_average(folder, "tail_0.5").is_dir()
+            continue
+        with pytest.raises(UserError, match=r"has no average tail_0\.5"):
+            find_average(folder, "tail_0.5")
+
+
 def assert_exports(run: Path, average: Path, tmp_path: Path) -> None:
     """`export --average` writes what an export of the average's own folder does."""
     assert main(["export", str(run), "--format", "hf", "--average", "ema_0.5", "--output", str(tmp_path / "hf")]) == 0
@@ -79,8 +105,10 @@ class OneNumber(Averages):
 
     def __init__(self, steps: int, tail: float) -> None:
         config = configs.load(None, {"average.tail": f"[{tail}]", "average.ema": "[0.5]", "train.steps": str(steps)})
-        super().__init__(config, None, None)  # type: ignore[arg-type]
         self.flat, self.state = torch.zeros(1), {}
+        base = SimpleNamespace(state={self.flat: self.state})
+        engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=base))
+        super().__init__(config, engine, None)  # type: ignore[arg-type]
 
     def _states(self) -> Any:
         yield self.flat, self.state
@@ -108,9 +136,25 @@ def test_a_tail_of_a_run_that_is_given_more_steps_begins_anew(steps: int, count:
     before, after = OneNumber(4, 0.5), OneNumber(steps, 0.5)
     averaged = before.steps(1, 4, {})
     assert averaged == {"ema_0.5": 4, "tail_0.5": 2}
-    after.state = before.state
+    after.state.update(before.state)
     averaged = after.begin(averaged, 4)
     assert averaged == {"ema_0.5": 4} | ({"tail_0.5": 2} if steps == 4 else {})
+    assert after.state.keys() == averaged.keys(), "what is not gone on with is not kept"
     averaged = after.steps(5, steps, averaged)
     assert averaged == {"ema_0.5": steps, "tail_0.5": count}
     assert after.state["tail_0.5"].item() == mean
+
+
+def test_steps_that_were_skipped_keep_no_tail_that_is_too_long() -> None:
+    """Of 10 steps the last 5 are meant, and 2 of them were skipped; of 14 the last 7, and the sixth is none of them."""
+    before, after = OneNumber(10, 0.5), OneNumber(14, 0.5)
+    averaged = before.steps(1, 6, {})
+    for step in (7, 8):
+        before.update(step, True)
+    averaged = before.steps(9, 10, averaged)
+    assert averaged == {"ema_0.5": 8, "tail_0.5": 3}
+    after.state.update(before.state)
+    averaged = after.begin(averaged, 10)
+    assert averaged == {"ema_0.5": 8}
+    after.steps(11, 14, averaged)
+    assert after.state["tail_0.5"].item() == 12.5

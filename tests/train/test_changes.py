@@ -89,6 +89,50 @@ def test_the_settings_that_are_treated_apart_exist() -> None:
         assert [name for name in names if name.startswith(prefix)], prefix
 
 
+PHASES = "[{steps: 20, image_size: 96, contrastive_weight: 0.2}]"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "new"),
+    [
+        ({}, {}, False),
+        ({}, {"objective.contrastive_weight": "1"}, True),
+        ({"objective.name": "clip"}, {"objective.generation_weight": "7"}, False),  # of which it has none
+        ({}, {"objective.name": "siglip"}, True),
+        ({}, {"data.corpora": "[{path: b}]"}, True),
+        ({}, {"model.vision.patch_dropout": "0.5"}, True),
+        ({}, {"train.global_batch": "32"}, True),
+        # what trains otherwise, or gives the same loss but for rounding
+        ({}, {"optimizer.lr": "1e-3", "train.steps": "200", "train.freeze": "[vision.*]"}, False),
+        ({}, {"train.micro_batch": "4", "parallel.tensor": "2", "zero.stage": "3"}, False),
+        ({}, {"data.workers": "9", "data.cache": "there", "data.max_bad_images": "7"}, False),
+        # where the phase of the tenth step is another, and only there
+        ({"schedule.phases": PHASES}, {}, False),
+        ({}, {"schedule.phases": PHASES}, True),
+        ({"schedule.phases": PHASES}, {"schedule.phases": PHASES.replace("0.2", "0.3")}, True),
+        ({"schedule.phases": PHASES}, {"schedule.phases": PHASES.replace("20", "30")}, False),
+        ({"schedule.phases": PHASES.replace("20", "10")}, {"schedule.phases": PHASES.replace("20", "9")}, False),
+        ({"schedule.batch_doublings": "[50]"}, {"schedule.batch_doublings": "[60]"}, False),
+        (
+            {"model.vision.patch_dropout": "0.5", "model.vision.unmasked_steps": "95"},
+            {"model.vision.unmasked_steps": "80"},
+            True,
+        ),
+        (
+            {"model.vision.patch_dropout": "0.5", "model.vision.unmasked_steps": "95"},
+            {"train.steps": "200"},  # in the middle of its unmasked steps it has others to come
+            True,
+        ),
+    ],
+)  # fmt: skip
+def test_whether_losses_can_be_compared_with_those_before(
+    was: dict[str, str], now: dict[str, str], new: bool, tmp_path: Path
+) -> None:
+    before = {"data.corpora": "[{path: a}]", "train.steps": "100", **was}
+    folder = checkpoint(tmp_path, configs.load(None, before), 10)
+    assert changes_since(folder, configs.load(None, {**before, **now})).new_loss == new
+
+
 def lr(step: int, total: int, warmup: int = 10, peak: float = 3e-4) -> float:
     """The schedule's closed form, at steps counted from 0."""
     return (
@@ -177,7 +221,7 @@ def test_a_clip_run_of_an_earlier_version_is_told_of_its_weight(
     if metrics is not None:
         (tmp_path / "metrics.jsonl").write_text(metrics)
     warnings = changes_since(folder, configs.load(None, was)).warnings
-    assert len(warnings) == (verb is not None)
+    assert len(warnings) == changes_since(folder, configs.load(None, was)).new_loss == (verb is not None)
     if verb is not None:
         assert f"{verb} the loss of `clip` with objective.contrastive_weight = 0.1" in warnings[0]
         assert "gradients 10 times as large" in warnings[0]

@@ -61,6 +61,8 @@ def test_what_deepspeed_knows_is_passed_on(deepspeed: dict[str, Any], sections: 
         ({"checkpoint": {"writer": {"decoupled": True}}}, {}, "checkpoint.writer is decided"),
         (zero(elastic_checkpoint=True), {}, "elastic_checkpoint is not needed"),
         (zero(offload_optimizer={"device": "nvme"}), {}, "set it to cpu"),
+        (zero(compute_grad_norm=False), {"optimizer": {"clip_norm": 0}}, "compute_grad_norm = False: .*; remove it$"),
+        (zero(compute_grad_norm=False), {}, "compute_grad_norm = False: .*; remove it$"),
     ],
 )
 def test_what_would_be_ignored_is_refused(deepspeed: dict[str, Any], sections: dict[str, Any], message: str) -> None:

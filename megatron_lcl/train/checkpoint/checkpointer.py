@@ -43,7 +43,7 @@ from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight, rescale_moments
 from megatron_lcl.train.checkpoint.folder import RNG, STATE, Layout, Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
-from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, is_average, save_hashed
+from megatron_lcl.train.checkpoint.state import FROZEN, PARTITION_DIMS, State, save_hashed
 from megatron_lcl.train.checkpoint.unpickle import load_mapped, refused, restricted
 from megatron_lcl.train.optimizers.pieces import partitions_of
 from megatron_lcl.train.precision import resolve_dtype
@@ -218,8 +218,8 @@ class Checkpointer:
         state, config = State(temporary / STATE, self.config.model), to_yaml(self.config)
         files[WEIGHTS] = state.write_weights(temporary / WEIGHTS)
         texts = {CONFIG: config, PROGRESS: checkpoint.progress_text(progress)}
-        folders = [f"{AVERAGES}/{name}" for name in state.averages]
-        for name, folder in zip(state.averages, folders, strict=True):
+        folders = [f"{AVERAGES}/{name}" for name in progress.averaged]
+        for name, folder in zip(progress.averaged, folders, strict=True):
             (temporary / folder).mkdir(parents=True)
             files[f"{folder}/{WEIGHTS}"] = state.write_weights(temporary / folder / WEIGHTS, name)
             texts[f"{folder}/{CONFIG}"] = config
@@ -259,8 +259,9 @@ class Checkpointer:
         """Parameters, optimizer and random-number generators of a checkpoint that verifies; what there is to say.
 
         At another layout the checkpoint is first converted (`reshard`), once, by the first process; the others wait.
-        Learning rates, weight decays, betas, epsilon and the clipping norm stay as this run's config has them. RunError
-        where the conversion cannot be written, or a file would build what is no part of a checkpoint (`unpickle`).
+        Learning rates, weight decays, betas, epsilon, the clipping norm and the rules of float16's loss scale stay as
+        this run's config has them. RunError where the conversion cannot be written, or a file would build what is no
+        part of a checkpoint (`unpickle`).
         """
         self.close()
         self._refuse_foreign(folder)
@@ -274,7 +275,7 @@ class Checkpointer:
             said.append(f"converted {folder} from {before.layout} to {self.layout}")
         optimizer, engine = self.engine.optimizer, self.engine
         ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
-        kept = ["clip_grad"] + ["loss_scaler", "dynamic_loss_scale"] * (before.layout.dtype != self.layout.dtype)
+        kept = ("clip_grad", "loss_scaler", "dynamic_loss_scale")
         values = {name: getattr(optimizer, name) for name in kept if hasattr(optimizer, name)}
         engine._config.load_universal_checkpoint = not same
         try:
@@ -286,9 +287,6 @@ class Checkpointer:
             raise RunError(f"DeepSpeed could not read {folder}")
         if not same:
             self._load_what_deepspeed_leaves(folder / reshard.UNIVERSAL / "zero", before)
-        for state in optimizer.optimizer.state.values():  # averages that this run has no more
-            for key in [key for key in state if is_average(key) and key not in average_names(self.config)]:
-                del state[key]
         # ZeRO-3 has given every group the first one's settings, and all groups one and the same counter of steps
         for group, settings in zip(optimizer.param_groups, ours, strict=True):
             for key in group.keys() - settings.keys() - {"params"}:  # of another optimizer
@@ -298,6 +296,8 @@ class Checkpointer:
         for parameter, state in optimizer.optimizer.state.items():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
+        if "loss_scaler" in values:
+            adopt_scale(values["loss_scaler"], optimizer.loss_scaler)
         for name, value in values.items():
             setattr(optimizer, name, value)
         weight = self._peers.broadcast_object(earlier_weight(folder, self.config) if self.mesh.is_first else None)
@@ -342,6 +342,18 @@ class Checkpointer:
         if isinstance(outcome, str):
             raise RunError(outcome)
         return outcome
+
+
+def adopt_scale(scaler: Any, saved: Any) -> None:
+    """Let DeepSpeed's loss scaler go on with the scale that a checkpoint's had found, if neither has a fixed one.
+
+    The run's own minimum and hysteresis bound what it takes over.
+    """
+    if scaler.dynamic and saved.dynamic:
+        counts = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        vars(scaler).update({name: getattr(saved, name) for name in counts})
+        scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
+        scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
 
 
 @contextlib.contextmanager

@@ -71,8 +71,9 @@ class State:
         assert self._pieces.keys() == self.shapes.keys(), "the files do not hold this model"
         self.base: dict[str, Any] = self.optimizer["optimizer_state_dict" if zero3 else "base_optimizer_state"]
         """torch's optimizer, as one process wrote it"""
-        state = next(iter(self.base["state"].values()))
-        self.averages = [key for key in state if is_average(key)]
+        self._of_first: dict[str, Any] = next(iter(self.base["state"].values()), {})
+        """its state of one flattened group; empty where it has not stepped"""
+        self.averages = [key for key in self._of_first if is_average(key)]
         """of the weights, by the names of `train.averages`"""
 
     @property
@@ -83,7 +84,8 @@ class State:
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A parameter's value, moment or average, whole, unpadded, on the CPU.
 
-        Of one that is not trained, the value and moments of zeros; its averages are the value.
+        Of one that is not trained, the value and moments of zeros; its averages are the value. Moments are also zeros
+        where the optimizer has not stepped: every step so far was skipped, and the host knew (train/skipping.py).
         """
         shards = []
         for tensor_rank, pieces in sorted(self._pieces[name].items()):
@@ -97,10 +99,11 @@ class State:
 
     @property
     def step(self) -> torch.Tensor:
-        """Adam's count of steps, as torch keeps it."""
-        state = next(iter(self.base["state"].values()))
+        """Adam's count of steps, as torch keeps it; 0 where the optimizer has not stepped."""
+        if "step" in self._of_first:
+            return self._of_first["step"]
         # where apex keeps it, and earlier versions of this package did
-        return state["step"] if "step" in state else torch.tensor(float(self.base["param_groups"][0]["step"]))
+        return torch.tensor(float(self.base["param_groups"][0].get("step", 0)))
 
     def write_weights(self, path: Path, key: str = "fp32") -> dict[str, Any]:
         """All parameters, float32, as a safetensors file, one after another; its entry in the manifest.
@@ -126,7 +129,7 @@ def _pieces_zero12(optimizer: dict[str, Any], _shapes: Any) -> Iterator[tuple[st
     """ZeRO-1 and 2: this process's run of the flattened group; which parameters lie in it is written beside it."""
     states = optimizer["base_optimizer_state"]["state"]
     for group, fp32 in enumerate(optimizer["single_partition_of_fp32_groups"]):
-        flat = {"fp32": fp32, **states[group]}
+        flat = {"fp32": fp32, **states.get(group, {})}
         for name, address in optimizer["param_slice_mappings"][group].items():
             yield name, _run(flat, address.start, address.numel)
 
@@ -135,7 +138,7 @@ def _pieces_zero3(optimizer: dict[str, Any], shapes: Any) -> Iterator[tuple[str,
     """ZeRO-3: of every parameter an equal run, the last one padded."""
     states, num_ranks = optimizer["optimizer_state_dict"]["state"], optimizer["partition_count"]
     for group, fp32 in enumerate(optimizer["fp32_flat_groups"]):
-        flat, start = {"fp32": fp32, **states[group]}, 0
+        flat, start = {"fp32": fp32, **states.get(group, {})}, 0
         for name, shape in shapes[group].items():
             length = -(-shape.numel() // num_ranks)
             yield name, _run(flat, start, length)
@@ -147,7 +150,12 @@ def _frozen(held: torch.Tensor) -> Piece:
 
 
 def _run(flat: dict[str, torch.Tensor], start: int, length: int) -> Piece:
-    return lambda key: flat[key].narrow(0, start, length)
+    def piece(key: str) -> torch.Tensor:
+        if key in MOMENTS and key not in flat:
+            return torch.zeros(length)
+        return flat[key].narrow(0, start, length)
+
+    return piece
 
 
 class _Hashed:

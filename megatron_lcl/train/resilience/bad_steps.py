@@ -42,8 +42,8 @@ class BadSteps:
         counts = {"consecutive": self.consecutive, "began": list(self.began), "rewinds": self.rewinds}
         return {**counts, "losses": list(self.losses)}
 
-    def new_phase(self) -> None:
-        """A phase of the run begins: its losses, of other batches or otherwise weighted, are no spikes of the last."""
+    def new_window(self) -> None:
+        """The losses to come, of other batches or otherwise weighted, are not to be compared with those before."""
         self.losses.clear()
 
     def limit(self) -> float:
@@ -58,12 +58,12 @@ class BadSteps:
         """Whether it must know every step's loss at last; else only those of steps that were not applied."""
         return self.config.spike_sigmas is not None
 
-    def record(self, at: tuple[int, int], loss: float | None, applied: bool, loss_scale: float) -> str | None:
+    def record(self, at: tuple[int, int], loss: float | None, applied: bool, loss_scale: float | None) -> str | None:
         """Count a step; why it was skipped, None if it was not.
 
         at: steps done and packs consumed before it. loss: None where nobody has read it, because it need not be known.
-        loss_scale: that of float16 before the step, 1 without. A gradient too large for float16 is no bad step: the
-        scale is being looked for.
+        loss_scale: that of float16 before the step, if it can be lower (`precision.lowerable_scale`). A gradient too
+        large for float16 is then no bad step: the scale is being looked for.
         """
         if applied:
             self.consecutive = 0
@@ -73,7 +73,7 @@ class BadSteps:
             return None
         assert loss is not None
         limit = self.limit()
-        if math.isfinite(loss) and loss <= limit and loss_scale > 1:
+        if math.isfinite(loss) and loss <= limit and loss_scale is not None:
             return f"gradient too large for float16 at loss scale {loss_scale:g}"
         self.began = self.began if self.consecutive else at
         self.consecutive += 1

@@ -111,7 +111,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
         else:
             checkpoints.load(step_folder(folder / job.source, FIRST))
             averaged = read_progress(step_folder(folder / job.source, FIRST)).averaged
-            assert averages.begin(averaged, FIRST) == averaged
+            assert averages.begin(averaged, config.train.steps) == averaged
         steps(FIRST, 2 * FIRST)
     in_optimizer = sum(piece.length for each in partitions_of(engine.optimizer, mesh) for piece in each.pieces)
     before = in_model(engine, mesh)

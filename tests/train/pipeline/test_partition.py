@@ -15,6 +15,8 @@ from pipeline_layouts import Case, micro_batch
 from megatron_lcl import config as configs
 from megatron_lcl.model.layers import num_layers, parameter_shapes
 from megatron_lcl.parallel.mesh import Axis
+from megatron_lcl.train import first_batch
+from megatron_lcl.train.checkpoint.folder import Layout, Progress
 from megatron_lcl.train.engine import specs_of
 from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 from megatron_lcl.train.pipeline import partition
@@ -83,6 +85,24 @@ def test_a_frozen_tower_is_in_a_stage_with_something_to_train() -> None:
                 if first <= int(name.split(".")[0]) < after and name not in frozen
             ]
             assert {len(shape) >= 2 for shape in own} == {True, False}
+
+
+def test_a_partition_is_kept_while_the_same_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_batch, "choose_partition", lambda *_: (0, 5))
+    monkeypatch.setattr(first_batch, "sample_batch", lambda *_: None)
+    frozen = ("vision.*", "head.log_scale")
+    config = configs.replace(Case((0,), (((1, 2),),)).config, train__freeze=frozen)
+
+    def begin(stages: int, layout: Layout) -> tuple[int, ...]:
+        mesh = SimpleNamespace(pipeline=SimpleNamespace(size=stages), tensor=Axis())
+        point = SimpleNamespace(progress=Progress(1, 4, {}, layout=layout))
+        return first_batch.pipeline_partition(config, mesh, point)  # type: ignore[arg-type]
+
+    assert begin(2, Layout(pipeline=2, partition=(0, 3), frozen=frozen[::-1])) == (0, 3)
+    assert begin(2, Layout(pipeline=2, partition=(0, 3), frozen=("vision.*",))) == (0, 5)
+    assert begin(2, Layout(pipeline=2, partition=(0, 3))) == (0, 5)
+    assert begin(2, Layout(frozen=frozen)) == begin(2, Layout()) == (0, 5)
+    assert begin(1, Layout()) == begin(1, Layout(pipeline=2, partition=(0, 3), frozen=frozen)) == (0,)
 
 
 @given(costs=st.lists(st.floats(1e-6, 10), min_size=4, max_size=9), num_stages=st.integers(1, 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,12 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
     guard = BadSteps(Guard(spike_sigmas=6.0, spike_window=8))
     for step, loss in enumerate([3.0, 3.1, 2.9]):
         assert guard.limit() == math.inf
-        guard.record((step, 0), loss, True, 1)
-    guard.record((3, 0), 3.0, True, 1)
+        guard.record((step, 0), loss, True, None)
+    guard.record((3, 0), 3.0, True, None)
     deviation = math.sqrt((0.1**2 + 0.1**2) / 3)
     assert guard.limit() == pytest.approx(3.0 + 6 * deviation)
     before = guard.limit()
-    reason = guard.record((4, 16), 9.0, False, 1)
+    reason = guard.record((4, 16), 9.0, False, None)
     assert reason is not None
     assert "spike" in reason
     assert guard.limit() == before, "a spike is no measure of spikes"
@@ -166,11 +167,11 @@ def test_a_spike_is_far_above_the_mean_of_half_a_window_at_least() -> None:
 def test_a_phase_measures_spikes_by_its_own_losses() -> None:
     guard = BadSteps(Guard(spike_sigmas=6.0, spike_window=4))
     for loss in (1.0, 1.1, 1.0, 0.9):
-        guard.record((0, 0), loss, True, 1.0)
+        guard.record((0, 0), loss, True, None)
     assert guard.limit() < 2
-    guard.new_phase()
+    guard.new_window()
     assert guard.limit() == math.inf
-    assert guard.record((4, 16), 5.0, True, 1.0) is None
+    assert guard.record((4, 16), 5.0, True, None) is None
 
 
 @pytest.mark.parametrize("window", [4, 9])
@@ -191,7 +192,7 @@ def test_what_the_device_takes_for_a_spike_the_host_does(window: int) -> None:
         assert float(limits[1]) == pytest.approx(limits[0], rel=1e-6)
         applied, same = (bool(nan_if_rejected(torch.ones(()), loss, limit) == 1) for limit in limits)
         decisions.append((applied, same))
-        host.record((step, 0), float(loss), applied, 1)
+        host.record((step, 0), float(loss), applied, None)
         skipped = torch.tensor(0.0 if applied else 1.0) if step % 2 else not applied  # of a device, or known
         for one in (on_device, resumed) if step >= 70 else (on_device,):
             one.add(loss, skipped)
@@ -206,13 +207,13 @@ def test_what_the_device_takes_for_a_spike_the_host_does(window: int) -> None:
 
 def test_consecutive_bad_steps_are_counted() -> None:
     guard = BadSteps(Guard(max_bad_steps=2, max_rewinds=1))
-    assert guard.record((0, 0), math.nan, False, 1) == "loss is nan"
+    assert guard.record((0, 0), math.nan, False, None) == "loss is nan"
     assert not guard.too_many
-    assert guard.record((1, 4), 3.0, True, 1) is None
-    assert guard.record((2, 8), 3.0, False, 1) == "gradient is not finite"
+    assert guard.record((1, 4), 3.0, True, None) is None
+    assert guard.record((2, 8), 3.0, False, None) == "gradient is not finite"
     assert guard.record((3, 12), 3.0, False, 65536) == "gradient too large for float16 at loss scale 65536"
     assert not guard.too_many, "float16 looks for its scale"
-    assert guard.record((4, 16), math.inf, False, 1) == "loss is inf"
+    assert guard.record((4, 16), math.inf, False, None) == "loss is inf"
     assert guard.too_many
     assert guard.began == (2, 8)
     guard.rewind({"consecutive": 1, "began": [2, 8]}, 5)
@@ -363,6 +364,29 @@ def test_a_run_that_cannot_go_back_says_so(config_file: str, tmp_path: Path) -> 
     assert "after 3 rewinds to the same checkpoint" in said
     assert said.count("megatron-lcl train:") == 1
     assert sum(line["event"] == "rewind" for line in read_audit(tmp_path / "ever")) == 3
+
+
+def allow_float16(rank: int) -> None:
+    """Also on a CPU without instructions for it."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+@pytest.mark.slow
+def test_a_gradient_that_overflows_is_bad_where_the_loss_scale_is_fixed(config_file: str, tmp_path: Path) -> None:
+    """Else the scale is lower in the next step, as often as it takes, and what is saved meanwhile is whole."""
+    words = ["--config", config_file, "--train.dtype", "float16", "--guard.max_bad_steps", "2", "--train.steps", "3"]
+    run, options = tmp_path / "run", {"plant": allow_float16, "size": 1}
+    said = train(tmp_path / "fixed", *words, "--deepspeed", f"{{fp16: {{loss_scale: {2**40}}}}}", code=2, **options)
+    assert "steps 1 to 2 were bad, and there is no checkpoint before them" in said
+    train(run, *words, "--deepspeed", "{fp16: {initial_scale_power: 40, hysteresis: 1}}", **options)
+    reasons = [line["reason"] for line in read_audit(run)]
+    assert reasons == [f"gradient too large for float16 at loss scale {2.0 ** (40 - n):g}" for n in range(3)]
+    (last,) = checkpoint.list_checkpoints(run)
+    assert checkpoint.read_progress(last).guard["consecutive"] == 0
+    assert checkpoint.verify(last) == []
 
 
 def test_the_config_says_what_a_guard_may_be() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_packs import poison
 from fleet import lines, losses, train
 from small_corpus import make_corpus
 
@@ -128,6 +129,27 @@ def test_a_clip_run_of_an_earlier_version_goes_on_as_it_was(config_file: str, tm
             assert line["loss"] == line["contrastive"] == pytest.approx(before["contrastive"], rel=1e-4)
             assert line["grad_norm"] == pytest.approx(10 * before["grad_norm"], rel=1e-3)
             assert line["log_scale"] == pytest.approx(before["log_scale"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_losses_that_count_otherwise_are_no_spikes(config_file: str, tmp_path: Path) -> None:
+    """From step 8 on a loss of ten times the weight; steps 9 and 10 are bad, and the run goes back to step 8."""
+    run, same = tmp_path / "run", tmp_path / "same"
+    words = ["--config", config_file, "--guard.spike_sigmas", "6", "--guard.spike_window", "8"]
+    words += ["--guard.max_bad_steps", "2"]
+    train(run, *words)
+    *_, eight, last = checkpoint.list_checkpoints(run)
+    kept = checkpoint.read_progress(last).guard
+    assert len(kept["losses"]) == 8
+    train(same, *words, "--resume", str(eight))
+    assert checkpoint.read_progress(checkpoint.list_checkpoints(same)[-1]).guard == kept
+    checkpoint.delete(last)
+    train(run, *words, "--objective.generation_weight", "10", plant=poison, planted=([33, 38], "nan"))
+    events = [(line["event"], line["step"]) for line in read_audit(run)]
+    assert events == [("changed", 8), ("step skipped", 9), ("step skipped", 10), ("rewind", 10)]
+    losses_since = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]).guard["losses"]
+    assert len(losses_since) == 4
+    assert min(losses_since) > 5 * max(kept["losses"])
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from megatron_lcl.data.loading.ledger import PLANNED, Ledger
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, PROGRESS
 from megatron_lcl.train import resume_point
+from megatron_lcl.train.changes import Changes
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
@@ -104,7 +105,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     for step in (6, 7, 8):
         if step == saved:
             save(tmp_path, step, bad.state())
-        bad.record((step, 4 * step), math.nan, False, 1.0)
+        bad.record((step, 4 * step), math.nan, False, None)
     if saved == 4:
         save(tmp_path, saved)
     run, kept = Training.__new__(Training), []
@@ -118,8 +119,11 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
     said = SimpleNamespace(say=lambda _: None, rewind=lambda _: None, write=lambda *_, **__: None)
     run.telemetry = run.audit = said  # type: ignore[assignment]
 
-    def go_to(folder: Path, progress: Progress) -> None:
-        assert folder == checkpoint.step_folder(tmp_path, saved)
+    changes = Changes(new_loss=True)
+    monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)
+
+    def go_to(folder: Path, progress: Progress, since: Changes) -> None:
+        assert (folder, since) == (checkpoint.step_folder(tmp_path, saved), changes)
         run.progress = progress
 
     monkeypatch.setattr(run, "_go_to", go_to)
