@@ -235,11 +235,13 @@ def open_ledger(
     sequences: Sequences = INTERLEAVED,
     previous: Ledger | None = None,
     consumed: int = 0,
+    but: tuple[str, ...] = (),
 ) -> Ledger:
     """The ledger of a new run, or of one resumed after `consumed` packs: `previous` and the changes of `data.corpora`.
 
     Of a run in which nothing else changes; of any other: `open_run_ledger`. Chooses I (`images_per_pack`) where the
-    config leaves it open; a resumed run keeps it. UserError if a setting that fixes the packs has changed.
+    config leaves it open; a resumed run keeps it. UserError if a setting that fixes the packs has changed, but for
+    those named in `but`.
     """
     blend = _blend_of(data)
     settings = _settings_of(data, num_placeholders, context_length, sequences)
@@ -247,7 +249,7 @@ def open_ledger(
         if settings["images_per_pack"] is None:
             settings["images_per_pack"] = _choose_images(data, num_placeholders, context_length, sequences)
         return Ledger(settings, ({"from_pack": 0, "blend": blend},))
-    _check_unchanged(settings, previous.settings)
+    _check_unchanged(settings, previous.settings, but)
     return _with_blend(previous, blend, consumed)
 
 
@@ -263,24 +265,22 @@ def open_run_ledger(
     early, vision = phases[0].config, phases[0].config.model.vision
     context = early.model.language.context_length
     alike = len(phases) == 1 and not vision.patch_dropout and (previous is None or previous.reads_alike())
-    past: list[dict[str, Any]] = []
-    if previous is None:
-        ledger = open_ledger(early.data, vision.num_placeholders, context, sequences=sequences)
-        if alike:
-            return ledger
-    else:
-        settings = _settings_of(early.data, vision.num_placeholders, context, sequences)
-        _check_unchanged(settings, previous.settings, but=() if alike else PLANNED)
-        ledger = _with_blend(previous, _blend_of(config.data), consumed)
-        if alike and not previous.phases() and consumed == step * early.train.global_batch:
-            return ledger
-        past = [entry for entry in previous.phases() if entry["consumed"] < consumed]
-        if not past and consumed:  # it had one phase, without patch dropout; of another batch, if nothing else is new
-            planned = {name: previous.settings[name] for name in PLANNED}
-            model = config.model.vision
-            reading = Reading(**planned, image_size=model.image_size, kept_patches=None, global_batch=consumed // step)
-            past = [_entry(0, 0, reading)]
-    entries = list(past)
+    ledger = open_ledger(
+        early.data,
+        vision.num_placeholders,
+        context,
+        sequences=sequences,
+        previous=previous,
+        consumed=consumed,
+        but=() if alike else PLANNED,
+    )
+    if alike and not ledger.phases() and consumed == step * early.train.global_batch:
+        return ledger
+    entries = [entry for entry in ledger.phases() if entry["consumed"] < consumed]
+    if not entries and consumed:  # it had one phase, without patch dropout; of another batch, if nothing else is new
+        planned = {name: ledger.settings[name] for name in PLANNED}
+        size = config.model.vision.image_size
+        entries = [_entry(0, 0, Reading(**planned, image_size=size, kept_patches=None, global_batch=consumed // step))]
     for phase in phases:
         if phase.stop <= step:
             continue
@@ -340,7 +340,7 @@ def _settings_of(data: Data, num_placeholders: int, context_length: int, sequenc
     return settings
 
 
-def _check_unchanged(settings: Mapping[str, Any], before: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
+def _check_unchanged(settings: Mapping[str, Any], before: Mapping[str, Any], but: tuple[str, ...]) -> None:
     for name in {**settings, **before}:
         value, old = settings.get(name), before.get(name)
         if value != old and name not in but and not (name == "images_per_pack" and value is None):
