@@ -85,8 +85,8 @@ def _check(config: Config, settings: dict[str, Any], data_parallel: int) -> None
     _check_checkpoints(theirs.get("checkpoint", {}), zero)
     if zero.get("compute_grad_norm", True) is not True:
         raise UserError(
-            f"deepspeed.zero_optimization.compute_grad_norm = {zero['compute_grad_norm']!r}: the norm shows what steps "
-            "must not count; remove it"
+            f"deepspeed.zero_optimization.compute_grad_norm = {zero['compute_grad_norm']!r}: by it bad steps are "
+            "found, and skipped; remove it"
         )
     parts = zero.get("zero_hpz_partition_size", 1)
     for name, used in (("offload_param", zero.get("offload_param")), ("zero_hpz_partition_size", parts > 1)):
