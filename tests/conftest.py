@@ -9,7 +9,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,17 @@ def shared(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def launched_by_none() -> None:
-    """DeepSpeed leaves a launcher's variables to the process in which it has trained."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
+def launched_by_none() -> Iterator[None]:
+    """A process in which a test has trained keeps a launcher's variables. They are hidden from a test whose fixtures
+    have trained, and from the fixtures of the next module, which are set up before this one."""
+
+    def forget() -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+    forget()
+    yield
+    forget()
 
 
 def _file(item: pytest.Item) -> str:

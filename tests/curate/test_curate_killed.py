@@ -6,12 +6,15 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from curate.corpora_of_rules import files
 from data.corpora import random_documents, write_corpus
 
+from megatron_lcl.curate import passes, run
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.prepare.unfinished import WORK
@@ -64,6 +67,20 @@ def rules() -> Settings:
     return read_settings(overrides=RULES)
 
 
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what this process makes in the work folder from now on."""
+    names: list[str] = []
+
+    def watch(module: ModuleType, function: str, name_of: Callable[..., str]) -> None:
+        original = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *given: (names.append(name_of(*given)), original(*given)))
+
+    for function in ("_judge", "_copy_range"):
+        watch(passes, function, lambda _work, _task, folder: folder.name)
+    watch(run, "_join", lambda work, number, *_: work.joined(number).name)
+    return names
+
+
 @pytest.mark.slow
 def test_three_processes_write_what_one_writes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     curate(source, tmp_path / "out", rules(), task_bytes=TASK_BYTES, workers=3)
@@ -73,7 +90,14 @@ def test_three_processes_write_what_one_writes(source: Path, expected: dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "nth", "_when"), POINTS, ids=[when for *_, when in POINTS])
 def test_killed_and_gone_on_with(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, module: str, name: str, nth: int, _when: str
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    name: str,
+    nth: int,
+    _when: str,
 ) -> None:
     output = tmp_path / "out"
     arguments = json.dumps([module, name, nth, str(source), str(output), RULES, TASK_BYTES])
@@ -81,25 +105,17 @@ def test_killed_and_gone_on_with(
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert (output / WORK).is_dir()
     assert not (output / "corpus.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in (output / WORK).glob("*/*.parquet") if "scratch" not in str(path)}
+    done = {path.name for path in (output / WORK).iterdir() if path.name.startswith(("judged-", "joined-", "part-"))}
+    assert {"judged-000000", *(["part-000000-0000"] if name == "_copy_document" else [])} <= done
+    again = made(monkeypatch)
     found = curate(source, output, rules(), task_bytes=TASK_BYTES)
     assert not found.reused
     assert files(output) == expected
-    if name == "_copy_document":
-        assert any("part-0" in str(path) for path in done)  # what was finished was there to be kept
+    assert done.isdisjoint(again), "what was finished is done again"
 
 
 def test_finished_tasks_are_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lcl.curate import passes, run
-
-    calls: list[str] = []
-
-    def counting(name: str) -> None:
-        original = getattr(passes, name)
-        monkeypatch.setattr(passes, name, lambda *given: (calls.append(name), original(*given)))
-
-    counting("_judge")
-    counting("_copy_range")
+    calls = made(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(run, "_finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -52,6 +53,15 @@ class GlooPool:
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+def assert_told(said: list[Any], message: str) -> None:
+    """Every process had a ValueError, of these texts: rank 1's arguments do not fit, or not those of the others."""
+    assert all(isinstance(text, str) for text in said), said
+    assert re.search(message, said[1]), said
+    first, second, *others = said
+    assert first in (second, "rank(s) [1] of the group gave arguments that do not fit; see their errors"), said
+    assert others == [first] * len(others), said
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:

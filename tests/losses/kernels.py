@@ -32,6 +32,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-5 if INTERPRETED else 1e-3}
 
 
+def test_devices_are_not_hidden():
+    assert INTERPRETED or os.environ.get("CUDA_VISIBLE_DEVICES") != "", "by tests/conftest.py"
+
+
 @pytest.fixture(params=[0, 1], ids=["large tile", "small tile"])
 def tile(request, monkeypatch):
     for name in ("SINGLE_TILES", "HALF_TILES"):

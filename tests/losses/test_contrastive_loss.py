@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gloo_pool import assert_told
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from measured import Recorder
@@ -354,51 +355,47 @@ GOOD = torch.zeros(2, 4)
 
 
 @pytest.mark.parametrize(
-    ("second", "counts"),
+    ("second", "counts", "message"),
     [
-        ((torch.zeros(2, 4), torch.zeros(3, 4)), [2, 2, 2]),
-        ((torch.zeros(2, 4), torch.zeros(3, 4)), None),
-        ((torch.zeros(2, 4), torch.zeros(2, 3)), [2, 2, 2]),
-        ((torch.zeros(2, 3), torch.zeros(2, 4)), None),
-        ((torch.zeros(2), torch.zeros(2, 4)), [2, 2, 2]),
-        ((torch.zeros(2, 4).long(), torch.zeros(2, 4).long()), [2, 2, 2]),
-        ((torch.zeros(3, 4), torch.zeros(3, 4)), [2, 2, 2]),
-        ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, 3, 2]),
-        ((torch.zeros(2, 5), torch.zeros(2, 5)), None),
-        ((torch.zeros(2, 5), torch.zeros(2, 5)), [2, 2, 2]),
-        ((torch.zeros(2, 4).half(), torch.zeros(2, 4).half()), None),
-        ((torch.zeros(2, 4).half(), torch.zeros(2, 4).half()), [2, 2, 2]),
-        ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, 2]),
-        ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, -2, 2]),
+        ((torch.zeros(2, 4), torch.zeros(3, 4)), [2, 2, 2], r"not \[2, 4\] and \[3, 4\]"),
+        ((torch.zeros(2, 4), torch.zeros(3, 4)), None, r"not \[2, 4\] and \[3, 4\]"),
+        ((torch.zeros(2, 4), torch.zeros(2, 3)), [2, 2, 2], r"not \[2, 4\] and \[2, 3\]"),
+        ((torch.zeros(2, 3), torch.zeros(2, 4)), None, r"not \[2, 3\] and \[2, 4\]"),
+        ((torch.zeros(2), torch.zeros(2, 4)), [2, 2, 2], r"not \[2\] and \[2, 4\]"),
+        ((torch.zeros(2, 4).long(), torch.zeros(2, 4).long()), [2, 2, 2], "one floating-point dtype"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4).half()), None, "one floating-point dtype"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4)), [2, 2, 2], r"counts must be \[2, 3, 2\]"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, 3, 2], r"counts must be \[2, 2, 2\]"),
+        ((torch.zeros(2, 5), torch.zeros(2, 5)), None, "one width and dtype on every rank"),
+        ((torch.zeros(2, 5), torch.zeros(2, 5)), [2, 2, 2], "one width and dtype on every rank"),
+        ((torch.zeros(2, 4).half(), torch.zeros(2, 4).half()), None, "one width and dtype on every rank"),
+        ((torch.zeros(2, 4).half(), torch.zeros(2, 4).half()), [2, 2, 2], "one width and dtype on every rank"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, 2], r"counts must be \[2, 2, 2\]"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4)), [2, -2, 2], r"counts must be \[2, 2, 2\]"),
     ],
 )
-def test_one_bad_rank_is_an_error_on_all_and_nobody_waits(pool, second, counts):
-    bad_alone(pool, (*second, counts), (GOOD, GOOD, counts))
+def test_one_bad_rank_is_an_error_on_all_and_nobody_waits(pool, second, counts, message):
+    bad_alone(pool, (*second, counts), (GOOD, GOOD, counts), message)
 
 
 @pytest.mark.parametrize(
-    "second",
+    ("second", "message"),
     [
-        (GOOD, GOOD, [2, None, 2]),
-        (GOOD, GOOD, [2, 2.0, 2]),
-        (GOOD, GOOD, 6),
-        (GOOD, GOOD, None, torch.zeros(2)),
-        (GOOD, GOOD, None, torch.tensor(1)),
-        (
-            GOOD.to("meta"),
-            GOOD.to("meta"),
-            None,
-            torch.zeros(1, device="meta"),
-        ),  # a device the group does not send from
+        ((GOOD, GOOD, [2, None, 2]), "counts must be integers"),
+        ((GOOD, GOOD, [2, 2.0, 2]), "counts must be integers"),
+        ((GOOD, GOOD, 6), "counts must be integers"),
+        ((GOOD, GOOD, None, torch.zeros(2)), r"log_scale must be one .* of shape \[2\]"),
+        ((GOOD, GOOD, None, torch.tensor(1)), "log_scale must be one floating-point number, not torch.int64"),
+        ((GOOD.to("meta"), GOOD, None), "must be on one device, not meta, cpu and cpu"),
+        ((GOOD.to("meta"), GOOD.to("meta"), None, torch.zeros(1, device="meta")), "on meta, but the process group"),
     ],
 )
-def test_one_bad_count_or_scale_or_device_is_an_error_on_all(pool, second):
-    bad_alone(pool, second, (GOOD, GOOD, None))
+def test_one_bad_count_or_scale_or_device_is_an_error_on_all(pool, second, message):
+    bad_alone(pool, second, (GOOD, GOOD, None), message)
 
 
-def bad_alone(pool, second, others):
-    errors = pool.run(attempt, [others, second, others])
-    assert "no error" not in errors, errors
+def bad_alone(pool, second, others, message):
+    assert_told(pool.run(attempt, [others, second, others]), message)
     # and the group is still in step
     assert pool.run(attempt, [(GOOD, GOOD, [2, 2, 2])] * 3) == ["no error"] * 3
 

@@ -15,11 +15,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def run_kernels(**environment: str) -> None:
+def run_kernels(*words: str, **environment: str) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "kernels.py")]
+    flags = ["-q", "-p", "no:cacheprovider", "-m", "gpu or not gpu"]  # all, and conftest.py hides no GPU
+    command = [sys.executable, "-m", "pytest", *flags, str(HERE / "kernels.py"), *words]
     result = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout[-5000:]
+
+
+def test_the_kernels_process_keeps_its_devices():
+    run_kernels("-k", "devices", CUDA_VISIBLE_DEVICES="0")
 
 
 def test_interpreted_kernels_give_the_same():

@@ -191,7 +191,12 @@ def test_resuming_is_bitwise_and_rejects_damage(finished: Path, config_file: Pat
     assert "model.safetensors" in said
     assert "going on from" in said
     assert losses(run) == before
-    assert checkpoint.verify(run / "checkpoints" / "step-00000004") == []
+    ours, theirs = (r / "checkpoints" / "step-00000004" for r in (run, finished))
+    assert checkpoint.verify(ours) == []
+    before, after = read_manifest(theirs), read_manifest(ours)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"config.yaml"}, (
+        "its train.output"
+    )
 
 
 @pytest.mark.slow

@@ -158,6 +158,8 @@ class PackedLoader(Iterable[PackedBatch]):
             pin_memory=self._pin,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork",
+            # else each start draws the workers' seed from torch's own generator, and a resumed run is ahead
+            generator=torch.Generator(),
         )
         main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if main else None

@@ -327,12 +327,12 @@ def test_the_launcher_says_who_was_killed_and_ends_the_rest(
     if watched:
         launch.say_watched(3.0)
         launch.say_watched(3.0)
-    commands = ("sleep 60", "kill -9 $$", "trap '' TERM; sleep 60", "sleep 1.5; exit 71")
+    last, code = ("sleep 1.5; exit 71", LOST) if watched else ("sleep 60", -signal.SIGKILL)
+    commands = ("sleep 60", "kill -9 $$", "trap '' TERM; sleep 60", last)
     children = [subprocess.Popen(["bash", "-c", command]) for command in commands]
     started = time.monotonic()
     assert launch._wait(children, launch._Heard(reader)) == 128 + signal.SIGKILL
-    last = LOST if watched else -signal.SIGKILL
-    assert [child.returncode for child in children] == [-signal.SIGKILL] * 3 + [last]
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 3 + [code]
     assert time.monotonic() - started > (3.5 if watched else 0.5)
     assert "process 1 was killed by SIGKILL" in capfd.readouterr().err
     os.close(reader)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,7 @@ from megatron_lcl.train.parts import PARTS, frozen_parameters
 from megatron_lcl.train.result import Measured
 from megatron_lcl.train.run import Training
 from megatron_lcl.train.telemetry import Telemetry, read_metrics
+from megatron_lcl.train.telemetry import clock as clocks
 from megatron_lcl.train.telemetry.clock import PHASES, Clock
 from megatron_lcl.train.telemetry.meter import StepMeter
 from megatron_lcl.train.telemetry.stragglers import Place
@@ -146,21 +149,36 @@ def test_the_wait_for_data_is_that_of_all_that_read(tmp_path: Path) -> None:
     assert 0 < max(line["rank_step_seconds"]) < 10, "seconds alone"
 
 
-def test_a_clock_gives_each_phase_its_time_and_costs_nothing_before_it_is_started() -> None:
+@pytest.fixture
+def sleep(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets time pass by the clock of the phases, which else stands still."""
+    now = [100.0]
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return sleep
+
+
+def test_a_clock_gives_each_phase_its_time_and_costs_nothing_before_it_is_started(
+    sleep: Callable[[float], None],
+) -> None:
     clock = Clock(CPU)
     clock.enter("forward")
+    sleep(1.0)
+    clock.enter("loss")
     assert not any(clock.take().values())
     clock.start()
     clock.enter("forward")
-    time.sleep(0.03)
+    sleep(0.03)
     clock.enter_backward(torch.ones(1, requires_grad=True).sum() * 2)
     clock.enter("other")
-    taken = clock.take()
-    assert 0.03 <= taken["forward"] < 1
+    assert clock.take() == pytest.approx({**dict.fromkeys(PHASES, 0.0), "forward": 0.03})
     assert not any(clock.take().values())
 
 
-def test_the_sums_over_replicas_begin_where_autograd_has_ended() -> None:
+def test_the_sums_over_replicas_begin_where_autograd_has_ended(sleep: Callable[[float], None]) -> None:
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +186,7 @@ def test_the_sums_over_replicas_begin_where_autograd_has_ended() -> None:
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.03)
+            sleep(0.03)
             return grad
 
     clock = Clock(CPU)
@@ -176,7 +194,6 @@ def test_the_sums_over_replicas_begin_where_autograd_has_ended() -> None:
     loss = Slow.apply(torch.ones(2, requires_grad=True)).sum()
     clock.enter_backward(loss)
     loss.backward()
-    time.sleep(0.06)  # as the engine would add up
+    sleep(0.06)  # as the engine would add up
     clock.enter("optimizer")
-    taken = clock.take()
-    assert 0.03 <= taken["backward"] < 0.06 <= taken["reduce"]
+    assert clock.take() == pytest.approx({**dict.fromkeys(PHASES, 0.0), "backward": 0.03, "reduce": 0.06})
