@@ -82,9 +82,9 @@ def parse(annotation: Any, text: str) -> Any:
     if is_part and any(map(_is_plain_list, _alternatives(annotation))):
         return convert(annotation, [text])  # the only part, which if it is text may have any character
     holders = [part for part in _alternatives(annotation) if _holds_others(part)]
-    is_text = is_part and not text.lstrip().startswith("{") and all(map(_is_list, holders))  # a path, as a rule
-    if holders and not is_text:
-        return convert(annotation, yaml.load(text, _TextLoader))  # every scalar as it is written
+    is_name = is_part and text.strip()[:1] not in ("", "{") and all(map(_is_list, holders))  # a corpus's path
+    if holders:
+        return convert(annotation, text.strip() if is_name else yaml.load(text, _TextLoader))  # scalars as written
     return convert(annotation, text)
 
 

@@ -37,8 +37,9 @@ def test_another_objective_in_a_whole_config_has_its_own_start(tmp_path: Path) -
 
 def test_one_path_is_a_corpus() -> None:
     assert configs.load(None, {"data.corpora": "some/dir"}).data.corpora == (configs.Corpus("some/dir"),)
-    for name in ("a #b", "a: b", "no", "*a"):
-        assert configs.load(None, {"data.corpora": name}).data.corpora == (configs.Corpus(name),)
+    for name in ("a #b", "a: b", "no", "*a", " b"):
+        assert configs.load(None, {"data.corpora": name}).data.corpora == (configs.Corpus(name.strip()),)
+    assert configs.load(None, {"data.corpora": ""}).data.corpora == (), "and not the current folder"
 
 
 @pytest.mark.parametrize(

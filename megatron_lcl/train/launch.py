@@ -8,6 +8,7 @@ them. Without a launcher `start_local` starts the processes itself and gives the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -228,6 +229,11 @@ def free_port() -> int:
         first, last = 32_768, 65_535
     ports = [port for port in range(10_000, 65_536) if not first <= port <= last] or [0]  # 0: any
     while True:
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", random.SystemRandom().choice(ports)))
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", random.SystemRandom().choice(ports)))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:  # no port of this address can be had
+                    raise
+                continue
             return int(s.getsockname()[1])

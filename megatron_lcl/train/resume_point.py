@@ -116,7 +116,7 @@ def _from(
         finished = has_all_steps(folder, config, is_own)
         previous = Ledger.from_json(saved.ledger)
         check_corpora(previous, config)
-    ledger = open_run_ledger(config, objectives.create(config).sequences, previous, saved.step, saved.packs)
+    ledger = ledger_from(config, saved, previous)
     slots = slots_of(ledger, config)
     check_memory(config, processes, has, slots)
     choice = choose_strategy(config, processes, has, slots, saved if folder else None)
@@ -141,3 +141,9 @@ def _from(
         measure_kernels=config.train.measure_kernels and kept is None and not finished,
         is_evaluated=finished and has_last_evaluation(config),
     )
+
+
+def ledger_from(config: Config, saved: Progress, previous: Ledger | None) -> Ledger:
+    """The ledger of a run that goes on from where `saved` is, with the steps to come as the config says. previous: with
+    what is known of the packs by now. UserError as `open_run_ledger`."""
+    return open_run_ledger(config, objectives.create(config).sequences, previous, saved.step, saved.packs)

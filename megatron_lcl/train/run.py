@@ -51,7 +51,7 @@ from megatron_lcl.train.resilience.replicas import find_difference
 from megatron_lcl.train.resilience.signals import Signals, Stopped
 from megatron_lcl.train.resilience.watchdog import Watchdog, timeout_of
 from megatron_lcl.train.result import PendingResult, StepResult, read_results
-from megatron_lcl.train.resume_point import ResumePoint, resolve_resume_point
+from megatron_lcl.train.resume_point import ResumePoint, ledger_from, resolve_resume_point
 from megatron_lcl.train.telemetry import Telemetry
 from megatron_lcl.train.telemetry.meter import StepMeter
 from megatron_lcl.train.telemetry.profile import Profile
@@ -420,6 +420,10 @@ class Training:
             ledger = self.ledger.skip(packs, self.progress.packs - packs)
             self.bad.rewind(before.guard, at)
             skipped = list(ledger.entries[len(self.ledger.entries) :])
+            # steps that were made with other settings are made with the config's now
+            ledger = self.mesh.world.broadcast_object(
+                ledger_from(self.config, before, ledger) if self.mesh.is_first else None
+            )
             self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=skipped)
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)

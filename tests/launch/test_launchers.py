@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,6 +194,15 @@ def test_where_processes_meet_no_connection_comes_before_them(
         file.write_text(of_connections)
     monkeypatch.setattr(launch, "OF_CONNECTIONS", file)
     assert all(launch.free_port() in allowed for _ in range(20))
+
+
+def test_where_there_is_no_port_the_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(_self: socket.socket, _address: tuple[str, int]) -> None:
+        raise OSError(errno.EADDRNOTAVAIL, "no such address")
+
+    monkeypatch.setattr(socket.socket, "bind", bind)  # as where the loopback interface is down
+    with pytest.raises(OSError, match="no such address"):
+        launch.free_port()
 
 
 def test_processes_and_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_on_a_cpu_nothing_is_read_ahead(batches: list[list[PackedBatch]]) -> Non
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_run_reads_ahead_before_it_waits_for_what_a_step_gave(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("num_micro_batches", "learning_rate", "resolve_dtype", "broadcast_batches", "Unread"):
+    for name in ("num_micro_batches", "learning_rate", "lowerable_scale", "broadcast_batches", "Unread"):
         monkeypatch.setattr(run, name, mock.Mock())
     monkeypatch.setattr(run, "replace", mock.Mock())
     training, calls = mock.MagicMock(), mock.Mock()

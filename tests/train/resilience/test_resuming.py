@@ -12,8 +12,10 @@ from bad_packs import poison
 from fleet import lines, losses, train
 from small_corpus import make_corpus
 
+from megatron_lcl import config as configs
 from megatron_lcl.cli import main
 from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest
+from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.objectives.base import StepInputs, Term
 from megatron_lcl.objectives.built_in import Clip
 from megatron_lcl.objectives.contrast import Contrast
@@ -150,6 +152,22 @@ def test_losses_that_count_otherwise_are_no_spikes(config_file: str, tmp_path: P
     losses_since = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1]).guard["losses"]
     assert len(losses_since) == 4
     assert min(losses_since) > 5 * max(kept["losses"])
+
+
+@pytest.mark.slow
+def test_a_rewind_to_before_the_batch_was_changed(config_file: str, tmp_path: Path) -> None:
+    """Step 7 is bad, and so is step 8, the first of the larger batch: back to step 4, and on with that batch."""
+    run, words = tmp_path / "run", ["--config", config_file, "--guard.max_bad_steps", "2"]
+    train(run, *words, "--train.steps", "7", plant=poison, planted=([26], "nan"))
+    train(run, *words, "--train.global_batch", "8", plant=poison, planted=([26, 31], "nan"))
+    events = [(line["event"], line["step"]) for line in read_audit(run)]
+    assert events == [("step skipped", 7), ("changed", 7), ("step skipped", 8), ("rewind", 8)]
+    assert len(losses(run)) == 12
+    progress = checkpoint.read_progress(checkpoint.list_checkpoints(run)[-1])
+    assert (progress.step, progress.packs) == (12, 16 + 8 * 8)
+    config, ledger = configs.load(run / "config.yaml"), Ledger.from_json(progress.ledger)
+    read = [ledger.reading_at(step, config) for step in (3, 4, 11)]
+    assert [(reading.global_batch, packs) for reading, packs in read] == [(4, 12), (8, 16), (8, 72)]
 
 
 @pytest.mark.slow

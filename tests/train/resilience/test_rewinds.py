@@ -121,6 +121,7 @@ def test_what_a_rewind_skips_and_saves(saved: int, tmp_path: Path, monkeypatch: 
 
     changes = Changes(new_loss=True)
     monkeypatch.setattr("megatron_lcl.train.run.changes_since", lambda *_: changes)
+    monkeypatch.setattr("megatron_lcl.train.run.ledger_from", lambda _config, _before, ledger: ledger)
 
     def go_to(folder: Path, progress: Progress, since: Changes) -> None:
         assert (folder, since) == (checkpoint.step_folder(tmp_path, saved), changes)
