@@ -5,8 +5,9 @@
                                      `data.storage.blocks` keeps them
     <cache>/corpora-<HASH>.lock      held by the process that copies small files
 
-A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest, as far
-as there are locks; folders that nobody has read from for a day go, longest unused first, where a new corpus needs room.
+A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest. Folders
+that nobody has read from for a day go, longest unused first, where a new corpus needs room; none goes where there are
+no locks.
 """
 
 from __future__ import annotations
@@ -168,10 +169,12 @@ def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
 
 
 def _in_use(folder: Path) -> bool:
+    """Whether a process has the folder open, or that cannot be known: it would lose what it reads from."""
     for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        try:
+            with open(path, "r+b") as file:  # NFS gives an exclusive lock only to who may write
+                if not lock_descriptor(file.fileno(), blocking=False):
+                    return True
+        except OSError:
+            return True
     return False

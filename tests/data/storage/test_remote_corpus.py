@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -22,7 +24,7 @@ from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
 
 from megatron_lcl.config import Corpus, Data
-from megatron_lcl.data.corpus.remote import open_remote
+from megatron_lcl.data.corpus.remote import make_room, open_remote
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
@@ -183,6 +185,36 @@ def test_documents_and_statistics(place: str, s3: Proxy, local: Path) -> None:
     assert numbers.pop("path") == place
     expected.pop("path")
     assert numbers == expected
+
+
+def as_on_nfs(descriptor: Any, operation: int, flock: Callable[..., None] = fcntl.flock) -> None:
+    """Exclusive locks are for those who may write."""
+    mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    flock(descriptor, operation)
+
+
+def without_locks(*_: Any) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("flock", [as_on_nfs, without_locks])
+def test_what_is_read_from_is_not_deleted_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: Callable[..., None]
+) -> None:
+    for name in ("used", "unused"):
+        (tmp_path / f"corpora-{name}").mkdir()
+        (tmp_path / f"corpora-{name}" / "corpus.json").write_bytes(bytes(10_000))
+        os.utime(tmp_path / f"corpora-{name}", times=(time.time() - 2e5,) * 2)
+    with open(tmp_path / "corpora-used" / "corpus.json", "rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        monkeypatch.setattr(fcntl, "flock", flock)
+        make_room(tmp_path / "corpora-new", -1)
+        assert (tmp_path / "corpora-used" / "corpus.json").exists()
+        assert (tmp_path / "corpora-unused").exists() == (flock is without_locks), "which cannot be known"
+    make_room(tmp_path / "corpora-new", -1)
+    assert (tmp_path / "corpora-used").exists() == (flock is without_locks)
 
 
 def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:
