@@ -226,7 +226,7 @@ def _profile() -> dict[str, str]:
 
 
 def main(address: str) -> None:
-    """Answer until standard input ends."""
+    """Say "ready" and answer until standard input ends; where that cannot be, say why and end."""
     remotes: dict[str, Remote] = {}
     lock = threading.Lock()
 
@@ -254,9 +254,15 @@ def main(address: str) -> None:
                     )
                 connection.send(reply)
 
+    try:
+        listener = Listener(address, "AF_UNIX", backlog=128)
+    except OSError as error:  # such a path is too long, or the disk full
+        print(error.strerror or error, flush=True)
+        return
+    print("ready", flush=True)
+
     def listen() -> None:
-        with Listener(address, "AF_UNIX", backlog=128) as listener:
-            print("ready", flush=True)
+        with listener:
             while True:
                 threading.Thread(target=answer, args=(listener.accept(),), daemon=True).start()
 
