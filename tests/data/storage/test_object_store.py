@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -63,6 +64,35 @@ def test_503s_and_cut_bodies_are_asked_for_again(s3: Proxy, place: str, tmp_path
     assert {request.status for request in s3.requests} >= {206, 503}
     s3.reset()
     assert store.get("again") == LARGE
+
+
+SCALED = """
+import sys
+from megatron_lcl.data.storage import server
+server.SILENT_SECONDS, server.PUT_SECONDS, server.PATIENCE_SECONDS = 0.5, 30.0, 2.0
+remote = server.Remote(sys.argv[1])
+remote.put("object", sys.argv[2])
+server.CHUNK = 1 << 20
+remote.fetch(["object"], sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_link_is_no_failure_and_silence_is(s3: Proxy, place: str, tmp_path: Path) -> None:
+    """Eight requests share a link that takes much longer for each than may pass without a byte."""
+    content = LARGE[: 8 << 20]
+    (tmp_path / "file").write_bytes(content)
+    command = [sys.executable, "-c", SCALED, place, str(tmp_path / "file"), str(tmp_path)]
+    s3.speed = 8 << 20
+    subprocess.run(command, timeout=60, check=True)
+    assert (tmp_path / "object").read_bytes() == content
+    assert [request.status for request in s3.requests if request.range] == [206] * 8, "each once"
+    s3.speed = 1
+    ended = subprocess.run(
+        [*command[:2], SCALED.replace("remote.put", "#"), *command[3:]], timeout=60, capture_output=True, text=True
+    )
+    assert "StorageError" in ended.stderr.splitlines()[-1]
+    assert "no whole answer from" in ended.stderr.splitlines()[-1]
 
 
 def test_an_object_that_is_replaced_is_not_mixed(place: str) -> None:
