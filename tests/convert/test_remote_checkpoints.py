@@ -197,6 +197,23 @@ def test_old_copies_make_room(run: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not first.exists()
 
 
+def test_an_old_copy_goes_whole(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LIMIT", 1)
+    first = remote.local_copy(f"{run}/step-00000001")
+    os.utime(first.parent, times=(time.time() - 2e5,) * 2)
+
+    def killed(folder: Path, **_: object) -> None:
+        for weights in Path(folder).rglob("model.safetensors"):
+            weights.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remote.local_copy(f"{run}/step-00000002")
+    assert same(load_model(f"{run}/step-00000001"), random_model(seed=1))
+
+
 @pytest.mark.parametrize(
     "command",
     [

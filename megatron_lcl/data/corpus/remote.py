@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -164,8 +165,11 @@ def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
     total = sum(size for *_, size in others)
     for used, folder, size in sorted(others):
         if total > left and time.time() - used > UNUSED_SECONDS and not _in_use(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= size
+            gone = keep.with_name(prefix + uuid.uuid4().hex)  # so that what is left of one is not taken for whole
+            with contextlib.suppress(OSError):
+                folder.rename(gone)
+                total -= size
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def _in_use(folder: Path) -> bool:
