@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ SERVE = (
     "sys.stdin.read()\n"  # until the parent closes it, or dies
     "server.stop()\n"
 )
+
+PIECE = 1 << 16
+"""bytes that the link of a slow proxy passes on at once"""
 
 
 @contextlib.contextmanager
@@ -67,10 +71,14 @@ class Proxy:
     """each n-th: the connection ends in the middle of the body"""
     answer: bytes = b""
     """what every request is answered with: a whole HTTP answer; empty: the server's"""
+    speed: float = 0.0
+    """bytes a second of all bodies that are received and sent, together; 0: as fast as they are"""
     keeps: bool = False
     """whole objects are kept here after they were first asked for, so that the server's speed is not measured"""
     requests: list[Request] = field(default_factory=list)
     _count: int = 0
+    _free: float = 0.0
+    """when the link has sent what it was given"""
     _kept: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
 
     @property
@@ -80,6 +88,7 @@ class Proxy:
     def reset(self) -> None:
         """No faults, and nothing seen."""
         self.latency, self.unavailable, self.cut, self.answer, self._count = 0.0, 0, 0, b"", 0
+        self.speed, self._free = 0.0, 0.0
         self.requests.clear()
 
     def keep(self, path: str, content: bytes, etag: str) -> None:
@@ -95,6 +104,7 @@ class Proxy:
                 method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
                 seen = Request(method, path, _header(head, b"range"), 0)
                 self.requests.append(seen)
+                await self._link(len(body))
                 if self.latency:
                     await asyncio.sleep(self.latency)
                 counted = method in ("GET", "PUT") and path.count("/") > 1
@@ -124,7 +134,11 @@ class Proxy:
                     return
                 seen.sent = len(content)
                 writer.write(reply)
-                writer.write(content)
+                piece = PIECE if self.speed else max(len(content), 1)
+                for at in range(0, len(content), piece):
+                    await self._link(len(part := content[at : at + piece]))
+                    writer.write(part)
+                    await writer.drain()
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
@@ -132,6 +146,13 @@ class Proxy:
             writer.close()
             if upstream is not None:
                 upstream[1].close()
+
+    async def _link(self, size: int) -> None:
+        """Wait until the link has passed on so many bytes more."""
+        if self.speed:
+            now = time.monotonic()
+            self._free = max(self._free, now) + size / self.speed
+            await asyncio.sleep(self._free - now)
 
     def _from_kept(self, path: str, wanted: str) -> tuple[bytes, bytes]:
         etag, content = self._kept[path]

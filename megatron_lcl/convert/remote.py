@@ -14,7 +14,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path, PurePosixPath
 
 import xxhash
@@ -22,7 +21,8 @@ import xxhash
 from megatron_lcl.convert.folder import CERTIFICATE, EXPORTS, IMPORT, read_record
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
-from megatron_lcl.data.corpus.remote import locked, make_room, user_cache
+from megatron_lcl.data.corpus.remote import UNUSED_SECONDS, locked, make_room, user_cache
+from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError, free_space, in_bytes
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
@@ -77,10 +77,9 @@ def local_copy(url: str, average: str | None = None) -> Path:
 
 def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: str, average: str | None) -> None:
     """What is needed of what the record names into a folder of that name, all or nothing."""
-    for left in holder.iterdir():  # by one that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=holder, prefix=".copy-") as temporary:
-        folder = Path(temporary) / name
+    clear_dead(holder, UNUSED_SECONDS)
+    with scratch_folder(holder) as temporary:
+        folder = temporary / name
         folder.mkdir()
         (folder / record_name).write_bytes(record)
         hashes = _needed(folder, store.url, average)
@@ -100,7 +99,7 @@ def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: st
             raise UserError(f"{store.url}/{changed[0]} is not the file that {record_name} names; copy it there again")
         for path in (*folder.rglob("*"), folder):
             sync(path)
-        folder.rename(holder / name)
+        put_in_place(folder, holder / name)
 
 
 def _needed(folder: Path, url: str, average: str | None) -> dict[str, str]:

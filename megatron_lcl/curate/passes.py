@@ -31,10 +31,10 @@ from megatron_lcl.curate.settings import Rule, Settings, rules_of
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import FORMATS, Corpus, ShardWriter
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess_task import RECORD, Part, parts_of
-from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder, waiting_for_others
 
 WHOLE = -1
 """in place of an item: the whole document"""

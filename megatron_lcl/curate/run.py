@@ -43,12 +43,12 @@ from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, read_manife
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.indexed import FileInfo, write_file
+from megatron_lcl.data.corpus.scratch import clear_dead, is_used, put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.prepare.finish import assemble
 from megatron_lcl.data.prepare.preprocess import TASK_BYTES
 from megatron_lcl.data.prepare.preprocess_task import Part
-from megatron_lcl.data.prepare.scratch import clear_dead, is_used, put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.prepare.unfinished import (
     WORK,
     claim,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ from megatron_lcl.convert import remote
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.convert.find import find_average
 from megatron_lcl.convert.folder import write_record
+from megatron_lcl.data.corpus import remote as corpora
+from megatron_lcl.data.corpus import scratch
 from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
@@ -165,6 +167,24 @@ def test_all_or_nothing(run: str, cache: Path, spoil: Callable[[str], None], sai
     assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
+def test_machines_that_no_lock_keeps_apart_copy_at_once(run: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, others = Store.fetch, []
+
+    def fetched(store: Store, names: Sequence[str], folder: Path) -> None:
+        fetch(store, names, folder)
+        if not others:
+            others.append(folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(scratch, "_machine", lambda: "another")
+                others[0] = remote.local_copy(run)
+
+    monkeypatch.setattr(Store, "fetch", fetched)
+    monkeypatch.setattr(corpora, "lock_descriptor", lambda *_, **__: True)
+    assert remote.local_copy(run) == others[0]
+    assert same(load_model(others[0]), random_model(seed=2))
+    assert not list(cache.rglob("scratch-*"))
+
+
 def test_old_copies_make_room(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "LIMIT", 1)
     first = remote.local_copy(f"{run}/step-00000001")
@@ -175,6 +195,23 @@ def test_old_copies_make_room(run: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert remote.local_copy(f"{run}/step-00000002") == second
     assert second.exists()
     assert not first.exists()
+
+
+def test_an_old_copy_goes_whole(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LIMIT", 1)
+    first = remote.local_copy(f"{run}/step-00000001")
+    os.utime(first.parent, times=(time.time() - 2e5,) * 2)
+
+    def killed(folder: Path, **_: object) -> None:
+        for weights in Path(folder).rglob("model.safetensors"):
+            weights.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remote.local_copy(f"{run}/step-00000002")
+    assert same(load_model(f"{run}/step-00000001"), random_model(seed=1))
 
 
 @pytest.mark.parametrize(

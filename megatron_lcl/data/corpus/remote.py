@@ -3,10 +3,12 @@
     <cache>/corpora-<HASH>/          the manifest, whose bytes' hash it is, the tokenizer, `.idx`, `.arrow` and names,
                                      each as its hash in the manifest says; `.bin` and `.bin.have` as
                                      `data.storage.blocks` keeps them
-    <cache>/corpora-<HASH>.lock      held by the process that copies small files
+    <cache>/corpora-<HASH>/scratch-… small files that a process copies, until they are whole
+    <cache>/corpora-<HASH>.lock      held by that process, as far as there are locks
 
-A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest, as far
-as there are locks; folders that nobody has read from for a day go, longest unused first, where a new corpus needs room.
+A file stands under its name once it is whole. Whoever reads from a folder holds a shared lock on its manifest. Folders
+that nobody has read from for a day go, longest unused first, where a new corpus needs room; none goes where there are
+no locks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +29,7 @@ import xxhash
 from filelock import lock_descriptor
 
 from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
 from megatron_lcl.data.storage.faults import StorageError
 from megatron_lcl.data.storage.store import Store
@@ -35,7 +39,8 @@ LIMIT = 100e9
 """bytes that the blocks of all corpora take, where no config says it"""
 BATCH = 16
 """files that are copied at once"""
-_UNUSED_SECONDS = 86400.0
+UNUSED_SECONDS = 86400.0
+"""after which what nobody has used or written is deleted, to make room or as left over"""
 _PREFIX = "corpora-"
 
 
@@ -111,16 +116,15 @@ class Remote:
         missing = [name for name in names if not (self.folder / name).exists()]
         if not missing:
             return
-        with locked(self.folder.with_name(self.folder.name + ".lock")) as alone:
-            for left in self.folder.glob(".copy-*") if alone else ():  # by one that was killed
-                shutil.rmtree(left, ignore_errors=True)
+        with locked(self.folder.with_name(self.folder.name + ".lock")):
+            clear_dead(self.folder, UNUSED_SECONDS)
             missing = [name for name in missing if not (self.folder / name).exists()]
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".copy-") as scratch:
+            with scratch_folder(self.folder) as scratch:
                 for first in range(0, len(missing), BATCH):
                     some = missing[first : first + BATCH]
-                    self._fetch(some, Path(scratch))
+                    self._fetch(some, scratch)
                     for name in some:
-                        (Path(scratch) / name).replace(self.folder / name)
+                        (scratch / name).replace(self.folder / name)
 
     def download(self, name: str, target: Path) -> None:
         """A whole file to a place outside the cache, as the manifest says it. UserError where it is another."""
@@ -142,14 +146,12 @@ class Remote:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Whether there are locks, which only save work, and this process has the one."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file, once no other process does; there may be none, or one on each machine: it saves work."""
     with open(path, "w") as file:
-        try:
-            alone = lock_descriptor(file.fileno(), blocking=True)
-        except OSError:
-            alone = False
-        yield alone
+        with contextlib.suppress(OSError):  # no locks here
+            lock_descriptor(file.fileno(), blocking=True)
+        yield
 
 
 def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
@@ -162,16 +164,21 @@ def make_room(keep: Path, left: float, prefix: str = _PREFIX) -> None:
                 others.append((folder.stat().st_mtime, folder, disk_use(folder)))
     total = sum(size for *_, size in others)
     for used, folder, size in sorted(others):
-        if total > left and time.time() - used > _UNUSED_SECONDS and not _in_use(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= size
+        if total > left and time.time() - used > UNUSED_SECONDS and not _in_use(folder):
+            gone = keep.with_name(prefix + uuid.uuid4().hex)  # so that what is left of one is not taken for whole
+            with contextlib.suppress(OSError):
+                folder.rename(gone)
+                total -= size
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def _in_use(folder: Path) -> bool:
+    """Whether a process has the folder open, or that cannot be known: it would lose what it reads from."""
     for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        try:
+            with open(path, "r+b") as file:  # NFS gives an exclusive lock only to who may write
+                if not lock_descriptor(file.fileno(), blocking=False):
+                    return True
+        except OSError:
+            return True
     return False

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.fetch.settings import Settings
-from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 from megatron_lcl.errors import UserError
 
 FOLDER = "plan"

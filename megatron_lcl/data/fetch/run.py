@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.drops import Drops
+from megatron_lcl.data.corpus.scratch import clear_dead, is_scratch, waiting_for_others
 from megatron_lcl.data.engines import Engine, run_jobs
 from megatron_lcl.data.fetch.plan import Plan, host_of, make_plan, open_plan
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS
@@ -26,7 +27,6 @@ from megatron_lcl.data.fetch.settings import PROXY_LOGIN, STORES, Settings, prox
 from megatron_lcl.data.fetch.store import num_done, tables
 from megatron_lcl.data.fetch.urls import read_urls, url_files
 from megatron_lcl.data.prepare.importers import files_signature
-from megatron_lcl.data.prepare.scratch import clear_dead, is_scratch, waiting_for_others
 from megatron_lcl.data.storage.paths import path_of, reading
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError, describe_os_error

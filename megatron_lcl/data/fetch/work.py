@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import Callable, MutableSequence
 from pathlib import Path
 
+from megatron_lcl.data.corpus.scratch import waiting_for_others
 from megatron_lcl.data.fetch.client import Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
 from megatron_lcl.data.fetch.store import PartStore, Row, kept_urls
 from megatron_lcl.data.prepare.importers.urls import url_key
-from megatron_lcl.data.prepare.scratch import waiting_for_others
 from megatron_lcl.errors import UserError
 
 COUNTED = ("kept", "dead", "refused", "bytes", "before")

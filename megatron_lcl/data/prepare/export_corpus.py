@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from megatron_lcl.data.corpus.document import Document, Image, Text
 from megatron_lcl.data.corpus.files import sync
+from megatron_lcl.data.corpus.scratch import whole_folder
 from megatron_lcl.data.corpus.store import FORMATS, Corpus, Shard, open_corpus
-from megatron_lcl.data.prepare.scratch import whole_folder
 from megatron_lcl.errors import UserError
 
 EXPORTS = ("jsonl", "webdataset")

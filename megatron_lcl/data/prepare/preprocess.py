@@ -27,6 +27,7 @@ from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, has_names, read_m
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.drops import LOG, Drops
 from megatron_lcl.data.corpus.files import replace_bytes
+from megatron_lcl.data.corpus.scratch import clear_dead, is_used, waiting_for_others
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare import importers
 from megatron_lcl.data.prepare.budget import Budget, Unusable, nothing_left
@@ -36,7 +37,6 @@ from megatron_lcl.data.prepare.importers import Each, Importer, Unit
 from megatron_lcl.data.prepare.importers.first import FirstDocuments
 from megatron_lcl.data.prepare.importers.sources import images_signature
 from megatron_lcl.data.prepare.preprocess_task import TaskSettings, is_finished, parts_of, run_task
-from megatron_lcl.data.prepare.scratch import clear_dead, is_used, waiting_for_others
 from megatron_lcl.data.prepare.unfinished import (
     WORK,
     claim,

@@ -27,11 +27,11 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.probe import BadImage, Probe, downscale, probe
+from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
 from megatron_lcl.data.corpus.store import ShardWriter
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.holdout import group_name
 from megatron_lcl.data.prepare.importers import Importer, Unit
-from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder, waiting_for_others
 
 BATCH = 384
 """texts and images of one kind of documents tokenized together, each document counted as one more; parts end between

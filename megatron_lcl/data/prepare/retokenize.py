@@ -17,10 +17,10 @@ from megatron_lcl.data.corpus import tokenizer as tokenizers
 from megatron_lcl.data.corpus.corpus_manifest import FORMAT_VERSION, has_names, shard_files, total, write_manifest
 from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.indexed import FileInfo, IndexedWriter, write_file
+from megatron_lcl.data.corpus.scratch import whole_folder
 from megatron_lcl.data.corpus.store import IMAGE, TEXT, Corpus, Shard, open_corpus
 from megatron_lcl.data.corpus.tokenizer import JoinedEncoder, Tokenizer
 from megatron_lcl.data.prepare.merge import link_file
-from megatron_lcl.data.prepare.scratch import whole_folder
 from megatron_lcl.errors import UserError
 
 _BATCH = 384

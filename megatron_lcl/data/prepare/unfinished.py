@@ -15,7 +15,7 @@ from typing import Any
 from megatron_lcl.data.corpus.corpus_manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.drops import LOG
 from megatron_lcl.data.corpus.indexed import write_file
-from megatron_lcl.data.prepare.scratch import clear_dead, scratch_folder
+from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.errors import UserError, free_space
 
 WORK = "_unfinished"

@@ -5,8 +5,9 @@ enter, each connection in a thread; it ends when the last of them has (its stand
 (operation, url, arguments); an answer ("ok", value) or ("fault", message, missing).
 
 A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to a URL
-was answered yet (a wrong address shows soon), for PATIENCE_SECONDS afterwards. A body with fewer bytes than were asked
-for counts as one that failed.
+was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed. How long an answer
+takes depends on the link, which many share, so only silence is a failure. A body with fewer bytes than were asked for
+counts as one that failed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explaine
 
 FIRST_SECONDS = 6.0
 PATIENCE_SECONDS = 300.0
+SILENT_SECONDS = 60.0
+"""without a byte of an answer, after which a request that reads has failed"""
+PUT_SECONDS = 300.0
+"""until a request that puts is answered, with the time to send its bytes; 12 share the link"""
 IN_FLIGHT = 32
 """requests made at once for one process that reads"""
 CHUNK = 16 << 20
@@ -44,7 +49,7 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._store, self._retrying = _open(url, 0), _open(url, 10)
+        self._store, self._retrying = _open(url, 0, SILENT_SECONDS), _open(url, 10, PUT_SECONDS)
         self._answered = False
         self._pool = ThreadPoolExecutor(IN_FLIGHT)
 
@@ -157,7 +162,7 @@ class Remote:
         return self._again(name, one) if stop > start else b""
 
     def _again(self, name: str, action: Callable[[], T]) -> T:
-        began, pause = time.monotonic(), 0.1
+        began, failed, pause = time.monotonic(), 0.0, 0.1
         while True:
             try:
                 result = action()
@@ -171,8 +176,10 @@ class Remote:
             except Exception as error:  # noqa: BLE001 of whatever kind, it is explained
                 fault = explained(error, self.url, name, os.environ)
             self._answered |= fault.answered
-            waited = time.monotonic() - began + pause
-            if not fault.passing or waited > (PATIENCE_SECONDS if self._answered else FIRST_SECONDS):
+            now = time.monotonic()
+            failed = failed or now
+            end = failed + PATIENCE_SECONDS if self._answered else began + FIRST_SECONDS
+            if not fault.passing or now + pause > end:
                 raise StorageError(fault.message, fault.missing)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, 8.0)
@@ -182,16 +189,17 @@ class _CutShort(Exception):
     """Fewer bytes than were asked for."""
 
 
-def _open(url: str, retries: int) -> Any:
+def _open(url: str, retries: int, silent: float) -> Any:
     from obstore.store import from_url
 
     scheme = urlsplit(url).scheme
     client: Any = {
         "connect_timeout": timedelta(seconds=5),
-        "timeout": timedelta(seconds=60),
+        "read_timeout": timedelta(seconds=silent),
+        "timeout": timedelta(days=1),  # of the whole request; it cannot be left out
         "allow_http": scheme == "http" or _endpoint().startswith("http://"),
     }
-    retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=PATIENCE_SECONDS)}
+    retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=silent + PATIENCE_SECONDS)}
     config: dict[str, Any] = {}
     if scheme == "s3":
         if _endpoint():
@@ -226,7 +234,7 @@ def _profile() -> dict[str, str]:
 
 
 def main(address: str) -> None:
-    """Answer until standard input ends."""
+    """Say "ready" and answer until standard input ends; where that cannot be, say why and end."""
     remotes: dict[str, Remote] = {}
     lock = threading.Lock()
 
@@ -254,9 +262,15 @@ def main(address: str) -> None:
                     )
                 connection.send(reply)
 
+    try:
+        listener = Listener(address, "AF_UNIX", backlog=128)
+    except OSError as error:  # such a path is too long, or the disk full
+        print(error.strerror or error, flush=True)
+        return
+    print("ready", flush=True)
+
     def listen() -> None:
-        with Listener(address, "AF_UNIX", backlog=128) as listener:
-            print("ready", flush=True)
+        with listener:
             while True:
                 threading.Thread(target=answer, args=(listener.accept(),), daemon=True).start()
 

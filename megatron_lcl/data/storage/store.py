@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import StorageError, without_secrets
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, describe_os_error
 
 _URL = re.compile(r"(s3|gs|az|https?):/+(.*)", re.DOTALL)
 _TRIES = 3
+_LONGEST = 71
+"""bytes of the path of a folder in which the path of a socket is not too long (107 bytes; macOS: 103)"""
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HTTP", "http", "NO_PROXY", "no_proxy")
 """how the environment variables begin that a request depends on"""
 
@@ -165,26 +168,47 @@ def _address() -> str:
     settings = {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)}
     with _starting:
         if _server is None or _server[2] != settings:
-            folder = tempfile.mkdtemp(prefix="megatron-lcl-storage-")
-            address = os.path.join(folder, "s")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_lcl.data.storage.server", address],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the processes that it serves
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            )
-            assert process.stdout is not None
-            ready = process.stdout.readline()
-            process.stdout.close()
-            if ready != b"ready\n":
-                process.wait()
-                raise StorageError(
-                    f"the process that makes requests to object storage did not start ({sys.executable})"
-                )
-            _server = process, address, settings
+            _server = *_start(), settings
         return _server[1]
+
+
+def _start() -> tuple[subprocess.Popen[bytes], str]:
+    """A new process and its address, in a folder that only this user may enter. StorageError where it cannot start."""
+    above: str | None = None
+    try:
+        above = tempfile.gettempdir()
+        if len(os.fsencode(above)) > _LONGEST:
+            above = "/tmp"
+        folder = tempfile.mkdtemp(prefix="megatron-lcl-storage-", dir=above)
+    except OSError as error:
+        raise StorageError(
+            f"{describe_os_error(error, above)}; object storage needs a small folder for temporary files: set TMPDIR "
+            f"to one that can be written, with a path of up to {_LONGEST} bytes"
+        ) from None
+    address = os.path.join(folder, "s")
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_lcl.data.storage.server", address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the processes that it serves
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            said = process.stdout.readline().decode(errors="replace").strip()
+        if said == "ready":
+            return process, address
+        process.kill()
+        process.wait()
+    except OSError as error:
+        said = str(error.strerror)
+    shutil.rmtree(folder, ignore_errors=True)
+    raise StorageError(
+        f"the process that makes requests to object storage did not start ({sys.executable}, {address}: "
+        f"{said or 'no answer'})"
+    )
 
 
 def _after_fork() -> None:

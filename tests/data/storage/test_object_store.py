@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -61,6 +66,35 @@ def test_503s_and_cut_bodies_are_asked_for_again(s3: Proxy, place: str, tmp_path
     assert store.get("again") == LARGE
 
 
+SCALED = """
+import sys
+from megatron_lcl.data.storage import server
+server.SILENT_SECONDS, server.PUT_SECONDS, server.PATIENCE_SECONDS = 0.5, 30.0, 2.0
+remote = server.Remote(sys.argv[1])
+remote.put("object", sys.argv[2])
+server.CHUNK = 1 << 20
+remote.fetch(["object"], sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_link_is_no_failure_and_silence_is(s3: Proxy, place: str, tmp_path: Path) -> None:
+    """Eight requests share a link that takes much longer for each than may pass without a byte."""
+    content = LARGE[: 8 << 20]
+    (tmp_path / "file").write_bytes(content)
+    command = [sys.executable, "-c", SCALED, place, str(tmp_path / "file"), str(tmp_path)]
+    s3.speed = 8 << 20
+    subprocess.run(command, timeout=60, check=True)
+    assert (tmp_path / "object").read_bytes() == content
+    assert [request.status for request in s3.requests if request.range] == [206] * 8, "each once"
+    s3.speed = 1
+    ended = subprocess.run(
+        [*command[:2], SCALED.replace("remote.put", "#"), *command[3:]], timeout=60, capture_output=True, text=True
+    )
+    assert "StorageError" in ended.stderr.splitlines()[-1]
+    assert "no whole answer from" in ended.stderr.splitlines()[-1]
+
+
 def test_an_object_that_is_replaced_is_not_mixed(place: str) -> None:
     store = Store(place)
     store.put("object", CONTENT)
@@ -84,6 +118,57 @@ def test_forked_processes_ask_and_a_killed_server_comes_back(place: str) -> None
         assert os.waitpid(child, 0)[1] == 0
         module._server[0].kill()
         assert store.get("object") == CONTENT
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("length", [70, 90])
+def test_the_folder_for_temporary_files_may_have_a_long_path(
+    place: str, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="t") as above:
+        folder = Path(f"{above}/{'n' * (length - len(above) - 1)}")
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        monkeypatch.setattr(module, "_server", None)
+        Store(place).put("object", CONTENT)
+        assert Store(place).get("object") == CONTENT
+        assert Path(module._server[1]).is_relative_to(folder) == (length == 70)
+
+
+def no_folder(*_: Any, **__: Any) -> str:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_process(*_: Any, **__: Any) -> None:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_cannot_be_started_is_one_line(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_server", None)
+    long = tmp_path / ("n" * 100)
+
+    def too_long(**_: Any) -> str:
+        long.mkdir()
+        return str(long)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", too_long)
+        with pytest.raises(StorageError, match=r"did not start .*AF_UNIX path too long"):
+            Store(place).exists("object")
+    assert not long.exists()
+    above = tempfile.gettempdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", no_folder)
+        with pytest.raises(StorageError, match=f"{above}: No space left on device.*TMPDIR"):
+            Store(place).exists("object")
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", no_process)
+        with pytest.raises(StorageError, match=r"did not start .*Resource temporarily"):
+            Store(place).exists("object")
+    assert not Store(place).exists("object")
 
 
 def planted(code: str, status: str = "403 Forbidden") -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import multiprocessing
 import os
 import random
@@ -9,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from s3_fixtures import readable_by_all, upload
 from s3_server import Proxy
 
 from megatron_lcl.config import Corpus, Data
-from megatron_lcl.data.corpus.remote import open_remote
+from megatron_lcl.data.corpus import remote as module
+from megatron_lcl.data.corpus import scratch
+from megatron_lcl.data.corpus.remote import Remote, make_room, open_remote
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
@@ -164,7 +169,7 @@ def test_killed_again_and_again(s3: Proxy, place: str, local: Path, tmp_path: Pa
     assert process.exitcode == 0
     assert contents(loader(place, tmp_path / "cache")) == expected
     (folder,) = (tmp_path / "cache").glob("corpora-*/")
-    assert not list(folder.glob(".copy-*"))
+    assert not list(folder.glob("scratch-*"))
 
 
 def test_http_without_s3(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
@@ -183,6 +188,60 @@ def test_documents_and_statistics(place: str, s3: Proxy, local: Path) -> None:
     assert numbers.pop("path") == place
     expected.pop("path")
     assert numbers == expected
+
+
+def test_machines_that_no_lock_keeps_apart_copy_at_once(
+    place: str, s3: Proxy, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(local, place)
+    manifest, fetch, others = json.loads((local / "corpus.json").read_text()), Store.fetch, []
+
+    def fetched(store: Store, names: Sequence[str], folder: Path) -> None:
+        fetch(store, names, folder)
+        if not others:
+            others.append(Remote(place, tmp_path, "corpus.json"))
+            with monkeypatch.context() as patch:
+                patch.setattr(scratch, "_machine", lambda: "another")
+                others[0].prepare(manifest)
+
+    monkeypatch.setattr(Store, "fetch", fetched)
+    monkeypatch.setattr(module, "lock_descriptor", lambda *_, **__: True)
+    first = Remote(place, tmp_path, "corpus.json")
+    first.prepare(manifest)
+    assert others[0].folder == first.folder
+    for file in local.glob("*.idx"):
+        assert (first.folder / file.name).read_bytes() == file.read_bytes()
+    assert not list(first.folder.glob("scratch-*"))
+
+
+def as_on_nfs(descriptor: Any, operation: int, flock: Callable[..., None] = fcntl.flock) -> None:
+    """Exclusive locks are for those who may write."""
+    mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    flock(descriptor, operation)
+
+
+def without_locks(*_: Any) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("flock", [as_on_nfs, without_locks])
+def test_what_is_read_from_is_not_deleted_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: Callable[..., None]
+) -> None:
+    for name in ("used", "unused"):
+        (tmp_path / f"corpora-{name}").mkdir()
+        (tmp_path / f"corpora-{name}" / "corpus.json").write_bytes(bytes(10_000))
+        os.utime(tmp_path / f"corpora-{name}", times=(time.time() - 2e5,) * 2)
+    with open(tmp_path / "corpora-used" / "corpus.json", "rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        monkeypatch.setattr(fcntl, "flock", flock)
+        make_room(tmp_path / "corpora-new", -1)
+        assert (tmp_path / "corpora-used" / "corpus.json").exists()
+        assert (tmp_path / "corpora-unused").exists() == (flock is without_locks), "which cannot be known"
+    make_room(tmp_path / "corpora-new", -1)
+    assert (tmp_path / "corpora-used").exists() == (flock is without_locks)
 
 
 def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:

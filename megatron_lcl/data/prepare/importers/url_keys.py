@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_lcl.data.corpus.files import save_array
+from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.prepare.importers.row_groups import opened
 from megatron_lcl.data.prepare.importers.urls import EXTENSIONS
-from megatron_lcl.data.prepare.scratch import put_in_place, scratch_folder
 
 _RUN = 1 << 21
 """URLs sorted together: 32 MiB"""

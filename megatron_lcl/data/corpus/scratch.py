@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import lock_descriptor
@@ -66,11 +67,15 @@ def whole_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_dead(work: Path) -> None:
-    """Remove the scratch folders of this machine's processes that have ended."""
+def clear_dead(work: Path, idle: float = float("inf")) -> None:
+    """Remove the scratch folders of this machine's processes that have ended.
+
+    idle: seconds without a write, after which a process of another machine is taken for ended too.
+    """
     for folder in work.glob(_PREFIX + "*"):
         machine, pid, _ = folder.name.removeprefix(_PREFIX).rsplit("-", 2)
-        if machine == _machine() and not _alive(int(pid)):
+        ended = not _alive(int(pid)) if machine == _machine() else time.time() - _written(folder) > idle
+        if ended:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -108,6 +113,16 @@ def _machine() -> str:
         return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return uuid.uuid4().hex  # no process's
+
+
+def _written(folder: Path) -> float:
+    """When something was last written in a folder, as seconds since 1970."""
+    last = 0.0
+    for root, _, files in os.walk(folder):
+        for path in (root, *(os.path.join(root, name) for name in files)):
+            with suppress(OSError):  # renamed or deleted meanwhile
+                last = max(last, os.stat(path).st_mtime)
+    return last
 
 
 def _alive(pid: int) -> bool:
