@@ -421,9 +421,9 @@ class Training:
             self.bad.rewind(before.guard, at)
             skipped = list(ledger.entries[len(self.ledger.entries) :])
             # steps that were made with other settings are made with the config's now
-            ledger = self.mesh.world.broadcast_object(
-                ledger_from(self.config, before, ledger) if self.mesh.is_first else None
-            )
+            if self.mesh.is_first:
+                ledger = ledger_from(self.config, before, ledger)
+            ledger = self.mesh.world.broadcast_object(ledger)
             self.audit.write("rewind", at, to=before.step, folder=str(folder), skip=skipped)
             self.telemetry.say(f"steps {step + 1} to {at} were bad: back to {folder}, without their packs")
             self._go_to(folder, replace(before, ledger=ledger.to_json()), changes)
