@@ -31,7 +31,8 @@ class OpenClipEncoder(Encoder):
         if spec.name.startswith(("local-dir:", "hf-hub:")):
             self._architecture, pretrained = spec.name, ""
         else:
-            self._architecture, _, pretrained = spec.name.partition("@")
+            architecture, _, pretrained = spec.name.partition("@")
+            self._architecture = architecture.replace("/", "-")  # as OpenCLIP itself reads ViT-B/32
             if not pretrained and spec.seed is None and self._architecture in open_clip.list_models():
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(self._architecture)) or "a file's path"
                 raise UserError(
@@ -41,7 +42,12 @@ class OpenClipEncoder(Encoder):
         self._remote = _remote(spec, self._architecture, pretrained)
         with loading(spec.text, "OpenCLIP", self._remote), drawn_from(spec.seed or 0):
             if spec.seed is None:
-                module, self._transform = open_clip.create_model_from_pretrained(self._architecture, pretrained or None)
+                module, self._transform = open_clip.create_model_from_pretrained(
+                    self._architecture,
+                    pretrained or None,
+                    # which OpenAI's and some others' weights were trained with; ViT-B-32 alone means the exact GELU
+                    force_quick_gelu=_pretrained_config(self._architecture, pretrained).get("quick_gelu", False),
+                )
             else:
                 options: dict[str, Any] = {"load_weights": False} if ":" in self._architecture else {}
                 if "hf_model_name" in _text_config(self._architecture):
@@ -96,6 +102,13 @@ class OpenClipEncoder(Encoder):
         return [self._version, DECODING, module.visual.preprocess_cfg]
 
 
+def _pretrained_config(architecture: str, pretrained: str) -> dict[str, Any]:
+    """What OpenCLIP says of these weights; nothing of a file's."""
+    import open_clip
+
+    return open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
+
+
 def _text_config(architecture: str) -> dict[str, Any]:
     """What OpenCLIP's config of this model says of its text tower."""
     import open_clip
@@ -114,8 +127,6 @@ def _text_config(architecture: str) -> dict[str, Any]:
 
 def _remote(spec: Spec, architecture: str, pretrained: str) -> Remote | None:
     """A file that OpenCLIP fetches for this model."""
-    import open_clip
-
     kind, _, name = architecture.partition(":")
     instead = "give open_clip:local-dir:DIR, or open_clip:NAME@FILE"
     if kind == "hf-hub":
@@ -123,7 +134,7 @@ def _remote(spec: Spec, architecture: str, pretrained: str) -> Remote | None:
     if kind == "local-dir":
         return None
     instead += "" if spec.seed is not None else f", or open_clip:{architecture}@none for an untrained one"
-    weights = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
+    weights = _pretrained_config(architecture, pretrained)
     if weights.get("hf_hub"):
         repository, file = os.path.split(weights["hf_hub"])
         return hub_file(repository, file or "open_clip_config.json", instead)
