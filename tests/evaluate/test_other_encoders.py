@@ -42,3 +42,31 @@ def test_open_clip_models_have_the_activation_that_their_weights_were_trained_wi
             assert torch.equal(encoder.encode(IMAGES).pooled, theirs.encode_image(IMAGES))
             texts = torch.nn.functional.normalize(theirs.encode_text(open_clip.get_tokenizer(name)(["a cat"])), dim=-1)
         assert torch.allclose(encoder.encode_texts(["a cat"]), texts, atol=1e-6)
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+
+
+def saved(hf: Any, model: Any, folder: Path) -> str:
+    """A transformers model with random weights, far from their initial values, and the name that loads it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.eval().save_pretrained(folder)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def test_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
+    """And in their order: they are those of the same blocks in a plain ViT."""
+    hf = pytest.importorskip("transformers")
+    config = hf.ViTMAEConfig(**SIZES, intermediate_size=64, decoder_hidden_size=16, decoder_num_attention_heads=2)
+    theirs = hf.ViTMAEForPreTraining(config)
+    found = load_encoder(saved(hf, theirs, tmp_path)).encode(IMAGES)
+    plain = hf.ViTModel(hf.ViTConfig(**SIZES, intermediate_size=64), add_pooling_layer=False).eval()
+    plain.load_state_dict(theirs.vit.state_dict())
+    with torch.no_grad():
+        hidden = plain(IMAGES).last_hidden_state
+    assert torch.allclose(found.pooled, hidden[:, 0], atol=1e-5)
+    assert torch.allclose(found.patches, hidden[:, 1:], atol=1e-5)

@@ -60,6 +60,8 @@ class HfEncoder(Encoder):
             raise UserError(f"{spec.text} lacks {some(missing)}; transformers would make them up")
         if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
             raise UserError(f"{spec.text} has {some(wrong)} of another shape than its config says")
+        if _is_masked(module):  # it drops patches while it is trained, and here too if nobody says otherwise
+            module.config.mask_ratio = 0.0
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
@@ -68,7 +70,11 @@ class HfEncoder(Encoder):
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
         vision = getattr(module, "vision_model", module)
-        out = vision(pixel_values=images)
+        options = {}
+        if _is_masked(module):  # the patches that it keeps stand in the order of these numbers
+            numbers = torch.arange(vision.embeddings.patch_embeddings.num_patches, device=images.device)
+            options["noise"] = numbers.expand(len(images), -1)
+        out = vision(pixel_values=images, **options)
         hidden = out.last_hidden_state
         if hidden.dim() == 4:  # a convolutional network's map
             hidden = hidden.flatten(2).transpose(1, 2)
@@ -133,6 +139,11 @@ class HfEncoder(Encoder):
             self._pool and self._pool[1],
             self._has_pooler,
         ]
+
+
+def _is_masked(module: Any) -> bool:
+    """Whether it is a masked autoencoder's encoder, which sees a random part of the patches."""
+    return module.config.model_type == "vit_mae"
 
 
 def _may_be_export(module: Any, processor: Any) -> bool:
