@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.load import load_encoder
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -40,7 +41,9 @@ def test_open_clip_models_have_the_activation_that_their_weights_were_trained_wi
         encoder = load_encoder(f"open_clip:{name}@openai")
         with torch.no_grad():
             assert torch.equal(encoder.encode(IMAGES).pooled, theirs.encode_image(IMAGES))
-            texts = torch.nn.functional.normalize(theirs.encode_text(open_clip.get_tokenizer(name)(["a cat"])), dim=-1)
+            texts = torch.nn.functional.normalize(
+                theirs.encode_text(open_clip.get_tokenizer("Tiny-B-8")(["a cat"])), dim=-1
+            )
         assert torch.allclose(encoder.encode_texts(["a cat"]), texts, atol=1e-6)
 
 
@@ -70,3 +73,50 @@ def test_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
         hidden = plain(IMAGES).last_hidden_state
     assert torch.allclose(found.pooled, hidden[:, 0], atol=1e-5)
     assert torch.allclose(found.patches, hidden[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["IJepa", "Aimv2Vision", "SiglipVision", "Segformer"])
+def test_without_class_token_and_pooler_the_patches_mean_is_the_feature(kind: str, tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    own: dict[str, Any] = {"SiglipVision": {"vision_use_head": False}, "Aimv2Vision": {"use_head": False}}.get(kind, {})
+    if kind == "Segformer":
+        sizes = {
+            "depths": [1] * 4,
+            "hidden_sizes": [8, 16, 16, 32],
+            "num_attention_heads": [1, 1, 2, 2],
+            "strides": [2, 2, 2, 1],
+        }
+    else:
+        sizes = {**SIZES, "intermediate_size": 64}
+    theirs = getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**sizes, **own))
+    found = load_encoder(saved(hf, theirs, tmp_path)).encode(IMAGES)
+    with torch.no_grad():
+        hidden = theirs(IMAGES).last_hidden_state
+    if kind == "Segformer":  # a map
+        hidden = hidden.flatten(2).transpose(1, 2)
+    assert found.patches.shape == hidden.shape == (2, 16, 32)
+    assert torch.allclose(found.patches, hidden, atol=1e-5)
+    assert torch.allclose(found.pooled, hidden.mean(1), atol=1e-5)
+
+
+def test_patches_that_cannot_be_counted_are_refused(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 16, 16, 32], "num_attention_heads": [1, 1, 2, 2]}
+    encoder = load_encoder(
+        saved(hf, hf.SegformerModel(hf.SegformerConfig(**sizes, reshape_last_stage=False)), tmp_path)
+    )
+    with pytest.raises(UserError, match="the config of segformer has no patch_size"):
+        encoder.encode(IMAGES)
+
+
+def test_a_network_that_merges_patches_has_its_own_pooler(tmp_path: Path) -> None:
+    """And fewer hidden states than patches, all of which are patch tokens."""
+    hf = pytest.importorskip("transformers")
+    config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    theirs = hf.SwinModel(config)
+    found = load_encoder(saved(hf, theirs, tmp_path)).encode(IMAGES)
+    with torch.no_grad():
+        out = theirs(IMAGES)
+    assert found.patches.shape == (2, 16, 32)
+    assert torch.allclose(found.patches, out.last_hidden_state, atol=1e-5)
+    assert torch.allclose(found.pooled, out.pooler_output, atol=1e-5)

@@ -25,6 +25,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """a repository of the hub, rather than a path"""
 _EXPORTED = ("clip_vision_model", "dinov2", "dinov2_with_registers")
 """types of models that `export` writes (`convert.hf`)"""
+_POOLED = "the model's pooler, else its class token, else the mean of its patches"
+"""what the pooled feature is where the model has no projection and no pool of ours; said in the settings"""
 
 
 class HfEncoder(Encoder):
@@ -76,22 +78,34 @@ class HfEncoder(Encoder):
             options["noise"] = numbers.expand(len(images), -1)
         out = vision(pixel_values=images, **options)
         hidden = out.last_hidden_state
+        pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
         if hidden.dim() == 4:  # a convolutional network's map
-            hidden = hidden.flatten(2).transpose(1, 2)
-            return Features(out.pooler_output.flatten(1), hidden)
-        config = vision.config
-        if config.model_type.startswith("clip"):  # the others' last hidden state comes after the final norm
-            hidden = vision.post_layernorm(hidden)
-        num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
-        patches = hidden[:, hidden.shape[1] - num_patches :]  # class and register tokens stand first
+            patches = hidden.flatten(2).transpose(1, 2)
+            tokens = patches[:, :0]
+        else:
+            config = vision.config
+            if config.model_type.startswith("clip"):  # the others' last hidden state comes after the final norm
+                hidden = vision.post_layernorm(hidden)
+            # class and register tokens stand first; networks that merge patches have fewer states, and no such tokens
+            first = max(0, hidden.shape[1] - self._num_patches(config, images))
+            tokens, patches = hidden[:, :first], hidden[:, first:]
         if self._pool is not None:
             weights, heads = self._pool
             weights = {key: value.to(images.device) for key, value in weights.items()}
             return Features(attention_pool(patches, weights, heads), patches)
         if hasattr(module, "get_image_features"):
             return Features(_tensor(module.get_image_features(pixel_values=images)), patches)
-        pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
-        return Features(hidden[:, 0] if pooled is None else pooled, patches)
+        if pooled is None:
+            pooled = tokens[:, 0] if tokens.shape[1] else patches.mean(1)
+        return Features(pooled.flatten(1), patches)
+
+    def _num_patches(self, config: Any, images: torch.Tensor) -> int:
+        """Of an image. UserError where the config does not say."""
+        size = getattr(config, "patch_size", None)
+        if size is None:
+            raise UserError(f"{self.name}: the config of {config.model_type} has no patch_size to count its patches by")
+        height, width = (size, size) if isinstance(size, int) else size
+        return (images.shape[2] // height) * (images.shape[3] // width)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -138,6 +152,7 @@ class HfEncoder(Encoder):
             self._processor.to_dict(),
             self._pool and self._pool[1],
             self._has_pooler,
+            _POOLED,
         ]
 
 
