@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def test_open_clip_models_have_the_activation_that_their_weights_were_trained_wi
                 theirs.encode_text(open_clip.get_tokenizer("Tiny-B-8")(["a cat"])), dim=-1
             )
         assert torch.allclose(encoder.encode_texts(["a cat"]), texts, atol=1e-6)
+
+
+def test_the_patch_tokens_of_coca_are_not_its_pools_queries(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    config = open_clip_config(multimodal_cfg={"width": 32, "heads": 2, "layers": 1, "attn_pooler_heads": 2})
+    config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2}
+    config["vision_cfg"]["output_tokens"] = config["text_cfg"]["output_tokens"] = config["text_cfg"]["embed_cls"] = True
+    torch.manual_seed(0)
+    theirs = open_clip.CoCa(**json.loads(json.dumps(config))).eval()
+    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    content = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    found = load_encoder(f"open_clip:local-dir:{tmp_path}").encode(IMAGES)
+    with torch.no_grad():
+        hidden = theirs.visual.transformer(theirs.visual._embeds(IMAGES))
+        assert torch.allclose(found.pooled, theirs.encode_image(IMAGES), atol=1e-5)
+        assert torch.allclose(found.patches, theirs.visual.attn_pool.ln_k(hidden)[:, 1:], atol=1e-5)
+    assert found.patches.shape == (2, 16, 64)
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -120,3 +139,26 @@ def test_a_network_that_merges_patches_has_its_own_pooler(tmp_path: Path) -> Non
     assert found.patches.shape == (2, 16, 32)
     assert torch.allclose(found.patches, out.last_hidden_state, atol=1e-5)
     assert torch.allclose(found.pooled, out.pooler_output, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["MetaClip2", "ChineseCLIPVision", "SiglipVision", "Blip"])
+def test_patch_tokens_come_after_the_final_norm_once(kind: str, tmp_path: Path) -> None:
+    """Which CLIP and its like apply to the class token alone, SigLIP to all tokens, BLIP to all and then once more to
+    the class token."""
+    hf = pytest.importorskip("transformers")
+    vision = {**SIZES, "intermediate_size": 64}
+    if kind.endswith("Vision"):
+        config = getattr(hf, f"{kind}Config")(**vision)
+    else:
+        text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        config = getattr(hf, f"{kind}Config")(vision_config=vision, text_config={**text, "vocab_size": 50})
+    theirs = getattr(hf, f"{kind}Model")(config)
+    found = load_encoder(saved(hf, theirs, tmp_path)).encode(IMAGES)
+    tower = getattr(theirs, "vision_model", theirs)
+    with torch.no_grad():
+        out = tower(IMAGES, output_hidden_states=True)
+        expected = tower.post_layernorm(out.hidden_states[-1])
+        first = tower.post_layernorm(expected[:, 0]) if kind == "Blip" else expected[:, 0]
+    assert torch.allclose(found.patches, expected[:, -16:], atol=1e-5)
+    if kind != "SiglipVision":  # whose pooler attends to the patches
+        assert torch.allclose(out.pooler_output, first, atol=1e-5)  # the norm is the one that the model applies

@@ -158,6 +158,25 @@ def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[N
 
 
 @contextlib.contextmanager
+def sequences_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """The outputs [N, T, D] of a part of a model, while the model computes; none of None's."""
+    found: list[torch.Tensor] = []
+    if module is None:
+        yield found
+        return
+
+    def keep(_module: nn.Module, _inputs: Any, out: torch.Tensor) -> None:
+        if out.dim() == 3:
+            found.append(out)
+
+    hook = module.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
     """Torch's initial values of an untrained model; the generator is then as it was before."""
     with torch.random.fork_rng(devices=[]):

@@ -16,7 +16,7 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, hash_tokenizer, loading
+from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, hash_tokenizer, loading, sequences_of
 from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 from megatron_lcl.model.reference_format import some
@@ -76,18 +76,19 @@ class HfEncoder(Encoder):
         if _is_masked(module):  # the patches that it keeps stand in the order of these numbers
             numbers = torch.arange(vision.embeddings.patch_embeddings.num_patches, device=images.device)
             options["noise"] = numbers.expand(len(images), -1)
-        out = vision(pixel_values=images, **options)
+        norm = getattr(vision, "post_layernorm", None)
+        with sequences_of(norm) as normed:
+            out = vision(pixel_values=images, **options)
         hidden = out.last_hidden_state
         pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
         if hidden.dim() == 4:  # a convolutional network's map
             patches = hidden.flatten(2).transpose(1, 2)
             tokens = patches[:, :0]
         else:
-            config = vision.config
-            if config.model_type.startswith("clip"):  # the others' last hidden state comes after the final norm
-                hidden = vision.post_layernorm(hidden)
+            if norm is not None and not normed:  # CLIP and its like apply it to the class token alone
+                hidden = norm(hidden)
             # class and register tokens stand first; networks that merge patches have fewer states, and no such tokens
-            first = max(0, hidden.shape[1] - self._num_patches(config, images))
+            first = max(0, hidden.shape[1] - self._num_patches(vision.config, images))
             tokens, patches = hidden[:, :first], hidden[:, first:]
         if self._pool is not None:
             weights, heads = self._pool

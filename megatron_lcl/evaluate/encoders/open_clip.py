@@ -16,7 +16,15 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.open_clip import TOWER_CONFIG
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, hash_tokenizer, loading
+from megatron_lcl.evaluate.encoders.encoder import (
+    DECODING,
+    Encoder,
+    Features,
+    drawn_from,
+    hash_tokenizer,
+    loading,
+    sequences_of,
+)
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 
@@ -60,15 +68,10 @@ class OpenClipEncoder(Encoder):
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
-        patches: list[torch.Tensor] = []
-        norm = getattr(module.visual, "ln_post", None)
-        hook = norm.register_forward_hook(lambda _, __, out: patches.append(out)) if norm is not None else None
-        try:
+        # CoCa's last norm comes after a pool of queries; the patches' own stands in that pool
+        pool = getattr(module.visual, "attn_pool", None)
+        with sequences_of(getattr(module.visual, "ln_post", None) if pool is None else pool.ln_k) as tokens:
             pooled = module.encode_image(images)
-        finally:
-            if hook is not None:
-                hook.remove()
-        tokens = [p for p in patches if p.dim() == 3]
         return Features(pooled, tokens[-1][:, 1:] if tokens else pooled[:, None][:, :0])
 
     @cached_property
