@@ -25,6 +25,8 @@ _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)
 
 _MAX_ASPECT = 64
 """of a picture that is resized as a whole: as one of 1 x 60,000 pixels would become one of 224 x 13,440,000"""
+DECODING = 2
+"""version of `decode_eval` and `decode_bounded`, to be raised when they give other pixels: caches are named by it"""
 
 
 def decode_train(

@@ -20,9 +20,6 @@ from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, out_of_reach
 
-DECODING = "decode_rgb"
-"""of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
-
 
 @dataclass(frozen=True)
 class Features:
@@ -73,7 +70,8 @@ class Encoder(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """XXH3 of all that decides the features: settings, the modules with their constants, the weights' bytes."""
+        """XXH3 of all that decides the features of a decoded image: settings, the modules with their constants, the
+        weights' bytes."""
         digest = xxhash.xxh3_128(json.dumps([type(self).__name__, self.settings], default=str).encode())
         for name, module in self.module.named_modules():
             digest.update(f"{name} {type(module).__qualname__} {_constants(module)}\n".encode())

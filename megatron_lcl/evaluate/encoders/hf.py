@@ -16,7 +16,7 @@ from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, hash_tokenizer, loading, sequences_of
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, hash_tokenizer, loading, sequences_of
 from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 from megatron_lcl.model.reference_format import some
@@ -148,7 +148,6 @@ class HfEncoder(Encoder):
         config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
         return [
             self._version,
-            DECODING,
             config,
             self._processor.to_dict(),
             self._pool and self._pool[1],

@@ -17,7 +17,6 @@ from megatron_lcl.convert.open_clip import TOWER_CONFIG
 from megatron_lcl.data.loading.images import decode_rgb
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import (
-    DECODING,
     Encoder,
     Features,
     drawn_from,
@@ -102,7 +101,7 @@ class OpenClipEncoder(Encoder):
     @property
     def settings(self) -> Any:
         module: Any = self.module
-        return [self._version, DECODING, module.visual.preprocess_cfg]
+        return [self._version, module.visual.preprocess_cfg]
 
 
 def _pretrained_config(architecture: str, pretrained: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.data.loading.images import decode_rgb
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, loading
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, drawn_from, loading
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 
@@ -50,7 +50,7 @@ class TimmEncoder(Encoder):
 
     @property
     def settings(self) -> Any:
-        return [self._version, DECODING, self._config]
+        return [self._version, self._config]
 
 
 def _remote(spec: Spec) -> Remote | None:
