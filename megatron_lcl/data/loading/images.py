@@ -87,6 +87,18 @@ def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
+def decode_bounded(data: bytes) -> PIL.Image.Image:
+    """As `decode_rgb`, for a transform that resizes the whole picture; of one over 64 times as long as it is wide, the
+    centre."""
+    image = decode_rgb(data)
+    short, long = sorted(image.size)
+    if long <= _MAX_ASPECT * short:
+        return image
+    length = _MAX_ASPECT * short - (long - _MAX_ASPECT * short) % 2  # so that as much is left out on either side
+    left, top = ((side - length) // 2 if side == long else 0 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
 def _span(first: int, num: int, resized: int, side: int) -> tuple[tuple[int, int], tuple[float, float]]:
     """What pixels first … first + num - 1 are computed from where a side of `side` pixels is resized to `resized`.
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
-from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.data.loading.images import decode_bounded
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, hash_tokenizer, loading, sequences_of
 from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
@@ -67,7 +67,7 @@ class HfEncoder(Encoder):
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._processor(decode_rgb(data), return_tensors="pt")["pixel_values"][0]
+        return self._processor(decode_bounded(data), return_tensors="pt")["pixel_values"][0]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.open_clip import TOWER_CONFIG
-from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.data.loading.images import decode_bounded
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import (
     Encoder,
@@ -63,7 +63,7 @@ class OpenClipEncoder(Encoder):
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(decode_rgb(data))  # type: ignore[operator]
+        return self._transform(decode_bounded(data))  # type: ignore[operator]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
