@@ -45,6 +45,8 @@ class Measured:
     """what it is a mean over: 41 pairs, say"""
     hub_data: str = ""
     """the data set's identifier on the Hub, where it has one"""
+    dtype: str = "float32"
+    """of the weights and activations that were measured, in words"""
 
     def __post_init__(self) -> None:
         if self.hub_data and not is_hub_id(self.hub_data):
@@ -54,7 +56,7 @@ class Measured:
         """A line of the card's table."""
         interval = "" if self.interval is None else "{:.6g} – {:.6g}".format(*self.interval)
         chance = "" if self.chance is None else f"{self.chance:.6g}"
-        cells = (self.task, self.data, self.metric, f"{self.value:.6g}", interval, chance, self.items)
+        cells = (self.task, self.data, self.metric, f"{self.value:.6g}", interval, chance, self.items, self.dtype)
         return f"| {' | '.join(cells)} |"
 
 
@@ -140,14 +142,16 @@ def _heldout(checkpoint: Path) -> tuple[Measured, ...]:
     counts = ", ".join(f"{numbers[what]:,} {what}" for what in ("documents", "images") if numbers.get(what))
     data = Path(str(numbers.get("corpus", ""))).name + (f" ({counts})" if counts else "")
     intervals = numbers.get("intervals") or {}
+    dtype = numbers.get("dtype") or "not recorded"
     found = []
     for metric, name, chance, items in _HELDOUT_METRICS:
         if isinstance(value := numbers.get(name), int | float):
             interval = tuple(intervals[name]) if name in intervals else None
             of = f"{numbers[items]:,} {items.replace('_', ' ')}" if numbers.get(items) else ""
-            found.append(Measured(HELDOUT_TASK, data, metric, value, interval, numbers.get(chance), of))
+            measured = Measured(HELDOUT_TASK, data, metric, value, interval, numbers.get(chance), of, dtype=dtype)
+            found.append(measured)
             if name == "bits_per_token":
-                found.append(Measured(HELDOUT_TASK, data, "perplexity", 2**value, None, None, of))
+                found.append(dataclasses.replace(measured, metric="perplexity", value=2**value))
     return tuple(found)
 
 
@@ -187,9 +191,9 @@ def write_card(folder: Path, usage: Usage, model: Model, card: Card) -> None:
     data = "\n".join(f"* {name}" for name in card.datasets) or "Not stated."
     metrics = "\n".join(m.row() for m in card.metrics)
     table = (
-        "Measured on the checkpoint itself, in float32 and at its own image size.\n\n"
-        "| task | data | metric | value | 95 % interval | chance | mean over |\n"
-        f"| --- | --- | --- | --- | --- | --- | --- |\n{metrics}"
+        "Measured on the checkpoint itself, at its own image size.\n\n"
+        "| task | data | metric | value | 95 % interval | chance | mean over | computed in |\n"
+        f"| --- | --- | --- | --- | --- | --- | --- | --- |\n{metrics}"
     )
     front = yaml.safe_dump(_front_matter(usage, card), sort_keys=False, allow_unicode=True)
     sections = [

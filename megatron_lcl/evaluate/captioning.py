@@ -170,22 +170,30 @@ def captioning(
     processes: int = 1,
     progress: bool = True,
 ) -> tuple[Result, list[str]]:
-    """BLEU-4 and CIDEr of the model's captions against the data's, and the captions.
+    """BLEU-4 and CIDEr of the model's captions against the data's, and a caption for each of the data's images.
 
+    Images with the same bytes are one image, to which all their captions belong: it is captioned, and counts, once.
     Of data with domains (NoCaps) also those of each domain, as if its images were all there are.
     """
-    references = data.need_captions()
+    _, firsts = np.unique(data.numbers, return_index=True)
+    references: list[list[str]] = [[] for _ in firsts]
+    for number, several in zip(data.numbers, data.need_captions(), strict=True):
+        references[number] += several
     decoding = decoding or Decoding()
-    written = caption(encoder, data.images, decoding, prompt, batch_size, processes, progress)
-    settings = {**asdict(decoding), "prompt": prompt, "tokenization": "13a"}
+    images = [data.images[i] for i in firsts]
+    written = caption(encoder, images, decoding, prompt, batch_size, processes, progress)
+    copies = len(data) - len(firsts)
+    settings = {**asdict(decoding), "prompt": prompt, "tokenization": "13a", "image copies": copies}
     metrics = caption_metrics(written, references, decoding.seed)
     if data.domains is not None:
+        domains = [data.domains[i] for i in firsts]
         metrics = {f"{name}, {ENTIRE}": metric for name, metric in metrics.items()}
-        for domain in sorted(set(data.domains)):
-            own = [i for i, other in enumerate(data.domains) if other == domain]
+        for domain in sorted(set(domains)):
+            own = [i for i, other in enumerate(domains) if other == domain]
             of_domain = caption_metrics([written[i] for i in own], [references[i] for i in own], decoding.seed)
             metrics |= {f"{name}, {domain}": metric for name, metric in of_domain.items()}
-    return Result("captioning", encoder.name, data.name, len(data), metrics, settings), written
+    result = Result("captioning", encoder.name, data.name, len(firsts), metrics, settings)
+    return result, [written[number] for number in data.numbers]
 
 
 def _require_scorers() -> None:

@@ -1,9 +1,9 @@
 """Features of many images, computed once: cached under a name that is their content.
 
 A cache file is called by the hash of all that decides the features (`Encoder.fingerprint`: weights, the model's
-configuration, preprocessing) and of every image's bytes in order; so a changed image, weight or setting is another
-file, and nothing stale is ever read. How large the files will be is known, and compared with the disk, before the first
-image is encoded (`FeatureStore.check_room`).
+configuration, preprocessing; `DECODING`) and of every image's bytes in order; so a changed image, weight or setting is
+another file, and nothing stale is ever read. How large the files will be is known, and compared with the disk, before
+the first image is encoded (`FeatureStore.check_room`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_lcl.data.corpus.files import new_array
+from megatron_lcl.data.loading.images import DECODING
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.patches import CachedPatches, Patches, StreamedPatches
@@ -142,7 +143,7 @@ def image_features(
 
 
 def _file(folder: Path, fingerprint: str, kind: Kind, digests: bytes) -> Path:
-    key = xxhash.xxh3_128(f"{fingerprint} {kind} {len(digests) // DIGEST}".encode())
+    key = xxhash.xxh3_128(f"{fingerprint} {DECODING} {kind} {len(digests) // DIGEST}".encode())
     key.update(digests)
     return folder / f"{key.hexdigest()}-{kind}.npy"
 

@@ -107,7 +107,8 @@ def evaluate_heldout(
         return [(batch, model.layers(batch.to(device))) for batch in read]
 
     evaluation = HeldOutEvaluation(config, corpus, Mesh(Axis(), Axis()), forward, tokens=_TOKENS)
-    return evaluation.run(step, num_examples, intervals=True, progress=progress)
+    result, examples = evaluation.run(step, num_examples, intervals=True, progress=progress)
+    return replace(result, dtype=str(next(model.parameters()).dtype).removeprefix("torch.")), examples
 
 
 class HeldOutEvaluation:

@@ -57,6 +57,8 @@ class HeldOut:
     """steps that the model was trained for, where that is known"""
     average: str | None = None
     """name of the average of the weights that was measured; None: the weights"""
+    dtype: str | None = None
+    """of the weights and activations that were measured; results from before it was recorded have none"""
     image_to_context_recall_at_1: float | None = None
     image_to_context_recall_at_10: float | None = None
     context_to_image_recall_at_1: float | None = None

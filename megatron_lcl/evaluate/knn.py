@@ -71,13 +71,19 @@ def with_training(
     images: str | Path | None = None,
     class_names: str | Path | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """The training images of a data set beside the test ones, with the same classes. UserError where there are none."""
+    """The training images of a data set beside the test ones, with the same classes. UserError where there are none, or
+    an image is of both."""
     test.need_labels()  # which says it of what has no splits, such as a corpus
     if not (Path(data) / train_split).is_dir():
         raise UserError(
             f"{data} has no folder {train_split!r}; k-NN and probes need training images beside the test ones"
         )
     train, test = _same_numbers(open_images(data, train_split, images, class_names), test)
+    if both := set(train.images) & set(test.images):
+        raise UserError(
+            f"{len(both):,} of the {len(test):,} images to be measured on ({test.name}) are among those that k-NN and "
+            f"probes learn on ({train.name}); give another --split or --train-split"
+        )
     same_classes(train, test)
     return train, test
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.results import Metric, Result, bootstrap, chance_of_hit
-from megatron_lcl.evaluate.sources import DIGEST, ImageSet
+from megatron_lcl.evaluate.sources import ImageSet
 
 _ROWS = 1024
 """of a similarity matrix at a time"""
@@ -31,10 +31,7 @@ def retrieval(
     Images with the same bytes are one image, to which all their captions belong. Captions that are the same are one
     text, which belongs to all their images.
     """
-    captions, digests = data.need_captions(), data.digests
-    image_of: dict[bytes, int] = {}
-    """number of each image, by its digest"""
-    images = [image_of.setdefault(digests[i * DIGEST : (i + 1) * DIGEST], len(image_of)) for i in range(len(data))]
+    captions, images = data.need_captions(), data.numbers.tolist()
     _, firsts = np.unique(images, return_index=True)
     number = {text: j for j, text in enumerate(dict.fromkeys(text for several in captions for text in several))}
     pairs = np.array(sorted({(i, number[t]) for i, several in zip(images, captions, strict=True) for t in several}))

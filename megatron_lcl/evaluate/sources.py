@@ -111,6 +111,13 @@ class ImageSet:
         """`content_digests` of the images, read once."""
         return content_digests(self.images)
 
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """[N] a number of each image, which images with the same bytes share: 0, 1, … by where the first one stands."""
+        number: dict[bytes, int] = {}
+        starts = range(0, len(self.digests), DIGEST)
+        return np.array([number.setdefault(self.digests[i : i + DIGEST], len(number)) for i in starts])
+
     def need_labels(self) -> np.ndarray:
         """The labels; UserError where there are none."""
         if self.labels is None:

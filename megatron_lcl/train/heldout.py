@@ -23,6 +23,7 @@ from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.layout import num_micro_batches
+from megatron_lcl.train.precision import resolve_dtype
 from megatron_lcl.train.telemetry import Telemetry
 
 
@@ -140,7 +141,8 @@ class HeldOutMeter:
         self.telemetry.say(f"held out{of}, after step {step}: {measured}")
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
-        write_heldout(Path(self.config.train.output), replace(result, average=average), examples)
+        result = replace(result, average=average, dtype=resolve_dtype(self.config))
+        write_heldout(Path(self.config.train.output), result, examples)
         self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
 
     def _measure_labeled(self, evaluation: LabeledEvaluation, step: int, average: str | None) -> None:

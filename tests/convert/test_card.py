@@ -99,11 +99,14 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     (tmp_path / "run" / "heldout.json").write_text(json.dumps(heldout))
     card = card_of(checkpoint)
     of = ("held-out documents", "manual (5 documents, 8 images)")
+    old = "not recorded"  # in files of earlier versions
     assert card.metrics == (
-        Measured(*of, "image to context recall@10", 0.5, (0.375, 0.625), 0.25, "7 pairs"),
-        Measured(*of, "bits per token", 3.0, items="1,234 targets"),
-        Measured(*of, "perplexity", 8.0, items="1,234 targets"),
+        Measured(*of, "image to context recall@10", 0.5, (0.375, 0.625), 0.25, "7 pairs", dtype=old),
+        Measured(*of, "bits per token", 3.0, items="1,234 targets", dtype=old),
+        Measured(*of, "perplexity", 8.0, items="1,234 targets", dtype=old),
     )
+    (tmp_path / "run" / "heldout.json").write_text(json.dumps({**heldout, "dtype": "bfloat16"}))
+    assert {measured.dtype for measured in card_of(checkpoint).metrics} == {"bfloat16"}
     assert "license GFDL" in card.datasets[0]
     assert "documents 1,234" in card.datasets[0]
     assert "elsewhere" in card.datasets[1]
@@ -116,7 +119,7 @@ def test_a_runs_card_tells_data_config_and_metrics(model: LCL, tmp_path: Path) -
     assert read.datasets is None  # folders are nobody's data sets on the Hub
     assert read.metrics == ["perplexity", "recall"]  # neither counts nor chance
     assert read.eval_results is None  # of data that is not on the Hub
-    row = "image to context recall@10 | 0.5 | 0.375 – 0.625 | 0.25 | 7 pairs |"
+    row = "image to context recall@10 | 0.5 | 0.375 – 0.625 | 0.25 | 7 pairs | not recorded |"
     assert f"| held-out documents | manual (5 documents, 8 images) | {row}" in text
 
 
@@ -186,7 +189,7 @@ def test_results_of_an_evaluation_reach_the_card(
     assert main([*command, "--results", str(tmp_path / "both.json")]) == 0
     read = ModelCard.load(tmp_path / "out" / "README.md")
     assert read.data.eval_results is None  # nobody said what the data is called on the Hub
-    assert "| k-NN | digits/test | accuracy | 0.75 | 0.7 – 0.8 | 0.1 | 9 items |" in read.text
+    assert "| k-NN | digits/test | accuracy | 0.75 | 0.7 – 0.8 | 0.1 | 9 items | float32 |" in read.text
     assert main([*command, "--results", f"{tmp_path / 'both.json'}@org/digits"]) == 0
     (found,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     assert (found.task_name, found.dataset_name, found.metric_value) == ("k-NN", "digits/test", 0.75)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +17,17 @@ from hypothesis import strategies as st
 from megatron_lcl import LCL
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
-from megatron_lcl.evaluate.captioning import Decoding, caption, caption_metrics, generate, nucleus, tokenize
+from megatron_lcl.evaluate.captioning import (
+    Decoding,
+    caption,
+    caption_metrics,
+    captioning,
+    generate,
+    nucleus,
+    tokenize,
+)
 from megatron_lcl.evaluate.encoders.lcl import OurEncoder
-from megatron_lcl.evaluate.sources import FileBlob
+from megatron_lcl.evaluate.sources import FileBlob, ImageSet
 from megatron_lcl.model.layers import Activations
 from megatron_lcl.model.lcl import pack_padded
 
@@ -128,12 +138,41 @@ def test_metrics_against_pycocoevalcap_and_torchmetrics() -> None:
     assert np.isfinite(perfect["CIDEr"].value)
 
 
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def encoder() -> OurEncoder:
     tokenizer = train_sentencepiece([f"some words of {a}" for a in "abcdefghijklmnopqrstuvwxyz"] * 3, 400)
     config = Model(CONFIG.vision, dataclasses.replace(CONFIG.language, vocab_size=tokenizer.vocab_size), 2)
+    return OurEncoder("x", LCL(config), tokenizer)
+
+
+def test_a_broken_image_is_named(encoder: OurEncoder, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"xx")
     with pytest.raises(ValueError, match=r"bad\.png: "):
-        caption(OurEncoder("x", LCL(config), tokenizer), [FileBlob(tmp_path / "bad.png")], progress=False)
+        caption(encoder, [FileBlob(tmp_path / "bad.png")], progress=False)
+
+
+def test_copies_of_an_image_are_one_image_with_all_its_references(encoder: OurEncoder, tmp_path: Path) -> None:
+    """As a corpus of COCO's has them, a document a caption: the scores of the data set with an image once."""
+    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("sacrebleu")
+    blobs = []
+    for i in range(3):
+        PIL.Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        blobs.append(FileBlob(tmp_path / f"{i}.png"))
+    shutil.copy(tmp_path / "2.png", tmp_path / "copy.png")
+    zero, one, two, copy = *blobs, FileBlob(tmp_path / "copy.png")
+    drawn = Decoding(max_tokens=8, top_p=1.0)  # by numbers that depend on an image's batch
+    written = caption(encoder, blobs, drawn, batch_size=2, progress=False)
+    references = [(written[0], "some words"), (written[1],), ("words of c", written[2])]
+    captions = (references[0][:1], references[1], references[2][:1], references[0][1:], references[2][1:])
+    once = ImageSet("x", (zero, one, two), captions=tuple(references))
+    copied = ImageSet("x", (zero, one, two, zero, copy), captions=captions)
+    expected, of_once = captioning(encoder, once, drawn, batch_size=2, progress=False)
+    found, of_copied = captioning(encoder, copied, drawn, batch_size=2, progress=False)
+    assert of_once == written
+    assert of_copied == [*written, written[0], written[2]]
+    assert (found.num_items, found.metrics) == (3, expected.metrics)
+    assert (found.settings["image copies"], expected.settings["image copies"]) == (2, 0)
 
 
 def test_tokenize() -> None:

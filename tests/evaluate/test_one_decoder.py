@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lcl import LCL
 from megatron_lcl.config import Config, Language, Model, Vision
@@ -82,3 +84,43 @@ def test_every_encoder_is_given_the_same_pixels(folder: Path, library: str, file
         assert torch.equal(given, expected)
     else:  # other libraries normalize, with the same mean and deviation
         assert torch.allclose(given, normalize(expected[None])[0], atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Of all tensors that are made and all pictures that Pillow resizes, the longest side."""
+
+    side = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() >= 3:
+            self.side = max(self.side, *out.shape)
+        return out
+
+
+@pytest.mark.parametrize("library", ["ours", "hf", "timm", "open_clip"])
+@pytest.mark.parametrize("size", [(1, 5000), (5001, 1), (2, 128)])
+def test_of_a_very_thin_picture_the_centre_is_resized(
+    folder: Path, library: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole, one of 1 x 60,000 pixels would become one of 224 x 13,440,000."""
+    if library != "ours":
+        pytest.importorskip(_PACKAGES[library])
+    prefix = {"ours": "", "hf": "hf:"}.get(library, f"{library}:local-dir:")
+    encoder, largest, resize = load_encoder(f"{prefix}{folder / library}"), Largest(), Image.Image.resize
+
+    def recorded(image: Image.Image, to: tuple[int, int], *rest: Any, **named: Any) -> Image.Image:
+        largest.side = max(largest.side, *to)
+        return resize(image, to, *rest, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    out, levels = io.BytesIO(), (np.arange(max(size)) % 251).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(levels if size[0] > size[1] else levels[:, None], size[::-1])).save(out, "PNG")
+    with largest:
+        given = encoder.prepare(out.getvalue())
+    assert SIZE <= largest.side <= 64 * SIZE
+    assert given.shape == (3, SIZE, SIZE)
+    if library == "ours":
+        return
+    ours = load_encoder(str(folder / "ours")).prepare(out.getvalue())
+    assert torch.allclose(given, normalize(ours[None])[0], atol=0.05)  # the library's bicubic filter

@@ -99,6 +99,8 @@ def test_what_does_not_fit(folder: Path, checkpoint: Path, tmp_path: Path) -> No
     refused("k = 1000", "knn", settings=Settings(knn=KnnSettings(k=1000)))
     refused("--tokenizer", "zero-shot")
     refused("no split 'tset'", "knn", split="tset")
+    for task in ("knn", "linear-probe", "attentive-probe"):
+        refused("300 of the 300 images to be measured on .* give another --split or --train-split", task, split="train")
 
 
 def test_what_ends_an_evaluation_is_known_before_any_image_is_encoded(

@@ -20,6 +20,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.curate.duplicates.evaluation import EvaluationImages
 from megatron_lcl.data.corpus.probe import image_suffixes
 from megatron_lcl.data.corpus.store import Shard
+from megatron_lcl.evaluate import features
 from megatron_lcl.evaluate.features import image_features
 from megatron_lcl.evaluate.results import Metric, Result, table, write_json, write_picture
 from megatron_lcl.evaluate.retrieval import retrieval
@@ -136,7 +137,12 @@ def test_images_are_what_pillow_opens_and_others_are_told(tmp_path: Path, caplog
         open_images(tmp_path)
 
 
-def test_features_are_cached_by_content(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]
+def test_features_are_cached_by_content(
+    folder: Path,
+    tmp_path: Path,
+    encoder,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     images = open_images(folder, "test").images[:50]
     before = encoder.calls
     first = image_features(encoder, images, cache=tmp_path, batch_size=16, progress=False)
@@ -153,6 +159,10 @@ def test_features_are_cached_by_content(folder: Path, tmp_path: Path, encoder) -
     assert np.array_equal(other, first[::-1])
     assert encoder.calls > computed
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file left
+    monkeypatch.setattr(features, "DECODING", features.DECODING + 1)  # the same bytes may be other pixels
+    computed = encoder.calls
+    image_features(encoder, images, cache=tmp_path, progress=False)
+    assert encoder.calls > computed
 
 
 def test_bad_data(folder: Path, tmp_path: Path, encoder) -> None:  # type: ignore[no-untyped-def]

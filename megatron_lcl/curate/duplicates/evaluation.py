@@ -118,8 +118,8 @@ def write_index(files: Sequence[Path], folder: Path) -> None:
 
 
 @functools.lru_cache(1)
-def _open_index(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Its arrays, mapped, and the order of the digests."""
+def open_index(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Of `write_index`: its arrays, mapped, and the order of the digests; opened once in a process."""
     index = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _INDEX}
     index["hash"], index["detailed"] = np.array(index["hash"]), np.array(index["detailed"])
     return index, np.argsort(index["digest"], kind="stable")
@@ -129,7 +129,7 @@ class Finder:
     """Finds which evaluation image of the index in a folder an image is."""
 
     def __init__(self, folder: Path, settings: Decontamination) -> None:
-        self._index, self._order = _open_index(Path(folder))
+        self._index, self._order = open_index(Path(folder))
         self._settings = settings
         self._asked = np.array([view.asked for view in COMPARED])
         self._radius = np.where(self._asked == 0, settings.whole_bits, settings.third_bits)
@@ -210,7 +210,7 @@ def join_evaluation(files: Sequence[Path], index: Path) -> Removals:
             for name, arrays in columns.items():
                 arrays.append(facts[name])
     document, item, evaluation, value = (np.concatenate(arrays) for arrays in columns.values())
-    names = _open_index(Path(index))[0]["name"]
+    names = open_index(Path(index))[0]["name"]
     return Removals(document, item, value, [str(names[number]) for number in evaluation])
 
 

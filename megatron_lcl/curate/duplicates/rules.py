@@ -14,6 +14,7 @@ from megatron_lcl.curate.duplicates.evaluation import (
     contamination_facts,
     evaluation_facts,
     join_evaluation,
+    open_index,
     open_set,
     write_index,
 )
@@ -70,7 +71,8 @@ class EvaluationSets:
 
     def __init__(self, settings: Decontamination) -> None:
         self.settings = settings
-        open_set.cache_clear()  # files may have come since this process listed them
+        open_set.cache_clear()  # files may have come since this process listed them,
+        open_index.cache_clear()  # and another index may lie where this process opened one
         self.sizes = {path: len(open_set(path)) for path in settings.sets}
         for path, size in self.sizes.items():
             if not size:

@@ -25,6 +25,8 @@ _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)
 
 _MAX_ASPECT = 64
 """of a picture that is resized as a whole: as one of 1 x 60,000 pixels would become one of 224 x 13,440,000"""
+DECODING = 2
+"""version of `decode_eval` and `decode_bounded`, to be raised when they give other pixels: caches are named by it"""
 
 
 def decode_train(
@@ -83,6 +85,18 @@ def decode_eval(data: bytes | memoryview, size: int) -> np.ndarray:
     (top, bottom), (y0, y1) = _span(top, size, height, image.height)
     image = image.crop((left, top, right, bottom)).resize((size, size), PIL.Image.Resampling.BICUBIC, (x0, y0, x1, y1))
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode_bounded(data: bytes) -> PIL.Image.Image:
+    """As `decode_rgb`, for a transform that resizes the whole picture; of one over 64 times as long as it is wide, the
+    centre."""
+    image = decode_rgb(data)
+    short, long = sorted(image.size)
+    if long <= _MAX_ASPECT * short:
+        return image
+    length = _MAX_ASPECT * short - (long - _MAX_ASPECT * short) % 2  # so that as much is left out on either side
+    left, top = ((side - length) // 2 if side == long else 0 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def _span(first: int, num: int, resized: int, side: int) -> tuple[tuple[int, int], tuple[float, float]]:

@@ -20,9 +20,6 @@ from megatron_lcl.convert.libraries import quietly
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.hub import Remote, by_cache_alone, out_of_reach
 
-DECODING = "decode_rgb"
-"""of other libraries' encoders; features that were cached when they decoded otherwise are not found again"""
-
 
 @dataclass(frozen=True)
 class Features:
@@ -73,7 +70,8 @@ class Encoder(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """XXH3 of all that decides the features: settings, the modules with their constants, the weights' bytes."""
+        """XXH3 of all that decides the features of a decoded image: settings, the modules with their constants, the
+        weights' bytes."""
         digest = xxhash.xxh3_128(json.dumps([type(self).__name__, self.settings], default=str).encode())
         for name, module in self.module.named_modules():
             digest.update(f"{name} {type(module).__qualname__} {_constants(module)}\n".encode())
@@ -155,6 +153,25 @@ def loading(spec: str, library: str, remote: Remote | None = None) -> Iterator[N
                 "itself can be evaluated"
             ) from None
         raise UserError(f"{spec} does not load as {_A[library]} model: {said}") from None
+
+
+@contextlib.contextmanager
+def sequences_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """The outputs [N, T, D] of a part of a model, while the model computes; none of None's."""
+    found: list[torch.Tensor] = []
+    if module is None:
+        yield found
+        return
+
+    def keep(_module: nn.Module, _inputs: Any, out: torch.Tensor) -> None:
+        if out.dim() == 3:
+            found.append(out)
+
+    hook = module.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from megatron_lcl.convert.attention_pool import attention_pool, read_pool
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.pool import POOL
-from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.data.loading.images import decode_bounded
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, hash_tokenizer, loading
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, hash_tokenizer, loading, sequences_of
 from megatron_lcl.evaluate.encoders.hub import hub_file, optional_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 from megatron_lcl.model.reference_format import some
@@ -25,6 +25,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """a repository of the hub, rather than a path"""
 _EXPORTED = ("clip_vision_model", "dinov2", "dinov2_with_registers")
 """types of models that `export` writes (`convert.hf`)"""
+_POOLED = "the model's pooler, else its class token, else the mean of its patches"
+"""what the pooled feature is where the model has no projection and no pool of ours; said in the settings"""
 
 
 class HfEncoder(Encoder):
@@ -60,32 +62,51 @@ class HfEncoder(Encoder):
             raise UserError(f"{spec.text} lacks {some(missing)}; transformers would make them up")
         if wrong := sorted(name for name, *_ in report["mismatched_keys"]):
             raise UserError(f"{spec.text} has {some(wrong)} of another shape than its config says")
+        if _is_masked(module):  # it drops patches while it is trained, and here too if nobody says otherwise
+            module.config.mask_ratio = 0.0
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._processor(decode_rgb(data), return_tensors="pt")["pixel_values"][0]
+        return self._processor(decode_bounded(data), return_tensors="pt")["pixel_values"][0]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
         vision = getattr(module, "vision_model", module)
-        out = vision(pixel_values=images)
+        options = {}
+        if _is_masked(module):  # the patches that it keeps stand in the order of these numbers
+            numbers = torch.arange(vision.embeddings.patch_embeddings.num_patches, device=images.device)
+            options["noise"] = numbers.expand(len(images), -1)
+        norm = getattr(vision, "post_layernorm", None)
+        with sequences_of(norm) as normed:
+            out = vision(pixel_values=images, **options)
         hidden = out.last_hidden_state
+        pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
         if hidden.dim() == 4:  # a convolutional network's map
-            hidden = hidden.flatten(2).transpose(1, 2)
-            return Features(out.pooler_output.flatten(1), hidden)
-        config = vision.config
-        if config.model_type.startswith("clip"):  # the others' last hidden state comes after the final norm
-            hidden = vision.post_layernorm(hidden)
-        num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
-        patches = hidden[:, hidden.shape[1] - num_patches :]  # class and register tokens stand first
+            patches = hidden.flatten(2).transpose(1, 2)
+            tokens = patches[:, :0]
+        else:
+            if norm is not None and not normed:  # CLIP and its like apply it to the class token alone
+                hidden = norm(hidden)
+            # class and register tokens stand first; networks that merge patches have fewer states, and no such tokens
+            first = max(0, hidden.shape[1] - self._num_patches(vision.config, images))
+            tokens, patches = hidden[:, :first], hidden[:, first:]
         if self._pool is not None:
             weights, heads = self._pool
             weights = {key: value.to(images.device) for key, value in weights.items()}
             return Features(attention_pool(patches, weights, heads), patches)
         if hasattr(module, "get_image_features"):
             return Features(_tensor(module.get_image_features(pixel_values=images)), patches)
-        pooled = getattr(out, "pooler_output", None) if self._has_pooler else None
-        return Features(hidden[:, 0] if pooled is None else pooled, patches)
+        if pooled is None:
+            pooled = tokens[:, 0] if tokens.shape[1] else patches.mean(1)
+        return Features(pooled.flatten(1), patches)
+
+    def _num_patches(self, config: Any, images: torch.Tensor) -> int:
+        """Of an image. UserError where the config does not say."""
+        size = getattr(config, "patch_size", None)
+        if size is None:
+            raise UserError(f"{self.name}: the config of {config.model_type} has no patch_size to count its patches by")
+        height, width = (size, size) if isinstance(size, int) else size
+        return (images.shape[2] // height) * (images.shape[3] // width)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -127,12 +148,17 @@ class HfEncoder(Encoder):
         config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
         return [
             self._version,
-            DECODING,
             config,
             self._processor.to_dict(),
             self._pool and self._pool[1],
             self._has_pooler,
+            _POOLED,
         ]
+
+
+def _is_masked(module: Any) -> bool:
+    """Whether it is a masked autoencoder's encoder, which sees a random part of the patches."""
+    return module.config.model_type == "vit_mae"
 
 
 def _may_be_export(module: Any, processor: Any) -> bool:

@@ -14,9 +14,16 @@ import torch.nn.functional as F
 
 from megatron_lcl.convert.libraries import require
 from megatron_lcl.convert.open_clip import TOWER_CONFIG
-from megatron_lcl.data.loading.images import decode_rgb
+from megatron_lcl.data.loading.images import decode_bounded
 from megatron_lcl.errors import UserError
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, hash_tokenizer, loading
+from megatron_lcl.evaluate.encoders.encoder import (
+    Encoder,
+    Features,
+    drawn_from,
+    hash_tokenizer,
+    loading,
+    sequences_of,
+)
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 
@@ -31,7 +38,8 @@ class OpenClipEncoder(Encoder):
         if spec.name.startswith(("local-dir:", "hf-hub:")):
             self._architecture, pretrained = spec.name, ""
         else:
-            self._architecture, _, pretrained = spec.name.partition("@")
+            architecture, _, pretrained = spec.name.partition("@")
+            self._architecture = architecture.replace("/", "-")  # as OpenCLIP itself reads ViT-B/32
             if not pretrained and spec.seed is None and self._architecture in open_clip.list_models():
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(self._architecture)) or "a file's path"
                 raise UserError(
@@ -41,7 +49,12 @@ class OpenClipEncoder(Encoder):
         self._remote = _remote(spec, self._architecture, pretrained)
         with loading(spec.text, "OpenCLIP", self._remote), drawn_from(spec.seed or 0):
             if spec.seed is None:
-                module, self._transform = open_clip.create_model_from_pretrained(self._architecture, pretrained or None)
+                module, self._transform = open_clip.create_model_from_pretrained(
+                    self._architecture,
+                    pretrained or None,
+                    # which OpenAI's and some others' weights were trained with; ViT-B-32 alone means the exact GELU
+                    force_quick_gelu=_pretrained_config(self._architecture, pretrained).get("quick_gelu", False),
+                )
             else:
                 options: dict[str, Any] = {"load_weights": False} if ":" in self._architecture else {}
                 if "hf_model_name" in _text_config(self._architecture):
@@ -50,19 +63,14 @@ class OpenClipEncoder(Encoder):
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(decode_rgb(data))  # type: ignore[operator]
+        return self._transform(decode_bounded(data))  # type: ignore[operator]
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
-        patches: list[torch.Tensor] = []
-        norm = getattr(module.visual, "ln_post", None)
-        hook = norm.register_forward_hook(lambda _, __, out: patches.append(out)) if norm is not None else None
-        try:
+        # CoCa's last norm comes after a pool of queries; the patches' own stands in that pool
+        pool = getattr(module.visual, "attn_pool", None)
+        with sequences_of(getattr(module.visual, "ln_post", None) if pool is None else pool.ln_k) as tokens:
             pooled = module.encode_image(images)
-        finally:
-            if hook is not None:
-                hook.remove()
-        tokens = [p for p in patches if p.dim() == 3]
         return Features(pooled, tokens[-1][:, 1:] if tokens else pooled[:, None][:, :0])
 
     @cached_property
@@ -93,7 +101,14 @@ class OpenClipEncoder(Encoder):
     @property
     def settings(self) -> Any:
         module: Any = self.module
-        return [self._version, DECODING, module.visual.preprocess_cfg]
+        return [self._version, module.visual.preprocess_cfg]
+
+
+def _pretrained_config(architecture: str, pretrained: str) -> dict[str, Any]:
+    """What OpenCLIP says of these weights; nothing of a file's."""
+    import open_clip
+
+    return open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
 
 
 def _text_config(architecture: str) -> dict[str, Any]:
@@ -114,8 +129,6 @@ def _text_config(architecture: str) -> dict[str, Any]:
 
 def _remote(spec: Spec, architecture: str, pretrained: str) -> Remote | None:
     """A file that OpenCLIP fetches for this model."""
-    import open_clip
-
     kind, _, name = architecture.partition(":")
     instead = "give open_clip:local-dir:DIR, or open_clip:NAME@FILE"
     if kind == "hf-hub":
@@ -123,7 +136,7 @@ def _remote(spec: Spec, architecture: str, pretrained: str) -> Remote | None:
     if kind == "local-dir":
         return None
     instead += "" if spec.seed is not None else f", or open_clip:{architecture}@none for an untrained one"
-    weights = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
+    weights = _pretrained_config(architecture, pretrained)
     if weights.get("hf_hub"):
         repository, file = os.path.split(weights["hf_hub"])
         return hub_file(repository, file or "open_clip_config.json", instead)

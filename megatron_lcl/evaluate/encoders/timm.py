@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_lcl.convert.libraries import require
-from megatron_lcl.data.loading.images import decode_rgb
-from megatron_lcl.evaluate.encoders.encoder import DECODING, Encoder, Features, drawn_from, loading
+from megatron_lcl.data.loading.images import decode_bounded
+from megatron_lcl.evaluate.encoders.encoder import Encoder, Features, drawn_from, loading
 from megatron_lcl.evaluate.encoders.hub import Remote, hub_file
 from megatron_lcl.evaluate.encoders.spec import Spec
 
@@ -33,7 +33,7 @@ class TimmEncoder(Encoder):
         super().__init__(spec.text, module, device)
 
     def prepare(self, data: bytes) -> torch.Tensor:
-        return self._transform(decode_rgb(data))
+        return self._transform(decode_bounded(data))
 
     def _encode(self, images: torch.Tensor) -> Features:
         module: Any = self.module
@@ -50,7 +50,7 @@ class TimmEncoder(Encoder):
 
     @property
     def settings(self) -> Any:
-        return [self._version, DECODING, self._config]
+        return [self._version, self._config]
 
 
 def _remote(spec: Spec) -> Remote | None:

@@ -103,6 +103,17 @@ def test_evaluation_images_are_removed_and_named(source: Path, tmp_path: Path) -
     assert (found.images, found.documents) == (1, 0)
 
 
+def test_other_evaluation_images_with_the_same_output(source: Path, tmp_path: Path) -> None:
+    """In one process, which has opened an index at the same path before."""
+    for seed in (2, 3):
+        (tmp_path / f"set-{seed}").mkdir()
+        (tmp_path / f"set-{seed}" / "a.jpg").write_bytes(encoded(picture(seed)))
+        curate(source, tmp_path / "out", rules(evaluation__sets=f"[{tmp_path / f'set-{seed}'}]"))
+        matched = str(tmp_path / f"set-{seed}" / "a.jpg")
+        assert [(document, name) for document, *_, name in removals(tmp_path / "out")] == [(seed + 1, matched)]
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_a_corpus_of_earlier_rules_is_recognized_and_said(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
