@@ -232,7 +232,7 @@ class Checkpointer:
             sync(temporary / name)
         checkpoint.give_name(temporary, final)  # the same step is saved again after a rewind, or a resume
         sync(final.parent)
-        return checkpoint.tidy(self.run, self._kept(progress))
+        return checkpoint.tidy(self.run, self._kept(progress), progress.step)
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
         """Every process's result; SaveError on all where one fails, so that none waits for it."""

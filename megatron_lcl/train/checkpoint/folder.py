@@ -235,13 +235,15 @@ def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
     return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
 
 
-def tidy(run: Path, keep: Checkpoint | None) -> list[str]:
+def tidy(run: Path, keep: Checkpoint | None, step: int) -> list[str]:
     """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why.
 
-    keep: None: all are kept, and only what was interrupted is removed.
+    keep: None: all are kept, and only what was interrupted is removed. step: of the checkpoint that was just saved;
+    later ones are damaged, or of steps from which the run has gone back: they stay, and do not count.
     """
     faults: list[str] = []
-    for folder in superseded(list_checkpoints(run), keep) if keep else ():
+    up_to_step = [folder for folder in list_checkpoints(run) if step_of(folder) <= step]
+    for folder in superseded(up_to_step, keep) if keep else ():
         try:
             set_aside(folder)
         except OSError as error:

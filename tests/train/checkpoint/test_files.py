@@ -212,6 +212,24 @@ def test_list_verify_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(checkpoint.list_checkpoints(run)) == 1
 
 
+@pytest.mark.parametrize(
+    ("there", "saved", "keep_last", "kept"),
+    [
+        ((10, 11, 12), 11, 1, (11, 12)),  # 12 was rejected when the run went on from 10; a signal came after a step
+        ((8, 10), 8, 1, (8, 10)),  # saved again after a rewind, which rejected 10
+        ((9, 10, 11, 12, 14), 11, 2, (10, 11, 12, 14)),
+        ((8, 10, 12), 12, 2, (10, 12)),
+    ],
+)
+def test_later_checkpoints_do_not_count(
+    there: tuple[int, ...], saved: int, keep_last: int, kept: tuple[int, ...], tmp_path: Path
+) -> None:
+    for step in there:
+        checkpoint.step_folder(tmp_path, step).mkdir(parents=True)
+    assert checkpoint.tidy(tmp_path, Checkpoint(keep_last=keep_last), saved) == []
+    assert tuple(checkpoint.step_of(f) for f in checkpoint.list_checkpoints(tmp_path)) == kept
+
+
 def test_what_is_kept() -> None:
     folders = [checkpoint.step_folder(Path("run"), step) for step in range(100, 1100, 100)]
     old = checkpoint.superseded(folders, Checkpoint(keep_last=2, keep_every=400))
