@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lcl.config import Checkpoint, Config, load
 from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.corpus.manifest import MANIFEST, verify
+from megatron_lcl.data.corpus.manifest import MANIFEST, Unread, verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
@@ -180,9 +180,11 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     folder, rejected = newest(list_checkpoints(run))
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
+        unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
+        remedy = "look at the storage: some cannot be read" if unread else "restore one, or remove them to begin anew"
         raise UserError(
             f"none of the {len(rejected)} checkpoints in {run / CHECKPOINTS} is whole ({latest.name}: "
-            f"{'; '.join(faults[:3])}); restore one, or remove them to begin anew"
+            f"{'; '.join(faults[:3])}); {remedy}"
         )
     if folder is not None or resume == "auto":
         return folder, rejected
