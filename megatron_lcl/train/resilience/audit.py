@@ -23,8 +23,12 @@ class Audit:
             return
         line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self._path.open("a+b") as file:
+                begin = ""
+                if file.tell():  # a line that was cut off, by a full disk or a kill, must not take this one with it
+                    file.seek(-1, os.SEEK_END)
+                    begin = "" if file.read() == b"\n" else "\n"
+                file.write(f"{begin}{line}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
