@@ -13,7 +13,7 @@ from typing import Any
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.evaluate.heldout import TASKS as CORPUS_TASKS
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
@@ -23,6 +23,7 @@ from megatron_lcl.model.layers import Outputs
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.layout import num_micro_batches
+from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.telemetry import Telemetry
 
 
@@ -84,6 +85,7 @@ class HeldOutMeter:
         stepper: Any,
         device: Any,
         telemetry: Telemetry,
+        audit: Audit,
         stop_requested: Callable[[], int],
     ) -> None:
         """stepper: gives the outputs of micro-batches on the last pipeline stage. stop_requested: whether a signal
@@ -91,6 +93,7 @@ class HeldOutMeter:
         self.config = config
         self.mesh = mesh
         self.telemetry = telemetry
+        self.audit = audit
         at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
         rows = config.train.micro_batch * config.data.tokens_per_pack  # as many as in a step
         packs = 0
@@ -140,8 +143,18 @@ class HeldOutMeter:
         self.telemetry.say(f"held out{of}, after step {step}: {measured}")
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
-        write_heldout(Path(self.config.train.output), replace(result, average=average), examples)
+        self._write(step, lambda run: write_heldout(run, replace(result, average=average), examples))
         self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
+
+    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+        """What the report shows beside the numbers. Where the disk has no room for it, training goes on."""
+        run = Path(self.config.train.output)
+        try:
+            write(run)
+        except OSError as error:
+            reason = describe_os_error(error, run)
+            self.audit.write("evaluation not written", step, reason=reason)
+            self.telemetry.say(f"the report will not have the evaluation after step {step}: {reason}")
 
     def _measure_labeled(self, evaluation: LabeledEvaluation, step: int, average: str | None) -> None:
         started = time.perf_counter()
@@ -154,5 +167,5 @@ class HeldOutMeter:
         of = f" of {average}" if average else ""
         self.telemetry.say(f"labelled images{of}, after step {step}: {measured}")
         numbers = {**result.values, "seconds": time.perf_counter() - started}
-        write_labeled(Path(self.config.train.output), replace(result, average=average))
+        self._write(step, lambda run: write_labeled(run, replace(result, average=average)))
         self.telemetry.write({"step": step, **{f"labeled/{name}": value for name, value in numbers.items()}})

@@ -156,7 +156,8 @@ class Training:
         self.averages = Averages(config, engine, mesh)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
-            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._stop_requested)
+            stop, device = self._stop_requested, engine.device
+            self.heldout = HeldOutMeter(config, mesh, self.stepper, device, telemetry, self.audit, stop)
         self.progress = point.progress
         self.phase = phase_at(config, point.progress.step)
         self.several_phases = len(phases_of(config)) > 1

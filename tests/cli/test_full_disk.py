@@ -35,6 +35,7 @@ from megatron_lcl.evaluate.results import Metric, Result, write_json, write_pict
 from megatron_lcl.model.reference_format import open_clip_config
 from megatron_lcl.run_folder import LOCK
 from megatron_lcl.train.resilience.lock import lock_run_folder
+from megatron_lcl.train.telemetry import Telemetry, read_metrics
 
 FREE = 4 << 10
 SIZES = "image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64"
@@ -125,6 +126,22 @@ def test_commands(
 def _heldout(folder: Path) -> None:
     pair = Pair(0, 0, 0, "context " * 400)
     write_heldout(folder, HeldOut("corpus", 1, 1, 1), [Example(pair, 1, (pair,) * 4)])
+
+
+def test_a_run_goes_back_on_a_full_disk(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of later steps go, also between those of earlier ones; what has no room waits."""
+    with Telemetry(disk, load(None, {"train.progress": "false"}), True, 0) as telemetry:
+        for step in range(1, 90):
+            telemetry.write({"step": step, "text": "x" * 100})
+        telemetry.write({"step": 70, "checkpoint_bytes": 1})
+        fill(disk, free=0)
+        telemetry.rewind(80)
+        for step in range(81, 500):
+            telemetry.write({"step": step, "text": "x" * 100})
+        assert capsys.readouterr().out.count("metrics cannot be written") == 1
+        (disk / "ballast").unlink()
+        telemetry.write({"step": 500})
+    assert [line["step"] for line in read_metrics(disk)] == [*range(1, 81), 70, *range(81, 501)]
 
 
 RESULTS = [Result("knn", "encoder", "data", 3, {f"top-{k}": Metric(0.5, 0.4, 0.6) for k in range(60)})]

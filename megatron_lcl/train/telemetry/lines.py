@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import METRICS
 
 
 def keep_lines_before(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing."""
+    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing.
+
+    In place, for which a full disk has room.
+    """
     if not path.exists():
         return
     kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -24,7 +26,9 @@ def keep_lines_before(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue
     if kept != lines:
-        replace_text(path, "".join(kept))
+        with path.open("r+b") as file:
+            file.write("".join(kept).encode())
+            file.truncate()
 
 
 def measured_after(run: Path, step: int) -> set[str]:

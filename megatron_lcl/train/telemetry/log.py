@@ -91,12 +91,13 @@ class Telemetry:
 
     def _open(self, step: int) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
-        keep_lines_before(self._run / METRICS, step)
         self.last_step = step
         self.rates = Rates()
         self._fault = ""
         self._file = (self._run / METRICS).open("a", buffering=WAITING, encoding="utf-8")
-        self._board: TensorBoard | None = TensorBoard(self._run, step + 1)
+        self._attempt(lambda: keep_lines_before(self._run / METRICS, step))
+        self._board: TensorBoard | None = None
+        self._attempt(lambda: self._open_board(step + 1))
         for name in self._config.train.trackers:
             if name not in self._trackers:  # after a rewind it goes on
                 self._trackers[name] = TRACKERS[name](self._run, self._config)
@@ -220,9 +221,12 @@ class Telemetry:
         if len(str(before)) < len(str(self._num_bad)) or not before:
             self.say(f"step {step}: an image is skipped, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
 
+    def _open_board(self, first_step: int) -> TensorBoard:
+        self._board = self._board or TensorBoard(self._run, first_step)
+        return self._board
+
     def _draw(self, values: dict[str, Any]) -> None:
-        self._board = self._board or TensorBoard(self._run, values["step"])
-        self._board.write(values["step"], _numbers(values))
+        self._open_board(values["step"]).write(values["step"], _numbers(values))
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
