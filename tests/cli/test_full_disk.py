@@ -152,6 +152,26 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [("--version", (0, 0)), ("checkpoint verify nowhere", (2, 2)), ("inspect corpus", (2, 0))],
+)
+def test_a_log_on_a_full_disk_changes_no_exit_code(words: str, codes: tuple[int, int], documents: Path) -> None:
+    """codes: with standard output on a full disk, and standard error; what is no log, but a result, is lost with 2."""
+    command = [sys.executable, "-m", "megatron_lcl", *words.split()]
+    paths = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("PYTHONUNBUFFERED", None)  # with it every line is tried at once
+    for out, err, code in ((True, False, codes[0]), (False, True, codes[1]), (True, True, codes[0])):
+        with Path("/dev/full").open("wb") as full:
+            streams: dict[str, Any] = {"stdout": full if out else -1, "stderr": full if err else -1}
+            done = subprocess.run(command, cwd=documents, env=environment, text=True, timeout=60, **streams)
+        assert done.returncode == code, (out, err, done)
+        if not err:
+            said = f"megatron-lcl {words.split()[0]}: No space left on device\n"
+            assert done.stderr == (said if code else "") or "nowhere" in done.stderr
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_results(name: str, disk: Path) -> None:
     (disk / name).write_text("as it was")

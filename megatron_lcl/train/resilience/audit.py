@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -32,7 +33,8 @@ class Audit:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            print(f"megatron-lcl: {self._path} could not be written ({error.strerror}); the line was {line}")
+            with contextlib.suppress(OSError):  # the log may be on the same disk
+                print(f"megatron-lcl: {self._path} could not be written ({error.strerror}); the line was {line}")
 
 
 def read_audit(run: Path) -> list[dict[str, Any]]:
