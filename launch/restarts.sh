@@ -10,13 +10,12 @@ job=${job:-$SLURM_JOB_ID}
 goes_on() { sed -n 's/^run  *//p' "$@" 2>/dev/null | head -n 1; }
 
 # Counts this start in $again: how often the job was started again from the same checkpoint, $from. Every start counts,
-# whatever ended the one before, so that nodes that go down under the job count too; `forget_starts` takes them back.
+# whatever ended the one before, so that nodes that go down under the job count too, and signals before a first step.
 count_start() {
   from=$(goes_on "${logs:?}"/check-*.log)
   echo "$from" >>"$logs/starts"
   again=$(($(grep -cxF -e "$from" "$logs/starts") - 1))
 }
-forget_starts() { rm -f "$logs/starts"; }
 
 # Whether the job may start once more; says why not.
 may_restart() {

@@ -94,7 +94,7 @@ for task in "${!names[@]}"; do
   fi
 done
 cat "$logs/check-0.log"
-[ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down under it each time
+[ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down, or a signal came, before it could save
 
 # --- one sum over all processes: do they reach each other, and how fast?
 sum=("${prefix[@]}" "$python" -m megatron_lcl selftest --all-reduce --timeout "${CHECK_TIMEOUT:-300}")
@@ -115,8 +115,7 @@ trap : TERM # Slurm's TERM reaches the processes too; this script waits until th
 code=0
 "${run[@]}" 2>"$logs/srun" || code=$?
 cat "$logs/srun" >&2
-if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved
-  forget_starts
+if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved; where it saved nothing, starts add up
   requeue saved
 elif [ "$code" != 0 ]; then
   echo "--- $(date -Is): exit code $code; last lines of the processes that say why:" >&2

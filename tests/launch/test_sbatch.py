@@ -204,6 +204,12 @@ LOST = {
         "exit 0",
         {"STUCK": "n2", "REAL": sys.executable, "CHECK_TIMEOUT": "30", "MASTER_ADDR": "127.0.0.1"},
     ),
+    "stopped": Lost(("--nodes=1",), "exit 75", {"MAX_RESTARTS": "1"}),
+    "saves": Lost(
+        ("--nodes=1",),
+        'echo "step-$SLURM_RESTART_COUNT" >newest; [ "${SLURM_RESTART_COUNT:-0}" = 2 ] || exit 75',
+        {"MAX_RESTARTS": "0"},
+    ),
     "never": Lost(("--nodes=1",), "exit 71", {"MAX_RESTARTS": "0"}),
     "bad input": Lost(("--nodes=1",), "exit 2", {}),
     "program": Lost(("--nodes=1",), "exit 1", {}),
@@ -266,6 +272,17 @@ def test_starts_from_the_same_checkpoint_are_bounded(slurm: Slurm, lost: dict[st
     assert text.splitlines()[-1] == "--- the job has been started 2 times from the same checkpoint (MAX_RESTARTS=1)"
     assert text.count("there are not enough nodes to do without n2") == 2
     assert text.count("goes on from step-5") == 2
+
+
+@pytest.mark.slow
+def test_stops_without_a_new_checkpoint_are_bounded(slurm: Slurm, lost: dict[str, tuple[str, Path]]) -> None:
+    """Those that have saved are not."""
+    job, folder = lost["stopped"]
+    assert ended(slurm, job)[:3] == ("FAILED", "71:0", "2"), log(folder, job)
+    assert [line.split(",")[0] for line in starts(folder, job)] == ["start 0", "start 1"]
+    assert "--- the job has been started 3 times from the same checkpoint (MAX_RESTARTS=1)" in log(folder, job)
+    job, folder = lost["saves"]
+    assert ended(slurm, job)[:3] == ("COMPLETED", "0:0", "2"), log(folder, job)
 
 
 @pytest.mark.slow
