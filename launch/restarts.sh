@@ -27,9 +27,12 @@ may_restart() {
 # Whether another start may go better after this exit code: a process or a machine was lost (71), or a signal ended a
 # process, but for Ctrl-C's (130); or srun could not start all. A fault of the program (1) or of its input (2) would only
 # happen again.
-was_lost() {
-  [ "$1" = 71 ] || { [ "$1" -gt 128 ] && [ "$1" != 130 ]; } ||
-    grep -qs 'srun: error: .*\(ailed on node\|Node failure\|Unable to create step\)' "$logs/srun"
+was_lost() { [ "$1" = 71 ] || { [ "$1" -gt 128 ] && [ "$1" != 130 ]; } || not_launched; }
+
+# Whether srun could not start all tasks, and not for what the job asks for.
+not_launched() {
+  grep -s 'srun: error: .*\(ailed on node\|Node failure\|Unable to create step\)' "$logs/srun" |
+    grep -qv 'node configuration\|More processors\|Memory required\|Invalid'
 }
 
 # The nodes that have failed, one a line: as most of the processes say that watched the others, or else as srun does.
