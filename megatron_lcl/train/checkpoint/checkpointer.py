@@ -146,6 +146,11 @@ class Checkpointer:
         if fault is not None:
             raise fault
 
+    def wait_for_all(self) -> None:
+        """Until every process has come here and has no save to finish, nor the first one a copy to the mirror."""
+        self.close()
+        self._peers.barrier()
+
     def finished(self) -> list[Saved]:
         """Saves completed since the last call, for the log. Does not wait; not the same on all processes at a time."""
         return [self._finished.popleft() for _ in range(len(self._finished))]
