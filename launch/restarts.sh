@@ -6,17 +6,18 @@
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# Where a run would go on, from a dry run's text.
-goes_on() { sed -n 's/^run  *//p' "$@" 2>/dev/null | head -n 1; }
+# Where a run would go on, or each run of a sweep, from a dry run's text: one line.
+goes_on() { sed -n 's/^run  *//p' "$@" 2>/dev/null | awk '!seen[$0]++' | paste -sd ';'; }
 
 # Counts this start in $again: how often the job was started again from the same checkpoint, $from. Every start counts,
-# whatever ended the one before, so that nodes that go down under the job count too; `forget_starts` takes them back.
+# whatever ended the one before, so that nodes that go down under the job count too, and signals before a first step.
 count_start() {
   from=$(goes_on "${logs:?}"/check-*.log)
+  # where the check could not be launched, none has said it, and nothing was saved since the last start
+  [ -n "$from" ] || from=$(tail -n 1 "$logs/starts" 2>/dev/null || true)
   echo "$from" >>"$logs/starts"
   again=$(($(grep -cxF -e "$from" "$logs/starts") - 1))
 }
-forget_starts() { rm -f "$logs/starts"; }
 
 # Whether the job may start once more; says why not.
 may_restart() {
@@ -28,9 +29,12 @@ may_restart() {
 # Whether another start may go better after this exit code: a process or a machine was lost (71), or a signal ended a
 # process, but for Ctrl-C's (130); or srun could not start all. A fault of the program (1) or of its input (2) would only
 # happen again.
-was_lost() {
-  [ "$1" = 71 ] || { [ "$1" -gt 128 ] && [ "$1" != 130 ]; } ||
-    grep -qs 'srun: error: .*\(ailed on node\|Node failure\|Unable to create step\)' "$logs/srun"
+was_lost() { [ "$1" = 71 ] || { [ "$1" -gt 128 ] && [ "$1" != 130 ]; } || not_launched; }
+
+# Whether srun could not start all tasks, and not for what the job asks for.
+not_launched() {
+  grep -s 'srun: error: .*\(ailed on node\|Node failure\|Unable to create step\)' "$logs/srun" |
+    grep -qv 'Unable to create step.*\(node configuration\|More processors\|Memory required\|Invalid\)'
 }
 
 # The nodes that have failed, one a line: as most of the processes say that watched the others, or else as srun does.

@@ -70,15 +70,19 @@ mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 check=("${step[@]}" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
 check+=(--distribution=block --output="$logs/check-%t.log" --error="$logs/check-%t.err")
 code=0 bad=()
-"${check[@]}" "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>"$logs/check-srun" || code=$?
+"${check[@]}" "${train[@]}" --dry-run --nodes "$nodes" --processes "$per_node" 2>"$logs/srun" || code=$?
 count_start
-if [ "$code" != 0 ]; then
+if [ "$code" != 0 ] && not_launched; then
+  cat "$logs/srun" >&2
+  [ "$dry" = yes ] || start_again "the check could not be launched"
+  exit 71
+elif [ "$code" != 0 ]; then
   for task in "${!names[@]}"; do
     grep -qs '^checks  *passed' "$logs/check-$task.log" || bad+=("$task")
   done
   # one line for each fault, with the nodes that have it
   for task in "${bad[@]}"; do
-    printf '%s\t%s\n' "${names[task]}" "$(cat "$logs/check-srun" "$logs/check-$task.err" 2>/dev/null | tail -n 1)"
+    printf '%s\t%s\n' "${names[task]}" "$(cat "$logs/srun" "$logs/check-$task.err" 2>/dev/null | tail -n 1)"
   done | awk -F'\t' '{nodes[$2] = nodes[$2] " " $1} END {for (fault in nodes) print fault " (on" nodes[fault] ")"}' >&2
   # what some nodes only cannot do is no bad input
   if [ "$dry" = no ] && [ "${#bad[@]}" -lt "$nodes" ] && may_restart &&
@@ -94,7 +98,7 @@ for task in "${!names[@]}"; do
   fi
 done
 cat "$logs/check-0.log"
-[ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down under it each time
+[ "$again" -le "$max_restarts" ] || may_restart || exit 71 # nodes went down, or a signal came, before it could save
 
 # --- one sum over all processes: do they reach each other, and how fast?
 sum=("${prefix[@]}" "$python" -m megatron_lcl selftest --all-reduce --timeout "${CHECK_TIMEOUT:-300}")
@@ -115,8 +119,7 @@ trap : TERM # Slurm's TERM reaches the processes too; this script waits until th
 code=0
 "${run[@]}" 2>"$logs/srun" || code=$?
 cat "$logs/srun" >&2
-if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved
-  forget_starts
+if [ "$code" = 75 ]; then # EX_TEMPFAIL: stopped by a signal, everything saved; where it saved nothing, starts add up
   requeue saved
 elif [ "$code" != 0 ]; then
   echo "--- $(date -Is): exit code $code; last lines of the processes that say why:" >&2

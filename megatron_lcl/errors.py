@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def describe_os_error(error: OSError, place: str | os.PathLike[str] | None = Non
         return said
     where = os.fsdecode(where)
     return f"{where}: {said}" + (f" ({free_space(Path(where))})" if error.errno in _FULL else "")
+
+
+def complain(line: str) -> None:
+    """A line on stderr, at once. Where it cannot be written, as in a log on a full disk, nothing else changes."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def free_space(path: Path) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_lcl.cli import corpus, curating, evaluation, fetching, planning, training
 from megatron_lcl.cli.arguments import Imported, settings_joined
-from megatron_lcl.errors import RunError, UserError, check_on_disk, describe_os_error
+from megatron_lcl.errors import RunError, UserError, check_on_disk, complain, describe_os_error
 
 _MENDABLE = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
@@ -49,14 +49,18 @@ def run(arguments: Sequence[str]) -> int:
         for name in _PLACES:
             if name not in getattr(options, "at_urls", ()):
                 check_on_disk(f"--{name.replace('_', '-')}", getattr(options, name, None))
-        return options.run(options, rest) or 0
+        code: int = options.run(options, rest) or 0
+        trains = options.command == "train" and not (options.dry_run or options.print_config)
+        if not trains:  # or it is a log, and no result
+            sys.stdout.flush()
+        return code
     except BrokenPipeError:
         return 0
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _MENDABLE:
             raise
         if not _said_elsewhere(error):
-            print(f"megatron-lcl{command}: {_one_line(error)}", file=sys.stderr)
+            complain(f"megatron-lcl{command}: {_one_line(error)}")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -65,11 +69,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _flush() -> None:
-    """Write what is left; a reader that has gone (`| head`) is no error."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Write what is left; where a reader has gone (`| head`), or a log's disk is full, it is dropped, for Python would
+    try once more when it ends, and change the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _said_elsewhere(error: BaseException) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lcl.cli.arguments import add_input, inputs, overrides_of
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, complain
 
 if TYPE_CHECKING:
     from megatron_lcl.train.sweep import Member
@@ -174,7 +173,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             train(config, signals)
         except Stopped as stop:
             if os.environ.get("RANK", "0") == "0":
-                print(f"megatron-lcl train: {stop}", file=sys.stderr)
+                complain(f"megatron-lcl train: {stop}")
             return stop.code
     return 0
 

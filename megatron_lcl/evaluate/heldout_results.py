@@ -117,8 +117,8 @@ def with_recalls(result: HeldOut, rows: np.ndarray, intervals: bool) -> HeldOut:
 def write_heldout(folder: Path, result: HeldOut, examples: list[Example]) -> None:
     """The numbers and the examples as two JSON files in `folder`, for the report."""
     folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / EXAMPLES, json.dumps([asdict(e) for e in examples]) + "\n")  # for which there may be no room
     replace_text(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
-    replace_text(folder / EXAMPLES, json.dumps([asdict(e) for e in examples]) + "\n")
 
 
 _RECALLS = (

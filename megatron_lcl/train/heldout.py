@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from megatron_lcl.config import Config, EvaluationTask
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import RunError, UserError, describe_os_error
 from megatron_lcl.evaluate.heldout import TASKS as CORPUS_TASKS
 from megatron_lcl.evaluate.heldout import HeldOutEvaluation, check_tasks
 from megatron_lcl.evaluate.heldout_results import write_heldout
@@ -24,6 +24,7 @@ from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import broadcast_batches
 from megatron_lcl.train.layout import num_micro_batches
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.resilience.audit import Audit
 from megatron_lcl.train.telemetry import Telemetry
 
 
@@ -85,6 +86,7 @@ class HeldOutMeter:
         stepper: Any,
         device: Any,
         telemetry: Telemetry,
+        audit: Audit,
         stop_requested: Callable[[], int],
     ) -> None:
         """stepper: gives the outputs of micro-batches on the last pipeline stage. stop_requested: whether a signal
@@ -92,6 +94,7 @@ class HeldOutMeter:
         self.config = config
         self.mesh = mesh
         self.telemetry = telemetry
+        self.audit = audit
         at_once = num_micro_batches(config, mesh.data.size) if mesh.pipeline.size > 1 else 1
         rows = config.train.micro_batch * config.data.tokens_per_pack  # as many as in a step
         packs = 0
@@ -142,8 +145,26 @@ class HeldOutMeter:
         seconds = time.perf_counter() - started
         numbers = {**result.numbers(), "seconds": seconds}
         result = replace(result, average=average, dtype=resolve_dtype(self.config))
-        write_heldout(Path(self.config.train.output), result, examples)
-        self.telemetry.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
+        self._write(step, lambda run: write_heldout(run, result, examples), "heldout", numbers)
+
+    def _write(
+        self, step: int, write: Callable[[Path], None], kind: str, numbers: Mapping[str, float | int | None]
+    ) -> None:
+        """The numbers for the log, and what the report shows beside them.
+
+        Where the disk has no room for that, training goes on; but numbers of the last step, by which the run is known
+        to be evaluated, are then not written either, so that the same command makes the evaluation again.
+        """
+        run, written = Path(self.config.train.output), True
+        try:
+            write(run)
+        except OSError as error:
+            written = False
+            reason = describe_os_error(error, run)
+            self.audit.write("evaluation not written", step, reason=reason)
+            self.telemetry.say(f"the report will not have the evaluation after step {step}: {reason}")
+        if written or step < self.config.train.steps:
+            self.telemetry.write({"step": step, **{f"{kind}/{name}": value for name, value in numbers.items()}})
 
     def _measure_labeled(self, evaluation: LabeledEvaluation, step: int, average: str | None) -> None:
         started = time.perf_counter()
@@ -156,5 +177,4 @@ class HeldOutMeter:
         of = f" of {average}" if average else ""
         self.telemetry.say(f"labelled images{of}, after step {step}: {measured}")
         numbers = {**result.values, "seconds": time.perf_counter() - started}
-        write_labeled(Path(self.config.train.output), replace(result, average=average))
-        self.telemetry.write({"step": step, **{f"labeled/{name}": value for name, value in numbers.items()}})
+        self._write(step, lambda run: write_labeled(run, replace(result, average=average)), "labeled", numbers)

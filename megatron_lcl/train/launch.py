@@ -29,7 +29,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, complain
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.resilience.start import SIGNALS, code_of_signal
@@ -161,7 +161,7 @@ def start_local(arguments: Sequence[str], processes: int) -> int:
         code = _wait(children, heard, stopped)
         if stopped:
             name = signal.Signals(stopped[0]).name
-            print(f"megatron-lcl train: {name}: stopped; the same command goes on", file=sys.stderr, flush=True)
+            complain(f"megatron-lcl train: {name}: stopped; the same command goes on")
         return code_of_signal(stopped[0]) if stopped else code
     finally:
         for child in children:
@@ -211,7 +211,7 @@ def _wait(children: list[subprocess.Popen[bytes]], heard: _Heard, stopped: Seque
             since, (rank, failed) = time.monotonic(), failures[0]
             if failed < 0 and not stopped:
                 name = signal.Signals(-failed).name
-                print(f"megatron-lcl train: process {rank} was killed by {name}", file=sys.stderr, flush=True)
+                complain(f"megatron-lcl train: process {rank} was killed by {name}")
         if failed is not None and time.monotonic() - since > grace:
             for child in running:
                 child.kill()

@@ -156,7 +156,8 @@ class Training:
         self.averages = Averages(config, engine, mesh)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
-            self.heldout = HeldOutMeter(config, mesh, self.stepper, engine.device, telemetry, self._stop_requested)
+            stop, device = self._stop_requested, engine.device
+            self.heldout = HeldOutMeter(config, mesh, self.stepper, device, telemetry, self.audit, stop)
         self.progress = point.progress
         self.phase = phase_at(config, point.progress.step)
         self.several_phases = len(phases_of(config)) > 1
@@ -233,7 +234,9 @@ class Training:
                 self._after_step()
         if self.heldout and not self.point.is_evaluated and not self._evaluate(self.heldout):
             self._stop_if_requested()  # the evaluation is still to be made
-        self._finish_saving()
+        with self.watchdog.long_phase(self.progress.step, "saving before the end"):
+            self._finish_saving()
+            self.checkpoints.wait_for_all()  # else a launcher may end the first one while it copies
         if self.saver.step != self.progress.step:
             raise RunError(f"{self.saver.fault}; all steps are done, but {self.saver.last}")
         return self.saver.folder
@@ -396,6 +399,7 @@ class Training:
             if self.saver.step != step:
                 self._save()
             self._finish_saving()
+            self.checkpoints.wait_for_all()
         self.audit.write("stopped", step, signal=signum, saved=self.saver.step)
         raise Stopped(signum, step, self.saver.step)
 

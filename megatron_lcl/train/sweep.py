@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from megatron_lcl import config as configs
 from megatron_lcl import fields
 from megatron_lcl.config import Config
-from megatron_lcl.errors import UserError
+from megatron_lcl.errors import UserError, complain
 from megatron_lcl.train.finished import is_finished
 
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"
@@ -110,7 +109,7 @@ def run_members(
     start: runs a member to its end, and returns its exit code. fail_fast: the first failure ends the sweep. A run that
     was told to end (75, 130) ends it always. What became of every member is said at the end.
     """
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    say = say or complain
     finished = {member.name for member in sweep if is_finished(member.config)}
     became: dict[str, str] = {}
     code = 0

@@ -35,6 +35,7 @@ from megatron_lcl.evaluate.results import Metric, Result, write_json, write_pict
 from megatron_lcl.model.reference_format import open_clip_config
 from megatron_lcl.run_folder import LOCK
 from megatron_lcl.train.resilience.lock import lock_run_folder
+from megatron_lcl.train.telemetry import Telemetry, read_metrics
 
 FREE = 4 << 10
 SIZES = "image_size: 16, patch_size: 8, width: 32, layers: 1, heads: 2, mlp_width: 64"
@@ -127,12 +128,58 @@ def _heldout(folder: Path) -> None:
     write_heldout(folder, HeldOut("corpus", 1, 1, 1), [Example(pair, 1, (pair,) * 4)])
 
 
+def test_a_run_goes_back_on_a_full_disk(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of later steps go, also between those of earlier ones; what has no room waits."""
+    with Telemetry(disk, load(None, {"train.progress": "false"}), True, 0) as telemetry:
+        for step in range(1, 90):
+            telemetry.write({"step": step, "text": "x" * 100})
+        telemetry.write({"step": 70, "checkpoint_bytes": 1})
+        fill(disk, free=0)
+        telemetry.rewind(80)
+        for step in range(81, 500):
+            telemetry.write({"step": step, "text": "x" * 100})
+        assert capsys.readouterr().out.count("metrics cannot be written") == 1
+        (disk / "ballast").unlink()
+        telemetry.write({"step": 500})
+    assert [line["step"] for line in read_metrics(disk)] == [*range(1, 81), 70, *range(81, 501)]
+
+
 RESULTS = [Result("knn", "encoder", "data", 3, {f"top-{k}": Metric(0.5, 0.4, 0.6) for k in range(60)})]
 WRITERS: dict[str, Callable[[Path], None]] = {
     "heldout_examples.json": _heldout,
     "results.json": lambda folder: write_json(RESULTS, folder / "results.json"),
     "results.png": lambda folder: write_picture(RESULTS, folder / "results.png"),
 }
+
+
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [
+        ("--version", (0, 0)),
+        ("checkpoint verify nowhere", (2, 2)),
+        ("inspect corpus", (2, 0)),
+        ("train --print-config", (2, 0)),
+    ],
+)
+def test_a_log_on_a_full_disk_changes_no_exit_code(words: str, codes: tuple[int, int], documents: Path) -> None:
+    """codes: with standard output on a full disk, and standard error; what is no log, but a result, is lost with 2."""
+    command = [sys.executable, "-m", "megatron_lcl", *words.split()]
+    paths = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("PYTHONUNBUFFERED", None)  # with it every line is tried at once
+    for out, err, code in ((True, False, codes[0]), (False, True, codes[1]), (True, True, codes[0])):
+        with Path("/dev/full").open("wb") as full:
+            streams: dict[str, Any] = {"stdout": full if out else -1, "stderr": full if err else -1}
+            done = subprocess.run(command, cwd=documents, env=environment, text=True, timeout=60, **streams)
+        assert done.returncode == code, (out, err, done)
+        if not err:
+            said = f"megatron-lcl {words.split()[0]}: No space left on device\n"
+            assert done.stderr == (said if code else "") or "nowhere" in done.stderr
+
+
+def test_a_closed_standard_error_changes_no_exit_code() -> None:
+    command = ["bash", "-c", '"$0" -m megatron_lcl --version 2>&-', sys.executable]
+    assert subprocess.run(command, timeout=60, stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize("name", WRITERS)

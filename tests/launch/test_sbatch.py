@@ -69,6 +69,11 @@ exit 0
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' srun "$@" >"$SLURM_SUBMIT_DIR/srun-$SLURM_JOB_ID"
 { printf '%q ' "$@" && echo; } >>"$SLURM_SUBMIT_DIR/sruns-$SLURM_JOB_ID"
+if [ -n "${UNREACHED:-}" ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+  echo "srun: error: Task launch for StepId=$SLURM_JOB_ID.0 failed on node $UNREACHED: Communication failure" >&2
+  echo "srun: error: Application launch failed: Communication failure" >&2
+  exit 1
+fi
 words=()
 for word in "$@"; do [[ "$word" == --container-* ]] || words+=("$word"); done # those are the plugin pyxis's
 exec "$(PATH=${PATH#*:} type -P srun)" "${words[@]}"
@@ -199,10 +204,17 @@ LOST = {
         {},
     ),
     "check": Lost(("--nodes=2", "--partition=spare"), "exit 0", {"FAULTY": "n2"}),
+    "unreached": Lost(("--nodes=2", "--partition=spare"), "exit 0", {"UNREACHED": "n2"}),
     "stuck": Lost(
         ("--nodes=2", "--partition=spare"),
         "exit 0",
         {"STUCK": "n2", "REAL": sys.executable, "CHECK_TIMEOUT": "30", "MASTER_ADDR": "127.0.0.1"},
+    ),
+    "stopped": Lost(("--nodes=1",), "exit 75", {"MAX_RESTARTS": "1"}),
+    "saves": Lost(
+        ("--nodes=1",),
+        'echo "step-$SLURM_RESTART_COUNT" >newest; [ "${SLURM_RESTART_COUNT:-0}" = 2 ] || exit 75',
+        {"MAX_RESTARTS": "0"},
     ),
     "never": Lost(("--nodes=1",), "exit 71", {"MAX_RESTARTS": "0"}),
     "bad input": Lost(("--nodes=1",), "exit 2", {}),
@@ -237,14 +249,15 @@ def ended(slurm: Slurm, job: str) -> tuple[str, ...]:
         ("killed", ("COMPLETED", "0:0", "1", "n1", "n2")),
         ("watched", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
         ("check", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
+        ("unreached", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
         ("stuck", ("COMPLETED", "0:0", "1", "n2", "n[1,3]")),
     ],
 )
 def test_what_is_lost_starts_again_without_the_node(
     name: str, end: tuple[str, ...], slurm: Slurm, lost: dict[str, tuple[str, Path]]
 ) -> None:
-    """By what srun says, or the processes that watched each other; also a node that alone fails the check, or whose
-    process does not come to the all-reduce, which is real."""
+    """By what srun says, or the processes that watched each other; also a node that alone fails the check, or on which
+    it cannot be launched, or whose process does not come to the all-reduce, which is real."""
     job, folder = lost[name]
     assert ended(slurm, job) == end, log(folder, job)
     if name == "stuck":
@@ -266,6 +279,17 @@ def test_starts_from_the_same_checkpoint_are_bounded(slurm: Slurm, lost: dict[st
     assert text.splitlines()[-1] == "--- the job has been started 2 times from the same checkpoint (MAX_RESTARTS=1)"
     assert text.count("there are not enough nodes to do without n2") == 2
     assert text.count("goes on from step-5") == 2
+
+
+@pytest.mark.slow
+def test_stops_without_a_new_checkpoint_are_bounded(slurm: Slurm, lost: dict[str, tuple[str, Path]]) -> None:
+    """Those that have saved are not."""
+    job, folder = lost["stopped"]
+    assert ended(slurm, job)[:3] == ("FAILED", "71:0", "2"), log(folder, job)
+    assert [line.split(",")[0] for line in starts(folder, job)] == ["start 0", "start 1"]
+    assert "--- the job has been started 3 times from the same checkpoint (MAX_RESTARTS=1)" in log(folder, job)
+    job, folder = lost["saves"]
+    assert ended(slurm, job)[:3] == ("COMPLETED", "0:0", "2"), log(folder, job)
 
 
 @pytest.mark.slow
@@ -355,6 +379,42 @@ def test_a_node_that_does_not_respond_is_none_to_start_on(tmp_path: Path) -> Non
         command = ["bash", "-uc", text, "bash", str(ROOT / "launch" / "restarts.sh"), nodes]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
         assert result.stdout == left_out, result.stderr
+
+
+def test_starts_are_counted_from_the_same_checkpoint(tmp_path: Path) -> None:
+    """A start whose check said nothing counts for the checkpoint before; a sweep goes on where any of its runs does."""
+    text = 'source "$1" && logs=$2 && count_start && echo "$again"'
+    command = ["bash", "-euc", text, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
+    first, second = "run a: from step 5", "run b: from step 1"
+    starts = [("", "0"), (first, "0"), ("", "1"), (first, "2"), (f"{first}\n{second}", "0"), ("", "1")]
+    starts += [(f"{first}\nrun b: from step 2", "0")]
+    for says, again in starts:
+        for log in tmp_path.glob("check-*.log"):
+            log.unlink()
+        for node in range(2 if says else 0):
+            (tmp_path / f"check-{node}.log").write_text(f"checks  passed\n{says}\n")
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env={**os.environ, "SLURM_JOB_ID": "1"}
+        )
+        assert result.stdout == f"{again}\n", (says, result.stderr)
+
+
+def test_what_srun_says_of_a_node_is_no_fault_of_the_job(tmp_path: Path) -> None:
+    text = 'source "$1" && logs=$2 && was_lost 1 && failed_nodes'
+    environment = {**os.environ, "SLURM_JOB_ID": "1"}
+    stand_in = f'scontrol() {{ echo "${{@: -1}}"; }}\n{text}'
+    for said, nodes in (
+        ("Task launch for StepId=1.0 failed on node n7: Communication connection failure", "n7\n"),
+        ("Task launch for StepId=1.0 failed on node n7: Invalid job credential", "n7\n"),
+        ("Unable to create step for job 1: Required node not available (down, drained or reserved)", ""),
+        ("Unable to create step for job 1: Requested node configuration is not available", None),
+        ("Unable to create step for job 1: Memory required by task is not available", None),
+        ("Unable to create step for job 1: Invalid generic resource (gres) specification", None),
+    ):
+        (tmp_path / "srun").write_text(f"srun: error: {said}\n")
+        command = ["bash", "-uc", stand_in, "bash", str(ROOT / "launch" / "restarts.sh"), str(tmp_path)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert (None if result.returncode else result.stdout) == nodes, (said, result.stderr)
 
 
 def test_the_scripts_differ_in_name_and_size_only() -> None:

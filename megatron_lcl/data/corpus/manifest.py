@@ -15,6 +15,12 @@ from megatron_lcl.errors import UserError
 MANIFEST = "manifest.json"
 
 
+class Unread(str):
+    """The fault of a file that could not be read this time, for its storage or its permissions: it may be whole."""
+
+    __slots__ = ()
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and hash of a file, as they stand in a manifest."""
     return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
@@ -47,15 +53,15 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def verify(folder: Path, quick: bool = False, only: Container[str] | None = None) -> list[str]:
-    """What is wrong with a folder, by file; empty if nothing is.
+    """What is wrong with a folder, by file; empty if nothing is. Of what could not be read, and may be whole: `Unread`.
 
     quick: sizes only, nothing is read; only: these files. Files that the manifest does not name are no fault.
     """
     try:
         manifest = read_manifest(folder)
-    except FileNotFoundError:
-        return [f"{MANIFEST}: missing"]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return [_unread(MANIFEST, error)]
+    except ValueError as error:
         return [f"{MANIFEST}: {error}"]
     chosen = ((name, file) for name, file in manifest.items() if only is None or name in only)
     return [fault for name, file in chosen if (fault := _fault(folder / name, name, file, quick))]
@@ -67,8 +73,11 @@ def _fault(path: Path, name: str, expected: dict[str, Any], quick: bool) -> str 
             return f"{name}: {size} bytes, was written with {expected['bytes']}"
         if not quick and hash_file(path) != expected["xxh3"]:
             return f"{name}: changed since it was written"
-    except FileNotFoundError:
-        return f"{name}: missing"
     except OSError as error:
-        return f"{name}: {error.strerror}"
+        return _unread(name, error)
     return None
+
+
+def _unread(name: str, error: OSError) -> str:
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return f"{name}: missing" if missing else Unread(f"{name}: {error.strerror or error}")

@@ -146,6 +146,11 @@ class Checkpointer:
         if fault is not None:
             raise fault
 
+    def wait_for_all(self) -> None:
+        """Until every process has come here and has no save to finish, nor the first one a copy to the mirror."""
+        self.close()
+        self._peers.barrier()
+
     def finished(self) -> list[Saved]:
         """Saves completed since the last call, for the log. Does not wait; not the same on all processes at a time."""
         return [self._finished.popleft() for _ in range(len(self._finished))]
@@ -232,7 +237,7 @@ class Checkpointer:
             sync(temporary / name)
         checkpoint.give_name(temporary, final)  # the same step is saved again after a rewind, or a resume
         sync(final.parent)
-        return checkpoint.tidy(self.run, self._kept(progress))
+        return checkpoint.tidy(self.run, self._kept(progress), progress.step)
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
         """Every process's result; SaveError on all where one fails, so that none waits for it."""

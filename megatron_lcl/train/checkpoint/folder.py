@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lcl.config import Checkpoint, Config, load
 from megatron_lcl.convert.find import checkpoints_in, export_kind, run_of
 from megatron_lcl.convert.folder import IMPORT, read_record
-from megatron_lcl.data.corpus.manifest import MANIFEST, verify
+from megatron_lcl.data.corpus.manifest import MANIFEST, Unread, verify
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import CHECKPOINTS, CONFIG, PROGRESS
 
@@ -180,9 +180,11 @@ def choose(run: Path, resume: str) -> tuple[Path | None, dict[Path, list[str]]]:
     folder, rejected = newest(list_checkpoints(run))
     if folder is None and rejected:
         latest, faults = next(iter(rejected.items()))
+        unread = any(isinstance(fault, Unread) for faults in rejected.values() for fault in faults)
+        remedy = "look at the storage: some cannot be read" if unread else "restore one, or remove them to begin anew"
         raise UserError(
             f"none of the {len(rejected)} checkpoints in {run / CHECKPOINTS} is whole ({latest.name}: "
-            f"{'; '.join(faults[:3])}); restore one, or remove them to begin anew"
+            f"{'; '.join(faults[:3])}); {remedy}"
         )
     if folder is not None or resume == "auto":
         return folder, rejected
@@ -235,13 +237,15 @@ def superseded(folders: list[Path], keep: Checkpoint) -> list[Path]:
     return [f for f in older if not (keep.keep_every and step_of(f) % keep.keep_every == 0)]
 
 
-def tidy(run: Path, keep: Checkpoint | None) -> list[str]:
+def tidy(run: Path, keep: Checkpoint | None, step: int) -> list[str]:
     """Delete what is not kept of a run's checkpoints, as far as that can be; what could not be deleted, and why.
 
-    keep: None: all are kept, and only what was interrupted is removed.
+    keep: None: all are kept, and only what was interrupted is removed. step: of the checkpoint that was just saved;
+    later ones are damaged, or of steps from which the run has gone back: they stay, and do not count.
     """
     faults: list[str] = []
-    for folder in superseded(list_checkpoints(run), keep) if keep else ():
+    up_to_step = [folder for folder in list_checkpoints(run) if step_of(folder) <= step]
+    for folder in superseded(up_to_step, keep) if keep else ():
         try:
             set_aside(folder)
         except OSError as error:

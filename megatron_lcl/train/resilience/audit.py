@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -23,12 +24,17 @@ class Audit:
             return
         line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self._path.open("a+b") as file:
+                begin = ""
+                if file.tell():  # a line that was cut off, by a full disk or a kill, must not take this one with it
+                    file.seek(-1, os.SEEK_END)
+                    begin = "" if file.read() == b"\n" else "\n"
+                file.write(f"{begin}{line}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            print(f"megatron-lcl: {self._path} could not be written ({error.strerror}); the line was {line}")
+            with contextlib.suppress(OSError):  # the log may be on the same disk
+                print(f"megatron-lcl: {self._path} could not be written ({error.strerror}); the line was {line}")
 
 
 def read_audit(run: Path) -> list[dict[str, Any]]:

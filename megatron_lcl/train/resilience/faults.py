@@ -86,7 +86,8 @@ def exit_if_lost() -> Iterator[None]:
     except Exception as error:
         if code_of(error) != LOST:
             raise
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError):  # a log on a full disk
+            traceback.print_exception(error)
         if is_local(error):  # a collective tells only that there is a fault, not where
             name_nodes([node()], os.environ.get("RANK", "0"))
         raise SystemExit(LOST) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from megatron_lcl.errors import UserError, naming
+from megatron_lcl.errors import UserError, complain, naming
 from megatron_lcl.run_folder import LOCK
 
 PATIENCE_SECONDS = 30.0
@@ -110,4 +109,4 @@ def _acquire(run: Path, descriptor: int) -> bool:
 
 
 def _say(message: str) -> None:
-    print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
+    complain(f"megatron-lcl: {message}")

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -61,7 +61,8 @@ def _end(signum: int, _frame: FrameType | None) -> NoReturn:
 
 def leave(code: int, message: str) -> NoReturn:
     """End this process now, from any thread and whatever the others do; its loader processes too."""
-    print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # in a log on a full disk there is no room for it
+        print(f"megatron-lcl: {message}", file=sys.stderr, flush=True)
     multiprocessing = sys.modules.get("multiprocessing")  # else there are none
     children = multiprocessing.active_children() if multiprocessing else []
     for child in children:

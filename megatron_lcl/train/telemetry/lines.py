@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from megatron_lcl.run_folder import METRICS
 
 
 def keep_lines_before(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing."""
+    """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing.
+
+    Where the disk has no room for another file, in place.
+    """
     if not path.exists():
         return
     kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -23,8 +27,16 @@ def keep_lines_before(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    if kept != lines:
-        replace_text(path, "".join(kept))
+    text = "".join(kept)
+    if kept == lines[: len(kept)]:
+        os.truncate(path, len(text.encode()))
+        return
+    try:
+        replace_text(path, text)
+    except OSError:
+        with path.open("r+b") as file:
+            file.write(text.encode())
+            file.truncate()
 
 
 def measured_after(run: Path, step: int) -> set[str]:

@@ -68,7 +68,7 @@ class Telemetry:
     def __init__(self, run: Path, config: Config, is_first: bool, first_step: int) -> None:
         self.every = config.train.log_every
         self.total = config.train.steps
-        self._run, self._config = run, config
+        self._run = run
         self._progress = config.train.progress
         objective = objectives.create(config)
         self._contrasts = objective.sequences.contrast
@@ -86,20 +86,24 @@ class Telemetry:
         """the last one done"""
         self._file: Any = None
         self._trackers: dict[str, Sink] = {}
-        if is_first:
-            self._open(first_step)
+        if not is_first:
+            return
+        self._open(first_step)
+        for name in config.train.trackers:
+            try:
+                self._trackers[name] = TRACKERS[name](run, config)
+            except Exception as error:  # noqa: BLE001 as in `write`
+                self._leave_alone(name, error)
 
     def _open(self, step: int) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
-        keep_lines_before(self._run / METRICS, step)
         self.last_step = step
         self.rates = Rates()
         self._fault = ""
         self._file = (self._run / METRICS).open("a", buffering=WAITING, encoding="utf-8")
-        self._board: TensorBoard | None = TensorBoard(self._run, step + 1)
-        for name in self._config.train.trackers:
-            if name not in self._trackers:  # after a rewind it goes on
-                self._trackers[name] = TRACKERS[name](self._run, self._config)
+        self._attempt(lambda: keep_lines_before(self._run / METRICS, step))
+        self._board: TensorBoard | None = None
+        self._attempt(lambda: self._open_board(step + 1))
         # a new bar: its time left is that of the steps to come, at the rate of those made since
         disable = None if self._progress else True  # None: where stderr is no terminal
         self._bar = tqdm(initial=step, total=self.total, unit="step", disable=disable, dynamic_ncols=True)
@@ -211,7 +215,10 @@ class Telemetry:
                 tracker.write(values["step"], numbers)
             except Exception as error:  # noqa: BLE001 whatever it is, a run does not end for want of a tracker
                 del self._trackers[name]
-                self.say(f"{name} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
+                self._leave_alone(name, error)
+
+    def _leave_alone(self, tracker: str, error: Exception) -> None:
+        self.say(f"{tracker} gets no more metrics: {' '.join(str(error).split())}; metrics.jsonl has them all")
 
     def bad_images(self, step: int, reasons: list[str]) -> None:
         """Images of a step that did not decode: all to the metrics; the first, the tenth, … also to the console."""
@@ -220,9 +227,12 @@ class Telemetry:
         if len(str(before)) < len(str(self._num_bad)) or not before:
             self.say(f"step {step}: an image is skipped, {reasons[0]} ({self._num_bad:,} so far, see {METRICS})")
 
+    def _open_board(self, first_step: int) -> TensorBoard:
+        self._board = self._board or TensorBoard(self._run, first_step)
+        return self._board
+
     def _draw(self, values: dict[str, Any]) -> None:
-        self._board = self._board or TensorBoard(self._run, values["step"])
-        self._board.write(values["step"], _numbers(values))
+        self._open_board(values["step"]).write(values["step"], _numbers(values))
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:

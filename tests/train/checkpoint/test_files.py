@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +18,10 @@ from small_runs import JOBS, Job, build_config
 
 from megatron_lcl import load_model
 from megatron_lcl.cli import main
-from megatron_lcl.config import Checkpoint, Guard
-from megatron_lcl.data.corpus.manifest import verify
+from megatron_lcl.config import Checkpoint, Config, Guard, to_yaml
+from megatron_lcl.data.corpus import manifest
+from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text, verify
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint import reshard
 from megatron_lcl.train.checkpoint.state import KEYS, State
@@ -210,6 +214,59 @@ def test_list_verify_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(prune) == 2
     assert "nothing was deleted" in capsys.readouterr().err
     assert len(checkpoint.list_checkpoints(run)) == 1
+
+
+def test_what_cannot_be_read_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The storage fails for a file of step 3; that of step 1 is damaged."""
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()))
+    for step in (1, 2, 3):
+        folder = checkpoint.step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x")
+        (folder / "manifest.json").write_text(manifest_text({"weights": fingerprint(folder / "weights")}))
+    first, second, third = checkpoint.list_checkpoints(tmp_path)
+    (first / "weights").write_bytes(b"y")
+    failing = [third / "weights"]
+
+    def fail(path: Path) -> str:
+        if path in failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return hash_file(path)
+
+    monkeypatch.setattr(manifest, "hash_file", fail)
+    assert checkpoint.choose(tmp_path, "auto") == (second, {third: ["weights: Input/output error"]})
+    prune = ["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]
+    for words in (["--dry-run"], []):
+        assert main([*prune, *words]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].endswith(f" {first} (damaged: weights: changed since it was written)")
+        assert said[1:] == [f"kept {third}, which cannot be read (weights: Input/output error)"]
+    failing.append(second / "weights")
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* look at the storage: some cannot be read"):
+        checkpoint.choose(tmp_path, "auto")
+    failing.clear()
+    assert main(prune) == 0
+    assert checkpoint.list_checkpoints(tmp_path) == [third]
+
+
+@pytest.mark.parametrize(
+    ("there", "saved", "keep_last", "kept"),
+    [
+        ((10, 11, 12), 11, 1, (11, 12)),  # 12 was rejected when the run went on from 10; a signal came after a step
+        ((8, 10), 8, 1, (8, 10)),  # saved again after a rewind, which rejected 10
+        ((9, 10, 11, 12, 14), 11, 2, (10, 11, 12, 14)),
+        ((8, 10, 12), 12, 2, (10, 12)),
+    ],
+)
+def test_later_checkpoints_do_not_count(
+    there: tuple[int, ...], saved: int, keep_last: int, kept: tuple[int, ...], tmp_path: Path
+) -> None:
+    for step in there:
+        checkpoint.step_folder(tmp_path, step).mkdir(parents=True)
+    assert checkpoint.tidy(tmp_path, Checkpoint(keep_last=keep_last), saved) == []
+    assert tuple(checkpoint.step_of(f) for f in checkpoint.list_checkpoints(tmp_path)) == kept
 
 
 def test_what_is_kept() -> None:

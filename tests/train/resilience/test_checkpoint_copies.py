@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,38 @@ from megatron_lcl.train.memory import Memory
 
 def planted(rank: int, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+
+
+def slow_copies(rank: int, environment: dict[str, str], copied: str) -> None:
+    """Copying takes the first process longer than all else that is left to do."""
+    planted(rank, environment)
+    upload = Mirror.upload
+
+    def slow(self: Mirror, *arguments: Any) -> None:
+        time.sleep(4.0)
+        upload(self, *arguments)
+        Path(copied).touch()
+
+    Mirror.upload = slow  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "background", "code"), [(2, "true", 0), (2, "false", 0), (5000, "true", 75)])
+def test_no_process_ends_while_the_first_one_copies(
+    steps: int, background: str, code: int, place: str, config_file: str, tmp_path: Path
+) -> None:
+    """A launcher would end that one too. With 5000 steps a signal ends the run."""
+    copied, (environment,) = tmp_path / "copied", fleet_options()["planted"]
+    words = ["--config", config_file, "--train.steps", str(steps), "--checkpoint.background", background]
+    words += ["--checkpoint.mirror", place, "--checkpoint.every", "5000"]
+    with Fleet(tmp_path / "run", *words, plant=slow_copies, planted=(environment, str(copied))) as fleet:
+        if code:
+            fleet.wait_for_step(1)
+            os.kill(fleet.pid(1), signal.SIGTERM)
+        assert fleet.wait(ranks=[1])[1] == code, fleet.said()
+        assert copied.exists()
+        assert fleet.wait() == [code, code]
+    assert len(Mirror(place).complete()) == 1
 
 
 def fleet_options() -> dict[str, Any]:

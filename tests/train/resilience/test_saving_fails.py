@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 from collections.abc import Container
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import losses, train
+from fleet import lines, losses, train
 
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -42,33 +43,76 @@ def full_disk(rank: int, faulty: int, failing: Container[int]) -> None:
 def full_disk_for_all(rank: int) -> None:
     """From the end of the third step to the end of the seventh no file of the first process grows past metrics.jsonl.
 
-    That is past the log, where it says so, however many lines of progress a slow machine has written there.
+    That is past the log, where it says so, however many lines of progress a slow machine has written there. There is no
+    room at all for the files of the first evaluation, which comes later: its loaders need some.
     """
     from megatron_lcl.run_folder import METRICS
+    from megatron_lcl.train import heldout
     from megatron_lcl.train.telemetry import Telemetry
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    plain = Telemetry.step
+    plain, write_heldout = Telemetry.step, heldout.write_heldout
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def step(self: Telemetry, number: int, *arguments: Any) -> None:
         if rank == 0 and number in (3, 7):
-            limit = (self._run / METRICS).stat().st_size if number == 3 else resource.RLIM_INFINITY
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            limit((self._run / METRICS).stat().st_size if number == 3 else resource.RLIM_INFINITY)
         plain(self, number, *arguments)
 
+    def write(*arguments: Any) -> None:
+        heldout.write_heldout = write_heldout
+        limit(0)
+        try:
+            write_heldout(*arguments)
+        finally:
+            limit(resource.RLIM_INFINITY)
+
     Telemetry.step = step  # type: ignore[method-assign]
+    heldout.write_heldout = write
 
 
 @pytest.mark.slow
 def test_metrics_wait_for_space(config_file: str, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    """A disk that is full is full for metrics too."""
+    """A disk that is full is full for metrics too, and for the files of an evaluation."""
     run = tmp_path / "run"
-    said = train(run, "--config", config_file, plant=full_disk_for_all)
+    corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
+    evaluates = ["--train.evaluate_every", "9", "--evaluate.corpus", corpus]
+    said = train(run, "--config", config_file, *evaluates, plant=full_disk_for_all)
     assert losses(run) == undisturbed
     assert said.count("metrics cannot be written") == 1
+    assert said.count(f"the report will not have the evaluation after step 9: {run / 'heldout'}") == 1
+    assert json.loads((run / "heldout.json").read_text())["step"] == 12
+    assert [line["step"] for line in lines(run) if "heldout/seconds" in line] == [9, 12]
     assert [checkpoint.step_of(f) for f in checkpoint.list_checkpoints(run)] == [8, 12]
-    assert [(line["event"], line["step"]) for line in read_audit(run)] == [("checkpoint failed", 4)]
+    assert [(line["event"], line["step"]) for line in read_audit(run)] == [
+        ("checkpoint failed", 4),
+        ("evaluation not written", 9),
+    ]
     assert "Traceback" not in said
+
+
+def no_room_for_an_evaluation(_rank: int) -> None:
+    from megatron_lcl.train import heldout
+
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    heldout.write_heldout = write
+
+
+@pytest.mark.slow
+def test_the_last_evaluation_is_made_again_where_there_was_no_room(config_file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    corpus = json.loads(Path(config_file).with_suffix(".json").read_text())["corpus"]
+    words = ["--config", config_file, "--train.steps", "2", "--train.evaluate_every", "2", "--evaluate.corpus", corpus]
+    said = train(run, *words, size=1, plant=no_room_for_an_evaluation)
+    assert "the report will not have the evaluation after step 2" in said
+    assert not any("heldout/seconds" in line for line in lines(run))
+    train(run, *words, size=1)
+    assert json.loads((run / "heldout.json").read_text())["step"] == 2
+    assert [line["step"] for line in lines(run) if "heldout/seconds" in line] == [2]
 
 
 @pytest.mark.slow

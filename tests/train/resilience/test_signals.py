@@ -37,6 +37,14 @@ def slow_steps(rank: int, marks: str, seconds: float = 0.1) -> None:
     Stepper.start = run  # type: ignore[method-assign]
 
 
+def slow_steps_and_a_full_log(rank: int, marks: str) -> None:
+    """What the process says has no room."""
+    slow_steps(rank, marks)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    os.dup2(full, 2)
+
+
 def slow_saves(rank: int, marks: str) -> None:
     """Saves that a test can catch: the second process leaves a mark when it begins to write, and takes a second."""
     from megatron_lcl.train.checkpoint import checkpointer
@@ -103,6 +111,16 @@ def test_a_signal_to_one_process_stops_all(
     (line,) = read_audit(run)
     assert (line["event"], line["signal"], line["saved"]) == ("stopped", signum, step)
     goes_on(run, config_file, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_run_whose_log_is_on_a_full_disk(config_file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Fleet(run, "--config", config_file, *LONG, plant=slow_steps_and_a_full_log, planted=("",)) as fleet:
+        fleet.wait_for_step(2)
+        os.kill(fleet.pid(0), signal.SIGTERM)
+        assert fleet.wait() == [REQUEUE, REQUEUE]
+    assert saved_steps(run) == [last_step(run)]
 
 
 @pytest.mark.slow

@@ -115,14 +115,21 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     check_trackers(config_of())
 
 
+@pytest.mark.parametrize("at_start", [False, True])
 def test_a_tracker_that_fails_ends_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    at_start: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nor is it tried again after a rewind."""
     from megatron_lcl.train.telemetry import sinks
+
+    begun = []
 
     class Failing:
         def __init__(self, run: Path, config: Config) -> None:
             assert os.path.isdir(run)
+            begun.append(run)
+            if at_start:
+                raise ConnectionError("the server\nis gone")
 
         def write(self, step: int, numbers: object) -> None:
             raise RuntimeError("the server\nis gone")
@@ -130,6 +137,11 @@ def test_a_tracker_that_fails_ends_no_run(
         def close(self) -> None: ...
 
     monkeypatch.setitem(sinks.TRACKERS, "wandb", Failing)
-    steps(tmp_path, config_of("wandb"), 0, 3)
+    with Telemetry(tmp_path, config_of("wandb"), True, 0) as telemetry:
+        for step in (1, 2, 3):
+            telemetry.write({"step": step, "loss": 1.0})
+        telemetry.rewind(2)
+        telemetry.write({"step": 3, "loss": 1.0})
     assert capsys.readouterr().out.count("wandb gets no more metrics: the server is gone; metrics.jsonl has") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert len(begun) == 1
