@@ -8,6 +8,7 @@ start it again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import io
@@ -52,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
         code: int = options.run(options, rest) or 0
         trains = options.command == "train" and not (options.dry_run or options.print_config)
         if not trains:  # or it is a log, and no result
-            sys.stdout.flush()
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
         return code
     except BrokenPipeError:
         return 0

@@ -5,9 +5,9 @@ enter, each connection in a thread; it ends when the last of them has (its stand
 (operation, url, arguments); an answer ("ok", value) or ("fault", message, missing).
 
 A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to a URL
-was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed; obstore itself
-repeats what puts, part by part. How long an answer takes depends on the link, which many share, so only silence is a
-failure. A body with fewer bytes than were asked for counts as one that failed.
+was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what
+puts, whose parts obstore itself repeats, after it began). How long an answer takes depends on the link, which many
+share, so only silence is a failure. A body with fewer bytes than were asked for counts as one that failed.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Remote:
         source = Path(content) if isinstance(content, str) else content
         if not self._answered:
             self._head(name)  # a wrong address shows soon
-        # of the requests for its parts each is made again; all of them together seldom succeed
-        self._again(name, lambda: obstore.put(self._retrying, name, source, chunk_size=CHUNK), patience=0)
+        # of the requests for its parts each is made again; all of them together seldom succeed. That may have taken longer
+        # than PATIENCE_SECONDS when it fails
+        self._again(name, lambda: obstore.put(self._retrying, name, source, chunk_size=CHUNK), time.monotonic())
 
     def delete(self, names: Sequence[str]) -> None:
         """Objects, as far as they are there."""
@@ -161,8 +162,9 @@ class Remote:
 
         return self._again(name, one) if stop > start else b""
 
-    def _again(self, name: str, action: Callable[[], T], patience: float | None = None) -> T:
-        began, failed, pause = time.monotonic(), 0.0, 0.1
+    def _again(self, name: str, action: Callable[[], T], failed: float = 0.0) -> T:
+        """failed: from when patience counts; 0: from the first failure on."""
+        began, pause = time.monotonic(), 0.1
         while True:
             try:
                 result = action()
@@ -178,11 +180,7 @@ class Remote:
             self._answered |= fault.answered
             now = time.monotonic()
             failed = failed or now
-            end = (
-                failed + (PATIENCE_SECONDS if patience is None else patience)
-                if self._answered
-                else began + FIRST_SECONDS
-            )
+            end = failed + PATIENCE_SECONDS if self._answered else began + FIRST_SECONDS
             if not fault.passing or now + pause > end:
                 raise StorageError(fault.message, fault.missing)
             time.sleep(pause * random.uniform(0.5, 1.0))

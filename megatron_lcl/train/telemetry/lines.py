@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from megatron_lcl.data.corpus.files import replace_text
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import METRICS
 
@@ -16,7 +14,7 @@ from megatron_lcl.run_folder import METRICS
 def keep_lines_before(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which a resumed run will write again, and a line cut off in writing.
 
-    Where the disk has no room for another file, in place.
+    In place: for that a full disk has room, and whoever has the file open goes on writing into it.
     """
     if not path.exists():
         return
@@ -27,15 +25,9 @@ def keep_lines_before(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    text = "".join(kept)
-    if kept == lines[: len(kept)]:
-        os.truncate(path, len(text.encode()))
-        return
-    try:
-        replace_text(path, text)
-    except OSError:
+    if kept != lines:
         with path.open("r+b") as file:
-            file.write(text.encode())
+            file.write("".join(kept).encode())
             file.truncate()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 import time
@@ -38,6 +39,19 @@ def terminals(monkeypatch: pytest.MonkeyPatch, out: bool, err: bool) -> None:
     """What stdout and stderr are taken for."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: out)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: err)
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_what_follows_lines_that_were_dropped_is_in_the_file(goes_back: bool, tmp_path: Path) -> None:
+    """A save's line stands behind those of later steps, where it is written in the background."""
+    written = [{"step": step} for step in (1, 2, 3, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    config = configs.load(None, {"train.output": str(tmp_path), "train.steps": "9", "train.progress": "false"})
+    with Telemetry(tmp_path, config, True, 3 if goes_back else 2) as telemetry:
+        if goes_back:
+            telemetry.rewind(2)
+        telemetry.write({"step": 3, "loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 2, 3]
 
 
 def test_time_left_after_resuming_and_after_a_rewind(
