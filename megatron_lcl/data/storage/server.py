@@ -87,8 +87,8 @@ class Remote:
         source = Path(content) if isinstance(content, str) else content
         if not self._answered:
             self._head(name)  # a wrong address shows soon
-        # of the requests for its parts each is made again; all of them together seldom succeed. That may have taken longer
-        # than PATIENCE_SECONDS when it fails
+        # of the requests for its parts each is made again; all of them together seldom succeed. When it fails, that may
+        # have taken longer than PATIENCE_SECONDS
         self._again(name, lambda: obstore.put(self._retrying, name, source, chunk_size=CHUNK), time.monotonic())
 
     def delete(self, names: Sequence[str]) -> None:
