@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
                 check_on_disk(f"--{name.replace('_', '-')}", getattr(options, name, None))
         code: int = options.run(options, rest) or 0
         trains = options.command == "train" and not (options.dry_run or options.print_config)
-        if not trains:  # or it is a log, and no result
+        if not trains:  # of a training it is a log, of all else the result
             with contextlib.suppress(BrokenPipeError):
                 sys.stdout.flush()
         return code
