@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 
 import xxhash
@@ -23,8 +22,9 @@ from megatron_lcl.data.corpus.files import hash_file, sync
 from megatron_lcl.data.corpus.manifest import MANIFEST, read_manifest
 from megatron_lcl.data.corpus.remote import UNUSED_SECONDS, locked, make_room, user_cache
 from megatron_lcl.data.corpus.scratch import clear_dead, put_in_place, scratch_folder
+from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.data.storage.store import Store
-from megatron_lcl.errors import UserError, free_space, in_bytes
+from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import AVERAGES, CHECKPOINTS, CONFIG, PROGRESS, WEIGHTS
 
 LIMIT = 100e9
@@ -86,12 +86,7 @@ def _fetch(store: Store, record_name: str, record: bytes, holder: Path, name: st
         sizes = dict(zip(hashes, store.head(list(hashes)), strict=True))
         if missing := [file for file, about in sizes.items() if about is None]:
             raise UserError(f"{store.url}/{missing[0]} is missing; copy the folder there again")
-        total = sum(about[0] for about in sizes.values() if about)
-        make_room(holder, LIMIT - total, PREFIX)
-        if total > shutil.disk_usage(holder).free:
-            raise UserError(
-                f"{store.url} takes {in_bytes(total)}, and {free_space(holder)}; set XDG_CACHE_HOME to another folder"
-            )
+        make_room(holder, LIMIT - sum(about[0] for about in sizes.values() if about), PREFIX)
         for file in hashes:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
         store.fetch(list(hashes), folder)
@@ -107,20 +102,17 @@ def _needed(folder: Path, url: str, average: str | None) -> dict[str, str]:
     weights."""
     for kind in (IMPORT, *EXPORTS):
         if found := read_record(folder, kind):
-            hashes = {name: str(digest) for name, digest in found[1]["files"].items()}
-            break
-    else:
-        weights = f"{AVERAGES}/{average}/{WEIGHTS}" if average else WEIGHTS
-        try:
-            hashes = {
-                name: str(file["xxh3"])
-                for name, file in read_manifest(folder).items()
-                if name == weights or PurePosixPath(name).name in (CONFIG, PROGRESS)
-            }
-        except UserError as error:
-            raise UserError(f"{url}/{MANIFEST} {error}; copy the checkpoint there again") from None
-        except OSError:  # a certificate or a record that is none
-            raise UserError(f"{url} is no checkpoint, import or export of megatron_lcl") from None
-    if strange := [name for name in hashes if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
-        raise UserError(f"{url} names a file outside of its folder ({strange[0]}), and is not copied")
-    return hashes
+            if strange := [name for name in found[1]["files"] if not is_within(name)]:
+                raise UserError(f"{url} names a file outside of its folder ({strange[0]}), and is not copied")
+            return {name: str(digest) for name, digest in found[1]["files"].items()}
+    weights = f"{AVERAGES}/{average}/{WEIGHTS}" if average else WEIGHTS
+    try:
+        return {
+            name: str(file["xxh3"])
+            for name, file in read_manifest(folder).items()
+            if name == weights or PurePosixPath(name).name in (CONFIG, PROGRESS)
+        }
+    except UserError as error:
+        raise UserError(f"{url}/{MANIFEST} {error}; copy the checkpoint there again") from None
+    except OSError:  # a certificate or a record that is none
+        raise UserError(f"{url} is no checkpoint, import or export of megatron_lcl") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -146,6 +147,11 @@ def outside(place: str) -> None:
     Store(place).put("step-00000002/manifest.json", manifest_text(files).encode())
 
 
+def outside_of_an_import(place: str) -> None:
+    record = {"format": "import", "files": {"/config.yaml": "0"}}
+    Store(place).put("import.json", json.dumps(record).encode())
+
+
 def nothing(place: str) -> None:
     Store(place).delete([name for name, _ in Store(place).list() if name.endswith("manifest.json")])
 
@@ -157,6 +163,7 @@ def nothing(place: str) -> None:
         (damaged, "step-00000002/model.safetensors is not the file that manifest.json names"),
         (other_manifest, "step-00000002/manifest.json changed since it was written"),
         (outside, r"names a file outside of its folder \(../config.yaml\)"),
+        (outside_of_an_import, r"names a file outside of its folder \(/config.yaml\)"),
         (nothing, "holds no complete checkpoint"),
     ],
 )

@@ -12,6 +12,7 @@ import xxhash
 from megatron_lcl.data.corpus.document import KINDS
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
+from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.errors import UserError
 
 FORMAT_VERSION = 1
@@ -81,6 +82,16 @@ def contents_of(manifest: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([manifest["tokenizer"]["fingerprint"], *shards]).encode())
 
 
+def check_names(names: Iterable[str], manifest: str | Path) -> None:
+    """UserError where a manifest lists what is no file of its folder: it would be written, or removed, elsewhere."""
+    for name in names:
+        if "/" in name or not is_within(name):
+            raise UserError(
+                f"{manifest} lists {name!r}, which is no name of a file in its folder: whoever wrote it may mean harm, "
+                "and the corpus is not used"
+            )
+
+
 def check_shape(manifest: Mapping[str, Any]) -> None:
     """KeyError, TypeError or ValueError where what readers take for granted is not there, or not of its type."""
 
@@ -98,5 +109,7 @@ def check_shape(manifest: Mapping[str, Any]) -> None:
     are(int, tokenizer["vocab_size"], *(info["size"] for info in manifest["files"].values()))
     for counts in (manifest["counts"], *manifest["shards"]):
         are(int, *(counts[name] for name in COUNTS))
+    if Path(tokenizer["file"]).suffix not in (".model", ".json"):
+        raise ValueError  # it is copied to a cache that a config names, as `x.vim` to where an editor looks for those
     if any(shard.get(KIND, KINDS[0]) not in KINDS for shard in manifest["shards"]):
         raise TypeError

@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from megatron_lcl.data.corpus.files import hash_file
+from megatron_lcl.data.storage.names import is_within
 from megatron_lcl.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -34,8 +35,8 @@ def manifest_text(files: Mapping[str, dict[str, Any]]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The fingerprints of a folder's files. UserError where the manifest is damaged or another kind of
-    folder's, OSError where there is none."""
+    """The fingerprints of a folder's files. UserError where the manifest is damaged, another kind of folder's, or has
+    names that lead out of the folder, OSError where there is none."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         content = json.loads(text)
@@ -49,6 +50,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         whole = False
     if not whole:
         raise UserError("changed since it was written")
+    if strange := [name for name in files if not is_within(name)]:
+        raise UserError(f"names a file outside of its folder ({strange[0]})")
     return files
 
 

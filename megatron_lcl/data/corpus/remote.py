@@ -133,16 +133,20 @@ class Remote:
             (Path(scratch) / name).replace(target)
 
     def _fetch(self, names: Sequence[str], scratch: Path) -> None:
+        for name in names:
+            about, listed = self._objects.get(name), self.files.get(name)
+            if about and listed and about[0] != listed["size"]:
+                raise self._other(name, f"{about[0]:,} bytes, not {listed['size']:,}")
         self.store.fetch(names, scratch)
         for name in names:
             size, digest = (scratch / name).stat().st_size, hash_file(scratch / name)
             listed = self.files.get(name, {"size": size, "xxh3": digest})  # a tokenizer has its own fingerprint
             if (size, digest) != (listed["size"], listed["xxh3"]):
-                raise UserError(
-                    f"{self.url}/{name} is not the file that the manifest names ({size:,} bytes, XXH3 {digest}); copy "
-                    "the corpus again"
-                )
+                raise self._other(name, f"{size:,} bytes, XXH3 {digest}")
             sync(scratch / name)
+
+    def _other(self, name: str, found: str) -> UserError:
+        return UserError(f"{self.url}/{name} is not the file that the manifest names ({found}); copy the corpus again")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     MANIFEST,
     NAMES,
     TOKENS,
+    check_names,
     check_shape,
     has_names,
     read_manifest,
@@ -324,6 +325,7 @@ class Corpus(Sequence[Document]):
             raise UserError(
                 f"{self.path / MANIFEST} is damaged; remove the folder and run `megatron-lcl preprocess` again"
             ) from None
+        check_names([*self.manifest["files"], self.manifest["tokenizer"]["file"]], f"{self.where}/{MANIFEST}")
         if self.remote:
             self.remote.prepare(self.manifest)
         self._shards: dict[int, Shard] = {}

@@ -114,9 +114,15 @@ def _connect(ray: Any, settings: RaySettings, cpus: float, folder: str) -> None:
 
 
 def _running() -> str | None:
-    """The address of the cluster that `ray start` says this machine belongs to, if it still answers."""
+    """The address of the cluster that `ray start`, by this user or root, says this machine belongs to, if it still
+    answers. In /tmp others could name one of their own, which jobs and passwords would then be sent to."""
+    path = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster")
     try:
-        address = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster").read_text("utf-8").strip()
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
+            if (owner := os.fstat(file.fileno()).st_uid) not in (0, os.geteuid()):
+                logger.warning("%s is user %d's, and not followed; `--ray HOST:PORT` names a cluster", path, owner)
+                return None
+            address = file.read().strip()
         _reach(address)
     except OSError:
         return None

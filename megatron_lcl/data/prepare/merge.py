@@ -13,6 +13,7 @@ from megatron_lcl.data.corpus.corpus_manifest import (
     FORMAT_VERSION,
     KIND,
     MANIFEST,
+    check_names,
     has_names,
     read_manifest,
     shard_files,
@@ -134,7 +135,8 @@ def _remove(source: Path) -> None:
     if (source / MANIFEST).exists():
         os.replace(source / MANIFEST, moved)  # first: a corpus is complete or it is not there
     if moved.exists():
-        for name in json.loads(moved.read_bytes())["files"]:
+        check_names(names := json.loads(moved.read_bytes())["files"], moved)
+        for name in names:
             (source / name).unlink(missing_ok=True)
         moved.unlink()
     if source.exists() and not any(source.iterdir()):

@@ -30,6 +30,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from megatron_lcl.data.storage.faults import KEYS, Fault, StorageError, explained
+from megatron_lcl.data.storage.names import is_within
+from megatron_lcl.errors import free_space, in_bytes
 
 FIRST_SECONDS = 6.0
 PATIENCE_SECONDS = 300.0
@@ -62,11 +64,23 @@ class Remote:
         return list(self._pool.map(lambda r: self._range(name, etag, *r), ranges))
 
     def fetch(self, names: list[str], folder: str) -> None:
-        """Whole objects into files of the same names in a folder, one after another in many requests."""
+        """Whole objects into files of the same names in a folder, one after another in many requests.
+
+        StorageError, before anything is written, where a name leads out of the folder, or there is no room for all.
+        """
+        if strange := [name for name in names if not is_within(name)]:
+            raise StorageError(f"{self.url}: {strange[0]!r} is no name of a file below a folder, and is not copied")
+        found = {}
         for name, about in zip(names, self.head(names), strict=True):
             if about is None:
                 raise StorageError(f"{self.url}/{name} does not exist", missing=True)
-            size, etag = about
+            found[name] = about
+        if (total := sum(size for size, _ in found.values())) > shutil.disk_usage(folder).free:
+            raise StorageError(
+                f"{self.url}: {in_bytes(total)} are to be copied, and {free_space(Path(folder))}; make room, or set "
+                "data.cache, XDG_CACHE_HOME or TMPDIR to a folder with more"
+            )
+        for name, (size, etag) in found.items():
             with open(Path(folder) / name, "wb") as file:
                 descriptor = file.fileno()
 

@@ -86,7 +86,8 @@ class Store:
         return self._ask("read", name, etag, list(ranges))
 
     def fetch(self, names: Sequence[str], folder: Path) -> None:
-        """Whole objects into files of the same names in a folder; what is there is overwritten, not durably."""
+        """Whole objects into files of the same names in a folder; what is there is overwritten, not durably. Nothing is
+        written where a name leads out of the folder, or its disk has no room for all."""
         self._ask("fetch", list(names), str(folder.absolute()))
 
     def put(self, name: str, content: bytes | Path) -> None:

@@ -84,11 +84,14 @@ class Mirror:
         temporary.mkdir(parents=True)
         source = Store(f"{self.store.url}/{final.name}")
         source.fetch([MANIFEST], temporary)
-        names = list(read_manifest(temporary))
-        for name in names:
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        source.fetch(names, temporary)
-        if faults := verify(temporary):
+        names: list[str] = []
+        if not (faults := verify(temporary, only=())):  # of the manifest itself
+            names = list(read_manifest(temporary))
+            for name in names:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            source.fetch(names, temporary)
+            faults = verify(temporary)
+        if faults:
             shutil.rmtree(temporary)
             raise RunError(f"the copy {source.url} is damaged ({'; '.join(faults[:3])}); delete it, or restore it")
         for name in (*names, MANIFEST, "."):

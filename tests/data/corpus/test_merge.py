@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.prepare.merge import merge
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
+from megatron_lcl.errors import UserError
 
 
 @pytest.mark.parametrize("move", [False, True])
@@ -57,6 +59,25 @@ def test_a_move_that_is_interrupted_goes_on(corpus: Path, tmp_path: Path, monkey
     assert not corpus.exists()
     assert [p.name for p in second.iterdir()] == ["diary.txt"]
     assert plain(list(open_corpus(tmp_path / "both"))) == plain(DOCUMENTS + DOCUMENTS[:2])
+
+
+def test_a_move_removes_nothing_outside_of_a_corpus(corpus: Path, tmp_path: Path) -> None:
+    mine, manifest = tmp_path / "mine", json.loads((corpus / "corpus.json").read_text())
+    for name in (str(mine), "../mine"):
+        mine.write_text("ours")
+        listed = {**manifest["files"], name: {"size": 4, "xxh3": "0" * 32}}
+        (corpus / "corpus.json").write_text(json.dumps({**manifest, "files": listed}))
+        with pytest.raises(UserError, match=f"corpus.json lists '{name}', which is no name of a file in its folder"):
+            merge([corpus], tmp_path / "both", move=True)
+        assert not (tmp_path / "both").exists()
+        assert mine.exists()
+    (corpus / "corpus.json").write_text(json.dumps(manifest))
+    merge([corpus], tmp_path / "both")  # and, where the removal goes on of what was merged, in what is left of it
+    (corpus / "corpus.json").unlink()
+    (corpus / "corpus.json.moved").write_text(json.dumps({"files": {str(mine): {}}}))
+    with pytest.raises(UserError, match=f"corpus.json.moved lists '{mine}'"):
+        merge([corpus], tmp_path / "both", move=True)
+    assert mine.read_text() == "ours"
 
 
 def test_merge_refuses(corpus: Path, tmp_path: Path) -> None:

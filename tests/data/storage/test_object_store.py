@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,6 +49,25 @@ def test_objects_are_what_boto3_reads_and_writes(s3: Proxy, place: str, tmp_path
     assert (tmp_path / "bytes").read_bytes() == CONTENT
     store.delete(["theirs", "never there"])
     assert not store.exists("theirs")
+
+
+@pytest.mark.timeout(120)
+def test_nothing_is_fetched_out_of_a_folder_or_onto_a_full_disk(s3: Proxy, place: str, tmp_path: Path) -> None:
+    store, folder = Store(place), tmp_path / "folder"
+    folder.mkdir()
+    outside = tmp_path / "outside"
+    for name in (str(outside), "../outside", "below/../../outside", "", "."):
+        store.put(str(outside).removeprefix("/"), b"theirs")
+        with pytest.raises(StorageError, match=f"{place}: '{name}' is no name of a file below a folder"):
+            store.fetch([name], folder)
+    # what a server says may be wrong, and what it sends endless
+    head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nETag: "a"\r\nLast-Modified: Thu, 26 Nov 2026 00:00:00 GMT\r\n\r\n'
+    s3.reset()
+    s3.answer = head.format(shutil.disk_usage(folder).free + 10**9).encode()
+    with pytest.raises(StorageError, match=rf"{place}: .*B are to be copied, and .* are free in {folder}; make room"):
+        store.fetch(["object"], folder)
+    assert {request.method for request in s3.requests} == {"HEAD"}
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
 @pytest.mark.slow

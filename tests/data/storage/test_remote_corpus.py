@@ -32,6 +32,7 @@ from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.data.loading.loader import PackedLoader
 from megatron_lcl.data.pages import inspect
+from megatron_lcl.data.prepare.verify import verify
 from megatron_lcl.data.storage.blocks import BLOCK, Blocks, Room
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import UserError
@@ -260,6 +261,49 @@ def test_what_is_not_the_corpus_is_refused(place: str, s3: Proxy, local: Path, t
     Store(f"{place}/2").delete(["images-00000.bin"])
     with pytest.raises(UserError, match=r"/2/images-00000.bin is missing"):
         open_corpus(f"{place}/2", tmp_path / "cache-3").check_sizes()
+
+
+@pytest.mark.parametrize("shape", ["{outside}", "../outside.json", "sub/outside.json"])
+def test_a_name_that_leads_elsewhere_is_refused(place: str, local: Path, tmp_path: Path, shape: str) -> None:
+    """Whoever writes a manifest would else write files of whoever opens it: keys, start-up files of a shell."""
+    outside = tmp_path / "outside.json"
+    name = shape.format(outside=outside)
+    manifest = json.loads((local / "corpus.json").read_text())
+    store, said = Store(upload(local, place)), f"lists {name!r}, which is no name of a file in its folder"
+    if shape == "{outside}":
+        store.put(name.removeprefix("/"), b"theirs")
+    as_tokenizer = {**manifest, "tokenizer": {**manifest["tokenizer"], "file": name}}
+    as_file = {**manifest, "files": {**manifest["files"], name: {"size": 6, "xxh3": "0" * 32}}}
+    store.put("corpus.json", json.dumps(as_tokenizer).encode())
+    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+        open_corpus(place, tmp_path / "cache")
+    assert not outside.exists()
+    outside.write_text("ours")
+    store.put("corpus.json", json.dumps(as_file).encode())
+    (fault,) = verify(place)
+    assert fault.startswith(f"{place}/corpus.json {said}")
+    assert outside.read_text() == "ours"
+
+
+def test_a_tokenizer_is_no_file_of_another_program(place: str, local: Path, tmp_path: Path) -> None:
+    """A checkpoint's config names a corpus and a cache, perhaps where somebody's editor looks for its plugins."""
+    manifest = json.loads((local / "corpus.json").read_text())
+    store = Store(upload(local, place))
+    store.put("corpus.json", json.dumps({**manifest, "tokenizer": {**manifest["tokenizer"], "file": "x.vim"}}).encode())
+    store.put("x.vim", b"theirs")
+    with pytest.raises(UserError, match=r"corpus.json is damaged"):
+        open_corpus(place, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("x.vim"))
+
+
+def test_an_object_of_another_size_is_not_fetched(s3: Proxy, place: str, local: Path, tmp_path: Path) -> None:
+    """However large a server says it is."""
+    upload(local, place)
+    Store(place).put("tokens-00001.idx", bytes(10_000_000))
+    s3.reset()
+    with pytest.raises(UserError, match=r"1.idx is not the file that the manifest names \(10,000,000 bytes, not "):
+        open_corpus(place, tmp_path / "cache")
+    assert not [r for r in s3.requests if r.method == "GET" and r.path.endswith("tokens-00001.idx")]
 
 
 def test_held_out_documents_in_order(place: str, s3: Proxy, local: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from s3_server import Proxy
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Checkpoint, Config
-from megatron_lcl.data.corpus.manifest import MANIFEST, verify
+from megatron_lcl.data.corpus.manifest import MANIFEST, fingerprint, manifest_text, read_manifest, verify
 from megatron_lcl.data.storage.store import Store
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.run_folder import CHECKPOINTS
@@ -126,8 +126,6 @@ def test_a_run_goes_on_without_copies(s3: Proxy, config_file: str, undisturbed: 
 
 def saved(folder: Path, step: int) -> Path:
     """What looks like a checkpoint."""
-    from megatron_lcl.data.corpus.manifest import fingerprint, manifest_text
-
     made = folder / f"step-{step:08d}"
     (made / "state").mkdir(parents=True)
     (made / "state" / "a.pt").write_bytes(bytes([step]) * 1000)
@@ -174,6 +172,29 @@ def test_a_copy_is_complete_or_not_there(place: str, tmp_path: Path, monkeypatch
     with pytest.raises(RunError, match=r"step-00000013 is damaged \(model.safetensors: 7 bytes"):
         mirror.restore(tmp_path / "run")
     assert not (tmp_path / "run" / CHECKPOINTS / "step-00000013").exists()
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_copy_writes_nothing_outside_of_its_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
+    """Its manifest is somebody else's, and read before anything that is a pickle."""
+    mine, run = tmp_path / "mine" / "file", tmp_path / "run"
+    folder, name = saved(tmp_path / "steps", 4), str(mine) if absolute else "state/../../../../../mine/file"
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    files = {**read_manifest(folder), name: fingerprint(tmp_path / "theirs")}
+    (folder / MANIFEST).write_text(manifest_text(files))
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        Store(place).put(f"{folder.name}/{file.relative_to(folder).as_posix()}", file)
+    if absolute:
+        Store(place).put(f"{folder.name}{name}", b"theirs")
+    config = configs.from_dict({"train": {"output": str(run)}, "checkpoint": {"resume": f"{place}/{folder.name}"}})
+    monkeypatch.setattr(resume_point, "_from", lambda *_: pytest.fail("it is not to be resumed from"))
+    said = rf"{folder.name} is damaged \({MANIFEST}: names a file outside of its folder \({name}\)\)"
+    with pytest.raises(RunError, match=said):
+        resume_point._resolve(config, {}, 1, Memory(0, ""))
+    assert not mine.parent.exists()
+    assert list((run / CHECKPOINTS).iterdir()) == []
 
 
 def test_a_url_to_go_on_from(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
