@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from megatron_lcl.data.corpus.probe import MAX_PIXELS, BadImage, probe
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval
 from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.files import MAX_FILE
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -153,6 +155,21 @@ def test_zip_methods_that_are_not_read(damaged: bool, method: int, tmp_path: Pat
     found, drops = documents_of(create("jsonl", tmp_path / "in", None, {}))
     assert plain(found) == [["a"]]
     assert drops.bad_counts == {"document: zip method not known": 1}
+
+
+def test_a_small_tar_that_unpacks_to_much(tmp_path: Path) -> None:
+    """Of a sample that holds a film, say, the rest is read."""
+    with gzip.open(tmp_path / "0.tar.gz", "wb", 1) as file, tarfile.open(fileobj=file, mode="w:") as archive:
+        writers._add(archive, "0.png", picture(0))
+        member = tarfile.TarInfo("0.mp4")
+        member.size = MAX_FILE + 512
+        with open("/dev/zero", "rb") as zeros:
+            archive.addfile(member, zeros)
+        writers._add(archive, "0.txt", b"a")
+    assert peak_mib(tmp_path / "0.tar.gz", tmp_path / "out", "webdataset") < 400
+    assert plain(list(open_corpus(tmp_path / "out"))) == [[(picture(0), None, None), "a"]]
+    drops = open_corpus(tmp_path / "out").manifest["drops"]
+    assert (drops["bad"], drops["left_out"]) == ({}, {"document: file over 256 MiB in a tar": 1})
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "I"])
