@@ -157,6 +157,14 @@ def test_zip_methods_that_are_not_read(damaged: bool, method: int, tmp_path: Pat
     assert drops.bad_counts == {"document: zip method not known": 1}
 
 
+def test_a_zip_member_without_a_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "0.jsonl.zip", "w") as lines:
+        lines.writestr(zipfile.ZipInfo("folder/"), b"")
+        lines.writestr(zipfile.ZipInfo(""), json.dumps({"items": [{"text": "a"}]}))
+    found, drops = documents_of(create("jsonl", tmp_path, None, {}))
+    assert (plain(found), drops.bad_counts, drops.noted_counts) == ([["a"]], {}, {})
+
+
 def test_a_small_tar_that_unpacks_to_much(tmp_path: Path) -> None:
     """Of a sample that holds a film, say, the rest is read."""
     with gzip.open(tmp_path / "0.tar.gz", "wb", 1) as file, tarfile.open(fileobj=file, mode="w:") as archive:

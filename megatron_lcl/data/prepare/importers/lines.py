@@ -197,7 +197,8 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError):
         yield from _unzip_without_directory(name, file, drops)
         return
-    members = [member for member in archive.infolist() if not member.is_dir()]
+    # is_dir() raises for an empty name
+    members = [member for member in archive.infolist() if not member.filename.endswith("/")]
     if len(members) != 1:
         drops.note("document", f"zip holds {len(members)} files, not one", name)
     last = b"\n"
