@@ -27,6 +27,9 @@ DAMAGE = (
     RuntimeError, MemoryError, struct.error, zlib.error, Pillow.DecompressionBombError,
 )  # fmt: skip
 """what Pillow and the libraries behind it raise for damaged files"""
+MAX_SCANS = 500
+"""of a JPEG: each is decoded for all of the picture, and those that encoders write have at most some tens"""
+_SCAN = b"\xff\xda"
 _ROWS = 32
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -80,6 +83,9 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Probe:
         width, height = image.size
         if width * height > max_pixels:
             raise BadImage(TOO_MANY_PIXELS)
+        # in coded pixels the marker cannot stand; in what else a file holds, a film say, once in 64 KiB by chance
+        if image.format == "JPEG" and data.count(_SCAN) > MAX_SCANS + (len(data) >> 16):
+            raise BadImage("too many scans")
         try:
             if not (image.format == "JPEG" and image.mode in ("RGB", "L") and _reads_as_jpeg(data)):
                 image.load()

@@ -39,8 +39,10 @@ except ImportError as error:
 MAX_REDIRECTS = 5
 MAX_ROBOTS = 500 << 10
 """bytes of a robots.txt that are read (RFC 9309, 2.5)"""
+MAX_RULES = 1_000_000
+"""a robots.txt's agents times its lines: Protego keeps each rule once for every agent of its group"""
 MAX_WAIT = 600.0
-"""seconds; a host that asks by Retry-After to wait longer is not asked again"""
+"""seconds; a host that asks by Retry-After or Crawl-delay to wait longer is not asked again"""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
 _ROBOTS_KEPT = 20_000
@@ -53,6 +55,8 @@ _RESOLVERS = 64
 _OPT_OUTS = ("noai", "noimageai")
 _DIRECTIVES_WITH_VALUES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 _LOCAL_NAMES = ("localhost", "local", "internal")
+_TOO_LONG = Protego.parse("User-agent: *\nDisallow: /")
+"""stands for a robots.txt of more than MAX_RULES"""
 _NOT_FOUND = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
@@ -160,7 +164,7 @@ class Client:
             self._check_name(target)
             rules = await self._rules(target)
             if rules is not None and not rules.can_fetch(str(target), self._agent):
-                raise _Given("refused", "robots.txt")
+                raise _Given("refused", "robots.txt too long" if rules is _TOO_LONG else "robots.txt")
             async with self._get(target) as response:
                 if opted_out(response.headers.getall("X-Robots-Tag", ()), self._agent):
                     raise _Given("refused", "X-Robots-Tag")
@@ -248,13 +252,19 @@ class Client:
                             if response.status != 200:
                                 return None
                             text = (await _beginning(response, MAX_ROBOTS)).decode(errors="replace")
-                            rules = Protego.parse(text)
+                            rules = _parsed_rules(text)
                             if delay := rules.crawl_delay(self._agent):
                                 self._crawl_delays[origin.raw_host or ""] = delay
                             return rules
         except TimeoutError:
             raise Retry(f"robots.txt: not done after {self._settings.timeout:g} s", reached=None) from None
         return None  # too many redirects: none that can be had
+
+
+def _parsed_rules(text: str) -> Protego:
+    lines = [line.strip() for line in text.splitlines()]
+    agents = {line.lower() for line in lines if line[:4].lower() == "user"}  # "user agent x" is one for Protego, too
+    return Protego.parse(text) if len(agents) * len(lines) <= MAX_RULES else _TOO_LONG
 
 
 def opted_out(values: Iterable[str], agent: str) -> bool:

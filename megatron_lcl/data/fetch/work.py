@@ -8,7 +8,7 @@ from collections.abc import Callable, MutableSequence
 from pathlib import Path
 
 from megatron_lcl.data.corpus.scratch import waiting_for_others
-from megatron_lcl.data.fetch.client import Client, Outcome, Retry
+from megatron_lcl.data.fetch.client import MAX_WAIT, Client, Outcome, Retry
 from megatron_lcl.data.fetch.plan import Plan, host_of
 from megatron_lcl.data.fetch.schedule import MAX_OPEN_PARTS, MAX_OPEN_URLS, Job, Schedule, pause_before
 from megatron_lcl.data.fetch.settings import Settings
@@ -130,12 +130,12 @@ class Worker:
         except Retry as retry:
             if retry.wait:
                 self._schedule.postpone(host, retry.wait)
-            if job.tries < self._settings.retries:
+            if job.tries < self._settings.retries and not self._keep_crawl_delay(job):
                 return pause_before(job.tries + 1, self._settings)
             outcome = Outcome(Row(job.url, "dead", retry.reason), reached=retry.reached)
-        if (delay := self._client.crawl_delay(job.url)) > host.delay:
-            host.delay = delay
-            self._schedule.postpone(host, delay)
+        leave = self._keep_crawl_delay(job)
+        if outcome.leave:
+            leave = outcome.row.reason
         if outcome.reached is False:
             host.failures += 1
             self._unreached(job, outcome.row.reason)
@@ -150,12 +150,21 @@ class Worker:
             if outcome.row.status == "kept":
                 self._witness(host.name, job.url)
             self._release()
-        if outcome.leave:
-            host.left = outcome.row.reason
+        if leave:
+            host.left = leave
             for other in self._schedule.give_up(host):
                 self._account(other.part, Row(other.url, "dead", host.left))
         self._account(job.part, outcome.row, outcome.data)
         return None
+
+    def _keep_crawl_delay(self, job: Job[OpenPart]) -> str:
+        """Wait between requests as long as the host's robots.txt asks; why it is to be left, where that is too long."""
+        if (delay := self._client.crawl_delay(job.url)) > job.host.delay:
+            if delay > MAX_WAIT:
+                return "robots.txt asks for a long wait"
+            job.host.delay = delay
+            self._schedule.postpone(job.host, delay)
+        return ""
 
     def _unreached(self, job: Job[OpenPart], reason: str) -> None:
         """The host may be dead, or the network away."""

@@ -54,6 +54,13 @@ GOOD: dict[str, tuple[bytes, tuple[int, int]]] = {
     "jpeg with junk after its end": (encoded(BASE, "JPEG") + b"junk" * 9, (90, 70)),
 }
 
+
+def with_scans(jpeg: bytes, number: int) -> bytes:
+    """A progressive JPEG whose last scan stands so many times more."""
+    end = jpeg.rindex(b"\xff\xd9")
+    return jpeg[:end] + jpeg[jpeg.rindex(b"\xff\xda") : end] * number + jpeg[end:]
+
+
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
     "html": (b"<!DOCTYPE html><html><body>404</body></html>", "HTML, not an image"),
@@ -64,6 +71,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "truncated png": (picture(5, 90, 70)[:-4000], "truncated or damaged"),
     "truncated webp": (encoded(BASE, "WEBP", lossless=True)[:-4000], "."),
     "cut header": (encoded(BASE, "JPEG")[:50], "."),
+    "jpeg of 1,000 scans": (with_scans(GOOD["progressive jpeg"][0], 1000), "too many scans"),
     "bomb": (encoded(Pillow.new("1", (9_500, 9_500)), "PNG"), "too many pixels"),
 }
 
@@ -172,6 +180,16 @@ def test_bad_images(name: str) -> None:
     data, reason = BAD[name]
     with pytest.raises(BadImage, match=reason):
         probe(data)
+
+
+def test_scans_of_jpegs() -> None:
+    """Many more than encoders write are decoded; what stands behind a picture has no scans."""
+    jpeg = GOOD["progressive jpeg"][0]
+    assert probe(with_scans(jpeg, 400)).height == 70
+    behind = (b"\xff\xda" + bytes((1 << 16) - 2)) * 600
+    assert probe(jpeg + behind).height == 70
+    with pytest.raises(BadImage, match="too many scans"):
+        probe(with_scans(jpeg, 1200) + behind)
 
 
 @pytest.mark.parametrize("name", GOOD)

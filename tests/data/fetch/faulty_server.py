@@ -48,6 +48,12 @@ WANTS_CREDENTIALS = "127.0.0.2"
 """the address at which it is a proxy that wants LOGIN; at others it answers itself"""
 LOGIN = "me:the-right-password"
 _ROBOTS = b"User-agent: *\nDisallow: /secret/\n"
+_LINES = [*(f"useragent:{k}" for k in range(1_800)), *["allow:/"] * 3_200]
+ODD_ROBOTS = {
+    "127.0.0.11": "\n".join(_LINES).encode(),  # of 5.8 million rules, if each agent keeps its own
+    **dict.fromkeys(("127.0.0.12", "127.0.0.13"), b"User-agent: *\nCrawl-delay: 1e9\n"),
+}
+"""the robots.txt of some addresses"""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -99,7 +105,7 @@ class _Connection(asyncio.Protocol):
         self.answer(json.dumps(self.requests).encode())
 
     def robots_txt(self, _: str) -> None:
-        self.answer(_ROBOTS)
+        self.answer(ODD_ROBOTS.get(self.transport.get_extra_info("sockname")[0], _ROBOTS))
 
     def ok(self, number: str) -> None:
         self.answer(image(number))

@@ -198,6 +198,24 @@ def test_host_that_asks_for_a_long_wait_is_left_alone(server: Server, tmp_path: 
     assert sum(asked.values()) == 1, asked
 
 
+def test_a_robots_txt_that_holds_up_no_other_host(tmp_path: Path) -> None:
+    """One that is small and takes gigabytes when it is parsed, and one that asks for years between requests."""
+    with serving(tmp_path, 13) as (addresses, port):
+        asked = zip(addresses[-4:], ("ok", "ok", "ok", "busy"), strict=True)
+        urls = [f"http://{address}:{port}/{kind}/{address}-{k}" for address, kind in asked for k in range(3)]
+        found = run(urls, tmp_path)
+        assert requests_of(addresses, port)["/robots.txt"] == 4
+    counts = Counter((path.split("-")[0], *end) for path, end in found.items())
+    assert counts == {
+        ("/ok/127.0.0.10", "kept", ""): 3,
+        ("/ok/127.0.0.11", "refused", "robots.txt too long"): 3,
+        ("/ok/127.0.0.12", "kept", ""): 1,
+        ("/ok/127.0.0.12", "dead", "robots.txt asks for a long wait"): 2,
+        ("/busy/127.0.0.13", "dead", "status 429"): 1,
+        ("/busy/127.0.0.13", "dead", "robots.txt asks for a long wait"): 2,
+    }
+
+
 def test_images_are_scaled_down(server: Server, tmp_path: Path) -> None:
     (address, *_), port = server
     run([f"http://{address}:{port}/ok/1"], tmp_path, "--max-image-side", "4")

@@ -225,5 +225,18 @@ def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(all())
 
 
+@pytest.mark.parametrize("agent", ["User-agent: bot{}", "useragent:{}", "  user  agent bot{}", "USER AGENT: {}*"])
+def test_robots_whose_rules_are_too_many(agent: str) -> None:
+    """However an agent is written; one that is long by its rules alone, or by its agents, is read."""
+    ours = "user-agent: ours\ndisallow: /a\nuser-agent: *\n"
+    for agents, rules, said in ((300, 3_000, False), (10, 50_000, False), (300, 3_100, True), (1_000, 1, True)):
+        lines = [*map(agent.format, range(agents)), *["disallow: /b"] * rules]
+        parsed = client._parsed_rules(ours + "\n".join(lines))
+        assert (parsed is client._TOO_LONG) == said
+        assert parsed.can_fetch("/b", "ours") != said
+        assert not parsed.can_fetch("/a", "ours")
+        assert not parsed.can_fetch("/b", "another")
+
+
 def test_as_many_pixels_as_a_corpus_takes() -> None:
     assert Settings().max_pixels == MAX_PIXELS

@@ -121,6 +121,7 @@ test-*: none
         ({"d/train.parquet": "train", "d/b.parquet": "test", "e/f/test.parquet": "test", "README.md": README}, "train"),
         ({"d/test.parquet": "train", "d/contest.parquet": "train", "README.md": README}, ""),
         ({"train.parquet": "train", "test.parquet": "test", "README.md": "---\nconfigs: [1, data_files]\n---"}, "test"),
+        ({"contest.parquet": "", "README.md": "---" + "\n" * 1_000_000}, ""),
         ({"contest.parquet": "", "latest/a.parquet": "", "b.parquet": "", "README.md": "---\n: [\n---\n"}, ""),
     ],
 )  # fmt: skip

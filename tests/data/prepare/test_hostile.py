@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,13 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data import writers
-from data.helpers import TOKENIZER, corpus_of, encoded
+from data.helpers import TOKENIZER, corpus_of, documents_of, encoded, plain
+from data.prepare.test_epub import shown, write_book
 from data.writers import picture
 from PIL import Image as Pillow
 
 from megatron_lcl.data.corpus.probe import MAX_PIXELS, BadImage, probe
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.images import decode_eval
+from megatron_lcl.data.prepare.importers import create
+from megatron_lcl.data.prepare.importers.files import MAX_FILE
 from megatron_lcl.data.prepare.importers.sources import ImageSource
 from megatron_lcl.data.prepare.preprocess import preprocess
 from megatron_lcl.data.prepare.verify import verify
@@ -58,12 +64,12 @@ def test_more_pixels_than_fit_in_memory(side: int) -> None:
         probe(encoded(Pillow.new("1", (side, side)), "PNG"))
 
 
-def peak_mib(source: Path, output: Path, **options: object) -> float:
+def peak_mib(source: Path, output: Path, format: str = "jsonl", **options: object) -> float:
     """Of a process that preprocesses `source`."""
     TOKENIZER.save(output.with_suffix(".model"))
     program = (
         "import re; from megatron_lcl.data.prepare.preprocess import preprocess\n"
-        f"preprocess('jsonl', {str(source)!r}, {str(output)!r}, tokenizer={str(output.with_suffix('.model'))!r}, "
+        f"preprocess({format!r}, {str(source)!r}, {str(output)!r}, tokenizer={str(output.with_suffix('.model'))!r}, "
         f"**{options!r})\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024)"
     )  # not ru_maxrss, which begins with this process's
@@ -80,6 +86,98 @@ def test_a_small_file_that_unpacks_to_much(tmp_path: Path) -> None:
     assert 150 * len(line) > 140e6
     assert peak_mib(tmp_path / "in.jsonl.zst", tmp_path / "out") < 200
     assert open_corpus(tmp_path / "out").manifest["counts"]["pieces"] == 150 * 990
+
+
+BIG = 100 << 20
+
+
+def add_bomb(archive: zipfile.ZipFile, name: str, method: int) -> None:
+    """A member of BIG zeros."""
+    member = zipfile.ZipInfo(name)
+    member.compress_type = method
+    with archive.open(member, "w") as opened:
+        for _ in range(BIG >> 20):
+            opened.write(bytes(1 << 20))
+
+
+def say_less(file: Path) -> None:
+    """In a zip file's headers, that BIG bytes are 100."""
+    raw = file.read_bytes()
+    assert raw.count(struct.pack("<L", BIG)) == 2
+    file.write_bytes(raw.replace(struct.pack("<L", BIG), struct.pack("<L", 100)))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_zip_members_larger_than_they_say(method: int, tmp_path: Path) -> None:
+    write_book(tmp_path / "in/a.epub")
+    page = "OEBPS/text/two.xhtml"
+    with zipfile.ZipFile(tmp_path / "in/a.epub") as whole, zipfile.ZipFile(tmp_path / "in/b.epub", "w") as book:
+        for name in whole.namelist():
+            if name != page:
+                book.writestr(name, whole.read(name))
+        add_bomb(book, page, method)
+    say_less(tmp_path / "in/b.epub")
+    (tmp_path / "in/a.epub").unlink()
+    assert peak_mib(tmp_path / "in", tmp_path / "out", "epub", max_bad_fraction=1) < 220
+    assert plain(list(open_corpus(tmp_path / "out"))) == [shown(0)[0]]
+    assert open_corpus(tmp_path / "out").manifest["drops"]["bad"] == {"document: page that cannot be read": 1}
+
+    with zipfile.ZipFile(tmp_path / "0.jsonl.zip", "w") as lines:
+        lines.writestr("0", json.dumps({"items": [{"text": "a"}]}))
+        add_bomb(lines, "1", method)
+    say_less(tmp_path / "0.jsonl.zip")
+    assert peak_mib(tmp_path / "0.jsonl.zip", tmp_path / "o2", max_bad_fraction=1) < 220
+    assert open_corpus(tmp_path / "o2").manifest["counts"]["documents"] == 1
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("damaged", [True, False])
+def test_zip_methods_that_are_not_read(damaged: bool, method: int, tmp_path: Path) -> None:
+    """What Python's `zipfile` unpacks of them has no bound; EPUB allows neither."""
+    write_book(tmp_path / "in/a.epub")
+    page, text = "OEBPS/text/two.xhtml", b"".join(b"%d" % k for k in range(1000))
+    with zipfile.ZipFile(tmp_path / "in/a.epub") as whole, zipfile.ZipFile(tmp_path / "in/b.epub", "w") as book:
+        for name in whole.namelist():
+            book.writestr(name, text if name == page else whole.read(name), method if name == page else None)
+    with zipfile.ZipFile(tmp_path / "in/0.jsonl.zip", "w") as lines:
+        lines.writestr("0", text, method)
+        lines.writestr("1", json.dumps({"items": [{"text": "a"}]}))
+    for file, member in (("in/b.epub", page), ("in/0.jsonl.zip", "0")) if damaged else ():
+        raw = bytearray((tmp_path / file).read_bytes())
+        with zipfile.ZipFile(tmp_path / file) as archive:
+            at = archive.getinfo(member).header_offset + 30 + len(member) + 9  # behind the properties of LZMA
+        raw[at : at + 300] = b"\xff" * 300
+        (tmp_path / file).write_bytes(raw)
+    (tmp_path / "in/a.epub").unlink()
+    found, drops = documents_of(create("epub", tmp_path / "in", None, {}))
+    assert plain(found) == [shown(0)[0]]
+    assert drops.bad_counts == {"document: page that cannot be read": 1}
+    found, drops = documents_of(create("jsonl", tmp_path / "in", None, {}))
+    assert plain(found) == [["a"]]
+    assert drops.bad_counts == {"document: zip method not known": 1}
+
+
+def test_a_zip_member_without_a_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "0.jsonl.zip", "w") as lines:
+        lines.writestr(zipfile.ZipInfo("folder/"), b"")
+        lines.writestr(zipfile.ZipInfo(""), json.dumps({"items": [{"text": "a"}]}))
+    found, drops = documents_of(create("jsonl", tmp_path, None, {}))
+    assert (plain(found), drops.bad_counts, drops.noted_counts) == ([["a"]], {}, {})
+
+
+def test_a_small_tar_that_unpacks_to_much(tmp_path: Path) -> None:
+    """Of a sample that holds a film, say, the rest is read."""
+    with gzip.open(tmp_path / "0.tar.gz", "wb", 1) as file, tarfile.open(fileobj=file, mode="w:") as archive:
+        writers._add(archive, "0.png", picture(0))
+        member = tarfile.TarInfo("0.mp4")
+        member.size = MAX_FILE + 512
+        with open("/dev/zero", "rb") as zeros:
+            archive.addfile(member, zeros)
+        writers._add(archive, "0.txt", b"a")
+    assert peak_mib(tmp_path / "0.tar.gz", tmp_path / "out", "webdataset") < 400
+    assert plain(list(open_corpus(tmp_path / "out"))) == [[(picture(0), None, None), "a"]]
+    drops = open_corpus(tmp_path / "out").manifest["drops"]
+    assert (drops["bad"], drops["left_out"]) == ({}, {"document: file over 256 MiB in a tar": 1})
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "I"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.importers.html_page import Block
-from megatron_lcl.data.prepare.importers.html_repeats import MIN_PAGES, EdgeTexts, without_repeated
+from megatron_lcl.data.prepare.importers.html_repeats import MIN_PAGES, EdgeTexts, edge_keys, without_repeated
 from megatron_lcl.data.prepare.preprocess import preprocess
 
 REASON = "text: repeated at the edges of many pages"
@@ -101,6 +102,21 @@ def test_empty_links_say_nothing_of_their_line() -> None:
     for page in pages:
         texts.add(page)
     assert [without_repeated(page, texts.repeated(0.25)) for page in pages] == [(page, []) for page in pages]
+
+
+@pytest.mark.timeout(60)
+def test_a_number_of_a_million_digits() -> None:
+    """It takes milliseconds; tried from each of its digits, hours. A stamp behind it is one all the same."""
+    digits = "7" * 1_000_000
+    a, b, other = (edge_keys([Block("text", f"{digits} at {time}")]) for time in ("17:52", "9:05", "noon"))
+    assert a == b != other
+
+
+@settings(max_examples=300)
+@given(st.text("1²٣-:./a\n", max_size=40))
+def test_stamps_are_what_begins_at_any_digit(text: str) -> None:
+    slow = re.sub(r"\d+(?:[-:./]\d+)+", "0", text.strip())
+    assert edge_keys([Block("text", text)]) == edge_keys([Block("text", slow)])
 
 
 @settings(max_examples=80)

@@ -37,12 +37,25 @@ def samples_tar(format: int = tarfile.GNU_FORMAT, name: str = "{}") -> tuple[byt
 
 WHOLE, STARTS = samples_tar()
 AT = STARTS[4]
+
+
+def header(type: bytes, size: int) -> bytes:
+    member = tarfile.TarInfo("x")
+    member.type, member.size = type, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
 DAMAGED = {
     "a bit in a header": WHOLE[:AT] + bytes([WHOLE[AT] ^ 4]) + WHOLE[AT + 1 :],
     "cut between members": WHOLE[:AT],
     "cut within a header": WHOLE[: AT + 200],
     "zeros in the middle": WHOLE[:AT] + bytes(8192) + WHOLE[AT + 8192 :],
     "two in one": WHOLE[:AT] + bytes(1024) + WHOLE,
+    "400 long names in a row": WHOLE[:AT] + (header(b"L", 1) + b"x".ljust(512, b"\0")) * 400 + WHOLE[AT:],
+    "a name of 2^59 bytes": WHOLE[:AT] + header(b"L", 1 << 59) + WHOLE[AT:],
+    "a target of 2^59 bytes": WHOLE[:AT] + header(b"K", 1 << 59) + WHOLE[AT:],
+    "attributes of 2^59 bytes": WHOLE[:AT] + header(b"x", 1 << 59) + WHOLE[AT:],
+    "attributes of all of 2^59 bytes": WHOLE[:AT] + header(b"g", 1 << 59) + WHOLE[AT:],
 }
 SOUND = {
     "as tarfile writes it": WHOLE,
@@ -115,7 +128,7 @@ def test_every_cut_and_every_damaged_header_is_seen(tmp_path: Path) -> None:
         assert texts_of(file) == ([f"text {k}" for k in range(len(whole))], {LOST: 1}), where
 
 
-@pytest.mark.parametrize("size", [-512, -(1 << 40), 1 << 90])
+@pytest.mark.parametrize("size", [-512, -(1 << 40), 1 << 59, 1 << 90])
 def test_sizes_that_no_file_has(size: int, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for k in range(3):

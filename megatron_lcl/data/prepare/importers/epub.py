@@ -9,7 +9,6 @@ from __future__ import annotations
 import posixpath
 import re
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ from urllib.parse import SplitResult, unquote
 
 import lxml.etree
 
-from megatron_lcl.data.prepare.importers.files import Names
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, Names
 from megatron_lcl.data.prepare.importers.html import HtmlImporter
 from megatron_lcl.data.prepare.importers.html_page import Page
-from megatron_lcl.data.prepare.importers.sources import MAX_FILE
+from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
 _PAGES = ("application/xhtml+xml", "text/html")
 _CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
-_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError, RuntimeError, NotImplementedError)
 
 
 class EpubImporter(HtmlImporter):
@@ -56,7 +54,7 @@ class EpubImporter(HtmlImporter):
                 members, self._ids[book], faults = _spine(self._archive(book))
                 if not members:
                     raise ValueError
-            except (*_DAMAGE, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError):
+            except (*DAMAGE, KeyError, lxml.etree.LxmlError, StopIteration, AttributeError, TypeError):
                 self._faults[book] = "damaged book, or no EPUB"
                 pages.append(book)
                 continue
@@ -92,18 +90,16 @@ class EpubImporter(HtmlImporter):
 
     def _member(self, name: str) -> bytes:
         info = self._info(name)
-        if info.file_size > MAX_FILE:
-            raise ValueError
         try:
-            return self._archive(self._split(name)[0]).read(info)
-        except _DAMAGE as error:
+            return _read(self._archive(self._split(name)[0]), info)
+        except DAMAGE as error:
             raise ValueError from error
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         book, member = self._split(name)
         try:
             return self._archive(book).getinfo(member)
-        except _DAMAGE as error:
+        except (*DAMAGE, KeyError) as error:
             raise ValueError from error
 
     def _split(self, name: str) -> tuple[str, str]:
@@ -149,8 +145,13 @@ def _spine(book: zipfile.ZipFile) -> tuple[list[str], str, dict[str, str]]:
 
 
 def _xml(book: zipfile.ZipFile, member: str) -> Any:
-    info = book.getinfo(member)
+    parser = lxml.etree.XMLParser(resolve_entities=False, no_network=True, recover=True)
+    return lxml.etree.fromstring(_read(book, book.getinfo(member)), parser)
+
+
+def _read(book: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member's content, of which no more is unpacked than the header says. Raises one of DAMAGE."""
     if info.file_size > MAX_FILE:
         raise ValueError
-    parser = lxml.etree.XMLParser(resolve_entities=False, no_network=True, recover=True)
-    return lxml.etree.fromstring(book.read(info), parser)
+    with open_member(book, info) as member:
+        return member.read(info.file_size + 1)

@@ -19,6 +19,8 @@ from megatron_lcl.data.prepare.importers import Importer, Unit, files_signature,
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
+MAX_FILE = 256 << 20
+"""bytes of an image, a page or a file of a sample"""
 COMPRESSED = (".zst", ".gz", ".zip", ".bz2", ".xz", ".lz4", ".br")
 """what compresses one file; of several copies the first is read"""
 TWICE = "a copy of a file beside it, compressed in another way or not"

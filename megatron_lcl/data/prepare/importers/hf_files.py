@@ -16,7 +16,7 @@ from megatron_lcl.data.prepare.importers.files import Files
 from megatron_lcl.errors import UserError
 
 _STATE, _DICT, _CARD = "state.json", "dataset_dict.json", "README.md"
-_FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
+_FRONT_MATTER = re.compile(r"---[^\S\n]*\n(.*?)\n---", re.DOTALL)
 _SHARD = re.compile(r"(?:.*-)?([^-]+)-\d{5}-of-\d{5}")
 _WORD = re.compile(
     r"(?:^|[-._ 0-9])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?=[-._ 0-9]|$)", re.I

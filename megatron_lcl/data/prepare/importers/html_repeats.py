@@ -21,7 +21,7 @@ _EDGE = 32
 _WINDOW = 1024
 _MIN_WORDS = 3
 """shorter texts that are no links stay: "Note", "Original image" introduce or name what is beside them"""
-_STAMP = re.compile(r"\d+(?:[-:./]\d+)+")
+_STAMP = re.compile(r"(?<!\d)\d+(?:[-:./]\d+)+")  # tried once a run of digits, not at each of them
 """dates, times of day, versions"""
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a Chinese or Japanese character is one
 

@@ -21,6 +21,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
 from megatron_lcl.data.prepare.importers.files import FilesImporter
 from megatron_lcl.data.prepare.importers.sources import decoded
+from megatron_lcl.data.prepare.importers.zips import DAMAGE, open_member
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip")
 T = TypeVar("T", bound=msgspec.Struct)
@@ -196,7 +197,8 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
     except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError):
         yield from _unzip_without_directory(name, file, drops)
         return
-    members = [member for member in archive.infolist() if not member.is_dir()]
+    # is_dir() raises for an empty name
+    members = [member for member in archive.infolist() if not member.filename.endswith("/")]
     if len(members) != 1:
         drops.note("document", f"zip holds {len(members)} files, not one", name)
     last = b"\n"
@@ -204,11 +206,13 @@ def _unzip(name: str, file: BinaryIO, drops: Drops) -> Iterator[bytes]:
         if last != b"\n":
             yield (last := b"\n")
         try:
-            with archive.open(member) as stream:
+            with open_member(archive, member) as stream:
                 while chunk := stream.read(_CHUNK):
                     yield chunk
                     last = chunk[-1:]
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OSError):
+        except NotImplementedError:
+            drops.bad("document", "zip method not known", name)
+        except DAMAGE:
             drops.bad("document", "damaged file, the lines after it are lost", name)
 
 

@@ -18,13 +18,12 @@ from megatron_lcl.data.corpus.files import save_array
 from megatron_lcl.data.corpus.probe import BadImage
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder
 from megatron_lcl.data.prepare.importers import Importer, files_signature
-from megatron_lcl.data.prepare.importers.files import uncompressed
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, uncompressed
 from megatron_lcl.data.prepare.importers.tars import DAMAGE, tar_files
 from megatron_lcl.data.prepare.importers.urls import TABLE_SUFFIX, is_url, names_of_url
 from megatron_lcl.data.storage.paths import ObjectPath
 from megatron_lcl.errors import UserError
 
-MAX_FILE = 256 << 20
 MAX_PATH = 4096
 """characters; Linux's bound"""
 _DAMAGED = "damaged.json"

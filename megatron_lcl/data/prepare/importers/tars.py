@@ -12,10 +12,16 @@ from typing import IO, Any, ClassVar, Literal
 
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.prepare.importers import Unit
-from megatron_lcl.data.prepare.importers.files import FilesImporter
+from megatron_lcl.data.prepare.importers.files import MAX_FILE, FilesImporter
 from megatron_lcl.errors import UserError
 
-DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
+_MAX_HEADER = 64 << 10
+"""bytes of a name that stands before a member, or of its attributes; longest paths of Linux have 4 KiB"""
+_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+"""types of what stands before a member and is read as a whole"""
 _ABOUT_THE_SET = re.compile(r"__[^/]*__($|/)")
 """names of a WebDataset's files that are no part of a sample"""
 
@@ -61,6 +67,14 @@ def tar_files(file: IO[bytes], mode: Literal["r:", "r:*"] = "r:") -> Iterator[tu
 
 class _Header(tarfile.TarInfo):
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """As tarfile's own, but for sizes that would be read at once, whatever they are."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _HEADERS and not 0 <= header.size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"{header.size} bytes as the size of a header")
+        return header  # type: ignore[return-value]
+
+    @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:  # type: ignore[override]
         """As tarfile's own, but for a header that cannot be read, which it would take for the end."""
         try:
@@ -93,7 +107,9 @@ def _contents(stream: IO[bytes], name: str, drops: Drops) -> Iterator[dict[str, 
     """The files of a tar as `group_by_keys` takes them."""
     try:
         for archive, member in tar_files(stream, "r:*"):
-            if not _ABOUT_THE_SET.match(member.name):
+            if member.size > MAX_FILE:
+                drops.left_out("document", f"file over {MAX_FILE >> 20} MiB in a tar", f"{name}: {member.name}")
+            elif not _ABOUT_THE_SET.match(member.name):
                 content = archive.extractfile(member)
                 assert content is not None
                 yield {"fname": member.name, "data": content.read(), "__url__": name}
