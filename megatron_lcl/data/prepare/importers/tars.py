@@ -16,8 +16,8 @@ from megatron_lcl.data.prepare.importers.files import MAX_FILE, FilesImporter
 from megatron_lcl.errors import UserError
 
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
-_MAX_HEADER = 64 << 10
-"""bytes of a name that stands before a member, or of its attributes; longest paths of Linux have 4 KiB"""
+_MAX_HEADER = 1 << 20
+"""bytes of a name that stands before a member, or of its attributes, which on a Mac may be some hundred KiB"""
 _HEADERS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
