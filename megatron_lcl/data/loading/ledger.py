@@ -363,7 +363,8 @@ def _with_blend(previous: Ledger, blend: list[dict[str, Any]], consumed: int) ->
 def _choose_images(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> int:
     per_token, weights = 0.0, sum(c.weight for c in data.corpora)
     for c in data.corpora:
-        source = open_source(c.path, data, num_placeholders, context_length, 1, sequences)
+        corpus = open_corpus(c.path, data.cache)
+        source = open_source(corpus, data, num_placeholders, context_length, 1, sequences)
         images, tokens = source.images.sum(dtype=np.int64), source.tokens.sum(dtype=np.int64)
         per_token += c.weight / weights * float(images) / max(1, float(tokens))
     return packing.choose_images_per_pack(per_token, data.tokens_per_pack)

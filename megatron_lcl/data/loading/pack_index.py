@@ -34,7 +34,7 @@ from numpy.lib.recfunctions import repack_fields
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.files import save_array
-from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
 from megatron_lcl.data.loading.hashes import shuffled
@@ -138,6 +138,8 @@ class PackIndex:
         """what the segment before has left, once it is known"""
         self._found: dict[Path, Chunk] = {}
         self._last: Chunk | None = None
+        self._corpora: dict[str, Corpus] = {}
+        """by their paths: a manifest of thousands of shards takes a while to read"""
         self._sources: dict[str, Source] = {}
         self._opened: dict[Path, _Entries] = {}
         self._ahead = 0
@@ -163,10 +165,13 @@ class PackIndex:
         return Pack(number, sources, entries)
 
     def prepare(self, number: int) -> None:
-        """Have the chunk of pack `number` built."""
+        """Have the chunk of pack `number` built, and its corpora open, which processes that are forked then have."""
         if (later := self._behind(number)) is not None:
             return later.prepare(number)
-        self._built(self._chunk_of(number).begin, lambda _: None)
+        chunk = self._chunk_of(number)
+        self._built(chunk.begin, lambda _: None)
+        for wanted in chunk.corpora:
+            self.source(wanted)
 
     def close(self) -> None:
         """Let go of the chunks' files, which are opened again when they are needed, and end what is built beside.
@@ -206,13 +211,15 @@ class PackIndex:
             paths += [c["path"] for e in self.ledger.blends() for c in e["blend"] if c["fingerprint"] == wanted]
             for path in paths:
                 try:
-                    if open_corpus(path, self._data.cache).fingerprint != wanted:
+                    if path not in self._corpora:
+                        self._corpora[path] = open_corpus(path, self._data.cache)
+                    if self._corpora[path].fingerprint != wanted:
                         continue
                 except UserError:
                     continue
                 s = self.segment.settings
                 self._sources[wanted] = open_source(
-                    path,
+                    self._corpora[path],
                     self._data,
                     s["num_patches"],
                     s["context_length"],

@@ -19,7 +19,7 @@ from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.corpus_manifest import KIND
 from megatron_lcl.data.corpus.document import KINDS, Kind
 from megatron_lcl.data.corpus.files import new_array
-from megatron_lcl.data.corpus.store import Corpus, Shard, open_corpus
+from megatron_lcl.data.corpus.store import Corpus, Shard
 from megatron_lcl.data.loading.cache import Use, build_and_open, cache_folder, fingerprint
 from megatron_lcl.data.loading.hashes import mix
 from megatron_lcl.data.loading.rules import INTERLEAVED, Rules, Sequences, rules_for
@@ -195,7 +195,7 @@ class Source:
 
 
 def open_source(
-    path: str | Path,
+    corpus: Corpus,
     data: Data,
     num_patches: int,
     context_length: int,
@@ -203,9 +203,8 @@ def open_source(
     sequences: Sequences = INTERLEAVED,
     carry_text: bool = False,
 ) -> Source:
-    """Open the corpus in folder `path` as a source of sequences."""
+    """A corpus as a source of sequences."""
     rules = rules_of_kinds(data, num_patches, context_length, images_per_pack, sequences, carry_text)
-    corpus = open_corpus(path, data.cache)
     if corpus.remote:
         corpus.remote.room.limit = data.storage_cache_gb * 1e9
     return Source(corpus, rules, data.seed, cache_folder(data))

@@ -19,6 +19,7 @@ import pytest
 from corpora import MakeCorpus, random_documents
 
 from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
@@ -274,6 +275,28 @@ def test_a_read_only_corpus_works(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", random_documents(20, 12)).path
     with read_only(corpus):
         index_of(data_of((corpus, 1))).prepare(0)
+
+
+def test_each_corpus_of_a_blend_is_opened_once(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that forks the loader's workers: none of them reads a manifest again."""
+    paths = [make_corpus(f"c{n}", random_documents(6, 20 + n, num_jpegs=2)).path for n in range(8)]
+    data = data_of(*((path, 1) for path in paths))
+    ledger = open_ledger(data, P, CONTEXT)
+    opened: list[str] = []
+    plain = store.Corpus.__init__
+
+    def init(self: store.Corpus, path: str, *options: Any) -> None:
+        opened.append(path)
+        plain(self, path, *options)
+
+    monkeypatch.setattr(store.Corpus, "__init__", init)
+    for _ in ("the chunk is built", "it is there"):
+        index = PackIndex(data, ledger)
+        index.prepare(0)
+        assert opened == [str(path) for path in paths]
+        opened.clear()
+        assert len(index[0].sources) == 8
+        assert not opened
 
 
 def test_blends_need_one_tokenizer_and_distinct_corpora(make_corpus: MakeCorpus) -> None:
