@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading import cache as cache_module
 from megatron_lcl.data.loading import pack_index as pack_index
-from megatron_lcl.data.loading.cache import build_and_open, build_once, trim
+from megatron_lcl.data.loading.cache import Use, build_and_open, build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
 from megatron_lcl.data.loading.rules import INTERLEAVED
 from megatron_lcl.data.pages.replay import replay_html
@@ -244,6 +246,38 @@ def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(tmp_p
     assert {p.name for p in tmp_path.iterdir()} == left
     trim(tmp_path, 0, keep=tmp_path / "packs-now")
     assert {p.name for p in tmp_path.iterdir()} == left - {"packs-new"}
+
+
+def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a machine that sees no locks of others. Each minute of two days, each of twenty processes uses both."""
+    now, touches, oldest = [time.time()], Counter[str](), Counter[str]()
+    clock = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(cache_module, "time", clock)
+    utime = os.utime
+
+    def touch(path: Path, times: None = None) -> None:
+        touches[path.name] += 1
+        utime(path, (now[0], now[0]))
+
+    monkeypatch.setattr(os, "utime", touch)
+    folders = [tmp_path / name for name in ("documents-x", "packs-x")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "file").touch()
+    uses = [Use(folder, "file") for folder in folders for _ in range(20)]
+    for _ in range(2 * 24 * 60):
+        now[0] += 60
+        for folder in folders:
+            oldest[folder.name] = max(oldest[folder.name], int(now[0] - folder.stat().st_mtime))
+        trim(tmp_path, 0, keep=tmp_path)
+        for use in uses:
+            use.renew()
+    assert oldest["documents-x"] < 86400 / 4
+    assert oldest["packs-x"] < 300 / 2
+    assert touches["documents-x"] <= 20, "by all processes together"
+    assert touches["packs-x"] <= 2 * 24 * 60, "one of twenty each time"
 
 
 def _read(data: Data, ledger: Ledger, locks: bool, pipe: Connection, other_end: Connection) -> None:
