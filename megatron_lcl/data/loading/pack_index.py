@@ -38,7 +38,7 @@ from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
 from megatron_lcl.data.loading.hashes import shuffled
-from megatron_lcl.data.loading.ledger import Ledger, Segment, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states, open_ledger
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import END
 from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
@@ -48,8 +48,9 @@ __all__ = ["Ledger", "Pack", "PackIndex", "open_ledger"]
 
 CHUNK = 1 << 20
 """documents of one window at most: what is packed together"""
-MIN_CHUNK = 1 << 16
-"""documents of one chunk at least, if epochs are shorter, and as many packs lie before it"""
+MIN_CHUNK = CHUNK // 2
+"""documents of one chunk at least, where windows are smaller (of short epochs, or of many corpora), and as many packs
+lie before it; an epoch of over CHUNK documents has no smaller window"""
 FIRST_CHUNK = 512
 """packs of the first chunk at least, or so many documents: a short run reads no more of a small corpus"""
 ENTRY = np.dtype([("document", np.int64), ("corpus", np.int32), ("epoch", np.int32), ("part", np.int32)])
@@ -202,7 +203,7 @@ class PackIndex:
         others = [s for s in self.ledger.states if s.get("segment", 0) != self.segment.first_pack]
         own = [s for s in self._states if s["pack"] and "left" not in s]
         states = sorted((s for s in (*others, *own) if s["pack"] <= number), key=_pack_of)
-        return replace(self.ledger, states=tuple(states))
+        return replace(self.ledger, states=tuple(kept_states(states)))
 
     def source(self, wanted: str) -> Source:
         """The corpus with this fingerprint, looked for where config and ledger say."""

@@ -23,6 +23,7 @@ from corpora import MakeCorpus, jpeg, random_documents
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading import cache as cache_module
+from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import Use, build_and_open, build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
@@ -147,6 +148,19 @@ def test_a_run_goes_on_by_building_one_chunk(data: Data) -> None:
         assert len(chunks_in(fresh)) == 1
         assert entries_of(later, range(at, PACKS)) == truth[at:]
         assert later.ledger_at(PACKS).states == index.ledger_at(PACKS).states, "no state is lost or twice"
+
+
+def test_a_ledger_that_keeps_few_states_gives_the_same_packs(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "STATES", 4)
+    index = PackIndex(data, open_ledger(data, P, CONTEXT))
+    truth = entries_of(index, range(PACKS))
+    saved = as_saved(index.ledger_at(PACKS - 1))
+    assert 2 <= len(saved.states) <= 4 < len(index.chunks) - 2
+    fresh = elsewhere(data, "fresh")
+    later = PackIndex(fresh, saved)
+    later.prepare(PACKS - 1)
+    assert len(chunks_in(fresh)) == 1, "where it goes on is known"
+    assert entries_of(later, range(PACKS)) == truth
 
 
 def test_a_checkpoint_without_states_goes_on_too(data: Data) -> None:
