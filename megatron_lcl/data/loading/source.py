@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from megatron_lcl.data.loading.sequence import (
 from megatron_lcl.errors import UserError
 
 VERSION = 1
+_THREADS = 16
+"""shards that are measured at once: of a billion documents 130 GB are read, while other processes wait"""
 
 
 def key(*values: int) -> Any:
@@ -97,13 +100,18 @@ class Source:
             name: new_array(folder / f"{name}.npy", dtype, (len(self.corpus),))
             for name, dtype in (("tokens", np.int32), ("images", np.int32), ("placements", np.int64))
         }
-        starts = self.corpus.document_starts
-        for k, (kind, start, stop) in enumerate(zip(self.corpus.kinds, starts, starts[1:], strict=False)):
-            sizes = (a[start:stop] for a in arrays.values())
-            measure(*self.pieces(k), self._rules[kind], *sizes)  # type: ignore[call-arg]
+        kinds, starts = self.corpus.kinds, self.corpus.document_starts
+
+        def measure_shard(k: int) -> None:
+            sizes = (a[starts[k] : starts[k + 1]] for a in arrays.values())
+            measure(*self.pieces(k), self._rules[kinds[k]], *sizes)  # type: ignore[call-arg]
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(measure_shard, range(self.corpus.num_shards)):
+                pass
         for array in arrays.values():
             array.flush()
-        (folder / "source.json").write_text(json.dumps({"kinds": self.corpus.kinds}))
+        (folder / "source.json").write_text(json.dumps({"kinds": kinds}))
 
     def rules_of(self, k: int) -> Rules:
         """The rules for shard k's documents."""
