@@ -44,7 +44,7 @@ from megatron_lcl.train.telemetry.clock import Clock
 from megatron_lcl.train.telemetry.meter import StepMeter
 
 CHUNKS, SKIPPED = 1000, 100
-"""states of a ledger, one for each chunk of about a million documents, and ranges of packs that were passed over"""
+"""states of a ledger, which are as many as it keeps, and ranges of packs that were passed over"""
 
 
 def gathered(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:

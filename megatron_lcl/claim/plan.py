@@ -194,7 +194,7 @@ def _needs(row: Row, config: Config, corpora: Path) -> tuple[_Needs, dict[str, f
     wide = configs.replace(config, data__tokens_per_pack=2 * context + patches + 2).data  # nothing is cut for its sake
     total, tokens, pieces, weights = sum(row.shares.values()), 0.0, 0.0, {}
     for name, share in row.shares.items():
-        source = open_source(corpora / name, wide, patches, context, slots, sequences)
+        source = open_source(open_corpus(corpora / name), wide, patches, context, slots, sequences)
         stored = int(source.images.sum(dtype=np.int64))
         if not stored:
             raise UserError(f"{corpora / name} has no image that `{row.name}` reads")

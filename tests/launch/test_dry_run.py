@@ -45,10 +45,20 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_it_prints_what_would_be_launched(capsys: pytest.CaptureFixture[str], tiny: list[str], tmp_path: Path) -> None:
-    run = tmp_path / "a run"
-    more = ["--parallel.tensor", "2", "--train.micro_batch", "2", "--train.output", str(run)]
+    run, cache = tmp_path / "a run", tmp_path / "cache"
+    more = [
+        "--parallel.tensor",
+        "2",
+        "--train.micro_batch",
+        "2",
+        "--data.cache",
+        str(cache),
+        "--train.output",
+        str(run),
+    ]
     code, out, err = dry_run(capsys, "--nodes", "2", "--processes", "4", *tiny, *more)
     assert (code, err) == (0, "")
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"documents", "packs"}, "what the run needs"
     lines = {line[:12].strip(): line[12:] for line in out.splitlines()}
     assert lines["processes"] == "8: 4 on each of 2 nodes"
     assert lines["each node"].startswith("torchrun --nnodes=2 --nproc-per-node=4 ")

@@ -19,6 +19,7 @@ from megatron_lcl.cli import main
 from megatron_lcl.cli.arguments import overrides_of
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ledger import open_run_ledger
 from megatron_lcl.data.loading.source import open_source
 from megatron_lcl.errors import UserError, in_bytes
@@ -195,7 +196,7 @@ def test_each_phase_has_as_many_images_as_a_run_chooses_for_it(objective: str, t
     config = configs.load(None, {**overrides_of(tiny), **settings, "schedule.phases": phases})
     placeholders = 16 if objective == "lcl" else 0
     sequences = create(config).sequences
-    source = open_source(config.data.corpora[0].path, config.data, 16, 64, 1, sequences)
+    source = open_source(open_corpus(config.data.corpora[0].path), config.data, 16, 64, 1, sequences)
     text = source.tokens.sum() / source.images.sum() - placeholders
     chosen = slots_of(open_run_ledger(config, sequences), config)
     assert [layouts.slots(phase.config, text) for phase in phases_of(config)] == chosen

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -38,7 +39,7 @@ from megatron_lcl.errors import UserError, free_space, naming
 RECORD = "chunk.json"
 """the file of a folder that outlives it, as <folder>.json"""
 BEAT_SECONDS = 10.0
-"""how often a builder and a user of a folder set its time, so that it is seen to be in use"""
+"""how often a builder sets its folder's time, so that it is seen to be alive"""
 LOST_SECONDS = 60.0
 """a folder being built whose time is older has no builder that others should wait for"""
 RECENT_SECONDS = 300.0
@@ -198,14 +199,20 @@ class Use:
         descriptor = _opened(self, folder / file)
         with contextlib.suppress(OSError):  # `filelock` has shared locks only through SQLite or marker files
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        self._renewed = time.monotonic()
-        _touch(folder)
+        self._beat = _unused_seconds(folder) / 10
+        self._renewed = -math.inf
+        self.renew()
 
     def renew(self) -> None:
-        """Say that it is still used; to be called at every use."""
-        if time.monotonic() - self._renewed > BEAT_SECONDS:
+        """Say that it is still used; to be called at every use.
+
+        Of all processes on all machines, one sets the folder's time, and the others see that it is new: each has many
+        folders open, and the file server is theirs all.
+        """
+        if time.monotonic() - self._renewed > self._beat:
             self._renewed = time.monotonic()
-            _touch(self.folder)
+            if _age(self.folder) > self._beat:
+                _touch(self.folder)
 
 
 class Rows:
@@ -239,6 +246,15 @@ def _opened(owner: Any, path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     weakref.finalize(owner, os.close, descriptor).atexit = False
     return descriptor
+
+
+def _unused_seconds(folder: Path) -> float:
+    """The age at which a folder's time says that nobody uses it."""
+    return RECENT_SECONDS if _is_chunk(folder) else DAY
+
+
+def _is_chunk(folder: Path) -> bool:
+    return folder.name.startswith("packs-")
 
 
 # --- deleting ----------------------------------------------------------------------------------------------------
@@ -278,9 +294,8 @@ def trim(cache: Path, limit: float, keep: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     total = sum(size for *_, size in folders)
     for age, path, size in sorted(folders, reverse=True):
-        chunk = path.name.startswith("packs-")
-        unused = age > (RECENT_SECONDS if chunk else DAY)
-        wanted = (total > limit and unused) or (chunk and age > CONSUMED_SECONDS)
+        unused = age > _unused_seconds(path)
+        wanted = (total > limit and unused) or (_is_chunk(path) and age > CONSUMED_SECONDS)
         if wanted and path != keep and not _in_use(path) and _delete(path):
             total -= size
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ _SETTINGS = (
 )
 PLANNED = ("tokens_per_pack", "images_per_pack", "num_patches", "context_length")
 """those settings that may change from phase to phase"""
+STATES = 1000
+"""that a ledger keeps at most: each names every corpus, and the chunks between two, at most 1/150 of a run's, are built
+again where they are needed"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class Ledger:
     settings: dict[str, Any]
     entries: tuple[dict[str, Any], ...] = field(default=())
     states: tuple[dict[str, Any], ...] = field(default=(), compare=False)
-    """where chunks begin that were read, by pack, but for the first; they follow from the rest, and save time"""
+    """where chunks begin that were read, by pack, but for the first, or some of them (`kept_states`); they follow from
+    the rest, and save time"""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -218,6 +222,19 @@ class Ledger:
             return replace(Reading.of(config), images_per_pack=self.settings["images_per_pack"]), step * batch
         reading = Reading.from_json(before[-1]["phase"])
         return reading, before[-1]["consumed"] + (step - before[-1]["from_step"]) * reading.global_batch
+
+
+def kept_states(states: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Those of a run's states, in order, that its checkpoints keep: all up to STATES; of more the last one, from which
+    it goes on, and about half as many of the others, evenly."""
+    if len(states) <= STATES:
+        return states
+    *before, last = states
+    kept = before[:1]
+    for state in before:
+        if (state["pack"] - kept[-1]["pack"]) * STATES >= last["pack"] * 2:
+            kept.append(state)
+    return [*kept, last]
 
 
 def _consumed(entry: Mapping[str, Any]) -> int:
@@ -363,7 +380,8 @@ def _with_blend(previous: Ledger, blend: list[dict[str, Any]], consumed: int) ->
 def _choose_images(data: Data, num_placeholders: int, context_length: int, sequences: Sequences) -> int:
     per_token, weights = 0.0, sum(c.weight for c in data.corpora)
     for c in data.corpora:
-        source = open_source(c.path, data, num_placeholders, context_length, 1, sequences)
+        corpus = open_corpus(c.path, data.cache)
+        source = open_source(corpus, data, num_placeholders, context_length, 1, sequences)
         images, tokens = source.images.sum(dtype=np.int64), source.tokens.sum(dtype=np.int64)
         per_token += c.weight / weights * float(images) / max(1, float(tokens))
     return packing.choose_images_per_pack(per_token, data.tokens_per_pack)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from megatron_lcl.config import Data
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.loading.ahead import Turns
 from megatron_lcl.data.loading.bad_images import BadImages
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -77,10 +78,9 @@ class PackedLoader(Iterable[PackedBatch]):
                 raise UserError(f"evaluation reads one corpus; data.corpora names {len(data.corpora)}")
             whole = open_ledger(data, num_placeholders, context_length, sequences=sequences)
             slots = whole.settings["images_per_pack"]
+            corpus = open_corpus(data.corpora[0].path, data.cache)
             index = SequentialIndex(
-                open_source(
-                    data.corpora[0].path, data, num_placeholders, context_length, slots, sequences, carry_text=True
-                ),
+                open_source(corpus, data, num_placeholders, context_length, slots, sequences, carry_text=True),
                 data.tokens_per_pack,
             )
             if steps is None:

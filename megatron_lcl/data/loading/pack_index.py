@@ -34,11 +34,11 @@ from numpy.lib.recfunctions import repack_fields
 
 from megatron_lcl.config import Data
 from megatron_lcl.data.corpus.files import save_array
-from megatron_lcl.data.corpus.store import open_corpus
+from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.loading import cache, packing
 from megatron_lcl.data.loading.cache import fingerprint
 from megatron_lcl.data.loading.hashes import shuffled
-from megatron_lcl.data.loading.ledger import Ledger, Segment, open_ledger
+from megatron_lcl.data.loading.ledger import Ledger, Segment, kept_states, open_ledger
 from megatron_lcl.data.loading.rules import Sequences
 from megatron_lcl.data.loading.sequence import END
 from megatron_lcl.data.loading.source import VERSION, Source, key, open_source
@@ -48,8 +48,9 @@ __all__ = ["Ledger", "Pack", "PackIndex", "open_ledger"]
 
 CHUNK = 1 << 20
 """documents of one window at most: what is packed together"""
-MIN_CHUNK = 1 << 16
-"""documents of one chunk at least, if epochs are shorter, and as many packs lie before it"""
+MIN_CHUNK = CHUNK // 2
+"""documents of one chunk at least, where windows are smaller (of short epochs, or of many corpora), and as many packs
+lie before it; an epoch of over CHUNK documents has no smaller window"""
 FIRST_CHUNK = 512
 """packs of the first chunk at least, or so many documents: a short run reads no more of a small corpus"""
 ENTRY = np.dtype([("document", np.int64), ("corpus", np.int32), ("epoch", np.int32), ("part", np.int32)])
@@ -138,6 +139,8 @@ class PackIndex:
         """what the segment before has left, once it is known"""
         self._found: dict[Path, Chunk] = {}
         self._last: Chunk | None = None
+        self._corpora: dict[str, Corpus] = {}
+        """by their paths: a manifest of thousands of shards takes a while to read"""
         self._sources: dict[str, Source] = {}
         self._opened: dict[Path, _Entries] = {}
         self._ahead = 0
@@ -163,10 +166,13 @@ class PackIndex:
         return Pack(number, sources, entries)
 
     def prepare(self, number: int) -> None:
-        """Have the chunk of pack `number` built."""
+        """Have the chunk of pack `number` built, and its corpora open, which processes that are forked then have."""
         if (later := self._behind(number)) is not None:
             return later.prepare(number)
-        self._built(self._chunk_of(number).begin, lambda _: None)
+        chunk = self._chunk_of(number)
+        self._built(chunk.begin, lambda _: None)
+        for wanted in chunk.corpora:
+            self.source(wanted)
 
     def close(self) -> None:
         """Let go of the chunks' files, which are opened again when they are needed, and end what is built beside.
@@ -197,7 +203,7 @@ class PackIndex:
         others = [s for s in self.ledger.states if s.get("segment", 0) != self.segment.first_pack]
         own = [s for s in self._states if s["pack"] and "left" not in s]
         states = sorted((s for s in (*others, *own) if s["pack"] <= number), key=_pack_of)
-        return replace(self.ledger, states=tuple(states))
+        return replace(self.ledger, states=tuple(kept_states(states)))
 
     def source(self, wanted: str) -> Source:
         """The corpus with this fingerprint, looked for where config and ledger say."""
@@ -206,13 +212,15 @@ class PackIndex:
             paths += [c["path"] for e in self.ledger.blends() for c in e["blend"] if c["fingerprint"] == wanted]
             for path in paths:
                 try:
-                    if open_corpus(path, self._data.cache).fingerprint != wanted:
+                    if path not in self._corpora:
+                        self._corpora[path] = open_corpus(path, self._data.cache)
+                    if self._corpora[path].fingerprint != wanted:
                         continue
                 except UserError:
                     continue
                 s = self.segment.settings
                 self._sources[wanted] = open_source(
-                    path,
+                    self._corpora[path],
                     self._data,
                     s["num_patches"],
                     s["context_length"],

@@ -9,10 +9,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +24,12 @@ from corpora import MakeCorpus, jpeg, random_documents
 from megatron_lcl import config as configs
 from megatron_lcl.config import Corpus, Data
 from megatron_lcl.data.loading import cache as cache_module
+from megatron_lcl.data.loading import ledger as ledger_module
 from megatron_lcl.data.loading import pack_index as pack_index
-from megatron_lcl.data.loading.cache import build_and_open, build_once, trim
+from megatron_lcl.data.loading.cache import Use, build_and_open, build_once, trim
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
 from megatron_lcl.data.loading.rules import INTERLEAVED
+from megatron_lcl.data.loading.source import Source, open_source
 from megatron_lcl.data.pages.replay import replay_html
 from megatron_lcl.errors import UserError
 
@@ -100,6 +105,26 @@ def test_a_long_build_is_seen_to_be_alive(tmp_path: Path, monkeypatch: pytest.Mo
     build_once(tmp_path / "packs-x", build)
 
 
+def test_shards_are_measured_at_once(make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process measures while all others wait: of three billion documents, half an hour by one core."""
+    documents = random_documents(40, 3)
+    whole, parts = (make_corpus(f"{n} shards", documents, num_shards=n) for n in (1, 4))
+    pieces, together = Source.pieces, threading.Barrier(4, timeout=60)
+
+    def together_of(source: Source, k: int) -> Any:
+        together.wait()
+        return pieces(source, k)
+
+    def sources() -> Iterator[Source]:
+        for corpus, method in ((whole, pieces), (parts, together_of)):
+            monkeypatch.setattr(Source, "pieces", method)
+            yield open_source(corpus, Data(cache=str(tmp_path / "cache")), P, CONTEXT, 7)
+
+    one, four = sources()
+    assert one.tokens.tolist() == four.tokens.tolist()
+    assert one.images.tolist() == four.images.tolist()
+
+
 # --- states ------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +170,19 @@ def test_a_run_goes_on_by_building_one_chunk(data: Data) -> None:
         assert len(chunks_in(fresh)) == 1
         assert entries_of(later, range(at, PACKS)) == truth[at:]
         assert later.ledger_at(PACKS).states == index.ledger_at(PACKS).states, "no state is lost or twice"
+
+
+def test_a_ledger_that_keeps_few_states_gives_the_same_packs(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "STATES", 4)
+    index = PackIndex(data, open_ledger(data, P, CONTEXT))
+    truth = entries_of(index, range(PACKS))
+    saved = as_saved(index.ledger_at(PACKS - 1))
+    assert 2 <= len(saved.states) <= 4 < len(index.chunks) - 2
+    fresh = elsewhere(data, "fresh")
+    later = PackIndex(fresh, saved)
+    later.prepare(PACKS - 1)
+    assert len(chunks_in(fresh)) == 1, "where it goes on is known"
+    assert entries_of(later, range(PACKS)) == truth
 
 
 def test_a_checkpoint_without_states_goes_on_too(data: Data) -> None:
@@ -244,6 +282,38 @@ def test_what_is_unused_longest_goes_first_and_dead_builders_leave_nothing(tmp_p
     assert {p.name for p in tmp_path.iterdir()} == left
     trim(tmp_path, 0, keep=tmp_path / "packs-now")
     assert {p.name for p in tmp_path.iterdir()} == left - {"packs-new"}
+
+
+def test_many_processes_seldom_touch_a_folder_that_never_looks_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a machine that sees no locks of others. Each minute of two days, each of twenty processes uses both."""
+    now, touches, oldest = [time.time()], Counter[str](), Counter[str]()
+    clock = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(cache_module, "time", clock)
+    utime = os.utime
+
+    def touch(path: Path, times: None = None) -> None:
+        touches[path.name] += 1
+        utime(path, (now[0], now[0]))
+
+    monkeypatch.setattr(os, "utime", touch)
+    folders = [tmp_path / name for name in ("documents-x", "packs-x")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "file").touch()
+    uses = [Use(folder, "file") for folder in folders for _ in range(20)]
+    for _ in range(2 * 24 * 60):
+        now[0] += 60
+        for folder in folders:
+            oldest[folder.name] = max(oldest[folder.name], int(now[0] - folder.stat().st_mtime))
+        trim(tmp_path, 0, keep=tmp_path)
+        for use in uses:
+            use.renew()
+    assert oldest["documents-x"] < 86400 / 4
+    assert oldest["packs-x"] < 300 / 2
+    assert touches["documents-x"] <= 20, "by all processes together"
+    assert touches["packs-x"] <= 2 * 24 * 60, "one of twenty each time"
 
 
 def _read(data: Data, ledger: Ledger, locks: bool, pipe: Connection, other_end: Connection) -> None:

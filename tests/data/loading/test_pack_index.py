@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from corpora import MakeCorpus, random_documents
 
 from megatron_lcl.config import Corpus, Data
+from megatron_lcl.data.corpus import store
 from megatron_lcl.data.loading import pack_index as pack_index
 from megatron_lcl.data.loading.cache import build_once
+from megatron_lcl.data.loading.ledger import kept_states
 from megatron_lcl.data.loading.pack_index import Ledger, PackIndex, open_ledger
 
 P, CONTEXT = 4, 128
@@ -208,6 +211,67 @@ def test_chunks_of_a_small_corpus_double(
     assert max(lengths) - min(lengths[5:]) < 10  # packs of an epoch
 
 
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (5, 1, 2), (9, 1, 1, 1)])
+def test_what_packs_hold_does_not_depend_on_where_chunks_begin(
+    make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, ...]
+) -> None:
+    paths = [make_corpus(f"c{n}", random_documents(70 + 20 * n, 30 + n, num_jpegs=2)).path for n in range(len(weights))]
+    monkeypatch.setattr(pack_index, "CHUNK", 100)
+    found, chunks = [], []
+    for documents in (60, 700):
+        monkeypatch.setattr(pack_index, "MIN_CHUNK", documents)
+        monkeypatch.setattr(pack_index, "FIRST_CHUNK", 10 * documents)
+        index = index_of(data_of(*zip(paths, weights, strict=True), cache=str(tmp_path / f"{documents}")))
+        found.append(documents_of(index, range(300)))
+        chunks.append(len(index.chunks))
+    assert found[0] == found[1]
+    assert chunks[0] > 3 * chunks[1]
+
+
+class Sizes:
+    """A corpus of which only the sizes of documents are known."""
+
+    def __init__(self, number: int, documents: int) -> None:
+        self.key = number
+        self.tokens = np.random.default_rng(number).integers(100, 900, documents).astype(np.int32)
+        self.mean_tokens = float(self.tokens.mean())
+
+    def sizes(self, documents: np.ndarray, epoch: int, ranges: np.ndarray) -> np.ndarray:
+        numbers, zeros = np.arange(len(documents)), np.zeros(len(documents), np.int32)
+        return np.stack([numbers, zeros, self.tokens[documents], zeros], 1).astype(np.int32)
+
+
+def test_chunks_of_many_corpora_are_not_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64, one gives half of the tokens: a window, in which each has as many documents at most, is 32,000."""
+    names = [f"{n:032x}" for n in range(64)]
+    weights = [63.0, *[1.0] * 63]
+    blend = [{"path": n, "fingerprint": n, "weight": w} for n, w in zip(names, weights, strict=True)]
+    settings = {"tokens_per_pack": 8192, "images_per_pack": 1, "num_patches": P, "context_length": 8192}
+    ledger = Ledger({**settings, "contrast_only": False}, ({"from_pack": 0, "blend": blend},))
+    sources = {name: Sizes(n, 50_000 if n else 1_000_000) for n, name in enumerate(names)}
+    monkeypatch.setattr(PackIndex, "source", lambda _, wanted: sources[wanted])
+    monkeypatch.setattr(pack_index, "FIRST_CHUNK", 1 << 40)  # the first is as the ones behind a million documents
+    index = PackIndex(data_of(*((Path(n), 1) for n in names), cache=str(tmp_path)), ledger)
+    index.prepare(0)
+    (chunk,) = index.chunks
+    documents = json.loads((chunk.folder / "chunk.json").read_text())["documents"]
+    assert 500_000 < documents < 600_000
+    assert len(json.dumps(chunk.end)) < 110 * 64, "bytes of a state"
+
+
+def test_a_ledger_of_many_chunks_keeps_a_thousand_states() -> None:
+    """Those of a run that saves at every chunk, of five billion documents or more."""
+    states: list[dict[str, Any]] = []
+    for number in range(1, 10_000):
+        states = [*kept_states([*states, {"pack": 30_000 * number}])]
+        assert len(states) <= 1000
+        assert states[-1] == {"pack": 30_000 * number}
+        if number == 1000:
+            assert len(states) == number, "all"
+    packs = np.array([0, *(state["pack"] for state in states)])
+    assert np.diff(packs).max() < packs[-1] / 150
+
+
 def _build_slowly(folder: str, log: str) -> None:
     def build(path: Path) -> None:
         with open(log, "a") as file:
@@ -274,6 +338,28 @@ def test_a_read_only_corpus_works(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("c", random_documents(20, 12)).path
     with read_only(corpus):
         index_of(data_of((corpus, 1))).prepare(0)
+
+
+def test_each_corpus_of_a_blend_is_opened_once(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that forks the loader's workers: none of them reads a manifest again."""
+    paths = [make_corpus(f"c{n}", random_documents(6, 20 + n, num_jpegs=2)).path for n in range(8)]
+    data = data_of(*((path, 1) for path in paths))
+    ledger = open_ledger(data, P, CONTEXT)
+    opened: list[str] = []
+    plain = store.Corpus.__init__
+
+    def init(self: store.Corpus, path: str, *options: Any) -> None:
+        opened.append(path)
+        plain(self, path, *options)
+
+    monkeypatch.setattr(store.Corpus, "__init__", init)
+    for _ in ("the chunk is built", "it is there"):
+        index = PackIndex(data, ledger)
+        index.prepare(0)
+        assert opened == [str(path) for path in paths]
+        opened.clear()
+        assert len(index[0].sources) == 8
+        assert not opened
 
 
 def test_blends_need_one_tokenizer_and_distinct_corpora(make_corpus: MakeCorpus) -> None:
