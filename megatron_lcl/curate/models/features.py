@@ -98,8 +98,8 @@ def join_features(
     """Places, part after part, of images whose features are those of an image before, or in the corpora `against`.
 
     files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 40
-    bytes an image and 24 a place. value: the cosine similarity to the image that is named, 1 for the same bytes. All
-    pairs are compared: N² · D multiplications.
+    bytes an image and 24 a place, and 16 more an image where sorting takes more than `memory`. value: the cosine
+    similarity to the image that is named, 1 for the same bytes. All pairs are compared: N² · D multiplications.
     """
     everything = [*against, *files]
     rows, first_image = gather(everything, ("digest", "feature"), scratch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,21 @@ from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 400))
 def test_groups_are_those_of_equal_keys_in_any_memory(values: list[int], memory: int) -> None:
+    """And each row is read once: all of them are more than a machine keeps in memory."""
     spread = np.array(values, np.uint64) * np.uint64(1 << 60)  # wraps: a few values of the whole range
+    read: list[int] = []
 
     def keys(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        read.extend(range(start, stop))
         return spread[start:stop], np.arange(start, stop)
 
-    groups = [
-        rows[start:stop].tolist()
-        for rows, starts in equal_keys(keys, len(values), memory)
-        for start, stop in itertools.pairwise(starts)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        groups = [
+            rows[start:stop].tolist()
+            for rows, starts in equal_keys(keys, len(values), Path(folder) / "keys", memory)
+            for start, stop in itertools.pairwise(starts)
+        ]
+    assert read == list(range(len(values)))
     order = sorted(set(spread.tolist()))
     expected = [np.flatnonzero(spread == np.uint64(key)).tolist() for key in order]
     assert groups == [rows for rows in expected if len(rows) > 1]
