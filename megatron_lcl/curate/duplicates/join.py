@@ -15,12 +15,10 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from megatron_lcl.curate.documents import address
 from megatron_lcl.curate.duplicates.clusters import MEMORY, difference, equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands
 from megatron_lcl.curate.duplicates.settings import Action, DocumentDuplicates, ImageDuplicates
 from megatron_lcl.data.corpus.files import new_array
-from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.hashes import mix
 
 _DIFFERING = 4
@@ -179,14 +177,12 @@ def removals_of(
         first[start:stop] = second[start:stop] = -1
     _first_two(places.row, parent, first, second)
 
-    @cache
-    def opened(file: int) -> Corpus:
-        return Corpus(_corpus_of(places.files[file]))
+    corpus_of = cache(_corpus_of)
 
     def name(place: int) -> str:
-        corpus = opened(int(np.searchsorted(places.starts, place, side="right")) - 1)
+        corpus = corpus_of(places.files[int(np.searchsorted(places.starts, place, side="right")) - 1])
         document, item = int(places.document[place]), places.item_of(place)
-        return f"{address(corpus)}: document {document}{'' if item < 0 else f', piece {item}'}"
+        return f"{corpus}: document {document}{'' if item < 0 else f', piece {item}'}"
 
     for start, stop in blocks(int(places.starts[places.num_against]), int(places.starts[-1])):
         root = parent[places.row[start:stop]]  # which `_first_two` has made of all rows' parents
@@ -207,6 +203,7 @@ def removals_of(
 
 
 def _corpus_of(file: Path) -> str:
+    """The name of the corpus that a file of facts is of."""
     with np.load(file) as facts:
         return str(facts["corpus"])
 

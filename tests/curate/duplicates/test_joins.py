@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from curate.corpora_of_rules import manifests_read
 from data.corpora import jpeg, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from megatron_lcl.curate.documents import Range
 from megatron_lcl.curate.duplicates import clusters
 from megatron_lcl.curate.duplicates import join as joins
 from megatron_lcl.curate.duplicates.clusters import difference, equal_keys, find, unite_alike
@@ -102,7 +104,7 @@ def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, rule: Any) -> l
         num = corpus.shard(shard).num_documents
         for first in range(0, num, size):
             files.append(folder / f"{len(files):05d}.npz")
-            np.savez(files[-1], **make(corpus.path, shard, first, min(num, first + size), rule))
+            np.savez(files[-1], **make(corpus, Range(0, shard, first, min(num, first + size)), rule))
     return files
 
 
@@ -214,6 +216,16 @@ def test_images_that_stand_before(
         if rule == ImageDuplicates():
             assert found.matched[0] == f"{corpus.path}: document 0, piece 1"
             assert found.value[1] == 0
+
+
+def test_a_manifest_is_not_read_for_each_file_of_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be large, as its corpus is."""
+    corpus = make_corpus(tmp_path / "corpus", [[sentence(k % 5)] for k in range(10)])
+    files = facts_of(corpus, document_facts, tmp_path / "facts", 1, rule := DocumentDuplicates(action="drop-all"))
+    read = manifests_read(monkeypatch)
+    (scratch := tmp_path / "scratch").mkdir()
+    assert len(together(join_documents(files, rule, scratch))) == 10, "each is named by what another file has"
+    assert read == []
 
 
 def test_images_of_another_corpus(tmp_path: Path) -> None:
