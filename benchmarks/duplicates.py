@@ -115,7 +115,7 @@ def _peak(pid: int) -> float:
 
 def by_numpy(file: Path, folder: Path) -> Groups:
     keys = np.load(file, mmap_mode="r")
-    return equal_keys(lambda start, stop: (keys[start:stop], np.arange(start, stop)), len(keys))
+    return equal_keys(lambda start, stop: (keys[start:stop], np.arange(start, stop)), len(keys), folder / "keys")
 
 
 def by_duckdb(file: Path, folder: Path) -> Groups:

@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 
 from megatron_lcl.curate.documents import Range, documents
 from megatron_lcl.data.corpus.store import Corpus
+from megatron_lcl.data.prepare.sorting import sorted_rows
 
 REMOVED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("value", pa.float64()), ("matched", pa.string())])
 """what a join removes: number of the document, of the item in it (-1: the whole document), what the rule measured, and
 the name of what it is like, if it is removed for that"""
 _AT_ONCE = 1 << 23
 """images whose hashes are counted in memory together"""
+_PLACES = pa.schema([("xxh3", pa.binary(16)), ("places", pa.int64())])
 Gone = Mapping[int, Collection[int]]
 """of documents, by their number in the corpus, the items that rules of single items remove"""
 
@@ -94,9 +96,11 @@ class Places:
         pq.write_table(pa.table(columns), file, compression="zstd")
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
-        """In memory: the hashes of a slice, and those of the images that are removed."""
-        num_slices = 1 + sum(pq.read_metadata(file).num_rows for file in facts) // _AT_ONCE
-        too_many = pa.concat_tables([self._too_many(facts, k, num_slices) for k in range(num_slices)])
+        """In memory: the hashes that are counted together, and those of the images that are removed. In `scratch`: 16
+        bytes a place, where there are more."""
+        hashes = (_as_numbers(pq.read_table(file, columns=["xxh3"])["xxh3"]) for file in facts)
+        parts = sorted_rows(hashes, _AT_ONCE, scratch / "hashes")
+        too_many = pa.concat_tables([_PLACES.empty_table(), *map(self._too_many, parts)])
         known = too_many["xxh3"].combine_chunks()
         for file in facts:
             table = pq.read_table(file)
@@ -105,18 +109,16 @@ class Places:
             chosen = chosen.append_column("matched", pa.repeat("", len(chosen)))
             yield chosen.select(REMOVED.names).cast(REMOVED)
 
-    def _too_many(self, facts: Sequence[Path], number: int, num_slices: int) -> pa.Table:
-        """Hashes (`xxh3`) of the slice with that number that stand too often, and how often (`places`)."""
-        columns = [_slice(pq.read_table(file, columns=["xxh3"]), number, num_slices) for file in facts]
-        counted = pa.concat_tables(columns).group_by("xxh3").aggregate([([], "count_all")])
+    def _too_many(self, hashes: np.ndarray) -> pa.Table:
+        """Of all places of some hashes, uint64 [N, 2], those that stand too often, and how often (_PLACES)."""
+        column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(hashes), [None, pa.py_buffer(hashes)])
+        counted = pa.table({"xxh3": column}).group_by("xxh3").aggregate([([], "count_all")])
         return counted.rename_columns(["xxh3", "places"]).filter(pc.field("places") > self.threshold)
 
 
-def _slice(table: pa.Table, number: int, num_slices: int) -> pa.Table:
-    """The rows whose hash is in one of `num_slices` ranges."""
-    if num_slices == 1:
-        return table
-    column = table["xxh3"].combine_chunks()
-    digests = np.frombuffer(column.buffers()[1], np.uint8)[16 * column.offset :].reshape(-1, 16)[: len(column)]
-    first = 256 * digests[:, 0].astype(np.int64) + digests[:, 1]
-    return table.filter(pa.array(first * num_slices >> 16 == number))
+def _as_numbers(hashes: pa.ChunkedArray) -> np.ndarray:
+    """uint64 [N, 2] of 16 bytes each."""
+    array = hashes.combine_chunks()
+    if not len(array):
+        return np.empty((0, 2), np.uint64)
+    return np.frombuffer(array.buffers()[1], np.uint64, 2 * len(array), 16 * array.offset).reshape(-1, 2)

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from data import writers
 from data.helpers import TOKENIZER
 from PIL import Image as Pillow
 
+from megatron_lcl.data.corpus import store
+from megatron_lcl.data.corpus.corpus_manifest import read_manifest
 from megatron_lcl.data.corpus.document import Document
 from megatron_lcl.data.corpus.store import Corpus, open_corpus
 from megatron_lcl.data.prepare.preprocess import preprocess
@@ -31,6 +34,18 @@ def write(folder: Path, documents: Sequence[Document], **options: Any) -> Path:
     writers.write_jsonl(documents, folder / "in")
     preprocess("jsonl", folder / "in", folder / "corpus", tokenizer=TOKENIZER, **options)
     return folder / "corpus"
+
+
+def manifests_read(patch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of the corpora whose manifests are read from now on, a folder each time."""
+    read = []
+
+    def noted(folder: Path) -> dict[str, Any]:
+        read.append(folder)
+        return read_manifest(folder)
+
+    patch.setattr(store, "read_manifest", noted)
+    return read
 
 
 def contents(corpus: Corpus) -> list[tuple[Any, ...]]:

@@ -7,17 +7,20 @@ places: entries of MinHash signatures, or bits of perceptual hashes. Only rows w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numba
 import numpy as np
+
+from megatron_lcl.data.prepare.sorting import sorted_rows
 
 LIMIT = 64
 """A row is compared with the first so many of its key, in order: where boilerplate gives one key to many rows, to
 compare all pairs would take the square of their number."""
 MEMORY = 1 << 30
 """bytes that sorting the keys may take"""
-_BYTES_OF_ROW = 40
-"""a key, its row, the order that sorting gives, and what it needs itself"""
+_BYTES_OF_ROW = 48
+"""a key and its row, the same sorted, the order that sorting gives, and what it needs itself"""
 _CHUNK = 1 << 20
 
 
@@ -77,34 +80,24 @@ def unite_alike(
 
 
 def equal_keys(
-    keys: Callable[[int, int], tuple[np.ndarray, np.ndarray]], num: int, memory: int = MEMORY
+    keys: Callable[[int, int], tuple[np.ndarray, np.ndarray]], num: int, file: Path, memory: int = MEMORY
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows int64 [R], starts int64 [G+1]) of groups of two or more rows with an equal key, keys and rows ascending.
 
     keys(start, stop): keys of those of the rows start … stop-1 that have one, uint64 and evenly distributed, and these
-    rows, int64. Where sorting all of them would take more than `memory` bytes, the keys are gone through several times,
-    each time for those of a range; the groups and their order are the same.
+    rows, int64; each row is asked for once. If sorting them would take more than `memory` bytes, a new `file` takes 16
+    bytes a row meanwhile; the groups and their order are the same.
     """
-    parts = max(1, -(-num * _BYTES_OF_ROW // memory))
-    width = -(-(1 << 64) // parts)
-    step = max(1, min(_CHUNK, memory // _BYTES_OF_ROW))
-    for part in range(parts):
-        low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 1 << 64) - 1)
-        found = []
-        for start in range(0, num, step):
-            key, row = keys(start, min(num, start + step))
-            if parts > 1:
-                inside = (key >= low) & (key <= high)
-                key, row = key[inside], row[inside]
-            found.append((key, row))
-        if found:
-            yield _groups(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+    at_once = max(1, memory // _BYTES_OF_ROW)
+    step = min(_CHUNK, -(-at_once // 16))
+    found = (keys(start, min(num, start + step)) for start in range(0, num, step))
+    for rows in sorted_rows((np.stack([key, row.view(np.uint64)], 1) for key, row in found), at_once, file):
+        yield _groups(rows[:, 0], rows[:, 1].view(np.int64))
 
 
 def _groups(key: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(key, kind="stable")
-    key, row = key[order], row[order]
-    new = np.concatenate([[True], key[1:] != key[:-1]]) if len(key) else np.empty(0, bool)
+    """Of sorted keys, and their rows."""
+    new = np.concatenate([[True], key[1:] != key[:-1]])
     sizes = np.diff(np.append(np.flatnonzero(new), len(key)))
     several = sizes > 1
     starts = np.concatenate([[0], np.cumsum(sizes[several])])

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from PIL import Image as Pillow
 
-from megatron_lcl.curate.documents import address
+from megatron_lcl.curate.documents import Range, address
 from megatron_lcl.curate.duplicates.alignment import COLOR_SIDE, SIDE, Picture, agreement
 from megatron_lcl.curate.duplicates.facts import NOTHING, THUMBNAIL, Facts, gray_square, places
 from megatron_lcl.curate.duplicates.join import Removals, gather
@@ -166,23 +166,15 @@ class Finder:
 
 
 def contamination_facts(
-    corpus: str | Path,
-    shard: int,
-    first: int,
-    last: int,
-    index: Path,
-    settings: Decontamination,
-    gone: Gone = NOTHING,
+    corpus: Corpus, task: Range, index: Path, settings: Decontamination, gone: Gone = NOTHING
 ) -> Facts:
-    """Of the K places, in the documents first … last-1 of a shard (numbers in the shard), of evaluation images, without
-    the items that are gone:
+    """Of the K places, in the documents of a range, of evaluation images, without the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; evaluation int64 [K],
     number in the index (the folder of `write_index`); value float32 [K], the share of its blocks that agree.
     """
-    opened, finder = Corpus(corpus), Finder(index, settings)
-    part = opened.shard(shard)
-    document, item, shown = places(opened, shard, first, last, gone)
+    finder, part = Finder(index, settings), corpus.shard(task.shard)
+    document, item, shown = places(corpus, task, gone)
     images, place = np.unique(shown, return_inverse=True)
     evaluation, value = np.full(len(images), -1, np.int64), np.zeros(len(images), np.float32)
     for k, image in enumerate(images):

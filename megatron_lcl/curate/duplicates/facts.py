@@ -1,18 +1,18 @@
 """What of documents and images decides whether there is another like them: plain functions of a task, for any worker.
 
-Each returns arrays, and `corpus`, the path as text, by which a join names what it matched.
+Each returns arrays, and `corpus`, its address, by which a join names what it matched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import xxhash
 from PIL import Image as Pillow
 
+from megatron_lcl.curate.documents import Range, address
 from megatron_lcl.curate.duplicates.minhash import shingle_hashes, signature, word_hashes
 from megatron_lcl.curate.duplicates.settings import DocumentDuplicates, ImageDuplicates
 from megatron_lcl.curate.joins import Gone
@@ -27,19 +27,16 @@ Facts = dict[str, np.ndarray]
 NOTHING: Gone = MappingProxyType({})
 
 
-def document_facts(
-    corpus: str | Path, shard: int, first: int, last: int, settings: DocumentDuplicates, gone: Gone = NOTHING
-) -> Facts:
-    """Of the N documents first … last-1 of a shard (numbers in the shard) that have items beside those that are gone:
+def document_facts(corpus: Corpus, task: Range, settings: DocumentDuplicates, gone: Gone = NOTHING) -> Facts:
+    """Of the N documents of a range that have items beside those that are gone:
 
     document int64 [N], its number in the corpus; digest uint32 [N, 4], XXH3-128 of its texts and its images' bytes in
     their order; signature uint32 [N, permutations] and shingles int32 [N], how many it has (see `minhash`; neither
-    where the threshold is null). UserError where the corpus is not readable.
+    where the threshold is null). UserError where the shard is not readable.
     """
-    opened = Corpus(corpus)
-    part, start = opened.shard(shard), int(opened.document_starts[shard])
-    sizes = np.diff(part.document_offsets[first : last + 1])
-    left = [n for n, size in enumerate(sizes.tolist(), first) if size > len(gone.get(start + n, ()))]
+    part, start = corpus.shard(task.shard), int(corpus.document_starts[task.shard])
+    sizes = np.diff(part.document_offsets[task.first : task.last + 1])
+    left = [n for n, size in enumerate(sizes.tolist(), task.first) if size > len(gone.get(start + n, ()))]
     digests = np.empty((len(left), 4), np.uint32)
     signatures = np.empty((len(left), settings.permutations if settings.threshold is not None else 0), np.uint32)
     counts = np.zeros(len(left), np.int32)
@@ -49,7 +46,7 @@ def document_facts(
             if isinstance(piece, int):
                 digest.update(b"\1" + part.image_xxh3[piece].tobytes())
             else:
-                texts.append(opened.tokenizer.decode(piece))
+                texts.append(corpus.tokenizer.decode(piece))
                 encoded = texts[-1].encode(errors="surrogatepass")
                 digest.update(b"\0" + len(encoded).to_bytes(8, "little") + encoded)
         digests[k] = np.frombuffer(digest.digest(), np.uint32)
@@ -57,7 +54,7 @@ def document_facts(
             shingles = shingle_hashes(word_hashes("\n".join(texts)), settings.words)
             counts[k], signatures[k] = len(shingles), signature(shingles, settings.permutations)
     return {
-        "corpus": np.array(str(corpus)),
+        "corpus": np.array(address(corpus)),
         "document": start + np.array(left, np.int64),
         "digest": digests,
         "signature": signatures,
@@ -65,20 +62,16 @@ def document_facts(
     }
 
 
-def image_facts(
-    corpus: str | Path, shard: int, first: int, last: int, settings: ImageDuplicates, gone: Gone = NOTHING
-) -> Facts:
-    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images,
-    without the items that are gone:
+def image_facts(corpus: Corpus, task: Range, settings: ImageDuplicates, gone: Gone = NOTHING) -> Facts:
+    """Of the K places of images in the documents of a range, which show M images, without the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; image int32 [K], which
     of the M. digest uint32 [M, 4], XXH3-128 of its bytes; hash uint32 [M, 10], 64 and then 256 bits of its perceptual
     hash; detail float32 [M], standard deviation of its gray levels, -1 for an image that does not decode (hash and
     detail only where `max_bits` is not null).
     """
-    opened = Corpus(corpus)
-    part = opened.shard(shard)
-    document, item, shown = places(opened, shard, first, last, gone)
+    part = corpus.shard(task.shard)
+    document, item, shown = places(corpus, task, gone)
     images, index = np.unique(shown, return_inverse=True)
     hashes = np.zeros((len(images), 10), np.uint32)
     detail = np.full(len(images), -1, np.float32)
@@ -90,7 +83,7 @@ def image_facts(
                 continue
             hashes[k], detail[k] = _hashes(pixels), pixels.std()
     return {
-        "corpus": np.array(str(corpus)),
+        "corpus": np.array(address(corpus)),
         "document": document,
         "item": item,
         "image": index.astype(np.int32),
@@ -100,16 +93,14 @@ def image_facts(
     }
 
 
-def places(
-    corpus: Corpus, shard: int, first: int, last: int, gone: Gone = NOTHING
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where images stand in documents of a shard: number of the document in the corpus int64 [K], index of the piece in
+def places(corpus: Corpus, task: Range, gone: Gone = NOTHING) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where images stand in documents of a range: number of the document in the corpus int64 [K], index of the piece in
     the document int32 [K], number of the image in the shard int64 [K]. Without the items that are gone."""
-    part, start = corpus.shard(shard), int(corpus.document_starts[shard])
-    offsets = part.document_offsets[first : last + 1]
+    part = corpus.shard(task.shard)
+    offsets = part.document_offsets[task.first : task.last + 1]
     piece = int(offsets[0]) + np.flatnonzero(part.modes[int(offsets[0]) : int(offsets[-1])] == IMAGE)
     local = np.searchsorted(offsets, piece, side="right") - 1
-    document, item = start + first + local.astype(np.int64), (piece - offsets[local]).astype(np.int32)
+    document, item = task.start(corpus) + local.astype(np.int64), (piece - offsets[local]).astype(np.int32)
     shown = np.array([part.piece(int(k)) for k in piece], np.int64)
     if gone:
         stays = [i not in gone.get(d, ()) for d, i in zip(document.tolist(), item.tolist(), strict=True)]

@@ -15,12 +15,10 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from megatron_lcl.curate.documents import address
 from megatron_lcl.curate.duplicates.clusters import MEMORY, difference, equal_keys, find, unite_alike
 from megatron_lcl.curate.duplicates.minhash import choose_bands
 from megatron_lcl.curate.duplicates.settings import Action, DocumentDuplicates, ImageDuplicates
 from megatron_lcl.data.corpus.files import new_array
-from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.loading.hashes import mix
 
 _DIFFERING = 4
@@ -56,9 +54,10 @@ def join_documents(
 ) -> Iterator[Removals]:
     """Documents of a corpus that are in it before, or in the corpora `against`, part after part.
 
-    files, against: of `document_facts`, in their corpora's order. scratch: an empty folder; 4 · permutations + 60 bytes
-    a document. value: the estimated Jaccard similarity to the document that is named, 1 for the same texts and images;
-    it may be below the threshold where others connect the two.
+    files, against: of `document_facts`, in their corpora's order. scratch: an empty folder; 4 · permutations
+    + 8 · bands + 60 bytes a document, and 16 more where sorting takes more than `memory`. value: the estimated Jaccard
+    similarity to the document that is named, 1 for the same texts and images; it may be below the threshold where
+    others connect the two.
     """
     everything = [*against, *files]
     rows, starts = gather(everything, ("document", "digest", "signature", "shingles"), scratch)
@@ -68,14 +67,18 @@ def join_documents(
     if settings.threshold is not None:
         bands, per_band = choose_bands(settings.threshold, num)
         limit = int(num * (1 - settings.threshold) + 1e-9)
-        for band in range(bands):
-            part = slice(band * per_band, (band + 1) * per_band)
+        band_keys = new_array(scratch / "bands.npy", np.uint64, (bands, len(digest)))
+        for start, stop in blocks(0, len(digest)):  # all bands of a signature while it is in memory
+            for band in range(bands):
+                entries = signature[start:stop, band * per_band : (band + 1) * per_band]
+                band_keys[band, start:stop] = _key(np.ascontiguousarray(entries))
+        for own in band_keys:
 
-            def keys(start: int, stop: int, part: slice = part) -> tuple[np.ndarray, np.ndarray]:
-                found = np.flatnonzero(shingles[start:stop])
-                return _key(signature[start:stop, part][found]), start + found
+            def keys(start: int, stop: int, own: np.ndarray = own) -> tuple[np.ndarray, np.ndarray]:
+                found = start + np.flatnonzero(shingles[start:stop])
+                return own[found], found
 
-            for group in equal_keys(keys, len(digest), memory):
+            for group in equal_keys(keys, len(digest), scratch / "keys", memory):
                 unite_alike(*group, signature, False, limit, parent)
 
     def value(one: int, other: int) -> float:
@@ -98,15 +101,19 @@ def join_images(
 ) -> Iterator[Removals]:
     """Places of images in a corpus whose image stands in it before, or in the corpora `against`, part after part.
 
-    files, against: of `image_facts`, in their corpora's order. scratch: an empty folder; 84 bytes an image and 24 a
-    place. value: how many of 256 bits of the perceptual hash differ from the image that is named, 0 for the same bytes.
+    files, against: of `image_facts`, in their corpora's order. scratch: an empty folder; 92 bytes an image and 24 a
+    place, and 16 more an image where sorting takes more than `memory`. value: how many of 256 bits of the perceptual
+    hash differ from the image that is named, 0 for the same bytes.
     """
     everything = [*against, *files]
     rows, first_image = gather(everything, ("digest", "hash", "detail"), scratch)
     placed, starts = gather(everything, ("document", "item", "image"), scratch)
-    digest, short, long = rows["digest"], rows["hash"][:, :2], rows["hash"][:, 2:]
+    digest, long = rows["digest"], rows["hash"][:, 2:]
     parent = same_content(digest, scratch, memory)
     if settings.max_bits is not None:
+        short = new_array(scratch / "short.npy", np.uint32, (len(digest), 2))  # contiguous: each choice reads all
+        for start, stop in blocks(0, len(digest)):
+            short[start:stop] = rows["hash"][start:stop, :2]
         for chosen in itertools.combinations(range(8), 8 - _DIFFERING):
             kept = np.zeros(8, np.uint8)
             kept[list(chosen)] = 255
@@ -116,7 +123,7 @@ def join_images(
                 found = np.flatnonzero(rows["detail"][start:stop] >= settings.min_detail)
                 return _key(short[start:stop][found] & mask), start + found
 
-            for group in equal_keys(keys, len(digest), memory):
+            for group in equal_keys(keys, len(digest), scratch / "keys", memory):
                 unite_alike(*group, long, True, settings.max_bits, parent)
 
     def value(one: int, other: int) -> float:
@@ -170,14 +177,12 @@ def removals_of(
         first[start:stop] = second[start:stop] = -1
     _first_two(places.row, parent, first, second)
 
-    @cache
-    def opened(file: int) -> Corpus:
-        return Corpus(_corpus_of(places.files[file]))
+    corpus_of = cache(_corpus_of)
 
     def name(place: int) -> str:
-        corpus = opened(int(np.searchsorted(places.starts, place, side="right")) - 1)
+        corpus = corpus_of(places.files[int(np.searchsorted(places.starts, place, side="right")) - 1])
         document, item = int(places.document[place]), places.item_of(place)
-        return f"{address(corpus)}: document {document}{'' if item < 0 else f', piece {item}'}"
+        return f"{corpus}: document {document}{'' if item < 0 else f', piece {item}'}"
 
     for start, stop in blocks(int(places.starts[places.num_against]), int(places.starts[-1])):
         root = parent[places.row[start:stop]]  # which `_first_two` has made of all rows' parents
@@ -198,6 +203,7 @@ def removals_of(
 
 
 def _corpus_of(file: Path) -> str:
+    """The name of the corpus that a file of facts is of."""
     with np.load(file) as facts:
         return str(facts["corpus"])
 
@@ -230,7 +236,7 @@ def same_content(digest: np.ndarray, scratch: Path, memory: int) -> np.ndarray:
     def keys(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return _key(digest[start:stop]), np.arange(start, stop)
 
-    for group in equal_keys(keys, len(digest), memory):
+    for group in equal_keys(keys, len(digest), scratch / "keys", memory):
         unite_alike(*group, digest, False, 0, parent)
     return parent
 

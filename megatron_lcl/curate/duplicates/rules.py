@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from megatron_lcl.curate.documents import Range, address, ranges
+from megatron_lcl.curate.documents import Range, ranges
 from megatron_lcl.curate.duplicates.evaluation import (
     contamination_facts,
     evaluation_facts,
@@ -31,29 +32,54 @@ _IMAGES = 512
 """evaluation images of a task"""
 
 
-class Duplicates:
+class Describing(ABC):
+    """What rules have in common that note facts of documents as arrays, also of the corpora `against`."""
+
+    def __init__(self, against: Sequence[str] = ()) -> None:
+        self.against = tuple(against)
+        for path in self.against:
+            open_corpus(path)  # which says what is wrong with it
+
+    @abstractmethod
+    def describe(self, corpus: Corpus, task: Range, gone: Gone) -> Facts:
+        """What it wants to know of a range of documents, without the items that are gone."""
+
+    def prepare(self, folder: Path, workers: int) -> None:
+        """Facts of the other corpora, a file a range."""
+        corpora = [open_corpus(path) for path in self.against]
+        items = [(number, task) for number, corpus in enumerate(corpora) for task in ranges(corpus, TASK_BYTES)]
+        found = in_order(_described, (self, corpora), items, workers, ahead=4 * workers)
+        for number, facts in enumerate(found):
+            save_facts(folder / f"{number:06d}", facts)
+
+    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+        """As `describe` says."""
+        save_facts(file, self.describe(corpus, task, gone))
+
+
+def _described(shared: tuple[Describing, list[Corpus]], item: tuple[int, Range]) -> Facts:
+    (rule, corpora), (number, task) = shared, item  # of a process's own, which opens the corpora once
+    return rule.describe(corpora[number], task, {})
+
+
+class Duplicates(Describing):
     """Documents, or images, that stand in the corpus before, or in other corpora."""
 
     def __init__(self, settings: DocumentDuplicates | ImageDuplicates, against: Sequence[str]) -> None:
-        self.settings, self.against = settings, tuple(against)
+        super().__init__(against)
+        self.settings = settings
         of_documents = isinstance(settings, DocumentDuplicates)
         self.rule = self.facts_of = "document.duplicates" if of_documents else "image.duplicates"
-        for path in self.against:
-            open_corpus(path)  # which says what is wrong with it
 
     @property
     def threshold(self) -> Any:
         return self.settings.action
 
-    def prepare(self, folder: Path, workers: int) -> None:
-        """Facts of the other corpora, a file a range."""
-        items = [(path, task) for path in self.against for task in ranges(open_corpus(path), TASK_BYTES)]
-        for number, facts in enumerate(in_order(_facts_of_range, self.settings, items, workers, ahead=4 * workers)):
-            save_facts(folder / f"{number:06d}", facts)
-
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+    def describe(self, corpus: Corpus, task: Range, gone: Gone) -> Facts:
         """As `document_facts` and `image_facts` say."""
-        save_facts(file, _facts(self.settings, address(corpus), task, gone))
+        if isinstance(self.settings, DocumentDuplicates):
+            return document_facts(corpus, task, self.settings, gone)
+        return image_facts(corpus, task, self.settings, gone)
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_documents` and `join_images` say."""
@@ -99,8 +125,7 @@ class EvaluationSets:
 
     def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
         """As `contamination_facts` says."""
-        where = (address(corpus), task.shard, task.first, task.last)
-        save_facts(file, contamination_facts(*where, prepared, self.settings, gone))
+        save_facts(file, contamination_facts(corpus, task, prepared, self.settings, gone))
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_evaluation` says."""
@@ -113,17 +138,6 @@ class _Images(NamedTuple):
     path: str
     first: int
     last: int
-
-
-def _facts(settings: DocumentDuplicates | ImageDuplicates, path: str | Path, task: Range, gone: Gone) -> Facts:
-    where = (path, task.shard, task.first, task.last)
-    if isinstance(settings, DocumentDuplicates):
-        return document_facts(*where, settings, gone)
-    return image_facts(*where, settings, gone)
-
-
-def _facts_of_range(settings: DocumentDuplicates | ImageDuplicates, item: tuple[str, Range]) -> Facts:
-    return _facts(settings, *item, {})
 
 
 def _facts_of_images(settings: Decontamination, images: _Images) -> Facts:

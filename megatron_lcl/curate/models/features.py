@@ -12,6 +12,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from megatron_lcl.curate.documents import Range, address
 from megatron_lcl.curate.duplicates.clusters import MEMORY, unite
 from megatron_lcl.curate.duplicates.facts import NOTHING, Facts, places
 from megatron_lcl.curate.duplicates.join import Places, Removals, gather, removals_of, rows_shown, same_content
@@ -27,16 +28,9 @@ _BLOCK = 2048
 
 
 def feature_facts(
-    corpus: str | Path,
-    shard: int,
-    first: int,
-    last: int,
-    encoder: str,
-    tokenizer: str | None = None,
-    gone: Gone = NOTHING,
+    corpus: Corpus, task: Range, encoder: str, tokenizer: str | None = None, gone: Gone = NOTHING
 ) -> Facts:
-    """Of the K places of images in the documents first … last-1 of a shard (numbers in the shard), which show M images,
-    without the items that are gone:
+    """Of the K places of images in the documents of a range, which show M images, without the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; image int32 [K], which
     of the M; digest uint32 [M, 4], XXH3-128 of its bytes; feature float32 [M, D], the pooled feature with unit norm, 0
@@ -44,9 +38,9 @@ def feature_facts(
     """
     import torch
 
-    opened, (model, width) = Corpus(corpus), load(encoder, tokenizer)
-    part = opened.shard(shard)
-    document, item, shown = places(opened, shard, first, last, gone)
+    model, width = load(encoder, tokenizer)
+    part = corpus.shard(task.shard)
+    document, item, shown = places(corpus, task, gone)
     images, index = np.unique(shown, return_inverse=True)
     features = np.zeros((len(images), width), np.float32)
     for start in range(0, len(images), _BATCH):
@@ -58,7 +52,7 @@ def feature_facts(
             pooled = model.encode(torch.stack(list(prepared.values()))).pooled
             features[list(prepared)] = torch.nn.functional.normalize(pooled).numpy()
     return {
-        "corpus": np.array(str(corpus)),
+        "corpus": np.array(address(corpus)),
         "document": document,
         "item": item,
         "image": index.astype(np.int32),
@@ -98,8 +92,8 @@ def join_features(
     """Places, part after part, of images whose features are those of an image before, or in the corpora `against`.
 
     files, against: of `feature_facts` of one encoder, in their corpora's order. scratch: an empty folder; 4 · D + 40
-    bytes an image and 24 a place. value: the cosine similarity to the image that is named, 1 for the same bytes. All
-    pairs are compared: N² · D multiplications.
+    bytes an image and 24 a place, and 16 more an image where sorting takes more than `memory`. value: the cosine
+    similarity to the image that is named, 1 for the same bytes. All pairs are compared: N² · D multiplications.
     """
     everything = [*against, *files]
     rows, first_image = gather(everything, ("digest", "feature"), scratch)

@@ -7,11 +7,11 @@ but where there are more images than texts: those that the assignment leaves ove
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_lcl.curate.documents import Range
 from megatron_lcl.curate.duplicates.facts import NOTHING, Facts
 from megatron_lcl.curate.joins import Gone
 from megatron_lcl.curate.models.encoder import load
@@ -43,16 +43,9 @@ def assign(similarity: np.ndarray) -> np.ndarray:
 
 
 def matching_facts(
-    corpus: str | Path,
-    shard: int,
-    first: int,
-    last: int,
-    encoder: str,
-    tokenizer: str | None = None,
-    gone: Gone = NOTHING,
+    corpus: Corpus, task: Range, encoder: str, tokenizer: str | None = None, gone: Gone = NOTHING
 ) -> Facts:
-    """Of the K images, in their places, of the documents first … last-1 of a shard (numbers in the shard), without the
-    items that are gone:
+    """Of the K images, in their places, of the documents of a range, without the items that are gone:
 
     document int64 [K], number in the corpus; item int32 [K], index of the piece in the document; matched_text int32
     [K], index among all of the document's texts, -1 where it has none; similarity float32 [K], cosine, NaN where it has
@@ -62,12 +55,12 @@ def matching_facts(
     encoder: as `evaluate` names it (`open_clip:NAME`, `hf:DIR`, an LCL checkpoint); tokenizer: of an LCL checkpoint.
     UserError where it has no text encoder.
     """
-    opened, (model, _) = Corpus(corpus), load(encoder, tokenizer)
+    model, _ = load(encoder, tokenizer)
     model.encode_texts(["a text"])  # which says where it encodes none
     found: dict[str, list[float]] = {"document": [], "item": [], "matched_text": [], "similarity": []}
-    for number in range(first, last):
-        document = int(opened.document_starts[shard]) + number
-        items, left_out = opened[document].items, gone.get(document, ())
+    first = task.start(corpus)
+    for document in range(first, first + task.last - task.first):
+        items, left_out = corpus[document].items, gone.get(document, ())
         images = {k: item.data for k, item in enumerate(items) if isinstance(item, Image) and k not in left_out}
         texts = [(k, item.text) for k, item in enumerate(items) if isinstance(item, Text)]
         numbers = [number for number, (k, _) in enumerate(texts) if k not in left_out]

@@ -12,37 +12,32 @@ import pyarrow as pa
 
 from megatron_lcl.convert.find import find_checkpoint
 from megatron_lcl.convert.remote import pinned
-from megatron_lcl.curate.documents import Range, address, ranges
+from megatron_lcl.curate.documents import Range
 from megatron_lcl.curate.duplicates.facts import Facts
 from megatron_lcl.curate.duplicates.join import Removals
-from megatron_lcl.curate.duplicates.rules import save_facts, table_of
+from megatron_lcl.curate.duplicates.rules import Describing, table_of
 from megatron_lcl.curate.joins import Gone
 from megatron_lcl.curate.models.encoder import load
 from megatron_lcl.curate.models.features import check_width, feature_facts, join_features, join_scores, read_head
 from megatron_lcl.curate.models.matching import matching_facts
 from megatron_lcl.curate.models.settings import FeatureDuplicates, HeadScore, ModelRules
-from megatron_lcl.data.corpus.store import Corpus, open_corpus
-from megatron_lcl.data.prepare.preprocess import TASK_BYTES
-from megatron_lcl.data.prepare.workers import in_order
+from megatron_lcl.data.corpus.store import Corpus
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.evaluate.encoders.spec import parse_spec
 
 
-class _Asking:
+class _Asking(Describing):
     """A rule whose facts are an encoder's: written once, whatever the number of rules that read the same features."""
 
     facts_of = "features"
 
-    def __init__(self, encoder: str, tokenizer: str | None) -> None:
+    def __init__(self, encoder: str, tokenizer: str | None, against: Sequence[str] = ()) -> None:
+        super().__init__(against)
         self.encoder, self.tokenizer = encoder, tokenizer
 
-    def prepare(self, folder: Path, workers: int) -> None:
-        """The encoder is loaded by each process."""
-
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+    def describe(self, corpus: Corpus, task: Range, gone: Gone) -> Facts:
         """As `feature_facts` says."""
-        where = (address(corpus), task.shard, task.first, task.last)
-        save_facts(file, feature_facts(*where, self.encoder, self.tokenizer, gone))
+        return feature_facts(corpus, task, self.encoder, self.tokenizer, gone)
 
 
 class Scores(_Asking):
@@ -71,21 +66,12 @@ class SameFeatures(_Asking):
     def __init__(
         self, encoder: str, tokenizer: str | None, settings: FeatureDuplicates, against: Sequence[str] = ()
     ) -> None:
-        super().__init__(encoder, tokenizer)
-        self.settings, self.against = settings, tuple(against)
-        for path in self.against:
-            open_corpus(path)  # which says what is wrong with it
+        super().__init__(encoder, tokenizer, against)
+        self.settings = settings
 
     @property
     def threshold(self) -> Any:
         return self.settings.min_cosine
-
-    def prepare(self, folder: Path, workers: int) -> None:
-        """Features of the other corpora's images, a file a range."""
-        items = [(path, task) for path in self.against for task in ranges(open_corpus(path), TASK_BYTES)]
-        encoder = (self.encoder, self.tokenizer)
-        for number, facts in enumerate(in_order(_features_of_range, encoder, items, workers, ahead=4 * workers)):
-            save_facts(folder / f"{number:06d}", facts)
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """As `join_features` says."""
@@ -102,10 +88,9 @@ class Matched(_Asking):
         super().__init__(encoder, tokenizer)
         self.threshold = min_similarity
 
-    def facts(self, corpus: Corpus, task: Range, gone: Gone, file: Path, prepared: Path) -> None:
+    def describe(self, corpus: Corpus, task: Range, gone: Gone) -> Facts:
         """As `matching_facts` says."""
-        where = (address(corpus), task.shard, task.first, task.last)
-        save_facts(file, matching_facts(*where, self.encoder, self.tokenizer, gone))
+        return matching_facts(corpus, task, self.encoder, self.tokenizer, gone)
 
     def decide(self, facts: Sequence[Path], prepared: Path, scratch: Path, workers: int) -> Iterator[pa.Table]:
         """value: the similarity, NaN of an image without a text."""
@@ -124,11 +109,6 @@ class Matched(_Asking):
             for document, item, similarity, text in zip(*columns, strict=True):
                 matches.setdefault(document, {})[item] = (similarity, text)
         return matches
-
-
-def _features_of_range(encoder: tuple[str, str | None], item: tuple[str, Range]) -> Facts:
-    path, task = item
-    return feature_facts(path, task.shard, task.first, task.last, *encoder)
 
 
 def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores | SameFeatures | Matched]:

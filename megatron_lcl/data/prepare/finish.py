@@ -5,7 +5,6 @@ Everything here may be interrupted and repeated, and two processes may do it at 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -31,10 +30,13 @@ from megatron_lcl.data.corpus.indexed import FileInfo, write_file
 from megatron_lcl.data.corpus.tokenizer import Tokenizer
 from megatron_lcl.data.prepare.budget import Budget, nothing_left
 from megatron_lcl.data.prepare.preprocess_task import DIGESTS, Part, TaskSettings
+from megatron_lcl.data.prepare.sorting import sorted_rows
 from megatron_lcl.errors import UserError
 
 _THREADS = 4
 """files that are read at once, at least: while one waits for the disk, another is hashed"""
+_AT_ONCE = 1 << 23
+"""documents whose hashes are compared in memory together"""
 logger = logging.getLogger(__name__)
 
 
@@ -80,7 +82,7 @@ def finish(
     filled = [(part, shard) for part in parts for shard in part.shards]
     if not filled:
         raise nothing_left(drops)
-    repeated = _num_repeated(work, parts, counts["documents"])
+    repeated = _num_repeated(work, parts, scratch)
     if repeated:
         drops.note("document", "duplicate of another (kept)", count=repeated)
     unsaid = "matched" if any(s["has_similarities"] for _, s in filled if s["kind"] is None) else "natural"
@@ -186,16 +188,8 @@ def _replace(source: Path, target: Path) -> None:
             raise
 
 
-def _num_repeated(work: Path, parts: list[Part], num_documents: int) -> int:
-    """Documents that repeat an earlier one, counted in slices of the hashes that fit in memory."""
-    num_slices = 1 + num_documents // (1 << 23)
-    bounds = [(1 << 64) * k // num_slices for k in range(num_slices + 1)]
-    repeated = 0
-    for low, high in itertools.pairwise(bounds):
-        found = []
-        for part in parts:
-            digests = np.fromfile(work / part.name / DIGESTS, np.uint64)
-            found.append(digests[(digests >= np.uint64(low)) & (digests <= np.uint64(high - 1))])
-        values = np.concatenate(found)
-        repeated += len(values) - len(np.unique(values))
-    return repeated
+def _num_repeated(work: Path, parts: list[Part], scratch: Path) -> int:
+    """Documents that repeat an earlier one."""
+    hashes = (np.fromfile(work / part.name / DIGESTS, np.uint64)[:, None] for part in parts)
+    parts_of_all = sorted_rows(hashes, _AT_ONCE, scratch / DIGESTS)
+    return sum(int(np.count_nonzero(rows[1:] == rows[:-1])) for rows in parts_of_all)

@@ -12,6 +12,7 @@ import pytest
 from data.corpora import write_corpus
 from PIL import Image, ImageDraw
 
+from megatron_lcl.curate.documents import Range
 from megatron_lcl.curate.duplicates.alignment import COLOR_SIDE, SIDE, Picture, agreement
 from megatron_lcl.curate.duplicates.evaluation import (
     EvaluationImages,
@@ -264,7 +265,7 @@ def test_a_corpus_with_evaluation_images(tmp_path: Path) -> None:
         for shard in range(shards):
             files.append(tmp_path / f"{shards}-{shard}.npz")
             last = corpus.shard(shard).num_documents
-            np.savez(files[-1], **contamination_facts(corpus.path, shard, 0, last, one, SETTINGS))
+            np.savez(files[-1], **contamination_facts(corpus, Range(0, shard, 0, last), one, SETTINGS))
         removals = join_evaluation(files, one)
         assert removals.document.tolist() == [0, 2, 2]
         assert removals.item.tolist() == [1, 2, 3]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from curate.corpora_of_rules import files, write
+from curate.corpora_of_rules import files, manifests_read, write
 from curate.duplicates.test_contamination import encoded, flipped, picture
 from curate.duplicates.test_joins import sentence
 
 from megatron_lcl.curate import run
+from megatron_lcl.curate.duplicates import rules as duplicate_rules
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.document import Document, Image, Text
@@ -64,6 +66,38 @@ def test_duplicates_are_removed_and_named(source: Path, tmp_path: Path) -> None:
     ]
     assert len(open_corpus(tmp_path / "1")) == 3
     assert verify(tmp_path / "1") == []
+
+
+def test_manifests_are_not_read_again_for_each_task(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They grow with their corpora, as the number of tasks does."""
+    for name in ("set", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "set" / "1.jpg").write_bytes(encoded(picture(2)))
+    documents = [Document((Text(sentence(k)), Image(encoded(picture(k))))) for k in range(3, 9)]
+    other = write(tmp_path / "other", documents, shard_documents=2)
+    settings = rules(
+        evaluation__sets=f"[{tmp_path / 'set'}]",
+        duplicates__against=f"[{other}]",
+        duplicates__documents__action="keep-one",
+        duplicates__images__action="keep-one",
+    )
+    counted = []
+    for task_bytes in (1 << 25, 100):  # as many tasks as shards, and as documents
+        with monkeypatch.context() as patch:
+            read = manifests_read(patch)
+            patch.setattr(duplicate_rules, "TASK_BYTES", task_bytes)
+            curate(source, tmp_path / f"out-{task_bytes}", settings, task_bytes=task_bytes)
+        counted.append(Counter(read))
+    assert counted[0] == counted[1]
+    assert removals(tmp_path / "out-100") == removals(tmp_path / f"out-{1 << 25}") != []
+    rule = duplicate_rules.Duplicates(settings.duplicates.documents, [str(other)])
+    for workers in (1, 2):
+        (tmp_path / f"{workers}").mkdir()
+        monkeypatch.setattr(duplicate_rules, "TASK_BYTES", 100)
+        rule.prepare(tmp_path / f"{workers}", workers)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
 @pytest.mark.parametrize("action", ["keep-one", "drop-all"])

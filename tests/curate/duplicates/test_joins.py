@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from curate.corpora_of_rules import manifests_read
 from data.corpora import jpeg, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from megatron_lcl.curate.documents import Range
 from megatron_lcl.curate.duplicates import clusters
 from megatron_lcl.curate.duplicates import join as joins
 from megatron_lcl.curate.duplicates.clusters import difference, equal_keys, find, unite_alike
@@ -30,16 +33,21 @@ from megatron_lcl.data.corpus.tokenizer import ClipTokenizer
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 400))
 def test_groups_are_those_of_equal_keys_in_any_memory(values: list[int], memory: int) -> None:
+    """And each row is read once: all of them are more than a machine keeps in memory."""
     spread = np.array(values, np.uint64) * np.uint64(1 << 60)  # wraps: a few values of the whole range
+    read: list[int] = []
 
     def keys(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        read.extend(range(start, stop))
         return spread[start:stop], np.arange(start, stop)
 
-    groups = [
-        rows[start:stop].tolist()
-        for rows, starts in equal_keys(keys, len(values), memory)
-        for start, stop in itertools.pairwise(starts)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        groups = [
+            rows[start:stop].tolist()
+            for rows, starts in equal_keys(keys, len(values), Path(folder) / "keys", memory)
+            for start, stop in itertools.pairwise(starts)
+        ]
+    assert read == list(range(len(values)))
     order = sorted(set(spread.tolist()))
     expected = [np.flatnonzero(spread == np.uint64(key)).tolist() for key in order]
     assert groups == [rows for rows in expected if len(rows) > 1]
@@ -96,7 +104,7 @@ def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, rule: Any) -> l
         num = corpus.shard(shard).num_documents
         for first in range(0, num, size):
             files.append(folder / f"{len(files):05d}.npz")
-            np.savez(files[-1], **make(corpus.path, shard, first, min(num, first + size), rule))
+            np.savez(files[-1], **make(corpus, Range(0, shard, first, min(num, first + size)), rule))
     return files
 
 
@@ -208,6 +216,16 @@ def test_images_that_stand_before(
         if rule == ImageDuplicates():
             assert found.matched[0] == f"{corpus.path}: document 0, piece 1"
             assert found.value[1] == 0
+
+
+def test_a_manifest_is_not_read_for_each_file_of_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be large, as its corpus is."""
+    corpus = make_corpus(tmp_path / "corpus", [[sentence(k % 5)] for k in range(10)])
+    files = facts_of(corpus, document_facts, tmp_path / "facts", 1, rule := DocumentDuplicates(action="drop-all"))
+    read = manifests_read(monkeypatch)
+    (scratch := tmp_path / "scratch").mkdir()
+    assert len(together(join_documents(files, rule, scratch))) == 10, "each is named by what another file has"
+    assert read == []
 
 
 def test_images_of_another_corpus(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from curate.corpora_of_rules import picture, removed, write
+from curate.corpora_of_rules import manifests_read, picture, removed, write
 
 from megatron_lcl import LCL
 from megatron_lcl.cli import main
 from megatron_lcl.config import Config, Language, Model, Vision
 from megatron_lcl.convert.export import save_checkpoint
+from megatron_lcl.curate.documents import Range
 from megatron_lcl.curate.models import rules as models
 from megatron_lcl.curate.models.features import feature_facts
 from megatron_lcl.curate.models.matching import matching_facts
@@ -52,7 +53,7 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: t
     corpus = open_corpus(tmp_path / "out")
     assert corpus.kinds == ("matched",)
     assert verify(tmp_path / "out") == []
-    facts = matching_facts(source, 0, 0, 3, *encoder, {0: {0}})
+    facts = matching_facts(open_corpus(source), Range(0, 0, 0, 3), *encoder, {0: {0}})
     first, second = corpus[0].images, corpus[1].images
     assert sorted(image.matched_text for image in first) == [0, 1], "by the numbers that texts have now"
     assert [image.similarity for image in first] == facts["similarity"][:2].tolist()
@@ -64,7 +65,7 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: t
 
 
 def test_a_head_and_features_remove_images(source: Path, encoder: tuple[str, str], tmp_path: Path) -> None:
-    features = feature_facts(source, 0, 0, 3, *encoder)["feature"]
+    features = feature_facts(open_corpus(source), Range(0, 0, 0, 3), *encoder)["feature"]
     np.savez(tmp_path / "head.npz", weight=features[1], bias=0.0)
     score = features @ features[1]
     head = {"head": str(tmp_path / "head.npz"), "max_score": str(float(np.sort(score)[-2:].mean()))}
@@ -82,7 +83,7 @@ def test_all_rules_of_features_encode_each_image_once(
     source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three heads and duplicates; what each removes is as of itself alone, what several would, the first's."""
-    features = feature_facts(source, 0, 0, 3, *encoder)["feature"]
+    features = feature_facts(open_corpus(source), Range(0, 0, 0, 3), *encoder)["feature"]
     places = [(0, 1), (0, 3), (1, 0), (1, 1)]
     for k in range(3):
         np.savez(tmp_path / f"{k}.npz", weight=features[k])
@@ -121,6 +122,20 @@ def test_all_rules_of_features_encode_each_image_once(
         == as_recipe(rules(encoder, **given))
         != as_recipe(rules(encoder, **given | {"models.nsfw.head": file[0]}))
     )
+
+
+def test_manifests_are_not_read_again_for_each_task_of_an_encoder(
+    source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    for task_bytes in (1 << 25, 100):  # one task, and as many as documents
+        with monkeypatch.context() as patch:
+            read = manifests_read(patch)
+            given = rules(encoder, match="true", duplicates="keep-one")
+            curate(source, tmp_path / f"{task_bytes}", given, task_bytes=task_bytes)
+        counted.append(len(read))
+    assert counted[0] == counted[1]
+    assert removed(tmp_path / "100") == removed(tmp_path / f"{1 << 25}")
 
 
 def test_work_goes_on_with_the_same_weights_and_tokenizer_only(
@@ -189,7 +204,7 @@ def test_the_weights_are_those_of_the_start(
 
     monkeypatch.setattr(models, "check", then_saved)
     curate(source, tmp_path / "out", rules((str(run), encoder[1]), match="true"))
-    facts = matching_facts(source, 0, 0, 3, str(first), encoder[1])
+    facts = matching_facts(open_corpus(source), Range(0, 0, 0, 3), str(first), encoder[1])
     corpus = open_corpus(tmp_path / "out")
     assert [image.similarity for d in corpus for image in d.images] == facts["similarity"].tolist()
 
@@ -199,7 +214,10 @@ def test_features_of_another_corpus(source: Path, encoder: tuple[str, str], tmp_
     """It has one of the images, and one whose features are near: found as by comparing all pairs."""
     (tmp_path / "more").mkdir()
     other = write(tmp_path / "more", [Document((Image(picture(7)), Image(picture(2)), Text("other")))])
-    facts = [feature_facts(path, 0, 0, number, *encoder)["feature"] for path, number in ((other, 1), (source, 3))]
+    facts = [
+        feature_facts(open_corpus(path), Range(0, 0, 0, number), *encoder)["feature"]
+        for path, number in ((other, 1), (source, 3))
+    ]
     features = np.concatenate(facts)
     cosine = features @ features.T
     across = np.sort(cosine[:2, 2:].ravel())

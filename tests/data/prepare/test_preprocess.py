@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data import writers
 from data.helpers import TOKENIZER, contents, parts_in, plain
@@ -441,6 +443,25 @@ def test_duplicates_are_counted_across_shards(tmp_path: Path) -> None:
     summary = preprocess("jsonl", tmp_path / "in", tmp_path / "out", tokenizer=TOKENIZER, shard_documents=32)
     assert summary.drops.noted_counts == {"document: duplicate of another (kept)": 100}
     assert summary.counts["documents"] == 150
+
+
+def test_hashes_of_documents_are_read_once(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few of them are in memory together."""
+    read: Counter[Path] = Counter()
+    from_file = np.fromfile
+
+    def counted(file: Path, *given: Any, **options: Any) -> np.ndarray:
+        read[file] += file.name == preprocess_task.DIGESTS
+        return from_file(file, *given, **options)
+
+    monkeypatch.setattr("megatron_lcl.data.prepare.finish._AT_ONCE", 100)
+    monkeypatch.setattr(np, "fromfile", counted)
+    summary = preprocess("jsonl", source, tmp_path / "out", tokenizer=TOKENIZER, **SMALL)
+    assert list((+read).values()) == [1] * 15
+    assert contents(tmp_path / "out") == expected
+    assert summary.drops.noted_counts["document: duplicate of another (kept)"] == 4
 
 
 def test_what_duplicates_are(tmp_path: Path) -> None:
