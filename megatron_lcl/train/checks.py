@@ -31,6 +31,7 @@ from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import available, local_processes
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze, check_frozen_have_weights, frozen_parameters
+from megatron_lcl.train.precision import check_dtype
 from megatron_lcl.train.settings import deepspeed_config
 from megatron_lcl.train.telemetry.profile import check_profile
 from megatron_lcl.train.telemetry.sinks import check_trackers
@@ -57,6 +58,7 @@ def check(config: Config, processes: int, nodes: int | None = None, elsewhere: b
     check_freeze(config)
     check_averages(config)
     if not elsewhere:
+        check_dtype(config)
         check_memory(config, processes, available(local_processes(processes, nodes)))
     check_tokenizers(config)
     check_heldout(config)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Config
+from megatron_lcl.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,3 +26,13 @@ def resolve_dtype(config: Config) -> str:
     if config.train.dtype != "auto":
         return config.train.dtype
     return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def check_dtype(config: Config) -> None:
+    """UserError for float16 on a CPU that cannot compute in it, which DeepSpeed refuses after the start."""
+    if config.train.dtype != "float16" or torch.cuda.is_available():
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError("train.dtype = float16, which this CPU cannot train in; set it to bfloat16 or float32")

@@ -429,6 +429,7 @@ def without_others() -> Iterator[None]:
     import deepspeed.runtime.zero.partition_parameters as partition
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
+    from deepspeed.accelerator import get_accelerator
 
     def counts(batches: Sequence[PackedBatch], mesh: Any, _device: torch.device) -> GlobalCounts:
         own = {name: sum(getattr(batch, name) for batch in batches) for name in COUNTS}
@@ -442,6 +443,8 @@ def without_others() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Axis, "gather_objects", lambda axis, value: [value] * axis.size))
         same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
         stack.enter_context(mock.patch.object(contrastive, "exchange", same))
+        # nothing is computed, and the run's devices are others
+        stack.enter_context(mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True))
         yield
 
 

@@ -232,6 +232,16 @@ def test_a_model_on_one_process() -> None:
     assert 4 * 403 * 64 < usage.losses < usage.peak - usage.parameters - usage.optimizer
 
 
+def test_float16_is_simulated_where_it_cannot_be_computed() -> None:
+    """As with ZeRO-2 in bfloat16, whose optimizer DeepSpeed takes for both."""
+    of = {
+        dtype: simulate(configs.from_dict(TREE | {"zero": {"stage": 2}, "train": {"dtype": dtype}}), 2, 8)
+        for dtype in ("float16", "bfloat16")
+    }
+    assert of["float16"].parameters == of["bfloat16"].parameters
+    assert of["float16"].peak == pytest.approx(of["bfloat16"].peak, rel=0.01)
+
+
 def held(rank: int, tree: dict[str, Any]) -> tuple[int, int, int, int]:
     """What tensors of a real process hold between steps and at most, what of it is sent or received and what
     losses take, counted in the same way."""
