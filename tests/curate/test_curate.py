@@ -73,7 +73,7 @@ def test_an_image_in_more_than_so_many_places(tmp_path: Path) -> None:
     documents = [Document((words(5, k), Image(often), Image(small))) for k in range(2)]
     documents += [Document((Image(often), words(4, k), Image(twice))) for k in range(2)]
     source = write(tmp_path, documents, shard_documents=1)
-    assert len(open_corpus(source).shards) == 4
+    assert open_corpus(source).num_shards == 4
     found = curate(source, tmp_path / "out", rules(image__max_places="2", image__min_side="10"), workers=1)
     assert [row for row in removed(tmp_path / "out") if row[2] == "image.max_places"] == [
         (0, 1, "image.max_places"), (1, 1, "image.max_places"), (2, 0, "image.max_places"), (3, 0, "image.max_places"),
