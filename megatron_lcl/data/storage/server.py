@@ -61,9 +61,11 @@ class Remote:
         """Bytes start … stop-1 of an object, for each range."""
         return list(self._pool.map(lambda r: self._range(name, etag, *r), ranges))
 
-    def fetch(self, names: list[str], folder: str) -> None:
+    def fetch(self, names: list[str], known: list[tuple[int, str | None] | None], folder: str) -> None:
         """Whole objects into files of the same names in a folder, one after another in many requests."""
-        for name, about in zip(names, self.head(names), strict=True):
+        asked = iter(self.head([name for name, about in zip(names, known, strict=True) if about is None]))
+        for name, given in zip(names, known, strict=True):
+            about = given or next(asked)
             if about is None:
                 raise StorageError(f"{self.url}/{name} does not exist", missing=True)
             size, etag = about
