@@ -26,6 +26,8 @@ class Range:
     shard: int
     first: int
     last: int
+    size: int
+    """bytes of tokens and images"""
 
     def start(self, corpus: Corpus) -> int:
         """Number of its first document in the corpus."""
@@ -35,8 +37,7 @@ class Range:
 def ranges(corpus: Corpus, task_bytes: int) -> list[Range]:
     """All documents, in runs of about `task_bytes` of tokens and images, within a shard, by their sizes alone."""
     found: list[Range] = []
-    for number in range(corpus.num_shards):
-        shard = corpus.shard(number)
+    for number, shard in enumerate(corpus.shards):
         offsets, ends = shard.document_offsets, bytes_before(shard)
         first = 0
         while first < shard.num_documents:
@@ -46,7 +47,7 @@ def ranges(corpus: Corpus, task_bytes: int) -> list[Range]:
                 shard.num_documents,
             )
             last = max(last, first + 1)
-            found.append(Range(len(found), number, first, last))
+            found.append(Range(len(found), number, first, last, int(ends[last] - ends[first])))
             first = last
     return found
 

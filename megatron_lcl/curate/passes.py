@@ -1,4 +1,4 @@
-"""The two passes over a corpus, a range of documents at a time: `judge` decides on single items, `copy` on documents.
+"""The two passes over a corpus, a range of documents at a time: `judge` decides on single items, `decide` on documents.
 
 A task leaves a folder in the work folder, put there complete under its name, so one that was killed is done again and
 any number of processes may do the same tasks. What is written depends on the range alone.
@@ -32,7 +32,7 @@ from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import sync
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.scratch import put_in_place, scratch_folder, waiting_for_others
-from megatron_lcl.data.corpus.store import FORMATS, Corpus, ShardWriter
+from megatron_lcl.data.corpus.store import FORMATS, Corpus
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.data.prepare.preprocess_task import RECORD, Part, parts_of
 
@@ -52,7 +52,7 @@ REMOVED = pa.schema(
 )
 """of the corpus's file `removed.parquet`"""
 REMOVED_FILE, COUNTED_FILE = "removed.parquet", "counted.json"
-"""of a part: what its range lost; counts by rule and samples"""
+"""of what `decide` leaves of a range: what it lost; counts by rule and samples"""
 _JUDGED = pa.schema([("document", pa.int64()), ("item", pa.int32()), ("rule", pa.string()), ("value", pa.float64())])
 _JUDGED_FILE = "items.parquet"
 SAMPLES = 6
@@ -80,8 +80,6 @@ class Work:
     joins: tuple[Join, ...]
     folder: Path
     """the work folder"""
-    writes: bool = True
-    """copy what is left; else only say what is removed"""
 
     def facts(self, task: int, join: int) -> Path:
         """The file of what a join wants to know of a task's documents."""
@@ -104,20 +102,19 @@ class Work:
 
 
 @contextmanager
-def _once(work: Work, task: Range, name: str) -> Iterator[Path | None]:
-    """A new folder that is put into the work folder under a name at the end; None where that is done already."""
-    target = work.folder / name
-    with waiting_for_others(work.folder / f"lock-{task.number:06d}"), scratch_folder(work.folder) as scratch:
+def once(work: Work, target: Path) -> Iterator[Path | None]:
+    """A new folder that is put in place at the end; None where that is done already."""
+    with waiting_for_others(work.folder / f"lock-{target.name}"), scratch_folder(work.folder) as scratch:
         if target.exists():
             yield None
             return
-        folder = scratch / name
+        folder = scratch / target.name
         folder.mkdir()
         yield folder
         for path in (*folder.iterdir(), folder):
             sync(path)
         put_in_place(folder, target)
-        sync(work.folder)
+        sync(target.parent)
 
 
 # --- pass 1: single items ----------------------------------------------------------------------------------------
@@ -129,7 +126,7 @@ def judge(work: Work, task: Range) -> int:
     Returns how many items are removed.
     """
     folder = work.judged_items(task.number).parent
-    with _once(work, task, folder.name) as scratch:
+    with once(work, folder) as scratch:
         if scratch is not None:
             images = any(not isinstance(join, Places) for join in work.joins)
             with read_ahead(work.corpus, task, images):
@@ -192,7 +189,7 @@ def _first_of_image(rules: Sequence[Rule], document: Source, item: int) -> Remov
     return None
 
 
-# --- pass 2: documents, and the copy -----------------------------------------------------------------------------
+# --- pass 2: documents -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -217,61 +214,43 @@ class Counted:
             self.samples[rule] = heapq.nsmallest(SAMPLES, both, key=lambda sample: sample[0])
 
 
-def copy(work: Work, task: Range) -> Counted:
-    """Copy what is left of a range of documents; returns what was removed."""
-    name = Part(task.number, 0, True, 0).name
-    with _once(work, task, name) as scratch:
+def decide(work: Work, task: Range) -> Counted:
+    """Decide on every document of a range by what is left of it; returns what was removed, by this and before."""
+    folder = work.folder / Part(task.number, 0, True, 0).name
+    with once(work, folder) as scratch:
         if scratch is not None:
-            with read_ahead(work.corpus, task, images=work.writes):
-                _copy_range(work, task, scratch)
-    return Counted(**json.loads((work.folder / name / COUNTED_FILE).read_bytes()))
+            with read_ahead(work.corpus, task, images=False):
+                _decide_range(work, task, scratch)
+    return Counted(**json.loads((folder / COUNTED_FILE).read_bytes()))
 
 
 def part_of(work: Work, task: Range) -> Part:
-    """The record of a task that `copy` has done."""
+    """The record of a task that `decide` has done."""
     (part,) = parts_of(work.folder, task.number)
     return part
 
 
-def _copy_range(work: Work, task: Range, folder: Path) -> None:
+def _decide_range(work: Work, task: Range, folder: Path) -> None:
     rules, thresholds = rules_of(work.settings, "document"), thresholds_of(work.settings, work.joins)
     counted, drops = Counted(), Drops()
     rows: list[Row] = []
-    writer = ShardWriter(folder, 0) if work.writes else None
-    try:
-        for (document, gone, whole), of_document in first_rules(rules, _left(work, task)):
-            whole = whole or of_document
-            for item, removal in sorted(gone.items()):
-                is_text = document.is_text[item]
-                counted.add(removal.rule, texts=is_text, images=not is_text)
-                sample, reason = document.text(item) if is_text else "", _reason(removal.rule, thresholds)
-                drops.left_out("text" if is_text else "image", reason, document.name, sample=sample)
-                rows.append(Row(document.number, item, removal.rule, removal.value, document.name, removal.matched))
-            if whole is not None:
-                counted.add(whole.rule, len(document.kept_texts), len(document.kept_images), 1)
-                drops.left_out("document", _reason(whole.rule, thresholds), document.name)
-                rows.append(Row(document.number, WHOLE, whole.rule, whole.value, document.name, whole.matched))
-            elif writer:
-                _copy_document(writer, document)
-        shards = []
-        if writer and writer.num_documents:
-            similarities = writer.has_similarities
-            files, counts = writer.finish()
-            matched = any(isinstance(join, Matched) for join in work.joins)
-            kind = "matched" if matched else work.corpus.kinds[task.shard]
-            record = {"kind": kind, "number": 0, "has_similarities": similarities}
-            shards = [{**record, "files": files, "counts": counts}]
-        elif writer:
-            writer.abort()
-    except BaseException:
-        if writer:
-            writer.abort()
-        raise
+    for (document, gone, whole), of_document in first_rules(rules, _left(work, task)):
+        whole = whole or of_document
+        for item, removal in sorted(gone.items()):
+            is_text = document.is_text[item]
+            counted.add(removal.rule, texts=is_text, images=not is_text)
+            sample, reason = document.text(item) if is_text else "", _reason(removal.rule, thresholds)
+            drops.left_out("text" if is_text else "image", reason, document.name, sample=sample)
+            rows.append(Row(document.number, item, removal.rule, removal.value, document.name, removal.matched))
+        if whole is not None:
+            counted.add(whole.rule, len(document.kept_texts), len(document.kept_images), 1)
+            drops.left_out("document", _reason(whole.rule, thresholds), document.name)
+            rows.append(Row(document.number, WHOLE, whole.rule, whole.value, document.name, whole.matched))
     columns = list(map(list, zip(*rows, strict=True))) or [[] for _ in REMOVED]
     pq.write_table(pa.table(columns, names=REMOVED.names).cast(REMOVED), folder / REMOVED_FILE, compression="zstd")
     counted.samples = _samples(work, task, rows)
     write_file(folder / COUNTED_FILE, json.dumps(vars(counted)).encode())
-    part = Part(task.number, 0, True, task.last - task.first, shards, drops.to_dict())
+    part = Part(task.number, 0, True, task.last - task.first, drops=drops.to_dict())
     write_file(folder / RECORD, json.dumps(vars(part)).encode())
 
 
@@ -280,7 +259,7 @@ def _left(
 ) -> Iterator[tuple[tuple[Source, dict[int, Removal], Removal | None], Measured | None]]:
     """The documents of a range without what was removed so far, with the removals of items and of the whole, and what
     the rules of documents are to measure."""
-    removals, matches, context = _removals(work, task), _matches(work, task), context_of(work.settings)
+    removals, matches, context = _removals(work, task), matches_of(work, task), context_of(work.settings)
     again = [rule for rule in rules_of(work.settings, "image") if rule.field == "max_in_document"]
     for document in documents(work.corpus, task):
         gone = removals.pop(document.number, {})
@@ -322,7 +301,7 @@ def _removals(work: Work, task: Range) -> dict[int, dict[int, Removal]]:
     return found
 
 
-def _matches(work: Work, task: Range) -> dict[int, dict[int, tuple[float, int]]] | None:
+def matches_of(work: Work, task: Range) -> dict[int, dict[int, tuple[float, int]]] | None:
     """New matches of images to texts, by document and item; None where they stay."""
     for number, join in enumerate(work.joins):
         if isinstance(join, Matched):
@@ -355,31 +334,6 @@ def _repeated(document: Source, rule: Rule) -> dict[int, Removal]:
         if rule.breaks(places[digest]):
             found[item] = Removal(rule.name, float(places[digest]))
     return found
-
-
-def _copy_document(writer: ShardWriter, document: Source) -> None:
-    """Token ids and encoded images as they are; matches by the numbers that the texts have now."""
-    shard = document.shard
-    texts = document.kept_texts
-    if len(texts) == len(document.kept):
-        ids = [document.ids(item).tobytes() for item in texts]
-        writer.add_text_documents(b"".join(ids), [len(piece) // 4 for piece in ids], [len(ids)], [document.name])
-        return
-    numbers = {document.number_of_text[item]: number for number, item in enumerate(texts)}
-    for item in document.kept:
-        if document.is_text[item]:
-            writer.add_texts([document.ids(item).tobytes()])
-            continue
-        j, (similarity, matched) = document.image(item), document.match(item)
-        writer.add_image(
-            bytes(shard.image(j)),
-            int(shard.image_width[j]),
-            int(shard.image_height[j]),
-            FORMATS[shard.image_format[j]],
-            similarity,
-            None if matched < 0 else numbers[matched],
-        )
-    writer.end_document(document.name)
 
 
 def thresholds_of(settings: Settings, joins: Sequence[Join]) -> dict[str, Any]:

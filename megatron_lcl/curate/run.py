@@ -32,13 +32,14 @@ from megatron_lcl.curate.passes import (
     REMOVED_FILE,
     Counted,
     Work,
-    copy,
+    decide,
     judge,
     part_of,
     threshold_text,
     thresholds_of,
 )
 from megatron_lcl.curate.settings import Settings, as_recipe, rules_of
+from megatron_lcl.curate.write import groups, shards_folder, write
 from megatron_lcl.data.corpus.corpus_manifest import KIND, MANIFEST, read_manifest
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import hash_file, sync
@@ -67,6 +68,9 @@ SAMPLES_FILE = "removed-samples.jsonl"
 CURATED = "curated"
 """key of the manifest: what the corpus had before, what each rule removed"""
 _ROWS = 1 << 15
+_RULES = 2
+"""version of what is written for the same corpus and thresholds; with evaluation sets EVALUATION_RULES"""
+T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -153,7 +157,7 @@ def curate(
     encoder = models.check(settings.models, keep=workers == 1)
     if output is None:
         with tempfile.TemporaryDirectory(prefix="megatron-lcl-curate-") as folder:
-            work = Work(source, settings, joins, Path(folder), writes=False)
+            work = Work(source, settings, joins, Path(folder))
             _, counted = _decide(work, task_bytes, workers, None, progress)
             return _curated(None, source, work, counted)
     output = Path(output)
@@ -165,9 +169,8 @@ def curate(
         "thresholds": {**as_recipe(settings), **encoder, **{join.rule: join.threshold for join in joins}},
         "libraries": _libraries(settings),
         "layout": [task_bytes],
+        "rules": EVALUATION_RULES if settings.evaluation.sets else _RULES,
     }
-    if settings.evaluation.sets:
-        recipe["rules"] = EVALUATION_RULES
     if is_finished_corpus(output, recipe):
         clear_up(output)
         return read_curated(output, reused=True)
@@ -179,9 +182,10 @@ def curate(
             claim(work.folder, recipe, scratch)
             if not is_finished_corpus(output, recipe):  # by others, since the first look
                 tasks, counted = _decide(work, task_bytes, workers, job, progress)
+                parts = list(_each(write, "shards", work, groups(work, tasks), workers, job, progress))
                 with waiting_for_others(work.folder / "lock"):
                     if not (output / MANIFEST).exists():
-                        _finish(output, work, recipe, tasks, counted, scratch, workers)
+                        _finish(output, work, recipe, tasks, parts, counted, scratch, workers)
     except BaseException as error:
         # the work folder may be gone: another process found all done, finished and cleared up
         if not (isinstance(error, FileNotFoundError) and (output / MANIFEST).exists()):
@@ -282,29 +286,38 @@ def _libraries(settings: Settings) -> dict[str, str]:
 def _decide(
     work: Work, task_bytes: int, workers: int, job: tuple[int, int] | None, progress: bool
 ) -> tuple[list[Range], Counted]:
-    """Both passes, with the joins between them; the tasks, and what was removed."""
+    """Both passes, with the joins between them; the ranges, and what was removed."""
     tasks = ranges(work.corpus, task_bytes)
-    index, num_jobs = job or (0, 1)
-    start = index * len(tasks) // num_jobs
-    mine_first = [*tasks[start:], *tasks[:start]]
-
-    def each(task: Callable[[Work, Range], R], title: str) -> Iterator[R]:
-        with closing(in_order(task, work, mine_first, workers, ahead=4 * workers)) as results:
-            yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
-
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
             if not work.prepared(number).exists():
                 _prepare(work, number, join, workers)
-    deque(each(judge, "texts and images"), 0)
+    deque(_each(judge, "texts and images", work, tasks, workers, job, progress), 0)
     with waiting_for_others(work.folder / "lock"):
         for number, join in enumerate(work.joins):
             if not work.joined(number).exists():
                 _join(work, number, join, len(tasks), workers)
     counted = Counted()
-    for of_task in each(copy, "documents"):
+    for of_task in _each(decide, "documents", work, tasks, workers, job, progress):
         counted.merge(of_task)
     return tasks, counted
+
+
+def _each(
+    function: Callable[[Work, T], R],
+    title: str,
+    work: Work,
+    tasks: Sequence[T],
+    workers: int,
+    job: tuple[int, int] | None,
+    progress: bool,
+) -> Iterator[R]:
+    """Of every task what the function returns, those that a job begins with first."""
+    index, num_jobs = job or (0, 1)
+    start = index * len(tasks) // num_jobs
+    mine_first = [*tasks[start:], *tasks[:start]]
+    with closing(in_order(function, work, mine_first, workers, ahead=4 * workers)) as results:
+        yield from tqdm(results, title, len(tasks), unit="task", disable=not progress)
 
 
 def _prepare(work: Work, number: int, join: Join, workers: int) -> None:
@@ -347,13 +360,15 @@ def _finish(
     work: Work,
     recipe: dict[str, Any],
     tasks: Sequence[Range],
+    written: list[Part],
     counted: Counted,
     scratch: Path,
     workers: int,
 ) -> None:
     parts = [part_of(work, task) for task in tasks]
+    written = sorted(written, key=lambda part: part.task)
     curated = _curated(output, work.corpus, work, counted)
-    shards = [shard for part in parts for shard in part.shards]
+    shards = [shard for part in written for shard in part.shards]
     if not shards:
         raise _nothing_left(curated)
     drops = Drops.from_dict(work.corpus.manifest["drops"])
@@ -370,7 +385,7 @@ def _finish(
         "recipe": recipe,
         CURATED: {"before": curated.before, "rules": [vars(removed) for removed in curated.rules]},
     }
-    assemble(output, work.folder, parts, work.corpus.tokenizer, drops, scratch, workers, manifest, more)
+    assemble(output, shards_folder(work), written, work.corpus.tokenizer, drops, scratch, workers, manifest, more)
 
 
 def _curated(path: Path | None, source: Corpus, work: Work, counted: Counted) -> Curated:

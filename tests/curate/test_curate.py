@@ -16,10 +16,11 @@ from data.corpora import random_documents, write_corpus
 from hypothesis import strategies as st
 
 from megatron_lcl.curate import run
+from megatron_lcl.curate import write as copying
 from megatron_lcl.curate.run import Curated, curate, read_curated
 from megatron_lcl.curate.settings import Settings, read_settings
 from megatron_lcl.data.corpus.corpus_manifest import read_manifest, write_manifest
-from megatron_lcl.data.corpus.document import Document, Image, Text
+from megatron_lcl.data.corpus.document import Document, Image, Kind, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.pages.inspect import stats, table
@@ -75,7 +76,7 @@ def test_an_image_in_more_than_so_many_places(tmp_path: Path) -> None:
     documents = [Document((words(5, k), Image(often), Image(small))) for k in range(2)]
     documents += [Document((Image(often), words(4, k), Image(twice))) for k in range(2)]
     source = write(tmp_path, documents, shard_documents=1)
-    assert len(open_corpus(source).shards) == 4
+    assert open_corpus(source).num_shards == 4
     found = curate(source, tmp_path / "out", rules(image__max_places="2", image__min_side="10"), workers=1)
     assert [row for row in removed(tmp_path / "out") if row[2] == "image.max_places"] == [
         (0, 1, "image.max_places"), (1, 1, "image.max_places"), (2, 0, "image.max_places"), (3, 0, "image.max_places"),
@@ -250,6 +251,30 @@ def test_removed_and_kept_are_the_source(
     for r in found.rules:
         about = {"text": r.texts, "image": r.images, "document": r.documents}[r.rule.partition(".")[0]]
         assert about == sum(rule == r.rule for *_, rule in rows)
+
+
+def test_shards_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard has many ranges, and documents of one kind; an image is stored in it once."""
+    kinds: list[Kind] = ["natural"] * 8 + ["pairs"] * 4
+    documents = [Document((words(4 + k % 3), Image(picture(k % 2))), kind=kind) for k, kind in enumerate(kinds)]
+    source = write(tmp_path, documents, shard_documents=2)
+    assert open_corpus(source).num_shards == 6
+
+    def curated(name: str) -> list[tuple[str, int, int]]:
+        """Of each shard its kind, documents and images."""
+        curate(source, tmp_path / name, rules(text__min_words="5"), task_bytes=1)
+        assert read(tmp_path / name) == left(source, tmp_path / name)
+        assert verify(tmp_path / name) == []
+        return [
+            tuple(shard[key] for key in ("kind", "documents", "images"))
+            for shard in read_manifest(tmp_path / name)["shards"]
+        ]
+
+    assert curated("out") == [("natural", 8, 2), ("pairs", 4, 2)]
+    monkeypatch.setattr(copying, "SHARD_DOCUMENTS", 3)
+    assert curated("few") == [("natural", 3, 2), ("natural", 3, 2), ("natural", 2, 2), ("pairs", 3, 2), ("pairs", 1, 1)]
+    monkeypatch.setattr(copying, "SHARD_BYTES", 0)
+    assert [documents for _, documents, _ in curated("one")] == [1] * 12
 
 
 def test_recognized_and_refused(tmp_path: Path) -> None:

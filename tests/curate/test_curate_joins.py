@@ -119,7 +119,7 @@ def test_ranges_are_cut_by_size_and_hold_every_document_once(
     corpus = open_corpus(source)
     for shard in corpus.shards:
         sizes = []
-        for document in documents(corpus, Range(0, shard.number, 0, shard.num_documents)):
+        for document in documents(corpus, Range(0, shard.number, 0, shard.num_documents, 0)):
             texts, images = document.kept_texts, document.kept_images
             pixels = sum(len(bytes(shard.image(document.image(item)))) for item in images)
             sizes.append(sum(4 * len(document.ids(item)) for item in texts) + 4 * len(images) + pixels)

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,20 +14,22 @@ import pytest
 from curate.corpora_of_rules import files
 from data.corpora import random_documents, write_corpus
 
-from megatron_lcl.curate import passes, run
+from megatron_lcl.curate import passes, run, write
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import Settings, read_settings
+from megatron_lcl.data.corpus.store import open_corpus
 from megatron_lcl.data.prepare.unfinished import WORK
 from megatron_lcl.data.prepare.verify import verify
 
 RULES = {"text.min_words": "4", "image.max_places": "6", "document.min_images": "1", "document.max_words": "15"}
-TASK_BYTES = 4000
+TASK_BYTES, SHARD_BYTES = 4000, 10_000
 RUN = """
 import json, os, signal, sys
 from importlib import import_module
+from megatron_lcl.curate import write
 from megatron_lcl.curate.run import curate
 from megatron_lcl.curate.settings import read_settings
-module, name, nth, source, output, rules, task_bytes = json.loads(sys.argv[1])
+module, name, nth, source, output, rules, task_bytes, write.SHARD_BYTES = json.loads(sys.argv[1])
 module = import_module("megatron_lcl." + module)
 original, calls = getattr(module, name), []
 def killed(*arguments, **more):
@@ -41,11 +43,19 @@ curate(source, output, read_settings(overrides=rules), task_bytes=task_bytes)
 POINTS = [
     ("curate.passes", "_judge", 3, "in pass 1"),
     ("curate.run", "_join", 1, "between the passes"),
-    ("curate.passes", "_copy_document", 10, "amid a part of pass 2"),
-    ("curate.run", "_write_removed", 1, "after pass 2"),
+    ("curate.passes", "_decide_range", 4, "in pass 2"),
+    ("curate.write", "_copy_document", 10, "amid the copy"),
+    ("curate.run", "_write_removed", 1, "after the copy"),
     ("data.prepare.finish", "_replace", 7, "while the parts are put in place"),
     ("data.prepare.finish", "write_manifest", 1, "before the manifest"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_shards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "SHARD_BYTES", SHARD_BYTES)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +70,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = curate(source, folder, rules(), task_bytes=TASK_BYTES)
     assert {r.rule for r in found.rules if r.texts or r.images or r.documents} >= {*RULES, "image.matched_text"}
     assert verify(folder) == []
+    assert 3 < open_corpus(folder).num_shards < open_corpus(source).manifest["counts"]["documents"] / 4
     return files(folder)
 
 
@@ -75,8 +86,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         original = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *given: (names.append(name_of(*given)), original(*given)))
 
-    for function in ("_judge", "_copy_range"):
+    for function in ("_judge", "_decide_range"):
         watch(passes, function, lambda _work, _task, folder: folder.name)
+    watch(write, "_write_group", lambda _work, _group, folder: f"shards/{folder.name}")
     watch(run, "_join", lambda work, number, *_: work.joined(number).name)
     return names
 
@@ -100,13 +112,15 @@ def test_killed_and_gone_on_with(
     _when: str,
 ) -> None:
     output = tmp_path / "out"
-    arguments = json.dumps([module, name, nth, str(source), str(output), RULES, TASK_BYTES])
+    arguments = json.dumps([module, name, nth, str(source), str(output), RULES, TASK_BYTES, SHARD_BYTES])
     ended = subprocess.run([sys.executable, "-c", RUN, arguments], timeout=300, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert (output / WORK).is_dir()
     assert not (output / "corpus.json").exists()
-    done = {path.name for path in (output / WORK).iterdir() if path.name.startswith(("judged-", "joined-", "part-"))}
-    assert {"judged-000000", *(["part-000000-0000"] if name == "_copy_document" else [])} <= done
+    work = output / WORK
+    done = {str(path.relative_to(work)) for kind in ("judged-*", "joined-*", "part-*") for path in work.rglob(kind)}
+    parts = {"_decide_range": ["part-000000-0000"], "_copy_document": ["shards/part-000000-0000"]}
+    assert {"judged-000000", *parts.get(name, ())} <= done
     again = made(monkeypatch)
     found = curate(source, output, rules(), task_bytes=TASK_BYTES)
     assert not found.reused

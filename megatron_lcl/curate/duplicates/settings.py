@@ -64,7 +64,7 @@ class DuplicateRules:
     )
 
 
-EVALUATION_RULES = 4
+EVALUATION_RULES = 5
 """version of what decides that an image is an evaluation image, the defaults below included"""
 
 

@@ -10,6 +10,7 @@ Source: megatron/core/datasets/indexed_dataset.py, which opens them with `Indexe
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from array import array
@@ -34,11 +35,22 @@ FileInfo = dict[str, int | str]
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """The file's bytes, memory-mapped; no file descriptor stays open, so thousands of shards can be."""
+    """The file's bytes, memory-mapped; no file descriptor stays open, so thousands of shards can be.
+
+    UserError where the process may not have another mapping.
+    """
     if path.stat().st_size == 0:
         return pa.py_buffer(b"")
-    with pa.memory_map(str(path)) as file:
-        return file.read_buffer()
+    try:
+        with pa.memory_map(str(path)) as file:
+            return file.read_buffer()
+    except OSError as error:
+        if os.strerror(errno.ENOMEM) not in str(error):  # pyarrow leaves errno out
+            raise
+        raise UserError(
+            f"{path} cannot be mapped into memory: this process has as many mappings, or as much address space, as it "
+            "may have; raise the limits (`sysctl -w vm.max_map_count=262144`, `ulimit -v unlimited`)"
+        ) from None
 
 
 class HashingFile:

@@ -3,6 +3,8 @@
     <cache>/corpora-<HASH>/          the manifest, whose bytes' hash it is, the tokenizer, `.idx`, `.arrow` and names,
                                      each as its hash in the manifest says; `.bin` and `.bin.have` as
                                      `data.storage.blocks` keeps them
+    <cache>/corpora-<HASH>/objects-… the objects' sizes and ETags at a URL, for processes that open it at the same time;
+                                     locked by the one that asks for them
     <cache>/corpora-<HASH>/scratch-… small files that a process copies, until they are whole
     <cache>/corpora-<HASH>.lock      held by that process, as far as there are locks
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -32,7 +35,7 @@ from megatron_lcl.data.corpus.files import hash_file, replace_bytes, sync
 from megatron_lcl.data.corpus.scratch import clear_dead, scratch_folder
 from megatron_lcl.data.storage.blocks import Blocks, Room, disk_use
 from megatron_lcl.data.storage.faults import StorageError
-from megatron_lcl.data.storage.store import Store
+from megatron_lcl.data.storage.store import About, Store
 from megatron_lcl.errors import UserError
 
 LIMIT = 100e9
@@ -72,7 +75,7 @@ class Remote:
         self.room = Room(cache, f"{_PREFIX}*", LIMIT)
         self.files: dict[str, Any] = {}
         """of the manifest: sizes and hashes"""
-        self._objects: dict[str, tuple[int, str | None] | None] = {}
+        self._objects: dict[str, About | None] = {}
         self._blocks: dict[str, Blocks] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,11 +93,46 @@ class Remote:
     def prepare(self, manifest: dict[str, Any]) -> None:
         """What all shards need on the disk, and the sizes of all objects; each once."""
         self.files = files = manifest["files"]
-        if not self._objects:
-            self._objects = dict(zip(files, self.store.head(list(files)), strict=True))
+        small = [*(name for name in files if name.endswith((".idx", ".arrow"))), manifest["tokenizer"]["file"]]
+        if self._objects:
+            self.copy(small)
+            return
+        with self._looked_up() as self._objects:
             make_room(self.folder, self.room.limit - sum(info["size"] for info in files.values()))
-        small = [name for name in files if name.endswith((".idx", ".arrow"))]
-        self.copy([*small, manifest["tokenizer"]["file"]])
+            self.copy(small)
+
+    @contextlib.contextmanager
+    def _looked_up(self) -> Iterator[dict[str, About | None]]:
+        """(bytes, ETag) of each object, None where it is not there, as they are now. Processes that come to this before
+        it is left wait, and get the same: all of a run begin at once, and each would ask for all objects."""
+        with open(self.folder / f"objects-{xxhash.xxh3_128_hexdigest(self.url.encode())}", "a+b", buffering=0) as file:
+            waited = False
+            with contextlib.suppress(OSError):  # no locks here
+                waited = not lock_descriptor(file.fileno(), blocking=False)
+                if waited:
+                    lock_descriptor(file.fileno())
+            found: Any = None
+            if waited:
+                file.seek(0)
+                with contextlib.suppress(ValueError):  # the other has failed
+                    found = json.loads(file.read())
+            if found is None:
+                file.truncate(0)
+                found = self._look_up()
+                with contextlib.suppress(OSError):  # a full disk: the others ask themselves
+                    file.write(json.dumps(found).encode())
+            else:
+                file.close()  # the next one need not wait for what follows
+            yield {name: about and tuple(about) for name, about in found.items()}
+
+    def _look_up(self) -> dict[str, About | None]:
+        listed: dict[str, About] = {}
+        if not self.url.startswith("http"):  # which has no list
+            with contextlib.suppress(StorageError):  # some may read a bucket and not list it
+                listed = self.store.versions(deep=False)
+        others = [name for name in self.files if name not in listed]
+        found = {**listed, **dict(zip(others, self.store.head(others), strict=True))}
+        return {name: found[name] for name in self.files}
 
     def size(self, name: str) -> int:
         """Bytes of an object. FileNotFoundError where there is none."""
@@ -133,11 +171,11 @@ class Remote:
             (Path(scratch) / name).replace(target)
 
     def _fetch(self, names: Sequence[str], scratch: Path) -> None:
-        for name in names:
-            about, listed = self._objects.get(name), self.files.get(name)
-            if about and listed and about[0] != listed["size"]:
-                raise self._other(name, f"{about[0]:,} bytes, not {listed['size']:,}")
-        self.store.fetch(names, scratch)
+        known = [self._objects.get(name) for name in names]
+        for name, about in zip(names, known, strict=True):
+            if about and name in self.files and about[0] != self.files[name]["size"]:
+                raise self._other(name, f"{about[0]:,} bytes, not {self.files[name]['size']:,}")
+        self.store.fetch(names, scratch, known)
         for name in names:
             size, digest = (scratch / name).stat().st_size, hash_file(scratch / name)
             listed = self.files.get(name, {"size": size, "xxh3": digest})  # a tokenizer has its own fingerprint

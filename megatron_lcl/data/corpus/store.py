@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import weakref
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -223,9 +225,11 @@ class Shard:
         self.images = read_indexed(folder / images, remote.blocks(f"{images}.bin") if remote else None)
         arrow_path = folder / (IMAGES.format(number) + ARROW)
         try:
-            images, placements = _arrow_columns(arrow_path)
+            arrow = map_file(arrow_path)
         except FileNotFoundError:
             raise UserError(f"{arrow_path} is missing; the corpus is incomplete") from None
+        try:
+            images, placements = _arrow_columns(arrow)
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{arrow_path} is damaged: {error}") from None
         self.image_width: np.ndarray = images.field("width").to_numpy()
@@ -292,9 +296,9 @@ class Shard:
         return self.images.sequence(j).data
 
 
-def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
+def _arrow_columns(content: pa.Buffer) -> tuple[pa.StructArray, pa.StructArray]:
     """Images and placements; raises whatever a damaged file makes pyarrow raise."""
-    row = pa.ipc.open_file(map_file(path)).get_batch(0)
+    row = pa.ipc.open_file(content).get_batch(0)
     row.validate(full=True)  # else a wrong length leads outside the file
     lists = [row.column("images"), row.column("placements")]
     if [array.type.value_type for array in lists] != [_IMAGE_TYPE, _PLACEMENT_TYPE] or row.num_rows != 1:
@@ -302,6 +306,13 @@ def _arrow_columns(path: Path) -> tuple[pa.StructArray, pa.StructArray]:
     if any(array.null_count for array in (*lists, *(field for array in lists for field in array.values.flatten()))):
         raise UserError("it has gaps")
     return lists[0].values, lists[1].values
+
+
+MAX_OPEN = 6000
+"""shards of all corpora that a process has open: each is six mappings, and Linux allows a process 65,530"""
+_opened: deque[tuple[weakref.ref[Corpus], int]] = deque()
+"""in the order in which they were opened. The first is closed: of documents in random order all are as likely to be
+next, so nothing is gained by recording which was used last."""
 
 
 class Corpus(Sequence[Document]):
@@ -360,11 +371,17 @@ class Corpus(Sequence[Document]):
         return len(self.document_starts) - 1
 
     def shard(self, k: int) -> Shard:
-        """Shard `k`, opened on first use."""
-        if k not in self._shards:
+        """Shard `k`, opened on first use, and again if MAX_OPEN others have been opened since."""
+        shard = self._shards.get(k)
+        if shard is None:
             self._check_sizes(shard_files(k, has_names(self.manifest, k)))
-            self._shards[k] = Shard(self.path, k, self.remote)
-        return self._shards[k]
+            shard = self._shards[k] = Shard(self.path, k, self.remote)
+            _opened.append((weakref.ref(self), k))
+            while len(_opened) > MAX_OPEN:
+                of, first = _opened.popleft()
+                if (corpus := of()) is not None:
+                    corpus._shards.pop(first, None)  # its files stay mapped for whoever uses them
+        return shard
 
     def check_sizes(self) -> None:
         """UserError where a file is missing, or does not have the size that it was written with. Reads none."""
@@ -393,9 +410,9 @@ class Corpus(Sequence[Document]):
         return "" if size == expected else f"{path} has {size:,} bytes, but was written with {expected:,}"
 
     @property
-    def shards(self) -> list[Shard]:
-        """All shards, opened."""
-        return [self.shard(k) for k in range(self.num_shards)]
+    def shards(self) -> Iterator[Shard]:
+        """All shards, one after another."""
+        return map(self.shard, range(self.num_shards))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

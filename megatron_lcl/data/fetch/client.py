@@ -12,7 +12,6 @@ import base64
 import errno
 import functools
 import hashlib
-import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from megatron_lcl.data.corpus.probe import TOO_MANY_PIXELS, BadImage, downscale,
 from megatron_lcl.data.fetch.addresses import PrivateAddress, is_public, public_socket
 from megatron_lcl.data.fetch.settings import Settings, proxy_parts
 from megatron_lcl.data.fetch.store import Row, Status
+from megatron_lcl.data.storage.open_files import allow_open_files
 from megatron_lcl.errors import UserError
 
 try:
@@ -49,7 +49,6 @@ _ROBOTS_KEPT = 20_000
 """robots.txt files in memory"""
 _KEEP_ALIVE = 5.0
 """seconds that a connection waits for another request"""
-_OPEN_FILES = 65_536
 _RESOLVERS = 64
 """threads, as getaddrinfo waits in one"""
 _OPT_OUTS = ("noai", "noimageai")
@@ -106,7 +105,7 @@ class Client:
         settings = self._settings
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_RESOLVERS, "resolve"))
         self._decoder = ThreadPoolExecutor(1, "decode")
-        _allow_open_files()
+        allow_open_files()  # connections that are kept for a while are many with many hosts
         checked = None if settings.allow_private or settings.proxy else public_socket
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
@@ -313,14 +312,6 @@ def _named_errors(proxy: str) -> Iterator[None]:
         raise Retry("connection lost") from None
     except aiohttp.ClientError:
         raise _Given("dead", "malformed HTTP") from None
-
-
-def _allow_open_files() -> None:
-    """As many as this user may: connections that are kept for a while are many with many hosts."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _parsed(text: str, base: URL | None = None) -> URL:

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_lcl.data.corpus.document import KINDS, Document, Image, Text
 from megatron_lcl.data.corpus.drops import Drops
 from megatron_lcl.data.corpus.files import replace_text
-from megatron_lcl.data.corpus.store import FORMATS, IMAGE, TEXT, Corpus, Shard
+from megatron_lcl.data.corpus.store import FORMATS, TEXT, Corpus, Shard
 from megatron_lcl.data.loading.images import thumbnail
 from megatron_lcl.errors import UserError
 
@@ -26,8 +26,8 @@ def stats(corpus: Corpus) -> dict[str, Any]:
     """Counts, and quantiles (0, 5, 25, 50, 75, 95, 100 %) with means of what the documents are made of; JSON-able."""
     values = _values(corpus)
     formats = np.zeros(len(FORMATS), np.int64)
-    for number in range(corpus.num_shards):
-        formats += np.bincount(corpus.shard(number).image_format, minlength=len(FORMATS))
+    for shard in corpus.shards:
+        formats += np.bincount(shard.image_format, minlength=len(FORMATS))
     return {
         "path": corpus.where,
         "fingerprint": corpus.fingerprint,
@@ -90,7 +90,7 @@ def _find(corpus: Corpus, source: str) -> Iterator[int]:
     numbers = corpus.find(source)
     first = next(numbers, None)
     if first is None:
-        if not any(corpus.shard(k).names for k in range(corpus.num_shards)):
+        if not any(shard.names for shard in corpus.shards):
             raise UserError(
                 f"{corpus.where} does not say where its documents came from, as it was written by an earlier release"
             )
@@ -144,18 +144,21 @@ def _document(corpus: Corpus, i: int) -> Document:
 
 def _values(corpus: Corpus) -> dict[str, np.ndarray]:
     """What the histograms are of, for the whole corpus."""
-    shards = [corpus.shard(number) for number in range(corpus.num_shards)]
-    similarity = np.concatenate([s.similarity for s in shards])
+    of_shards = list(map(_values_of, corpus.shards))
+    return {name: np.concatenate([values[name] for values in of_shards]) for name in of_shards[0]}
+
+
+def _values_of(shard: Shard) -> dict[str, np.ndarray]:
+    """The same of a shard, as copies: its own arrays would keep its files mapped."""
+    texts = shard.modes == TEXT
     return {
-        "tokens a document": np.concatenate(
-            [_per_document(s, np.where(s.modes == TEXT, s.lengths, 0)) for s in shards]
-        ),
-        "images a document": np.concatenate([_per_document(s, s.modes == IMAGE) for s in shards]),
-        "tokens a text": np.concatenate([s.lengths[s.modes == TEXT] for s in shards]),
-        "similarity": similarity[~np.isnan(similarity)],
-        "image width, pixels": np.concatenate([s.image_width for s in shards]),
-        "image height, pixels": np.concatenate([s.image_height for s in shards]),
-        "image size, bytes": np.concatenate([s.image_sizes for s in shards]),
+        "tokens a document": _per_document(shard, np.where(texts, shard.lengths, 0)),
+        "images a document": _per_document(shard, ~texts),
+        "tokens a text": shard.lengths[texts],
+        "similarity": shard.similarity[~np.isnan(shard.similarity)],
+        "image width, pixels": shard.image_width.copy(),
+        "image height, pixels": shard.image_height.copy(),
+        "image size, bytes": shard.image_sizes.copy(),
     }
 
 

@@ -82,8 +82,9 @@ def _on_disk(corpus: Corpus, names: list[str]) -> Iterator[Path]:
         yield corpus.path
         return
     with tempfile.TemporaryDirectory(prefix="megatron-lcl-verify-") as folder:
-        there = zip(names, corpus.remote.store.head(names), strict=True)
-        corpus.remote.store.fetch([name for name, about in there if about], Path(folder))
+        found = zip(names, corpus.remote.store.head(names), strict=True)
+        there = {name: about for name, about in found if about}
+        corpus.remote.store.fetch(list(there), Path(folder), list(there.values()))
         yield Path(folder)
 
 

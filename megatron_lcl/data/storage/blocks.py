@@ -17,12 +17,14 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from megatron_lcl.data.storage.open_files import allow_open_files
 from megatron_lcl.data.storage.store import Store
 
 BLOCK = 4096
@@ -31,28 +33,37 @@ MERGE = 16
 LARGEST = 1 << 20
 """bytes of one request"""
 _LOOK_SECONDS = 5.0
+_LOOK_SHARE = 0.1
+"""of the time, at most, in which a process looks how much room there is: a large cache has 100,000s of files"""
+_FULL_SECONDS = 600.0
+"""until it looks again where there was none: all that is ever deleted is a corpus that nobody has read for a day"""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Room:
-    """How many bytes more some folders may hold, looked up every few seconds; several processes may use what is left.
+    """How many bytes more some folders may hold, looked up now and then; several processes may use what is left.
 
-    folders: those of a folder that match a pattern.
+    folders: those of a folder that match a pattern. limit: of all of them. Threads may use it at once.
     """
 
     def __init__(self, folder: Path, pattern: str, limit: float) -> None:
         self.folder, self.pattern, self.limit = folder, pattern, limit
-        self._left = 0.0
-        self._looked = -_LOOK_SECONDS
+        self._used = 0
+        self._next_look = 0.0
 
     def take(self, size: int) -> bool:
         """Whether there is room for so many bytes more, which are then counted as used."""
-        if time.monotonic() - self._looked >= _LOOK_SECONDS:
-            self._left = self.limit - sum(map(disk_use, self.folder.glob(self.pattern)))
-            self._looked = time.monotonic()
-        if self._left < size:
+        began = time.monotonic()
+        if began >= self._next_look:
+            if self._next_look:  # after the first time, other threads go on by what was found before
+                self._next_look = began + _FULL_SECONDS
+            self._used = sum(map(disk_use, self.folder.glob(self.pattern)))
+            now = time.monotonic()
+            pause = _FULL_SECONDS if self._used + LARGEST > self.limit else _LOOK_SECONDS
+            self._next_look = now + max(pause, (now - began) / _LOOK_SHARE)
+        if self._used + size > self.limit:
             return False
-        self._left -= size
+        self._used += size
         return True
 
 
@@ -75,7 +86,7 @@ class Blocks:
         self.name, self.size = name, size
         self._store, self._etag, self._room = store, etag, room
         self._path = folder / name
-        self._files: tuple[int, int] | None = None
+        self._files: _Files | None = None
         self._held: dict[int, tuple[bytes, int]] = {}
         """blocks for which there is no room on the disk, and until which turn they are needed"""
         self._begin()
@@ -157,11 +168,11 @@ class Blocks:
                     self._held[block] = content, max(until, turn)
         if len(held) == last - first:
             return b"".join(held[block][0] for block in range(first, last))
-        data, have = self._open()
-        hashes = np.frombuffer(os.pread(have, 8 * (last - first), 8 * first), np.uint64)
+        files = self._open()
+        hashes = np.frombuffer(os.pread(files.have, 8 * (last - first), 8 * first), np.uint64)
         if len(hashes) < last - first:
             return None
-        found = bytearray(os.pread(data, min(last * BLOCK, self.size) - first * BLOCK, first * BLOCK))
+        found = bytearray(os.pread(files.data, min(last * BLOCK, self.size) - first * BLOCK, first * BLOCK))
         view = memoryview(found)
         for block, expected in zip(range(first, last), hashes.tolist(), strict=True):
             at = (block - first) * BLOCK
@@ -173,33 +184,50 @@ class Blocks:
 
     def _write(self, first: int, content: bytes) -> bool:
         """Whether the disk took it."""
-        data, have = self._open()
+        files = self._open()
         view = memoryview(content)
         hashes = np.array([_hash(view[at : at + BLOCK]) for at in range(0, len(content), BLOCK)], np.uint64)
         try:
-            _write_at(data, content, first * BLOCK)
-            _write_at(have, hashes.tobytes(), 8 * first)
+            _write_at(files.data, content, first * BLOCK)
+            _write_at(files.have, hashes.tobytes(), 8 * first)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             return False
         return True
 
-    def _open(self) -> tuple[int, int]:
+    def _open(self) -> _Files:
         with self._lock:
-            if self._files is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                data, have = (os.open(f"{self._path}{suffix}", flags, 0o644) for suffix in ("", ".have"))
-                if os.fstat(data).st_size < self.size:
-                    os.truncate(data, self.size)
-                self._files = data, have
-            return self._files
+            files = self._files
+            if files is None:
+                files = self._files = _Files(self._path, self.size)
+                _opened.append(weakref.ref(self))
+                while len(_opened) > allow_open_files() // 4:  # half of all files, two for each
+                    if (first := _opened.popleft()()) is not None:
+                        first._files = None
+            return files
+
+
+class _Files:
+    """Descriptors of the two files of an object of `size` bytes, closed once nobody holds them."""
+
+    data = have = -1
+
+    def __init__(self, path: Path, size: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self.data = os.open(path, flags, 0o644)
+        self.have = os.open(f"{path}.have", flags, 0o644)
+        if os.fstat(self.data).st_size < size:
+            os.truncate(self.data, size)
 
     def __del__(self) -> None:
-        for descriptor in self._files or ():
-            os.close(descriptor)
+        for descriptor in (self.data, self.have):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
+_opened: deque[weakref.ref[Blocks]] = deque()
+"""those with open files, in the order in which they were opened; of a process, as the limit is"""
 _all: weakref.WeakSet[Blocks] = weakref.WeakSet()
 
 

@@ -15,14 +15,13 @@ from pathlib import Path, PosixPath
 from typing import IO, Any
 
 from megatron_lcl.data.storage.faults import StorageError
-from megatron_lcl.data.storage.store import Store, url_of
+from megatron_lcl.data.storage.store import About, Store, url_of
 from megatron_lcl.data.storage.upload import UPLOADING
 from megatron_lcl.errors import UserError
 
 WINDOW = 4 << 20
 """bytes that a file read in order is ahead of its reader"""
 _REQUEST = 1 << 20
-About = tuple[int, "str | None"]
 
 
 class Unreadable(BaseException):

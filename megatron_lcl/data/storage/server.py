@@ -63,15 +63,17 @@ class Remote:
         """Bytes start … stop-1 of an object, for each range."""
         return list(self._pool.map(lambda r: self._range(name, etag, *r), ranges))
 
-    def fetch(self, names: list[str], folder: str) -> None:
+    def fetch(self, names: list[str], known: list[tuple[int, str | None] | None], folder: str) -> None:
         """Whole objects into files of the same names in a folder, one after another in many requests.
 
         StorageError, before anything is written, where a name leads out of the folder, or there is no room for all.
         """
         if strange := [name for name in names if not is_within(name)]:
             raise StorageError(f"{self.url}: {strange[0]!r} is no name of a file below a folder, and is not copied")
+        asked = iter(self.head([name for name, about in zip(names, known, strict=True) if about is None]))
         found = {}
-        for name, about in zip(names, self.head(names), strict=True):
+        for name, given in zip(names, known, strict=True):
+            about = given or next(asked)
             if about is None:
                 raise StorageError(f"{self.url}/{name} does not exist", missing=True)
             found[name] = about

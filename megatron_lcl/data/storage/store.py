@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 from megatron_lcl.data.storage.faults import StorageError, without_secrets
 from megatron_lcl.errors import UserError, describe_os_error
 
+About = tuple[int, "str | None"]
+"""bytes and ETag of an object"""
 _URL = re.compile(r"(s3|gs|az|https?):/+(.*)", re.DOTALL)
 _TRIES = 3
 _LONGEST = 71
@@ -63,7 +65,7 @@ class Store:
         assert found is not None, url
         self.url = found
 
-    def head(self, names: Sequence[str]) -> list[tuple[int, str | None] | None]:
+    def head(self, names: Sequence[str]) -> list[About | None]:
         """(bytes, ETag) of each object; None where it is not there."""
         return self._ask("head", list(names))
 
@@ -85,10 +87,13 @@ class Store:
         """
         return self._ask("read", name, etag, list(ranges))
 
-    def fetch(self, names: Sequence[str], folder: Path) -> None:
+    def fetch(self, names: Sequence[str], folder: Path, known: Sequence[About | None] | None = None) -> None:
         """Whole objects into files of the same names in a folder; what is there is overwritten, not durably. Nothing is
-        written where a name leads out of the folder, or its disk has no room for all."""
-        self._ask("fetch", list(names), str(folder.absolute()))
+        written where a name leads out of the folder, or its disk has no room for all.
+
+        known: of each what `head` has said, None where that is to be asked.
+        """
+        self._ask("fetch", list(names), list(known or [None] * len(names)), str(folder.absolute()))
 
     def put(self, name: str, content: bytes | Path) -> None:
         """An object, of these bytes or of a file: all of it is there afterwards, or what was there before."""
@@ -98,7 +103,7 @@ class Store:
         """(name, bytes) of all objects below a prefix (whole parts of a path), in order."""
         return [(name, size) for name, size, _ in self._ask("list", prefix, True)]
 
-    def versions(self, deep: bool) -> dict[str, tuple[int, str | None]]:
+    def versions(self, deep: bool) -> dict[str, About]:
         """(bytes, ETag) of all objects by name, in order. Not deep: of those directly below, (-1, None) of a folder."""
         return {name: (size, etag) for name, size, etag in self._ask("list", "", deep)}
 

@@ -67,7 +67,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     assert summary.counts["documents"] == 5 * 149
     assert summary.drops.bad_counts == {"document: not JSON": 5, "image: file missing": 5}
     assert not verify(folder)
-    assert len(open_corpus(folder).shards) == 15
+    assert open_corpus(folder).num_shards == 15
     return contents(folder)
 
 

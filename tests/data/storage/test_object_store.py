@@ -93,7 +93,7 @@ server.SILENT_SECONDS, server.PUT_SECONDS, server.PATIENCE_SECONDS = 1.5, 30.0, 
 remote = server.Remote(sys.argv[1])
 remote.put("object", sys.argv[2])
 server.CHUNK = 1 << 20
-remote.fetch(["object"], sys.argv[3])
+remote.fetch(["object"], [None], sys.argv[3])
 """
 
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,8 @@ def test_machines_that_no_lock_keeps_apart_copy_at_once(
     upload(local, place)
     manifest, fetch, others = json.loads((local / "corpus.json").read_text()), Store.fetch, []
 
-    def fetched(store: Store, names: Sequence[str], folder: Path) -> None:
-        fetch(store, names, folder)
+    def fetched(store: Store, *arguments: Any) -> None:
+        fetch(store, *arguments)
         if not others:
             others.append(Remote(place, tmp_path, "corpus.json"))
             with monkeypatch.context() as patch:
