@@ -16,6 +16,7 @@ from megatron_lcl.plan.layouts import Layout, slots
 from megatron_lcl.plan.predict import Prediction, seconds_of_run
 from megatron_lcl.plan.run import USABLE, Plan
 from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.simulate import Usage
 
 SHOWN = 10
@@ -116,8 +117,7 @@ def _asked(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan, best: Layout) -> Iterator[str]:
     config, target = best.config, plan.target
-    zero = config.deepspeed.get("zero_optimization", {})
-    moved = [name for name in ("optimizer", "param") if zero.get(f"offload_{name}")]
+    moved = sorted(offloaded(config))
     yield (
         f"memory      {in_bytes(best.needs)} of {in_bytes(target.room)} a process, by a simulated step"
         f" (ZeRO-{config.zero.stage}, {'offloaded: ' + ', '.join(moved) if moved else 'nothing offloaded'})"

@@ -30,6 +30,7 @@ from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.settings import offloaded
 
 Slots = Sequence[int] | int | None
 """image slots of a pack where the run has chosen them, of each phase or of all; None: `data.images_per_pack`, or one"""
@@ -87,9 +88,9 @@ def estimate(
     trained = num_parameters(model, frozen) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
-    zero = config.deepspeed.get("zero_optimization", {})
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    keeps_parameters, keeps_optimizer = (not (on_gpu and zero.get(f"offload_{x}")) for x in ("param", "optimizer"))
+    moved = offloaded(config) if on_gpu else frozenset[str]()
+    keeps_parameters, keeps_optimizer = "param" not in moved, "optimizer" not in moved
     return Estimate(
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
         optimizer=(12 + 4 * len(average_names(config))) * trained / data * keeps_optimizer,

@@ -13,9 +13,10 @@ from megatron_lcl.config import Config, Model, Optimizer, Schedule
 from megatron_lcl.config.schedule import LEFT
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.apex import fused_adam
-from megatron_lcl.train.optimizers.pieces import Tensor
+from megatron_lcl.train.optimizers.pieces import ELSEWHERE, Tensor
 from megatron_lcl.train.optimizers.tensorwise import Rule, Tensorwise
 from megatron_lcl.train.parts import called, rates_of
+from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.uncompiled import uncompiled
 
 _MATRICES = re.compile(r"(vision|language)\.blocks\..*\.weight|pool\.(q|k|v|out)\.weight")
@@ -111,12 +112,12 @@ def check_optimizer(config: Config) -> None:
     if not parts and optimizer.name not in ("stable_adamw", "muon"):
         return
     what = "optimizer.parts" if optimizer.name == "adamw" else f"optimizer.name = {optimizer.name}"
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+    if "optimizer" in offloaded(config):
         raise UserError(
             f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
             "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
         )
-    for option in ("round_robin_gradients", "parameter_alignment"):
+    for option in ELSEWHERE:
         if zero.get(option):
             raise UserError(
                 f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "

@@ -19,6 +19,8 @@ from megatron_lcl.errors import UserError
 from megatron_lcl.train import checks, fits, memory, strategy
 from megatron_lcl.train.fits import check_memory, check_step
 from megatron_lcl.train.memory import Memory, estimate, largest_estimate
+from megatron_lcl.train.settings import offloaded
+from megatron_lcl.train.skipping import skips_on_device
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -187,16 +189,30 @@ def test_what_each_setting_saves() -> None:
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_what_is_offloaded_counts_by_where_the_run_is(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moved", [{"offload_optimizer": {"device": "cpu"}}, {"cpu_offload": True}])
+def test_what_is_offloaded_counts_by_where_the_run_is(
+    moved: dict[str, Any], has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by the machine that asks, unless nobody says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    moved = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    config = configs.from_dict({**BIG, "deepspeed": moved})
+    config = configs.from_dict({**BIG, "deepspeed": {"zero_optimization": moved}})
     on_gpu, on_cpu = (estimate(config, 8, on_gpu=on_gpu) for on_gpu in (True, False))
     assert (on_gpu.optimizer, on_gpu.gradients) == (0, 0)
     assert on_cpu == estimate(configs.from_dict(BIG), 8, on_gpu=False)
     assert estimate(config, 8) == (on_gpu if has_gpu else on_cpu)
     assert largest_estimate(config, 8, on_gpu=True) == on_gpu
+
+
+@pytest.mark.parametrize("section", [{"device": "none"}, {"pin_memory": True}])
+def test_without_a_device_nothing_is_offloaded(section: dict[str, Any]) -> None:
+    """As DeepSpeed has it."""
+    sections = {"zero_optimization": {"offload_optimizer": section, "offload_param": section}}
+    for stage in (1, 3):
+        zero: dict[str, Any] = {"zero": {"stage": stage}, "contrast": {"strategy": "recompute"}}
+        plain, moved = (configs.from_dict({**BIG, **zero, **more}) for more in ({}, {"deepspeed": sections}))
+        assert offloaded(moved) == frozenset()
+        assert estimate(moved, 8, on_gpu=True) == estimate(plain, 8, on_gpu=True)
+        assert skips_on_device(moved) == skips_on_device(plain)
 
 
 def test_what_is_trained_keeps_its_graph() -> None:

@@ -87,6 +87,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"name": "apex_fused_adam", "parts": {"pool": {"lr": 2.0}}}}, "no effect on apex_fused_adam"),
     ({"optimizer": {"name": "muon"}, "deepspeed": OFFLOAD}, r"name = muon and deepspeed.*; remove the offload"),
     (
+        {"optimizer": {"name": "muon"}, "deepspeed": {"zero_optimization": {"cpu_offload": True}}},
+        r"name = muon and deepspeed.*; remove the offload",
+    ),
+    (
         {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ROUND_ROBIN},
         r"optimizer\.parts and deepspeed.*round_robin_gradients: .*; remove it",
     ),
