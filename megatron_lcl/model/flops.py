@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.gradients import LayerGradients, model_gradients
+from megatron_lcl.model.layers import PARTS, layer_kinds, part_of_layer
 
 Times = Callable[..., int]
 """how often a product of a layer's forward is made, by its factors: modules, of what they give, and parameters"""
@@ -141,24 +142,26 @@ def of_step(
 
 
 def _by_part(model: Model, layers: Sequence[LayerFlops]) -> Flops:
-    totals, pool = [layer.total for layer in layers], 1 + model.vision.layers
-    return Flops(sum(totals[:pool]), totals[pool], sum(totals[pool + 1 : -1]), totals[-1], 0)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0)
+    for index, layer in enumerate(layers):
+        parts[part_of_layer(index, model)] += layer.total
+    return Flops(**parts, loss=0)
 
 
 def _of_layers(model: Model, sizes: Sizes, times: Callable[[int], Times]) -> list[LayerFlops]:
     """times: of a layer, by its index."""
-    vision, language, pool = model.vision, model.language, 1 + model.vision.layers
-    prefix, last = vision.num_prefix, pool + 1 + language.layers
+    vision, language, prefix = model.vision, model.language, model.vision.num_prefix
     rows = prefix * sizes.images + sizes.patches
     squares = prefix**2 * sizes.images + 2 * prefix * sizes.patches + sizes.patch_squares  # (prefix + K)^2 of an image
     patch = 2 * 3 * vision.patch_size**2 * vision.width
-    return [
-        LayerFlops(patch * sizes.patches * times(0)("projection.weight")),
-        *(_block(vision, rows, squares, times(index)) for index in range(1, pool)),
-        _pool(model, sizes, rows, times(pool)),
-        *(_block(language, sizes.rows, sizes.squares, times(index)) for index in range(pool + 1, last)),
-        _head(language, sizes, times(last)),
-    ]
+    of_kind: dict[str, Callable[[Times], LayerFlops]] = {
+        "patches": lambda times: LayerFlops(patch * sizes.patches * times("projection.weight")),
+        "vision": lambda times: _block(vision, rows, squares, times),
+        "pool": lambda times: _pool(model, sizes, rows, times),
+        "language": lambda times: _block(language, sizes.rows, sizes.squares, times),
+        "head": lambda times: _head(language, sizes, times),
+    }
+    return [of_kind[kind](times(index)) for index, (kind, _) in enumerate(layer_kinds(model))]
 
 
 def _block(encoder: Vision | Language, rows: int, squares: int, times: Times) -> LayerFlops:

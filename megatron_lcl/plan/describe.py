@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, Model
+from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import in_bytes
-from megatron_lcl.model.layers import num_parameters, parameter_shapes
+from megatron_lcl.model.layers import num_of_parts, num_parameters
 from megatron_lcl.plan.devices import DEVICES
 from megatron_lcl.plan.layouts import Layout, slots
 from megatron_lcl.plan.predict import Prediction, seconds_of_run
@@ -73,17 +73,6 @@ def numbers_of(layout: Layout, device: str, processes: int) -> dict[str, str | f
         "memory_offloaded_bytes": layout.offloaded,
         "memory_is_bound": not layout.usages,
     }
-
-
-def num_of_parts(model: Model) -> dict[str, int]:
-    """Parameters of each part of the model."""
-    first = {"vision": 0, "pool": 1 + model.vision.layers, "language": 2 + model.vision.layers}
-    first["head"] = first["language"] + model.language.layers
-    found = dict.fromkeys(first, 0)
-    for name, shape in parameter_shapes(model).items():
-        part = [part for part, begins in first.items() if int(name.split(".")[0]) >= begins][-1]
-        found[part] += shape.numel()
-    return found
 
 
 def _asked(plan: Plan) -> Iterator[str]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts, Objective
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.parts import PARTS
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.gradients import LayerGradients, layer_gradients
+from megatron_lcl.model.layers import layer_kinds
 from megatron_lcl.objectives.base import COUNTS, Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import Header
@@ -227,9 +228,10 @@ def _layer(
         padded(len(batch.tokens)) * d * a,
         padded(len(batch.image_soi)) * d * a,
     )
-    if layer == 0:
+    kind, _ = layer_kinds(config.model)[layer]
+    if kind == "patches":
         return [], []
-    if layer == vision.layers + 1:
+    if kind == "pool":
         # as in a block: rows for what multiplies them, and sums of their gradients
         inputs = [has("k.weight"), has("v.weight"), given["norm_k"], given["norm_v"]]
         of_patches = given["v"] or has("out.weight")
@@ -240,8 +242,8 @@ def _layer(
             latents * of_latents,
         ]
         return [images, images, tokens, latents], backward
-    if layer <= vision.layers + 1 + language.layers:
-        rows = images if layer <= vision.layers else tokens
+    if kind in ("vision", "language"):
+        rows = images if kind == "vision" else tokens
         return [rows] * 4, [rows] * _in_backward_of_block(gradients)
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Config
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.layers import is_split
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.optimizers.pieces import ELSEWHERE, Piece, partitions_of
-from megatron_lcl.train.parts import PARTS, called
+from megatron_lcl.train.parts import called
 
 
 class PartNorms:
