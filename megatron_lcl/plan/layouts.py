@@ -48,6 +48,10 @@ class Target:
     on_host: bool
     """what is offloaded lies in other memory than the rest: false on a CPU"""
 
+    def predict(self, config: Config) -> Prediction:
+        """A step of a phase's config. UserError where the layout does not divide."""
+        return predict(config, self.processes, self.node_size, self.rates, slots(config, self.text_per_image))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -142,13 +146,7 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
         if least.needs > target.room:
             too_large.append(Layout(tried, **vars(least)))
             continue
-        slowest = max(
-            (
-                predict(phase, target.processes, target.node_size, target.rates, slots(phase, target.text_per_image))
-                for phase in phases
-            ),
-            key=lambda of: of.seconds,
-        )
+        slowest = max(map(target.predict, phases), key=lambda of: of.seconds)
         passed.append(Layout(tried, **vars(least), prediction=slowest))
     passed.sort(key=lambda layout: (round(layout.seconds, 9), key_of(layout.config)))
     too_large.sort(key=lambda layout: layout.needs)
