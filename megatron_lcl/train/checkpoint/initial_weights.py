@@ -30,6 +30,7 @@ from megatron_lcl.convert.remote import pinned
 from megatron_lcl.convert.resolution import interpolate_positions
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.fields import flat
 from megatron_lcl.model.layers import layer_kinds, parameter_shapes
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
@@ -244,8 +245,16 @@ def _check_fit(
 
 def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]]:
     """Sizes that are not the same in two models, but for those that need not be."""
-    free = ("image_size", "layers", "drop_path", "patch_dropout", "patch_dropout_places", "unmasked_steps")
-    before, now = _flat(to_dict(Config(model=theirs))), _flat(to_dict(Config(model=model)))
+    free = (
+        "image_size",
+        "layers",
+        "drop_path",
+        "patch_dropout",
+        "patch_dropout_places",
+        "unmasked_steps",
+        "logit_bias",
+    )
+    before, now = (flat({"model": to_dict(Config(model=one))["model"]}) for one in (theirs, model))
 
     def differs(key: str) -> bool:
         if key.endswith("layer_scale"):  # whose factors are learned, whatever they began as
@@ -253,11 +262,3 @@ def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]
         return before[key] != now[key] and not key.endswith(free)
 
     return [(key, before[key], now[key]) for key in now if differs(key)]
-
-
-def _flat(config: dict[str, dict]) -> dict[str, object]:
-    model = config["model"]
-    sections = {
-        f"model.{section}.{key}": value for section in ("vision", "language") for key, value in model[section].items()
-    }
-    return {**sections, "model.pool_heads": model["pool_heads"]}
