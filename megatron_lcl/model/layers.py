@@ -452,6 +452,15 @@ def parameter_shapes(model: Model) -> Mapping[str, torch.Size]:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def shared_parameters(model: Model) -> frozenset[str]:
+    """The parameters `{index}.name` whose gradients tensor ranks add up (`SharedParameters`), computed once."""
+    with torch.device("meta"):
+        layers: list[Any] = build_layers(model, 0.0)
+    names = {p: f"{i}.{name}" for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
+    return frozenset(names[getattr(owner, name)] for layer in layers for owner, name in layer.shared.slots)
+
+
 @functools.lru_cache(maxsize=64)
 def layer_kinds(model: Model) -> tuple[tuple[str, int], ...]:
     """What stands at each index of the list of layers: its kind, and of a block its number in its encoder."""
