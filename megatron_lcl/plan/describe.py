@@ -20,12 +20,13 @@ from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.simulate import Usage
 
 SHOWN = 10
+"""layouts that are listed"""
 STRATEGIES = "retain: activations of all micro-batches are saved until the loss; recompute: every forward runs twice"
 PREFETCH = 2
 """batches that a worker of torch's DataLoader has ready (its default)"""
 
 
-def lines(plan: Plan, images: float | None = None, shown: int = SHOWN) -> Iterator[str]:
+def lines(plan: Plan, images: float | None = None) -> Iterator[str]:
     """What `megatron-lcl plan` prints. images: that the run sees; None: as the config says."""
     best = plan.best
     yield from _asked(plan)
@@ -41,7 +42,7 @@ def lines(plan: Plan, images: float | None = None, shown: int = SHOWN) -> Iterat
     yield from _step(plan, longest[0].config, longest[1])
     yield from _run(plan, [(phase.stop - phase.first, of) for phase, of in phases], images)
     yield ""
-    yield from _ranking(plan, shown)
+    yield from _ranking(plan)
     yield from _not_fitting(plan)
     yield from _refused(plan.refused)
 
@@ -185,12 +186,12 @@ def days_and_hours(seconds: float, processes: int, unit: str) -> str:
     return f"{seconds / 86400:,.2f} days, {processes * seconds / 3600:,.0f} {unit}"
 
 
-def _ranking(plan: Plan, shown: int) -> Iterator[str]:
+def _ranking(plan: Plan) -> Iterator[str]:
     fitting, best = plan.layouts, plan.best
-    yield f"layouts that fit, by predicted step time (first {min(shown, len(fitting))} of {len(fitting)}):"
-    for number, layout in enumerate(fitting[:shown], 1):
+    yield f"layouts that fit, by predicted step time (first {min(SHOWN, len(fitting))} of {len(fitting)}):"
+    for number, layout in enumerate(fitting[:SHOWN], 1):
         yield _row(number, layout, best, " <- the config's" * (layout == plan.own))
-    if plan.own is not None and plan.own not in fitting[:shown]:
+    if plan.own is not None and plan.own not in fitting[:SHOWN]:
         yield _row(fitting.index(plan.own) + 1, plan.own, best, " <- the config's")
 
 

@@ -32,8 +32,8 @@ from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import offloaded
 
-Slots = Sequence[int] | int | None
-"""image slots of a pack where the run has chosen them, of each phase or of all; None: `data.images_per_pack`, or one"""
+Slots = Sequence[int] | None
+"""image slots of a pack in each phase, where the run has chosen them; None: `data.images_per_pack`, or one"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def largest_estimate(
 
 def slots_of_phases(config: Config, images_per_pack: Slots) -> Sequence[int | None]:
     """Image slots of a pack of each phase of the run."""
-    return images_per_pack if isinstance(images_per_pack, Sequence) else [images_per_pack] * len(phases_of(config))
+    return [None] * len(phases_of(config)) if images_per_pack is None else images_per_pack
 
 
 def slots_of(ledger: Ledger, config: Config) -> list[int]:

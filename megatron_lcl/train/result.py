@@ -49,16 +49,6 @@ class StepResult:
     applied: bool = True
     """False: the step has changed nothing, for its loss or gradient is not finite, or the loss is above the limit"""
 
-    @property
-    def generation(self) -> float:
-        """The generation loss; 0 where the objective does not measure it."""
-        return self.metrics.get("generation", 0.0)
-
-    @property
-    def contrastive(self) -> float:
-        """The contrastive loss; 0 where the objective does not measure it."""
-        return self.metrics.get("contrastive", 0.0)
-
     def numbers(self) -> dict[str, float]:
         """All numbers of it by name, for a line of metrics."""
         own = [f.name for f in fields(self) if f.name not in ("metrics", "measured", "applied")]
