@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
@@ -27,7 +28,21 @@ Times = Callable[..., int]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Numbers:
+    """What has numbers and nothing else: added, subtracted and multiplied field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Self:
+        return type(self)(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Sizes(Numbers):
     """What of a batch decides how much there is to compute; of several batches, the sums."""
 
     images: int
@@ -56,12 +71,9 @@ class Sizes:
             total += cls(images, len(batch.tokens), squares, batch.num_targets, batch.num_pairs, *of_images)
         return total
 
-    def __add__(self, other: Sizes) -> Sizes:
-        return Sizes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Sizes)))
-
 
 @dataclass(frozen=True)
-class Flops:
+class Flops(Numbers):
     """Operations by part."""
 
     vision: float
@@ -76,9 +88,6 @@ class Flops:
     @property
     def total(self) -> float:
         return self.vision + self.pool + self.language + self.head + self.loss
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Flops)))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
-from megatron_lcl.model.flops import Flops, Sizes, of_step
+from megatron_lcl.model.flops import Flops, of_step
 from megatron_lcl.model.gradients import LayerGradients, model_gradients
 from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.parallel.mesh import Mesh
@@ -137,10 +137,10 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     network = micro_batches * waits[slowest] + once + terms
     held = sum(shape.numel() for shape in _held(config, bounds, slowest).values())
     optimizer = _optimizer_seconds(config, held, data, micro_batches, rates)
-    replica = _times(sizes, micro_batches)
+    replica = sizes * micro_batches
     contrast = objective.all_features_first
     flops = of_step(config.model, replica, data * replica.pairs, contrast=contrast, frozen=frozen)
-    whole = Flops(*(data * getattr(flops, name) for name in Flops.__dataclass_fields__))
+    whole = flops * data
     loss = flops.loss / config.parallel.tensor / rates.matmul["language"]
     compute = micro_batches * computed[slowest]
     seconds = compute + bubble + network + optimizer + loss
@@ -303,10 +303,6 @@ def _with_muon(sending: Sending, config: Config, data: int) -> Sending:
     axis = data * config.parallel.tensor
     held = sum(m * n for m, n in _matrices_of(config)) / config.parallel.pipeline / axis
     return replace(sending, muon=2 * DTYPES[config.optimizer.muon.dtype].itemsize * held * (1 - 1 / axis))
-
-
-def _times(sizes: Sizes, count: int) -> Sizes:
-    return Sizes(*(count * getattr(sizes, name) for name in Sizes.__dataclass_fields__))
 
 
 def seconds_of_run(per_step: list[tuple[int, Prediction]], images: float | None) -> tuple[float, float]:
