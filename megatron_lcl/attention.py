@@ -23,17 +23,17 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from megatron_lcl.config import AttentionName
 from megatron_lcl.errors import UserError
 from megatron_lcl.losses.kernels import triton_fault
 
-AttentionName = Literal["flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence"]
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(q, k, v [R, H, K], cu_seqlens, max_seqlen) → [R, H, K]: causal attention inside each sequence, softmax(q·k/√K) v.
 
@@ -41,7 +41,7 @@ PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 sequences, and no row lies outside. `max_seqlen` bounds the longest.
 """
 
-NAMES: tuple[AttentionName, ...] = ("flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence")
+NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 AUTOMATIC: tuple[AttentionName, ...] = ("flash_attn_3", "flash_attn", "torch_varlen", "dense")
 """in the order in which they are tried on CUDA in half precision"""
 VARLEN: tuple[AttentionName, ...] = ("flash_attn_3", "flash_attn", "torch_varlen", "flex")

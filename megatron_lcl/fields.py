@@ -48,12 +48,17 @@ def fields_of(cls: Any) -> dict[str, FieldInfo]:
     return cls.__pydantic_fields__
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by dotted name, in order."""
+def flat(tree: Mapping[Any, Any], prefix: str = "", lists: bool = False) -> dict[str, Any]:
+    """The values of nested mappings by dotted name, in order; a mapping without values has none.
+
+    lists: lists of mappings, such as the corpora, are taken apart as well, by number.
+    """
     values: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            values |= flat(value, f"{prefix}{name}.")
+        if lists and isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{name}.", lists)
         else:
             values[f"{prefix}{name}"] = value
     return values

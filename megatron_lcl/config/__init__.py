@@ -22,13 +22,24 @@ from megatron_lcl.config.data import Corpus, Data
 from megatron_lcl.config.model import Language, Model, Vision
 from megatron_lcl.config.objective import Contrast, Objective
 from megatron_lcl.config.optimizer import Optimizer, Zero
-from megatron_lcl.config.run import Average, Checkpoint, Evaluate, EvaluationTask, Guard, LabeledTask, Parallel, Train
+from megatron_lcl.config.run import (
+    AttentionName,
+    Average,
+    Checkpoint,
+    Evaluate,
+    EvaluationTask,
+    Guard,
+    LabeledTask,
+    Parallel,
+    Train,
+)
 from megatron_lcl.config.schedule import EarlyPhase, Schedule
 from megatron_lcl.config.types import STRICT
 from megatron_lcl.errors import UserError
 from megatron_lcl.fields import read_yaml
 
 __all__ = [
+    "AttentionName",
     "Average",
     "Checkpoint",
     "Config",

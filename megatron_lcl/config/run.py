@@ -94,6 +94,8 @@ class Guard:
     )
 
 
+AttentionName = Literal["flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence"]
+"""back-ends of attention (megatron_lcl/attention.py)"""
 EvaluationTask = Literal["retrieval", "generation"]
 """what is measured on a held-out corpus, by the part of the model that it needs"""
 LabeledTask = Literal["knn", "zero-shot"]
@@ -163,7 +165,7 @@ class Train:
         description="type of weights and activations; auto: bfloat16 on CUDA, float32 elsewhere; master weights are "
         "always float32",
     )
-    attention: Literal["auto", "flash_attn_3", "flash_attn", "torch_varlen", "flex", "dense", "per_sequence"] = Field(
+    attention: Literal["auto", AttentionName] = Field(
         default="auto",
         description="kernel of the language model's attention; auto: flash_attn_3 or flash_attn where they load, else "
         "torch_varlen, else dense; on CPU per_sequence. Naming a kernel that cannot be used is an error",

@@ -16,17 +16,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.gradients import LayerGradients, model_gradients
+from megatron_lcl.model.layers import PARTS, layer_kinds, part_of_layer
 
 Times = Callable[..., int]
 """how often a product of a layer's forward is made, by its factors: modules, of what they give, and parameters"""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Numbers:
+    """What has numbers and nothing else: added, subtracted and multiplied field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Self:
+        return type(self)(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Sizes(Numbers):
     """What of a batch decides how much there is to compute; of several batches, the sums."""
 
     images: int
@@ -55,12 +71,9 @@ class Sizes:
             total += cls(images, len(batch.tokens), squares, batch.num_targets, batch.num_pairs, *of_images)
         return total
 
-    def __add__(self, other: Sizes) -> Sizes:
-        return Sizes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Sizes)))
-
 
 @dataclass(frozen=True)
-class Flops:
+class Flops(Numbers):
     """Operations by part."""
 
     vision: float
@@ -75,9 +88,6 @@ class Flops:
     @property
     def total(self) -> float:
         return self.vision + self.pool + self.language + self.head + self.loss
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Flops)))
 
 
 @dataclass(frozen=True)
@@ -141,24 +151,26 @@ def of_step(
 
 
 def _by_part(model: Model, layers: Sequence[LayerFlops]) -> Flops:
-    totals, pool = [layer.total for layer in layers], 1 + model.vision.layers
-    return Flops(sum(totals[:pool]), totals[pool], sum(totals[pool + 1 : -1]), totals[-1], 0)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0)
+    for index, layer in enumerate(layers):
+        parts[part_of_layer(index, model)] += layer.total
+    return Flops(**parts, loss=0)
 
 
 def _of_layers(model: Model, sizes: Sizes, times: Callable[[int], Times]) -> list[LayerFlops]:
     """times: of a layer, by its index."""
-    vision, language, pool = model.vision, model.language, 1 + model.vision.layers
-    prefix, last = vision.num_prefix, pool + 1 + language.layers
+    vision, language, prefix = model.vision, model.language, model.vision.num_prefix
     rows = prefix * sizes.images + sizes.patches
     squares = prefix**2 * sizes.images + 2 * prefix * sizes.patches + sizes.patch_squares  # (prefix + K)^2 of an image
     patch = 2 * 3 * vision.patch_size**2 * vision.width
-    return [
-        LayerFlops(patch * sizes.patches * times(0)("projection.weight")),
-        *(_block(vision, rows, squares, times(index)) for index in range(1, pool)),
-        _pool(model, sizes, rows, times(pool)),
-        *(_block(language, sizes.rows, sizes.squares, times(index)) for index in range(pool + 1, last)),
-        _head(language, sizes, times(last)),
-    ]
+    of_kind: dict[str, Callable[[Times], LayerFlops]] = {
+        "patches": lambda times: LayerFlops(patch * sizes.patches * times("projection.weight")),
+        "vision": lambda times: _block(vision, rows, squares, times),
+        "pool": lambda times: _pool(model, sizes, rows, times),
+        "language": lambda times: _block(language, sizes.rows, sizes.squares, times),
+        "head": lambda times: _head(language, sizes, times),
+    }
+    return [of_kind[kind](times(index)) for index, (kind, _) in enumerate(layer_kinds(model))]
 
 
 def _block(encoder: Vision | Language, rows: int, squares: int, times: Times) -> LayerFlops:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_lcl.config import Model
-from megatron_lcl.model.layers import num_layers, parameter_shapes
+from megatron_lcl.model.layers import layer_kinds, num_layers, parameter_shapes
 
 Has = Callable[..., bool]
 """whether one of the named modules or parameters of a layer has something to train"""
@@ -83,13 +83,13 @@ def model_gradients(
 
 
 def _given(index: int, model: Model, received: bool, has: Has) -> dict[str, bool]:
-    pool, last = model.vision.layers + 1, num_layers(model) - 1
-    if index == 0:
+    kind, _ = layer_kinds(model)[index]
+    if kind == "patches":
         rows = has("projection", "class_embedding", "positions", "registers")
         return {"projection": has("projection"), "norm": rows or has("norm"), "": rows or has("norm")}
-    if index == pool:
+    if kind == "pool":
         return _given_by_pool(received, has)
-    if index == last:
+    if kind == "head":
         norm, words = received or has("norm"), received or has("vocabulary_norm")
         whole = norm or words or has("projection", "vocabulary", "log_scale", "logit_bias")
         return {"norm": norm, "projection": norm or has("projection"), "vocabulary_norm": words, "": whole}

@@ -50,6 +50,8 @@ from megatron_lcl.parallel.mappings import (
 from megatron_lcl.parallel.mesh import ALONE, Axis
 
 MAX_LOG_SCALE = math.log(100)
+PARTS = ("vision", "pool", "language", "head")
+"""of the model, in the order of its layers"""
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -450,11 +452,43 @@ def parameter_shapes(model: Model) -> Mapping[str, torch.Size]:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def shared_parameters(model: Model) -> frozenset[str]:
+    """The parameters `{index}.name` whose gradients tensor ranks add up (`SharedParameters`), computed once."""
+    with torch.device("meta"):
+        layers: list[Any] = build_layers(model, 0.0)
+    names = {p: f"{i}.{name}" for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
+    return frozenset(names[getattr(owner, name)] for layer in layers for owner, name in layer.shared.slots)
+
+
+@functools.lru_cache(maxsize=64)
+def layer_kinds(model: Model) -> tuple[tuple[str, int], ...]:
+    """What stands at each index of the list of layers: its kind, and of a block its number in its encoder."""
+    vision, language = (range(encoder.layers) for encoder in (model.vision, model.language))
+    blocks = (("vision", number) for number in vision), (("language", number) for number in language)
+    return ("patches", 0), *blocks[0], ("pool", 0), *blocks[1], ("head", 0)
+
+
+def part_of_layer(index: int, model: Model) -> str:
+    """The part of the model as which a layer counts; the pool's layer has the tokens' embedding and the vision
+    encoder's last norm as well."""
+    kind, _ = layer_kinds(model)[index]
+    return "vision" if kind == "patches" else kind
+
+
 def num_layers(model: Model) -> int:
     """Patches, vision blocks, pool, language blocks, head."""
-    return model.vision.layers + model.language.layers + 3
+    return len(layer_kinds(model))
 
 
 def num_parameters(model: Model, without: Collection[str] = ()) -> int:
     """Numbers that a model learns; without those of parameters `{index}.name`."""
     return sum(shape.numel() for name, shape in parameter_shapes(model).items() if name not in without)
+
+
+def num_of_parts(model: Model) -> dict[str, int]:
+    """The same of each part of the model, as `part_of_layer` has them."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, shape in parameter_shapes(model).items():
+        found[part_of_layer(int(name.partition(".")[0]), model)] += shape.numel()
+    return found

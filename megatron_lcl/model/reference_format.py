@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_lcl.config import Language, Model, Vision
 from megatron_lcl.errors import UserError
+from megatron_lcl.model.layers import layer_kinds
 from megatron_lcl.model.special import SpecialTokens
 
 _SPECIAL_NAMES = {
@@ -263,9 +264,8 @@ def _names(config: Model) -> dict[str, list[str]]:
             f"open_clip's format has no place for model.{homeless[0]} = {options[homeless[0]]}; export the vision "
             "encoder to timm"
         )
-    # the layers' indices: see `layers.layer_specs`
-    patches, pool, head = 0, 1 + config.vision.layers, 2 + config.vision.layers + config.language.layers
-    vision_blocks, language_blocks = range(patches + 1, pool), range(pool + 1, head)
+    index = {layer: index for index, layer in enumerate(layer_kinds(config))}
+    patches, pool, head = (index[kind, 0] for kind in ("patches", "pool", "head"))
     names = {
         "logit_scale": [f"{head}.log_scale"],
         **({} if config.logit_bias is None else {"logit_bias": [f"{head}.logit_bias"]}),
@@ -274,13 +274,14 @@ def _names(config: Model) -> dict[str, list[str]]:
         "visual.conv1.weight": [f"{patches}.projection.weight"],
         **(_pairs("visual.ln_pre", f"{patches}.norm") if v.embedding_norm else {}),
     }
-    for tower, blocks in (("visual", vision_blocks), ("text", language_blocks)):
-        for i, ours in enumerate(blocks):
-            theirs = f"{tower}.transformer.resblocks.{i}"
+    towers: list[tuple[str, str, Vision | Language]] = [("visual", "vision", v), ("text", "language", t)]
+    for tower, encoder, sizes in towers:
+        for i in range(sizes.layers):
+            theirs, ours = f"{tower}.transformer.resblocks.{i}", index[encoder, i]
             names |= _pairs(f"{theirs}.ln_1", f"{ours}.norm1") | _pairs(f"{theirs}.ln_2", f"{ours}.norm2")
             names |= _pairs(f"{theirs}.attn.out_proj", f"{ours}.attention.out")
             names |= _pairs(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up") | _pairs(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down")
-            if (v if tower == "visual" else t).layer_scale is not None:
+            if sizes.layer_scale is not None:
                 names |= {f"{theirs}.ls_{k}.gamma": [f"{ours}.scale{k}"] for k in (1, 2)}
             for kind in ("weight", "bias"):
                 names[f"{theirs}.attn.in_proj_{kind}"] = [f"{ours}.attention.{x}.{kind}" for x in "qkv"]

@@ -7,24 +7,26 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megatron_lcl import objectives
-from megatron_lcl.config import Config, Model
+from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import in_bytes
-from megatron_lcl.model.layers import num_parameters, parameter_shapes
+from megatron_lcl.model.layers import num_of_parts, num_parameters
 from megatron_lcl.plan.devices import DEVICES
 from megatron_lcl.plan.layouts import Layout, slots
 from megatron_lcl.plan.predict import Prediction, seconds_of_run
 from megatron_lcl.plan.run import USABLE, Plan
 from megatron_lcl.train.layout import check_layout
+from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.simulate import Usage
 
 SHOWN = 10
+"""layouts that are listed"""
 STRATEGIES = "retain: activations of all micro-batches are saved until the loss; recompute: every forward runs twice"
 PREFETCH = 2
 """batches that a worker of torch's DataLoader has ready (its default)"""
 
 
-def lines(plan: Plan, images: float | None = None, shown: int = SHOWN) -> Iterator[str]:
+def lines(plan: Plan, images: float | None = None) -> Iterator[str]:
     """What `megatron-lcl plan` prints. images: that the run sees; None: as the config says."""
     best = plan.best
     yield from _asked(plan)
@@ -40,7 +42,7 @@ def lines(plan: Plan, images: float | None = None, shown: int = SHOWN) -> Iterat
     yield from _step(plan, longest[0].config, longest[1])
     yield from _run(plan, [(phase.stop - phase.first, of) for phase, of in phases], images)
     yield ""
-    yield from _ranking(plan, shown)
+    yield from _ranking(plan)
     yield from _not_fitting(plan)
     yield from _refused(plan.refused)
 
@@ -74,17 +76,6 @@ def numbers_of(layout: Layout, device: str, processes: int) -> dict[str, str | f
     }
 
 
-def num_of_parts(model: Model) -> dict[str, int]:
-    """Parameters of each part of the model."""
-    first = {"vision": 0, "pool": 1 + model.vision.layers, "language": 2 + model.vision.layers}
-    first["head"] = first["language"] + model.language.layers
-    found = dict.fromkeys(first, 0)
-    for name, shape in parameter_shapes(model).items():
-        part = [part for part, begins in first.items() if int(name.split(".")[0]) >= begins][-1]
-        found[part] += shape.numel()
-    return found
-
-
 def _asked(plan: Plan) -> Iterator[str]:
     config, target, rates = plan.config, plan.target, plan.target.rates
     model, train, data = config.model, config.train, config.data
@@ -116,8 +107,7 @@ def _asked(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan, best: Layout) -> Iterator[str]:
     config, target = best.config, plan.target
-    zero = config.deepspeed.get("zero_optimization", {})
-    moved = [name for name in ("optimizer", "param") if zero.get(f"offload_{name}")]
+    moved = sorted(offloaded(config))
     yield (
         f"memory      {in_bytes(best.needs)} of {in_bytes(target.room)} a process, by a simulated step"
         f" (ZeRO-{config.zero.stage}, {'offloaded: ' + ', '.join(moved) if moved else 'nothing offloaded'})"
@@ -196,12 +186,12 @@ def days_and_hours(seconds: float, processes: int, unit: str) -> str:
     return f"{seconds / 86400:,.2f} days, {processes * seconds / 3600:,.0f} {unit}"
 
 
-def _ranking(plan: Plan, shown: int) -> Iterator[str]:
+def _ranking(plan: Plan) -> Iterator[str]:
     fitting, best = plan.layouts, plan.best
-    yield f"layouts that fit, by predicted step time (first {min(shown, len(fitting))} of {len(fitting)}):"
-    for number, layout in enumerate(fitting[:shown], 1):
+    yield f"layouts that fit, by predicted step time (first {min(SHOWN, len(fitting))} of {len(fitting)}):"
+    for number, layout in enumerate(fitting[:SHOWN], 1):
         yield _row(number, layout, best, " <- the config's" * (layout == plan.own))
-    if plan.own is not None and plan.own not in fitting[:shown]:
+    if plan.own is not None and plan.own not in fitting[:SHOWN]:
         yield _row(fitting.index(plan.own) + 1, plan.own, best, " <- the config's")
 
 

@@ -24,6 +24,7 @@ from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
+from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.simulate import Usage, simulate
 
 TENSOR, PIPELINE, MICRO_BATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)
@@ -46,6 +47,10 @@ class Target:
     """tokens of a pack for each image, beside its placeholders: the corpora's, in all phases"""
     on_host: bool
     """what is offloaded lies in other memory than the rest: false on a CPU"""
+
+    def predict(self, config: Config) -> Prediction:
+        """A step of a phase's config. UserError where the layout does not divide."""
+        return predict(config, self.processes, self.node_size, self.rates, slots(config, self.text_per_image))
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,7 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
         if least.needs > target.room:
             too_large.append(Layout(tried, **vars(least)))
             continue
-        slowest = max(
-            (
-                predict(phase, target.processes, target.node_size, target.rates, slots(phase, target.text_per_image))
-                for phase in phases
-            ),
-            key=lambda of: of.seconds,
-        )
+        slowest = max(map(target.predict, phases), key=lambda of: of.seconds)
         passed.append(Layout(tried, **vars(least), prediction=slowest))
     passed.sort(key=lambda layout: (round(layout.seconds, 9), key_of(layout.config)))
     too_large.sort(key=lambda layout: layout.needs)
@@ -178,15 +177,14 @@ def bound(config: Config, target: Target) -> Bound:
     least = estimate(
         config, target.processes, slots(config, target.text_per_image), on_gpu=False
     )  # with what is offloaded
-    offloaded = _offloaded(config, target, least)
-    return Bound(least.total - offloaded, least.gradients, offloaded)
+    on_host = _on_host(config, target, least)
+    return Bound(least.total - on_host, least.gradients, on_host)
 
 
-def _offloaded(config: Config, target: Target, of: Estimate | Usage) -> float:
+def _on_host(config: Config, target: Target, of: Estimate | Usage) -> float:
     """What of the bytes lies in the host's memory."""
-    zero = config.deepspeed.get("zero_optimization", {}) if target.on_host else {}
-    of_optimizer = of.optimizer if zero.get("offload_optimizer") else 0.0
-    return of_optimizer + (of.parameters if zero.get("offload_param") else 0.0)
+    moved = offloaded(config) if target.on_host else frozenset[str]()
+    return ("optimizer" in moved) * of.optimizer + ("param" in moved) * of.parameters
 
 
 def confirm(
@@ -209,8 +207,8 @@ def confirm(
         # which of DeepSpeed's buffers for what it moves are the host's, a simulation does not see: only states come off
         certain = bound(config, target).offloaded
         needs = max(u.peak if target.on_host else u.process for u in usages) - certain
-        offloaded = max(_offloaded(config, target, u) for u in usages)
-        checked = replace(layout, needs=needs, offloaded=offloaded, usages=usages)
+        on_host = max(_on_host(config, target, u) for u in usages)
+        checked = replace(layout, needs=needs, offloaded=on_host, usages=usages)
         if needs <= target.room:
             return [checked, *left[1:]], failed
         failed.append(checked)

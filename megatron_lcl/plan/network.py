@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_lcl.config import Config, Model
 from megatron_lcl.data.loading.batch import PackedBatch
-from megatron_lcl.model.flops import Sizes
+from megatron_lcl.model.flops import Numbers, Sizes
 from megatron_lcl.model.layers import build_layers
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.plan.devices import Rates
@@ -21,7 +21,7 @@ from megatron_lcl.train.traffic import Sent, of_layout
 
 
 @dataclass(frozen=True)
-class Sending:
+class Sending(Numbers):
     """Bytes that one process sends in a step, by axis."""
 
     tensor: float = 0.0
@@ -98,8 +98,8 @@ def sending_of(
     # beyond two micro-batches (a single one's headers are too small to count) all formulas are straight lines
     fewer = min(micro_batches, 2)
     found = of(fewer)
-    more = _minus(of(fewer + 1), found, 1)
-    return _minus(found, more, fewer - micro_batches), more
+    more = of(fewer + 1) - found
+    return found + more * (micro_batches - fewer), more
 
 
 def by_axis(parts: Mapping[str, Sent], mesh: Mesh) -> Sending:
@@ -110,10 +110,6 @@ def by_axis(parts: Mapping[str, Sent], mesh: Mesh) -> Sending:
         sums[name] += number  # type: ignore[assignment]
     others = {"contrast": "terms", "reading": "reading", "muon": "muon"}
     return Sending(**sums, **{name: sum(parts[part].values()) for name, part in others.items()})  # type: ignore[arg-type]
-
-
-def _minus(a: Sending, b: Sending, times: float) -> Sending:
-    return Sending(**{name: value - times * getattr(b, name) for name, value in a.by_axis().items()})
 
 
 def bandwidth(ranks: Sequence[int], node_size: int, rates: Rates) -> float:

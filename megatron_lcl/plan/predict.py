@@ -20,14 +20,15 @@ import torch
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
-from megatron_lcl.model.flops import Flops, Sizes, of_step
+from megatron_lcl.model.flops import Flops, of_step
 from megatron_lcl.model.gradients import LayerGradients, model_gradients
-from megatron_lcl.model.layers import num_layers, num_parameters, parameter_shapes
+from megatron_lcl.model.layers import num_parameters, parameter_shapes
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.plan.devices import Rates
 from megatron_lcl.plan.network import Sending, bandwidth, batch_of, mesh_of, sending_of, shapes_of_stage
 from megatron_lcl.plan.work import LayerWork, sizes_of, stops_short, work_of_layers
 from megatron_lcl.train.layout import check_layout, num_micro_batches
+from megatron_lcl.train.optimizer import muon_parts
 from megatron_lcl.train.parts import frozen_parameters, trained_kinds
 from megatron_lcl.train.pipeline.partition import partition_balanced, stage_sums
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
@@ -136,10 +137,10 @@ def predict(config: Config, processes: int, node_size: int, rates: Rates, images
     network = micro_batches * waits[slowest] + once + terms
     held = sum(shape.numel() for shape in _held(config, bounds, slowest).values())
     optimizer = _optimizer_seconds(config, held, data, micro_batches, rates)
-    replica = _times(sizes, micro_batches)
+    replica = sizes * micro_batches
     contrast = objective.all_features_first
     flops = of_step(config.model, replica, data * replica.pairs, contrast=contrast, frozen=frozen)
-    whole = Flops(*(data * getattr(flops, name) for name in Flops.__dataclass_fields__))
+    whole = flops * data
     loss = flops.loss / config.parallel.tensor / rates.matmul["language"]
     compute = micro_batches * computed[slowest]
     seconds = compute + bubble + network + optimizer + loss
@@ -275,21 +276,23 @@ def _optimizer_seconds(config: Config, held: int, data: int, micro_batches: int,
     return seconds
 
 
-def _matrices(config: Config) -> list[tuple[int, int]]:
-    """Shapes of what Muon steps, of the whole model: the matrices of blocks and pool that are trained."""
-    last = num_layers(config.model) - 1
-    shapes, frozen = parameter_shapes(config.model), frozen_parameters(config)
-    return [
-        (min(shape), max(shape))
-        for name, shape in shapes.items()
-        if len(shape) == 2 and 0 < int(name.split(".")[0]) < last and "positions" not in name and name not in frozen
-    ]
+@functools.lru_cache(maxsize=64)
+def _matrices(model: Model, per_head: bool, frozen: frozenset[str]) -> tuple[tuple[int, int], ...]:
+    """Smaller and larger side of each matrix that Muon orthogonalizes by itself, of the whole model."""
+    shapes = ((name, shape) for name, shape in parameter_shapes(model).items() if name not in frozen)
+    parts = ((shape, muon_parts(name, shape, model, per_head)) for name, shape in shapes)
+    sides = [(shape[0] // number, shape[1]) for shape, number in parts for _ in range(number)]
+    return tuple((min(pair), max(pair)) for pair in sides)
+
+
+def _matrices_of(config: Config) -> tuple[tuple[int, int], ...]:
+    return _matrices(config.model, config.optimizer.muon.per_head, frozen_parameters(config))
 
 
 def _newton_schulz(config: Config) -> float:
     """Operations of Muon's iterations for the whole model, of one stage's share where there is a pipeline."""
     steps = config.optimizer.muon.newton_schulz_steps
-    one = sum(steps * (4 * m * m * n + 2 * m**3) for m, n in _matrices(config))
+    one = sum(steps * (4 * m * m * n + 2 * m**3) for m, n in _matrices_of(config))
     return one / config.parallel.pipeline
 
 
@@ -298,12 +301,8 @@ def _with_muon(sending: Sending, config: Config, data: int) -> Sending:
     if config.optimizer.name != "muon":
         return sending
     axis = data * config.parallel.tensor
-    held = sum(m * n for m, n in _matrices(config)) / config.parallel.pipeline / axis
+    held = sum(m * n for m, n in _matrices_of(config)) / config.parallel.pipeline / axis
     return replace(sending, muon=2 * DTYPES[config.optimizer.muon.dtype].itemsize * held * (1 - 1 / axis))
-
-
-def _times(sizes: Sizes, count: int) -> Sizes:
-    return Sizes(*(count * getattr(sizes, name) for name in Sizes.__dataclass_fields__))
 
 
 def seconds_of_run(per_step: list[tuple[int, Prediction]], images: float | None) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from megatron_lcl.errors import UserError, in_bytes
 from megatron_lcl.plan.calibrate import calibrate
 from megatron_lcl.plan.devices import DEVICES, assumed_rates, check_name
 from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, confirm, slots, survey
-from megatron_lcl.plan.predict import Prediction, predict
+from megatron_lcl.plan.predict import Prediction
 from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.memory import available
 
@@ -51,20 +51,7 @@ class Plan:
 
     def phases(self, layout: Layout) -> list[tuple[Phase, Prediction]]:
         """What a step of each phase takes."""
-        target = self.target
-        return [
-            (
-                phase,
-                predict(
-                    phase.config,
-                    target.processes,
-                    target.node_size,
-                    target.rates,
-                    slots(phase.config, target.text_per_image),
-                ),
-            )
-            for phase in phases_of(layout.config)
-        ]
+        return [(phase, self.target.predict(phase.config)) for phase in phases_of(layout.config)]
 
 
 def plan(
@@ -113,8 +100,7 @@ def own_layout(config: Config, device: str, processes: int, nodes: int, images: 
     text, _ = text_per_image(config, None)
     rates = assumed_rates(DEVICES[device], config.train.dtype)
     target = Target(processes, -(-processes // nodes), rates, USABLE * DEVICES[device].memory, text, on_host=True)
-    prediction = predict(config, processes, target.node_size, rates, slots(config, text))
-    return Layout(config, **vars(bound(config, target)), prediction=prediction)
+    return Layout(config, **vars(bound(config, target)), prediction=target.predict(config))
 
 
 def _is_own(layout: Layout, config: Config) -> bool:

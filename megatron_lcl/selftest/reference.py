@@ -14,7 +14,7 @@ from torch import nn
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import MAX_LOG_SCALE, build_layers
+from megatron_lcl.model.layers import MAX_LOG_SCALE, PARTS, build_layers
 from megatron_lcl.model.lcl import LCL, LayerList
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.selftest.cases import EMA, STEPS, TAIL, WEIGHTS_OF_PHASES, Case, lone_images_and_texts, make_batches
@@ -22,7 +22,7 @@ from megatron_lcl.train.optimizer import rules_of
 from megatron_lcl.train.optimizers.muon import newton_schulz
 from megatron_lcl.train.optimizers.pieces import tensors_of
 from megatron_lcl.train.optimizers.tensorwise import Rule
-from megatron_lcl.train.parts import PARTS, called, freeze, frozen_parameters
+from megatron_lcl.train.parts import called, freeze, frozen_parameters
 
 WEIGHTS = {"lcl": (1.0, 0.1), "coca": (2.0, 1.0), "emu": (1.0, 1.0), "siglip": (0.0, 1.0), "genlip": (1.0, 0.0)}
 """by objective: of generation, and of contrast or regression, as published"""

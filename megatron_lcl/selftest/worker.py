@@ -106,7 +106,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     config = case.config()
     stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
     averaged: dict[str, int] = {}
-    out, other = Trajectory(), "regression" if case.objective == "emu" else "contrastive"
+    out, terms = Trajectory(), ("generation", "regression" if case.objective == "emu" else "contrastive")
     traffic = Traffic()
     for step in range(STEPS):
         here = phase_at(config, step).config_at(step)
@@ -122,7 +122,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
             pending = stepper.start(batches, case.lr(step), measure=step < STEPS - 1)
             averages.update(step + 1, pending.skipped)
             result, averaged = pending.read(), averages.count(step + 1, averaged)
-        out.losses.append([result.generation, result.metrics[other], result.log_scale])
+        out.losses.append([*(result.metrics[name] for name in terms), result.log_scale])
         out.grad_norms.append(result.grad_norm)
         if result.measured is not None:
             measured = result.measured

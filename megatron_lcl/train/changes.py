@@ -13,6 +13,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, load, resolved, to_dict
 from megatron_lcl.config.phases import phase_at
 from megatron_lcl.config.results import NO_RESULT, START
+from megatron_lcl.fields import flat
 from megatron_lcl.run_folder import CONFIG
 from megatron_lcl.train.checkpoint.earlier_weight import earlier_weight
 from megatron_lcl.train.checkpoint.folder import read_progress
@@ -84,25 +85,11 @@ def changed_settings(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """By dotted name; of the objective's weights those that it reads, as they count."""
-    flat = dict(_flat(to_dict(resolved(config)), ""))
+    settings = flat(to_dict(resolved(config)), lists=True)
     if config.objective.name not in objectives.names():  # of a package that is not installed here
-        return flat
-    kept = {name: value for name, value in flat.items() if not re.fullmatch(r"objective\.\w+_weight", name)}
+        return settings
+    kept = {name: value for name, value in settings.items() if not re.fullmatch(r"objective\.\w+_weight", name)}
     return kept | {f"objective.{name}": value for name, value in objectives.create(config).weights.items()}
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Mappings and lists of mappings, such as the corpora, taken apart."""
-    items: Any = None
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        items = enumerate(value)
-    if items is None:
-        yield name, value
-        return
-    for key, item in items:
-        yield from _flat(item, f"{name}.{key}" if name else str(key))
 
 
 def text_of(value: Any) -> str:
@@ -147,7 +134,7 @@ def _weight(folder: Path, before: Config, now: Config) -> Iterator[str]:
     weight = earlier_weight(folder, now)
     if weight is None:
         return
-    wanted, now_flat = weight.settings(before.optimizer), dict(_flat(to_dict(now), ""))
+    wanted, now_flat = weight.settings(before.optimizer), flat(to_dict(now), lists=True)
     if weight.known and all(abs(now_flat[name] / value - 1) < 0.01 for name, value in wanted.items()):
         return
     verb, moments = ("weighted", "are converted") if weight.known else ("may have weighted", "stay as they are")

@@ -31,7 +31,7 @@ from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.data.loading.summary import summarize_config
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import num_parameters, parameter_shapes
+from megatron_lcl.model.layers import num_of_parts
 from megatron_lcl.run_folder import CONFIG, PROGRESS
 from megatron_lcl.train.changes import changes_since
 from megatron_lcl.train.checkpoint import folder as checkpoint
@@ -175,9 +175,8 @@ def _layout(config: Config, processes: int) -> Iterator[str]:
 
 
 def _model(config: Config) -> Iterator[str]:
-    vision, shapes = range(1 + config.model.vision.layers), parameter_shapes(config.model)
-    of_vision = sum(shape.numel() for name, shape in shapes.items() if int(name.partition(".")[0]) in vision)
-    parts = {"vision": of_vision, "pool and language": num_parameters(config.model) - of_vision}
+    vision, *others = num_of_parts(config.model).values()
+    parts = {"vision": vision, "pool and language": sum(others)}
     yield "model       " + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items()) + " parameters"
 
 

@@ -23,16 +23,17 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config, Language, Vision
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.data.loading.ledger import Ledger, open_run_ledger
-from megatron_lcl.model.layers import num_layers, num_parameters
+from megatron_lcl.model.layers import layer_kinds, num_parameters
 from megatron_lcl.train.averages import average_names
 from megatron_lcl.train.checkpoint.folder import Progress, last_progress
 from megatron_lcl.train.launch import is_launched
 from megatron_lcl.train.layout import check_layout, num_micro_batches
 from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
+from megatron_lcl.train.settings import offloaded
 
-Slots = Sequence[int] | int | None
-"""image slots of a pack where the run has chosen them, of each phase or of all; None: `data.images_per_pack`, or one"""
+Slots = Sequence[int] | None
+"""image slots of a pack in each phase, where the run has chosen them; None: `data.images_per_pack`, or one"""
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ def estimate(
     trained = num_parameters(model, frozen) / split
     micro_batches = num_micro_batches(config, data)
     images = train.micro_batch * (images_per_pack or config.data.images_per_pack or 1)
-    zero = config.deepspeed.get("zero_optimization", {})
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    keeps_parameters, keeps_optimizer = (not (on_gpu and zero.get(f"offload_{x}")) for x in ("param", "optimizer"))
+    moved = offloaded(config) if on_gpu else frozenset[str]()
+    keeps_parameters, keeps_optimizer = "param" not in moved, "optimizer" not in moved
     return Estimate(
         parameters=number * own / (data if stage == 3 else 1) * keeps_parameters,
         optimizer=(12 + 4 * len(average_names(config))) * trained / data * keeps_optimizer,
@@ -113,7 +114,7 @@ def largest_estimate(
 
 def slots_of_phases(config: Config, images_per_pack: Slots) -> Sequence[int | None]:
     """Image slots of a pack of each phase of the run."""
-    return images_per_pack if isinstance(images_per_pack, Sequence) else [images_per_pack] * len(phases_of(config))
+    return [None] * len(phases_of(config)) if images_per_pack is None else images_per_pack
 
 
 def slots_of(ledger: Ledger, config: Config) -> list[int]:
@@ -138,22 +139,22 @@ def _graph(config: Config, images: int, number: int, frozen: Collection[str]) ->
     """
     vision, language = config.model.vision, config.model.language
     without = {int(name.partition(".")[0]) for name in frozen}
-    trained = [index not in without for index in range(num_layers(config.model))]
-    first, pool = trained[0], trained[vision.layers + 1]
+    trained = {layer: index not in without for index, layer in enumerate(layer_kinds(config.model))}
+    first, pool = trained["patches", 0], trained["pool", 0]
     rows = images * (vision.num_prefix + vision.num_kept)
     tokens = config.train.micro_batch * config.data.tokens_per_pack
-    of_rows = _blocks(vision, config, trained[1:])
-    of_tokens = _blocks(language, config, trained[vision.layers + 2 :])
+    of_rows = _blocks(vision, config, [trained["vision", number] for number in range(vision.layers)])
+    of_tokens = _blocks(language, config, [trained["language", number] for number in range(language.layers)])
     patches = images * vision.num_kept * 3 * vision.patch_size**2 + rows * vision.width
     pooled = rows * (4 * vision.width + 2 * language.width)
     kept = number * (first * patches + rows * of_rows + pool * pooled + tokens * of_tokens)
-    if objectives.create(config).sequences.targets and trained[-1]:
+    if objectives.create(config).sequences.targets and trained["head", 0]:
         kept += 4 * language.vocab_size * language.width  # the gradient of the vocabulary: see losses/generation.py
     return kept
 
 
 def _blocks(encoder: Vision | Language, config: Config, trained: Sequence[bool]) -> float:
-    """Numbers that the trained blocks of an encoder keep of a row; trained: by block, and more behind."""
+    """Numbers that the trained blocks of an encoder keep of a row; trained: by block."""
     train, wide = config.train, 2 * encoder.mlp_width
     whole = 8 * encoder.width + wide
     lessened = {"none": whole, "attention": 3 * encoder.width + wide, "full": encoder.width}

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_lcl.config import Config, Optimizer, Schedule
+from megatron_lcl.config import Config, Model, Optimizer, Schedule
 from megatron_lcl.config.schedule import LEFT
 from megatron_lcl.errors import UserError
 from megatron_lcl.train.apex import fused_adam
-from megatron_lcl.train.optimizers.pieces import Tensor
+from megatron_lcl.train.optimizers.pieces import ELSEWHERE, Tensor
 from megatron_lcl.train.optimizers.tensorwise import Rule, Tensorwise
 from megatron_lcl.train.parts import called, rates_of
+from megatron_lcl.train.settings import offloaded
 from megatron_lcl.train.uncompiled import uncompiled
 
 _MATRICES = re.compile(r"(vision|language)\.blocks\..*\.weight|pool\.(q|k|v|out)\.weight")
@@ -76,15 +77,24 @@ def rules_of(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Rule] |
 
 
 def _rule(name: str, tensor: Tensor, config: Config) -> Rule:
-    own, rates, optimizer = called(name, config.model), rates_of(name, config), config.optimizer
+    rates, optimizer = rates_of(name, config), config.optimizer
     if optimizer.name == "stable_adamw":
         return Rule(tensor, "stable_adamw", rates.lr, rates.weight_decay)
-    if optimizer.name == "muon" and len(tensor.shape) == 2 and _MATRICES.fullmatch(own):
-        encoder = {"vision": config.model.vision.heads, "language": config.model.language.heads}
-        heads = encoder.get(own.partition(".")[0], config.model.pool_heads)
-        split = optimizer.muon.per_head and _BY_HEADS.fullmatch(own)
-        return Rule(tensor, "muon", rates.lr, rates.weight_decay, heads if split else 1)
+    if optimizer.name == "muon" and (parts := muon_parts(name, tensor.shape, config.model, optimizer.muon.per_head)):
+        return Rule(tensor, "muon", rates.lr, rates.weight_decay, parts)
     return Rule(tensor, "adamw", rates.lr, rates.weight_decay)
+
+
+def muon_parts(name: str, shape: torch.Size, model: Model, per_head: bool) -> int:
+    """Into how many equal parts of its rows Muon takes a parameter `{index}.name`, each orthogonalized by itself; 0:
+    Muon does not step it. shape: whole; per_head: as `optimizer.muon` says."""
+    own = called(name, model)
+    if len(shape) != 2 or not _MATRICES.fullmatch(own):
+        return 0
+    if not (per_head and _BY_HEADS.fullmatch(own)):
+        return 1
+    heads = {"vision": model.vision.heads, "language": model.language.heads, "pool": model.pool_heads}
+    return heads[own.partition(".")[0]]
 
 
 def check_optimizer(config: Config) -> None:
@@ -102,12 +112,12 @@ def check_optimizer(config: Config) -> None:
     if not parts and optimizer.name not in ("stable_adamw", "muon"):
         return
     what = "optimizer.parts" if optimizer.name == "adamw" else f"optimizer.name = {optimizer.name}"
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+    if "optimizer" in offloaded(config):
         raise UserError(
             f"{what} and deepspeed.zero_optimization.offload_optimizer: tensors are stepped on the device where their "
             "pieces meet; remove the offload, ZeRO shards the states over data-parallel processes"
         )
-    for option in ("round_robin_gradients", "parameter_alignment"):
+    for option in ELSEWHERE:
         if zero.get(option):
             raise UserError(
                 f"{what} and deepspeed.zero_optimization.{option}: tensors would lie elsewhere in DeepSpeed's "

@@ -21,10 +21,8 @@ import torch
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import RunError, UserError
-from megatron_lcl.model.layers import num_layers, parameter_shapes
+from megatron_lcl.model.layers import PARTS, layer_kinds, num_layers, parameter_shapes
 
-PARTS = ("vision", "pool", "language", "head")
-"""of the model, in the order of its layers"""
 _WITHOUT_GRADIENT = {
     "retrieval": ("head.vocabulary*",),
     "generation": ("head.norm.*", "head.projection.*", "head.log_scale"),
@@ -39,19 +37,16 @@ def parameter_names(model: Model) -> dict[str, str]:
 
 def called(name: str, model: Model) -> str:
     """A parameter `{index}.name`, by the name after its part."""
-    first, _, leaf = name.partition(".")
-    index, pool = int(first), 1 + model.vision.layers
-    if index == 0:
+    index, _, leaf = name.partition(".")
+    kind, number = layer_kinds(model)[int(index)]
+    if kind == "patches":
         return f"vision.patches.{leaf}"
-    if index < pool:
-        return f"vision.blocks.{index - 1}.{leaf}"
-    if index == pool:
+    if kind in ("vision", "language"):
+        return f"{kind}.blocks.{number}.{leaf}"
+    if kind == "pool":
         own = leaf.partition(".")[0]
-        part = {"norm": "vision", "embedding": "language", "positions": "language"}.get(own, "pool")
-        return f"{part}.{leaf}"
-    if index <= pool + model.language.layers:
-        return f"language.blocks.{index - pool - 1}.{leaf}"
-    return f"head.{leaf}"
+        kind = {"norm": "vision", "embedding": "language", "positions": "language"}.get(own, "pool")
+    return f"{kind}.{leaf}"
 
 
 # --- how fast ----------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts, Objective
 from megatron_lcl.parallel.mesh import Axis
-from megatron_lcl.train.parts import PARTS
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,6 @@ class StepResult:
     """where the step was asked to measure it"""
     applied: bool = True
     """False: the step has changed nothing, for its loss or gradient is not finite, or the loss is above the limit"""
-
-    @property
-    def generation(self) -> float:
-        """The generation loss; 0 where the objective does not measure it."""
-        return self.metrics.get("generation", 0.0)
-
-    @property
-    def contrastive(self) -> float:
-        """The contrastive loss; 0 where the objective does not measure it."""
-        return self.metrics.get("contrastive", 0.0)
 
     def numbers(self) -> dict[str, float]:
         """All numbers of it by name, for a line of metrics."""

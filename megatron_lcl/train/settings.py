@@ -59,6 +59,21 @@ def deepspeed_config(config: Config, processes: int) -> dict[str, Any]:
     return merged
 
 
+def offloaded(config: Config) -> frozenset[str]:
+    """What a run keeps outside its devices, in DeepSpeed's words: `optimizer`, with the gradients, and `param`.
+
+    A section `offload_…` without a device, or with the device `none`, moves nothing.
+    """
+    zero = config.deepspeed.get("zero_optimization", {})
+    earlier = {"optimizer": "cpu_offload", "param": "cpu_offload_param"}  # names, which DeepSpeed still takes
+    sections = {what: zero.get(f"offload_{what}") for what in earlier}
+    return frozenset(
+        what
+        for what, section in sections.items()
+        if zero.get(earlier[what]) or (isinstance(section, Mapping) and section.get("device", "none") != "none")
+    )
+
+
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
     """Both together. UserError where `theirs` sets something that stands in `ours`."""
     merged = dict(ours)
@@ -89,7 +104,8 @@ def _check(config: Config, settings: dict[str, Any], data_parallel: int) -> None
             "found, and skipped; remove it"
         )
     parts = zero.get("zero_hpz_partition_size", 1)
-    for name, used in (("offload_param", zero.get("offload_param")), ("zero_hpz_partition_size", parts > 1)):
+    of_zero_3 = {"offload_param": "param" in offloaded(config), "zero_hpz_partition_size": parts > 1}
+    for name, used in of_zero_3.items():
         if used and config.zero.stage < 3:
             raise UserError(f"deepspeed.zero_optimization.{name} needs zero.stage = 3, not {config.zero.stage}")
     if parts > 1 and data_parallel % parts:

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -34,6 +34,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch, integer_sizes, num_runs
 from megatron_lcl.losses import contrastive, generation, sigmoid
 from megatron_lcl.model.drop_path import DropPath
+from megatron_lcl.model.flops import Numbers
 from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.cores import num_cores
@@ -59,7 +60,7 @@ the last"""
 
 
 @dataclass(frozen=True)
-class Usage:
+class Usage(Numbers):
     """Bytes of a process, as tensors."""
 
     parameters: float
@@ -97,11 +98,7 @@ class Usage:
 def extrapolated(usage: Usage, fewer: Usage, more: Usage, times: float) -> Usage:
     """`usage` and so many times what `more` has more than `fewer`; of the shares that are lost the larger: what a
     tensor loses depends on all before it, so a difference of two says nothing."""
-    values = {
-        field.name: getattr(usage, field.name) + times * (getattr(more, field.name) - getattr(fewer, field.name))
-        for field in fields(Usage)
-    }
-    return Usage(**values | {"lost": max(usage.lost, more.lost)})
+    return replace(usage + (more - fewer) * times, lost=max(usage.lost, more.lost))
 
 
 def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0) -> Usage:

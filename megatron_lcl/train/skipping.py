@@ -18,6 +18,7 @@ import torch
 
 from megatron_lcl.config import Config
 from megatron_lcl.train.precision import resolve_dtype
+from megatron_lcl.train.settings import offloaded
 
 
 def skips_on_device(config: Config) -> bool:
@@ -26,12 +27,9 @@ def skips_on_device(config: Config) -> bool:
     float16 needs it for the loss scale of the next step; an offloaded optimizer has its gradients on the host; and
     apex's optimizer takes no `found_inf`.
     """
-    zero = config.deepspeed.get("zero_optimization", {})
-    offloaded = any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in _OFFLOADED)
-    return resolve_dtype(config) != "float16" and config.optimizer.name != "apex_fused_adam" and not offloaded
+    return resolve_dtype(config) != "float16" and config.optimizer.name != "apex_fused_adam" and not offloaded(config)
 
 
-_OFFLOADED = ("optimizer", "param")
 _SHARED = "deepspeed.runtime.utils"
 """module of functions that the optimizers' own modules import"""
 

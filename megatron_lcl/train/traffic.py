@@ -23,6 +23,7 @@ from megatron_lcl import objectives
 from megatron_lcl.config import Config
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.gradients import LayerGradients, layer_gradients
+from megatron_lcl.model.layers import layer_kinds, shared_parameters
 from megatron_lcl.objectives.base import COUNTS, Objective, without_targets
 from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.broadcast_batches import Header
@@ -136,14 +137,14 @@ def stepping(
     sent: Sent = defaultdict(float)
     tensor, pipeline, a = mesh.tensor, mesh.pipeline, num_bytes(config)
     last = pipeline.rank == pipeline.size - 1
-    me, layers = pipeline.ranks[pipeline.rank], sorted(gradients)
+    me, layers, shared = pipeline.ranks[pipeline.rank], sorted(gradients), shared_parameters(config.model)
     for batch in batches:
         for layer, of_layer in gradients.items():
             forward, backward = _layer(layer, batch, config, tensor.size, a, of_layer)
             if forwards == 2:
                 forward += _layer(layer, without_targets(batch), config, tensor.size, a, of_layer)[0]
-            shared = sum(shapes[f"{layer}.{name}"].numel() for name in of_layer.trained if not _is_split(name))
-            backward += [shared * a] * 2  # an all-reduce
+            summed = [name for name in (f"{layer}.{own}" for own in of_layer.trained) if name in shared]
+            backward += [sum(shapes[name].numel() for name in summed) * a] * 2  # an all-reduce
             sent[tensor.ranks] += sum(ring(n, tensor.size) for n in [*forward, *backward])
         if not last:
             sent[me, pipeline.ranks[pipeline.rank + 1]] += forwards * _hidden(layers[-1] + 1, batch, config, mesh, a)
@@ -227,9 +228,10 @@ def _layer(
         padded(len(batch.tokens)) * d * a,
         padded(len(batch.image_soi)) * d * a,
     )
-    if layer == 0:
+    kind, _ = layer_kinds(config.model)[layer]
+    if kind == "patches":
         return [], []
-    if layer == vision.layers + 1:
+    if kind == "pool":
         # as in a block: rows for what multiplies them, and sums of their gradients
         inputs = [has("k.weight"), has("v.weight"), given["norm_k"], given["norm_v"]]
         of_patches = given["v"] or has("out.weight")
@@ -240,8 +242,8 @@ def _layer(
             latents * of_latents,
         ]
         return [images, images, tokens, latents], backward
-    if layer <= vision.layers + 1 + language.layers:
-        rows = images if layer <= vision.layers else tokens
+    if kind in ("vision", "language"):
+        rows = images if kind == "vision" else tokens
         return [rows] * 4, [rows] * _in_backward_of_block(gradients)
     float_latents = padded(len(batch.image_soi)) * d * FLOAT
     statistics = 3 * batch.num_targets * FLOAT * tensor
@@ -258,19 +260,6 @@ def _in_backward_of_block(gradients: LayerGradients) -> int:
     attention = has("attention.q.weight", "attention.k.weight", "attention.v.weight"), given["norm1"]
     feed_forward = has("mlp.up.weight"), given["norm2"], given["mlp.up"] or has("mlp.down.weight")
     return sum((*attention, given["attention"] or has("attention.out.weight"), *feed_forward))
-
-
-_SPLIT = (
-    *(f"attention.{name}.{kind}" for name in "qkv" for kind in ("weight", "bias")),
-    *(f"{name}.{kind}" for name in "qkv" for kind in ("weight", "bias")),
-    *("attention.out.weight", "mlp.up.weight", "mlp.up.bias", "mlp.down.weight", "out.weight", "embedding.weight"),
-    "vocabulary",
-)
-
-
-def _is_split(name: str) -> bool:
-    """Whether a layer's parameter is split over tensor ranks, or one number of the head, complete on each."""
-    return name in (*_SPLIT, "log_scale", "logit_bias")
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -71,7 +71,9 @@ def test_coca_is_its_equations(corpus: Corpus) -> None:
     expected = 1 * contrast + 2 * caption
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
     said = result_of(loss, model)
-    assert (said.contrastive, said.generation) == pytest.approx((float(contrast), float(caption)), rel=1e-5)
+    assert (said.metrics["contrastive"], said.metrics["generation"]) == pytest.approx(
+        (float(contrast), float(caption)), rel=1e-5
+    )
     assert_same_gradients(gradients, expected, double)
     assert step_of(config_of(corpus, "coca", contrastive_weight=0.5, generation_weight=0.0), model, batches)[1] == (
         pytest.approx(0.5 * float(contrast), rel=1e-5)

@@ -206,7 +206,7 @@ def run_case(file: str, case: Case) -> Run:
             text, images = _sequences(tensors, model, step, sequences)
             batches.append(pack_padded(text, (text != 0).sum(1), images, model.config))
         result = stepper.run(batches, case.lr(settings))
-        losses.append([result.generation, result.contrastive, result.grad_norm, result.log_scale])
+        losses.append([result.metrics["generation"], result.metrics["contrastive"], result.grad_norm, result.log_scale])
     unlike = []
     for name, parameter in named.items():
         value = parameter.detach().float().numpy().tobytes()

@@ -93,6 +93,8 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     on_host = Bound(least.total - least.optimizer, least.gradients, least.optimizer)
     assert layouts.bound(config, target) == on_host
     assert layouts.bound(config, dataclasses.replace(target, on_host=False)) == Bound(least.total, least.gradients, 0)
+    nowhere = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "none"}}})
+    assert layouts.bound(nowhere, target) == Bound(least.total, least.gradients, 0)
 
 
 def test_what_is_offloaded_is_told_alike_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,9 +323,12 @@ def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatc
     assert not other.usages
     least, numbers = estimate(other.config, 4, IMAGES), numbers_of(other, "h100", 4)
     assert (numbers["memory_gradients_bytes"], numbers["memory_offloaded_bytes"]) == (least.gradients, least.optimizer)
-    nothing_offloaded = run.plan(config_of(), 4, images_per_pack=IMAGES)
+    nowhere = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "none"}}})
+    nothing_offloaded = run.plan(nowhere, 4, images_per_pack=IMAGES)
     assert nothing_offloaded.best.offloaded == 0
-    assert "on the host" not in "\n".join(lines(nothing_offloaded))
+    text = "\n".join(lines(nothing_offloaded))
+    assert "on the host" not in text
+    assert "nothing offloaded" in text
 
 
 @pytest.mark.usefixtures("quick")

@@ -18,7 +18,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.losses.contrastive import contrastive_loss
 from megatron_lcl.model.flops import Sizes, of_step
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, build_layers, num_layers, num_parameters
+from megatron_lcl.model.layers import Activations, build_layers, num_layers, num_parameters, parameter_shapes
 from megatron_lcl.model.lcl import pack_padded
 from megatron_lcl.model.special import SpecialTokens
 from megatron_lcl.objectives import create
@@ -35,6 +35,9 @@ from megatron_lcl.plan.predict import (
     seconds_of_run,
 )
 from megatron_lcl.plan.work import sizes_of
+from megatron_lcl.train.optimizer import rules_of
+from megatron_lcl.train.optimizers.muon import matrix_update
+from megatron_lcl.train.optimizers.pieces import Tensor
 from megatron_lcl.train.parts import freeze, frozen_parameters, trained_kinds
 
 IMAGES, CONTEXT = 2, 80
@@ -219,6 +222,29 @@ def test_the_network_and_the_optimizer_take_their_bytes() -> None:
     alone = predict(config_of(), 1, 1, rates_of(memory=1e6), IMAGES)
     each = ADAM_BYTES + 8 * (GRADIENT_PASSES * 4 + SUM_BYTES)
     assert alone.optimizer == alone.seconds == pytest.approx(num_parameters(config_of().model) * each / 1e6)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("frozen", ["nothing", "the vision tower"])
+def test_muon_takes_the_products_and_the_bytes_of_what_a_run_steps_by_it(frozen: str, per_head: bool) -> None:
+    """And of nothing else: neither embeddings nor the pool's query."""
+    config = config_of(optimizer__name="muon", optimizer__muon={"per_head": per_head}, train__freeze=FROZEN[frozen])
+    shapes, without = parameter_shapes(config.model), frozen_parameters(config)
+    rules = rules_of({name: Tensor(shape, None) for name, shape in shapes.items() if name not in without}, config)
+    assert rules is not None
+    stepped = [rule for rule in rules.values() if rule.algorithm == "muon"]
+    assert len(stepped) == 6 * (2 * (frozen == "nothing") + 3) + 4
+    assert any(rule.heads > 1 for rule in stepped) == per_head
+    with FlopCounterMode(display=False) as counter:
+        for rule in stepped:
+            matrix_update(torch.randn(rule.tensor.shape), config.optimizer.muon.newton_schulz_steps, rule.heads)
+    adamw = configs.replace(config, optimizer__name="adamw")
+    one, plain = (predict(c, 1, 1, rates_of(matmul=1e9), IMAGES) for c in (config, adamw))
+    assert one.optimizer - plain.optimizer == pytest.approx(counter.get_total_flops() / 1e9)
+    assert one.sending.muon == 0
+    numbers = sum(rule.tensor.shape.numel() for rule in stepped)
+    sent = predict(config, 4, 4, rates_of(), IMAGES).sending.muon
+    assert sent == pytest.approx(2 * 2 * numbers / 4 * 3 / 4), "there and back, in bfloat16"
 
 
 @pytest.mark.parametrize(

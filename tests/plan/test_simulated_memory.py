@@ -28,8 +28,8 @@ def test_a_gpu_has_the_next_steps_batches_as_well(monkeypatch: pytest.MonkeyPatc
         return needs(1e8 + size + (1e6 if rank else 0), batches=size)
 
     monkeypatch.setattr(simulation, "simulate", simulated)
-    assert predicted(config, 4, IMAGES, on_gpu=True) == 1e8 + 2 * size
-    assert predicted(config, 4, IMAGES, on_gpu=False) == 1e8 + size + 1e6
+    assert predicted(config, 4, [IMAGES], on_gpu=True) == 1e8 + 2 * size
+    assert predicted(config, 4, [IMAGES], on_gpu=False) == 1e8 + size + 1e6
     for target, peaks in (
         (target_of(), [1e8 + 2 * size, 1e8 + size + 1e6]),
         (dataclasses.replace(target_of(), on_host=False), [1e8 + size, 1e8 + size + 1e6]),
@@ -74,7 +74,7 @@ def test_stages_that_are_alike_are_simulated_once(
     assert sorted(ranks) == [2 * stage for stage in firsts]
     ranks.clear()
     monkeypatch.setattr(simulation, "simulate", simulated)
-    assert predicted(config, 8, IMAGES, on_gpu=True) == max(usage.peak for usage in found)
+    assert predicted(config, 8, [IMAGES], on_gpu=True) == max(usage.peak for usage in found)
     assert sorted(ranks) == [2 * stage for stage in firsts], "nor when a run starts"
     assert [usage.peak for usage in found] == [1e6 * (1 + 2 * max(f for f in firsts if f <= s)) for s in range(4)]
 

@@ -40,6 +40,7 @@ def test_what_changes_no_result_makes_no_other_curve(tree: dict[str, Any]) -> No
         ({"guard": {"spike_sigmas": 6.0}}, "guard.spike_sigmas"),
         ({"guard": {"spike_window": 64}}, "guard.spike_window"),
         ({"train": {"global_batch": 1024}}, "train.global_batch"),
+        ({"deepspeed": {"fp16": {"hysteresis": 1}}}, "deepspeed.fp16.hysteresis"),
     ],
 )
 def test_what_changes_the_result_does(tree: dict[str, Any], name: str) -> None:

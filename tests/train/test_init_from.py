@@ -107,7 +107,7 @@ def first_steps(rank: int, model: Any, batch: Any, cases: list[tuple[str, str]])
             rows_of = list(sequences)
             batches.append(pack_padded(text[rows_of], (text[rows_of] != 0).sum(1), own, config.model))
         result = build_stepper(engine, config, mesh).run(batches, 1e-3)
-        rows.append([0.1 * result.contrastive, result.generation, result.loss])
+        rows.append([0.1 * result.metrics["contrastive"], result.metrics["generation"], result.loss])
         engine.destroy()
     dist.destroy_process_group()
     return rows

@@ -18,7 +18,9 @@ from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import checks, fits, memory, strategy
 from megatron_lcl.train.fits import check_memory, check_step
-from megatron_lcl.train.memory import Memory, estimate, largest_estimate
+from megatron_lcl.train.memory import Memory, Slots, estimate, largest_estimate
+from megatron_lcl.train.settings import offloaded
+from megatron_lcl.train.skipping import skips_on_device
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,7 +63,7 @@ def test_shipped_configs_fit_on_one_card_and_keep_their_graphs_where_they_are_st
     assert estimate(retain, 8 * int(nodes), images).total < CARD.size
 
 
-def refusal(config: Config, processes: int, has: Memory, slots: int | None = None) -> str:
+def refusal(config: Config, processes: int, has: Memory, slots: Slots = None) -> str:
     with pytest.raises(UserError) as caught:
         check_memory(config, processes, has, slots)
     return str(caught.value)
@@ -69,7 +71,7 @@ def refusal(config: Config, processes: int, has: Memory, slots: int | None = Non
 
 def test_the_fault_has_its_parts_and_remedies_that_fit(simulated: list[tuple[Config, int]]) -> None:
     config = in_bfloat16(ROOT / "configs" / "lcl_vitb32_interleaved.yaml", contrast__strategy="retain")
-    message = refusal(config, 1, CARD, 54)
+    message = refusal(config, 1, CARD, [54])
     assert message.startswith("a step needs at least 1,313 GB (parameters 0.36, optimizer 2.1, gradients 0.36, graphs")
     assert "graphs of 512 micro-batches 1,306" in message
     remedy = (
@@ -78,8 +80,8 @@ def test_the_fault_has_its_parts_and_remedies_that_fit(simulated: list[tuple[Con
     assert message.endswith(f"the GPU has 85 GB; {remedy}")
     assert [(c.contrast.strategy, n) for c, n in simulated] == [("recompute", 1), ("retain", 32)]
     for changed, processes in simulated:
-        check_memory(changed, processes, CARD, 54)
-    check_memory(configs.replace(config, contrast__strategy="auto"), 1, CARD, 54)
+        check_memory(changed, processes, CARD, [54])
+    check_memory(configs.replace(config, contrast__strategy="auto"), 1, CARD, [54])
 
 
 def test_a_run_whose_bound_passes_is_refused_for_a_simulated_step(simulated: list[tuple[Config, int]]) -> None:
@@ -87,18 +89,18 @@ def test_a_run_whose_bound_passes_is_refused_for_a_simulated_step(simulated: lis
     config = in_bfloat16(ROOT / "configs" / "lcl_vitl14_interleaved.yaml", contrast__strategy="recompute")
     bound = estimate(config, 8, 23).total
     has = Memory(1.4 * bound, "the GPU has little", True)
-    check_memory(config, 8, has, 23)
+    check_memory(config, 8, has, [23])
     with pytest.raises(UserError) as caught:
-        check_step(config, 8, has, 23)
+        check_step(config, 8, has, [23])
     said, remedy = str(caught.value).split("; ")
     assert said == f"a step needs about {memory.in_gb(1.5 * bound)} GB a process, as simulated, and the GPU has little"
     assert re.match(r"add --\S+ \S+.* \(then about \S+ GB\)", remedy), remedy
     changed, processes = simulated[1]
     assert processes == 8
     assert 1.5 * estimate(changed, 8, 23).total <= fits.ROOM * has.size, "the first that was tried fits"
-    check_step(config, 8, Memory(1.4 * bound, "this machine has as little, within what is known"), 23)
+    check_step(config, 8, Memory(1.4 * bound, "this machine has as little, within what is known"), [23])
     simulated.clear()
-    check_step(config, 8, Memory(fits.DOUBT * bound, "", True), 23)
+    check_step(config, 8, Memory(fits.DOUBT * bound, "", True), [23])
     assert not simulated
 
 
@@ -108,7 +110,7 @@ def test_a_remedy_has_the_fewest_settings(simulated: list[tuple[Config, int]]) -
 
     def remedy(size: float) -> str:
         simulated.clear()
-        said = refusal(config, 2, Memory(size, "this machine has little"), 23).split("; ")[1]
+        said = refusal(config, 2, Memory(size, "this machine has little"), [23]).split("; ")[1]
         assert len(simulated) <= 2 * fits._TRIES
         return said
 
@@ -122,7 +124,7 @@ def test_a_remedy_has_the_fewest_settings(simulated: list[tuple[Config, int]]) -
 
 def test_more_gpus_are_named_where_no_setting_is_enough(simulated: list[tuple[Config, int]]) -> None:
     config = in_bfloat16(ROOT / "configs" / "lcl_vitg_interleaved.yaml", parallel__tensor=1)
-    message = refusal(config, 1, Memory(20e9, "the GPU has 20 GB", True), 23)
+    message = refusal(config, 1, Memory(20e9, "the GPU has 20 GB", True), [23])
     assert re.search(r"; add (--\S+ \S+ )+and take \d+ processes \(then about \S+ GB\)$", message), message
 
 
@@ -187,16 +189,30 @@ def test_what_each_setting_saves() -> None:
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_what_is_offloaded_counts_by_where_the_run_is(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moved", [{"offload_optimizer": {"device": "cpu"}}, {"cpu_offload": True}])
+def test_what_is_offloaded_counts_by_where_the_run_is(
+    moved: dict[str, Any], has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by the machine that asks, unless nobody says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    moved = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    config = configs.from_dict({**BIG, "deepspeed": moved})
+    config = configs.from_dict({**BIG, "deepspeed": {"zero_optimization": moved}})
     on_gpu, on_cpu = (estimate(config, 8, on_gpu=on_gpu) for on_gpu in (True, False))
     assert (on_gpu.optimizer, on_gpu.gradients) == (0, 0)
     assert on_cpu == estimate(configs.from_dict(BIG), 8, on_gpu=False)
     assert estimate(config, 8) == (on_gpu if has_gpu else on_cpu)
     assert largest_estimate(config, 8, on_gpu=True) == on_gpu
+
+
+@pytest.mark.parametrize("section", [{"device": "none"}, {"pin_memory": True}])
+def test_without_a_device_nothing_is_offloaded(section: dict[str, Any]) -> None:
+    """As DeepSpeed has it."""
+    sections = {"zero_optimization": {"offload_optimizer": section, "offload_param": section}}
+    for stage in (1, 3):
+        zero: dict[str, Any] = {"zero": {"stage": stage}, "contrast": {"strategy": "recompute"}}
+        plain, moved = (configs.from_dict({**BIG, **zero, **more}) for more in ({}, {"deepspeed": sections}))
+        assert offloaded(moved) == frozenset()
+        assert estimate(moved, 8, on_gpu=True) == estimate(plain, 8, on_gpu=True)
+        assert skips_on_device(moved) == skips_on_device(plain)
 
 
 def test_what_is_trained_keeps_its_graph() -> None:

@@ -10,6 +10,15 @@ import pytest
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.model.layers import (
+    Head,
+    LanguageBlock,
+    Patches,
+    PoolInterleave,
+    VisionBlock,
+    build_layers,
+    layer_kinds,
+)
 from megatron_lcl.train.averages import check_averages, weight_of_next
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import (
@@ -43,6 +52,14 @@ def test_every_parameter_has_a_name_of_its_own_in_a_part() -> None:
     assert names["4.embedding.weight"] == "language.embedding.weight"
     assert names["5.mlp.up.bias"] == "language.blocks.0.mlp.up.bias"
     assert names["7.log_scale"] == "head.log_scale"
+
+
+def test_kinds_are_those_of_the_layers_that_are_built() -> None:
+    model = config_of().model
+    kinds = {Patches: "patches", VisionBlock: "vision", PoolInterleave: "pool", LanguageBlock: "language", Head: "head"}
+    built = [kinds[type(layer)] for layer in build_layers(model, 0.0)]
+    assert built == [kind for kind, _ in layer_kinds(model)]
+    assert [number for kind, number in layer_kinds(model) if kind == "vision"] == [0, 1, 2]
 
 
 def test_patterns_freeze_what_they_match() -> None:
@@ -86,6 +103,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**EMA, "average": {"ema": [0.99]}}, r"is no average of this run; there are ema_0\.99"),
     ({"optimizer": {"name": "apex_fused_adam", "parts": {"pool": {"lr": 2.0}}}}, "no effect on apex_fused_adam"),
     ({"optimizer": {"name": "muon"}, "deepspeed": OFFLOAD}, r"name = muon and deepspeed.*; remove the offload"),
+    (
+        {"optimizer": {"name": "muon"}, "deepspeed": {"zero_optimization": {"cpu_offload": True}}},
+        r"name = muon and deepspeed.*; remove the offload",
+    ),
     (
         {"optimizer": {"parts": {"pool": {"lr": 2.0}}}, "deepspeed": ROUND_ROBIN},
         r"optimizer\.parts and deepspeed.*round_robin_gradients: .*; remove it",

@@ -10,7 +10,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.train.settings import deepspeed_config
 
 ZERO_3 = {"zero": {"stage": 3}, "contrast": {"strategy": "recompute"}}
-ON_CPU = {"device": "cpu"}
+ON_CPU, NOWHERE = {"device": "cpu"}, {"device": "none"}
 
 
 def settings_of(deepspeed: dict[str, Any], processes: int = 1, **sections: Any) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def zero(**options: Any) -> dict[str, Any]:
         (zero(offload_optimizer=ON_CPU), {}),
         (zero(offload_optimizer=ON_CPU), {"zero": {"stage": 2}}),
         (zero(offload_optimizer=ON_CPU, offload_param=ON_CPU, stage3_param_persistence_threshold=0), ZERO_3),
+        (zero(offload_optimizer=NOWHERE, offload_param=NOWHERE), {"zero": {"stage": 2}}),
         (zero(zero_hpz_partition_size=2), ZERO_3),
         (zero(overlap_comm=False), {}),
         ({"fp16": {"initial_scale_power": 8}}, {"train": {"dtype": "float16"}}),

@@ -98,7 +98,7 @@ def five_steps(
         result = stepper.run(batches, settings["lr"])
         if step == 0 and dtype == "float32" and objective == "lcl":
             assert {name: result.numbers()[name] for name in contrast} == pytest.approx(contrast, rel=1e-5)
-        rows.append([0.1 * result.contrastive, result.generation, result.loss, result.log_scale])
+        rows.append([0.1 * result.metrics["contrastive"], result.metrics["generation"], result.loss, result.log_scale])
     if with_gradients:
         assert_gradients(gradients[0], tensors)  # what the first step's optimizer was given
     dist.destroy_process_group()
@@ -221,7 +221,7 @@ def one_loss(rank: int, reference: str, objective: str) -> tuple[float, float, l
     mesh = init_processes(config)
     stepper = Stepper(build_engine(model.layers, config, mesh), config, mesh)
     result = stepper.run([pack_padded(text, (text != 0).sum(1), images, model.config)], 0.0)
-    reported = result.contrastive if objective == "clip" else result.generation
+    reported = result.metrics["contrastive"] if objective == "clip" else result.metrics["generation"]
     return float(loss), float(norm), [result.loss, reported], result.grad_norm
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_lcl import objectives
-from megatron_lcl.attention import AttentionName, choose_attention
+from megatron_lcl.attention import choose_attention
+from megatron_lcl.config import AttentionName
 from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.model.lcl import LayerList

@@ -30,7 +30,8 @@ from megatron_lcl.convert.remote import pinned
 from megatron_lcl.convert.resolution import interpolate_positions
 from megatron_lcl.data.storage.store import url_of
 from megatron_lcl.errors import UserError
-from megatron_lcl.model.layers import parameter_shapes
+from megatron_lcl.fields import flat
+from megatron_lcl.model.layers import layer_kinds, parameter_shapes
 from megatron_lcl.model.lcl import LCL
 from megatron_lcl.model.reference_format import model_config, name_faults, some, state_dict_open_clip, under_our_names
 from megatron_lcl.parallel.layers import full_shape, shard
@@ -197,22 +198,10 @@ def _check_tensors(path: Path, expected: Mapping[str, torch.Size], known: Mappin
         raise UserError(f"{path} {faults}; does its model config belong to it?")
 
 
-def _layers(model: Model) -> list[tuple[str, int]]:
-    """What stands at each index of the model's list of layers."""
-    vision, language = (range(encoder.layers) for encoder in (model.vision, model.language))
-    return [
-        ("patches", 0),
-        *(("vision", n) for n in vision),
-        ("pool", 0),
-        *(("language", n) for n in language),
-        ("head", 0),
-    ]
-
-
 def _counterpart(name: str, model: Model, theirs: Model) -> str | None:
     """A parameter's name in another model; None where that one has no such layer."""
     index, _, leaf = name.partition(".")
-    layer, layers = _layers(model)[int(index)], _layers(theirs)
+    layer, layers = layer_kinds(model)[int(index)], layer_kinds(theirs)
     return f"{layers.index(layer)}.{leaf}" if layer in layers else None
 
 
@@ -223,7 +212,7 @@ def _order(name: str) -> tuple[int, str]:
 
 def _text_positions(model: Model) -> str:
     """The name of the language model's positions."""
-    return f"{1 + model.vision.layers}.positions"
+    return f"{layer_kinds(model).index(('pool', 0))}.positions"
 
 
 def _check_fit(
@@ -256,8 +245,16 @@ def _check_fit(
 
 def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]]:
     """Sizes that are not the same in two models, but for those that need not be."""
-    free = ("image_size", "layers", "drop_path", "patch_dropout", "patch_dropout_places", "unmasked_steps")
-    before, now = _flat(to_dict(Config(model=theirs))), _flat(to_dict(Config(model=model)))
+    free = (
+        "image_size",
+        "layers",
+        "drop_path",
+        "patch_dropout",
+        "patch_dropout_places",
+        "unmasked_steps",
+        "logit_bias",
+    )
+    before, now = (flat({"model": to_dict(Config(model=one))["model"]}) for one in (theirs, model))
 
     def differs(key: str) -> bool:
         if key.endswith("layer_scale"):  # whose factors are learned, whatever they began as
@@ -265,11 +262,3 @@ def _differences(theirs: Model, model: Model) -> list[tuple[str, object, object]
         return before[key] != now[key] and not key.endswith(free)
 
     return [(key, before[key], now[key]) for key in now if differs(key)]
-
-
-def _flat(config: dict[str, dict]) -> dict[str, object]:
-    model = config["model"]
-    sections = {
-        f"model.{section}.{key}": value for section in ("vision", "language") for key, value in model[section].items()
-    }
-    return {**sections, "model.pool_heads": model["pool_heads"]}

@@ -14,12 +14,12 @@ import torch
 
 from megatron_lcl.config import Language, Model
 from megatron_lcl.convert.certificate import BOUND, check_images, our_features
-from megatron_lcl.convert.warm_start import Place, Tower, text_tower, vision_tower
+from megatron_lcl.convert.warm_start import Tower, text_tower, vision_tower
 from megatron_lcl.errors import UserError
 from megatron_lcl.evaluate.encoders.encoder import Encoder
 from megatron_lcl.evaluate.encoders.load import is_ours, load_encoder
 from megatron_lcl.evaluate.encoders.spec import parse_spec
-from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, unit_norm
+from megatron_lcl.model.layers import IMAGE_MEAN, IMAGE_STD, layer_kinds, unit_norm
 from megatron_lcl.model.lcl import LCL
 
 PARTS = ("vision", "language")
@@ -107,18 +107,11 @@ def read_libraries(text: str, specs: Mapping[str, str], ours: Model) -> LibraryW
     for part, (_, _, tower) in towers.items():
         model = replace(model, **{part: tower.config})  # type: ignore[arg-type]
     tensors = {
-        f"{_index(place, model)}.{place[2]}": tensor
+        f"{layer_kinds(model).index((kind, number))}.{name}": tensor
         for _, _, tower in towers.values()
-        for place, tensor in tower.tensors.items()
+        for (kind, number, name), tensor in tower.tensors.items()
     }
     return LibraryWeights(model, tensors, [name for _, _, tower in towers.values() for name in tower.unused], towers)
-
-
-def _index(place: Place, model: Model) -> int:
-    kind, number, _ = place
-    pool = 1 + model.vision.layers
-    first = {"patches": 0, "vision": 1, "pool": pool, "language": pool + 1, "head": pool + 1 + model.language.layers}
-    return first[kind] + number
 
 
 def _pixels(encoder: Encoder) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -35,14 +35,3 @@ class Audit:
         except OSError as error:
             with contextlib.suppress(OSError):  # the log may be on the same disk
                 print(f"megatron-lcl: {self._path} could not be written ({error.strerror}); the line was {line}")
-
-
-def read_audit(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's audit.jsonl, oldest first; one that was cut off in writing is skipped."""
-    path, lines = run / AUDIT, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from megatron_lcl.config import Config
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.model.transfer import from_host
 from megatron_lcl.parallel.layers import is_split
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.optimizers.pieces import Piece, partitions_of
-from megatron_lcl.train.parts import PARTS, called
-
-_ELSEWHERE = ("round_robin_gradients", "parameter_alignment")
-"""DeepSpeed's options by which tensors lie elsewhere in its partitions than is known here"""
+from megatron_lcl.train.optimizers.pieces import ELSEWHERE, Piece, partitions_of
+from megatron_lcl.train.parts import called
 
 
 class PartNorms:
@@ -32,7 +30,7 @@ class PartNorms:
         self._base = engine.optimizer.optimizer
         zero = config.deepspeed.get("zero_optimization", {})
         offload = zero.get("offload_optimizer") or {}
-        self._known = not any(zero.get(option) for option in _ELSEWHERE) and offload.get("ratio", 1.0) == 1.0
+        self._known = not any(zero.get(option) for option in ELSEWHERE) and offload.get("ratio", 1.0) == 1.0
         parameters = dict(engine.module.named_parameters())
         self._pieces: dict[torch.Tensor, tuple[list[Piece], torch.Tensor]] = {}
         """by partition: its pieces that count on this process, and the number of each one's part"""

@@ -17,9 +17,8 @@ from torch import nn
 
 from megatron_lcl.config import Config, Model
 from megatron_lcl.errors import UserError, describe_os_error
-from megatron_lcl.model.layers import Activations
+from megatron_lcl.model.layers import Activations, part_of_layer
 from megatron_lcl.parallel.mesh import Mesh
-from megatron_lcl.train.parts import called
 from megatron_lcl.train.telemetry.clock import Clock
 
 FOLDER = "profile"
@@ -157,16 +156,9 @@ def layers_timed(module: nn.Module, model: Model, clock: Clock) -> Iterator[None
     hooks = []
     for name, layer in module.named_children():
         if name.isdigit():
-            hooks += watch(layer, part_of(int(name), model))
+            hooks += watch(layer, part_of_layer(int(name), model))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def part_of(layer: int, model: Model) -> str:
-    """The part of the model in whose name a layer is timed; the pool's layer has the tokens' embedding and the vision
-    encoder's last norm as well."""
-    pool = 1 + model.vision.layers
-    return "pool" if layer == pool else called(f"{layer}.", model).partition(".")[0]

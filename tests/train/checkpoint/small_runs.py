@@ -119,7 +119,7 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
             own = range(mesh.data.rank * each, (mesh.data.rank + 1) * each)
             batches = [pack(step, number, config) for number in own] if mesh.loads_data else None
             result = stepper.run(broadcast_batches(batches, each, 1, mesh, engine.device), LR[step])
-            rows.append((result.loss, result.contrastive, result.grad_norm))
+            rows.append((result.loss, result.metrics["contrastive"], result.grad_norm))
         return rows
 
     with checkpointer.Checkpointer(engine, config, mesh, run) as checkpoints, written_late() as write:

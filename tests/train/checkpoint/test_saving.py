@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_lines import read_audit
 from processes import run_processes
 from small_runs import FIRST, GLOBAL_BATCH, LR, Job, build_config, pack
 
@@ -93,7 +94,7 @@ def life(rank: int, folder: str) -> dict[str, Any]:
     from megatron_lcl.train.checkpoint.folder import Progress
     from megatron_lcl.train.checkpoint.saver import Saver
     from megatron_lcl.train.engine import build_engine, build_module, build_stepper, init_processes
-    from megatron_lcl.train.resilience.audit import Audit, read_audit
+    from megatron_lcl.train.resilience.audit import Audit
 
     class Log:
         def __init__(self) -> None:

@@ -240,8 +240,8 @@ def run_case(case: Case) -> dict[str, Any]:
             found["results"].append(result.numbers())
             found["applied"].append(result.applied)
             found["loss_scales"].append(float(getattr(engine.optimizer, "loss_scale", 1)))
-            row = (result.loss, result.generation, result.contrastive, result.grad_norm, result.log_scale)
-            found["rows"].append(list(row))
+            names = ("loss", "generation", "contrastive", "grad_norm", "log_scale")
+            found["rows"].append([result.numbers()[name] for name in names])
             found["bytes"] = (mesh.pipeline.rank, sum(sent), expected_bytes(case, batches))
     found["scales of a forward"] = {float(out.log_scale) for out in stepper.forward(batches)}
     found["graphs"] = (mesh.pipeline.rank, graphs.most)

@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from audit_lines import read_audit
 
-from megatron_lcl.train.resilience.audit import AUDIT, Audit, read_audit
+from megatron_lcl.train.resilience.audit import AUDIT, Audit
 
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

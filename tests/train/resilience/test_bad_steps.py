@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from audit_lines import read_audit
 from bad_packs import poison, saved_steps, without_packs
 from fleet import lines, losses, train
 from processes import run_processes
@@ -20,7 +21,6 @@ from megatron_lcl.config import Guard
 from megatron_lcl.data.loading.ledger import Ledger
 from megatron_lcl.errors import RunError
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.audit import read_audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps, SpikeLimit
 from megatron_lcl.train.step import nan_if_rejected
 

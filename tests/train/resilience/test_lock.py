@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_lines import read_audit
 from fleet import Fleet, last_step, losses, train
 
 from megatron_lcl.errors import UserError
 from megatron_lcl.run_folder import LOCK
 from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.resilience import lock
-from megatron_lcl.train.resilience.audit import read_audit
 from megatron_lcl.train.resilience.lock import lock_run_folder
 
 LONG = ["--train.steps", "2000", "--checkpoint.every", "2"]

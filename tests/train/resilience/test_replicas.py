@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from audit_lines import read_audit
 from fleet import lines, train
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.audit import read_audit
 from megatron_lcl.train.resilience.replicas import _describe, fingerprint
 
 

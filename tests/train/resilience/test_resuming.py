@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_lines import read_audit
 from bad_packs import poison
 from fleet import lines, losses, train
 from small_corpus import make_corpus
@@ -21,7 +22,6 @@ from megatron_lcl.objectives.built_in import Clip
 from megatron_lcl.objectives.contrast import Contrast
 from megatron_lcl.objectives.generation import Generation
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.audit import read_audit
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from audit_lines import read_audit
 from bad_packs import poison_and_stop, saved_steps
 from fleet import losses, train
 
@@ -24,7 +25,6 @@ from megatron_lcl.train.checkpoint import folder as checkpoint
 from megatron_lcl.train.checkpoint.folder import Progress
 from megatron_lcl.train.checkpoint.mirror import Mirror
 from megatron_lcl.train.memory import Memory
-from megatron_lcl.train.resilience.audit import read_audit
 from megatron_lcl.train.resilience.bad_steps import BadSteps
 from megatron_lcl.train.run import Training
 

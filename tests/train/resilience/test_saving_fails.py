@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_lines import read_audit
 from fleet import lines, losses, train
 
 from megatron_lcl.run_folder import CHECKPOINTS
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.audit import read_audit
 
 
 def full_disk(rank: int, faulty: int, failing: Container[int]) -> None:

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from audit_lines import read_audit
 from fleet import Fleet, alive, descendants, last_step, lines, losses, train
 
 from megatron_lcl.train import launch
 from megatron_lcl.train.checkpoint import folder as checkpoint
-from megatron_lcl.train.resilience.audit import read_audit
 
 REQUEUE = 75
 LONG = ["--train.steps", "12", "--checkpoint.every", "100"]

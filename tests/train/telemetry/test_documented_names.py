@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from megatron_lcl import objectives
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import COUNTS
 from megatron_lcl.train import telemetry
-from megatron_lcl.train.parts import PARTS
 from megatron_lcl.train.telemetry import health
 from megatron_lcl.train.telemetry.stragglers import LISTED, QUANTILES
 

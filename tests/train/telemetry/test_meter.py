@@ -16,10 +16,11 @@ from small_model_of_telemetry import RESULT, batch, config_of
 
 from megatron_lcl import objectives
 from megatron_lcl.model import flops
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.objectives.base import GlobalCounts
 from megatron_lcl.parallel.mesh import ALONE, Axis, Mesh
 from megatron_lcl.train.checkpoint.folder import Progress
-from megatron_lcl.train.parts import PARTS, frozen_parameters
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.result import Measured
 from megatron_lcl.train.run import Training
 from megatron_lcl.train.telemetry import Telemetry, read_metrics

@@ -10,9 +10,9 @@ import pytest
 from processes import run_processes
 
 from megatron_lcl import config as configs
+from megatron_lcl.model.layers import PARTS
 from megatron_lcl.selftest.cases import Case, make_batches
 from megatron_lcl.selftest.reference import reference
-from megatron_lcl.train.parts import PARTS
 
 ON_CPU = {"device": "cpu"}
 ZERO3 = {"zero": 3, "strategy": "recompute"}
