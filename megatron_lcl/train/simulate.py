@@ -130,8 +130,9 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
 def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage], on_gpu: bool) -> list[Usage]:
     """What `of_stage` gives of the first process of each stage of the pipeline, asked once of stages that are alike.
 
-    All have equally many layers: which they will have is measured when the run starts. on_gpu: the process that reads
-    the data, which is that of the first stage, has the next step's batches there as well (train/prefetch.py).
+    All have equally many layers (`partition_uniform`): which they will have is measured when the run starts.
+    on_gpu: the process that reads the data, which is that of the first stage, has the next step's batches there as well
+    (train/prefetch.py).
     """
     kinds = kinds_of_stages(config, processes)
     firsts = {kind: kinds.index(kind) for kind in kinds}
@@ -146,7 +147,7 @@ def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Us
 def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
     """What the memory of each stage depends on: its layers, with what is frozen of them, and how many micro-batches'
     graphs it keeps at once. The layers also say what it receives from the stage before and sends to the next."""
-    train, frozen, num_stages = config.train, frozen_parameters(config), config.parallel.pipeline
+    train, frozen = config.train, frozen_parameters(config)
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     layers: list[Hashable] = []
     for index, make in enumerate(layer_specs(config.model, 0.0, nn.LayerNorm, ALONE, *recompute)):
@@ -154,7 +155,7 @@ def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
         arguments = tuple(isinstance(x, DropPath) or x for x in make.args)
         layers.append((make.func, arguments, of_layer(frozen, index)))
     micro_batches = num_micro_batches(config, check_layout(config, processes))
-    bounds = [*partition_uniform(len(layers), num_stages), len(layers)]
+    bounds = [*partition_uniform(config), len(layers)]
     return [
         (tuple(layers[first:end]), num_in_flight(config, stage, micro_batches))
         for stage, (first, end) in enumerate(itertools.pairwise(bounds))

@@ -33,7 +33,9 @@ from megatron_lcl.train.engine import (
     keep_freed_memory,
     quiet_deepspeed,
 )
+from megatron_lcl.train.fits import DOUBT, check_step
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.memory import Memory, largest_estimate
 from megatron_lcl.train.simulate import _processes, _simulate, _Storages, num_in_flight, simulate
 
 BIG = KEPT // 4 * 2
@@ -279,6 +281,13 @@ def test_tensors_hold_what_those_of_real_processes_hold(layout: dict[str, Any], 
     assert [between, usage.peak] == pytest.approx(real, rel=0.01)
     assert usage.network == pytest.approx(network, rel=of_network)
     assert usage.losses == pytest.approx(losses, rel=0.1), "the real rows have fewer targets"
+
+
+def test_stages_of_a_run_with_a_frozen_tower_are_simulated() -> None:
+    """As the run divides its layers: three of seven in the first stage would leave it nothing to train."""
+    config = configs.replace(configs.from_dict(TREE), train__freeze=("vision.*",), parallel__pipeline=2)
+    bound = largest_estimate(config, 2, 8, False).total
+    assert check_step(config, 2, Memory(0.9 * DOUBT * 2 * bound, "", False), 8), "it was simulated"
 
 
 @pytest.mark.slow
