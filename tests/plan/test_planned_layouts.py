@@ -72,6 +72,24 @@ def test_blocks_that_are_to_be_compiled_are_in_no_layout_that_cannot() -> None:
     assert any("train.compile is set, but parallel.tensor is 2" in layout.refused for layout in refused)
 
 
+@pytest.mark.parametrize("options", [{"offload_param": {"device": "cpu"}}, {"zero_hpz_partition_size": 2}])
+def test_what_deepspeed_has_for_one_stage_alone_leaves_that_one(options: dict[str, Any]) -> None:
+    """Or the simulation of another would end the command."""
+    config = config_of(zero__stage=3, contrast__strategy="recompute", deepspeed={"zero_optimization": options})
+    passed, _, refused = survey(config, target_of())
+    assert {layout.config.zero.stage for layout in passed} == {3}
+    said = {layout.refused for layout in refused if layout.config.zero.stage < 3}
+    assert f"deepspeed.zero_optimization.{next(iter(options))} needs zero.stage = 3, not 2" in said
+
+
+def test_replicas_that_share_no_parts_are_in_no_layout() -> None:
+    options = {"zero_hpz_partition_size": 3}
+    config = config_of(zero__stage=3, contrast__strategy="recompute", deepspeed={"zero_optimization": options})
+    passed, _, refused = survey(config, target_of())
+    assert not passed
+    assert any("zero_hpz_partition_size = 3 does not divide 4 data" in layout.refused for layout in refused)
+
+
 def test_the_bound_discards_what_cannot_fit() -> None:
     config = config_of()
     totals = sorted(layout.needs for layout in survey(config, target_of())[0])
