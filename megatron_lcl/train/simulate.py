@@ -38,6 +38,7 @@ from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.parallel.mesh import ALONE, Axis
+from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.engine import (
     KEPT,
     build_engine,
@@ -111,8 +112,7 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     images_per_pack: image slots of a pack; each pack is taken to be full of sequences as long as the context.
     """
     data = check_layout(config, processes)
-    # as it would be here, but for kernels that only a GPU has: those that stand in for them keep the same
-    config = configs.replace(config, train__dtype=resolve_dtype(config), train__attention="auto", train__compile=False)
+    config = _without_kernels(config)
     wanted, enough = num_micro_batches(config, data), _SIMULATED
     if not objectives.create(config).keeps_graphs:
         # with one micro-batch more than a stage keeps at once it computes as in the midst of a long step
@@ -169,6 +169,14 @@ def num_in_flight(config: Config, stage: int, micro_batches: int) -> int:
     return min(config.parallel.pipeline - stage, micro_batches)
 
 
+def _without_kernels(config: Config) -> Config:
+    """As it would be here, but for kernels that only a GPU has: those that stand in for them keep the same."""
+    if config.optimizer.name == "apex_fused_adam":
+        config = configs.replace(config, optimizer__name="adamw")
+    plain = {"train__attention": "auto", "train__compile": False, "train__apex_layer_norm": False}
+    return configs.replace(config, train__dtype=resolve_dtype(config), **plain)
+
+
 def _with(config: Config, data: int, micro_batches: int) -> Config:
     return configs.replace(config, train__global_batch=data * config.train.micro_batch * micro_batches)
 
@@ -185,6 +193,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
         engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
         stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
+        Averages(config, engine, mesh).update(config.train.steps, skipped=False)  # and after it all averages
         resident = storages.begin_step()
         after_forwards = resident
         forwards = stepper._first_forwards
@@ -416,10 +425,13 @@ def _processes(processes: int, rank: int) -> Iterator[None]:
         dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
         try:
             import deepspeed
+            from deepspeed.accelerator import get_accelerator
 
             quiet_deepspeed()
             deepspeed.init_distributed("gloo", verbose=False)
-            yield
+            # asked of this CPU, which computes nothing; devices have it
+            with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
+                yield
         finally:
             dist.destroy_process_group()
 

@@ -234,6 +234,18 @@ def test_a_model_on_one_process() -> None:
     assert 4 * 403 * 64 < usage.losses < usage.peak - usage.parameters - usage.optimizer
 
 
+@pytest.mark.slow
+def test_averages_count_and_what_needs_a_gpu_is_simulated_without_one() -> None:
+    config = configs.replace(configs.from_dict(TREE), train__global_batch=1)
+    usage, numbers = simulate(config, 1, 8), num_parameters(config.model)
+    averaged = configs.replace(config, average__ema=(0.9,), average__tail=(0.1,))
+    assert simulate(averaged, 1, 8).optimizer - usage.optimizer == pytest.approx(4 * 2 * numbers, abs=1000)
+    of_apex = configs.replace(config, optimizer__name="apex_fused_adam", train__apex_layer_norm=True)
+    assert simulate(of_apex, 1, 8) == usage, "whose kernels are of CUDA alone"
+    half = configs.replace(config, train__dtype="float16")
+    assert simulate(half, 1, 8).parameters == 2 * numbers, "which few CPUs compute in"
+
+
 def held(rank: int, tree: dict[str, Any]) -> tuple[int, int, int, int]:
     """What tensors of a real process hold between steps and at most, what of it is sent or received and what
     losses take, counted in the same way."""
