@@ -34,6 +34,7 @@ from megatron_lcl.train.memory import estimate, slots_of
 from megatron_lcl.train.simulate import Usage
 
 ROOT = Path(__file__).parents[2]
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_the_bound_discards_what_cannot_fit() -> None:
 
 
 def test_what_is_offloaded_lies_on_the_host() -> None:
-    config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    config = config_of(deepspeed=OFFLOADED)
     target = target_of()
     least = estimate(config, 4, IMAGES)
     on_host = Bound(least.total - least.optimizer, least.gradients, least.optimizer)
@@ -239,6 +240,18 @@ def test_errors_are_one_line(arguments: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train__freeze": ("*",)}, "freezes all that the objective lcl trains"),
+        ({"optimizer__name": "muon", "deepspeed": OFFLOADED}, "remove the offload"),
+    ],
+)
+def test_nothing_is_planned_that_train_refuses_in_every_layout(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run.plan(config_of(**changes), 4, images_per_pack=IMAGES)
+
+
 @pytest.mark.parametrize("strategy", ["retain", "auto"])
 def test_where_no_layout_is_legal_the_reason_is_that_of_the_layout_asked_for(strategy: str) -> None:
     """Or of the one most like it: what refuses most of those that are tried may be no fault of the config."""
@@ -324,7 +337,7 @@ def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatc
     """What is offloaded as it was simulated; of a layout that was not, by the bound's formula, as all gradients are."""
     usage = needs(7e6, optimizer=5e6)
     monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: usage))
-    config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    config = config_of(deepspeed=OFFLOADED)
     found = run.plan(config, 4, images_per_pack=IMAGES)
     layout = found.best
     least = estimate(layout.config, 4, IMAGES)
