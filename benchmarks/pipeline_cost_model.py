@@ -121,7 +121,7 @@ def work(rank: int, name: str, config: Config, even: bool, num_rounds: int, port
     costs, _ = measure_costs(samples, config, mesh)
     sizes = [float(math.prod(hidden_shape(i, packs[0], config.model, mesh.tensor))) for i in range(len(specs))]
     num_stages = mesh.pipeline.size
-    partition = partition_uniform(len(specs), num_stages) if even else partition_balanced(costs, sizes, num_stages)
+    partition = partition_uniform(config) if even else partition_balanced(costs, sizes, num_stages)
     mesh.world.barrier()
     engine = build_engine(build_module(config, mesh, partition), config, mesh)
     spent: list[float] = []

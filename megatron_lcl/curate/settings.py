@@ -155,6 +155,25 @@ class Settings:
                 )
             if section.max_flagged_words is not None and self.lists.flagged_words is None:
                 raise UserError("max_flagged_words needs lists.flagged_words, a file with a word a line")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """UserError for what is set and no rule reads: the rule has been forgotten."""
+        duplicates = (self.duplicates.images.action, self.duplicates.documents.action, self.models.duplicates)
+        languages = (self.text.min_language, self.document.min_language)
+        perplexities = [getattr(section, name) for section in (self.text, self.document) for name in PERPLEXITY]
+        for name, is_set, rules, wanted in (
+            (
+                "duplicates.against",
+                bool(self.duplicates.against),
+                duplicates,
+                "duplicates.images.action, duplicates.documents.action or models.duplicates",
+            ),
+            ("language", self.language != Language(), languages, "text.min_language or document.min_language"),
+            ("perplexity", self.perplexity != Perplexity(), perplexities, "max_perplexity of texts or documents"),
+        ):
+            if is_set and all(rule is None for rule in rules):
+                raise UserError(f"{name} is set, and no rule reads it; give {wanted}, or leave it out")
 
 
 class Rule(NamedTuple):

@@ -251,8 +251,13 @@ def _numbered(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[EvaluationTask, ...]:
-    """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one."""
+    """The tasks, or, if none are named, those that the objective trains. UserError where it does not train one, or
+    nothing that held-out documents measure."""
     trained = objectives.trained_by(config)
+    if not trained:
+        raise UserError(
+            f"{why_untrained(config, 'retrieval')} what held-out documents measure; leave them out (evaluate.corpus)"
+        )
     for task in tasks:
         if task not in trained:
             raise UserError(f"{why_untrained(config, task)} what {task} measures; remove that task")

@@ -1,8 +1,8 @@
 """All layouts of a run on so many processes: which are refused, which cannot fit, and the rest by predicted step time.
 
-A layout is legal where `train.layout.check_layout` says so, and blocks can be compiled if they are to be. Of the legal
-ones the bound of train/memory.py discards what certainly does not fit. The steps of those that would be fastest are
-simulated (`memory.usage_of`), until one fits.
+A layout is legal where `train.layout.check_layout` says so, what `deepspeed:` sets goes with it, and blocks can be
+compiled if they are to be. Of the legal ones the bound of train/memory.py discards what certainly does not fit. The
+steps of those that would be fastest are simulated (`memory.usage_of`), until one fits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import Estimate, estimate
-from megatron_lcl.train.settings import offloaded
+from megatron_lcl.train.settings import check_zero, offloaded
 from megatron_lcl.train.simulate import Usage, simulate
 
 TENSOR, PIPELINE, MICRO_BATCH = (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)
@@ -137,7 +137,7 @@ def survey(config: Config, target: Target) -> tuple[list[Layout], list[Layout], 
         try:
             phases = [phase.config for phase in phases_of(tried)]
             for phase in phases:
-                check_layout(phase, target.processes)
+                check_zero(phase, check_layout(phase, target.processes))
             check_compile(tried, elsewhere=True)
         except UserError as error:
             refused.append(Layout(tried, refused=str(error)))

@@ -16,6 +16,8 @@ from megatron_lcl.plan.layouts import MAX_SIMULATED, Layout, Target, bound, conf
 from megatron_lcl.plan.predict import Prediction
 from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.memory import available
+from megatron_lcl.train.optimizer import check_optimizer
+from megatron_lcl.train.parts import check_freeze
 
 USABLE = 0.92
 """share of a GPU's memory that a run may plan with: the driver's context, the network library's buffers and fragments
@@ -68,6 +70,8 @@ def plan(
     say: is told what takes long. No GPU and no corpus is needed.
     """
     device = check_name(gpu)
+    check_optimizer(config)
+    check_freeze(config)
     node_size = _node_size(gpus, nodes, device)
     text, assumed = text_per_image(config, images_per_pack)
     if device == "cpu":

@@ -102,9 +102,10 @@ class Averages:
         return not name.startswith("tail_") or step > self._before(name)
 
     def _before(self, name: str, steps: int | None = None) -> int:
-        """Steps before the last ones that a tail is the mean of, in a run of so many steps; None: of this run's."""
+        """Steps before the last (at least one) that a tail is the mean of, in a run of so many steps; None: of this
+        run's."""
         steps = steps or self._config.train.steps
-        return steps - round(steps * self._names[name])
+        return steps - max(1, round(steps * self._names[name]))
 
     def _next_weight(self, name: str, value: float, device: torch.device, skipped: torch.Tensor | bool) -> torch.Tensor:
         """Count the step, and the weight of what is taken in, float32."""

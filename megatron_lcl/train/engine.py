@@ -35,7 +35,7 @@ from megatron_lcl.train.master_weights import update_log_scale
 from megatron_lcl.train.optimizer import build_optimizer, parameter_groups, rules_of
 from megatron_lcl.train.optimizers.pieces import partitions_of, tensors_of
 from megatron_lcl.train.optimizers.tensorwise import Tensorwise
-from megatron_lcl.train.parts import check_stages, freeze, frozen_parameters
+from megatron_lcl.train.parts import freeze, frozen_parameters
 from megatron_lcl.train.pipeline.partition import partition_uniform
 from megatron_lcl.train.precision import DTYPES, resolve_dtype
 from megatron_lcl.train.settings import deepspeed_config
@@ -157,11 +157,11 @@ def build_module(
 ) -> Any:
     """This process's layers, parameters drawn from `train.seed`: a LayerList, in a pipeline a PipelineStage.
 
-    partition: the first layer of each stage of a pipeline (see `partition_balanced`); None: equally many in each.
+    partition: the first layer of each stage of a pipeline (see `partition_balanced`); None: as `partition_uniform`.
     weights: what parameters begin with in place of what was drawn.
     """
     specs = specs_of(config, mesh.tensor)
-    bounds = [*(partition or partition_uniform(len(specs), mesh.pipeline.size)), len(specs)]
+    bounds = [*(partition or partition_uniform(config)), len(specs)]
     own = range(bounds[mesh.pipeline.rank], bounds[mesh.pipeline.rank + 1])
     frozen = frozen_parameters(config)
     layers = {index: specs[index]() for index in own}
@@ -188,7 +188,6 @@ def build_engine(module: Any, config: Config, mesh: Mesh, settings: dict[str, An
     numbers = [parameter for head in heads for parameter in head.numbers.values()]
     initial = [float(parameter.detach()) for parameter in numbers]
     groups = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
-    check_stages(mesh.pipeline.gather_objects(len(groups)), config)
     rules = rules_of(tensors_of(dict(module.named_parameters())), config)
     optimizer = build_optimizer(groups, config.optimizer, rules)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and, for bfloat16, memory in use

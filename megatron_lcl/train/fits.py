@@ -16,6 +16,7 @@ from megatron_lcl import config as configs
 from megatron_lcl.config import Config
 from megatron_lcl.config.phases import phases_of
 from megatron_lcl.errors import UserError
+from megatron_lcl.train.kernels import check_compile
 from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.memory import (
     Estimate,
@@ -27,6 +28,7 @@ from megatron_lcl.train.memory import (
     run_slots,
     slots_of_phases,
 )
+from megatron_lcl.train.settings import check_zero
 
 ROOM = 0.9
 """the share of the memory that a simulated step may take: such have been within 10 % of what was measured, and have
@@ -158,8 +160,10 @@ def _get(config: Config, field: str) -> Any:
 
 
 def _bound(config: Config, processes: int, images_per_pack: Slots, on_gpu: bool) -> float:
-    """The lower bound; infinite where the layout does not go."""
+    """The lower bound; infinite where the layout does not go, by itself or with the rest of the config."""
     try:
+        check_zero(config, check_layout(config, processes))
+        check_compile(config, elsewhere=True)  # whether it can be here does not depend on the layout
         return largest_estimate(config, processes, images_per_pack, on_gpu).total
     except UserError:
         return math.inf

@@ -13,6 +13,7 @@ from megatron_lcl.config import Config
 from megatron_lcl.errors import RunError, UserError
 from megatron_lcl.model.layers import num_layers
 from megatron_lcl.parallel.mesh import Mesh
+from megatron_lcl.train.parts import check_stages
 
 
 def check_layout(config: Config, processes: int) -> int:
@@ -34,6 +35,8 @@ def check_layout(config: Config, processes: int) -> int:
         raise UserError(
             f"parallel.pipeline = {pipeline}, but the model has {layers} layers; the nearest that goes is {nearest}"
         )
+    if pipeline > 1:
+        check_stages(config)
     if config.zero.stage > 1 and pipeline > 1:
         raise UserError(
             f"zero.stage = {config.zero.stage} does not go with parallel.pipeline = {pipeline}: gradients stay whole "

@@ -13,14 +13,14 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from megatron_lcl import objectives
 from megatron_lcl.config import Config, Model
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import PARTS, layer_kinds, num_layers, parameter_shapes
 
 _WITHOUT_GRADIENT = {
@@ -161,17 +161,22 @@ def trained_kinds(model: Model, frozen: frozenset[str]) -> tuple[frozenset[bool]
     return tuple(map(frozenset, kinds))
 
 
-def check_stages(num_groups: Sequence[int], config: Config) -> None:
-    """RunError where a stage of the pipeline has nothing to train of one kind; every process calls it.
+def check_stages(config: Config) -> None:
+    """UserError where, however the layers are divided, a stage of the pipeline has nothing to train of one kind.
 
-    num_groups: of parameters, in each stage. DeepSpeed adds up the gradient's norm group by group over the stages.
+    DeepSpeed adds up the gradient's norm group by group over the stages.
     """
-    if len(set(num_groups)) > 1 or not all(num_groups):
-        fewest = num_groups.index(min(num_groups))
-        raise RunError(
-            f"train.freeze = {_listed(config.train.freeze)} leaves stage {fewest} of the pipeline no matrix or no "
-            "vector to train, and DeepSpeed needs both in every stage or neither; use fewer stages, parallel.tensor or "
-            "ZeRO, or freeze less"
+    trained = trained_kinds(config.model, frozen_parameters(config))
+    every, most, found = frozenset[bool]().union(*trained), 0, frozenset[bool]()
+    for kinds in trained:  # a stage ends as early as it can
+        found |= kinds
+        if found == every:
+            most, found = most + 1, frozenset()
+    if config.parallel.pipeline > most:
+        raise UserError(
+            f"train.freeze = {_listed(config.train.freeze)} leaves one of parallel.pipeline = "
+            f"{config.parallel.pipeline} stages no matrix or no vector to train, and DeepSpeed needs both in every "
+            f"stage or neither; set parallel.pipeline to at most {most}, use parallel.tensor or ZeRO, or freeze less"
         )
 
 

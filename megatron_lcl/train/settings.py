@@ -103,6 +103,12 @@ def _check(config: Config, settings: dict[str, Any], data_parallel: int) -> None
             f"deepspeed.zero_optimization.compute_grad_norm = {zero['compute_grad_norm']!r}: by it bad steps are "
             "found, and skipped; remove it"
         )
+    check_zero(config, data_parallel)
+
+
+def check_zero(config: Config, data_parallel: int) -> None:
+    """UserError where `deepspeed:` sets what is of another ZeRO stage, or does not divide so many replicas."""
+    zero = config.deepspeed.get("zero_optimization", {})
     parts = zero.get("zero_hpz_partition_size", 1)
     of_zero_3 = {"offload_param": "param" in offloaded(config), "zero_hpz_partition_size": parts > 1}
     for name, used in of_zero_3.items():

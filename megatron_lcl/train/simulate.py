@@ -39,6 +39,7 @@ from megatron_lcl.model.layers import layer_specs
 from megatron_lcl.objectives.base import COUNTS, GlobalCounts
 from megatron_lcl.parallel.cores import num_cores
 from megatron_lcl.parallel.mesh import ALONE, Axis
+from megatron_lcl.train.averages import Averages
 from megatron_lcl.train.engine import (
     KEPT,
     build_engine,
@@ -108,8 +109,7 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
     images_per_pack: image slots of a pack; each pack is taken to be full of sequences as long as the context.
     """
     data = check_layout(config, processes)
-    # as it would be here, but for kernels that only a GPU has: those that stand in for them keep the same
-    config = configs.replace(config, train__dtype=resolve_dtype(config), train__attention="auto", train__compile=False)
+    config = _without_kernels(config)
     wanted, enough = num_micro_batches(config, data), _SIMULATED
     if not objectives.create(config).keeps_graphs:
         # with one micro-batch more than a stage keeps at once it computes as in the midst of a long step
@@ -127,8 +127,9 @@ def simulate(config: Config, processes: int, images_per_pack: int, rank: int = 0
 def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Usage], on_gpu: bool) -> list[Usage]:
     """What `of_stage` gives of the first process of each stage of the pipeline, asked once of stages that are alike.
 
-    All have equally many layers: which they will have is measured when the run starts. on_gpu: the process that reads
-    the data, which is that of the first stage, has the next step's batches there as well (train/prefetch.py).
+    All have equally many layers (`partition_uniform`): which they will have is measured when the run starts.
+    on_gpu: the process that reads the data, which is that of the first stage, has the next step's batches there as well
+    (train/prefetch.py).
     """
     kinds = kinds_of_stages(config, processes)
     firsts = {kind: kinds.index(kind) for kind in kinds}
@@ -143,7 +144,7 @@ def usages_by_stage(config: Config, processes: int, of_stage: Callable[[int], Us
 def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
     """What the memory of each stage depends on: its layers, with what is frozen of them, and how many micro-batches'
     graphs it keeps at once. The layers also say what it receives from the stage before and sends to the next."""
-    train, frozen, num_stages = config.train, frozen_parameters(config), config.parallel.pipeline
+    train, frozen = config.train, frozen_parameters(config)
     recompute = (train.activation_checkpointing, train.activation_checkpointing_every)
     layers: list[Hashable] = []
     for index, make in enumerate(layer_specs(config.model, 0.0, nn.LayerNorm, ALONE, *recompute)):
@@ -151,7 +152,7 @@ def kinds_of_stages(config: Config, processes: int) -> list[Hashable]:
         arguments = tuple(isinstance(x, DropPath) or x for x in make.args)
         layers.append((make.func, arguments, of_layer(frozen, index)))
     micro_batches = num_micro_batches(config, check_layout(config, processes))
-    bounds = [*partition_uniform(len(layers), num_stages), len(layers)]
+    bounds = [*partition_uniform(config), len(layers)]
     return [
         (tuple(layers[first:end]), num_in_flight(config, stage, micro_batches))
         for stage, (first, end) in enumerate(itertools.pairwise(bounds))
@@ -163,6 +164,14 @@ def num_in_flight(config: Config, stage: int, micro_batches: int) -> int:
     if objectives.create(config).keeps_graphs:
         return micro_batches
     return min(config.parallel.pipeline - stage, micro_batches)
+
+
+def _without_kernels(config: Config) -> Config:
+    """As it would be here, but for kernels that only a GPU has: those that stand in for them keep the same."""
+    if config.optimizer.name == "apex_fused_adam":
+        config = configs.replace(config, optimizer__name="adamw")
+    plain = {"train__attention": "auto", "train__compile": False, "train__apex_layer_norm": False}
+    return configs.replace(config, train__dtype=resolve_dtype(config), **plain)
 
 
 def _with(config: Config, data: int, micro_batches: int) -> Config:
@@ -181,6 +190,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
         engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
         stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
+        Averages(config, engine, mesh).update(config.train.steps, skipped=False)  # and after it all averages
         resident = storages.begin_step()
         after_forwards = resident
         forwards = stepper._first_forwards
@@ -412,10 +422,13 @@ def _processes(processes: int, rank: int) -> Iterator[None]:
         dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
         try:
             import deepspeed
+            from deepspeed.accelerator import get_accelerator
 
             quiet_deepspeed()
             deepspeed.init_distributed("gloo", verbose=False)
-            yield
+            # asked of this CPU, which computes nothing; devices have it
+            with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
+                yield
         finally:
             dist.destroy_process_group()
 
@@ -426,7 +439,6 @@ def without_others() -> Iterator[None]:
     import deepspeed.runtime.zero.partition_parameters as partition
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
-    from deepspeed.accelerator import get_accelerator
 
     def counts(batches: Sequence[PackedBatch], mesh: Any, _device: torch.device) -> GlobalCounts:
         own = {name: sum(getattr(batch, name) for batch in batches) for name in COUNTS}
@@ -440,8 +452,6 @@ def without_others() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Axis, "gather_objects", lambda axis, value: [value] * axis.size))
         same = lambda facts, _error, _device, axis: [facts] * axis.size  # noqa: E731
         stack.enter_context(mock.patch.object(contrastive, "exchange", same))
-        # nothing is computed, and the run's devices are others
-        stack.enter_context(mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=True))
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,13 +54,16 @@ def test_the_beginning_of_a_text_is_judged(model: Path) -> None:
 
 
 def test_a_model_is_known_by_its_content(model: Path, tmp_path: Path) -> None:
-    recipe = as_recipe(read_settings(overrides={"language.model": str(model)}))
+    def recipe_of(path: Path) -> dict[str, Any]:
+        return as_recipe(read_settings(overrides={"text.min_language": "0.5", "language.model": str(path)}))
+
+    recipe = recipe_of(model)
     (tmp_path / "other.bin").write_bytes(model.read_bytes())
-    assert recipe == as_recipe(read_settings(overrides={"language.model": str(tmp_path / "other.bin")}))
+    assert recipe == recipe_of(tmp_path / "other.bin")
     (tmp_path / "other.bin").write_bytes(b"no model")
     with pytest.raises(UserError, match="is no fastText model"):
         language_score(Language(model=str(tmp_path / "other.bin")))
-    assert recipe != as_recipe(read_settings(overrides={"language.model": str(tmp_path / "other.bin")}))
+    assert recipe != recipe_of(tmp_path / "other.bin")
 
 
 def test_lingua() -> None:

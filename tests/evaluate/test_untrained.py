@@ -12,7 +12,7 @@ import torch
 
 from megatron_lcl import LCL, load_model
 from megatron_lcl.cli import main
-from megatron_lcl.config import Config, Language, Model, Objective, Train, Vision, load
+from megatron_lcl.config import Config, EarlyPhase, Language, Model, Objective, Schedule, Train, Vision, load
 from megatron_lcl.convert.export import save_checkpoint
 from megatron_lcl.data.corpus.tokenizer import train_sentencepiece
 from megatron_lcl.errors import UserError
@@ -30,6 +30,7 @@ OBJECTIVES = {
     "no-contrast": Objective(contrastive_weight=0.0),
     "coca": Objective(name="coca"),
     "no-captions": Objective(name="coca", generation_weight=0.0),
+    "captions-alone": Objective(name="coca", contrastive_weight=0.0),
     "genlip": Objective(name="genlip"),
     "elsewhere": Objective(name="of_a_package_that_is_not_here"),
 }
@@ -58,6 +59,7 @@ def test_only_what_was_trained_is_measured(runs: Path) -> None:
         "no-contrast": (*captions, *images),
         "coca": (*contrast, *captions, *images),
         "no-captions": (*contrast, *images),
+        "captions-alone": (*captions, *images),
         "genlip": (*captions, *images),
         "elsewhere": (*contrast, *captions, *images),  # not known
     }
@@ -72,7 +74,7 @@ def test_only_what_was_trained_is_measured(runs: Path) -> None:
             assert said.startswith(f"{task}: {runs / name} has not learned it: objective.name = ")
             assert f"leave out --task {task}" in said
             assert "\n" not in said
-            assert (" = 0 does not train" in said) == name.startswith("no-")
+            assert (" = 0 does not train" in said) == (name.startswith("no-") or name == "captions-alone")
         check_trained(f"random:{runs / name}", (*contrast, *captions, *images))
     for other in ("hf:x", "timm:x", "timm:x?pretrained=no", "open_clip:x@none"):
         with pytest.raises(UserError, match=f"captioning: {other.replace('?', '.')} has no language model"):
@@ -99,7 +101,7 @@ def test_a_pool_that_was_not_trained_is_told(runs: Path) -> None:
     """Generation reads values and outputs of the pool; its query, which pooled features depend on, has no gradient."""
     for name in OBJECTIVES:
         said = untrained_pool(str(runs / name), ["linear-probe", "attentive-probe"])
-        assert (said is not None) == (name in ("generation", "no-contrast", "genlip")), name
+        assert (said is not None) == (name in ("generation", "no-contrast", "captions-alone", "genlip")), name
         assert said is None or said.startswith(f"linear-probe: the attention pool of {runs / name} is untrained (obj")
     assert untrained_pool(str(runs / "generation"), ["attentive-probe", "captioning"]) is None
     assert untrained_pool(f"random:{runs / 'generation'}", ["knn"]) is None
@@ -118,6 +120,11 @@ def test_held_out_tasks_without_a_weight_are_left_out() -> None:
     assert check_tasks(Config(objective=OBJECTIVES["no-contrast"]), ()) == ("generation",)
     with pytest.raises(UserError, match=r"lcl with objective.generation_weight = 0 does not train what generation"):
         check_tasks(Config(objective=OBJECTIVES["no-generation"]), ("generation",))
+    captions = Config(objective=OBJECTIVES["captions-alone"])  # which are not measured on the text of documents
+    with pytest.raises(UserError, match=r"coca with .*contrastive_weight = 0 does not train .*; leave them out \(eval"):
+        check_tasks(captions, ())
+    phases = Schedule(phases=(EarlyPhase(steps=1, contrastive_weight=1.0),))  # one of which contrasts
+    assert check_tasks(dataclasses.replace(captions, schedule=phases), ()) == ("retrieval",)
     assert create(Config(objective=OBJECTIVES["no-contrast"])).tasks == ("retrieval", "generation")
 
 

@@ -58,7 +58,7 @@ def test_what_a_plan_says_is_what_is_sent(case: Case, tolerance: float) -> None:
     counted = run_processes(count, case.processes, case, timeout=400)
     config, pack = config_of(case), make_batches(case.config(), 0)[0]
     layers = config.model.vision.layers + config.model.language.layers + 3
-    bounds = [*partition_uniform(layers, case.pipeline), layers]
+    bounds = [*partition_uniform(config), layers]
     for stage in range(case.pipeline):
         mesh = mesh_of(config, case.processes, stage)
         shapes = shapes_of_stage(config.model, case.tensor, bounds[stage], bounds[stage + 1])

@@ -35,6 +35,7 @@ from megatron_lcl.train.memory import estimate, slots_of
 from megatron_lcl.train.simulate import Usage
 
 ROOT = Path(__file__).parents[2]
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,24 @@ def test_blocks_that_are_to_be_compiled_are_in_no_layout_that_cannot() -> None:
     assert any("train.compile is set, but parallel.tensor is 2" in layout.refused for layout in refused)
 
 
+@pytest.mark.parametrize("options", [{"offload_param": {"device": "cpu"}}, {"zero_hpz_partition_size": 2}])
+def test_what_deepspeed_has_for_one_stage_alone_leaves_that_one(options: dict[str, Any]) -> None:
+    """Or the simulation of another would end the command."""
+    config = config_of(zero__stage=3, contrast__strategy="recompute", deepspeed={"zero_optimization": options})
+    passed, _, refused = survey(config, target_of())
+    assert {layout.config.zero.stage for layout in passed} == {3}
+    said = {layout.refused for layout in refused if layout.config.zero.stage < 3}
+    assert f"deepspeed.zero_optimization.{next(iter(options))} needs zero.stage = 3, not 2" in said
+
+
+def test_replicas_that_share_no_parts_are_in_no_layout() -> None:
+    options = {"zero_hpz_partition_size": 3}
+    config = config_of(zero__stage=3, contrast__strategy="recompute", deepspeed={"zero_optimization": options})
+    passed, _, refused = survey(config, target_of())
+    assert not passed
+    assert any("zero_hpz_partition_size = 3 does not divide 4 data" in layout.refused for layout in refused)
+
+
 def test_the_bound_discards_what_cannot_fit() -> None:
     config = config_of()
     totals = sorted(layout.needs for layout in survey(config, target_of())[0])
@@ -87,7 +106,7 @@ def test_the_bound_discards_what_cannot_fit() -> None:
 
 
 def test_what_is_offloaded_lies_on_the_host() -> None:
-    config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    config = config_of(deepspeed=OFFLOADED)
     target = target_of()
     least = estimate(config, 4, IMAGES)
     on_host = Bound(least.total - least.optimizer, least.gradients, least.optimizer)
@@ -224,6 +243,18 @@ def test_errors_are_one_line(arguments: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train__freeze": ("*",)}, "freezes all that the objective lcl trains"),
+        ({"optimizer__name": "muon", "deepspeed": OFFLOADED}, "remove the offload"),
+    ],
+)
+def test_nothing_is_planned_that_train_refuses_in_every_layout(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run.plan(config_of(**changes), 4, images_per_pack=IMAGES)
+
+
 @pytest.mark.parametrize("strategy", ["retain", "auto"])
 def test_where_no_layout_is_legal_the_reason_is_that_of_the_layout_asked_for(strategy: str) -> None:
     """Or of the one most like it: what refuses most of those that are tried may be no fault of the config."""
@@ -309,7 +340,7 @@ def test_gradients_and_what_is_offloaded_are_told(monkeypatch: pytest.MonkeyPatc
     """What is offloaded as it was simulated; of a layout that was not, by the bound's formula, as all gradients are."""
     usage = needs(7e6, optimizer=5e6)
     monkeypatch.setattr(run, "confirm", functools.partial(confirm, simulated=lambda *_: usage))
-    config = config_of(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    config = config_of(deepspeed=OFFLOADED)
     found = run.plan(config, 4, images_per_pack=IMAGES)
     layout = found.best
     least = estimate(layout.config, 4, IMAGES)

@@ -130,6 +130,12 @@ def test_a_tail_is_of_as_many_steps_as_it_says(fraction: float) -> None:
         torch.testing.assert_close(run.state[f"tail_{fraction:g}"].item(), steps - (number - 1) / 2, rtol=1e-5, atol=0)
 
 
+def test_a_tail_of_a_short_run_is_of_its_last_step() -> None:
+    run = OneNumber(4, 0.1)
+    assert run.steps(1, 4, {}) == {"ema_0.5": 4, "tail_0.1": 1}
+    assert run.state["tail_0.1"].item() == 4
+
+
 @pytest.mark.parametrize(("steps", "count", "mean"), [(20, 10, 15.5), (6, 2, 5.5), (4, 2, 3.5)])
 def test_a_tail_of_a_run_that_is_given_more_steps_begins_anew(steps: int, count: int, mean: float) -> None:
     """After 4 of 4 steps, of which it has the last two; of 6 the last three are meant, and of them two are to come."""

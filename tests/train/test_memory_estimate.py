@@ -18,8 +18,9 @@ from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.train import checks, fits, memory, strategy
 from megatron_lcl.train.fits import check_memory, check_step
+from megatron_lcl.train.kernels import check_kernels
 from megatron_lcl.train.memory import Memory, Slots, estimate, largest_estimate
-from megatron_lcl.train.settings import offloaded
+from megatron_lcl.train.settings import deepspeed_config, offloaded
 from megatron_lcl.train.skipping import skips_on_device
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,20 @@ def test_a_remedy_has_the_fewest_settings(simulated: list[tuple[Config, int]]) -
     assert remedy(16e9).startswith("add --contrast.strategy recompute --train.activation_checkpointing full (then")
     assert remedy(11.5e9).startswith("add --contrast.strategy recompute --train.micro_batch 1 --train.activation_")
     assert remedy(1e9).startswith("nothing that was tried fits: make packs smaller")
+
+
+ZERO_3 = {"zero__stage": 3, "contrast__strategy": "recompute"}
+OFFLOAD = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize("changes", [{"train__compile": True}, {**ZERO_3, "deepspeed": OFFLOAD}])
+def test_no_remedy_is_refused_when_it_is_typed(changes: dict[str, Any]) -> None:
+    config = in_bfloat16(ROOT / "configs" / "lcl_vitl14_interleaved.yaml", parallel__tensor=1, **changes)
+    tried = [changed for changed, _ in fits._changed(config) if fits._bound(changed, 8, 23, False) < math.inf]
+    assert tried
+    for changed in tried:
+        deepspeed_config(changed, 8)
+        check_kernels(changed, elsewhere=True)
 
 
 def test_more_gpus_are_named_where_no_setting_is_enough(simulated: list[tuple[Config, int]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lcl import config as configs
 from megatron_lcl.config import Config
-from megatron_lcl.errors import RunError, UserError
+from megatron_lcl.errors import UserError
 from megatron_lcl.model.layers import (
     Head,
     LanguageBlock,
@@ -20,12 +20,12 @@ from megatron_lcl.model.layers import (
     layer_kinds,
 )
 from megatron_lcl.train.averages import check_averages, weight_of_next
+from megatron_lcl.train.layout import check_layout
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import (
     Rates,
     check_freeze,
     check_frozen_have_weights,
-    check_stages,
     frozen_parameters,
     parameter_names,
     rates_of,
@@ -139,13 +139,27 @@ def test_a_frozen_part_needs_weights_from_somewhere() -> None:
     check_frozen_have_weights(config_of(train={"freeze": ["vision.patches.*"]}), None)  # a part of the part
 
 
-def test_all_stages_have_something_of_both_kinds_to_train() -> None:
-    config = config_of(train={"freeze": ["vision.*"]})
-    check_stages([2, 2], config)
-    check_stages([1], config)
-    for groups in ([0, 2], [2, 1], [0]):
-        with pytest.raises(RunError, match=r"leaves stage . of the pipeline no matrix or no vector"):
-            check_stages(groups, config)
+@pytest.mark.parametrize(
+    ("freeze", "most"),
+    [
+        ([], 8),
+        (["vision.*"], 4),  # the pool with the embedding, two blocks, the head
+        (["vision.*", "language.blocks.*"], 2),
+        (["vision.*", "language.blocks.1.*weight*"], 3),  # vectors alone are left of the last block
+    ],
+)
+def test_all_stages_have_something_of_both_kinds_to_train(freeze: list[str], most: int) -> None:
+    """Refused with the layout, before anything starts; with as many stages as are named it goes."""
+
+    def check(pipeline: int) -> None:
+        check_layout(config_of(train={"freeze": freeze}, parallel={"pipeline": pipeline}), pipeline)
+
+    check(most)
+    if freeze:
+        with pytest.raises(
+            UserError, match=rf"no matrix or no vector to train, .* parallel\.pipeline to at most {most}"
+        ):
+            check(most + 1)
 
 
 def test_an_exponential_average_is_unbiased() -> None:

@@ -33,7 +33,9 @@ from megatron_lcl.train.engine import (
     keep_freed_memory,
     quiet_deepspeed,
 )
+from megatron_lcl.train.fits import DOUBT, check_step
 from megatron_lcl.train.forks import forkserver
+from megatron_lcl.train.memory import Memory, largest_estimate
 from megatron_lcl.train.simulate import _processes, _simulate, _Storages, num_in_flight, simulate
 
 BIG = KEPT // 4 * 2
@@ -232,14 +234,16 @@ def test_a_model_on_one_process() -> None:
     assert 4 * 403 * 64 < usage.losses < usage.peak - usage.parameters - usage.optimizer
 
 
-def test_float16_is_simulated_where_it_cannot_be_computed() -> None:
-    """As with ZeRO-2 in bfloat16, whose optimizer DeepSpeed takes for both."""
-    of = {
-        dtype: simulate(configs.from_dict(TREE | {"zero": {"stage": 2}, "train": {"dtype": dtype}}), 2, 8)
-        for dtype in ("float16", "bfloat16")
-    }
-    assert of["float16"].parameters == of["bfloat16"].parameters
-    assert of["float16"].peak == pytest.approx(of["bfloat16"].peak, rel=0.01)
+@pytest.mark.slow
+def test_averages_count_and_what_needs_a_gpu_is_simulated_without_one() -> None:
+    config = configs.replace(configs.from_dict(TREE), train__global_batch=1)
+    usage, numbers = simulate(config, 1, 8), num_parameters(config.model)
+    averaged = configs.replace(config, average__ema=(0.9,), average__tail=(0.1,))
+    assert simulate(averaged, 1, 8).optimizer - usage.optimizer == pytest.approx(4 * 2 * numbers, abs=1000)
+    of_apex = configs.replace(config, optimizer__name="apex_fused_adam", train__apex_layer_norm=True)
+    assert simulate(of_apex, 1, 8) == usage, "whose kernels are of CUDA alone"
+    half = configs.replace(config, train__dtype="float16")
+    assert simulate(half, 1, 8).parameters == 2 * numbers, "which few CPUs compute in"
 
 
 def held(rank: int, tree: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -289,6 +293,13 @@ def test_tensors_hold_what_those_of_real_processes_hold(layout: dict[str, Any], 
     assert [between, usage.peak] == pytest.approx(real, rel=0.01)
     assert usage.network == pytest.approx(network, rel=of_network)
     assert usage.losses == pytest.approx(losses, rel=0.1), "the real rows have fewer targets"
+
+
+def test_stages_of_a_run_with_a_frozen_tower_are_simulated() -> None:
+    """As the run divides its layers: three of seven in the first stage would leave it nothing to train."""
+    config = configs.replace(configs.from_dict(TREE), train__freeze=("vision.*",), parallel__pipeline=2)
+    bound = largest_estimate(config, 2, 8, False).total
+    assert check_step(config, 2, Memory(0.9 * DOUBT * 2 * bound, "", False), 8), "it was simulated"
 
 
 @pytest.mark.slow

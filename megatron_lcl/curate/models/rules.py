@@ -127,7 +127,7 @@ def joins_of(rules: ModelRules, against: Sequence[str] = ()) -> Iterator[Scores 
 def resolved(rules: ModelRules) -> ModelRules:
     """With the newest checkpoint named in place of its run: all processes ask the same weights, and those that `check`
     tells, while the run saves others. UserError where there is none."""
-    if rules.encoder is None or not rules.asks or parse_spec(rules.encoder).kind:
+    if rules.encoder is None or parse_spec(rules.encoder).kind:
         return rules
     url = url_of(rules.encoder)
     return replace(rules, encoder=pinned(url) if url else str(find_checkpoint(Path(rules.encoder))))
@@ -140,7 +140,7 @@ def check(rules: ModelRules, *, keep: bool) -> dict[str, str]:
     UserError where the encoder does not load, has no texts for `match`, or other features than a head.
     keep: this process needs the encoder soon.
     """
-    if rules.encoder is None or not rules.asks:
+    if rules.encoder is None:
         return {}
     load.cache_clear()  # the weights may have changed since this process read them
     model, width = load(rules.encoder, rules.tokenizer)

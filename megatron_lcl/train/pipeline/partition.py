@@ -29,7 +29,7 @@ from megatron_lcl.data.loading.batch import PackedBatch
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.gradients import model_gradients
 from megatron_lcl.model.initialize import initialize
-from megatron_lcl.model.layers import Activations, Outputs
+from megatron_lcl.model.layers import Activations, Outputs, num_layers
 from megatron_lcl.parallel.mappings import shard_size
 from megatron_lcl.parallel.mesh import Axis, Mesh
 from megatron_lcl.train.parts import freeze, frozen_parameters, of_layer, trained_kinds
@@ -122,9 +122,11 @@ def _best(
     return table[0]
 
 
-def partition_uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """The first layer of each stage, where all have equally many layers, or one more."""
-    return partition_balanced([1.0] * num_layers, [0.0] * num_layers, num_stages)
+def partition_uniform(config: Config) -> tuple[int, ...]:
+    """The first layer of each stage of the run's pipeline, where all layers cost the same: each stage has equally many,
+    or one more, but where that would leave one nothing to train."""
+    same, trained = [1.0] * num_layers(config.model), trained_kinds(config.model, frozen_parameters(config))
+    return partition_balanced(same, same, config.parallel.pipeline, None, trained)
 
 
 def hidden_shape(layer: int, batch: PackedBatch, model: Model, axis: Axis) -> tuple[int, int]:

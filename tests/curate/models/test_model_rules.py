@@ -272,6 +272,15 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_work(
         ({"models.encoder": "hf:x", "models.head": "head.npz"}, "removes nothing; give min_score or max_score"),
         ({"models.encoder": "hf:x", "models.nsfw.head": "head.npz"}, "removes nothing; give min_score or max_score"),
         ({"models.nsfw.max_score": "0.5"}, "are of a head; give its file"),
+        ({"models.encoder": "hf:x"}, "models.encoder = hf:x is asked by no rule; give models.match, "),
+        ({"models.encoder": "hf:x", "models.match": "true", "models.min_cosine": "0.9"}, "goes with models.duplicates"),
+        ({"duplicates.against": "[a]"}, "duplicates.against is set, and no rule reads it; give duplicates.images"),
+        (
+            {"language.wanted": "de", "image.min_side": "9"},
+            "language is set, and .*; give text.min_language or document",
+        ),
+        ({"language.among": "[de, en]"}, "language is set, and no rule reads it"),
+        ({"perplexity.model": "."}, "perplexity is set, and no rule reads it; give max_perplexity"),
     ],
 )
 def test_settings_that_say_half(given: dict[str, str], said: str) -> None:

@@ -33,7 +33,7 @@ def test_few_shards_are_mapped_at_once(make_corpus: MakeCorpus, monkeypatch: pyt
     expected = [open_corpus(corpora[0].path)[i] for i in range(30)]
     folders = [corpus.path for corpus in corpora]
     monkeypatch.setattr(store, "MAX_OPEN", 2)
-    opened = [open_source(path, Data(), 4, 96, 4).corpus for path in folders]
+    opened = [open_source(open_corpus(path), Data(), 4, 96, 4).corpus for path in folders]
     assert 0 < len(mapped(*folders)) <= 2
     most, per_document = [], inspect._per_document
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from pipeline_layouts import Case, micro_batch
 
 from megatron_lcl import config as configs
+from megatron_lcl.config import Config
 from megatron_lcl.model.layers import num_layers, parameter_shapes
 from megatron_lcl.parallel.mesh import Axis
 from megatron_lcl.train import first_batch
 from megatron_lcl.train.checkpoint.folder import Layout, Progress
 from megatron_lcl.train.engine import specs_of
-from megatron_lcl.train.parts import frozen_parameters, trained_kinds
+from megatron_lcl.train.parts import frozen_parameters
 from megatron_lcl.train.pipeline import partition
 from megatron_lcl.train.pipeline.partition import LayerSamples, partition_balanced, partition_uniform, stage_sums
 
@@ -73,8 +74,7 @@ def test_a_frozen_tower_is_in_a_stage_with_something_to_train() -> None:
     costs = [1.0] * num_layers(config.model)
     for num_stages in (2, 3):
         assert partition_balanced(costs, costs, num_stages)[1] < 11
-        trained = trained_kinds(config.model, frozen_parameters(config))
-        bounds = [*partition_balanced(costs, costs, num_stages, None, trained), len(costs)]
+        bounds = [*partition_uniform(configs.replace(config, parallel__pipeline=num_stages)), len(costs)]
         assert bounds[1] >= 11  # patches and nine blocks, and the pool
         named = dict(parameter_shapes(config.model))
         frozen = frozen_parameters(config)
@@ -117,9 +117,13 @@ def test_examples() -> None:
     # fewer bytes never make the slowest stage slower
     assert partition_balanced([1, 1, 1, 1], [9, 9, 9, 1], 2) == (0, 2)
     assert partition_balanced([1, 0, 0, 1], [9, 2, 1, 1], 2) == (0, 2)
-    assert partition_uniform(27, 4) == (0, 6, 13, 20)
     with pytest.raises(ValueError, match=r"2 layers do not divide into 3 stages; set parallel\.pipeline to 2"):
         partition_balanced([1, 1], [1, 1], 3)
+
+
+def test_stages_of_equally_many_layers() -> None:
+    deep = {"model__vision__layers": 20, "model__language__layers": 4}
+    assert partition_uniform(configs.replace(Config(), **deep, parallel__pipeline=4)) == (0, 6, 13, 20)
 
 
 def test_each_kind_of_stage_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
