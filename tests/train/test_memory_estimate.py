@@ -130,7 +130,7 @@ OFFLOAD = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
 @pytest.mark.parametrize("changes", [{"train__compile": True}, {**ZERO_3, "deepspeed": OFFLOAD}])
 def test_no_remedy_is_refused_when_it_is_typed(changes: dict[str, Any]) -> None:
     config = in_bfloat16(ROOT / "configs" / "lcl_vitl14_interleaved.yaml", parallel__tensor=1, **changes)
-    tried = [changed for changed, _ in fits._changed(config) if fits._bound(changed, 8, 23, False) < math.inf]
+    tried = [changed for changed, _ in fits._changed(config) if fits._bound(changed, 8, [23], False) < math.inf]
     assert tried
     for changed in tried:
         deepspeed_config(changed, 8)

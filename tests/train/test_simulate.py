@@ -298,8 +298,8 @@ def test_tensors_hold_what_those_of_real_processes_hold(layout: dict[str, Any], 
 def test_stages_of_a_run_with_a_frozen_tower_are_simulated() -> None:
     """As the run divides its layers: three of seven in the first stage would leave it nothing to train."""
     config = configs.replace(configs.from_dict(TREE), train__freeze=("vision.*",), parallel__pipeline=2)
-    bound = largest_estimate(config, 2, 8, False).total
-    assert check_step(config, 2, Memory(0.9 * DOUBT * 2 * bound, "", False), 8), "it was simulated"
+    bound = largest_estimate(config, 2, [8], False).total
+    assert check_step(config, 2, Memory(0.9 * DOUBT * 2 * bound, "", False), [8]), "it was simulated"
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def in_child(action: Callable[[], None]) -> int:
 @pytest.mark.parametrize("hard", [64, 100])
 def test_more_objects_than_files_may_be_open(tmp_path: Path, hard: int) -> None:
     def read_all() -> None:
+        module._opened.clear()  # of other tests, whose descriptors are closed here
         resource.setrlimit(resource.RLIMIT_NOFILE, (48, hard))
         room = Room(tmp_path, "objects", 1e9)
         opened = [Blocks(Objects(), f"{n}", len(CONTENT), None, tmp_path, room) for n in range(40)]  # type: ignore[arg-type]
