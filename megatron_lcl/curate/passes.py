@@ -226,8 +226,15 @@ def decide(work: Work, task: Range) -> Counted:
 
 def part_of(work: Work, task: Range) -> Part:
     """The record of a task that `decide` has done."""
-    (part,) = parts_of(work.folder, task.number)
-    return part
+    return recorded(work.folder, task.number)
+
+
+def recorded(folder: Path, number: int) -> Part:
+    """The record of a range, or a group of them. FileNotFoundError where there is none, as where another job has
+    finished the corpus and deletes it."""
+    for part in parts_of(folder, number):
+        return part
+    raise FileNotFoundError(folder)
 
 
 def _decide_range(work: Work, task: Range, folder: Path) -> None:

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 
 from megatron_lcl.curate.documents import Range, Source, documents, read_ahead
 from megatron_lcl.curate.models.rules import Matched
-from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, part_of
+from megatron_lcl.curate.passes import REMOVED_FILE, WHOLE, Work, matches_of, once, part_of, recorded
 from megatron_lcl.data.corpus.document import Kind
 from megatron_lcl.data.corpus.indexed import write_file
 from megatron_lcl.data.corpus.store import FORMATS, ShardWriter
 from megatron_lcl.data.prepare.preprocess import SHARD_BYTES, SHARD_DOCUMENTS
-from megatron_lcl.data.prepare.preprocess_task import PART_IMAGES, PART_PIECES, RECORD, Part, parts_of
+from megatron_lcl.data.prepare.preprocess_task import PART_IMAGES, PART_PIECES, RECORD, Part
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def write(work: Work, group: Group) -> Part:
     with once(work, folder / Part(group.number, 0, True, 0).name) as scratch:
         if scratch is not None:
             _write_group(work, group, scratch)
-    (part,) = parts_of(folder, group.number)
-    return part
+    return recorded(folder, group.number)
 
 
 def _write_group(work: Work, group: Group, folder: Path) -> None:

@@ -256,7 +256,8 @@ def check_tasks(config: Config, tasks: Sequence[EvaluationTask]) -> tuple[Evalua
     trained = objectives.trained_by(config)
     if not trained:
         raise UserError(
-            f"{why_untrained(config, 'retrieval')} what held-out documents measure; leave them out (evaluate.corpus)"
+            f"{why_untrained(config, 'retrieval')} what held-out documents measure; leave them out (of a run: "
+            "evaluate.corpus; of `evaluate`: --corpus)"
         )
     for task in tasks:
         if task not in trained:

@@ -18,6 +18,7 @@ from megatron_lcl.plan.work import placeholders_of_image
 from megatron_lcl.train.memory import available
 from megatron_lcl.train.optimizer import check_optimizer
 from megatron_lcl.train.parts import check_freeze
+from megatron_lcl.train.precision import check_dtype
 
 USABLE = 0.92
 """share of a GPU's memory that a run may plan with: the driver's context, the network library's buffers and fragments
@@ -75,6 +76,7 @@ def plan(
     node_size = _node_size(gpus, nodes, device)
     text, assumed = text_per_image(config, images_per_pack)
     if device == "cpu":
+        check_dtype(config)
         say("measuring this machine")
         rates, room = calibrate(config, gpus, slots(config, text)), available(gpus).size
     else:

@@ -104,7 +104,7 @@ def _train(case: Case, engine: Any, mesh: Mesh) -> Trajectory | None:
     from megatron_lcl.train.traffic import of_step
 
     config = case.config()
-    stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
+    stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine)
     averaged: dict[str, int] = {}
     out, terms = Trajectory(), ("generation", "regression" if case.objective == "emu" else "contrastive")
     traffic = Traffic()

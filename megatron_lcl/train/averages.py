@@ -15,9 +15,8 @@ import torch
 from megatron_lcl.config import Config
 from megatron_lcl.errors import UserError
 from megatron_lcl.model.transfer import from_host
-from megatron_lcl.parallel.mesh import Mesh
 from megatron_lcl.train.checkpoint.state import is_average
-from megatron_lcl.train.optimizers.pieces import partitions_of
+from megatron_lcl.train.optimizers.pieces import flats_of
 
 
 def average_names(config: Config) -> dict[str, float]:
@@ -51,8 +50,8 @@ class Averages:
     A step that is skipped on the device (train/skipping.py) is left out there, too: nothing is asked on the host.
     """
 
-    def __init__(self, config: Config, engine: Any, mesh: Mesh) -> None:
-        self._config, self._engine, self._mesh = config, engine, mesh
+    def __init__(self, config: Config, engine: Any) -> None:
+        self._config, self._engine = config, engine
         self._names = average_names(config)
         self._averaged: Mapping[str, int] = {}
         self._numbers: dict[str, torch.Tensor] = {}
@@ -152,5 +151,5 @@ class Averages:
 
     def _states(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         base = self._engine.optimizer.optimizer
-        for partition in partitions_of(self._engine.optimizer, self._mesh):
-            yield partition.flat, base.state[partition.flat]
+        for flat in flats_of(self._engine.optimizer):
+            yield flat, base.state[flat]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def check_dtype(config: Config) -> None:
     """UserError for float16 on a CPU that cannot compute in it, which DeepSpeed refuses after the start."""
     if config.train.dtype != "float16" or torch.cuda.is_available():
         return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it finds no GPU
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().is_fp16_supported():

@@ -153,7 +153,7 @@ class Training:
         self.saver = Saver(checkpoints, config.checkpoint, telemetry, self.audit)
         self.bad = BadSteps(config.guard, point.progress.guard)
         self.spikes = SpikeLimit(config.guard, engine.device)
-        self.averages = Averages(config, engine, mesh)
+        self.averages = Averages(config, engine)
         self.heldout: HeldOutMeter | None = None
         if config.train.evaluate_every:
             stop, device = self._stop_requested, engine.device

@@ -190,7 +190,7 @@ def _simulate(config: Config, processes: int, images: int, rank: int) -> Usage:
         engine = build_engine(build_module(config, mesh), config, mesh)
         stepper = build_stepper(engine, config, mesh)
         stepper.run(batches, 1e-3)  # after it the optimizer's moments are there
-        Averages(config, engine, mesh).update(config.train.steps, skipped=False)  # and after it all averages
+        Averages(config, engine).update(config.train.steps, skipped=False)  # and after it all averages
         resident = storages.begin_step()
         after_forwards = resident
         forwards = stepper._first_forwards

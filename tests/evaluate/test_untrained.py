@@ -121,7 +121,7 @@ def test_held_out_tasks_without_a_weight_are_left_out() -> None:
     with pytest.raises(UserError, match=r"lcl with objective.generation_weight = 0 does not train what generation"):
         check_tasks(Config(objective=OBJECTIVES["no-generation"]), ("generation",))
     captions = Config(objective=OBJECTIVES["captions-alone"])  # which are not measured on the text of documents
-    with pytest.raises(UserError, match=r"coca with .*contrastive_weight = 0 does not train .*; leave them out \(eval"):
+    with pytest.raises(UserError, match=r"contrastive_weight = 0 does not train .*; leave them out \(of a run: eval"):
         check_tasks(captions, ())
     phases = Schedule(phases=(EarlyPhase(steps=1, contrastive_weight=1.0),))  # one of which contrasts
     assert check_tasks(dataclasses.replace(captions, schedule=phases), ()) == ("retrieval",)

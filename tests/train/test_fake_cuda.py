@@ -117,7 +117,7 @@ class Run:
             self.mesh = build_mesh(config)
             self.engine = build_engine(build_module(config, self.mesh), config, self.mesh)
             self.stepper = build_stepper(self.engine, config, self.mesh)
-            self.averages = Averages(config, self.engine, self.mesh)
+            self.averages = Averages(config, self.engine)
             self.stepper.clock.start()
 
     def step(self, number: int, packs: Sequence[PackedBatch]) -> Found:

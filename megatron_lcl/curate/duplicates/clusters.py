@@ -92,7 +92,9 @@ def equal_keys(
     step = min(_CHUNK, -(-at_once // 16))
     found = (keys(start, min(num, start + step)) for start in range(0, num, step))
     for rows in sorted_rows((np.stack([key, row.view(np.uint64)], 1) for key, row in found), at_once, file):
-        yield _groups(rows[:, 0], rows[:, 1].view(np.int64))
+        groups = _groups(rows[:, 0], rows[:, 1].view(np.int64))
+        del rows  # or it would be there while the next part is sorted
+        yield groups
 
 
 def _groups(key: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

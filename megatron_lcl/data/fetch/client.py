@@ -12,6 +12,7 @@ import base64
 import errno
 import functools
 import hashlib
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ MAX_REDIRECTS = 5
 MAX_ROBOTS = 500 << 10
 """bytes of a robots.txt that are read (RFC 9309, 2.5)"""
 MAX_RULES = 1_000_000
-"""a robots.txt's agents times its lines: Protego keeps each rule once for every agent of its group"""
+"""lines of a robots.txt, each counted once for every agent of its group, as Protego keeps it"""
 MAX_WAIT = 600.0
 """seconds; a host that asks by Retry-After or Crawl-delay to wait longer is not asked again"""
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -54,6 +55,8 @@ _RESOLVERS = 64
 _OPT_OUTS = ("noai", "noimageai")
 _DIRECTIVES_WITH_VALUES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 _LOCAL_NAMES = ("localhost", "local", "internal")
+_RULE = re.compile(r"(dis)?allow\s*:")
+"""a line behind which an agent begins another group"""
 _TOO_LONG = Protego.parse("User-agent: *\nDisallow: /")
 """stands for a robots.txt of more than MAX_RULES"""
 _NOT_FOUND = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
@@ -261,9 +264,14 @@ class Client:
 
 
 def _parsed_rules(text: str) -> Protego:
-    lines = [line.strip() for line in text.splitlines()]
-    agents = {line.lower() for line in lines if line[:4].lower() == "user"}  # "user agent x" is one for Protego, too
-    return Protego.parse(text) if len(agents) * len(lines) <= MAX_RULES else _TOO_LONG
+    kept, agents, ended = 0, 0, False
+    for line in map(str.strip, text.lower().splitlines()):
+        if line.startswith("user"):  # "user agent x" is one for Protego, too
+            agents, ended = (1, False) if ended else (agents + 1, False)
+        elif _RULE.match(line):
+            ended = True
+        kept += agents
+    return Protego.parse(text) if kept <= MAX_RULES else _TOO_LONG
 
 
 def opted_out(values: Iterable[str], agent: str) -> bool:

@@ -54,6 +54,7 @@ def _merged(rows: np.ndarray, ends: list[int], at_once: int) -> Iterator[np.ndar
         part = _sorted([rows[of_run[k] : of_run[k + 1]] for of_run in bounds])
         if len(part):
             yield part
+        del part  # or it would be there while the next is sorted
 
 
 def _append(file: Path, waiting: list[np.ndarray]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,18 +69,29 @@ def partitions_of(optimizer: Any, mesh: Mesh) -> list[Partition]:
 
     Every data and tensor rank has as many, of the same parameters, in the same order.
     """
+    partitions = []
+    for flat, group, pieces_of in _flat_groups(optimizer):
+        named = [(optimizer.param_names[parameter], parameter) for parameter in group]
+        of_ranks = [list(pieces_of(named, flat.numel(), rank)) for rank in range(mesh.data.size)]
+        partitions.append(Partition(flat, of_ranks[mesh.data.rank], of_ranks))
+    return partitions
+
+
+def flats_of(optimizer: Any) -> list[torch.Tensor]:
+    """`flat` of each of `partitions_of`, without the work of all ranks: for every step."""
+    return [flat for flat, *_ in _flat_groups(optimizer)]
+
+
+def _flat_groups(optimizer: Any) -> Iterator[tuple[torch.Tensor, list[Any], Callable[..., Iterator[Piece]]]]:
+    """Each flat partition, the parameters of its group, and how they lie in it."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         flats, groups, pieces_of = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, _zero3
     elif hasattr(optimizer, "bf16_groups"):  # ZeRO-1's own class for bfloat16
         flats, groups, pieces_of = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, _zero12
     else:
         flats, groups, pieces_of = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, _zero12
-    partitions = []
     for flat, group in zip(flats, groups, strict=True):
-        named = [(optimizer.param_names[parameter], parameter) for parameter in group]
-        of_ranks = [list(pieces_of(named, flat.numel(), rank)) for rank in range(mesh.data.size)]
-        partitions.append(Partition(flat, of_ranks[mesh.data.rank], of_ranks))
-    return partitions
+        yield flat, group, pieces_of
 
 
 def _zero12(group: list[tuple[str, Any]], size: int, rank: int) -> Iterator[Piece]:

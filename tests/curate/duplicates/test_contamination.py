@@ -265,7 +265,7 @@ def test_a_corpus_with_evaluation_images(tmp_path: Path) -> None:
         for shard in range(shards):
             files.append(tmp_path / f"{shards}-{shard}.npz")
             last = corpus.shard(shard).num_documents
-            np.savez(files[-1], **contamination_facts(corpus, Range(0, shard, 0, last), one, SETTINGS))
+            np.savez(files[-1], **contamination_facts(corpus, Range(0, shard, 0, last, 0), one, SETTINGS))
         removals = join_evaluation(files, one)
         assert removals.document.tolist() == [0, 2, 2]
         assert removals.item.tolist() == [1, 2, 3]

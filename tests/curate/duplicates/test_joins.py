@@ -104,7 +104,7 @@ def facts_of(corpus: Corpus, make: Any, folder: Path, size: int, rule: Any) -> l
         num = corpus.shard(shard).num_documents
         for first in range(0, num, size):
             files.append(folder / f"{len(files):05d}.npz")
-            np.savez(files[-1], **make(corpus, Range(0, shard, first, min(num, first + size)), rule))
+            np.savez(files[-1], **make(corpus, Range(0, shard, first, min(num, first + size), 0), rule))
     return files
 
 

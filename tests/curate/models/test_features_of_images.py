@@ -89,7 +89,7 @@ def test_features_are_those_of_the_encoder(tmp_path: Path) -> None:
         [(pictures[2], None, None)],
     ]
     corpus = write_corpus(tmp_path / "corpus", documents)
-    facts = feature_facts(corpus, Range(0, 0, 0, 3), ENCODER)
+    facts = feature_facts(corpus, Range(0, 0, 0, 3, 0), ENCODER)
     assert facts["document"].tolist() == [0, 0, 1, 1, 2]
     assert facts["item"].tolist() == [1, 2, 0, 1, 0]
     model = load_encoder(ENCODER)
@@ -99,5 +99,5 @@ def test_features_are_those_of_the_encoder(tmp_path: Path) -> None:
             facts["feature"][facts["image"][place]], torch.nn.functional.normalize(expected, dim=0), atol=1e-5
         )
     assert not facts["feature"][facts["image"][1]].any()
-    only_bad = feature_facts(corpus, Range(0, 0, 0, 1), ENCODER)
+    only_bad = feature_facts(corpus, Range(0, 0, 0, 1, 0), ENCODER)
     assert only_bad["feature"].shape[1] == facts["feature"].shape[1]

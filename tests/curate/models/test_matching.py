@@ -46,8 +46,8 @@ def test_images_of_a_corpus_are_matched_by_the_encoder(encoder: tuple[str, str],
         [ids[1]],
     ]
     corpus = write_corpus(tmp_path / "corpus", documents)
-    whole = matching_facts(corpus, Range(0, 0, 0, 4), *encoder)
-    parts = [matching_facts(corpus, Range(0, 0, first, first + 1), *encoder) for first in range(4)]
+    whole = matching_facts(corpus, Range(0, 0, 0, 4, 0), *encoder)
+    parts = [matching_facts(corpus, Range(0, 0, first, first + 1, 0), *encoder) for first in range(4)]
     for name, values in whole.items():
         np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]))
     assert whole["document"].tolist() == [0, 0, 0, 1, 1, 2]
@@ -69,4 +69,4 @@ def test_an_encoder_without_texts_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     corpus = write_corpus(tmp_path / "corpus", [[[1, 2], (jpeg(0), None, None)]])
     with pytest.raises(UserError, match="no text encoder"):
-        matching_facts(corpus, Range(0, 0, 0, 1), "timm:test_vit?pretrained=no")
+        matching_facts(corpus, Range(0, 0, 0, 1, 0), "timm:test_vit?pretrained=no")

@@ -53,7 +53,7 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: t
     corpus = open_corpus(tmp_path / "out")
     assert corpus.kinds == ("matched",)
     assert verify(tmp_path / "out") == []
-    facts = matching_facts(open_corpus(source), Range(0, 0, 0, 3), *encoder, {0: {0}})
+    facts = matching_facts(open_corpus(source), Range(0, 0, 0, 3, 0), *encoder, {0: {0}})
     first, second = corpus[0].images, corpus[1].images
     assert sorted(image.matched_text for image in first) == [0, 1], "by the numbers that texts have now"
     assert [image.similarity for image in first] == facts["similarity"][:2].tolist()
@@ -65,7 +65,7 @@ def test_documents_in_reading_order_become_matched_ones(source: Path, encoder: t
 
 
 def test_a_head_and_features_remove_images(source: Path, encoder: tuple[str, str], tmp_path: Path) -> None:
-    features = feature_facts(open_corpus(source), Range(0, 0, 0, 3), *encoder)["feature"]
+    features = feature_facts(open_corpus(source), Range(0, 0, 0, 3, 0), *encoder)["feature"]
     np.savez(tmp_path / "head.npz", weight=features[1], bias=0.0)
     score = features @ features[1]
     head = {"head": str(tmp_path / "head.npz"), "max_score": str(float(np.sort(score)[-2:].mean()))}
@@ -83,7 +83,7 @@ def test_all_rules_of_features_encode_each_image_once(
     source: Path, encoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three heads and duplicates; what each removes is as of itself alone, what several would, the first's."""
-    features = feature_facts(open_corpus(source), Range(0, 0, 0, 3), *encoder)["feature"]
+    features = feature_facts(open_corpus(source), Range(0, 0, 0, 3, 0), *encoder)["feature"]
     places = [(0, 1), (0, 3), (1, 0), (1, 1)]
     for k in range(3):
         np.savez(tmp_path / f"{k}.npz", weight=features[k])
@@ -204,7 +204,7 @@ def test_the_weights_are_those_of_the_start(
 
     monkeypatch.setattr(models, "check", then_saved)
     curate(source, tmp_path / "out", rules((str(run), encoder[1]), match="true"))
-    facts = matching_facts(open_corpus(source), Range(0, 0, 0, 3), str(first), encoder[1])
+    facts = matching_facts(open_corpus(source), Range(0, 0, 0, 3, 0), str(first), encoder[1])
     corpus = open_corpus(tmp_path / "out")
     assert [image.similarity for d in corpus for image in d.images] == facts["similarity"].tolist()
 
@@ -215,7 +215,7 @@ def test_features_of_another_corpus(source: Path, encoder: tuple[str, str], tmp_
     (tmp_path / "more").mkdir()
     other = write(tmp_path / "more", [Document((Image(picture(7)), Image(picture(2)), Text("other")))])
     facts = [
-        feature_facts(open_corpus(path), Range(0, 0, 0, number), *encoder)["feature"]
+        feature_facts(open_corpus(path), Range(0, 0, 0, number, 0), *encoder)["feature"]
         for path, number in ((other, 1), (source, 3))
     ]
     features = np.concatenate(facts)

@@ -229,13 +229,20 @@ def test_robots_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_robots_whose_rules_are_too_many(agent: str) -> None:
     """However an agent is written; one that is long by its rules alone, or by its agents, is read."""
     ours = "user-agent: ours\ndisallow: /a\nuser-agent: *\n"
-    for agents, rules, said in ((300, 3_000, False), (10, 50_000, False), (300, 3_100, True), (1_000, 1, True)):
+    for agents, rules, said in ((300, 3_000, False), (10, 50_000, False), (300, 3_300, True), (2_000, 1, True)):
         lines = [*map(agent.format, range(agents)), *["disallow: /b"] * rules]
         parsed = client._parsed_rules(ours + "\n".join(lines))
         assert (parsed is client._TOO_LONG) == said
         assert parsed.can_fetch("/b", "ours") != said
         assert not parsed.can_fetch("/a", "ours")
         assert not parsed.can_fetch("/b", "another")
+
+
+def test_a_robots_txt_that_names_many_agents_is_read() -> None:
+    """As those do that refuse hundreds of crawlers by name, in a group each."""
+    groups = "\n".join(f"User-agent: bot-{n}\nDisallow: /\n" for n in range(2_000))
+    rules = client._parsed_rules(f"{groups}\nUser-agent: *\nDisallow: /a")
+    assert [rules.can_fetch("/b", agent) for agent in ("bot-7", "ours")] == [False, True]
 
 
 def test_as_many_pixels_as_a_corpus_takes() -> None:

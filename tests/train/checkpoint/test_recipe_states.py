@@ -72,7 +72,7 @@ def run_job(folder: Path, job: Run) -> dict[str, Any]:
     config = job.config(folder)
     mesh = init_processes(config)
     engine = build_engine(build_module(config, mesh, PARTITION if job.pipeline > 1 else None), config, mesh)
-    stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
+    stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine)
     each, averaged, run = GLOBAL_BATCH // mesh.data.size, {}, Path(config.train.output)
     with_gradient: set[str] = set()
     for name, parameter in engine.module.named_parameters():

@@ -66,7 +66,7 @@ def skip_at(rank: int, zero: int, dtype: str, optimizer: str, clip_norm: float) 
             if not faults:
                 stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
             engine = build_engine(build_module(config, mesh), config, mesh)
-        stepper, averages = Stepper(engine, config, mesh), Averages(config, engine, mesh)
+        stepper, averages = Stepper(engine, config, mesh), Averages(config, engine)
         results = []
         for step in range(3):
             for fault in faults:  # before the first the optimizer has no state

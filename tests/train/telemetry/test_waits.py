@@ -114,7 +114,7 @@ def count(rank: int, layouts: list[dict[str, Any]]) -> list[list[Counter[str]]]:
             if asks:
                 stack.enter_context(patch("megatron_lcl.train.engine.skips_on_device", lambda _: False))
             engine = build_engine(build_module(config, mesh), config, mesh)
-        stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine, mesh)
+        stepper, averages = build_stepper(engine, config, mesh), Averages(config, engine)
         spikes = SpikeLimit(config.guard, engine.device)
         stepper.clock.start()
         steps = []
